@@ -62,7 +62,7 @@ def actor_and_critic(
     def hidden(params: Any, batch: Any, policy_hidden: Any) -> Any:
         if shared:
             return jax.lax.stop_gradient(policy_hidden)
-        return model.hidden(view(params, "critic"), batch)
+        return model.hidden(view(params, "critic"), batch)[0]
 
     def head(params: Any, h: Any) -> Any:
         return scores(view(params, "critic"), h)

@@ -10,7 +10,8 @@ rewrites what the policy has sampled, the next turn begins a new training row. T
 DAPO's, as in configs/qwen25_1p5b_grpo.py: eps_high=0.28, no KL penalty, groups with equal scores left out.
 The code interpreter runs what the model writes in a process with limits, which is no security boundary.
 
-Hardware: a GPU of 80 GB; not measured.
+Hardware: a GPU of 80 GB. `jaxft plan qwen3_4b_agent --devices h100:1` compiles a train step of 28 GiB
+and 79 s (its estimate, 13,712 tokens/s) and sampling of 47 GiB, of which 64 rows' keys are 39; not measured.
 """
 
 from functools import partial
@@ -55,6 +56,7 @@ def config(
     estimate = partial(by_group, advantage=grpo)
     rules = Rules(prompts.rewards(rewards, number), estimate, token_mean, filter=nonconstant_groups)
     objective = partial(policy, loss=partial(clipped, eps_high=eps_high), temperature=prompts.temperature)
-    source = prompts.source(Rollouts, rules=rules, observations=bool(echo))
+    # the keys of 256 rows, as many as are decoded at once by default, would take 145 GiB
+    source = prompts.source(Rollouts, rules=rules, observations=bool(echo), decode_rows=64)
     chosen = partial(with_echo, objective=objective, coef=echo) if echo else objective
     return Run(name=name, objective=chosen, **base.sharded_run(every=20), **source)

@@ -21,6 +21,7 @@ OptState: TypeAlias = Any  # an optimizer's state
 Mask: TypeAlias = Any  # the structure of Params, with a bool at each leaf
 Aux: TypeAlias = Any  # state of the objective and the source in TrainState
 Batch: TypeAlias = Any  # Tokens, Pairs, Rollout, or another struct of arrays with leading rows
+LayerOutputs: TypeAlias = dict[str, Any]  # name -> array [L, ...] of a model's layers; {} for dense models
 Metrics: TypeAlias = dict[str, Any]  # name -> metrics.Sum, Max or Min in a program, float on the host
 
 

@@ -93,14 +93,15 @@ def arguments() -> argparse.Namespace:
 def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, Any]:
     """Return the importances of the inputs of the blocks' linear layers of the merged model."""
     from jaxft.nn.quant import Quant
-    from jaxft.train.calibrate import Calibration, input_moments
+    from jaxft.train.calibrate import Calibration, input_squares
     from jaxft.train.export_gguf import importances_of
-    from jaxft.weights import pretrained, storage
+    from jaxft.weights import pretrained
+    from jaxft.weights.layerwise import layer_paths
 
     model, ref = source.model, source.ref
-    paths = [p for p in storage.quantised_paths(model.specs, Quant("int8")) if p.startswith("layers/")]
+    paths = layer_paths(model.specs, Quant("int8"))
     stored = pretrained.frozen_model(model, None, ref)
-    moments = input_moments(
+    squares = input_squares(
         Calibration(rows),
         model,
         source.tokenizer,
@@ -108,7 +109,7 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
         lambda mesh: pretrained.load_base(ref, stored, mesh, adapter=adapter_folder),
         lambda line: print(line, file=sys.stderr, flush=True),
     )
-    return importances_of(moments, model)
+    return importances_of(squares, model)
 
 
 def main() -> int:

@@ -61,9 +61,9 @@ from jaxft.runs import cli, named_weights  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
-from jaxft.train import open_settings  # noqa: E402
+from jaxft.train import open_settings, recipes  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
-from jaxft.weights import extend, pretrained  # noqa: E402
+from jaxft.weights import pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of
 IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # statistics that it has already
@@ -329,7 +329,7 @@ def main() -> int:
         parser.error(f"--rows and --step must be at least 0, got {min(args.rows, args.step)}")
     if args.run:
         return show_episodes(Path(args.run), args)
-    with extend.without_model_weights():
+    with recipes.without_model_weights():
         data, ref, context = settings(args)
         tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer)

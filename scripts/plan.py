@@ -82,7 +82,7 @@ def main() -> int:
 
         print(fits_report())
         return 0
-    from jaxft.weights.extend import without_model_weights
+    from jaxft.train.recipes import without_model_weights
 
     with without_model_weights():
         return print_plans(args)

@@ -5,8 +5,9 @@
 
 --model is the folder of a Hugging Face sequence classifier with one label or, with --adapter, a base model
 (by default the one that the adapter was trained on). The rows are those of the recipe `reward`: prompt,
-chosen and rejected. It prints the rewards of the two completions of each row, then the accuracy. Several
-adapters of one base, --adapter NAME=FOLDER repeated, are compared by one program.
+chosen and rejected; or those of `kto`, prompt, completion and label, with one response each. It prints the
+rewards of the responses of each row, then the accuracy over the pairs. Several adapters of one base,
+--adapter NAME=FOLDER repeated, are compared by one program.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-length", type=int, default=1024, help="longest prompt plus completion in tokens (default 1024)"
     )
     parser.add_argument(
-        "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"
+        "--invalid", choices=("few", "error", "drop"), default="few", help="as data.invalid (default few)"
     )
     parser.add_argument(
         "--columns", help="as data.columns, such as chosen=good,rejected=bad (default: those of the run)"
@@ -65,9 +66,12 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]]]:
-    """Return (name of the row, reward of the chosen, reward of the rejected completion) of each pair, by the
-    name of the adapter.
+Scores = list[tuple[str, float | None, float | None]]
+
+
+def rewards(args: argparse.Namespace) -> dict[str, Scores]:
+    """Return (name of the row, reward of the chosen, reward of the rejected completion) of each row, None for
+    a response that it does not have, by the name of the adapter.
 
     Raises ValueError for a reward that is not finite.
     """
@@ -93,7 +97,7 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
     attention = pretrained.model_for(ref).attention
     for name, weights in named.items():
         settings = prompt_settings(weights.record, args.columns)
-        rows = PairRows(args.file, invalid=args.invalid, **sizes, **settings)
+        rows = PairRows(args.file, invalid=args.invalid, unpaired=True, **sizes, **settings)
         tokenizer = pretrained.load_tokenizer(weights.tokenizer)
         sources[name] = open_for(attention, rows, tokenizer, sharding.row_shards(mesh))
     for line in invalid_lines(next(iter(sources.values())).info.stats.invalid):
@@ -116,33 +120,49 @@ def rewards(args: argparse.Namespace) -> dict[str, list[tuple[str, float, float]
     return found
 
 
-def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> list[tuple[str, float, float]]:
-    """Return the name and both rewards of each pair of a source. forward(params, batch): compiled."""
+def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> Scores:
+    """Return the name and the rewards of each row of a source. forward(params, batch): compiled."""
     import jax
     import numpy as np
 
     from jaxft.distributed import sharding
     from jaxft.rl import reward_models
 
-    found: dict[int, tuple[float, float]] = {}
+    found = dict[int, tuple[float | None, ...]]()
     for batch in source.cover(range(len(source.keys))):
         batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
         outputs = jax.device_get(forward(loaded.params, sharding.shard_batch(mesh, batch)))
         for at, pair in np.ndenumerate(batch.index[0]):
             if pair >= 0:
-                found[int(pair)] = (float(outputs.chosen[at]), float(outputs.rejected[at]))
-                if not np.isfinite(found[int(pair)]).all():
+                both = zip((outputs.chosen[at], outputs.rejected[at]), batch.lengths[0][at], strict=True)
+                found[int(pair)] = tuple(float(x) if length else None for x, length in both)
+                if not all(x is None or np.isfinite(x) for x in found[int(pair)]):
                     raise ValueError(
-                        f"{file}: the rewards of pair {pair + 1} are not finite: {found[int(pair)]}; use "
+                        f"{file}: the rewards of row {pair + 1} are not finite: {found[int(pair)]}; use "
                         "--dtype float32, or check the reward model"
                     )
     names = source.pairs.tokenised.names
-    return [(names[number], *scores) for number, scores in sorted(found.items())]
+    return [(names[number], chosen, rejected) for number, (chosen, rejected) in sorted(found.items())]
 
 
-def print_scores(scores: list[tuple[str, float, float]], as_json: bool, adapter: str) -> None:
-    """Print the rewards of each pair, and the accuracy with its 95 % interval. adapter: its name, "" if there
-    are not several.
+def pairs_of(scores: Scores) -> list[tuple[float, float]]:
+    """Return the rewards of the rows that have both responses."""
+    return [(a, b) for _, a, b in scores if a is not None and b is not None]
+
+
+def row_line(name: str, chosen: float | None, rejected: float | None) -> str:
+    """Return the rewards of a row's responses as a line."""
+    shown = {"chosen": chosen, "rejected": rejected}
+    parts = [name.ljust(16), *(f"{kind} {x:8.3f}" for kind, x in shown.items() if x is not None)]
+    if chosen is not None and rejected is not None:
+        parts.append("" if chosen > rejected else "wrong" if chosen < rejected else "tie")
+    return "  ".join(parts)
+
+
+def print_scores(scores: Scores, as_json: bool, adapter: str) -> None:
+    """Print the rewards of each row, and the accuracy over pairs with its 95 % interval.
+
+    adapter: its name, "" if there are not several.
     """
     from jaxft.objectives.intervals import wilson
 
@@ -153,37 +173,41 @@ def print_scores(scores: list[tuple[str, float, float]], as_json: bool, adapter:
         if as_json:
             print(json.dumps({"pair": number, "row": name, **by, "chosen": chosen, "rejected": rejected}))
         else:
-            wrong = "" if chosen > rejected else "wrong" if chosen < rejected else "tie"
-            print(f"{name:16s}  chosen {chosen:8.3f}  rejected {rejected:8.3f}  {wrong}")
-    won = sum(chosen > rejected for _, chosen, rejected in scores)
-    ties = sum(chosen == rejected for _, chosen, rejected in scores)
-    accuracy, tied = (won + ties / 2) / len(scores), f", {ties} ties count 1/2" if ties else ""
-    shown = f"{accuracy:.2f} {wilson(accuracy, len(scores)).text(2)}{tied}"
+            print(row_line(name, chosen, rejected))
+    pairs = pairs_of(scores)
+    if not pairs:
+        return
+    won, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
+    accuracy, tied = (won + ties / 2) / len(pairs), f", {ties} ties count 1/2" if ties else ""
+    shown = f"{accuracy:.2f} {wilson(accuracy, len(pairs)).text(2)}{tied}"
     print(
         f"{adapter + ': ' if adapter else ''}the chosen completion has the higher reward in {won} of "
-        f"{len(scores)} pairs ({shown if ties < len(scores) else 'all are ties'})",
+        f"{len(pairs)} pairs ({shown if ties < len(pairs) else 'all are ties'})",
         file=sys.stderr,
     )
 
 
-def comparison_lines(found: dict[str, list[tuple[str, float, float]]]) -> list[str]:
+def comparison_lines(found: dict[str, Scores]) -> list[str]:
     """Return the differences of the other adapters' accuracies to that of the first one on the same pairs."""
     from jaxft.objectives.intervals import paired_fractions
 
     wins = {
-        name: [
-            1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0 for _, chosen, rejected in scores
-        ]
+        name: [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs_of(scores)]
         for name, scores in found.items()
     }
     (first, base), *others = wins.items()
+    if not base:
+        return []
     return [f"{name} against {first}: {paired_fractions(base, own).text('pairs')}" for name, own in others]
 
 
 def main() -> int:
     """Score and print."""
     args = arguments()
-    found = rewards(args)
+    try:
+        found = rewards(args)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.invalid=drop", "--invalid drop")) from error
     for name, scores in found.items():
         print_scores(scores, args.json, name if len(found) > 1 else "")
     for line in comparison_lines(found):

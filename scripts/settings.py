@@ -75,7 +75,7 @@ def main() -> int:
     from jaxft.runs.parse import recipe_names
     from jaxft.runs.settings_list import listed, matching
     from jaxft.runs.unknown_names import advice, nearest_settings, setting_names
-    from jaxft.weights.extend import without_model_weights
+    from jaxft.train.recipes import without_model_weights
 
     recipe, words = args.config, args.words
     if recipe is None and words and (words[0] in recipe_names() or words[0].endswith(".py")):

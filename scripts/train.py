@@ -59,7 +59,7 @@ def main() -> int:
         from jaxft.runs import config
         from jaxft.runs.trackers.tracker import check_trackers
         from jaxft.train.members import run_folder
-        from jaxft.weights.extend import without_model_weights
+        from jaxft.train.recipes import without_model_weights
 
         with without_model_weights():
             settings, lines = open_settings.fitted_here(open_settings.resolve(recipe, overrides))

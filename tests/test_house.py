@@ -327,6 +327,13 @@ def test_nobody_looks_into_a_partial_or_glues_an_attribute_onto_a_function():
     assert not wrong
 
 
+def test_nn_and_weights_pass_values_as_arguments_and_results():
+    wrong = [
+        name_of(f) for f in MODULES if "contextvars" in f.read_text() and folder_of(f) in ("nn", "weights")
+    ]
+    assert not wrong
+
+
 def test_a_public_name_means_one_thing():
     where = defaultdict(list)
     for file in MODULES:

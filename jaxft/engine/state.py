@@ -17,7 +17,7 @@ from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, left_pad, row_sampling
 from jaxft.models.model import Model
-from jaxft.nn.cache import SLOTS_PER_READ, Cache, CacheFormat, LayerKeys, key_axes, row_slots
+from jaxft.nn.cache import SLOTS_PER_READ, Cache, CacheFormat, CacheParts, cache_axes, row_slots
 from jaxft.nn.lora_rows import BASE
 from jaxft.tree import struct
 
@@ -331,8 +331,8 @@ def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> Sta
         where = sharding.array_sharding(mesh, axes, x.shape)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    def of(layers: LayerKeys) -> LayerKeys:
-        return jax.tree.map(place, layers, key_axes(layers))
+    def of(layers: CacheParts) -> CacheParts:
+        return jax.tree.map(place, layers, cache_axes(layers))
 
     state = replicated_shapes(shapes, mesh)
     prompt_keys = replace(state.cache.prompts, layers=of(cache.prompts.layers))

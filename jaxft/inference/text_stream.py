@@ -23,7 +23,8 @@ def _no_bytes(token: int) -> bytes | None:
 class TokenDecoder:
     """How a tokenizer turns the tokens of a completion into text.
 
-    decode: token ids -> text. skipped: ids that add no text, such as special tokens. byte_ids: ids of single
+    decode: token ids -> text. skipped: ids that add no text, such as special tokens; those from `size` on
+    are of no token: a model may have more than its tokenizer. byte_ids: ids of single
     bytes in tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole:
     one wrong byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is
     a sequence of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of such a token, None
@@ -34,6 +35,11 @@ class TokenDecoder:
     skipped: Collection[int] = frozenset()
     byte_ids: Collection[int] = frozenset()
     raw: Callable[[int], bytes | None] = _no_bytes
+    size: int = 1 << 31
+
+    def adds_text(self, token: int) -> bool:
+        """Whether a token may add text."""
+        return token < self.size and token not in self.skipped
 
     def bytes_of(self, token: int, first: bool) -> bytes | None:
         """Return the bytes that a token adds to a text; None for one that is skipped.
@@ -41,7 +47,7 @@ class TokenDecoder:
         first: whether it begins the text, where a tokenizer may omit a space. The bytes of all tokens
         together are those of the text.
         """
-        if token in self.skipped:
+        if not self.adds_text(token):
             return None
         raw = self.raw(token)
         if raw is not None:
@@ -64,6 +70,10 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
         and not tokenizer.decode([token], skip_special_tokens=True)
     )
 
+    known = set(tokenizer.get_vocab().values())
+    size = 1 + max(known)
+    skipped |= set(range(size)) - known
+
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -72,12 +82,12 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
         return None not in ids and decode(ids) == "\u20ac"
 
     if is_euro(BYTE_LEVEL_EURO):
-        return TokenDecoder(decode, skipped, raw=partial(_byte_level, tokenizer))
+        return TokenDecoder(decode, skipped, raw=partial(_byte_level, tokenizer), size=size)
     if not is_euro(EURO):
-        return TokenDecoder(decode, skipped)
+        return TokenDecoder(decode, skipped, size=size)
     ids = {tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
     found = {token: byte for token, byte in ids.items() if token not in (None, tokenizer.unk_token_id)}
-    return TokenDecoder(decode, skipped, frozenset(found), found.get)
+    return TokenDecoder(decode, skipped, frozenset(found), found.get, size)
 
 
 @cache
@@ -131,7 +141,7 @@ class TextStream:
         if self.stopped:
             return ""
         for token in tokens:
-            if token not in self.decoder.skipped:
+            if self.decoder.adds_text(token):
                 self._tail.append(token)
                 self._run = self._run + 1 if token in self.decoder.byte_ids else 0
         return self._piece(self._certain(), self.stops)

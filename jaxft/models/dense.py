@@ -1,8 +1,8 @@
 """The model around the layers of every dense decoder family, and functions that compute parts of layers.
 
-A family (llama.py, qwen.py, ...) declares a `DenseArchitecture`: its parameters, their names in Hugging Face
-files, the attention settings of each layer, and one function that computes a layer. `dense_model` builds the
-Model from it.
+A family (llama.py, qwen.py, ...) declares a `DecoderSpec`: its parameters, their names in Hugging Face
+files, the attention settings of each layer, and the functions that compute the layers of its stacks; most
+have `one_stack` of layers that are all alike. `dense_model` builds the Model from it.
 
 To add mixture-of-experts layers, a family calls an MLP function of its own in its layer function and declares
 kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"), with {x} for the expert in their names.
@@ -20,22 +20,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxft import tree
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_options, layer_axes
 from jaxft.nn.attention import AttentionSettings
-from jaxft.nn.cache import (
-    Cache,
-    CacheFormat,
-    GivenChunk,
-    LayerKeys,
-    NextToken,
-    PromptKeys,
-    empty_keys,
-    row_slots,
-)
-from jaxft.nn.decode_layers import decode_layers, extend_layers, prefill_layers
-from jaxft.nn.layer_attention import Attend, AttentionLayers
+from jaxft.nn.attention_mixer import attention_mixer
+from jaxft.nn.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
+from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras
 from jaxft.nn.layers import (
     biased_linear,
     embed_tokens,
@@ -47,14 +39,28 @@ from jaxft.nn.layers import (
 )
 from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.matmul import gather_layer
-from jaxft.nn.param import ParamSpec, Specs, fan_in, full, normal, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.products import accumulation_dtype
-from jaxft.nn.scan import Layer, LayerOptions, RematPolicy, run_layer, scan_layers
+from jaxft.nn.scan import (
+    BlockLayer,
+    Layer,
+    Mix,
+    Mixer,
+    Observe,
+    RematPolicy,
+    RowOptions,
+    Stack,
+    Stacks,
+    layer_places,
+    layers_of,
+    run_stacks,
+    scan_stacks,
+)
 from jaxft.nn.tensor_names import TensorName, WeightNames
-from jaxft.tree import Batch, Params
+from jaxft.tree import Batch, LayerOutputs, Params
 
-# (options, params, h [B, T, D], attend, dropout key) -> (h, second result of attend); see nn/scan.py.
-LayerFunction = Callable[[ForwardOptions, Params, Array, Attend, Array | None], tuple[Array, Any]]
+# (options, params, h [B, T, D], mix, dropout key) -> (h, the extras of mix); see nn/scan.py.
+LayerFunction = Callable[[ForwardOptions, Params, Array, Mix, Array | None], tuple[Array, Extras]]
 Norm = Callable[[Array, Array, float, DTypeLike], Array]
 ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -64,34 +70,71 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
 
 
 @dataclass(frozen=True)
-class DenseArchitecture:
+class LayerSpec:
+    """A layer of a stack's blocks. layer: computes it. mixer(config, attention settings of these layers): how
+    it mixes tokens. name: of its part of the stack's parameters, if a block has several layers.
+    """
+
+    layer: LayerFunction
+    mixer: Callable[[DenseConfig, AttentionLayers], Mixer]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """Equal blocks of layers. name: of its parameters [blocks, ...] in the model's."""
+
+    name: str
+    blocks: int
+    layers: tuple[LayerSpec, ...]
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
     """A family's parameters and functions, from which dense_model builds its Model.
 
-    specs: the parameters. names: their tensor names in Hugging Face files. layer: computes one layer.
-    attention: rope, window and soft cap of each layer. norm: the final norm. embed_scale: factor on the
-    embeddings, None for 1. logits: (head parameters, h) -> logits.
+    specs: the parameters. names: their tensor names in Hugging Face files. stacks: the layers. attention:
+    rope, window and soft cap of each layer of the model; None in its layout for a recurrent one. norm: the
+    final norm. embed_scale: factor on the embeddings, None for 1. logits: (head parameters, h) -> logits.
     """
 
     specs: Specs
     names: WeightNames
-    layer: LayerFunction
+    stacks: tuple[StackSpec, ...]
     attention: AttentionLayers
     norm: Norm = rms_norm
     embed_scale: float | None = None
     logits: Callable[[Params, Array], Array] = lm_head
 
 
+def with_attention(config: DenseConfig, attention: AttentionLayers) -> Mixer:
+    """The `mixer` of layers with attention."""
+    return attention_mixer(attention, config.kv_heads)
+
+
+def one_stack(
+    specs: Specs, names: WeightNames, layer: LayerFunction, attention: AttentionLayers, **more: Any
+) -> DecoderSpec:
+    """Return the DecoderSpec of a family whose layers are all computed by one function with attention.
+
+    more: fields of DecoderSpec.
+    """
+    stack = StackSpec("layers", len(attention.layout), (LayerSpec(layer, with_attention),))
+    return DecoderSpec(specs, names, (stack,), attention, **more)
+
+
 @dataclass(frozen=True)
 class Decoder:
-    """An architecture with its compute options."""
+    """An architecture with its compute options, and its layers with them."""
 
     options: ForwardOptions
-    architecture: DenseArchitecture
+    architecture: DecoderSpec
+    stacks: Stacks
 
 
 def dense_model(
     config: DenseConfig,
-    architecture: DenseArchitecture,
+    architecture: DecoderSpec,
     dtype: DTypeLike = jnp.bfloat16,
     remat: RematPolicy = "projections",
     residual: DTypeLike | None = None,
@@ -102,18 +145,18 @@ def dense_model(
     """
     settings = replace(attention_settings, softcap=architecture.attention.settings.softcap)
     layers = replace(architecture.attention, settings=settings)
-    architecture = replace(architecture, attention=layers)
-    d = Decoder(forward_options(config, dtype, remat, residual), architecture)
+    options = forward_options(config, dtype, remat, residual)
+    d = Decoder(options, architecture, _stacks(options, architecture, layers))
     return Model(
         config=config,
-        specs=architecture.specs,
+        specs=_numbered(architecture.specs, d.stacks),
         weight_names=architecture.names,
         attention=layers,
+        stacks=d.stacks,
         dtype=d.options.dtype,
         residual=d.options.residual,
         hidden=partial(hidden, d),
         embed=partial(_embed, d),
-        layer=partial(layer_forward, d),
         head=head_params,
         logits=architecture.logits,
         prefill=partial(prefill, d),
@@ -122,6 +165,36 @@ def dense_model(
         empty_cache=partial(empty_cache, d),
         forward_flops=partial(dense_flops, config, architecture.specs, architecture.attention),
     )
+
+
+def _stacks(options: ForwardOptions, architecture: DecoderSpec, attention: AttentionLayers) -> Stacks:
+    """Return the architecture's layers with their compute options and attention settings."""
+    stacks, first = list[Stack](), 0
+    for stack in architecture.stacks:
+        layers, end = list[BlockLayer](), first + stack.blocks * len(stack.layers)
+        for i, spec in enumerate(stack.layers):
+            numbers = range(first + i, end, len(stack.layers))
+            specs = architecture.specs[stack.name]
+            run = _one_layer(options, spec.layer, specs[spec.name] if spec.name else specs)
+            layers.append(
+                BlockLayer(run, spec.mixer(options.config, attention.part(numbers)), numbers, spec.name)
+            )
+        stacks.append(Stack(stack.name, tuple(layers)))
+        first = end
+    return tuple(stacks)
+
+
+def _numbered(specs: Specs, stacks: Stacks) -> Specs:
+    """Return the specs with the numbers of their layers, if there are several stacks or layers of a block."""
+    if len(layers_of(stacks)) == 1:
+        return specs
+    numbers = {place.path: place.layer.numbers for place in layer_places(stacks)}
+
+    def of(path: str, spec: ParamSpec) -> ParamSpec:
+        found = [x for above, x in numbers.items() if path.startswith(f"{above}/")]
+        return replace(spec, numbers=found[0]) if found else spec
+
+    return tree.map_with_path(of, specs, is_leaf=is_spec)
 
 
 def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:
@@ -133,16 +206,15 @@ def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:
     return (h.astype(f.dtype) * scale).astype(f.residual)
 
 
-def _one_layer(d: Decoder) -> Layer:
-    """Return the layer function for nn/scan.py. It gathers the layer's parameters, adds to the residual
+def _one_layer(f: ForwardOptions, compute: LayerFunction, specs: Specs) -> Layer:
+    """Return a layer's function for nn/scan.py. It gathers the layer's parameters, adds to the residual
     stream in float32 or wider, and rounds that once, to its own dtype.
     """
-    f, arch = d.options, d.architecture
 
-    def layer(p: Params, h: Array, attend: Attend, key: Array | None) -> tuple[Array, Any]:
-        p = gather_layer(p, layer_axes(arch.specs))
-        out, extra = arch.layer(f, p, h.astype(accumulation_dtype(f.dtype)), attend, key)
-        return out.astype(h.dtype), extra
+    def layer(p: Params, h: Array, mix: Mix, key: Array | None) -> tuple[Array, Extras]:
+        p = gather_layer(p, layer_axes(specs))
+        out, extras = compute(f, p, h.astype(accumulation_dtype(f.dtype)), mix, key)
+        return out.astype(h.dtype), extras
 
     return layer
 
@@ -152,10 +224,15 @@ def _final_norm(d: Decoder, params: Params, h: Array) -> Array:
 
 
 def hidden(
-    d: Decoder, params: Params, tokens: Batch, key: Array | None = None, neftune: float = 0.0
-) -> Float[Array, "B T D"]:
-    """Return the hidden states after the final norm, in the compute dtype. neftune: alpha of the noise that
-    is added to the (scaled) embeddings if there is a key.
+    d: Decoder,
+    params: Params,
+    tokens: Batch,
+    key: Array | None = None,
+    neftune: float = 0.0,
+    observe: Observe | None = None,
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the hidden states after the final norm, in the compute dtype, and the layers' outputs. neftune:
+    alpha of the noise that is added to the (scaled) embeddings if there is a key.
     """
     check_context_divides(tokens.ids.shape[1])
     layers = d.options.config.layers
@@ -165,27 +242,17 @@ def hidden(
         noise = neftune_noise(jax.random.fold_in(key, layers), tokens.segments, h.shape[-1], neftune)
         wide = accumulation_dtype(h.dtype)
         h = (h.astype(wide) + noise.astype(wide)).astype(h.dtype)
-    options = LayerOptions(d.architecture.attention, d.options.remat)
-    h = scan_layers(_one_layer(d), h, params["layers"], tokens, keys, options)
-    return _final_norm(d, params, h)
-
-
-def layer_forward(
-    d: Decoder, params: Params, h_BTD: Float[Array, "B T D"], tokens: Batch, kind: Any = None
-) -> Float[Array, "B T D"]:
-    """Return the residual stream after one layer. params: the layer's, without the stacked axis. kind: its
-    number in attention.kind_numbers; None if that is None.
-    """
-    return run_layer(_one_layer(d), h_BTD, params, tokens, d.architecture.attention, kind)
+    h, outputs = scan_stacks(d.stacks, h, params, tokens, keys, RowOptions(d.options.remat, observe))
+    return _final_norm(d, params, h), outputs
 
 
 def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[Array, "P T D"], PromptKeys]:
-    """Return hidden states [P, T, D] of left-padded prompts, and their keys. new: the most tokens of a
-    completion.
+    """Return hidden states [P, T, D] of left-padded prompts, and what is cached of them. new: the most tokens
+    of a completion.
     """
-    h, layers = _embed(d, params, tokens.ids), params["layers"]
-    h, keys = prefill_layers(_one_layer(d), h, layers, tokens, new, d.architecture.attention)
-    return _final_norm(d, params, h), keys
+    h = _embed(d, params, tokens.ids)
+    h, parts = run_stacks(d.stacks, h, params, lambda _, mixer: mixer.prompts(tokens, new, h.dtype))
+    return _final_norm(d, params, h), PromptKeys(parts, tokens.segments > 0)
 
 
 def extend(
@@ -193,8 +260,8 @@ def extend(
 ) -> tuple[Float[Array, "r C D"], Cache]:
     """Process a chunk of given tokens per row. Return hidden states [r, C, D] and the cache with them."""
     h = _embed(d, params, chunk.ids)
-    h, cache = extend_layers(_one_layer(d), h, params["layers"], cache, chunk, d.architecture.attention)
-    return _final_norm(d, params, h), cache
+    h, rows = run_stacks(d.stacks, h, params, lambda i, mixer: mixer.chunk(cache.part(i), chunk, h.dtype))
+    return _final_norm(d, params, h), replace(cache, rows=rows)
 
 
 def decode(
@@ -202,22 +269,17 @@ def decode(
 ) -> tuple[Float[Array, "R D"], Cache]:
     """Process one token per row. Return hidden states [R, D] and the cache with it."""
     h = _embed(d, params, ids[:, None])
-    h, cache = decode_layers(_one_layer(d), h, params["layers"], cache, at, d.architecture.attention)
-    return _final_norm(d, params, h)[:, 0], cache
+    h, rows = run_stacks(d.stacks, h, params, lambda i, mixer: mixer.token(cache.part(i), at, h.dtype))
+    return _final_norm(d, params, h)[:, 0], replace(cache, rows=rows)
 
 
 def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
     """Return a cache without any tokens. prompts: their number, and slots of each. rows: of `new` tokens."""
-    (count, size), a = prompts, d.architecture.attention
-
-    def keys(rows: int, slots: int) -> LayerKeys:
-        return empty_keys(a, d.options.config.kv_heads, rows, slots, d.options.dtype, stored)
-
-    return Cache(
-        PromptKeys(keys(count, size), jnp.zeros((count, size), bool)), keys(rows, row_slots(new)), new
-    )
+    parts = [one.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for one in layers_of(d.stacks)]
+    of_prompts, of_rows = zip(*parts, strict=True)
+    return Cache(PromptKeys(of_prompts, jnp.zeros(prompts, bool)), of_rows, new)
 
 
 # Parts of layers. The residual stream is summed in float32 or wider; matmuls use the compute dtype.
@@ -235,8 +297,8 @@ def self_attention(
     attend: Attend,
     keys: Any,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Compute attention with its four projections. Return it and the second result of `attend`.
+) -> tuple[Float[Array, "B T D"], Extras]:
+    """Compute attention with its four projections. Return it and the extras of `attend`.
 
     keys: the dropout keys of q, k, v and o; None disables dropout. norms(p, q [B, T, H, E], k [B, T, K, E]):
     applied to queries and keys before rope.
@@ -245,8 +307,8 @@ def self_attention(
     q = biased_linear(p, "q", x_BTD, keys[0]).reshape(B, T, c.heads, c.head_dim)
     k = biased_linear(p, "k", x_BTD, keys[1]).reshape(B, T, c.kv_heads, c.head_dim)
     v = biased_linear(p, "v", x_BTD, keys[2]).reshape(B, T, c.kv_heads, c.head_dim)
-    o_BTHE, extra = attend(*norms(p, q, k), v)
-    return attention_output(p, o_BTHE, keys[3]), extra
+    o_BTHE, extras = attend(*norms(p, q, k), v)
+    return attention_output(p, o_BTHE, keys[3]), extras
 
 
 def attention_output(p: Params, o_BTHE: Float[Array, "B T H E"], key: Any) -> Float[Array, "B T D"]:
@@ -265,14 +327,14 @@ def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any
 def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
-) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
     """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
     c, keys = f.config, split_keys(key, 7)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
-    o, extra = self_attention(c, p["attn"], x, attend, keys[:4], norms)
+    o, extras = self_attention(c, p["attn"], x, attend, keys[:4], norms)
     h_BTD = h_BTD + o.astype(h_BTD.dtype)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
-    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extra
+    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extras
 
 
 def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:

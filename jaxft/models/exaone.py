@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.models.dense import DenseArchitecture, dense_model, head_norms, names_of
+from jaxft.models.dense import dense_model, head_norms, names_of, one_stack
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.models.olmo import POST_NORM_NAMES, postnorm_layer, postnorm_specs
-from jaxft.nn.layer_attention import Attend, LayerKind
+from jaxft.nn.layer_attention import Attend, Extras, LayerKind
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
 from jaxft.tree import Params
@@ -39,11 +39,11 @@ def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: A
     whole = LayerKind(config.rope if config.window is None else Rope(kind="none"))
     kinds = {FULL: whole, SLIDING: LayerKind(config.rope, config.window)}
     attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
-    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
-def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
+def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Extras]:
     return postnorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
 
 

@@ -45,9 +45,8 @@ class FlaxModel(nn.Module):
         return self._hidden(self._params(), tokens)
 
     def _hidden(self, params: Params, tokens: Tokens) -> Array:
-        return self.model.hidden(
-            params, tokens, self.make_rng("dropout") if self.has_rng("dropout") else None
-        )
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return self.model.hidden(params, tokens, key)[0]
 
     @nn.compact
     def _params(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.models.dense import (
-    DenseArchitecture,
     dense_mlp,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     self_attention,
 )
 from jaxft.models.dense_config import DenseConfig
@@ -21,7 +21,7 @@ from jaxft.models.gemma_config import Gemma2Config, GemmaConfig, VaultGemmaConfi
 from jaxft.models.layer_types import FULL, SLIDING, typed_layers
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention import AttentionSettings
-from jaxft.nn.layer_attention import Attend, AttentionLayers, LayerKind, uniform
+from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.lm_head import lm_head
 from jaxft.nn.param import ParamSpec, full
@@ -59,7 +59,7 @@ def gemma_model(
 ) -> Model:  # fmt: skip
     """Build the Model of any Gemma family. names: tensor names that differ from Llama's."""
     cap = config.final_softcap if isinstance(config, Gemma2Config) else None
-    architecture = DenseArchitecture(
+    architecture = one_stack(
         specs,
         names_of(specs, names),
         gemma_layer,
@@ -96,7 +96,7 @@ def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionL
 
 def gemma_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B T D"], Extras]:
     """Compute Llama's layer with Gemma's norms. Norms of q and k per head, and norms of the outputs of
     attention and MLP, are applied if the family declares them.
     """
@@ -109,10 +109,10 @@ def gemma_layer(
     def norms(attn: Params, q: Array, k: Array) -> tuple[Array, Array]:
         return norm(q, "q_norm", attn, f.dtype), norm(k, "k_norm", attn, f.dtype)
 
-    o, extra = self_attention(c, p["attn"], norm(h_BTD, "attn_norm", p, f.dtype), attend, keys[:4], norms)
+    o, extras = self_attention(c, p["attn"], norm(h_BTD, "attn_norm", p, f.dtype), attend, keys[:4], norms)
     h_BTD = h_BTD + norm(o, "post_attn_norm", p, h_BTD.dtype)
     down = dense_mlp(c, p["mlp"], norm(h_BTD, "mlp_norm", p, f.dtype), keys[4:])
-    return h_BTD + norm(down, "post_mlp_norm", p, h_BTD.dtype), extra
+    return h_BTD + norm(down, "post_mlp_norm", p, h_BTD.dtype), extras
 
 
 def gemma_specs(c: DenseConfig) -> dict[str, Any]:

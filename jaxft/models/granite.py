@@ -10,16 +10,16 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
-    DenseArchitecture,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     self_attention,
     with_biases,
 )
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.model import ForwardOptions, Model
-from jaxft.nn.layer_attention import Attend, uniform
+from jaxft.nn.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.lm_head import lm_head
 from jaxft.nn.rope import Rope
@@ -54,7 +54,7 @@ def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
     """Build the Model of a Granite config. options: remat and residual of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
-    arch = DenseArchitecture(
+    arch = one_stack(
         specs,
         names_of(specs),
         _layer,
@@ -67,16 +67,16 @@ def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
 
 def _layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B T D"], Extras]:
     """Compute `h += m attention(norm(h)); h += m mlp(norm(h))` with m = residual_multiplier."""
     c, keys = f.config, split_keys(key, 7)
     multiplier = jnp.asarray(c.residual_multiplier, h_BTD.dtype)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
-    o, extra = self_attention(c, p["attn"], x, attend, keys[:4])
+    o, extras = self_attention(c, p["attn"], x, attend, keys[:4])
     h_BTD = h_BTD + o.astype(h_BTD.dtype) * multiplier
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
     down = constrain(gated_mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
-    return h_BTD + down.astype(h_BTD.dtype) * multiplier, extra
+    return h_BTD + down.astype(h_BTD.dtype) * multiplier, extras
 
 
 def _logits(c: GraniteConfig, head: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:

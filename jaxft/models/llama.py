@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
-    DenseArchitecture,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     prenorm_layer,
     with_biases,
 )
@@ -24,6 +24,4 @@ def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     """Build the Model of a Llama config. options: remat and residual of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(
-        config, DenseArchitecture(specs, names_of(specs), prenorm_layer, attention), dtype, **options
-    )
+    return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)

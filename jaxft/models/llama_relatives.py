@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
-    DenseArchitecture,
     attention_biases,
     dense_model,
     llama_specs,
     mlp_biases,
     names_of,
+    one_stack,
     prenorm_layer,
     qkv_biases,
 )
@@ -46,7 +46,7 @@ def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: 
     if config.mlp_bias:
         specs["layers"]["mlp"] |= mlp_biases(config)
     attention = uniform(config.layers, config.head_dim, config.rope)
-    arch = DenseArchitecture(specs, names_of(specs), prenorm_layer, attention)
+    arch = one_stack(specs, names_of(specs), prenorm_layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.models.dense import DenseArchitecture, dense_model, llama_specs, names_of, prenorm_layer
+from jaxft.models.dense import dense_model, llama_specs, names_of, one_stack, prenorm_layer
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import Model
@@ -29,9 +29,7 @@ def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
     specs = llama_specs(config)
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
     attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
-    return dense_model(
-        config, DenseArchitecture(specs, names_of(specs), prenorm_layer, attention), dtype, **options
-    )
+    return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
 
 
 _DEFAULTS = {"max_position_embeddings": 4096 * 32}

@@ -18,9 +18,9 @@ from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
 from jaxft.nn.products import accumulation_dtype
-from jaxft.nn.scan import RematPolicy, check_remat
+from jaxft.nn.scan import RematPolicy, Stacks, check_remat
 from jaxft.nn.tensor_names import WeightNames
-from jaxft.tree import Params
+from jaxft.tree import LayerOutputs, Params
 
 
 @runtime_checkable
@@ -75,12 +75,13 @@ class Model:
     specs: ParamSpec tree of all parameters.
     weight_names: names of the tensors in Hugging Face files by path; see nn/tensor_names.py.
     attention: rope, window and soft cap of each layer.
+    stacks: the layers, see nn/scan.py, where run_layer computes a single one.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
-    hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D] after the final norm. tokens: Tokens, Pairs or
-        Rollout. key: for dropout and for the embeddings' noise of NEFTune's alpha; None disables both.
+    hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
+        of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and for the embeddings' noise of
+        NEFTune's alpha; None disables both. outputs: by name, [L, B, ...], {} for dense models; and those of
+        observe(h before, h after a layer) -> {name: value}, [L, ...].
     embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
-    layer(params, h, tokens, kind=None) -> h after one layer. params: those of the layer, params["layers"]
-        without the stacked axis. kind: the layer's entry of attention.kind_numbers, if that is not None.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
@@ -102,11 +103,11 @@ class Model:
     specs: Specs
     weight_names: WeightNames
     attention: AttentionLayers
+    stacks: Stacks
     dtype: Any
     residual: Any
-    hidden: Callable[..., Float[Array, "B T D"]]
+    hidden: Callable[..., tuple[Float[Array, "B T D"], LayerOutputs]]
     embed: Callable[[Params, Array], Float[Array, "B T D"]]
-    layer: Callable[..., Float[Array, "B T D"]]
     head: Callable[[Params], Params]
     logits: Callable[[Params, Array], Array]
     prefill: Callable[..., tuple[Array, Any]]
@@ -150,10 +151,8 @@ def forward_options(
 
 
 def layer_axes(specs: Specs) -> Any:
-    """Return the logical axes of one layer's parameters, without the stacked axis, for
-    nn.matmul.gather_layer.
-    """
-    return jax.tree.map(lambda spec: spec.axes[1:], specs["layers"], is_leaf=is_spec)
+    """Return the logical axes of a layer's parameters, without the stacked axis, for matmul.gather_layer."""
+    return jax.tree.map(lambda spec: spec.axes[1:], specs, is_leaf=is_spec)
 
 
 def dense_flops(
@@ -168,11 +167,12 @@ def dense_flops(
     attention within each layer's window, and the head for `read` tokens (all by default). A multiply-add
     counts as two.
     """
-    kernels = sum(prod(spec.shape) for spec in spec_paths(specs["layers"]).values() if kernel(spec))
-    keys = sum(mean_keys(attention.kinds[kind].window, context) for kind in attention.layout)
+    kernels = [spec for spec in spec_paths(specs).values() if "layers" in spec.axes and kernel(spec)]
+    windows = [attention.kinds[kind].window for kind in attention.layout if kind is not None]
+    keys = sum(mean_keys(window, context) for window in windows)
     scores = 2 * config.heads * config.head_dim * keys
     head = config.width * config.vocab * (tokens if read is None else read)
-    return 2.0 * (tokens * (kernels + scores) + head)
+    return 2.0 * (tokens * (sum(prod(spec.shape) for spec in kernels) + scores) + head)
 
 
 def mean_keys(window: int | None, context: float) -> float:

@@ -82,11 +82,11 @@ class NnxModel(nnx.Module):
         at construction.
         """
         model, params = self.static.model, self.tree()
-        return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs)))
+        return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs))[0])
 
     def hidden(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T D"]:
         """Return the hidden states after the final norm, which `model.logits` reads."""
-        return self.static.model.hidden(self.tree(), tokens, self._dropout_key(rngs))
+        return self.static.model.hidden(self.tree(), tokens, self._dropout_key(rngs))[0]
 
     def tree(self) -> Params:
         """Return the parameters as nested dicts of arrays and QTensors, the tree of the Model."""

@@ -12,17 +12,17 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
-    DenseArchitecture,
     attention_biases,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     self_attention,
 )
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
-from jaxft.nn.layer_attention import Attend, LayerKind, uniform
+from jaxft.nn.layer_attention import Attend, Extras, LayerKind, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
@@ -51,7 +51,7 @@ class Olmo3Config(Olmo2Config):
 def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of an OLMo 2 config. options: remat and residual of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope)
-    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
@@ -59,7 +59,7 @@ def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
     specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
-    arch = DenseArchitecture(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
@@ -73,7 +73,7 @@ def _specs(c: Olmo2Config) -> dict[str, Any]:
     return specs
 
 
-def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
+def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Extras]:
     def norm(x: Array, weight: Array) -> Array:
         return rms_norm(x.reshape(*x.shape[:2], -1), weight, f.config.norm_eps, f.dtype).reshape(x.shape)
 
@@ -102,13 +102,13 @@ def postnorm_specs(c: DenseConfig) -> dict[str, Any]:
 def postnorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]],
-) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
     """Compute `h += norm(attention(h)); h += norm(mlp(h))`. norms: see self_attention."""
     c, keys = f.config, split_keys(key, 7)
-    o, extra = self_attention(c, p["attn"], h_BTD.astype(f.dtype), attend, keys[:4], norms)
+    o, extras = self_attention(c, p["attn"], h_BTD.astype(f.dtype), attend, keys[:4], norms)
     h_BTD = h_BTD + rms_norm(o, p["post_attn_norm"], c.norm_eps, h_BTD.dtype)
     down = constrain(gated_mlp(p["mlp"], h_BTD.astype(f.dtype), keys[4:]), "rows", "time", "act_width")
-    return h_BTD + rms_norm(down, p["post_mlp_norm"], c.norm_eps, h_BTD.dtype), extra
+    return h_BTD + rms_norm(down, p["post_mlp_norm"], c.norm_eps, h_BTD.dtype), extras
 
 
 _DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}

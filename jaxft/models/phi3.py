@@ -8,12 +8,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
-from jaxft.models.dense import DenseArchitecture, attention_output, dense_model, llama_specs, names_of
+from jaxft.models.dense import attention_output, dense_model, llama_specs, names_of, one_stack
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.fused_linear import fused_linear
-from jaxft.nn.layer_attention import Attend, uniform
+from jaxft.nn.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
 from jaxft.nn.param import ParamSpec, fan_in
 from jaxft.nn.rope import Rope
@@ -31,7 +31,7 @@ class Phi3Config(DenseConfig):
 def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a Phi-3 config. options: remat and residual of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope, config.window)
-    architecture = DenseArchitecture(specs, names_of(specs, _NAMES), _layer, attention)
+    architecture = one_stack(specs, names_of(specs, _NAMES), _layer, attention)
     return dense_model(config, architecture, dtype, **options)
 
 
@@ -57,25 +57,25 @@ _NAMES: WeightNames = {
 
 def _layer(
     f: ForwardOptions[Phi3Config], p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B T D"], Extras]:
     """Compute `h += attention(norm(h)); h += mlp(norm(h))` with fused projections."""
     c, keys = f.config, split_keys(key, 4)
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
-    o, extra = _attention(c, p["attn"], x, attend, keys[:2])
+    o, extras = _attention(c, p["attn"], x, attend, keys[:2])
     h_BTD = h_BTD + o.astype(h_BTD.dtype)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
     down = constrain(_mlp(c, p["mlp"], x, keys[2:]), "rows", "time", "act_width")
-    return h_BTD + down.astype(h_BTD.dtype), extra
+    return h_BTD + down.astype(h_BTD.dtype), extras
 
 
 def _attention(
     c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], attend: Attend, keys: Any
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B T D"], Extras]:
     heads, (B, T, _) = (c.heads, c.kv_heads, c.kv_heads), x_BTD.shape
     parts = fused_linear(x_BTD, p["qkv"], tuple(count * c.head_dim for count in heads), keys[0])
     q, k, v = (x.reshape(B, T, count, c.head_dim) for x, count in zip(parts, heads, strict=True))
-    o_BTHE, extra = attend(q, k, v)
-    return attention_output(p, o_BTHE, keys[1]), extra
+    o_BTHE, extras = attend(q, k, v)
+    return attention_output(p, o_BTHE, keys[1]), extras
 
 
 def _mlp(c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> Float[Array, "B T D"]:

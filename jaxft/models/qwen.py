@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
-    DenseArchitecture,
     attention_biases,
     dense_model,
     head_norms,
     llama_specs,
     names_of,
+    one_stack,
     prenorm_layer,
     qkv_biases,
 )
@@ -47,7 +47,7 @@ def qwen2(config: QwenConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -
     specs = llama_specs(config)
     specs["layers"]["attn"] |= qkv_biases(config)
     return dense_model(
-        config, DenseArchitecture(specs, names_of(specs), prenorm_layer, _attention(config)), dtype, **options
+        config, one_stack(specs, names_of(specs), prenorm_layer, _attention(config)), dtype, **options
     )
 
 
@@ -61,7 +61,7 @@ def qwen3(config: Qwen3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     if config.attention_bias:
         specs["layers"]["attn"] |= attention_biases(config)
     return dense_model(
-        config, DenseArchitecture(specs, names_of(specs), _qwen3_layer, _attention(config)), dtype, **options
+        config, one_stack(specs, names_of(specs), _qwen3_layer, _attention(config)), dtype, **options
     )
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
-    DenseArchitecture,
     dense_model,
     llama_specs,
     names_of,
+    one_stack,
     prenorm_layer,
     with_biases,
 )
@@ -41,7 +41,7 @@ class SmolLM3Config(DenseConfig):
 def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a SmolLM3 config. options: remat and residual of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
-    architecture = DenseArchitecture(specs, names_of(specs), prenorm_layer, _attention(config))
+    architecture = one_stack(specs, names_of(specs), prenorm_layer, _attention(config))
     return dense_model(config, architecture, dtype, **options)
 
 

@@ -1,12 +1,17 @@
-"""Caches of keys and values for generation: prompts once, and the tokens that each completion adds.
+"""Caches for generation: prompts once, and the tokens that each completion adds.
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
 completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
-cache only the last W of both (rounded up to a multiple of 64 if W is larger).
+cache only the last W of both (rounded up to a multiple of 64 if W is larger). Recurrent layers cache a state
+of each prompt and row.
+
+The caches of prompts and of rows are tuples with a part for each layer of the model's blocks (see scan.py),
+trees of Keys, and of other arrays [L, B, ...] where a layer is recurrent.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
-from jaxft.nn.bits import from_bits, to_bits
-from jaxft.nn.cached_attention import (
-    Keys,
-    KeysOfLayer,
-    RowGroups,
-    cached_attention,
-    chunk_attention,
-    joined_keys,
-)
+from jaxft.nn.cached_attention import Keys, RowGroups, cached_attention, chunk_attention, joined_keys
 from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
+from jaxft.nn.products import from_bits, to_bits
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
@@ -43,25 +41,33 @@ class LayerKeys:
     window: Keys | None
 
 
+CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its elements
+
+
 @struct
 class PromptKeys:
-    """The keys of prompts, and which of their slots [P, S] have a token. Prompts end in the last slot."""
+    """What is cached of prompts, and which of their slots [P, S] have a token. They end in the last slot."""
 
-    layers: LayerKeys
+    layers: CacheParts
     visible: Any
 
 
 @struct
 class Cache:
-    """The keys of P prompts and those of R completions of at most `new` tokens.
+    """What is cached of P prompts and of R completions of at most `new` tokens.
 
     rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
     row's keys in the same order whenever the row started.
     """
 
     prompts: PromptKeys
-    rows: LayerKeys
+    rows: CacheParts
     new: int = static()
+
+    def part(self, number: int) -> "Cache":
+        """Return the cache with one of its parts alone, without the tuples around it."""
+        prompts = replace(self.prompts, layers=self.prompts.layers[number])
+        return replace(self, prompts=prompts, rows=self.rows[number])
 
 
 @struct
@@ -153,7 +159,7 @@ def _scaled(x: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
     return jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), dtype), scale
 
 
-def prompt_keys(k: Array, v: Array, visible: Array, a: AttentionLayers) -> PromptKeys:
+def prompt_keys(k: Array, v: Array, a: AttentionLayers) -> LayerKeys:
     """Return the keys of left-padded prompts, from k [L, P, K, E, S] and v [L, P, K, S, E] as raw bits."""
     windowed = a.windowed
 
@@ -164,7 +170,12 @@ def prompt_keys(k: Array, v: Array, visible: Array, a: AttentionLayers) -> Promp
         start = 0 if keep is None else max(0, k.shape[4] - keep)
         return Keys(own_k[..., start:], own_v[:, :, :, start:])
 
-    return PromptKeys(LayerKeys(of(~windowed, None), of(windowed, row_slots(a.longest_window))), visible)
+    return LayerKeys(of(~windowed, None), of(windowed, row_slots(a.longest_window)))
+
+
+def is_keys(x: Any) -> bool:
+    """Whether a node of a cache's parts is one of Keys."""
+    return isinstance(x, Keys)
 
 
 def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
@@ -173,74 +184,65 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
     new: in the compute dtype.
     """
 
-    def put(old: Keys | None, fresh: Keys | None) -> Keys | None:
-        if old is None or fresh is None:
-            return None
-        fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
+    def put(old: Any, fresh: Any) -> Any:
+        if is_keys(old):
+            fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
         return jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), old, fresh)
 
-    layers = LayerKeys(
-        put(cache.prompts.layers.full, new.layers.full), put(cache.prompts.layers.window, new.layers.window)
-    )
+    layers = jax.tree.map(put, cache.prompts.layers, new.layers, is_leaf=is_keys)
     visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
     return replace(cache, prompts=PromptKeys(sharded(layers), visible))
 
 
 def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
-    """Return the keys of prompts padded on the left to the slots of `like`, as prompt_keys returns them for
-    longer prompts.
-    """
+    """Return the cache of prompts padded on the left to the slots of `like`, as it is of longer prompts."""
 
     def pad(x: Array, slots: int, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (slots - x.shape[axis], 0)
         return jnp.pad(x, widths)
 
-    def of(own: Keys | None, other: Keys | None) -> Keys | None:
-        if own is None or other is None:
-            return None
-        slots = other.k.shape[4]
-        return Keys(pad(own.k, slots, 4), pad(own.v, slots, 3))
+    def of(own: Any, other: Any) -> Any:
+        return Keys(pad(own.k, other.k.shape[4], 4), pad(own.v, other.k.shape[4], 3)) if is_keys(own) else own
 
-    layers = LayerKeys(of(keys.layers.full, like.layers.full), of(keys.layers.window, like.layers.window))
+    layers = jax.tree.map(of, keys.layers, like.layers, is_leaf=is_keys)
     return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
 
 
-def key_axes(layers: LayerKeys) -> LayerKeys:
-    """Return the logical axes of every array of the keys."""
+def cache_axes(layers: CacheParts) -> CacheParts:
+    """Return the logical axes of every array of a cache's parts."""
 
-    def of(keys: Keys | None) -> Keys | None:
-        if keys is None:
-            return None
-        scale = None if keys.k_scale is None else SCALE_AXES
+    def of(x: Any) -> Any:
+        if not is_keys(x):
+            return ("layers", "rows", *("head_dim",) * (len(x.shape) - 2))
+        scale = None if x.k_scale is None else SCALE_AXES
         return Keys(K_AXES, V_AXES, scale, scale)
 
-    return LayerKeys(of(layers.full), of(layers.window))
+    return jax.tree.map(of, layers, is_leaf=is_keys)
 
 
-def sharded(layers: LayerKeys) -> LayerKeys:
-    """Shard keys over rows and heads."""
-    return jax.tree.map(lambda x, axes: constrain(x, *axes), layers, key_axes(layers))
+def sharded(layers: CacheParts) -> CacheParts:
+    """Shard a cache's parts over rows and heads."""
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), layers, cache_axes(layers))
 
 
-def select_rows(layers: LayerKeys, rows: Array) -> LayerKeys:
-    """Return the keys of these rows (or prompts)."""
+def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
+    """Return what is cached of these rows (or prompts)."""
     return jax.tree.map(lambda x: x[:, rows], layers)
 
 
-def clear_values(layers: LayerKeys, rows: Array) -> LayerKeys:
+def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
     """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
 
-    def of(keys: Keys | None) -> Keys | None:
-        if keys is None:
-            return None
-        v, scale = (
-            None if x is None else x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
-            for x in (keys.v, keys.v_scale)
-        )
-        return Keys(keys.k, v, keys.k_scale, scale)
+    def cleared(x: Array) -> Array:
+        return x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
 
-    return LayerKeys(of(layers.full), of(layers.window))
+    def of(x: Any) -> Any:
+        if not is_keys(x):
+            return x
+        return replace(x, v=cleared(x.v), v_scale=jax.tree.map(cleared, x.v_scale))
+
+    return jax.tree.map(of, layers, is_leaf=is_keys)
 
 
 def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: Any = True) -> Keys:
@@ -254,9 +256,7 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
     layer = jnp.where(used, layer, layers).astype(counts.dtype)  # beyond the last, it is dropped
     at_R2 = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], -1)
 
-    def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
-        if old is None or x is None:
-            return None
+    def put(axis: int, old: Array, x: Array) -> Array:
         # rows are a batching dimension, so that each device of a mesh updates its own
         where = jax.lax.ScatterDimensionNumbers(
             update_window_dims=tuple(range(1, old.ndim - 2)),
@@ -270,10 +270,13 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
             old, at_R2, updates, where, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
         )
 
-    return Keys(
-        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
-        put(keys.v_scale, new.v_scale, 3),
-    )  # fmt: skip
+    return _map_slots(put, keys, new)
+
+
+def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
+    """Map `fn(axis of the slots, array, ...)` over the arrays of Keys."""
+    axes = Keys(4, 3) if keys.k_scale is None else Keys(4, 3, 3, 3)
+    return jax.tree.map(fn, axes, keys, *others)
 
 
 def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
@@ -296,16 +299,11 @@ def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
     stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
     at = jnp.where(stored, chunk.rows[:, None], rows)
 
-    def put(old: Array | None, x: Array | None, axis: int) -> Array | None:
-        if old is None or x is None:
-            return None
+    def put(axis: int, old: Array, x: Array) -> Array:
         index = (slice(None), at, *(slice(None),) * (axis - 2), slots)
         return old.at[index].set(jnp.moveaxis(x, (1, axis), (0, 1)), mode="drop")
 
-    return Keys(
-        put(keys.k, new.k, 4), put(keys.v, new.v, 3), put(keys.k_scale, new.k_scale, 3),
-        put(keys.v_scale, new.v_scale, 3),
-    )  # fmt: skip
+    return _map_slots(put, keys, new)
 
 
 @struct
@@ -374,18 +372,18 @@ def attend_chunk(
     of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
     of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
     of_chunk = counts + numbers(q.shape[1])
-    stored = joined_keys([prompts, rows, KeysOfLayer(k, v)])
+    stored = joined_keys([prompts, rows, Keys(k, v)])
     places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
     return chunk_attention(q, stored, (places, of_chunk), rule)
 
 
-def _layer_of(keys: Keys, index: Array, dtype: Any) -> KeysOfLayer:
+def _layer_of(keys: Keys, index: Array, dtype: Any) -> Keys:
     def of(x: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(x, index, 0, False)
 
     k, v = of(keys.k), of(keys.v)
     if keys.k_scale is None:
-        return KeysOfLayer(from_bits(k, dtype), from_bits(v, dtype))
+        return Keys(from_bits(k, dtype), from_bits(v, dtype))
     if k.dtype == jnp.uint8:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
-    return KeysOfLayer(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))
+    return Keys(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.nn.bits import concat_bits
 from jaxft.nn.flash_attention import MASKED, soft_capped
 from jaxft.nn.layer_attention import AttentionRule
-from jaxft.nn.products import wide_einsum
+from jaxft.nn.products import concat_bits, wide_einsum
 from jaxft.tree import struct
 
 
@@ -24,6 +23,8 @@ class Keys:
     """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
 
     As raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
+
+    Those of one layer, in attention, have no L and are in the compute dtype, to be multiplied by the scales.
     """
 
     k: Any
@@ -31,32 +32,20 @@ class Keys:
     k_scale: Any = None
     v_scale: Any = None
 
-
-@struct
-class KeysOfLayer:
-    """Keys [B, K, E, S] and values [B, K, S, E] of a layer in the compute dtype, to be multiplied by their
-    scales [B, K, S], if they have any.
-    """
-
-    k: Any
-    v: Any
-    k_scale: Any = None
-    v_scale: Any = None
-
-    def part(self, start: int, end: int) -> "KeysOfLayer":
-        """Return the slots from start to before end."""
+    def part(self, start: int, end: int) -> "Keys":
+        """Return the slots of a layer from start to before end."""
         scales = (None if x is None else x[:, :, start:end] for x in (self.k_scale, self.v_scale))
-        return KeysOfLayer(self.k[..., start:end], self.v[:, :, start:end], *scales)
+        return Keys(self.k[..., start:end], self.v[:, :, start:end], *scales)
 
-    def of_rows(self, rows: Array) -> "KeysOfLayer":
-        """Return the keys of these rows (or prompts)."""
+    def of_rows(self, rows: Array) -> "Keys":
+        """Return the keys of a layer of these rows (or prompts)."""
         return jax.tree.map(lambda x: x[rows], self)
 
 
-def joined_keys(parts: Sequence[KeysOfLayer]) -> KeysOfLayer:
+def joined_keys(parts: Sequence[Keys]) -> Keys:
     """Return keys with the slots of all parts. Parts without scales have scales of 1, if others have some."""
 
-    def scales(of: Callable[[KeysOfLayer], Any]) -> Any:
+    def scales(of: Callable[[Keys], Any]) -> Any:
         if all(of(x) is None for x in parts):
             return None
         ones = [jnp.ones((*x.k.shape[:2], x.k.shape[3]), jnp.float32) for x in parts]
@@ -64,7 +53,7 @@ def joined_keys(parts: Sequence[KeysOfLayer]) -> KeysOfLayer:
 
     k = concat_bits([x.k for x in parts], 3)
     v = concat_bits([x.v for x in parts], 2)
-    return KeysOfLayer(k, v, scales(lambda x: x.k_scale), scales(lambda x: x.v_scale))
+    return Keys(k, v, scales(lambda x: x.k_scale), scales(lambda x: x.v_scale))
 
 
 @struct
@@ -95,8 +84,8 @@ def equal_groups(prompts: int, group: int) -> RowGroups:
 
 def cached_attention(
     q_RHE: Float[Array, "R H E"],
-    prompts: tuple[KeysOfLayer, Bool[Array, "P g S"]],
-    rows: tuple[KeysOfLayer, Bool[Array, "R N"]],
+    prompts: tuple[Keys, Bool[Array, "P g S"]],
+    rows: tuple[Keys, Bool[Array, "R N"]],
     groups: RowGroups,
     softcap: float | None = None,
 ) -> Float[Array, "R H E"]:
@@ -139,7 +128,7 @@ QUERIES_PER_BLOCK = 64  # of a chunk whose scores exist at a time
 
 def chunk_attention(
     q_RCHE: Float[Array, "R C H E"],
-    keys: KeysOfLayer,
+    keys: Keys,
     at: tuple[Int[Array, "R S"], Int[Array, "R C"]],
     rule: AttentionRule,
 ) -> Float[Array, "R C H E"]:
@@ -179,13 +168,13 @@ def chunk_attention(
     return o.swapaxes(0, 1).reshape(R, count * QUERIES_PER_BLOCK, H, E)[:, :C]
 
 
-def _scores(s: Array, keys: KeysOfLayer, head_dim: int, softcap: float | None) -> Array:
+def _scores(s: Array, keys: Keys, head_dim: int, softcap: float | None) -> Array:
     """Return scores [B, K, M, S] scaled, and capped."""
     s = s * head_dim**-0.5
     return soft_capped(s if keys.k_scale is None else s * keys.k_scale[:, :, None].astype(s.dtype), softcap)
 
 
-def _weights(p: Array, keys: KeysOfLayer) -> Array:
+def _weights(p: Array, keys: Keys) -> Array:
     """Return probabilities [B, K, ..., S] times the scales of the values, in the values' dtype."""
     if keys.v_scale is not None:
         scale = keys.v_scale.astype(p.dtype)

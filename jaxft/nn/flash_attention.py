@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.nn.key_ranges import KeyRanges, overlaps, pad_queries, visible
-from jaxft.nn.products import accumulation_dtype, wide_einsum
+from jaxft.nn.products import accumulation_dtype, to_bits, wide_einsum
 
 MASKED = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
 
@@ -90,7 +90,7 @@ def flash_output(
     """
     (q, *_), (B, T, H, _), wide = qkv, qkv[0].shape, accumulation_dtype(qkv[0].dtype)
     blocks, ranges, block = _in_blocks(qkv, ranges, block)
-    o, lse_CKM = _forward(tuple(_bits(x) for x in blocks), ranges, (block, softcap), q.dtype, wide)
+    o, lse_CKM = _forward(tuple(map(to_bits, blocks)), ranges, (block, softcap), q.dtype, wide)
     C, K, M = lse_CKM.shape
     lse = lse_CKM.reshape(B, C // B, K, M // block, block).transpose(0, 2, 3, 1, 4)
     return _unblocked(o, q), lse.reshape(B, H, C // B * block)[:, :, :T]
@@ -115,8 +115,8 @@ def flash_gradients(
     extra, C = -T % block, -(-T // block)
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, extra)), constant_values=-MASKED)
     lse = lse.reshape(B, K, H // K, C, block).transpose(0, 3, 1, 2, 4).reshape(B * C, K, H // K * block)
-    o, do = (_bits(pad_time(_grouped(x, K), extra)) for x in (o, do))
-    blocks, wide = tuple(_bits(x) for x in blocks), accumulation_dtype(q.dtype)
+    o, do = (to_bits(pad_time(_grouped(x, K), extra)) for x in (o, do))
+    blocks, wide = tuple(map(to_bits, blocks)), accumulation_dtype(q.dtype)
     dq, dk, dv = _backward(blocks, ranges, (o, lse, do), (block, softcap), q.dtype, wide)
     return _unblocked(dq, q), dk[:, :S], dv[:, :S]
 
@@ -131,10 +131,6 @@ def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
 # G * N. The shapes follow from XLA:CPU: it runs 16-bit matmuls on its fast path only if no transpose can be
 # folded into their operands, so keys are transposed once outside the loops; and it widens every other 16-bit
 # operation to float32, whole loop-carried buffers included, so loops carry 16-bit floats as uint16.
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _floats(x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -191,7 +187,7 @@ def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: DTypeLike, transposed: boo
 def _storage(x_KME: jax.Array, N: int) -> jax.Array:
     """Invert _queries: [N, K, G, E], as bits."""
     K, M, E = x_KME.shape
-    return _bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
+    return to_bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
 
 
 def _forward(qkv, ranges, settings, dtype, out):
@@ -263,7 +259,7 @@ def _backward(qkv, ranges, results, settings, dtype, out):
 
     zeros = jnp.zeros((B * S // block, K, E, block), wide)
     (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(key_blocks.shape[0], dtype=jnp.int32))
-    dk, dv = (_bits(x.astype(out)).transpose(0, 3, 1, 2).reshape(B, S, K, E) for x in (dk, dv))
+    dk, dv = (to_bits(x.astype(out)).transpose(0, 3, 1, 2).reshape(B, S, K, E) for x in (dk, dv))
     return tuple(_floats(x, out) for x in (dq.reshape(B, T, K, G, E), dk, dv))
 
 
@@ -278,15 +274,15 @@ def _flash(qkv, ranges, settings):  # settings: block and soft cap
 
 def _flash_forward(qkv, ranges, settings):
     dtype = qkv[0].dtype
-    o, lse = _forward(tuple(_bits(x) for x in qkv), ranges, settings, dtype, dtype)
+    o, lse = _forward(tuple(map(to_bits, qkv)), ranges, settings, dtype, dtype)
     o, lse = checkpoint_name(o, "attn_out"), checkpoint_name(lse, "attn_lse")
     return _floats(o, dtype), (qkv, ranges, o, lse)
 
 
 def _flash_backward(settings, saved, do):
     qkv, ranges, o, lse = saved
-    results, dtype = (o, lse, _bits(do)), qkv[0].dtype
-    return _backward(tuple(_bits(x) for x in qkv), ranges, results, settings, dtype, dtype), None
+    results, dtype = (o, lse, to_bits(do)), qkv[0].dtype
+    return _backward(tuple(map(to_bits, qkv)), ranges, results, settings, dtype, dtype), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

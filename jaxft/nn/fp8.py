@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed.devices import has_fp8_matmuls
+from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import E4M3, e4m3
 
@@ -58,7 +58,7 @@ def forward(x: Float[Array, "*N I"], w: QTensor) -> Float[Array, "*N O"]:
 
 def input_gradient(g: Float[Array, "*N O"], w: QTensor) -> Float[Array, "*N I"]:
     """Return `g @ w^T` in float32 or wider, with the rows of `g * scale of w` rounded to GRADIENT."""
-    wide = g.astype(_wide(g.dtype))
+    wide = g.astype(accumulation_dtype(g.dtype))
     rounded, scale = round_rows(wide * _channel_scales(w, wide), GRADIENT)
     return _product(rounded, w, 1, g.dtype) * scale
 
@@ -73,7 +73,7 @@ def round_rows(x: Float[Array, "*N I"], dtype: DTypeLike) -> tuple[Array, Float[
 
     A row's largest magnitude becomes the largest number of the dtype. Rows with NaN or infinity become NaN.
     """
-    x = x.astype(_wide(x.dtype))
+    x = x.astype(accumulation_dtype(x.dtype))
     largest = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), SMALLEST)
     limit = float(jnp.finfo(dtype).max)
     return (x * (limit / largest)).astype(dtype), largest / limit
@@ -86,7 +86,7 @@ def _product(rounded: Array, w: QTensor, contracted: int, dtype: DTypeLike) -> A
     and, where the contracted axis is sharded, the bytes of its reduction; float16 has too small a range.
     Emulation multiplies the same numbers in bfloat16 or wider, which represents them exactly.
     """
-    wide, kept = _wide(dtype), jnp.dtype(dtype)
+    wide, kept = accumulation_dtype(dtype), jnp.dtype(dtype)
     kept = kept if kept == jnp.bfloat16 else wide
     dims = (((rounded.ndim - 1,), (contracted,)), ((), ()))
     if _on_device():
@@ -100,7 +100,3 @@ def _product(rounded: Array, w: QTensor, contracted: int, dtype: DTypeLike) -> A
         rounded.astype(exact), e4m3(codes).astype(exact), dims, preferred_element_type=wide
     )
     return product.astype(kept).astype(wide)
-
-
-def _wide(dtype: DTypeLike) -> Any:
-    return np.promote_types(dtype, np.float32)

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxft.distributed import sharding
 from jaxft.nn.lora import Adapted
-from jaxft.nn.matmul import GramProbe, Weight, linear
+from jaxft.nn.matmul import Weight, linear
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import decode_scales
+from jaxft.nn.taps import InputTap
 
 
 def fused_linear(
@@ -48,7 +49,7 @@ def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
         )
         spread = _spread(w.weight, widths, ways)
         return replace(w, weight=spread, b=order(w.b), magnitude=magnitude, gain=gain)
-    if isinstance(w, GramProbe):
+    if isinstance(w, InputTap):
         return replace(w, weight=_spread(w.weight, widths, ways))
     if not isinstance(w, QTensor):
         return order(w, inputs="width")

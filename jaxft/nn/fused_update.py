@@ -79,9 +79,8 @@ def put_layer(x: Any, layer: Any, i: Array) -> Any:
     return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
 
 
-def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> Float[Array, "..."]:
-    """Return `jax.lax.scan(body, h, (layers, more))[0]`; its backward pass recomputes each layer and updates
-    it.
+def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> tuple[Array, Any]:
+    """Return `jax.lax.scan(body, h, (layers, more))`; its backward pass recomputes each layer and updates it.
 
     The forward pass stores the layers' inputs. The backward pass carries parameters and state and updates
     them in place.
@@ -89,8 +88,8 @@ def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any
     c.calls.count += 1
     count = jax.tree.leaves(c.layers)[0].shape[0]
 
-    def one(h: Array, layer: Any, i: Array) -> Array:
-        return body(h, (tree.combine(c.pick(layer), layer_at(c.frozen, i)), layer_at(more, i)))[0]
+    def one(h: Array, layer: Any, i: Array) -> tuple[Array, Any]:
+        return body(h, (tree.combine(c.pick(layer), layer_at(c.frozen, i)), layer_at(more, i)))
 
     @jax.custom_vjp
     def through(h, layers, state, squares):
@@ -98,20 +97,21 @@ def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any
 
     def forward(h, layers, state, squares):
         def step(h, i):
-            return one(h, layer_at(layers, i), i), h
+            after, outputs = one(h, layer_at(layers, i), i)
+            return after, (outputs, h)
 
-        h, inputs = jax.lax.scan(step, h, jnp.arange(count))
-        return h, (layers, state, squares, inputs)
+        h, (outputs, inputs) = jax.lax.scan(step, h, jnp.arange(count))
+        return (h, outputs), (layers, state, squares, inputs)
 
-    def backward(saved, dh):
-        layers, state, squares, inputs = saved
+    def backward(saved, cotangents):
+        (dh, of_outputs), (layers, state, squares, inputs) = cotangents, saved
 
         def step(n, now):
             i = count - 1 - n
             dh, layers, state, squares = now
             layer = layer_at(layers, i)
             _, pull = jax.vjp(partial(one, i=i), layer_at(inputs, i), layer)
-            dh, grads = pull(dh)
+            dh, grads = pull((dh, layer_at(of_outputs, i)))
             norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(squares.dtype), grads))
             (layer, own), norm = c.update(grads, norm, (layer, layer_at(state, i)), i)
             return dh, put_layer(layers, layer, i), put_layer(state, own, i), squares + norm * norm

@@ -107,33 +107,26 @@ def kernel_errors(
     sample rows, and their length follows from its own (sample_length). rows: what they have. Runs on the
     first device of this process, or with mesh.context=parts on its first ones.
     """
-    with jax.set_mesh(make_mesh(MeshShape(1, context=parts), jax.local_devices()[:parts])):
-        q_BTHE = q_BTHE.update(shape=(2, sample_length(q_BTHE.shape[1], parts), *q_BTHE.shape[2:]))
-        return _kernel_errors(kernel, q_BTHE, kv_heads, rows, softcap)
-
-
-def _kernel_errors(
-    kernel: Kernel, q_BTHE: jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, softcap: float | None
-) -> tuple[float, float]:
-    tokens, heads, head_dim = q_BTHE.shape[1:]
-    ranges, real = rows_to_compare(rows, tokens)
-    rng = np.random.default_rng(0)
-    x = [
-        jnp.asarray(rng.standard_normal((2, tokens, n, head_dim), np.float32), q_BTHE.dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
-    ]
+    (_, length, heads, head_dim), dtype = q_BTHE.shape, q_BTHE.dtype
+    tokens, rng = sample_length(length, parts), np.random.default_rng(0)
 
     def results(kernel: Callable, x: Any) -> list[np.ndarray]:
         fn = jax.jit(partial(_results, kernel, softcap))
         return [np.asarray(a) for a in fn(ranges, x, jnp.asarray(real))]
 
-    with jax.default_matmul_precision("highest"):
-        exact = results(flash, [a.astype(jnp.float32) for a in x])
-    errors = [
-        max(_relative_error(a, b) for a, b in zip(results(fn, x), exact, strict=True))
-        for fn in (kernel, flash)
-    ]
-    least = ONE_ROUNDING if q_BTHE.dtype == jnp.bfloat16 else ONE_FINE_ROUNDING
+    with jax.set_mesh(make_mesh(MeshShape(1, context=parts), jax.local_devices()[:parts])):
+        ranges, real = rows_to_compare(rows, tokens)
+        x = [
+            jnp.asarray(rng.standard_normal((2, tokens, n, head_dim), np.float32), dtype)
+            for n in (heads, kv_heads, kv_heads, heads)
+        ]
+        with jax.default_matmul_precision("highest"):
+            exact = results(flash, [a.astype(jnp.float32) for a in x])
+        errors = [
+            max(_relative_error(a, b) for a, b in zip(results(fn, x), exact, strict=True))
+            for fn in (kernel, flash)
+        ]
+    least = ONE_ROUNDING if dtype == jnp.bfloat16 else ONE_FINE_ROUNDING
     return errors[0], max(4 * errors[1], least)  # vendors' kernels round intermediate values too
 
 

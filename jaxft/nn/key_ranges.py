@@ -9,6 +9,8 @@ responses share a prompt, the prompt (branch 0) comes first in its segment; then
 1, 2, ...), the tokens of each contiguous.
 """
 
+import functools
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +38,13 @@ class KeyRanges:
     own_end: Any
     prompt_start: Any = None
     prompt_end: Any = None
-    windowed: bool = static(default=False)
+    windowed: bool = static(default=False, kw_only=True)
+
+    @property
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Start and end of the own ranges and, if rows have branches, of the prompts'."""
+        own, prompts = (self.own_start, self.own_end), (self.prompt_start, self.prompt_end)
+        return [own] if self.prompt_start is None else [own, prompts]
 
 
 def key_ranges(segments: Int[Any, "B T"], branches: Int[Any, "B T"] | None = None) -> KeyRanges:
@@ -91,10 +99,8 @@ def within_window(ranges: KeyRanges, window: Any) -> KeyRanges:
 def visible(ranges: KeyRanges, keys: Int[Array, " S"]) -> Bool[Array, "..."]:
     """Return which of the keys at these storage positions each query sees: [..., T, S]."""
     keys = lax.broadcast_in_dim(keys, (1,) * ranges.own_start.ndim + keys.shape, (ranges.own_start.ndim,))
-    seen = (ranges.own_start[..., None] <= keys) & (keys < ranges.own_end[..., None])
-    if ranges.prompt_start is None:
-        return seen
-    return seen | ((ranges.prompt_start[..., None] <= keys) & (keys < ranges.prompt_end[..., None]))
+    seen = [(start[..., None] <= keys) & (keys < end[..., None]) for start, end in ranges.pairs]
+    return functools.reduce(operator.or_, seen)
 
 
 def overlaps(ranges: KeyRanges, count: int, size: int) -> Bool[Array, "..."]:
@@ -102,10 +108,8 @@ def overlaps(ranges: KeyRanges, count: int, size: int) -> Bool[Array, "..."]:
     ndim = ranges.own_start.ndim
     first = lax.broadcasted_iota(jnp.int32, (1,) * ndim + (count,), ndim) * np.int32(size)
     last = first + np.int32(size - 1)
-    found = (ranges.own_start[..., None] <= last) & (ranges.own_end[..., None] > first)
-    if ranges.prompt_start is None:
-        return found
-    return found | ((ranges.prompt_start[..., None] <= last) & (ranges.prompt_end[..., None] > first))
+    seen = [(start[..., None] <= last) & (end[..., None] > first) for start, end in ranges.pairs]
+    return functools.reduce(operator.or_, seen)
 
 
 def pad_queries(ranges: KeyRanges, extra: int) -> KeyRanges:
@@ -114,11 +118,10 @@ def pad_queries(ranges: KeyRanges, extra: int) -> KeyRanges:
         return ranges
 
     def pad(x: Any, value: Any) -> Any:
-        return None if x is None else jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
+        return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
 
-    starts = pad(ranges.own_start, NEVER), pad(ranges.prompt_start, NEVER)
-    ends = pad(ranges.own_end, 0), pad(ranges.prompt_end, 0)
-    return KeyRanges(starts[0], ends[0], starts[1], ends[1], ranges.windowed)
+    padded = [x for start, end in ranges.pairs for x in (pad(start, NEVER), pad(end, 0))]
+    return KeyRanges(*padded, windowed=ranges.windowed)
 
 
 def in_parts(ranges: KeyRanges, parts: tuple[tuple[Any, Any], tuple[Any, Any]]) -> KeyRanges:
@@ -130,10 +133,6 @@ def in_parts(ranges: KeyRanges, parts: tuple[tuple[Any, Any], tuple[Any, Any]]) 
     def before(at: Any) -> Any:  # keys of the block before a position of the row
         return sum(jnp.clip(at - start, 0, length) for start, length in parts)
 
-    own_start, own_end = before(ranges.own_start), before(ranges.own_end)
-    own_start, own_end = _if(own_start < own_end, own_start, own_end)
-    if ranges.prompt_start is None:
-        return replace(ranges, own_start=own_start, own_end=own_end)
-    start, end = before(ranges.prompt_start), before(ranges.prompt_end)
-    start, end = _if(start < end, start, end)
-    return KeyRanges(own_start, own_end, start, end, ranges.windowed)
+    inside = [(before(start), before(end)) for start, end in ranges.pairs]
+    arrays = [x for start, end in inside for x in _if(start < end, start, end)]
+    return KeyRanges(*arrays, windowed=ranges.windowed)

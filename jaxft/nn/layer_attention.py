@@ -1,8 +1,8 @@
 """Attention settings of a model's layers, which may differ between layers: rope, sliding window, soft cap."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,24 @@ from jaxft.nn.attention import (
 from jaxft.nn.key_ranges import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
-from jaxft.tree import Batch, static, struct
+from jaxft.tree import Batch, LayerOutputs, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 
 Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+class Extras(NamedTuple):
+    """What a layer returns in addition to the residual stream.
+
+    cached: what attention returned for a cache, see scan.Pass. outputs: values by name, which scans stack.
+    """
+
+    cached: Any = None
+    outputs: LayerOutputs = {}
+
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Extras]]
 
 
 @struct
@@ -60,20 +72,25 @@ class LayerKind:
 class AttentionLayers:
     """Attention settings of every layer of a model.
 
-    kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer. scale: factor on the scores
+    kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer, None for one without
+    attention. scale: factor on the scores
     q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and what overrides the choice of a kernel.
     """
 
     kinds: tuple[LayerKind, ...]
-    layout: tuple[int, ...]
+    layout: tuple[int | None, ...]
     head_dim: int
     scale: float | None = None
     settings: AttentionSettings = AttentionSettings()
 
+    def part(self, numbers: range) -> "AttentionLayers":
+        """Return the settings of some of these layers."""
+        return replace(self, layout=tuple(self.layout[i] for i in numbers))
+
     @property
     def windowed(self) -> np.ndarray:
         """Whether each layer has a window: bools [L]."""
-        return np.array([self.kinds[kind].window is not None for kind in self.layout])
+        return np.array([kind is not None and self.kinds[kind].window is not None for kind in self.layout])
 
     @property
     def longest_window(self) -> int:

@@ -12,11 +12,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
-from jaxft.nn.bits import from_bits, to_bits
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import chosen
 from jaxft.nn.matmul import Weight, batched_dot, gather_weight, linear, matmul
-from jaxft.nn.products import accumulation_dtype
+from jaxft.nn.products import accumulation_dtype, from_bits, to_bits
 from jaxft.nn.quant import QTensor, take_rows
 from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.tree import Params

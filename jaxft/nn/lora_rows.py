@@ -73,7 +73,7 @@ def specs_like(base: Specs, adapter: Params) -> Specs:
     def spec_of(path: str, leaf: Any) -> ParamSpec:
         above, _, name = path.rpartition("/")
         like = base_spec(specs, above)
-        return ParamSpec(tuple(leaf.shape), pair_axes(like)[name], full(0.0), like.heads)
+        return ParamSpec(tuple(leaf.shape), pair_axes(like)[name], full(0.0), like.heads, like.numbers)
 
     return tree.map_with_path(spec_of, adapter)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxft import tree
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
 from jaxft.nn.lora_patterns import is_listed, is_name, values_by_pattern
@@ -20,6 +21,7 @@ from jaxft.nn.param import (
     Specs,
     full,
     kaiming_uniform,
+    layer_numbers,
     lead_indices,
     lead_shape,
     normal,
@@ -56,7 +58,9 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
             "trains it in full; name it in one of them"
         )
     spec_of = {path: replaced.base_spec(base, path) for path in targets}
-    if settings.layers_to_transform is not None and not any(map(_layers, spec_of.values())):
+    _check_layers(settings, list(spec_of.values()))
+    numbers = settings.layers_to_transform
+    if numbers is not None and not any(map(layer_numbers, spec_of.values())):
         raise ValueError(
             f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
             "adapter.layers_to_transform=none"
@@ -68,7 +72,7 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
         for number, (at, name) in enumerate(
             zip(lead_indices(spec), module_names(path, spec, names), strict=True)
         )
-        if _is_selected(settings, spec, at.get("layers"))
+        if numbers is None or "layers" not in at or layer_numbers(spec)[at["layers"]] in numbers
     }
     setting = "adapter.exclude_modules"
     kept = {
@@ -117,22 +121,14 @@ def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleN
             )
 
 
-def _layers(spec: ParamSpec) -> int:
-    """The size of a parameter's layers axis, 0 if it has none."""
-    return dict(zip(spec.axes, spec.shape, strict=True)).get("layers", 0)
-
-
-def _is_selected(settings: Adapter, spec: ParamSpec, layer: int | None) -> bool:
-    """Whether layers_to_transform includes a layer of a kernel. Raises ValueError for numbers of no layer."""
-    numbers, count = settings.layers_to_transform, _layers(spec)
-    if numbers is None or layer is None:
-        return True
-    if not numbers or not all(0 <= number < count for number in numbers):
+def _check_layers(settings: Adapter, specs: Sequence[ParamSpec]) -> None:
+    """Raise ValueError for numbers of no layer in layers_to_transform."""
+    numbers, layers = settings.layers_to_transform, {n for spec in specs for n in layer_numbers(spec)}
+    if numbers is not None and layers and (not numbers or not layers.issuperset(numbers)):
         raise ValueError(
-            f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are 0 to {count - 1}; "
-            "name some of them, or none for all"
+            f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are {min(layers)} to "
+            f"{max(layers)}; name some of them, or none for all"
         )
-    return layer in numbers
 
 
 def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> list[str]:
@@ -182,13 +178,7 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
                 "or a score head is in its place); leave it out"
             )
         nodes |= replaced.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
-    out: dict[str, Any] = {}
-    for path, specs_of_node in nodes.items():
-        node = out
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node.update(specs_of_node)
-    return out
+    return tree.nested(nodes)
 
 
 def _pair_specs(
@@ -207,11 +197,11 @@ def _pair_specs(
     if min(ranks) < rank:
         start = _zero_beyond(start, ranks)
     axes = pair_axes(spec)
-    magnitude = ParamSpec((*lead, size_out), axes["magnitude"], full(0.0), spec.heads)
+    magnitude = ParamSpec((*lead, size_out), axes["magnitude"], full(0.0), spec.heads, spec.numbers)
     return {
-        "a": ParamSpec((*lead, size_in, rank), axes["a"], start, spec.heads),
-        "b": ParamSpec((*lead, rank, size_out), axes["b"], start_b, spec.heads),
-        "scale": ParamSpec(tuple(lead), axes["scale"], _constant(scales)),
+        "a": ParamSpec((*lead, size_in, rank), axes["a"], start, spec.heads, spec.numbers),
+        "b": ParamSpec((*lead, rank, size_out), axes["b"], start_b, spec.heads, spec.numbers),
+        "scale": ParamSpec(tuple(lead), axes["scale"], _constant(scales), None, spec.numbers),
         **({"magnitude": magnitude} if settings.dora else {}),
     }
 

@@ -12,15 +12,13 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
 from jaxft.nn import dora, fp8
-from jaxft.nn.bits import concat_bits
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import adapters_of_rows
-from jaxft.nn.products import accumulation_dtype, wide_dot
+from jaxft.nn.products import accumulation_dtype, concat_bits, wide_dot
 from jaxft.nn.quant import QTensor, dequantize, shardings_of
-from jaxft.nn.taps import InputTap, tapped
-from jaxft.tree import static, struct
+from jaxft.nn.taps import InputTap
 
-Weight = Any  # Array | QTensor | Adapted | GramProbe | InputTap
+Weight = Any  # Array | QTensor | Adapted | InputTap
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
@@ -67,7 +65,7 @@ def gather_layer(layer: Any, axes: Any) -> Any:
     Without this the partitioner gathers quantised weights after dequantising them. It handles plain weights.
     """
     return jax.tree.map(
-        gather_weight, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | GramProbe | InputTap)
+        gather_weight, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | InputTap)
     )
 
 
@@ -77,7 +75,7 @@ def gather_weight(w: Weight, axes: tuple[str, ...]) -> Weight:
         a = sharding.constrain(w.a, *lead, *w.over, ins, "rank")
         b = sharding.constrain(w.b, *lead, *w.over, "rank", outs)
         return replace(w, weight=gather_weight(w.weight, axes), a=a, b=b)
-    if isinstance(w, GramProbe | InputTap):
+    if isinstance(w, InputTap):
         return replace(w, weight=gather_weight(w.weight, axes))
     if not isinstance(w, QTensor):
         return w
@@ -276,48 +274,6 @@ def _loras_bwd(residuals, g):
 multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 
-@struct
-class GramProbe:
-    """A weight [I, O] that records its inputs x: the gradient of `moment` is the Gram matrix sum x x^T of the
-    inputs that the result depends on (no padding), or its rows from `first` on, as many as `moment` has.
-
-    With `counted` and `total`: of those that are counted, less their mean; the gradient of `total` is their
-    sum.
-    """
-
-    weight: Any
-    moment: Any  # float [N, I]
-    total: Any = None  # [I], of the dtype of `moment`, as the next
-    counted: Any = None  # [B, T]: 1 or 0
-    first: int = static(default=0)
-
-
-@jax.custom_vjp
-def probed_matmul(x: Float[Array, "... I"], probe: GramProbe) -> Float[Array, "... O"]:
-    """Return `x @ probe.weight`; the cotangents of the probe are its statistics of x."""
-    return matmul(x, probe.weight, False, False)
-
-
-def _probed_bwd(residuals, g):
-    x, probe = residuals
-    dx, dw = _matmul_bwd(False, False, (x, probe.weight), g)
-    if probe.counted is None:
-        used, total = jnp.where(jnp.any(g != 0, -1, keepdims=True), x, jnp.zeros((), x.dtype)), None
-    else:
-        weights, lead = probe.counted[..., None], tuple(range(x.ndim - 1))
-        wide = x.astype(weights.dtype) * weights
-        sums = jnp.sum(wide, lead, keepdims=True)
-        mean = sums / jnp.maximum(jnp.sum(weights), jnp.ones((), weights.dtype))
-        used, total = ((wide - mean) * weights).astype(x.dtype), jnp.squeeze(sums, lead)
-    some = jax.lax.slice_in_dim(used, probe.first, probe.first + probe.moment.shape[0], axis=-1)
-    return dx, replace(
-        probe, weight=dw, moment=outer(some, used, probe.moment.dtype), total=total, counted=None
-    )
-
-
-probed_matmul.defvjp(lambda x, probe: (probed_matmul(x, probe), (x, probe)), _probed_bwd)
-
-
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; the identity without a key or with rate 0."""
     if key is None or rate == 0.0:
@@ -334,9 +290,8 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     has adapter rows[i]. A `gain` is without dropout.
     """
     if isinstance(w, InputTap):
-        return linear(x, tapped(w, x), key)
-    if isinstance(w, GramProbe):
-        return probed_matmul(x, w)
+        w.tapped.inputs[w.name] = x
+        return linear(x, w.weight, key)
     if not isinstance(w, Adapted):
         return matmul(x, w, False, False)
     if w.rows is not None:

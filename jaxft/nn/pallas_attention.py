@@ -185,10 +185,7 @@ def _scores(q_ME: jax.Array, k_NE: jax.Array, seen_MN: jax.Array, scale: float, 
 
 
 def _seen(rows_RM: list[jax.Array], first_key: jax.Array, count: int) -> jax.Array:
-    own_start, own_end, *prompt = rows_RM
-    prompt_start, prompt_end = prompt or (None, None)
-    ranges = KeyRanges(own_start, own_end, prompt_start, prompt_end)
-    return visible(ranges, first_key + lax.iota(jnp.int32, count))
+    return visible(KeyRanges(*rows_RM), first_key + lax.iota(jnp.int32, count))
 
 
 def _key_blocks(visits_ref: Any, prompts: bool) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:

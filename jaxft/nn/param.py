@@ -55,13 +55,15 @@ class ParamSpec:
     """One parameter: its shape, a logical axis for each dimension (see sharding.AXES) and its initialiser.
 
     heads: number of heads along its "heads" or "kv_heads" axis; a mesh shards that axis between heads only.
-    For the outputs of fused projections: the number that tensor parallelism must divide.
+    For the outputs of fused projections: the number that tensor parallelism must divide. numbers: which
+    layers of the model are along its "layers" axis, see layer_numbers.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
     heads: int | None = None
+    numbers: range | None = None
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -110,6 +112,14 @@ def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:
 def is_spec(x: Any) -> bool:
     """Whether a node is a ParamSpec: the `is_leaf` of tree functions over specs."""
     return isinstance(x, ParamSpec)
+
+
+def layer_numbers(spec: ParamSpec) -> range:
+    """Return which layers of the model are along a parameter's "layers" axis: all of them, unless it is part
+    of one of several stacks. Empty without that axis.
+    """
+    sizes = dict(zip(spec.axes, spec.shape, strict=True))
+    return range(sizes.get("layers", 0)) if spec.numbers is None else spec.numbers
 
 
 def spec_paths(specs: Specs) -> dict[str, ParamSpec]:

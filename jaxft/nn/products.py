@@ -1,7 +1,9 @@
-"""Contractions that accumulate in float32 or wider, in the way that is fastest on the device."""
+"""Contractions that accumulate in float32 or wider, in the way that is fastest on the device; and 16-bit
+floats as raw bits, in which XLA's CPU compiler stacks and concatenates them without widening.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,3 +58,18 @@ def _widened(product: Callable[[Array, Array], Array], x: Array, y: Array) -> Ar
         return product(x.astype(jnp.float32), y.astype(jnp.float32))
 
     return jax.lax.platform_dependent(x, y, cpu=converted, default=product)
+
+
+def to_bits(x: Array) -> Array:
+    """Return 16-bit floats as uint16, others unchanged: XLA's CPU compiler widens stacked bfloat16 arrays."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: DTypeLike) -> Array:
+    """Invert to_bits."""
+    return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
+
+
+def concat_bits(parts: Sequence[Array], axis: int) -> Array:
+    """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
+    return from_bits(jnp.concatenate([to_bits(x) for x in parts], axis), parts[0].dtype)

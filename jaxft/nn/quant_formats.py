@@ -18,10 +18,8 @@ from jaxft.distributed.threads import map_in_threads
 
 Scales = tuple[Any, Any]  # float32 scales [..., N, 1, O], offsets alike or None
 
-SMALLEST, LARGEST = (
-    np.float32(2.0**-80),
-    np.float32(2.0**80),
-)  # smaller magnitudes become zero, larger ones are an error
+# Smaller magnitudes become zero, larger ones are an error.
+SMALLEST, LARGEST = np.float32(2.0**-80), np.float32(2.0**80)
 GROUP = 256  # quantised scales that share a scale
 
 # bitsandbytes' tables (Dettmers et al. 2023, arXiv:2305.14314). The levels of NF4 are quantiles of the normal
@@ -32,10 +30,8 @@ NF4 = np.array(
      0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
      1.0], np.float32,
 )  # fmt: skip
-FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(
-    12.0
-)  # by the lower three bits
-FP4 = np.concatenate([FP4, 0 - FP4])
+FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(12.0)
+FP4 = np.concatenate([FP4, 0 - FP4])  # by the lower three bits, then the sign
 NF4_BOUNDS = (NF4[:-1] + NF4[1:]) * np.float32(0.5)
 FP4_BOUNDS = np.array(
     [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32
@@ -246,9 +242,8 @@ def decode_scales(
     codes: UInt8[Array, "*L N O"], outer: Float[Array, "*L S"], mean: Any
 ) -> Float[Array, "*L N O"]:
     """Invert encode_scales."""
-    blocks, outs = codes.shape[
-        -2:
-    ]  # a repeat and a transpose of `outer` take XLA's CPU compiler twice as long
+    blocks, outs = codes.shape[-2:]
+    # a repeat and a transpose of `outer` take XLA's CPU compiler twice as long
     along = jax.lax.broadcasted_iota(jnp.int32, (blocks, outs), 1) * jnp.int32(blocks)
     group = (along + jax.lax.broadcasted_iota(jnp.int32, (blocks, outs), 0)) // jnp.int32(GROUP)
     each = jnp.asarray(outer).at[..., group].get(mode="promise_in_bounds")

@@ -1,44 +1,47 @@
-"""Taps on weights: they collect the inputs of linear layers while a function is traced."""
+"""Taps on weights: while a layer is traced they collect the inputs of its linear layers, which the layer's
+outputs may then contain.
+"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection
 from typing import Any
 
 from jaxtyping import Array, Float
 
-from jaxft.tree import static, struct
+from jaxft import tree
+from jaxft.nn.quant import is_qtensor
+from jaxft.tree import Params, static, struct
 
-Inputs = dict[str, Float[Array, "... I"]]
-_COLLECTED: ContextVar[Inputs | None] = ContextVar("inputs of tapped weights", default=None)
+
+class Tapped:
+    """What taps have collected of the layer that is traced."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Float[Array, "... I"]] = {}
+
+    def take(self) -> dict[str, Float[Array, "... I"]]:
+        """Return the inputs of the layer's tapped weights by the names of the taps, and forget them.
+
+        They are tracers: the function of the layer, or the `observe` of a scan over layers, has to call this
+        and to return what it computes from them.
+        """
+        taken, self.inputs = self.inputs, {}
+        return taken
 
 
 @struct
 class InputTap:
-    """A weight [I, O] whose input `collect_inputs` collects under `name`."""
+    """A weight [I, O] of which every matmul puts its input into `tapped` under `name`."""
 
     weight: Any
     name: str = static()
+    tapped: Tapped = static()
 
 
-@contextmanager
-def collect_inputs() -> Iterator[Inputs]:
-    """While this is entered, every matmul with an InputTap adds its input to the yielded dict, by name.
+def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
+    """Return parameters with taps, named by path, on the weights at `paths`, and what these collect."""
+    tapped = Tapped()
 
-    The inputs are tracers of the function that is traced: it has to return them, and must not run the matmul
-    inside a scan.
-    """
-    collected: Inputs = {}
-    token = _COLLECTED.set(collected)
-    try:
-        yield collected
-    finally:
-        _COLLECTED.reset(token)
+    def leaf(path: str, w: Any) -> Any:
+        return InputTap(w, path, tapped) if path in paths else w
 
-
-def tapped(w: InputTap, x: Float[Array, "... I"]) -> Any:
-    """Return the weight of a tap, whose input is x."""
-    collected = _COLLECTED.get()
-    if collected is not None:
-        collected[w.name] = x
-    return w.weight
+    return tree.map_with_path(leaf, params, is_leaf=is_qtensor), tapped

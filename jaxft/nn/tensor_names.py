@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.nn.param import ParamSpec, lead_axes
+from jaxft.nn.param import ParamSpec, layer_numbers, lead_axes
 
 HEAD_MODULE = "lm_head"
 NAME_FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number
@@ -48,7 +48,7 @@ def indexed_names(name: TensorName, spec: ParamSpec) -> dict[tuple[int, ...], st
     """
     axes = [axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in name.template]
     sizes = spec.shape[: len(axes)]
-    return {index: _filled(name.template, axes, index) for index in np.ndindex(*sizes)}
+    return {index: _filled(name.template, spec, axes, index) for index in np.ndindex(*sizes)}
 
 
 def module_names(path: str, spec: ParamSpec, names: WeightNames) -> list[ModuleNames]:
@@ -58,12 +58,15 @@ def module_names(path: str, spec: ParamSpec, names: WeightNames) -> list[ModuleN
     name, axes = tensor_name(path, names), list(lead_axes(spec))
     forms = dict.fromkeys((name.module, _path_name(path, "experts" in axes).template))
     return [
-        tuple(_filled(form, axes, index) for form in forms) for index in np.ndindex(*spec.shape[: len(axes)])
+        tuple(_filled(form, spec, axes, index) for form in forms)
+        for index in np.ndindex(*spec.shape[: len(axes)])
     ]
 
 
-def _filled(template: str, axes: list[str], index: tuple[int, ...]) -> str:
-    return template.format(**{NAME_FIELDS[axis]: number for axis, number in zip(axes, index, strict=True)})
+def _filled(template: str, spec: ParamSpec, axes: list[str], index: tuple[int, ...]) -> str:
+    at, numbers = dict(zip(axes, index, strict=True)), layer_numbers(spec)
+    at |= {"layers": numbers[at["layers"]]} if "layers" in at else {}
+    return template.format(**{NAME_FIELDS[axis]: number for axis, number in at.items()})
 
 
 def _path_name(path: str, experts: bool = False) -> TensorName:

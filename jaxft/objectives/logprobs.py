@@ -18,7 +18,7 @@ from jaxft.nn.param import ParamSpec, Specs, is_spec
 from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import LIKE_WEIGHT
 from jaxft.objectives.target_loss import CROSS_ENTROPY, TargetLoss
-from jaxft.tree import Params, struct
+from jaxft.tree import LayerOutputs, Params, struct
 
 Graded = tuple[Literal["logp", "entropy", "lse", "mean_logit"], ...]  # fields of LogProbs with a gradient
 Axes = tuple[tuple[str, ...], ...]  # logical axes of each leaf
@@ -34,8 +34,8 @@ class LanguageModel(Protocol):
         """ParamSpec tree of all parameters."""
 
     @property
-    def hidden(self) -> Callable[..., Array]:
-        """`hidden(params, tokens, key=None, neftune=0.0) -> [B, T, D]`, after the final norm."""
+    def hidden(self) -> Callable[..., tuple[Array, LayerOutputs]]:
+        """`hidden(params, tokens, key=None, neftune=0.0) -> (h [B, T, D] after the final norm, outputs)`."""
 
     @property
     def head(self) -> Callable[[Any], Any]:

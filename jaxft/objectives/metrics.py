@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxft.tree import Metrics, struct
+from jaxft.nn.scan import LayerMean
+from jaxft.tree import LayerOutputs, Metrics, static, struct
 
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
@@ -74,6 +75,21 @@ class PerRow:
         """Return the values of the rows whose weight is above 0."""
         w = weights.astype(values.dtype)
         return PerRow(jnp.where(w > 0, values, 0).ravel(), w.ravel())
+
+
+@struct
+class PerLayer:
+    """A Sum for each layer of a model, [L]; logged as NAME/0, NAME/1, ... by the numbers of the layers."""
+
+    total: Stored
+    weight: Stored
+    numbers: tuple[int, ...] = static()
+
+    def layers(self, name: str) -> "dict[str, Sum]":
+        """Return the layers' Sums by the names that they are logged with."""
+        digits, weight = len(str(max(self.numbers))), np.broadcast_to(self.weight, self.total.shape)
+        sums = zip(self.numbers, self.total, weight, strict=True)
+        return {f"{name}/{number:0{digits}d}": Sum(total, own) for number, total, own in sums}
 
 
 @struct
@@ -188,8 +204,19 @@ def losses_by_source(
     }
 
 
-SUMS = (Sum, WinRate, Correlation, LabelNoise)  # added element by element
-Metric = Sum | WinRate | PerRow | Max | Min | Correlation | LabelNoise
+def by_row(outputs: LayerOutputs) -> LayerOutputs:
+    """Return the outputs of a model's layers [L, B, ...] as [B, L, ...], as objectives' outputs have them."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), outputs)
+
+
+def layer_metrics(outputs: LayerOutputs) -> Metrics:
+    """Return the means over rows that layers report (LayerMean, by row) as metrics."""
+    means = {name: x for name, x in outputs.items() if isinstance(x, LayerMean)}
+    return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0), x.numbers) for name, x in means.items()}
+
+
+SUMS = (Sum, PerLayer, WinRate, Correlation, LabelNoise)  # added element by element
+Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | LabelNoise
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -224,6 +251,14 @@ def neutral(like: Metrics) -> Metrics:
     return {name: neutral_of(m) for name, m in like.items()}
 
 
+def by_layer(metrics: Metrics) -> Metrics:
+    """Replace each PerLayer by a Sum for each layer, on the host."""
+    out: Metrics = {}
+    for name, m in metrics.items():
+        out |= m.layers(name) if isinstance(m, PerLayer) else {name: m}
+    return out
+
+
 def as_ties(metrics: Metrics) -> Metrics:
     """Return metrics of pairs of which all are ties: how their margins differ is rounding."""
 
@@ -242,7 +277,7 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
     A mean over nothing, and an accuracy of ties alone, is left out.
     """
     out = {}
-    for name, m in jax.device_get(metrics).items():
+    for name, m in by_layer(jax.device_get(metrics)).items():
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
@@ -302,7 +337,7 @@ def to_json(metrics: Metrics) -> dict[str, list[Any]]:
 
 def from_json(stored: dict[str, list[Any]]) -> Metrics:
     """Return metrics from JSON, as float64 arrays on the host."""
-    kinds = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
     return {
         name: kinds[kind](*(np.asarray(x, np.float64) for x in arrays))
         for name, (kind, *arrays) in stored.items()

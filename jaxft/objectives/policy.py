@@ -6,7 +6,7 @@ weights of rl/.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
 import chex
@@ -19,7 +19,7 @@ from jaxft.objectives.alarms import rollout_alarms
 from jaxft.objectives.critic import VALUE_LOSS, Critic, critic_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
 from jaxft.objectives.logprobs import Graded, LanguageModel
-from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Max, Min, Sum
+from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Max, Min, Sum, by_row, layer_metrics
 from jaxft.objectives.numerics import require
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import loss_name
@@ -27,7 +27,7 @@ from jaxft.objectives.policy_losses import PolicyBatch, PolicyLoss
 from jaxft.objectives.preference import reference_params
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, Metrics, Params, struct
+from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
 POLICY_LOSS, APPROX_KL = "loss/policy_avg", "policy/approxkl_avg"
 KL_PER_COMPLETION = "kl_per_completion"
@@ -49,6 +49,7 @@ class Outputs:
     entropy: Float[Array, "B M"]
     values: Float[Array, "B M"] | None
     batch: Rollout
+    layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
 
 
 def policy(
@@ -82,14 +83,15 @@ def policy(
 
     def forward(params: Params, batch: Rollout, key: Array | None, aux: Aux) -> Outputs:
         # Without dropout, so that log-probs are comparable with those at sampling (TRL's disable_dropout).
-        h = model.hidden(params, batch, None)
+        h, layers = model.hidden(params, batch)
         reads = batch.read, batch.targets
         lp = read_logps(tempered, params, h, reads, graded, batch.lengths.shape[1])
         values = None if critic is None else critic.values(params, batch, h).astype(lp.logp.dtype)
-        return Outputs(lp.logp, lp.entropy, values, without_fields(batch, UNUSED))
+        return Outputs(lp.logp, lp.entropy, values, without_fields(batch, UNUSED), by_row(layers))
 
     def total_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         value, metrics = _policy_terms(loss, penalty, entropy, outputs, aux)
+        metrics |= layer_metrics(outputs.layers)
         if critic is not None:
             # PPO's names in TRL
             metrics |= {
@@ -215,7 +217,7 @@ def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
 
 
 def _logps(model: LanguageModel, params: Params, batch: Rollout) -> Float[Array, "B M"]:
-    h = model.hidden(params, batch, None)
+    h, _ = model.hidden(params, batch)
     return read_logps(
         model, params, h, (batch.read, batch.targets), max_responses=batch.lengths.shape[1]
     ).logp

@@ -6,7 +6,7 @@ exact.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from jaxft.nn.lora import INITIAL_ADAPTER
 from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import LanguageModel, LogProbs
-from jaxft.objectives.metrics import Sum, mean_losses
+from jaxft.objectives.metrics import Sum, by_row, layer_metrics, mean_losses
 from jaxft.objectives.objective import Facts, Objective, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
@@ -44,7 +44,7 @@ from jaxft.objectives.preference_metrics import (
 )
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, Metrics, Params, struct
+from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
 UNUSED = (
     "ids",
@@ -93,6 +93,7 @@ class Outputs:
     top1: Float[Array, "B M"]
     mean_logit: Float[Array, "B M"]
     batch: Pairs
+    layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
 
 
 def implicit_reward(response: Response) -> Float[Array, "B P"]:
@@ -141,25 +142,27 @@ def preference(
     ema = reference if isinstance(reference, EMAReference) else None
     kind: ReferenceKind = "moving" if isinstance(reference, EMAReference) else reference or "none"
 
-    def logprobs(params: Params, batch: Pairs, key: Array | None) -> LogProbs:
-        h = model.hidden(params, batch, key)
-        return read_logps(model, params, h, (batch.read, batch.targets))
+    def logprobs(params: Params, batch: Pairs, key: Array | None) -> tuple[LogProbs, LayerOutputs]:
+        h, layers = model.hidden(params, batch, key)
+        return read_logps(model, params, h, (batch.read, batch.targets)), layers
 
     def reference_logps(params: Params, batch: Pairs, aux: Aux) -> Array:
         frozen = jax.lax.stop_gradient(reference_params(params, aux))
-        return logprobs(frozen, batch, None).logp
+        return logprobs(frozen, batch, None)[0].logp
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
-        lp = _without_padding(batch, logprobs(params, batch, key))
+        lp, layers = logprobs(params, batch, key)
+        lp = _without_padding(batch, lp)
         reference_logp = None
         if kind == "precomputed":
             reference_logp = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
         elif kind != "none":
             reference_logp = _without_padding(batch, reference_logps(params, batch, aux))
         constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
-        return Outputs(lp.logp, *jax.lax.stop_gradient(constants), without_fields(batch, UNUSED))
+        constants = jax.lax.stop_gradient(constants)
+        return Outputs(lp.logp, *constants, without_fields(batch, UNUSED), by_row(layers))
 
-    def pair_loss(outputs: Outputs, aux: Aux, by_row: bool = False) -> tuple[Array, Metrics]:
+    def pair_loss(outputs: Outputs, aux: Aux, with_rows: bool = False) -> tuple[Array, Metrics]:
         pair = pair_batch(outputs.batch, outputs.logp, outputs.log_sum_p2, outputs.reference)
         state = aux.get("loss", {})
         values = _checked_values(loss, pair, state)
@@ -173,7 +176,8 @@ def preference(
             **mean_losses(values, pair.weight, outputs.batch.sources, outputs.batch.source_names),
             **pair_metrics(pair, scaled_reward),
             **pair_token_metrics(pair, outputs.mean_logit, outputs.entropy, outputs.top1),
-            **(pair_values(pair, values, scaled_reward) if by_row else {}),
+            **layer_metrics(outputs.layers),
+            **(pair_values(pair, values, scaled_reward) if with_rows else {}),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
         if outputs.reference is not None:
@@ -183,7 +187,7 @@ def preference(
 
     def eval_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         state = {"loss": declared.eval_state(aux["loss"])} if declared.init else {}
-        return pair_loss(outputs, {**aux, **state}, by_row=True)
+        return pair_loss(outputs, {**aux, **state}, with_rows=True)
 
     def init(trainable: Params, at_base: bool) -> Aux:
         start = _moving_reference(ema, trainable) if ema else _reference_copy(kind, trainable, at_base)
@@ -197,7 +201,7 @@ def preference(
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
         reference_logp = reference_logps(params, batch, aux) if kind in ("start", "moving") else None
-        return Scores(logprobs(params, batch, None).logp, reference_logp)
+        return Scores(logprobs(params, batch, None)[0].logp, reference_logp)
 
     implicit_beta = beta if reference is not None and reward is implicit_reward else None
     return Objective(

@@ -1,6 +1,7 @@
 """Reward models: a scalar head learns to score the better of two responses higher (Bradley & Terry 1952)."""
 
 from collections.abc import Callable
+from dataclasses import field
 from functools import partial
 
 import jax
@@ -34,12 +35,14 @@ from jaxft.objectives.metrics import (
     PerRow,
     Sum,
     WinRate,
+    by_row,
+    layer_metrics,
     mean_losses,
 )
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
 from jaxft.objectives.read_positions import read_scores
-from jaxft.tree import Aux, Metrics, Params, struct
+from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
 Rewards = Float[Array, "B P"]  # one per pair
 
@@ -69,6 +72,7 @@ class Outputs:
     chosen: Rewards
     rejected: Rewards
     batch: Pairs
+    layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
 
 
 def reward(
@@ -92,22 +96,23 @@ def reward(
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
         # All responses go through the model together; each is scored at its last token.
         B, P, A = batch.last.shape
-        h = model.hidden(params, batch, key)
+        h, layers = model.hidden(params, batch, key)
         r_BPA = read_scores(model, params, h, batch.last.reshape(B, P * A)).reshape(B, P, A)
         chosen, rejected = (r_BPA[..., batch.kinds.index(kind)] for kind in ("chosen", "rejected"))
-        return Outputs(chosen, rejected, without_fields(batch, UNUSED))
+        return Outputs(chosen, rejected, without_fields(batch, UNUSED), by_row(layers))
 
-    def reward_loss(outputs: Outputs, aux: Aux, by_row: bool = False) -> tuple[Array, Metrics]:
+    def reward_loss(outputs: Outputs, aux: Aux, with_rows: bool = False) -> tuple[Array, Metrics]:
         chosen, rejected, dtype = outputs.chosen, outputs.rejected, outputs.chosen.dtype
         weight = outputs.batch.pair_weights.astype(dtype)
         ahead = jnp.zeros((), dtype) if margin is None else _column(outputs.batch, margin).astype(dtype)
         values = loss(chosen, rejected, ahead) + center * jnp.square(chosen + rejected)
         value = jnp.sum(jnp.where(weight > 0, weight * values, 0))
         losses = mean_losses(values, weight, outputs.batch.sources, outputs.batch.source_names)
-        rows = _values(outputs, values) if by_row else {}
-        return value, jax.lax.stop_gradient({**losses, **_metrics(outputs), **rows})
+        rows = _values(outputs, values) if with_rows else {}
+        metrics = {**losses, **_metrics(outputs), **layer_metrics(outputs.layers), **rows}
+        return value, jax.lax.stop_gradient(metrics)
 
-    eval_loss = partial(reward_loss, by_row=True)
+    eval_loss = partial(reward_loss, with_rows=True)
     return Objective(forward, reward_loss, eval_loss=eval_loss, report=Report(reward_alarms, reward_summary))
 
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: weighted cross-entropy of the target tokens, and its variants."""
 
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -8,11 +9,21 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs
-from jaxft.objectives.metrics import ENTROPY, LOSS, ROWS, TOKEN_ACCURACY, PerRow, Sum, losses_by_source
+from jaxft.objectives.metrics import (
+    ENTROPY,
+    LOSS,
+    ROWS,
+    TOKEN_ACCURACY,
+    PerRow,
+    Sum,
+    by_row,
+    layer_metrics,
+    losses_by_source,
+)
 from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_loss
 from jaxft.objectives.target_loss import TargetLoss
-from jaxft.tree import Aux, Metrics, Params, static, struct
+from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 
 NLL = "nll_loss"
 
@@ -31,6 +42,7 @@ class Outputs:
     sources: Int[Any, "B M"] | None = None
     lse: Float[Array, "B M"] | None = None
     mean_logit: Float[Array, "B M"] | None = None
+    layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
     source_names: tuple[str, ...] = static(default=())
     row_length: int = static(default=0)
 
@@ -62,12 +74,10 @@ def sft(
     graded = _graded(token_loss)
     noise = {"neftune": neftune} if neftune else {}
 
-    def logprobs(params: Params, batch: Tokens, key: Array | None) -> LogProbs:
-        h = model.hidden(params, batch, key, **noise)
-        return read_logps(model, params, h, (batch.read, batch.targets), graded)
-
     def forward(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> Outputs:
-        return _outputs(logprobs(params, batch, key), batch, graded)
+        h, layers = model.hidden(params, batch, key, **noise)
+        lp = read_logps(model, params, h, (batch.read, batch.targets), graded)
+        return _outputs(lp, layers, batch, graded)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         value = jnp.sum(outputs.weight * token_loss.value(outputs))
@@ -77,21 +87,24 @@ def sft(
         value = -jnp.sum(outputs.weight * outputs.logp)
         return value, {**_metrics(value, outputs, TargetLoss()), **_example_losses(outputs)}
 
-    def one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
+    def total_loss(params: Params, batch: Tokens, key: Array | None) -> tuple[Array, Outputs]:
         # The weights are known beforehand, so the head's gradient is computed while a chunk's logits are in
         # memory.
-        reads, h = (batch.read, batch.targets, batch.token_weights), model.hidden(params, batch, key, **noise)
+        h, layers = model.hidden(params, batch, key, **noise)
+        reads = batch.read, batch.targets, batch.token_weights
         total, lp = weighted_read_loss(model, params, h, reads, token_loss)
-        return total, _metrics(total, _outputs(lp, batch, ()), token_loss)
+        return total, _outputs(lp, layers, batch, ())
+
+    def one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
+        total, outputs = total_loss(params, batch, key)
+        return total, _metrics(total, outputs, token_loss)
 
     def eval_one_pass(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> tuple[Array, Metrics]:
-        reads, h = (batch.read, batch.targets, batch.token_weights), model.hidden(params, batch, key, **noise)
-        total, lp = weighted_read_loss(model, params, h, reads, token_loss)
-        outputs = _outputs(lp, batch, ())
+        total, outputs = total_loss(params, batch, key)
         return total, {**_metrics(total, outputs, token_loss), **_example_losses(outputs)}
 
     def score(params: Params, batch: Tokens, aux: Aux) -> Scores:
-        return Scores(logprobs(params, batch, None).logp)
+        return Scores(forward(params, batch, None, aux).logp)
 
     return Objective(
         forward,
@@ -111,7 +124,7 @@ def _graded(loss: TargetLoss) -> Graded:
     return ("logp", "lse") if loss.z_loss else ("logp",)
 
 
-def _outputs(lp: LogProbs, batch: Tokens, graded: Graded) -> Outputs:
+def _outputs(lp: LogProbs, layers: LayerOutputs, batch: Tokens, graded: Graded) -> Outputs:
     without_gradient = jax.lax.stop_gradient((lp.entropy, lp.top1, batch.token_weights.astype(lp.logp.dtype)))
     return Outputs(
         lp.logp,
@@ -120,6 +133,7 @@ def _outputs(lp: LogProbs, batch: Tokens, graded: Graded) -> Outputs:
         sources=batch.sources,
         lse=lp.lse if "lse" in graded else None,
         mean_logit=lp.mean_logit if "mean_logit" in graded else None,
+        layers=by_row(layers),
         source_names=batch.source_names,
         row_length=batch.ids.shape[1],
     )
@@ -133,6 +147,7 @@ def _metrics(loss: Array, outputs: Outputs, token_loss: TargetLoss) -> Metrics:
         LOSS: Sum(loss, jnp.sum(weight)),
         ENTROPY: Sum(jnp.sum(trained * outputs.entropy), count),
         TOKEN_ACCURACY: Sum(jnp.sum(trained * outputs.top1), count),
+        **layer_metrics(outputs.layers),
         **losses_by_source(-outputs.logp, outputs.weight, outputs.sources, outputs.source_names),
     }
     if not token_loss.is_plain:

@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
+from jaxft.nn.fused_update import layer_at, put_layer
 from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
+from jaxft.optim.transforms import stack_of
 from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
 from jaxft.tree import Grads, Mask, OptState, Params
 
@@ -26,14 +28,16 @@ PIECE = 1 << 24  # maximum number of elements of such a block
 class LayerParts(NamedTuple):
     """A layerwise update in two parts, for a backward pass that updates a layer once its gradient exists.
 
-    split(tree): (leaves with a layers axis, other leaves), None on the other side. update_layer(grads,
-    opt_state, params, info): update one layer; layer i rounds with `fold_in(layers_key(key), i)`.
+    split(tree): ([leaves of each stack of layers], other leaves), None on the other sides. states(layers):
+    the optimizer state of each stack. update_layer(grads, opt_state, params, info): update one layer; layer i
+    of stack n rounds with `fold_in(layers_key(key, n), i)`.
     update_rest(grads, opt_state, params, info): update the other leaves; the stacked ones and their state are
     None in its result. check_layer, check_rest: `stays_finite` of these updates.
     """
 
-    split: Callable[[Params], tuple[Params, Params]]
-    layers_key: Callable[[Key[Array, ""] | None], Key[Array, ""] | None]
+    split: Callable[[Params], tuple[list[Params], Params]]
+    states: Callable[[OptState], list[OptState]]
+    layers_key: Callable[[Key[Array, ""] | None, int], Key[Array, ""] | None]
     update_layer: Callable[[Grads, OptState, Params, StepInfo], Updated]
     update_rest: Callable[[Grads, OptState, Params, StepInfo], Updated]
     check_layer: UpdateCheck
@@ -41,8 +45,8 @@ class LayerParts(NamedTuple):
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of the stacked leaves, of the other leaves, and of each
-    large matrix.
+    """Optimizer states of a layerwise optimizer: of the stacked leaves (see joined_states), of the other
+    leaves, and of each large matrix.
     """
 
     layers: OptState
@@ -54,11 +58,11 @@ class LayerwiseState(NamedTuple):
 class LayerGroups:
     """Which trainable leaves a layerwise optimizer updates together.
 
-    stacked: mask of the leaves with a layers axis. large: paths of matrices without a layers axis that are
-    updated in blocks of rows.
+    stacks: a mask of the leaves of each stack of layers. large: paths of matrices without a layers axis that
+    are updated in blocks of rows.
     """
 
-    stacked: Mask
+    stacks: tuple[Mask, ...]
     large: tuple[str, ...]
 
 
@@ -66,28 +70,28 @@ def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
     """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated
     separately.
     """
-    stacked = jax.tree.map(lambda s: "layers" in s.axes, specs, is_leaf=is_spec)
     large = [
         path
         for path, s in spec_paths(specs).items()
         if rowwise and kernel(s) and not lead_axes(s) and math.prod(s.shape) >= LARGE
     ]
-    return LayerGroups(stacked, tuple(large))
+    return LayerGroups(_stack_masks(specs), tuple(large))
 
 
 def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
     """Return the optimizer state of each group; that of stacked leaves is stacked too."""
-    any_layers = any(jax.tree.leaves(groups.stacked))
     if not jax.tree.leaves(
         params
     ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
         state = transform.init(params)
-        return LayerwiseState(state if any_layers else None, state, (state,) * len(groups.large))
-    layers, rest, large = _split(groups, params)
-    state = jax.vmap(transform.init)(layers) if any_layers else None
-    return LayerwiseState(state, transform.init(rest), tuple(map(transform.init, large)))
+        return LayerwiseState(
+            joined_states([state] * len(groups.stacks)), state, (state,) * len(groups.large)
+        )
+    stacks, rest, large = _split(groups, params)
+    states = joined_states([jax.vmap(transform.init)(layers) for layers in stacks])
+    return LayerwiseState(states, transform.init(rest), tuple(map(transform.init, large)))
 
 
 def update_layerwise(
@@ -95,23 +99,27 @@ def update_layerwise(
 ) -> Updated:
     """Return (parameters, optimizer state) after updating the other leaves, then the layers one by one."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
-    layers, state = parts.split(params)[0], opt_state.layers
-    if state is not None:
-        update = partial(_update_piece, parts.update_layer, info)
-        layer_grads, key = parts.split(grads)[0], parts.layers_key(info.key)
-        layers, state = _piece_by_piece(update, layer_grads, (layers, state), key)
-    return tree.combine(layers, rest), rest_state._replace(layers=state)
+    update, states = partial(_update_piece, parts.update_layer, info), list[OptState]()
+    stacks = zip(parts.split(grads)[0], parts.split(params)[0], parts.states(opt_state.layers), strict=True)
+    for number, (layer_grads, *before) in enumerate(stacks):
+        key = parts.layers_key(info.key, number)
+        layers, state = _piece_by_piece(update, layer_grads, tuple(before), key)
+        rest, states = tree.combine(layers, rest), [*states, state]
+    return rest, rest_state._replace(layers=joined_states(states))
 
 
 def layers_stay_finite(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Bool[Array, ""]:
     """`stays_finite` of update_layerwise: of the rest and of the layers one by one."""
-    fine = parts.check_rest(grads, opt_state, params, info)
-    if opt_state.layers is None:
-        return fine
-    layers = parts.split(grads)[0], opt_state.layers, parts.split(params)[0]
-    return _all_pieces(partial(_check_piece, parts.check_layer, info), layers, fine)
+    fine, check = (
+        parts.check_rest(grads, opt_state, params, info),
+        partial(_check_piece, parts.check_layer, info),
+    )
+    states = parts.states(opt_state.layers)
+    for layers in zip(parts.split(grads)[0], states, parts.split(params)[0], strict=True):
+        fine = _all_pieces(check, layers, fine)
+    return fine
 
 
 def update_rest(
@@ -162,14 +170,13 @@ def check_rest(
 def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups) -> LayerParts:
     """Build a layerwise update from an optax transformation, which is applied to one layer at a time."""
 
-    def split(x: Params) -> tuple[Params, Params]:
-        return tree.partition(x, groups.stacked)
-
-    def layers_key(key: Key[Array, ""] | None) -> Key[Array, ""] | None:
-        return None if key is None else jax.random.fold_in(key, 0)
+    def layers_key(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
+        first = None if key is None else jax.random.fold_in(key, 0)
+        return jax.random.fold_in(first, 2**31 + number) if first is not None and number else first
 
     return LayerParts(
-        split,
+        partial(_split_stacks, masks=groups.stacks),
+        partial(_states_of_stacks, masks=groups.stacks),
         layers_key,
         partial(guarded_update, transform),
         partial(update_rest, transform, groups),
@@ -183,21 +190,47 @@ def no_layer_parts(
 ) -> LayerParts:
     """Build the parts of an update of all leaves at once: no leaf counts as stacked."""
 
-    def split(x: Params) -> tuple[Params, Params]:
-        return jax.tree.map(lambda _: None, x), x
-
-    return LayerParts(split, lambda key: key, update, update, check, check)
+    return LayerParts(lambda x: ([], x), lambda _: [], lambda key, _: key, update, update, check, check)
 
 
-def _split(groups: LayerGroups, x: Any) -> tuple[Any, Any, list[Any]]:
-    """Split a tree like the trainable parameters into (stacked leaves, other leaves, [each large matrix])."""
-    layers, others = tree.partition(x, groups.stacked)
+def _stack_masks(specs: Specs) -> tuple[Mask, ...]:
+    """Return a mask of the leaves with a layers axis for each stack of layers. specs: None where frozen."""
+    stacks = {path: stack_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
+
+    def mask(stack: str) -> Mask:
+        return tree.map_with_path(lambda path, _: stacks.get(path) == stack, specs, is_leaf=is_spec)
+
+    return tuple(mask(stack) for stack in dict.fromkeys(stacks.values()))
+
+
+def _split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Params]:
+    """Return the leaves of each stack, and the other leaves; None on the other sides."""
+    stacks = []
+    for mask in masks:
+        layers, x = tree.partition(x, mask)
+        stacks.append(layers)
+    return stacks, x
+
+
+def joined_states(states: list[OptState]) -> OptState:
+    """Return the optimizer states of all stacks as one: that of a single stack itself, None for no stack."""
+    return states[0] if len(states) == 1 else tuple(states) or None
+
+
+def _states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
+    """Invert joined_states."""
+    return [state] if len(masks) == 1 else list(state or ())
+
+
+def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
+    """Split a tree like the trainable parameters: (leaves of each stack, other leaves, each large matrix)."""
+    stacks, others = _split_stacks(x, groups.stacks)
 
     def only(name: str) -> Any:
         return tree.map_with_path(lambda path, x: x if path == name else None, others)
 
     rest = tree.map_with_path(lambda path, x: None if path in groups.large else x, others)
-    return layers, rest, [only(name) for name in groups.large]
+    return stacks, rest, [only(name) for name in groups.large]
 
 
 def _update_piece(
@@ -221,8 +254,7 @@ def _all_pieces(check: Callable, pieces: Any, fine: Bool[Array, ""]) -> Bool[Arr
     """Whether `fine` and `check(piece)` for each index of the leaves' first axis."""
 
     def one(i: Array, fine: Array) -> Array:
-        piece = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), pieces)
-        return fine & check(piece)
+        return fine & check(layer_at(pieces, i))
 
     return jax.lax.fori_loop(0, jax.tree.leaves(pieces)[0].shape[0], one, fine)
 
@@ -231,9 +263,8 @@ def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Ar
     """Apply `update(grads, before, key)` to each index of the leaves' first axis, in place."""
 
     def one(i: Array, now: Any) -> Any:
-        at = partial(jax.tree.map, lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False))
-        new = update(at(grads), at(now), None if key is None else jax.random.fold_in(key, i))
-        return jax.tree.map(lambda x, piece: jax.lax.dynamic_update_index_in_dim(x, piece, i, 0), now, new)
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        return put_layer(now, update(layer_at(grads, i), layer_at(now, i), own_key), i)
 
     return jax.lax.fori_loop(0, jax.tree.leaves(grads)[0].shape[0], one, before)
 

@@ -19,10 +19,12 @@ def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> op
     """Apply a transformation to each parameter of a stack (over layers, say) as to a separate
     parameter. Statistics of a full parameter (factored moments, block RMS) would otherwise mix them.
     """
-    kinds = {(), *map(lead_axes, spec_paths(specs).values())}
+    leads = {path: lead_axes(spec) for path, spec in spec_paths(specs).items()}
+    kinds = {path: (lead, stack_of(path) if "layers" in lead else "") for path, lead in leads.items()}
+    own_kinds = {((), ""), *kinds.values()}
     masks = {
-        lead: jax.tree.map(lambda s, lead=lead: lead_axes(s) == lead, specs, is_leaf=is_spec)
-        for lead in sorted(kinds, key=len, reverse=True)
+        kind: tree.map_with_path(lambda path, _, kind=kind: kinds[path] == kind, specs, is_leaf=is_spec)
+        for kind in sorted(own_kinds, key=lambda kind: (-len(kind[0]), kind))
     }
 
     def parts(x: Params | None) -> list[Params | None]:
@@ -36,17 +38,25 @@ def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> op
             return (transform.init(params),) * len(masks)
         return tuple(
             each(transform.init, lead if jax.tree.leaves(own) else (), own)
-            for lead, own in zip(masks, parts(params), strict=True)
+            for (lead, _), own in zip(masks, parts(params), strict=True)
         )
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
         found = [
             each(transform.update, lead if jax.tree.leaves(own[0]) else (), *own)
-            for lead, *own in zip(masks, parts(updates), state, parts(params), strict=True)
+            for (lead, _), *own in zip(masks, parts(updates), state, parts(params), strict=True)
         ]
         return tree.combine(*(new for new, _ in found)), tuple(state for _, state in found)
 
     return optax.GradientTransformation(init, update)
+
+
+def stack_of(path: str) -> str:
+    """Return the name of the stack that a stacked parameter is in: "layers" for base/layers/attn/q and for
+    critic/adapter/layers/attn/q/a.
+    """
+    parts = path.split("/")
+    return parts[max((i + 1 for i, part in enumerate(parts) if part in ("base", "adapter")), default=0)]
 
 
 def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:

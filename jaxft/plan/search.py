@@ -148,7 +148,8 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
                 "fsdp": count // (tensor * context * data),
             }
             meshes.append(replace(run.mesh, slices=slices, **sizes))
-    remats = ("full",) if backward else [r for r in SAVED_WIDTHS if r != "pairs" or config.layers % 2 == 0]
+    odd = any(stack.blocks % 2 for stack in run.model.stacks)
+    remats = ("full",) if backward else [remat for remat in SAVED_WIDTHS if remat != "pairs" or not odd]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
         if batch % (micro * _shards(mesh)) == 0 and not (backward and micro > 1):
             yield Choice(micro, remat, mesh)
@@ -177,7 +178,7 @@ def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, flo
     data: Any = run.data
     rows, length = replace(data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
-    layers = param.spec_paths(run.model.specs["layers"]).values()
+    layers = [spec for spec in param.spec_paths(run.model.specs).values() if "layers" in spec.axes]
     weights = sum(math.prod(spec.shape) for spec in layers if param.kernel(spec)) + 2 * c.vocab * c.width
     weight_bytes = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
     size = int(

@@ -129,7 +129,7 @@ def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = N
     T, valid = tokens.segments.shape[1], tokens.segments > 0
     valid = valid if pad is None else valid & (tokens.ids != pad)
     last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
-    h_BTD = model.hidden(params, tokens)
+    h_BTD, _ = model.hidden(params, tokens)
     return heads.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
@@ -243,7 +243,8 @@ def head_scores(
             earlier = jnp.maximum(last - 1, 0)
             earlier = jnp.where(at(branches, earlier) == at(branches, last), earlier, prompt)
             last = jnp.where(at(rows.ids, last) == reward.pad, earlier, last)
-        return model.scores(own, jnp.take_along_axis(model.hidden(own, rows), last[:, :, None], axis=1))
+        h, _ = model.hidden(own, rows)
+        return model.scores(own, jnp.take_along_axis(h, last[:, :, None], axis=1))
 
     return jax.lax.map(of_microbatch, batch)
 

@@ -1,12 +1,13 @@
-"""Calibration: the rows on which a base is calibrated, and its codes in the cache; second moments of the
-inputs of linear layers.
+"""Calibration: the rows on which a base is calibrated, and its codes in the cache; squares of the inputs
+of linear layers.
 """
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.batch import Tokens
 from jaxft.data.conversation import PLAIN
 from jaxft.data.invalid import invalid_lines
 from jaxft.data.pack import round_up
@@ -24,11 +26,11 @@ from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSett
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
 from jaxft.nn.quant import QERA, Quant
-from jaxft.objectives.sft import sft
+from jaxft.nn.taps import with_taps
 from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
-from jaxft.weights import gptq, pretrained
+from jaxft.weights import pretrained
 from jaxft.weights.codes import (
     CalibratedLayer,
     codes_damage,
@@ -38,10 +40,9 @@ from jaxft.weights.codes import (
     confirm_codes,
     write_codes,
 )
-from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, in_layers
+from jaxft.weights.layerwise import CalibrationRows, calibrate_layers, layer_paths
 from jaxft.weights.lora_start import check_ranks
 from jaxft.weights.safetensors import read_model_json
-from jaxft.weights.storage import quantised_paths
 
 RUN = "run"  # of quant.calibrate: the run's own training rows
 FEWEST_TOKENS = 128
@@ -197,8 +198,7 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
     ranks = dict[str, tuple[int, ...]]()
     if run.adapter and run.adapter.init == QERA:
         layouts = check_ranks(run.model.specs, run.adapter, run.model.weight_names)
-        coded = [path for path in quantised_paths(run.model.specs, quant) if in_layers(path)]
-        if other := layouts.keys() - set(coded):
+        if other := layouts.keys() - set(layer_paths(run.model.specs, quant)):
             raise ValueError(
                 f"adapter.init={QERA} corrects calibrated weights, and {min(other)} is not quantised; leave "
                 "it out of adapter.targets"
@@ -294,7 +294,7 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
             write_durable_json(path, found)
 
 
-def input_moments(
+def input_squares(
     calibration: Calibration,
     model: Model,
     tokenizer: Any,
@@ -302,7 +302,7 @@ def input_moments(
     load: Callable[[jax.sharding.Mesh], Params],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I].
+    """Return the sum of the squared inputs of each of the linear layers `paths`, float32 [L, I].
 
     load(mesh): returns the base parameters. progress: called with lines for the user.
     """
@@ -312,13 +312,23 @@ def input_moments(
         base = load(mesh)
         _, size, length = source.shapes[-1].ids.shape
         steps = min(source.info.steps, -(-calibration.tokens // (size * length)))
-        objective = sft(model)
+        squares = jax.jit(partial(squared_inputs, model, paths))
+        found: dict[str, Any] = {}
+        for step in range(steps):
+            progress(f"calibrating on batch {step + 1} of {steps}")
+            batch = source.batch(step, None)[0]  # type: ignore[arg-type]
+            added = squares(base, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+            found = jax.tree.map(jnp.add, found, added) if found else added
+        return found
 
-        def batches() -> Iterator[Any]:
-            for step in range(steps):
-                progress(f"calibrating on batch {step + 1} of {steps}")
-                yield jax.tree.map(lambda x: jnp.asarray(x[0]), source.batch(step, None)[0])  # type: ignore[arg-type]
 
-        return gptq.second_moments(
-            model, base, paths, batches(), lambda params, batch: objective(params, batch, None, {})[0]
-        )
+def squared_inputs(model: Model, paths: Collection[str], base: Params, tokens: Tokens) -> dict[str, Any]:
+    """Return the sum over tokens, without padding, of the squared inputs of linear layers, float32 [L, I]."""
+    tapped_base, tapped = with_taps(base, paths)
+    used = (tokens.segments > 0)[..., None]
+
+    def squares(before: Any, after: Any) -> dict[str, Any]:
+        inputs = {path: x.astype(jnp.float32) for path, x in tapped.take().items()}
+        return {path: jnp.sum(jnp.where(used, jnp.square(x), 0.0), (0, 1)) for path, x in inputs.items()}
+
+    return model.hidden(tapped_base, tokens, observe=squares)[1]

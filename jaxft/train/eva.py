@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.data.source import Source
@@ -15,13 +16,14 @@ from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.lora import EVA, Adapter, pairs_by_path
 from jaxft.nn.lora_specs import most_components, pair_layouts
-from jaxft.nn.matmul import GramProbe
+from jaxft.nn.matmul import outer
 from jaxft.nn.quant import is_qtensor
+from jaxft.nn.taps import with_taps
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights import eva, place
 from jaxft.weights.tensors import layer_on_host
 
-MOMENT_BYTES = 2**32  # of covariances on the device at once; their gradients take as many
+MOMENT_BYTES = 2**32  # of covariances on the device at once; those of a batch take as many
 
 RowRange = tuple[int, int]  # the first row, and the one after the last
 
@@ -151,22 +153,14 @@ def _add_batch(
     """Merge the statistics of a microbatch [1, rows, ...] into `known`."""
     rows = jax.tree.map(lambda x: x[0], batch)
     counted = (rows.segments > 0).astype(dtype)
-
-    def hidden_sum(sums: tuple[dict[str, Any], dict[str, Any]]) -> jax.Array:
-        totals, moments = sums
-
-        def probe(path: str, w: Any) -> Any:
-            if path not in moments:
-                return w
-            each = jnp.broadcast_to(counted[None], (w.shape[0], *counted.shape))
-            return GramProbe(w, moments[path], totals[path], each, parts[path][0])
-
-        probed = tree.map_with_path(probe, base, is_leaf=is_qtensor)
-        return jnp.sum(model.hidden({"base": probed}, rows).astype(dtype))
-
-    zeros = jax.tree.map(jnp.zeros_like, (known.means, known.moments))
-    totals, moments = jax.grad(hidden_sum)(zeros)
     count, one = jnp.sum(counted), jnp.ones((), dtype)
+    tapped_base, tapped = with_taps(base, parts)
+
+    def statistics(before: Any, after: Any) -> dict[str, Any]:
+        return {path: _centred(x, counted, parts[path]) for path, x in tapped.take().items()}
+
+    found = model.hidden({"base": tapped_base}, rows, observe=statistics)[1]
+    totals, moments = ({path: pair[i] for path, pair in found.items()} for i in (0, 1))
     total = known.count + count
     share = count / jnp.maximum(total, one)
     steps = {path: totals[path] / jnp.maximum(count, one) - known.means[path] for path in totals}
@@ -178,6 +172,18 @@ def _add_batch(
         {path: known.means[path] + share * steps[path] for path in steps},
         {path: known.moments[path] + moments[path] + known.count * share * between[path] for path in steps},
     )
+
+
+def _centred(
+    x: Float[Array, "B T I"], counted: Float[Array, "B T"], part: RowRange
+) -> tuple[Float[Array, " I"], Float[Array, "N I"]]:
+    """Return the sum of inputs x over the counted tokens, and rows of that of (x - mean) (x - mean)^T."""
+    weights = counted[..., None]
+    wide = x.astype(counted.dtype) * weights
+    total = jnp.sum(wide, (0, 1))
+    mean = total / jnp.maximum(jnp.sum(counted), jnp.ones((), counted.dtype))
+    used = ((wide - mean[None, None]) * weights).astype(x.dtype)
+    return total, outer(used[..., slice(*part)], used, counted.dtype)
 
 
 def _groups(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, RowRange]]:

@@ -207,27 +207,23 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
             "quant.targets"
         )
 
+    format, layout_name = written_format(layouts, how.format)
     notes: list[str] = []
     codes = {} if quant.codes is None else open_codes(quant.codes)
 
     def quantize_layer(tensor: Tensor, layer: np.ndarray) -> QTensor:
         is_coded = tensor.name in codes
         value: Any = codes[tensor.name].read() if is_coded else quantize(layer, quant.kind, block, double)
-        value, rounded = as_stored(value, file_format, tensor.module)
-        if rounded and not notes:
-            notes.append(
-                f"warning: {rounded} of {value.scale.size} scales of {tensor.module} are too small for "
-                f"float16, in which --format {file_format.name} stores them, and lose digits; if its error "
-                "matters, use --format compressed-tensors"
-            )
+        value, warning = as_stored(value, format, tensor.module)
+        if warning and not notes:
+            notes.append(warning)
         error.add(layer, dequantised(value))
         return value
 
     kernels = {path: tensors for path, tensors in table.items() if tensors[0].transposed}
     plain = {x[0].module.rpartition(".")[2] for path, x in kernels.items() if path not in layouts}
-    packed = list(dict.fromkeys(x.in_layer for path in layouts for x in kernels[path] if x.index))
-    file_format, layout_name = written_format(layouts, how.format)
-    settings = {"quant_method": file_format.name, **file_format.config(quant, sorted(plain), packed)}
+    packed = dict.fromkeys(x.in_layer for path in layouts for x in kernels[path] if x.index)
+    settings = {"quant_method": format.name, **format.config(quant, sorted(plain), list(packed))}
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
 
 

@@ -89,16 +89,14 @@ def export_gguf(
     return "; ".join(lines)
 
 
-def importances_of(moments: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
+def importances_of(squares: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
     """Return the mean squares of the inputs of weights by Hugging Face name, up to a factor for each weight.
 
-    moments: by parameter path, float32 [L, I, I], see calibrate.input_moments.
+    squares: by parameter path, [L, I], see calibrate.input_squares.
     """
     table = tensors_of(model)
     return {
-        tensor.name: np.diagonal(np.asarray(squares[tensor.index]))
-        for path, squares in moments.items()
-        for tensor in table[path]
+        tensor.name: np.asarray(squares[path][tensor.index]) for path in squares for tensor in table[path]
     }
 
 

@@ -107,7 +107,7 @@ def make_pair_preferences(
 
     def forward(params: Params, batch: Pairs) -> dict[str, Any]:
         rows = jax.tree.map(lambda x: x[0], batch)
-        h = model.hidden(params, rows, None)
+        h, _ = model.hidden(params, rows)
         logps = read_logps(model, params, h, (rows.read, rows.targets)).logp
         return response_sums(logps, rows.responses, rows.kinds, rows.pair_weights.shape[1])
 

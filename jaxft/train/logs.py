@@ -153,6 +153,7 @@ def open_logs(
     if not processes.is_first():
         return Logs([NullLog() for _ in job.members], clock=clock)
     logs, moved = [], []
+    starts_again = not first and (job.folder / "config.json").is_file()
     kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     if job.sweep is not None:
         record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
@@ -170,6 +171,8 @@ def open_logs(
     clock.resume((saved or {}).get("seconds", {}), found.progress)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))) + checked:
         found.message(line)
+    if starts_again:
+        found.message(f"{job.folder} has no complete checkpoint: the run starts again at step 0")
     for log, logged in zip(logs, (saved or {}).get("logged", []), strict=False):  # older ones have none
         for line in log.missing(logged):
             found.message(line)

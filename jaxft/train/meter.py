@@ -17,7 +17,6 @@ from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train.members import Job, Member
 from jaxft.train.partition import trains_base
-from jaxft.train.watch import per_layer
 from jaxft.tree import Batch, Metrics
 
 
@@ -109,7 +108,7 @@ class Meter:
     def _on_host(self, metrics: Metrics) -> Metrics:
         host = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
         own = host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
-        return per_layer(own)
+        return metric.by_layer(own)
 
     def _give_up(self, steps: range) -> None:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]

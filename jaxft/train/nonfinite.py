@@ -16,28 +16,31 @@ A loss that is not finite at the very first step ends the run with that record, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
-from jaxft.nn.param import spec_paths
+from jaxft.models.model import Model
+from jaxft.nn.param import layer_numbers, spec_paths
+from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import dequantize, is_qtensor
-from jaxft.nn.scan import record_layer_outputs
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs import Logs
 from jaxft.train.members import Job, Member
 from jaxft.train.step import accumulate_gradients, step_keys
 from jaxft.train.watch import make_layer_norms
-from jaxft.tree import Batch, Metrics, Params
+from jaxft.tree import Batch, LayerOutputs, Metrics, Params
 
+ROW_NORMS = "row_norms"
 ArraysByPath = dict[str, np.ndarray]
 
 
@@ -49,6 +52,7 @@ class Diagnosis:
     gradients: ArraysByPath
     outputs: list[np.ndarray]
     nonfinite: str = ""  # the first parameter that is not finite
+    layers: dict[str, range] = field(default_factory=dict)  # which of the model the norms at a path are of
 
 
 class NonfiniteRecorder:
@@ -106,57 +110,85 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
 
     everywhere = sharding.replicated(p.mesh)
     args = state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux
-    outputs = make_layer_outputs(p.objective, key)
+    outputs = make_layer_outputs(p.partition.model, member.run.objective, key)
     found = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
     params = tree.combine(state.trainable, frozen)
     parameters = jax.jit(norms, out_shardings=everywhere)(params)
     parameters, gradient_norms, output_norms = jax.device_get((parameters, *found))
     nonfinite = first_parameter(params, p.partition.specs, p.mesh)
-    return Diagnosis(parameters, gradient_norms, output_norms, nonfinite)
+    layers = {path: layer_numbers(spec) for path, spec in spec_paths(p.partition.specs).items()}
+    return Diagnosis(parameters, gradient_norms, output_norms, nonfinite, layers)
 
 
-def make_layer_outputs(objective: Objective, key: Any) -> Callable[..., Any]:
+def make_layer_outputs(
+    model: Model, objective_of: Callable[[Model], Objective], key: Any
+) -> Callable[..., Any]:
     """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs as in Diagnosis. key: of dropout."""
+
+    def observed(passes: list[Array]) -> Model:
+        """The model, whose forward passes append the norms of their rows."""
+
+        def hidden(*args: Any, **kwargs: Any) -> Any:
+            h, outputs = model.hidden(*args, **kwargs, observe=_row_norms)
+            norms = outputs.pop(ROW_NORMS)
+            passes.append(jnp.concatenate([norms[:1, 0], norms[:, 1]]))
+            return h, outputs
+
+        return replace(model, hidden=hidden)
 
     def outputs(trainable: Params, frozen: Params, batch: Batch, aux: Any) -> Any:
         def microbatch(i: Any) -> Any:
             rows = jax.tree.map(lambda x: x[i], batch)
             own_key = None if key is None else jax.random.fold_in(key, i)
-            with record_layer_outputs() as recorded:
-                objective.forward(tree.combine(trainable, frozen), rows, own_key, aux)
-            return recorded
+            passes: list[Array] = []
+            objective_of(observed(passes)).forward(tree.combine(trainable, frozen), rows, own_key, aux)
+            return passes
 
         return jax.lax.map(microbatch, np.arange(jax.tree.leaves(batch)[0].shape[0]))
 
     return outputs
 
 
+def _row_norms(before: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> LayerOutputs:
+    """Return the norms of a layer's input and output, [2, B]."""
+    wide = (x.astype(accumulation_dtype(x.dtype)) for x in (before, after))
+    return {ROW_NORMS: jnp.stack([jnp.sqrt(jnp.sum(jnp.square(x), (1, 2))) for x in wide])}
+
+
 def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
     """Return the path of the first parameter that is not finite, with its layer; "" if all are finite."""
-    stacked = {path: "layers" in spec.axes for path, spec in spec_paths(specs).items()}
+    numbers = {path: layer_numbers(spec) for path, spec in spec_paths(specs).items()}
 
     def bad(params: Params) -> dict[str, Any]:
         found = {}
         for path, leaf in tree.paths(params, is_leaf=is_qtensor).items():
             value = dequantize(leaf) if is_qtensor(leaf) else leaf
-            axes = tuple(range(1 if stacked[path] else 0, value.ndim))
+            axes = tuple(range(1 if numbers[path] else 0, value.ndim))
             found[path] = jnp.any(~jnp.isfinite(value), axes)
         return found
 
     for path, wrong in jax.device_get(jax.jit(bad, out_shardings=sharding.replicated(mesh))(params)).items():
         if wrong.any():
-            layer = f" in layer {int(np.flatnonzero(wrong)[0])}" if stacked[path] else ""
+            layer = f" in layer {numbers[path][np.flatnonzero(wrong)[0]]}" if numbers[path] else ""
             return f"the parameter {path} is not finite{layer}"
     return ""
 
 
 def first_of_model(
-    member: Member, state: TrainState, frozen: Params, objective: Objective, batches: Sequence[Batch]
+    member: Member, state: TrainState, frozen: Params, of_text: bool, batches: Sequence[Batch]
 ) -> str:
-    """Return the first parameter, or the first layer output of these batches, that is not finite."""
+    """Return the first parameter, or the first layer output of these batches, that is not finite. of_text:
+    whether they are general text.
+    """
     p = member.programs
+
+    def objective_of(model: Model) -> Objective:
+        objective = member.run.objective(model)
+        return (objective.text or objective) if of_text else objective
+
     found = first_parameter(tree.combine(state.trainable, frozen), p.partition.specs, p.mesh)
-    outputs = jax.jit(make_layer_outputs(objective, None), out_shardings=sharding.replicated(p.mesh))
+    outputs = make_layer_outputs(p.partition.model, objective_of, None)
+    outputs = jax.jit(outputs, out_shardings=sharding.replicated(p.mesh))
     for batch in () if found else batches:
         norms = jax.device_get(
             outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
@@ -191,9 +223,11 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
     if text:
         return f"{text}, in {_rows(bad, names)}"
     layers = {
-        path: np.flatnonzero(~np.isfinite(x)) for path, x in found.gradients.items() if "/layers/" in path
+        path: [numbers[i] for i in np.flatnonzero(~np.isfinite(found.gradients[path]))]
+        for path, numbers in found.layers.items()
+        if numbers and path in found.gradients
     }
-    last = max((int(bad[-1]) for bad in layers.values() if len(bad)), default=None)
+    last = max((bad[-1] for bad in layers.values() if bad), default=None)
     if last is not None:
         paths = ", ".join(path for path, bad in layers.items() if last in bad)
         return (

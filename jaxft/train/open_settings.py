@@ -434,7 +434,7 @@ def activation_bytes(model: Model, remat: RematPolicy) -> int:
     stored = (
         sum(widths.values()) + c.mlp + 2 * c.width if saved is None else sum(widths.get(n, 0) for n in saved)
     )
-    return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[remat].layers)
+    return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[remat].blocks)
 
 
 def gib(size: float) -> str:

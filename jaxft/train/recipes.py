@@ -3,8 +3,11 @@
 A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ from jaxft.data.rows import evaluation_split
 from jaxft.data.source import Dataset
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
+from jaxft.distributed.temporary import temporary_folder
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
@@ -149,9 +153,26 @@ class ModelKnobs:
         return extended, merged
 
 
+# A recipe's function is the user's and takes knobs alone, so no argument can reach it from a plan.
+_DRAFTS: ContextVar[Path | None] = ContextVar("folder of models without weights", default=None)
+
+
+@contextlib.contextmanager
+def without_model_weights() -> Iterator[None]:
+    """While this is entered, recipes write only configuration and tokenizer of a model with new tokens, into
+    a temporary folder that is removed at the end. For plans, which need no weights.
+    """
+    with temporary_folder(Path(tempfile.gettempdir()), "jaxft-plan-") as folder:
+        token = _DRAFTS.set(folder)
+        try:
+            yield
+        finally:
+            _DRAFTS.reset(token)
+
+
 def _extended(model: str, extension: Extension | None) -> str:
     """Return where the extended model is; print that a damaged copy of it was written again."""
-    folder, lines = extended_ref(model, extension)
+    folder, lines = extended_ref(model, extension, _DRAFTS.get())
     if lines and is_first():
         print(*lines, sep="\n", file=sys.stderr)
     return folder

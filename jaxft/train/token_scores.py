@@ -110,7 +110,7 @@ def make_token_scorer(loaded: LoadedWeights, batch: int, length: int) -> TokenSc
 
     def forward(params: Params, batch: Tokens) -> tuple[jax.Array, jax.Array]:
         rows: Any = jax.tree.map(lambda x: x[0], batch)
-        h = model.hidden(params, rows, None)
+        h, _ = model.hidden(params, rows)
         found = read_logps(model, params, h, (rows.read, rows.targets))
         return found.logp, found.top1
 

@@ -52,10 +52,9 @@ def evaluate_start(
     logs.step(0, [end["metrics"] for end in before])
     for number, (member, end) in enumerate(zip(job.members, before, strict=True)):
         for name in nonfinite_losses(end["metrics"]):
-            of_text, objective = name == GENERAL_LOSS, member.programs.objective
+            of_text = name == GENERAL_LOSS
             batches = job.general if of_text else job.held_out
-            objective = (objective.text or objective) if of_text else objective
-            where = first_of_model(member, states[number], frozen[number], objective, batches)
+            where = first_of_model(member, states[number], frozen[number], of_text, batches)
             raise processes.AgreedError(
                 f"{member.folder}: the {EVALUATED_LOSSES[name]} is not finite before the first step: "
                 f"{where}. Check the weights, the rows and the settings of the loss"

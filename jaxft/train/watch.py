@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft import tree
-from jaxft.nn.param import Specs, spec_paths
+from jaxft.nn.param import Specs, layer_numbers, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
-from jaxft.objectives.metrics import Sum
+from jaxft.objectives.metrics import PerLayer, Sum
 from jaxft.optim.update import to_float32
 from jaxft.tree import Grads, Metrics, Params
 
@@ -25,16 +25,14 @@ Watch = Callable[[Grads, Params, Params], Metrics]  # of gradients, old and new 
 
 
 def kind_of(path: str) -> str:
-    """Return a parameter's kind: its path without an adapter's halves and the policy's own prefix, with
-    "layers" first.
+    """Return a parameter's kind: its path without layers, an adapter's halves and the policy's own prefix.
 
-    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `layers/attn/q`;
-    `critic/adapter/layers/attn/q/a` is `layers/critic/attn/q`.
+    `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `attn/q`;
+    `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
     """
     parts = path.split("/")
     own = parts[:-1] if "adapter" in parts else parts
-    kind = [part for part in own if part not in ("layers", "base", "adapter")]
-    return "/".join(["layers"] * ("layers" in own) + kind)
+    return "/".join(part for part in own if part not in ("layers", "base", "adapter"))
 
 
 def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
@@ -59,29 +57,17 @@ def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> C
 
 
 def make_watch(specs: Specs) -> Watch:
-    """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer (see `per_layer`)."""
+    """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer."""
     norms = make_layer_norms(specs)
+    layers = {kind_of(path): tuple(layer_numbers(spec)) for path, spec in spec_paths(specs).items()}
 
     def watch(grads: Grads, old: Params, new: Params) -> Metrics:
         change = jax.tree.map(lambda n, o: to_float32(n) - to_float32(o), new, old)
         metrics: Metrics = {}
         for name, values in ((GRAD_NORM, norms(grads)), (UPDATE_NORM, norms(change))):
-            metrics |= {f"{name}/{kind}": Sum(x, jnp.ones((), x.dtype)) for kind, x in values.items()}
+            for kind, x in values.items():
+                one, numbers = jnp.ones((), x.dtype), layers[kind]
+                metrics[f"{name}/{kind}"] = PerLayer(x, one, numbers) if numbers else Sum(x, one)
         return metrics
 
     return watch
-
-
-def per_layer(metrics: Metrics) -> Metrics:
-    """Replace each watched metric that has a value per layer by one metric for each layer, on the host."""
-    found: Metrics = {}
-    for name, metric in metrics.items():
-        norm, _, kind = name.partition("/layers/")
-        if norm in (GRAD_NORM, UPDATE_NORM) and kind:
-            digits = len(str(len(metric.total) - 1))
-            found |= {
-                f"{norm}/{kind}/{i:0{digits}d}": Sum(x, metric.weight) for i, x in enumerate(metric.total)
-            }
-        else:
-            found[name] = metric
-    return found

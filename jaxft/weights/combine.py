@@ -139,9 +139,9 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
             if how.method != "svd":
                 pair = _combined(parts, how, f"{path}/{number}")
             else:
-                result = _reduced(parts, _svd_rank(adapters, how))
-                pair = result.a, result.b
-                lost, total = lost + result.lost, total + result.total
+                highest = max(x.settings.highest_rank for x in adapters)
+                pair, squares = _reduced(parts, how.rank or highest)
+                lost, total = lost + squares[0], total + squares[1]
             size += _square_norm(*pair, how)
             of_path.append(pair)
     if size <= ROUNDING**2 * terms:
@@ -201,21 +201,10 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
         )
 
 
-def _svd_rank(adapters: Sequence[NamedAdapter], how: Combination) -> int:
-    return max(x.settings.highest_rank for x in adapters) if how.rank is None else how.rank
-
-
-class _Reduced(NamedTuple):
-    """A pair of a lower rank; the squared norms of what it lacks and of the whole."""
-
-    a: _A
-    b: _B
-    lost: float
-    total: float
-
-
-def _reduced(parts: list[_Part], rank: int) -> _Reduced:
-    """Return `sum c a b` reduced to a rank. The SVD is of a matrix of the summed ranks, after two QRs."""
+def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float, float]]:
+    """Return `sum c a b` reduced to a rank, and the squared norms of what it lacks and of the whole. The SVD
+    is of a matrix of the summed ranks, after two QRs.
+    """
     a = np.concatenate([part.a * part.factor for part in parts], 1).astype(np.float64)
     b = np.concatenate([part.b for part in parts]).astype(np.float64)
     left, core_left = np.linalg.qr(a)
@@ -225,9 +214,8 @@ def _reduced(parts: list[_Part], rank: int) -> _Reduced:
     root = np.sqrt(s[:kept])
     new_a, new_b = left @ (u[:, :kept] * root), (root[:, None] * vt[:kept]) @ right.T
     squares = s**2
-    return _Reduced(
-        new_a.astype(np.float32), new_b.astype(np.float32), float(squares[kept:].sum()), float(squares.sum())
-    )
+    pair = new_a.astype(np.float32), new_b.astype(np.float32)
+    return pair, (float(squares[kept:].sum()), float(squares.sum()))
 
 
 def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:

@@ -5,14 +5,11 @@ untrained_tokens.json of the folder, which recipes read (trainable_token_indices
 run does not start.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +19,6 @@ import numpy as np
 from jaxft.data.named_templates import BOS, find_template
 from jaxft.data.template import template_of
 from jaxft.distributed.disk import publish
-from jaxft.distributed.temporary import temporary_folder
 from jaxft.models import families
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
@@ -36,9 +32,7 @@ from jaxft.weights.safetensors import read_model_json, write_model_json
 from jaxft.weights.stop_tokens import stop_tokens
 
 UNTRAINED = "untrained_tokens.json"
-TokenStart = Literal[
-    "pieces", "mean"
-]  # the first row of a new token: the mean of its pieces' rows, or of all
+TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all
 TABLE_MULTIPLE = 64
 VERSION = 1  # of the models in the cache; another one if a new token starts with another row
 
@@ -127,22 +121,6 @@ def _ids_by_token(tokenizer: Any, numbers: Collection[int]) -> dict[str, int]:
     return {tokenizer.convert_ids_to_tokens(number): number for number in sorted(numbers)}
 
 
-_DRAFTS: ContextVar[Path | None] = ContextVar("folder of models without weights", default=None)
-
-
-@contextlib.contextmanager
-def without_model_weights() -> Iterator[None]:
-    """While this is entered, extended_ref writes only configuration and tokenizer, into a temporary folder
-    that is removed at the end. For plans, which need no weights.
-    """
-    with temporary_folder(Path(tempfile.gettempdir()), "jaxft-plan-") as folder:
-        token = _DRAFTS.set(folder)
-        try:
-            yield
-        finally:
-            _DRAFTS.reset(token)
-
-
 def _draft(folder: Path, ref: str, extension: Extension) -> str:
     """Return a folder below `folder` with the configuration and the tokenizer of an extended model."""
     digest = hashlib.sha256(json.dumps([ref, repr(extension)]).encode()).hexdigest()[:16]
@@ -158,9 +136,10 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
     return str(out)
 
 
-def extended_ref(ref: str, extension: Extension | None) -> tuple[str, list[str]]:
+def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = None) -> tuple[str, list[str]]:
     """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged one that
-    it replaces; for None `ref`.
+    it replaces; for None `ref`. drafts: return a folder in this one instead, with configuration and tokenizer
+    alone, for plans, which need no weights.
 
     The folder is written once for these files and this extension, also if several processes call this. If
     the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to
@@ -168,7 +147,6 @@ def extended_ref(ref: str, extension: Extension | None) -> tuple[str, list[str]]
     """
     if extension is None:
         return ref, []
-    drafts = _DRAFTS.get()
     if drafts is not None:
         return _draft(drafts, ref, extension), []
     located = hub.locate(ref)

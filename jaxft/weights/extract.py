@@ -89,26 +89,29 @@ def extract_adapter(
         for before, after in _matrices(tensors, base, tuned)
     ):
         raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
-    pairs: dict[str, list[Pair | None]] = {}
-    errors, squares = list[KindError](), np.zeros(3)
-    for path in paths:
-        progress(f"{path}: {what.rank} singular values of each layer")
-        sums = np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+    pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
+    errors = dict[str, KindError]()
+    total = np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+    for path in (*paths, *(path for path in table if path not in pairs)):
+        if path in pairs:
+            progress(f"{path}: {what.rank} singular values of each layer")
+        sums = np.zeros(3)
         for number, (before, after) in enumerate(_matrices(table[path], base, tuned)):
-            change = after - before
-            a, b = low_rank(change, what.rank, f"{path}/{number}")
-            sums += [_square(before), _square(change), _square(change - a @ b)]
-            pairs.setdefault(path, []).append(Pair(a, b, float(what.rank)))
-        squares += sums
-        errors.append(_kind_error(path, sums))
-    errors.append(_kind_error("total", squares))
+            lost = change = after - before
+            if path in pairs:
+                a, b = low_rank(change, what.rank, f"{path}/{number}")
+                lost = change - a @ b
+                pairs[path].append(Pair(a, b, float(what.rank)))
+            sums += [_square(before), _square(change), _square(lost)]
+        errors[path] = _kind_error(path, sums)
+        total += sums if path in pairs else 0
     nodes, settings = adapter_of(pairs, Adapter(what.rank, float(what.rank)), model)
-    others = {path: tensors for path, tensors in table.items() if path not in paths}
-    changed = _changes(others, base, tuned)
+    changed = {path: x.change for path, x in errors.items() if path not in pairs and x.error}
     if what.save_others and changed:
         replaced, settings = _with_others(settings, changed, tuned, model)
         nodes |= replaced
-    return Extracted(tree.nested(nodes), settings, errors, _lines(changed, what.save_others))
+    kinds = [*(errors[path] for path in paths), _kind_error("total", total)]
+    return Extracted(tree.nested(nodes), settings, kinds, _lines(changed, what.save_others))
 
 
 def _check_rank(rank: int, table: TensorTable) -> None:
@@ -202,20 +205,10 @@ def _square(x: np.ndarray) -> float:
 def _kind_error(path: str, squares: np.ndarray) -> KindError:
     base, change, lost = squares
     return KindError(
-        path, math.sqrt(change / base) if base else 0.0, math.sqrt(lost / change) if change else 0.0
+        path,
+        math.sqrt(change / base) if base else math.inf if change else 0.0,
+        math.sqrt(lost / change) if change else 0.0,
     )
-
-
-def _changes(table: TensorTable, base: ModelFiles, tuned: ModelFiles) -> dict[str, float]:
-    """Return the relative change of those parameters that changed, by path."""
-    found = {}
-    for path, tensors in table.items():
-        before = change = 0.0
-        for one, other in _matrices(tensors, base, tuned):
-            before, change = before + _square(one), change + _square(other - one)
-        if change:
-            found[path] = math.sqrt(change / before) if before else math.inf
-    return found
 
 
 def _with_others(

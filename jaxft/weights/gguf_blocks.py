@@ -51,11 +51,6 @@ def _single(raw: np.ndarray) -> np.ndarray:
     return _halves(raw).astype(np.float32)
 
 
-def _nibbles(raw: np.ndarray, group: int) -> np.ndarray:
-    """Unpack 4-bit numbers: of each `group` bytes first all low halves, then all high ones."""
-    return _fields(raw, group, 4)
-
-
 def _fields(raw: np.ndarray, group: int, bits: int) -> np.ndarray:
     """Unpack numbers of 1, 2 or 4 bits: of each `group` bytes first the lowest bits of all, then the next
     ones.
@@ -72,12 +67,12 @@ def q8_0(raw: np.ndarray) -> Decoded:
 
 def q4_0(raw: np.ndarray) -> Decoded:
     """32 numbers of 4 bits less 8, and a float16 scale."""
-    return _nibbles(raw[..., 2:], 16), _halves(raw[..., :2]), None
+    return _fields(raw[..., 2:], 16, 4), _halves(raw[..., :2]), None
 
 
 def q4_1(raw: np.ndarray) -> Decoded:
     """32 numbers of 4 bits, a float16 scale and minimum."""
-    return _nibbles(raw[..., 4:], 16), _halves(raw[..., :2]), _halves(raw[..., 2:4])
+    return _fields(raw[..., 4:], 16, 4), _halves(raw[..., :2]), _halves(raw[..., 2:4])
 
 
 def q4_0_as_q4_1(raw: np.ndarray) -> Decoded:
@@ -91,7 +86,7 @@ def q4_0_as_q4_1(raw: np.ndarray) -> Decoded:
 def q5_0(raw: np.ndarray) -> Decoded:
     """32 numbers of 5 bits less 16, their highest bits apart, and a float16 scale."""
     high = np.unpackbits(raw[..., 2:6], axis=-1, bitorder="little")
-    codes = _nibbles(raw[..., 6:], 16) | high << np.uint8(4)
+    codes = _fields(raw[..., 6:], 16, 4) | high << np.uint8(4)
     return codes.view(np.int8) - np.int8(16), _halves(raw[..., :2]), None
 
 
@@ -105,7 +100,7 @@ def q2_k(raw: np.ndarray) -> Decoded:
 def q3_k(raw: np.ndarray) -> Decoded:
     """16 times 16 numbers of 3 bits less 4, their highest bits apart; a 6-bit scale each, times a float16."""
     codes = _fields(raw[..., 32:96], 32, 2) | _fields(raw[..., :32], 32, 1) << np.uint8(2)
-    low, high = _nibbles(raw[..., 96:104], 8), _fields(raw[..., 104:108], 4, 2)
+    low, high = _fields(raw[..., 96:104], 8, 4), _fields(raw[..., 104:108], 4, 2)
     small = (low | high << np.uint8(4)).astype(np.float32) - np.float32(32)
     return codes + np.uint8(4), _single(raw[..., 108:110]) * small, None
 
@@ -117,12 +112,12 @@ def q4_k(raw: np.ndarray) -> Decoded:
     six = np.uint8(63), np.uint8(48)
     small = np.concatenate([first & six[0], third & 15 | first >> 2 & six[1]], -1)
     lower = np.concatenate([second & six[0], third >> 4 | second >> 2 & six[1]], -1)
-    return _nibbles(raw[..., 16:], 32), scale * small, -(minimum * lower)
+    return _fields(raw[..., 16:], 32, 4), scale * small, -(minimum * lower)
 
 
 def q6_k(raw: np.ndarray) -> Decoded:
     """16 times 16 numbers of 6 bits less 32, their highest two apart; an 8-bit scale each and a float16."""
-    codes = _nibbles(raw[..., :128], 64) | _fields(raw[..., 128:192], 32, 2) << np.uint8(4)
+    codes = _fields(raw[..., :128], 64, 4) | _fields(raw[..., 128:192], 32, 2) << np.uint8(4)
     small = raw[..., 192:208].view(np.int8)
     return codes.view(np.int8) - np.int8(32), _single(raw[..., 208:210]) * small, None
 

@@ -6,6 +6,7 @@ that uses it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxft.weights.gguf_architectures import architecture_of, head_count, kv_head_count
@@ -120,8 +121,8 @@ def _number(header: GgufHeader, name: str, default: float) -> float:
     return shortest(header.optional(header.key(name), default))
 
 
-def _one_rope(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    return {"rope_theta": rope_theta(header), "rope_scaling": rope_scaling(header, sizes.rotated)}
+def _one_rope(header: GgufHeader, sizes: Sizes, **others: Any) -> dict[str, Any]:
+    return {"rope_theta": rope_theta(header), "rope_scaling": rope_scaling(header, sizes.rotated), **others}
 
 
 def _window(header: GgufHeader, default: int = 0) -> int | None:
@@ -151,24 +152,8 @@ def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
 def _llama(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     """Mistral's files are of architecture llama too; only a window tells them apart."""
     window = _window(header)
-    mistral = {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": window,
-    }
-    return {**_one_rope(header, sizes), **(mistral if window else {})}
-
-
-def _mistral3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    return {**_one_rope(header, sizes), "sliding_window": None}
-
-
-def _qwen(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    return {**_one_rope(header, sizes), "use_sliding_window": False}
-
-
-def _gemma(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    return {**_one_rope(header, sizes), "hidden_act": "gelu_pytorch_tanh"}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return _one_rope(header, sizes, **(mistral if window else {}))
 
 
 def _query_scale(sizes: Sizes, layers_of_27b: int) -> dict[str, Any]:
@@ -282,10 +267,10 @@ CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 GRANITE_SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 SETTINGS = {  # by general.architecture
     "llama": GgufSettings(_llama, frozenset({"attention.sliding_window"})),
-    "mistral3": GgufSettings(_mistral3),
-    "qwen2": GgufSettings(_qwen),
-    "qwen3": GgufSettings(_qwen),
-    "gemma": GgufSettings(_gemma),
+    "mistral3": GgufSettings(partial(_one_rope, sliding_window=None)),
+    "qwen2": GgufSettings(partial(_one_rope, use_sliding_window=False)),
+    "qwen3": GgufSettings(partial(_one_rope, use_sliding_window=False)),
+    "gemma": GgufSettings(partial(_one_rope, hidden_act="gelu_pytorch_tanh")),
     "gemma2": GgufSettings(_gemma2, WINDOWS | CAPS),
     "gemma3": GgufSettings(_gemma3, WINDOWS | LOCAL_ROPE | {"final_logit_softcapping"}),
     "phi3": GgufSettings(_phi3, frozenset({"attention.sliding_window"}), partial_rope=True),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import ml_dtypes
 import numpy as np
 
 LENGTH = struct.Struct("<Q")
@@ -29,7 +30,8 @@ SCALARS = {
     12: "<f8",
 }
 STRING, ARRAY = 8, 9
-
+# Types of tensors without blocks.
+FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 T = TypeVar("T", int, float, str, bool)
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "a Boolean"}
@@ -256,14 +258,8 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
         name, rank = cursor.name(), cursor.number("<I")
         if rank > 4:
             raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
-        listed.append(
-            (
-                name,
-                struct.unpack(f"<{rank}Q", cursor.take(8 * rank)),
-                cursor.number("<I"),
-                cursor.number("<Q"),
-            )
-        )
+        dims = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
+        listed.append((name, dims, cursor.number("<I"), cursor.number("<Q")))
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align < 1:
         raise ValueError(f"its alignment is {align}")

@@ -6,7 +6,6 @@ of the base, W.lora_a [R, in] and W.lora_b [out, R], and W + alpha / R * lora_b 
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,10 @@ from jaxft.models.model import Model
 from jaxft.nn.lora import pairs_by_path
 from jaxft.tree import Params
 from jaxft.weights.gguf_architectures import ARCHITECTURES, StoredAs, gguf_name, stored_as
+from jaxft.weights.gguf_header import FLOAT_TYPES
 from jaxft.weights.gguf_metadata import architecture_for
 from jaxft.weights.gguf_save import encoded
-from jaxft.weights.gguf_types import FLOAT_TYPES, MIXTURES
+from jaxft.weights.gguf_types import MIXTURES
 from jaxft.weights.gguf_write import Field, GgufTensorToWrite, write_gguf_file
 from jaxft.weights.peft_write import pair_tensors
 from jaxft.weights.tensors import tensors_of
@@ -45,7 +45,8 @@ def save_gguf_adapter(
                 f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
                 f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
             )
-    alpha = _alpha(pairs)
+    first = next(iter(pairs.values()))
+    alpha = float(np.ravel(np.asarray(first["scale"], np.float32))[0]) * first["a"].shape[-1]
     fields = [
         Field("general.type", "STRING", "adapter"),
         Field("general.name", "STRING", path.stem),
@@ -66,9 +67,3 @@ def save_gguf_adapter(
             tensors.append(GgufTensorToWrite(f"{name}.lora_b", kind, b.shape, encode_b))
     write_gguf_file(path, architecture, fields, tensors, lambda part: None)
     return len(tensors) // 2
-
-
-def _alpha(pairs: dict[str, dict[str, Any]]) -> float:
-    """Return the alpha of the first weight: its scale times its rank."""
-    pair = next(iter(pairs.values()))
-    return float(np.ravel(np.asarray(pair["scale"], np.float32))[0]) * pair["a"].shape[-1]

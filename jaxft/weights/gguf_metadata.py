@@ -5,6 +5,7 @@ A written file is checked as llama.cpp reads it, see gguf_llama_cpp.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,10 @@ def architecture_for(config: ModelConfig) -> str:
             f"{kind} models cannot be written as GGUF; jaxft writes {', '.join(sorted(ARCHITECTURE_OF))}. "
             "Write a Hugging Face folder, without --gguf, and convert it with llama.cpp's converter"
         )
-    if isinstance(config, MistralConfig) and not _has_default_betas(config.rope):
+    rope = config.rope if isinstance(config, MistralConfig) else Rope()
+    if (rope.beta_fast, rope.beta_slow) != (Rope.beta_fast, Rope.beta_slow):
         return "mistral3"  # which alone reads YaRN's betas
     return ARCHITECTURE_OF[kind]
-
-
-def _has_default_betas(rope: Rope) -> bool:
-    return (rope.beta_fast, rope.beta_slow) == (Rope.beta_fast, Rope.beta_slow)
 
 
 def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
@@ -62,8 +60,8 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
     fields = [Field(f"{name}.{key}", "UINT32", value) for key, value in sizes.items()]
     fields.append(_float(name, "attention.layer_norm_rms_epsilon", config.norm_eps))
     rope, tables = _rope_fields(name, config)
-    own = OWN_FIELDS.get(name)
-    return [*fields, *rope, *(own(name, hf) if own else [])], tables
+    own = [field for part in OWN_FIELDS.get(name, ()) for field in part(name, hf)]
+    return [*fields, *rope, *own], tables
 
 
 def context_notes(config: ModelConfig) -> list[str]:
@@ -143,14 +141,6 @@ def _caps(name: str, hf: dict[str, Any]) -> list[Field]:
     return [_float(name, cap, hf[cap]) for cap in caps if hf.get(cap)]
 
 
-def _gemma2(name: str, hf: dict[str, Any]) -> list[Field]:
-    return [*_window(name, hf), *_pattern(name, hf, 2), *_caps(name, hf)]
-
-
-def _gemma3(name: str, hf: dict[str, Any]) -> list[Field]:
-    return [*_window(name, hf), *_pattern(name, hf, 6), *_local_theta(name, hf), *_caps(name, hf)]
-
-
 def _phi3(name: str, hf: dict[str, Any]) -> list[Field]:
     fields = [Field(f"{name}.attention.sliding_window", "UINT32", hf.get("sliding_window") or 0)]
     if not hf.get("rope_scaling"):
@@ -174,11 +164,11 @@ def _granite(name: str, hf: dict[str, Any]) -> list[Field]:
     ]
 
 
-OWN_FIELDS: dict[str, Callable[[str, dict[str, Any]], list[Field]]] = {
-    "llama": _window,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "phi3": _phi3,
-    "olmo2": _olmo2,
-    "granite": _granite,
+OWN_FIELDS: dict[str, tuple[Callable[[str, dict[str, Any]], list[Field]], ...]] = {
+    "llama": (_window,),
+    "gemma2": (_window, partial(_pattern, period=2), _caps),
+    "gemma3": (_window, partial(_pattern, period=6), _local_theta, _caps),
+    "phi3": (_phi3,),
+    "olmo2": (_olmo2,),
+    "granite": (_granite,),
 }

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.weights.gguf import PLAIN_TYPES, read_dequantised
-from jaxft.weights.gguf_header import GgufHeader
+from jaxft.weights.gguf import read_dequantised
+from jaxft.weights.gguf_header import FLOAT_TYPES, GgufHeader
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_NUMBERS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # by config.json's names
@@ -185,8 +185,8 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 def _table(header: GgufHeader, name: str) -> np.ndarray:
     """Return a table of divisors in float64. Raises ValueError if they are not all positive and finite."""
     table = header.tensors[name]
-    if table.kind not in PLAIN_TYPES or not math.prod(table.shape):
-        raise ValueError(f"{header.path}: {name} must have numbers of type {', '.join(PLAIN_TYPES)}")
+    if table.kind not in FLOAT_TYPES or not math.prod(table.shape):
+        raise ValueError(f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}")
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():
         raise ValueError(f"{header.path}: {name} must contain finite numbers above 0")

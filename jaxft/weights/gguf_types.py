@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass
 
 from jaxft.tree import nearest
-from jaxft.weights.gguf_header import block_size
+from jaxft.weights.gguf_header import FLOAT_TYPES, block_size
 
-FLOAT_TYPES = ("F32", "F16", "BF16")
 # name -> number in general.file_type, type of most matrices
 MIXTURES = {
     "F32": (0, "F32"),

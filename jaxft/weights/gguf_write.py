@@ -16,7 +16,6 @@ import numpy as np
 from jaxft.distributed.disk import publish
 from jaxft.weights import finite
 from jaxft.weights.gguf_header import ARRAY, SCALARS, STRING, block_size
-from jaxft.weights.safetensors import WRITE_ADVICE
 
 ALIGNMENT = 32  # of tensors, bytes; the format's default
 KIND_CODES = {"UINT32": 4, "INT32": 5, "FLOAT32": 6, "BOOL": 7, "STRING": STRING}
@@ -131,18 +130,3 @@ def _value(field: Field) -> bytes:
     if isinstance(field.value, list):
         return struct.pack("<IIQ", ARRAY, code, len(items)) + packed
     return struct.pack("<I", code) + packed
-
-
-def float_bytes(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return float values in a type without blocks (F32, F16, BF16) as bytes. Raises ValueError for values
-    that are not finite or too large for it.
-    """
-    import ml_dtypes
-
-    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    values = finite.require_finite(np.asarray(values, np.float32), WRITE_ADVICE)
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(values.astype(dtypes[kind]))
-    if not finite.is_finite(cast):
-        raise ValueError(f"some values are too large for {kind}; use --gguf BF16, F32 or a quantised type")
-    return cast.view(np.uint8)

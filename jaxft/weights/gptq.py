@@ -5,7 +5,7 @@ Rounding an element changes the layer's outputs; the elements that are rounded l
 far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,43 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.nn import quant_formats as qf
-from jaxft.nn.matmul import GramProbe
-from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired, is_qtensor
+from jaxft.nn.quant import FORMATS, QTensor, grid, is_paired
 
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
-
-
-def second_moments(
-    model: Any, base: Any, paths: list[str], batches: Iterable[Any], loss: Callable
-) -> dict[str, Array]:
-    """Return the sum of x x^T over the inputs x of each of the linear layers `paths`, float32 [L, I, I].
-
-    batches: of Tokens [rows, ...]. loss(params, batch): a scalar that depends on all inputs that count.
-    Memory holds the moments of all layers together with the weights.
-    """
-    shapes = {path: leaf.shape for path, leaf in tree.paths(base, is_qtensor).items()}
-    moments = {
-        path: jnp.zeros((*shapes[path][:-2], shapes[path][-2], shapes[path][-2]), jnp.float32)
-        for path in paths
-    }
-
-    def with_probes(base: Any, sums: dict[str, Array]) -> Any:
-        return tree.map_with_path(
-            lambda path, w: GramProbe(w, sums[path]) if path in sums else w, base, is_leaf=is_qtensor
-        )
-
-    @partial(jax.jit, donate_argnums=1)
-    def add_batch(base: Any, sums: dict[str, Array], batch: Any) -> dict[str, Array]:
-        at_zero = jax.tree.map(jnp.zeros_like, sums)
-        added = jax.grad(lambda sums: loss(with_probes(base, sums), batch))(at_zero)
-        return jax.tree.map(jnp.add, sums, added)
-
-    for batch in batches:
-        moments = add_batch(base, moments, batch)
-    return moments
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:
@@ -67,11 +35,6 @@ def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
     squares = jnp.diagonal(moment)
     mean = jnp.mean(squares)
     return moment + jnp.diag(DAMPING * mean + jnp.where(squares > 0, 0.0, mean) + jnp.float32(1e-30))
-
-
-def rounding_block(ins: int) -> int:
-    """Return how many inputs are rounded before their errors are propagated to all others."""
-    return next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
 
 
 class InverseFactor(NamedTuple):
@@ -102,40 +65,56 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
     The largest inputs are rounded first, while many others can still compensate for them. The weights of an
     input that was always zero are rounded to nearest.
     """
-    ins, outs = weight.shape
     order, upper, _ = factor
     plain_scale, plain_offset = grid(plain)
     scale, offset = plain_scale[order], None if plain_offset is None else plain_offset[order]
-    size = rounding_block(ins)
     format = FORMATS[kind]
+
+    def one(j: Array, row: Array, arrays: tuple, factor: Array) -> tuple[Array, Array]:
+        scale, offset = arrays
+        s, o = scale[j], None if offset is None else offset[j]
+        code = format.nearest(row, s, o)
+        value = format.decode(code) * s if o is None else format.decode(code) * s + o
+        return (row - value) / factor[j, j], code
+
+    zeros = jnp.zeros(weight.shape, format.code_dtype)
+    codes = swept(upper, weight[order], zeros, (scale, offset), one)
+    return codes[jnp.argsort(order)]
+
+
+def swept(
+    matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, one: Callable
+) -> Array:
+    """Return codes [I, O] that are chosen input by input, in blocks.
+
+    one(j, state of the input, arrays of its block, block of the matrix) -> (change, code): the change of the
+    j-th input of a block, times its row of the matrix, is subtracted from the state of all inputs.
+    """
+    ins, outs = state.shape
+    size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
 
     def take(x: Array, at: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, at, size, 0)
 
-    def one(j: Array, now: tuple[Array, Array, Array], grids: tuple, factor: Array) -> tuple:
-        part, errors, codes = now
-        row = part[j]
-        s, o = grids[0][j], None if grids[1] is None else grids[1][j]
-        code = format.nearest(row, s, o)
-        value = format.decode(code) * s if o is None else format.decode(code) * s + o
-        error = (row - value) / factor[j, j]
-        part = part - factor[j][:, None] * error[None]
-        return part, errors.at[j].set(error), codes.at[j].set(code)
-
     def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        weight, codes = now
+        state, codes = now
         at = b * size
-        rows = take(upper, at)
-        factor = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
-        grids = take(scale, at), None if offset is None else take(offset, at)
-        start = take(weight, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
-        _, errors, own = jax.lax.fori_loop(0, size, partial(one, grids=grids, factor=factor), start)
-        weight = weight - jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
-        return weight, jax.lax.dynamic_update_slice_in_dim(codes, own, at, 0)
+        rows = take(matrix, at)
+        own = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
+        inside = jax.tree.map(partial(take, at=at), arrays)
 
-    zeros = jnp.zeros((ins, outs), format.code_dtype)
-    codes = jax.lax.fori_loop(0, ins // size, block, (weight[order], zeros))[1]
-    return codes[jnp.argsort(order)]
+        def step(j: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            part, changes, codes = now
+            change, code = one(j, part[j], inside, own)
+            part = part - own[j][:, None] * change[None]
+            return part, changes.at[j].set(change), codes.at[j].set(code)
+
+        start = take(state, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
+        _, changes, own_codes = jax.lax.fori_loop(0, size, step, start)
+        state = state - jnp.matmul(rows.T, changes, precision=jax.lax.Precision.HIGHEST)
+        return state, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
+
+    return jax.lax.fori_loop(0, ins // size, block, (state, codes))[1]
 
 
 def _upper_factor(x: Float[Array, "I I"]) -> Float[Array, "I I"]:

@@ -1,6 +1,5 @@
 """Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,12 @@ from jaxft.models import families
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import TEXT_PARTS, text_tensor
-from jaxft.nn.quant import QTensor
 from jaxft.nn.tensor_names import TIED_HEAD
-from jaxft.weights import hub, safetensors
+from jaxft.weights import hub
 from jaxft.weights.model_files import Index, ModelFiles
-from jaxft.weights.quantised.file_format import same_layout
-from jaxft.weights.quantised.formats import open_quantised
+from jaxft.weights.quantised.formats import open_tensors
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
-from jaxft.weights.tensors import Tensor, tensors_of
+from jaxft.weights.tensors import tensors_of
 
 HEAD = TIED_HEAD.template
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -81,14 +78,7 @@ def open_folder(folder: Path) -> ModelFiles:
     tensors = open_safetensors(folder, weight_files(folder))
     path = folder / "config.json"
     config = read_model_json(path) if path.is_file() else {}
-    settings = config.get("quantization_config")
-    if isinstance(settings, dict):
-        return _text_part(open_quantised(tensors, settings), config)
-
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        return safetensors.read_tensor(tensors, name, index)
-
-    return _text_part(ModelFiles(tensors.where, tensors.shapes, tensors.dtypes, read), config)
+    return _text_part(open_tensors(tensors, config.get("quantization_config")), config)
 
 
 def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
@@ -127,18 +117,6 @@ def is_multimodal(model: Model, ref: str) -> bool:
     except (OSError, ValueError):  # the base is gone by now
         return False
     return config.get("model_type") == kinds[kind]
-
-
-def common_layout(files: ModelFiles, tensors: Sequence[Tensor]) -> QTensor | None:
-    """Return the layout in which the files store all tensors of a parameter; None if there is not one, or if
-    other parameters share them.
-    """
-    stored = [files.quantised.get(tensor.name) for tensor in tensors]
-    layouts = [x.layout for x in stored if x is not None and x.layout is not None]
-    own = tensors[0].transposed and tensors[0].offset is None
-    if not own or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
-        return None
-    return layouts[0]
 
 
 def check_tensors(files: ModelFiles, model: Model) -> None:

@@ -27,7 +27,7 @@ from jaxft.weights.hf import WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
-from jaxft.weights.stop_tokens import extended_eos, joined_eos
+from jaxft.weights.stop_tokens import joined_eos, tokenizer_ends
 from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
 
@@ -221,7 +221,8 @@ def _write_tokenizer(folder: Path, generation: dict[str, Any], tokenizer: Any) -
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer)
         generation.setdefault("pad_token_id", tokenizer.pad_token_id)
-        generation["eos_token_id"] = extended_eos(generation["eos_token_id"], tokenizer)
+        ends = tokenizer_ends(tokenizer)  # so that vLLM and transformers stop there too
+        generation["eos_token_id"] = joined_eos(generation["eos_token_id"], ends)
     write_model_json(
         folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None}
     )

@@ -86,9 +86,13 @@ def _init_parts(
     if settings.weights is not None:
         loaded = _load_classifier(settings.weights, specs, model, mesh)
     if settings.start is not None:
-        loaded = _load_start(settings, specs, model, ref)
+        files = None if ref is None else pretrained.open_files(ref)
+        loaded, found = peft.read_parts(_start_folder(settings), model, files)
+        _check_start(settings, (tuple(loaded), found), specs, model)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
-        loaded = _load_head(ref, model)
+        files = pretrained.open_files(ref)  # a reward model's; a language model has no head
+        if SCORE.template in files.shapes:
+            loaded = {"score": read_whole(param_readers(files, as_checkpoint(model))["score"])}
     if not settings.trained and "score" not in loaded:
         source = settings.start or settings.weights
         if source is None:
@@ -152,16 +156,6 @@ def _tied_head(table: ParamReader) -> ParamReader:
     return replace(table, tensors=(tensor,), shape=tensor.values, layout=None)
 
 
-def _load_start(
-    settings: HeadSettings, specs: dict[str, Any], model: Model, ref: str | None
-) -> dict[str, Params]:
-    """Load the adapter, and the head if there is one, that training starts from."""
-    files = None if ref is None else pretrained.open_files(ref)
-    loaded, found = peft.read_parts(_start_folder(settings), model, files)
-    _check_start(settings, (tuple(loaded), found), specs, model)
-    return loaded
-
-
 def _start_folder(settings: HeadSettings) -> Path:
     """Return the adapter's folder that training starts from."""
     start = str(settings.start)
@@ -214,11 +208,3 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
 
     base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
     return {"base": base, **({"score": read_whole(readers["score"])} if "score" in in_both else {})}
-
-
-def _load_head(ref: str, model: Model) -> dict[str, Params]:
-    """Load the head in the files of a base: a reward model's; a language model has none."""
-    files = pretrained.open_files(ref)
-    if SCORE.template not in files.shapes:
-        return {}
-    return {"score": read_whole(param_readers(files, as_checkpoint(model))["score"])}

@@ -21,9 +21,10 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn.matmul import outer
-from jaxft.nn.param import ParamSpec, is_spec, lead_axes, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
 from jaxft.nn.quant import Quant, dequantize
-from jaxft.nn.taps import InputTap, collect_inputs
+from jaxft.nn.scan import BlockLayer, LayerPlace, layer_places, run_layer
+from jaxft.nn.taps import with_taps
 from jaxft.tree import Params
 from jaxft.weights.codes import CalibratedLayer
 from jaxft.weights.gptq import inverse_factor
@@ -75,9 +76,9 @@ class CalibrationRows:
 class _Programs:
     """The programs of a layer.
 
-    forward(params, h, tokens, kind) -> h. inputs(params, h, tokens, kind, names) -> the inputs [B, T, I] of
-    these weights, 0 at padding. both(...) -> (h, inputs). groups(params, h, tokens, kind) -> names of weights
-    with the same input, in the order of their use.
+    forward(params, h, tokens, index) -> h; index: of the layer's block. inputs(params, h, tokens, index,
+    names) -> the inputs [B, T, I] of these weights, 0 at padding. both(...) -> (h, inputs). groups(params, h,
+    tokens, index) -> names of weights with the same input, in the order of their use.
     """
 
     forward: Callable[..., Array]
@@ -86,42 +87,41 @@ class _Programs:
     groups: Callable[..., list[tuple[str, ...]]]
 
 
-def _programs(model: Model, paths: list[str]) -> _Programs:
-    def with_taps(params: Params) -> Params:
-        return tree.map_with_path(lambda path, w: InputTap(w, path) if path in paths else w, params)
+def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
+    def forward(params: Params, h: Array, tokens: Tokens, index: Any) -> Array:
+        return run_layer(layer, h, params, tokens, index)[0]
 
-    def collected(params: Params, h: Array, tokens: Tokens, kind: Any) -> tuple[Array, dict[str, Array]]:
-        with collect_inputs() as found:
-            h = model.layer(with_taps(params), h, tokens, kind)
-        return h, dict(found)
+    def collected(params: Params, h: Array, tokens: Tokens, index: Any) -> tuple[Array, dict[str, Array]]:
+        params, tapped = with_taps(params, paths)
+        return forward(params, h, tokens, index), tapped.take()
 
     @partial(jax.jit, static_argnames="names")
     def both(
-        params: Params, h: Array, tokens: Tokens, kind: Any, names: tuple[str, ...]
+        params: Params, h: Array, tokens: Tokens, index: Any, names: tuple[str, ...]
     ) -> tuple[Array, dict[str, Array]]:
-        h, found = collected(params, h, tokens, kind)
+        h, found = collected(params, h, tokens, index)
         used = (tokens.segments > 0)[..., None]
         return h, {name: jnp.where(used, found[name], jnp.zeros((), found[name].dtype)) for name in names}
 
     @partial(jax.jit, static_argnames="names")
     def inputs(
-        params: Params, h: Array, tokens: Tokens, kind: Any, names: tuple[str, ...]
+        params: Params, h: Array, tokens: Tokens, index: Any, names: tuple[str, ...]
     ) -> dict[str, Array]:
-        return both(params, h, tokens, kind, names)[1]
+        return both(params, h, tokens, index, names)[1]
 
-    def groups(params: Params, h: Array, tokens: Tokens, kind: Any) -> list[tuple[str, ...]]:
+    def groups(params: Params, h: Array, tokens: Tokens, index: Any) -> list[tuple[str, ...]]:
         """Names of weights with the same input, in the order of their use."""
         by_input = dict[int, tuple[str, ...]]()
 
         def trace(params: Params, h: Array) -> Array:
-            for name, x in collected(params, h, tokens, kind)[1].items():
+            for name, x in collected(params, h, tokens, index)[1].items():
                 by_input[id(x)] = (*by_input.get(id(x), ()), name)
             return h
 
         jax.eval_shape(trace, params, h)
         return list(by_input.values())
 
-    return _Programs(jax.jit(model.layer), inputs, both, groups)
+    return _Programs(jax.jit(forward), inputs, both, groups)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -143,39 +143,44 @@ def calibrate_layers(
     readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
     one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
     """
-    specs, found = spec_paths(model.specs), [p for p in quantised_paths(model.specs, quant) if in_layers(p)]
-    for path in found:
+    specs, paths = spec_paths(model.specs), layer_paths(model.specs, quant)
+    for path in paths:
         if lead_axes(specs[path]) != ("layers",):
             raise ValueError(
                 f"quant.calibrate={quant.calibrate}: {path} has kernels with inputs of their own along "
                 f"{lead_axes(specs[path])[-1]}, which are not read; leave it out of quant.targets"
             )
-    paths = [p.removeprefix("layers/") for p in found]
-    batches, programs = rows.batches(), _programs(model, paths)
+    batches, by_path = rows.batches(), dict[str, _Programs]()
     table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
     embed = jax.jit(model.embed)
     exact = [np.asarray(embed(table, batch.ids)) for batch in batches]
     del table
     coded = list(exact)
-    kinds, groups = model.attention.kind_numbers, list[tuple[str, ...]]()
-    for number in range(model.config.layers):
-        kind = None if kinds is None else jnp.int32(kinds[number])
-        params = _layer_params(model, readers, number)
-        groups = groups or programs.groups(params, exact[0], batches[0], kind)
-        firsts = tuple(names[0] for names in groups)
+    groups = dict[str, list[tuple[str, ...]]]()
+    for place in layer_places(model.stacks):
+        within, number = f"{place.path}/", jnp.int32(place.index)
+        if place.path not in by_path:
+            inside = [path.removeprefix(within) for path in paths if path.startswith(within)]
+            by_path[place.path] = _programs(place.layer, inside)
+        programs = by_path[place.path]
+        params = _layer_params(model, readers, place)
+        if place.path not in groups:
+            groups[place.path] = programs.groups(params, exact[0], batches[0], number)
+        firsts = tuple(names[0] for names in groups[place.path])
         both = list(zip(exact, batches, strict=True))
-        passed = [jax.device_get(programs.both(params, h, b, kind, firsts)) for h, b in both]
+        passed = [jax.device_get(programs.both(params, h, b, number, firsts)) for h, b in both]
         exact, theirs = [after for after, _ in passed], [inputs for _, inputs in passed]
         layer = CalibratedLayer({}, {})
-        for names in groups:
-            moments = _zero_moments(params, names[0])
+        for names in groups[place.path]:
+            size = tree.paths(params)[names[0]].shape[0]
+            moments = InputMoments(*(jnp.zeros((size, size), jnp.float32) for _ in range(2)))
             for h, batch, y in zip(coded, batches, theirs, strict=True):
-                own = programs.inputs(params, h, batch, kind, names[:1])
+                own = programs.inputs(params, h, batch, number, names[:1])
                 moments = _add(moments, own[names[0]], y[names[0]])
             factor = inverse_factor(moments.own)
             for name in names:
-                path = f"layers/{name}"
-                tensor = readers[path].tensors[number]
+                path = f"{place.path}/{name}"
+                tensor = readers[path].tensors[place.index]
                 hf_name, weight = tensor.name, read_values(readers[path], tensor).astype(np.float32)
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
@@ -185,33 +190,29 @@ def calibrate_layers(
                     raise ValueError(f"{hf_name}: {error}") from error
                 value = dequantize(replace(q, dtype=jnp.dtype(jnp.float32)))
                 layer.weights[hf_name] = q
-                if path in ranks and ranks[path][number]:
-                    pair = correction(target - value, moments.own, ranks[path][number])
+                if path in ranks and ranks[path][place.index]:
+                    pair = correction(target - value, moments.own, ranks[path][place.index])
                     value = value + jnp.asarray(pair[0] @ pair[1])
                     layer.pairs[hf_name] = pair
                 params = _with_leaf(params, name, value.astype(model.dtype))
         both = list(zip(coded, batches, strict=True))
-        coded = [np.asarray(programs.forward(params, h, b, kind)) for h, b in both]
+        coded = [np.asarray(programs.forward(params, h, b, number)) for h, b in both]
         yield layer
 
 
-def in_layers(path: str) -> bool:
-    """Whether a parameter is one of the stacked layers."""
-    return path.startswith("layers/")
+def layer_paths(specs: Specs, quant: Quant) -> list[str]:
+    """Return the paths of the quantised parameters of layers."""
+    of_layers = {path for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
+    return [path for path in quantised_paths(specs, quant) if path in of_layers]
 
 
-def _layer_params(model: Model, readers: Mapping[str, ParamReader], number: int) -> Params:
+def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: LayerPlace) -> Params:
     def leaf(path: str, spec: ParamSpec) -> Array:
-        reader = readers[f"layers/{path}"]
-        values = [read_values(reader, tensor) for tensor in reader.tensors if tensor.index[0] == number]
+        reader = readers[f"{place.path}/{path}"]
+        values = [read_values(reader, tensor) for tensor in reader.tensors if tensor.index[0] == place.index]
         return jnp.asarray(np.stack(values).reshape(reader.shape[1:])).astype(model.dtype)
 
-    return tree.map_with_path(leaf, model.specs["layers"], is_leaf=is_spec)
-
-
-def _zero_moments(params: Params, name: str) -> InputMoments:
-    size = tree.paths(params)[name].shape[0]
-    return InputMoments(jnp.zeros((size, size), jnp.float32), jnp.zeros((size, size), jnp.float32))
+    return tree.map_with_path(leaf, place.specs(model.specs), is_leaf=is_spec)
 
 
 def _with_leaf(params: Params, path: str, value: Array) -> Params:

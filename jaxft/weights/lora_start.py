@@ -16,6 +16,7 @@ path_initial_model_for_weight_conversion makes it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,14 +68,14 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
     for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
         storage = stored.storage[f"base/{path}"]
-        as_stored = _storing(leaf_shapes(base[path], storage))
+        as_stored = partial(_as_stored, leaf_shapes(base[path], storage))
         for tensor, rank, alpha in zip(table[path], *layout, strict=True):
             found: Any = (None, None)
             if rank and settings.init == QERA:
                 found = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
             elif rank:
-                of_layer = _LayerStart(settings.init, rank, settings.scale_of(rank, alpha), as_stored)
-                found = of_layer.pairs(tensor.read(files).astype(np.float32))
+                weight, scale = tensor.read(files).astype(np.float32), settings.scale_of(rank, alpha)
+                found = _layer_pairs(settings.init, weight, rank, scale, as_stored)
             for of_paths, pair in zip(pairs, found, strict=True):
                 a, b = pair or (None, None)
                 modules = of_paths.setdefault(path, [])
@@ -199,33 +200,28 @@ def with_magnitudes(
     return out
 
 
-def _storing(like: object) -> _Stored:
-    def as_stored(weight: np.ndarray) -> np.ndarray:
-        value = place.store_as(weight, like)
-        return np.asarray(dequantize(value) if is_qtensor(value) else value).astype(np.float32)
-
-    return as_stored
+def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
+    value = place.store_as(weight, like)
+    return np.asarray(dequantize(value) if is_qtensor(value) else value).astype(np.float32)
 
 
-class _LayerStart(NamedTuple):
-    """How the pairs of a layer start. stored: how its weight is stored."""
+def _layer_pairs(
+    init: str, weight: _Weight, rank: int, scale: float, stored: _Stored
+) -> tuple[FirstPair, FirstPair]:
+    """Return ((a, b) at step 0, (a, b) that the base is stored without) of a layer's weight [in, out].
 
-    init: str
-    rank: int
-    scale: float
-    stored: _Stored
-
-    def pairs(self, weight: _Weight) -> tuple[FirstPair, FirstPair]:
-        """Return ((a, b) at step 0, (a, b) that the base is stored without) of a weight [in, out]."""
-        rank, scale, stored = self.rank, self.scale, self.stored
-        if self.init == "loftq":
-            pair, without = principal_pair(weight - stored(weight), rank, scale), _zero_pair(weight, rank)
-            for _ in range(LOFTQ_ITERATIONS - 1):
-                without = pair
-                pair = principal_pair(weight - stored(weight - scale * without[0] @ without[1]), rank, scale)
-            return pair, without
-        pair = (principal_pair if self.init == "pissa" else qr_pair)(weight, rank, scale)
-        return pair, pair
+    stored: returns a weight as it is stored.
+    """
+    if init == "loftq":
+        ins, outs = weight.shape
+        without = np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
+        pair = principal_pair(weight - stored(weight), rank, scale)
+        for _ in range(LOFTQ_ITERATIONS - 1):
+            without = pair
+            pair = principal_pair(weight - stored(weight - scale * without[0] @ without[1]), rank, scale)
+        return pair, without
+    pair = (principal_pair if init == "pissa" else qr_pair)(weight, rank, scale)
+    return pair, pair
 
 
 def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, FirstPair]:
@@ -234,7 +230,3 @@ def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, 
     a, b = read_correction(codes, name)
     root = np.sqrt(np.float32(abs(scale)))
     return (a / root, b * np.copysign(np.float32(1), scale) / root), (np.zeros_like(a), np.zeros_like(b))
-
-
-def _zero_pair(weight: _Weight, rank: int) -> FirstPair:
-    return np.zeros((weight.shape[0], rank), np.float32), np.zeros((rank, weight.shape[1]), np.float32)

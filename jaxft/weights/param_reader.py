@@ -12,6 +12,7 @@ from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor
 from jaxft.weights import finite, hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
+from jaxft.weights.quantised.file_format import same_layout
 from jaxft.weights.tensors import Tensor, tensors_of
 
 PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
@@ -23,8 +24,9 @@ class ParamReader:
     """A parameter in a model's files, of which `read_values` and `read_quantised` read parts.
 
     tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
-    differ. layout: see hf.common_layout. changed(tensor, index): returns values in place of those in the
-    files, None for the same.
+    differ. layout: in which the files store all of its tensors quantised, None if there is not one, or if
+    other parameters share them. changed(tensor, index): returns values in place of those in the files, None
+    for the same.
     """
 
     files: ModelFiles
@@ -49,9 +51,18 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
     for path, tensors in tensors_of(model).items():
         dtypes = {files.dtypes[tensor.name] for tensor in tensors}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        layout = hf.common_layout(files, tensors)
+        layout = _common_layout(files, tensors)
         readers[path] = ParamReader(files, tensors, specs[path].shape, dtype, layout)
     return readers
+
+
+def _common_layout(files: ModelFiles, tensors: Sequence[Tensor]) -> QTensor | None:
+    stored = [files.quantised.get(tensor.name) for tensor in tensors]
+    layouts = [x.layout for x in stored if x is not None and x.layout is not None]
+    own = tensors[0].transposed and tensors[0].offset is None
+    if not own or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
+        return None
+    return layouts[0]
 
 
 def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.ndarray:
@@ -62,7 +73,7 @@ def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.nd
     return tensor.turned(in_file.astype(reader.dtype, copy=False))
 
 
-def read_quantised(reader: ParamReader, tensor: Tensor, index: Index) -> QTensor:
+def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QTensor:
     """Read the codes and scales of the part of a tensor's values [in, out] at `index`, whose limits are
     limits of blocks.
 

@@ -20,7 +20,7 @@ from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, read_float, read_modules, without_head
+from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, read_modules, read_shaped, without_head
 from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
 from jaxft.weights.peft_pairs import adaptable_tensors, adapter_of, pair_names, read_pair
 from jaxft.weights.peft_refusals import (
@@ -72,7 +72,8 @@ def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = Non
     parts, settings = read_parts(folder, model, base)
     if "score" in parts:
         raise ValueError(
-            f"{folder}: a reward model's adapter, which generates no text; use a language model's adapter"
+            f"{folder}: a reward model's adapter, which generates no text; `python scripts/score.py` scores "
+            "texts with it. Use a language model's adapter to generate"
         )
     return parts["adapter"], settings
 
@@ -127,7 +128,8 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     nodes, settings = adapter_of(pairs, default, model)
     parts: dict[str, Params] = {}
     if has_head:
-        parts["score"] = _read_score(files, model.config.width)
+        of_head = "it is the head of a reward model, which has one label"
+        parts["score"] = read_shaped(files, SCORE_TENSOR, (1, model.config.width), of_head).T
         used.add(SCORE_TENSOR)
     if "embed" in pairs and default.dora:
         raise ValueError(
@@ -272,19 +274,6 @@ def _has_head(folder: Path, config: dict[str, Any]) -> bool:
         "LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
         f"modules_to_save=['score']; {MERGE}"
     )
-
-
-def _read_score(files: SafetensorsFiles, width: int) -> np.ndarray:
-    if SCORE_TENSOR not in files.shapes:
-        raise ValueError(
-            f"{files.where}: tensor {SCORE_TENSOR} is missing, the head of a sequence classification adapter"
-        )
-    if files.shapes[SCORE_TENSOR] != (1, width):
-        raise ValueError(
-            f"{files.where}: {SCORE_TENSOR} has shape {files.shapes[SCORE_TENSOR]}, but a reward model has "
-            f"one label: {(1, width)}"
-        )
-    return read_float(files, SCORE_TENSOR).T
 
 
 def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:

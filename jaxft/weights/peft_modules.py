@@ -66,7 +66,11 @@ def read_modules(
         if not selected:
             settings["bias"] = biases
             _check_biases(where, files, biases, names)
-        values = [_read_like(files, name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+        listed = "bias or modules_to_save in adapter_config.json has it"
+        values = [
+            tensor.turned(read_shaped(files, name, tensor.shape, listed))
+            for name, tensor in zip(names, tensors, strict=True)
+        ]
         nodes[path] = {"weight": stack(tensors, values)}
         used |= set(names)
     if set(saved) - hits:
@@ -119,16 +123,6 @@ def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
     return wrapped if tensor.path.endswith("_bias") and wrapped in files.shapes else PREFIX + tensor.name
 
 
-def _read_like(files: SafetensorsFiles, name: str, tensor: Tensor) -> np.ndarray:
-    if files.shapes.get(name) != tensor.shape:
-        found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
-        raise ValueError(
-            f"{files.where}: tensor {name} {found}; this model needs {tensor.shape}, because bias or "
-            "modules_to_save in adapter_config.json has it"
-        )
-    return tensor.turned(read_float(files, name))
-
-
 def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model) -> Modules:
     """Read the rows of trainable tokens in the table, and in a head of its own."""
     only = config.get("peft_type") == ONLY_TOKENS
@@ -154,13 +148,8 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     nodes, used = {}, set()
     for path in ("embed", *(["head"] if own_head and "lm_head" in ends else [])):
         name = f"{PREFIX}{table[path][0].module}.{ONLY_TOKEN_ROWS if only else TOKEN_ROWS}"
-        if files.shapes.get(name) != (len(ids), model.config.width):
-            found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
-            raise ValueError(
-                f"{files.where}: tensor {name} {found}; expected {(len(ids), model.config.width)} for the "
-                "trainable_token_indices or token_indices of adapter_config.json"
-            )
-        nodes[path] = {"rows": read_float(files, name)}
+        listed = "trainable_token_indices or token_indices of adapter_config.json has them"
+        nodes[path] = {"rows": read_shaped(files, name, (len(ids), model.config.width), listed)}
         used.add(name)
     settings = {"trainable_token_indices": tuple(ids), "token_head": "head" in nodes or not own_head}
     return Modules(nodes, settings, used)
@@ -183,6 +172,14 @@ def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
         if not jnp.issubdtype(value.dtype, np.floating):
             raise ValueError(f"it has type {value.dtype}; expected floats, as peft's save_pretrained writes")
         return finite.cast_finite(value, np.float32) if value.dtype == np.float64 else value
+
+
+def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
+    """Read a float tensor of this shape, as read_float does. because: why it must be there, for the error."""
+    if files.shapes.get(name) != shape:
+        found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
+        raise ValueError(f"{files.where}: tensor {name} {found}; this model needs {shape}, because {because}")
+    return read_float(files, name)
 
 
 def module_tensors(

@@ -13,7 +13,7 @@ from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import PairRanks
-from jaxft.weights.peft_modules import read_float
+from jaxft.weights.peft_modules import read_float, read_shaped
 from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.safetensors import SafetensorsFiles
 from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
@@ -71,16 +71,10 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
             f"rank {rank} on this model needs {(rank, ins)} and {(outs, rank)}"
         )
     alpha = float(_matching(config, "alpha_pattern", module, config["lora_alpha"]))
-    return Pair(a, b, alpha, _read_magnitude(files, module, outs) if config.get("use_dora") else None)
-
-
-def _read_magnitude(files: SafetensorsFiles, module: str, outs: int) -> np.ndarray:
-    name = f"{PREFIX}{module}.{MAGNITUDE}"
-    if name not in files.shapes:
-        raise ValueError(f"{files.where}: tensor {name} is missing, and the configuration has use_dora=true")
-    if files.shapes[name] != (outs,):
-        raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected {(outs,)}")
-    return read_float(files, name)
+    if not config.get("use_dora"):
+        return Pair(a, b, alpha)
+    listed = "adapter_config.json has use_dora=true"
+    return Pair(a, b, alpha, read_shaped(files, f"{PREFIX}{module}.{MAGNITUDE}", (outs,), listed))
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:

@@ -38,7 +38,7 @@ from jaxft.weights import (
 )
 from jaxft.weights.codes import open_codes
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
-from jaxft.weights.param_reader import ParamReader, param_readers
+from jaxft.weights.param_reader import ParamReader, param_readers, read_quantised
 from jaxft.weights.safetensors import read_model_json
 from jaxft.weights.storage import (
     Storage,
@@ -49,7 +49,7 @@ from jaxft.weights.storage import (
     leaf_sharding,
     quantised_paths,
 )
-from jaxft.weights.tensors import Tensor, tensors_of
+from jaxft.weights.tensors import Tensor
 from jaxft.weights.tokenizer_limits import OverLimit, check_tokenizer_files
 
 NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
@@ -268,10 +268,8 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
             f"quant={CHECKPOINT} stores the base as its files do, but no files are given; set model"
         )
     files = open_files(ref)
-    hf.check_tensors(files, model)
-    table = tensors_of(model)
-    found = {path: hf.common_layout(files, table[path]) for path in paths}
-    layouts = {path: layout for path, layout in found.items() if layout is not None}
+    readers = param_readers(files, model)
+    layouts = {path: layout for path in paths if (layout := readers[path].layout) is not None}
     if not layouts:
         reasons = (f" ({name}: {x.reason})" for name, x in files.quantised.items() if x.reason)
         raise ValueError(
@@ -312,13 +310,19 @@ def load_base(
             return None
         storage = stored.storage[full]
         like = leaf_shapes(spec, storage)
-        unchanged = reader.layout is not None and keeps_layout(storage, reader.layout)
-        if storage.codes is not None:
-            coded = replace(files, quantised=open_codes(storage.codes))
-            reader, unchanged = replace(reader, files=coded), True
+        reader, unchanged = _stored_reader(reader, storage)
         return place.load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
     return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
+
+
+def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, bool]:
+    """Return a parameter's reader with its calibrated codes if it has them, and whether codes and scales are
+    stored as they are read.
+    """
+    if storage.codes is not None:
+        return replace(reader, files=replace(reader.files, quantised=open_codes(storage.codes))), True
+    return reader, reader.layout is not None and keeps_layout(storage, reader.layout)
 
 
 def check_adapter_base(folder: Path, ref: str) -> None:
@@ -337,11 +341,9 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
-    for path, tensors in tensors_of(stored.model).items():
-        if tensors[0].name not in files.quantised:
-            continue
-        layout, tensor = hf.common_layout(files, tensors), files.quantised[tensors[0].name]
-        change = _storage_change(stored.storage[f"base/{path}"], layout, tensor)
+    for path, reader in param_readers(files, stored.model).items() if files.quantised else ():
+        tensor = files.quantised.get(reader.tensors[0].name)
+        change = tensor and _storage_change(stored.storage[f"base/{path}"], reader.layout, tensor)
         if change:
             groups.setdefault(change, []).append(path)
     changes = [f"weights {change}: {', '.join(paths)}" for change, paths in groups.items()]
@@ -377,15 +379,11 @@ def with_storage_rounding(
 def _rounded(reader: ParamReader, spec: ParamSpec, storage: Storage) -> ParamReader:
     if not storage.quantised:
         return reader
-    like = leaf_shapes(spec, storage)
-    unchanged = reader.layout is not None and keeps_layout(storage, reader.layout)
-    source = reader.files.quantised if unchanged else {}
-    source = source if storage.codes is None else open_codes(storage.codes)
+    like, (source, unchanged) = leaf_shapes(spec, storage), _stored_reader(reader, storage)
 
     def changed(tensor: Tensor, index: Index = ()) -> np.ndarray:
-        if tensor.name in source:
-            found: Any = source[tensor.name].read()
-            packed = replace(found, dtype=like.dtype)
+        if unchanged:
+            packed = replace(read_quantised(source, tensor), dtype=like.dtype)
         else:
             packed = place.store_as(reader.read(tensor), like)
         return np.asarray(dequantize(packed))[index]

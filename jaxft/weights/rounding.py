@@ -23,14 +23,7 @@ from jaxtyping import Array, Float
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
 from jaxft.weights.first_pairs import principal_pair
-from jaxft.weights.gptq import (
-    InverseFactor,
-    damped,
-    gptq_codes,
-    inverse_factor,
-    rounding_block,
-    with_codes,
-)
+from jaxft.weights.gptq import InverseFactor, damped, gptq_codes, inverse_factor, swept, with_codes
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block
 ROUNDS = 2  # of coordinate descent on codes and scales
@@ -146,40 +139,20 @@ def _searched_scales(weight: Array, squares: Array, kind: str, block: int) -> tu
 @jax.jit
 def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
     """Return codes [I, O] after one pass over all inputs; each is set to its best level, given all others."""
-    ins, outs = weight.shape
-    format, size = FORMATS[q.kind], rounding_block(ins)
-    scale, offset = grid(q)
+    format, (scale, offset) = FORMATS[q.kind], grid(q)
     codes = qf.unpack(q.codes) if is_paired(q.kind) else jnp.asarray(q.codes)
-
     value = format.decode(codes) * scale
     value = value if offset is None else value + offset
     gradient = jnp.matmul(moment, weight - value, precision=HIGHEST)
 
-    def take(x: Any, at: Array) -> Any:
-        return None if x is None else jax.lax.dynamic_slice_in_dim(x, at, size, 0)
-
-    def one(j: Array, now: tuple[Array, Array, Array], values: Array, grids: tuple, own: Array) -> tuple:
-        part, changes, codes = now
-        scale, offset = grids
+    def one(j: Array, row: Array, arrays: tuple, own: Array) -> tuple[Array, Array]:
+        values, scale, offset = arrays
         s, o = scale[j], None if offset is None else offset[j]
-        code = format.nearest(values[j] + part[j] / own[j, j], s, o)
+        code = format.nearest(values[j] + row / own[j, j], s, o)
         after = format.decode(code) * s
-        change = (after if o is None else after + o) - values[j]
-        part = part - own[j][:, None] * change[None]
-        return part, changes.at[j].set(change), codes.at[j].set(code)
+        return (after if o is None else after + o) - values[j], code
 
-    def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        gradient, codes = now
-        at = b * size
-        rows = take(moment, at)
-        own = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
-        start = take(gradient, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
-        step = partial(one, values=take(value, at), grids=(take(scale, at), take(offset, at)), own=own)
-        _, changes, own_codes = jax.lax.fori_loop(0, size, step, start)
-        gradient = gradient - jnp.matmul(rows.T, changes, precision=HIGHEST)
-        return gradient, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
-
-    return jax.lax.fori_loop(0, ins // size, block, (gradient, codes))[1]
+    return swept(moment, gradient, codes, (value, scale, offset), one)
 
 
 @partial(jax.jit, static_argnames="size")

@@ -186,9 +186,8 @@ def write_here(path: Path, tensors: list[TensorToWrite]) -> None:
                     )
                 with finite.errors_name(f"{path}: not written: tensor {tensor.name}"):
                     finite.require_finite(value, WRITE_ADVICE)
-                file.write(
-                    value.reshape(-1).view(np.uint8).data
-                )  # tofile's error for a full disk has no errno
+                # not tofile, whose error for a full disk has no errno
+                file.write(value.reshape(-1).view(np.uint8).data)
         os.replace(part, path)
     except Exception:
         if jax.process_count() > 1:

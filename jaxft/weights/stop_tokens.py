@@ -18,31 +18,21 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
     malformed or names an id that the model does not have.
     """
     config = model.config
-    return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *_tokenizer_ends(tokenizer)}))
-
-
-def extended_eos(eos: int | list[int] | None, tokenizer: Any) -> int | list[int] | None:
-    """Return the eos_token_id of a generation_config.json with what the tokenizer and its template end turns
-    with, so that vLLM and transformers stop there too.
-    """
-    return joined_eos(eos, _tokenizer_ends(tokenizer))
+    return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *tokenizer_ends(tokenizer)}))
 
 
 def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
     """Return an eos_token_id with further token ids, as a list if it has several."""
-    ids = list(dict.fromkeys([*_as_list(eos), *more]))
+    own = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    ids = list(dict.fromkeys([*own, *more]))
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def _tokenizer_ends(tokenizer: Any) -> list[int]:
+def tokenizer_ends(tokenizer: Any) -> list[int]:
     """Return the tokenizer's EOS, and what ends an assistant turn in its chat template."""
     template = template_of(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*eos, *(template.stop_tokens if template else ())]
-
-
-def _as_list(eos: Any) -> list[Any]:
-    return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
 
 
 def _generation_eos(ref: str, vocab: int) -> list[int]:

@@ -99,7 +99,7 @@ def choose_storage(
         elif quant and path.removeprefix("base/") in selected:
             layout = layouts.get(path.removeprefix("base/"))
             arguments = None if layout else (quant.kind, quant.block, quant.double)
-            codes = quant.codes if path.startswith("base/layers/") else None
+            codes = quant.codes if "layers" in spec.axes else None
             storage[path] = Storage(model.dtype, arguments, layout, quant.fp8_matmul, codes)
         else:
             as_bits = param.kernel(spec) and jnp.dtype(model.dtype).itemsize == 2
@@ -202,7 +202,7 @@ def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
     text += ", calibrated" if any(storage.codes for storage in stored.storage.values()) else ""
     if mesh is None or leaves[0].kind != "fp8":
         return text
-    of_layers = next((q for path, q in by_path.items() if path.startswith("base/layers/")), None)
+    of_layers = next((q for path, q in by_path.items() if "layers" in all_specs[path].axes), None)
     if of_layers is None:
         return f"{text}, dequantised, as only layers are multiplied in FP8"
     return f"{text}, {fp8_matmuls(of_layers, mesh)}"

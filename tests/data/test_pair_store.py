@@ -157,7 +157,7 @@ def test_every_response_has_the_log_probs_that_it_has_alone(folder, float64):
     logps = jax.jit(lambda batch: preference(model, dpo, "precomputed").score(weights, flat(batch), {}).logps)
     whole = jax.jit(
         lambda tokens: jax.nn.log_softmax(
-            model.logits(weights, model.hidden(weights, tokens, None))[0], axis=-1
+            model.logits(weights, model.hidden(weights, tokens, None)[0])[0], axis=-1
         )
     )
     alone = {}

@@ -210,4 +210,4 @@ def test_rows_that_do_not_divide_over_context_are_an_error():
             match="rows of 30 tokens do not divide over mesh.context=4; use a data.max_length that does",
         ),
     ):
-        model.hidden(params, batch_of([[e] for e in examples(4)], 30, 16, 1.0))
+        model.hidden(params, batch_of([[e] for e in examples(4)], 30, 16, 1.0))[0]

@@ -64,7 +64,7 @@ def logits_of(model, whole, tokens):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def jitted_logits(hidden, head, logits, whole, tokens):
-    return logits(head(whole), hidden(whole, tokens))
+    return logits(head(whole), hidden(whole, tokens)[0])
 
 
 def rows_of(sampling, count, vocab=97):
@@ -275,7 +275,7 @@ def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_ch
 def test_a_single_infinite_logit_ends_a_completion(world, sign):
     """The head's last column is sign times 3e38 along the last hidden state, whose entries are beyond 1."""
     model, whole = world
-    h = np.asarray(model.hidden(whole, left_pad([PROMPTS[0]], 1)))[0, -1]
+    h = np.asarray(model.hidden(whole, left_pad([PROMPTS[0]], 1))[0])[0, -1]
     head = whole["base"]["head"].at[:, 39].set(sign * 3e38 * np.sign(h))
     broken = dict(whole, base=dict(whole["base"], head=head))
     logits = np.asarray(model.logits(model.head(broken), h[None]))[0]

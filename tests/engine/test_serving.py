@@ -75,7 +75,7 @@ def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_m
     ]
     found = [one.ids for one in tiny.complete(scheduler, requests)]
     logits = jax.jit(
-        lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row))
+        lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row)[0])
     )
     for ids, adapter in zip(found, [{}, *map(tiny.adapter, names)], strict=True):
         merged = merged_arrays(tiny.base(), adapter, jnp.float32)
@@ -118,7 +118,7 @@ def model_logps(dtype, prompt, ids, name="terse"):
     params = {"base": tiny.base(), "adapter": tiny.adapter(name)}
     params = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, params)
     row = left_pad([prompt + ids], 1, 128)
-    logits = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, row)))(params)
+    logits = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, row)[0]))(params)
     return np.asarray(jax.nn.log_softmax(logits[0, -len(ids) - 1 : -1], -1))
 
 

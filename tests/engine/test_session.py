@@ -68,7 +68,7 @@ def forward():
     def logps(params, rows, ids):
         params = {**params, "rows": rows}
         model = adapted_by_row(tiny.MODEL)
-        return jax.nn.log_softmax(model.logits(model.head(params), model.hidden(params, ids)), -1)
+        return jax.nn.log_softmax(model.logits(model.head(params), model.hidden(params, ids)[0]), -1)
 
     return jax.jit(logps)
 

@@ -301,7 +301,7 @@ def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, m
         several = loaded_weights.load_each(named, mesh, "float32")
 
         def logps(loaded):
-            h = loaded.model.hidden(loaded.params, tokens)
+            h = loaded.model.hidden(loaded.params, tokens)[0]
             return token_logps(loaded.model, loaded.params, h, **reads).logp
 
         shapes = [jax.tree.map(jnp.shape, several[name].params) for name in names]

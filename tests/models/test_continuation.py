@@ -106,7 +106,7 @@ def differences(model, params, stored="compute"):
     ids = jnp.asarray(random_ids(R, LENGTH, seed=5), jnp.int32)
 
     def forward(params, ids, prompts):
-        return log_probs(model, params, model.hidden(params, rollout(ids, prompts)))
+        return log_probs(model, params, model.hidden(params, rollout(ids, prompts))[0])
 
     forward, run = jit(forward), jit(partial(continued, model, stored))
     for cuts in CUTS:

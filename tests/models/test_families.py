@@ -36,7 +36,7 @@ def forward_and_backward(name):
     ids, targets = random_ids(2, LENGTH), random_ids(2, LENGTH, seed=1)
 
     def loss(params):
-        h = ours.hidden(params, rows(ids))
+        h = ours.hidden(params, rows(ids))[0]
         logits = ours.logits(ours.head(params), h)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), jnp.asarray(targets)[..., None], 2)
         return -chosen.mean(), (h, logits)
@@ -125,7 +125,7 @@ def padded_left(ids, count):
 def test_prefill_and_decoding_equal_one_forward_pass(name):
     _, ours, params = both(name)
     batch, start = padded_left(random_ids(2, 26), 3), 13
-    whole = np.asarray(jit(ours.hidden)(params, batch))
+    whole = np.asarray(jit(ours.hidden)(params, batch)[0])
     prompt = jax.tree.map(lambda x: x[:, :start] if x.shape[1] == 26 else x, batch)
     h, cache = jit(lambda params, prompt: prefilled(ours, params, prompt, 26 - start))(params, prompt)
     np.testing.assert_allclose(np.asarray(h)[0], whole[0, :start], atol=2e-5, rtol=1e-4)
@@ -178,7 +178,7 @@ def test_packing_and_shared_prompts_change_no_logits(name):
         row((prompt, first, second), (other,)),  # and with a shared prompt
     ]
     batch = rows(*np.moveaxis(np.stack(laid), 2, 0))
-    logits = jit(lambda params, batch: ours.logits(ours.head(params), ours.hidden(params, batch)))
+    logits = jit(lambda params, batch: ours.logits(ours.head(params), ours.hidden(params, batch)[0]))
     with_first, with_second, alone, packed, shared = np.asarray(logits(params, batch))
     for found, expected in (
         (packed[:20], with_first[:20]),

@@ -30,7 +30,7 @@ def same(a, b):
 
 
 def logits_of(model, whole, tokens=TOKENS):
-    return model.logits(model.head(whole), model.hidden(whole, tokens))
+    return model.logits(model.head(whole), model.hidden(whole, tokens)[0])
 
 
 @pytest.mark.quick_cases("tied-adapted")
@@ -47,7 +47,7 @@ def test_init_and_apply_equal_the_model(tied, adapter):
     same(variables["params"], param.init_params(model.specs, KEY))
     assert np.abs(logits_of(model, variables["params"])).max() > 0.1
     same(module.apply(variables, TOKENS), logits_of(model, variables["params"]))
-    same(module.apply(variables, TOKENS, method="hidden"), model.hidden(variables["params"], TOKENS))
+    same(module.apply(variables, TOKENS, method="hidden"), model.hidden(variables["params"], TOKENS)[0])
 
 
 def test_another_key_and_dtype_give_other_parameters():

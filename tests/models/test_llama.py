@@ -86,7 +86,7 @@ def test_logits_equal_transformers(shape):
     ids = np.random.default_rng(0).integers(0, 97, (2, 70)).astype(np.int32)
     with torch.no_grad():
         expected = hf(torch.tensor(ids).long()).logits.numpy()
-    found = model.logits(model.head(params), model.hidden(params, tokens_of(ids)))
+    found = model.logits(model.head(params), model.hidden(params, tokens_of(ids))[0])
     assert np.abs(expected).max() > 1.0
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass():
     segments[1, :pad] = 0
     positions = np.maximum(np.cumsum(segments, 1) - 1, 0)
     batch = batch.replace(segments=jnp.asarray(segments), positions=jnp.asarray(positions))
-    whole = np.asarray(model.hidden(params, batch))
+    whole = np.asarray(model.hidden(params, batch)[0])
     start = jax.tree.map(lambda x: x[:, :8] if x.shape[1] == 12 else x, batch)
     h, cache = prefilled(model, params, start, 4)
     np.testing.assert_allclose(np.asarray(h)[0], whole[0, :8], atol=1e-5)

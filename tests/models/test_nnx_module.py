@@ -41,7 +41,7 @@ def test_init_and_apply_equal_the_model_and_the_linen_module(tied, adapter):
     whole = module.tree()
     same(whole, param.init_params(model.specs, nnx.Rngs(params=5).params()))
     linen = FlaxModel(model)
-    logits = model.logits(model.head(whole), model.hidden(whole, TOKENS))
+    logits = model.logits(model.head(whole), model.hidden(whole, TOKENS)[0])
     assert np.abs(logits).max() > 0.1
     same(module(TOKENS), logits)
     same(module(TOKENS), linen.apply({"params": whole}, TOKENS))
@@ -74,7 +74,7 @@ def test_split_and_merge_give_the_same_module_and_one_compiled_program():
         traced.append(1)
         return module(tokens)
 
-    expected = jax.jit(lambda p: MODEL.logits(MODEL.head(p), MODEL.hidden(p, TOKENS)))(packed)
+    expected = jax.jit(lambda p: MODEL.logits(MODEL.head(p), MODEL.hidden(p, TOKENS)[0]))(packed)
     for m in (module, again, NnxModel(MODEL, packed)):
         np.testing.assert_allclose(logits(m, TOKENS), expected, atol=1e-5)
     assert len(traced) == 1
@@ -116,7 +116,7 @@ def test_a_train_step_updates_the_adapter_of_a_quantised_base_only():
     def our_step(moving, opt):
         def loss(moving):
             p = tree.combine(moving, frozen)
-            return loss_of(model.logits(model.head(p), model.hidden(p, TOKENS)), TOKENS)
+            return loss_of(model.logits(model.head(p), model.hidden(p, TOKENS)[0]), TOKENS)
 
         value, grads = jax.value_and_grad(loss)(moving)
         updates, opt = tx.update(grads, opt, moving)

@@ -359,15 +359,15 @@ def test_a_packed_row_has_the_hidden_states_of_its_examples_alone_on_one_device_
     params = param.init_params(model.specs, jax.random.key(0), jnp.float64)
     first, second = (np.random.default_rng(3).integers(0, 40, n) for n in (6, 14))
     tokens, hidden = rows_of_examples([[first, second], [second, first]], 24), jax.jit(model.hidden)
-    found = np.asarray(hidden(params, tokens))
-    alone = [np.asarray(hidden(params, rows_of_examples([[x]], len(x))))[0] for x in (first, second)]
+    found = np.asarray(hidden(params, tokens)[0])
+    alone = [np.asarray(hidden(params, rows_of_examples([[x]], len(x)))[0])[0] for x in (first, second)]
     np.testing.assert_allclose(found[0, :20], np.concatenate(alone), rtol=1e-10)
     np.testing.assert_allclose(found[1, :20], np.concatenate(alone[::-1]), rtol=1e-10)
     mesh = make_mesh(MeshShape(2, context=4))
     with jax.set_mesh(mesh):
         batch = shard_batch(mesh, jax.tree.map(lambda x: x[None], tokens))
         sharded = jax.device_get(
-            jax.jit(lambda p, b: model.hidden(p, jax.tree.map(lambda x: x[0], b)))(params, batch)
+            jax.jit(lambda p, b: model.hidden(p, jax.tree.map(lambda x: x[0], b))[0])(params, batch)
         )
     real = np.asarray(tokens.segments) > 0
     np.testing.assert_allclose(sharded[real], found[real], rtol=1e-9, atol=1e-12)

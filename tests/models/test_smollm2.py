@@ -57,7 +57,7 @@ def test_logits_on_real_text_equal_transformers(both):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids).long()).logits[0].numpy()
     found = np.asarray(
-        jax.jit(lambda p, t: model.logits(model.head(p), model.hidden(p, t)))(whole, tokens_of(ids))[0]
+        jax.jit(lambda p, t: model.logits(model.head(p), model.hidden(p, t)[0]))(whole, tokens_of(ids))[0]
     )
     assert np.abs(found - expected).max() <= 2e-3
     best = np.sort(expected, -1)[:, -2:]

@@ -83,7 +83,7 @@ class AllHeads:
     facts: Facts = Facts()
 
     def __call__(self, params, batch, key, aux):
-        h = self.model.hidden(params, batch)
+        h = self.model.hidden(params, batch)[0]
         if self.by_token:
             logp = token_logps(self.model, params, h, batch.targets).logp
             loss = -jnp.sum(batch.token_weights * logp)

@@ -247,8 +247,8 @@ def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dt
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
     with jax.numpy_dtype_promotion("strict"):
-        h = jax.eval_shape(lambda p: t.model.hidden(p, batch), some)
-        logits = jax.eval_shape(lambda p: t.model.logits(t.model.head(p), t.model.hidden(p, batch)), some)
+        h = jax.eval_shape(lambda p: t.model.hidden(p, batch)[0], some)
+        logits = jax.eval_shape(lambda p: t.model.logits(t.model.head(p), t.model.hidden(p, batch)[0]), some)
         (loss, found), grads = jax.eval_shape(gradient, trainable, frozen, key)
         prefill = jax.eval_shape(lambda p: prefilled(t.model, p, batch, 4), some)
         token = batch.ids[:, 0], batch.ids[:, 0]

@@ -29,7 +29,7 @@ SOME = Adapter(rank=3, alpha=5.0, targets=("q", "k", "o", "gate", "down", "head"
 
 
 def logits(model, whole, batch):
-    return jax.jit(lambda whole: model.logits(model.head(whole), model.hidden(whole, batch)))(whole)
+    return jax.jit(lambda whole: model.logits(model.head(whole), model.hidden(whole, batch)[0]))(whole)
 
 
 # Initialisation
@@ -305,7 +305,7 @@ def test_dropout_needs_a_key_preserves_the_mean_and_leaves_the_base():
 def test_each_layer_and_projection_has_its_own_dropout_mask():
     model, whole = tiny(jnp.float32, Adapter(rank=3, dropout=0.5))
     batch = one_by_one(examples(2))
-    text = str(jax.make_jaxpr(lambda key: model.hidden(whole, batch, key))(jax.random.key(0)))
+    text = str(jax.make_jaxpr(lambda key: model.hidden(whole, batch, key)[0])(jax.random.key(0)))
     assert len(re.findall(r"name=_bernoulli", text)) == len(KERNELS)  # in the body of the scan over layers
     assert "random_split[shape=(3,)]" in text and "random_split[shape=(7,)]" in text
 

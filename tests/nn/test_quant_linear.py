@@ -181,7 +181,7 @@ def test_a_quantised_head_and_table_work_in_the_chunked_loss(x64, form, tied):
         def loss(adapter, h):
             return jnp.sum(jnp.sin(token_logps(model, {**whole, "adapter": adapter}, h, batch.targets).logp))
 
-        h = jit(model.hidden)(whole, batch)[:, : batch.targets.shape[1]]
+        h = jit(model.hidden)(whole, batch)[0][:, : batch.targets.shape[1]]
         return jit(jax.value_and_grad(loss, (0, 1)))(whole["adapter"], h)
 
     assert_close(both(whole), both(plain(whole)))

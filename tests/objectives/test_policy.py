@@ -84,7 +84,7 @@ def rows_of(groups, count=2):
 
 def plain(model, whole, batch, temperature):
     """Log-probs, entropy and values at the read positions by one product, one log_softmax and autodiff."""
-    h = jnp.take_along_axis(model.hidden(whole, batch, None), batch.read[..., None], 1)
+    h = jnp.take_along_axis(model.hidden(whole, batch, None)[0], batch.read[..., None], 1)
     logp = jax.nn.log_softmax(model.logits(model.head(whole), h) / temperature, -1)
     at = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
     return at, -jnp.sum(jnp.exp(logp) * logp, -1), h @ whole["critic"]["w"]
@@ -275,7 +275,7 @@ def test_a_critic_on_another_adapter_is_trained_while_the_policy_has_no_weights(
     mask = tree.mask_by_path(whole, "adapter/.*/[ab]|critic/w|critic/adapter/.*/[ab]")
 
     def second(whole, batch, h):
-        return model.hidden({"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch)  # noqa: E731
+        return model.hidden({"base": whole["base"], "adapter": whole["critic"]["adapter"]}, batch)[0]  # noqa: E731
 
     objective = policy(
         model, LOSS, critic=Critic(value_function(second, lambda whole, h: h @ whole["critic"]["w"]))

@@ -322,12 +322,12 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
     }
     assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=param.is_spec)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
-    np.testing.assert_array_equal(model.hidden(whole, batch), language.hidden(policy, batch))
+    np.testing.assert_array_equal(model.hidden(whole, batch)[0], language.hidden(policy, batch)[0])
     critic = heads.view(whole, "critic")
-    h = model.hidden(critic, batch)
-    target = alone.scores({"score": critic["score"]}, alone.hidden(critic, batch))
+    h = model.hidden(critic, batch)[0]
+    target = alone.scores({"score": critic["score"]}, alone.hidden(critic, batch)[0])
     np.testing.assert_array_equal(model.scores(critic, h), target)
-    assert np.abs(h - model.hidden(whole, batch)).max() > 1e-3
+    assert np.abs(h - model.hidden(whole, batch)[0]).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -343,11 +343,11 @@ def test_a_head_on_a_base_replaces_the_rows_of_its_own_tokens(x64):
         whole = param.init_params(model.specs, jax.random.key(0), jnp.float64)
     row = whole["critic"]["adapter"]["embed"]["rows"]
     table = whole["base"]["embed"].at[third].set(row[0])
-    found = model.hidden(heads.view(whole, "critic"), batch)
-    np.testing.assert_array_equal(found, base.hidden({**whole["base"], "embed": table}, batch))
-    plain = base.hidden(whole["base"], batch)
-    np.testing.assert_array_equal(model.hidden(heads.view(whole, "value"), batch), plain)
-    assert min(np.abs(model.hidden(whole, batch) - x).max() for x in (found, plain)) > 1e-3
+    found = model.hidden(heads.view(whole, "critic"), batch)[0]
+    np.testing.assert_array_equal(found, base.hidden({**whole["base"], "embed": table}, batch)[0])
+    plain = base.hidden(whole["base"], batch)[0]
+    np.testing.assert_array_equal(model.hidden(heads.view(whole, "value"), batch)[0], plain)
+    assert min(np.abs(model.hidden(whole, batch)[0] - x).max() for x in (found, plain)) > 1e-3
     assert np.abs(found - plain).max() > 1e-3
 
 

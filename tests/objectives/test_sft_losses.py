@@ -101,7 +101,7 @@ def test_a_batch_has_the_loss_of_transformers_label_smoother():
     model, whole = tiny()
     batch = one_by_one(examples(4))
     loss, found = sft(model, label_smoothing=0.2)(whole, batch, None, {})
-    logits = model.logits(model.head(whole), model.hidden(whole, batch))
+    logits = model.logits(model.head(whole), model.hidden(whole, batch)[0])
     labels = np.full(batch.ids.shape, -100)
     rows, at = np.nonzero(np.asarray(batch.token_weights))
     labels[rows, np.asarray(batch.read)[rows, at]] = np.asarray(batch.targets)[rows, at]
@@ -165,15 +165,15 @@ def test_neftune_adds_its_noise_to_the_embeddings_in_training_only():
     """
     model, whole = tiny()
     batch, key = one_by_one(examples(2)), jax.random.key(7)
-    found = model.hidden(whole, batch, key, neftune=5.0)
-    assert_close(model.hidden(whole, batch, None, neftune=5.0), model.hidden(whole, batch))
-    assert float(jnp.abs(found - model.hidden(whole, batch)).max()) > 1e-3
+    found = model.hidden(whole, batch, key, neftune=5.0)[0]
+    assert_close(model.hidden(whole, batch, None, neftune=5.0)[0], model.hidden(whole, batch)[0])
+    assert float(jnp.abs(found - model.hidden(whole, batch)[0]).max()) > 1e-3
     noise = neftune_noise(jax.random.fold_in(key, CONFIG.layers), batch.segments, D, 5.0)
     table = whole["base"]["embed"]
     rows = table[batch.ids] + noise.astype(table.dtype)
     ids = jnp.arange(batch.ids.size, dtype=jnp.int32).reshape(batch.ids.shape)
     own = {**whole, "base": {**whole["base"], "embed": rows.reshape(-1, D)}}
-    assert_close(model.hidden(own, batch.__class__(**{**vars(batch), "ids": ids})), found)
+    assert_close(model.hidden(own, batch.__class__(**{**vars(batch), "ids": ids}))[0], found)
 
 
 def test_losses_and_noise_on_a_mesh_are_those_of_one_device():

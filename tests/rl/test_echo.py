@@ -87,7 +87,7 @@ def test_the_policy_is_read_at_given_tokens_as_in_a_forward_pass_over_the_episod
     for trajectory in own.trajectories[:2]:
         ((start, ids, mask),) = trajectory.rows()
         alone = tiny_model.batch_of([[(ids, start)]], 32, 32, 1.0)
-        logits = model.logits(model.head(params), model.hidden(params, alone))[0]
+        logits = model.logits(model.head(params), model.hidden(params, alone)[0])[0]
         last = np.flatnonzero(mask)[-1]
         given = np.setdiff1d(np.arange(start, last), np.flatnonzero(mask))
         expected.extend(jax.nn.log_softmax(logits)[given - 1, ids[given]].tolist())

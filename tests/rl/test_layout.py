@@ -59,7 +59,7 @@ def check_log_probs(model, params, episodes, shape):
             sampled = np.flatnonzero(mask)
             if len(sampled):
                 alone = tiny_model.batch_of([[(text, start)]], 64, 48, 1.0)
-                logits = model.logits(model.head(params), model.hidden(params, alone))[0] / 0.7
+                logits = model.logits(model.head(params), model.hidden(params, alone)[0])[0] / 0.7
                 expected += np.asarray(jax.nn.log_softmax(logits))[sampled - 1, text[sampled]].tolist()
         np.testing.assert_allclose(own[: len(expected)], expected, rtol=1e-10)
         assert not own[len(expected) :].any()

@@ -38,7 +38,7 @@ def test_pairs_have_the_log_probs_of_each_completion_alone(x64):
         for n, count in enumerate(lengths[g]):
             text = np.array([*prompt, *tokens[g, n, :count]])
             alone = tiny_model.batch_of([[(text, len(prompt))]], 16, 8, 1.0)
-            logits = model.logits(model.head(params), model.hidden(params, alone))[0]
+            logits = model.logits(model.head(params), model.hidden(params, alone)[0])[0]
             logp = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
             logps.append(float(logp.sum()))
             assert pairs.last[g, 0, n] == len(prompt) + lengths[g, : n + 1].sum() - 1

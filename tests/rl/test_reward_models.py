@@ -105,7 +105,7 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
     def alone(text):
         """The score of one text, read at its last token."""
         row = tiny_model.batch_of([[(np.array(text), 1)]], 16, 16, 1.0)
-        h = model.hidden(heads.view(params, "reward"), row)[0, len(text) - 1]
+        h = model.hidden(heads.view(params, "reward"), row)[0][0, len(text) - 1]
         return h @ params["reward"]["score"][:, 0]
 
     plain = scores(LENGTHS)

@@ -207,6 +207,7 @@ def test_a_run_killed_before_its_first_checkpoint_repeats_its_recorded_rollouts(
         sampled.append([path.stat().st_ino for path in records])
     assert not {*sampled[0]} & {*sampled[1]}
     assert workdir.run(*argv, *more) == 0, workdir.err()
+    assert "runs/early has no complete checkpoint: the run starts again at step 0" in workdir.out()
     assert [path.stat().st_ino for path in records] == sampled[1]
 
 

@@ -23,7 +23,7 @@ def logits_of_files():
     """
     model = pretrained.model_for(SMOLLM2, dtype=jnp.float32)
     forward = jax.jit(
-        lambda params, batch: model.logits(model.head(params), model.hidden(params, batch)),
+        lambda params, batch: model.logits(model.head(params), model.hidden(params, batch)[0]),
         compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True},
     )
     loaded = {}

@@ -59,7 +59,7 @@ def reached(environments, **columns):
 
 def ppo_objective(model, temperature, beta, shared=False, target_kl=None):
     """PPO with an entropy bonus, an adaptive KL in the rewards, and a critic, shared or not."""
-    hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)
+    hidden = lambda params, batch, h: h if shared else model.hidden(view(params, "critic"), batch)[0]
     value = value_function(hidden, lambda params, h: scores(view(params, "critic"), h))
     penalty = AdaptiveKL(beta, target=0.1, horizon=50) if beta else FixedKL(0.0)
     objective = policy(model, clipped, KLInReward(penalty), 0.01, temperature, Critic(value, coef=0.5))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.models import llama_config
 from jaxft.models.adapted import adapted
-from jaxft.models.dense import DenseArchitecture, dense_model, llama_specs, names_of, self_attention
+from jaxft.models.dense import dense_model, llama_specs, names_of, one_stack, self_attention
 from jaxft.models.families import Family
 from jaxft.nn.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
@@ -71,19 +71,17 @@ def layer(f: Any, p: Any, h: jax.Array, attend: Any, key: Any) -> tuple[jax.Arra
     """Llama's layer with experts in place of the MLP."""
     c, keys = f.config, split_keys(key, 7)
     x = rms_norm(h, p["attn_norm"], c.norm_eps, f.dtype)
-    o, extra = self_attention(c, p["attn"], x, attend, keys[:4])
+    o, extras = self_attention(c, p["attn"], x, attend, keys[:4])
     h = h + o.astype(h.dtype)
     y = expert_mlp(c, p["mlp"], rms_norm(h, p["mlp_norm"], c.norm_eps, f.dtype), keys[4:])
-    return h + y.astype(h.dtype), extra
+    return h + y.astype(h.dtype), extras
 
 
 def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> Any:
     """Build the Model of a config."""
     specs = expert_specs(config)
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(
-        config, DenseArchitecture(specs, names_of(specs, NAMES), layer, attention), dtype, **options
-    )
+    return dense_model(config, one_stack(specs, names_of(specs, NAMES), layer, attention), dtype, **options)
 
 
 def from_hf(hf: dict[str, Any]) -> ExpertConfig:

@@ -176,4 +176,4 @@ def random_ids(count, time, seed=0):
 
 def logits_of(model, params, batch):
     """Logits [B, T, V]."""
-    return np.asarray(model.logits(model.head(params), model.hidden(params, batch)))
+    return np.asarray(model.logits(model.head(params), model.hidden(params, batch)[0]))

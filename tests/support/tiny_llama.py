@@ -76,7 +76,7 @@ def some_tokens(rows=2, time=12, vocab=VOCAB):
 
 def our_logits(model, params, tokens):
     """Logits [B, T, V] of a jaxft model."""
-    return np.asarray(model.logits(model.head(params), model.hidden(params, tokens)))
+    return np.asarray(model.logits(model.head(params), model.hidden(params, tokens)[0]))
 
 
 def torch_logits(model, tokens):

@@ -60,7 +60,7 @@ def tiny_pairs(**kwargs):
 
 def tiny_ppo(critic=None, rewards=None, group=2):
     def objective(model):
-        hidden = lambda params, batch, h: model.hidden(heads.view(params, "critic"), batch)  # noqa: E731
+        hidden = lambda params, batch, h: model.hidden(heads.view(params, "critic"), batch)[0]  # noqa: E731
         value = value_function(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
         return policy.policy(model, clipped, KLInReward(FixedKL(0.1)), critic=Critic(value))
 

@@ -167,7 +167,7 @@ def test_calibrated_layers_are_closer_to_the_exact_model_than_rounded_ones_on_ot
              for kind, quant in (("exact", None), ("plain", Quant("nf4", 32)))}  # fmt: skip
     bases["calibrated"] = frozen["base"]
     tokens = other_rows(place)
-    h = {kind: np.asarray(model.hidden(base, tokens)) for kind, base in bases.items()}
+    h = {kind: np.asarray(model.hidden(base, tokens)[0]) for kind, base in bases.items()}
     used = np.asarray(tokens.segments) > 0
     off = {kind: np.square(h[kind] - h["exact"])[used].mean() for kind in ("plain", "calibrated")}
     assert 0 < off["calibrated"] < 0.7 * off["plain"]
@@ -185,10 +185,10 @@ def test_qera_starts_from_the_corrections_and_is_closer_to_the_exact_model_than_
             assert np.abs(first @ second).max() > 1e-3
             np.testing.assert_allclose(scale[layer] * a[layer] @ b[layer], first @ second, atol=1e-5)
     full = job.lead.programs.partition.model
-    h = {"qera": full.hidden(tree.combine(trainable, frozen), tokens)}
+    h = {"qera": full.hidden(tree.combine(trainable, frozen), tokens)[0]}
     for kind, quant in (("exact", None), ("nearest", Quant("nf4", 32))):
         base = pretrained.load_frozen(str(place.folder / "base"), model, one_device(), quant)
-        h[kind] = model.hidden(base, tokens)
+        h[kind] = model.hidden(base, tokens)[0]
     off = {kind: float(jnp.mean(jnp.square(h[kind] - h["exact"]))) for kind in ("qera", "nearest")}
     assert 0 < off["qera"] < 0.9 * off["nearest"]
     assert job.lead.run.adapter.exported.rank == 8  # for the unchanged base, see test_adapter_kinds.py

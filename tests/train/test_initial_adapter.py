@@ -87,7 +87,7 @@ class Begun:
     def hidden(self, name=None):
         """Of the policy, or of a model on its base."""
         params = self.params if name is None else heads.view(self.params, name)
-        return np.asarray(jax.jit(self.model.hidden)(params, some_tokens()))
+        return np.asarray(jax.jit(self.model.hidden)(params, some_tokens())[0])
 
 
 def shaken(params):

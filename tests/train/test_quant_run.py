@@ -145,7 +145,7 @@ def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
     }
     merged = {"base": load_on_host(str(tmp_path / "wide"), model, lambda _, x: jnp.asarray(x))}
     logits = [
-        np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())))
+        np.asarray(full.logits(full.head(params), full.hidden(params, some_tokens())[0]))
         for full, params in ((adapted(model, settings), quantised), (adapted(model, None), merged))
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-4)

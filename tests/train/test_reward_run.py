@@ -76,6 +76,19 @@ def test_a_run_its_adapter_and_its_merged_model_have_the_same_scores(place):
     assert "the chosen completion has the higher reward in" in place.err()
     assert "1 invalid rows left out (data.invalid):" in place.err()
     assert [row["row"] for row in found["run"]][2:4] == ["dirty.jsonl:3", "dirty.jsonl:5"]
+    single = [
+        {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
+        for pair, kind in zip(map(json.loads, valid[:4]), ("chosen", "rejected") * 2, strict=True)
+    ]
+    write_rows(place.folder / "single.jsonl", single)
+    script(
+        place, "score.py", "--run", "runs/scored", "--file", "single.jsonl", "--json", "--dtype", "float32"
+    )
+    alone = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]
+    assert "pairs" not in place.err()
+    for one, pair, kind in zip(alone, found["run"], ("chosen", "rejected") * 2, strict=False):
+        other = "rejected" if kind == "chosen" else "chosen"
+        assert one[other] is None and one[kind] == pytest.approx(pair[kind], rel=1e-4, abs=1e-4)
     script(place, "export.py", "--run", "runs/scored", "--out", "merged", "--dtype", "float32")
     script(place, "score.py", "--model", "merged", *argv)
     found["merged"] = [json.loads(line) for line in place.out().splitlines() if line.startswith("{")]

@@ -116,10 +116,12 @@ def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapt
 
     def together(adapters):
         whole = lora.several({"adapter": lora.stack_adapters(adapters)})
-        return model.hidden({"base": weights, **whole}, tiled)
+        return model.hidden({"base": weights, **whole}, tiled)[0]
 
     def apart(adapters):
-        return jnp.concatenate([model.hidden({"base": weights, "adapter": one}, batch) for one in adapters])
+        return jnp.concatenate(
+            [model.hidden({"base": weights, "adapter": one}, batch)[0] for one in adapters]
+        )
 
     found, expected = (
         jax.jit(jax.value_and_grad(lambda adapters, f=f: jnp.sum(jnp.sin(f(adapters)))))(adapters)
@@ -390,12 +392,12 @@ def counted(model, calls):
         return np.zeros((), np.int32)
 
     def hidden(params, batch, key=None):
-        h = model.hidden(params, batch, key)
+        h, outputs = model.hidden(params, batch, key)
         shape = jax.ShapeDtypeStruct((), jnp.int32)
         nothing = jax.pure_callback(
             append, shape, jnp.asarray(batch.ids.shape[0]), jax.lax.stop_gradient(h[0, 0, 0])
         )
-        return h + nothing.astype(h.dtype)
+        return h + nothing.astype(h.dtype), outputs
 
     return replace(model, hidden=hidden)
 

@@ -184,14 +184,14 @@ def test_remat_pairs_refuses_an_odd_number_of_layers():
     with pytest.raises(
         ValueError, match="remat=pairs groups layers by 2, but the model has 3 layers; use remat=full"
     ):
-        model.hidden(whole, one_by_one(examples(4)))
+        model.hidden(whole, one_by_one(examples(4)))[0]
 
 
 def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
     wide, whole = tiny(jnp.float32)
     narrow, _ = tiny(jnp.float32, residual=jnp.bfloat16)
     batch = one_by_one(examples(4))
-    a, b = (np.asarray(m.hidden(whole, batch)) for m in (wide, narrow))
+    a, b = (np.asarray(m.hidden(whole, batch)[0]) for m in (wide, narrow))
     off = np.abs(a - b).max() / np.abs(a).max()
     assert narrow.residual == jnp.bfloat16 and wide.residual == jnp.float32 and 1e-4 < off < 0.02
     assert describe(narrow)["residual"] == "bfloat16" and "residual" not in describe(wide)

@@ -10,7 +10,7 @@ from jaxft.weights.quantised.formats import (
     FILE_FORMATS,
     as_stored,
     dequantised,
-    open_quantised,
+    open_tensors,
     quantised_tensors,
     written_format,
 )
@@ -27,7 +27,7 @@ def test_a_format_opens_what_it_writes_with_the_same_values(tmp_path, name, kind
     path = tmp_path / "model.safetensors"
     write_safetensors(path, quantised_tensors("a.weight", q, lambda: q, name))
     config = json.loads(json.dumps(format.config(Quant(kind, block, double), [], [])))
-    files = open_quantised(open_safetensors(tmp_path, [path]), {"quant_method": name, **config})
+    files = open_tensors(open_safetensors(tmp_path, [path]), {"quant_method": name, **config})
     assert set(files.shapes) == {"a.weight"} and set(files.quantised["a.weight"].tensors)
     values = dequantised(q).T
     np.testing.assert_array_equal(files.read("a.weight"), values)

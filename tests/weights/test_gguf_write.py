@@ -22,7 +22,6 @@ from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import attention_scaling, frequencies
 from jaxft.weights import (
-    gguf_k_quants,
     gguf_metadata,
     gguf_quantize,
     gguf_save,
@@ -377,7 +376,7 @@ def dequantised(x, kind, importance=None):
 
 @pytest.mark.parametrize("kind", FITTED, ids=lambda kind: kind.name)
 def test_k_types_are_fitted_better_than_rounding_between_limits(kind, normal, monkeypatch):
-    monkeypatch.setattr(gguf_k_quants, "CHUNKS", (2**20, 2**12))  # several pieces, the last not full
+    monkeypatch.setattr(gguf_quantize, "CHUNKS", (2**20, 2**12))  # several pieces, the last not full
     error = dequantised(normal, kind) - normal
     rms = float(np.sqrt(np.square(error[3:]).mean()))
     assert 0.6 * UNIFORM[kind] < rms < (1.1 if kind is Kind.Q6_K else 0.95) * UNIFORM[kind]

@@ -239,7 +239,7 @@ def test_gradients_of_replaced_rows_are_those_of_the_whole_table(worlds):
     def logits(base, adapter):
         model = adapted(world[1], settings)
         whole = {"base": base, "adapter": adapter}
-        return jnp.sum(jnp.sin(model.logits(model.head(whole), model.hidden(whole, tokens))))
+        return jnp.sum(jnp.sin(model.logits(model.head(whole), model.hidden(whole, tokens)[0])))
 
     got = jax.grad(lambda rows: logits(world[2], {"embed": {"rows": rows}}))(rows)
     table = world[2]["embed"].at[ids].set(rows)

@@ -12,7 +12,7 @@ from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_i
 from jaxft.weights.quantised.awq import AWQ
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
 from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
-from jaxft.weights.quantised.file_format import FileFormat, QuantConfig
+from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights
 from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
 from jaxft.weights.quantised.gptq import GPTQ
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
@@ -24,19 +24,21 @@ FILE_FORMATS = {
 USUAL_FORMATS = {"nf4": BITSANDBYTES, "fp4": BITSANDBYTES, "fp8": COMPRESSED_TENSORS}  # by kind
 
 
-def open_quantised(files: SafetensorsFiles, settings: QuantConfig) -> ModelFiles:
-    """Return the tensors of a model whose quantised weights appear under the names of the plain weights.
+def open_tensors(files: SafetensorsFiles, settings: QuantConfig | None) -> ModelFiles:
+    """Return the tensors of a model, in which quantised weights have the names of plain weights.
 
-    settings: config.json's quantization_config. Raises ValueError for a format that is not supported and for
-    inconsistent tensors.
+    settings: config.json's quantization_config, if it has one. Raises ValueError for a format that is not
+    supported and for inconsistent tensors.
     """
-    name = settings.get("quant_method")
-    if not isinstance(name, str) or name not in FILE_FORMATS:
-        raise ValueError(
-            f"{files.where}: its config.json has quant_method={name!r}, but jaxft reads "
-            f"{', '.join(FILE_FORMATS)}; use the model's unquantised weights"
-        )
-    quantised = FILE_FORMATS[name].open(files, settings)
+    quantised: Weights = {}
+    if isinstance(settings, dict):
+        name = settings.get("quant_method")
+        if not isinstance(name, str) or name not in FILE_FORMATS:
+            raise ValueError(
+                f"{files.where}: its config.json has quant_method={name!r}, but jaxft reads "
+                f"{', '.join(FILE_FORMATS)}; use the model's unquantised weights"
+            )
+        quantised = FILE_FORMATS[name].open(files, settings)
     parts = {part for weight in quantised.values() for part in weight.tensors}
     plain = [name for name in files.shapes if name not in parts]
 
@@ -112,22 +114,27 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
     return ""
 
 
-def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, int]:
-    """Return a quantised weight with the scales that a format stores, and how many of these are rounded.
+def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, str]:
+    """Return a quantised weight with the scales that a format stores, and a warning if some are rounded.
 
-    float16 has more digits than bfloat16, but not its range. where: the weight, for errors. Raises ValueError
-    for scales above the range.
+    float16 has more digits than bfloat16, but not its range. where: the weight, for messages. Raises
+    ValueError for scales above the range.
     """
     if format.scale_dtype is None:
-        return q, 0
-    wide, largest = np.asarray(q.scale, np.float32), float(jnp.finfo(format.scale_dtype).max)
-    if wide.max(initial=0) > largest:
+        return q, ""
+    wide, dtype = np.asarray(q.scale, np.float32), np.dtype(format.scale_dtype)
+    if wide.max(initial=0) > float(jnp.finfo(dtype).max):
         raise ValueError(
-            f"{where}: the scale {wide.max():.3g} is too large for {np.dtype(format.scale_dtype)}, in which "
-            f"{format.name} stores scales; use --format compressed-tensors"
+            f"{where}: the scale {wide.max():.3g} is too large for {dtype}, in which {format.name} stores "
+            "scales; use --format compressed-tensors"
         )
-    narrow = wide.astype(format.scale_dtype)
-    return replace(q, scale=narrow), int(np.count_nonzero(narrow.astype(np.float32) != wide))
+    narrow = wide.astype(dtype)
+    rounded = np.count_nonzero(narrow.astype(np.float32) != wide)
+    warning = (
+        f"warning: {rounded} of {wide.size} scales of {where} are too small for {dtype}, in which --format "
+        f"{format.name} stores them, and lose digits; if its error matters, use --format compressed-tensors"
+    )
+    return replace(q, scale=narrow), warning if rounded else ""
 
 
 def quantised_tensors(
