@@ -27,6 +27,7 @@ from jaxft.train.recipes import (
     EXTRACTION_PAIRS,
     LoraOrFullKnobs,
     PairLossFunction,
+    ReferenceKnobs,
     ReferenceSetting,
     ScoredRowKnobs,
     choose_reference,
@@ -43,13 +44,16 @@ def config(
     beta: float = 0.1,
     reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper
+    other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation."""
-    if moving and reference:
-        raise ValueError(
-            f"reference={reference} and moving={moving} contradict each other; set only one of them"
-        )
+    given = {"reference": reference, "moving": moving, "reference_model": other.reference_model}
+    if len(both := [f"{name}={value}" for name, value in given.items() if value]) > 1:
+        raise ValueError(f"{' and '.join(both)} contradict each other; set only one of them")
     source = EMAReference(*moving) if moving else choose_reference(reference, loss, base.full)
+    teacher = other.teacher(base, base.full)
+    if teacher and source is None:
+        raise ValueError(f"the loss reads no reference; leave out reference_model={other.reference_model}")
     return Run(
         name=name,
         **base.sections(),
@@ -57,12 +61,13 @@ def config(
             preference,
             loss=partial(loss, beta=beta),
             beta=beta,
-            reference=source,
+            reference=other.reference(source),
             reward=mean_logp if source is None else implicit_reward,
         ),
         data=PairRows(**rows.settings()),
         optim=base.optim(lr),
         loop=Loop(eval_every=13, save_every=13),
         scoring=rows.scoring(),
+        teacher=teacher,
         seed=rows.seed,
     )

@@ -16,7 +16,7 @@ from functools import partial
 from jaxft.data.pairs.source import PairRows
 from jaxft.objectives.preference import preference
 from jaxft.objectives.reference_free_losses import kto, kto_metrics
-from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
+from jaxft.train.recipes import PAIRS, LoraKnobs, ReferenceKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -28,6 +28,7 @@ def config(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Kahneman-Tversky optimisation."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
@@ -35,9 +36,16 @@ def config(
     return Run(
         name=name,
         **base.sections(),
-        objective=partial(preference, loss=loss, beta=beta, extra=kto_metrics),
+        objective=partial(
+            preference,
+            loss=loss,
+            reference=other.reference("start"),
+            beta=beta,
+            extra=kto_metrics,
+        ),
         data=PairRows(**rows.settings(), third="mismatched", unpaired=True),
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=rows.seed,
+        teacher=other.teacher(base),
     )

@@ -4,9 +4,10 @@ time.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from jaxft.models.heads import shares_base
+from jaxft.models.heads import TEACHER, shares_base, view
 from jaxft.models.model import Model
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, attach
 from jaxft.nn.lora_rows import specs_like
@@ -19,8 +20,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     base and heads share it (see models/heads.py). Without "adapter" in the parameters it is the base model.
 
     Parameters that heads.view returns have the adapter of that critic or reward model, with its dropout and
-    its tokens. Raises ValueError if the adapter includes the language model head of a model with a scalar
-    head.
+    its tokens. A teacher's functions take the whole tree as well. Raises ValueError if the adapter includes
+    the language model head of a model with a scalar head.
     """
 
     def attached(params: Any) -> Any:
@@ -38,7 +39,10 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
             )
         if settings.changes_base and any(shares_base(head) for head in model.heads.values()):
             specs[INITIAL_ADAPTER] = specs["adapter"]
-    return _reading(model, attached, specs | model.heads)
+    whole = _reading(model, attached, specs | model.heads)
+    if model.teacher is None:
+        return whole
+    return replace(whole, teacher=_reading(model.teacher, partial(view, name=TEACHER), whole.specs))
 
 
 def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:

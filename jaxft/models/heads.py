@@ -27,6 +27,7 @@ from jaxft.nn.tensor_names import TensorName
 from jaxft.tree import Params, static, struct
 
 SCORE = TensorName("score.weight", True)  # its name in a checkpoint
+TEACHER = "teacher"  # the name of the run's second model, see models/teacher.py
 INIT = normal(0.02)  # transformers' initialisation of a new head
 
 
@@ -145,8 +146,9 @@ class Viewed:
 
 
 def view(params: Params, name: str) -> Params:
-    """Return the parameters of the critic or reward model `name`: its own, and the shared base unless it has
-    a base of its own. "viewed" names it, so that the run's model attaches its adapter as its settings say.
+    """Return the parameters of the critic, reward model or teacher `name`: its own, and the shared base
+    unless it has a base of its own. "viewed" names it, so that the run's model attaches its adapter as its
+    settings say.
 
     Its adapter then contains the pairs of "initial_adapter", if there are any.
     """

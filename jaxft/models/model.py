@@ -97,6 +97,8 @@ class Model:
         ValueError if there is none.
     generates: whether it generates text; if not, head, logits, prefill, extend and decode
         raise ValueError.
+    teacher: a second, frozen language model over the same parameter tree, which an objective may read; None
+        without one (see models/teacher.py).
     """
 
     config: ModelConfig
@@ -119,6 +121,7 @@ class Model:
     head_adapters: dict[str, Adapter] = field(default_factory=dict)
     scores: Callable[[Params, Array], Array] = no_scalar_head
     generates: bool = True
+    teacher: "Model | None" = None
 
 
 Config = TypeVar("Config", bound=ModelConfig)

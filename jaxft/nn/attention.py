@@ -256,24 +256,18 @@ def _head_shards() -> int:
     return sizes.get("context", 1) * sizes.get("tensor", 1)
 
 
-def _divides(heads: int, kv_heads: int) -> bool:
-    """Whether each device of the ambient mesh can have whole query heads and the keys of one or more of
-    them.
-    """
-    ways = _head_shards()
-    return heads % ways == 0 and (kv_heads % ways == 0 or ways % kv_heads == 0)
-
-
 def chosen_kernel(
     q_BTHE: jax.Array | jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
 ) -> tuple[Layout, Kernel]:
     """Return how `attention` is divided over the ambient mesh, and the kernel that it runs on each device."""
     mesh, (_, T, heads, head_dim) = jax.sharding.get_abstract_mesh(), q_BTHE.shape
-    context_keys = settings.context_keys
+    context_keys, ways = settings.context_keys, _head_shards()
+    # whether each device can have whole query heads and the keys of one or more of them
+    divides = heads % ways == 0 and (kv_heads % ways == 0 or ways % kv_heads == 0)
     layout: Layout = "heads"
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
-    elif context_keys != "auto" or not _divides(heads, kv_heads):
+    elif context_keys != "auto" or not divides:
         long: Layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
         layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)

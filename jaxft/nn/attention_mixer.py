@@ -40,7 +40,7 @@ from jaxft.nn.layer_attention import (
     generation_angles,
     query_factor,
     rotated,
-    rule_of,
+    window_of,
 )
 from jaxft.nn.products import to_bits
 from jaxft.nn.scan import Mixer, Pass
@@ -132,7 +132,7 @@ def _cached(
 
     def mix(x: Any, rows: LayerKeys) -> Attend:
         i, has_window, kind = x
-        rule = rule_of(a, kind, size)
+        rule = AttentionRule(window_of(a, kind, size), a.settings.softcap)
 
         def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, Extras]:
             (q, k), v = rotated(q, k, angles_of(angles, kind), query_factor(a)), checked_values(v)

@@ -76,12 +76,6 @@ class RowGroups:
         return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[self.places]
 
 
-def equal_groups(prompts: int, group: int) -> RowGroups:
-    """Return the RowGroups of `group` successive rows for each prompt."""
-    rows = jnp.arange(prompts * group, dtype=jnp.int32)
-    return RowGroups(rows.reshape(prompts, group), rows)
-
-
 def cached_attention(
     q_RHE: Float[Array, "R H E"],
     prompts: tuple[Keys, Bool[Array, "P g S"]],

@@ -125,11 +125,6 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
     return jnp.asarray(numbers)[kind]
 
 
-def rule_of(a: AttentionLayers, kind: Array | None, length: int) -> AttentionRule:
-    """Return window and soft cap of a layer for rows of `length` tokens."""
-    return AttentionRule(window_of(a, kind, length), a.settings.softcap)
-
-
 def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:
     """Return what the layers need from a kernel for rows of `length` tokens; see AttentionNeeds."""
     windowed = any(needed_window(kind.window, length) for kind in a.kinds)

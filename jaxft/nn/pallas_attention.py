@@ -22,10 +22,37 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxft.nn.flash_attention import MASKED, pad_time
-from jaxft.nn.key_ranges import KeyRanges, pad_queries, visible
-from jaxft.nn.pallas_tiles import Tile, Tiles, key_visits, query_visits, tiles_for
+from jaxft.nn.key_ranges import NEVER, KeyRanges, pad_queries, visible
 
 LOG2_E = math.log2(math.e)  # the kernels' scores are in units of log 2, since exp2 is one instruction
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is divided: queries and keys of a block, warps of a program, stages of its pipeline."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The Tile of each kernel: output, gradient of queries, gradients of keys and values."""
+
+    output: Tile
+    queries: Tile
+    keys: Tile
+
+
+def tiles_for(head_dim: int) -> Tiles:
+    """Return tiles that fit the 99 KB of shared memory that a program has on every GPU since Ampere."""
+    if head_dim <= 64:
+        return Tiles(Tile(128, 64), Tile(64, 64), Tile(64, 64))
+    if head_dim <= 128:
+        return Tiles(Tile(128, 64, warps=8), Tile(64, 32), Tile(32, 64))
+    return Tiles(Tile(64, 32, warps=8), Tile(32, 32, warps=8), Tile(32, 32, warps=8))
 
 
 @dataclass(frozen=True)
@@ -141,6 +168,50 @@ LEAST_CONTRACTED = 16  # numbers over which Triton's matmuls of 16-bit numbers s
 
 def _padded(head_dim: int) -> int:
     return max(LEAST_CONTRACTED, 1 << (head_dim - 1).bit_length())
+
+
+# The blocks that a program visits, which are computed outside the kernels.
+
+
+def _hulls(ranges: KeyRanges, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return the key blocks [from, to) of each query block's prompts, and those of its own ranges: [B, C].
+
+    They cover every visible key. No block is in both, and the prompts' come first.
+    """
+
+    def blocks(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start, end = (x.reshape(x.shape[0], x.shape[1] // tile.queries, tile.queries) for x in (start, end))
+        size = np.int32(tile.keys)
+        return lax.div(start.min(2), size), lax.div(end.max(2) + (size - 1), size)
+
+    own_from, own_to = blocks(ranges.own_start, ranges.own_end)
+    if ranges.prompt_start is None:
+        return own_from, own_from, own_from, own_to
+    prompt_from, prompt_to = blocks(ranges.prompt_start, ranges.prompt_end)
+    return prompt_from, jnp.minimum(prompt_to, own_from), own_from, own_to
+
+
+def key_visits(ranges: KeyRanges, tile: Tile) -> Int[Array, "B C 4"]:
+    """Return for each query block: its first prompt block, how many of them, the first own block, and the
+    number of all key blocks to visit.
+    """
+    prompt_from, prompt_to, own_from, own_to = _hulls(ranges, tile)
+    prompts = jnp.maximum(prompt_to - prompt_from, 0)
+    total = prompts + jnp.maximum(own_to - own_from, 0)
+    return jnp.stack([prompt_from, prompts, own_from, total], axis=2)
+
+
+def query_visits(ranges: KeyRanges, tile: Tile, count: int) -> Int[Array, "B D 2"]:
+    """Return for each of `count` key blocks the first query block that sees it, and how many blocks from
+    there to the last one that does.
+    """
+    hulls = [x[:, :, None] for x in _hulls(ranges, tile)]
+    key = lax.broadcasted_iota(jnp.int32, (1, 1, count), 2)
+    sees = ((hulls[0] <= key) & (key < hulls[1])) | ((hulls[2] <= key) & (key < hulls[3]))
+    query = lax.broadcasted_iota(jnp.int32, (1, sees.shape[1], 1), 1)
+    first = jnp.where(sees, query, NEVER).min(1)
+    total = jnp.maximum(jnp.where(sees, query + 1, 0).max(1) - first, 0)
+    return jnp.stack([jnp.where(total > 0, first, 0), total], axis=2)
 
 
 # Parts of kernels. M queries and N keys are a block; E is the padded size of a head.

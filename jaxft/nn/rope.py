@@ -13,13 +13,14 @@ The types `dynamic` and `longrope` use other frequencies for texts longer than t
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxft.bounds import above, at_least, check_bounds
 from jaxft.nn.layers import to_rank
 from jaxft.nn.products import accumulation_dtype
 
@@ -65,7 +66,7 @@ class Rope:
 
     theta: float = 10000.0
     kind: RopeKind = "default"
-    factor: float = 1.0
+    factor: Annotated[float, above(0)] = 1.0
     original_max_positions: int | None = None
     rotated: float = 1.0
     low_freq_factor: float = 1.0
@@ -73,9 +74,9 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    attention_factor: Annotated[float | None, at_least(0)] = None
+    mscale: Annotated[float | None, at_least(0)] = None
+    mscale_all_dim: Annotated[float | None, at_least(0)] = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -91,6 +92,7 @@ class Rope:
                     f"config: rope type {self.kind!r} does not use {f.name}={getattr(self, f.name)!r}; "
                     "remove it"
                 )
+        check_bounds(self, "config: rope")
         if not 1 <= self.theta < math.inf:
             raise ValueError(f"config: rope_theta must be finite and at least 1, got {self.theta}")
         if not 0 < self.rotated <= 1:
@@ -99,8 +101,6 @@ class Rope:
             )
         original = self.original_max_positions
         needs_original = "original_max_positions" in used
-        if not 0 < self.factor < math.inf:
-            raise ValueError(f"config: rope's factor must be above 0 and finite, got {self.factor}")
         if needs_original and (original is None or original < 1):
             raise ValueError(
                 f"config: rope type {self.kind!r} needs original_max_position_embeddings above 0, got "
@@ -122,10 +122,6 @@ class Rope:
             )
         if self.kind == "yarn" and self.theta == 1:
             raise ValueError("config: rope type 'yarn' needs rope_theta above 1")
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"config: rope's {name} must be finite and not negative, got {value}")
         for name in ("short_factor", "long_factor"):
             if not all(0 < x < math.inf for x in getattr(self, name)):
                 raise ValueError(f"config: rope's {name} must be finite numbers above 0")

@@ -32,22 +32,18 @@ Layer = Callable[[Params, Array, Mix, Array | None], tuple[Array, Extras]]
 Observe = Callable[[Array, Array], LayerOutputs]  # (h before, h after a layer) -> further outputs of it
 
 
-def nothing_cached(carry: Any, values: Any) -> None:
-    """The `end` of a pass over rows."""
-
-
 class Pass(NamedTuple):
     """How some layers mix tokens in one pass over a model.
 
     mix(x, carry): returns the Mix of a layer. xs: [L, ...], of which each layer gets its x. carry: goes from
     layer to layer; in generation `Extras.cached` of a layer is (carry, value), and end(carry, values
-    [L, ...]) returns what is cached after the pass.
+    [L, ...]) returns what is cached after the pass, by default nothing.
     """
 
     mix: Callable[[Any, Any], Mix]
     xs: Any = None
     carry: Any = None
-    end: Callable[[Any, Any], Any] = nothing_cached
+    end: Callable[[Any, Any], Any] = lambda carry, values: None
 
 
 class Mixer(NamedTuple):

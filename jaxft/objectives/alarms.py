@@ -353,13 +353,15 @@ def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
     return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
 
 
-def preference_summary(first: Entry, last: Entry) -> list[str]:
-    """Summarise a preference run in lines of text. first, last: each metric's first and newest value."""
+def preference_summary(first: Entry, last: Entry, starts_tied: bool = True) -> list[str]:
+    """Summarise a preference run in lines of text. first, last: each metric's first and newest value.
+    starts_tied: whether the policy starts as the reference, if there is one.
+    """
     lines = []
     accuracy, margin, logp = HELD_OUT + ACCURACY, HELD_OUT + MARGIN, HELD_OUT + CHOSEN_LOGP
     if has_numbers(last, accuracy):
         # before training the policy is the reference, and no response wins
-        ties = has_numbers(last, HELD_OUT + KL)
+        ties = starts_tied and has_numbers(last, HELD_OUT + KL)
         lines.append(f"held-out accuracy: {accuracy_change(accuracy, first, last, ties)}{length_note(last)}")
     if has_numbers(last, margin):
         lines.append(f"held-out margin of the rewards: {change(margin, first, last, 3)}")

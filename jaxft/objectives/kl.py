@@ -7,7 +7,7 @@ reward any of them serves (Schulman 2020, "Approximating KL divergence"; Tang & 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,6 +16,7 @@ from jaxft.objectives.numerics import capped, require, square
 
 Estimator = Callable[[Array, Array], Array]
 Scalar: TypeAlias = float | Array
+PenaltyReference = Literal["start", "teacher"]  # the policy at step 0, or the run's second model
 
 
 def k1(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -40,6 +41,7 @@ class FixedKL:
 
     coef: float = 0.05
     estimate: Estimator = k3
+    reference: PenaltyReference = "start"
 
     def __post_init__(self) -> None:
         require(self.coef >= 0, f"FixedKL: coef must be at least 0, got {self.coef}")
@@ -61,6 +63,7 @@ class AdaptiveKL:
     target: float = 6.0
     horizon: float = 10_000
     estimate: Estimator = k3
+    reference: PenaltyReference = "start"
 
     def __post_init__(self) -> None:
         require(self.coef > 0, f"AdaptiveKL: coef must be above 0, got {self.coef}; updates only scale it")
@@ -99,6 +102,11 @@ class KLInReward:
     def estimate(self) -> Estimator:
         """The estimator of the logged KL."""
         return self.penalty.estimate
+
+    @property
+    def reference(self) -> PenaltyReference:
+        """The model that the KL is to."""
+        return self.penalty.reference
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:
         """Update the coefficient as the penalty does."""

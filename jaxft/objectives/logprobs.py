@@ -1,9 +1,9 @@
 """Log-probs of target tokens, computed in chunks so that the logits of all tokens never exist at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,18 @@ class LanguageModel(Protocol):
     def scores(self) -> Callable[[Any, Array], Array]:
         """`scores(params, h [..., D]) -> [...]`, by a scalar head."""
 
+    @property
+    def teacher(self) -> Any:
+        """A second, frozen LanguageModel over the same parameters, None without one."""
+
+
+class HeadInput(NamedTuple):
+    """A head that a pass reads, with the hidden states at the read positions."""
+
+    model: LanguageModel
+    params: Params
+    h: Float[Array, "B M D"]
+
 
 @struct
 class LogProbs:
@@ -83,8 +95,20 @@ def token_logps(
     gradient, so that the head's gradient is reduced once. graded: the fields of LogProbs with a gradient;
     each costs the forward pass one more matmul with the head.
     """
-    head, plan, pad = _plan(model, params, h_BMD, graded)
-    out = _chunked(plan, head, _padded(h_BMD, pad), _padded(targets, pad))
+    return logps_of_heads([HeadInput(model, params, h_BMD)], targets, graded)[0]
+
+
+def logps_of_heads(
+    heads: Sequence[HeadInput], targets: Int[Array, "B M"], graded: Graded = ("logp",)
+) -> tuple[LogProbs, ...]:
+    """token_logps of several heads, chunk by chunk in one pass: a model that is trained, then frozen models
+    such as a reference or a teacher, whose log-probs have no gradient.
+
+    Width and vocabulary of the heads may differ.
+    """
+    plan, pad = _plan(heads, graded)
+    (head, h), *frozen = [(one.model.head(one.params), _padded(one.h, pad)) for one in heads]
+    out = _chunked(plan, head, h, tuple(frozen), _padded(targets, pad))
     return jax.tree.map(lambda x: x[:, : targets.shape[1]], out)
 
 
@@ -101,37 +125,54 @@ def weighted_loss(
 
     The head's gradient too is then computed while a chunk's logits exist, and nothing runs twice.
     """
-    head, plan, pad = _plan(model, params, h_BMD, ("logp",))
-    plan = replace(plan, loss=loss)
-    total, out = _weighted(plan, head, *(_padded(x, pad) for x in (h_BMD, targets, weights)))
+    plan, pad = _plan([HeadInput(model, params, h_BMD)], ("logp",))
+    plan, padded = replace(plan, loss=loss), (_padded(x, pad) for x in (h_BMD, targets, weights))
+    total, out = _weighted(plan, model.head(params), *padded)
     return total, jax.lax.stop_gradient(jax.tree.map(lambda x: x[:, : targets.shape[1]], out))
+
+
+class HeadPlan(NamedTuple):
+    """A head's logits function, and the logical axes of its leaves."""
+
+    logits: Callable[[Params, Array], Array]
+    axes: Axes
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The static arguments of a pass over the head: its logits function, the number of chunks, its leaves'
-    logical axes, the graded fields, the loss of weighted_loss.
+    """The static arguments of a pass over heads: the heads, of which only the first may be trained, the
+    number of chunks, the graded fields, the loss of weighted_loss.
     """
 
-    logits: Callable[[Params, Array], Array]
+    heads: tuple[HeadPlan, ...]
     count: int
-    axes: Axes
     graded: Graded
     loss: TargetLoss = CROSS_ENTROPY
 
+    @property
+    def logits(self) -> Callable[[Params, Array], Array]:
+        """The logits function of the first head."""
+        return self.heads[0].logits
 
-def _plan(
-    model: LanguageModel, params: Params, h_BMD: Array, graded: Graded
-) -> tuple[Params, ChunkPlan, int]:
-    """(head, plan, positions to pad so that all chunks are equal)."""
-    B, M, _ = h_BMD.shape
-    head = model.head(params)
-    axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
-    vocab = jax.eval_shape(model.logits, head, h_BMD).shape[-1]
-    per_position = B * vocab // num_shards(("read_rows", "act_vocab"), (B, vocab))  # logits on a device
+    @property
+    def axes(self) -> Axes:
+        """The axes of the first head's leaves."""
+        return self.heads[0].axes
+
+
+def _plan(heads: Sequence[HeadInput], graded: Graded) -> tuple[ChunkPlan, int]:
+    """(plan, positions to pad so that all chunks are equal)."""
+    B, M, _ = heads[0].h.shape
+    plans, per_position = [], 0  # logits on a device, of the largest vocabulary
+    for model, params, h in heads:
+        head = model.head(params)
+        axes = _axes(model.head({name: model.specs[name] for name in params if name in model.specs}), head)
+        vocab = jax.eval_shape(model.logits, head, h).shape[-1]
+        per_position = max(per_position, B * vocab // num_shards(("read_rows", "act_vocab"), (B, vocab)))
+        plans.append(HeadPlan(model.logits, axes))
     size = max(1, min(M, CHUNK_LOGITS // per_position))
     count = -(-M // size)
-    return head, ChunkPlan(model.logits, count, axes, graded), -M % count
+    return ChunkPlan(tuple(plans), count, graded), -M % count
 
 
 def _padded(x: Array, pad: int) -> Array:
@@ -181,15 +222,37 @@ def _read(logits: Array, targets: Array) -> tuple[LogProbs, Array]:
     return LogProbs(at - lse, lse, entropy, top1, jnp.log(jnp.sum(p * p, -1)), jnp.mean(logits, -1)), p
 
 
+FrozenHeads = tuple[tuple[Params, Array], ...]  # (head, hidden states) of heads without a gradient
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(plan: ChunkPlan, head: Params, h: Array, targets: Array) -> LogProbs:
-    head = _gather(head, plan.axes, h.dtype)
+def _chunked(
+    plan: ChunkPlan, head: Params, h: Array, frozen: FrozenHeads, targets: Array
+) -> tuple[LogProbs, ...]:
+    heads = _gathered(plan, ((head, h), *frozen))
 
     def body(_, chunk):
-        return None, _read(plan.logits(head, chunk[0]), chunk[1])[0]
+        *states, targets = chunk
+        return None, _read_each(plan.heads, heads, states, targets)
 
-    chunks = _chunks(h, plan.count), _chunks(targets, plan.count)
-    return jax.tree.map(_rows, jax.lax.scan(body, None, chunks)[1])
+    return jax.tree.map(_rows, jax.lax.scan(body, None, _inputs(plan, h, frozen, targets))[1])
+
+
+def _gathered(plan: ChunkPlan, heads: FrozenHeads) -> list[Params]:
+    return [_gather(head, p.axes, h.dtype) for p, (head, h) in zip(plan.heads, heads, strict=True)]
+
+
+def _inputs(plan: ChunkPlan, h: Array, frozen: FrozenHeads, targets: Array) -> tuple[Array, ...]:
+    """The hidden states of every head and the targets, by chunk."""
+    return tuple(_chunks(x, plan.count) for x in (h, *(other for _, other in frozen), targets))
+
+
+def _read_each(
+    plans: Sequence[HeadPlan], heads: Sequence[Params], states: Sequence[Array], targets: Array
+) -> tuple[LogProbs, ...]:
+    """The log-probs of a chunk under each head."""
+    each = zip(plans, heads, states, strict=True)
+    return tuple(_read(p.logits(head, x), targets)[0] for p, head, x in each)
 
 
 def _slope(p: Array, targets: Array) -> Array:
@@ -218,23 +281,23 @@ def _mean_slope(p: Array, targets: Array) -> Array:
 _SLOPES = {"logp": _slope, "entropy": _entropy_slope, "lse": _lse_slope, "mean_logit": _mean_slope}
 
 
-def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, targets: Array):
-    gathered_head = _gather(head, plan.axes, h.dtype)
+def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, frozen: FrozenHeads, targets: Array):
+    gathered_head, *others = _gathered(plan, ((head, h), *frozen))
 
     def body(_, chunk):
-        x, t = chunk
+        x, *states, t = chunk
         logits, pull = jax.vjp(partial(plan.logits, gathered_head), x)
         out, p = _read(logits, t)
-        return None, (out, [pull(_SLOPES[name](p, t))[0] for name in plan.graded])
+        slopes = [pull(_SLOPES[name](p, t))[0] for name in plan.graded]
+        return None, ((out, *_read_each(plan.heads[1:], others, states, t)), slopes)
 
-    chunks = _chunks(h, plan.count), _chunks(targets, plan.count)
-    out, slopes = jax.lax.scan(body, None, chunks)[1]
+    out, slopes = jax.lax.scan(body, None, _inputs(plan, h, frozen, targets))[1]
     return jax.tree.map(_rows, out), (head, h, targets, [_rows(slope) for slope in slopes])
 
 
 def _chunked_bwd(plan: ChunkPlan, residuals, g):
     head, h, targets, slopes = residuals
-    weights = [getattr(g, name) for name in plan.graded]
+    weights = [getattr(g[0], name) for name in plan.graded]
     dh = sum(slope.astype(w.dtype) * w[..., None] for slope, w in zip(slopes, weights)).astype(h.dtype)
     trained = [True] * len(plan.axes)
     leaves, structure, floats, start = _accumulators(head, plan.axes, h, trained)
@@ -248,7 +311,7 @@ def _chunked_bwd(plan: ChunkPlan, residuals, g):
         return _plus(total, _by_block(block, *chunk)), None
 
     total, _ = jax.lax.scan(body, start, tuple(_chunks(x, plan.count) for x in (h, targets, *weights)))
-    return _reduced(structure, plan.axes, total, floats), dh, None
+    return _reduced(structure, plan.axes, total, floats), dh, None, None
 
 
 def _accumulators(head, axes, h, trained):
@@ -299,7 +362,7 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(plan: ChunkPlan, head: Params, h: Array, targets: Array, weights: Array):
-    out = _chunked(plan, head, h, targets)
+    (out,) = _chunked(plan, head, h, (), targets)
     return jnp.sum(weights.astype(out.logp.dtype) * plan.loss.value(out)), out
 
 

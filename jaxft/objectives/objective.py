@@ -17,6 +17,7 @@ from jaxft.objectives.alarms import Alarms, training_alarms
 from jaxft.tree import Aux, Batch, Metrics, Params
 
 Outputs = Any  # of one objective's forward pass: a struct of arrays with leading rows
+ReferenceKind = Literal["none", "start", "moving", "precomputed", "teacher"]
 
 
 class Scores(NamedTuple):
@@ -36,7 +37,9 @@ class Facts:
     coupled: the loss of a row depends on other rows. Accumulation and evaluation then run all forward passes
         first, and the outputs must have a field `logp`, the only one with a gradient.
     reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
-        policy, "precomputed" the policy at step 0 with its log-probs in the batch.
+        policy, "precomputed" the policy at step 0 with its log-probs in the batch, "teacher" the run's
+        teacher.
+    teacher: the loss reads the run's teacher in another way (see models/teacher.py).
     starts_tied: rewards compare the policy with what it is at step 0, so that the pairs of the first step are
         ties, whatever their rounding.
     dropout: whether the policy may be trained with dropout.
@@ -51,7 +54,8 @@ class Facts:
     """
 
     coupled: bool = False
-    reference: Literal["none", "start", "moving", "precomputed"] = "none"
+    reference: ReferenceKind = "none"
+    teacher: bool = False
     starts_tied: bool = False
     dropout: bool = True
     noise: bool = False

@@ -18,14 +18,14 @@ from jaxft.batch import Rollout, without_fields
 from jaxft.objectives.alarms import rollout_alarms
 from jaxft.objectives.critic import VALUE_LOSS, Critic, critic_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
-from jaxft.objectives.logprobs import Graded, LanguageModel
+from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Max, Min, Sum, by_row, layer_metrics
 from jaxft.objectives.numerics import require
-from jaxft.objectives.objective import Facts, Objective, Report, Scores
+from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import loss_name
 from jaxft.objectives.policy_losses import PolicyBatch, PolicyLoss
-from jaxft.objectives.preference import reference_params
-from jaxft.objectives.read_positions import read_logps
+from jaxft.objectives.preference import reference_head
+from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
@@ -78,16 +78,24 @@ def policy(
         0 < temperature < float("inf"), f"policy: the sampling temperature must be above 0, got {temperature}"
     )
     penalty = (FixedKL(beta) if beta else None) if isinstance(beta, int | float) else beta
+    kind: ReferenceKind = "none" if penalty is None else penalty.reference
     tempered = at_temperature(model, temperature)
     graded: Graded = ("logp", "entropy") if entropy else ("logp",)
 
     def forward(params: Params, batch: Rollout, key: Array | None, aux: Aux) -> Outputs:
+        return forward_with(params, batch, [])[0]
+
+    def forward_with(
+        params: Params, batch: Rollout, frozen: list[HeadInput]
+    ) -> tuple[Outputs, list[LogProbs]]:
+        """The policy's outputs, and the log-probs under frozen heads."""
         # Without dropout, so that log-probs are comparable with those at sampling (TRL's disable_dropout).
         h, layers = model.hidden(params, batch)
-        reads = batch.read, batch.targets
-        lp = read_logps(tempered, params, h, reads, graded, batch.lengths.shape[1])
+        heads, reads = [HeadInput(tempered, params, h), *frozen], (batch.read, batch.targets)
+        lp, *others = read_logps_of_heads(heads, reads, graded, batch.lengths.shape[1])
         values = None if critic is None else critic.values(params, batch, h).astype(lp.logp.dtype)
-        return Outputs(lp.logp, lp.entropy, values, without_fields(batch, UNUSED), by_row(layers))
+        rows = without_fields(batch, UNUSED)
+        return Outputs(lp.logp, lp.entropy, values, rows, by_row(layers)), others
 
     def total_loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
         value, metrics = _policy_terms(loss, penalty, entropy, outputs, aux)
@@ -104,11 +112,10 @@ def policy(
         return value, jax.lax.stop_gradient(metrics)
 
     def score(params: Params, batch: Rollout, aux: Aux) -> Scores:
-        reference = None if penalty is None else _logps(tempered, reference_params(params, aux), batch)
-        outputs = forward(
-            params, batch, None, aux
-        )  # a critic on the policy's hidden states shares their pass
-        return Scores(outputs.logp, reference, outputs.values)
+        frozen = [] if penalty is None else [reference_head(tempered, kind, (params, aux), batch)]
+        # a critic on the policy's hidden states shares their pass
+        outputs, others = forward_with(params, batch, frozen)
+        return Scores(outputs.logp, others[0].logp if others else None, outputs.values)
 
     def batch_spec(batch: Rollout) -> Rollout:
         x = batch.logps
@@ -131,7 +138,7 @@ def policy(
         batch_spec=batch_spec,
         text=sft(model),
         facts=Facts(
-            reference="none" if penalty is None else "start",
+            reference=kind,
             dropout=False,
             temperature=temperature,
             kl_in_rewards=isinstance(penalty, KLInReward),
@@ -205,7 +212,7 @@ def _has_no_policy_weight(batch: Rollout) -> Bool[Array, ""]:
 
 
 def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
-    """The model with its logits divided by the temperature."""
+    """The model, and its teacher if it has one, with logits divided by the temperature."""
     if temperature == 1:
         return model
 
@@ -213,14 +220,8 @@ def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
         return model.logits(head, h) / temperature
 
     changed: Any = model  # a dataclass
-    return replace(changed, logits=logits)
-
-
-def _logps(model: LanguageModel, params: Params, batch: Rollout) -> Float[Array, "B M"]:
-    h, _ = model.hidden(params, batch)
-    return read_logps(
-        model, params, h, (batch.read, batch.targets), max_responses=batch.lengths.shape[1]
-    ).logp
+    teacher = model.teacher and at_temperature(model.teacher, temperature)
+    return replace(changed, logits=logits, teacher=teacher)
 
 
 def policy_batch(outputs: Outputs) -> PolicyBatch:
@@ -334,7 +335,7 @@ def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
     coefficient.
     """
     aux: dict[str, Any] = {}
-    if penalty and not at_base:
+    if penalty and penalty.reference == "start" and not at_base:
         own = {
             name: x if name in ("adapter", "base") else jax.tree.map(lambda _: None, x)
             for name, x in trainable.items()

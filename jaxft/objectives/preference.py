@@ -21,9 +21,9 @@ from jaxft.nn import fused_update
 from jaxft.nn.lora import INITIAL_ADAPTER
 from jaxft.nn.lora_blend import blend, widened_pairs
 from jaxft.objectives.alarms import preference_alarms, preference_summary
-from jaxft.objectives.logprobs import LanguageModel, LogProbs
+from jaxft.objectives.logprobs import HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.metrics import Sum, by_row, layer_metrics, mean_losses
-from jaxft.objectives.objective import Facts, Objective, Report, Scores
+from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import (
     LossState,
     PairBatch,
@@ -42,9 +42,9 @@ from jaxft.objectives.preference_metrics import (
     pair_token_metrics,
     pair_values,
 )
-from jaxft.objectives.read_positions import read_logps
+from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
+from jaxft.tree import Aux, Batch, LayerOutputs, Metrics, Params, struct
 
 UNUSED = (
     "ids",
@@ -76,8 +76,7 @@ class EMAReference:
             raise ValueError(f"EMAReference: alpha must be in (0, 1] and every at least 1, got {self}")
 
 
-Reference = Literal["start", "precomputed"] | EMAReference | None
-ReferenceKind = Literal["none", "start", "moving", "precomputed"]
+Reference = Literal["start", "precomputed", "teacher"] | EMAReference | None
 
 
 @struct
@@ -129,7 +128,8 @@ def preference(
 
     reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh
         adapter; otherwise aux stores a copy of the trainable leaves. "precomputed" reads log-probs that were
-        computed once before the run; EMAReference follows the policy; with None there is no reference.
+        computed once before the run; "teacher" is the run's second model (Run.teacher); EMAReference follows
+        the policy; with None there is no reference.
     beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
     extra(pair): additional metrics by name, each [B, P], logged as means over the pairs.
     """
@@ -142,22 +142,24 @@ def preference(
     ema = reference if isinstance(reference, EMAReference) else None
     kind: ReferenceKind = "moving" if isinstance(reference, EMAReference) else reference or "none"
 
-    def logprobs(params: Params, batch: Pairs, key: Array | None) -> tuple[LogProbs, LayerOutputs]:
+    def logprobs(
+        params: Params, batch: Pairs, key: Array | None, aux: Aux
+    ) -> tuple[LogProbs, Array | None, LayerOutputs]:
+        """Log-probs of the policy, those of the reference if it is a model that runs now, and the policy's
+        layer outputs.
+        """
         h, layers = model.hidden(params, batch, key)
-        return read_logps(model, params, h, (batch.read, batch.targets)), layers
-
-    def reference_logps(params: Params, batch: Pairs, aux: Aux) -> Array:
-        frozen = jax.lax.stop_gradient(reference_params(params, aux))
-        return logprobs(frozen, batch, None)[0].logp
+        heads = [HeadInput(model, params, h)]
+        if kind in ("start", "moving", "teacher"):
+            heads.append(reference_head(model, kind, (params, aux), batch))
+        lp, *others = read_logps_of_heads(heads, (batch.read, batch.targets))
+        return lp, others[0].logp if others else None, layers
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
-        lp, layers = logprobs(params, batch, key)
-        lp = _without_padding(batch, lp)
-        reference_logp = None
+        lp, reference_logp, layers = logprobs(params, batch, key, aux)
+        lp, reference_logp = _without_padding(batch, (lp, reference_logp))
         if kind == "precomputed":
             reference_logp = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
-        elif kind != "none":
-            reference_logp = _without_padding(batch, reference_logps(params, batch, aux))
         constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
         constants = jax.lax.stop_gradient(constants)
         return Outputs(lp.logp, *constants, without_fields(batch, UNUSED), by_row(layers))
@@ -180,7 +182,7 @@ def preference(
             **(pair_values(pair, values, scaled_reward) if with_rows else {}),
         }
         metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
-        if outputs.reference is not None:
+        if outputs.reference is not None and kind != "teacher":
             start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
             metrics[LOSS_AT_REFERENCE] = Sum(jnp.sum(start), jnp.sum(pair.weight))
         return value, jax.lax.stop_gradient(metrics)
@@ -200,8 +202,8 @@ def preference(
         return out if ema is None else out | _update_reference(ema, aux, trainable)
 
     def score(params: Params, batch: Pairs, aux: Aux) -> Scores:
-        reference_logp = reference_logps(params, batch, aux) if kind in ("start", "moving") else None
-        return Scores(logprobs(params, batch, None)[0].logp, reference_logp)
+        lp, reference_logp, _ = logprobs(params, batch, None, aux)
+        return Scores(lp.logp, reference_logp)
 
     implicit_beta = beta if reference is not None and reward is implicit_reward else None
     return Objective(
@@ -212,9 +214,31 @@ def preference(
         score,
         eval_loss=eval_loss,
         text=sft(model),
-        facts=Facts(coupled=declared.coupled, reference=kind, starts_tied=implicit_beta is not None),
-        report=Report(partial(preference_alarms, implicit_beta), preference_summary),
+        facts=Facts(
+            coupled=declared.coupled,
+            reference=kind,
+            starts_tied=implicit_beta is not None and kind != "teacher",
+        ),
+        report=Report(
+            partial(preference_alarms, implicit_beta),
+            partial(preference_summary, starts_tied=kind != "teacher"),
+        ),
     )
+
+
+def reference_head(
+    model: LanguageModel, kind: ReferenceKind, trees: tuple[Params, Aux], batch: Batch
+) -> HeadInput:
+    """Run the reference policy of a kind; its log-probs have no gradient. trees: (params, aux) of a step."""
+    params, aux = trees
+    if kind == "teacher":
+        if model.teacher is None:
+            raise ValueError("the reference is the run's teacher, but the run has none. Set teacher")
+        model = model.teacher
+    else:
+        params = reference_params(params, aux)
+    frozen = jax.lax.stop_gradient(params)
+    return HeadInput(model, frozen, model.hidden(frozen, batch)[0])
 
 
 def reference_params(params: Params, aux: Aux) -> Params:

@@ -4,7 +4,7 @@ There every shard of a row reads its own hidden states: only the results, one nu
 devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxft.distributed.sharding import constrain, num_shards
 from jaxft.nn.lora import Several
-from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, token_logps, weighted_loss
+from jaxft.objectives.logprobs import (
+    Graded,
+    HeadInput,
+    LanguageModel,
+    LogProbs,
+    logps_of_heads,
+    weighted_loss,
+)
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.tree import Params, static, struct
 
@@ -129,12 +136,24 @@ def read_logps(
     max_responses: int = 2,
 ) -> LogProbs:
     """token_logps at read positions. reads: positions and targets; max_responses: see read_sharding."""
+    return read_logps_of_heads([HeadInput(model, params, h_BTD)], reads, graded, max_responses)[0]
+
+
+def read_logps_of_heads(
+    heads: Sequence[HeadInput],
+    reads: tuple[Int[Array, "B M"], Int[Array, "B M"]],
+    graded: Graded = ("logp",),
+    max_responses: int = 2,
+) -> tuple[LogProbs, ...]:
+    """logps_of_heads at read positions. heads: with hidden states [B, T, D] of all positions. reads,
+    max_responses: as in read_logps.
+    """
     read, targets = reads
-    sharding = read_sharding(read, h_BTD.shape[1], max_responses)
-    h = gather_read(h_BTD, read, sharding)
+    sharding = read_sharding(read, heads[0].h.shape[1], max_responses)
+    heads = [one._replace(h=gather_read(one.h, read, sharding)) for one in heads]
     if sharding is None:
-        return token_logps(model, params, h, targets, graded)
-    out = token_logps(model, params, h, _by_shard(_to_slots(targets, sharding), sharding), graded)
+        return logps_of_heads(heads, targets, graded)
+    out = logps_of_heads(heads, _by_shard(_to_slots(targets, sharding), sharding), graded)
     return jax.tree.map(lambda x: _in_order(x, sharding), out)
 
 

@@ -60,12 +60,17 @@ def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Trace
         model.forward_flops(slots, 0),
         model.forward_flops(slots, length) - model.forward_flops(slots, 0),
     )
-    forwards = max(1, round(forward / plain))  # 2 with a live reference
+    second, second_attention = 0.0, 0.0
+    if model.teacher is not None:
+        second = model.teacher.forward_flops(slots, 0, micro * count * batch.read.shape[-1])
+        second_attention = model.teacher.forward_flops(slots, length) - model.teacher.forward_flops(slots, 0)
+    forwards = max(1, round((forward - second) / plain))  # 2 with a live reference
     passes = forwards + (2 if any(jax.tree.leaves(p.partition.mask["base"])) else 1)
-    useful = min(plain, forward / forwards) * passes  # less if some positions have no loss
+    useful = min(plain, (forward - second) / forwards) * passes + second  # less without a loss at some
     done = max(useful, matmul_flops(traced.jaxpr.jaxpr))
-    model_flops = useful + passes * attention
-    program_flops = done + passes * attention * done / useful
+    all_attention = passes * attention + second_attention
+    model_flops = useful + all_attention
+    program_flops = done + all_attention * done / useful
     fp8 = matmul_flops(traced.jaxpr.jaxpr, is_fp8)
     return Flops(round(slots * filled), slots, model_flops * filled, program_flops, fp8)
 

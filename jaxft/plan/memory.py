@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxft import tree
+from jaxft.models.heads import TEACHER
 from jaxft.nn.quant import is_qtensor
 from jaxft.plan import hlo, traffic
 from jaxft.rl.rollout import Rollouts
@@ -20,15 +21,17 @@ LARGE_WEIGHT = 2**24  # elements
 def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     """Return the bytes per device of the arrays that are in memory during every program, by kind.
 
-    These are unquantised weights, quantised weights, adapters, optimizer state, auxiliary state such as
-    references, and separate reward models of `run`.
+    These are unquantised weights, quantised weights, adapters, the teacher's parameters, optimizer state,
+    auxiliary state such as references, and separate reward models of `run`.
     """
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
+    sizes |= {} if p.partition.model.teacher is None else {TEACHER: 0}  # 0 if it is the base
     for side in (p.state.trainable, p.frozen):
         for path, leaf in tree.paths(side, is_qtensor).items():
             kind = "quantised base" if p.partition.storage[path].quantised else "weights"
             in_base = storage.in_base(path) or "/base/" in path  # a critic may have a separate base
-            sizes[kind if in_base else "adapters"] += device_bytes(leaf)
+            own = TEACHER if path.startswith(f"{TEACHER}/") else kind if in_base else "adapters"
+            sizes[own] += device_bytes(leaf)
     rewards = run.data.rules.rewards if run is not None and isinstance(run.data, Rollouts) else ()
     reward_models = sum(device_bytes(reward.resident(p.mesh)) for reward in rewards)
     sizes |= {"reward models": reward_models} if reward_models else {}

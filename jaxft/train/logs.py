@@ -26,6 +26,7 @@ from jaxft.train.clock import Clock
 from jaxft.train.contents import write_contents
 from jaxft.train.members import Job
 from jaxft.train.scores import held_out_prompts, position_lines
+from jaxft.train.teacher import teacher_lines
 from jaxft.weights import pretrained
 from jaxft.weights.adapters import base_differences, left_out_notes, untying_notes
 from jaxft.weights.extend import extension_notes
@@ -218,7 +219,11 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lines += untying_notes(lead.run.model, lead.run.adapter)
     lines += left_out_notes(lead.run.model, lead.run.start)
     lines += extension_notes(lead.run.weights)
-    for start in dict.fromkeys((lead.run.start, *(head.start for head in lead.run.heads.values()))):
+    lines += teacher_lines(lead.run, lead.programs.mesh)
+    starts = [lead.run.start, *(head.start for head in lead.run.heads.values())]
+    if lead.run.teacher and lead.run.teacher.shares_base:
+        starts.append(lead.run.teacher.start)
+    for start in dict.fromkeys(starts):
         if start:
             lines += runfolder.earlier_end_notes(start)
             lines += runfolder.prompt_differences(start, lead.record)

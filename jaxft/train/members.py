@@ -31,6 +31,7 @@ from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.scores import check_scoring
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
+from jaxft.train.teacher import check_teacher_files, teacher_fingerprints
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import hub, pretrained
 from jaxft.weights.adapters import adapter_folder
@@ -180,6 +181,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
     for source in (*sources, *([general] if general else [])):
         _check_token_ids(source, lead)
+    largest = max(source.info.stats.largest_id for source in sources)
+    check_teacher_files(lead, tokenizer, largest)
     check_scoring(lead, sources[0])
     steps = lead.loop.steps or min(source.info.steps for source in sources)
     if steps > INT32:
@@ -268,7 +271,7 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
             found[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
         if head.weights:
             found[f"{name}_fingerprint"] = runfolder.weights_fingerprint(head.weights)
-    return found
+    return found | teacher_fingerprints(run.teacher)
 
 
 def run_folder(settings: Run | Sweep, root: Path) -> Path:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings
+from jaxft.models.heads import TEACHER, HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
@@ -92,7 +92,8 @@ def partition_params(
 
 def _always_frozen(path: str) -> bool:
     """Whether no pattern makes the parameter at a path of the whole tree trainable."""
-    return path.startswith(f"{INITIAL_ADAPTER}/") or path.endswith("/scale") and not in_base(path)
+    frozen = path.startswith((f"{INITIAL_ADAPTER}/", f"{TEACHER}/"))
+    return frozen or path.endswith("/scale") and not in_base(path)
 
 
 def trainable_patterns(
@@ -107,7 +108,7 @@ def trainable_patterns(
     scorers: further models on the base, of which those with `trained` are added in either case.
     """
     scorers = scorers or {}
-    heads = [re.escape(name) for name in model.heads if name not in scorers]
+    heads = [re.escape(name) for name in model.heads if name not in (*scorers, TEACHER)]
     with_defaults = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in heads))
     return (
         *((pattern,) if pattern else with_defaults),
@@ -139,6 +140,12 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
         jax.tree.map(lambda x, m: x if m else None, params, partition.mask, is_leaf=is_leaf),
         jax.tree.map(lambda x, m: None if m else x, params, partition.mask, is_leaf=is_leaf),
     )
+
+
+def parameter_counts(partition: Partition) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many the run has without its teacher's."""
+    own = {name: specs for name, specs in partition.specs.items() if name != TEACHER}
+    return param.count_params(partition.trainable_specs), param.count_params(own)
 
 
 class ParameterRow(NamedTuple):
@@ -181,5 +188,5 @@ def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
         cut = "" if row.sharding is None else f"{row.sharding:20s} "
         state = "trained" if row.trained else "frozen"
         lines.append(f"{row.path:32s} {sizes:>18s}  {axes:28s} {row.storage:16s} {cut}{state}")
-    total, some = param.count_params(partition.specs), param.count_params(partition.trainable_specs)
+    some, total = parameter_counts(partition)
     return "\n".join([*lines, f"{some:,} of {total:,} parameters are trained ({100 * some / total:.2f} %)"])

@@ -13,7 +13,8 @@ from jaxft.batch import TrainState
 from jaxft.data.source import Dataset
 from jaxft.distributed import sharding, threads
 from jaxft.models import families
-from jaxft.models.heads import HeadSettings, with_heads
+from jaxft.models.heads import TEACHER, HeadSettings, with_heads
+from jaxft.models.teacher import with_teacher
 from jaxft.nn import param
 from jaxft.nn.lora import EVA, INITIAL_ADAPTER
 from jaxft.objectives.objective import Objective, Outputs
@@ -27,6 +28,7 @@ from jaxft.train.adapter_checks import check_adapter, check_heads, check_lora_pl
 from jaxft.train.eva import FirstRows, eva_adapter
 from jaxft.train.settings import Run
 from jaxft.train.step import TrainStep, make_train_step
+from jaxft.train.teacher import check_teacher, load_teacher, with_teacher_storage
 from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
@@ -83,14 +85,16 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     check_heads(run)
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     _check_mesh(run, mesh)
-    model = with_heads(run.model, run.heads)
+    model = with_heads(with_teacher(run.model, run.teacher), run.heads)
     patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
     dtype = None if run.params == "float32" else jnp.bfloat16
     parts = partition.partition_params(model, run.adapter, patterns, run.quant, run.weights, dtype)
+    parts = with_teacher_storage(parts, run.teacher)
     check_new_tokens(run.weights, run.model, run.adapter, partition.trainable_paths(parts))
     objective = run.objective(parts.model)
     _check_dropout(run, objective)
     check_adapter(run, parts)
+    check_teacher(run, parts, objective.facts)
     if run.optim.fused_backward and run.loop.watch:
         raise ValueError(
             "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
@@ -227,6 +231,8 @@ def start(
     if run.adapter and run.adapter.init == EVA and rows is not None and restored is None:
         model = p.partition.model
         others["adapter"] = eva_adapter(model, base, others["adapter"], run.adapter, rows, p.mesh)
+    if run.teacher:
+        others[TEACHER] = load_teacher(run.teacher, run, p.mesh)
     others = with_magnitudes(base, others, {"adapter": own, **run.heads})
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:
@@ -341,7 +347,7 @@ def step_rows(data: Dataset, shards: int) -> StepRows:
 
 def model_summary(p: Programs) -> ModelSummary:
     """Return parameter counts and quantisation, for reports."""
-    counts = param.count_params(p.partition.trainable_specs), param.count_params(p.partition.specs)
+    counts = partition.parameter_counts(p.partition)
     quantised = storage.quantisation_summary(p.partition.stored, p.mesh)
     model = p.partition.model
     return ModelSummary(*counts, quantised, model.generates, families.has_classifier(model.config))

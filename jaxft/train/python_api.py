@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -51,7 +50,7 @@ from jaxft.runs.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
 from jaxft.runs.interrupt import signal_name
 from jaxft.runs.loaded_weights import LoadedWeights, load_named
-from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_settings
+from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_settings, source_options
 from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
@@ -379,22 +378,9 @@ class LoadedModel:
         return [valid(x) for x in example_prompt_ids(examples, self.tokenizer, TemplateSettings(**settings))]
 
 
-def source_options(source: Any) -> dict[str, Any]:
-    """Return a run, a model or an adapter as the options run, model and adapter of a command."""
-    if isinstance(source, RunResult):
-        return {"run": source.folder, "model": None, "adapter": None}
-    path = Path(source)
-    runs = Path("runs")
-    if path.parts[:1] == runs.parts and not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
-        there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
-        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
-    is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
-    return {
-        "run": path if is_run else None,
-        "model": None if is_run or is_adapter else str(source),
-        "adapter": path if is_adapter else None,
-    }
+def _name_of(source: Any) -> str | Path:
+    """Return the folder of a Result, or the name of a model as it is."""
+    return source.folder if isinstance(source, RunResult) else source
 
 
 def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = None) -> LoadedModel:
@@ -408,7 +394,7 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
     """
     with errors_as_lines():
         mesh = sharding.make_mesh(sharding.MeshShape())
-        named = named_weights(**source_options(source))
+        named = named_weights(**source_options(_name_of(source)))
         with jax.set_mesh(mesh):
             loaded = load_named(named, mesh, dtype, quant)
         for line in (*named.notes, *loaded.notes):
@@ -428,7 +414,11 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
     """
     with errors_as_lines():
         script = command_script("evaluate")
-        argv = [f"--{name}={value}" for name, value in source_options(source).items() if value is not None]
+        argv = [
+            f"--{name}={value}"
+            for name, value in source_options(_name_of(source)).items()
+            if value is not None
+        ]
         if rows is not None:
             argv.append(f"--file={rows if isinstance(rows, str) else rows_file(rows)}")
         by = options.pop("by", [])

@@ -22,11 +22,13 @@ from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
+from jaxft.models.teacher import Teacher
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
+from jaxft.objectives.preference import Reference
 from jaxft.objectives.sft import sft
 from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
@@ -47,6 +49,7 @@ from jaxft.short_names import (
     ShortNames,
 )
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
+from jaxft.train.teacher import find_teacher
 from jaxft.weights.adapters import adapter_folder, adapter_settings
 from jaxft.weights.extend import (
     TABLE_MULTIPLE,
@@ -130,12 +133,12 @@ class ModelKnobs:
             )
         return None
 
-    def build(self) -> Model:
-        """The model."""
+    def build(self, weights: str | None = None) -> Model:
+        """The model. weights: of another model that computes so, such as a reference."""
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
-        return model_for(self.weights, dtype=jnp.dtype(self.dtype), **options)
+        return model_for(weights or self.weights, dtype=jnp.dtype(self.dtype), **options)
 
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
@@ -298,6 +301,29 @@ class GpuKnobs(LoraOrFullKnobs):
             "mesh": MeshShape(data=1, fsdp=-1),
             "loop": Loop(log_every=max(1, every // 10), eval_every=every, save_every=every),
         }
+
+
+@dataclass(frozen=True)
+class ReferenceKnobs:
+    """Another reference policy than the model at step 0."""
+
+    reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
+    reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
+
+    def reference(self, otherwise: Reference) -> Reference:
+        """The reference of an objective: the run's second model if there is one."""
+        return otherwise if self.reference_model is None else "teacher"
+
+    def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
+        """The run's second model; None without one. full: whether the run trains its base."""
+        if self.reference_model is None:
+            if self.reference_quant != "none":
+                raise ValueError(
+                    f"reference_quant={self.reference_quant} is for a reference_model; set that too"
+                )
+            return None
+        quant = Quant.parse(self.reference_quant)
+        return find_teacher(self.reference_model, base.weights, base.build, quant, shares=not full)
 
 
 def choose_reference(

@@ -13,6 +13,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
+from jaxft.models.teacher import Teacher
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
@@ -158,7 +159,8 @@ class Run:
     shown before and after training. scoring: functions that score such completions. seed: of fresh weights,
     dropout and sampling. trackers: wandb, trackio, mlflow, or files of your own; every run writes
     TensorBoard's files. heads: further models
-    with scalar heads on the base, by name (see models/heads.py).
+    with scalar heads on the base, by name (see models/heads.py). teacher: a second, frozen language model
+    that the objective reads, such as a reference policy with weights of its own.
     """
 
     name: str
@@ -183,6 +185,7 @@ class Run:
     trackers: tuple[str, ...] = ()
     tracking: Tracking = field(default_factory=Tracking)
     heads: dict[str, HeadSettings] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "seed")

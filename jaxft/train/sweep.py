@@ -62,10 +62,10 @@ class Sweep:
                 f"{count} adapters don't divide into blocks of {self.at_once}; use one of {divisors}"
             )
         for run in runs:
-            if run.adapter is None or run.train is not None or run.heads:
+            if run.adapter is None or run.train is not None or run.heads or run.teacher:
                 raise ValueError(
                     "the members of a sweep are adapters on one base: "
-                    "leave out full=true, run.train and run.heads"
+                    "leave out full=true, run.train, run.heads and run.teacher"
                 )
             if run.adapter.replaces_weights and self.at_once > 1:
                 raise ValueError(

@@ -38,3 +38,6 @@ def qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
     """
     q, r = np.linalg.qr(weight.T)
     return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
+
+
+FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}  # by the name of the initialisation

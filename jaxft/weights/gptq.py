@@ -54,7 +54,10 @@ def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))
-    return InverseFactor(order, _upper_factor(moment / mean), mean)
+    # upper triangular, with low low^T = moment / mean
+    low = jnp.linalg.cholesky((moment / mean)[::-1, ::-1])[::-1, ::-1]
+    upper = jax.scipy.linalg.solve_triangular(low, jnp.eye(len(low), dtype=low.dtype), lower=False)
+    return InverseFactor(order, upper, mean)
 
 
 @partial(jax.jit, static_argnames="kind")
@@ -115,9 +118,3 @@ def swept(
         return state, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
 
     return jax.lax.fori_loop(0, ins // size, block, (state, codes))[1]
-
-
-def _upper_factor(x: Float[Array, "I I"]) -> Float[Array, "I I"]:
-    """Return the upper triangular U with `U^T U = x^-1`."""
-    low = jnp.linalg.cholesky(x[::-1, ::-1])[::-1, ::-1]  # upper, with low low^T = x
-    return jax.scipy.linalg.solve_triangular(low, jnp.eye(len(x), dtype=x.dtype), lower=False)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft import tree
-from jaxft.models.heads import SCORE, HeadSettings, as_checkpoint
+from jaxft.models.heads import SCORE, TEACHER, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
@@ -30,14 +30,14 @@ def init_all_but_base(
     scorers: Mapping[str, HeadSettings] | None = None,
 ) -> dict[str, Params]:
     """Initialise or load all parameters outside the base of a model over the whole tree, except the initial
-    adapter, which weights.lora_start computes.
+    adapter, which weights.lora_start computes, and the teacher's.
 
     policy: settings of the policy's adapter and head; without a start, the head is loaded from the files of
     `ref`, the base, if they contain one. scorers: settings of the further models on the base. Raises
     ValueError if the adapter in a folder has other settings, and for a frozen model without a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
-    others = {"base", INITIAL_ADAPTER, *scorers}
+    others = {"base", INITIAL_ADAPTER, TEACHER, *scorers}
     specs = {name: specs for name, specs in model.specs.items() if name not in others}
     for start in dict.fromkeys(x.start for x in (policy, *scorers.values())):
         if start is not None and ref is not None and adapter_folder(start).is_dir():

@@ -38,7 +38,7 @@ from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import peft, peft_write, place, pretrained
 from jaxft.weights.codes import read_correction
-from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
+from jaxft.weights.first_pairs import FIRST_PAIRS, FirstPair, principal_pair
 from jaxft.weights.peft_pairs import Pair, adapter_of
 from jaxft.weights.storage import StoredModel, leaf_shapes
 from jaxft.weights.tensors import tensors_of
@@ -220,7 +220,7 @@ def _layer_pairs(
             without = pair
             pair = principal_pair(weight - stored(weight - scale * without[0] @ without[1]), rank, scale)
         return pair, without
-    pair = (principal_pair if init == "pissa" else qr_pair)(weight, rank, scale)
+    pair = FIRST_PAIRS[init](weight, rank, scale)
     return pair, pair
 
 

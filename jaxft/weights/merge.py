@@ -123,24 +123,27 @@ def _merged_part(
     reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
 ) -> np.ndarray:
     """Return the part of a tensor's values at `index` with what an adapter has there."""
-    leaves = {name: np.asarray(layer_on_host(x, tensor.index), np.float32) for name, x in node.items()}
-    if "magnitude" in leaves and index:  # norms are over all inputs
+    if "magnitude" in node and index:  # norms are over all inputs
         return _merged_part(reader, node, token_ids, tensor)[index]
     index = full_index(index, tensor.values)
-    if "weight" in leaves:
-        return leaves["weight"][index]
+
+    def leaf(name: str, *part: Any) -> np.ndarray:
+        return layer_on_host(node[name], tensor.index)[part].astype(np.float32)
+
+    if "weight" in node:
+        return leaf("weight", *index)
     value: Any = reader.read(tensor, index).astype(np.float32)
-    if "rows" in leaves:
-        (tokens, dims), table = tensor.in_file(index), tensor.turned(value)
+    if "rows" in node:
+        (tokens, dims), table, rows = tensor.in_file(index), tensor.turned(value), leaf("rows")
         for number, token in enumerate(token_ids):
             if tokens.start <= token < tokens.stop:
-                table[token - tokens.start] = leaves["rows"][number][dims]
+                table[token - tokens.start] = rows[number][dims]
         return value
     *lead, ins, outs = index
-    a, b, scale = leaves["a"][*lead, ins], leaves["b"][*lead, :, outs], leaves["scale"][*lead, None, None]
-    value = value + (a * scale) @ b
-    if "magnitude" in leaves:
-        return np.asarray(dora.rescaled(jnp.asarray(value), jnp.asarray(leaves["magnitude"])))
+    a, b = leaf("a", *lead, ins), leaf("b", *lead, slice(None), outs)
+    value = value + (a * leaf("scale", *lead, None, None)) @ b
+    if "magnitude" in node:
+        return np.asarray(dora.rescaled(jnp.asarray(value), jnp.asarray(leaf("magnitude"))))
     return value
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
+from jaxft.nn.lora_patterns import matches_module
 from jaxft.nn.lora_specs import PairRanks
 from jaxft.weights.peft_modules import read_float, read_shaped
 from jaxft.weights.peft_names import PREFIX
@@ -82,7 +82,7 @@ def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> An
     whole name.
     """
     for pattern, value in (config.get(key) or {}).items():
-        if tree.regex(rf"(.*\.)?({pattern})", key).fullmatch(module):
+        if matches_module(pattern, (module,), key):
             return value
     return default
 
@@ -126,37 +126,15 @@ def _stacked(
 
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
     """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
-    found = find_patterns(layouts, model, default.rank, default.alpha)
-    return replace(
-        default,
-        targets=tuple(path.rpartition("/")[2] for path in layouts),
-        rank_pattern=found.ranks,
-        alpha_pattern=found.alphas,
-        exclude_modules=found.excluded,
-        layers_to_transform=found.layers,
-    )
+    targets = tuple(path.rpartition("/")[2] for path in layouts)
+    return replace(with_module_names(default, layouts, model), targets=targets)
 
 
-class Patterns(NamedTuple):
-    """Settings that give each module its rank and alpha.
-
-    targets: module names. layers: layers_to_transform, None for all. excluded: modules of `targets` without
-    a pair, for settings that name no modules one by one. ranks, alphas: rank_pattern and alpha_pattern.
-    """
-
-    targets: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    excluded: tuple[str, ...]
-    ranks: tuple[tuple[str, int], ...]
-    alphas: tuple[tuple[str, float], ...]
-
-
-def find_patterns(
-    layouts: Mapping[str, PairRanks], model: Model, rank: int, alpha: float, full_names: bool = False
-) -> Patterns:
-    """Return settings for pairs of these ranks and alphas on a model.
-
-    layouts: by path. rank, alpha: the defaults. full_names: name every module in `targets`, with its layer.
+def with_module_names(
+    default: Adapter, layouts: Mapping[str, PairRanks], model: Model, full_names: bool = False
+) -> Adapter:
+    """Return the settings that declare pairs of these ranks and alphas, by path, with the names of modules in
+    Hugging Face files as targets. full_names: name every module with its layer.
     """
     table = adaptable_tensors(model)
     ranked = {path: list(zip(table[path], x.ranks, x.alphas, strict=True)) for path, x in layouts.items()}
@@ -176,12 +154,13 @@ def find_patterns(
         for tensor, *_ in modules
     ]
     named = [tensor.module for modules in present.values() for tensor, *_ in modules]
-    return Patterns(
-        tuple(sorted(set(named if by_name else ends))),
-        layers if in_layers and not by_name else None,
-        () if in_layers else tuple(tensor.module for tensor in missing),
-        tuple((k, int(v)) for x in present.values() for k, v in _pattern_of(x, 1, rank)),
-        tuple(pattern for x in present.values() for pattern in _pattern_of(x, 2, alpha)),
+    return replace(
+        default,
+        targets=tuple(sorted(set(named if by_name else ends))),
+        layers_to_transform=layers if in_layers and not by_name else None,
+        exclude_modules=() if in_layers else tuple(tensor.module for tensor in missing),
+        rank_pattern=tuple((k, int(v)) for x in present.values() for k, v in _pattern_of(x, 1, default.rank)),
+        alpha_pattern=tuple(item for x in present.values() for item in _pattern_of(x, 2, default.alpha)),
     )
 
 

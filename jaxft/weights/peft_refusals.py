@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import tree
+from jaxft.nn.lora_patterns import matches_module
 from jaxft.weights.safetensors import SafetensorsFiles, read_model_json
 
 MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="
@@ -168,7 +169,7 @@ def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str
     segments = module.split(".")
     at = next((i for i, segment in enumerate(segments) if segment.isdecimal()), 0)
     above = ".".join(segments[:at])
-    named = any(tree.regex(rf"(.*\.)?({pattern})", str(where)).fullmatch(above) for pattern in patterns)
+    named = any(matches_module(pattern, (above,), str(where)) for pattern in patterns)
     return at > 0 and named and int(segments[at]) in numbers
 
 

@@ -18,14 +18,11 @@ import numpy as np
 from jaxft.distributed import processes
 from jaxft.nn.lora import Adapter
 from jaxft.weights import finite
-from jaxft.weights.first_pairs import FirstPair, principal_pair, qr_pair
+from jaxft.weights.first_pairs import FIRST_PAIRS, FirstPair
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_pairs import Pair
 from jaxft.weights.peft_refusals import CONVERT
 from jaxft.weights.tensors import Tensor
-
-FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}
-
 
 ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -> a0 [in, R], b0 [R, out]
 

@@ -18,7 +18,7 @@ from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
-from jaxft.weights.peft_pairs import adaptable_tensors, find_patterns, pair_names
+from jaxft.weights.peft_pairs import adaptable_tensors, pair_names, with_module_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.tensors import Tensor, layer_on_host
 
@@ -54,7 +54,7 @@ def save_adapter(
                 tensors += pair_tensors(tensor, pair, rank, settings.scale_of(rank, alpha))
     # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
     full_names = hf.is_multimodal(model, base_ref)
-    patterns = find_patterns(layouts, model, settings.rank, settings.alpha, full_names)
+    declared = with_module_names(settings, layouts, model, full_names)
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
     tensors += module_tensors(nodes, model, adapted, only_tokens)
     if score is not None:
@@ -72,7 +72,7 @@ def save_adapter(
         "r": settings.rank,
         "lora_alpha": _whole(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": list(patterns.targets) or NO_TARGETS,
+        "target_modules": list(declared.targets) or NO_TARGETS,
         "bias": fields["bias"],
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -81,9 +81,9 @@ def save_adapter(
         or None,
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
-        "rank_pattern": dict(patterns.ranks),
-        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in patterns.alphas},
-        "layers_to_transform": None if patterns.layers is None else list(patterns.layers),
+        "rank_pattern": dict(declared.rank_pattern),
+        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in declared.alpha_pattern},
+        "layers_to_transform": declared.layers_to_transform and list(declared.layers_to_transform),
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
     }

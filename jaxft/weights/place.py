@@ -9,7 +9,6 @@ same bits as on a single device.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -46,24 +45,24 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     """
     parts_by_process = plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
-    if unchanged:
-        return load_parts(reader, like, shardings, parts, partial(read_quantised, reader))
-    if not is_quantised(like):
-        return load_parts(reader, like, shardings, parts)
-    all_parts = [part for parts in parts_by_process.values() for part in parts]
-    ins_split, outs_split = (
-        any(part[axis] != slice(0, reader.shape[axis]) for part in all_parts) for axis in (-2, -1)
-    )
-    if like.outer is not None and (ins_split or outs_split):
-        return load_with_quantised_scales(reader, like, shardings, parts)
-    if like.block is None and ins_split:
-        shared = channel_scales(reader, like, shardings, parts)
+    shared = None
+    if is_quantised(like) and not unchanged:
+        all_parts = [part for parts in parts_by_process.values() for part in parts]
+        ins_split, outs_split = (
+            any(part[axis] != slice(0, reader.shape[axis]) for part in all_parts) for axis in (-2, -1)
+        )
+        if like.outer is not None and (ins_split or outs_split):
+            return load_with_quantised_scales(reader, like, shardings, parts)
+        if like.block is None and ins_split:
+            shared = channel_scales(reader, like, shardings, parts)
 
-        def with_shared_scales(tensor: Tensor, index: Index) -> Leaf:
-            return store_as(read_values(reader, tensor, index), like, shared[tensor.index][..., index[-1]])
+    def value_of(tensor: Tensor, index: Index) -> Leaf:
+        if unchanged:
+            return read_quantised(reader, tensor, index)
+        scale = None if shared is None else shared[tensor.index][..., index[-1]]
+        return store_as(read_values(reader, tensor, index), like, scale)
 
-        return load_parts(reader, like, shardings, parts, with_shared_scales)
-    return load_parts(reader, like, shardings, parts)
+    return load_parts(reader, like, shardings, parts, value_of)
 
 
 # The plan
@@ -115,20 +114,14 @@ def load_parts(
     like: Leaf,
     shardings: Leaf,
     parts: list[Index],
-    value_of: Callable[[Tensor, Index], Leaf] | None = None,
+    value_of: Callable[[Tensor, Index], Leaf],
 ) -> Leaf:
-    """Load parts of a parameter, each converted on its own.
-
-    value_of(tensor, part of its values): None casts or quantises the values in the files as store_as does.
-    """
+    """Load parts of a parameter, each as value_of(tensor, part of its values) returns it."""
     buffers = ShardBuffers(like, shardings)
     for tensor, part in parts_of_tensors(reader, parts):
         for index in [part] if is_quantised(like) else small_parts(reader, tensor, part):
             with errors_name_tensor(reader, tensor, index):
-                if value_of is None:
-                    value = store_as(read_values(reader, tensor, index), like)
-                else:
-                    value = value_of(tensor, index)
+                value = value_of(tensor, index)
             buffers.write(tensor.index, index, value)
     return buffers.to_devices()
 
@@ -144,18 +137,18 @@ def load_with_quantised_scales(
     First every process quantises its parts with float scales; then all quantise the gathered scales, one
     layer at a time.
     """
-    float_scales = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
-    floats = load_parts(
-        reader,
-        replace(like, scale=float_scales, outer=None, mean=None),
-        replace(shardings, outer=None, mean=None),
-        parts,
-    )
+    scale = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
+    plain, sharded = (replace(x, outer=None, mean=None) for x in (replace(like, scale=scale), shardings))
+
+    def value_of(tensor: Tensor, index: Index) -> Leaf:
+        return store_as(read_values(reader, tensor, index), plain)
+
+    floats = load_parts(reader, plain, sharded, parts, value_of)
     names = ("scale", "outer", "mean")
     buffers = {name: ArrayBuffers(getattr(like, name), getattr(shardings, name)) for name in names}
     for tensor in reader.tensors:
-        scale: Any = layer_on_host(floats.scale, tensor.index)
-        for name, value in zip(names, encode_scales(scale), strict=True):
+        in_floats: Any = layer_on_host(floats.scale, tensor.index)
+        for name, value in zip(names, encode_scales(in_floats), strict=True):
             buffers[name].write(tensor.index, (), value)
     arrays: dict[str, Any] = {name: buffers[name].to_devices() for name in names}
     return replace(floats, **arrays)

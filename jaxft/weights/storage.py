@@ -188,7 +188,7 @@ def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
     by_path = {
         path: leaf_shapes(spec, stored.storage[path])
         for path, spec in all_specs.items()
-        if stored.storage[path].quantised
+        if in_base(path) and stored.storage[path].quantised
     }
     leaves = list(by_path.values())
     if not leaves:

@@ -47,7 +47,7 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
     from jaxft.models.layer_types import FULL, SLIDING
     from jaxft.models.mistral import MistralConfig, mistral
     from jaxft.nn.cache import NextToken
-    from jaxft.nn.cached_attention import equal_groups
+    from jaxft.nn.cached_attention import RowGroups
     from jaxft.nn.param import init_params
 
     types = tuple(
@@ -61,7 +61,8 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
         ),
     )  # fmt: skip
     params = init_params(model.specs, jax.random.key(0), jnp.bfloat16)
-    new, groups = a.slots - PROMPT, equal_groups(a.batch, 1)
+    rows = jnp.arange(a.batch, dtype=jnp.int32)
+    new, groups = a.slots - PROMPT, RowGroups(rows[:, None], rows)
     decode = jax.jit(model.decode, donate_argnums=1)
     ids = jnp.full(a.batch, 5, jnp.int32)
 

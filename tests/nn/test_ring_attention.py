@@ -20,8 +20,7 @@ from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn import attention
 from jaxft.nn.attention import RING_LEAST, AttentionSettings
 from jaxft.nn.key_ranges import key_ranges, visible, within_window
-from jaxft.nn.pallas_attention import KernelOptions, pallas_gradients, pallas_output
-from jaxft.nn.pallas_tiles import Tile, Tiles
+from jaxft.nn.pallas_attention import KernelOptions, Tile, Tiles, pallas_gradients, pallas_output
 from jaxft.nn.ring_attention import BlockKernel
 
 ROW = ("rows", "whole_time")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import equal_groups
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AbstractMesh
 from test_attention import (
@@ -26,7 +27,6 @@ from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn import attention
 from jaxft.nn.attention import AttentionNeeds, AttentionSettings
 from jaxft.nn.cache import NextToken
-from jaxft.nn.cached_attention import equal_groups
 from jaxft.nn.key_ranges import key_ranges, within_window
 from jaxft.nn.layer_attention import AttentionLayers, LayerKind, attend_rows, example_angles
 from jaxft.nn.param import init_params

@@ -17,7 +17,7 @@ from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import quantize
 from jaxft.objectives import logprobs
-from jaxft.objectives.logprobs import token_logps, weighted_loss
+from jaxft.objectives.logprobs import HeadInput, logps_of_heads, token_logps, weighted_loss
 from jaxft.objectives.read_positions import gather_read
 
 B, M, D, V = 8, 7, CONFIG.width, CONFIG.vocab
@@ -130,6 +130,32 @@ def test_the_gradient_of_a_subset_is_that_subset_of_the_gradient(known):
         grads = jax.jit(jax.grad(lambda t, frozen=frozen: loss(tree.combine(t, frozen), h, targets)))(trained)
         for path, g in tree.paths(grads).items():
             assert_close(g, everything[path])
+
+
+def test_several_heads_in_one_pass_equal_each_alone_and_only_the_first_has_a_gradient(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", B * V * 3)
+    model, whole, h, targets, weights = setting(False, True)
+    tied, table, other_h, _, _ = setting(True, False)
+    rng = np.random.default_rng(8)
+    wide = llama(LlamaConfig(**{**CONFIG.__dict__, "width": D + 3, "vocab": V + 5}), jnp.float64)
+    own, wide_h = {"head": rng.normal(0, 0.3, (D + 3, V + 5))}, rng.normal(0, 1, (B, M, D + 3))
+    frozen = [HeadInput(tied, table, -2 * other_h), HeadInput(wide, own, jnp.asarray(wide_h))]
+
+    @jax.jit
+    def together(whole, h, table):
+        others = [frozen[0]._replace(params=table), frozen[1]]
+
+        def loss(whole, h, table):
+            found = logps_of_heads([HeadInput(model, whole, h), *others], targets)
+            return jnp.sum(weights * sum(one.logp for one in found)), found
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(whole, h, table)
+
+    (_, found), (*grads, of_table) = together(whole, h, table)
+    alone = [token_logps(*one, targets) for one in (HeadInput(model, whole, h), *frozen)]
+    assert_close(found, tuple(alone))
+    assert_close(grads, list(jax.jit(jax.grad(loss_of(model, weights), (0, 1)))(whole, h, targets)))
+    assert not any(np.any(x) for x in jax.tree.leaves(of_table))
 
 
 def test_only_logp_has_a_gradient():

@@ -10,11 +10,14 @@ from tiny_llama import tiny_torch, write_folder
 
 from jaxft import tree
 from jaxft.models.heads import HeadSettings
+from jaxft.models.teacher import Teacher
 from jaxft.nn import param
 from jaxft.objectives.preference import EMAReference
 from jaxft.runs import config, record
 from jaxft.train.programs import abstract
+from jaxft.train.recipes import SMOLLM2
 
+LARGE = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 
 
@@ -100,6 +103,13 @@ def test_the_shipped_held_out_rows_evaluate_the_shipped_rows_only(name):
         (["rank=4", "full=true"], "rank=4 is for an adapter, and full=true trains none"),
         (["start=runs/none", "full=true"], "start=runs/none: not the folder of a finished run"),
         (["reference=start", "moving=0.6,5"], "contradict each other"),
+        (["reference_model=org/name", "moving=0.6,5"], "contradict each other"),
+        (["reference_quant=nf4"], "reference_quant=nf4 is for a reference_model"),
+        (["reference_model=runs/none"], "runs/none: no such folder"),
+        (
+            ["reference_model=HuggingFaceTB/SmolLM2-1.7B-Instruct", "loss=simpo"],
+            "the loss reads no reference",
+        ),
     ],
 )
 def test_knobs_that_contradict_each_other_are_refused(argv, message):
@@ -141,6 +151,15 @@ def test_dpo_takes_the_reference_that_is_asked_for():
     assert dpo()["reference"] == "start" and dpo("full=true")["reference"] == "precomputed"
     assert dpo("full=true", "reference=start")["reference"] == "start"
     assert dpo("moving=0.5,20")["reference"] == EMAReference(0.5, 20)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "kto"])
+def test_another_reference_is_the_second_model_of_the_run(recipe):
+    run = config.load_config(f"configs/{recipe}.py", [f"reference_model={SMOLLM2}"])
+    assert run.objective.keywords["reference"] == "teacher" and run.teacher == Teacher()
+    given = [f"reference_model={LARGE}", "reference_quant=nf4"]
+    own = config.load_config(f"configs/{recipe}.py", given).teacher
+    assert (own.weights, own.model.config.layers, own.quant.kind) == (LARGE, 24, "nf4")
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])

@@ -12,9 +12,18 @@ from jaxft.runs.option_names import OPTIONS, as_text, find_options
 NEEDED = {  # overrides that are valid only with another one
     "adapter.init=loftq": "quant=nf4",
     "data.packing=wrapped": "data.too_long=split",
+    "reference_quant=": "reference_model=HuggingFaceTB/SmolLM2-1.7B-Instruct",
     "tracking.": "trackers=wandb",
 }
-LOADS_FILES = ("model", "start", "data", "chat_template", "add_tokens", "add_special_tokens")
+LOADS_FILES = (
+    "model",
+    "start",
+    "data",
+    "chat_template",
+    "add_tokens",
+    "add_special_tokens",
+    "reference_model",
+)
 
 
 def overrides_of_table():

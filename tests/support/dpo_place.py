@@ -19,6 +19,7 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.weights.adapters import read_adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
+from jaxft.train.teacher import find_teacher
 from jaxft.weights.pretrained import model_for
 
 REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": EMAReference(0.5, 2), "none": None}
@@ -27,16 +28,20 @@ REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": EMARefer
 def config(
     model: str = "base", data: str = "pairs.jsonl", held_out: str | float | None = 0.2, name: str = "tiny", lr: float = 1e-2,
     loss: Callable = dpo, beta: float = 0.1, reference: Literal["start", "precomputed", "moving", "none"] = "start",
+    teacher: str | None = None, teacher_quant: str = "none",
     reward: Callable = implicit_reward, third: str | None = None, steps: int | None = 3, full: bool = False, batch: int = 4,
     micro: int = 1, seed: int = 0, start: str | None = None, epochs: float = 10.0, quant: str = "none",
     remat: str = "projections",
 ) -> Run:
     llm = model_for(model, dtype=jnp.float32, remat=remat)
+    own = None if teacher_quant == "none" else Quant(teacher_quant)
+    second = teacher and find_teacher(teacher, model, partial(model_for, dtype=jnp.float32), own, shares=not full)
     return Run(
         name=name,
+        teacher=second,
         weights=model,
         model=llm,
-        objective=partial(preference, loss=loss, reference=REFERENCES[reference], beta=beta, reward=reward),
+        objective=partial(preference, loss=loss, reference="teacher" if second else REFERENCES[reference], beta=beta, reward=reward),
         data=PairRows(data, held_out=held_out, batch=batch, micro=micro, max_length=64, seed=seed, epochs=epochs, third=third),
         adapter=None if full else read_adapter_settings(start, llm) if start else Adapter(rank=4),
         start=start,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxft.engine.programs import Engine, compiler_options, program_tracers
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.cache import NextToken, insert_prompts
-from jaxft.nn.cached_attention import equal_groups
+from jaxft.nn.cached_attention import RowGroups
 
 ENGINES = {}
 
@@ -42,6 +42,12 @@ def on_first_call(trace):
     """The program of a trace, as Engine has it."""
     program = functools.cache(lambda: trace().lower().compile(compiler_options("cpu")))
     return lambda *args: program()(*args)
+
+
+def equal_groups(prompts, group):
+    """The RowGroups of `group` successive rows for each prompt."""
+    rows = jnp.arange(prompts * group, dtype=jnp.int32)
+    return RowGroups(rows.reshape(prompts, group), rows)
 
 
 def prefilled(model, params, prompts, new):

@@ -10,6 +10,7 @@ import pytest
 from dpo_place import write_pair_place
 from prepared import load_and_compile, working_directory
 from scripts_in_process import call
+from tiny_llama import tiny_torch, write_folder
 from tiny_run import COUNT_COMPILES, Place
 
 F = "jaxft.objectives.reference_free_losses"
@@ -68,6 +69,21 @@ def test_cached_reference_log_probs_serve_all_runs_of_the_same_model_and_no_othe
         )
         first = steps_of(place, name)[0]
         assert first["loss"] == pytest.approx(0.6931472, rel=1e-5) and abs(first["rewards/margins"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_with_a_second_model_resumes_bit_for_bit_and_only_with_the_same_one(place):
+    base = place.folder / "base"
+    write_folder(place.folder / "large", tiny_torch(3, hidden_size=128))
+    argv = ["teacher=large", "teacher_quant=nf4", "steps=3"]
+    assert "second model, frozen: large, " in run(place, *argv, "name=whole")
+    place.run_with_a_kill(*argv, name="killed")
+    whole, killed = (place.results(name, 3) for name in ("whole", "killed"))
+    assert whole == killed
+    sizes = [path.stat().st_size for path in (place.runs("whole") / "checkpoints" / "3").rglob("*")]
+    assert sum(sizes) < (base / "model.safetensors").stat().st_size  # it has no frozen weights
+    run(place, "teacher=runs/whole", "steps=4", "name=killed", code=1)
+    assert "teacher" in place.err() and place.err().count("\n") == 1
 
 
 @pytest.mark.parametrize("loss", (f"{P}:dpo", f"{F}:kto"))
