@@ -5,7 +5,7 @@ is an array with a value per row, so that nothing is compiled while an engine ru
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -271,9 +271,14 @@ def key_data(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
+@cache
+def _shape_of_key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+
+
 def no_keys(count: int) -> np.ndarray:
     """Return the data of `count` random keys as zeros, without a device: a plan has none."""
-    data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    data = _shape_of_key()
     return np.zeros((count, *data.shape), data.dtype)
 
 

@@ -47,7 +47,9 @@ def test_the_programs_of_a_run_compile_for_a_mesh_that_shards_experts(full):
     changes = dict(adapter=None, quant=None, optim=Optim(optimizer=muon.muon)) if full else {}
     run = a_run(SHARDED, **changes)
     found = plan.plan(run, made_up())
-    assert found.fits and found.parts["adapters"] == memory.resident(programs.build(run, 10))["adapters"]
+    assert (
+        found.fits and found.parts.get("adapters", 0) == memory.resident(programs.build(run, 10))["adapters"]
+    )
 
 
 def test_statistics_of_inputs_are_refused_where_every_expert_has_inputs_of_its_own():
