@@ -185,6 +185,8 @@ _TEMPLATES = {
     "mistral": "chat_template=mistral", "mistral_v2v3": "chat_template=mistral",
     "phi": "chat_template=phi3", "phi_3": "chat_template=phi3", "phi_35": "chat_template=phi3",
     "phi4": "chat_template=phi4", "gemma3": "chat_template=gemma",
+    "llama-3": "chat_template=llama3", "qwen-2.5": "chat_template=qwen", "phi-3": "chat_template=phi3",
+    "phi-4": "chat_template=phi4", "gemma-3": "chat_template=gemma",
     "tokenizer_default": "",
 }  # fmt: skip
 

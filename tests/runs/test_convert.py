@@ -411,6 +411,7 @@ def test_calls_of_a_notebook_without_an_option_are_listed_with_what_to_do(conver
         "from unsloth import FastLanguageModel",
         "trainer = SFTTrainer(model=model, args=SFTConfig(learning_rate=2e-4, max_stepz=3))",
         "trainer = train_on_responses_only(trainer, instruction_part='<user>')",
+        "tokenizer = get_chat_template(tokenizer, chat_template='llama-3')",
         "model.save_pretrained_gguf('model', tokenizer)",
     ]
     cells = [{"cell_type": "code", "source": [line]} for line in code]
@@ -420,6 +421,7 @@ def test_calls_of_a_notebook_without_an_option_are_listed_with_what_to_do(conver
     assert "by default" in lost["train_on_responses_only"] and "--gguf" in lost["save_pretrained_gguf"]
     assert lost["max_stepz"].endswith("nothing is set for it; did you mean max_steps?")
     assert not any("data.loss_on=all" in note for note in c.notes)
+    assert "chat_template=llama3" in c.settings
 
 
 def test_the_command_prints_the_command_and_the_report(converted, capsys, monkeypatch, tmp_path):

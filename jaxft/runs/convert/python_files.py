@@ -35,7 +35,8 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
     "quantization_config",
 )  # fmt: skip
 OTHER_CALLS = {  # functions without an option of a configuration -> what to do instead
-    "train_on_responses_only": "nothing to set: responses alone have a loss by default, but all of a text",
+    "train_on_responses_only": "nothing to write for conversations: responses alone have a loss by default; "
+    "rows of one `text` are learned whole",
     "save_pretrained_merged": "after the run: jaxft export --run runs/NAME --out merged",
     "save_pretrained_gguf": "after the run: jaxft export --run runs/NAME --out NAME.gguf --gguf TYPE, such "
     "as Q4_K_M for q4_k_m",
@@ -130,6 +131,12 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             told = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
             options += [option for option in _keywords(node, names) if option.name not in told]
             options += _model(node, names)
+        elif name == "get_chat_template":  # Unsloth's
+            options += (
+                GivenOption("chat_template", _value(k.value, names), node.lineno)
+                for k in node.keywords
+                if k.arg == "chat_template"
+            )
         elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
             options += _model(node, names)
             options += [option for option in _keywords(node, names) if option.name != "model_name"]
