@@ -361,7 +361,7 @@ def test_the_tools_of_a_prompt_count_in_its_length(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"prompt": "q"}\n' + json.dumps({"prompt": "why " * 30}) + "\n")
     rows = Rollouts(str(tmp_path / "r.jsonl"), rules=Rules((exact,)), max_prompt=2000)
     plain = read_prompts(rows.train, rows, tokenizer, tmp_path).lengths
-    with_tools = replace(rows, tools=(add,))
+    with_tools = replace(rows, tools=(add,), max_turns=2)
     found = read_prompts(rows.train, with_tools, tokenizer, tmp_path)
     (first, second), shown = found.lengths, tokenizer.decode(found.token_ids[0])
     assert first - plain[0] == second - plain[1] > 100 and '"name": "add"' in shown
@@ -390,7 +390,7 @@ def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch
     rows = [{"prompt": "q", "number": i, "environment": x} for i, x in enumerate(("adder", "judge", "none"))]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = parse_value("envs.py:ENVIRONMENTS", EnvironmentClass)
-    data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000)
+    data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000, max_turns=2)
     data = replace(data, invalid="drop", invalid_limit=0.5)
     tokenizer, environment = stock_tokenizer("qwen2.5"), environment_of(given)
     found = read_prompts("r.jsonl", data, tokenizer, tmp_path)
@@ -832,4 +832,4 @@ def test_tools_need_a_template_whose_calls_are_read():
     with pytest.raises(ValueError, match="no format of tool calls that jaxft reads. Set chat_template=qwen"):
         Play(environment_of(None, [add]), tokenizer, ())
     with pytest.raises(ValueError, match="no format of tool calls that jaxft reads"):  # before reading rows
-        Rollouts("none.jsonl", rules=Rules((exact,)), tools=(add,)).open(tokenizer)
+        Rollouts("none.jsonl", rules=Rules((exact,)), tools=(add,), max_turns=2).open(tokenizer)
