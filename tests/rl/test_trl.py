@@ -300,7 +300,7 @@ def test_such_a_reward_without_an_environment_is_refused():
     with pytest.raises(ValueError, match="reward_score.* reads the objects of an environment, which only a"):
         FunctionReward(reward_score)
     with pytest.raises(ValueError, match="give each its own name"):
-        Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging).open(None)
+        Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging, max_turns=2).open(None)
 
 
 def test_a_factory_is_called_once_to_learn_its_class():
@@ -339,7 +339,7 @@ def test_an_environment_that_returns_its_prompt_needs_none_in_the_rows(tmp_path)
     """If reset is annotated to return a string; otherwise a row without a prompt is invalid."""
     tokenizer, path = stock_tokenizer("qwen2.5"), tmp_path / "r.jsonl"
     path.write_text('{"seed": 1}\n{"seed": 2}\n')
-    data = Rollouts(str(path), rules=Rules((exact,)), environment=OwnsItsData, max_prompt=2000)
+    data = Rollouts(str(path), rules=Rules((exact,)), environment=OwnsItsData, max_prompt=2000, max_turns=2)
     rows = read_prompts(data.train, data, tokenizer, tmp_path).select([0, 1])
 
     def write(ids, episode):
