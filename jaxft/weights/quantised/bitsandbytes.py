@@ -141,7 +141,7 @@ def _read_state(files: SafetensorsFiles, name: str) -> dict[str, Any]:
 
 
 def _open_8bit(files: SafetensorsFiles, weight: str, scales: str) -> QuantisedTensor:
-    outs, ins = files.shapes[weight]
+    outs, ins = ff.matrix_shape(files, weight)
     layout = ff.block_layout("int8", (ins, outs), None, np.float32)
 
     def decode(index: Index) -> dict[str, Any]:

@@ -81,6 +81,14 @@ def stems(files: SafetensorsFiles, ending: str) -> list[str]:
     return [name.removesuffix(ending) for name in files.shapes if name.endswith(ending)]
 
 
+def matrix_shape(files: SafetensorsFiles, name: str) -> tuple[int, int]:
+    """Return the shape of a tensor of codes. Raises ValueError for one that is no matrix."""
+    shape = files.shapes[name]
+    if len(shape) != 2:
+        raise ValueError(f"{files.where}: {name} has shape {list(shape)}; codes of a weight are a matrix")
+    return shape[0], shape[1]
+
+
 # Layouts
 
 

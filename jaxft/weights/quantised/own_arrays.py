@@ -16,7 +16,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
         raise ValueError(f"{files.where}: its quantization_config is not a format of jaxft ({e})") from e
 
     def weight(name: str) -> QuantisedTensor:
-        rows, outs = files.shapes[f"{name}.codes"]
+        rows, outs = ff.matrix_shape(files, f"{name}.codes")
         layout = ff.quantize_layout((rows * (2 if is_paired(quant.kind) else 1), outs), quant)
         arrays = ff.arrays_of(layout)
 
