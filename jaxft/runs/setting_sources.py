@@ -164,6 +164,8 @@ def dotted_fields(recipe: Path) -> list[SettingSource]:
 def _fields_below(cls: Definition, prefix: str, data: Definition | None) -> Iterator[SettingSource]:
     for name, kind in fields_of(cls).items():
         inner = data if prefix + name == "data" else section_class(kind)
+        if inner is not None and "model" in fields_of(inner):
+            continue  # a section with a model, which only a recipe can make
         if inner is not None:
             yield from _fields_below(inner, f"{prefix}{name}.", data)
         elif any(is_writable(member) for member in members(kind)):
