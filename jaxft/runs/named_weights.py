@@ -146,6 +146,12 @@ def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None
     """
     if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]
+        if data.get("tools") or data.get("environment"):
+            raise ValueError(
+                f"the run {record.get('name')} sampled with tools or an environment, which are not used here; "
+                "its held-out rewards are in its metrics.jsonl. Name rows by --file to complete their prompts "
+                "without them"
+            )
         raise ValueError(
             f"the rows of data={data['train']}, or how they become tokens, have changed since the run "
             f"{record.get('name')} began, so that data.held_out={data['held_out']} may hold out rows that it "

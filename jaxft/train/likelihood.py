@@ -163,23 +163,37 @@ def _response_logps(
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
-    """Return the means over pairs; see pair_preferences."""
-    metrics: dict[str, float] = {"pairs": len(scores)}
+    """Return the means over pairs; see pair_preferences. Of rows with one response and a label, which is a
+    chosen or a rejected one, there are their numbers and means by token too.
+    """
+    pairs = _pairs(scores)
+    metrics: dict[str, float] = {"pairs": len(pairs)}
     metrics |= {name: float(np.mean(values)) for name, values in pair_wins(scores).items()}
-    metrics["logps/chosen"] = float(np.mean([x.chosen for x in scores]))
-    metrics["logps/rejected"] = float(np.mean([x.rejected for x in scores]))
+    for kind in ("chosen", "rejected"):
+        found = [(getattr(x, kind), getattr(x, f"{kind}_tokens")) for x in scores]
+        logps, tokens = np.array([x for x in found if x[1]]).reshape(-1, 2).T
+        if len(logps):
+            metrics[f"logps/{kind}"] = float(logps.mean())
+        if len(logps) and len(pairs) < len(scores):
+            metrics[f"logps_per_token/{kind}"] = float((logps / tokens).mean())
+            metrics[f"responses/{kind}"] = len(logps)
     return metrics
+
+
+def _pairs(scores: Sequence[PairScore]) -> list[PairScore]:
+    return [x for x in scores if x.chosen_tokens and x.rejected_tokens]
 
 
 def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
     """Return, by accuracy, 1 for each pair that is won, 0 for a lost one and 1/2 for a tie. An accuracy of
     ties alone is left out.
     """
+    pairs = _pairs(scores)
     margins = {
-        "accuracy": [x.chosen - x.rejected for x in scores],
-        "accuracy_per_token": [x.chosen / x.chosen_tokens - x.rejected / x.rejected_tokens for x in scores],
+        "accuracy": [x.chosen - x.rejected for x in pairs],
+        "accuracy_per_token": [x.chosen / x.chosen_tokens - x.rejected / x.rejected_tokens for x in pairs],
         "accuracy_against_base": [
-            _gain(x.chosen, x.base[0]) - _gain(x.rejected, x.base[1]) for x in scores if x.base is not None
+            _gain(x.chosen, x.base[0]) - _gain(x.rejected, x.base[1]) for x in pairs if x.base is not None
         ],
     }
     return {name: ((np.sign(x) + 1) / 2).tolist() for name, x in margins.items() if any(x)}

@@ -114,6 +114,18 @@ def test_accuracy_against_the_base_compares_what_the_responses_gained():
     assert found["accuracy_per_token"] == (2 + 1 / 2) / 4  # -2 and -3, -1 and -2, equal, -2 and -1
 
 
+def test_rows_with_one_response_are_in_no_accuracy():
+    scores = [
+        PairScore("a", -4.0, 0.0, 2, 0, (-5.0, 0.0)),
+        PairScore("b", 0.0, -6.0, 0, 3, (0.0, -3.0)),
+        PairScore("c", -9.0, 0.0, 3, 0, (-1.0, 0.0)),
+    ]
+    assert preference_metrics(scores) == {
+        "pairs": 0, "logps/chosen": -6.5, "logps_per_token/chosen": -2.5, "responses/chosen": 2,
+        "logps/rejected": -6.0, "logps_per_token/rejected": -2.0, "responses/rejected": 1,
+    }  # fmt: skip
+
+
 def test_an_adapter_that_computes_its_base_has_no_accuracy_against_it():
     """Two programs round differently: 1e-6 of a log-prob is a tie."""
     scores = [
