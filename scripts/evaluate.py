@@ -245,7 +245,9 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     shared = {"batch": args.batch, "max_length": length, "too_long": args.too_long}
     columns = next(iter(data.values()))["columns"]
     names = {theirs: ours for ours, theirs in map(split_column, columns)}
-    if not {"chosen", "rejected"} & {names.get(name, name) for name in row.fields}:
+    fields = {names.get(name, name): value for name, value in row.fields.items()}
+    has_label = str(fields.get("label", fields.get("kto_tag"))).lower() in ("true", "false", "1", "0")
+    if not {"chosen", "rejected"} & fields.keys() and not has_label:
         if args.out:
             raise ValueError(
                 "--out writes the results of pairs or completions, and these rows have a loss; remove it"
@@ -258,9 +260,10 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if args.packing or args.too_long == "split":
         raise ValueError("--packing and --too-long split are for SFT rows, and these are pairs; remove them")
     preferences, found = make_pair_preferences(model), {}
+    shared |= {"held_out": "none", "unpaired": True}
     for name, one in loaded.items():
         settings = {key: value for key, value in data[name].items() if key != "loss_on"}
-        found[name] = preferences(one, PairRows(args.file, held_out="none", **settings, **shared))
+        found[name] = preferences(one, PairRows(args.file, **settings, **shared))
     return found
 
 

@@ -148,9 +148,9 @@ def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None
         data = record["data"]
         if data.get("tools") or data.get("environment"):
             raise ValueError(
-                f"the run {record.get('name')} sampled with tools or an environment, which are not used here; "
-                "its held-out rewards are in its metrics.jsonl. Name rows by --file to complete their prompts "
-                "without them"
+                f"the run {record.get('name')} sampled with tools or an environment, which are not used "
+                "here; its held-out rewards are in its metrics.jsonl. Name rows by --file to complete their "
+                "prompts without them"
             )
         raise ValueError(
             f"the rows of data={data['train']}, or how they become tokens, have changed since the run "
