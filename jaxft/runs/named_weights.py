@@ -44,7 +44,8 @@ def named_weights(
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
     if run is not None:
-        return NamedWeights(*trained_weights(run), notes=earlier_end_notes(run))
+        ref, trained, record = trained_weights(run)
+        return NamedWeights(ref, trained, record, earlier_end_notes(run) + tools_notes(record))
     if adapter is None:
         return NamedWeights(model or default, None, None, [])
     folder = adapters.adapter_folder(str(adapter))
@@ -55,9 +56,21 @@ def named_weights(
         return NamedWeights(model, folder, None, notes + adapters.other_base_name(folder, model))
     if own_run is not None:
         ref, _, record = trained_weights(own_run)
-        return NamedWeights(ref, folder, record, notes)
+        return NamedWeights(ref, folder, record, notes + tools_notes(record))
     ref, lines = _own_base(folder)
     return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *lines, *notes])
+
+
+def tools_notes(record: dict[str, Any]) -> list[str]:
+    """Return a note if a run's policy was trained with tools or an environment, which prompts here lack."""
+    data = record.get("data", {})
+    used = [name for name in ("tools", "environment") if data.get(name)]
+    if not used:
+        return []
+    return [
+        f"note: the run {record.get('name')} was trained with data.{used[0]}, whose tools and turns are not "
+        "part of prompts here; `jaxft inspect --run` shows its episodes"
+    ]
 
 
 def source_options(source: str | Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxft.runs.named_weights import (
     named_weights,
     prompt_settings,
     recorded_data,
+    tools_notes,
 )
 from jaxft.runs.record import describe
 from jaxft.weights import hub
@@ -147,3 +148,10 @@ def test_a_run_that_holds_out_no_rows_needs_a_file():
     args.given = {"packing"}
     with pytest.raises(ValueError, match="--packing applies only to --file"):
         rows_of(args, record)
+
+
+@pytest.mark.parametrize("name", ["tools", "environment"])
+def test_prompts_of_a_policy_with_tools_have_a_note_that_they_lack_them(name):
+    (line,) = tools_notes({"name": "agent", "data": {name: "mine.py:add"}})
+    assert f"agent was trained with data.{name}, whose tools and turns are not part of prompts here" in line
+    assert not tools_notes({"name": "agent", "data": {name: None}})
