@@ -112,7 +112,9 @@ def _chunk(a: AttentionLayers, cache: Cache, chunk: GivenChunk, dtype: DTypeLike
         return attend_chunk(qkv, keys, i, (chunk, cache.prompts.visible), rule)
 
     # stored after all layers: XLA would copy the cache in a layer that reads it before it changes it
-    end = lambda rows, new: append_chunks(rows, new, chunk, a)  # noqa: E731
+    def end(rows: Any, new: Any) -> Any:
+        return append_chunks(rows, new, chunk, a)
+
     return _cached(a, cache, angles, None, attended)._replace(end=end)
 
 

@@ -32,6 +32,10 @@ Layer = Callable[[Params, Array, Mix, Array | None], tuple[Array, Extras]]
 Observe = Callable[[Array, Array], LayerOutputs]  # (h before, h after a layer) -> further outputs of it
 
 
+def _nothing(carry: Any, values: Any) -> None:
+    """Cache nothing after a pass."""
+
+
 class Pass(NamedTuple):
     """How some layers mix tokens in one pass over a model.
 
@@ -43,7 +47,7 @@ class Pass(NamedTuple):
     mix: Callable[[Any, Any], Mix]
     xs: Any = None
     carry: Any = None
-    end: Callable[[Any, Any], Any] = lambda carry, values: None
+    end: Callable[[Any, Any], Any] = _nothing
 
 
 class Mixer(NamedTuple):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pair_batches import assert_same
+from random_adapter import save_random_adapter
 from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny as tiny_tokenizer
 
 from jaxft import tree
 from jaxft.data.pairs.source import PairRows
-from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize
@@ -23,11 +23,11 @@ from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train import eva, export, partition, reference
+from jaxft.train import eva, export, reference
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.step import accumulate_gradients
-from jaxft.weights import adapters, init, lora_start, merge, peft, peft_write, pretrained
+from jaxft.weights import adapters, lora_start, merge, peft, pretrained
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -43,15 +43,7 @@ def folder(tmp_path_factory):
             pretrained.model_for(str(folder / "base"), dtype=jnp.float64),
             Adapter(rank=3, alpha=6.0, targets=("q", "up")),
         )
-        t = partition.partition_params(model, settings, None)
-        fresh = init.init_all_but_base(
-            t.model, sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1]), 7, HeadSettings()
-        )["adapter"]
-        rng = np.random.default_rng(0)
-        adapter = tree.map_with_path(
-            lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
-        )
-        peft_write.save_adapter(folder / "sft" / "adapter", adapter, settings, model, "base")
+        save_random_adapter(folder / "sft" / "adapter", model, settings)
     return folder
 
 

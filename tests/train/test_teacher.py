@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_adapter import save_random_adapter
 from tiny_llama import tiny_torch, write_folder
 from tiny_model import CONFIG
 from tiny_pairs import make_rows, write
@@ -35,13 +36,13 @@ from jaxft.objectives.reference_free_losses import simpo
 from jaxft.optim.optimizer import Optim
 from jaxft.plan import flops, memory
 from jaxft.runs.cli import error_line
-from jaxft.train import partition, programs
+from jaxft.train import programs
 from jaxft.train.members import weight_fingerprints
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
 from jaxft.train.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
-from jaxft.weights import adapters, init, peft_write, pretrained
+from jaxft.weights import adapters, pretrained
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -61,14 +62,7 @@ def folder(tmp_path_factory):
     write(folder / "rows.jsonl", make_rows(20))
     with jax.enable_x64(True):
         model, settings = model_of(folder / "base"), Adapter(rank=3, alpha=6.0, targets=("q", "head"))
-        whole = partition.partition_params(model, settings, None).model
-        mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-        fresh = init.init_all_but_base(whole, mesh, 7, HeadSettings(settings))["adapter"]
-        rng = np.random.default_rng(0)
-        adapter = tree.map_with_path(
-            lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh
-        )
-        peft_write.save_adapter(folder / "sft" / "adapter", adapter, settings, model, "base")
+        save_random_adapter(folder / "sft" / "adapter", model, settings, HeadSettings(settings))
     return folder
 
 
