@@ -93,7 +93,7 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"{shape} needs {expected} devices, got {len(devices)}; "
-            "change mesh.data, mesh.fsdp or mesh.tensor"
+            "change mesh.data, mesh.fsdp, mesh.expert or mesh.tensor"
         )
     return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

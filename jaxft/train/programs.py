@@ -144,12 +144,17 @@ def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
     """Raise ValueError if the mesh shards experts that the model lacks, or if the model asks how devices get
     the keys of rows that no mesh axis shards.
     """
-    axes = {axis for spec in param.spec_paths(run.model.specs).values() for axis in spec.axes}
-    if mesh.shape["expert"] > 1 and "experts" not in axes:
+    sizes = {
+        dict(zip(spec.axes, spec.shape, strict=True)).get("experts", 0)
+        for spec in param.spec_paths(run.model.specs).values()
+    }
+    ways, counts = mesh.shape["expert"], sorted(sizes - {0})
+    if ways > 1 and not counts:
         raise ValueError(
-            f"mesh.expert={mesh.shape['expert']} shards the experts of layers, and this model has none; use "
-            "mesh.fsdp"
+            f"mesh.expert={ways} shards the experts of layers, and this model has none; use mesh.fsdp"
         )
+    if wrong := [count for count in counts if count % ways]:
+        raise ValueError(f"mesh.expert={ways} does not divide the {wrong[0]} experts of a layer")
     setting = run.model.attention.settings.context_keys
     if setting != "auto" and mesh.shape["context"] == 1:
         raise ValueError(

@@ -48,7 +48,8 @@ def find_teacher(
 
 def _same_weights(one: str, other: str) -> bool:
     names = [hub.hub_name(ref) for ref in (one, other)]
-    return one == other or None not in names and names[0] == names[1]
+    by_name = None not in names and names[0] == names[1]
+    return one == other or by_name or hub.is_same_file(one, other)
 
 
 def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:

@@ -1,7 +1,6 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,7 +170,7 @@ def other_base_name(folder: Path, ref: str) -> list[str]:
     theirs, ours = hub.hub_name(name), hub.hub_name(ref)
     if theirs and ours and theirs[0].casefold() == ours[0].casefold():
         return []
-    if os.path.exists(name) and os.path.exists(ref) and os.path.samefile(name, ref):
+    if hub.is_same_file(name, ref):
         return []
     shown = hub.short_message(repr(name))
     return [f"warning: the adapter in {folder} is for the base {shown}, but it is used with {ref}"]

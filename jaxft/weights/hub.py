@@ -156,6 +156,11 @@ def _gguf_of_folder(folder: Path) -> Path | None:
     return models[0] if models else None
 
 
+def is_same_file(one: str, other: str) -> bool:
+    """Whether two names are of one file or folder of this machine."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def hub_name(ref: str) -> tuple[str, str | None] | None:
     """Return (org/name, revision or None) of the model that `ref` names on the hub; None for files off it.
 

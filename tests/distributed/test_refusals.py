@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
+import tiny_experts
 from tiny_model import CONFIG
 
 from jaxft.distributed import sharding
@@ -168,6 +169,11 @@ def test_a_mesh_that_shards_experts_needs_a_model_with_some():
     with pytest.raises(
         ValueError, match="mesh.expert=2 shards the experts of layers, and this model has none"
     ):
+        programs.build(run, 10)
+    short = dataclasses.replace(run.data, max_length=64)
+    model, mesh = tiny_experts.experts(tiny_experts.CONFIG), dataclasses.replace(run.mesh, expert=4)
+    run = dataclasses.replace(run, model=model, mesh=mesh, data=short)
+    with pytest.raises(ValueError, match="mesh.expert=4 does not divide the 2 experts of a layer"):
         programs.build(run, 10)
 
 

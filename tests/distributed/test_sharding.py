@@ -44,13 +44,16 @@ def test_minus_one_takes_the_remaining_devices():
     [
         (
             MeshShape(-1, 3),
-            "needs a multiple of 3 devices, got 8; change mesh.data, mesh.fsdp or mesh.tensor",
+            "needs a multiple of 3 devices, got 8; change mesh.data, mesh.fsdp, mesh.expert or mesh.tensor",
         ),
         (
             MeshShape(-1, 16),
-            "needs a multiple of 16 devices, got 8; change mesh.data, mesh.fsdp or mesh.tensor",
+            "needs a multiple of 16 devices, got 8; change mesh.data, mesh.fsdp, mesh.expert or mesh.tensor",
         ),
-        (MeshShape(2, 2, 1), "needs 4 devices, got 8; change mesh.data, mesh.fsdp or mesh.tensor"),
+        (
+            MeshShape(2, 2, 1),
+            "needs 4 devices, got 8; change mesh.data, mesh.fsdp, mesh.expert or mesh.tensor",
+        ),
         (MeshShape(-1, -1), "at most one -1"),
         (MeshShape(0), "mesh sizes must be positive"),
         (MeshShape(-2), "mesh sizes must be positive"),

@@ -228,7 +228,7 @@ def test_the_fingerprint_of_a_run_has_its_teachers_weights(folder):
 
 def test_a_teacher_is_found_by_the_name_of_a_model_or_an_adapter(folder):
     base, build_model = str(folder / "base"), lambda ref: model_of(ref)
-    assert find_teacher(base, base, build_model) == Teacher()
+    assert find_teacher(base, base, build_model) == Teacher() == find_teacher(f"{base}/", base, build_model)
     own = find_teacher(str(folder / "other"), base, build_model, Quant("nf4"))
     assert (own.weights, own.model.config.width, own.quant.kind) == (str(folder / "other"), 128, "nf4")
     assert find_teacher(base, base, build_model, shares=False).weights == base
