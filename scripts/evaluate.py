@@ -228,9 +228,9 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
 
     data: settings of the rows of each.
     """
-    from jaxft.data.formats import split_column
+    from jaxft.data.format_choice import split_column
     from jaxft.data.mixture import held_out_sources
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.rows import read_rows
     from jaxft.data.sft import Rows
     from jaxft.train.likelihood import make_pair_preferences, make_row_loss
@@ -269,7 +269,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
 
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
     """Evaluate the rows of which the run held out a fraction, as its own evaluations do."""
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
     from jaxft.train.likelihood import make_pair_preferences, make_row_loss
 

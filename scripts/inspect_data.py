@@ -52,7 +52,7 @@ from jaxft.data.invalid import DROP  # noqa: E402
 from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
-from jaxft.data.pairs.source import PairRows  # noqa: E402
+from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.token_text import token_pieces  # noqa: E402

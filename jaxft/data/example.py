@@ -47,6 +47,24 @@ class Chat:
 
 
 Example = Text | Completion | Chat
+PROMPT, RESPONSE = "prompt", "response"  # the kinds of a prompt without a response, and of a single response
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """A row of a dataset as its format reads it.
+
+    examples: the prompt with each of its responses, by kind: "response" for SFT, "chosen" and "rejected" in a
+    pair, or "prompt" alone. weight: a factor of the weights of all targets. order: the number in the column
+    data.order_by. numbers: those in the columns data.extras. fields: all columns, where rewards read them.
+    """
+
+    name: str
+    examples: dict[str, Example]
+    weight: float = 1.0
+    order: float = 0.0
+    numbers: tuple[float, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def as_given(prompt: Chat | Completion) -> str | list[Message]:

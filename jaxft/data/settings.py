@@ -3,15 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+from jaxtyping import Bool
 
 from jaxft.bounds import ZERO_TO_ONE, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.data.left_out import DROPPED
+from jaxft.data.pack import permutation
+from jaxft.data.reader import Machine, Reader, Task
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
-from jaxft.data.tokenise import Tokenising
+from jaxft.data.tokenised import TokenisedRows
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
 
@@ -64,6 +70,8 @@ class DataSettings:
     max_samples: Annotated[int | None, at_least(1)] = None
     drop: tuple[str, ...] = ()
     split_seed: int | None = None
+    unit: ClassVar[str]  # what `batch` counts, "rows", "pairs" or "prompts"
+    task: ClassVar[Task]  # what the rows are read for
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
@@ -114,10 +122,23 @@ class DataSettings:
         """The largest fraction of a dataset's rows that may be left out as invalid, None for none at all."""
         return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
-    def tokenising(self, cache: Path | None) -> Tokenising:
-        """How this machine tokenises the rows. cache: see Dataset.open."""
+    def row_settings(self, **own: Any) -> RowSettings:
+        """Return token_settings. own: those of one kind of data."""
+        return RowSettings(
+            columns=self.columns, format=self.format, template=self.template_settings,
+            order_by=self.order_by, max_samples=self.max_samples, **own,
+        )  # fmt: skip
+
+    @property
+    def token_settings(self) -> RowSettings:
+        """The settings that the tokens of a row depend on."""
+        raise NotImplementedError
+
+    def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
+        """Return what reads and tokenises the rows. cache: see Dataset.open."""
         few = self.invalid == FEW
-        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
+        machine = Machine(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
+        return Reader(self.task, tokenizer, self.token_settings, machine)
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""
@@ -141,6 +162,25 @@ class DataSettings:
     def holds_out(self) -> bool:
         """Whether any rows are held out."""
         return self.held_out not in (None, "none", 0)
+
+    @property
+    def least_held_out(self) -> int:
+        """The fewest rows that a fraction of the rows holds out."""
+        return 1
+
+    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
+        """Return the mask of a dataset's rows to hold out, at least the fraction held_out of them.
+
+        All rows with one prompt are on one side, and neither is empty; rows that all have the same prompt are
+        divided one by one.
+        """
+        prompts = rows.group_by(0)
+        groups = prompts if prompts.any() else np.arange(len(rows))
+        shuffled = groups[permutation(len(rows), self.seed_of_split, 0)]
+        distinct = shuffled[np.sort(np.unique(shuffled, return_index=True)[1])]
+        sizes = np.bincount(groups)[distinct]
+        count = self.held_out_count(len(rows), self.least_held_out)
+        return np.isin(groups, distinct[:-1][(np.cumsum(sizes) - sizes < count)[:-1]])
 
     def held_out_count(self, count: int, least: int = 1) -> int:
         """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
@@ -144,7 +144,7 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
 
     record: its settings. Raises ValueError for a kind of data that is not jaxft's.
     """
-    data, kinds = record["data"], {"jaxft.data.sft:Rows": Rows, "jaxft.data.pairs.source:PairRows": PairRows}
+    data, kinds = record["data"], {"jaxft.data.sft:Rows": Rows, "jaxft.data.pairs:PairRows": PairRows}
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(f"data of type {data.get('type')}: its held-out rows are not known here; use --file")
@@ -190,5 +190,4 @@ def held_out_names(
         return set(held.names)
     source: Any = data.open(tokenizer)
     check(source.info.fingerprint)
-    split = source.pairs.split if isinstance(data, PairRows) else source.split
-    return {split.rows.names[i] for i in split.held}
+    return {source.split.rows.names[i] for i in source.split.held}
