@@ -21,7 +21,7 @@ from jaxft.objectives.numerics import logistic, require, square
 from jaxft.objectives.pair import PairBatch, PairTokens, PreferenceLoss, declaration
 from jaxft.objectives.preference_losses import PairLoss
 
-SCORE = "score_"  # what the names of the columns of ratings begin with
+RATING = "score_"  # what the names of the columns of ratings begin with
 
 
 class Ranking(NamedTuple):
@@ -45,7 +45,7 @@ def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, 
     loss: the name of a loss that needs the columns. Raises ValueError if the rows have none, or only some.
     """
     kinds = ranked_kinds(tuple(pair.responses))
-    missing = [SCORE + kind for kind in kinds if SCORE + kind not in pair.columns]
+    missing = [RATING + kind for kind in kinds if RATING + kind not in pair.columns]
     if missing and (loss or len(missing) < len(kinds)):
         available = ", ".join(sorted(pair.columns)) or "none"
         raise ValueError(
@@ -55,7 +55,7 @@ def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, 
     if missing:
         order = range(len(kinds) - 1, -1, -1)
         return {kind: jnp.full_like(pair.weight, n) for kind, n in zip(kinds, order, strict=True)}
-    return {kind: pair.columns[SCORE + kind].astype(pair.weight.dtype) for kind in kinds}
+    return {kind: pair.columns[RATING + kind].astype(pair.weight.dtype) for kind in kinds}
 
 
 def ranking_of(pair: PairBatch, loss: str | None = None) -> Ranking:
@@ -151,8 +151,8 @@ def lipo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     """`-sum_{s_i > s_j} D_ij LS(beta (c_i - c_j))`, D_ij = |2^s_i - 2^s_j| |1 / log(1 + t_i) -
     1 / log(1 + t_j)| with t_i the rank of beta c_i: mistakes at the top count for more.
 
-    LiPO-lambda (Liu et al. 2024, arXiv:2402.01878, eq. 9). Its ratings are between 0 and 1; scale larger ones.
-    Equal c_i, as at the first step, have the ranks of the ratings.
+    LiPO-lambda (Liu et al. 2024, arXiv:2402.01878, eq. 9). Its ratings are between 0 and 1; scale larger
+    ones. Equal c_i, as at the first step, have the ranks of the ratings.
     """
     x, score, present = ranking_of(pair)
     x = beta * x

@@ -42,7 +42,7 @@ from jaxft.objectives.metrics import (
 )
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
-from jaxft.objectives.ranking_losses import SCORE, ranked_kinds
+from jaxft.objectives.ranking_losses import RATING, ranked_kinds
 from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
@@ -146,8 +146,8 @@ def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rew
         used = (batch.lengths[..., batch.kinds.index(better)] > 0) & (
             batch.lengths[..., batch.kinds.index(worse)] > 0
         )
-        if SCORE + better in batch.columns and SCORE + worse in batch.columns:
-            used &= batch.columns[SCORE + better] != batch.columns[SCORE + worse]
+        if RATING + better in batch.columns and RATING + worse in batch.columns:
+            used &= batch.columns[RATING + better] != batch.columns[RATING + worse]
         total += jnp.where(used, of_two(outputs, better, worse), 0)
         count += used.astype(count.dtype)
     return total / jnp.maximum(count, 1)
@@ -158,7 +158,7 @@ def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards
     if margin is None:
         return jnp.zeros_like(batch.pair_weights)
     if margin == "score":
-        better, worse = (_column(batch, SCORE + kind) for kind in kinds)
+        better, worse = (_column(batch, RATING + kind) for kind in kinds)
         return better - worse
     return _column(batch, margin)
 

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from preference_rows import Rows, lay, loss_and_gradient, random_rows
