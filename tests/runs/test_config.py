@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft import short_names
-from jaxft.objectives import preference_losses, reference_free_losses
+from jaxft.objectives import preference_losses, ranking_losses, reference_free_losses
 from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs import config
 from jaxft.runs.config import (
@@ -293,7 +293,8 @@ def losses_of(module):
 
 
 def test_every_preference_loss_has_a_short_name():
-    found = dict(losses_of(preference_losses)) | dict(losses_of(reference_free_losses))
+    modules = (preference_losses, reference_free_losses, ranking_losses)
+    found = dict(item for module in modules for item in losses_of(module))
     del found["log_odds"]  # a part of ORPO, no loss
     assert found == short_names.PREFERENCE_LOSSES
 
