@@ -1,6 +1,6 @@
 """The table of file formats of quantised weights: open a model in one of them, choose one to write."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -112,6 +112,15 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
     if q.kind == "int4" and (ins % format.int4_multiples[0] or outs % format.int4_multiples[1]):
         return f"{path} has {ins} inputs and {outs} outputs, and eight codes share an int32"
     return ""
+
+
+def exceptions(plain: Collection[str], packed: Collection[str]) -> list[str]:
+    """Return names by which a format excludes the modules that are not quantised: the last part of the name,
+    but the full name of a module whose last part is in the name of one that is quantised.
+    """
+    last = {name.rpartition(".")[2] for name in plain}
+    clashing = {part for part in last if any(part in name for name in packed)}
+    return sorted({name if (part := name.rpartition(".")[2]) in clashing else part for name in plain})
 
 
 def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, str]:

@@ -1,5 +1,6 @@
 """GPTQ: 4-bit codes along the inputs, scales and zeros per group of inputs; read and, symmetric, written."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,10 @@ def _config(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig
     """GPTQModel and vLLM read the exceptions in `dynamic`, transformers (optimum) in
     modules_in_block_to_quantize.
     """
-    skipped: dict[str, Any] = {f"-:.*\\.{name}$": {} for name in plain if name != "lm_head"}
+    names = [name for name in plain if name != "lm_head"]
+    skipped: dict[str, Any] = {
+        f"-:{re.escape(name)}$" if "." in name else f"-:.*\\.{name}$": {} for name in names
+    }
     return {
         "bits": 4,
         "group_size": quant.block or -1,
