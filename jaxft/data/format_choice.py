@@ -24,15 +24,15 @@ from jaxft.data.columns import (
 )
 from jaxft.data.conversation import PLAIN
 from jaxft.data.example import ParsedRow
-from jaxft.data.formats import FORMATS, TASKS, Format, formats_of, number_of
+from jaxft.data.formats import ROW_FORMATS, TASKS, RowFormat, formats_of, number_of
 from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows import Row
 
-Formats = Mapping[str, Format]
+Formats = Mapping[str, RowFormat]
 
 
-class RowFormat(NamedTuple):
+class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
     theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
     the rows have besides a text.
@@ -44,7 +44,7 @@ class RowFormat(NamedTuple):
     unread: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, stored: list[Any]) -> "RowFormat":
+    def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return a format from its JSON."""
         name, plain, *columns = stored
         return cls(name, plain, *(tuple((ours, theirs) for ours, theirs in some) for some in columns))
@@ -63,7 +63,7 @@ class RowFormat(NamedTuple):
 
 
 def parse_rows(
-    format: RowFormat, rows: Iterable[Row], settings: RowSettings, task: str
+    format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
     """Yield what each row contains, or its error, which calls renamed columns as the file does."""
     formats = formats_of(task, settings.numbers)
@@ -137,7 +137,9 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats)
     return counts
 
 
-def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], formats: Formats) -> RowFormat:
+def choose_format(
+    counts: ColumnCounts, format: str, columns: Sequence[str], formats: Formats
+) -> ChosenFormat:
     """Return the format of a dataset. format: data.format; "auto" chooses the format that most rows fit.
 
     Raises the first row's InvalidRow if no row fits any format.
@@ -157,7 +159,7 @@ def choose_format(counts: ColumnCounts, format: str, columns: Sequence[str], for
             f"{chosen}; set data.format=auto"
         )
     unread = _unread(counts, formats) if (format, chosen) == ("auto", "text") else ()
-    return RowFormat(chosen, plain, others, unread)
+    return ChosenFormat(chosen, plain, others, unread)
 
 
 def _unread(counts: ColumnCounts, formats: Formats) -> tuple[tuple[str, str], ...]:
@@ -169,7 +171,7 @@ def _unread(counts: ColumnCounts, formats: Formats) -> tuple[tuple[str, str], ..
 
 
 def rename_rows(
-    format: RowFormat, rows: Iterable[Row], columns: Sequence[str], formats: Formats
+    format: ChosenFormat, rows: Iterable[Row], columns: Sequence[str], formats: Formats
 ) -> Iterator[Row | InvalidRow]:
     """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
     names = _Names.of(columns, formats)
@@ -378,7 +380,9 @@ def _other_task(names: Sequence[str], formats: Formats) -> str | None:
     """
     here, own = known_columns(formats), {found.task for found in formats.values()}
     named = dict.fromkeys(name.strip().lower() for name in names)
-    for found in (x for x in FORMATS if x.task not in own and x.task in TASKS and _has(named, x.required)):
+    for found in (
+        x for x in ROW_FORMATS if x.task not in own and x.task in TASKS and _has(named, x.required)
+    ):
         foreign = [c for group in found.required for c in group if c in named and c not in here]
         if foreign or {*named} <= {"id", *found.columns}:
             return found.task

@@ -59,9 +59,9 @@ Parse = Callable[[Row, RowSettings], dict[str, Example]]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 CHAT_COLUMNS = ("system", *TEMPLATE_COLUMNS, "weight")
 PAIR_COLUMNS = ("system", "reference", *TEMPLATE_COLUMNS)
-EARLIER = ("input", "history")  # further columns of an instruction
-ANSWER = ("response", "output")
-LABEL = ("label", "kto_tag")
+_EARLIER = ("input", "history")  # further columns of an instruction
+_ANSWER = ("response", "output")
+_LABEL = ("label", "kto_tag")
 # CSV files have strings alone, and pandas writes integers of a column with gaps as floats.
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -93,7 +93,7 @@ def _chats(row: Row, prompt: str, columns: Columns) -> dict[str, Any]:
 
 def response_column(row: Row) -> str:
     """Return the column of the response to an instruction, response or output."""
-    columns = [c for c in ANSWER if c in row.fields]
+    columns = [c for c in _ANSWER if c in row.fields]
     names = [c for c in columns if row.fields[c] is not None] or columns[:1]
     if len(names) > 1:
         raise InvalidRow(
@@ -118,7 +118,7 @@ def _labelled(
     """Return the response as chosen or rejected, as the row's label says. response: its column, None for that
     of an instruction.
     """
-    names = [name for name in LABEL if name in row.fields]
+    names = [name for name in _LABEL if name in row.fields]
     name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
     label = _LABELS.get(str(row.fields[name]).strip().lower())
     if label is None:
@@ -236,8 +236,8 @@ def number_of(row: Row, column: str, setting: str) -> float:
 
 
 @dataclass(frozen=True)
-class Format:
-    """A format of rows. A new one is an entry in FORMATS and its `parse`.
+class RowFormat:
+    """A format of rows. A new one is an entry in ROW_FORMATS and its `parse`.
 
     name: of data.format. task: what its rows are for. required: its columns; a tuple lists the accepted names
     of one. parse(row, settings): the prompt with each response, by kind. optional: columns that it may have.
@@ -258,40 +258,40 @@ class Format:
         return {*self.optional, *(column for names in self.required for column in names)}
 
 
-def _sft(name: str, required: tuple[tuple[str, ...], ...], parse: Parse, *more: str) -> Format:
-    return Format(name, SFT, required, parse, (*more, *CHAT_COLUMNS), weight=_row_weight)
+def _sft(name: str, required: tuple[tuple[str, ...], ...], parse: Parse, *more: str) -> RowFormat:
+    return RowFormat(name, SFT, required, parse, (*more, *CHAT_COLUMNS), weight=_row_weight)
 
 
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
 _COMPARED = (("chosen",), ("rejected",))
-FORMATS = (
-    Format("text", SFT, (("text",),), _text, ("weight",), plain=True, weight=_row_weight),
+ROW_FORMATS = (
+    RowFormat("text", SFT, (("text",),), _text, ("weight",), plain=True, weight=_row_weight),
     _sft("messages", (_MESSAGES,), partial(_conversation, column="messages")),
     replace(_sft("prompt-completion", (_PROMPT, ("completion",)), _completion), plain=True),
-    _sft("instruction", (_INSTRUCTION, ANSWER), _instruction, *EARLIER),
+    _sft("instruction", (_INSTRUCTION, _ANSWER), _instruction, *_EARLIER),
     _sft("conversations", (_TURNS,), partial(_conversation, column="conversations")),
-    Format("preference", PAIRS, (_PROMPT, *_COMPARED), partial(_pair, prompt="prompt"), plain=True),
-    Format("implicit", PAIRS, _COMPARED, partial(_pair, prompt=None)),
-    Format("ranking", PAIRS, (_TURNS, *_COMPARED), partial(_pair, prompt="conversations")),
-    Format(
+    RowFormat("preference", PAIRS, (_PROMPT, *_COMPARED), partial(_pair, prompt="prompt"), plain=True),
+    RowFormat("implicit", PAIRS, _COMPARED, partial(_pair, prompt=None)),
+    RowFormat("ranking", PAIRS, (_TURNS, *_COMPARED), partial(_pair, prompt="conversations")),
+    RowFormat(
         "instruction", PAIRS, (_INSTRUCTION, *_COMPARED), partial(_pair, prompt="instruction"),
-        (*PAIR_COLUMNS, *EARLIER),
+        (*PAIR_COLUMNS, *_EARLIER),
     ),
-    Format(
-        "unpaired", PAIRS, (_PROMPT, ("completion",), LABEL),
+    RowFormat(
+        "unpaired", PAIRS, (_PROMPT, ("completion",), _LABEL),
         partial(_labelled, prompt="prompt", response="completion"), plain=True,
     ),
-    Format(
-        "unpaired-messages", PAIRS, (_MESSAGES, LABEL),
+    RowFormat(
+        "unpaired-messages", PAIRS, (_MESSAGES, _LABEL),
         partial(_labelled, prompt="messages", response="messages"),
     ),
-    Format(
-        "unpaired-conversations", PAIRS, (_TURNS, LABEL),
+    RowFormat(
+        "unpaired-conversations", PAIRS, (_TURNS, _LABEL),
         partial(_labelled, prompt="conversations", response="conversations"),
     ),
-    Format(
-        "unpaired-instruction", PAIRS, (_INSTRUCTION, ANSWER, LABEL),
-        partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *EARLIER),
+    RowFormat(
+        "unpaired-instruction", PAIRS, (_INSTRUCTION, _ANSWER, _LABEL),
+        partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *_EARLIER),
     ),
 )  # fmt: skip
 # What rows of a task are, for errors where another one reads them.
@@ -301,6 +301,6 @@ TASKS = {
 }
 
 
-def formats_of(task: str, numbers: tuple[str, ...] = ()) -> dict[str, Format]:
+def formats_of(task: str, numbers: tuple[str, ...] = ()) -> dict[str, RowFormat]:
     """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have."""
-    return {f.name: replace(f, optional=(*f.optional, *numbers)) for f in FORMATS if f.task == task}
+    return {f.name: replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task}

@@ -17,7 +17,7 @@ from jaxft.data.lengths import measure_dataset
 from jaxft.data.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.overlaps import Content
 from jaxft.data.pairs import PairRows, PairSource
-from jaxft.data.prompt_tokens import fields_of
+from jaxft.data.prompt_tokens import row_fields
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource
@@ -85,7 +85,7 @@ def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> s
     held_out = data.held_out if isinstance(data.held_out, str) else None
     sources = [*parse_sources(data.train), *(held_out_sources(held_out) if held_out else ())]
     for source in sources:
-        reader = source.adapt(data).reader(tokenizer).on_machine(only=name, invalid_limit=None, workers=1)
+        reader = source.adapt(data).reader(tokenizer).otherwise(only=name, invalid_limit=None, workers=1)
         try:
             size = int(measure_dataset(source.ref, reader).longest.max())
         except InvalidRow as error:
@@ -214,7 +214,7 @@ def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspe
     def example(index: int) -> ShownExample:
         columns = [
             f"{name}={value!r}"[:80]
-            for name, value in fields_of(rows, index).items()
+            for name, value in row_fields(rows, index).items()
             if name not in SHOWN_AS_PROMPT
         ]
         sampled = f"{data.group} completion{'s' * (data.group > 1)} of at most {data.max_new} tokens"

@@ -13,12 +13,12 @@ from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
 from jaxft.data.pair_plan import assign_rows, order_batches, row_shape
 from jaxft.data.pairs import PairRows
-from jaxft.data.prompt_tokens import fields_of
+from jaxft.data.prompt_tokens import row_fields
 from jaxft.data.prompts import LENGTH_STEP, Prompts
 from jaxft.data.reader import Reader
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowStats, SourceStats
-from jaxft.data.tokenised import FIELDS, TokenisedRows
+from jaxft.data.tokenised import ROW_FIELDS, TokenisedRows
 
 UNLIMITED = 2**30
 MEASURED = 10_000  # rows; of a larger dataset so many at even distances
@@ -98,7 +98,7 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
     """
     how = {"sample": MEASURED, "invalid_limit": 1.0, "names_first": False}
     sources = parse_sources(data.train)
-    readers = [source.adapt(data).reader(tokenizer, cache).on_machine(**how) for source in sources]
+    readers = [source.adapt(data).reader(tokenizer, cache).otherwise(**how) for source in sources]
     return reduce(_concatenate, map(measure_dataset, (source.ref for source in sources), readers))
 
 
@@ -112,9 +112,9 @@ def measure_dataset(ref: str, reader: Reader) -> RowLengths:
 
 def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, " answers"]:
     """Return the tokens of the reference answers of some prompts: of each, the first column that is one."""
-    some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if FIELDS in rows.extras else ()
+    some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
     each = (
-        [fields.get(name) for name in ANSWER_COLUMNS] for fields in (fields_of(rows, int(i)) for i in some)
+        [fields.get(name) for name in ANSWER_COLUMNS] for fields in (row_fields(rows, int(i)) for i in some)
     )
     answers = [next((value for value in values if isinstance(value, str)), None) for values in each]
     texts = [text for text in answers if text]

@@ -311,7 +311,7 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
         held_names = sources_with_metrics(settings.held_out)
         parts += [read(source) for source in held_sources]
         masks += [np.ones(len(part), bool) for part in parts[len(sources) :]]
-    numbers = [*range(len(sources)), *range(len(held_sources))]
+    numbers = np.array([*range(len(sources)), *range(len(held_sources))], np.int16)
     rows, starts = reduce(TokenisedRows.concatenate, parts), np.cumsum([0, *map(len, parts)])
     held, from_file = np.concatenate(masks), np.arange(len(rows)) >= starts[len(sources)]
     out, clause = _left_out(settings, rows, from_file)
@@ -328,7 +328,7 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
     begins = train[rows.begins_row[train]]
     own = [begins[(begins >= a) & (begins < b)] for a, b in pairwise(starts[: len(sources) + 1])]
     return SplitRows(
-        rows, train, np.flatnonzero(held & ~out), np.repeat(np.int16(numbers), np.diff(starts)), names,
+        rows, train, np.flatnonzero(held & ~out), np.repeat(numbers, np.diff(starts)), names,
         held_names, make_mixture(own, sources, settings.seed), clause,
         rows.warnings + settings.held_out_notes(int(held[rows.begins_row].sum()), int(rows.begins_row.sum())),
     )  # fmt: skip

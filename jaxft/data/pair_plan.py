@@ -102,13 +102,11 @@ def row_shape(
 
     plans: the rows of each epoch. Any pair alone fits as well.
     """
-    most = [(int(tokens.max()), int(reads.max()), 1)]
+    most_tokens, most_reads, slots = int(tokens.max()), int(reads.max()), 1
     for plan in plans:
-        most.append(
-            tuple(int(plan.row_sums(x[plan.members]).max()) for x in (tokens, reads))
-            + (int(np.diff(plan.offsets).max()),)
-        )
-    most_tokens, most_reads, slots = map(max, zip(*most, strict=True))
+        most_tokens = max(most_tokens, int(plan.row_sums(tokens[plan.members]).max()))
+        most_reads = max(most_reads, int(plan.row_sums(reads[plan.members]).max()))
+        slots = max(slots, int(np.diff(plan.offsets).max()))
     length = round_up(most_tokens, 64)
     return RowShape(length, min(round_up(most_reads, length // 8), length), slots)
 

@@ -22,7 +22,7 @@ from jaxft.data.flat import Flat
 from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.pack import ranges
 from jaxft.data.pair_plan import derangement
-from jaxft.data.reader import CutRows, Reader, Task, TokenisedRow
+from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.sft_tokens import remedy_for_too_long
 from jaxft.data.tokenised import NUMBERS, PROMPT_END_MOVED, TokenisedRows
@@ -37,7 +37,7 @@ def _extras(settings: RowSettings) -> ColumnTypes:
 def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
     """Yield each pair as an example, [] if it is left out as too long."""
     settings, tokenizer = reader.settings, reader.tokenizer
-    present = [[*row.examples.values()] for row in rows if isinstance(row, ParsedRow)]
+    present: list[list[Any]] = [[*row.examples.values()] for row in rows if isinstance(row, ParsedRow)]
     sequences = chat.tokenise_examples(
         [example for examples in present for example in examples],
         tokenizer,
@@ -53,7 +53,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
         yield attempt(_pair_of, row, next(prompts), found, reader)
 
 
-TASK = Task(formats.PAIRS, 11, "max_length", _tokenise, _extras)
+PAIR_TASK = RowTask(formats.PAIRS, 11, "max_length", _tokenise, _extras)
 
 
 def _pair_of(

@@ -28,8 +28,8 @@ from jaxft.data.pair_layout import (
     values_by_pair,
     with_sources,
 )
-from jaxft.data.pair_tokens import TASK, mismatch_responses
-from jaxft.data.reader import Task
+from jaxft.data.pair_tokens import PAIR_TASK, mismatch_responses
+from jaxft.data.reader import RowTask
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import (
@@ -77,7 +77,7 @@ class PairRows(DataSettings):
     unpaired: bool = False
     third: Annotated[str | None, one_of(THIRD)] = None
     unit: ClassVar[str] = "pairs"
-    task: ClassVar[Task] = TASK
+    task: ClassVar[RowTask] = PAIR_TASK
     packing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ class PairRows(DataSettings):
         shape = planning.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
         held_plan = planning.fit_rows(split.held, tokens, pairs.targets, shape)
         rows = PairLayout(shards, shape, branches, self.extras, self.max_length)
-        layout = Paired(self, split, plan, held_plan, rows)
+        layout = PairBatches(self, split, plan, held_plan, rows)
         stats, fingerprint = _stats(layout, saved), _fingerprint(layout, order(0))
         info = source_info(layout, epochs, tokenizer, stats, fingerprint)
         return PairSource(info, layout, layout.evaluation(held_plan), epochs)
@@ -209,8 +209,8 @@ class PairStats(RowStats):
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Pairs in rows, as data.layout says; see Layout. rows: of a microbatch."""
+class PairBatches:
+    """Pairs in rows, as data.layout says; see source.BatchLayout. rows: of a microbatch."""
 
     settings: PairRows
     split: SplitRows
@@ -277,7 +277,7 @@ class Paired:
 class PairSource(RowSource[Pairs]):
     """Batches of Pairs, to which log-probs of a reference can be added; see Source."""
 
-    layout: Paired
+    layout: PairBatches
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -319,7 +319,7 @@ class PairSource(RowSource[Pairs]):
 
 
 def _reference(
-    pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " tokens"]]
+    pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " tokens"]:
     """Return the reference's log-prob of each token, 0 of those that are no targets."""
     missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
@@ -363,7 +363,7 @@ def _row_count(rows: PairRows, shards: int) -> int:
 # ---- fingerprint and statistics
 
 
-def _fingerprint(layout: Paired, order: Int[np.ndarray, "batches size"]) -> str:
+def _fingerprint(layout: PairBatches, order: Int[np.ndarray, "batches size"]) -> str:
     """Hash everything that the sum over a batch depends on, but not its division into microbatches, rows and
     segments.
     """
@@ -375,7 +375,7 @@ def _fingerprint(layout: Paired, order: Int[np.ndarray, "batches size"]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _stats(layout: Paired, saved: float) -> PairStats:
+def _stats(layout: PairBatches, saved: float) -> PairStats:
     """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
     split, pairs, shape = layout.split, layout.split.rows, layout.rows.shape
     lengths, reads = layout.tokens[split.train], pairs.reads[split.train]

@@ -15,15 +15,15 @@ from jaxft.data.cache import ColumnTypes
 from jaxft.data.columns import column_of
 from jaxft.data.conversation import NO_PROMPT, prompt_of
 from jaxft.data.example import PROMPT, Chat, Completion, Message, ParsedRow, as_given
-from jaxft.data.format_choice import RowFormat, split_column
+from jaxft.data.format_choice import ChosenFormat, split_column
 from jaxft.data.formats import number_of
 from jaxft.data.invalid import InvalidRow, attempt, valid
-from jaxft.data.reader import CutRows, ParsedRows, Reader, Task, TokenisedRow
+from jaxft.data.reader import CutRows, ParsedRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_files import Row
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.sft_tokens import remedy_for_too_long
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.data.tokenised import FIELDS, TokenisedRows, ragged
+from jaxft.data.tokenised import ROW_FIELDS, TokenisedRows, ragged
 
 ENVIRONMENT, EVERY_ROW = "environment", ""  # the column that names a row's environment, of several
 
@@ -52,7 +52,7 @@ class TokenisedPrompts:
         return as_given(self.prompts[number])
 
 
-def _parse(format: RowFormat, rows: Iterable[Row], settings: RowSettings, task: str) -> ParsedRows:
+def _parse(format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str) -> ParsedRows:
     def read(row: Row) -> ParsedRow:
         renamed, column = rename_columns(row, settings.columns), settings.order_by
         prompt = row_prompt(renamed, settings)
@@ -82,20 +82,20 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
             )
         return []
     text = np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8)
-    return [TokenisedRow([(ids, np.zeros(len(ids), bool))], False, 0, 0, {FIELDS: text})]
+    return [TokenisedRow([(ids, np.zeros(len(ids), bool))], False, 0, 0, {ROW_FIELDS: text})]
 
 
 def _extras(settings: RowSettings) -> ColumnTypes:
     """Return the further column: the columns of the dataset as JSON, which rewards read."""
-    return ragged(FIELDS, np.uint8)
+    return ragged(ROW_FIELDS, np.uint8)
 
 
-TASK = Task(formats.PROMPTS, 4, "max_prompt", _tokenise, _extras, _parse)
+PROMPT_TASK = RowTask(formats.PROMPTS, 4, "max_prompt", _tokenise, _extras, _parse)
 
 
-def fields_of(rows: TokenisedRows, number: int) -> dict[str, Any]:
+def row_fields(rows: TokenisedRows, number: int) -> dict[str, Any]:
     """Return the columns of a row of the dataset."""
-    return json.loads(rows.extras[FIELDS][number].tobytes(), object_hook=_value_of)
+    return json.loads(rows.extras[ROW_FIELDS][number].tobytes(), object_hook=_value_of)
 
 
 def rename_columns(row: Row, columns: Sequence[str]) -> Row:

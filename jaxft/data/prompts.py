@@ -17,8 +17,8 @@ from jaxft.data.conversation import PROMPT_FORMATS
 from jaxft.data.flat import Made
 from jaxft.data.mixture import SourceRef, SplitRows, held_out_sources, parse_sources, split_rows
 from jaxft.data.pack import RowShape, ascending, permutation, round_up
-from jaxft.data.prompt_tokens import TASK, TokenisedPrompts, fields_of, row_prompt
-from jaxft.data.reader import Reader, Task
+from jaxft.data.prompt_tokens import PROMPT_TASK, TokenisedPrompts, row_fields, row_prompt
+from jaxft.data.reader import Reader, RowTask
 from jaxft.data.row_files import Row
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
@@ -65,7 +65,7 @@ class Prompts(DataSettings):
     passes: Annotated[int, at_least(1)] = 1
     minibatches: Annotated[int, at_least(1)] = 1
     unit: ClassVar[str] = "prompts"
-    task: ClassVar[Task] = TASK
+    task: ClassVar[RowTask] = PROMPT_TASK
     packing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -231,7 +231,7 @@ class PromptRows:
     @property
     def fields(self) -> Sequence[dict[str, Any]]:
         """The columns of the rows."""
-        return Made(len(self), lambda i: fields_of(self.split.rows, self.chosen[i]))
+        return Made(len(self), lambda i: row_fields(self.split.rows, self.chosen[i]))
 
     @property
     def token_ids(self) -> Sequence[tuple[int, ...]]:
@@ -240,7 +240,8 @@ class PromptRows:
 
     def select(self, numbers: Sequence[int] | Int[np.ndarray, " n"]) -> TokenisedPrompts:
         """Read the prompts with these positions in `chosen`."""
-        names, fields, ids = (tuple(x[i] for i in numbers) for x in (self.names, self.fields, self.token_ids))
+        names, fields = tuple(self.names[i] for i in numbers), tuple(self.fields[i] for i in numbers)
+        ids = tuple(self.token_ids[i] for i in numbers)
         sources = self.split.sources[self.chosen[np.asarray(numbers, np.int64)]].tolist()
         prompts = (
             row_prompt(Row(name, columns), self.settings[source])

@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.chat import MaskedTokens
 from jaxft.data.conversation import PLAIN, other_columns
 from jaxft.data.example import Example, ParsedRow
-from jaxft.data.format_choice import ColumnCounts, Formats, RowFormat, parse_rows
+from jaxft.data.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.formats import formats_of
 from jaxft.data.invalid import InvalidRow, InvalidRows, Tally, valid
 from jaxft.data.left_out import has_placeholder
@@ -47,7 +48,7 @@ from jaxft.data.row_files import (
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Listing, check_rows, list_chunks
 from jaxft.data.template_settings import TemplateSettings
-from jaxft.data.tokenised import FIELDS, TokenisedRows, column_types, last_targets, stored_columns
+from jaxft.data.tokenised import ROW_FIELDS, TokenisedRows, column_types, last_targets, stored_columns
 from jaxft.data.urls import is_remote
 from jaxft.distributed.threads import cores
 
@@ -75,10 +76,10 @@ CutRows = Iterator[list[TokenisedRow] | InvalidRow]
 CheckExamples = Callable[[Sequence[Example], Any, TemplateSettings], tuple[str, ...]]
 
 
-class Task(NamedTuple):
+class RowTask(NamedTuple):
     """What rows are read for, such as SFT: one object for each kind of data.
 
-    name: of the task in formats.FORMATS; one without formats reads each row by itself, with any columns.
+    name: of the task in formats.ROW_FORMATS; one without formats reads each row by itself, with any columns.
     version: increase it when the same rows become other tokens; both are part of the cache key. limit: the
     setting that limits the tokens of a row. tokenise(rows, reader) yields the examples of each row, [] if it
     is too long. extras(settings): the further columns of examples. parse(format, rows, settings, task)
@@ -90,12 +91,12 @@ class Task(NamedTuple):
     limit: str
     tokenise: Callable[[Sequence[ParsedRow | InvalidRow], "Reader"], CutRows]
     extras: Callable[[RowSettings], ColumnTypes]
-    parse: Callable[[RowFormat, Iterable[Row], RowSettings, str], ParsedRows] = parse_rows
+    parse: Callable[[ChosenFormat, Iterable[Row], RowSettings, str], ParsedRows] = parse_rows
     checks: tuple[CheckExamples, ...] = (chat.tools_warnings, chat.content_warnings)
 
 
 @dataclass(frozen=True)
-class Machine:
+class Tokenising:
     """How this machine tokenises rows; the tokens do not depend on it.
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
@@ -121,29 +122,29 @@ class Machine:
 class Reader:
     """Everything that decides how a dataset becomes token ids. Worker processes get a copy."""
 
-    task: Task
+    task: RowTask
     tokenizer: Any
     settings: RowSettings
-    machine: Machine = field(default_factory=Machine)
+    how: Tokenising = field(default_factory=Tokenising)
 
     def read(self, ref: str) -> TokenisedRows:
         """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
 
-        Raises ValueError if rows are invalid, or more of them than machine.invalid_limit allows, if all are
+        Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, if all are
         too long, and if the dataset has no rows.
         """
-        settings, machine = self.settings, self.machine
+        settings, how = self.settings, self.how
         listing = list_chunks(ref, self.used, settings.sample_by).first(settings.max_samples)
-        listing = listing if machine.only is None else row_alone(listing, machine.only)
-        content = (listing.digest, listing.labels, *([] if machine.sample is None else [machine.sample]))
+        listing = listing if how.only is None else row_alone(listing, how.only)
+        content = (listing.digest, listing.labels, *([] if how.sample is None else [how.sample]))
         version, extras = (self.task.name, self.task.version), self.task.extras(settings)
         key = files.content_key(content, self.tokenizer, version, astuple(settings))
         stored, state = files.load_or_make(
-            files.row_cache_folder(machine.cache) / f"{key}.arrow",
+            files.row_cache_folder(how.cache) / f"{key}.arrow",
             column_types(len(settings.kinds), extras),
             partial(_tokenise, ref, listing, self),
         )
-        facts, invalid = stored.facts, machine.invalid_rows()
+        facts, invalid = stored.facts, how.invalid_rows()
         invalid.merge(_tallies(facts["invalid"], listing.folder))
         read = facts["total"] + facts["unreadable"]
         invalid.check(ref, read)
@@ -157,13 +158,13 @@ class Reader:
             invalid=invalid.counts(),
             warnings=self._warnings(listing, facts),
             read=read,
-            total=read if machine.sample is None or read < machine.sample else facts["rows"],
+            total=read if how.sample is None or read < how.sample else facts["rows"],
             cache=state,
         )
 
-    def on_machine(self, **how: Any) -> "Reader":
-        """Return a reader of the same tokens with other values of Machine."""
-        return replace(self, machine=replace(self.machine, **how))
+    def otherwise(self, **how: Any) -> "Reader":
+        """Return a reader of the same tokens with other values in `how`."""
+        return replace(self, how=replace(self.how, **how))
 
     @property
     def formats(self) -> Formats:
@@ -182,14 +183,14 @@ class Reader:
         """Return which columns the rows have."""
         return format_choice.count_columns(rows, self.settings.columns, self.formats)
 
-    def format_of(self, counts: ColumnCounts) -> RowFormat:
+    def format_of(self, counts: ColumnCounts) -> ChosenFormat:
         """Return the format of a dataset with these columns."""
         settings = self.settings
         if not self.formats:
-            return RowFormat(settings.format)
+            return ChosenFormat(settings.format)
         return format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
 
-    def parse(self, rows: Iterable[Row], format: RowFormat) -> list[ParsedRow | InvalidRow]:
+    def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return what each row contains, or what is wrong with it."""
         return [*self.task.parse(format, rows, self.settings, self.task.name)]
 
@@ -205,18 +206,15 @@ class Reader:
         """Return lines for the start of a run: how the files and their columns were read, and what the chat
         template does to their first rows.
         """
-        rows, format = [Row(*row) for row in facts["examples"]], RowFormat.of(facts["format"])
+        rows, format = [Row(*row) for row in facts["examples"]], ChosenFormat.of(facts["format"])
         parsed = [row for row in self.parse(rows, format) if isinstance(row, ParsedRow)]
         others = (other_columns(Row(row.name, row.fields), format.name) for row in parsed if row.fields)
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
         found = format._replace(columns=(*format.columns, *by_other_names)).note()
         notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in found)]
-        examples, how = (
-            [x for row in parsed for x in row.examples.values()],
-            (self.tokenizer, self.settings.template),
-        )
-        warnings = (line for check in self.task.checks for line in check(examples, *how))
-        return (*(f"note: {line}" for line in notes), *warnings)
+        examples = [example for row in parsed for example in row.examples.values()]
+        checked = (check(examples, self.tokenizer, self.settings.template) for check in self.task.checks)
+        return (*(f"note: {line}" for line in notes), *chain.from_iterable(checked))
 
 
 def row_alone(listing: Listing, name: str) -> Listing:
@@ -234,7 +232,7 @@ def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> t
     """Return a dataset of `count` rows at even distances of a larger one, and the number of all rows.
 
     Where the rows must be read to count them, all are read; of files on the network only the first ones,
-    and their number stays unknown. progress: see Machine.
+    and their number stays unknown. progress: see Tokenising.
     """
     if is_remote(ref):
         return listing.first(count), None
@@ -253,16 +251,16 @@ def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> t
 
 def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkColumns], None]) -> StoredFacts:
     """Tokenise all chunks; see cache.load_or_make."""
-    all_rows, machine = None, reader.machine
-    if machine.sample is not None:
-        listing, all_rows = sampled(ref, listing, machine.sample, machine.progress)
-    invalid = machine.invalid_rows()
+    all_rows, how = None, reader.how
+    if how.sample is not None:
+        listing, all_rows = sampled(ref, listing, how.sample, how.progress)
+    invalid = how.invalid_rows()
     sources = {x: i for i, x in enumerate(listing.labels)}
     total, unreadable, left, largest, some = 0, 0, 0, 0, list[Row]()
-    with start_workers(worker_count(machine.workers, listing.size), reader) as run:
+    with start_workers(worker_count(how.workers, listing.size), reader) as run:
         format, chunks, rows = _format_of(ref, listing, reader, run)
-        doing = "tokenising" if machine.sample is None else "measuring the lengths of"
-        with RowProgress(f"{doing} {_name(listing)}", rows, machine.progress) as progress:
+        doing = "tokenising" if how.sample is None else "measuring the lengths of"
+        with RowProgress(f"{doing} {_name(listing)}", rows, how.progress) as progress:
             for done in run(partial(tokenise_chunk, format=format), chunks):
                 progress.add(done.rows + done.unreadable)
                 invalid.merge(done.invalid)
@@ -289,7 +287,7 @@ def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkCo
 
 def _format_of(
     ref: str, listing: Listing, reader: Reader, run: MapChunks
-) -> tuple[RowFormat, Iterable[Chunk], int | None]:
+) -> tuple[ChosenFormat, Iterable[Chunk], int | None]:
     """Return the format of all rows, the chunks to tokenise, and the number of rows if it is known.
 
     The chunks of a small dataset contain its rows, so that the files are read once.
@@ -297,11 +295,11 @@ def _format_of(
     fixed = reader.settings.format not in ("auto", PLAIN)
     if not reader.formats or (fixed and listing.size > ROW_CHUNK_BYTES):
         return reader.format_of(ColumnCounts()), listing.chunks(), listing.rows
-    invalid, counts, total = reader.machine.invalid_rows(), ColumnCounts(), 0
+    invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
         chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
-    with RowProgress(f"reading {_name(listing)}", listing.rows, reader.machine.progress) as progress:
+    with RowProgress(f"reading {_name(listing)}", listing.rows, reader.how.progress) as progress:
         for found in run(count_chunk, chunks or listing.chunks()):
             before = invalid.total
             invalid.merge(found.invalid)
@@ -377,14 +375,14 @@ def _read(chunk: Chunk, invalid: InvalidRows) -> list[Row]:
 
 def count_chunk(chunk: Chunk, job: Reader) -> CountedChunk:
     """Count the columns of a chunk's rows."""
-    invalid = InvalidRows(job.machine.invalid_limit)
+    invalid = InvalidRows(job.how.invalid_limit)
     rows = _read(chunk, invalid)
     return CountedChunk(len(rows), job.count_columns(rows), invalid.tallies)
 
 
-def tokenise_chunk(chunk: Chunk, job: Reader, format: RowFormat) -> TokenisedChunk:
+def tokenise_chunk(chunk: Chunk, job: Reader, format: ChosenFormat) -> TokenisedChunk:
     """Read and tokenise a chunk."""
-    invalid = InvalidRows(job.machine.invalid_limit)
+    invalid = InvalidRows(job.how.invalid_limit)
     rows = _read(chunk, invalid)
     unreadable = invalid.total
     parsed, part = job.parse(rows, format), _Columns(job)
@@ -412,13 +410,17 @@ class _Columns:
         """Add an example of a row."""
         ids, masks = ([np.ascontiguousarray(piece[i]) for piece in example.pieces] for i in (0, 1))
         content = xxhash.xxh3_64()
-        for array in (*ids, *masks[1:], *([example.extras[FIELDS]] if FIELDS in example.extras else [])):
+        for array in (
+            *ids,
+            *masks[1:],
+            *([example.extras[ROW_FIELDS]] if ROW_FIELDS in example.extras else []),
+        ):
             content.update(array)
         self.values["ids"] += ids
         self.values["learned"] += masks
         for name, value in {
             "counts": [len(x) for x in ids],
-            "hashes": [xxhash.xxh3_64_intdigest(x) for x in ids],
+            "hashes": [xxhash.xxh3_64_intdigest(x.data) for x in ids],
             "content": content.intdigest(),
             "reads": [int(mask.sum()) for mask in masks[1:]],
             "truncated": example.truncated,

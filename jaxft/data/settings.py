@@ -14,7 +14,7 @@ from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.data.left_out import DROPPED
 from jaxft.data.pack import permutation
-from jaxft.data.reader import Machine, Reader, Task
+from jaxft.data.reader import Reader, RowTask, Tokenising
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
 from jaxft.data.tokenised import TokenisedRows
@@ -71,7 +71,7 @@ class DataSettings:
     drop: tuple[str, ...] = ()
     split_seed: int | None = None
     unit: ClassVar[str]  # what `batch` counts, "rows", "pairs" or "prompts"
-    task: ClassVar[Task]  # what the rows are read for
+    task: ClassVar[RowTask]  # what the rows are read for
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
@@ -137,8 +137,8 @@ class DataSettings:
     def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
         """Return what reads and tokenises the rows. cache: see Dataset.open."""
         few = self.invalid == FEW
-        machine = Machine(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
-        return Reader(self.task, tokenizer, self.token_settings, machine)
+        how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
+        return Reader(self.task, tokenizer, self.token_settings, how)
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""

@@ -20,12 +20,12 @@ from jaxft.data.epochs import epochs_of
 from jaxft.data.example import RESPONSE
 from jaxft.data.mixture import SplitRows, sources_with_metrics, split_rows
 from jaxft.data.pack import RowPlan
-from jaxft.data.reader import Task
+from jaxft.data.reader import RowTask
 from jaxft.data.row_batches import fill_rows, member_counts, member_targets, read_length, weights_of_members
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.row_text import DOCUMENT, SAMPLE_BY
 from jaxft.data.settings import DataSettings
-from jaxft.data.sft_tokens import TASK
+from jaxft.data.sft_tokens import SFT_TASK
 from jaxft.data.source import (
     Prompt,
     RowSource,
@@ -69,7 +69,7 @@ class Rows(DataSettings):
     weighting: Annotated[str, one_of(WEIGHTING)] = "token"
     sample_by: Annotated[str, one_of(SAMPLE_BY)] = DOCUMENT
     unit: ClassVar[str] = "rows"
-    task: ClassVar[Task] = TASK
+    task: ClassVar[RowTask] = SFT_TASK
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +119,7 @@ class Rows(DataSettings):
             return step_tokens(plan(epoch), member_counts(examples, plan(epoch)), self.batch)
 
         epochs = epochs_of(batch_tokens, alike=split.mixture is None)
-        layout = Packed(self, split, plan, held_plan, (row_count, size, reads))
+        layout = PackedBatches(self, split, plan, held_plan, (row_count, size, reads))
         stats, fingerprint = _stats(layout, plan(0)), _fingerprint(layout, (plan(0), held_plan))
         info = source_info(layout, epochs, tokenizer, stats, fingerprint)
         return RowSource(info, layout, layout.evaluation(held_plan), epochs)
@@ -141,8 +141,8 @@ class Rows(DataSettings):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Texts and conversations packed into rows; see Layout. shape: rows of a microbatch, T, M."""
+class PackedBatches:
+    """Texts and conversations packed into rows; see source.BatchLayout. shape: rows of a microbatch, T, M."""
 
     settings: Rows
     split: SplitRows
@@ -274,7 +274,7 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
     return replace(plan, members=chosen[plan.members])
 
 
-def _fingerprint(layout: Packed, plans: tuple[RowPlan, ...]) -> str:
+def _fingerprint(layout: PackedBatches, plans: tuple[RowPlan, ...]) -> str:
     settings, shape = layout.settings, (layout.settings.batch, *layout.shape[1:])
     parts = shape, settings.seed, settings.weighting, layout.split.rows.digest
     digest = hashlib.sha256(repr(parts).encode())
@@ -284,7 +284,7 @@ def _fingerprint(layout: Packed, plans: tuple[RowPlan, ...]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _stats(layout: Packed, plan: RowPlan) -> RowStats:
+def _stats(layout: PackedBatches, plan: RowPlan) -> RowStats:
     """Count rows and tokens. plan: of the first epoch."""
     rows, split, (_, size, reads) = layout.settings, layout.split, layout.shape
     examples, train, held = split.rows, split.train, split.held

@@ -13,7 +13,7 @@ from jaxft.data.chat import WeightedTokens
 from jaxft.data.example import RESPONSE, Chat, Completion, Example, ParsedRow
 from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.pack import split_lengths
-from jaxft.data.reader import CutRows, Reader, Task, TokenisedRow
+from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, ragged
 
@@ -36,7 +36,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
 
 
 CHECKS = (chat.tools_warnings, chat.content_warnings, chat.prompt_warnings)
-TASK = Task(formats.SFT, 12, "max_length", _tokenise, _extras, checks=CHECKS)
+SFT_TASK = RowTask(formats.SFT, 12, "max_length", _tokenise, _extras, checks=CHECKS)
 
 
 def _examples_of(
@@ -49,7 +49,7 @@ def _examples_of(
 
     response: the mask of the response tokens; None if it equals the loss mask.
     """
-    tokens, name = valid(outcome), valid(example).name
+    tokens, name = valid(outcome), example.name
     ids, mask = tokens.ids, tokens.learned.copy() if response is None else response
     tokens.learned[0] = mask[0] = False
     if not _fits(name, tokens.learned, settings):

@@ -246,7 +246,7 @@ def open_for(a: AttentionLayers, data: Dataset, tokenizer: Any, shards: int = 1)
     return data.for_attention(a).open(tokenizer, shards)
 
 
-class Layout(Protocol[SomeBatch]):
+class BatchLayout(Protocol[SomeBatch]):
     """How a source of fixed rows fills its batches: what differs between packed texts, pairs and others.
 
     Batch k of an epoch has the rows of its plan from k * rows_per_step on.
@@ -299,7 +299,7 @@ class RowSource(Generic[SomeBatch]):
     """
 
     info: SourceInfo
-    layout: Layout[SomeBatch]
+    layout: BatchLayout[SomeBatch]
     held_out: tuple[SomeBatch, ...]
     epochs: Epochs
     most_evaluated: int | None = field(default=None, kw_only=True)
@@ -370,7 +370,7 @@ class RowSource(Generic[SomeBatch]):
 
 
 def source_info(
-    layout: Layout[Any], epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str
+    layout: BatchLayout[Any], epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str
 ) -> SourceInfo:
     """Return the facts about a source of fixed rows."""
     rows, settings = layout.split.rows, layout.settings

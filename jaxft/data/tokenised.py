@@ -21,7 +21,7 @@ from jaxft.data.pack import number_groups
 
 MASS, TOKEN_WEIGHTS = "mass", "token_weights"  # extras of SFT rows
 NUMBERS, PROMPT_END_MOVED = "numbers", "prompt_end_moved"  # of pairs
-FIELDS = "fields"  # of prompts
+ROW_FIELDS = "fields"  # of prompts
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_columns_are_renamed_and_numbers_are_read():
     }
     found = pair(fields, weight_column="weight", **options)
     assert found.examples == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).examples
-    assert found.extras == (2.0, 0.5) and found.weight == 3.0
+    assert found.numbers == (2.0, 0.5) and found.weight == 3.0
 
 
 def test_tools_reach_the_template():

@@ -10,7 +10,7 @@ from jaxft.data.flat import Flat, RowNames
 from jaxft.data.mixture import SplitRows
 from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import PromptRows, Prompts
-from jaxft.data.tokenised import FIELDS, Ragged, TokenisedRows
+from jaxft.data.tokenised import ROW_FIELDS, Ragged, TokenisedRows
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0, chat_template=None)
@@ -45,7 +45,7 @@ def stored_prompts(count):
         hashes=Flat([np.arange(count, dtype=np.uint64)[:, None]]),
         content=Flat([np.arange(count, dtype=np.uint64)]), truncated=none, responses=none,
         learned_responses=none, weights=np.ones(count), order=np.zeros(count), placeholders=none > 0,
-        pieces=none, extras={FIELDS: fields}, digest="", largest_id=int(ids.max()),
+        pieces=none, extras={ROW_FIELDS: fields}, digest="", largest_id=int(ids.max()),
         names=RowNames(["rows"], Flat([none]), Flat([np.arange(count)])),
     )  # fmt: skip
     split = SplitRows(rows, np.arange(count), np.arange(0), none, (), (), None)
