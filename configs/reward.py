@@ -8,7 +8,8 @@ SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the
 completion: 27 steps. The first loss is near log 2 = 0.69 (a fresh head is random). Expect held-out accuracy
 to rise from 0.50 to 0.84, and the held-out loss to fall from 0.73 to 0.43; always preferring the longer
 completion gives 0.50. full=true trains all weights; model=runs/reward/model continues from what that wrote.
-scripts/score.py scores pairs with the result.
+scripts/score.py scores pairs with the result. data.responses=4 compares all pairs of rankings of four
+responses; margin=score is the difference of their ratings (score_chosen, score_rejected).
 
 Hardware: 2 CPU cores, 2 GB; 5 minutes.
 """
@@ -17,7 +18,7 @@ from functools import partial
 
 from jaxft.data.pairs import PairRows
 from jaxft.models.heads import with_scalar_head
-from jaxft.objectives.reward_model import reward
+from jaxft.objectives.reward_model import margin_columns, reward
 from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
@@ -28,7 +29,7 @@ def config(
     name: str = "reward",
     lr: float = 2e-4,  # auto: by the model's width, and the default with another model
     margin: str
-    | None = None,  # a column of the rows: by how much the chosen reward should exceed the rejected one
+    | None = None,  # a column: by how much the chosen reward should exceed; score: the difference of ratings
     center: float = 0.01,  # weight of the term that keeps rewards around 0
 ) -> Run:
     """Reward modelling."""
@@ -36,7 +37,7 @@ def config(
         name=name,
         **base.sections(head=with_scalar_head),
         objective=partial(reward, margin=margin, center=center),
-        data=PairRows(**rows.settings(), extras=() if margin is None else (margin,)),
+        data=PairRows(**rows.settings(), extras=margin_columns(margin)),
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         samples=0,

@@ -185,6 +185,19 @@ def json_of(row: Row, column: str) -> Any:
     return found if isinstance(found, list) and found and all(map(_is_message, found)) else value
 
 
+def list_of(row: Row, column: str) -> list[Any]:
+    """Return the column, a list or its JSON string. Raises InvalidRow for anything else."""
+    value = row.fields[column]
+    value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+    if not isinstance(value, list | tuple):
+        raise InvalidRow(
+            row.name,
+            f"column {column!r} of a wrong type",
+            f"column {column!r} is {json_type(value)}; use a list",
+        )
+    return [*value]
+
+
 def _is_message(item: Any) -> bool:
     """Whether an object is a message, with a known role and with content or tool calls."""
     if not isinstance(item, dict):

@@ -1,4 +1,6 @@
-"""Rows before they are tokenised: a document, a plain prompt with its completion, or a conversation."""
+"""Rows before they are tokenised: a document, a plain prompt with its completion, a conversation, or a
+solution in steps.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +48,18 @@ class Chat:
     weight: float = 1.0
 
 
-Example = Text | Completion | Chat
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A plain-text prompt, the steps of a solution, and for each whether it is right. weight: as in Text."""
+
+    name: str
+    prompt: str
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+    weight: float = 1.0
+
+
+Example = Text | Completion | Chat | Steps
 PROMPT, RESPONSE = "prompt", "response"  # the kinds of a prompt without a response, and of a single response
 
 

@@ -26,16 +26,18 @@ from jaxft.data.conversation import PLAIN
 from jaxft.data.example import ParsedRow
 from jaxft.data.formats import ROW_FORMATS, TASKS, RowFormat, formats_of, number_of
 from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
+from jaxft.data.published_formats import with_ratings
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows import Row
 
 Formats = Mapping[str, RowFormat]
+TEXT = "text"  # the format, and its column
 
 
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
     theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
-    the rows have besides a text.
+    the rows have besides a text, or the text besides another format.
     """
 
     name: str
@@ -51,6 +53,8 @@ class ChosenFormat(NamedTuple):
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
+        if self.unread and self.name != TEXT:
+            return [f"the columns of format {self.name} are read, not text; data.format=text reads it"]
         if self.unread:
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
@@ -70,7 +74,7 @@ def parse_rows(
     chosen, order_by = formats[format.name], settings.order_by
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
-        row = valid(row)
+        row = with_ratings(chosen.rewrite(valid(row), settings), settings)
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
         numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
         order = 0.0 if order_by is None else number_of(row, order_by, "data.order_by")
@@ -158,14 +162,18 @@ def choose_format(
             f"data.format={PLAIN} is for {strings} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
         )
-    unread = _unread(counts, formats) if (format, chosen) == ("auto", "text") else ()
+    unread = _unread(counts, chosen, formats) if format == "auto" and TEXT in formats else ()
     return ChosenFormat(chosen, plain, others, unread)
 
 
-def _unread(counts: ColumnCounts, formats: Formats) -> tuple[tuple[str, str], ...]:
-    """Return (ours, theirs) of a format's columns that rows with a text have too by other names."""
+def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[str, str], ...]:
+    """Return (ours, theirs) of a format's columns that rows with a text have too by other names; the text, if
+    another format is chosen.
+    """
     _, row = max(counts.rows.values(), key=lambda found: found[0])
-    rest = {column: x for column, x in row.fields.items() if column != "text"}
+    if chosen != TEXT:
+        return ((TEXT, TEXT),) if row.fields.get(TEXT) is not None else ()
+    rest = {column: x for column, x in row.fields.items() if column != TEXT}
     found = attempt(_detect_by_other_names, Row(row.name, rest), set(), formats)
     return () if isinstance(found, InvalidRow) else found[1]
 
@@ -233,7 +241,8 @@ def _detect_by_other_names(
 
 def describe_formats(formats: Formats) -> str:
     """Return the formats and their columns in one line."""
-    each = ((name, map(" or ".join, found.required)) for name, found in formats.items())
+    listed = {name: found for name, found in formats.items() if found.listed}
+    each = ((name, map(" or ".join, found.required)) for name, found in listed.items())
     return "; ".join(f"{name} ({' + '.join(columns)})" for name, columns in each)
 
 
@@ -342,7 +351,8 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
 
     def fitting(fields: dict) -> list[str]:  # a format without a column of data.columns is not meant
         fits = [x.name for x in formats.values() if _has(fields, x.required) and mapped <= x.columns]
-        return [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
+        fits = [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
+        return [name for name in fits if name != TEXT] or fits  # a text beside them is often made of them
 
     fits = fitting(row.fields)
     if len(fits) > 1:
@@ -380,13 +390,13 @@ def _other_task(names: Sequence[str], formats: Formats) -> str | None:
     """
     here, own = known_columns(formats), {found.task for found in formats.values()}
     named = dict.fromkeys(name.strip().lower() for name in names)
-    for found in (
-        x for x in ROW_FORMATS if x.task not in own and x.task in TASKS and _has(named, x.required)
-    ):
-        foreign = [c for group in found.required for c in group if c in named and c not in here]
-        if foreign or {*named} <= {"id", *found.columns}:
-            return found.task
-    return None
+    fits = list[tuple[int, bool, str]]()
+    for found in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
+        required = tuple(tuple(map(str.lower, group)) for group in found.required)
+        foreign = [c for group in required for c in group if c in named and c not in here]
+        if _has(named, required) and (foreign or {*named} <= {"id", *found.columns}):
+            fits.append((len(required), found.listed, found.task))
+    return max(fits)[2] if fits else None
 
 
 def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
@@ -394,7 +404,7 @@ def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
     most with one; those of the example if no name is one of any format.
     """
     near: list[tuple[int, int, list[str]]] = []
-    for groups in (found.required for found in formats.values()):
+    for groups in (found.required for found in formats.values() if found.listed):
         missing = [group for group in groups if not {*group} & {*names}]
         meant = meant_columns(names, [column for group in missing for column in group])
         columns = [next((c for c in group if c in meant), group[0]) for group in missing]

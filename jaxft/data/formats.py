@@ -15,10 +15,15 @@
                             or responses to a prompt of another name, such as "question"
     ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
     instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
+    rated                   {"prompt", "responses": [...]}: rankings with ranks or ratings, see
+                            published_formats.py, which also has those of single datasets
     unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
     unpaired-messages       {"messages", "label"}: the response is the last turn
     unpaired-conversations  {"conversations", "label"} (ShareGPT)
     unpaired-instruction    {"instruction", "response" or "output", "label"} (Alpaca)
+
+    steps
+    steps                   {"prompt", "completions": [steps], "labels": [true or false]}
 
 "label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
 without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
@@ -33,7 +38,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jaxft.data.columns import text_of
+from jaxft.data.columns import list_of, text_of
 from jaxft.data.conversation import (
     Columns,
     SplitRow,
@@ -48,14 +53,26 @@ from jaxft.data.conversation import (
     split_row,
     with_prompt,
 )
-from jaxft.data.example import RESPONSE, Example, Text
+from jaxft.data.example import RESPONSE, Example, Steps, Text
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.loss_weights import row_weight, without_weights
+from jaxft.data.published_formats import (
+    PROMPT,
+    RATINGS,
+    RESPONSES,
+    from_better,
+    from_glaive,
+    from_openai,
+    from_preference,
+    from_ranking,
+    ranking_note,
+)
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Row
 
-SFT, PAIRS, PROMPTS = "sft", "pairs", "prompts"
+SFT, PAIRS, PROMPTS, STEPS = "sft", "pairs", "prompts", "steps"
 Parse = Callable[[Row, RowSettings], dict[str, Example]]
+Rewrite = Callable[[Row, RowSettings], Row]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 CHAT_COLUMNS = ("system", *TEMPLATE_COLUMNS, "weight")
 PAIR_COLUMNS = ("system", "reference", *TEMPLATE_COLUMNS)
@@ -108,8 +125,16 @@ def response_column(row: Row) -> str:
 
 
 def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Example]:
-    """Return the chosen and the rejected response. prompt: its column, None for that which they share."""
-    return _compared(row, settings, prompt, {"chosen": "chosen", "rejected": "rejected"})
+    """Return the chosen and the rejected response, and those between in a ranking. prompt: its column, None
+    for that which they share.
+    """
+    between = [kind for kind in settings.kinds if kind.startswith("rank_") and kind in row.fields]
+    return _compared(row, settings, prompt, {kind: kind for kind in ("chosen", "rejected", *between)})
+
+
+def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
+    """Raise InvalidRow: rows with these columns are no pairs, though some of the columns are those of pairs."""
+    raise InvalidRow(row.name, reason, problem)
 
 
 def _labelled(
@@ -120,15 +145,19 @@ def _labelled(
     """
     names = [name for name in _LABEL if name in row.fields]
     name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
-    label = _LABELS.get(str(row.fields[name]).strip().lower())
+    kind = "chosen" if _label(row, name, row.fields[name]) else "rejected"
+    return _compared(row, settings, prompt, {kind: response or response_column(row)})
+
+
+def _label(row: Row, where: str, value: Any) -> bool:
+    label = _LABELS.get(str(value).strip().lower())
     if label is None:
         raise InvalidRow(
             row.name,
             "label that is neither true nor false",
-            f"{name} is {repr(row.fields[name])[:40]}; use true or false (or 1 or 0)",
+            f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)",
         )
-    kind = "chosen" if label else "rejected"
-    return _compared(row, settings, prompt, {kind: response or response_column(row)})
+    return label
 
 
 def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Columns) -> dict[str, Example]:
@@ -189,6 +218,24 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
             )
 
 
+# ---- steps
+
+
+def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
+    """Return the steps of a solution with their labels."""
+    steps, labels = list_of(row, "completions"), list_of(row, "labels")
+    if not steps or len(steps) != len(labels):
+        raise InvalidRow(
+            row.name,
+            "steps without labels",
+            f"the row has {len(steps)} steps in 'completions' and {len(labels)} entries in 'labels'; use one "
+            "label for each step",
+        )
+    texts = [text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)]
+    found = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
+    return {RESPONSE: Steps(row.name, text_of(row, "prompt"), tuple(texts), found)}
+
+
 # ---- numbers
 
 
@@ -207,6 +254,14 @@ def _pair_weight(row: Row, settings: RowSettings) -> float:
 
 def _row_weight(row: Row, settings: RowSettings) -> float:
     return row_weight(row)
+
+
+def _as_written(row: Row, settings: RowSettings) -> Row:
+    return row
+
+
+def _no_note(settings: RowSettings) -> str:
+    return ""
 
 
 def number_of(row: Row, column: str, setting: str) -> float:
@@ -241,7 +296,9 @@ class RowFormat:
 
     name: of data.format. task: what its rows are for. required: its columns; a tuple lists the accepted names
     of one. parse(row, settings): the prompt with each response, by kind. optional: columns that it may have.
-    plain: whether its strings may be plain text. weight: of a row in the loss.
+    plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the row
+    in the columns of another format, before anything is read from it. note(settings): how the rows are read,
+    for the start of a run. listed: whether errors name it; formats of a single dataset are not.
     """
 
     name: str
@@ -251,6 +308,9 @@ class RowFormat:
     optional: tuple[str, ...] = PAIR_COLUMNS
     plain: bool = False
     weight: Callable[[Row, RowSettings], float] = _pair_weight
+    rewrite: Rewrite = _as_written
+    note: Callable[[RowSettings], str] = _no_note
+    listed: bool = True
 
     @property
     def columns(self) -> set[str]:
@@ -262,14 +322,36 @@ def _sft(name: str, required: tuple[tuple[str, ...], ...], parse: Parse, *more: 
     return RowFormat(name, SFT, required, parse, (*more, *CHAT_COLUMNS), weight=_row_weight)
 
 
+def _pairs(
+    name: str, required: tuple[tuple[str, ...], ...], rewrite: Rewrite, *more: str, **others: Any
+) -> RowFormat:
+    """Return a format of pairs or rankings whose rows are rewritten."""
+    parse = partial(_pair, prompt="prompt")
+    return RowFormat(name, PAIRS, required, parse, (*PAIR_COLUMNS, *more), rewrite=rewrite, **others)
+
+
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
 _COMPARED = (("chosen",), ("rejected",))
+_RATED_ALONE = partial(
+    _refused, reason="ratings of single responses",
+    problem="the row rates a single response; for preferences join the rows of each prompt into "
+    '{"prompt", "responses": [...], "ratings": [...]}',
+)  # fmt: skip
+_STEPS = partial(
+    _refused, reason="steps with labels",
+    problem="the row has the steps of one response, with labels; train a process reward model with the recipe "
+    "process_reward",
+)  # fmt: skip
 ROW_FORMATS = (
     RowFormat("text", SFT, (("text",),), _text, ("weight",), plain=True, weight=_row_weight),
     _sft("messages", (_MESSAGES,), partial(_conversation, column="messages")),
     replace(_sft("prompt-completion", (_PROMPT, ("completion",)), _completion), plain=True),
     _sft("instruction", (_INSTRUCTION, _ANSWER), _instruction, *_EARLIER),
     _sft("conversations", (_TURNS,), partial(_conversation, column="conversations")),
+    replace(
+        _sft("glaive", (("system",), ("chat",)), partial(_conversation, column="messages")),
+        rewrite=from_glaive, listed=False,
+    ),
     RowFormat("preference", PAIRS, (_PROMPT, *_COMPARED), partial(_pair, prompt="prompt"), plain=True),
     RowFormat("implicit", PAIRS, _COMPARED, partial(_pair, prompt=None)),
     RowFormat("ranking", PAIRS, (_TURNS, *_COMPARED), partial(_pair, prompt="conversations")),
@@ -277,6 +359,34 @@ ROW_FORMATS = (
         "instruction", PAIRS, (_INSTRUCTION, *_COMPARED), partial(_pair, prompt="instruction"),
         (*PAIR_COLUMNS, *_EARLIER),
     ),
+    _pairs("rated", (PROMPT, RESPONSES), from_ranking, *RATINGS, plain=True, note=ranking_note),
+    _pairs(
+        "helpsteer3", (("context",), ("response1",), ("response2",), ("overall_preference",)),
+        partial(from_preference, responses=("response1", "response2"), column="overall_preference"),
+        listed=False,
+    ),
+    _pairs(
+        "helpsteer2-preference", (_PROMPT, ("response_1",), ("response_2",), ("preference_strength",)),
+        partial(from_preference, responses=("response_1", "response_2"), column="preference_strength"),
+        listed=False,
+    ),
+    _pairs(
+        "saferlhf", (_PROMPT, ("response_0",), ("response_1",), ("better_response_id",)),
+        partial(from_better, responses=("response_0", "response_1"), column="better_response_id",
+                better=("0", "1")),
+        listed=False,
+    ),
+    _pairs(
+        "shp", (("history",), ("human_ref_A",), ("human_ref_B",), ("labels",)),
+        partial(from_better, responses=("human_ref_A", "human_ref_B"), column="labels", better=("1", "0")),
+        "score_A", "score_B", listed=False,
+    ),
+    _pairs(
+        "openai", (("input",), ("preferred_output",), ("non_preferred_output",)), from_openai, listed=False
+    ),
+    RowFormat("helpsteer", PAIRS, (_PROMPT, ("response",), ("helpfulness",), ("correctness",)), _RATED_ALONE,
+              listed=False),
+    RowFormat("labelled-steps", PAIRS, (PROMPT, RESPONSES, ("labels",)), _STEPS, listed=False),
     RowFormat(
         "unpaired", PAIRS, (_PROMPT, ("completion",), _LABEL),
         partial(_labelled, prompt="prompt", response="completion"), plain=True,
@@ -293,11 +403,14 @@ ROW_FORMATS = (
         "unpaired-instruction", PAIRS, (_INSTRUCTION, _ANSWER, _LABEL),
         partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *_EARLIER),
     ),
+    RowFormat("steps", STEPS, (_PROMPT, ("completions",), ("labels",)), _steps, ("weight",),
+              weight=_row_weight),
 )  # fmt: skip
 # What rows of a task are, for errors where another one reads them.
 TASKS = {
     SFT: "SFT, for which there is the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",
+    STEPS: "steps with labels; train a process reward model with the recipe process_reward",
 }
 
 

@@ -21,7 +21,7 @@ from jaxft.data.prompt_tokens import row_fields
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource
-from jaxft.data.tokenised import TOKEN_WEIGHTS, TokenisedRows
+from jaxft.data.tokenised import LABELS, TOKEN_WEIGHTS, TokenisedRows
 
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
@@ -116,7 +116,10 @@ def inspect_source(source: RowSource[Any]) -> Inspected:
     else:
 
         def of_step(step: int) -> Iterator[ShownExample]:
-            return examples_of(source.batch(step)[0], source.member_names(step))
+            found = source.batch(step)[0]
+            if LABELS in rows.extras:  # a label is shown at the token where it is read
+                found = dataclasses.replace(found, read=found.read - 1)
+            return examples_of(found, source.member_names(step))
 
         example = partial(_text, rows)
     return _inspected(split, stats, of_step, example)

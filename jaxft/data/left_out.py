@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Int, UInt64
 
-from jaxft.data.example import Chat, Completion, Example
+from jaxft.data.example import Chat, Completion, Example, Steps
 from jaxft.data.flat import Flat
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")
@@ -35,6 +35,8 @@ def has_placeholder(example: Example) -> bool:
             return is_placeholder(prompt)
         case Completion(completion=text):
             return is_placeholder(text)
+        case Steps(steps=steps):
+            return all(map(is_placeholder, steps))
         case _:
             return is_placeholder(example.text)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs
-from jaxft.bounds import at_least, one_of
+from jaxft.bounds import at_least, between, one_of
 from jaxft.data import pair_plan as planning
 from jaxft.data.epochs import epochs_of
 from jaxft.data.mixture import SplitRows, sources_with_metrics, split_rows
@@ -29,6 +29,7 @@ from jaxft.data.pair_layout import (
     with_sources,
 )
 from jaxft.data.pair_tokens import PAIR_TASK, mismatch_responses
+from jaxft.data.published_formats import ranked_kinds, rating_columns
 from jaxft.data.reader import RowTask
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
@@ -64,8 +65,11 @@ class PairRows(DataSettings):
     stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
     of the tokens, if the model's rope does not depend on the length of a text. unpaired: also accept rows of
     one response and a label, for losses of single responses (KTO, BCO). third: a third response, "mismatched"
-    (another pair's, for KTO's KL) or "gold" (column reference, for TPO). Other fields: see DataSettings;
-    batch counts pairs.
+    (another pair's, for KTO's KL) or "gold" (column reference, for TPO). responses: of a ranking that are
+    read. With 2 it is a pair, the best response against the worst; with k also those between, as kinds
+    "rank_2" to "rank_{k - 1}", and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2"
+    and so on. Rows with fewer responses lack the last of those between; of more, the best, the worst and
+    those at even distances between them are read. Other fields: see DataSettings; batch counts pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -76,6 +80,7 @@ class PairRows(DataSettings):
     layout: Annotated[str, one_of(LAYOUTS)] = "auto"
     unpaired: bool = False
     third: Annotated[str | None, one_of(THIRD)] = None
+    responses: Annotated[int, between(2, 16)] = 2
     unit: ClassVar[str] = "pairs"
     task: ClassVar[RowTask] = PAIR_TASK
     packing: ClassVar[bool] = True
@@ -94,10 +99,16 @@ class PairRows(DataSettings):
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a pair depend on."""
         return self.row_settings(
-            kinds=("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected"),
-            max_length=self.max_length, too_long=self.too_long, extras=self.extras,
+            kinds=(*ranked_kinds(self.responses), *(["gold"] if self.third == "gold" else [])),
+            max_length=self.max_length, too_long=self.too_long, extras=self.numbers,
             weight_column=self.weight_column,
         )  # fmt: skip
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of numbers in a batch: data.extras, and the ratings of rankings."""
+        ratings = rating_columns(self.responses) if self.responses > 2 else ()
+        return tuple(dict.fromkeys((*self.extras, *ratings)))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -172,7 +183,7 @@ class PairRows(DataSettings):
         last, _ = epochs.locate(self.total_steps(epochs) - 1)
         shape = planning.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
         held_plan = planning.fit_rows(split.held, tokens, pairs.targets, shape)
-        rows = PairLayout(shards, shape, branches, self.extras, self.max_length)
+        rows = PairLayout(shards, shape, branches, self.numbers, self.max_length)
         layout = PairBatches(self, split, plan, held_plan, rows)
         stats, fingerprint = _stats(layout, saved), _fingerprint(layout, order(0))
         info = source_info(layout, epochs, tokenizer, stats, fingerprint)
@@ -187,7 +198,7 @@ class PairRows(DataSettings):
         row_count = _row_count(self, shards)
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
         shape = RowShape(length, length, self.batch - row_count + 1)
-        layout = PairLayout(shards, shape, self.layout != "plain", self.extras, self.max_length)
+        layout = PairLayout(shards, shape, self.layout != "plain", self.numbers, self.max_length)
         shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
         return with_sources(shapes, sources_with_metrics(self.train))
 
@@ -368,7 +379,7 @@ def _fingerprint(layout: PairBatches, order: Int[np.ndarray, "batches size"]) ->
     segments.
     """
     rows, split = layout.settings, layout.split
-    settings = (rows.batch, rows.seed, rows.weighting, split.rows.kinds, rows.extras, split.rows.digest)
+    settings = (rows.batch, rows.seed, rows.weighting, split.rows.kinds, rows.numbers, split.rows.digest)
     digest = hashlib.sha256(repr(settings).encode())
     for array in (split.train, split.held, order):
         digest.update(np.ascontiguousarray(array).data)
@@ -384,14 +395,17 @@ def _stats(layout: PairBatches, saved: float) -> PairStats:
     fill = total / (rows * shape.length)
     paired, (desirable, undesirable) = reads[(reads[:, :2] > 0).all(1)], (reads[:, :2] > 0).sum(0)
     learned = [kind != "mismatched" for kind in pairs.kinds]
-    what = f"responses, {desirable} desirable and {undesirable} undesirable,"
+    what = "pairs" if len(paired) else f"responses, {desirable} desirable and {undesirable} undesirable,"
+    if layout.settings.responses > 2:
+        counts = (reads[:, : layout.settings.responses] > 0).sum(1)
+        what = f"rankings of {counts.min()} to {counts.max()} responses"
     return PairStats(
         examples=len(split.train),
         held_out=len(split.held),
         dropped=pairs.dropped,
         invalid=pairs.invalid,
         largest_id=pairs.largest_id,
-        summary=f"{len(split.train)} {'pairs' if len(paired) else what} in {rows} rows of {shape.length} "
+        summary=f"{len(split.train)} {what} in {rows} rows of {shape.length} "
         f"tokens ({100 * fill:.0f} % full), "
         f"{len(split.held)} held out, {pairs.dropped} dropped as too long, {truncated} truncated"
         f"{split.summary}",

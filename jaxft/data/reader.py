@@ -211,6 +211,8 @@ class Reader:
         others = (other_columns(Row(row.name, row.fields), format.name) for row in parsed if row.fields)
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
         found = format._replace(columns=(*format.columns, *by_other_names)).note()
+        if format.name in self.formats:
+            found += filter(None, [self.formats[format.name].note(self.settings)])
         notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in found)]
         examples = [example for row in parsed for example in row.examples.values()]
         checked = (check(examples, self.tokenizer, self.settings.template) for check in self.task.checks)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.data.pack import RowPlan, ranges, round_up
-from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
+from jaxft.data.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
 
 
 def member_counts(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
@@ -57,8 +57,9 @@ def fill_rows(
 ) -> Tokens:
     """Return the plan's rows as arrays of `shape` (rows, T, M); further rows stay empty.
 
-    Each member is a segment. A wrapped row, whose plan has starts, is a single segment. sources: the index of
-    each example's source; None for a single source.
+    Each member is a segment. A wrapped row, whose plan has starts, is a single segment. Targets are the
+    tokens that follow a read position, or the labels of the tokens there. sources: the index of each
+    example's source; None for a single source.
     """
     rows, length, reads = shape
     counts = member_counts(examples, plan)
@@ -82,8 +83,9 @@ def fill_rows(
     slot = (target_row, np.arange(len(learned)) - np.searchsorted(target_row, target_row))
     read, targets = (np.zeros((rows, reads), np.int32) for _ in range(2))
     token_weights = np.zeros((rows, reads), np.float32)
-    read[slot] = at[1][learned] - 1
-    targets[slot] = examples.ids[where[learned]]
+    labels = examples.extras.get(LABELS)
+    read[slot] = at[1][learned] - (labels is None)
+    targets[slot] = examples.ids[where[learned]] if labels is None else labels.of(plan.members)
     token_weights[slot] = np.repeat(weights, counts)[learned]
     own: Ragged = examples.extras[TOKEN_WEIGHTS]
     if own.counts[plan.members].any():
@@ -101,6 +103,5 @@ def _own_weights(
 ) -> Float[np.ndarray, " tokens"]:
     """Return the weight of each token of the members within its example, 1 in examples without weights."""
     weights = np.ones(lengths[members].sum(), np.float32)
-    where = ranges(own.offsets[members], own.counts[members])
-    weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.values[where]
+    weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
     return weights

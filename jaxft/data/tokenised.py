@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int, UInt64
 from jaxft.data.cache import NAMING, ColumnType, ColumnTypes, StoredRows
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.invalid import InvalidCount, add_counts
-from jaxft.data.pack import number_groups
+from jaxft.data.pack import number_groups, ranges
 
 MASS, TOKEN_WEIGHTS = "mass", "token_weights"  # extras of SFT rows
+LABELS = "labels"  # of the targets of solutions in steps, which are read at the targets themselves
 NUMBERS, PROMPT_END_MOVED = "numbers", "prompt_end_moved"  # of pairs
 ROW_FIELDS = "fields"  # of prompts
 
@@ -38,6 +39,10 @@ class Ragged:
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row] + self.counts[row]]
+
+    def of(self, rows: Int[np.ndarray, " n"]) -> np.ndarray:
+        """Return the values of some rows, one row after the other."""
+        return self.values[ranges(self.offsets[rows], self.counts[rows])]
 
     def concatenate(self, other: "Ragged") -> "Ragged":
         """Return the values of both, the other's last."""

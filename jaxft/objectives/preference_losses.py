@@ -98,18 +98,23 @@ def cdpo(
 
 
 def dpo_margin(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
-    """`-LS(beta D - m)` with m the rows' `margin`: DPO with an offset (Amini et al. 2024, arXiv:2402.10571).
+    """`-LS(beta D - m)` with m the rows' `margin`, or the difference of their ratings `score_chosen` and
+    `score_rejected`: DPO with an offset (Amini et al. 2024, arXiv:2402.10571).
 
-    Not in TRL's DPO. Raises ValueError if the rows have no such column.
+    Not in TRL's DPO. Raises ValueError if the rows have no such columns.
     """
-    x = beta * _difference(pair, score)
-    if "margin" not in pair.columns:
+    x, ratings = beta * _difference(pair, score), ("score_chosen", "score_rejected")
+    if "margin" in pair.columns:
+        margin = pair.columns["margin"]
+    elif {*ratings} <= pair.columns.keys():
+        margin = pair.columns[ratings[0]] - pair.columns[ratings[1]]
+    else:
         available = ", ".join(sorted(pair.columns)) or "none"
         raise ValueError(
-            f"dpo_margin: the rows have no column `margin` (available: {available}). Add it with "
-            "data.extras, or use dpo"
+            f"dpo_margin: the rows have no column `margin` (available: {available}). Add it, or "
+            f"{','.join(ratings)}, with data.extras, or use dpo"
         )
-    return logistic(x - pair.columns["margin"].astype(x.dtype))
+    return logistic(x - margin.astype(x.dtype))
 
 
 def dpop(pair: PairBatch, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:

@@ -163,6 +163,13 @@ def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards
     return _column(batch, margin)
 
 
+def margin_columns(margin: str | None) -> tuple[str, ...]:
+    """Return the columns of pairs that a margin needs, for data.extras; see `reward`."""
+    if margin == "score":
+        return (RATING + "chosen", RATING + "rejected")
+    return () if margin is None else (margin,)
+
+
 def _column(batch: Pairs, name: str) -> Rewards:
     if name not in batch.columns:
         available = ", ".join(batch.columns) or "none"

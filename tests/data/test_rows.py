@@ -7,10 +7,12 @@ import sys
 
 import pytest
 from parsed_rows import examples
+from tiny_tokenizers import tiny
 
 from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.invalid import InvalidRow, InvalidRows
 from jaxft.data.rows import Row, read_rows
+from jaxft.data.sft import Rows
 from jaxft.data.shipped import ROOT
 
 ROWS = [
@@ -211,6 +213,18 @@ def test_columns_rename_and_say_which_format_is_meant():
     assert examples([both], columns=("response=response",)) != examples([both], columns=("response=output",))
 
 
+def test_a_text_beside_the_columns_of_another_format_is_not_read(tmp_path):
+    alpaca = {"instruction": "add", "input": "1 and 2", "output": "3", "text": "### Instruction: add ..."}
+    assert examples([Row("r:1", alpaca)])[0].messages[-1]["content"] == "3"
+    assert examples([Row("r:1", alpaca)], format="text")[0] == Text("r:1", alpaca["text"])
+    pair = {"text": "t", "prompt": "q", "completion": "a"}
+    assert examples([Row("r:1", pair)])[0].messages[-1]["content"] == "a"
+    (tmp_path / "r.jsonl").write_text((json.dumps(alpaca) + "\n") * 3)
+    source = Rows(str(tmp_path / "r.jsonl")).open(tiny("llama3"), cache=tmp_path)
+    note = "the columns of format instruction are read, not text; data.format=text reads it"
+    assert any(note in line for line in source.info.warnings)
+
+
 @pytest.mark.parametrize(
     ("fields", "options", "error"),
     [
@@ -220,16 +234,6 @@ def test_columns_rename_and_say_which_format_is_meant():
             r"r:1: the columns title, body fit no format; accepted are text \(text\); messages",
         ),
         ({"prompt": "q"}, {}, "r:1: the columns prompt fit no format; accepted are"),
-        (
-            {"text": "t", "prompt": "q", "completion": "a"},
-            {},
-            "fit the formats text and prompt-completion; set data.format",
-        ),
-        (
-            {"instruction": "add", "input": "1 and 2", "output": "3", "text": "### Instruction: add ..."},
-            {},
-            "fit the formats text and instruction; set data.format",
-        ),
         (
             {"text": "t"},
             {"format": "instruction"},

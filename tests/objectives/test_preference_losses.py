@@ -451,6 +451,13 @@ def test_reference_free_losses_do_not_read_the_reference(name):
     assert without_reference(name, laid, reference=False)[0] == without_reference(name, laid)[0]
 
 
+def test_dpo_margin_without_the_column_is_the_difference_of_the_ratings():
+    pair = seen(lay(random_rows()))
+    known = P.dpo_margin(pair)
+    rated = {"score_chosen": pair.columns["margin"] + 3, "score_rejected": 0 * pair.columns["margin"] + 3}
+    np.testing.assert_allclose(P.dpo_margin(replace(pair, columns=rated)), known, rtol=1e-6)
+
+
 def test_dpo_margin_requires_the_column():
     pair = seen(lay(random_rows()))
     with pytest.raises(ValueError, match="`margin` .available: none."):

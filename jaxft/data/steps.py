@@ -1,0 +1,140 @@
+"""Solutions in steps with a label for each: rows, their tokens and batches, for process reward models.
+
+The tokens are those of TRL's PRMTrainer: BOS if the tokenizer has one, the prompt, and each step followed by
+the separator, all tokenised apart from one another. The label of a step is read at its last token, which is
+the separator's last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from jaxtyping import Bool
+
+from jaxft.batch import Tokens
+from jaxft.bounds import one_of
+from jaxft.data import formats
+from jaxft.data.cache import ColumnType, ColumnTypes
+from jaxft.data.chat import LOSS_ON
+from jaxft.data.example import RESPONSE, ParsedRow, Steps
+from jaxft.data.invalid import InvalidRow, attempt, valid
+from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.row_settings import RowSettings
+from jaxft.data.settings import DataSettings
+from jaxft.data.sft import Rows
+from jaxft.data.sft_tokens import remedy_for_too_long
+from jaxft.data.source import RowSource
+from jaxft.data.tokenised import LABELS, MASS, TOKEN_WEIGHTS, TokenisedRows, ragged
+
+TOO_LONG = ("truncate", "drop", "error")
+
+
+def _extras(settings: RowSettings) -> ColumnTypes:
+    """Return the further columns: the number of steps, no weights of tokens, and the labels of the steps."""
+    return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32), **ragged(LABELS, np.int32)}
+
+
+def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+    """Yield each solution as an example, [] if it is left out as too long."""
+    tokenizer, settings = reader.tokenizer, reader.settings
+    solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
+    texts = [text for x in solutions if isinstance(x, Steps) for text in (x.prompt, *x.steps)]
+    *each, separator = _ids_of([*texts, settings.separator], tokenizer)
+    pieces = iter(each)
+    for row in rows:
+        if isinstance(row, InvalidRow):
+            yield row
+            continue
+        solution: Any = row.examples[RESPONSE]
+        prompt, *steps = [next(pieces) for _ in range(1 + len(solution.steps))]
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        yield attempt(_example, solution, [*bos, *prompt], [[*step, *separator] for step in steps], settings)
+
+
+def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return found
+
+
+STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise, _extras, checks=())
+
+
+def _example(
+    solution: Steps, prompt: list[int], steps: list[list[int]], settings: RowSettings
+) -> list[TokenisedRow]:
+    """Return a solution, [] if it is left out as too long."""
+    if not all(steps):
+        raise InvalidRow(
+            solution.name,
+            "step without tokens",
+            f"step {next(i for i, step in enumerate(steps) if not step)} has no token; fill it, or set a "
+            "data.separator",
+        )
+    last = len(prompt) + np.cumsum([len(step) for step in steps]) - 1
+    ids = np.array([*prompt, *(token for step in steps for token in step)], np.int32)
+    limit, whole = settings.max_length, len(ids) <= settings.max_length
+    if not whole and settings.too_long == "error":
+        raise ValueError(
+            f"{solution.name}: {len(ids)} tokens are more than data.max_length={limit}; "
+            f"{remedy_for_too_long('max_length')}, or truncate"
+        )
+    kept = last[last < limit]
+    if not whole and (settings.too_long == "drop" or not len(kept)):
+        return []
+    ids, at = ids[:limit], min(len(prompt), limit)
+    learned = np.zeros(len(ids), bool)
+    learned[kept] = True
+    labels = np.array(solution.labels[: len(kept)], np.int32)
+    extras = {MASS: float(len(kept)), TOKEN_WEIGHTS: np.zeros(0, np.float32), LABELS: labels}
+    pieces = [(ids[:at], learned[:at]), (ids[at:], learned[at:])]
+    return [TokenisedRow(pieces, not whole, len(steps), len(kept), extras)]
+
+
+@dataclass(frozen=True)
+class StepRows(Rows):
+    """Prompts, the steps of a solution, and whether each is right: the data of process reward models.
+
+    Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: is put behind every
+    step. All solutions of one prompt stay on one side of the split. too_long: "truncate" leaves out the steps
+    behind max_length tokens, "drop" the row, "error" stops. weighting: "token" gives every step of the
+    optimizer batch the same weight, "sequence" every solution; a column `weight` multiplies them. Other
+    fields: see Rows; loss_on and sample_by have no meaning here.
+    """
+
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
+    separator: str = "\n"
+    task: ClassVar[RowTask] = STEP_TASK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_choice("too_long", TOO_LONG)
+        self.require_choice("packing", (True, False))
+        if self.loss_on != LOSS_ON[1] or self.format not in ("auto", formats.STEPS):
+            raise ValueError(
+                "data.loss_on and data.format have no meaning for steps with labels, which are plain text; "
+                "remove them"
+            )
+
+    @property
+    def token_settings(self) -> RowSettings:
+        """The settings that the tokens of a row depend on."""
+        return replace(super().token_settings, separator=self.separator)
+
+    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
+        """Return the mask of the rows to hold out, by their prompt."""
+        return DataSettings.held_out_mask(self, rows)
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
+        """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open."""
+        source = super().open(tokenizer, shards, cache)
+        stats = replace(source.info.stats, learned=_learned_line(source.split.rows, source.split.train))
+        return replace(source, info=replace(source.info, learned_ends={}, stats=stats))
+
+
+def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
+    labels = rows.extras[LABELS]
+    steps = int(labels.counts[train].sum())
+    right = sum(int(labels[int(i)].sum()) for i in train)
+    return f"{steps:,} steps with labels, {100 * right / max(1, steps):.0f} % of them right"
