@@ -134,6 +134,7 @@ def export_model(
     cast, quantisation = RoundingError(), RoundingError()
     base = merged_base(source)
     dtypes = {path: reader.dtype for path, reader in _readers(source).items()} if whole else {}
+    dtypes |= {"head": dtypes["embed"]} if whole and "head" not in dtypes else {}
     quantizer = layer_quantizer(model, how, quantisation) if how else None
     layouts = quantizer.layouts if quantizer else {}
 

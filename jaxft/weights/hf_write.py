@@ -140,7 +140,7 @@ def _save_multimodal(
     ]
     names = {tensor.name for path in paths for tensor in table[path]}
     tensors = [tensor for tensor in tensors_to_write(base, model) if tensor.name in names]
-    multimodal.write_weights(folder, source, tensors)
+    multimodal.write_weights(folder, source, tensors, tied="head" not in base)
 
     def write_others() -> None:
         multimodal.write_config(folder, source, _changed_settings(model, base, located, tensors))

@@ -23,18 +23,20 @@ SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = ("config.json", "untrained_tokens.json", "adapter_config.json", "trainer_state.json")
 
 
-def write_weights(folder: Path, source: Path, tensors: Iterable[TensorToWrite]) -> None:
+def write_weights(folder: Path, source: Path, tensors: Iterable[TensorToWrite], tied: bool) -> None:
     """Write the weights of the multimodal model in the folder `source` with other values of some of its
     decoder's tensors, divided into the same files. With several processes, all call this, and process 0
     writes.
 
-    tensors: under their names in the text-only model. A head that `source` lacks is added. Raises ValueError
-    for another tensor that `source` lacks.
+    tensors: under their names in the text-only model. A head that `source` lacks is added. tied: whether the
+    head is the embedding. Raises ValueError for another tensor that `source` lacks.
     """
-    files = weight_files(source)
+    files, new = weight_files(source), {tensor.name: tensor for tensor in tensors}
     opened = open_safetensors(source, files)
     stored = decoder_tensors(opened.where, opened.shapes)
-    changed = _with_stored_names(opened.where, stored, {tensor.name: tensor for tensor in tensors})
+    if tied and HEAD in stored and EMBEDDING in new:  # some files repeat a tied head
+        new[HEAD] = new[EMBEDDING]
+    changed = _with_stored_names(opened.where, stored, new)
     home = opened.paths[stored[EMBEDDING]]
     for path in files:
         of_file = [tensor for tensor in changed if opened.paths.get(tensor.name, home) == path]
@@ -45,18 +47,15 @@ def write_weights(folder: Path, source: Path, tensors: Iterable[TensorToWrite]) 
 def _with_stored_names(
     where: str, stored: Mapping[str, str], tensors: Mapping[str, TensorToWrite]
 ) -> list[TensorToWrite]:
-    """Return the tensors under their names in the files, with a tied head that the files repeat."""
-    names, out = dict(stored), dict(tensors)
-    if HEAD in names and EMBEDDING in tensors and HEAD not in tensors:
-        out[HEAD] = tensors[EMBEDDING]
+    """Return the tensors under their names in the files."""
     in_old_files = stored[EMBEDDING].startswith("language_model.")
-    names.setdefault(HEAD, f"language_model.{HEAD}" if in_old_files else HEAD)
-    if missing := [name for name in out if name not in names]:
+    names = {HEAD: f"language_model.{HEAD}" if in_old_files else HEAD, **stored}
+    if missing := [name for name in tensors if name not in names]:
         raise ValueError(
             f"{where}: {missing[0]} of the text decoder is missing; has this folder changed since the "
             "decoder was trained?"
         )
-    return [replace(tensor, name=names[name]) for name, tensor in out.items()]
+    return [replace(tensor, name=names[name]) for name, tensor in tensors.items()]
 
 
 def _write_index(folder: Path, opened: SafetensorsFiles, changed: list[TensorToWrite], home: str) -> None:
