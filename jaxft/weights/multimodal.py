@@ -33,13 +33,15 @@ def write_weights(folder: Path, source: Path, tensors: Iterable[TensorToWrite], 
     """
     files, new = weight_files(source), {tensor.name: tensor for tensor in tensors}
     opened = open_safetensors(source, files)
-    stored = decoder_tensors(opened.where, opened.shapes)
+    stored = decoder_tensors(opened.where, opened.tensors)
     if tied and HEAD in stored and EMBEDDING in new:  # some files repeat a tied head
         new[HEAD] = new[EMBEDDING]
     changed = _with_stored_names(opened.where, stored, new)
-    home = opened.paths[stored[EMBEDDING]]
-    for path in files:
-        of_file = [tensor for tensor in changed if opened.paths.get(tensor.name, home) == path]
+    home = opened.tensors[stored[EMBEDDING]].path
+    of_files: dict[Path, list[TensorToWrite]] = {path: [] for path in files}
+    for tensor in changed:
+        of_files[opened.tensors[tensor.name].path if tensor.name in opened.tensors else home].append(tensor)
+    for path, of_file in of_files.items():
         write_safetensors(folder / path.name, of_file, path)
     sync.exchange_first(sync.gather_texts, lambda: _write_index(folder, opened, changed, home.name))
 
@@ -65,8 +67,8 @@ def _write_index(folder: Path, opened: SafetensorsFiles, changed: list[TensorToW
     path = Path(opened.where) / WEIGHT_INDEX
     if not path.is_file():
         return
-    new = [tensor.name for tensor in changed if tensor.name not in opened.shapes]
-    sizes = {name: math.prod(shape) * opened.dtypes[name].itemsize for name, shape in opened.shapes.items()}
+    new = [tensor.name for tensor in changed if tensor.name not in opened.tensors]
+    sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in opened.tensors.items()}
     grown = sum(tensor.size - sizes.get(tensor.name, 0) for tensor in changed)
     if not new and not grown:
         shutil.copyfile(path, folder / path.name)

@@ -8,6 +8,7 @@ activation checkpointing).
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxft import tree
@@ -36,7 +37,7 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
     """
     stored, names = dict[str, str](), dict[str | None, str]()
     originals, twice = list[tuple[str, str]](), list[tuple[str, str]]()
-    for old in files.shapes:
+    for old in files.tensors:
         found = WRAPPERS.sub("", old)
         bare = found
         while bare.startswith(PREFIX):
@@ -72,7 +73,7 @@ def of_decoder(files: SafetensorsFiles) -> tuple[SafetensorsFiles, str | None]:
     their names; those of the other parts change nothing about text. Another adapter is returned as it is,
     with None.
     """
-    bare = {name: name.removeprefix(PREFIX) for name in files.shapes}
+    bare = {name: name.removeprefix(PREFIX) for name in files.tensors}
     prefix = decoder_prefix(bare.values())
     if prefix is None or prefix == "model.":
         kept = {old: old for old, name in bare.items() if not name.startswith("visual.")}
@@ -108,11 +109,4 @@ def config_of_decoder(config: dict[str, Any], prefix: str | None, modules: Seque
 
 def renamed(files: SafetensorsFiles, stored: dict[str, str]) -> SafetensorsFiles:
     """Return the tensors `stored`: the names in `files` by new name."""
-    return SafetensorsFiles(
-        files.where,
-        {new: files.paths[old] for new, old in stored.items()},
-        {new: files.offsets[old] for new, old in stored.items()},
-        {new: files.dtypes[old] for new, old in stored.items()},
-        {new: files.shapes[old] for new, old in stored.items()},
-        {new: files.stored_names.get(old, old) for new, old in stored.items()},
-    )
+    return replace(files, tensors={new: files.tensors[old] for new, old in stored.items()})
