@@ -70,7 +70,7 @@ def _sizes(*values: int, **others: Any) -> dict[str, Any]:
 
 _QWEN_VL = _sizes(152064, 8192, 29568, 80, 64, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6)
 # transformers' defaults of settings that text_config may lack, where a text-only model has others or none.
-DEFAULTS = {
+TEXT_DEFAULTS = {
     "gemma3_text": _sizes(262208, 2304, 9216, 26, 8) | GEMMA3_DEFAULTS,
     "llama": _sizes(32000, 4096, 11008, 32, 32),
     "mistral": _sizes(32000, 4096, 14336, 32, 32, num_key_value_heads=8),
@@ -89,7 +89,7 @@ SHARED = (
 )  # fmt: skip
 TIED = "tie_word_embeddings"
 # Prefixes of the names of the decoder's tensors in files of transformers 5 and 4.
-NESTED = ("model.language_model.", "language_model.model.", "model.text_model.")
+DECODER_PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.")
 HEADS = ("lm_head.", "score.")
 
 
@@ -140,7 +140,7 @@ def _refused(text: dict[str, Any], part: TextPart) -> str:
 
 
 def _defaults(decoder: str, text: dict[str, Any]) -> dict[str, Any]:
-    defaults = dict(DEFAULTS.get(decoder, {}))
+    defaults = dict(TEXT_DEFAULTS.get(decoder, {}))
     groups = [text.get(name) for name in ("rope_parameters", "rope_scaling")]
     if any("rope_theta" in group for group in groups if isinstance(group, dict)):
         defaults.pop("rope_theta", None)
@@ -163,7 +163,7 @@ def decoder_prefix(names: Iterable[str]) -> str | None:
     """
     names = list(names)
     plain = ("model.layers.", "model.embed_tokens.", "model.norm.")  # as in Qwen2-VL's first files
-    prefixes = (*NESTED, *(["model."] if any(name.startswith(plain) for name in names) else []))
+    prefixes = (*DECODER_PREFIXES, *(["model."] if any(name.startswith(plain) for name in names) else []))
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 

@@ -196,7 +196,7 @@ def _text_base(card: Card) -> list[str]:
     ref = base_name(card.base) + (f"@{revision}" if revision else "")
     return [
         "The base is multimodal. The adapter is for its text decoder, which jaxft writes as a text model:\n",
-        f"    python scripts/export.py --model {ref} --out BASE\n",
+        f"    python scripts/export.py --model {ref} --text-only --out BASE\n",
     ]
 
 

@@ -11,7 +11,7 @@ from tiny_families import logits_of, rows
 
 from jaxft import tree
 from jaxft.models import families
-from jaxft.models.text_part import DEFAULTS, SHARED, TEXT_PARTS, decoder_prefix, text_config, text_tensor
+from jaxft.models.text_part import SHARED, TEXT_DEFAULTS, TEXT_PARTS, decoder_prefix, text_config, text_tensor
 from jaxft.weights import hf, pretrained
 from jaxft.weights.param_reader import param_readers, read_whole
 
@@ -75,7 +75,7 @@ def test_names_of_the_decoder_in_transformers_4_and_5():
     assert decoder_prefix(["vision_tower.encoder.weight", "model.visual.merger.weight"]) is None
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("kind", TEXT_DEFAULTS)
 def test_a_setting_that_text_config_lacks_has_transformers_default(kind):
     """Of every decoder, by the configuration that jaxft parses from transformers' own defaults."""
     from transformers import CONFIG_MAPPING

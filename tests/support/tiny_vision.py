@@ -39,7 +39,7 @@ def case(text, vision, **others):
 
 MISTRAL = {"model_type": "mistral", "sliding_window": None}
 GEMMA3 = dict(
-    model_type="gemma3_text", num_hidden_layers=3, sliding_window=7, query_pre_attn_scalar=24,
+    model_type="gemma3_text", num_hidden_layers=3, sliding_window=7, query_pre_attn_scalar=16,
     layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     rope_scaling={"rope_type": "linear", "factor": 8.0},
 )  # fmt: skip
