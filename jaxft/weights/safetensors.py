@@ -182,11 +182,13 @@ def _fetch_all(tensors: list[TensorToWrite]) -> None:
 
 def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
     """Write a safetensors file by this process alone, as write_safetensors does."""
-    stored, stored_at = _stored_entries(source) if source else ({"__metadata__": {"format": "pt"}}, 0)
-    header, starts = _header(stored, tensors)
+    stored: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which older transformers require
     part = path.with_name(path.name + ".part")
-    fetched = 0
+    stored_at = fetched = 0
     try:
+        if source is not None:
+            stored, stored_at = _stored_entries(source)
+        header, starts = _header(stored, tensors)
         with part.open("wb") as file:
             file.write(header)
             for name in starts.keys() & stored.keys() - {tensor.name for tensor in tensors}:
@@ -236,8 +238,8 @@ def _copy_bytes(source: Path, start: int, size: int, out: BinaryIO) -> None:
 def _header(stored: dict[str, Any], tensors: list[TensorToWrite]) -> tuple[bytes, dict[str, int]]:
     """Return the first bytes of a safetensors file, and the byte at which each tensor begins.
 
-    stored: the header of the file that others are copied from, or only its metadata, which older
-    transformers require. Wide dtypes come first, so that each tensor stays aligned.
+    stored: the header of the file that others are copied from, or its metadata alone. Wide dtypes come first,
+    so that each tensor stays aligned.
     """
     new = {
         tensor.name: {
