@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Decisions
-from jaxft.objectives.alarms import Entry, change, has_numbers
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import (
     ENTROPY,
-    HELD_OUT,
     LOSS,
     ROWS,
     Calibration,
@@ -28,12 +26,13 @@ from jaxft.objectives.metrics import (
     layer_metrics,
     mean_losses,
 )
-from jaxft.objectives.objective import Objective, Report
+from jaxft.objectives.objective import Objective
 from jaxft.objectives.read_positions import read_logits
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 
-ACCURACY, LOG_LOSS, BRIER, ECE, CONFIDENCE = "accuracy", "log_loss", "brier", "ece", "confidence"
+ACCURACY, LOG_LOSS, BRIER, ECE = "accuracy", "log_loss", "brier", "ece"
+CONFIDENCE, CORRECT = "confidence", "correct"  # of single rows: what ece compares
 NONE = -1e30  # the log-probability of a choice that a row does not have; finite, since 0 * inf is NaN
 
 PerChoice = Float[Array, "... C"]
@@ -123,7 +122,6 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
         decision_loss,
         eval_loss=partial(decision_loss, with_rows=True),
         text=sft(model),
-        report=Report(summary=decision_summary),
     )
 
 
@@ -145,21 +143,7 @@ def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
         ENTROPY: mean(cross_entropy(log_p, jnp.exp(log_p))),
     }
     if losses is not None:
-        rows = {LOSS: losses, ACCURACY: accurate, CONFIDENCE: confidence}
+        rows = {LOSS: losses, ACCURACY: accurate, CONFIDENCE: confidence, CORRECT: correct}
         metrics |= {ROWS + name: PerRow.of(values, outputs.weight) for name, values in rows.items()}
     return metrics
 
-
-def decision_summary(first: Entry, last: Entry) -> list[str]:
-    """Summarise a run in lines of text. first, last: each metric's first and newest value."""
-    lines = {
-        ACCURACY: "accuracy of held-out decisions",
-        LOG_LOSS: "log loss of held-out decisions",
-        BRIER: "Brier score of held-out decisions",
-        ECE: "calibration error (ECE) of held-out decisions",
-    }
-    return [
-        f"{text}: {change(HELD_OUT + name, first, last, 3)}"
-        for name, text in lines.items()
-        if has_numbers(last, HELD_OUT + name)
-    ]

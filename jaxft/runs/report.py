@@ -19,6 +19,9 @@ HEADLINES = {  # metrics that the result lines show, in this order
     HELD_OUT + names.LOSS: "loss on held-out rows",
     HELD_OUT + names.ACCURACY: "accuracy on held-out pairs",
     HELD_OUT + names.REWARD_ACCURACY: "accuracy on held-out pairs",
+    HELD_OUT + names.LOG_LOSS: "log loss of held-out decisions",
+    HELD_OUT + names.BRIER: "Brier score of held-out decisions",
+    HELD_OUT + names.ECE: "calibration error (ECE) of held-out decisions",
     HELD_OUT + names.REWARD: "reward of held-out prompts",
     names.GENERAL_LOSS: "loss on general text",
 }
@@ -220,6 +223,8 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
     }
     known = {without_count(name) for name in metrics}  # without a value if all pairs are ties
     labels = {name: label for name, label in HEADLINES.items() if name in known}
+    if HELD_OUT + names.ECE in labels:
+        labels[HELD_OUT + names.REWARD_ACCURACY] = "accuracy of held-out decisions"
     if HELD_OUT + names.LOSS in labels and "part" in evaluation:
         labels[HELD_OUT + names.LOSS] = f"loss on {evaluation['part']}"
     return scores | labels

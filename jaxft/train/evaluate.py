@@ -16,8 +16,10 @@ from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.runs.metric_names import (
     ACCURACY,
+    BRIER,
     CHOSEN_LOGP,
     CHOSEN_REWARD,
+    ECE,
     MARGIN,
     REWARD,
     REWARD_ACCURACY,
@@ -28,7 +30,7 @@ from jaxft.runs.metric_names import (
 from jaxft.train.settings import Loop, Run, steps_between
 from jaxft.tree import Aux, Batch, Metrics, Params
 
-LOWER_IS_BETTER = ("loss", "kl")  # ends of names
+LOWER_IS_BETTER = ("loss", "kl", BRIER, ECE)  # ends of names
 GREATER_IS_BETTER = frozenset(
     {
         ACCURACY, MARGIN, CHOSEN_REWARD, CHOSEN_LOGP, REWARD, REWARD_ACCURACY, REWARD_MARGIN, TOKEN_ACCURACY,

@@ -49,7 +49,7 @@ class Loop:
     eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
-    loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
+    loss, kl, brier or ece, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
     after this many evaluations without a better best_metric. eval_fraction: the most that all evaluations of
     held-out rows together may compute, as a fraction of what training does (see train/evaluate.py); where the
     held-out rows are a fraction of the rows and would take more, fewer of them are evaluated. None: all of
