@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxft.data.decisions import DECISION_SCHEMAS, LABEL, LETTERS, Decision, ans
 from jaxft.data.flat import Flat
 from jaxft.data.formats import RowFormat
 from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
-from jaxft.data.mixture import parse_sources
+from jaxft.data.mixture import held_out_sources, parse_sources
 from jaxft.data.pack import RowPlan, ranges
 from jaxft.data.row_files import Row
 from jaxft.data.rows import read_rows
@@ -180,6 +181,38 @@ def _learned_line(rows: TokenisedDecisions, train: np.ndarray) -> str:
     return f"one token of each row is learned, its choice of {most}{detail}"
 
 
+def is_decision(row: Row, columns: Sequence[str]) -> bool:
+    """Whether a row has the columns of a format of decisions. columns: data.columns."""
+    try:
+        counts = formats.count_columns([row], columns, DECISION_SCHEMAS)
+        formats.choose_format(counts, "auto", columns, DECISION_SCHEMAS)
+    except ValueError:
+        return False
+    return True
+
+
+def choice_names(rows: DecisionRows) -> dict[str, tuple[str, ...]]:
+    """Return the values of the choices of every valid row, as text, by the name of the row. rows: with their
+    labels, see with_labels.
+    """
+    held_out = held_out_sources(rows.held_out) if isinstance(rows.held_out, str) and rows.holds_out else []
+    found = dict[str, tuple[str, ...]]()
+    for source in (*parse_sources(rows.train), *held_out):
+        own = list(islice(read_rows(source.ref), rows.max_samples))
+        columns = source.adapt(rows).columns
+        counts = formats.count_columns(own, columns, DECISION_SCHEMAS)
+        format = formats.choose_format(counts, rows.format, columns, DECISION_SCHEMAS)
+        for row in formats.rename_rows(format, own, columns, DECISION_SCHEMAS):
+            decision = attempt(_read, row, format, rows.token_settings)
+            if isinstance(decision, Decision):
+                found[decision.name] = tuple(choice.name for choice in decision.choices)
+    return found
+
+
+def _read(row: Row | InvalidRow, format: RowFormat, settings: DecisionTokenSettings) -> Decision:
+    return parse(valid(row), format.name, settings.labels, settings.question)
+
+
 # ---- tokens
 
 
@@ -212,10 +245,8 @@ def _tokenise(
     """Return the columns of a chunk's rows; see RowKind."""
     renamed = list(formats.rename_rows(format, rows, settings.columns, DECISION_SCHEMAS))
 
-    def read(row: Row | InvalidRow) -> Decision:
-        return parse(valid(row), format.name, settings.labels, settings.question)
-
-    found = list(formats.by_their_names([attempt(read, row) for row in renamed], format, settings.columns))
+    read = (attempt(_read, row, format, settings) for row in renamed)
+    found = list(formats.by_their_names(read, format, settings.columns))
     chats = [x.prompt(settings.template) for x in found if isinstance(x, Decision)]
     prompts = chat.example_prompt_ids(chats, tokenizer, settings.template)
     columns: dict[str, list[Any]] = {name: [] for name in (*DECISION_COLUMNS, "index")}

@@ -246,7 +246,7 @@ def _probabilities(
                 f"{column}: the probability of {name[:60]!r} is {str(p)[:40]}; use a number from 0 to 1",
             )
     total = math.fsum(given.values())
-    if abs(total - 1) > TOLERANCE:
+    if abs(total - 1) > TOLERANCE + 1e-9:  # 0.99 is not below 0.99
         raise InvalidRow(
             row,
             "probabilities that do not sum to 1",
