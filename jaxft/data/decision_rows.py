@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Decisions, Tokens, TrainState
+from jaxft.data import cache as files
 from jaxft.data import chat, formats
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
-from jaxft.data.decisions import DECISION_SCHEMAS, LABEL, LETTERS, Decision, answer_tokens, parse
+from jaxft.data.decisions import DECISION_SCHEMAS, LABEL, LETTERS, Choice, Decision, answer_tokens, parse
 from jaxft.data.flat import Flat
 from jaxft.data.formats import RowFormat
 from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
@@ -101,15 +102,13 @@ class DecisionRows(Rows):
                     "answer alone; remove it"
                 )
         if self.labels and not 2 <= len({*self.labels}) == len(self.labels) <= len(LETTERS):
-            raise ValueError(
-                f"data.labels={','.join(self.labels)}; use 2 to {len(LETTERS)} different labels"
-            )
+            raise ValueError(f"data.labels={','.join(self.labels)}; use 2 to {len(LETTERS)} different labels")
 
     @property
     def token_settings(self) -> DecisionTokenSettings:
         """The settings that the tokens of a row depend on."""
         known = super().token_settings
-        return DecisionTokenSettings(*astuple_of(known), labels=self.labels, question=self.question)
+        return DecisionTokenSettings(**vars(known), labels=self.labels, question=self.question)
 
     def tokenise(self, ref: str, settings: Any, tokenizer: Any, how: Tokenising) -> TokenisedDecisions:
         """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
@@ -144,32 +143,22 @@ class DecisionRows(Rows):
             found |= _labels_of(source.ref, source.adapt(self))
         if len(found) > len(LETTERS):
             raise ValueError(
-                f"data.train={self.train}: the rows have {len(found)} different labels, and a decision has at "
-                f"most {len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
+                f"data.train={self.train}: the rows have {len(found)} different labels, and a decision has "
+                f"at most {len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
             )
         return replace(self, labels=tuple(sorted(found)))
 
 
-def astuple_of(settings: TokenSettings) -> tuple[Any, ...]:
-    """Return the values of the fields, which stay as they are."""
-    return tuple(getattr(settings, f.name) for f in fields(settings))
-
-
 def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
     """Return the labels of a dataset, none if its first row has no text and label."""
-    found = set[str]()
-    for number, row in enumerate(read_rows(ref)):
-        if number == rows.max_samples:
-            break
-        if number == 0:
-            counts = formats.count_columns([row], rows.columns, DECISION_SCHEMAS)
-            format = attempt(formats.choose_format, counts, rows.format, rows.columns, DECISION_SCHEMAS)
-            if isinstance(format, InvalidRow) or format.name != LABEL:
-                return found
-        renamed = next(formats.rename_rows(format, [row], rows.columns, DECISION_SCHEMAS))
-        label = None if isinstance(renamed, InvalidRow) else renamed.fields.get("label")
-        found |= {str(label).lower() if isinstance(label, bool) else str(label)} if label is not None else set()
-    return found
+    own = list(islice(read_rows(ref), rows.max_samples))
+    counts = formats.count_columns(own[:1], rows.columns, DECISION_SCHEMAS)
+    format = attempt(formats.choose_format, counts, rows.format, rows.columns, DECISION_SCHEMAS)
+    if isinstance(format, InvalidRow) or format.name != LABEL:
+        return set()
+    renamed = formats.rename_rows(format, own, rows.columns, DECISION_SCHEMAS)
+    labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
+    return {Choice(label).name for label in labels if isinstance(label, str | int | float)}
 
 
 def _learned_line(rows: TokenisedDecisions, train: np.ndarray) -> str:
@@ -243,8 +232,7 @@ def _tokenise(
     settings: DecisionTokenSettings,
 ) -> ChunkColumns:
     """Return the columns of a chunk's rows; see RowKind."""
-    renamed = list(formats.rename_rows(format, rows, settings.columns, DECISION_SCHEMAS))
-
+    renamed = formats.rename_rows(format, rows, settings.columns, DECISION_SCHEMAS)
     read = (attempt(_read, row, format, settings) for row in renamed)
     found = list(formats.by_their_names(read, format, settings.columns))
     chats = [x.prompt(settings.template) for x in found if isinstance(x, Decision)]
@@ -256,7 +244,7 @@ def _tokenise(
             ids = valid(next(prompts))
             before, tokens = answer_tokens(tokenizer, decision.prefix, decision.answers)
             answer = tokens[int(np.argmax(decision.probabilities))]
-            ids = np.array([*ids, *before, answer], np.int32)
+            ids = [*ids, *before, answer]
             if len(ids) > settings.max_length:
                 if settings.too_long == "error":
                     raise ValueError(
@@ -270,20 +258,18 @@ def _tokenise(
             row = {
                 "ids": ids, "learned": np.arange(len(ids)) == len(ids) - 1, "counts": len(ids), "reads": 1,
                 "truncated": False, "responses": 1, "learned_responses": int(decision.weight > 0),
-                "ends": answer, "weights": decision.weight, "order": order, "placeholders": False, "pieces": 0,
-                "mass": 1.0, "token_weights": np.zeros(0, np.float32), "weight_counts": 0, "choices": tokens,
-                "probabilities": decision.probabilities, "choice_counts": len(tokens), "index": number,
+                "ends": answer, "weights": decision.weight, "order": order, "placeholders": False,
+                "pieces": 0, "mass": 1.0, "token_weights": np.zeros(0, np.float32), "weight_counts": 0,
+                "choices": tokens, "probabilities": decision.probabilities, "choice_counts": len(tokens), "index": number,
             }  # fmt: skip
             for column, value in row.items():
                 columns[column].append(value)
-    for column in ("ids", "learned", "token_weights", "choices", "probabilities"):
-        columns[column] = np.concatenate(columns[column]) if columns[column] else []
-    part = {
-        name: np.asarray(columns[name], column.dtype)
-        for name, column in DECISION_COLUMNS.items()
-        if name not in ("source", "number")
-    }
-    return part | {"index": np.asarray(columns["index"], np.int64)}
+    part = {"index": np.asarray(columns["index"], np.int64)}
+    for name, kind in DECISION_COLUMNS.items():
+        if name not in files.NAMING:
+            flat = np.concatenate([[], *columns[name]]) if kind.along else np.asarray(columns[name])
+            part[name] = flat.astype(kind.dtype)
+    return part
 
 
 # ---- batches
@@ -326,9 +312,10 @@ class DecisionSource(RowSource):
         """Return rows [micro, rows, ...] with the choices of the plan's members, in the order of their read
         positions.
         """
-        shape = self.shapes[0].choices.shape[-2:]
-        micro, count, _ = rows.read.shape
-        of_each, probability_of_each = self.split.rows.of_members(plan.members)
+        tokenised: Any = self.split.rows
+        micro, count, reads = rows.read.shape
+        of_each, probability_of_each = tokenised.of_members(plan.members)
+        shape = reads, of_each.shape[1]
         row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
         number = np.arange(len(row)) - plan.offsets[row]
         per_micro = -(-self.settings.batch // self.settings.micro) if micro > 1 else count
@@ -336,6 +323,4 @@ class DecisionSource(RowSource):
         choices = np.full((micro, count, *shape), -1, np.int32)
         probabilities = np.zeros((micro, count, *shape), np.float32)
         choices[at], probabilities[at] = of_each, probability_of_each
-        return Decisions(
-            **vars(rows), choices=choices, probabilities=probabilities, tokens=self.split.rows.tokens
-        )
+        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=tokenised.tokens)

@@ -98,9 +98,7 @@ class Decision:
         return Chat(self.name, self.messages, len(self.messages), plain, arguments=arguments)
 
 
-def decide(
-    name: str, messages: Sequence[Message], choices: Sequence[Choice], **more: Any
-) -> Decision:
+def decide(name: str, messages: Sequence[Message], choices: Sequence[Choice], **more: Any) -> Decision:
     """Return the decision between choices, which the last of the messages, a user's, is made to list.
 
     more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, and two
@@ -147,14 +145,15 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     labels: of rows with a label. question: data.question, in place of LABEL_QUESTION, or of RELEVANCE for a
     reranker. Raises InvalidRow.
     """
-    more = {"arguments": template_arguments_of(row), "weight": row_weight(row)}
+    more: dict[str, Any] = {"arguments": template_arguments_of(row), "weight": row_weight(row)}
     if format == RERANKER:
         instruction = row.fields.get("instruction") or question or RELEVANCE
         query, document = text_of(row, "query"), text_of(row, "document")
         text = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
-        messages, yes = tuple(user_messages(text, JUDGE)), _relevance(row)
-        choices = tuple(map(Choice, NO_YES))
-        return Decision(row.name, messages, choices, NO_YES, "", (1 - yes, yes), **more)
+        yes, choices = _relevance(row), tuple(map(Choice, NO_YES))
+        return Decision(
+            row.name, tuple(user_messages(text, JUDGE)), choices, NO_YES, "", (1 - yes, yes), **more
+        )
     system = row.fields.get("system")
     if format == LABEL:
         choices = tuple(map(Choice, labels))
@@ -211,7 +210,7 @@ def _answer(row: Row, column: str, choices: Sequence[Choice]) -> tuple[float, ..
     if isinstance(value, list | tuple) and len(value) == len(names):
         return _probabilities(row.name, column, dict(zip(names, value, strict=True)), names)
     if isinstance(value, Mapping):
-        given = {str(key): p for key, p in value.items() if p is not None}  # a table has null for a missing one
+        given = {str(key): p for key, p in value.items() if p is not None}  # null in a table is none
         wrong = next((key for key in given if key not in names), None)
         if wrong is not None:
             raise _no_choice(row.name, column, wrong, names)
@@ -226,7 +225,7 @@ def _answer(row: Row, column: str, choices: Sequence[Choice]) -> tuple[float, ..
 
 
 def _no_choice(row: str, column: str, value: Any, names: Sequence[str]) -> InvalidRow:
-    near = similar_names(str(value), names)
+    near = similar_names(str(value), list(names))
     return InvalidRow(
         row,
         f"{column} that is none of the choices",
@@ -281,7 +280,9 @@ def answer_tokens(tokenizer: Any, prefix: str, answers: Sequence[str]) -> tuple[
     """
     encoded = tokenizer([prefix, *(prefix + x for x in answers)], add_special_tokens=False).input_ids
     before, *found = encoded if prefix else ([], *encoded[1:])
-    wrong = [x for x, ids in zip(answers, found, strict=True) if ids[:-1] != before or len(ids) <= len(before)]
+    wrong = [
+        x for x, ids in zip(answers, found, strict=True) if ids[:-1] != before or len(ids) <= len(before)
+    ]
     if wrong:
         where = f"after {prefix!r}" if prefix else "alone"
         raise ValueError(

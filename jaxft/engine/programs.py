@@ -105,9 +105,7 @@ def next_tokens(
     def most_likely() -> tuple[Array, Array]:
         ranked = logits
         if d.constrained:
-            ranked = jnp.where(
-                (settings.top == OF_ALLOWED)[:, None], allowed_logits(logits, allowed), logits
-            )
+            ranked = jnp.where((settings.top == OF_ALLOWED)[:, None], allowed_logits(logits, allowed), logits)
         values, ids = jax.lax.top_k(ranked, d.top)
         return ids.astype(jnp.int32), (values - norm).astype(jnp.float32)
 

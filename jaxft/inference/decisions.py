@@ -6,8 +6,8 @@ from the scores of one next token.
 
     {"model": "base", "input": "The parcel arrived broken.", "questions": [
         {"type": "predicate", "instructions": "Is an item damaged?"},
-        {"type": "choice", "name": "team", "instructions": "Who handles it?", "choices": [{"value": "returns"},
-            {"value": "billing", "description": "Charges and payments"}]},
+        {"type": "choice", "name": "team", "instructions": "Who handles it?", "choices": [
+            {"value": "returns"}, {"value": "billing", "description": "Charges and payments"}]},
         {"type": "score", "instructions": "How severe is it?", "levels": [{"label": "cosmetic"},
             {"label": "broken"}]}]}
 """

@@ -359,7 +359,11 @@ async def _decide(service: Service, request: Any) -> Any:
     found: list[asyncio.Future[NewTokens]] = [loop.create_future() for _ in body.questions]
 
     def deliver(future: asyncio.Future[NewTokens], progress: NewTokens) -> None:
-        loop.call_soon_threadsafe(lambda: future.done() or future.set_result(progress))
+        def set_result() -> None:
+            if not future.done():
+                future.set_result(progress)
+
+        loop.call_soon_threadsafe(set_result)
 
     with _refusals(fields):
         reads = await asyncio.to_thread(

@@ -3,6 +3,7 @@ all tokens, or of some.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -105,5 +106,6 @@ def _columns(w: Weight, ids: Int[Array, " U"]) -> Weight:
         columns = expand(_columns(w.weight, ids), w.rows.dtype)
         return with_token_rows(columns.T[None], w, ids[None])[0].T
     if isinstance(w, QTensor):
-        return replace(w, **{name: last(getattr(w, name)) for name in LIKE_WEIGHT})
+        parts: dict[str, Any] = {name: last(getattr(w, name)) for name in LIKE_WEIGHT}
+        return replace(w, **parts)
     return last(w)

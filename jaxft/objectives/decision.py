@@ -40,7 +40,7 @@ DecisionLoss = Callable[[PerChoice, PerChoice], Float[Array, "..."]]
 
 
 def cross_entropy(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
-    """`-sum_c q_c log p_c`: the logarithmic score (Good 1952), in expectation over labels of probability q."""
+    """`-sum_c q_c log p_c`: the logarithmic score (Good 1952) in expectation over labels of probability q."""
     return -jnp.sum(q * log_p, -1)
 
 
@@ -61,9 +61,7 @@ def brier(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
     return jnp.sum(jnp.square(jnp.exp(log_p) - q), -1)
 
 
-def choice_log_probs(
-    logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]
-) -> Float[Array, "B M C"]:
+def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]) -> Float[Array, "B M C"]:
     """Return the log-softmax over the choices of each decision. choices: indices of U, -1 for none, which
     gets NONE.
     """
@@ -146,4 +144,3 @@ def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
         rows = {LOSS: losses, ACCURACY: accurate, CONFIDENCE: confidence, CORRECT: correct}
         metrics |= {ROWS + name: PerRow.of(values, outputs.weight) for name, values in rows.items()}
     return metrics
-

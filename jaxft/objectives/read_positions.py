@@ -1,4 +1,5 @@
-"""Log-probs, scores and logits of some tokens at the read positions, also on a mesh that shards the time axis of rows.
+"""Log-probs, scores and logits of some tokens at the read positions, also on a mesh that shards the time axis
+of rows.
 
 There every shard of a row reads its own hidden states: only the results, one number per read, move between
 devices.

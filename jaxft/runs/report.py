@@ -163,6 +163,8 @@ def result_lines(
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
     lines += ["", *before_and_after(before, after)]
     script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
+    if HELD_OUT + names.ECE in after["metrics"]:
+        script, argument = "evaluate", "--file ROWS --out PROBABILITIES"
     command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
@@ -342,7 +344,10 @@ def _usage(card: ModelCard) -> list[str]:
         f"The weights are in `{folder}/`, in the layout of {layout}. With jaxft:",
         "",
     ]
-    if card.model.generates:
+    if HELD_OUT + names.ECE in card.after["metrics"]:
+        lines.append("    jaxft evaluate --run PATH_OF_THIS_FOLDER --file ROWS --out PROBABILITIES")
+        lines.append("    jaxft serve --run PATH_OF_THIS_FOLDER    # POST /v1/decisions")
+    elif card.model.generates:
         lines.append('    jaxft generate --run PATH_OF_THIS_FOLDER --prompt "..."')
     else:
         lines.append("    jaxft score --run PATH_OF_THIS_FOLDER --file PAIRS    # rewards of the responses")

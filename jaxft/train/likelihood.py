@@ -194,12 +194,11 @@ def _decision_scores(
     check(source.info.fingerprint)
     stats = source.info.stats
     check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    names, results, parts = choice_names(rows), list[dict[str, Any]](), list[Metrics]()
-    values = list[float]()
-    for number, batch in enumerate(source.held_out):
-        metrics, p = jax.device_get(
-            forward(loaded.params, sharding.shard_batch(loaded.mesh, batch))
-        )
+    names, parts = choice_names(rows), list[Metrics]()
+    results = dict[str, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
+    batches: Any = source.held_out
+    for number, batch in enumerate(batches):
+        metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
         own = row_values(metrics)
         parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
         _, count, reads = batch.read.shape
@@ -213,17 +212,17 @@ def _decision_scores(
             name = source.held_out_name((number * count + row) * reads + slot)
             choices = names[name]
             labels = batch.probabilities[0, row, slot, : len(choices)]
-            results.append(
-                {
-                    "row": name,
-                    "probabilities": dict(zip(choices, map(float, p[row, slot]), strict=False)),
-                    "answer": dict(zip(choices, map(float, labels), strict=True)),
-                }
-            )
-            values.append(found[ACCURACY])
+            line = {
+                "row": name,
+                "probabilities": dict(zip(choices, map(float, p[row, slot]), strict=False)),
+                "answer": dict(zip(choices, map(float, labels), strict=True)),
+            }
+            results[name] = found[ACCURACY], line
     found = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
     metrics = {"examples": stats.held_out, **found}
-    return Evaluated(metrics, results, [*invalid_lines(stats.invalid)], {ACCURACY: values})
+    in_order = [results[name] for name in names if name in results]
+    values = {ACCURACY: [accuracy for accuracy, _ in in_order]}
+    return Evaluated(metrics, [line for _, line in in_order], [*invalid_lines(stats.invalid)], values)
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Decision rows: their prompts, choices and probabilities, batches of them, and what is wrong with bad ones."""
+"""Decision rows: their prompts, choices and probabilities, batches of them, and the errors of bad ones."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tiny_tokenizers import CHATML, tiny
 
-from jaxft.data import chat
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.decisions import answer_tokens, parse
 from jaxft.data.inspection import inspect
@@ -16,7 +15,11 @@ from jaxft.data.lengths import measure
 from jaxft.data.rows import Row
 from jaxft.inference.served_model import ServedModel, decision_prompt
 
-QUESTION = {"question": "Which is it?", "choices": ["a", {"value": "b", "description": "the rank"}], "answer": "b"}
+QUESTION = {
+    "question": "Which is it?",
+    "choices": ["a", {"value": "b", "description": "the rank"}],
+    "answer": "b",
+}
 THINKING = CHATML.replace(
     "<|im_start|>assistant\n' }}{% endif %}",
     "<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -88,8 +91,8 @@ def test_a_prompt_lists_its_choices_and_is_the_one_that_the_server_reads(tmp_pat
     batch = source.batch(0)[0]
     (text, p, _), _ = texts_and_choices(source, batch, tokenizer)
     assert text == (
-        "<|im_start|>user\nWhich is it?\n\nAnswer with one of these choices:\nchoice#A a\nchoice#B b: the rank"
-        "<|im_end|>\n<|im_start|>assistant\nchoice#"
+        "<|im_start|>user\nWhich is it?\n\nAnswer with one of these choices:\nchoice#A a\n"
+        "choice#B b: the rank<|im_end|>\n<|im_start|>assistant\nchoice#"
     )
     assert p == {"A": 0.0, "B": 1.0}
     served = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
@@ -179,7 +182,9 @@ def test_a_bad_row_is_one_line(change, message):
 
 def test_bad_rows_end_the_run_with_file_and_row_or_are_counted(tmp_path):
     rows = [QUESTION] * 5 + [{**QUESTION, **change} for change, _ in BAD[:5]]
-    with pytest.raises(InvalidRow, match=r"r.jsonl:6: answer 'c' is none of the 2 choices; near: .*invalid=drop"):
+    with pytest.raises(
+        InvalidRow, match=r"r.jsonl:6: answer 'c' is none of the 2 choices; near: .*invalid=drop"
+    ):
         source_of(tmp_path, rows, invalid="error")
     found = source_of(tmp_path, rows, invalid="drop", invalid_limit=0.5)
     assert {count.reason: count.rows for count in found.info.stats.invalid} == {

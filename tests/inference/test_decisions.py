@@ -36,11 +36,9 @@ def running():
 
 
 def read_by_hand(question, choices):
-    """(probabilities of A, B, ... among themselves, and among all tokens) after the prompt, from all logits."""
+    """(probabilities of A, B, ... among themselves, and among all tokens) after the prompt."""
     lines = "\n".join(f"choice#{letter} {text}" for letter, text in zip("ABCDEFGH", choices))
-    messages = [
-        {"role": "user", "content": f"{question}\n\nAnswer with one of these choices:\n{lines}"}
-    ]
+    messages = [{"role": "user", "content": f"{question}\n\nAnswer with one of these choices:\n{lines}"}]
     tok = tiny.TOKENIZER
     text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + "choice#"
     ids = np.asarray(tok(text, add_special_tokens=False).input_ids, np.int32)[None]

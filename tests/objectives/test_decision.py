@@ -74,7 +74,9 @@ def test_probabilities_and_metrics_are_those_of_all_logits(case):
 
     logits, outputs, (loss, metrics) = run(params)
     expected = by_hand(logits, batch)
-    found = [np.exp(x[x > -1e29]) for x, w in zip(outputs.log_p.reshape(-1, 4), batch.token_weights.ravel()) if w]
+    found = [
+        np.exp(x[x > -1e29]) for x, w in zip(outputs.log_p.reshape(-1, 4), batch.token_weights.ravel()) if w
+    ]
     for p, (own, _) in zip(found, expected, strict=True):
         np.testing.assert_allclose(p, own, rtol=1e-10)
     floats = as_floats(metrics)
@@ -149,7 +151,7 @@ def test_a_loss_is_proper_and_has_the_gradient_of_finite_differences(loss):
 
 
 def test_calibration_error_of_golden_bins():
-    # Two predictions of 0.62 of which one is right, one of 0.9 that is right: (2 |0.5 - 0.62| + |1 - 0.9|) / 3
+    # Two predictions of 0.62, one of them right, and one of 0.9, right: (2 |0.5 - 0.62| + |1 - 0.9|) / 3
     found = Calibration.of(
         jnp.array([0.62, 0.62, 0.9, 0.4]), jnp.array([1.0, 0, 1, 1]), jnp.array([True, True, True, False])
     )

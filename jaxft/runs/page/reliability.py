@@ -15,7 +15,7 @@ SIZE, MARGIN = 240, 34  # pixels of the diagram, and of the space for its labels
 class Bin(NamedTuple):
     """The held-out decisions whose confidence is in one range: their number and two means."""
 
-    count: int
+    decisions: int
     confidence: float
     accuracy: float
 
@@ -47,7 +47,7 @@ def reliability_section(runs: Sequence[RunFiles]) -> str:
         errors = [f"{x:.3f} {when}" for x, when in ((before, "before"), (after, "after")) if x is not None]
         title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
         rows = [
-            [f"{n / CALIBRATION_BINS:.2f} to {(n + 1) / CALIBRATION_BINS:.2f}", f"{b.count:,}",
+            [f"{n / CALIBRATION_BINS:.2f} to {(n + 1) / CALIBRATION_BINS:.2f}", f"{b.decisions:,}",
              f"{b.confidence:.3f}", f"{b.accuracy:.3f}"]
             for n, b in enumerate(bins) if b
         ]  # fmt: skip
@@ -57,20 +57,20 @@ def reliability_section(runs: Sequence[RunFiles]) -> str:
             + folded("The bins", table)
         )
     note = (
-        '<p class="note">Of the held-out decisions after the last step: bars are how many of the choices with '
-        "a confidence are right; of a calibrated model they end at the diagonal. The darker a bar, the more "
-        "decisions it has.</p>"
+        '<p class="note">Of the held-out decisions after the last step: a bar is how many of the choices '
+        "with a confidence are right; of a calibrated model it ends at the diagonal. The darker a bar, the "
+        "more decisions it has.</p>"
     )
     return section("reliability", "Reliability", note + "\n".join(parts)) if parts else ""
 
 
 def diagram(bins: Sequence[Bin | None]) -> str:
     """Return the diagram as an SVG picture."""
-    most, width = max(b.count for b in bins if b), SIZE / len(bins)
+    most, width = max(b.decisions for b in bins if b), SIZE / len(bins)
     bars = "".join(
         f'<rect x="{MARGIN + number * width + 1:.1f}" y="{SIZE * (1 - b.accuracy):.1f}" '
         f'width="{width - 2:.1f}" height="{max(SIZE * b.accuracy, 1):.1f}" '
-        f'fill-opacity="{0.25 + 0.75 * b.count / most:.2f}"><title>{b.count} decisions of confidence '
+        f'fill-opacity="{0.25 + 0.75 * b.decisions / most:.2f}"><title>{b.decisions} decisions of confidence '
         f"{b.confidence:.3f}, {b.accuracy:.3f} right</title></rect>"
         for number, b in enumerate(bins)
         if b
