@@ -260,7 +260,8 @@ def _tokenise(
                 "truncated": False, "responses": 1, "learned_responses": int(decision.weight > 0),
                 "ends": answer, "weights": decision.weight, "order": order, "placeholders": False,
                 "pieces": 0, "mass": 1.0, "token_weights": np.zeros(0, np.float32), "weight_counts": 0,
-                "choices": tokens, "probabilities": decision.probabilities, "choice_counts": len(tokens), "index": number,
+                "choices": tokens, "probabilities": decision.probabilities, "choice_counts": len(tokens),
+                "index": number,
             }  # fmt: skip
             for column, value in row.items():
                 columns[column].append(value)

@@ -21,7 +21,9 @@ from jaxft.weights.tensors import Tensor, layer_on_host
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A parameter whose part at an index along its leading axes `make(index)` computes, all of it for ()."""
+    """A parameter whose part at an index along the leading axes that its files split it along `make(index)`
+    computes; () where they have one tensor for all of it.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
