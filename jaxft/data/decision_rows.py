@@ -15,7 +15,15 @@ from jaxft.batch import Decisions, Tokens, TrainState
 from jaxft.data import cache as files
 from jaxft.data import chat, formats
 from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
-from jaxft.data.decisions import DECISION_SCHEMAS, LABEL, LETTERS, Choice, Decision, answer_tokens, parse
+from jaxft.data.decisions import (
+    DECISION_SCHEMAS,
+    LABEL,
+    LETTERS,
+    Decision,
+    DecisionChoice,
+    answer_tokens,
+    parse,
+)
 from jaxft.data.flat import Flat
 from jaxft.data.formats import RowFormat
 from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
@@ -158,7 +166,7 @@ def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
         return set()
     renamed = formats.rename_rows(format, own, rows.columns, DECISION_SCHEMAS)
     labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
-    return {Choice(label).name for label in labels if isinstance(label, str | int | float)}
+    return {DecisionChoice(label).name for label in labels if isinstance(label, str | int | float)}
 
 
 def _learned_line(rows: TokenisedDecisions, train: np.ndarray) -> str:

@@ -33,7 +33,7 @@ from jaxft.data.template_settings import TemplateSettings
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
 LETTERS = string.ascii_uppercase
-PREFIX = "choice#"
+ANSWER_PREFIX = "choice#"
 TOLERANCE = 0.01  # by which probabilities may differ from a sum of 1
 LABEL_QUESTION = "Which label fits this text?"
 RELEVANCE = "Given a web search query, retrieve relevant passages that answer the query"  # Qwen3-Reranker's
@@ -56,14 +56,14 @@ DECISION_SCHEMAS = Schemas(
     example=("question", "choices", "answer"),
 )
 
-Value = str | bool | int | float
+ChoiceValue = str | bool | int | float
 
 
 @dataclass(frozen=True)
-class Choice:
+class DecisionChoice:
     """A choice: its value, by which an answer names it, and perhaps what it means."""
 
-    value: Value
+    value: ChoiceValue
     description: str = ""
 
     @property
@@ -82,9 +82,9 @@ class Decision:
 
     name: str
     messages: tuple[Message, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[DecisionChoice, ...]
     answers: tuple[str, ...]
-    prefix: str = PREFIX
+    prefix: str = ANSWER_PREFIX
     probabilities: tuple[float, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
@@ -98,7 +98,9 @@ class Decision:
         return Chat(self.name, self.messages, len(self.messages), plain, arguments=arguments)
 
 
-def decide(name: str, messages: Sequence[Message], choices: Sequence[Choice], **more: Any) -> Decision:
+def decide(
+    name: str, messages: Sequence[Message], choices: Sequence[DecisionChoice], **more: Any
+) -> Decision:
     """Return the decision between choices, which the last of the messages, a user's, is made to list.
 
     more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, and two
@@ -122,7 +124,7 @@ def decide(name: str, messages: Sequence[Message], choices: Sequence[Choice], **
         )
     answers = tuple(LETTERS[: len(names)])
     lines = [
-        f"{PREFIX}{letter} {choice.name}{': ' * bool(choice.description)}{choice.description}"
+        f"{ANSWER_PREFIX}{letter} {choice.name}{': ' * bool(choice.description)}{choice.description}"
         for letter, choice in zip(answers, choices, strict=True)
     ]
     question = f"{messages[-1]['content']}\n\nAnswer with one of these choices:\n" + "\n".join(lines)
@@ -150,16 +152,16 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
         instruction = row.fields.get("instruction") or question or RELEVANCE
         query, document = text_of(row, "query"), text_of(row, "document")
         text = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
-        yes, choices = _relevance(row), tuple(map(Choice, NO_YES))
+        yes, choices = _relevance(row), tuple(map(DecisionChoice, NO_YES))
         return Decision(
             row.name, tuple(user_messages(text, JUDGE)), choices, NO_YES, "", (1 - yes, yes), **more
         )
     system = row.fields.get("system")
     if format == LABEL:
-        choices = tuple(map(Choice, labels))
+        choices = tuple(map(DecisionChoice, labels))
         messages = user_messages(f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}", system)
         return decide(row.name, messages, choices, probabilities=_answer(row, "label", choices), **more)
-    choices = choices_of(row.name, row.fields["choices"])
+    choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
         if row.fields.get("question") is not None:
             raise InvalidRow(
@@ -171,7 +173,7 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     return decide(row.name, messages, choices, probabilities=_answer(row, "answer", choices), **more)
 
 
-def choices_of(name: str, value: Any) -> tuple[Choice, ...]:
+def row_choices(name: str, value: Any) -> tuple[DecisionChoice, ...]:
     """Return the choices of a row, or of a request: strings or {"value", "description"} objects, or ARC's
     {"label": [...], "text": [...]}.
     """
@@ -189,7 +191,7 @@ def choices_of(name: str, value: Any) -> tuple[Choice, ...]:
     return tuple(_choice(name, number, item) for number, item in enumerate(value))
 
 
-def _choice(name: str, number: int, item: Any) -> Choice:
+def _choice(name: str, number: int, item: Any) -> DecisionChoice:
     value, text = (item.get("value"), item.get("description")) if isinstance(item, Mapping) else (item, None)
     if not isinstance(value, str | int | float) or not str(value).strip():
         raise InvalidRow(
@@ -201,10 +203,10 @@ def _choice(name: str, number: int, item: Any) -> Choice:
         raise InvalidRow(
             name, "description that is no text", f"choices[{number}]: the description must be a string"
         )
-    return Choice(value, (text or "").strip())
+    return DecisionChoice(value, (text or "").strip())
 
 
-def _answer(row: Row, column: str, choices: Sequence[Choice]) -> tuple[float, ...]:
+def _answer(row: Row, column: str, choices: Sequence[DecisionChoice]) -> tuple[float, ...]:
     """Return the probability of each choice from a row's answer or label. Raises InvalidRow."""
     value, names = row.fields[column], [choice.name for choice in choices]
     if isinstance(value, list | tuple) and len(value) == len(names):
@@ -215,7 +217,7 @@ def _answer(row: Row, column: str, choices: Sequence[Choice]) -> tuple[float, ..
         if wrong is not None:
             raise _no_choice(row.name, column, wrong, names)
         return _probabilities(row.name, column, given, names)
-    name = Choice(value).name if isinstance(value, str | int | float) else ""
+    name = DecisionChoice(value).name if isinstance(value, str | int | float) else ""
     if name not in names:
         is_index = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
         if not is_index:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.decisions import Choice, Decision, answer_tokens, decide, user_messages
+from jaxft.data.decisions import Decision, DecisionChoice, answer_tokens, decide, user_messages
 from jaxft.data.invalid import InvalidRow, json_type, similar_names
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import SampledToken, TokenRequest
@@ -29,10 +29,10 @@ from jaxft.inference.api_request import ApiError
 from jaxft.inference.served_model import ServedModel, decision_prompt
 
 MOST_QUESTIONS, MOST_LEVELS = 64, 10
-FIELDS = ("model", "input", "questions", "safety_identifier")
+BODY_FIELDS = ("model", "input", "questions", "safety_identifier")
 # Fields of a question by its type: the one with its options, and the one that names an option.
-OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
-YES_NO = (Choice("yes"), Choice("no"))
+QUESTION_OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
+YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DecisionBody:
 
 def parse_decisions(body: Mapping[str, Any]) -> DecisionBody:
     """Check a request of /v1/decisions. Raises ApiError."""
-    _check_fields(body, FIELDS, "")
+    _check_fields(body, BODY_FIELDS, "")
     model, items = body.get("model"), body.get("questions")
     if not isinstance(model, str | None):
         raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
@@ -96,9 +96,9 @@ def _input(value: Any) -> str:
 def _question(text: str, number: int, item: Any) -> Question:
     where = f"questions[{number}]"
     kind = item.get("type") if isinstance(item, dict) else None
-    if kind not in OPTIONS:
-        raise ApiError(400, f"{where}: type must be one of {', '.join(OPTIONS)}", "questions")
-    options = OPTIONS[kind]
+    if kind not in QUESTION_OPTIONS:
+        raise ApiError(400, f"{where}: type must be one of {', '.join(QUESTION_OPTIONS)}", "questions")
+    options = QUESTION_OPTIONS[kind]
     _check_fields(item, ("type", "name", "instructions", *(options[:1] if options else ())), where)
     instructions, name = item.get("instructions"), item.get("name")
     if not isinstance(instructions, str) or not instructions.strip():
@@ -115,7 +115,7 @@ def _question(text: str, number: int, item: Any) -> Question:
         raise ApiError(400, str(error), "questions") from error
 
 
-def _options(where: str, items: Any, field: str, key: str) -> tuple[Choice, ...]:
+def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
     """Return the choices, or the levels, of a question."""
     if not isinstance(items, list):
         raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
@@ -128,7 +128,7 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[Choice, ...]
         description = item.get("description") or ""
         if not isinstance(description, str):
             raise ApiError(400, f"{place}: description must be a string", "questions")
-        found.append(Choice(item[key], description))
+        found.append(DecisionChoice(item[key], description))
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from jaxft.objectives.metrics import (
     ENTROPY,
     LOSS,
     ROWS,
-    Calibration,
+    CalibrationError,
     PerRow,
     Sum,
     by_row,
@@ -91,7 +91,7 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
     log_score, or another function of log p [..., C] and q [..., C] that returns [...].
 
     Metrics, over decisions of equal weight: accuracy (the most probable choice is the row's most probable
-    one), log_loss (cross_entropy), brier, ece (see metrics.Calibration; how right a prediction is, is the
+    one), log_loss (cross_entropy), brier, ece (see metrics.CalibrationError; how right a prediction is, is the
     row's probability of the predicted choice) and entropy of p in nats.
 
     Example:
@@ -137,7 +137,7 @@ def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
         ACCURACY: mean(accurate),
         LOG_LOSS: mean(cross_entropy(log_p, q)),
         BRIER: mean(brier(log_p, q)),
-        ECE: Calibration.of(confidence, correct, used),
+        ECE: CalibrationError.of(confidence, correct, used),
         ENTROPY: mean(cross_entropy(log_p, jnp.exp(log_p))),
     }
     if losses is not None:

@@ -13,7 +13,7 @@ from jaxft import tree
 from jaxft.batch import Decisions
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.decision import brier, cross_entropy, decision, log_score
-from jaxft.objectives.metrics import Calibration, add, as_floats, row_values
+from jaxft.objectives.metrics import CalibrationError, add, as_floats, row_values
 
 pytestmark = pytest.mark.usefixtures("x64")
 TOKENS = (7, 3, 31, 12)
@@ -152,10 +152,10 @@ def test_a_loss_is_proper_and_has_the_gradient_of_finite_differences(loss):
 
 def test_calibration_error_of_golden_bins():
     # Two predictions of 0.62, one of them right, and one of 0.9, right: (2 |0.5 - 0.62| + |1 - 0.9|) / 3
-    found = Calibration.of(
+    found = CalibrationError.of(
         jnp.array([0.62, 0.62, 0.9, 0.4]), jnp.array([1.0, 0, 1, 1]), jnp.array([True, True, True, False])
     )
     assert found.value() == pytest.approx((2 * 0.12 + 0.1) / 3)
-    assert Calibration(0 * np.asarray(found.sums)).value() is None
-    edge = Calibration.of(jnp.array([1.0, 1 / 15]), jnp.ones(2), jnp.ones(2, bool))
+    assert CalibrationError(0 * np.asarray(found.sums)).value() is None
+    edge = CalibrationError.of(jnp.array([1.0, 1 / 15]), jnp.ones(2), jnp.ones(2, bool))
     assert np.flatnonzero(edge.sums[0]).tolist() == [0, 14]
