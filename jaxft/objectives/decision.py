@@ -91,7 +91,7 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
     log_score, or another function of log p [..., C] and q [..., C] that returns [...].
 
     Metrics, over decisions of equal weight: accuracy (the most probable choice is the row's most probable
-    one), log_loss (cross_entropy), brier, ece (see metrics.CalibrationError; how right a prediction is, is the
+    one), log_loss (cross_entropy), brier, ece (see metrics.CalibrationError; a prediction is as right as the
     row's probability of the predicted choice) and entropy of p in nats.
 
     Example:

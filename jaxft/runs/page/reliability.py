@@ -21,7 +21,7 @@ class Bin(NamedTuple):
 
 
 def bins_of(rows: Mapping[str, Mapping[str, float]]) -> list[Bin | None]:
-    """Return the bins of metrics.CalibrationError from the values of held-out rows, None for one without rows."""
+    """Return the bins of CalibrationError from the values of held-out rows, None for one without rows."""
     found: list[list[tuple[float, float]]] = [[] for _ in range(CALIBRATION_BINS)]
     for values in rows.values():
         if CONFIDENCE in values and CORRECT in values:
