@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts_in_process import call
 from tiny_families import logits_of, rows
 from tiny_tokenizers import tiny
 
@@ -361,3 +362,45 @@ def quantise_fp8(folder, state):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": f"{i % 7}"}]}
+    for i in range(40)
+]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_multimodal_folder_is_used_like_any_other(tmp_path, monkeypatch, capsys):
+    """Two steps with LoRA and two in full, exported, sampled and loaded by transformers and PEFT."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base"
+    tiny_vision.write_tiny("gemma3", base)
+    tiny("chatml").save_pretrained(str(base))
+    (base / "preprocessor_config.json").write_text('{"size":   {"height": 28}}')
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ("model=base", "data=rows.jsonl", "loop.steps=2", "data.batch=4", "data.max_length=64")
+
+    def run(name, *args):
+        code, out, err = call(monkeypatch, capsys, name, *args)
+        assert code == 0, out + err
+        return out + err
+
+    said = run("train", "--config", "sft", *options, "name=lora")
+    print(said)
+    assert "images are not supported" in said
+    run("train", "--config", "sft_full", *options, "name=full")
+    print(run("export", "--run", "runs/lora", "--out", "merged"))
+    print(run("export", "--run", "runs/lora", "--out", "text", "--text-only"))
+    print(run("generate", "--run", "runs/lora", "--prompt", "what is 3?", "--max-new", "4"))
+    print(run("generate", "--model", "merged", "--prompt", "what is 3?", "--max-new", "4"))
+    found = peft.PeftModel.from_pretrained(loaded(base), "runs/lora/adapter").eval()
+    np.testing.assert_allclose(text_logits(found), text_logits(loaded("merged")), atol=1e-2)
+    whole = loaded("runs/full/model")
+    assert type(whole).__name__ == "Gemma3ForConditionalGeneration"
+    for folder in ("merged", "runs/full/model"):
+        assert (tmp_path / folder / "preprocessor_config.json").read_bytes() == b'{"size":   {"height": 28}}'
+    print(
+        (tmp_path / "runs/lora/README.md").read_text(), (tmp_path / "runs/lora/adapter/README.md").read_text()
+    )
+    assert 0
