@@ -62,12 +62,14 @@ PREFERENCE_LOSSES = {
         "jaxft.objectives.reference_free_losses",
         "simpo alphapo cpo cpo_hinge cpo_ipo orpo tpo tpo_hinge tpo_ipo tpo_l apo_zero_unpaired kto bco",
     ),
+    **_in("jaxft.objectives.ranking_losses", "plackett_luce info_nca nca rpo_bwd_kl rpo_fwd_kl rpo_sq lipo"),
 }
 POLICY_LOSSES = _in(
     "jaxft.objectives.policy_losses",
     "policy_gradient unclipped clipped dual_clip dppo_tv dppo_kl gspo gspo_token cispo sapo geo_mean vespo "
     "near_policy",
 )
+DECISION_LOSSES = _in("jaxft.objectives.decision", "cross_entropy brier log_score")
 KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
 REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
 COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")

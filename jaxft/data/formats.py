@@ -20,6 +20,8 @@
     unpaired-conversations  {"conversations", "label"} (ShareGPT)
     unpaired-instruction    {"instruction", "response" or "output", "label"} (Alpaca)
 
+    decisions               see decisions.py
+
 "label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
 without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
 "chat_template_kwargs"; those of SFT "weight" (see loss_weights.py); those of pairs "reference", from which a
@@ -48,13 +50,14 @@ from jaxft.data.conversation import (
     split_row,
     with_prompt,
 )
+from jaxft.data.decisions import DECISION, LABEL, RERANKER, parse
 from jaxft.data.example import RESPONSE, Example, Text
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.loss_weights import row_weight, without_weights
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Row
 
-SFT, PAIRS, PROMPTS = "sft", "pairs", "prompts"
+SFT, PAIRS, PROMPTS, DECISIONS = "sft", "pairs", "prompts", "decisions"
 Parse = Callable[[Row, RowSettings], dict[str, Example]]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 CHAT_COLUMNS = ("system", *TEMPLATE_COLUMNS, "weight")
@@ -189,6 +192,13 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
             )
 
 
+# ---- decisions
+
+
+def _decision(row: Row, settings: RowSettings, format: str) -> dict[str, Example]:
+    return {RESPONSE: parse(row, format, settings.labels, settings.question)}
+
+
 # ---- numbers
 
 
@@ -262,6 +272,11 @@ def _sft(name: str, required: tuple[tuple[str, ...], ...], parse: Parse, *more: 
     return RowFormat(name, SFT, required, parse, (*more, *CHAT_COLUMNS), weight=_row_weight)
 
 
+def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
+    optional = ("system", "chat_template_kwargs", "weight", *more)
+    return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+
+
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
 _COMPARED = (("chosen",), ("rejected",))
 ROW_FORMATS = (
@@ -293,11 +308,15 @@ ROW_FORMATS = (
         "unpaired-instruction", PAIRS, (_INSTRUCTION, _ANSWER, _LABEL),
         partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *_EARLIER),
     ),
+    _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
+    _decision_format(LABEL, (("text",), ("label",))),
+    _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
 )  # fmt: skip
 # What rows of a task are, for errors where another one reads them.
 TASKS = {
     SFT: "SFT, for which there is the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",
+    DECISIONS: "decisions; train on them with the recipe decision",
 }
 
 

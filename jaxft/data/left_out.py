@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Int, UInt64
 
-from jaxft.data.example import Chat, Completion, Example
+from jaxft.data.example import Chat, Completion, Example, Text
 from jaxft.data.flat import Flat
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")
@@ -35,8 +35,10 @@ def has_placeholder(example: Example) -> bool:
             return is_placeholder(prompt)
         case Completion(completion=text):
             return is_placeholder(text)
+        case Text(text=text):
+            return is_placeholder(text)
         case _:
-            return is_placeholder(example.text)
+            return False
 
 
 def left_out_rows(

@@ -15,7 +15,8 @@ class RowSettings:
     where no response is read. extras: columns of numbers. loss_on, sample_by: see sft.Rows. weight_column:
     see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
     column "environment" is this name, or of "", every row; "" for those of the rows themselves. optional:
-    whether a row without a prompt has an empty one, to which an environment adds. Others: see DataSettings.
+    whether a row without a prompt has an empty one, to which an environment adds. labels, question: see
+    decision_rows.DecisionRows. Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()
@@ -32,6 +33,8 @@ class RowSettings:
     sample_by: str = DOCUMENT
     tools: str = ""
     optional: bool = False
+    labels: tuple[str, ...] = ()
+    question: str | None = None
 
     @property
     def plain(self) -> bool:

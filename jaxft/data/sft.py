@@ -119,10 +119,15 @@ class Rows(DataSettings):
             return step_tokens(plan(epoch), member_counts(examples, plan(epoch)), self.batch)
 
         epochs = epochs_of(batch_tokens, alike=split.mixture is None)
-        layout = PackedBatches(self, split, plan, held_plan, (row_count, size, reads))
+        layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
         stats, fingerprint = _stats(layout, plan(0)), _fingerprint(layout, (plan(0), held_plan))
         info = source_info(layout, epochs, tokenizer, stats, fingerprint)
         return RowSource(info, layout, layout.evaluation(held_plan), epochs)
+
+    @property
+    def batches(self) -> "Callable[..., PackedBatches]":
+        """The layout of the batches."""
+        return PackedBatches
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
         """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it

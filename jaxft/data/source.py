@@ -310,6 +310,11 @@ class RowSource(Generic[SomeBatch]):
         return self.layout.split
 
     @property
+    def settings(self) -> Any:
+        """The settings of the data."""
+        return self.layout.settings
+
+    @property
     def shapes(self) -> tuple[SomeBatch, ...]:
         """The shapes that training batches have."""
         return (self.layout.shapes(),)

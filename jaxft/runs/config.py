@@ -30,6 +30,7 @@ from jaxft.runs.parse import (
     find_recipe,
     format_error,
     is_callable,
+    may_define,
     parse_value,
     run_file,
     short_names,
@@ -215,12 +216,14 @@ def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
         return path, inspect.getmodule(path)
     if not isinstance(path, str):
         raise ValueError(f"a recipe is a name, a Python file or a function, not {type(path).__name__}")
-    module = run_file(find_recipe(path))
+    file = find_recipe(path)
+    missing = f"{path}: no function `config`; a config file defines def config(knob=default, ...) -> Run"
+    if not may_define(file, "config"):  # another program, which would start its own work
+        raise ValueError(f"{missing}. A script of another tool is for `jaxft convert {path}`")
+    module = run_file(file)
     fn = vars(module).get("config")
     if not inspect.isfunction(fn):
-        raise ValueError(
-            f"{path}: no function `config`; a config file defines def config(knob=default, ...) -> Run"
-        )
+        raise ValueError(missing)
     return fn, module
 
 
@@ -320,9 +323,11 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
         plain = plain and (now != () or ":" not in text)  # of a file's function, the file seems to be empty
         shown = f" (now {as_written(now) or 'empty'})" if plain else ""
-        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
-        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
+        section = next((member for member in union_members(kind) if dataclasses.is_dataclass(member)), None)
+        other_tools = advice(key, text) if section else None  # optim=adamw_8bit
         remedy = f"; {other_tools}" if other_tools else ""
+        if section and "is a section" not in str(error):
+            remedy = f"; its fields are settings: {key}.{dataclasses.fields(section)[0].name}=...{remedy}"
         raise ValueError(f"{key}={short_text(text)}: {error}{shown}{remedy}") from error
 
 

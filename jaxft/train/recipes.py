@@ -26,6 +26,7 @@ from jaxft.models.teacher import Teacher
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
+from jaxft.objectives.kl import PenaltyReference
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference
@@ -39,6 +40,7 @@ from jaxft.short_names import (
     ADVANTAGES,
     COMBINATIONS,
     CORRECTIONS,
+    DECISION_LOSSES,
     ESTIMATORS,
     FILTERS,
     KL_ESTIMATORS,
@@ -71,7 +73,10 @@ FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-t
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
 CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
-SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR)  # with held-out rows
+DECISIONS = "configs/data/decisions.jsonl"  # what a message is, or whether an opinion is positive
+SHIPPED = (  # with held-out rows
+    EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR, DECISIONS,
+)  # fmt: skip
 GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
 OWN_HELD_OUT = 0.05
 
@@ -81,6 +86,7 @@ ReferenceSetting = Literal["start", "precomputed"]
 # Functions that recipes take: a short name, or a function of the user's own
 PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
 PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
+DecisionLossFunction = Annotated[Callable, ShortNames.of(DECISION_LOSSES)]
 KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
 RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
 CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
@@ -310,9 +316,14 @@ class ReferenceKnobs:
     reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
-    def reference(self, otherwise: Reference) -> Reference:
+    def reference(self, otherwise: Reference = "start") -> Reference:
         """The reference of an objective: the run's second model if there is one."""
         return otherwise if self.reference_model is None else "teacher"
+
+    @property
+    def penalty_reference(self) -> PenaltyReference:
+        """The reference of a KL penalty."""
+        return "start" if self.reference_model is None else "teacher"
 
     def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
         """The run's second model; None without one. full: whether the run trains its base."""
