@@ -107,8 +107,8 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
         if row.fields.get("question") is not None:
-            raise InvalidRow(
-                row.name, "question and messages", "the row has 'question' and 'messages'; keep one of them"
+            raise row.invalid(
+                "question and messages", "the row has 'question' and 'messages'; keep one of them"
             )
         messages = messages_of(row, "messages")
     else:
@@ -207,8 +207,7 @@ def _relevance(row: Row) -> float:
         return known
     if isinstance(value, float) and 0 <= value <= 1:
         return value
-    raise InvalidRow(
-        row.name,
+    raise row.invalid(
         "label that is neither yes nor no",
         f"column 'label' is {str(value)[:40]!r}; use yes or no, true or false, 1 or 0, or the probability of "
         "yes from 0 to 1",

@@ -52,7 +52,6 @@ from jaxft.data.conversation import (
 )
 from jaxft.data.decisions import DECISION, LABEL, RERANKER, parse
 from jaxft.data.example import RESPONSE, Example, Text
-from jaxft.data.invalid import InvalidRow
 from jaxft.data.loss_weights import row_weight, without_weights
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Row
@@ -99,8 +98,7 @@ def response_column(row: Row) -> str:
     columns = [c for c in _ANSWER if c in row.fields]
     names = [c for c in columns if row.fields[c] is not None] or columns[:1]
     if len(names) > 1:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "two response columns",
             "the row has both 'response' and 'output'; choose one with data.columns=response=...",
         )
@@ -125,8 +123,7 @@ def _labelled(
     name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
     label = _LABELS.get(str(row.fields[name]).strip().lower())
     if label is None:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "label that is neither true nor false",
             f"{name} is {repr(row.fields[name])[:40]}; use true or false (or 1 or 0)",
         )
@@ -138,8 +135,7 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
     """Return the prompt with each response, those of settings.kinds. columns: of the responses by kind."""
     if "gold" in settings.kinds:
         if row.fields.get("reference") is None:
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "missing column 'reference'",
                 f"no column 'reference', from which data.third=gold reads the third response; the "
                 f"row has {', '.join(map(str, row.fields))}",
@@ -167,8 +163,7 @@ def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitR
     for kind, turns in split.responses.items():
         _check_response(row, columns[kind], turns)
     if split.prompt and split.prompt[-1]["role"] == "assistant":
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "prompt that ends with an assistant turn",
             "the prompt ends with an assistant turn; move that turn into the responses",
         )
@@ -177,15 +172,12 @@ def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitR
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
     if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
-        raise InvalidRow(
-            row.name,
-            "empty response",
-            f"the response in column {column!r} is empty; fill it or remove the row",
+        raise row.invalid(
+            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
         )
     for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "response that is no assistant turn",
                 f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
                 "an assistant turn",
@@ -207,11 +199,7 @@ def _pair_weight(row: Row, settings: RowSettings) -> float:
     column = settings.weight_column
     weight = 1.0 if column is None else number_of(row, column, "data.weight_column")
     if weight < 0:
-        raise InvalidRow(
-            row.name,
-            "negative weight",
-            f"the weight in column {column!r} is {weight:g}; use 0 or more",
-        )
+        raise row.invalid("negative weight", f"the weight in column {column!r} is {weight:g}; use 0 or more")
     return weight
 
 
@@ -224,20 +212,16 @@ def number_of(row: Row, column: str, setting: str) -> float:
     value: Any = row.fields.get(column)
     if value is None:
         columns = ", ".join(map(str, row.fields))
-        raise InvalidRow(
-            row.name,
-            "missing number",
-            f"no number in column {column!r}, which {setting} names; the row has {columns}",
+        raise row.invalid(
+            "missing number", f"no number in column {column!r}, which {setting} names; the row has {columns}"
         )
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InvalidRow(
-            row.name,
-            "missing number",
-            f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number",
+        raise row.invalid(
+            "missing number", f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
         )
     return number
 

@@ -73,7 +73,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
 def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
     ids, limit = np.asarray(valid(outcome), np.int32), reader.settings.max_length
     if not len(ids):
-        raise InvalidRow(row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row")
+        raise row.invalid("empty prompt", "the prompt has no tokens; fill it or remove the row")
     if len(ids) > limit:
         if reader.settings.too_long == "error":
             raise ValueError(
@@ -108,8 +108,7 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
         ours, theirs = split_column(item)
         theirs = column_of(row.fields, theirs)
         if theirs not in row.fields:
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 f"missing column {theirs!r}",
                 f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
                 f"{', '.join(map(str, row.fields))}",
