@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import Decisions, Tokens
+from jaxft.bounds import one_of
 from jaxft.data import chat
 from jaxft.data.cache import ColumnTypes
 from jaxft.data.decisions import LABEL, LETTERS, answer_tokens
@@ -94,12 +95,11 @@ class DecisionRows(Rows):
 
     labels: tuple[str, ...] = ()
     question: str | None = None
-    too_long: str = "drop"
+    too_long: Annotated[str, one_of(("drop", "error"))] = "drop"
     task: ClassVar[RowTask] = DECISION_TASK
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("too_long", ("drop", "error"))
         self.require_choice("packing", (True, False))
         for name, value in FIXED.items():
             if getattr(self, name) != value:
@@ -116,7 +116,7 @@ class DecisionRows(Rows):
         return replace(super().token_settings, labels=self.labels, question=self.question)
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
-        """Read, tokenise and plan the batches; see Dataset.open."""
+        """Read, tokenise and plan the batches; see DataSettings.open."""
         found = super(DecisionRows, self.with_labels()).open(tokenizer, shards, cache)
         stats = replace(found.info.stats, learned=_learned_line(found.split.rows, found.split.train))
         return replace(found, info=replace(found.info, learned_ends={}, stats=stats))
@@ -205,7 +205,7 @@ def with_choices(rows: Tokens, most: int, tokens: tuple[int, ...]) -> Decisions:
 
 @dataclass(frozen=True)
 class DecisionBatches(PackedBatches):
-    """Decisions packed into rows; see source.BatchLayout."""
+    """Decisions packed into rows."""
 
     @property
     def choices(self) -> Ragged:
