@@ -73,7 +73,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
 def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
     ids, limit = np.asarray(valid(outcome), np.int32), reader.settings.max_length
     if not len(ids):
-        raise row.invalid("empty prompt", "the prompt has no tokens; fill it or remove the row")
+        raise InvalidRow(row.name, "empty prompt", "the prompt has no tokens; fill it or remove the row")
     if len(ids) > limit:
         if reader.settings.too_long == "error":
             raise ValueError(
