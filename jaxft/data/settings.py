@@ -31,7 +31,7 @@ def check_seed(seed: int, setting: str) -> None:
 
 
 @cache
-def _choices(kind: type) -> list[tuple[str, tuple[str | None, ...]]]:
+def _choices(kind: Any) -> list[tuple[str, tuple[str | None, ...]]]:
     """Return the settings that take some texts only, and these."""
     marks = ((name, get_args(hint)[1:]) for name, hint in get_type_hints(kind, include_extras=True).items())
     return [(name, mark.known) for name, found in marks for mark in found if isinstance(mark, Choices)]
