@@ -86,7 +86,8 @@ class DataSettings:
         check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
         check_seed(self.seed_of_split, "data.split_seed")
-        for name, known in _choices(self.__class__):
+        kind: Any = type(self)
+        for name, known in _choices(kind):
             self.require_choice(name, known)
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
