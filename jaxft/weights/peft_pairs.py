@@ -4,21 +4,26 @@ the patterns, layer numbers and lists of modules by which PEFT's adapter_config.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import Adapter, target_paths
 from jaxft.nn.lora_patterns import matches_module
 from jaxft.nn.lora_specs import PairRanks
+from jaxft.nn.param import spec_paths
+from jaxft.nn.replaced import base_modules
+from jaxft.nn.tensor_names import ModuleNames
 from jaxft.weights.peft_modules import read_float, read_shaped
 from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.safetensors import SafetensorsFiles
 from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
+Value = TypeVar("Value", int, float)
 
 
 class Pair(NamedTuple):
@@ -126,57 +131,90 @@ def _stacked(
 
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
     """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
-    targets = tuple(path.rpartition("/")[2] for path in layouts)
-    return replace(with_module_names(default, layouts, model), targets=targets)
+    ranked, base = _by_module(layouts, model), model.specs.get("base", model.specs)
+    targets = tuple(dict.fromkeys(one.path.rpartition("/")[2] for one in ranked))
+    modules = base_modules(spec_paths(base), model.weight_names)
+    paths = target_paths(base, targets) if targets else []
+    selected = {module.name: module for path in paths for module in modules[path]}
+    names = {one.module: selected[one.module].names for one in ranked}
+    layers = _layers(names.keys(), {name: module.layer for name, module in selected.items()})
+    excluded = tuple(name for name in selected if name not in names) if layers is None else ()
+    patterns = _with_patterns(default, ranked, names)
+    return replace(patterns, targets=targets, layers_to_transform=layers, exclude_modules=excluded)
 
 
 def with_module_names(
     default: Adapter, layouts: Mapping[str, PairRanks], model: Model, full_names: bool = False
 ) -> Adapter:
     """Return the settings that declare pairs of these ranks and alphas, by path, with the names of modules in
-    Hugging Face files as targets. full_names: name every module with its layer.
+    Hugging Face files as targets, as PEFT reads them. full_names: name every module with its layer.
     """
+    ranked = _by_module(layouts, model)
+    names = {one.module: (one.module,) for one in ranked}
+    ends = {one.module.rpartition(".")[2] for one in ranked}
+    everything = [one for tensors in tensors_of(model, tied_head=True).values() for one in tensors]
+    selected = {one.module: one.layer for one in everything if one.module.rpartition(".")[2] in ends}
+    # versions of PEFT differ in which number of an expert's name is the layer's
+    has_experts = any(re.search(r"\.\d+\.", one.in_layer) for one in ranked)
+    layers = None if full_names or has_experts else _layers(names.keys(), selected)
+    if layers is not None:  # PEFT looks for a layer's number in every name that is not written in full
+        ends = {one.module if one.layer is None else one.module.rpartition(".")[2] for one in ranked}
+    elif full_names or selected.keys() != names.keys():
+        ends = set(names)
+    patterns = _with_patterns(default, ranked, names)
+    return replace(patterns, targets=tuple(sorted(ends)), layers_to_transform=layers, exclude_modules=())
+
+
+def _by_module(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tensor, tuple[int, float]]:
+    """Return the rank and alpha of each module that has a pair."""
     table = adaptable_tensors(model)
-    ranked = {path: list(zip(table[path], x.ranks, x.alphas, strict=True)) for path, x in layouts.items()}
-    present = {path: [x for x in modules if x[1]] for path, modules in ranked.items()}
-    stacked = [path for path in layouts if table[path][0].index]
-    missing = [tensor for path in stacked for tensor, rank, _ in ranked[path] if not rank]
-    numbers = {tensor.layer for path in stacked for tensor, *_ in present[path]}
-    layers = tuple(sorted(number for number in numbers if number is not None))
-    in_layers = missing and all(
-        bool(rank) == (tensor.layer in layers) for path in stacked for tensor, rank, _ in ranked[path]
-    )
-    by_name = full_names or bool(missing and not in_layers)
-    # with layers_to_transform PEFT looks for a layer's number in every name, except in those written in full
-    ends = [
-        tensor.module if in_layers and not tensor.index else tensor.module.rpartition(".")[2]
-        for modules in present.values()
-        for tensor, *_ in modules
-    ]
-    named = [tensor.module for modules in present.values() for tensor, *_ in modules]
+    return {
+        tensor: (rank, alpha)
+        for path, layout in layouts.items()
+        for tensor, rank, alpha in zip(table[path], *layout, strict=True)
+        if rank
+    }
+
+
+def _layers(wanted: AbstractSet[str], selected: Mapping[str, int | None]) -> tuple[int, ...] | None:
+    """Return the layers that limit selected modules to the wanted ones; None if there are no such layers, or
+    if all are wanted. selected: the layer of each module by full name.
+    """
+    layers = {layer for name, layer in selected.items() if name in wanted and layer is not None}
+    limited = {name for name, layer in selected.items() if layer is None or layer in layers}
+    return tuple(sorted(layers)) or None if limited == wanted != selected.keys() else None
+
+
+def _with_patterns(
+    default: Adapter, ranked: Mapping[Tensor, tuple[int, float]], names: Mapping[str, ModuleNames]
+) -> Adapter:
+    """Return settings with the ranks and alphas of modules that differ from the default. names: of each
+    module, which patterns may match.
+    """
+    ranks = {one: rank for one, (rank, _) in ranked.items()}
+    alphas = {one: alpha for one, (_, alpha) in ranked.items()}
     return replace(
         default,
-        targets=tuple(sorted(set(named if by_name else ends))),
-        layers_to_transform=layers if in_layers and not by_name else None,
-        exclude_modules=() if in_layers else tuple(tensor.module for tensor in missing),
-        rank_pattern=tuple((k, int(v)) for x in present.values() for k, v in _pattern_of(x, 1, default.rank)),
-        alpha_pattern=tuple(item for x in present.values() for item in _pattern_of(x, 2, default.alpha)),
+        rank_pattern=tuple(_patterns(ranks, default.rank, names)),
+        alpha_pattern=tuple(_patterns(alphas, default.alpha, names)),
     )
 
 
-def _pattern_of(
-    modules: Sequence[tuple[Any, ...]], field: int, default: float
-) -> Iterator[tuple[str, float]]:
-    """Yield the pattern and the value of modules that differ from the default: one for all of a kernel where
-    they agree, else one for each.
+def _patterns(
+    values: Mapping[Tensor, Value], default: Value, names: Mapping[str, ModuleNames]
+) -> Iterator[tuple[str, Value]]:
+    """Yield patterns and values: one for all layers of a module if all that it matches have the same value,
+    else full names.
     """
-    values = {module[0]: module[field] for module in modules}
-    if set(values.values()) == {default}:
-        return
-    if len(set(values.values())) == 1:
-        names = {re.sub(r"\.\d+\.", r".\\d+.", tensor.in_layer): value for tensor, value in values.items()}
-        yield from names.items()
-        return
-    for tensor, value in values.items():
-        if value != default:
-            yield tensor.module, value
+    alike, done = dict[str, list[Tensor]](), set[Tensor]()
+    for one in values:
+        alike.setdefault(re.sub(r"\.\d+\.", r".\\d+.", one.in_layer), []).append(one)
+    for pattern, modules in alike.items():
+        if done.issuperset(modules) or all(values[one] == default for one in modules):
+            continue
+        matched = [one for one in values if matches_module(pattern, names[one.module], "pattern")]
+        if len({values[one] for one in matched}) == 1:
+            done.update(matched)
+            yield pattern, values[modules[0]]
+        else:
+            yield from ((one.module, values[one]) for one in modules if values[one] != default)

@@ -134,7 +134,7 @@ def test_adapters_files_and_norms_have_the_numbers_of_the_models_layers(params):
     found = metrics.by_layer(make_watch({"adapter": specs})(*[{"adapter": grads}] * 3))
     norms = {name.removeprefix("grad_norm/blocks/") for name in found if name.startswith("grad_norm")}
     assert norms == {"recurrent/mix/out/1", "recurrent/mix/out/3", "full/attn/q/2", "full/attn/q/4"}
-    with pytest.raises(ValueError, match="layers_to_transform=5: the layers are 0 to 4"):
+    with pytest.raises(ValueError, match="=5: the layers with adapter.targets are 0 to 4"):
         pair_layouts(model.specs, replace(settings, layers_to_transform=(5,)), model.weight_names)
 
 
