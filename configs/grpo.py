@@ -38,6 +38,7 @@ from jaxft.train.recipes import (
     FilterFunction,
     LoraKnobs,
     PolicyLossFunction,
+    ReferenceKnobs,
     RewardFunction,
     RolloutKnobs,
     TokenWeightsFunction,
@@ -87,6 +88,7 @@ def config(
     correction: CorrectionFunction | None = None,  # importance weights between sampler and training program
     correction_bounds: tuple[float, float] | None = None,  # of these weights, the function's own by default
     ratio_to_sampler: bool = False,  # the loss's ratio is to the sampler, not to the training program
+    other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Group-relative policy optimisation."""
     if advantage and estimate:
@@ -109,7 +111,13 @@ def config(
     heads, models = base.reward_model(reward_model, prompts.max_length)
     all_rewards: tuple[Any, ...] = (*prompts.rewards(rewards, exact), *models)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
-    penalty: Any = KLInReward(FixedKL(beta, k1)) if kl_in == "rewards" else beta
+    if other.reference_model and not beta:
+        raise ValueError(f"reference_model={other.reference_model} needs a KL penalty: a beta above 0")
+    penalty: Any = beta
+    if kl_in == "rewards":
+        penalty = KLInReward(FixedKL(beta, k1, other.penalty_reference))
+    elif other.reference_model:
+        penalty = FixedKL(beta, reference=other.penalty_reference)
     least_most = dict(zip(("least", "most"), correction_bounds or (), strict=False))
     taper = None if overlong is None else (prompts.most_sampled, overlong)
     rules = Rules(
@@ -138,4 +146,5 @@ def config(
         optim=base.optim(lr),
         loop=Loop(eval_every=6, save_every=6),
         seed=prompts.seed,
+        teacher=other.teacher(base),
     )

@@ -39,7 +39,7 @@ def config(
         objective=partial(
             preference,
             loss=loss,
-            reference=other.reference("start"),
+            reference=other.reference(),
             beta=beta,
             extra=kto_metrics,
         ),

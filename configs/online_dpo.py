@@ -8,7 +8,7 @@ preference loss.
 SmolLM2-135M-Instruct on the opinions in configs/data, 40 steps; after half of them 67 % of the held-out
 completions are right, 3 % at the start (in float32). `reward` is a function of (prompt, completion, row), or
 names a reward model as in configs/ppo.py. A prompt whose completions all have the same score is not trained
-on. The reference is the policy at step 0.
+on. The reference is the policy at step 0, or reference_model=.
 
 Hardware: 2 CPU cores, 3 GB; 14 minutes.
 """
@@ -20,7 +20,14 @@ from jaxft.objectives.preference_losses import dpo
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import exact
 from jaxft.rl.rules import Rules
-from jaxft.train.recipes import OPINIONS, LoraKnobs, PairLossFunction, PromptKnobs, RewardFunction
+from jaxft.train.recipes import (
+    OPINIONS,
+    LoraKnobs,
+    PairLossFunction,
+    PromptKnobs,
+    ReferenceKnobs,
+    RewardFunction,
+)
 from jaxft.train.settings import Loop, Run
 
 
@@ -32,16 +39,18 @@ def config(
     reward: str | RewardFunction = exact,
     loss: PairLossFunction = dpo,
     beta: float = 0.1,
+    other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation on the policy's own completions."""
     heads, rewards = base.reward_model(reward, prompts.max_length)
     return Run(
         name=name,
         **base.sections(),
-        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta),
+        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=other.reference()),
         data=OnlinePairs(**prompts.settings(), rules=Rules(rewards)),
         heads=heads,
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         seed=prompts.seed,
+        teacher=other.teacher(base),
     )

@@ -10,7 +10,8 @@ SmolLM2-135M-Instruct on the prompts of the pairs in configs/data: 21 rollouts o
 passes over each. On a CPU without AVX512-BF16 dtype=float32 is faster, and takes about three times as long.
 From an adapter that answers such questions (configs/sft.py data=configs/data/finetuning.jsonl lr=2e-3
 name=chat, then start=runs/chat) expect the held-out reward to rise by 1.6 to 1.9 of its standard deviations,
-at 6 to 10 nats per completion. The reference is the policy at step 0.
+at 6 to 10 nats per completion. The reference is the policy at step 0, or
+reference_model=.
 
 `reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, which share the base; a
 classifier with one label in a folder or as org/name@revision, which is a separate model, stored in bfloat16
@@ -42,7 +43,15 @@ from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rules import Rules, shape_scores
-from jaxft.train.recipes import PAIRS, KLFunction, LoraKnobs, PolicyLossFunction, RewardFunction, RolloutKnobs
+from jaxft.train.recipes import (
+    PAIRS,
+    KLFunction,
+    LoraKnobs,
+    PolicyLossFunction,
+    ReferenceKnobs,
+    RewardFunction,
+    RolloutKnobs,
+)
 from jaxft.train.settings import Loop, Run
 
 
@@ -108,13 +117,15 @@ def config(
     value_clip: float | None = 0.2,
     entropy: float = 0.0,
     warm_up: int = 0,  # rollouts at the start that train the critic alone
+    other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Proximal policy optimisation."""
     heads, rewards = base.reward_model(reward, prompts.max_length)
     kind = critic or ("reward" if heads else "shared")
-    penalty: Any = FixedKL(kl_coef, kl)
+    penalty: Any = FixedKL(kl_coef, kl, other.penalty_reference)
     if kl_target is not None:
-        penalty = AdaptiveKL(kl_coef, kl_target, 10_000 * prompts.passes, kl)
+        horizon = 10_000 * prompts.passes
+        penalty = AdaptiveKL(kl_coef, kl_target, horizon, kl, other.penalty_reference)
     rules = Rules(
         rewards,
         partial(actor_critic, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, kl=kl),
@@ -143,4 +154,5 @@ def config(
         optim=base.optim(lr),
         loop=Loop(eval_every=14, save_every=14),
         seed=prompts.seed,
+        teacher=other.teacher(base),
     )

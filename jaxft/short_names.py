@@ -62,6 +62,7 @@ PREFERENCE_LOSSES = {
         "jaxft.objectives.reference_free_losses",
         "simpo alphapo cpo cpo_hinge cpo_ipo orpo tpo tpo_hinge tpo_ipo tpo_l apo_zero_unpaired kto bco",
     ),
+    **_in("jaxft.objectives.ranking_losses", "plackett_luce info_nca nca rpo_bwd_kl rpo_fwd_kl rpo_sq lipo"),
 }
 POLICY_LOSSES = _in(
     "jaxft.objectives.policy_losses",

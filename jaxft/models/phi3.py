@@ -1,22 +1,34 @@
-"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama's layer with fused projections and partial rope."""
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama's layer with fused projections and partial rope.
 
-from dataclasses import dataclass
+With tensor parallelism each device needs some columns of every projection. Sharding the columns of a fused
+weight [I, O] would give it columns of one projection only, so the weight is sharded over its inputs (axis
+"fused_width"). Before a matmul, one all-to-all of the weight (of the codes if it is quantised) gives each
+device its columns of every projection. It moves 1/tensor of the weight's bytes per device and no activations.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from jaxft.distributed.sharding import constrain
+from jaxft.distributed.sharding import constrain, mesh_size
 from jaxft.models.dense import attention_output, dense_model, llama_specs, names_of, one_stack
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import window_from_hf
 from jaxft.models.model import ForwardOptions, Model
-from jaxft.nn.fused_linear import fused_linear
 from jaxft.nn.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
+from jaxft.nn.lora import Adapted
+from jaxft.nn.matmul import Weight, linear
 from jaxft.nn.param import ParamSpec, fan_in
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import decode_scales
 from jaxft.nn.rope import Rope
+from jaxft.nn.taps import InputTap
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params
 
@@ -86,6 +98,67 @@ def _mlp(c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> F
         )
     )
     return biased_linear(p, "down", gated(gate, up), keys[1])
+
+
+def fused_linear(
+    x_BTI: Float[Array, "B T I"], w: Weight, widths: tuple[int, ...], key: Array | None = None
+) -> list[Float[Array, "B T _"]]:
+    """Return x @ w split into projections of these widths, in the order of w's columns.
+
+    w: plain, quantised or adapted [I, sum of widths]. key: for dropout of an adapter's input. With tensor
+    parallelism each projection is sharded over its columns, so mesh.tensor must divide every width.
+    """
+    ways = mesh_size("tensor")
+    if ways == 1:
+        return jnp.split(linear(x_BTI, w, key), np.cumsum(widths)[:-1].tolist(), -1)
+    y = linear(x_BTI, _spread(w, widths, ways), key)
+    B, T, outs = y.shape
+    y = constrain(y.reshape(B, T, ways, outs // ways), "rows", "time", "part_shards", None)
+    each = np.cumsum([width // ways for width in widths])[:-1].tolist()
+    parts = zip(jnp.split(y, each, -1), widths, strict=True)
+    return [part.reshape(B, T, width) for part, width in parts]
+
+
+def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
+    """Return the weight with its columns grouped and sharded by device."""
+    order = partial(_by_device, widths=widths, ways=ways)
+    if isinstance(w, Adapted):
+        of_pair = partial(order, lead=w.over)
+        magnitude, gain = (
+            None if x is None else of_pair(x[..., None, :])[..., 0, :] for x in (w.magnitude, w.gain)
+        )
+        spread = _spread(w.weight, widths, ways)
+        return replace(w, weight=spread, b=of_pair(w.b), magnitude=magnitude, gain=gain)
+    if isinstance(w, InputTap):
+        return replace(w, weight=_spread(w.weight, widths, ways))
+    if not isinstance(w, QTensor):
+        return order(w, inputs="width")
+    scale = w.scale if w.outer is None else decode_scales(w.scale, w.outer, w.mean)
+    return replace(
+        w,
+        codes=order(w.codes),
+        scale=None if scale is None else order(scale),
+        offset=None if w.offset is None else order(w.offset),
+        outer=None,
+        mean=None,
+    )
+
+
+def _by_device(
+    x: Shaped[Array, "*L I O"],
+    widths: tuple[int, ...],
+    ways: int,
+    inputs: str = "act_width",
+    lead: tuple[str, ...] = (),
+) -> Shaped[Array, "*L I O"]:
+    """Group and shard columns by device. inputs: the logical axis of the input axis in the result. lead: the
+    logical axes L.
+    """
+    *above, _ = x.shape
+    parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1)
+    x = jnp.concatenate([part.reshape(*above, ways, part.shape[-1] // ways) for part in parts], -1)
+    x = constrain(x, *lead, inputs, "part_shards", "act_width")
+    return x.reshape(*above, x.shape[-1] * x.shape[-2])
 
 
 _FORMAT = ConfigFormat(

@@ -208,7 +208,7 @@ def scan_stacks(
         passes = [layer.mixer.rows(tokens, h_BTD.dtype) for layer in stack.layers]
         own_keys = [None if keys is None else _of_layers(keys, layer.numbers) for layer in stack.layers]
         xs = own_keys, [one.xs for one in passes]
-        h_BTD, outputs = _scan(_block(stack, passes, options), h_BTD, params[stack.name], xs, options.remat)
+        h_BTD, outputs = _scan(stack, passes, options, h_BTD, params[stack.name], xs)
         found += [(layer.numbers, own) for layer, own in zip(stack.layers, outputs, strict=True)]
     return h_BTD, _joined(found)
 
@@ -230,9 +230,11 @@ def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callabl
     return block
 
 
-def _scan(block: Callable, h: Array, params: Any, xs: Any, remat: RematPolicy) -> tuple[Array, Any]:
+def _scan(
+    stack: Stack, passes: Sequence[Pass], options: RowOptions, h: Array, params: Any, xs: Any
+) -> tuple[Array, Any]:
     """Run a stack's blocks over rows under a remat policy."""
-    policy = REMAT[remat]
+    block, remat, policy = _block(stack, passes, options), options.remat, REMAT[options.remat]
     if isinstance(params, fused_update.FusedLayers):
         if remat != "full":
             raise ValueError(
@@ -243,8 +245,8 @@ def _scan(block: Callable, h: Array, params: Any, xs: Any, remat: RematPolicy) -
     if policy.blocks > 1:
         if count % policy.blocks:
             raise ValueError(
-                f"remat={remat} groups layers by {policy.blocks}, but the model has {count} layers; "
-                "use remat=full"
+                f"remat={remat} groups blocks by {policy.blocks}, but the stack {stack.name} has {count} of "
+                "them; use remat=full"
             )
         xs = jax.tree.map(lambda x: x.reshape(count // policy.blocks, policy.blocks, *x.shape[1:]), xs)
         block = partial(jax.lax.scan, _rematerialised(block, policy))

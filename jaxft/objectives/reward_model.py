@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
+from itertools import combinations
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ from jaxft.objectives.metrics import (
 )
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
+from jaxft.objectives.ranking_losses import RATING, ranked_kinds
 from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
@@ -67,12 +69,23 @@ def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Reward
 
 @struct
 class Outputs:
-    """The forward pass of a batch: a reward per response. batch: the pairs without their tokens."""
+    """The forward pass of a batch: the reward of each response by its kind, the best kind first. batch: the
+    pairs without their tokens.
+    """
 
-    chosen: Rewards
-    rejected: Rewards
+    rewards: dict[str, Rewards]
     batch: Pairs
     layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
+
+    @property
+    def chosen(self) -> Rewards:
+        """The reward of the best response."""
+        return self.rewards["chosen"]
+
+    @property
+    def rejected(self) -> Rewards:
+        """The reward of the worst response."""
+        return self.rewards["rejected"]
 
 
 def reward(
@@ -85,7 +98,11 @@ def reward(
     pairs' weights.
 
     model: with a scalar head, models.heads.with_scalar_head's.
-    margin: a column of the pairs, by how much the chosen response should be ahead; None for 0.
+    A row with a ranking of K responses has the mean of this over its pairs, without those of equal ratings
+    (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+
+    margin: a column of the pairs, by how much the chosen response should be ahead; "score" for the
+        difference of their ratings, the columns score_chosen, score_rejected, ...; None for 0.
     center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244), as the rest of the loss depends
         on differences alone; 0.01 is usual.
     Metrics, TRL's names: loss, accuracy, margin and the smallest, mean and largest reward.
@@ -98,14 +115,17 @@ def reward(
         B, P, A = batch.last.shape
         h, layers = model.hidden(params, batch, key)
         r_BPA = read_scores(model, params, h, batch.last.reshape(B, P * A)).reshape(B, P, A)
-        chosen, rejected = (r_BPA[..., batch.kinds.index(kind)] for kind in ("chosen", "rejected"))
-        return Outputs(chosen, rejected, without_fields(batch, UNUSED), by_row(layers))
+        rewards = {kind: r_BPA[..., batch.kinds.index(kind)] for kind in ranked_kinds(batch.kinds)}
+        return Outputs(rewards, without_fields(batch, UNUSED), by_row(layers))
+
+    def of_two(outputs: Outputs, better: str, worse: str) -> Rewards:
+        first, second = outputs.rewards[better], outputs.rewards[worse]
+        ahead = _margin(outputs.batch, margin, (better, worse)).astype(first.dtype)
+        return loss(first, second, ahead) + center * jnp.square(first + second)
 
     def reward_loss(outputs: Outputs, aux: Aux, with_rows: bool = False) -> tuple[Array, Metrics]:
-        chosen, rejected, dtype = outputs.chosen, outputs.rejected, outputs.chosen.dtype
-        weight = outputs.batch.pair_weights.astype(dtype)
-        ahead = jnp.zeros((), dtype) if margin is None else _column(outputs.batch, margin).astype(dtype)
-        values = loss(chosen, rejected, ahead) + center * jnp.square(chosen + rejected)
+        weight = outputs.batch.pair_weights.astype(outputs.chosen.dtype)
+        values = _mean_over_pairs(outputs, of_two)
         value = jnp.sum(jnp.where(weight > 0, weight * values, 0))
         losses = mean_losses(values, weight, outputs.batch.sources, outputs.batch.source_names)
         rows = _values(outputs, values) if with_rows else {}
@@ -114,6 +134,33 @@ def reward(
 
     eval_loss = partial(reward_loss, with_rows=True)
     return Objective(forward, reward_loss, eval_loss=eval_loss, report=Report(reward_alarms, reward_summary))
+
+
+def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rewards]) -> Rewards:
+    """The mean of a value of two responses, better and worse, over the pairs that a row's ranking has."""
+    kinds, batch = tuple(outputs.rewards), outputs.batch
+    if len(kinds) == 2:
+        return of_two(outputs, *kinds)
+    total, count = jnp.zeros_like(outputs.chosen), jnp.zeros_like(outputs.chosen)
+    for better, worse in combinations(kinds, 2):
+        used = (batch.lengths[..., batch.kinds.index(better)] > 0) & (
+            batch.lengths[..., batch.kinds.index(worse)] > 0
+        )
+        if RATING + better in batch.columns and RATING + worse in batch.columns:
+            used &= batch.columns[RATING + better] != batch.columns[RATING + worse]
+        total += jnp.where(used, of_two(outputs, better, worse), 0)
+        count += used.astype(count.dtype)
+    return total / jnp.maximum(count, 1)
+
+
+def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards:
+    """By how much the first of two kinds of responses should be ahead, see `reward`."""
+    if margin is None:
+        return jnp.zeros_like(batch.pair_weights)
+    if margin == "score":
+        better, worse = (_column(batch, RATING + kind) for kind in kinds)
+        return better - worse
+    return _column(batch, margin)
 
 
 def _column(batch: Pairs, name: str) -> Rewards:

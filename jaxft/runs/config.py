@@ -30,6 +30,7 @@ from jaxft.runs.parse import (
     find_recipe,
     format_error,
     is_callable,
+    may_define,
     parse_value,
     run_file,
     short_names,
@@ -215,12 +216,14 @@ def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
         return path, inspect.getmodule(path)
     if not isinstance(path, str):
         raise ValueError(f"a recipe is a name, a Python file or a function, not {type(path).__name__}")
-    module = run_file(find_recipe(path))
+    file = find_recipe(path)
+    missing = f"{path}: no function `config`; a config file defines def config(knob=default, ...) -> Run"
+    if not may_define(file, "config"):  # another program, which would start its own work
+        raise ValueError(f"{missing}. A script of another tool is for `jaxft convert {path}`")
+    module = run_file(file)
     fn = vars(module).get("config")
     if not inspect.isfunction(fn):
-        raise ValueError(
-            f"{path}: no function `config`; a config file defines def config(knob=default, ...) -> Run"
-        )
+        raise ValueError(missing)
     return fn, module
 
 

@@ -74,6 +74,26 @@ def short_path(file: Path) -> str:
     return str(file)
 
 
+def may_define(file: Path, function: str) -> bool:
+    """Whether the source of a Python file defines or imports a function of this name: not so if the name is
+    only that of an object, `config = DPOConfig(...)`. True for a file that cannot be read as Python.
+    """
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return True
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return True
+        if isinstance(node, ast.alias) and {node.name, node.asname} & {function, "*"}:
+            return True
+        if isinstance(node, ast.Assign) and function in {getattr(x, "id", None) for x in node.targets}:
+            made = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+            if not made.rpartition(".")[2][:1].isupper():
+                return True
+    return False
+
+
 def run_file(file: Path) -> types.ModuleType:
     """Run a Python file as a module. Its name is its path, so that records have its functions as
     "configs/dpo.py:name".

@@ -30,19 +30,19 @@ from jaxft.nn.quant import (
 )
 from jaxft.rl.reward_models import is_classifier
 from jaxft.runs.named_weights import NamedWeights
+from jaxft.train.eva import written_adapter
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.codes import open_codes
-from jaxft.weights.eva import written_adapter
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
 from jaxft.weights.param_reader import param_readers
 from jaxft.weights.quantised.file_format import quantize_layout
-from jaxft.weights.quantised.formats import as_stored, dequantised, written_format
+from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tensors import Tensor, tensors_of
 from jaxft.weights.tokenizer_files import write_tokenizer
@@ -196,20 +196,16 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     block, double = with_defaults(quant.kind, quant.block, quant.double)
     quant = replace(quant, block=block, double=double)
     table = tensors_of(model, tied_head=True)
-    layouts = {
-        path: quantize_layout(table[path][0].shape[::-1], quant)
-        for path in quantised_paths(model.specs, quant)
-    }
-    tables = [path for path in layouts if not table[path][0].transposed]
-    if tables:
+    paths = quantised_paths(model.specs, quant)
+    if others := [path for path in paths if not table[path][0].is_kernel]:
         raise ValueError(
-            f"{', '.join(tables)}: an embedding table cannot be written quantised; leave it out of "
-            "quant.targets"
+            f"{', '.join(others)}: written quantised, a weight is that of one linear layer, but "
+            f"{table[others[0]][0].name} is a table or has several matrices; leave it out of quant.targets"
         )
-
+    layouts = {path: quantize_layout(table[path][0].values, quant) for path in paths}
     format, layout_name = written_format(layouts, how.format)
     notes: list[str] = []
-    codes = {} if quant.codes is None else open_codes(quant.codes)
+    codes = {} if quant.codes is None else open_codes(quant.codes).quantised
 
     def quantize_layer(tensor: Tensor, layer: np.ndarray) -> QTensor:
         is_coded = tensor.name in codes
@@ -221,9 +217,11 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
         return value
 
     kernels = {path: tensors for path, tensors in table.items() if tensors[0].transposed}
-    plain = {x[0].module.rpartition(".")[2] for path, x in kernels.items() if path not in layouts}
-    packed = dict.fromkeys(x.in_layer for path in layouts for x in kernels[path] if x.index)
-    settings = {"quant_method": format.name, **format.config(quant, sorted(plain), list(packed))}
+    plain = [x.module for path, tensors in kernels.items() if path not in layouts for x in tensors]
+    packed = [x for path in layouts for x in kernels[path]]
+    in_layers = list(dict.fromkeys(x.in_layer for x in packed if x.layer is not None))
+    config = format.config(quant, exceptions(plain, [x.module for x in packed]), in_layers)
+    settings = {"quant_method": format.name, **config}
     return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
 
 

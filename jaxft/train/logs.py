@@ -268,7 +268,10 @@ def eval_limit_lines(job: Job) -> list[str]:
     total = job.info.stats.held_out if sampled else len(job.sources[0].held_out)
     unit = "held-out prompts" if sampled else "batches of held-out rows"
     why = "" if fraction is None else f" and compute at most {100 * fraction:g} % of what training does"
-    return [f"evaluations read {job.eval_limit} of {total} {unit}{why} (loop.eval_fraction=none reads all)"]
+    text = f"; {len(job.general)} of general text come on top (general=none)" if job.general else ""
+    return [
+        f"evaluations read {job.eval_limit} of {total} {unit}{why} (loop.eval_fraction=none reads all){text}"
+    ]
 
 
 def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:

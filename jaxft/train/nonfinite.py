@@ -6,7 +6,7 @@ the first step where one of them, or the update, is not finite this writes `runs
     batch.npz    the arrays of the batch, [micro, rows, ...]
     rows.json    the names of the dataset rows in each row of the batch
     norms.json   norms of parameters and gradients by path, and of layer outputs
-                 [pass, micro, 1 + layer, row]; the first is the embedding's
+                 [pass, micro, 1 + layer, row]; the first is the embedding's; those of a second model apart
 
 and logs the first parameter or layer output that is not finite, or if all are finite the layer whose gradient
 is the first that is not: gradients are computed from the last layer to the first. The run continues with the
@@ -41,6 +41,7 @@ from jaxft.train.watch import make_layer_norms
 from jaxft.tree import Batch, LayerOutputs, Metrics, Params
 
 ROW_NORMS = "row_norms"
+OUTPUTS = ("outputs", "teacher_outputs")  # fields of a Diagnosis
 ArraysByPath = dict[str, np.ndarray]
 
 
@@ -51,6 +52,7 @@ class Diagnosis:
     parameters: ArraysByPath
     gradients: ArraysByPath
     outputs: list[np.ndarray]
+    teacher_outputs: list[np.ndarray] = field(default_factory=list)
     nonfinite: str = ""  # the first parameter that is not finite
     layers: dict[str, range] = field(default_factory=dict)  # which of the model the norms at a path are of
 
@@ -117,15 +119,18 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
     parameters, gradient_norms, output_norms = jax.device_get((parameters, *found))
     nonfinite = first_parameter(params, p.partition.specs, p.mesh)
     layers = {path: layer_numbers(spec) for path, spec in spec_paths(p.partition.specs).items()}
-    return Diagnosis(parameters, gradient_norms, output_norms, nonfinite, layers)
+    own, of_teacher = output_norms
+    return Diagnosis(parameters, gradient_norms, own, of_teacher, nonfinite, layers)
 
 
 def make_layer_outputs(
     model: Model, objective_of: Callable[[Model], Objective], key: Any
 ) -> Callable[..., Any]:
-    """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs as in Diagnosis. key: of dropout."""
+    """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs of the model and of its teacher, as
+    in Diagnosis. key: of dropout.
+    """
 
-    def observed(passes: list[Array]) -> Model:
+    def observed(model: Model, passes: list[Array]) -> Model:
         """The model, whose forward passes append the norms of their rows."""
 
         def hidden(*args: Any, **kwargs: Any) -> Any:
@@ -140,9 +145,11 @@ def make_layer_outputs(
         def microbatch(i: Any) -> Any:
             rows = jax.tree.map(lambda x: x[i], batch)
             own_key = None if key is None else jax.random.fold_in(key, i)
-            passes: list[Array] = []
-            objective_of(observed(passes)).forward(tree.combine(trainable, frozen), rows, own_key, aux)
-            return passes
+            passes, of_teacher = list[Array](), list[Array]()
+            teacher = model.teacher and observed(model.teacher, of_teacher)
+            objective = objective_of(replace(observed(model, passes), teacher=teacher))
+            objective.forward(tree.combine(trainable, frozen), rows, own_key, aux)
+            return passes, of_teacher
 
         return jax.lax.map(microbatch, np.arange(jax.tree.leaves(batch)[0].shape[0]))
 
@@ -193,7 +200,7 @@ def first_of_model(
         norms = jax.device_get(
             outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
         )
-        found = found or first_output(norms)[0]
+        found = found or first_output(*norms)[0]
     return found or "all parameters and all outputs of layers are finite, so it is the loss itself"
 
 
@@ -207,7 +214,8 @@ def write_diagnosis(folder: Path, found: Diagnosis, batch: Batch, names: list[st
         for name in ("parameters", "gradients")
     }
     runfolder.write_durable_json(
-        folder / "norms.json", {**norms, "outputs": [x.tolist() for x in found.outputs]}
+        folder / "norms.json",
+        {**norms, **{name: [x.tolist() for x in getattr(found, name)] for name in OUTPUTS}},
     )
 
 
@@ -219,7 +227,7 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
             return f"the batch is not finite in {path} of {_rows(bad, names)}"
     if found.nonfinite:
         return found.nonfinite
-    text, bad = first_output(found.outputs)
+    text, bad = first_output(found.outputs, found.teacher_outputs)
     if text:
         return f"{text}, in {_rows(bad, names)}"
     layers = {
@@ -239,16 +247,17 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
     )
 
 
-def first_output(outputs: list[np.ndarray]) -> tuple[str, np.ndarray]:
+def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tuple[str, np.ndarray]:
     """Return (which layer's output is the first that is not finite, its rows [micro, rows]); "" for none.
 
-    outputs: of each pass, [micro, 1 + layer, row].
+    outputs, of_teacher: of each pass of the model and of the second model, [micro, 1 + layer, row].
     """
-    for norms in outputs:
+    whose = [""] * len(outputs) + [" of the second model"] * len(of_teacher)
+    for norms, model in zip([*outputs, *of_teacher], whose, strict=True):
         bad_layers = np.flatnonzero((~np.isfinite(norms)).any((0, 2)))
         if len(bad_layers):
             layer = int(bad_layers[0])
-            where = f"layer {layer - 1}" if layer else "the embedding"
+            where = f"layer {layer - 1}{model}" if layer else f"the embedding{model}"
             return f"the first output that is not finite is that of {where}", ~np.isfinite(norms[:, layer])
     return "", np.zeros((0, 0), bool)
 

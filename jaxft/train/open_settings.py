@@ -5,6 +5,7 @@ They are added to the command as if the user had written them, so that a run's r
 have them. Rows that ship with jaxft leave a recipe as it is.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from jaxft.data.sft import Rows
 from jaxft.distributed import processes
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
+from jaxft.nn.param import kernel, lead_shape, spec_paths
 from jaxft.nn.scan import REMAT, RematPolicy
 from jaxft.rl.environment import environment_of
 from jaxft.rl.rewards import FunctionReward, exact
@@ -425,16 +427,35 @@ class Fit:
 
 
 def activation_bytes(model: Model, remat: RematPolicy) -> int:
-    """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known."""
+    """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known.
+
+    Every kernel is counted as used by every token.
+    """
     c, saved = model.config, REMAT[remat].saved
     if not isinstance(c, DenseConfig):
         return 0
-    heads, keys, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, model.dtype.itemsize
-    widths = {"q": heads, "k": keys, "v": keys, "attn_out": heads, "o": c.width, "gate": c.mlp, "up": c.mlp}
-    stored = (
-        sum(widths.values()) + c.mlp + 2 * c.width if saved is None else sum(widths.get(n, 0) for n in saved)
-    )
-    return c.layers * (size * stored + model.residual.itemsize * c.width // REMAT[remat].blocks)
+    heads, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    attention = {"q": heads, "k": keys, "v": keys, "attn_out": heads, "o": c.width}
+    count = sum(kind is not None for kind in model.attention.layout)
+    to_mlp, from_mlp = _mlp_widths(model)
+    if saved is None:
+        stored = count * sum(attention.values()) + to_mlp + from_mlp + 2 * c.layers * c.width
+    else:
+        stored = count * sum(attention.get(name, 0) for name in saved) + ("up" in saved) * to_mlp
+    inputs = c.layers * model.residual.itemsize * c.width // REMAT[remat].blocks
+    return model.dtype.itemsize * stored + inputs
+
+
+def _mlp_widths(model: Model) -> tuple[int, int]:
+    """Return the sum of the outputs of all kernels into hidden layers of MLPs, and that of the inputs of all
+    kernels out of them.
+    """
+    into = out = 0
+    for spec in spec_paths(model.specs).values():
+        axes, copies = kernel(spec), math.prod(lead_shape(spec))
+        into += copies * spec.shape[-1] if axes and axes.outs in ("mlp", "fused_mlp") else 0
+        out += copies * spec.shape[-2] if axes and axes.ins == "from_mlp" else 0
+    return into, out
 
 
 def gib(size: float) -> str:

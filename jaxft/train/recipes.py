@@ -26,6 +26,7 @@ from jaxft.models.teacher import Teacher
 from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.scan import RematPolicy
+from jaxft.objectives.kl import PenaltyReference
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference
@@ -310,9 +311,14 @@ class ReferenceKnobs:
     reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
-    def reference(self, otherwise: Reference) -> Reference:
+    def reference(self, otherwise: Reference = "start") -> Reference:
         """The reference of an objective: the run's second model if there is one."""
         return otherwise if self.reference_model is None else "teacher"
+
+    @property
+    def penalty_reference(self) -> PenaltyReference:
+        """The reference of a KL penalty."""
+        return "start" if self.reference_model is None else "teacher"
 
     def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
         """The run's second model; None without one. full: whether the run trains its base."""

@@ -15,7 +15,7 @@ from jaxft.nn import dora, lora, replaced
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.model_files import Index, full_index
-from jaxft.weights.param_reader import ParamReader
+from jaxft.weights.param_reader import ParamReader, read_whole
 from jaxft.weights.tensors import Tensor, layer_on_host
 
 
@@ -95,8 +95,11 @@ def lazy_params(readers: Mapping[str, ParamReader]) -> Params:
 
 def _read_lazily(reader: ParamReader) -> LazyTensor:
     tensors = {tensor.index: tensor for tensor in reader.tensors}
-    lazy = LazyTensor(reader.shape, reader.dtype, lambda index: reader.read(tensors[index]))
-    return lazy.astype(reader.dtype)
+
+    def make(index: tuple[int, ...]) -> np.ndarray:
+        return reader.read(tensors[index]) if index in tensors else read_whole(reader)[index]
+
+    return LazyTensor(reader.shape, reader.dtype, make).astype(reader.dtype)
 
 
 def merge_on_read(

@@ -48,6 +48,11 @@ def parts(kind):
     return *qlora(), "adapter/.*/([ab]|magnitude)"
 
 
+def test_a_config_in_files_is_read_as_it_was_written():
+    family = tiny_experts.FAMILY
+    assert family.from_hf(family.to_hf(CONFIG)) == CONFIG
+
+
 @pytest.mark.parametrize(
     "kind, mesh",
     [

@@ -51,6 +51,12 @@ def params(x64):
     return init_params(two_stacks().specs, jax.random.key(0), jnp.float64)
 
 
+def test_remat_in_pairs_names_the_stack_whose_blocks_are_not_even(params):
+    message = "^remat=pairs groups blocks by 2, but the stack first has 1 of them; use remat=full"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(two_stacks(remat="pairs").hidden, params, BATCH)
+
+
 def test_layers_run_in_the_order_of_the_stacks_and_of_their_blocks(params):
     model = two_stacks()
     places = layer_places(model.stacks)

@@ -147,7 +147,7 @@ def test_bradley_terry_margin_and_centre_have_the_value_and_gradient_of_torch(x6
         batch = pool.replace(
             pair_weights=weight, columns={"margin": margin}, lengths=np.ones((3, 4, 2), np.int32)
         )
-        return reward(None, "margin", 0.05).loss(Outputs(chosen, rejected, batch), {})
+        return reward(None, "margin", 0.05).loss(Outputs({"chosen": chosen, "rejected": rejected}, batch), {})
 
     (value, found), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(
         jnp.asarray(chosen), jnp.asarray(rejected)
@@ -178,13 +178,43 @@ def test_far_margins_stay_finite():
 def test_a_tie_has_loss_log_2_and_counts_half_and_ties_alone_have_no_accuracy():
     batch = laid(random_pairs(4))
     same, used = jnp.ones(batch.pair_weights.shape), batch.pair_weights > 0
-    value, found = reward(None).loss(Outputs(same, same, batch), {})
+    value, found = reward(None).loss(Outputs({"chosen": same, "rejected": same}, batch), {})
     assert float(value) == pytest.approx(np.log(2), rel=1e-6)
     assert "accuracy" not in metrics.as_floats(found) and metrics.pair_counts(found) == {"accuracy_pairs": 4}
     first = np.flatnonzero(used.ravel())[0]
     one_won = same.ravel().at[first].add(1).reshape(same.shape)
-    _, found = reward(None).loss(Outputs(one_won, same, batch), {})
+    _, found = reward(None).loss(Outputs({"chosen": one_won, "rejected": same}, batch), {})
     assert metrics.as_floats(found)["accuracy"] == pytest.approx((1 + 3 / 2) / 4)
+
+
+def test_a_ranking_has_the_mean_over_its_pairs_without_ties_and_missing_responses():
+    kinds = ("chosen", "rejected", "rank_2")
+    rewards = {"chosen": 2.0, "rank_2": 0.5, "rejected": -1.0}
+    scores = {"chosen": [5.0, 4.0, 3.0], "rank_2": [3.0, 4.0, 0.0], "rejected": [1.0, 0.0, 1.0]}
+    lengths = np.ones((1, 3, 3), np.int32)
+    lengths[0, 2, 2] = 0  # the third row has only two responses
+    batch = laid(random_pairs(4)).replace(
+        pair_weights=np.full((1, 3), 1 / 3, np.float32),
+        columns={f"score_{kind}": np.array([x], np.float32) for kind, x in scores.items()},
+        lengths=lengths,
+        kinds=kinds,
+    )
+
+    def expected(ahead):
+        rows = [["chosen rank_2", "chosen rejected", "rank_2 rejected"]]  # the second row's best two are tied
+        rows += [["chosen rejected", "rank_2 rejected"], ["chosen rejected"]]
+        each = [
+            np.mean(
+                [np.log1p(np.exp(-(rewards[a] - rewards[b] - ahead(a, b, i)))) for a, b in map(str.split, r)]
+            )
+            for i, r in enumerate(rows)
+        ]
+        return np.mean(each)
+
+    outputs = Outputs({kind: jnp.full((1, 3), x, jnp.float32) for kind, x in rewards.items()}, batch)
+    plain, rated = (reward(None, margin).loss(outputs, {})[0] for margin in (None, "score"))
+    assert float(plain) == pytest.approx(expected(lambda a, b, i: 0), rel=1e-6)
+    assert float(rated) == pytest.approx(expected(lambda a, b, i: scores[a][i] - scores[b][i]), rel=1e-6)
 
 
 # ---- laws
@@ -235,7 +265,7 @@ def test_empty_slots_and_pairs_of_weight_zero_change_nothing(x64):
     padded = jax.tree.map(lambda *x: np.concatenate(x)[None], some, nothing)
     assert_same(loss_gradients_metrics(objective, whole, mask, padded, {}), target)
     ones = jnp.ones(nothing.pair_weights.shape)
-    value, found = objective.loss(Outputs(ones, 2 * ones, nothing), {})
+    value, found = objective.loss(Outputs({"chosen": ones, "rejected": 2 * ones}, nothing), {})
     assert value == 0 and "accuracy" not in metrics.as_floats(found)
 
 
@@ -264,7 +294,7 @@ def test_a_column_that_the_batch_lacks_and_a_negative_centre_are_refused():
         ValueError,
         match="margin=ahead: the pairs have no such column .available: margin.. Add data.extras=ahead",
     ):
-        reward(None, "ahead").loss(Outputs(zero, zero, batch), {})
+        reward(None, "ahead").loss(Outputs({"chosen": zero, "rejected": zero}, batch), {})
     with pytest.raises(ValueError, match="center=-1: expected a finite number of at least 0"):
         reward(None, center=-1)
     with pytest.raises(ValueError, match="no scalar head"):

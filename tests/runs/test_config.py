@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft import short_names
-from jaxft.objectives import preference_losses, reference_free_losses
+from jaxft.objectives import preference_losses, ranking_losses, reference_free_losses
 from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs import config
 from jaxft.runs.config import (
@@ -293,7 +293,8 @@ def losses_of(module):
 
 
 def test_every_preference_loss_has_a_short_name():
-    found = dict(losses_of(preference_losses)) | dict(losses_of(reference_free_losses))
+    modules = (preference_losses, reference_free_losses, ranking_losses)
+    found = dict(item for module in modules for item in losses_of(module))
     del found["log_odds"]  # a part of ORPO, no loss
     assert found == short_names.PREFERENCE_LOSSES
 
@@ -335,11 +336,18 @@ def write(folder: Path, text: str) -> str:
         ("x = (", r"c.py:1: syntax error"),
         ("x = 'é'", r"c.py:1: syntax error"),  # in latin-1, which is not UTF-8
         ("\0\1", r"c.py: (syntax error|not a Python file)"),
-        ("import sys\nsys.exit(3)", r"c.py: SystemExit: 3 \(line 2\)"),
+        ("import sys\nsys.exit(3)\ndef config(): 3", r"c.py: SystemExit: 3 \(line 2\)"),
         ("def config(a=1): exit(3)", r"c.py: SystemExit: 3 \(line 1\)"),
-        ("x = 1\ny = x.z", r"c.py: AttributeError: 'int' object has no attribute 'z' \(line 2\)"),
-        ("import nothing_here", r"c.py: ModuleNotFoundError: No module named 'nothing_here' \(line 1\)"),
+        ("x = 1\ny = config = x.z", r"c.py: AttributeError: 'int' object has no attribute 'z' \(line 2\)"),
+        (
+            "from nothing_here import *",
+            r"c.py: ModuleNotFoundError: No module named 'nothing_here' \(line 1\)",
+        ),
         ("x = 1", r"no function `config`; a config file defines def config"),
+        (
+            "from trl import KTOConfig\nconfig = KTOConfig(beta=0.2)\n1 / 0",  # it is not run
+            r"no function `config`;.* A script of another tool is for `jaxft convert .*c\.py`",
+        ),
         ("def config(): return 3", r"config returned type int; expected a frozen dataclass"),
         ("def config(a): return 3", r"a has no default; give a=\.\.\."),
         ("def config(a: int): return 3", r"a has no default; give a=<int>"),

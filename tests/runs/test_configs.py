@@ -153,13 +153,30 @@ def test_dpo_takes_the_reference_that_is_asked_for():
     assert dpo("moving=0.5,20")["reference"] == EMAReference(0.5, 20)
 
 
-@pytest.mark.parametrize("recipe", ["dpo", "kto"])
+@pytest.mark.parametrize("recipe", ["dpo", "kto", "online_dpo"])
 def test_another_reference_is_the_second_model_of_the_run(recipe):
     run = config.load_config(f"configs/{recipe}.py", [f"reference_model={SMOLLM2}"])
     assert run.objective.keywords["reference"] == "teacher" and run.teacher == Teacher()
     given = [f"reference_model={LARGE}", "reference_quant=nf4"]
     own = config.load_config(f"configs/{recipe}.py", given).teacher
     assert (own.weights, own.model.config.layers, own.quant.kind) == (LARGE, 24, "nf4")
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "rewards"])
+def test_grpos_kl_penalty_is_to_the_second_model_that_is_asked_for(kl_in):
+    run = config.load_config("configs/grpo.py", ["beta=0.1", f"kl_in={kl_in}", f"reference_model={SMOLLM2}"])
+    penalty = run.objective.keywords["beta"]
+    assert (penalty.coef, penalty.reference, run.teacher) == (0.1, "teacher", Teacher())
+    with pytest.raises(ValueError, match=f"^reference_model={SMOLLM2} needs a KL penalty: a beta above 0$"):
+        config.load_config("configs/grpo.py", [f"reference_model={SMOLLM2}"])
+
+
+@pytest.mark.parametrize("argv", [[], ["kl_target=6"]])
+def test_ppos_kl_penalty_is_to_the_second_model_that_is_asked_for(argv):
+    argv = [*argv, "reward=jaxft.rl.rewards:exact", f"reference_model={SMOLLM2}"]
+    run = config.load_config("configs/ppo.py", argv)
+    penalty = run.objective.keywords["policy"].keywords["beta"]
+    assert penalty.reference == "teacher" and run.teacher == Teacher()
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])

@@ -85,7 +85,9 @@ def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> A
 
 
 def from_hf(hf: dict[str, Any]) -> ExpertConfig:
-    return ExpertConfig(**vars(llama_config.from_hf(hf)), experts=hf["num_experts"])
+    return ExpertConfig(
+        **vars(llama_config.from_hf({**hf, "model_type": "llama"})), experts=hf["num_experts"]
+    )
 
 
 def to_hf(config: ExpertConfig) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_experts
 from process_group import ProcessGroup
 from scripts_in_process import load
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
+from two_stacks import two_stacks
 
 from jaxft.data.lengths import RowLengths, measure, micro_tokens
 from jaxft.plan.dry_run import planned_pairs
@@ -307,6 +309,18 @@ def test_bytes_of_activations_by_hand():
     widths = 576 + 192 + 192 + 576 + 576 + 1536 + 1536  # q, k, v, attention, o, gate, up in bfloat16
     assert activation_bytes(model, "projections") == 30 * (2 * widths + 4 * 576)
     assert activation_bytes(model, "full") == 30 * 4 * 576  # the residual stream in float32
+
+
+def test_bytes_of_activations_count_every_expert_and_attention_where_there_is_some():
+    # 3 layers of width 32, 2 experts of 48, 4 and 2 heads of 8
+    model = tiny_experts.experts(tiny_experts.CONFIG, np.dtype(np.float32))
+    attention, mlps = 32 + 16 + 16 + 32 + 32, 2 * 2 * 48
+    assert activation_bytes(model, "projections") == 3 * 4 * (attention + mlps + 32)
+    assert activation_bytes(model, "none") == 3 * 4 * (attention + mlps + 2 * 48 + 2 * 32 + 32)
+    model = two_stacks(np.dtype(np.float64))  # 3 such layers with one MLP, 2 recurrences of 12 channels
+    attention, mlps = 128, 2 * 48
+    assert activation_bytes(model, "attention") == 8 * (3 * 32 + 5 * 32)
+    assert activation_bytes(model, "projections") == 8 * (3 * (attention + mlps) + 2 * 2 * 12 + 5 * 32)
 
 
 def test_a_sample_counts_as_all_rows_it_stands_for():

@@ -38,6 +38,7 @@ from jaxft.plan import flops, memory
 from jaxft.runs.cli import error_line
 from jaxft.train import programs
 from jaxft.train.members import weight_fingerprints
+from jaxft.train.nonfinite import first_output, make_layer_outputs
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
@@ -355,3 +356,17 @@ def test_the_plan_counts_the_teachers_forward_pass(folder):
     more = run.teacher.model.forward_flops(without.slots, length, reads)
     assert counted(run)[0].model == pytest.approx(without.model + more, rel=1e-6)
     assert counted(run_of(folder))[0].model == pytest.approx(1.5 * without.model, rel=1e-6)
+
+
+def test_a_layer_of_the_second_model_that_is_not_finite_is_named(folder):
+    run = run_of(folder, teacher=Teacher(weights=str(folder / "other"), model=model_of(folder / "other")))
+    p, state, frozen, batch = started(run, folder)
+    mlp = frozen["teacher"]["base"]["layers"]["mlp"]
+    mlp["up"] = mlp["up"].at[1].set(1e300)
+    observe = make_layer_outputs(p.partition.model, run.objective, None)
+    own, others = jax.device_get(
+        jax.jit(observe)(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
+    )
+    text, bad = first_output(own, others)
+    assert text == "the first output that is not finite is that of layer 1 of the second model"
+    assert bad.all() and np.isfinite(own[0]).all() and own[0].shape[1] == 4 and others[0].shape[1] == 3

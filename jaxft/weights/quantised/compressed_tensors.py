@@ -105,7 +105,7 @@ def _config(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig
                 "input_activations": token if quant.kind == "fp8" else None,
             }
         },
-        "ignore": [name if name == "lm_head" else f"re:.*{name}$" for name in plain],
+        "ignore": [name if name == "lm_head" or "." in name else f"re:.*{name}$" for name in plain],
     }
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
-from jaxft.weights.safetensors import SafetensorsFiles
+from jaxft.weights.safetensors import SafetensorsFiles, required
 
 QuantConfig = dict[str, Any]  # quantization_config of a config.json
 Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain model
@@ -38,10 +38,10 @@ class FileFormat:
     The others are for writing. kinds: of weights (see nn.quant) that it stores; () if it is only read.
     summary: what it is and who loads it, for the user; head_summary: the same if the head is quantised.
     write(name, layout): the tensors of a weight `name`. config(quant, plain, packed): its quantization_config
-    without the quant_method. plain: last names of modules that are not quantised. packed: names of those that
-    are, inside a layer, such as self_attn.q_proj. scale_dtype: of written scales, None for their own.
-    with_head: whether the head can be quantised. whole_blocks: whether blocks must divide a weight's inputs.
-    int4_multiples: numbers that must divide the inputs and the outputs of an int4 weight.
+    without the quant_method. plain: modules that are not quantised, see formats.exceptions. packed: names of
+    those that are, inside a layer, such as self_attn.q_proj. scale_dtype: of written scales, None for their
+    own. with_head: whether the head can be quantised. whole_blocks: whether blocks must divide a weight's
+    inputs. int4_multiples: numbers that must divide the inputs and the outputs of an int4 weight.
     """
 
     name: str
@@ -78,15 +78,20 @@ def quantised_tensor(
 
 def stems(files: SafetensorsFiles, ending: str) -> list[str]:
     """Return the names of the tensors that end so, without the ending."""
-    return [name.removesuffix(ending) for name in files.shapes if name.endswith(ending)]
+    return [name.removesuffix(ending) for name in files.tensors if name.endswith(ending)]
 
 
-def matrix_shape(files: SafetensorsFiles, name: str) -> tuple[int, int]:
-    """Return the shape of a tensor of codes. Raises ValueError for one that is no matrix."""
-    shape = files.shapes[name]
-    if len(shape) != 2:
-        raise ValueError(f"{files.where}: {name} has shape {list(shape)}; codes of a weight are a matrix")
-    return shape[0], shape[1]
+def matrix_shape(files: SafetensorsFiles, name: str, dtype: DTypeLike) -> tuple[int, int]:
+    """Return the shape of a weight's codes. Raises ValueError if they are missing, no matrix, or of another
+    dtype.
+    """
+    codes, expected = required(files, name), np.dtype(dtype)
+    if codes.dtype != expected or len(codes.shape) != 2:
+        raise ValueError(
+            f"{files.where}: {name} is {codes.dtype}{list(codes.shape)}, expected a matrix of {expected}, "
+            "the codes of a quantised weight"
+        )
+    return codes.shape[0], codes.shape[1]
 
 
 # Layouts

@@ -1,6 +1,6 @@
 """The table of file formats of quantised weights: open a model in one of them, choose one to write."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.nn.quant import QTensor, dequantize
-from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
+from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.awq import AWQ
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
 from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
@@ -16,7 +16,7 @@ from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights
 from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
 from jaxft.weights.quantised.gptq import GPTQ
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
-from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
+from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_stored
 
 FILE_FORMATS = {
     x.name: x for x in (BITSANDBYTES, GPTQ, AWQ, FINE_GRAINED_FP8, COMPRESSED_TENSORS, OWN_ARRAYS)
@@ -40,20 +40,15 @@ def open_tensors(files: SafetensorsFiles, settings: QuantConfig | None) -> Model
             )
         quantised = FILE_FORMATS[name].open(files, settings)
     parts = {part for weight in quantised.values() for part in weight.tensors}
-    plain = [name for name in files.shapes if name not in parts]
-
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        if name in quantised:
-            return dequantised_part(quantised[name], index)
-        return read_tensor(files, name, index)
-
-    return ModelFiles(
-        files.where,
-        {name: files.shapes[name] for name in plain} | {n: x.shape[::-1] for n, x in quantised.items()},
-        {name: files.dtypes[name] for name in plain} | dict.fromkeys(quantised, np.dtype(np.float32)),
-        read,
-        quantised,
-    )
+    tensors = {
+        name: FileTensor(x.shape, x.dtype, partial(read_stored, x))
+        for name, x in files.tensors.items()
+        if name not in parts
+    }
+    for name, weight in quantised.items():
+        read = partial(dequantised_part, weight)
+        tensors[name] = FileTensor(weight.shape[::-1], np.dtype(np.float32), read, weight)
+    return ModelFiles(files.where, tensors)
 
 
 def dequantised(x: QTensor | np.ndarray) -> np.ndarray:
@@ -112,6 +107,15 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
     if q.kind == "int4" and (ins % format.int4_multiples[0] or outs % format.int4_multiples[1]):
         return f"{path} has {ins} inputs and {outs} outputs, and eight codes share an int32"
     return ""
+
+
+def exceptions(plain: Collection[str], packed: Collection[str]) -> list[str]:
+    """Return names by which a format excludes the modules that are not quantised: the last part of the name,
+    but the full name of a module whose last part is in the name of one that is quantised.
+    """
+    last = {name.rpartition(".")[2] for name in plain}
+    clashing = {part for part in last if any(part in name for name in packed)}
+    return sorted({name if (part := name.rpartition(".")[2]) in clashing else part for name in plain})
 
 
 def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, str]:

@@ -1,5 +1,6 @@
 """GPTQ: 4-bit codes along the inputs, scales and zeros per group of inputs; read and, symmetric, written."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
     indexed = bool(settings.get("desc_act", False) and group)
 
     def weight(stem: str) -> QuantisedTensor:
-        rows, outs = ff.matrix_shape(files, f"{stem}.qweight")
+        rows, outs = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
         layout = ff.block_layout(kind, (8 * rows, outs), group, np.float16, offset_dtype, indexed)
         tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales", "g_idx")]
         return ff.quantised_tensor("gptq", tensors, layout, partial(_decode, files, stem, layout, how))
@@ -38,7 +39,7 @@ def _decode(
 ) -> dict[str, Any]:
     ins, blocks, name = layout.shape[0], layout.scale.shape[0], f"{stem}.g_idx"
     in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
-    groups = read_tensor(files, name, (), (ins,)) if name in files.shapes else in_order
+    groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
     if groups.min() < 0 or groups.max() >= blocks:
         raise ValueError(
             f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}"
@@ -63,7 +64,10 @@ def _config(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig
     """GPTQModel and vLLM read the exceptions in `dynamic`, transformers (optimum) in
     modules_in_block_to_quantize.
     """
-    skipped: dict[str, Any] = {f"-:.*\\.{name}$": {} for name in plain if name != "lm_head"}
+    names = [name for name in plain if name != "lm_head"]
+    skipped: dict[str, Any] = {
+        f"-:{re.escape(name)}$" if "." in name else f"-:.*\\.{name}$": {} for name in names
+    }
     return {
         "bits": 4,
         "group_size": quant.block or -1,

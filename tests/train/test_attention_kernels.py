@@ -14,10 +14,15 @@ from test_attention import H100
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import attention, flash_attention
 from jaxft.nn.attention import AttentionNeeds, AttentionSettings
-from jaxft.nn.kernel_check import context_parts, kernel_errors, rows_to_compare, sample_length
 from jaxft.nn.pallas_attention import KernelOptions
 from jaxft.nn.ring_attention import BlockKernel
-from jaxft.train.attention_kernels import in_parts_of_rows
+from jaxft.train.attention_kernels import (
+    context_parts,
+    in_parts_of_rows,
+    kernel_errors,
+    rows_to_compare,
+    sample_length,
+)
 
 QUERIES = jax.ShapeDtypeStruct((8, 256, 4, 16), jnp.bfloat16)
 EVERYTHING = AttentionNeeds(packed=True, branches=True, windowed=True, softcap=True)

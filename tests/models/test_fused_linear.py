@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh, partition_spec
-from jaxft.nn.fused_linear import fused_linear
+from jaxft.models.phi3 import fused_linear
 from jaxft.nn.lora import ADAPTERS, Adapted
 from jaxft.nn.matmul import gather_layer, linear
 from jaxft.nn.param import ParamSpec, fan_in, sharding_of

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn.lora_blend import RANKS, blend, widened_pairs
+from jaxft.objectives.preference import RANKS, blend, widened_pairs
 
 pytestmark = pytest.mark.usefixtures("x64")
 LAYERS, INS, OUTS, RANK = 2, 12, 9, 2
