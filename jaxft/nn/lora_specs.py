@@ -49,11 +49,6 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     saved = replaced.saved_paths(base, settings.modules_to_save, names)
     targets = target_paths(specs, settings.targets)
     is_list = isinstance(settings.targets, tuple) or is_name(settings.targets)
-    if is_list and set(targets) & set(saved):
-        raise ValueError(
-            f"adapter: {min(set(targets) & set(saved))} is in targets and in modules_to_save, which "
-            "trains it in full; name it in one of them"
-        )
     of_base = replaced.base_modules(base, names)
     modules = {path: of_base[path] for path in targets}
     _check_layers(settings, list(targets), {x.layer for found in modules.values() for x in found})
@@ -61,13 +56,13 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     selected = {
         (path, i): module
         for path, found in modules.items()
-        if path not in saved
+        if is_list or path not in saved
         for i, module in enumerate(found)
         if numbers is None or module.layer is None or module.layer in numbers
     }
-    excluded, setting = settings.exclude_modules, "adapter.exclude_modules"
-    if not isinstance(excluded, str) or is_name(excluded):
-        excluded = frozenset((excluded,) if isinstance(excluded, str) else excluded)
+    listed, setting = settings.exclude_modules, "adapter.exclude_modules"
+    names_listed = [listed] if isinstance(listed, str) and is_name(listed) else listed
+    excluded = names_listed if isinstance(names_listed, str) else frozenset(names_listed)
     kept = {at: x.names for at, x in selected.items() if not is_listed(excluded, x.names, setting)}
     _check_exclusions(excluded, [x.names for x in selected.values()])
     if not kept:
@@ -76,6 +71,11 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
             "correct one of them"
         )
     for path in dict.fromkeys(path for path, _ in kept):
+        if path in saved:
+            raise ValueError(
+                f"adapter: {path} is in targets and in modules_to_save, which trains it in full; name it in "
+                "one of them, or in exclude_modules"
+            )
         _check_own_tensor(path, base, names)
     found = list(kept.values())
     ranks = values_by_pattern(settings.rank_pattern, found, "adapter.rank_pattern")

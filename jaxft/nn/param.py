@@ -77,6 +77,11 @@ class KernelAxes(NamedTuple):
     ins: str
     outs: str
 
+    @property
+    def is_router(self) -> bool:
+        """Whether it chooses experts; transformers has no linear layer for this."""
+        return self.outs == "expert_scores"
+
 
 def lead_axes(spec: ParamSpec) -> tuple[str, ...]:
     """Return the names of the axes that a parameter is stacked along: the LEAD_AXES that it starts with."""

@@ -23,7 +23,7 @@ from jaxft.weights.safetensors import SafetensorsFiles
 from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
-Value = TypeVar("Value", int, float)
+Number = TypeVar("Number", int, float)
 
 
 class Pair(NamedTuple):
@@ -155,9 +155,9 @@ def with_module_names(
     ends = {one.module.rpartition(".")[2] for one in ranked}
     everything = [one for tensors in tensors_of(model, tied_head=True).values() for one in tensors]
     selected = {one.module: one.layer for one in everything if one.module.rpartition(".")[2] in ends}
-    # versions of PEFT differ in which number of an expert's name is the layer's
-    has_experts = any(re.search(r"\.\d+\.", one.in_layer) for one in ranked)
-    layers = None if full_names or has_experts else _layers(names.keys(), selected)
+    # versions of PEFT differ in which one of two numbers in a name is the layer's
+    two_numbers = any(re.search(r"\.\d+\.", one.in_layer) for one in ranked)
+    layers = None if full_names or two_numbers else _layers(names.keys(), selected)
     if layers is not None:  # PEFT looks for a layer's number in every name that is not written in full
         ends = {one.module if one.layer is None else one.module.rpartition(".")[2] for one in ranked}
     elif full_names or selected.keys() != names.keys():
@@ -202,8 +202,8 @@ def _with_patterns(
 
 
 def _patterns(
-    values: Mapping[Tensor, Value], default: Value, names: Mapping[str, ModuleNames]
-) -> Iterator[tuple[str, Value]]:
+    values: Mapping[Tensor, Number], default: Number, names: Mapping[str, ModuleNames]
+) -> Iterator[tuple[str, Number]]:
     """Yield patterns and values: one for all layers of a module if all that it matches have the same value,
     else full names.
     """

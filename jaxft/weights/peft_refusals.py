@@ -107,10 +107,10 @@ def check_targets(
 
     present, absent: the model's modules with and without a pair, such as model.layers.0.self_attn.q_proj.
     """
-    for key in ("target_modules", "exclude_modules"):
-        value = config.get(key)
+    for field in ("target_modules", "exclude_modules"):
+        value = config.get(field)
         if not isinstance(value, str | None) and not _are_strings(value):
-            raise ValueError(f"{where}: {key}={_short(value)}; expected a string or a list of strings")
+            raise ValueError(f"{where}: {field}={_short(value)}; expected a string or a list of strings")
     targets = config.get("target_modules")
     is_default = targets in (None, "all-linear")  # None: peft's default for the architecture
     left_out_by = _target_rule(where, config, ".*" if is_default else targets)

@@ -163,7 +163,7 @@ def test_a_fresh_adapter_is_zero_beyond_each_layers_rank(world):
         (dict(targets=("head",), layers_to_transform=(0,)), ("layers_to_transform", "(head) is in a layer")),
         (dict(exclude_modules=".*"), ("excludes every module",)),
         (dict(exclude_modules=("q_proj",), rank_pattern=(("q_proj", 3),)), ("matches no adapted module",)),
-        (dict(layers_to_transform=(0, 3)), ("layers_to_transform=0,3", "the layers with adapter.targets are 0 to 2")),
+        (dict(layers_to_transform=(0, 3)), ("=0,3: the layers with adapter.targets are 0 to 2",)),
         (dict(layers_to_transform=(1, 1)), ("layers_to_transform=1,1 has a layer twice",)),
         (dict(layers_to_transform=()), ("the layers with adapter.targets are 0 to 2",)),
         (dict(rank_pattern=(("(", 3),)), ("rank_pattern", "not a valid regular expression")),
