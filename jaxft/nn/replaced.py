@@ -6,6 +6,7 @@ In an adapter's tree such a parameter is {"weight": shaped like the base's}, and
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -99,15 +100,12 @@ def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: Wei
                 f"adapter.modules_to_save: {one!r} is not a module of this model; near: "
                 f"{', '.join(tree.nearest(one, list(ends)))}"
             )
-    saved = {name for found in selected.values() for name in found}
-    for path, of_path in modules.items():
-        if is_partial(saved, [x.name for x in of_path]):
-            one = next(one for one, found in selected.items() if found & {x.name for x in of_path})
-            raise ValueError(
-                f"adapter.modules_to_save: {one!r} selects only some layers of {path}, and a module is "
-                "saved in all layers or in none; name it without the layer's number"
-            )
-    return [path for path, of_path in modules.items() if of_path[0].name in saved]
+    return in_all_layers(
+        set().union(*selected.values()),
+        {path: [one.name for one in found] for path, found in modules.items()},
+        f"adapter.modules_to_save={','.join(listed)}",
+        "and a module is saved in all layers or in none; name it without the layer's number",
+    )
 
 
 def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> set[str]:
@@ -120,9 +118,16 @@ def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> se
     }
 
 
-def is_partial(selected: Collection[str], modules: Sequence[str]) -> bool:
-    """Whether only some of a parameter's modules are selected."""
-    return 0 < sum(module in selected for module in modules) < len(modules)
+def in_all_layers(
+    selected: AbstractSet[str], modules: Mapping[str, Sequence[str]], setting: str, why: str
+) -> list[str]:
+    """Return the paths whose modules, by full name, are selected. Raises ValueError for a path with only some
+    of them.
+    """
+    for path, names in modules.items():
+        if 0 < len(selected.intersection(names)) < len({*names}):
+            raise ValueError(f"{setting} has {path} in some layers only, {why}")
+    return [path for path, names in modules.items() if names[0] in selected]
 
 
 def bias_paths(
@@ -135,19 +140,14 @@ def bias_paths(
     """
     if bias == "none":
         return []
+    modules = {path: [one.name for one in found] for path, found in base_modules(base, names).items()}
     found = [path for path in base if path.endswith("_bias")]
     if bias == "lora_only":
-        modules = {path: [one.name for one in found] for path, found in base_modules(base, names).items()}
         ranks = [(modules[path][i], rank) for path, of in adapted.items() for i, rank in enumerate(of)]
+        why = "and its biases are trained in all layers or in none; use bias=all, or adapt all layers"
         with_pair = {module for module, rank in ranks if rank}
-        for path in found:
-            if is_partial(with_pair, modules[path]):
-                raise ValueError(
-                    f"adapter.bias=lora_only: {path.removesuffix('_bias')} has an adapter in some layers "
-                    "only, and its biases are trained in all layers or in none; use bias=all, or adapt all "
-                    "layers"
-                )
-        found = [path for path in found if modules[path][0] in with_pair]
+        of_biases = {path: modules[path] for path in found}
+        found = in_all_layers(with_pair, of_biases, "adapter.bias=lora_only", why)
     if not found:
         where = "the model has" if bias == "all" else "the adapted layers have"
         raise ValueError(f"adapter.bias={bias}: {where} no biases; use bias=none")

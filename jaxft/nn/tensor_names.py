@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.nn.param import ParamSpec, layer_numbers, lead_axes, lead_shape
+from jaxft.nn.param import ParamSpec, layer_numbers, lead_axes
 
 HEAD_MODULE = "lm_head"
 NAME_FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number
@@ -37,9 +37,13 @@ class TensorName(NamedTuple):
         """The template of the module's name inside its layer, such as mlp.gate_proj."""
         return self.module.rpartition("{i}.")[2]
 
+    def axes(self, spec: ParamSpec) -> tuple[str, ...]:
+        """Return the leading axes of the parameter along which the files have a tensor each."""
+        return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in self.template)
+
     def is_linear(self, spec: ParamSpec) -> bool:
         """Whether each kernel of the parameter is the weight of one linear layer and nothing else."""
-        return self.transposed and self.part is None and _numbered_axes(self, spec) == lead_axes(spec)
+        return self.transposed and self.part is None and self.axes(spec) == lead_axes(spec)
 
 
 WeightNames = dict[str, TensorName]  # by parameter path
@@ -68,35 +72,26 @@ def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
     """Return the module of a parameter at each index along its leading axes, in row-major order. A parameter
     without a tensor in the files is named like its path.
     """
-    axes, own = lead_axes(spec), _path_template(path, spec)
+    own = _path_template(path, spec)
     template = names[path].module if path in names else HEAD_MODULE if path == "head" else own
     return [
-        Module(filled(template, numbers), filled(own, numbers), numbers.get("layers"))
-        for numbers in (_numbers(spec, axes, index) for index in np.ndindex(*lead_shape(spec)))
+        Module(template.format(**numbers), own.format(**numbers), numbers.get("i"))
+        for numbers in numbers_at(spec, lead_axes(spec)).values()
     ]
 
 
-def file_numbers(name: TensorName, spec: ParamSpec) -> dict[tuple[int, ...], dict[str, int]]:
-    """Return the numbers in the names of a parameter's tensors, by axis, by the tensors' index along its
-    leading axes, in row-major order; {} of a parameter with one tensor, by ().
+def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], dict[str, int]]:
+    """Return the numbers that fill in a template, by its fields, at each index along some of a parameter's
+    leading axes, in row-major order: i, the number of the layer in the model, and x, that of the expert.
     """
-    axes = _numbered_axes(name, spec)
-    return {index: _numbers(spec, axes, index) for index in np.ndindex(*spec.shape[: len(axes)])}
-
-
-def filled(template: str, numbers: dict[str, int]) -> str:
-    """Return a name with these numbers by axis."""
-    return template.format(**{NAME_FIELDS[axis]: number for axis, number in numbers.items()})
-
-
-def _numbered_axes(name: TensorName, spec: ParamSpec) -> tuple[str, ...]:
-    return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in name.template)
-
-
-def _numbers(spec: ParamSpec, axes: tuple[str, ...], index: tuple[int, ...]) -> dict[str, int]:
-    """Return the numbers at an index along these axes by axis: of the layer in the model, of the expert."""
-    at = dict(zip(axes, index, strict=True))
-    return at | {"layers": layer_numbers(spec)[at["layers"]]} if "layers" in at else at
+    fields = [(NAME_FIELDS[axis], layer_numbers(spec) if axis == "layers" else None) for axis in axes]
+    return {
+        index: {
+            field: n if numbers is None else numbers[n]
+            for (field, numbers), n in zip(fields, index, strict=True)
+        }
+        for index in np.ndindex(*spec.shape[: len(axes)])
+    }
 
 
 def _path_template(path: str, spec: ParamSpec) -> str:

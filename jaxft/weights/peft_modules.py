@@ -12,7 +12,7 @@ from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import spec_paths
-from jaxft.nn.replaced import base_modules, is_partial, selected_modules
+from jaxft.nn.replaced import base_modules, in_all_layers, selected_modules
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights import finite
 from jaxft.weights.peft_names import PREFIX, renamed
@@ -46,7 +46,7 @@ def read_modules(
     Raises ValueError for modules, biases and tokens that the model or the files lack, or have in part.
     """
     nodes: dict[str, dict[str, np.ndarray]] = {}
-    used, in_modules = set[str](), set[str]()
+    used = set[str]()
     table = tensors_of(model, tied_head=True)
     modules = {path: [tensor.module for tensor in tensors] for path, tensors in table.items()}
     saved = [one for one in config.get("modules_to_save") or [] if one not in SCORE_MODULES]
@@ -58,25 +58,18 @@ def read_modules(
             f"{where}: modules_to_save={saved!r}: this model has no module {min(missing)!r}; is the adapter "
             "for another base model?"
         )
-    in_full = {module for found in selected.values() for module in found}
-    for path, tensors in table.items():
-        if is_partial(in_full, modules[path]):
-            raise ValueError(
-                f"{where}: modules_to_save={saved!r} has {tensors[0].in_layer} in some layers only, which is "
-                f"not supported; {MERGE}"
-            )
-        with_bias = set(modules[path]) if biases == "all" else adapted if biases == "lora_only" else set()
-        if modules[path][0] in in_full:
-            in_modules.add(path)
-        elif not path.endswith("_bias") or with_bias.isdisjoint(modules[path]):
-            continue
-        elif is_partial(with_bias, modules[path]):
-            raise ValueError(
-                f"{where}: bias='lora_only' with LoRA pairs in some layers only is not supported, because "
-                f"jaxft reads the biases of all layers or of none; {MERGE}"
-            )
-        else:
-            settings["bias"] = biases
+    why = f"which is not supported; {MERGE}"
+    in_modules = in_all_layers(
+        set().union(*selected.values()), modules, f"{where}: modules_to_save={saved!r}", why
+    )
+    of_biases = {path: names for path, names in modules.items() if path.endswith("_bias")}
+    trained = [path for path in of_biases if biases == "all"]
+    if biases == "lora_only":
+        trained = in_all_layers(adapted, of_biases, f"{where}: bias={biases!r}", why)
+    if not set(in_modules).issuperset(trained):
+        settings["bias"] = biases
+    for path in dict.fromkeys([*in_modules, *trained]):
+        tensors = table[path]
         names = [_tensor_name(files, tensor) for tensor in tensors]
         listed = "bias or modules_to_save in adapter_config.json has it"
         values = [
@@ -85,7 +78,7 @@ def read_modules(
         ]
         nodes[path] = {"weight": stack(tensors, values)}
         used |= set(names)
-    settings["modules_to_save"] = tuple(module_list(in_modules, model))
+    settings["modules_to_save"] = tuple(module_list(set(in_modules), model))
     tokens = _read_tokens(where, config, files, model)
     nodes |= tokens.nodes
     return Modules(nodes, settings | tokens.settings, used | tokens.used)
@@ -202,15 +195,19 @@ def module_tensors(
     return tensors
 
 
-def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model) -> dict[str, Any]:
-    """Return the fields of adapter_config.json that declare replaced parameters and rows."""
+def module_fields(
+    nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model, full_names: bool = False
+) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that declare replaced parameters and rows. full_names: see
+    module_list.
+    """
     fields: dict[str, Any] = {"bias": settings.bias}
     saved = {path for path, node in nodes.items() if "weight" in node}
     if settings.bias != "none":
         modules = {path: tensors[0].module for path, tensors in tensors_of(model, tied_head=True).items()}
         kernels = {modules[path] for path in saved if not path.endswith("_bias")}
         saved = {path for path in saved if not path.endswith("_bias") or modules[path] in kernels}
-    fields["modules_to_save"] = module_list(saved, model) or None
+    fields["modules_to_save"] = module_list(saved, model, full_names) or None
     if settings.trainable_token_indices:
         ids = list(settings.trainable_token_indices)
         with_head = "rows" in nodes.get("head", {})
@@ -218,17 +215,17 @@ def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model:
     return fields
 
 
-def module_list(saved: set[str], model: Model) -> list[str]:
+def module_list(saved: set[str], model: Model, full_names: bool = False) -> list[str]:
     """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: the
-    shortest ones with which no other module ends, else full names.
+    shortest ones with which no other module ends, else full names. full_names: of a model with other modules
+    than `model` has.
     """
     modules = base_modules(spec_paths(model.specs.get("base", model.specs)), model.weight_names)
     wanted = {module.name for path in saved for module in modules[path]}
     listed: set[str] = set()
     for path in saved:
         names = {module.name for module in modules[path]}
-        ends = reversed(name_ends((modules[path][0].name,)))
-        fits = (end for end in ends if names <= selected_modules(end, modules) <= wanted)
-        end = next(fits, None)
-        listed |= names if end is None else {end}
+        ends = [] if full_names and path not in ("embed", "head") else name_ends((modules[path][0].name,))
+        fits = [end for end in ends if names <= selected_modules(end, modules) <= wanted]
+        listed |= {fits[-1]} if fits else names
     return sorted(listed)

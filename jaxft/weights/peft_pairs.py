@@ -4,7 +4,6 @@ the patterns, layer numbers and lists of modules by which PEFT's adapter_config.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -130,44 +129,8 @@ def _stacked(
     return {name: stack(tensors, values) for name, values in leaves.items()}
 
 
-def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
-    """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
-    ranked, base = _by_module(layouts, model), model.specs.get("base", model.specs)
-    targets = tuple(dict.fromkeys(one.path.rpartition("/")[2] for one in ranked))
-    modules = base_modules(spec_paths(base), model.weight_names)
-    paths = target_paths(base, targets) if targets else []
-    selected = {module.name: module for path in paths for module in modules[path]}
-    names = {one.module: selected[one.module].names for one in ranked}
-    layers = _layers(names.keys(), {name: module.layer for name, module in selected.items()})
-    excluded = tuple(name for name in selected if name not in names) if layers is None else ()
-    patterns = _with_patterns(default, ranked, names)
-    return replace(patterns, targets=targets, layers_to_transform=layers, exclude_modules=excluded)
-
-
-def with_module_names(
-    default: Adapter, layouts: Mapping[str, PairRanks], model: Model, full_names: bool = False
-) -> Adapter:
-    """Return the settings that declare pairs of these ranks and alphas, by path, with the names of modules in
-    Hugging Face files as targets, as PEFT reads them. full_names: name every module with its layer.
-    """
-    ranked = _by_module(layouts, model)
-    names = {one.module: (one.module,) for one in ranked}
-    ends = {one.module.rpartition(".")[2] for one in ranked}
-    everything = [one for tensors in tensors_of(model, tied_head=True).values() for one in tensors]
-    selected = {one.module: one.layer for one in everything if one.module.rpartition(".")[2] in ends}
-    # versions of PEFT differ in which one of two numbers in a name is the layer's
-    two_numbers = any(re.search(r"\.\d+\.", one.in_layer) for one in ranked)
-    layers = None if full_names or two_numbers else _layers(names.keys(), selected)
-    if layers is not None:  # PEFT looks for a layer's number in every name that is not written in full
-        ends = {one.module if one.layer is None else one.module.rpartition(".")[2] for one in ranked}
-    elif full_names or selected.keys() != names.keys():
-        ends = set(names)
-    patterns = _with_patterns(default, ranked, names)
-    return replace(patterns, targets=tuple(sorted(ends)), layers_to_transform=layers, exclude_modules=())
-
-
-def _by_module(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tensor, tuple[int, float]]:
-    """Return the rank and alpha of each module that has a pair."""
+def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tensor, tuple[int, float]]:
+    """Return the rank and alpha of each module that has a pair. layouts: by path."""
     table = adaptable_tensors(model)
     return {
         tensor: (rank, alpha)
@@ -177,32 +140,67 @@ def _by_module(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tensor, t
     }
 
 
-def _layers(wanted: AbstractSet[str], selected: Mapping[str, int | None]) -> tuple[int, ...] | None:
-    """Return the layers that limit selected modules to the wanted ones; None if there are no such layers, or
-    if all are wanted. selected: the layer of each module by full name.
-    """
-    layers = {layer for name, layer in selected.items() if name in wanted and layer is not None}
-    limited = {name for name, layer in selected.items() if layer is None or layer in layers}
-    return tuple(sorted(layers)) or None if limited == wanted != selected.keys() else None
+def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
+    """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
+    ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
+    targets = tuple(dict.fromkeys(one.path.rpartition("/")[2] for one in ranked))
+    modules = base_modules(spec_paths(base), model.weight_names)
+    paths = target_paths(base, targets) if targets else []
+    selected = {module.names: module.layer for path in paths for module in modules[path]}
+    return replace(_declared(default, ranked, selected), targets=targets)
 
 
-def _with_patterns(
-    default: Adapter, ranked: Mapping[Tensor, tuple[int, float]], names: Mapping[str, ModuleNames]
+def with_module_names(
+    default: Adapter, layouts: Mapping[str, PairRanks], model: Model, full_names: bool = False
 ) -> Adapter:
-    """Return settings with the ranks and alphas of modules that differ from the default. names: of each
-    module, which patterns may match.
+    """Return the settings that declare pairs of these ranks and alphas, by path, with the names of modules in
+    Hugging Face files as targets, as PEFT reads them. full_names: name every module with its layer.
     """
+    ranked, layers = ranked_modules(layouts, model), dict[str, int | None]()
+    for tensors in tensors_of(model, tied_head=True).values():
+        layers |= {tensor.module: tensor.layer for tensor in tensors}
+    ends = {one.module.rpartition(".")[2] for one in ranked}
+    selected = {(name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends}
+    declared = _declared(default, ranked, selected)
+    # versions of PEFT differ in which one of two numbers in a name is the layer's
+    two_numbers = declared.layers_to_transform and any(re.search(r"\.\d+\.", x.in_layer) for x in ranked)
+    if full_names or two_numbers or declared.exclude_modules:
+        ends = {one.module for one in ranked}
+        declared = replace(declared, layers_to_transform=None)
+    elif declared.layers_to_transform:  # PEFT looks for a layer's number in all names but those in full
+        ends = {one.module if one.layer is None else one.module.rpartition(".")[2] for one in ranked}
+    return replace(declared, targets=tuple(sorted(ends)), exclude_modules=())
+
+
+def _declared(
+    default: Adapter,
+    ranked: Mapping[Tensor, tuple[int, float]],
+    selected: Mapping[ModuleNames, int | None],
+) -> Adapter:
+    """Return settings with the ranks and alphas of modules, and the layers to which these are limited, or the
+    names of the other modules that the targets select.
+
+    selected: the layers of all modules that the targets select, by the names that patterns match.
+    """
+    wanted = {one.module: one for one in ranked}
+    limits = {layer for (name, *_), layer in selected.items() if name in wanted and layer is not None}
+    limited = {name for (name, *_), layer in selected.items() if layer is None or layer in limits}
+    excluded = [name for name, *_ in selected if name not in wanted]
+    in_layers = bool(excluded and limits) and limited == wanted.keys()
+    names = {wanted[of[0]]: of for of in selected if of[0] in wanted}
     ranks = {one: rank for one, (rank, _) in ranked.items()}
     alphas = {one: alpha for one, (_, alpha) in ranked.items()}
     return replace(
         default,
+        layers_to_transform=tuple(sorted(limits)) if in_layers else None,
+        exclude_modules=() if in_layers else tuple(excluded),
         rank_pattern=tuple(_patterns(ranks, default.rank, names)),
         alpha_pattern=tuple(_patterns(alphas, default.alpha, names)),
     )
 
 
 def _patterns(
-    values: Mapping[Tensor, Number], default: Number, names: Mapping[str, ModuleNames]
+    values: Mapping[Tensor, Number], default: Number, names: Mapping[Tensor, ModuleNames]
 ) -> Iterator[tuple[str, Number]]:
     """Yield patterns and values: one for all layers of a module if all that it matches have the same value,
     else full names.
@@ -213,7 +211,7 @@ def _patterns(
     for pattern, modules in alike.items():
         if done.issuperset(modules) or all(values[one] == default for one in modules):
             continue
-        matched = [one for one in values if matches_module(pattern, names[one.module], "pattern")]
+        matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
         if len({values[one] for one in matched}) == 1:
             done.update(matched)
             yield pattern, values[modules[0]]

@@ -18,7 +18,7 @@ from jaxft.models.model import Model
 from jaxft.nn.param import ParamSpec, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.replaced import base_spec
-from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, file_numbers, filled
+from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 
 
@@ -93,13 +93,13 @@ def _tensors(path: str, names: WeightNames, specs: Mapping[str, ParamSpec]) -> t
         sharing = {x.part: specs[other].shape[-1] for other, x in names.items() if x[:2] == name[:2]}
         offset, outs = sum(sharing[part] for part in range(name.part)), sum(sharing.values())
     tensors = []
-    for index, numbers in file_numbers(name, spec).items():
+    for index, numbers in numbers_at(spec, name.axes(spec)).items():
         values = spec.shape[len(index) :]
         shape = (*values[:-1], outs)
         shape = (*shape[:-2], shape[-1], shape[-2]) if name.transposed else shape
-        where = numbers.get("layers"), filled(name.in_layer, numbers)
-        full_name, whole = filled(name.template, numbers), name.is_linear(spec)
-        tensors.append(Tensor(path, index, full_name, shape, name.transposed, values, offset, whole, *where))
+        full_name, in_layer = (template.format(**numbers) for template in (name.template, name.in_layer))
+        of_file = name.transposed, values, offset, name.is_linear(spec)
+        tensors.append(Tensor(path, index, full_name, shape, *of_file, numbers.get("i"), in_layer))
     return tuple(tensors)
 
 
