@@ -6,7 +6,6 @@ In an adapter's tree such a parameter is {"weight": shaped like the base's}, and
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -119,7 +118,7 @@ def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> se
 
 
 def in_all_layers(
-    selected: AbstractSet[str], modules: Mapping[str, Sequence[str]], setting: str, why: str
+    selected: set[str], modules: Mapping[str, Sequence[str]], setting: str, why: str
 ) -> list[str]:
     """Return the paths whose modules, by full name, are selected. Raises ValueError for a path with only some
     of them.

@@ -160,7 +160,9 @@ def with_module_names(
     for tensors in tensors_of(model, tied_head=True).values():
         layers |= {tensor.module: tensor.layer for tensor in tensors}
     ends = {one.module.rpartition(".")[2] for one in ranked}
-    selected = {(name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends}
+    selected: dict[ModuleNames, int | None] = {
+        (name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends
+    }
     declared = _declared(default, ranked, selected)
     # versions of PEFT differ in which one of two numbers in a name is the layer's
     two_numbers = declared.layers_to_transform and any(re.search(r"\.\d+\.", x.in_layer) for x in ranked)

@@ -227,7 +227,7 @@ def test_an_adapter_of_some_modules_of_several_stacks_is_in_peft_and_read_again_
 @pytest.mark.parametrize(
     "config",
     [
-        dict(target_modules=["q_proj"], layers_to_transform=[1, 3]),
+        dict(target_modules=["q_proj"], layers_to_transform=[1, 2]),
         dict(target_modules=["experts.1.down_proj", "tail"], alpha_pattern={"2.*": 7}),
         dict(target_modules=r".*\.[03]\.mlp\..*", rank_pattern={"layers.3.mlp.up_proj": 3}),
         dict(target_modules=["gate_proj"], modules_to_save=["shared_expert"]),
