@@ -49,7 +49,7 @@ def save_adapter(
         _check_pair(path, pair, layouts.get(path))
     if missing := layouts.keys() - pairs.keys():
         raise ValueError(f"adapter: no pair of {min(missing)}, which its settings declare")
-    tensors, ranked = [], ranked_modules(layouts, model)
+    tensors, ranked = [], ranked_modules({path: layouts[path] for path in pairs}, model)
     for tensor, (rank, alpha) in ranked.items():
         tensors += pair_tensors(tensor, pairs[tensor.path], rank, settings.scale_of(rank, alpha))
     part = hf.text_part_of(base_ref)
