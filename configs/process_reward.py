@@ -14,13 +14,13 @@ Hardware: 2 CPU cores, 2 GB; the time depends on your rows.
 from jaxft.data.steps import StepRows
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.process_reward import process_reward
-from jaxft.train.recipes import LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import CALCULATOR_STEPS, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
 def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
-    rows: RowKnobs = RowKnobs("steps.jsonl"),
+    rows: RowKnobs = RowKnobs(CALCULATOR_STEPS),
     name: str = "process_reward",
     lr: float = 2e-4,  # auto: by the model's width, and the default with another model
 ) -> Run:

@@ -235,7 +235,7 @@ def _detect_by_other_names(
     fewest = min(map(len, found.values()), default=0)
     best = [format for format, others in found.items() if len(others) == fewest]
     if len(best) != 1:
-        raise InvalidRow(row.name, "columns of no format", "no format fits with other names of columns")
+        raise row.invalid("columns of no format", "no format fits with other names of columns")
     return best[0], tuple(found[best[0]].items())
 
 
@@ -327,8 +327,7 @@ def _rename(row: Row, names: _Names) -> Row:
     mapping = {ours: column_of(row.fields, theirs) for ours, theirs in names.mapping.items()}
     for ours, theirs in mapping.items():
         if theirs not in row.fields and ours not in names.optional:
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 f"missing column {theirs!r}",
                 f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
                 f"{', '.join(map(str, row.fields))}",
@@ -361,22 +360,18 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
         return fits[0]
     columns = ", ".join(map(str, row.fields))
     if fits:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "columns of two formats",
             f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
     names = [str(name) for name in row.fields]
     other = _other_task(names, formats)
     if other is not None:
-        raise InvalidRow(
-            row.name, "columns of no format", f"the columns {columns} are those of {TASKS[other]}"
-        )
+        raise row.invalid("columns of no format", f"the columns {columns} are those of {TASKS[other]}")
     ours = _nearest_columns(names, formats)
     near = misspelled(names, ours)
     meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "
-    raise InvalidRow(
-        row.name,
+    raise row.invalid(
         "columns of no format",
         f"the columns {columns} fit no format; {meant if near else ''}accepted are "
         f"{describe_formats(formats)}; rename columns, for example with "
@@ -420,8 +415,7 @@ def _require_columns(row: Row, format: str, formats: Formats) -> Row:
     fields, required = row.fields, formats[format].required
     if not _has(fields, required):
         missing = next(names for names in required if not any(c in fields for c in names))
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             f"missing column {' or '.join(map(repr, missing))}",
             f"no column {' or '.join(missing)}, which format {format} requires; the row has "
             f"{', '.join(map(str, fields))}; accepted formats are {describe_formats(formats)}; rename "

@@ -25,6 +25,8 @@
     steps
     steps                   {"prompt", "completions": [steps], "labels": [true or false]}
 
+    decisions               see decisions.py
+
 "label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
 without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
 "chat_template_kwargs"; those of SFT "weight" (see loss_weights.py); those of pairs "reference", from which a
@@ -53,8 +55,8 @@ from jaxft.data.conversation import (
     split_row,
     with_prompt,
 )
+from jaxft.data.decisions import DECISION, LABEL, RERANKER, parse
 from jaxft.data.example import RESPONSE, Example, Steps, Text
-from jaxft.data.invalid import InvalidRow
 from jaxft.data.loss_weights import row_weight, without_weights
 from jaxft.data.published_formats import (
     PROMPT,
@@ -70,7 +72,7 @@ from jaxft.data.published_formats import (
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Row
 
-SFT, PAIRS, PROMPTS, STEPS = "sft", "pairs", "prompts", "steps"
+SFT, PAIRS, PROMPTS, DECISIONS, STEPS = "sft", "pairs", "prompts", "decisions", "steps"
 Parse = Callable[[Row, RowSettings], dict[str, Example]]
 Rewrite = Callable[[Row, RowSettings], Row]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
@@ -113,8 +115,7 @@ def response_column(row: Row) -> str:
     columns = [c for c in _ANSWER if c in row.fields]
     names = [c for c in columns if row.fields[c] is not None] or columns[:1]
     if len(names) > 1:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "two response columns",
             "the row has both 'response' and 'output'; choose one with data.columns=response=...",
         )
@@ -133,8 +134,8 @@ def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Exam
 
 
 def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
-    """Raise InvalidRow: rows with these columns are no pairs, though some of the columns are those of pairs."""
-    raise InvalidRow(row.name, reason, problem)
+    """Raise InvalidRow: no row with these columns can be read, and why."""
+    raise row.invalid(reason, problem)
 
 
 def _labelled(
@@ -152,8 +153,7 @@ def _labelled(
 def _label(row: Row, where: str, value: Any) -> bool:
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "label that is neither true nor false",
             f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)",
         )
@@ -164,8 +164,7 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
     """Return the prompt with each response, those of settings.kinds. columns: of the responses by kind."""
     if "gold" in settings.kinds:
         if row.fields.get("reference") is None:
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "missing column 'reference'",
                 f"no column 'reference', from which data.third=gold reads the third response; the "
                 f"row has {', '.join(map(str, row.fields))}",
@@ -193,8 +192,7 @@ def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitR
     for kind, turns in split.responses.items():
         _check_response(row, columns[kind], turns)
     if split.prompt and split.prompt[-1]["role"] == "assistant":
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "prompt that ends with an assistant turn",
             "the prompt ends with an assistant turn; move that turn into the responses",
         )
@@ -203,15 +201,12 @@ def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitR
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
     if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
-        raise InvalidRow(
-            row.name,
-            "empty response",
-            f"the response in column {column!r} is empty; fill it or remove the row",
+        raise row.invalid(
+            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
         )
     for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "response that is no assistant turn",
                 f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
                 "an assistant turn",
@@ -225,15 +220,23 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
     """Return the steps of a solution with their labels."""
     steps, labels = list_of(row, "completions"), list_of(row, "labels")
     if not steps or len(steps) != len(labels):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "steps without labels",
             f"the row has {len(steps)} steps in 'completions' and {len(labels)} entries in 'labels'; use one "
             "label for each step",
         )
-    texts = [text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)]
+    texts = [
+        text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)
+    ]
     found = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
     return {RESPONSE: Steps(row.name, text_of(row, "prompt"), tuple(texts), found)}
+
+
+# ---- decisions
+
+
+def _decision(row: Row, settings: RowSettings, format: str) -> dict[str, Example]:
+    return {RESPONSE: parse(row, format, settings.labels, settings.question)}
 
 
 # ---- numbers
@@ -244,11 +247,7 @@ def _pair_weight(row: Row, settings: RowSettings) -> float:
     column = settings.weight_column
     weight = 1.0 if column is None else number_of(row, column, "data.weight_column")
     if weight < 0:
-        raise InvalidRow(
-            row.name,
-            "negative weight",
-            f"the weight in column {column!r} is {weight:g}; use 0 or more",
-        )
+        raise row.invalid("negative weight", f"the weight in column {column!r} is {weight:g}; use 0 or more")
     return weight
 
 
@@ -269,20 +268,16 @@ def number_of(row: Row, column: str, setting: str) -> float:
     value: Any = row.fields.get(column)
     if value is None:
         columns = ", ".join(map(str, row.fields))
-        raise InvalidRow(
-            row.name,
-            "missing number",
-            f"no number in column {column!r}, which {setting} names; the row has {columns}",
+        raise row.invalid(
+            "missing number", f"no number in column {column!r}, which {setting} names; the row has {columns}"
         )
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InvalidRow(
-            row.name,
-            "missing number",
-            f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number",
+        raise row.invalid(
+            "missing number", f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
         )
     return number
 
@@ -296,9 +291,9 @@ class RowFormat:
 
     name: of data.format. task: what its rows are for. required: its columns; a tuple lists the accepted names
     of one. parse(row, settings): the prompt with each response, by kind. optional: columns that it may have.
-    plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the row
-    in the columns of another format, before anything is read from it. note(settings): how the rows are read,
-    for the start of a run. listed: whether errors name it; formats of a single dataset are not.
+    plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
+    row in the columns of another format, before anything is read from it. note(settings): how the rows are
+    read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
     """
 
     name: str
@@ -330,6 +325,11 @@ def _pairs(
     return RowFormat(name, PAIRS, required, parse, (*PAIR_COLUMNS, *more), rewrite=rewrite, **others)
 
 
+def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
+    optional = ("system", "chat_template_kwargs", "weight", *more)
+    return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+
+
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
 _COMPARED = (("chosen",), ("rejected",))
 _RATED_ALONE = partial(
@@ -337,10 +337,14 @@ _RATED_ALONE = partial(
     problem="the row rates a single response; for preferences join the rows of each prompt into "
     '{"prompt", "responses": [...], "ratings": [...]}',
 )  # fmt: skip
+_UNLABELLED = partial(
+    _refused, reason="steps without labels",
+    problem="the row has no column labels; give each step a label, true or false",
+)  # fmt: skip
 _STEPS = partial(
     _refused, reason="steps with labels",
-    problem="the row has the steps of one response, with labels; train a process reward model with the recipe "
-    "process_reward",
+    problem="the row has the steps of one response, with labels; train a process reward model with the "
+    "recipe process_reward",
 )  # fmt: skip
 ROW_FORMATS = (
     RowFormat("text", SFT, (("text",),), _text, ("weight",), plain=True, weight=_row_weight),
@@ -405,12 +409,17 @@ ROW_FORMATS = (
     ),
     RowFormat("steps", STEPS, (_PROMPT, ("completions",), ("labels",)), _steps, ("weight",),
               weight=_row_weight),
+    RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
+    _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
+    _decision_format(LABEL, (("text",), ("label",))),
+    _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
 )  # fmt: skip
 # What rows of a task are, for errors where another one reads them.
 TASKS = {
     SFT: "SFT, for which there is the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",
     STEPS: "steps with labels; train a process reward model with the recipe process_reward",
+    DECISIONS: "decisions; train on them with the recipe decision",
 }
 
 

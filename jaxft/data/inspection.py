@@ -4,7 +4,7 @@ The examples are those of SFT rows, preference rows or prompts for rollouts, as 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from jaxft.data import prompts
 from jaxft.data.invalid import InvalidCount, InvalidRow
 from jaxft.data.lengths import measure_dataset
 from jaxft.data.mixture import SplitRows, held_out_sources, parse_sources
-from jaxft.data.overlaps import Content
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompt_tokens import row_fields
 from jaxft.data.prompts import PromptRows, Prompts
@@ -56,7 +55,7 @@ class Inspected(NamedTuple):
     """A dataset: statistics of its valid rows by name, counts of its invalid rows, and its examples.
 
     rows: their number, with invalid and dropped ones. placeholders: names of the rows whose response is a
-    placeholder. warnings: lines for the start of a run. of_step(step) yields the examples of that step's
+    placeholder. split: all rows. of_step(step) yields the examples of that step's
     batch; train() and held_out() yield all of them.
     """
 
@@ -67,7 +66,7 @@ class Inspected(NamedTuple):
     held_out: Callable[[], Iterator[ShownExample]]
     rows: int
     placeholders: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
+    split: SplitRows
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
@@ -143,7 +142,7 @@ def _inspected(
         lambda: map(example, split.held.tolist()),
         count,
         tuple(rows.names[int(index)] for index in empty),
-        split.warnings,
+        split,
     )
 
 
@@ -233,28 +232,6 @@ def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspe
     return _inspected(split, stats, of_step, example)
 
 
-def contents(examples: Iterable[ShownExample]) -> Iterator[Content]:
-    """Yield each row as its prompt and the rest, of a split row all of its pieces together."""
-    pieces: list[ShownExample] = []
-    for example in examples:
-        if pieces and not example.piece:
-            yield content(pieces)
-            pieces = []
-        pieces.append(example)
-    if pieces:
-        yield content(pieces)
-
-
-def content(pieces: Sequence[ShownExample]) -> Content:
-    """Return a row as its prompt, the tokens before the first one with a loss, and the rest."""
-    parts = [part for piece in pieces for part in piece.parts]
-    ids = np.concatenate([part.ids for part in parts])
-    learned = np.flatnonzero(np.concatenate([part.weights for part in parts]))
-    first = int(learned[0]) if len(learned) else 0
-    first = first if first > 1 else 0  # the first token of a text never has a loss, and is no prompt
-    return Content(pieces[0].name, ids[:first], ids[first:])
-
-
 def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
     """Return the token counts of each part of the examples, by its label.
 
@@ -266,6 +243,7 @@ def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
             if len(part.ids):  # a row with a label has one of two responses
                 found.setdefault(part.label or "all", []).append(len(part.ids))
         if len(example.parts) == 1 and example.parts[0].weights.any():
-            found.setdefault("prompt", []).append(len(content([example]).prompt))
-            found.setdefault("with loss", []).append(int((example.parts[0].weights > 0).sum()))
+            learned = np.flatnonzero(example.parts[0].weights)
+            found.setdefault("prompt", []).append(int(learned[0]) if learned[0] > 1 else 0)
+            found.setdefault("with loss", []).append(len(learned))
     return found

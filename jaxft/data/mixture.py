@@ -294,7 +294,7 @@ class SplitRows:
 
 
 def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None) -> SplitRows:
-    """Read all sources and split them into training and held-out rows. cache: see Dataset.open.
+    """Read all sources and split them into training and held-out rows. cache: see DataSettings.open.
 
     Raises ValueError if a side has no rows left, or no training row has a weight.
     """

@@ -39,10 +39,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
     settings, tokenizer = reader.settings, reader.tokenizer
     present: list[list[Any]] = [[*row.examples.values()] for row in rows if isinstance(row, ParsedRow)]
     sequences = chat.tokenise_examples(
-        [example for examples in present for example in examples],
-        tokenizer,
-        "completion",
-        settings.template,
+        [example for examples in present for example in examples], tokenizer, "completion", settings.template
     )
     prompts = chat.example_prompt_ids([examples[0] for examples in present], tokenizer, settings.template)
     for row in rows:

@@ -3,7 +3,7 @@ tokenizer, settings, k).
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from jaxft.batch import Pairs
 from jaxft.bounds import at_least, between, one_of
 from jaxft.data import pair_plan as planning
 from jaxft.data.epochs import epochs_of
-from jaxft.data.mixture import SplitRows, sources_with_metrics, split_rows
+from jaxft.data.mixture import sources_with_metrics, split_rows
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pair_layout import (
     PairLayout,
@@ -34,6 +34,7 @@ from jaxft.data.reader import RowTask
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import (
+    BatchLayout,
     Prompt,
     RowSource,
     RowStats,
@@ -87,11 +88,6 @@ class PairRows(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices: tuple[tuple[str, tuple], ...] = (
-            ("too_long", TOO_LONG), ("weighting", WEIGHTING), ("layout", LAYOUTS), ("third", THIRD),
-        )  # fmt: skip
-        for name, known in choices:
-            self.require_choice(name, known)
         if len(set(self.extras)) < len(self.extras):
             raise ValueError(f"data.extras={','.join(self.extras)} names a column twice; name each once")
 
@@ -137,7 +133,7 @@ class PairRows(DataSettings):
         return replace(self, layout="plain")
 
     def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
-        """Return a line about responses that cannot share prompts; see Dataset.start_lines."""
+        """Return a line about responses that cannot share prompts; see DataSettings.start_lines."""
         if not varies_with_length(a, self.max_length):
             return []
         return [
@@ -146,7 +142,7 @@ class PairRows(DataSettings):
         ]
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
-        """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
+        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open.
 
         A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step
         sees nor the fingerprint. The model is not known here: one whose rope depends on the length of a text
@@ -220,13 +216,9 @@ class PairStats(RowStats):
 
 
 @dataclass(frozen=True)
-class PairBatches:
-    """Pairs in rows, as data.layout says; see source.BatchLayout. rows: of a microbatch."""
+class PairBatches(BatchLayout[Pairs]):
+    """Pairs in rows, as data.layout says. rows: of a microbatch."""
 
-    settings: PairRows
-    split: SplitRows
-    plan: Callable[[int], RowPlan]
-    held_plan: RowPlan
     rows: PairLayout
 
     @property

@@ -108,8 +108,7 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
         ours, theirs = split_column(item)
         theirs = column_of(row.fields, theirs)
         if theirs not in row.fields:
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 f"missing column {theirs!r}",
                 f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
                 f"{', '.join(map(str, row.fields))}",

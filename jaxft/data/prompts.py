@@ -71,7 +71,6 @@ class Prompts(DataSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("format", PROMPT_FORMATS)
-        self.require_choice("too_long", TOO_LONG)
         self.require_choice("kv_cache", get_args(CacheFormat))
         if self.tokens is not None:
             raise ValueError(

@@ -1,5 +1,5 @@
-"""Formats whose rows are rewritten into the columns of another one: rankings, comparisons of two responses, and
-transcripts, as public datasets have them.
+"""Formats whose rows are rewritten into the columns of another one: rankings, comparisons of two responses,
+and transcripts, as public datasets have them.
 
 A ranking becomes "prompt", "chosen" (the best response), "rejected" (the worst) and "rank_2", "rank_3", ...
 (those between, in order), with the ratings "score_chosen", "score_rejected", "score_rank_2", ...: higher is
@@ -14,7 +14,6 @@ from typing import Any
 
 from jaxft.data.columns import list_of
 from jaxft.data.example import Message
-from jaxft.data.invalid import InvalidRow
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Row
 
@@ -67,8 +66,7 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     column = _first(row, RESPONSES)
     items = list_of(row, column)
     if len(items) < 2:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "ranking of one response",
             f"column {column!r} has {len(items)} responses; a ranking needs 2 or more",
         )
@@ -76,9 +74,7 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     ratings = _ratings(row, column, [rating for _, rating in parts])
     order = sorted(range(len(items)), key=lambda index: -ratings[index])
     if ratings[order[0]] == ratings[order[-1]]:
-        raise InvalidRow(
-            row.name, "no preference", f"all responses have the rating {ratings[0]:g}; remove the row"
-        )
+        raise row.invalid("no preference", f"all responses have the rating {ratings[0]:g}; remove the row")
     kinds = best_first(settings.kinds)
     count = min(len(items), len(kinds))
     chosen = [order[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
@@ -92,7 +88,9 @@ def ranking_note(settings: RowSettings) -> str:
     """Return how rankings are read, for the start of a run."""
     count = len(best_first(settings.kinds))
     if count == 2:
-        return "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
+        return (
+            "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
+        )
     return (
         f"up to data.responses={count} responses of each ranking are read; of more, the best, the worst and "
         "those at even distances between them"
@@ -113,8 +111,7 @@ def _rated(row: Row, where: str, item: Any) -> tuple[Any, float | None]:
         rating = None if key is None else _rating(row, f"{where}.{key}", item[key], is_rank=key == "rank")
         item = next(item[key] for key in _TEXTS if key in item)
     if not item or (isinstance(item, str) and not item.strip()) or not isinstance(item, str | list | dict):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "ranking without a response",
             f"{where} has no response; use a string, a list of messages, or an object with one of "
             f"{', '.join(_TEXTS)}",
@@ -129,9 +126,7 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InvalidRow(
-            row.name, "rating that is no number", f"{where} is {repr(value)[:40]}; use a finite number"
-        )
+        raise row.invalid("rating that is no number", f"{where} is {repr(value)[:40]}; use a finite number")
     return -number if is_rank else number
 
 
@@ -141,8 +136,7 @@ def _ratings(row: Row, column: str, own: list[float | None]) -> list[float]:
     if parallel is not None:
         values = list_of(row, parallel)
         if len(values) != len(own):
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "ratings of another number",
                 f"column {parallel!r} has {len(values)} entries and {column!r} {len(own)} responses; use as "
                 "many",
@@ -152,8 +146,7 @@ def _ratings(row: Row, column: str, own: list[float | None]) -> list[float]:
     if not known:
         return [-float(place) for place in range(1, len(own) + 1)]
     if len(known) < len(own):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "response without a rating",
             f"{column}[{own.index(None)}] has no rating, and others have one; rate all responses or none",
         )
@@ -169,9 +162,7 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
-        raise InvalidRow(
-            row.name, "no preference", f"column {column!r} is 0, no response is better; remove the row"
-        )
+        raise row.invalid("no preference", f"column {column!r} is 0, no response is better; remove the row")
     scores = {RATING + "chosen": abs(value), RATING + "rejected": 0.0}
     return _pair(row, responses if value < 0 else responses[::-1], scores)
 
@@ -179,14 +170,13 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
 def from_better(
     row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
 ) -> Row:
-    """Return two responses as a pair. column: says which is better, its values for the first and the second in
-    `better` (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
+    """Return two responses as a pair. column: says which is better, by its values in `better` for the first
+    and the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
     """
     value = row.fields[column]
     written = str(int(value)) if isinstance(value, bool) or value in (0.0, 1.0) else str(value).strip()
     if written not in better:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "no preference",
             f"column {column!r} is {repr(value)[:40]}; use {better[0]} if {responses[0]} is better, "
             f"{better[1]} if {responses[1]} is",
@@ -212,9 +202,7 @@ def from_openai(row: Row, settings: RowSettings) -> Row:
     """
     given = row.fields["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
-        raise InvalidRow(
-            row.name, "input without messages", "column 'input' has no messages; use {'messages': [...]}"
-        )
+        raise row.invalid("input without messages", "column 'input' has no messages; use {'messages': [...]}")
     pair = {"chosen": row.fields["preferred_output"], "rejected": row.fields["non_preferred_output"]}
     own = {name: value for name, value in row.fields.items() if name != "input"}
     fields = {"prompt": given["messages"], "tools": given.get("tools") or None, **pair}
@@ -236,11 +224,11 @@ def from_glaive(row: Row, settings: RowSettings) -> Row:
     """
     text, system = row.fields["chat"], row.fields["system"]
     if not isinstance(text, str) or not isinstance(system, str):
-        raise InvalidRow(row.name, "transcript that is no text", "columns 'system' and 'chat' must be strings")
+        raise row.invalid("transcript that is no text", "columns 'system' and 'chat' must be strings")
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
-        raise InvalidRow(
-            row.name, "transcript without speakers", "column 'chat' does not begin with 'USER:'; fix the row"
+        raise row.invalid(
+            "transcript without speakers", "column 'chat' does not begin with 'USER:'; fix the row"
         )
     turns = [_turn(row, who, said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     tools = _objects(system)
@@ -260,8 +248,7 @@ def _turn(row: Row, who: str, said: str) -> Message:
     except ValueError:
         function = None
     if not isinstance(function, dict):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "function call that is no JSON",
             f"the function call {call[1].strip()[:40]!r} in column 'chat' is not the JSON of a call; fix or "
             "remove the row",

@@ -16,7 +16,7 @@ class RowSettings:
     see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
     column "environment" is this name, or of "", every row; "" for those of the rows themselves. optional:
     whether a row without a prompt has an empty one, to which an environment adds. separator: see
-    steps.StepRows. Others: see DataSettings.
+    steps.StepRows. labels, question: see decision_rows.DecisionRows. Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()
@@ -34,6 +34,8 @@ class RowSettings:
     tools: str = ""
     optional: bool = False
     separator: str = "\n"
+    labels: tuple[str, ...] = ()
+    question: str | None = None
 
     @property
     def plain(self) -> bool:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 import numpy as np
 from jaxtyping import Bool
 
-from jaxft.bounds import ZERO_TO_ONE, above, at_least, check_bounds, one_of
+from jaxft.bounds import ZERO_TO_ONE, Choices, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
@@ -20,6 +21,7 @@ from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
 from jaxft.data.tokenised import TokenisedRows
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.tree import Batch
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -28,9 +30,16 @@ def check_seed(seed: int, setting: str) -> None:
         raise ValueError(f"{setting}={seed}; use a whole number from 0 to 2^63 - 1")
 
 
+@cache
+def _choices(kind: Any) -> list[tuple[str, tuple[str | None, ...]]]:
+    """Return the settings that take some texts only, and these."""
+    marks = ((name, get_args(hint)[1:]) for name, hint in get_type_hints(kind, include_extras=True).items())
+    return [(name, mark.known) for name, found in marks for mark in found if isinstance(mark, Choices)]
+
+
 @dataclass(frozen=True)
 class DataSettings:
-    """Where rows come from and how many an optimizer step uses.
+    """Settings of a run's data: where rows come from and how many an optimizer step uses.
 
     train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
     the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
@@ -77,7 +86,9 @@ class DataSettings:
         check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
         check_seed(self.seed_of_split, "data.split_seed")
-        self.require_choice("invalid", INVALID)
+        kind: Any = type(self)
+        for name, known in _choices(kind):
+            self.require_choice(name, known)
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
@@ -99,12 +110,6 @@ class DataSettings:
     def length_settings(self) -> tuple[str, ...]:
         """Names of the settings whose sum is max_length."""
         return ("max_length",)
-
-    def require_at_least(self, least: int, *names: str) -> None:
-        """Raise ValueError for the first of the named settings that is below `least`."""
-        for name in names:
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}; use at least {least}")
 
     def require_choice(self, name: str, choices: Sequence[Any]) -> None:
         """Raise ValueError if the named setting is none of the choices."""
@@ -135,17 +140,21 @@ class DataSettings:
         raise NotImplementedError
 
     def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
-        """Return what reads and tokenises the rows. cache: see Dataset.open."""
+        """Return what reads and tokenises the rows. cache: see `open`."""
         few = self.invalid == FEW
         how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
         return Reader(self.task, tokenizer, self.token_settings, how)
 
     def for_attention(self, a: AttentionLayers) -> Self:
-        """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""
+        """Return the settings for a model with these attention layers, whose rope may depend on the length of
+        a text. Raises ValueError for settings that such a model cannot have.
+        """
         return self
 
     def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
-        """Return no lines; see Dataset.start_lines."""
+        """Return lines for the start of a run about how its log-probs are computed. objective: the run's
+        Objective. a: of the model.
+        """
         return []
 
     @property
@@ -162,6 +171,28 @@ class DataSettings:
     def holds_out(self) -> bool:
         """Whether any rows are held out."""
         return self.held_out not in (None, "none", 0)
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Any:
+        """Read and tokenise the rows and plan the batches; return a Source.
+
+        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
+        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
+        """
+        raise NotImplementedError
+
+    def abstract(self, shards: int = 1) -> Batch:
+        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+        raise NotImplementedError
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that the model sees."""
+        raise NotImplementedError
+
+    @property
+    def packing(self) -> bool | Literal["wrapped"]:
+        """Whether a row may contain several sequences. Only those of "wrapped" rows attend to one another."""
+        raise NotImplementedError
 
     @property
     def least_held_out(self) -> int:

@@ -18,7 +18,7 @@ from jaxft.bounds import at_least, one_of
 from jaxft.data import chat, pack
 from jaxft.data.epochs import epochs_of
 from jaxft.data.example import RESPONSE
-from jaxft.data.mixture import SplitRows, sources_with_metrics, split_rows
+from jaxft.data.mixture import sources_with_metrics, split_rows
 from jaxft.data.pack import RowPlan
 from jaxft.data.reader import RowTask
 from jaxft.data.row_batches import fill_rows, member_counts, member_targets, read_length, weights_of_members
@@ -27,6 +27,7 @@ from jaxft.data.row_text import DOCUMENT, SAMPLE_BY
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft_tokens import SFT_TASK
 from jaxft.data.source import (
+    BatchLayout,
     Prompt,
     RowSource,
     RowStats,
@@ -73,10 +74,8 @@ class Rows(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"loss_on": chat.LOSS_ON, "too_long": TOO_LONG, "weighting": WEIGHTING}
-        for name, known in {**choices, "sample_by": SAMPLE_BY}.items():
-            self.require_choice(name, known)
-        self.require_at_least(3 if self.too_long == "split" else 2, "max_length")
+        if self.too_long == "split" and self.max_length < 3:
+            raise ValueError(f"data.max_length={self.max_length}; use at least 3")
         if self.packing not in (True, False, "wrapped"):
             raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
@@ -94,7 +93,7 @@ class Rows(DataSettings):
         )  # fmt: skip
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
-        """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
+        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open.
 
         Where `shards` does not divide the rows of a microbatch, empty rows are added; they change no result.
         """
@@ -119,10 +118,15 @@ class Rows(DataSettings):
             return step_tokens(plan(epoch), member_counts(examples, plan(epoch)), self.batch)
 
         epochs = epochs_of(batch_tokens, alike=split.mixture is None)
-        layout = PackedBatches(self, split, plan, held_plan, (row_count, size, reads))
+        layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
         stats, fingerprint = _stats(layout, plan(0)), _fingerprint(layout, (plan(0), held_plan))
         info = source_info(layout, epochs, tokenizer, stats, fingerprint)
         return RowSource(info, layout, layout.evaluation(held_plan), epochs)
+
+    @property
+    def batches(self) -> "Callable[..., PackedBatches]":
+        """The layout of the batches."""
+        return PackedBatches
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
         """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it
@@ -141,13 +145,9 @@ class Rows(DataSettings):
 
 
 @dataclass(frozen=True)
-class PackedBatches:
-    """Texts and conversations packed into rows; see source.BatchLayout. shape: rows of a microbatch, T, M."""
+class PackedBatches(BatchLayout[Tokens]):
+    """Texts and conversations packed into rows. shape: rows of a microbatch, T, M."""
 
-    settings: Rows
-    split: SplitRows
-    plan: Callable[[int], RowPlan]
-    held_plan: RowPlan
     shape: tuple[int, int, int]
 
     @property

@@ -18,7 +18,7 @@ from jaxft.data.row_settings import RowSettings
 from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, ragged
 
 
-def _extras(settings: RowSettings) -> ColumnTypes:
+def text_columns(settings: RowSettings) -> ColumnTypes:
     """Return the further columns: the sum of the weights of an example's targets before the factor `weights`,
     and the weights of all its tokens if some have another one than 1.
     """
@@ -36,7 +36,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
 
 
 CHECKS = (chat.tools_warnings, chat.content_warnings, chat.prompt_warnings)
-SFT_TASK = RowTask(formats.SFT, 12, "max_length", _tokenise, _extras, checks=CHECKS)
+SFT_TASK = RowTask(formats.SFT, 12, "max_length", _tokenise, text_columns, checks=CHECKS)
 
 
 def _examples_of(

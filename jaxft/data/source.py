@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -164,131 +163,52 @@ class Source(Protocol[BoundTo]):
         """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""
 
 
-class Dataset(Protocol):
-    """Settings of a run's data, the type of `Run.data`.
-
-    unit: what `batch` counts, "rows", "pairs" or "prompts".
-    """
-
-    unit: ClassVar[str]
-
-    @property
-    def train(self) -> str:
-        """A file, folder or hub dataset."""
-
-    @property
-    def held_out(self) -> str | float | None:
-        """A fraction of the rows, another file, or "none"."""
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether any rows are held out."""
-
-    @property
-    def batch(self) -> int:
-        """Rows, pairs or prompts (see `unit`) that are read at once."""
-
-    @property
-    def units_per_step(self) -> int:
-        """Rows, pairs or prompts of one optimizer step."""
-
-    @property
-    def micro(self) -> int:
-        """Microbatches of an optimizer step."""
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence that the model sees."""
-
-    @property
-    def length_settings(self) -> tuple[str, ...]:
-        """Names of the settings whose sum is max_length."""
-
-    @property
-    def packing(self) -> bool | Literal["wrapped"]:
-        """Whether a row may contain several sequences. Only those of "wrapped" rows attend to one another."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the order, and of the split where seed_of_split is not another one."""
-
-    @property
-    def seed_of_split(self) -> int:
-        """The seed that a fraction of the rows is held out by."""
-
-    @property
-    def tokens(self) -> int | None:
-        """Length of the run in tokens; None for epochs."""
-
-    def for_attention(self, a: AttentionLayers) -> "Dataset":
-        """Return the settings for a model with these attention layers, whose rope may depend on the length of
-        a text. Raises ValueError for settings that such a model cannot have.
-        """
-
-    def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
-        """Return lines for the start of a run about how its log-probs are computed. objective: the run's
-        Objective. a: of the model.
-        """
-
-    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Source[Any]:
-        """Read and tokenise the rows and plan the batches.
-
-        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
-        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
-        """
-
-    def abstract(self, shards: int = 1) -> Batch:
-        """Return the shapes of the largest batch that the settings allow, without reading any row."""
-
-
-def open_for(a: AttentionLayers, data: Dataset, tokenizer: Any, shards: int = 1) -> Any:
+def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int = 1) -> Any:
     """Open data that a model with these attention layers is going to read; a Run has such data already."""
     return data.for_attention(a).open(tokenizer, shards)
 
 
-class BatchLayout(Protocol[SomeBatch]):
+@dataclass(frozen=True)
+class BatchLayout(Generic[SomeBatch]):
     """How a source of fixed rows fills its batches: what differs between packed texts, pairs and others.
 
-    Batch k of an epoch has the rows of its plan from k * rows_per_step on.
+    settings: of the data. split: all rows. plan(epoch): the examples of each row of an epoch; batch k has the
+    rows from k * rows_per_step on. held_plan: the held-out examples of each row.
     """
 
-    @property
-    def settings(self) -> DataSettings:
-        """The settings of the data."""
-
-    @property
-    def split(self) -> SplitRows:
-        """All rows."""
+    settings: Any
+    split: SplitRows
+    plan: Callable[[int], RowPlan]
+    held_plan: RowPlan
 
     @property
     def rows_per_step(self) -> int:
         """Rows of a plan that an optimizer step reads."""
-
-    @property
-    def plan(self) -> Callable[[int], RowPlan]:
-        """Returns the examples of each row of an epoch."""
-
-    @property
-    def held_plan(self) -> RowPlan:
-        """The held-out examples of each row."""
+        raise NotImplementedError
 
     def shapes(self) -> SomeBatch:
         """Return the shapes of a training batch."""
+        raise NotImplementedError
 
     def fill(self, plan: RowPlan) -> SomeBatch:
         """Return the rows of a step as a training batch, [micro, rows, ...]."""
+        raise NotImplementedError
 
     def evaluation(self, plan: RowPlan) -> tuple[SomeBatch, ...]:
         """Return rows as batches [1, rows, ...], whose weights sum to 1 over all of them."""
+        raise NotImplementedError
 
     def positions(self, batch: SomeBatch) -> int:
         """Return how many values metrics.PerRow has of an evaluated batch."""
+        raise NotImplementedError
 
     def name_at(self, batch: SomeBatch, number: int, position: int) -> str:
         """Return the name of the row of a value of metrics.PerRow. number: of the batch in held_out."""
+        raise NotImplementedError
 
     def prompts_of(self, batch: SomeBatch, row: int) -> Iterator[Prompt]:
         """Yield the prompts of a row of a held-out batch."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -308,6 +228,11 @@ class RowSource(Generic[SomeBatch]):
     def split(self) -> SplitRows:
         """All rows, and which of them are for training."""
         return self.layout.split
+
+    @property
+    def settings(self) -> Any:
+        """The settings of the data."""
+        return self.layout.settings
 
     @property
     def shapes(self) -> tuple[SomeBatch, ...]:

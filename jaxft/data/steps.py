@@ -16,15 +16,15 @@ from jaxtyping import Bool
 from jaxft.batch import Tokens
 from jaxft.bounds import one_of
 from jaxft.data import formats
-from jaxft.data.cache import ColumnType, ColumnTypes
+from jaxft.data.cache import ColumnTypes
 from jaxft.data.chat import LOSS_ON
 from jaxft.data.example import RESPONSE, ParsedRow, Steps
-from jaxft.data.invalid import InvalidRow, attempt, valid
+from jaxft.data.invalid import InvalidRow, attempt
 from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows
-from jaxft.data.sft_tokens import remedy_for_too_long
+from jaxft.data.sft_tokens import remedy_for_too_long, text_columns
 from jaxft.data.source import RowSource
 from jaxft.data.tokenised import LABELS, MASS, TOKEN_WEIGHTS, TokenisedRows, ragged
 
@@ -32,8 +32,7 @@ TOO_LONG = ("truncate", "drop", "error")
 
 
 def _extras(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns: the number of steps, no weights of tokens, and the labels of the steps."""
-    return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32), **ragged(LABELS, np.int32)}
+    return {**text_columns(settings), **ragged(LABELS, np.int32)}
 
 
 def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:

@@ -231,7 +231,7 @@ class Rollouts(Prompts):
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
-        Dataset.start_lines.
+        DataSettings.start_lines.
         """
         lines = [line for reward in self.rules.rewards for line in reward.start_lines()]
         taken = not self.kind.of_tokens or self.rules.ratio_to_sampler
@@ -249,7 +249,7 @@ class Rollouts(Prompts):
         return lines
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
-        """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
+        """Read and tokenise the prompts; see DataSettings.open. `bind` returns the source that can sample."""
         names = [reward.name for reward in self.object_rewards]
         if names and (self.environment is None or len({*names}) < len(names)):
             raise ValueError(

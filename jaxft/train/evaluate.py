@@ -8,16 +8,19 @@ import jax
 import numpy as np
 
 from jaxft import tree
+from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows, RowSource
-from jaxft.data.source import Dataset, Source
+from jaxft.data.source import Source
 from jaxft.distributed import processes
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.runs.metric_names import (
     ACCURACY,
+    BRIER,
     CHOSEN_LOGP,
     CHOSEN_REWARD,
+    ECE,
     MARGIN,
     REWARD,
     REWARD_ACCURACY,
@@ -28,7 +31,7 @@ from jaxft.runs.metric_names import (
 from jaxft.train.settings import Loop, Run, steps_between
 from jaxft.tree import Aux, Batch, Metrics, Params
 
-LOWER_IS_BETTER = ("loss", "kl")  # ends of names
+LOWER_IS_BETTER = ("loss", "kl", BRIER, ECE)  # ends of names
 GREATER_IS_BETTER = frozenset(
     {
         ACCURACY, MARGIN, CHOSEN_REWARD, CHOSEN_LOGP, REWARD, REWARD_ACCURACY, REWARD_MARGIN, TOKEN_ACCURACY,
@@ -89,7 +92,7 @@ def coupled_metrics(
     return jax.device_get(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
 
 
-def general_rows(data: Dataset, general: str) -> Rows:
+def general_rows(data: DataSettings, general: str) -> Rows:
     """Settings that read the general text as held-out rows of the same shape as those of `data`."""
     return Rows(
         general,
@@ -104,7 +107,9 @@ def general_rows(data: Dataset, general: str) -> Rows:
     )
 
 
-def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: int = 1) -> RowSource | None:
+def general_source(
+    data: DataSettings, general: str | None, tokenizer: Any, shards: int = 1
+) -> RowSource | None:
     """Return the source of the general text, None without one."""
     return None if general is None else general_rows(data, general).open(tokenizer, shards)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 import jax.numpy as jnp
 
 from jaxft.data.rows import evaluation_split
-from jaxft.data.source import Dataset
+from jaxft.data.settings import DataSettings
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
@@ -40,6 +40,7 @@ from jaxft.short_names import (
     ADVANTAGES,
     COMBINATIONS,
     CORRECTIONS,
+    DECISION_LOSSES,
     ESTIMATORS,
     FILTERS,
     KL_ESTIMATORS,
@@ -72,7 +73,11 @@ FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-t
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
 CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
-SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR)  # with held-out rows
+CALCULATOR_STEPS = "configs/data/calculator_steps.jsonl"  # the same in steps, some of which are wrong
+DECISIONS = "configs/data/decisions.jsonl"  # what a message is, or whether an opinion is positive
+SHIPPED = (  # with held-out rows
+    EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR, CALCULATOR_STEPS, DECISIONS,
+)  # fmt: skip
 GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
 OWN_HELD_OUT = 0.05
 
@@ -82,6 +87,7 @@ ReferenceSetting = Literal["start", "precomputed"]
 # Functions that recipes take: a short name, or a function of the user's own
 PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
 PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
+DecisionLossFunction = Annotated[Callable, ShortNames.of(DECISION_LOSSES)]
 KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
 RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
 CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]
@@ -390,7 +396,7 @@ class SourceKnobs:
             held_out = shipped or evaluation_split(train) or OWN_HELD_OUT
         return {"train": train, "held_out": held_out, **known}
 
-    def source(self, make: Callable[..., Dataset], **more: Any) -> dict[str, Any]:
+    def source(self, make: Callable[..., DataSettings], **more: Any) -> dict[str, Any]:
         """The fields `data` and `seed` of a Run. make: such as data.sft.Rows; more: its other arguments."""
         return {"data": make(**self.settings(), **more), "seed": self.seed}
 

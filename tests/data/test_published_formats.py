@@ -144,7 +144,10 @@ BAD = [
     ({**RESPONSES, "ratings": [1, "good"]}, r"ratings\[1\] is 'good'; use a finite number"),
     ({**RESPONSES, "ratings": [True, 0]}, r"ratings\[0\] is True; use a finite number"),
     ({**RESPONSES, "ranks": [1, None]}, r"ranks\[1\] is None; use a finite number"),
-    ({**RESPONSES, "ranks": [1, 2, 3]}, "column 'ranks' has 3 entries and 'responses' 2 responses; use as many"),
+    (
+        {**RESPONSES, "ranks": [1, 2, 3]},
+        "column 'ranks' has 3 entries and 'responses' 2 responses; use as many",
+    ),
     ({**RESPONSES, "ratings": [3, 3]}, "all responses have the rating 3; remove the row"),
     (
         {"prompt": "q", "answers": [{"answer": "x", "rank": "1st"}, {"answer": "y", "rank": 2}]},
@@ -203,7 +206,9 @@ def test_a_transcript_of_glaive_is_a_conversation_with_tools_and_their_results()
     (found,) = examples([Row("r:1", alone)])
     assert found.tools is None and [m["content"] for m in found.messages] == ["You are helpful.", "q", "a"]
     for bad in ("hello", "USER: q\n\n\nASSISTANT: <functioncall> weather"):
-        with pytest.raises(ValueError, match=r"r:1: (column 'chat' does not begin|the function call 'weather')"):
+        with pytest.raises(
+            ValueError, match=r"r:1: (column 'chat' does not begin|the function call 'weather')"
+        ):
             examples([Row("r:1", {**alone, "chat": bad})])
 
 
@@ -211,7 +216,11 @@ def test_batches_have_the_responses_and_the_ratings_of_rankings(tmp_path):
     """Rankings of 2 to 5 responses, whose texts say their prompt and their place."""
     sizes = [2 + i % 4 for i in range(11)]
     rows = [
-        {"prompt": f"{i}", "responses": [f"{i} is {j}" for j in range(n)], "ratings": [10 * i - j for j in range(n)]}
+        {
+            "prompt": f"{i}",
+            "responses": [f"{i} is {j}" for j in range(n)],
+            "ratings": [10 * i - j for j in range(n)],
+        }
         for i, n in enumerate(sizes)
     ]
     write(tmp_path / "r.jsonl", rows)

@@ -27,7 +27,7 @@ def write(path, found):
 
 
 def trl(row, tokenizer, separator):
-    """The tokens of a row, and (place of its last token, label) of each step, written after TRL's PRMTrainer."""
+    """The tokens of a row, and (place of its last token, label) of each step, as TRL's PRMTrainer has them."""
     ids = [tokenizer.bos_token_id, *tokenizer(row["prompt"], add_special_tokens=False).input_ids]
     labels = []
     for step, label in zip(row["completions"], row["labels"], strict=True):
@@ -53,7 +53,7 @@ def solutions(batch):
 @pytest.mark.parametrize("separator", ("\n", " 1 2"))
 def test_a_solution_has_trls_tokens_and_each_step_its_label_at_its_last_token(tmp_path, separator):
     tokenizer, file = tiny("llama3"), write(tmp_path / "s.jsonl", rows())
-    options = {"held_out": "none", "max_length": 64, "batch": 2, "separator": separator}
+    options = {"held_out": "none", "max_length": 128, "batch": 2, "separator": separator}
     source = StepRows(file, **options).open(tokenizer, cache=tmp_path)
     batches = [source.batch(k)[0] for k in range(source.info.steps)]
     found = {tuple(ids): steps for batch in batches for ids, steps in solutions(batch)}
@@ -64,7 +64,7 @@ def test_a_solution_has_trls_tokens_and_each_step_its_label_at_its_last_token(tm
     for batch in batches:
         weights = batch.token_weights[batch.token_weights > 0]
         assert weights.sum() == pytest.approx(1) and np.ptp(weights) == 0
-    assert source.info.stats.learned == "22 steps with labels, 64 % of them right"
+    assert source.info.stats.learned == "21 steps with labels, 67 % of them right"
 
 
 def test_steps_behind_the_limit_are_left_out_and_solutions_without_any_step(tmp_path):
@@ -108,13 +108,16 @@ GOOD = {"prompt": "q", "completions": ["x", "y"], "labels": [True, False]}
 BAD = [
     ({**GOOD, "labels": [True, "maybe"]}, r"labels\[1\] is 'maybe'; use true or false \(or 1 or 0\)"),
     ({**GOOD, "labels": [0.7, 1]}, r"labels\[0\] is 0\.7; use true or false"),
-    ({**GOOD, "labels": [True]}, "the row has 2 steps in 'completions' and 1 entries in 'labels'; use one label"),
+    (
+        {**GOOD, "labels": [True]},
+        "the row has 2 steps in 'completions' and 1 entries in 'labels'; use one label",
+    ),
     ({**GOOD, "labels": []}, "the row has 2 steps in 'completions' and 0 entries in 'labels'; use one label"),
     ({**GOOD, "completions": [], "labels": []}, "the row has 0 steps in 'completions'"),
     ({**GOOD, "labels": True}, "column 'labels' is a boolean; use a list"),
     ({**GOOD, "completions": ["x", 3]}, r"column 'completions\[1\]' must be a string, got int"),
     ({**GOOD, "prompt": " "}, "column 'prompt' is empty; fill it or remove the row"),
-    ({"prompt": "q", "completions": ["x"]}, "the columns prompt, completions fit no format"),
+    ({"prompt": "q", "completions": ["x"]}, "the row has no column labels; give each step a label"),
 ]
 
 
@@ -127,7 +130,9 @@ def test_bad_steps_are_one_line_that_names_the_row_or_are_counted(tmp_path, row,
     assert "s.jsonl:1: " in str(caught.value) and "\n" not in str(caught.value)
     if "labels" in row:
         file = write(tmp_path / "t.jsonl", [*rows(), row])
-        dropped = StepRows(file, **settings, invalid="drop", invalid_limit=0.2).open(tokenizer, cache=tmp_path)
+        dropped = StepRows(file, **settings, invalid="drop", invalid_limit=0.2).open(
+            tokenizer, cache=tmp_path
+        )
         assert sum(count.rows for count in dropped.info.stats.invalid) == 1
 
 

@@ -37,7 +37,9 @@ def squeezed(text):
     return "".join(text.split())
 
 
-@pytest.mark.quick_cases("llama3.1", "gemma", "phi3", "qwen3", "deepseek-r1", "mistral-nemo", "marked")
+@pytest.mark.quick_cases(
+    "llama3.1", "gemma", "phi3", "qwen3", "deepseek-r1", "mistral-nemo", "marked", "smolvlm"
+)
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))

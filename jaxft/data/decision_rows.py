@@ -1,0 +1,270 @@
+"""Rows with a question, choices and an answer as batches of Decisions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.batch import Decisions, Tokens
+from jaxft.bounds import one_of
+from jaxft.data import chat
+from jaxft.data.cache import ColumnTypes
+from jaxft.data.decisions import LABEL, LETTERS, answer_tokens
+from jaxft.data.example import RESPONSE, Decision, DecisionChoice, ParsedRow
+from jaxft.data.format_choice import choose_format, count_columns, parse_dataset, rename_rows
+from jaxft.data.formats import DECISIONS, formats_of
+from jaxft.data.invalid import InvalidRow, attempt, valid
+from jaxft.data.mixture import held_out_sources, parse_sources
+from jaxft.data.pack import RowPlan, ranges
+from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.row_files import Row
+from jaxft.data.row_settings import RowSettings
+from jaxft.data.rows import read_rows
+from jaxft.data.sft import PackedBatches, Rows
+from jaxft.data.sft_tokens import remedy_for_too_long, text_columns
+from jaxft.data.source import RowSource
+from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
+
+CHOICES, PROBABILITIES = "choices", "probabilities"  # extras: tokens and probabilities of all choices
+# Settings of Rows without a meaning here, with the values that they have.
+FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
+
+
+# ---- tokens
+
+
+def _extras(settings: RowSettings) -> ColumnTypes:
+    return {**text_columns(settings), **ragged(CHOICES, np.int32), **ragged(PROBABILITIES, np.float32)}
+
+
+def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+    """Yield each row as a prompt and the token of its most probable choice, [] if it is too long."""
+    template = reader.settings.template
+    chats = [_decision(row).prompt(template.arguments) for row in rows if isinstance(row, ParsedRow)]
+    prompts = chat.example_prompt_ids(chats, reader.tokenizer, template)
+    for row in rows:
+        yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
+
+
+DECISION_TASK = RowTask(DECISIONS, 2, "max_length", _tokenise, _extras, checks=())
+
+
+def _decision(row: ParsedRow) -> Decision:
+    decision: Any = row.examples[RESPONSE]
+    return decision
+
+
+def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
+    before, tokens = answer_tokens(reader.tokenizer, decision.prefix, decision.answers)
+    ids, limit = np.array([*valid(prompt), *before], np.int32), reader.settings.max_length
+    if len(ids) >= limit:
+        if reader.settings.too_long == "error":
+            raise ValueError(
+                f"{decision.name}: {len(ids) + 1} tokens are more than data.max_length={limit}; "
+                f"{remedy_for_too_long('max_length')}"
+            )
+        return []
+    answer = np.array([tokens[int(np.argmax(decision.probabilities))]], np.int32)
+    extras = {
+        MASS: 1.0, TOKEN_WEIGHTS: np.zeros(0, np.float32), CHOICES: np.array(tokens, np.int32),
+        PROBABILITIES: np.array(decision.probabilities, np.float32),
+    }  # fmt: skip
+    pieces = [(ids, np.zeros(len(ids), bool)), (answer, np.ones(1, bool))]
+    return [TokenisedRow(pieces, False, 1, 1, extras)]
+
+
+# ---- settings
+
+
+@dataclass(frozen=True)
+class DecisionRows(Rows):
+    """Questions with choices of which one is right, or a probability of each: the data of decision models.
+
+    format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
+    letters; none: those of the training rows, sorted. question: asked about the text of such rows, or the
+    instruction of a reranker's. too_long: "drop" leaves a row out that has more tokens than max_length,
+    "error" stops; a decision cannot be truncated. packing: whether a row of max_length tokens has several
+    decisions. Other fields: see Rows; loss_on, weighting and sample_by have no meaning here.
+    """
+
+    labels: tuple[str, ...] = ()
+    question: str | None = None
+    too_long: Annotated[str, one_of(("drop", "error"))] = "drop"
+    task: ClassVar[RowTask] = DECISION_TASK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_choice("packing", (True, False))
+        for name, value in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} has no meaning for decisions, which learn from the "
+                    "answer alone; remove it"
+                )
+        if self.labels and not 2 <= len({*self.labels}) == len(self.labels) <= len(LETTERS):
+            raise ValueError(f"data.labels={','.join(self.labels)}; use 2 to {len(LETTERS)} different labels")
+
+    @property
+    def token_settings(self) -> RowSettings:
+        """The settings that the tokens of a row depend on."""
+        return replace(super().token_settings, labels=self.labels, question=self.question)
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
+        """Read, tokenise and plan the batches; see DataSettings.open."""
+        found = super(DecisionRows, self.with_labels()).open(tokenizer, shards, cache)
+        stats = replace(found.info.stats, learned=_learned_line(found.split.rows, found.split.train))
+        return replace(found, info=replace(found.info, learned_ends={}, stats=stats))
+
+    @property
+    def batches(self) -> Callable[..., PackedBatches]:
+        """The layout of the batches."""
+        return DecisionBatches
+
+    def abstract(self, shards: int = 1) -> Tokens:
+        """Return the shapes of the largest batch that the settings allow."""
+        return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
+
+    def with_labels(self) -> "DecisionRows":
+        """Return the settings with the labels of the training rows, if these have labels and data.labels
+        names none. Raises ValueError for more labels than there are letters.
+        """
+        if self.labels:
+            return self
+        found = set[str]()
+        for source in parse_sources(self.train):
+            found |= _labels_of(source.ref, source.adapt(self))
+        if len(found) > len(LETTERS):
+            raise ValueError(
+                f"data.train={self.train}: the rows have {len(found)} different labels, and a decision has "
+                f"at most {len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
+            )
+        return replace(self, labels=tuple(sorted(found)))
+
+
+def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
+    """Return the labels of a dataset, none if its first row has no text and label."""
+    own = list(islice(read_rows(ref), rows.max_samples))
+    formats = formats_of(DECISIONS)
+    counts = count_columns(own[:1], rows.columns, formats)
+    format = attempt(choose_format, counts, rows.format, rows.columns, formats)
+    if isinstance(format, InvalidRow) or format.name != LABEL:
+        return set()
+    renamed = rename_rows(format, own, rows.columns, formats)
+    labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
+    return {DecisionChoice(label).name for label in labels if isinstance(label, str | int | float)}
+
+
+def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
+    certain = int(np.count_nonzero(rows.extras[PROBABILITIES].values[:] == 1))
+    counts = rows.extras[CHOICES].counts[train]
+    most = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
+    soft = len(rows) - certain
+    detail = f"; {soft:,} rows have probabilities" if soft else ""
+    return f"one token of each row is learned, its choice of {most}{detail}"
+
+
+def is_decision(row: Row, columns: Sequence[str]) -> bool:
+    """Whether a row has the columns of a format of decisions. columns: data.columns."""
+    formats = formats_of(DECISIONS)
+    try:
+        choose_format(count_columns([row], columns, formats), "auto", columns, formats)
+    except ValueError:
+        return False
+    return True
+
+
+def choice_names(rows: DecisionRows) -> dict[str, tuple[str, ...]]:
+    """Return the values of the choices of every valid row, as text, by the name of the row. rows: with their
+    labels, see with_labels.
+    """
+    held_out = held_out_sources(rows.held_out) if isinstance(rows.held_out, str) and rows.holds_out else []
+    found = dict[str, tuple[str, ...]]()
+    for source in (*parse_sources(rows.train), *held_out):
+        own = list(islice(read_rows(source.ref), rows.max_samples))
+        for row in parse_dataset(own, DECISIONS, source.adapt(rows).token_settings):
+            if isinstance(row, ParsedRow):
+                found[row.name] = tuple(choice.name for choice in _decision(row).choices)
+    return found
+
+
+# ---- batches
+
+
+def with_choices(rows: Tokens, most: int, tokens: tuple[int, ...]) -> Decisions:
+    """Return the shapes of decisions from those of their rows. most: choices of a decision."""
+    shape = (*rows.read.shape, most)
+    choices, probabilities = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
+    return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class DecisionBatches(PackedBatches):
+    """Decisions packed into rows."""
+
+    @property
+    def choices(self) -> Ragged:
+        """The tokens of each row's choices."""
+        choices: Ragged = self.split.rows.extras[CHOICES]
+        return choices
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens of all choices, each once."""
+        return tuple(np.unique(self.choices.values[:]).tolist())
+
+    def shapes(self) -> Decisions:
+        """Return the shapes of a training batch."""
+        return with_choices(super().shapes(), int(self.choices.counts.max()), self.tokens)
+
+    def fill(self, plan: RowPlan) -> Decisions:
+        """Return the rows of a step as a training batch."""
+        return self._with_choices(super().fill(plan), plan)
+
+    def evaluation(self, plan: RowPlan) -> tuple[Decisions, ...]:
+        """Return rows as batches of one microbatch, in which every decision has the same weight."""
+        size = self.shape[0]
+        parts = (plan.slice(start, start + size) for start in range(0, plan.rows, size))
+        return tuple(map(self._with_choices, super().evaluation(plan), parts))
+
+    def positions(self, batch: Tokens) -> int:
+        """Return how many values metrics.PerRow has: one of each read position."""
+        return int(np.prod(batch.read.shape))
+
+    def name_at(self, batch: Tokens, number: int, position: int) -> str:
+        """Return the name of the decision at a read position."""
+        _, rows, reads = batch.read.shape
+        row, decision = divmod(position, reads)
+        row += number * rows
+        return self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0][decision]
+
+    def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
+        """Return rows [micro, rows, ...] with the choices of the plan's members, in the order of their read
+        positions.
+        """
+        micro, count, reads = rows.read.shape
+        of_each, probability_of_each = self._of_members(plan.members)
+        shape = reads, of_each.shape[1]
+        row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
+        number = np.arange(len(row)) - plan.offsets[row]
+        per_micro = -(-self.settings.batch // self.settings.micro) if micro > 1 else count
+        at = row // per_micro, row % per_micro, number
+        choices = np.full((micro, count, *shape), -1, np.int32)
+        probabilities = np.zeros((micro, count, *shape), np.float32)
+        choices[at], probabilities[at] = of_each, probability_of_each
+        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)
+
+    def _of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the choices [n, C] as indices of `tokens`, -1 for none, and their probabilities [n, C]."""
+        own, counts = self.choices, self.choices.counts[members]
+        at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
+        where, shape = ranges(own.offsets[members], counts), (len(members), int(own.counts.max()))
+        choices, probabilities = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+        choices[at] = np.searchsorted(self.tokens, own.values[where])
+        probabilities[at] = self.split.rows.extras[PROBABILITIES].values[where]
+        return choices, probabilities
