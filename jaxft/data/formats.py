@@ -255,7 +255,8 @@ def _row_weight(row: Row, settings: RowSettings) -> float:
     return row_weight(row)
 
 
-def _as_written(row: Row, settings: RowSettings) -> Row:
+def as_written(row: Row, settings: RowSettings) -> Row:
+    """Return the row itself."""
     return row
 
 
@@ -303,7 +304,7 @@ class RowFormat:
     optional: tuple[str, ...] = PAIR_COLUMNS
     plain: bool = False
     weight: Callable[[Row, RowSettings], float] = _pair_weight
-    rewrite: Rewrite = _as_written
+    rewrite: Rewrite = as_written
     note: Callable[[RowSettings], str] = _no_note
     listed: bool = True
 

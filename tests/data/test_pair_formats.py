@@ -267,7 +267,7 @@ SAD = [
     (
         {"chosen": [Q, A], "rejected": [Q, B]},
         {"format": "plain"},
-        "data.format=plain is for preference and unpaired rows",
+        "data.format=plain is for preference and rated and unpaired rows",
     ),
     (
         {"prompt": [Q], "chosen": [A], "rejected": [B]},

@@ -107,3 +107,19 @@ def test_the_five_gram_rule_sees_a_copied_row():
     copied = "a cat sat on the mat and looked at the moon"
     other = "nothing here is shared with the first of these lines"
     assert [(i, j) for i, j, _ in _alike([copied, other, copied + " all night"])] == [(0, 2)]
+
+
+@pytest.mark.parametrize("name", ["calculator", "calculator_held_out"])
+def test_a_shipped_step_is_labelled_right_until_the_first_wrong_result(name):
+    rows = _rows(name.replace("calculator", "calculator_steps") + ".jsonl")
+    for row, known in zip(rows, _rows(f"{name}.jsonl"), strict=True):
+        assert row["prompt"] == known["prompt"]
+        results = [[int(x) for x in re.findall(r"\d+", step)] for step in row["completions"]]
+        right = [
+            c == (a + b if "+" in step else a * b)
+            for step, (a, b, c) in zip(row["completions"], results, strict=True)
+        ]
+        assert row["labels"] == [all(right[: n + 1]) for n in range(2)]
+        assert results[1][0] == results[0][2] and (results[1][2] == int(known["answer"])) == row["labels"][1]
+    labels = [label for row in rows for label in row["labels"]]
+    assert 0.4 < sum(labels) / len(labels) < 0.6

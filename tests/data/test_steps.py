@@ -27,7 +27,7 @@ def write(path, found):
 
 
 def trl(row, tokenizer, separator):
-    """The tokens of a row, and (place of its last token, label) of each step, as TRL's PRMTrainer has them."""
+    """The tokens of a row, and (place of its last token, label) of each step, as TRL's PRMTrainer does."""
     ids = [tokenizer.bos_token_id, *tokenizer(row["prompt"], add_special_tokens=False).input_ids]
     labels = []
     for step, label in zip(row["completions"], row["labels"], strict=True):

@@ -25,12 +25,14 @@ ROWS = {  # one that fits the data of every config
     "rows": {"instruction": "why?", "response": "so"},
     "pairs": {"prompt": "why?", "chosen": "so", "rejected": "no"},
     "prompts": {"prompt": "why?", "answer": "so"},
+    "steps": {"prompt": "why?", "completions": ["so"], "labels": [True]},
 }
 ASSISTANT = "?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 SHOWN = {
     "rows": [ASSISTANT + "⟦so<|eot_id|>⟧"],
     "pairs": ["prompt: <|begin_of_text|>", ASSISTANT + "\n", " ⟦so<|eot_id|>⟧ ", " ⟦no<|eot_id|>⟧ "],
     "prompts": [ASSISTANT + "\n", "answer='so'"],
+    "steps": ["?so⟦"],
 }
 
 
@@ -103,6 +105,7 @@ UNDONE = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, place, name):
     unit = load_config(f"configs/{name}", ["data=r.jsonl"]).data.unit
+    unit = "steps" if name == "process_reward.py" else unit
     rows = [json.dumps(ROWS[unit]).replace("why?", f"why {number}?") for number in range(8)]
     (place / f"{unit}.jsonl").write_text("\n".join(rows))
     shown = inspect(
@@ -116,7 +119,9 @@ def test_every_config_shows_its_rows_with_their_targets_in_brackets(inspect, pla
         *UNDONE.get(name, []),
     )
     assert all(text in shown for text in SHOWN[unit])
-    assert shown.count("⟦") == {"rows": 2, "pairs": 6 if name == "kto.py" else 4, "prompts": 0}[unit]
+    assert (
+        shown.count("⟦") == {"rows": 2, "pairs": 6 if name == "kto.py" else 4, "prompts": 0, "steps": 2}[unit]
+    )
     assert shown.count(f"{unit}.jsonl:") == 2 and "no invalid rows" in shown and "lengths" in shown
 
 
