@@ -11,7 +11,7 @@ of the right and of the wrong steps alone: most steps of a dataset are right.
 Hardware: 2 CPU cores, 2 GB; the time depends on your rows.
 """
 
-from jaxft.data.steps import StepRows
+from jaxft.data.steps import SolutionRows
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.process_reward import process_reward
 from jaxft.train.recipes import CALCULATOR_STEPS, LoraOrFullKnobs, RowKnobs
@@ -29,7 +29,7 @@ def config(
         name=name,
         **base.sections(head=with_scalar_head),
         objective=process_reward,
-        data=StepRows(**rows.settings()),
+        data=SolutionRows(**rows.settings()),
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),
         samples=0,

@@ -8,6 +8,9 @@
 chosen and rejected; or those of `kto`, prompt, completion and label, with one response each. It prints the
 rewards of the responses of each row, then the accuracy over the pairs. Several adapters of one base,
 --adapter NAME=FOLDER repeated, are compared by one program.
+
+With a run of the recipe `process_reward` and its rows, prompt, completions and labels, it prints the
+probability that each step is right, and the accuracy over the steps.
 """
 
 import argparse
@@ -67,6 +70,73 @@ def arguments() -> argparse.Namespace:
 
 
 Scores = list[tuple[str, float | None, float | None]]
+StepScores = list[tuple[str, list[float], list[bool]]]
+
+
+def is_process_reward(args: argparse.Namespace) -> bool:
+    """Whether --run is a process reward model, of steps."""
+    from jaxft.runs.folder import read_record
+
+    return args.run is not None and "SolutionRows" in read_record(Path(args.run))["data"].get("type", "")
+
+
+def step_scores(args: argparse.Namespace) -> StepScores:
+    """Return (name of the row, probability that each step is right, labels) of each row."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxft.data.steps import SolutionRows
+    from jaxft.distributed import sharding
+    from jaxft.objectives.process_reward import process_reward
+    from jaxft.rl import reward_models
+    from jaxft.runs import served
+    from jaxft.weights import pretrained
+
+    named = served.named_adapters(args.run, args.model, args.adapter, "")
+    (weights,), mesh = named.values(), sharding.make_mesh(sharding.MeshShape())
+    columns = () if args.columns is None else tuple(args.columns.split(","))
+    trained_on = weights.record["data"] if weights.record else {}
+    rows = SolutionRows(
+        args.file, held_out=args.file, batch=args.batch, max_length=args.max_length, packing=False,
+        invalid=args.invalid, columns=columns, separator=trained_on.get("separator", "\n"),
+    )  # fmt: skip
+    source = rows.open(pretrained.load_tokenizer(weights.tokenizer), sharding.row_shards(mesh))
+    quant, dtype = served.common_quant(named, args.quant), jnp.dtype(args.dtype)
+    loaded = reward_models.load_reward_model(weights.ref, mesh, weights.adapter, quant, dtype)
+    objective, layout, found = process_reward(loaded.model), source.layout, dict[int, Any]()
+    forward = jax.jit(
+        lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {}).score
+    )
+    with jax.set_mesh(mesh):
+        for number, batch in enumerate(source.held_out):
+            scores = jax.device_get(forward(loaded.params, sharding.shard_batch(mesh, batch)))
+            members = layout.held_plan.slice(number * len(scores), (number + 1) * len(scores)).members
+            for row, member in enumerate(members.tolist()):
+                steps = np.flatnonzero(batch.token_weights[0, row] > 0)
+                right = 1 / (1 + np.exp(-scores[row, steps].astype(np.float64)))
+                found[member] = right.tolist(), (batch.targets[0, row, steps] > 0).tolist()
+    names = source.split.rows.names
+    return [(names[number], *found[number]) for number in sorted(found)]
+
+
+def print_step_scores(found: StepScores, as_json: bool) -> None:
+    """Print the probabilities of each row's steps, and the accuracy over all steps."""
+    from jaxft.objectives.intervals import wilson
+
+    for name, right, labels in found:
+        if as_json:
+            print(json.dumps({"row": name, "right": right, "labels": labels}))
+        else:
+            each = zip(right, labels, strict=True)
+            print(name.ljust(16), "  ".join(f"{x:.2f} {'right' if y else 'wrong'}" for x, y in each))
+    steps = [(x > 0.5) == y for _, right, labels in found for x, y in zip(right, labels, strict=True)]
+    accuracy = sum(steps) / max(1, len(steps))
+    print(
+        f"{sum(steps)} of {len(steps)} steps are judged as labelled ({accuracy:.2f} "
+        f"{wilson(accuracy, len(steps)).text(2)})",
+        file=sys.stderr,
+    )
 
 
 def rewards(args: argparse.Namespace) -> dict[str, Scores]:
@@ -204,6 +274,9 @@ def comparison_lines(found: dict[str, Scores]) -> list[str]:
 def main() -> int:
     """Score and print."""
     args = arguments()
+    if is_process_reward(args):
+        print_step_scores(step_scores(args), args.json)
+        return 0
     try:
         found = rewards(args)
     except ValueError as error:

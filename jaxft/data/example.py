@@ -49,7 +49,7 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class Solution:
     """A plain-text prompt, the steps of a solution, and for each whether it is right. weight: as in Text."""
 
     name: str
@@ -102,7 +102,7 @@ class Decision:
         return Chat(self.name, self.messages, len(self.messages), plain, arguments=arguments)
 
 
-Example = Text | Completion | Chat | Decision | Steps
+Example = Text | Completion | Chat | Decision | Solution
 PROMPT, RESPONSE = "prompt", "response"  # the kinds of a prompt without a response, and of a single response
 
 

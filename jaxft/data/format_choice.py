@@ -24,7 +24,7 @@ from jaxft.data.columns import (
 )
 from jaxft.data.conversation import PLAIN
 from jaxft.data.example import ParsedRow
-from jaxft.data.formats import ROW_FORMATS, TASKS, RowFormat, as_written, formats_of, number_of
+from jaxft.data.formats import ROW_FORMATS, TASKS, RowFormat, formats_of, number_of, own_columns
 from jaxft.data.invalid import InvalidRow, attempt, similar_names, valid
 from jaxft.data.published_formats import with_ratings
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
@@ -399,7 +399,7 @@ def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
     most with one; those of the example if no name is one of any format.
     """
     near: list[tuple[int, int, list[str]]] = []
-    named = [found for found in formats.values() if found.listed and found.rewrite is as_written]
+    named = [found for found in formats.values() if found.listed and found.rewrite is own_columns]
     for groups in (found.required for found in named):
         missing = [group for group in groups if not {*group} & {*names}]
         meant = meant_columns(names, [column for group in missing for column in group])

@@ -56,12 +56,12 @@ from jaxft.data.conversation import (
     with_prompt,
 )
 from jaxft.data.decisions import DECISION, LABEL, RERANKER, parse
-from jaxft.data.example import RESPONSE, Example, Steps, Text
+from jaxft.data.example import RESPONSE, Example, Solution, Text
 from jaxft.data.loss_weights import row_weight, without_weights
 from jaxft.data.published_formats import (
     PROMPT,
+    RANKED,
     RATINGS,
-    RESPONSES,
     from_better,
     from_glaive,
     from_openai,
@@ -229,7 +229,7 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
         text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)
     ]
     found = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
-    return {RESPONSE: Steps(row.name, text_of(row, "prompt"), tuple(texts), found)}
+    return {RESPONSE: Solution(row.name, text_of(row, "prompt"), tuple(texts), found)}
 
 
 # ---- decisions
@@ -255,7 +255,7 @@ def _row_weight(row: Row, settings: RowSettings) -> float:
     return row_weight(row)
 
 
-def as_written(row: Row, settings: RowSettings) -> Row:
+def own_columns(row: Row, settings: RowSettings) -> Row:
     """Return the row itself."""
     return row
 
@@ -304,7 +304,7 @@ class RowFormat:
     optional: tuple[str, ...] = PAIR_COLUMNS
     plain: bool = False
     weight: Callable[[Row, RowSettings], float] = _pair_weight
-    rewrite: Rewrite = as_written
+    rewrite: Rewrite = own_columns
     note: Callable[[RowSettings], str] = _no_note
     listed: bool = True
 
@@ -364,7 +364,7 @@ ROW_FORMATS = (
         "instruction", PAIRS, (_INSTRUCTION, *_COMPARED), partial(_pair, prompt="instruction"),
         (*PAIR_COLUMNS, *_EARLIER),
     ),
-    _pairs("rated", (PROMPT, RESPONSES), from_ranking, *RATINGS, plain=True, note=ranking_note),
+    _pairs("rated", (PROMPT, RANKED), from_ranking, *RATINGS, plain=True, note=ranking_note),
     _pairs(
         "helpsteer3", (("context",), ("response1",), ("response2",), ("overall_preference",)),
         partial(from_preference, responses=("response1", "response2"), column="overall_preference"),
@@ -391,7 +391,7 @@ ROW_FORMATS = (
     ),
     RowFormat("helpsteer", PAIRS, (_PROMPT, ("response",), ("helpfulness",), ("correctness",)), _RATED_ALONE,
               listed=False),
-    RowFormat("labelled-steps", PAIRS, (PROMPT, RESPONSES, ("labels",)), _STEPS, listed=False),
+    RowFormat("labelled-steps", PAIRS, (PROMPT, RANKED, ("labels",)), _STEPS, listed=False),
     RowFormat(
         "unpaired", PAIRS, (_PROMPT, ("completion",), _LABEL),
         partial(_labelled, prompt="prompt", response="completion"), plain=True,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, UInt64
 
-from jaxft.data.example import Chat, Completion, Example, Steps, Text
+from jaxft.data.example import Chat, Completion, Example, Solution, Text
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")
 # What spreadsheets, pandas and annotators write where there is no response; in lower case.
@@ -33,7 +33,7 @@ def has_placeholder(example: Example) -> bool:
             return is_placeholder(prompt)
         case Completion(completion=text):
             return is_placeholder(text)
-        case Steps(steps=steps):
+        case Solution(steps=steps):
             return all(map(is_placeholder, steps))
         case Text(text=text):
             return is_placeholder(text)

@@ -29,7 +29,7 @@ from jaxft.data.pair_layout import (
     with_sources,
 )
 from jaxft.data.pair_tokens import PAIR_TASK, mismatch_responses
-from jaxft.data.published_formats import ranked_kinds, rating_columns
+from jaxft.data.published_formats import kinds_of_ranking, rating_columns
 from jaxft.data.reader import RowTask
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
@@ -95,7 +95,7 @@ class PairRows(DataSettings):
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a pair depend on."""
         return self.row_settings(
-            kinds=(*ranked_kinds(self.responses), *(["gold"] if self.third == "gold" else [])),
+            kinds=(*kinds_of_ranking(self.responses), *(["gold"] if self.third == "gold" else [])),
             max_length=self.max_length, too_long=self.too_long, extras=self.numbers,
             weight_column=self.weight_column,
         )  # fmt: skip

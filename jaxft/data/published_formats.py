@@ -18,9 +18,9 @@ from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Row
 
 PROMPT = ("prompt", "instruction", "context")
-RESPONSES = ("responses", "completions", "answers")
+RANKED = ("responses", "completions", "answers")
 RATINGS = ("ratings", "scores", "ranks")
-RATING = "score_"  # what the names of the columns of ratings begin with
+_RATING = "score_"  # what the names of the columns of ratings begin with
 _TEXTS = ("answer", "response", "completion", "text")
 _NUMBERS = ("score", "rating", "overall_score", "rank")
 
@@ -28,7 +28,7 @@ _NUMBERS = ("score", "rating", "overall_score", "rank")
 # ---- rankings
 
 
-def ranked_kinds(responses: int) -> tuple[str, ...]:
+def kinds_of_ranking(responses: int) -> tuple[str, ...]:
     """Return the kinds of so many responses: the best, the worst, and those between in order."""
     return ("chosen", "rejected", *(f"rank_{place}" for place in range(2, responses)))
 
@@ -40,7 +40,7 @@ def best_first(kinds: Sequence[str]) -> list[str]:
 
 def rating_columns(responses: int) -> tuple[str, ...]:
     """Return the columns of the ratings of so many responses."""
-    return tuple(RATING + kind for kind in ranked_kinds(responses))
+    return tuple(_RATING + kind for kind in kinds_of_ranking(responses))
 
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
@@ -50,9 +50,9 @@ def with_ratings(row: Row, settings: RowSettings) -> Row:
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
     if not further:
         return row
-    fields = {RATING + kind: 0.0 for kind in further}
-    if all(row.fields.get(RATING + kind) is None for kind in ("chosen", "rejected")):
-        fields |= {RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
+    fields = {_RATING + kind: 0.0 for kind in further}
+    if all(row.fields.get(_RATING + kind) is None for kind in ("chosen", "rejected")):
+        fields |= {_RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
     present = {name: value for name, value in row.fields.items() if value is not None or name not in fields}
     return Row(row.name, {**fields, **present})
 
@@ -63,7 +63,7 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     Of a row with more, the best, the worst and those at even distances between them are read. Responses of
     equal ratings stay in the order of the row.
     """
-    column = _first(row, RESPONSES)
+    column = _first(row, RANKED)
     items = list_of(row, column)
     if len(items) < 2:
         raise row.invalid(
@@ -80,7 +80,7 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     chosen = [order[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
     fields = {"prompt": row.fields[_first(row, PROMPT)]}
     for kind, index in zip([*kinds[: count - 1], kinds[-1]], chosen, strict=True):
-        fields |= {kind: parts[index][0], RATING + kind: ratings[index]}
+        fields |= {kind: parts[index][0], _RATING + kind: ratings[index]}
     return Row(row.name, {**row.fields, **fields})
 
 
@@ -163,7 +163,7 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
         raise row.invalid("no preference", f"column {column!r} is 0, no response is better; remove the row")
-    scores = {RATING + "chosen": abs(value), RATING + "rejected": 0.0}
+    scores = {_RATING + "chosen": abs(value), _RATING + "rejected": 0.0}
     return _pair(row, responses if value < 0 else responses[::-1], scores)
 
 

@@ -16,7 +16,7 @@ class RowSettings:
     see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
     column "environment" is this name, or of "", every row; "" for those of the rows themselves. optional:
     whether a row without a prompt has an empty one, to which an environment adds. separator: see
-    steps.StepRows. labels, question: see decision_rows.DecisionRows. Others: see DataSettings.
+    steps.SolutionRows. labels, question: see decision_rows.DecisionRows. Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from jaxft.bounds import one_of
 from jaxft.data import formats
 from jaxft.data.cache import ColumnTypes
 from jaxft.data.chat import LOSS_ON
-from jaxft.data.example import RESPONSE, ParsedRow, Steps
+from jaxft.data.example import RESPONSE, ParsedRow, Solution
 from jaxft.data.invalid import InvalidRow, attempt
 from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_settings import RowSettings
@@ -39,7 +39,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
     """Yield each solution as an example, [] if it is left out as too long."""
     tokenizer, settings = reader.tokenizer, reader.settings
     solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
-    texts = [text for x in solutions if isinstance(x, Steps) for text in (x.prompt, *x.steps)]
+    texts = [text for x in solutions if isinstance(x, Solution) for text in (x.prompt, *x.steps)]
     *each, separator = _ids_of([*texts, settings.separator], tokenizer)
     pieces = iter(each)
     for row in rows:
@@ -61,7 +61,7 @@ STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise, _extras, checks=(
 
 
 def _example(
-    solution: Steps, prompt: list[int], steps: list[list[int]], settings: RowSettings
+    solution: Solution, prompt: list[int], steps: list[list[int]], settings: RowSettings
 ) -> list[TokenisedRow]:
     """Return a solution, [] if it is left out as too long."""
     if not all(steps):
@@ -92,7 +92,7 @@ def _example(
 
 
 @dataclass(frozen=True)
-class StepRows(Rows):
+class SolutionRows(Rows):
     """Prompts, the steps of a solution, and whether each is right: the data of process reward models.
 
     Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: is put behind every

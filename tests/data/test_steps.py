@@ -7,7 +7,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.inspection import inspect
-from jaxft.data.steps import StepRows
+from jaxft.data.steps import SolutionRows
 
 
 def rows(count=9):
@@ -54,7 +54,7 @@ def solutions(batch):
 def test_a_solution_has_trls_tokens_and_each_step_its_label_at_its_last_token(tmp_path, separator):
     tokenizer, file = tiny("llama3"), write(tmp_path / "s.jsonl", rows())
     options = {"held_out": "none", "max_length": 128, "batch": 2, "separator": separator}
-    source = StepRows(file, **options).open(tokenizer, cache=tmp_path)
+    source = SolutionRows(file, **options).open(tokenizer, cache=tmp_path)
     batches = [source.batch(k)[0] for k in range(source.info.steps)]
     found = {tuple(ids): steps for batch in batches for ids, steps in solutions(batch)}
     assert len(found) == 9
@@ -74,20 +74,21 @@ def test_steps_behind_the_limit_are_left_out_and_solutions_without_any_step(tmp_
         ids, labels = trl(row, tokenizer, "\n")
         kept = [(place, label) for place, label in labels if place < limit]
         wanted += [(ids[:limit], kept)] if kept else []
-    source = StepRows(file, held_out="none", max_length=limit, packing=False).open(tokenizer, cache=tmp_path)
+    options = {"held_out": "none", "max_length": limit, "packing": False}
+    source = SolutionRows(file, **options).open(tokenizer, cache=tmp_path)
     batches = [source.batch(k)[0] for k in range(source.info.steps)]
     found = [(ids, [step[:2] for step in steps]) for batch in batches for ids, steps in solutions(batch)]
     assert sorted(found) == sorted(wanted) and any(len(ids) == limit for ids, _ in wanted)
     assert any(len(trl(row, tokenizer, "\n")[0]) > limit for row in rows())
     with pytest.raises(ValueError, match=r"s\.jsonl:\d: \d+ tokens are more than data\.max_length=30"):
-        StepRows(file, max_length=limit, too_long="error").open(tokenizer, cache=tmp_path)
+        SolutionRows(file, max_length=limit, too_long="error").open(tokenizer, cache=tmp_path)
 
 
 def test_all_solutions_of_a_prompt_are_held_out_together_and_weights_are_the_rows_or_the_solutions(tmp_path):
     tokenizer = tiny("llama3")
     file = write(tmp_path / "s.jsonl", [{**row, "weight": 1 + i % 2} for i, row in enumerate(rows())])
     options = {"held_out": 0.2, "max_length": 64, "batch": 8, "weighting": "sequence"}
-    source = StepRows(file, **options).open(tokenizer, cache=tmp_path)
+    source = SolutionRows(file, **options).open(tokenizer, cache=tmp_path)
     held = [steps for batch in source.held_out for steps in solutions(batch)]
     numbers = {int(source.split.rows.names[i].rpartition(":")[2]) - 1 for i in source.split.held}
     assert len(held) == len(numbers) and {i // 2 for i in numbers}.isdisjoint(
@@ -98,7 +99,7 @@ def test_all_solutions_of_a_prompt_are_held_out_together_and_weights_are_the_row
     totals = sorted(sum(weight for _, _, weight in steps) for _, steps in solutions(batch))
     light, heavy = totals[0], totals[-1]
     assert heavy == pytest.approx(2 * light)
-    shown = inspect(StepRows(file, **options), tokenizer)
+    shown = inspect(SolutionRows(file, **options), tokenizer)
     example = next(shown.of_step(0))
     learned = [int(token) for token in example.parts[0].ids[example.parts[0].weights > 0]]
     assert {*learned} == {*tokenizer("\n", add_special_tokens=False).input_ids}
@@ -126,11 +127,11 @@ def test_bad_steps_are_one_line_that_names_the_row_or_are_counted(tmp_path, row,
     tokenizer, settings = tiny("llama3"), {"held_out": "none", "max_length": 64}
     file = write(tmp_path / "s.jsonl", [row])
     with pytest.raises(ValueError, match=error) as caught:
-        StepRows(file, **settings).open(tokenizer, cache=tmp_path)
+        SolutionRows(file, **settings).open(tokenizer, cache=tmp_path)
     assert "s.jsonl:1: " in str(caught.value) and "\n" not in str(caught.value)
     if "labels" in row:
         file = write(tmp_path / "t.jsonl", [*rows(), row])
-        dropped = StepRows(file, **settings, invalid="drop", invalid_limit=0.2).open(
+        dropped = SolutionRows(file, **settings, invalid="drop", invalid_limit=0.2).open(
             tokenizer, cache=tmp_path
         )
         assert sum(count.rows for count in dropped.info.stats.invalid) == 1
@@ -139,4 +140,4 @@ def test_bad_steps_are_one_line_that_names_the_row_or_are_counted(tmp_path, row,
 def test_settings_without_a_meaning_for_steps_are_refused():
     for setting in ({"loss_on": "all"}, {"format": "plain"}, {"packing": "wrapped"}, {"too_long": "split"}):
         with pytest.raises(ValueError, match="data"):
-            StepRows("r", **setting)
+            SolutionRows("r", **setting)
