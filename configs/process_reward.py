@@ -20,7 +20,7 @@ from jaxft.train.settings import Loop, Run
 
 def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
-    rows: RowKnobs = RowKnobs(CALCULATOR_STEPS),
+    rows: RowKnobs = RowKnobs(CALCULATOR_STEPS, batch=1, epochs=3.0),
     name: str = "process_reward",
     lr: float = 2e-4,  # auto: by the model's width, and the default with another model
 ) -> Run:
