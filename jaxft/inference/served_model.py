@@ -7,8 +7,8 @@ from typing import Any
 from jaxft.data.chat import TOO_MANY, example_prompt_ids
 from jaxft.data.columns import messages_of
 from jaxft.data.conversation import prompt_of
-from jaxft.data.decisions import Decision, answer_tokens
-from jaxft.data.example import Chat, Completion
+from jaxft.data.decisions import answer_tokens
+from jaxft.data.example import Chat, Completion, Decision
 from jaxft.data.invalid import InvalidRow, valid
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
@@ -87,15 +87,16 @@ def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
         return None
 
 
-def decision_prompt(model: ServedModel, decision: Decision, most: int | None = None) -> tuple[int, ...]:
-    """Return the token ids after which the answer to a decision is read, those of its row in training.
-
-    Raises ValueError as chat_prompt does.
+def decision_prompt(
+    model: ServedModel, decision: Decision, most: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids after which the answer to a decision is read, those of its row in training, and
+    the token of each choice. Raises ValueError as chat_prompt does.
     """
     _require_chats(model)
     try:
-        before, _ = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
-        return (*_prompt(model, decision.prompt(model.template), most), *before)
+        before, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
+        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
 
