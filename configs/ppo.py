@@ -99,7 +99,8 @@ def config(
     name: str = "ppo",
     lr: float = 3e-4,  # auto: by the model's width, and the default with another model
     reward: str | RewardFunction = "runs/reward",
-    critic: Literal["fresh", "reward", "shared", "full"] | None = None,
+    critic: Literal["fresh", "reward", "shared", "full"]
+    | None = None,  # reward: starts from that, the default on its base; shared: a head, the default otherwise
     loss: PolicyLossFunction = clipped,
     kl: KLFunction = k1,  # estimator of the KL in the rewards
     kl_coef: float = 0.05,

@@ -8,28 +8,14 @@ The list is read from the docstrings of the recipes; `jaxft train RECIPE --help`
 """
 
 import argparse
-import ast
 import json
-import re
 import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
-HARDWARE = re.compile(r"^Hardware: ([^;]+); ([^;]+)\.$")
-
-
-class Recipe(NamedTuple):
-    """A recipe's name, its docstring's first sentence, and the parts of its line `Hardware: WHAT; TIME.`"""
-
-    recipe: str
-    trains: str
-    hardware: str
-    time: str
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,16 +29,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_recipe(file: Path) -> Recipe:
-    """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
-    paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
-    found = next((match for text in paragraphs if (match := HARDWARE.match(" ".join(text.split())))), None)
-    first = " ".join(paragraphs[0].split())
-    if not found or not first.endswith("."):
-        raise ValueError(f"{file}: its docstring needs a first sentence and a line `Hardware: WHAT; TIME.`")
-    return Recipe(file.stem, first.removesuffix("."), found[1], found[2])
-
-
 def main() -> int:
     """Print the recipes, those for CPUs first."""
     args = make_parser().parse_args()
@@ -61,8 +37,9 @@ def main() -> int:
 
         print(find_recipe(args.source).read_text(encoding="utf-8"), end="")
         return 0
-    recipes = [read_recipe(file) for file in sorted(FOLDER.glob("*.py"))]
-    recipes.sort(key=lambda recipe: "CPU" not in recipe.hardware)
+    from jaxft.runs.documentation import shipped_recipes
+
+    recipes = shipped_recipes()
     if args.json:
         print("\n".join(json.dumps(recipe._asdict()) for recipe in recipes))
     elif args.markdown:
@@ -72,13 +49,14 @@ def main() -> int:
     return 0
 
 
-def markdown(recipes: list[Recipe]) -> str:
+def markdown(recipes: list[Any]) -> str:
     """Return the recipes as a table in Markdown."""
-    rows = [Recipe._fields, ["---"] * 4, *([f"`{r.recipe}`", *r[1:]] for r in recipes)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    from jaxft.runs.documentation import table
+
+    return table(recipes[0]._fields, [(f"`{recipe.recipe}`", *recipe[1:]) for recipe in recipes])
 
 
-def text(recipes: list[Recipe], width: int) -> str:
+def text(recipes: list[Any], width: int) -> str:
     """Return the recipes as text of at most `width` columns, two lines or more per recipe."""
     names = 2 + max(len(recipe.recipe) for recipe in recipes)
     lines = []
