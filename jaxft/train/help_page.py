@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxft import short_names
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.decision_rows import DecisionRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows
 from jaxft.data.shipped import COMMANDS
@@ -30,7 +31,12 @@ from jaxft.train.recipes import without_model_weights
 from jaxft.train.settings import Run
 
 RECIPES = ("sft", "dpo", "reward", "grpo")  # whose defaults are listed where they differ from their section's
-KINDS = {"SFT": Rows, "preferences and reward models": PairRows, "reinforcement learning": Rollouts}
+KINDS = {
+    "SFT": Rows,
+    "decisions": DecisionRows,
+    "preferences and reward models": PairRows,
+    "reinforcement learning": Rollouts,
+}
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
@@ -42,7 +48,9 @@ def settings_of_any_run() -> dict[str, list[Setting]]:
     shared = list(settings_of(DataSettings, "data."))
     groups = by_section(with_recipes([*settings_of(Run), *shared], recipes))
     for kind, cls in KINDS.items():
-        rest = [setting for setting in settings_of(cls, "data.") if setting not in shared]
+        bases = [base for base in KINDS.values() if base is not cls and issubclass(cls, base)]
+        listed_before = [*shared, *(setting for base in bases for setting in settings_of(base, "data."))]
+        rest = [setting for setting in settings_of(cls, "data.") if setting not in listed_before]
         own = by_section(with_recipes(rest, recipes))
         groups |= {f"Of {kind}, {title}": found for title, found in own.items()}
     return groups
