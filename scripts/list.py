@@ -2,7 +2,6 @@
 
     jaxft list
     jaxft list --source sft > mine.py      # a recipe to change; jaxft train mine.py
-    jaxft list --markdown                  # the table of configs/README.md
 
 The list is read from the docstrings of the recipes; `jaxft train RECIPE --help` shows all of a docstring.
 """
@@ -25,7 +24,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(__doc__)
     parser.add_argument("--source", metavar="RECIPE", help="print the source of this recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object per recipe")
-    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     return parser
 
 
@@ -42,18 +40,9 @@ def main() -> int:
     recipes = shipped_recipes()
     if args.json:
         print("\n".join(json.dumps(recipe._asdict()) for recipe in recipes))
-    elif args.markdown:
-        print(markdown(recipes))
     else:
         print(text(recipes, min(shutil.get_terminal_size().columns, 110)))
     return 0
-
-
-def markdown(recipes: list[Any]) -> str:
-    """Return the recipes as a table in Markdown."""
-    from jaxft.runs.documentation import table
-
-    return table(recipes[0]._fields, [(f"`{recipe.recipe}`", *recipe[1:]) for recipe in recipes])
 
 
 def text(recipes: list[Any], width: int) -> str:
