@@ -46,7 +46,8 @@ def settings_of_any_run() -> dict[str, list[Setting]]:
     with without_model_weights():
         recipes = {name: load_config(name, [], expected=Run) for name in RECIPES}
     shared = list(settings_of(DataSettings, "data."))
-    groups = by_section(with_recipes([*settings_of(Run), *shared], recipes))
+    run = [setting for setting in settings_of(Run) if not setting.name.startswith("data.")]
+    groups = by_section(with_recipes([*run, *shared], recipes))
     for kind, cls in KINDS.items():
         bases = [base for base in KINDS.values() if base is not cls and issubclass(cls, base)]
         listed_before = [*shared, *(setting for base in bases for setting in settings_of(base, "data."))]

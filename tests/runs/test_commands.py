@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from scripts_in_process import load
 
 from jaxft import bounds
 from jaxft.data import shipped
