@@ -161,7 +161,8 @@ class Rollouts(Prompts):
     turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
     episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
     seconds of each call of them. max_observation: characters of what each call returns. replay: the folder of
-    a run whose recorded rollouts are used in place of new ones; held-out prompts are sampled as ever.
+    a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out prompts are
+    sampled as ever.
     observations: whether a batch has weights of the tokens that episodes were given, for the objective
     policy.echo. Other fields: see Prompts.
     """
