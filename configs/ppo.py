@@ -81,7 +81,7 @@ def actor_and_critic(
 
 
 def critic_head(kind: str, reward_head: HeadSettings | None, base: LoraKnobs) -> HeadSettings:
-    """What the critic has in addition to the base and the policy."""
+    """The parts that the critic has in addition to the base and the policy."""
     if kind == "reward":
         if reward_head is None:
             raise ValueError(

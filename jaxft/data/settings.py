@@ -141,7 +141,7 @@ class DataSettings:
         raise NotImplementedError
 
     def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
-        """Return what reads and tokenises the rows. cache: see `open`."""
+        """Return the reader that tokenises the rows. cache: see `open`."""
         few = self.invalid == FEW
         how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
         return Reader(self.task, tokenizer, self.token_settings, how)

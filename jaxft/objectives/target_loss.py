@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class TokenValues(Protocol):
-    """What a loss reads of logprobs.LogProbs, one number per token."""
+    """The part of logprobs.LogProbs that a loss reads, one number per token."""
 
     @property
     def logp(self) -> Float[Array, "..."]:

@@ -395,7 +395,7 @@ class RolloutSource(PromptSource):
         return self.batch_shapes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what outlives a rollout."""
+        """Return the state that outlives a rollout."""
         return self.history._asdict()
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:

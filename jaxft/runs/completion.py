@@ -80,12 +80,12 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 
 def topics_and_commands(**_: Any) -> list[str]:
-    """Return what `jaxft help` takes."""
+    """Return the words that `jaxft help` takes."""
     return [*COMMANDS, *(topic.name for topic in documentation.topics())]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return what `jaxft settings` takes: recipes, then the names of settings."""
+    """Return the words that `jaxft settings` takes: recipes, then the names of settings."""
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
     path = ROOT / "configs" / f"{recipe or 'sft'}.py"
     recipes = [] if parsed_args.words else [file.stem for file in path.parent.glob("*.py")]

@@ -1,5 +1,5 @@
-"""What `jaxft help` and `jaxft list` read: sections of the README files and docstrings of the recipes, in a
-clone or an installed wheel.
+"""The texts of `jaxft help` and `jaxft list`: sections of the README files and docstrings of the recipes, in
+a clone or an installed wheel.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What a run's report shows and its settings don't: the parameter table and the data, as JSON files."""
+"""Parts of a run's report that are not in its settings: the parameter table and the data, as JSON."""
 
 from typing import Any
 

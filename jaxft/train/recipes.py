@@ -123,7 +123,7 @@ class ModelKnobs:
 
     @property
     def extension(self) -> Extension | None:
-        """What is added to the model's tokenizer, None for nothing."""
+        """The tokens and template that are added to the model's tokenizer, None for nothing."""
         if self.add_tokens or self.add_special_tokens or self.chat_template is not None:
             return Extension(
                 self.add_tokens,
