@@ -54,7 +54,7 @@ CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its 
 
 @struct
 class PromptKeys:
-    """The cached arrays of prompts, and which of their slots [P, S] have tokens. They end in the last slot."""
+    """The cache of prompts, and which slots [P, S] have tokens. Prompts end in the last slot."""
 
     layers: CacheParts
     visible: Any
