@@ -39,7 +39,7 @@ def main() -> int:
     from jaxft.runs.parse import recipe_names
     from jaxft.runs.settings_list import listed, matching
     from jaxft.runs.unknown_names import advice, nearest_settings, setting_names
-    from jaxft.train.help_page import RECIPES, settings_of_any_run, settings_of_recipe
+    from jaxft.train.help_page import COMPARED_RECIPES, settings_of_any_run, settings_of_recipe
 
     recipe, words = args.config, args.words
     if recipe is None and words and (words[0] in recipe_names() or words[0].endswith(".py")):
@@ -54,7 +54,7 @@ def main() -> int:
     sections = {name.partition(".")[0] for name in names if "." in name}  # optim is one, and TRL's option
     lines = [line for word in words if word not in sections and (line := advice(word, recipe=recipe))]
     if not any(groups.values()) and not lines and recipe is None:
-        names_first = dict.fromkeys((*RECIPES, *recipe_names()))
+        names_first = dict.fromkeys((*COMPARED_RECIPES, *recipe_names()))
         found = (name for name in names_first if all(word in setting_names(name) for word in words))
         if recipe := next(found, None):
             lines = [f"in recipes such as {recipe}:"]

@@ -19,7 +19,7 @@ DOCUMENTS = {
     "scripts/bench/README.md": "Measurements",
     "jaxft/README.md": "The code",
 }
-HARDWARE = re.compile(r"^Hardware: ([^;]+); ([^;]+)\.$")
+HARDWARE_LINE = re.compile(r"^Hardware: ([^;]+); ([^;]+)\.$")
 
 
 class Topic(NamedTuple):
@@ -99,7 +99,7 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
     return sorted(found, key=weight, reverse=True)
 
 
-class Recipe(NamedTuple):
+class ShippedRecipe(NamedTuple):
     """A recipe's name, its docstring's first sentence, and the parts of its line `Hardware: WHAT; TIME.`"""
 
     recipe: str
@@ -108,17 +108,19 @@ class Recipe(NamedTuple):
     time: str
 
 
-def read_recipe(file: Path) -> Recipe:
+def read_recipe(file: Path) -> ShippedRecipe:
     """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
     paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
-    found = next((match for text in paragraphs if (match := HARDWARE.match(" ".join(text.split())))), None)
+    found = next(
+        (match for text in paragraphs if (match := HARDWARE_LINE.match(" ".join(text.split())))), None
+    )
     first = " ".join(paragraphs[0].split())
     if not found or not first.endswith("."):
         raise ValueError(f"{file}: its docstring needs a first sentence and a line `Hardware: WHAT; TIME.`")
-    return Recipe(file.stem, first.removesuffix("."), found[1], found[2])
+    return ShippedRecipe(file.stem, first.removesuffix("."), found[1], found[2])
 
 
-def shipped_recipes() -> list[Recipe]:
+def shipped_recipes() -> list[ShippedRecipe]:
     """Return the recipes that ship with jaxft, those for CPUs first."""
     recipes = [read_recipe(file) for file in sorted((ROOT / "configs").glob("*.py"))]
     return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)

@@ -230,7 +230,10 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
         return []
     if ast.unparse(mark.func) == "ShortNames.of":
         return list(vars(short_names).get(ast.unparse(mark.args[0]), ()))
-    listed = defined_as(mark.args[0], file) if ast.unparse(mark.func) == "one_of" else None
+    if ast.unparse(mark.func) != "one_of":
+        return []
+    is_tuple = isinstance(mark.args[0], ast.Tuple)
+    listed = Definition(mark.args[0], file) if is_tuple else defined_as(mark.args[0], file)
     texts = [constant_text(item, listed.file) for item in listed.node.elts] if listed else []  # type: ignore[attr-defined]
     return [text for text in texts if text]
 

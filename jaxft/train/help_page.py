@@ -30,8 +30,13 @@ from jaxft.runs.unknown_names import settings_called
 from jaxft.train.recipes import without_model_weights
 from jaxft.train.settings import Run
 
-RECIPES = ("sft", "dpo", "reward", "grpo")  # whose defaults are listed where they differ from their section's
-KINDS = {
+COMPARED_RECIPES = (
+    "sft",
+    "dpo",
+    "reward",
+    "grpo",
+)  # whose defaults are listed where they differ from their section's
+DATA_KINDS = {
     "SFT": Rows,
     "decisions": DecisionRows,
     "preferences and reward models": PairRows,
@@ -40,20 +45,21 @@ KINDS = {
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
-    """Return heading -> settings with the defaults of their classes and of RECIPES; of data first those that
-    all kinds share.
+    """Return heading -> settings, with the defaults of their classes and of COMPARED_RECIPES; of data first the
+    settings that all kinds share.
     """
     with without_model_weights():
-        recipes = {name: load_config(name, [], expected=Run) for name in RECIPES}
+        recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}
     shared = list(settings_of(DataSettings, "data."))
     run = [setting for setting in settings_of(Run) if not setting.name.startswith("data.")]
     groups = by_section(with_recipes([*run, *shared], recipes))
-    for kind, cls in KINDS.items():
-        bases = [base for base in KINDS.values() if base is not cls and issubclass(cls, base)]
-        listed_before = [*shared, *(setting for base in bases for setting in settings_of(base, "data."))]
-        rest = [setting for setting in settings_of(cls, "data.") if setting not in listed_before]
-        own = by_section(with_recipes(rest, recipes))
-        groups |= {f"Of {kind}, {title}": found for title, found in own.items()}
+    for kind, cls in DATA_KINDS.items():
+        bases = [base for base in DATA_KINDS.values() if base is not cls and issubclass(cls, base)]
+        inherited = {setting.name for base in bases for setting in settings_of(base, "data.")}
+        found = [setting for setting in settings_of(cls, "data.") if setting not in shared]
+        rest = [setting for setting in found if setting.name not in inherited]
+        by_title = by_section(with_recipes(rest, recipes))
+        groups |= {f"Of {kind}, {title}": group for title, group in by_title.items()}
     return groups
 
 
