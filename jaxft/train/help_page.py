@@ -45,7 +45,7 @@ DATA_KINDS = {
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
-    """Return heading -> settings, with the defaults of their classes and of COMPARED_RECIPES; of data first the
+    """Return heading -> settings, with the defaults of their classes and of some recipes; of data first the
     settings that all kinds share.
     """
     with without_model_weights():
