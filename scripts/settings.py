@@ -5,8 +5,8 @@
     python scripts/settings.py learning_rate      # a name of TRL, PEFT, Axolotl, LLaMA-Factory or Unsloth
     python scripts/settings.py dpo loss           # knobs too, with the defaults of a recipe
 
-Without a recipe defaults are those of the sections, followed by those of sft, dpo, reward and grpo where
-these differ. A setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
+Without a recipe the defaults of the sections are listed, followed by the ones of sft, dpo, reward and grpo
+where these differ. A setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
 """
 
 import argparse

@@ -54,7 +54,7 @@ class Adapter:
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
-    that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
+    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/lora_patterns.py.
 
     Trained in full in addition, and saved with the adapter (targets may be empty with them).
     modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward

@@ -83,7 +83,7 @@ class TrainingRollout:
 class BatchKind(NamedTuple):
     """How scored rollouts become batches, as functions of the data's settings.
 
-    shapes(data, longest prompt, shards) -> those of training batches, the largest last.
+    shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last.
     rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
     batch of some of its prompts. shape: of the largest batch. of_tokens: whether batches are for a policy
     objective, which has log-probs and advantages of tokens.
@@ -244,7 +244,7 @@ class Rollouts(Prompts):
             )
         if varies_with_length(a, self.max_length):
             lines.append(
-                "the model's rope depends on the length of a text: in sampling and training it is that of "
+                "the model's rope depends on the length of a text: sampling and training use the length of "
                 f"the prompt and data.max_new={self.max_new} more tokens, however long the completion is"
             )
         return lines
@@ -564,7 +564,7 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
     if facts.temperature not in (None, data.temperature):
         raise ValueError(
             f"data.temperature={data.temperature} differs from the objective's {facts.temperature}, but "
-            "log-probs must be those of the sampling distribution. Make them equal."
+            "log-probs must come from the sampling distribution. Make them equal."
         )
     if facts.observations != data.observations:
         raise ValueError(
