@@ -80,7 +80,7 @@ def run(
         job = continued(job, saved, first)
         with processes.agreement():
             logs = stack.enter_context(closing(open_logs(job, first, saved, changes, callbacks, clock)))
-            copies.take_over()  # of loop.store, now that no setting can be refused
+            copies.accepted()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------

@@ -286,7 +286,7 @@ def run_folder(settings: Run | Sweep, root: Path) -> Path:
 @contextlib.contextmanager
 def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     """Open the checkpoints of a job, in its folder. With loop.store, fetch the folder from there if the store
-    is ahead, and copy it there at every checkpoint and when the block ends. Call take_over of the second
+    is ahead, and copy it there at every checkpoint and when the block ends. Call `accepted` of the second
     value when the settings are accepted: it makes this process the one that writes to the store.
 
     Raises ValueError if the store has a run with other settings, OSError if it fails.
