@@ -1,8 +1,9 @@
 """The configs of Gemma 1, Gemma 2 and VaultGemma: config.json read and written, and the presets."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
+from jaxft.bounds import POSITIVE_FLOAT32
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
 
@@ -21,19 +22,14 @@ class Gemma2Config(DenseConfig):
     attention scores and to logits; None for no soft cap. Raises ValueError for a value out of range.
     """
 
-    query_pre_attn_scalar: float = 256.0
+    query_pre_attn_scalar: Annotated[float, POSITIVE_FLOAT32] = 256.0
     window: int | None = None
     layer_types: tuple[str, ...] = ()
-    attn_softcap: float | None = None
-    final_softcap: float | None = None
+    attn_softcap: Annotated[float | None, POSITIVE_FLOAT32] = None
+    final_softcap: Annotated[float | None, POSITIVE_FLOAT32] = None
 
     def __post_init__(self):
         super().__post_init__()
-        caps = {"attn_logit_softcapping": self.attn_softcap, "final_logit_softcapping": self.final_softcap}
-        for name, value in {"query_pre_attn_scalar": self.query_pre_attn_scalar, **caps}.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (value is None and name in caps) and not (is_number and 0 < value < 1e30):
-                raise ValueError(f"config: {name} must be a number above 0, got {value!r:.60}")
         if len(self.layer_types) != self.layers:
             raise ValueError(
                 f"config: layer_types must have a type for each of the {self.layers} layers, got "

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxft.bounds import check_bounds
 from jaxft.distributed.sharding import constrain, mesh_size, num_shards, per_device, shard_start
 from jaxft.nn import flash_attention, pallas_attention
 from jaxft.nn.flash_attention import MASKED, flash, soft_capped
@@ -110,11 +111,7 @@ class AttentionSettings:
     kernel: AttentionKernel = "auto"
 
     def __post_init__(self) -> None:
-        if self.kernel not in get_args(AttentionKernel):
-            raise ValueError(f"attention={self.kernel!r} is unknown; use auto or flash")
-        if self.context_keys not in get_args(ContextKeys):
-            known = ", ".join(get_args(ContextKeys))
-            raise ValueError(f"context_keys={self.context_keys!r} is unknown; use one of {known}")
+        check_bounds(self)
 
 
 def asked_for(settings: AttentionSettings) -> str:

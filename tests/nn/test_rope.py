@@ -231,14 +231,14 @@ def test_layers_without_rope_are_not_rotated_and_bfloat16_is_rounded_once():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(kind="ntk"), "rope type 'ntk' is not supported; jaxft has default, linear"),
+        (dict(kind="ntk"), "rope.kind='ntk'; use one of default, linear"),
         (dict(factor=2.0), "rope type 'default' does not use factor=2.0"),
         (dict(kind="linear", factor=2.0, beta_fast=9.0), "'linear' does not use beta_fast=9.0"),
         (dict(kind="linear", factor=0.0), "rope.factor=0.0; expected above 0"),
         (dict(kind="yarn", factor=2.0), "'yarn' needs original_max_position_embeddings above 0, got None"),
         (dict(kind="dynamic", factor=2.0, original_max_positions=0), "above 0, got 0"),
-        (dict(theta=float("nan")), "rope_theta must be finite"),
-        (dict(rotated=1.5), "partial_rotary_factor must be above 0 and at most 1, got 1.5"),
+        (dict(theta=float("nan")), "rope.theta=nan; expected a finite number at least 1"),
+        (dict(rotated=1.5), "rope.rotated=1.5; expected above 0 and at most 1"),
         (
             dict(kind="llama3", original_max_positions=8, low_freq_factor=4.0),
             "low_freq_factor must be above 0 and below high_freq_factor, got 4.0 and 4.0",

@@ -171,7 +171,7 @@ def test_settings_of_an_adapter_that_are_not_finite_are_named(adapter, model, ch
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0 and finite"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps=nan; expected a finite number above"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         (
