@@ -185,7 +185,7 @@ def require_classifier(ref: str) -> None:
 
 def is_classifier(ref: str) -> bool:
     """Whether the files of `ref` have a classifier's head."""
-    return heads.SCORE[0] in pretrained.open_files(ref).shapes
+    return heads.SCORE[0] in pretrained.open_files(ref).tensors
 
 
 # Rewards

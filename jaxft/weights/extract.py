@@ -80,7 +80,7 @@ def extract_adapter(
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
     check_same_shapes(base, tuned, model)
     check_same_settings(base_ref, tuned_ref, model)
-    untied = HEAD in tuned.shapes and HEAD not in base.shapes
+    untied = HEAD in tuned.tensors and HEAD not in base.tensors
     if "head" not in (*model.specs, *paths) and not untied:
         del table["head"]
     if not any(
@@ -126,20 +126,21 @@ def _check_rank(rank: int, table: TensorTable) -> None:
 
 def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
     """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
+    before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
     for tensors in tensors_of(model).values():
         for one in (tensor.name for tensor in tensors):
-            if one == HEAD and one not in base.shapes | tuned.shapes:
+            if one == HEAD and one not in before | after:
                 continue
-            found = [files.shapes.get(one, files.shapes.get(EMBEDDING)) for files in (base, tuned)]
-            if found[0] == found[1] and (one in tuned.shapes or one == HEAD):
+            found = [shapes.get(one, shapes.get(EMBEDDING)) for shapes in (before, after)]
+            if found[0] == found[1] and (one in after or one == HEAD):
                 continue
             advice = "is the model tuned from this base?"
-            if one in (EMBEDDING, HEAD) and one in tuned.shapes:
+            if one in (EMBEDDING, HEAD) and one in after:
                 advice = (
                     "their vocabularies differ; add the tokens to the base with scripts/extend.py first, and "
                     "extract from that"
                 )
-            shape = tuned.shapes.get(one)
+            shape = after.get(one)
             got = "is missing" if shape is None else f"has shape {shape}"
             raise ValueError(
                 f"{tuned.where}: tensor {one} {got}, and the base in {base.where} has {found[0]}: {advice}"
@@ -170,7 +171,7 @@ def _matrices(
     for tensor in tensors:
         found = []
         for files in (base, tuned):
-            tied = tensor.name not in files.shapes  # then the head is the table
+            tied = tensor.name not in files.tensors  # then the head is the table
             stored = replace(tensor, name=EMBEDDING) if tied else tensor
             found.append(stored.read(files).astype(np.float32))
         yield found[0], found[1]

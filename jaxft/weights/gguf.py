@@ -13,7 +13,7 @@ from jaxft.nn.quant_formats import pack
 from jaxft.weights.gguf_architectures import architecture_of, head_count, hf_name, kv_head_count, stored_as
 from jaxft.weights.gguf_blocks import BLOCK_FORMATS, Q4_0_AMONG_Q4_1, BlockFormat
 from jaxft.weights.gguf_header import FLOAT_TYPES, GgufHeader, GgufTensor, block_size
-from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
+from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.file_format import block_layout
 from jaxft.weights.safetensors import map_array
 
@@ -37,33 +37,32 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
                 "dequantise; use a file of this model in another type (Q8_0, Q4_K_M, F16, ...), or its "
                 "Hugging Face folder"
             )
-    heads = head_count(header), kv_head_count(header)
-    stored = {name: stored_as(architecture, name, *heads) for name in tensors}
-
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        values = read_dequantised(tensors[name], index, stored[name].heads)
-        return values.astype(np.float32) - np.float32(1) if stored[name].plus_one else values
-
-    quantised = {}
+    counts = head_count(header), kv_head_count(header)
+    found = {}
     for name, tensor in tensors.items():
-        if tensor.kind in FLOAT_TYPES or len(tensor.shape) != 2:
-            continue
-        shape, method, format = tensor.shape[::-1], f"GGUF {tensor.kind}", _block_format(tensors, name)
-        if format is None:
-            whole = partial(_read_expanded, tensor, stored[name].heads)
-            quantised[name] = QuantisedTensor(method, shape, None, whole, "no packed form has its values")
-            continue
-        layout = block_layout(format.kind, shape, format.sub_block, format.scale_dtype, format.offset_dtype)
-        packed = partial(_read_blocks, tensor, format, layout, stored[name].heads)
-        quantised[name] = QuantisedTensor(method, shape, layout, packed, format.reason)
-    kinds = {name: "F32" if stored[name].plus_one else tensor.kind for name, tensor in tensors.items()}
-    return ModelFiles(
-        where=str(header.path),
-        shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes={name: FLOAT_TYPES.get(kind, np.dtype(np.float32)) for name, kind in kinds.items()},
-        read=read,
-        quantised=quantised,
-    )
+        heads, plus_one = stored_as(architecture, name, *counts)
+        kind, quantised = "F32" if plus_one else tensor.kind, None
+        if tensor.kind not in FLOAT_TYPES and len(tensor.shape) == 2:
+            quantised = _quantised(tensor, _block_format(tensors, name), heads)
+        dtype = FLOAT_TYPES.get(kind, np.dtype(np.float32))
+        found[name] = FileTensor(tensor.shape, dtype, partial(_read, tensor, heads, plus_one), quantised)
+    return ModelFiles(str(header.path), found)
+
+
+def _read(tensor: GgufTensor, heads: int | None, plus_one: bool, index: Index) -> np.ndarray:
+    values = read_dequantised(tensor, index, heads)
+    return values.astype(np.float32) - np.float32(1) if plus_one else values
+
+
+def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None) -> QuantisedTensor:
+    """Return a weight in blocks of a format; None if no QTensor has their values."""
+    (outs, ins), method = tensor.shape, f"GGUF {tensor.kind}"
+    if format is None:
+        read, reason = partial(_read_expanded, tensor, heads), "no packed form has its values"
+        return QuantisedTensor(method, (ins, outs), None, read, reason)
+    layout = block_layout(format.kind, (ins, outs), format.sub_block, format.scale_dtype, format.offset_dtype)
+    read_blocks = partial(_read_blocks, tensor, format, layout, heads)
+    return QuantisedTensor(method, (ins, outs), layout, read_blocks, format.reason)
 
 
 def _is_readable(kind: str) -> bool:

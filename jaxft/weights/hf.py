@@ -1,6 +1,5 @@
 """Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxft.models.model import Model
 from jaxft.models.text_part import TEXT_PARTS, text_tensor
 from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights import hub
-from jaxft.weights.model_files import Index, ModelFiles
+from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.quantised.formats import open_tensors
 from jaxft.weights.safetensors import FLOATS, open_safetensors, read_model_json
 from jaxft.weights.tensors import tensors_of
@@ -86,23 +85,13 @@ def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
     if config.get("model_type") not in list(TEXT_PARTS):
         return files
     names: dict[str, str] = {}
-    for name in files.shapes:
+    for name in files.tensors:
         text = text_tensor(name)
         if text in names:
             raise ValueError(f"{files.where}: {name} and {names[text]} are the same tensor of the decoder")
         names |= {} if text is None else {text: name}
-
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        return files.read(names[name], index)
-
-    return replace(
-        files,
-        shapes={text: files.shapes[name] for text, name in names.items()},
-        dtypes={text: files.dtypes[name] for text, name in names.items()},
-        read=read,
-        quantised={text: files.quantised[name] for text, name in names.items() if name in files.quantised},
-        ignored=tuple(name for name in files.shapes if text_tensor(name) is None),
-    )
+    tensors = {text: files.tensors[name] for text, name in names.items()}
+    return ModelFiles(files.where, tensors, tuple(x for x in files.tensors if text_tensor(x) is None))
 
 
 def is_multimodal(model: Model, ref: str) -> bool:
@@ -121,18 +110,18 @@ def is_multimodal(model: Model, ref: str) -> bool:
 
 def check_tensors(files: ModelFiles, model: Model) -> None:
     """Raise ValueError unless the files contain exactly the model's tensors, in a float dtype."""
-    if model.config.layers > len(files.shapes):  # a corrupt number would make a list of millions of names
+    if model.config.layers > len(files.tensors):  # a corrupt number would make a list of millions of names
         raise ValueError(
             f"{files.where}: its config has {model.config.layers} layers, but the files have only "
-            f"{len(files.shapes)} "
+            f"{len(files.tensors)} "
             "tensors; is the download complete, and does its config.json belong to it?"
         )
-    if SCORE.template in files.shapes and "score" not in model.weight_names:
+    if SCORE.template in files.tensors and "score" not in model.weight_names:
         raise ValueError(
             f"{files.where}: a sequence classifier, which generates no text; use a language model"
         )
     expected = {t.name: t.shape for tensors in tensors_of(model).values() for t in tensors}
-    missing = [name for name in expected if name not in files.shapes]
+    missing = [name for name in expected if name not in files.tensors]
     if missing:
         raise ValueError(
             f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is "
@@ -142,7 +131,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     allowed = {HEAD} if "head" not in model.weight_names else set()  # some files repeat a tied head
     allowed |= {SCORE.template} if "score" in model.weight_names else set()
     known = expected.keys() | allowed
-    extra = [name for name in files.shapes if name not in known and not name.endswith(IGNORED_TENSORS)]
+    extra = [name for name in files.tensors if name not in known and not name.endswith(IGNORED_TENSORS)]
     extra = [name for name in extra if not _is_zero_bias(files, name)]
     scales = [name for name in extra if name.endswith(QUANTISATION_SCALES)]
     if scales:
@@ -162,11 +151,12 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             "folder itself as the model, which then has a head of its own"
         )
     for name, shape in expected.items():
-        if files.shapes[name] != shape:
+        stored = files.tensors[name]
+        if stored.shape != shape:
             raise ValueError(
-                f"{files.where}: {name} has shape {files.shapes[name]}, but its config.json needs {shape}"
+                f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}"
             )
-        if files.dtypes[name] not in FLOATS.values():
+        if stored.dtype not in FLOATS.values():
             raise ValueError(f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}")
 
 
@@ -175,7 +165,8 @@ def _is_zero_bias(files: ModelFiles, name: str) -> bool:
     ValueError if it is not zero.
     """
     stem, dot, _ = name.rpartition(".bias")
-    if not dot or f"{stem}.weight" not in files.quantised:
+    weight = files.tensors.get(f"{stem}.weight")
+    if not dot or weight is None or weight.quantised is None:
         return False
     if files.read(name).any():
         raise ValueError(
@@ -187,16 +178,14 @@ def _is_zero_bias(files: ModelFiles, name: str) -> bool:
 
 def has_other_head(files: ModelFiles) -> bool:
     """Whether the files have a language model head that is not the embedding, compared value by value."""
-    shape = files.shapes.get(HEAD)
-    if shape is None or EMBEDDING not in files.shapes:
+    head, table = files.tensors.get(HEAD), files.tensors.get(EMBEDDING)
+    if head is None or table is None:
         return False
-    if files.shapes[EMBEDDING] != shape or len(shape) != 2:
+    if table.shape != head.shape or len(head.shape) != 2:
         return True
-    rows = max(1, COMPARED_VALUES // max(1, shape[1]))
-    return not all(
-        _equal(*(files.read(name, (slice(at, min(at + rows, shape[0])),)) for name in (HEAD, EMBEDDING)))
-        for at in range(0, shape[0], rows)
-    )
+    count, rows = head.shape[0], max(1, COMPARED_VALUES // max(1, head.shape[1]))
+    parts = (slice(at, min(at + rows, count)) for at in range(0, count, rows))
+    return not all(_equal(head.read((part,)), table.read((part,))) for part in parts)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

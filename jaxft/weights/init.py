@@ -91,7 +91,7 @@ def _init_parts(
         _check_start(settings, (tuple(loaded), found), specs, model)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         files = pretrained.open_files(ref)  # a reward model's; a language model has no head
-        if SCORE.template in files.shapes:
+        if SCORE.template in files.tensors:
             loaded = {"score": read_whole(param_readers(files, as_checkpoint(model))["score"])}
     if not settings.trained and "score" not in loaded:
         source = settings.start or settings.weights
@@ -196,7 +196,7 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
     """Load the whole base of a scorer onto the mesh, and its head on the host if the files contain one."""
     dtype = np.promote_types(model.dtype, np.float32)
     files = pretrained.open_files(ref)
-    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE.template in files.shapes else {})}
+    in_both = {**specs["base"], **({"score": specs["score"]} if SCORE.template in files.tensors else {})}
     names = {path: name for path, name in model.weight_names.items() if path != "head"} | {"score": SCORE}
     readers = param_readers(
         files, replace(model, specs=in_both, weight_names=names, heads={}, generates=False)

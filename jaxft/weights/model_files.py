@@ -1,30 +1,14 @@
 """The tensors in a model's files under their Hugging Face names, for every file format."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from jaxft.nn.quant import QTensor
 
 Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole
-
-
-class ReadTensor(Protocol):
-    """Reads the tensor `name`, or only the part of it at `index`."""
-
-    def __call__(self, name: str, index: Index = ()) -> np.ndarray:
-        """Return the values as an array of a float dtype in fresh memory."""
-
-
-class ReadQuantised(Protocol):
-    """Reads a quantised weight, or only the part of it at `index` [in, out], whose limits are limits of
-    blocks.
-    """
-
-    def __call__(self, index: Index = ()) -> QTensor | np.ndarray:
-        """Return a QTensor of NumPy arrays, or the values in float32 where no QTensor represents them."""
+ReadPart = Callable[[Index], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -32,33 +16,52 @@ class QuantisedTensor:
     """A weight [in, out] that the files store quantised.
 
     method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
-    exactly the values in the files, and what `read` returns; None if there is none. reason: why there is no
-    layout, or not the smallest one. tensors: in the files that it consists of, if these have other names.
+    exactly the values in the files; None if there is none. read(index): returns the weight, or the part of it
+    at `index` [in, out], whose limits are limits of blocks: a QTensor of NumPy arrays in that layout, or
+    without one the values in float32. reason: why there is no layout, or not the smallest one. tensors: in
+    the files that it consists of, if these have other names.
     """
 
     method: str
     shape: tuple[int, ...]
     layout: QTensor | None
-    read: ReadQuantised
+    read: Callable[..., QTensor | np.ndarray]
     reason: str = ""
     tensors: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class ModelFiles:
-    """The tensors of a model, read from its files when they are needed.
+class FileTensor:
+    """A tensor in a model's files, which is read when it is needed.
 
-    where: the file or folder, for messages. read: returns the values of a tensor, dequantised if it is
-    quantised. quantised: the weights that the files store quantised, by name. ignored: tensors in the files
+    shape, dtype, read(index): of its values, dequantised if it is quantised; read returns a part of them in
+    fresh memory. quantised: the weight as the files store it, None if that is as it is read.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: ReadPart
+    quantised: QuantisedTensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The tensors of a model by name. where: the file or folder, for messages. ignored: tensors in the files
     that belong to other parts of a multimodal model than its text decoder.
     """
 
     where: str
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
-    read: ReadTensor
-    quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)
+    tensors: Mapping[str, FileTensor]
     ignored: tuple[str, ...] = ()
+
+    @property
+    def quantised(self) -> dict[str, QuantisedTensor]:
+        """The weights that the files store quantised."""
+        return {name: x.quantised for name, x in self.tensors.items() if x.quantised is not None}
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """Read the values of a tensor, or the part of them at `index`."""
+        return self.tensors[name].read(index)
 
 
 def full_index(index: Index, shape: Sequence[int]) -> Index:

@@ -49,7 +49,7 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
     readers = {}
     specs = spec_paths(model.specs.get("base", model.specs))
     for path, tensors in tensors_of(model).items():
-        dtypes = {files.dtypes[tensor.name] for tensor in tensors}
+        dtypes = {files.tensors[tensor.name].dtype for tensor in tensors}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         layout = _common_layout(files, tensors)
         readers[path] = ParamReader(files, tensors, specs[path].shape, dtype, layout)
@@ -57,7 +57,7 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
 
 
 def _common_layout(files: ModelFiles, tensors: Sequence[Tensor]) -> QTensor | None:
-    stored = [files.quantised.get(tensor.name) for tensor in tensors]
+    stored = [files.tensors[tensor.name].quantised for tensor in tensors]
     layouts = [x.layout for x in stored if x is not None and x.layout is not None]
     own = tensors[0].transposed and tensors[0].offset is None
     if not own or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
@@ -79,7 +79,8 @@ def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QT
 
     Only for a reader with a layout. Raises ValueError for scales that are not finite.
     """
-    value = finite.require_finite_scales(reader.files.quantised[tensor.name].read(index))
+    stored = reader.files.tensors[tensor.name].quantised
+    value = stored and finite.require_finite_scales(stored.read(index))
     assert isinstance(value, QTensor)
     return value
 
@@ -111,7 +112,7 @@ def small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index
 
     Quantised tensors are not split, because some are dequantised whole.
     """
-    if not index or tensor.name in reader.files.quantised:
+    if not index or reader.files.tensors[tensor.name].quantised:
         return [index]
     axis = len(index) - 1 if tensor.transposed else 0
     others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis)

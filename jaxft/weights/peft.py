@@ -162,7 +162,7 @@ def _check_tied(files: SafetensorsFiles) -> None:
     """Raise ValueError if an adapter's files have other values for the head than for the embeddings."""
     for of_head, of_table, transposed in TIED_TENSORS:
         head, table = f"{PREFIX}{HEAD_MODULE}.{of_head}", f"{PREFIX}{TABLE_MODULE}.{of_table}"
-        if head not in files.shapes or table not in files.shapes:
+        if head not in files.tensors or table not in files.tensors:
             continue
         value = read_tensor(files, table)
         if not np.array_equal(read_tensor(files, head), value.T if transposed else value):
@@ -176,13 +176,13 @@ def _check_tied(files: SafetensorsFiles) -> None:
 def has_language_head(folder: Path) -> bool:
     """Whether an adapter trains the language model head: a pair of it, its weight or rows of it."""
     saved = read_adapter_config(folder).get("modules_to_save") or ()
-    names = [name for name in _open_tensors(folder).shapes if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
+    names = [name for name in _open_tensors(folder).tensors if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
     return any(name not in HEAD_COPIES or HEAD_MODULE in saved for name in names)
 
 
 def has_base_copies(folder: Path) -> bool:
     """Whether an adapter's files have copies of the base's head or embedding."""
-    return any(name in _open_tensors(folder).shapes for name in BASE_COPIES)
+    return any(name in _open_tensors(folder).tensors for name in BASE_COPIES)
 
 
 def check_base_copies(folder: Path, base: ModelFiles) -> None:
@@ -193,26 +193,26 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
-    head = HEAD if HEAD in base.shapes else EMBEDDING
+    head = HEAD if HEAD in base.tensors else EMBEDDING
     if config.get("ensure_weight_tying") and head == EMBEDDING:
         config = _with_tied_head(config)
     saved = tuple(config.get("modules_to_save") or ())
     for copied in BASE_COPIES:
         name = head if copied in HEAD_COPIES else EMBEDDING
-        if copied not in files.shapes or name in base.quantised or name not in base.shapes:
+        if copied not in files.tensors or name not in base.tensors or base.tensors[name].quantised:
             continue
         if start_of_unconverted(config) and copied in HEAD_COPIES:
             continue
         if saved and copied.removesuffix(".weight").endswith(saved):  # trained
             continue
-        shape = files.shapes[copied]
+        shape = files.tensors[copied].shape
         rows = max(1, COMPARED_VALUES // max(1, shape[-1])) if shape else 1
-        if shape != base.shapes[name] or not all(
+        if shape != base.tensors[name].shape or not all(
             _equal_rounded(read_tensor(files, copied, part), base.read(name, part))
             for part in ((slice(at, min(at + rows, shape[0])),) for at in range(0, shape[0], rows))
         ):
             module = copied.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")[2]
-            replaces = shape == base.shapes[name] and module != "base_layer"
+            replaces = shape == base.tensors[name].shape and module != "base_layer"
             listed = f"list {module} in modules_to_save of adapter_config.json to use it, or " * replaces
             raise ValueError(
                 f"{files.where}: tensor {copied} is not {name} of the base in {base.where}: the adapter was "
@@ -237,21 +237,21 @@ def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
     """Return the tensors of an adapter on a multimodal model as those of its text decoder; those of the other
     parts change nothing about text. Another adapter is returned as it is.
     """
-    text = {name: text_tensor(name.removeprefix(PREFIX)) for name in files.paths}
+    text = {name: text_tensor(name.removeprefix(PREFIX)) for name in files.tensors}
     names = {f"{PREFIX}{new}" if old.startswith(PREFIX) else new: old for old, new in text.items() if new}
     return renamed(files, names)
 
 
 def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) -> None:
-    extra = [name for name in files.shapes if name not in used and name not in BASE_COPIES]
-    is_copied = {TIED_TOKEN_ROWS, TABLE_TOKEN_ROWS} <= files.shapes.keys()
+    extra = [name for name in files.tensors if name not in used and name not in BASE_COPIES]
+    is_copied = {TIED_TOKEN_ROWS, TABLE_TOKEN_ROWS} <= files.tensors.keys()
     if is_copied and np.array_equal(
         read_tensor(files, TIED_TOKEN_ROWS), read_tensor(files, TABLE_TOKEN_ROWS)
     ):
         extra = [name for name in extra if name != TIED_TOKEN_ROWS]
     if extra:
         raise ValueError(
-            f"{files.where}: tensor {files.stored_names[extra[0]]} is not part of a LoRA pair of this model, "
+            f"{files.where}: tensor {files.tensors[extra[0]].name} is not part of a LoRA pair of this model, "
             "nor of its modules_to_save; is the adapter for another base model?"
         )
     if not targets:

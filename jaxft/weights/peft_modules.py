@@ -96,7 +96,7 @@ def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[
     tokens = config.get("trainable_token_indices")
     if isinstance(tokens, dict):
         tokens = {key: ids for key, ids in tokens.items() if not _is_head(key)}
-    kept = {name: name for name in files.shapes if not name.startswith(f"{PREFIX}{HEAD_MODULE}.")}
+    kept = {name: name for name in files.tensors if not name.startswith(f"{PREFIX}{HEAD_MODULE}.")}
     return {**config, **fields, "trainable_token_indices": tokens}, renamed(files, kept)
 
 
@@ -108,7 +108,7 @@ def _check_biases(where: Path, files: SafetensorsFiles, biases: str, names: list
     """Raise ValueError if an adapter with bias="lora_only" adapts a module in some layers only. names: of the
     tensors of its bias in each layer.
     """
-    if biases == "lora_only" and 0 < sum(name in files.shapes for name in names) < len(names):
+    if biases == "lora_only" and 0 < sum(name in files.tensors for name in names) < len(names):
         raise ValueError(
             f"{where}: bias='lora_only' with LoRA pairs in some layers only is not supported, because jaxft "
             f"reads the biases of all layers or of none; {MERGE}"
@@ -120,7 +120,7 @@ def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
     the layer that the adapter wraps.
     """
     wrapped = f"{PREFIX}{tensor.module}.base_layer.bias"
-    return wrapped if tensor.path.endswith("_bias") and wrapped in files.shapes else PREFIX + tensor.name
+    return wrapped if tensor.path.endswith("_bias") and wrapped in files.tensors else PREFIX + tensor.name
 
 
 def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model) -> Modules:
@@ -176,8 +176,9 @@ def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
     """Read a float tensor of this shape, as read_float does. because: why it must be there, for the error."""
-    if files.shapes.get(name) != shape:
-        found = "is missing" if name not in files.shapes else f"has shape {files.shapes[name]}"
+    stored = files.tensors.get(name)
+    if stored is None or stored.shape != shape:
+        found = "is missing" if stored is None else f"has shape {stored.shape}"
         raise ValueError(f"{files.where}: tensor {name} {found}; this model needs {shape}, because {because}")
     return read_float(files, name)
 

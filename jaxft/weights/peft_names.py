@@ -7,6 +7,7 @@ activation checkpointing).
 """
 
 import re
+from dataclasses import replace
 
 from jaxft.weights.safetensors import SafetensorsFiles
 
@@ -30,7 +31,7 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
     """
     stored, names = dict[str, str](), dict[str | None, str]()
     originals, twice = list[tuple[str, str]](), list[tuple[str, str]]()
-    for old in files.shapes:
+    for old in files.tensors:
         found = WRAPPERS.sub("", old)
         bare = found
         while bare.startswith(PREFIX):
@@ -63,11 +64,4 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
 
 def renamed(files: SafetensorsFiles, stored: dict[str, str]) -> SafetensorsFiles:
     """Return the tensors `stored`: the names in `files` by new name."""
-    return SafetensorsFiles(
-        files.where,
-        {new: files.paths[old] for new, old in stored.items()},
-        {new: files.offsets[old] for new, old in stored.items()},
-        {new: files.dtypes[old] for new, old in stored.items()},
-        {new: files.shapes[old] for new, old in stored.items()},
-        {new: files.stored_names.get(old, old) for new, old in stored.items()},
-    )
+    return replace(files, tensors={new: files.tensors[old] for new, old in stored.items()})

@@ -54,14 +54,15 @@ def pair_names(tensor: Tensor, dora: bool = False) -> tuple[str, ...]:
 def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -> Pair | None:
     """Read the pair of a module, None if the files have none."""
     names, module, (ins, outs) = pair_names(tensor), tensor.module, tensor.values
-    if not files.shapes.keys() & set(names):
+    if not files.tensors.keys() & set(names):
         return None
     arrays = []
     for name in names:
-        if name not in files.shapes:
+        if name not in files.tensors:
             raise ValueError(f"{files.where}: tensor {name} is missing")
-        if len(files.shapes[name]) != 2:
-            raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected two dimensions")
+        shape = files.tensors[name].shape
+        if len(shape) != 2:
+            raise ValueError(f"{files.where}: {name} has shape {shape}, expected two dimensions")
         arrays.append(read_float(files, name).T)
     a, b = arrays
     rank = _matching(config, "rank_pattern", module, config["r"])

@@ -175,7 +175,7 @@ def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str
 
 def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
     """Raise ValueError for DoRA tensors if use_dora is false. dora: the configuration's use_dora."""
-    for name in files.shapes:
+    for name in files.tensors:
         if "lora_magnitude_vector" in name and not dora:
             raise ValueError(
                 f"{files.where}: tensor {name} belongs to DoRA, but adapter_config.json has use_dora=false; "

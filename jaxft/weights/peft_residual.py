@@ -47,13 +47,13 @@ def first_pair(
     if base is None or processes.is_multi_process():
         needs = "needs the base's weights" if base is None else "is read by one process only"
         raise ValueError(f"{about} {needs}: {CONVERT}")
-    if name in base.quantised:
-        method = base.quantised[name].method
+    stored = base.tensors.get(name)
+    if stored is not None and stored.quantised is not None:
         raise ValueError(
-            f"{about}: {name} of the base in {base.where} is quantised ({method}); use the base in its own "
-            "precision, which quant=nf4 (--quant nf4) quantises after reading"
+            f"{about}: {name} of the base in {base.where} is quantised ({stored.quantised.method}); use the "
+            "base in its own precision, which quant=nf4 (--quant nf4) quantises after reading"
         )
-    if base.shapes.get(name) != tensor.shape:
+    if stored is None or stored.shape != tensor.shape:
         raise ValueError(
             f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
             f"{tensor.shape}; is the adapter for another base model?"

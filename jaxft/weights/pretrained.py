@@ -321,7 +321,9 @@ def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, 
     stored as they are read.
     """
     if storage.codes is not None:
-        return replace(reader, files=replace(reader.files, quantised=open_codes(storage.codes))), True
+        files, codes = reader.files, open_codes(storage.codes)
+        coded = {x.name: replace(files.tensors[x.name], quantised=codes[x.name]) for x in reader.tensors}
+        return replace(reader, files=replace(files, tensors=coded)), True
     return reader, reader.layout is not None and keeps_layout(storage, reader.layout)
 
 
@@ -342,7 +344,7 @@ def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
     for path, reader in param_readers(files, stored.model).items() if files.quantised else ():
-        tensor = files.quantised.get(reader.tensors[0].name)
+        tensor = files.tensors[reader.tensors[0].name].quantised
         change = tensor and _storage_change(stored.storage[f"base/{path}"], reader.layout, tensor)
         if change:
             groups.setdefault(change, []).append(path)

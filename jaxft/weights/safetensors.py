@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +34,42 @@ WRITE_ADVICE = "find the step that made them, or, if it is only the range of the
 
 
 @dataclass(frozen=True)
-class SafetensorsFiles:
-    """The tensors of one or more safetensors files: for each its file, first byte there, dtype and shape.
-
-    where: the file or folder, for messages. A dtype outside DTYPES is UNSUPPORTED. stored_names: of tensors
-    that have another name in the file.
+class StoredTensor:
+    """A tensor in a safetensors file: the file, its name and first byte there. A dtype outside DTYPES is
+    UNSUPPORTED.
     """
 
+    path: Path
+    name: str
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SafetensorsFiles:
+    """The tensors of one or more safetensors files by name. where: the file or folder, for messages."""
+
     where: str
-    paths: dict[str, Path]
-    offsets: dict[str, int]
-    dtypes: dict[str, np.dtype]
-    shapes: dict[str, tuple[int, ...]]
-    stored_names: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor]
 
 
 def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
     """Open safetensors files. Raises ValueError for an incomplete file and for a tensor that two files
     contain.
     """
-    files = SafetensorsFiles(str(where), {}, {}, {}, {})
+    tensors: dict[str, StoredTensor] = {}
     for path in paths:
         with _open(path), path.open("rb") as file:  # the library has checked the header
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name in files.paths:
-                raise ValueError(f"{path}: tensor {name} is in {files.paths[name].name} too")
-            files.paths[name], files.shapes[name] = path, tuple(entry["shape"])
-            files.offsets[name] = 8 + size + entry["data_offsets"][0]
-            files.dtypes[name] = DTYPES.get(entry["dtype"], UNSUPPORTED)
-    return files
+            if name in tensors:
+                raise ValueError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
+            offset, dtype = 8 + size + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
+            tensors[name] = StoredTensor(path, name, offset, dtype, tuple(entry["shape"]))
+    return SafetensorsFiles(str(where), tensors)
 
 
 def _open(path: Path) -> safe_open:
@@ -85,12 +89,14 @@ def _open(path: Path) -> safe_open:
         raise ValueError(f"{path}: not a complete safetensors file ({reason}); download it again") from e
 
 
-def require_tensor(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None = None) -> None:
-    """Raise ValueError if a tensor is missing or has another shape. shape: None for any."""
-    if name not in files.shapes:
+def required(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None = None) -> StoredTensor:
+    """Return a tensor. Raises ValueError if it is missing or has another shape. shape: None for any."""
+    if name not in files.tensors:
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
-    if shape is not None and files.shapes[name] != shape:
-        raise ValueError(f"{files.where}: {name} has shape {files.shapes[name]}, expected {shape}")
+    tensor = files.tensors[name]
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{files.where}: {name} has shape {tensor.shape}, expected {shape}")
+    return tensor
 
 
 def read_tensor(
@@ -99,25 +105,30 @@ def read_tensor(
     """Read a tensor, or the part of it at `index`, into fresh memory. Raises ValueError for a missing tensor,
     another shape than `shape`, and an unsupported dtype.
     """
-    require_tensor(files, name, shape)
-    path, dtype, stored = files.paths[name], files.dtypes[name], files.shapes[name]
-    if dtype == UNSUPPORTED:
-        raise ValueError(f"{path}: tensor {name} has an unsupported dtype; use one of {', '.join(DTYPES)}")
-    index = full_index(index, stored)
-    if dtype in FLOAT8.values() or not math.prod(lengths(index)) or not stored:
-        return read_view(files, name, dtype, stored, index)  # which get_slice does not return as NumPy arrays
-    with _open(path) as file:
-        return file.get_slice(files.stored_names.get(name, name))[index]
+    return read_stored(required(files, name, shape), index)
+
+
+def read_stored(tensor: StoredTensor, index: Index = ()) -> np.ndarray:
+    """Read a tensor, or the part of it at `index`. Raises ValueError for an unsupported dtype."""
+    if tensor.dtype == UNSUPPORTED:
+        raise ValueError(
+            f"{tensor.path}: tensor {tensor.name} has an unsupported dtype; use one of {', '.join(DTYPES)}"
+        )
+    index = full_index(index, tensor.shape)
+    if tensor.dtype in FLOAT8.values() or not math.prod(lengths(index)) or not tensor.shape:
+        return read_view(tensor, tensor.dtype, tensor.shape, index)  # which get_slice does not return
+    with _open(tensor.path) as file:
+        return file.get_slice(tensor.name)[index]
 
 
 def read_view(
-    files: SafetensorsFiles, name: str, dtype: DTypeLike, shape: tuple[int, ...], index: Index = ()
+    tensor: StoredTensor, dtype: DTypeLike, shape: tuple[int, ...], index: Index = ()
 ) -> np.ndarray:
     """Read part of a tensor whose bytes are interpreted as an array of this dtype and shape."""
     index = full_index(index, shape)
     if not math.prod(lengths(index)):
         return np.empty(lengths(index), dtype)
-    return map_array(files.paths[name], dtype, files.offsets[name], shape, index)
+    return map_array(tensor.path, dtype, tensor.offset, shape, index)
 
 
 def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:

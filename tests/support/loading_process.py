@@ -15,6 +15,7 @@ from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.train import partition
 from jaxft.weights import adapters, gguf, init, pretrained, safetensors
+from jaxft.weights.quantised import formats
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16),
@@ -63,7 +64,7 @@ def count_reads():
     mapped.
     """
     counted, inside = [], []
-    read_tensor, map_array = safetensors.read_tensor, safetensors.map_array
+    read_stored, map_array = safetensors.read_stored, safetensors.map_array
 
     def counting(read):
         def wrapped(*args):
@@ -72,14 +73,14 @@ def count_reads():
                 value = read(*args)
             finally:
                 inside.pop()
-            if not inside:  # read_tensor itself maps some dtypes
+            if not inside:  # read_stored itself maps some dtypes
                 counted.append(value.nbytes)
             return value
 
         return wrapped
 
-    safetensors.read_tensor, safetensors.map_array = counting(read_tensor), counting(map_array)
-    gguf.map_array = safetensors.map_array
+    safetensors.read_stored, safetensors.map_array = counting(read_stored), counting(map_array)
+    formats.read_stored, gguf.map_array = safetensors.read_stored, safetensors.map_array
     return counted
 
 

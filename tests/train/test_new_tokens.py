@@ -195,7 +195,7 @@ def test_a_template_without_new_tokens_links_to_the_weights_and_follows_them(tmp
             use(ref)
         assert "\n" not in str(caught.value)
     assert weights(moved) == ref and (base / weights_in(moved)[0]).readlink().parent == moved
-    assert set(pretrained.open_files(ref).shapes) == set(written)
+    assert set(pretrained.open_files(ref).tensors) == set(written)
     assert len(list(cache.iterdir())) == 1
 
 

@@ -37,7 +37,7 @@ def test_a_format_opens_what_it_writes_with_the_same_values(tmp_path, name, kind
     write_safetensors(path, quantised_tensors("a.weight", q, lambda: q, name))
     config = json.loads(json.dumps(format.config(Quant(kind, block, double), [], [])))
     files = open_tensors(open_safetensors(tmp_path, [path]), {"quant_method": name, **config})
-    assert set(files.shapes) == {"a.weight"} and set(files.quantised["a.weight"].tensors)
+    assert set(files.tensors) == {"a.weight"} and set(files.quantised["a.weight"].tensors)
     values = dequantised(q).T
     np.testing.assert_array_equal(files.read("a.weight"), values)
     for part in ((slice(8, 16),), (slice(0, 24), slice(64, 128)), (slice(3, 5), slice(70, 75))):

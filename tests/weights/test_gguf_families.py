@@ -41,9 +41,10 @@ def state_of(model):
 def test_every_tensor_is_the_models_under_its_name(family):
     _, model, path = family
     files, state = pretrained.open_files(str(path)), state_of(model)
-    assert files.shapes == {name: x.shape for name, x in state.items()}
+    assert files.tensors.keys() == state.keys()
     for name, value in state.items():
-        assert files.dtypes[name] == np.float32
+        assert files.tensors[name].shape == value.shape
+        assert files.tensors[name].dtype == np.float32
         np.testing.assert_array_equal(files.read(name), value, err_msg=name)
         part = (slice(1, 3),) * value.ndim
         np.testing.assert_array_equal(files.read(name, part), value[part], err_msg=name)
@@ -82,7 +83,7 @@ def test_a_model_of_the_config_and_the_tensors_has_the_same_logits(family):
     config = config_of(path)
     again = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
     files = pretrained.open_files(str(path))
-    state = {name: torch.tensor(files.read(name)) for name in files.shapes}
+    state = {name: torch.tensor(files.read(name)) for name in files.tensors}
     missing, unexpected = again.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     again.tie_weights()
@@ -304,7 +305,7 @@ def test_a_tensor_of_another_architecture_keeps_its_name_and_is_refused(tmp_path
     """Biases exist in Qwen 2 only; llama.cpp runs a Llama with them under the same name."""
     bias = [("blk.0.attn_q.bias", np.zeros(64, np.float32))]
     path = write_family(tmp_path / "tiny.gguf", "qwen3", extra=bias)
-    assert "blk.0.attn_q.bias" in pretrained.open_files(str(path)).shapes
+    assert "blk.0.attn_q.bias" in pretrained.open_files(str(path)).tensors
 
 
 def test_a_factor_of_attention_other_than_the_default_is_read(tmp_path):

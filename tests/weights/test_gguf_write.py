@@ -31,7 +31,7 @@ from jaxft.weights import (
 )
 from jaxft.weights.gguf_header import read_gguf_header
 from jaxft.weights.merge import merge_files
-from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.model_files import FileTensor, ModelFiles
 from jaxft.weights.param_reader import param_readers
 
 torch = pytest.importorskip("torch")
@@ -52,8 +52,8 @@ def files_of(reference):
     state = {name: x.detach().numpy() for name, x in reference.state_dict().items()}
     if reference.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    shapes, dtypes = {k: v.shape for k, v in state.items()}, {k: v.dtype for k, v in state.items()}
-    return ModelFiles("state", shapes, dtypes, lambda name, index=(): state[name][index])
+    found = {name: FileTensor(x.shape, x.dtype, x.__getitem__) for name, x in state.items()}
+    return ModelFiles("state", found)
 
 
 def save(path, reference, mixture="F32", tokenizer=None, ends=(), name="tiny"):

@@ -197,7 +197,9 @@ def test_two_processes_have_the_bits_of_one_device_and_read_half_of_the_files_ea
         for folder, form, mesh, some in reported:
             twice = "int8" in form
             whole_layers = folder.endswith("own") and form == "bits"  # expanded from quantised scales
-            most = 1.01 if twice else 0.8 if whole_layers else 0.62 if "act-order" in folder else 0.54
+            quantised_scales = folder.endswith("own")  # whose scales of groups all processes read
+            most = 0.62 if "act-order" in folder else 0.56 if quantised_scales else 0.54
+            most = 1.01 if twice else 0.8 if whole_layers else most
             assert mesh == "2x2x2" or 0.49 < some < most, (folder, form, mesh, some)
 
 
@@ -229,7 +231,7 @@ def test_a_part_of_a_tensor_is_its_slice_whatever_the_dtype(tmp_path_factory, da
     assert found.dtype == dtype and found.shape == whole[index].shape and found.flags.writeable
     np.testing.assert_array_equal(found.astype(np.float64), whole[index].astype(np.float64))
     size = whole.nbytes
-    as_bytes = safetensors.read_view(files, "it", np.uint8, (size,), (slice(size // 3, size // 2),))
+    as_bytes = safetensors.read_view(files.tensors["it"], np.uint8, (size,), (slice(size // 3, size // 2),))
     np.testing.assert_array_equal(as_bytes, np.frombuffer(whole.tobytes(), np.uint8)[size // 3 : size // 2])
 
 
@@ -259,7 +261,7 @@ def test_only_the_pages_of_a_slice_are_touched(tmp_path, way):
             part = file.get_slice("it")[rows]
             touched = mapped() - before
     else:
-        array = np.memmap(path, np.uint8, "r", files.offsets["it"], shape)
+        array = np.memmap(path, np.uint8, "r", files.tensors["it"].offset, shape)
         part = np.array(array[rows])
         touched = mapped() - before
     assert part.nbytes == 1 << 20 and touched < 8 * part.nbytes

@@ -148,10 +148,13 @@ def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path
     convert = "path_initial_model_for_weight_conversion"
     refused("'pissa' needs the base's weights", convert, files=None)
     name = "model.layers.1.self_attn.q_proj.weight"
-    other = {**files.shapes, name: (64, 32)}
-    refused(name, "another base model", files=replace(files, shapes=other))
+
+    def changed(**fields):
+        return replace(files, tensors={**files.tensors, name: replace(files.tensors[name], **fields)})
+
+    refused(name, "another base model", files=changed(shape=(64, 32)))
     packed = QuantisedTensor("nf4", (64, 64), None, lambda index=(): np.zeros((64, 64)))
-    refused(name, "quantised (nf4)", "quant=nf4", files=replace(files, quantised={name: packed}))
+    refused(name, "quantised (nf4)", "quant=nf4", files=changed(quantised=packed))
     text = config.read_text()
     config.write_text(json.dumps({**json.loads(text), "init_lora_weights": "pissa_niter_4"}))
     refused("'pissa_niter_4'", convert)

@@ -115,7 +115,7 @@ def test_codes_stay_quantised_with_another_map_of_scales(tmp_path):
 def test_8_bit_weights_are_codes_times_scb(tmp_path):
     folder, reference = by_llm_int8(tmp_path)
     tensors = pretrained.open_files(str(folder))
-    for name in [name for name in tensors.shapes if is_linear(name)]:
+    for name in [name for name in tensors.tensors if is_linear(name)]:
         same(tensors.read(name), reference.get_parameter(name).detach())
         assert tensors.quantised[name].layout.kind == "int8"
 

@@ -18,7 +18,7 @@ from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
-from jaxft.weights.safetensors import SafetensorsFiles, read_tensor, read_view
+from jaxft.weights.safetensors import SafetensorsFiles, read_tensor, read_view, required
 
 _NAME = "bitsandbytes"
 TABLES = {"nf4": qf.NF4, "fp4": qf.FP4}
@@ -29,7 +29,7 @@ SCALES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")  # aft
 def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
     """4-bit weights have a quant_state, 8-bit weights an SCB."""
     weights = {}
-    for name in files.shapes:
+    for name in files.tensors:
         weight, mark, kind = name.partition(STATE)
         if mark:
             weights[weight] = _open_4bit(files, weight, kind)
@@ -108,11 +108,11 @@ def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> n
 
 def _read_bytes(weight: _Weight4Bit, shape: tuple[int, ...], index: Index = ()) -> np.ndarray:
     """Read part of the codes as bytes of this shape; bnb_4bit_quant_storage may store them as floats."""
-    files, name = weight.files, weight.name
-    size = math.prod(files.shapes[name]) * files.dtypes[name].itemsize if name in files.shapes else 0
-    if size != math.prod(shape):
-        raise ValueError(f"{files.where}: {name} has {size} bytes, its quant_state needs {math.prod(shape)}")
-    return read_view(files, name, np.uint8, shape, index)
+    tensor, where = required(weight.files, weight.name), weight.files.where
+    size, needed = math.prod(tensor.shape) * tensor.dtype.itemsize, math.prod(shape)
+    if size != needed:
+        raise ValueError(f"{where}: {weight.name} has {size} bytes, its quant_state needs {needed}")
+    return read_view(tensor, np.uint8, shape, index)
 
 
 def _decoded_scales(weight: _Weight4Bit) -> np.ndarray:
@@ -145,10 +145,9 @@ def _open_8bit(files: SafetensorsFiles, weight: str, scales: str) -> QuantisedTe
     layout = ff.block_layout("int8", (ins, outs), None, np.float32)
 
     def decode(index: Index) -> dict[str, Any]:
-        if files.dtypes[weight] != np.int8:
-            raise ValueError(
-                f"{files.where}: {weight} is {files.dtypes[weight]}, expected int8 because it has an SCB"
-            )
+        dtype = files.tensors[weight].dtype
+        if dtype != np.int8:
+            raise ValueError(f"{files.where}: {weight} is {dtype}, expected int8 because it has an SCB")
         scale = read_tensor(files, scales, index[1:], (outs,)).astype(np.float32) * np.float32(1 / 127)
         return {"codes": read_tensor(files, weight, index[::-1]).T, "scale": scale[None]}
 

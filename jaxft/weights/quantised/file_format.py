@@ -78,12 +78,12 @@ def quantised_tensor(
 
 def stems(files: SafetensorsFiles, ending: str) -> list[str]:
     """Return the names of the tensors that end so, without the ending."""
-    return [name.removesuffix(ending) for name in files.shapes if name.endswith(ending)]
+    return [name.removesuffix(ending) for name in files.tensors if name.endswith(ending)]
 
 
 def matrix_shape(files: SafetensorsFiles, name: str) -> tuple[int, int]:
     """Return the shape of a tensor of codes. Raises ValueError for one that is no matrix."""
-    shape = files.shapes[name]
+    shape = files.tensors[name].shape
     if len(shape) != 2:
         raise ValueError(f"{files.where}: {name} has shape {list(shape)}; codes of a weight are a matrix")
     return shape[0], shape[1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.nn.quant import QTensor, dequantize
-from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor, full_index
+from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.awq import AWQ
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
 from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
@@ -16,7 +16,7 @@ from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights
 from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
 from jaxft.weights.quantised.gptq import GPTQ
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
-from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
+from jaxft.weights.safetensors import SafetensorsFiles, TensorToWrite, read_stored
 
 FILE_FORMATS = {
     x.name: x for x in (BITSANDBYTES, GPTQ, AWQ, FINE_GRAINED_FP8, COMPRESSED_TENSORS, OWN_ARRAYS)
@@ -40,20 +40,15 @@ def open_tensors(files: SafetensorsFiles, settings: QuantConfig | None) -> Model
             )
         quantised = FILE_FORMATS[name].open(files, settings)
     parts = {part for weight in quantised.values() for part in weight.tensors}
-    plain = [name for name in files.shapes if name not in parts]
-
-    def read(name: str, index: Index = ()) -> np.ndarray:
-        if name in quantised:
-            return dequantised_part(quantised[name], index)
-        return read_tensor(files, name, index)
-
-    return ModelFiles(
-        files.where,
-        {name: files.shapes[name] for name in plain} | {n: x.shape[::-1] for n, x in quantised.items()},
-        {name: files.dtypes[name] for name in plain} | dict.fromkeys(quantised, np.dtype(np.float32)),
-        read,
-        quantised,
-    )
+    tensors = {
+        name: FileTensor(x.shape, x.dtype, partial(read_stored, x))
+        for name, x in files.tensors.items()
+        if name not in parts
+    }
+    for name, weight in quantised.items():
+        read = partial(dequantised_part, weight)
+        tensors[name] = FileTensor(weight.shape[::-1], np.dtype(np.float32), read, weight)
+    return ModelFiles(files.where, tensors)
 
 
 def dequantised(x: QTensor | np.ndarray) -> np.ndarray:

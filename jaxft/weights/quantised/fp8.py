@@ -14,7 +14,7 @@ from jaxft.nn.quant_formats import E4M3, pack
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.grouped_int4 import read_eights
-from jaxft.weights.safetensors import FLOATS, SafetensorsFiles, read_tensor, require_tensor
+from jaxft.weights.safetensors import FLOATS, SafetensorsFiles, read_tensor, required
 
 BlocksOf = Callable[[int, int], tuple[int, int]]  # the outputs and inputs per scale of a weight [out, in]
 STATIC_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
@@ -53,7 +53,7 @@ def scaled_weights(
     files: SafetensorsFiles, format: str, kind: str, ending: str, blocks_of: BlocksOf
 ) -> ff.Weights:
     """Open the weights of a format by the `ending` of the names of their scales. kind: fp8, int8 or int4."""
-    static = next((name for name in files.shapes if name.endswith(STATIC_SCALES)), None)
+    static = next((name for name in files.tensors if name.endswith(STATIC_SCALES)), None)
     if static:
         raise not_read(files.where, f"{static} is a calibrated scale of activations", "dynamic ones")
     weights = {
@@ -61,7 +61,7 @@ def scaled_weights(
         for stem in ff.stems(files, ending)
     }
     used = {name for weight in weights.values() for name in weight.tensors}
-    bare = next((n for n, dtype in files.dtypes.items() if dtype == E4M3 and n not in used), None)
+    bare = next((n for n, x in files.tensors.items() if x.dtype == E4M3 and n not in used), None)
     if bare:
         raise ValueError(
             f"{files.where}: {bare} is FP8 without {ending.removeprefix('.')}; is the download complete?"
@@ -74,20 +74,21 @@ def _scaled_weight(
 ) -> QuantisedTensor:
     stem, _, suffix = scales.rpartition(".")
     numbers, dtype = stem + NUMBER_NAMES[kind], NUMBER_DTYPES[kind]
-    require_tensor(files, numbers)
-    stored = files.shapes[numbers]
-    if files.dtypes[numbers] != dtype or len(stored) != 2:
+    tensor, given = required(files, numbers), files.tensors[scales]
+    stored = tensor.shape
+    if tensor.dtype != dtype or len(stored) != 2:
         raise ValueError(
-            f"{files.where}: {numbers} is {files.dtypes[numbers]}{list(stored)}, expected a matrix of "
+            f"{files.where}: {numbers} is {tensor.dtype}{list(stored)}, expected a matrix of "
             f"{dtype} because it has {suffix}"
         )
     outs, ins = stored[0], stored[1] * (8 if kind == "int4" else 1)
     rows, columns = blocks_of(outs, ins)
-    grid, given = (-(-outs // rows), -(-ins // columns)), files.shapes[scales]
-    if files.dtypes[scales] not in FLOATS.values():
+    grid = -(-outs // rows), -(-ins // columns)
+    if given.dtype not in FLOATS.values():
         raise ValueError(f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}")
-    if given not in (grid, grid[:1] if grid[1] == 1 else grid) and not (grid == (1, 1) and given == ()):
-        raise ValueError(f"{files.where}: {scales} has shape {given}, expected {grid}")
+    alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
+    if given.shape not in alike:
+        raise ValueError(f"{files.where}: {scales} has shape {given.shape}, expected {grid}")
     layout = ff.block_layout(kind, (ins, outs), None if columns >= ins else columns, np.float32)
 
     def decode(index: Index) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _decode(
 ) -> dict[str, Any]:
     ins, blocks, name = layout.shape[0], layout.scale.shape[0], f"{stem}.g_idx"
     in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
-    groups = read_tensor(files, name, (), (ins,)) if name in files.shapes else in_order
+    groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
     if groups.min() < 0 or groups.max() >= blocks:
         raise ValueError(
             f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}"
