@@ -1,6 +1,8 @@
 """Bounds of numbers and choices of texts in settings, as part of their annotations: `batch: Annotated[int,
 at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`.
 
+A text among the annotation's marks is the setting's name in a file, such as "rms_norm_eps".
+
 `check_bounds` checks types, bounds and choices when a section is constructed; `jaxft settings` and `--help`
 show them.
 """
@@ -105,39 +107,49 @@ def bounds_of(kind: Any) -> Bounds | None:
     return next((mark for mark in marks if isinstance(mark, Bounds)), None)
 
 
-WORDS = {bool: "true, false", int: "a whole number", float: "a number", str: "text", types.NoneType: "none"}
-PLAIN = (*WORDS, list, tuple, dict)  # other objects, such as arrays, are not checked
+TYPE_TEXTS = {
+    bool: "true, false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "none",
+}
+CHECKED_TYPES = (*TYPE_TEXTS, list, tuple, dict)  # other objects, such as arrays, are not checked
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """An annotation. members: of its union. choices: all of its values, None if it doesn't list them."""
+    """An annotation. name: of the setting, as users write it. members: of its union. choices: all of its
+    values, None if it doesn't list them.
+    """
 
+    name: str
     members: tuple[Any, ...]
     choices: tuple[Any, ...] | None
     bounds: Bounds | None
 
     @classmethod
-    def of(cls, kind: Any) -> "_Kind":
+    def of(cls, field: str, kind: Any) -> "_Kind":
         inner, *marks = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind,)
         is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
         members = typing.get_args(inner) if is_union else (inner,)
         choices = next((mark.known for mark in marks if isinstance(mark, Choices)), None)
         if choices is None and all(m is types.NoneType or typing.get_origin(m) is Literal for m in members):
             choices = tuple(text for m in members for text in typing.get_args(m) or (None,))
-        return cls(members, choices, bounds_of(kind))
+        name = next((mark for mark in marks if isinstance(mark, str)), field)
+        return cls(name, members, choices, bounds_of(kind))
 
     def expected(self, value: Any) -> str:
         """Return what is expected in place of a value, "" if it is allowed."""
         if self.choices is not None:
             known = ", ".join("none" if text is None else str(text) for text in self.choices)
             return "" if value in self.choices else f"use one of {known}"
-        is_checked = isinstance(value, PLAIN) and WORDS.keys() >= {*self.members}
+        is_checked = isinstance(value, CHECKED_TYPES) and TYPE_TEXTS.keys() >= {*self.members}
         is_wrong = is_checked and not any(_has_type(value, member) for member in self.members)
         is_number = isinstance(value, int | float)
         if not is_wrong and (self.bounds is None or not is_number or self.bounds.contain(value)):
             return ""
-        names = [WORDS[m] for m in self.members if m is not int or float not in self.members]
+        names = [TYPE_TEXTS[m] for m in self.members if m is not int or float not in self.members]
         if self.bounds is None:
             return "expected " + " or ".join(", ".join(names).rsplit(", ", 1))
         finite = "a finite number " if is_number and not math.isfinite(value) else ""
@@ -154,7 +166,8 @@ def _has_type(value: Any, member: Any) -> bool:
 
 @functools.cache
 def _kinds(cls: Any) -> dict[str, _Kind]:
-    return {name: _Kind.of(kind) for name, kind in typing.get_type_hints(cls, include_extras=True).items()}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field: _Kind.of(field, kind) for field, kind in hints.items()}
 
 
 def check_bounds(settings: Any, section: str = "") -> None:
@@ -162,9 +175,9 @@ def check_bounds(settings: Any, section: str = "") -> None:
 
     section: the section's name, such as "optim", or the file that has them, "config:"; "" for none.
     """
-    for name, kind in _kinds(settings.__class__).items():
-        value = getattr(settings, name)
+    for field, kind in _kinds(settings.__class__).items():
+        value = getattr(settings, field)
         if expected := kind.expected(value):
-            setting = f"{section}{' ' if section.endswith(':') else '.'}{name}" if section else name
+            setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
             text = repr(value) if isinstance(value, str) else str(value)
             raise ValueError(f"{setting}={text:.60}; {expected}")

@@ -42,7 +42,7 @@ class DenseConfig:
     head_dim: Size
     mlp: Size
     rope: Rope = Rope()
-    norm_eps: Annotated[float, POSITIVE_FLOAT32] = 1e-5
+    norm_eps: Annotated[float, POSITIVE_FLOAT32, "rms_norm_eps"] = 1e-5
     tied: bool = False
     max_positions: Size = 2048
     bos: int | None = 1

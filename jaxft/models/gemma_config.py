@@ -25,8 +25,8 @@ class Gemma2Config(DenseConfig):
     query_pre_attn_scalar: Annotated[float, POSITIVE_FLOAT32] = 256.0
     window: int | None = None
     layer_types: tuple[str, ...] = ()
-    attn_softcap: Annotated[float | None, POSITIVE_FLOAT32] = None
-    final_softcap: Annotated[float | None, POSITIVE_FLOAT32] = None
+    attn_softcap: Annotated[float | None, POSITIVE_FLOAT32, "attn_logit_softcapping"] = None
+    final_softcap: Annotated[float | None, POSITIVE_FLOAT32, "final_logit_softcapping"] = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import chex
 import jax
@@ -108,7 +108,7 @@ class AttentionSettings:
 
     softcap: float | None = None
     context_keys: ContextKeys = "auto"
-    kernel: AttentionKernel = "auto"
+    kernel: Annotated[AttentionKernel, "attention"] = "auto"
 
     def __post_init__(self) -> None:
         check_bounds(self)

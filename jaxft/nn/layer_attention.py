@@ -62,10 +62,10 @@ class LayerKind:
     """
 
     rope: Rope
-    window: Annotated[int | None, between(1, EVERY_KEY - 1)] = None
+    window: Annotated[int | None, between(1, EVERY_KEY - 1), "sliding_window"] = None
 
     def __post_init__(self) -> None:
-        check_bounds(self, "config: sliding")
+        check_bounds(self, "config:")
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ class Rope:
     Raises ValueError for a value out of range, or for a field that `kind` doesn't use.
     """
 
-    theta: Annotated[float, at_least(1)] = 10000.0
-    kind: RopeKind = "default"
+    theta: Annotated[float, at_least(1), "rope_theta"] = 10000.0
+    kind: Annotated[RopeKind, "rope_type"] = "default"
     factor: Annotated[float, above(0)] = 1.0
     original_max_positions: int | None = None
-    rotated: Annotated[float, ABOVE_ZERO_TO_ONE] = 1.0
+    rotated: Annotated[float, ABOVE_ZERO_TO_ONE, "partial_rotary_factor"] = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -81,7 +81,7 @@ class Rope:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
-        check_bounds(self, "config: rope")
+        check_bounds(self, "config: rope:")
         used = ("theta", "kind", "rotated", *USED[self.kind])
         for f in fields(self):
             if f.name not in used and getattr(self, f.name) != f.default:

@@ -102,7 +102,7 @@ def test_an_objective_reads_outputs_of_layers_whatever_is_rematerialised(params)
     assert [name for name in logged if "/" in name] == [f"first_channel/{i}" for i in (0, 2, 4)]
     for remat in ("full", "pairs"):
         if remat == "pairs":  # the first stack has one block
-            with pytest.raises(ValueError, match="groups layers by 2, but .* 1"):
+            with pytest.raises(ValueError, match="groups blocks by 2, but .* 1"):
                 loss_and_gradient(two_stacks(remat=remat), params)
             continue
         (same, _), grads = loss_and_gradient(two_stacks(remat=remat), params)
