@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     if args.gguf and (args.pack or args.dtype):
         parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
     if args.run is not None:
-        from jaxft.runs.fetched import local_folder
+        from jaxft.runs.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args

@@ -58,7 +58,7 @@ def main() -> int:
         from jaxft.plan import dry_run
         from jaxft.runs import config
         from jaxft.runs.trackers.tracker import check_trackers
-        from jaxft.train.members import run_folder
+        from jaxft.train.jobs import run_folder
         from jaxft.train.recipes import without_model_weights
 
         with without_model_weights():
@@ -81,10 +81,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, streams
+    from jaxft.runs import cli, interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()
     cli.quiet()
-    streams.outlive_console()
+    terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -21,11 +21,11 @@ from jaxft.models.gemma_config import Gemma2Config, GemmaConfig, VaultGemmaConfi
 from jaxft.models.layer_types import FULL, SLIDING, typed_layers
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention import AttentionSettings
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.lm_head import lm_head
 from jaxft.nn.param import ParamSpec, full
-from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params
 

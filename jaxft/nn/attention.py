@@ -21,10 +21,10 @@ from jaxtyping import Array, Float
 from jaxft.bounds import check_bounds
 from jaxft.distributed.sharding import constrain, mesh_size, num_shards, per_device, shard_start
 from jaxft.nn import flash_attention, pallas_attention
+from jaxft.nn.contractions import wide_einsum
 from jaxft.nn.flash_attention import MASKED, flash, soft_capped
 from jaxft.nn.key_ranges import KeyRanges, visible
 from jaxft.nn.pallas_attention import ranged_attention as pallas
-from jaxft.nn.products import wide_einsum
 from jaxft.nn.ring_attention import BlockKernel, balanced, ring
 from jaxft.nn.splash_attention import has_shared_prompts, splash, splash_of_scaled
 

@@ -21,9 +21,9 @@ from jaxft.rl.record import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
-from jaxft.runs.mirror import CHECKPOINTS, Copies, mirrored
 from jaxft.runs.record import describe, differences, recorded_defaults
 from jaxft.runs.store import check_stored_name
+from jaxft.runs.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train import evaluate
 from jaxft.train.calibrate import CalibrationPlan, plan_run
 from jaxft.train.eva import FirstRows, first_batches
@@ -154,7 +154,7 @@ class Job:
             "records": {member.label: member.record for member in self.members},
             "counters": counters,
             "before": saved["before"],
-            "scores": saved.get("scores", []),  # of the evaluations so far, see verdict.evaluate_during
+            "scores": saved.get("scores", []),  # of the evaluations so far, see start_and_end.evaluate_during
             "last_faults": saved.get("last_faults"),  # only of the last step
             "logged": logged,
             "sources": [source.state_dict() for source in self.sources],
