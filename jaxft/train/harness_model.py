@@ -12,22 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxft.data.example import Message
-from jaxft.data.progress import RowProgress
 from jaxft.data.template import REJECTIONS, render_messages, template_of
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.engine.generate import complete
-from jaxft.engine.programs import Engine, compile_engine
-from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
-from jaxft.engine.session import Session
-from jaxft.engine.state import Decoding, slots_for
+from jaxft.engine.sampling import Sampling, without_stop
 from jaxft.nn.cache import CacheFormat
 from jaxft.runs.loaded_weights import LoadedWeights
+from jaxft.train.samples import Completer
 from jaxft.train.token_scores import Continuation, make_token_scorer
 from jaxft.weights import hub
-from jaxft.weights.pretrained import check_token_id
 from jaxft.weights.safetensors import read_model_json
 
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
@@ -149,7 +142,7 @@ class HarnessBackend:
         if settings.chat and self.template is None:
             raise ValueError("--chat: the model's tokenizer has no chat template; omit --chat")
         self.scorer = make_token_scorer(loaded, settings.batch, self.length)
-        self.engines: dict[Any, Engine] = {}
+        self.completer = Completer(settings.batch, settings.seed, settings.cache)
         self.truncated, self.without_system = 0, 0
 
     def notes(self) -> list[str]:
@@ -213,28 +206,14 @@ class HarnessBackend:
         loaded, longest = self.loaded, self._longest_context(generation.sampling.max_new)
         encoded = [self.encode(context) or [self.prefix] for context in contexts]
         self.truncated += sum(len(ids) > longest for ids in encoded)
-        prompts = [ids[-longest:] for ids in encoded]
-        check_token_id("the model", max(map(max, prompts)), loaded.model.config.vocab)
-        slots = slots_for(len(prompts), 1, max(map(len, prompts)), self.settings.batch)
-        engine = self.engines.get((generation.sampling, slots))
-        if engine is None:
-            decoding = Decoding(loaded.model, generation.sampling, loaded.stop, 1, self.settings.cache)
-            engine = compile_engine(decoding, loaded.params, slots, loaded.mesh)
-            self.engines[generation.sampling, slots] = engine
+        names = [f"after {context[-60:]!r}" for context in contexts]
+        prompts = [(name, ids[-longest:]) for name, ids in zip(names, encoded, strict=True)]
 
         def is_enough(tokens: list[int]) -> bool:
             text = self._text(tokens)
             return any(stop in text for stop in generation.stops)
 
-        session = Session(engine, loaded.params, jax.random.key(self.settings.seed))
-        with RowProgress("completing", len(prompts), enabled=True) as progress:
-            found = complete(session, prompts, is_enough=is_enough, ended=progress.add)
-        sampled = found.tokens[:, 0]
-        if where := nonfinite_logits(sampled):
-            raise ValueError(
-                f"the logits after {contexts[where[0]][-60:]!r} are not finite; use --dtype float32, or "
-                "check the weights of the model"
-            )
+        sampled = self.completer.complete(loaded, prompts, generation.sampling, is_enough=is_enough)[:, 0]
         return [
             before_stops(self._text(without_stop(row[row >= 0], loaded.stop)), generation.stops)
             for row in sampled
