@@ -42,6 +42,20 @@ class Tokens:
 
 
 @struct
+class Decisions(Tokens):
+    """Rows of tokens that are read where a choice is made: a read position is a decision.
+
+    `targets[b, m]` is the token of the most probable choice. `choices[b, m, c]` is the token of choice c as
+    an index of `tokens`, -1 for none; `probabilities[b, m, c]` is its probability in the row, which sums to 1
+    over the choices. `token_weights` are those of the decisions.
+    """
+
+    choices: Int[Any, "B M C"] = None
+    probabilities: Float[Any, "B M C"] = None
+    tokens: tuple[int, ...] = static(default=())  # of all choices in the dataset, each once
+
+
+@struct
 class Pairs:
     """Responses to the same prompt that are compared, packed into rows; a pair never spans two rows.
 

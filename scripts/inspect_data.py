@@ -161,7 +161,8 @@ def limits_table(data: Data, lengths: RowLengths, context: int) -> Table:
     """Return what limits of the rows' lengths keep and cost."""
     result = Table(box=None, pad_edge=False, header_style="dim")
     name = data.length_settings[0]
-    for column in (name, "whole", "truncated", "left out", "tokens", "time", "memory"):
+    longer = "split" if data.too_long == "split" else "truncated"
+    for column in (name, "whole", longer, "left out", "tokens", "time", "memory"):
         result.add_column(column, justify="right")
     result.add_column(f"too long: {data.too_long}")
     for cost in limit_costs(data, lengths, context):

@@ -19,7 +19,7 @@ from jaxft.data.prompts import LENGTH_STEP, Prompts
 from jaxft.data.sft import Rows, RowStats
 from jaxft.data.source import SourceStats
 from jaxft.data.tokenise import Tokenising
-from jaxft.data.tokens import TokenisedExamples, tokenise_rows
+from jaxft.data.tokens import TokenisedExamples
 
 UNLIMITED = 2**30
 MEASURED = 10_000  # rows; of a larger dataset so many at even distances
@@ -118,7 +118,7 @@ def measure_dataset(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, h
         pairs = replace(data.token_settings, max_length=UNLIMITED, too_long="truncate")
         return _of_pairs(tokenise_pairs(ref, pairs, tokenizer, how))
     rows = replace(data.token_settings, max_length=UNLIMITED, too_long="truncate")
-    return _of_examples(tokenise_rows(ref, rows, tokenizer, how))
+    return _of_examples(data.tokenise(ref, rows, tokenizer, how))
 
 
 def _of_examples(rows: TokenisedExamples) -> RowLengths:

@@ -27,6 +27,7 @@ from jaxft.data.row_batches import (
 from jaxft.data.row_text import DOCUMENT, SAMPLE_BY
 from jaxft.data.settings import DataSettings
 from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, learned_line, length_percentiles
+from jaxft.data.tokenise import Tokenising
 from jaxft.data.tokens import (
     TokenisedExamples,
     TokenSettings,
@@ -100,7 +101,7 @@ class Rows(DataSettings):
 
         def tokenise(source: SourceRef) -> TokenisedExamples:
             settings = source.adapt(self).token_settings
-            return tokenise_rows(source.ref, settings, tokenizer, self.tokenising(cache))
+            return self.tokenise(source.ref, settings, tokenizer, self.tokenising(cache))
 
         split = split_sources(self, tokenise, self._held_out_mask)
         examples, train, held = split.rows, split.train, split.held
@@ -139,6 +140,12 @@ class Rows(DataSettings):
         )
         held_out = tuple(replace(b, packed=self.packing is True, source_names=names) for b in held_out)
         return RowSource(info, (shapes,), held_out, self, split, plan, held_plan, epochs)
+
+    def tokenise(self, ref: str, settings: Any, tokenizer: Any, how: Tokenising) -> TokenisedExamples:
+        """Read the rows of `ref` and tokenise them, or load the tokens from the cache. settings:
+        token_settings, perhaps with other limits.
+        """
+        return tokenise_rows(ref, settings, tokenizer, how)
 
     def _held_out_mask(self, examples: TokenisedExamples) -> np.ndarray:
         """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it

@@ -17,6 +17,8 @@ from jaxft.engine.state import (
     EVERY_TOKEN,
     MIN_MATMUL_ROWS,
     NO_TOKEN,
+    NO_TOP,
+    OF_ALLOWED,
     TOP_STEPS,
     WORD,
     Decoding,
@@ -101,13 +103,16 @@ def next_tokens(
     tokens = jnp.where(largest < jnp.inf, tokens, NONFINITE)  # false for NaN too
 
     def most_likely() -> tuple[Array, Array]:
-        values, ids = jax.lax.top_k(logits, d.top)
+        ranked = logits
+        if d.constrained:
+            ranked = jnp.where((settings.top == OF_ALLOWED)[:, None], allowed_logits(logits, allowed), logits)
+        values, ids = jax.lax.top_k(ranked, d.top)
         return ids.astype(jnp.int32), (values - norm).astype(jnp.float32)
 
     def none() -> tuple[Array, Array]:
         return jnp.full((rows, d.top), NO_TOKEN, jnp.int32), jnp.zeros((rows, d.top), jnp.float32)
 
-    top = jax.lax.cond(settings.top.any(), most_likely, none) if d.top else none()
+    top = jax.lax.cond((settings.top != NO_TOP).any(), most_likely, none) if d.top else none()
     return tokens, logps, *top
 
 

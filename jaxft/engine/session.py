@@ -14,6 +14,9 @@ from jaxft.engine.programs import Engine
 from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
 from jaxft.engine.state import (
     NO_TOKEN,
+    NO_TOP,
+    OF_ALL,
+    OF_ALLOWED,
     TOP_STEPS,
     RowChoices,
     all_allowed,
@@ -34,8 +37,9 @@ class RequestSettings:
     """What a request chooses. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/lora_rows.py. top: whether
-    log-probs of the most likely tokens are needed. grammar: what the completion must match, a Grammar of
-    inference/constraint.py. key: data of the random key, None for the session's.
+    log-probs of the most likely tokens are needed; among_allowed: of those that the grammar allows. grammar:
+    what the completion must match, a Grammar of inference/constraint.py. key: data of the random key, None
+    for the session's.
     """
 
     sampling: Sampling
@@ -44,6 +48,7 @@ class RequestSettings:
     top: bool = False
     grammar: Any = None
     key: np.ndarray | None = None
+    among_allowed: bool = False
 
 
 class Sampled(NamedTuple):
@@ -273,7 +278,8 @@ class Session:
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
         settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN
-        settings.adapter[at], settings.top[at] = it.choice.adapter, it.choice.top
+        top = OF_ALLOWED if it.choice.among_allowed else OF_ALL
+        settings.adapter[at], settings.top[at] = it.choice.adapter, top if it.choice.top else NO_TOP
         settings.stops[at, : len(it.choice.stop)] = it.choice.stop
         self._allow(allowed, at, it)
 

@@ -23,6 +23,9 @@ from jaxft.tree import struct
 
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
+TOP = 26  # the log-probs that are computed of the most likely tokens: also those of a decision's letters
+# Which tokens these are the most likely of: RowChoices.top.
+NO_TOP, OF_ALL, OF_ALLOWED = range(3)
 TOP_STEPS = 4  # the most decoding steps between two looks at the most likely tokens
 WORD, EVERY_TOKEN = 32, np.uint32(2**32 - 1)  # bits of a word of allowed tokens, and a word with all of them
 # Slots of rows' keys; programs that read fewer than all are compiled from this size on.
@@ -70,7 +73,7 @@ class Decoding:
     @property
     def top(self) -> int:
         """The number of most likely tokens whose log-probs are computed."""
-        return min(MOST_TOP, self.model.config.vocab) if self.serving else 0
+        return min(TOP, self.model.config.vocab) if self.serving else 0
 
 
 class Slots(NamedTuple):
@@ -177,7 +180,7 @@ class RowChoices:
     """What requests choose, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: see nn/lora_rows.py. top: whether log-probs of the most likely tokens are computed.
+    adapter: see nn/lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.
     """
 
     sampling: RowSampling
@@ -258,7 +261,7 @@ def empty_settings(d: Decoding, rows: int) -> RowChoices:
     stops[:, : len(d.stop)] = d.stop
     sampling = jax.tree.map(lambda x: np.full(rows, x), row_sampling(d.sampling, d.model.config.vocab))
     limit, adapter = (np.full(rows, x, np.int32) for x in (d.sampling.max_new, BASE))
-    return RowChoices(sampling, limit, stops, adapter, np.zeros(rows, bool))
+    return RowChoices(sampling, limit, stops, adapter, np.full(rows, NO_TOP, np.int32))
 
 
 def all_allowed(d: Decoding, rows: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 from jaxft.data.chat import TOO_MANY, example_prompt_ids
 from jaxft.data.columns import messages_of
 from jaxft.data.conversation import prompt_of
+from jaxft.data.decisions import Decision, answer_tokens
 from jaxft.data.example import Chat, Completion
 from jaxft.data.invalid import InvalidRow, valid
 from jaxft.data.rows import Row
@@ -47,11 +48,7 @@ def chat_prompt(
     Raises ValueError for messages that are wrong, or that the model's chat template rejects, for tools that
     it does not render, and for a text of more tokens than `most`, of which only the beginning is tokenised.
     """
-    if model.plain:
-        raise ValueError(
-            f"{model.name} was trained on plain text (data.format=plain) and has no chat template; use "
-            "/v1/completions"
-        )
+    _require_chats(model)
     fields: dict[str, Any] = {"messages": list(messages)}
     fields |= {"tools": tools} if tools else {}
     fields |= {"chat_template_kwargs": dict(arguments)} if arguments else {}
@@ -74,12 +71,33 @@ def chat_prompt(
     return ids
 
 
+def _require_chats(model: ServedModel) -> None:
+    if model.plain:
+        raise ValueError(
+            f"{model.name} was trained on plain text (data.format=plain) and has no chat template; use "
+            "/v1/completions"
+        )
+
+
 def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
     """Return the token ids of a conversation without its tools, None if the template rejects that."""
     try:
         return _prompt(model, replace(chat, tools=None), None)
     except (InvalidRow, ValueError):
         return None
+
+
+def decision_prompt(model: ServedModel, decision: Decision, most: int | None = None) -> tuple[int, ...]:
+    """Return the token ids after which the answer to a decision is read, those of its row in training.
+
+    Raises ValueError as chat_prompt does.
+    """
+    _require_chats(model)
+    try:
+        before, _ = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
+        return (*_prompt(model, decision.prompt(model.template), most), *before)
+    except InvalidRow as error:
+        raise ValueError(error.problem) from error
 
 
 def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:

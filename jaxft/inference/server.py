@@ -1,7 +1,7 @@
 """An HTTP server for OpenAI's API over the scheduler, as a Starlette application.
 
-/v1/chat/completions, /v1/completions and /v1/models, a chat page at /, and /health. Starlette is imported
-where the application is made: it comes with the extra `serve`.
+/v1/chat/completions, /v1/completions, /v1/decisions and /v1/models, a chat page at /, and /health. Starlette
+is imported where the application is made: it comes with the extra `serve`.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxft.data.shipped import own_commands
-from jaxft.engine.scheduler import STOPPING, QueueFull, Scheduler, Stopped
+from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, Stopped
 from jaxft.inference.api_request import (
     ApiError,
     ChatBody,
@@ -34,6 +34,7 @@ from jaxft.inference.api_request import (
 )
 from jaxft.inference.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.inference.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
+from jaxft.inference.decisions import answer, parse_decisions, probabilities_of, read_of, response
 from jaxft.inference.generation import Generation, submit_choices
 from jaxft.inference.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
 
@@ -107,6 +108,7 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
             route("/v1/models/{name:path}", _model, "GET"),
             route("/v1/chat/completions", partial(_complete, _chat_prompts), "POST"),
             route("/v1/completions", partial(_complete, _text_prompts), "POST"),
+            route("/v1/decisions", _decide, "POST"),
         ],
         lifespan=lifespan,
         exception_handlers=handlers,
@@ -190,7 +192,7 @@ async def _api_error(request: Any, error: ApiError) -> Any:
 
 
 async def _http_error(request: Any, error: Any) -> Any:
-    known = "use /v1/chat/completions, /v1/completions or /v1/models"
+    known = "use /v1/chat/completions, /v1/completions, /v1/decisions or /v1/models"
     text = f"{request.method[:20]} {request.url.path[:100]}: {error.detail}; {known}"
     return _json(ApiError(error.status_code, text).body(), error.status_code, error.headers)
 
@@ -320,18 +322,11 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
     from starlette.responses import StreamingResponse
 
     fields = await _read(service, request)
-    try:
+    with _refusals(fields):
         body, prompts, grammar = await asyncio.to_thread(prompts_of, service, fields)
         model, is_chat = service.model(body.model), isinstance(body, ChatBody)
         has_tools = isinstance(body, ChatBody) and body.tools is not None
         generation = submit_choices(service.scheduler, model, body.choice, prompts, has_tools, grammar)
-    except ValueError as error:
-        field = re.split(r"\W", str(error), maxsplit=1)[0]
-        raise ApiError(400, own_commands(str(error)), field if field in fields else None) from error
-    except QueueFull as error:
-        raise ApiError(429, str(error), code="queue_full") from error
-    except Stopped as error:
-        raise ApiError(503, str(error)) from error
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
     envelope = Envelope(name, int(time.time()), model, is_chat, body.choice.top)
     if body.streaming.on:
@@ -339,6 +334,68 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
         headers = {"Cache-Control": "no-cache"}
         return _cancelling(StreamingResponse(events, 200, headers, "text/event-stream"), generation)
     return _json(await _whole(envelope, generation, request))
+
+
+@contextlib.contextmanager
+def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
+    """Raise ApiError for what the scheduler, or a prompt, raises. fields: of the body."""
+    try:
+        yield
+    except ValueError as error:
+        field = re.split(r"\W", str(error), maxsplit=1)[0]
+        raise ApiError(400, own_commands(str(error)), field if field in fields else None) from error
+    except QueueFull as error:
+        raise ApiError(429, str(error), code="queue_full") from error
+    except Stopped as error:
+        raise ApiError(503, str(error)) from error
+
+
+async def _decide(service: Service, request: Any) -> Any:
+    """Answer the questions of a request by the probabilities of their choices."""
+    fields = await _read(service, request)
+    body = parse_decisions(fields)
+    model, most = service.model(body.model), service.scheduler.sizes.prompt
+    loop = asyncio.get_running_loop()
+    found: list[asyncio.Future[NewTokens]] = [loop.create_future() for _ in body.questions]
+
+    def deliver(future: asyncio.Future[NewTokens], progress: NewTokens) -> None:
+        def set_result() -> None:
+            if not future.done():
+                future.set_result(progress)
+
+        loop.call_soon_threadsafe(set_result)
+
+    with _refusals(fields):
+        reads = await asyncio.to_thread(
+            lambda: [read_of(model, question.decision, most) for question in body.questions]
+        )
+        tickets = service.scheduler.submit(
+            [(read.request, partial(deliver, future)) for read, future in zip(reads, found, strict=True)]
+        )
+    task = asyncio.ensure_future(asyncio.gather(*found))
+    try:
+        ended = await _unless_left(task, request)
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+    answers = []
+    for question, read, progress in zip(body.questions, reads, ended, strict=True):
+        if not progress.tokens:
+            raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
+        answers.append(answer(question, *probabilities_of(read, progress.tokens[0])))
+    return _json(response(model.name, answers, sum(len(read.request.prompt) for read in reads)))
+
+
+async def _unless_left(task: "asyncio.Future[Any]", request: Any) -> Any:
+    """Return the result of a task, which is cancelled if the client leaves."""
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=0.5)
+            if not task.done() and await request.is_disconnected():
+                raise ApiError(499, "the client has left")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _cancelling(response: Any, generation: Generation) -> Callable[..., Awaitable[None]]:
@@ -359,15 +416,9 @@ async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str,
     async def pieces() -> list[Any]:
         return [piece async for piece in generation.pieces()]
 
-    task = asyncio.ensure_future(pieces())
     try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=0.5)
-            if not task.done() and await request.is_disconnected():
-                raise ApiError(499, "the client has left")
-        found = task.result()
+        found = await _unless_left(asyncio.ensure_future(pieces()), request)
     finally:
-        task.cancel()
         generation.cancel()
     choices = [
         whole_choice(e, joined([piece for piece in found if piece.index == index]))

@@ -31,7 +31,7 @@ def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Arra
     if isinstance(table, Replaced):
         return embed(table.weight, ids, dtype)
     if isinstance(table, TokenRows):
-        return _with_rows(embed(table.weight, ids, dtype), table, ids)
+        return with_token_rows(embed(table.weight, ids, dtype), table, ids)
     if isinstance(table, Adapted):
         return embed(table.weight, ids, dtype) + _embedded_pair(table, ids, dtype)
     if not sharding.is_multi_device():
@@ -68,7 +68,9 @@ def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> 
     return batched_dot(low, chosen(table.b, table.rows, dtype).astype(dtype), (1, 0), dtype)
 
 
-def _with_rows(h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def with_token_rows(
+    h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
     """Return embeddings with the replaced rows of tokens that have some."""
     order = np.argsort(table.ids)
     ordered = jnp.asarray(np.asarray(table.ids)[order], ids.dtype)

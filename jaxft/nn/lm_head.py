@@ -1,13 +1,21 @@
-"""The head of a language model: logits by a matrix, the embedding table or replaced rows, with an adapter."""
+"""The head of a language model: logits by a matrix, the embedding table or replaced rows, with an adapter; of
+all tokens, or of some.
+"""
 
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxft.nn import dora
 from jaxft.nn.full_modules import Replaced, TokenRows
+from jaxft.nn.layers import with_token_rows
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import adapters_of_rows
-from jaxft.nn.matmul import Weight, batched_dot, expand_after, group_rows, matmul
+from jaxft.nn.matmul import Weight, batched_dot, expand, expand_after, group_rows, matmul
+from jaxft.nn.quant import LIKE_WEIGHT, QTensor, take_rows
 
 
 def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -63,3 +71,41 @@ def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
     tied = head is None or (isinstance(head, Adapted) and head.weight is None)
     table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}
     return {**table, **({"head": head} if "head" in params else {})}
+
+
+def head_of_tokens(head: dict[str, Weight], ids: Int[Array, " U"]) -> dict[str, Weight]:
+    """Return the head of U tokens alone: from it, the logits function of a model returns [..., U].
+
+    head: what lm_head reads. Only these tokens' rows of a table, and columns of a matrix, are read. ids: each
+    token once.
+    """
+    found = {}
+    if "embed" in head:
+        found["embed"] = _rows(head["embed"], ids)
+    if "head" in head:
+        found["head"] = _columns(head["head"], ids)
+    return found
+
+
+def _rows(table: Weight, ids: Int[Array, " U"]) -> Float[Array, "U D"]:
+    if isinstance(table, TokenRows):
+        return with_token_rows(_rows(table.weight, ids)[None], table, ids[None])[0]
+    return take_rows(table, ids) if isinstance(table, QTensor) else jnp.take(table, ids, axis=0)
+
+
+def _columns(w: Weight, ids: Int[Array, " U"]) -> Weight:
+    """Return the columns [D, U] of a head [D, V]."""
+
+    def last(x: Array | None) -> Array | None:
+        return None if x is None else jnp.take(x, ids, axis=-1)
+
+    if isinstance(w, Adapted):
+        weight = None if w.weight is None else _columns(w.weight, ids)
+        return replace(w, weight=weight, b=last(w.b), magnitude=last(w.magnitude), gain=last(w.gain))
+    if isinstance(w, TokenRows):
+        columns = expand(_columns(w.weight, ids), w.rows.dtype)
+        return with_token_rows(columns.T[None], w, ids[None])[0].T
+    if isinstance(w, QTensor):
+        parts: dict[str, Any] = {name: last(getattr(w, name)) for name in LIKE_WEIGHT}
+        return replace(w, **parts)
+    return last(w)

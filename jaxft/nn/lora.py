@@ -66,7 +66,7 @@ class Adapter:
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
     quantised base) start from the base's weights and store the base without that part, and "qera" starts
     from the error of a calibrated base, see weights/lora_start.py; "eva" starts from the inputs of the layers
-    on the run's own rows and gives modules other ranks with the same sum, see weights/eva.py. eva_rho: the
+    on the run's own rows and gives modules other ranks with the same sum, see train/eva.py. eva_rho: the
     largest rank of a module, as a multiple of its own. eva_tokens: how many tokens of the run's first batches
     "eva" reads.
     """

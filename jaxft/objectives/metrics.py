@@ -127,6 +127,38 @@ class Correlation:
         return (xy - x * y / n) / spread**0.5 if spread > 1e-12 * max(xx * yy, 1e-30) else None
 
 
+CALIBRATION_BINS = 15
+
+
+@struct
+class CalibrationError:
+    """The expected calibration error of predictions with a confidence (Guo et al. 2017, arXiv:1706.04599,
+    eq. 3): `sum_b n_b / n |accuracy_b - confidence_b|`.
+
+    b: CALIBRATION_BINS bins of equal width; bin i has the confidences above i / 15 and up to (i + 1) / 15.
+    sums: number of predictions, sum of their confidences, sum of how right they are, for each bin: [3, 15].
+    """
+
+    sums: Stored
+
+    @staticmethod
+    def of(
+        confidence: Float[Array, "..."], correct: Float[Array, "..."], where: Bool[Array, "..."]
+    ) -> "CalibrationError":
+        """Return the error of the predictions where a mask is True. correct: 1 or 0, or with soft labels the
+        probability of the predicted choice.
+        """
+        at = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
+        at = jnp.where(where, jnp.clip(at, 0, CALIBRATION_BINS - 1), CALIBRATION_BINS).ravel()
+        columns = jnp.stack([jnp.ones_like(confidence), confidence, correct]).reshape(3, len(at))
+        return CalibrationError(jax.vmap(lambda x: jax.ops.segment_sum(x, at, CALIBRATION_BINS))(columns))
+
+    def value(self) -> float | None:
+        """The error; None for no predictions."""
+        count, confidence, correct = np.asarray(self.sums)
+        return float(np.abs(correct - confidence).sum() / count.sum()) if count.any() else None
+
+
 @struct
 class LabelNoise:
     """The fraction of wrong labels, estimated from margins: counts of pairs by [won or lost, size of the
@@ -215,8 +247,8 @@ def layer_metrics(outputs: LayerOutputs) -> Metrics:
     return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0), x.numbers) for name, x in means.items()}
 
 
-SUMS = (Sum, PerLayer, WinRate, Correlation, LabelNoise)  # added element by element
-Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | LabelNoise
+SUMS = (Sum, PerLayer, WinRate, Correlation, CalibrationError, LabelNoise)  # added element by element
+Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | CalibrationError | LabelNoise
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -281,7 +313,7 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
         if isinstance(m, Sum):
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
-        elif isinstance(m, WinRate | Correlation | LabelNoise):
+        elif isinstance(m, WinRate | Correlation | CalibrationError | LabelNoise):
             found = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, LabelNoise) else {})
             out.update({key: value for key, value in found.items() if value is not None})
         elif not isinstance(m, PerRow):

@@ -1,4 +1,5 @@
-"""Log-probs and scores at the read positions, also on a mesh that shards the time axis of rows.
+"""Log-probs, scores and logits of some tokens at the read positions, also on a mesh that shards the time axis
+of rows.
 
 There every shard of a row reads its own hidden states: only the results, one number per read, move between
 devices.
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxft.distributed.sharding import constrain, num_shards
+from jaxft.nn.lm_head import head_of_tokens
 from jaxft.nn.lora import Several
 from jaxft.objectives.logprobs import (
     Graded,
@@ -94,12 +96,25 @@ def _by_shard(x: Shaped[Array, "B Cm ..."], sharding: ReadSharding) -> Shaped[Ar
     return constrain(split.reshape(sharding.num_shards * B, size // sharding.num_shards, *rest), *axes)
 
 
-def _in_order(x: Shaped[Array, "CB m"], sharding: ReadSharding) -> Shaped[Array, "B M"]:
-    """Move a value per slot to its read."""
-    rows, size = x.shape
-    joined = jnp.moveaxis(x.reshape(sharding.num_shards, rows // sharding.num_shards, size), 0, 1)
-    flat = joined.reshape(rows // sharding.num_shards, sharding.num_shards * size)
-    return jnp.take_along_axis(flat, sharding.slot_of, axis=1)
+def _in_order(x: Shaped[Array, "CB m ..."], sharding: ReadSharding) -> Shaped[Array, "B M ..."]:
+    """Move a value per slot, or an array, to its read."""
+    rows, size, *rest = x.shape
+    joined = jnp.moveaxis(x.reshape(sharding.num_shards, rows // sharding.num_shards, size, *rest), 0, 1)
+    flat = joined.reshape(rows // sharding.num_shards, sharding.num_shards * size, *rest)
+    return jnp.take_along_axis(flat, sharding.slot_of.reshape(*sharding.slot_of.shape, *(1,) * len(rest)), 1)
+
+
+def read_logits(
+    model: LanguageModel,
+    params: Params,
+    h_BTD: Float[Array, "B T D"],
+    read: Int[Array, "B M"],
+    tokens: Int[Array, " U"],
+) -> Float[Array, "B M U"]:
+    """Logits of some tokens at read positions, in float32 or wider. Only their part of the head is read."""
+    sharding = read_sharding(read, h_BTD.shape[1])
+    out = model.logits(head_of_tokens(model.head(params), tokens), gather_read(h_BTD, read, sharding))
+    return out if sharding is None else _in_order(out, sharding)
 
 
 def read_scores(

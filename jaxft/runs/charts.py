@@ -94,6 +94,18 @@ PAIR_CHARTS = (
         (ChartLine(names.CHOSEN_REWARD, "chosen"), ChartLine(names.REJECTED_REWARD, "rejected")),
     ),
 )
+DECISION_CHARTS = (
+    single_chart("Accuracy of the decisions", "fraction of decisions", names.REWARD_ACCURACY),
+    single_chart(
+        "Calibration error (ECE)",
+        "mean difference to the accuracy",
+        names.ECE,
+        "How far confidences are from accuracies, over 15 bins of equal width; of a few decisions, such as "
+        "those of a training step, it is mostly noise.",
+    ),
+    single_chart("Brier score", "squared difference of probabilities", names.BRIER),
+    single_chart("Entropy of the choices", "nats per decision", names.ENTROPY),
+)
 ROLLOUT_CHARTS = (
     single_chart("Reward", "reward per completion", names.REWARD),
     single_chart("Spread of the rewards", "standard deviation", names.REWARD_STD),
@@ -135,6 +147,8 @@ def loss_unit(known: Set[str]) -> str:
     """
     if known & MARGINS:
         return "loss per pair"
+    if names.ECE in known:
+        return "loss per decision"
     if known & RESPONSES:
         return "loss per response"
     return "policy loss per token" if names.REWARD in known else "nats per token"
@@ -159,6 +173,9 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
         found += ROLLOUT_CHARTS
         if len(rewards) > 1:
             found.insert(2, ChartKind("Reward by function", "score per completion", rewards))
+    if names.ECE in known and not known & MARGINS:
+        general = [kind for kind in TOKEN_CHARTS if kind.lines[0].metric == names.GENERAL_LOSS]
+        return [*found, *DECISION_CHARTS, *general]
     found += PAIR_CHARTS
     if not has_rollouts:
         found.append(single_chart("KL to the reference", "nats per token", names.KL))

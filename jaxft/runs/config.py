@@ -277,9 +277,11 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
         plain = plain and (now != () or ":" not in text)  # of a file's function, the file seems to be empty
         shown = f" (now {as_written(now) or 'empty'})" if plain else ""
-        is_section = any(dataclasses.is_dataclass(member) for member in union_members(kind))
-        other_tools = advice(key, text) if is_section else None  # optim=adamw_8bit
+        section = next((member for member in union_members(kind) if dataclasses.is_dataclass(member)), None)
+        other_tools = advice(key, text) if section else None  # optim=adamw_8bit
         remedy = f"; {other_tools}" if other_tools else ""
+        if section and "is a section" not in str(error):
+            remedy = f"; its fields are settings: {key}.{dataclasses.fields(section)[0].name}=...{remedy}"
         raise ValueError(f"{key}={short_text(text)}: {error}{shown}{remedy}") from error
 
 

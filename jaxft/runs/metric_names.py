@@ -6,6 +6,7 @@ A held-out metric has the prefix HELD_OUT.
 
 from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD, ZERO_STD
 from jaxft.objectives.critic import VALUE_LOSS
+from jaxft.objectives.decision import BRIER, CONFIDENCE, CORRECT, ECE, LOG_LOSS
 from jaxft.objectives.metrics import (
     ENTROPY,
     GRAD_NORM,
@@ -31,11 +32,15 @@ from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 
 __all__ = [
     "ACCURACY",
+    "BRIER",
     "CHOSEN_LOGP",
     "CHOSEN_REWARD",
     "CLIPPED_RATIO",
     "COMPLETION_KL",
     "COMPLETION_LENGTH",
+    "CONFIDENCE",
+    "CORRECT",
+    "ECE",
     "ENTROPY",
     "EPOCH",
     "EVALUATION_SECONDS",
@@ -44,6 +49,7 @@ __all__ = [
     "HELD_OUT",
     "KL",
     "LEARNING_RATE",
+    "LOG_LOSS",
     "LOSS",
     "MARGIN",
     "MEMORY",

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
@@ -144,7 +145,12 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
 
     record: its settings. Raises ValueError for a kind of data that is not jaxft's.
     """
-    data, kinds = record["data"], {"jaxft.data.sft:Rows": Rows, "jaxft.data.pairs.source:PairRows": PairRows}
+    data = record["data"]
+    kinds = {
+        "jaxft.data.sft:Rows": Rows,
+        "jaxft.data.pairs.source:PairRows": PairRows,
+        "jaxft.data.decision_rows:DecisionRows": DecisionRows,
+    }
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(f"data of type {data.get('type')}: its held-out rows are not known here; use --file")

@@ -19,6 +19,9 @@ HEADLINES = {  # metrics that the result lines show, in this order
     HELD_OUT + names.LOSS: "loss on held-out rows",
     HELD_OUT + names.ACCURACY: "accuracy on held-out pairs",
     HELD_OUT + names.REWARD_ACCURACY: "accuracy on held-out pairs",
+    HELD_OUT + names.LOG_LOSS: "log loss of held-out decisions",
+    HELD_OUT + names.BRIER: "Brier score of held-out decisions",
+    HELD_OUT + names.ECE: "calibration error (ECE) of held-out decisions",
     HELD_OUT + names.REWARD: "reward of held-out prompts",
     names.GENERAL_LOSS: "loss on general text",
 }
@@ -160,6 +163,8 @@ def result_lines(
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
     lines += ["", *before_and_after(before, after)]
     script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
+    if HELD_OUT + names.ECE in after["metrics"]:
+        script, argument = "evaluate", "--file ROWS --out PROBABILITIES"
     command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
@@ -220,6 +225,8 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
     }
     known = {without_count(name) for name in metrics}  # without a value if all pairs are ties
     labels = {name: label for name, label in HEADLINES.items() if name in known}
+    if HELD_OUT + names.ECE in labels:
+        labels[HELD_OUT + names.REWARD_ACCURACY] = "accuracy of held-out decisions"
     if HELD_OUT + names.LOSS in labels and "part" in evaluation:
         labels[HELD_OUT + names.LOSS] = f"loss on {evaluation['part']}"
     return scores | labels
@@ -337,7 +344,10 @@ def _usage(card: ModelCard) -> list[str]:
         f"The weights are in `{folder}/`, in the layout of {layout}. With jaxft:",
         "",
     ]
-    if card.model.generates:
+    if HELD_OUT + names.ECE in card.after["metrics"]:
+        lines.append("    jaxft evaluate --run PATH_OF_THIS_FOLDER --file ROWS --out PROBABILITIES")
+        lines.append("    jaxft serve --run PATH_OF_THIS_FOLDER    # POST /v1/decisions")
+    elif card.model.generates:
         lines.append('    jaxft generate --run PATH_OF_THIS_FOLDER --prompt "..."')
     else:
         lines.append("    jaxft score --run PATH_OF_THIS_FOLDER --file PAIRS    # rewards of the responses")

@@ -1,6 +1,21 @@
-"""The start of an EVA adapter by statistics of its layers' inputs on the run's first batches."""
+"""EVA (Paischer et al. 2024, arXiv:2410.07170): LoRA that starts from the inputs of its layers on the run's
+rows, with ranks by explained variance.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+The columns of `a` are the principal directions of a layer's inputs, `b` is zero: the model at step 0 is the
+base. All singular values of all layers, as fractions of the variance of their layer's inputs, compete for the
+ranks; their sum is that of the settings, and a module gets at most `eva_rho` times its own.
+
+Arrays have that largest rank in all layers; unused columns are zero and stay zero (see nn/lora.py). The
+adapter that is written has each module's rank, and modules that got none are left out, as in PEFT
+(init_lora_weights="eva"). alpha / rank is that of the settings, as with PEFT's adjust_scaling_factors; with
+rsLoRA, where PEFT does not keep it, alpha / sqrt(rank) is.
+
+PEFT follows the principal components by an incremental, truncated SVD until they turn no further. Here the
+whole covariance is summed up and decomposed: what the incremental SVD without truncation converges to.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,14 +30,17 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.layer_inputs import with_taps
-from jaxft.nn.lora import EVA, Adapter, pairs_by_path
-from jaxft.nn.lora_specs import most_components, pair_layouts
+from jaxft.nn.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
+from jaxft.nn.lora_specs import PairRanks, most_components, pair_layouts
 from jaxft.nn.matmul import outer
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
-from jaxft.weights import eva, place
+from jaxft.weights import place
+from jaxft.weights.peft_pairs import with_patterns
 from jaxft.weights.tensors import layer_on_host
 
+EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method
+SMALLEST_VARIANCE = 1e-30  # that is divided by
 MOMENT_BYTES = 2**32  # of covariances on the device at once; those of a batch take as many
 
 RowRange = tuple[int, int]  # the first row, and the one after the last
@@ -73,12 +91,12 @@ def eva_adapter(
     layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
     paths = list(layouts)
     shapes = {path: tuple(pairs_by_path(adapter)[path]["a"].shape) for path in paths}
-    counts = {source: 0 for source in dict.fromkeys(eva.input_of(path, paths) for path in paths)}
+    counts = {source: 0 for source in dict.fromkeys(input_of(path, paths) for path in paths)}
     for path, layout in layouts.items():
-        source = eva.input_of(path, paths)
+        source = input_of(path, paths)
         most = most_components(max(layout.ranks), settings.eva_rho, shapes[path][-2])
         counts[source] = max(counts[source], most)
-    directions: dict[str, list[eva.Directions]] = {}
+    directions: dict[str, list[Directions]] = {}
     parts: dict[str, list[list[np.ndarray]]] = {}  # of the kernels whose covariances are not complete yet
     for group in _groups({source: shapes[source] for source in counts}):
         rows.report(f"adapter.init={EVA}: reading the inputs of {_names(group, shapes)}")
@@ -92,15 +110,15 @@ def eva_adapter(
                 with processes.agreement():
                     if processes.is_first():
                         directions[source] = [
-                            eva.principal_directions(np.concatenate(of_layer), counts[source])
+                            principal_directions(np.concatenate(of_layer), counts[source])
                             for of_layer in zip(*complete, strict=True)
                         ]
     first = {path: np.zeros(shapes[path], np.float32) for path in paths}
     if processes.is_first():
         explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
-        ranks = eva.redistributed_ranks(layouts, explained, settings.eva_rho)
+        ranks = redistributed_ranks(layouts, explained, settings.eva_rho)
         rows.report(_summary(ranks, explained, int(found.count)))
-        first = eva.first_a(directions, ranks, shapes)
+        first = first_a(directions, ranks, shapes)
     first = {path: sync.array_of_first(first[path]) for path in paths}
 
     def leaf(path: str, x: jax.Array) -> jax.Array:
@@ -216,7 +234,7 @@ def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.nda
     """Return a line about the ranks and the variance that the first directions explain."""
     paths, found = list(ranks), [rank for of_layers in ranks.values() for rank in of_layers]
     parts = [
-        float(np.sum(explained[eva.input_of(path, paths)][layer][:rank]))
+        float(np.sum(explained[input_of(path, paths)][layer][:rank]))
         for path, of_layers in ranks.items()
         for layer, rank in enumerate(of_layers)
     ]
@@ -224,3 +242,121 @@ def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.nda
         f"adapter.init={EVA}: ranks from {min(found)} to {max(found)} by the inputs of {tokens:,} tokens, of "
         f"whose variance they explain {100 * sum(parts) / len(parts):.0f} % on average"
     )
+
+
+# From statistics to directions and ranks
+
+
+class Directions(NamedTuple):
+    """Principal directions of a layer's inputs, the largest first.
+
+    vectors: [I, C], orthonormal columns; of each the element of the largest magnitude is positive. explained:
+    [C], fractions of the variance.
+    """
+
+    vectors: Float[np.ndarray, "I C"]
+    explained: Float[np.ndarray, " C"]
+
+
+def input_of(path: str, paths: Sequence[str]) -> str:
+    """Return the first of `paths` that has the same input as the linear layer `path`: q, k and v have one, as
+    have gate and up.
+    """
+    above, _, name = path.rpartition("/")
+    for parts in FUSED_PARTS.values():
+        if name in parts:
+            return next(one for one in (f"{above}/{part}" for part in parts) if one in paths)
+    return path
+
+
+def principal_directions(moment: Float[np.ndarray, "I I"], count: int) -> Directions:
+    """Return the `count` principal directions of inputs with this covariance, or a multiple of it.
+
+    Raises ValueError if it is not finite.
+    """
+    import scipy.linalg  # not at the top: most runs do not need it
+    import scipy.sparse.linalg
+
+    wide = moment.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError(f"adapter.init={EVA}: a layer's inputs are not finite; use adapter.init=default")
+    size = len(wide)
+    if size <= EXACT_INPUTS or count > size // 4:
+        values, vectors = scipy.linalg.eigh(wide, subset_by_index=[size - count, size - 1])
+    else:
+        values, vectors = scipy.sparse.linalg.eigsh(wide, count, v0=np.ones(size))
+    order = np.argsort(-values, kind="stable")
+    values, vectors = values[order], vectors[:, order]
+    largest = vectors[np.argmax(np.abs(vectors), 0), np.arange(count)]
+    explained = np.maximum(values, 0) / max(float(np.trace(wide)), SMALLEST_VARIANCE)
+    return Directions((vectors * np.sign(largest)).astype(np.float32), explained)
+
+
+def redistributed_ranks(
+    layouts: Mapping[str, PairRanks], explained: Mapping[str, Sequence[Float[np.ndarray, " C"]]], rho: float
+) -> dict[str, tuple[int, ...]]:
+    """Return the rank of each layer of each path so that all together explain the most variance.
+
+    layouts: ranks of the settings by path. explained: of each layer of each path that input_of names.
+    """
+    paths = list(layouts)
+    slots: list[tuple[float, bool, int, int]] = []  # sorted as in PEFT: of equal ones the first path leads
+    for number, path in enumerate(paths):
+        source = input_of(path, paths)
+        for layer, rank in enumerate(layouts[path].ranks):
+            most = most_components(rank, rho, len(explained[source][layer]))
+            slots += [(-float(x), source != path, layer, number) for x in explained[source][layer][:most]]
+    budget = sum(sum(layout.ranks) for layout in layouts.values())
+    ranks = {path: [0] * len(layout.ranks) for path, layout in layouts.items()}
+    for _, _, layer, number in sorted(slots)[:budget]:
+        ranks[paths[number]][layer] += 1
+    return {path: tuple(of_layers) for path, of_layers in ranks.items()}
+
+
+def first_a(
+    directions: Mapping[str, Sequence[Directions]],
+    ranks: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, np.ndarray]:
+    """Return `a` at step 0 by path, in the shapes [L, I, R] of `shapes`: as many directions as a layer has
+    ranks, then zeros.
+    """
+    found = {}
+    for path, of_layers in ranks.items():
+        source, a = input_of(path, list(ranks)), np.zeros(shapes[path], np.float32)
+        for layer, rank in enumerate(of_layers):
+            a[layer, :, :rank] = directions[source][layer].vectors[:, :rank]
+        found[path] = a
+    return found
+
+
+def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[Params, Adapter]:
+    """Return a trained adapter with the ranks that EVA gave its modules, and the settings that declare it.
+
+    Raises ValueError if no module has a rank.
+    """
+    declared = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
+    nodes = pairs_by_path(adapter)
+    used = jax.jit(lambda pairs: {path: jnp.sum(jnp.any(a != 0, -2), -1) for path, a in pairs.items()})
+    counts = jax.device_get(used({path: nodes[path]["a"] for path in declared}))
+    layouts: dict[str, PairRanks] = {}
+    for path, found in counts.items():
+        ranks = tuple(int(rank) for rank in np.ravel(found))
+        times = [
+            (new / old) ** (0.5 if settings.rslora else 1.0) if new else 0.0
+            for new, old in zip(ranks, declared[path].ranks, strict=True)
+        ]
+        alphas = tuple(alpha * x for alpha, x in zip(declared[path].alphas, times, strict=True))
+        if any(ranks):
+            layouts[path] = PairRanks(ranks, alphas)
+    out = {path: node for path, node in nodes.items() if path in layouts or path not in declared}
+    for path, layout in layouts.items():
+        out[path] = {**nodes[path], **_first_ranks(nodes[path]["a"], nodes[path]["b"], max(layout.ranks))}
+    plain = replace(settings, init="default", eva_rho=Adapter.eva_rho, eva_tokens=Adapter.eva_tokens)
+    return tree.nested(out), with_patterns(plain, layouts, model)
+
+
+@partial(jax.jit, static_argnames="count")
+def _first_ranks(a: jax.Array, b: jax.Array, count: int) -> dict[str, jax.Array]:
+    """Return the first `count` columns of a and rows of b."""
+    return {"a": a[..., :count], "b": b[..., :count, :]}

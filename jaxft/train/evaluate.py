@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +16,10 @@ from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.runs.metric_names import (
     ACCURACY,
+    BRIER,
     CHOSEN_LOGP,
     CHOSEN_REWARD,
+    ECE,
     MARGIN,
     REWARD,
     REWARD_ACCURACY,
@@ -28,7 +30,7 @@ from jaxft.runs.metric_names import (
 from jaxft.train.settings import Loop, Run, steps_between
 from jaxft.tree import Aux, Batch, Metrics, Params
 
-LOWER_IS_BETTER = ("loss", "kl")  # ends of names
+LOWER_IS_BETTER = ("loss", "kl", BRIER, ECE)  # ends of names
 GREATER_IS_BETTER = frozenset(
     {
         ACCURACY, MARGIN, CHOSEN_REWARD, CHOSEN_LOGP, REWARD, REWARD_ACCURACY, REWARD_MARGIN, TOKEN_ACCURACY,
@@ -109,25 +111,43 @@ def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: i
     return None if general is None else general_rows(data, general).open(tokenizer, shards)
 
 
-def evaluation_limit(run: Run, source: Source[Any], steps: int) -> int | None:
-    """Return how many held-out batches, or prompts if the source samples, an evaluation reads so that all
-    evaluations together compute at most loop.eval_fraction of what training does; None for all of them.
+class EvaluationLimit(NamedTuple):
+    """The most that an evaluation reads, None for all. rows: held-out batches, or prompts if the source
+    samples. texts: batches of general text.
+    """
 
-    There is an evaluation before and after training, and one every loop.eval_every steps. Only held-out rows
-    that are a fraction of the rows are limited; there is always one.
+    rows: int | None = None
+    texts: int | None = None
+
+
+def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, steps: int) -> EvaluationLimit:
+    """Return what an evaluation reads so that all evaluations together compute at most loop.eval_fraction of
+    what training does, half of it for held-out rows and half for general text if there are both.
+
+    There is an evaluation before and after training, and one every loop.eval_every steps. Nothing is limited
+    unless held-out rows are a fraction of the rows; at least one batch is always read.
     """
     fraction, info = run.loop.eval_fraction, source.info
     if fraction is None or not isinstance(run.data.held_out, float) or not info.stats.held_out:
-        return None
+        return EvaluationLimit()
     every = run.loop.eval_every
     times = 2 + (0 if every is None else (steps - 1) // steps_between(every, steps))
+    share = (fraction / 2 if text else fraction) * steps / times  # in steps of training, for one evaluation
+
+    def most(total: int, cost: float) -> int | None:
+        found = max(1, int(share / cost + 1e-9))
+        return None if found >= total else found
+
+    def most_batches(source: Source[Any]) -> int | None:
+        batches = source.held_out
+        return most(len(batches), source.info.eval_cost * batches[0].ids.size / trained)
+
+    trained = math.prod(source.shapes[-1].ids.shape)
     if info.samples:
-        total, one, per_step = info.stats.held_out, 1, run.data.units_per_step
+        rows = most(info.stats.held_out, info.eval_cost / run.data.units_per_step)
     else:
-        total, one = len(source.held_out), source.held_out[0].ids.size
-        per_step = math.prod(source.shapes[-1].ids.shape)
-    most = max(1, int(fraction * steps * per_step / (times * info.eval_cost * one)))
-    return None if most >= total else most
+        rows = most_batches(source)
+    return EvaluationLimit(rows, most_batches(text) if text else None)
 
 
 def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:

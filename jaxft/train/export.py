@@ -30,13 +30,13 @@ from jaxft.nn.quant import (
 )
 from jaxft.rl.reward_models import is_classifier
 from jaxft.runs.named_weights import NamedWeights
+from jaxft.train.eva import written_adapter
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import extend, hf_write, hub, peft, peft_write, pretrained
 from jaxft.weights.card import Card, Relation, base_name, write_card
 from jaxft.weights.codes import open_codes
-from jaxft.weights.eva import written_adapter
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
@@ -205,7 +205,7 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     layouts = {path: quantize_layout(table[path][0].values, quant) for path in paths}
     format, layout_name = written_format(layouts, how.format)
     notes: list[str] = []
-    codes = {} if quant.codes is None else open_codes(quant.codes)
+    codes = {} if quant.codes is None else open_codes(quant.codes).quantised
 
     def quantize_layer(tensor: Tensor, layer: np.ndarray) -> QTensor:
         is_coded = tensor.name in codes

@@ -27,6 +27,7 @@ from jaxft.runs.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train import evaluate
 from jaxft.train.calibrate import CalibrationPlan, plan_run
 from jaxft.train.eva import FirstRows, first_batches
+from jaxft.train.evaluate import EvaluationLimit, evaluation_limit
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.scores import check_scoring
 from jaxft.train.settings import Run
@@ -64,8 +65,8 @@ class Job:
 
     sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
     the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
-    that end a completion. general: batches of the general text. sweep: its settings, None for a single run.
-    calibration: of the base, None if it is not calibrated. eval_limit: see evaluate.evaluation_limit.
+    that end a completion. all_general: batches of the general text. sweep: its settings, None for a single
+    run. calibration: of the base, None if it is not calibrated. limit: what evaluations read.
     """
 
     folder: Path
@@ -75,11 +76,11 @@ class Job:
     planned: int
     tokenizer: Any
     stop: tuple[int, ...]
-    general: tuple[Batch, ...]
+    all_general: tuple[Batch, ...]
     sweep: Sweep | None
     calibration: CalibrationPlan | None = None
     ended_by: EndedBy | None = None
-    eval_limit: int | None = None
+    limit: EvaluationLimit = EvaluationLimit()
 
     @property
     def lead(self) -> Member:
@@ -95,12 +96,17 @@ class Job:
     def held_out(self) -> tuple[Batch, ...]:
         """The held-out batches that are evaluated."""
         batches = self.sources[0].held_out
-        return tuple(batches[number] for number in spread(len(batches), self.eval_limit))
+        return tuple(batches[number] for number in spread(len(batches), self.limit.rows))
 
-    def limit_evaluation(self, most: int | None) -> "Job":
-        """Return the job with this eval_limit."""
-        sources = tuple(source.limit_evaluation(most) for source in self.sources)
-        return replace(self, sources=sources, eval_limit=most)
+    @property
+    def general(self) -> tuple[Batch, ...]:
+        """The batches of general text that are evaluated."""
+        return tuple(self.all_general[i] for i in spread(len(self.all_general), self.limit.texts))
+
+    def limit_evaluation(self, limit: EvaluationLimit) -> "Job":
+        """Return the job whose evaluations read so much."""
+        sources = tuple(source.limit_evaluation(limit.rows) for source in self.sources)
+        return replace(self, sources=sources, limit=limit)
 
     @property
     def rollout_steps(self) -> int:
@@ -161,7 +167,7 @@ class Job:
             "ended_by": self.ended_by,
             "planned": self.planned,
             "seconds": saved.get("seconds", {}),  # see clock.Clock
-            "eval_limit": self.eval_limit,
+            "evaluation_limit": [*self.limit],
         }
 
 
@@ -217,7 +223,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
     job = Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
-    return job.limit_evaluation(evaluate.evaluation_limit(lead, sources[0], steps))
+    return job.limit_evaluation(evaluation_limit(lead, sources[0], general, steps))
 
 
 def _check_weights(run: Run, programs: Programs) -> None:

@@ -1,20 +1,26 @@
-"""How likely a model finds rows: loss and perplexity, and which response of a pair it prefers."""
+"""How likely a model finds rows: loss and perplexity, which response of a pair it prefers, and the
+probabilities of the choices of a decision.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxft.batch import Pairs
+from jaxft.batch import Decisions, Pairs
+from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.invalid import invalid_lines
 from jaxft.data.pairs.source import PairRows
 from jaxft.data.sft import Rows
 from jaxft.data.source import open_for
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
-from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY
+from jaxft.objectives.decision import ACCURACY, decision
+from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY, PerRow, add, as_floats, row_values
 from jaxft.objectives.pair import response_sums
 from jaxft.objectives.preference_metrics import TIE_ROUNDING
 from jaxft.objectives.read_positions import read_logps
@@ -22,7 +28,7 @@ from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.named_weights import FingerprintCheck, any_rows
 from jaxft.train.evaluate import evaluate, make_eval_step
-from jaxft.tree import Params
+from jaxft.tree import Metrics, Params
 from jaxft.weights.pretrained import check_token_id
 
 PERPLEXITY = "perplexity"
@@ -160,6 +166,63 @@ def _response_logps(
                 logps = float(sums["chosen"][at]), float(sums["rejected"][at])
                 found[int(pair)] = logps, (chosen_tokens, rejected_tokens)
     return found
+
+
+def make_decision_scores(
+    model: Model, check: FingerprintCheck = any_rows
+) -> Callable[[LoadedWeights, DecisionRows], Evaluated]:
+    """Return `scores(loaded, rows)`, whose program is compiled once for all weights of a model. check: is
+    called with the fingerprint of the rows.
+    """
+    objective = decision(model).for_evaluation()
+
+    def forward(params: Params, batch: Decisions) -> tuple[Metrics, jax.Array]:
+        outputs = objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
+        return objective.loss(outputs, {})[1], jnp.exp(outputs.log_p)
+
+    compiled = jax.jit(forward)
+    return lambda loaded, rows: _decision_scores(compiled, loaded, rows.with_labels(), check)
+
+
+def _decision_scores(
+    forward: Callable[..., Any], loaded: LoadedWeights, rows: DecisionRows, check: FingerprintCheck
+) -> Evaluated:
+    """Return the probabilities of the choices of each held-out row, and the metrics of objectives.decision
+    over them, where the loss is the log loss.
+    """
+    source = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    check(source.info.fingerprint)
+    stats = source.info.stats
+    check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
+    names, parts = choice_names(rows), list[Metrics]()
+    results = dict[str, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
+    batches: Any = source.held_out
+    for number, batch in enumerate(batches):
+        metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
+        own = row_values(metrics)
+        parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
+        _, count, reads = batch.read.shape
+        for at, found in own.items():
+            row, slot = divmod(at, reads)
+            if not math.isfinite(found[LOSS]):
+                raise ValueError(
+                    f"{rows.train}: the log loss is {found[LOSS]}; use --dtype float32, or check the weights "
+                    "of the model"
+                )
+            name = source.held_out_name((number * count + row) * reads + slot)
+            choices = names[name]
+            labels = batch.probabilities[0, row, slot, : len(choices)]
+            line = {
+                "row": name,
+                "probabilities": dict(zip(choices, map(float, p[row, slot]), strict=False)),
+                "answer": dict(zip(choices, map(float, labels), strict=True)),
+            }
+            results[name] = found[ACCURACY], line
+    found = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
+    metrics = {"examples": stats.held_out, **found}
+    in_order = [results[name] for name in names if name in results]
+    values = {ACCURACY: [accuracy for accuracy, _ in in_order]}
+    return Evaluated(metrics, [line for _, line in in_order], [*invalid_lines(stats.invalid)], values)
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:

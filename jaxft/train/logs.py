@@ -254,7 +254,7 @@ def first_evaluation_lines(job: Job) -> list[str]:
     run, samples = job.lead.run, job.info.samples
     parts = (
         ("batches of held-out rows", len(job.held_out), "held_out=none"),
-        ("held-out prompts", (job.eval_limit or job.info.stats.held_out) * samples, "held_out=none"),
+        ("held-out prompts", (job.limit.rows or job.info.stats.held_out) * samples, "held_out=none"),
         ("batches of general text", len(job.general), "general=none"),
         (
             "completions of held-out prompts",
@@ -268,29 +268,33 @@ def first_evaluation_lines(job: Job) -> list[str]:
 
 
 def eval_limit_lines(job: Job) -> list[str]:
-    """Return a line if evaluations read a part of the held-out rows only."""
-    if job.eval_limit is None:
-        return []
-    fraction, sampled = job.lead.run.loop.eval_fraction, job.info.samples
+    """Return a line if evaluations read only a part of the held-out rows or of the general text."""
+    sampled, texts = job.info.samples, len(job.all_general)
     total = job.info.stats.held_out if sampled else len(job.sources[0].held_out)
-    unit = "held-out prompts" if sampled else "batches of held-out rows"
+    parts = []
+    if job.limit.rows is not None:
+        parts.append(
+            f"{job.limit.rows} of {total} {'held-out prompts' if sampled else 'batches of held-out rows'}"
+        )
+    if job.limit.texts is not None:
+        parts.append(f"{job.limit.texts} of {texts} batches of general text")
+    if not parts:
+        return []
+    fraction = job.lead.run.loop.eval_fraction
     why = "" if fraction is None else f" and compute at most {100 * fraction:g} % of what training does"
-    text = f"; {len(job.general)} of general text come on top (general=none)" if job.general else ""
-    return [
-        f"evaluations read {job.eval_limit} of {total} {unit}{why} (loop.eval_fraction=none reads all){text}"
-    ]
+    return [f"evaluations read {' and '.join(parts)}{why} (loop.eval_fraction=none reads all)"]
 
 
 def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:
     """Return an evaluation that says which part of the held-out rows it has read, unless it has read all.
     rows: values of single rows by their position.
     """
-    if job.eval_limit is None:
+    if job.limit.rows is None:
         return end
     total, unit = job.info.stats.held_out, f"held-out {job.lead.run.data.unit}"
-    read = job.eval_limit if job.info.samples else len(rows)
+    read = job.limit.rows if job.info.samples else len(rows)
     if not 0 < read <= total:  # wrapped rows have no single examples
-        read, total, unit = job.eval_limit, len(job.sources[0].held_out), "batches of held-out rows"
+        read, total, unit = job.limit.rows, len(job.sources[0].held_out), "batches of held-out rows"
     part = f"{read} of {total} {unit}"
     losses = [(row[LOSS], row.get(WEIGHT, 1.0)) for row in rows.values() if LOSS in row]
     rewards = [row[REWARD] for row in rows.values() if REWARD in row]

@@ -163,6 +163,8 @@ def rows_file(rows: GivenRows) -> str:
             line = json.dumps(dict(row), default=_as_json, ensure_ascii=False).encode() + b"\n"
             digest.update(line)
             file.write(line)
+        if not file.tell():
+            raise ValueError("rows is empty; give at least one row")
         file.flush()
         path = folder / f"rows-{digest.hexdigest()[:16]}.jsonl"
         os.replace(file.name, path)

@@ -40,6 +40,7 @@ from jaxft.short_names import (
     ADVANTAGES,
     COMBINATIONS,
     CORRECTIONS,
+    DECISION_LOSSES,
     ESTIMATORS,
     FILTERS,
     KL_ESTIMATORS,
@@ -66,7 +67,10 @@ FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-t
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
 CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
-SHIPPED = (EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR)  # with held-out rows
+DECISIONS = "configs/data/decisions.jsonl"  # what a message is, or whether an opinion is positive
+SHIPPED = (  # with held-out rows
+    EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR, DECISIONS,
+)  # fmt: skip
 GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it does training forget?
 OWN_HELD_OUT = 0.05
 
@@ -76,6 +80,7 @@ ReferenceSetting = Literal["start", "precomputed"]
 # Functions that recipes take: a short name, or a function of the user's own
 PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
 PolicyLossFunction = Annotated[Callable, ShortNames.of(POLICY_LOSSES)]
+DecisionLossFunction = Annotated[Callable, ShortNames.of(DECISION_LOSSES)]
 KLFunction = Annotated[Callable, ShortNames.of(KL_ESTIMATORS)]
 RewardFunction = Annotated[Callable, ShortNames.of(REWARDS)]
 CombineFunction = Annotated[Callable, ShortNames.of(COMBINATIONS)]

@@ -49,14 +49,14 @@ class Loop:
     eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
     metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
     greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
-    loss or kl, greater for accuracies, margins, rewards and scores; others need it. patience: the run ends
-    after this many evaluations without a better best_metric. eval_fraction: the most that all evaluations of
-    held-out rows together may compute, as a fraction of what training does (see train/evaluate.py); where the
-    held-out rows are a fraction of the rows and would take more, fewer of them are evaluated. None: all of
-    them. A file of held-out rows is always evaluated in full. max_bad: non-finite steps in a row that end the
-    run; one that ends with any is not finished either. store: a folder in an object store, gs://bucket/path
-    or s3://bucket/path; the run's folder is copied there at every checkpoint and at the end, and a start on
-    another machine fetches it from there (see runs/store_copy.py).
+    loss, kl, brier or ece, greater for accuracies, margins, rewards and scores; others need it. patience: the
+    run ends after this many evaluations without a better best_metric. eval_fraction: the most that all
+    evaluations of held-out rows together may compute, as a fraction of what training does (see
+    train/evaluate.py); where the held-out rows are a fraction of the rows and would take more, fewer of them
+    are evaluated. None: all of them. A file of held-out rows is always evaluated in full. max_bad: non-finite
+    steps in a row that end the run; one that ends with any is not finished either. store: a folder in an
+    object store, gs://bucket/path or s3://bucket/path; the run's folder is copied there at every checkpoint
+    and at the end, and a start on another machine fetches it from there (see runs/store_copy.py).
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/nonfinite.py.

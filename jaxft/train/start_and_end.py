@@ -22,7 +22,7 @@ from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
-from jaxft.train.evaluate import is_stalled, selection_score
+from jaxft.train.evaluate import EvaluationLimit, is_stalled, selection_score
 from jaxft.train.jobs import Job, Member
 from jaxft.train.logs import Logs, early_end_lines, first_evaluation_lines, with_part
 from jaxft.train.meter import Meters
@@ -133,7 +133,7 @@ def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
     checkpoint at that step stores, None for a fresh run.
     """
     if saved is not None:
-        job = job.limit_evaluation(saved.get("eval_limit"))
+        job = job.limit_evaluation(EvaluationLimit(*saved.get("evaluation_limit", ())))
     return ended_early(job, saved, done)
 
 

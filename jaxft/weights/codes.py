@@ -18,15 +18,13 @@ from jaxft.nn.quant import Quant, with_defaults
 from jaxft.weights import hub
 from jaxft.weights.cached_folder import adopt_folder, cached_folder, folder_damage
 from jaxft.weights.file_hash import cache_folder, content_sha256, files_sha256
-from jaxft.weights.model_files import QuantisedTensor
-from jaxft.weights.quantised.formats import quantised_tensors
+from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.quantised.formats import open_tensors, quantised_tensors
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
 from jaxft.weights.safetensors import (
-    SafetensorsFiles,
     TensorToWrite,
     open_safetensors,
     read_model_json,
-    read_tensor,
     write_here,
     write_model_json,
 )
@@ -119,26 +117,17 @@ def _returning(x: Any) -> Callable[[], Any]:
     return lambda: x
 
 
-def open_codes(name: str) -> Mapping[str, QuantisedTensor]:
-    """Open calibrated codes in the cache: weights by Hugging Face name.
-
-    Raises FileNotFoundError if the cache does not have them, ValueError if they are damaged.
-    """
-    return _open_existing(name)[1]
-
-
 def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the low-rank correction (a [in, R], b [R, out]) of a weight by its Hugging Face name."""
-    files = _open_existing(name)[0]
-    a, b = (read_tensor(files, f"{weight}.{side}") for side in _SIDES)
+    a, b = (open_codes(name).read(f"{weight}.{side}") for side in _SIDES)
     return a, b
 
 
-_Opened = tuple[SafetensorsFiles, Mapping[str, QuantisedTensor]]
+def open_codes(name: str) -> ModelFiles:
+    """Open calibrated codes in the cache, weights by Hugging Face name; each process verifies them once.
 
-
-def _open_existing(name: str) -> _Opened:
-    """Open and verify codes, in each process once."""
+    Raises FileNotFoundError if the cache does not have them, ValueError if they are damaged.
+    """
     folder = codes_folder(name)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: the calibrated base of this run is not in the cache. {AGAIN}")
@@ -147,12 +136,12 @@ def _open_existing(name: str) -> _Opened:
 
 
 @cache
-def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> _Opened:
+def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> ModelFiles:
     damage = folder_damage(folder)
     if damage is not None:
         raise ValueError(f"the calibrated base of this run cannot be used: {damage}. {AGAIN}")
     files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
-    return files, OWN_ARRAYS.open(files, read_model_json(folder / _SETTINGS))
+    return open_tensors(files, {"quant_method": OWN_ARRAYS.name, **read_model_json(folder / _SETTINGS)})
 
 
 def codes_sha256(name: str) -> str:

@@ -27,9 +27,14 @@ from jaxft.nn.quant import Quant, dequantize
 from jaxft.nn.scan import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
 from jaxft.weights.codes import CalibratedLayer
-from jaxft.weights.gptq import inverse_factor
 from jaxft.weights.param_reader import ParamReader, read_values, read_whole
-from jaxft.weights.rounding import InputMoments, correction, exact_outputs, quantize_calibrated
+from jaxft.weights.rounding import (
+    InputMoments,
+    correction,
+    exact_outputs,
+    inverse_factor,
+    quantize_calibrated,
+)
 from jaxft.weights.storage import quantised_paths
 
 BATCH_TOKENS = 2048  # that pass through a layer at once

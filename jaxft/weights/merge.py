@@ -15,15 +15,13 @@ from jaxft.nn import dora, full_modules, lora
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.model_files import Index, full_index
-from jaxft.weights.param_reader import ParamReader
+from jaxft.weights.param_reader import ParamReader, read_whole
 from jaxft.weights.tensors import Tensor, layer_on_host
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A parameter whose part at an index along the leading axes that its files split it along `make(index)`
-    computes; () where they have one tensor for all of it.
-    """
+    """A parameter whose part at an index along its leading axes `make(index)` computes, all of it for ()."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -97,8 +95,11 @@ def lazy_params(readers: Mapping[str, ParamReader]) -> Params:
 
 def _read_lazily(reader: ParamReader) -> LazyTensor:
     tensors = {tensor.index: tensor for tensor in reader.tensors}
-    lazy = LazyTensor(reader.shape, reader.dtype, lambda index: reader.read(tensors[index]))
-    return lazy.astype(reader.dtype)
+
+    def make(index: tuple[int, ...]) -> np.ndarray:
+        return reader.read(tensors[index]) if index in tensors else read_whole(reader)[index]
+
+    return LazyTensor(reader.shape, reader.dtype, make).astype(reader.dtype)
 
 
 def merge_on_read(

@@ -117,7 +117,7 @@ def load_parts(
     value_of: Callable[[Tensor, Index], Leaf],
 ) -> Leaf:
     """Load parts of a parameter, each as value_of(tensor, part of its values) returns it."""
-    buffers = ShardBuffers(like, shardings)
+    buffers = Buffers(like, shardings)
     for tensor, part in parts_of_tensors(reader, parts):
         for index in [part] if is_quantised(like) else small_parts(reader, tensor, part):
             with errors_name_tensor(reader, tensor, index):
@@ -145,7 +145,7 @@ def load_with_quantised_scales(
 
     floats = load_parts(reader, plain, sharded, parts, value_of)
     names = ("scale", "outer", "mean")
-    buffers = {name: ArrayBuffers(getattr(like, name), getattr(shardings, name)) for name in names}
+    buffers = {name: Buffers(getattr(like, name), getattr(shardings, name)) for name in names}
     for tensor in reader.tensors:
         in_floats: Any = layer_on_host(floats.scale, tensor.index)
         for name, value in zip(names, encode_scales(in_floats), strict=True):
@@ -159,7 +159,7 @@ def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts
     *lead, rows, outs = like.codes.shape
     count = rows // shardings.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are split into
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
-    buffers = ArrayBuffers(part_scales, sharding.sharding_for_shape(shardings.codes, part_scales.shape))
+    buffers = Buffers(part_scales, sharding.sharding_for_shape(shardings.codes, part_scales.shape))
     part_size = reader.shape[-2] // count
     for tensor, index in parts_of_tensors(reader, parts):
         with errors_name_tensor(reader, tensor, index):
@@ -179,63 +179,61 @@ def limits(index: Index, shape: tuple[int, ...]) -> Limits:
     return tuple((s.start, s.stop) for s in full_index(index, shape))
 
 
-class ArrayBuffers:
-    """Host memory for every distinct shard of an array that this process's devices store."""
-
-    def __init__(self, like: Any, sharding: Sharding) -> None:
-        self.shape, self.sharding = like.shape, sharding
-        indices = sharding.addressable_devices_indices_map(like.shape).values()
-        shards = sorted({limits(index or (), like.shape) for index in indices})
-        self.shards = {
-            shard: np.empty([stop - start for start, stop in shard], like.dtype) for shard in shards
-        }
-
-    def write(self, lead: tuple[int, ...], index: Index, value: Any) -> None:
-        """Write a value that is the part of `array[lead]` at `index` into the shards that overlap it."""
-        value = np.asarray(value)
-        index = full_index((*(slice(i, i + 1) for i in lead), *index), self.shape)
-        value = value.reshape((1,) * len(lead) + value.shape)
-        for shard, buffer in self.shards.items():
-            overlap = [
-                (max(s.start, start), min(s.stop, stop))
-                for s, (start, stop) in zip(index, shard, strict=True)
-            ]
-            if all(start < stop for start, stop in overlap):
-                to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, shard))
-                of: Any = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, index))
-                copy_into(buffer[(..., *to)], value[of])
-
-    def to_devices(self) -> jax.Array:
-        """Copy the shards to their devices, each buffer being released before the next is copied; return the
-        array.
-        """
-        devices: dict[Limits, list[jax.Device]] = {}
-        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
-            devices.setdefault(limits(index or (), self.shape), []).append(device)
-        arrays = []
-        for shard in sorted(self.shards):
-            buffer = self.shards.pop(shard)
-            arrays += [jax.device_put(buffer, device) for device in devices[shard]]
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
-
-
-class ShardBuffers:
-    """The buffers of a parameter: of its array, or of each array of a QTensor."""
+class Buffers:
+    """Host memory for every distinct shard, of each array of a parameter, that this process's devices
+    store.
+    """
 
     def __init__(self, like: Leaf, shardings: Leaf) -> None:
-        self.like, by_name = like, arrays_by_name(shardings)
-        self.arrays = {name: ArrayBuffers(x, by_name[name]) for name, x in arrays_by_name(like).items()}
+        self.like, self.arrays, self.shardings = like, arrays_by_name(like), arrays_by_name(shardings)
+        self.shards = {
+            name: {
+                shard: np.empty([stop - start for start, stop in shard], x.dtype)
+                for shard in sorted(set(limits_by_device(x, self.shardings[name]).values()))
+            }
+            for name, x in self.arrays.items()
+        }
 
     def write(self, lead: tuple[int, ...], index: Index, value: Leaf) -> None:
-        """Write a value that is the part of the kernel [..., in, out] at `lead` that `index` selects."""
+        """Write a value, which is the part at `index` of the parameter at `lead` along its leading axes, into
+        the shards that overlap it.
+        """
         for name, x in arrays_by_name(value).items():
-            in_array = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
-            self.arrays[name].write(lead, in_array, x)
+            own = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
+            at = full_index((*(slice(i, i + 1) for i in lead), *own), self.arrays[name].shape)
+            x = np.asarray(x)
+            x = x.reshape((1,) * len(lead) + x.shape)
+            for shard, buffer in self.shards[name].items():
+                overlap = [
+                    (max(s.start, start), min(s.stop, stop))
+                    for s, (start, stop) in zip(at, shard, strict=True)
+                ]
+                if all(start < stop for start, stop in overlap):
+                    to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, shard))
+                    of: Any = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, at))
+                    copy_into(buffer[(..., *to)], x[of])
 
     def to_devices(self) -> Leaf:
-        """Copy the shards to their devices; return the parameter."""
-        arrays: dict[str, Any] = {name: self.arrays.pop(name).to_devices() for name in list(self.arrays)}
+        """Copy the shards to their devices, each buffer being released before the next is copied; return the
+        parameter.
+        """
+        arrays: dict[str, Any] = {}
+        for name, x in self.arrays.items():
+            devices: dict[Limits, list[jax.Device]] = {}
+            for device, shard in limits_by_device(x, self.shardings[name]).items():
+                devices.setdefault(shard, []).append(device)
+            parts = []
+            for shard in list(self.shards[name]):
+                buffer = self.shards[name].pop(shard)
+                parts += [jax.device_put(buffer, device) for device in devices[shard]]
+            arrays[name] = jax.make_array_from_single_device_arrays(x.shape, self.shardings[name], parts)
         return replace(self.like, **arrays) if isinstance(self.like, QTensor) else arrays[""]
+
+
+def limits_by_device(array: Any, sharding: Sharding) -> dict[jax.Device, Limits]:
+    """Return the shard of an array that each of this process's devices stores."""
+    indices = sharding.addressable_devices_indices_map(array.shape)
+    return {device: limits(index or (), array.shape) for device, index in indices.items()}
 
 
 def arrays_by_name(x: Leaf) -> dict[str, Any]:

@@ -321,9 +321,7 @@ def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, 
     stored as they are read.
     """
     if storage.codes is not None:
-        files, codes = reader.files, open_codes(storage.codes)
-        coded = {x.name: replace(files.tensors[x.name], quantised=codes[x.name]) for x in reader.tensors}
-        return replace(reader, files=replace(files, tensors=coded)), True
+        return replace(reader, files=open_codes(storage.codes)), True
     return reader, reader.layout is not None and keeps_layout(storage, reader.layout)
 
 

@@ -7,10 +7,12 @@ model, `W + H^-1 (C - H) W` with `C = sum x y^T` and the exact model's inputs y 
 arXiv:2504.02692).
 
 Scales: of each block the best of some fractions of the plain scale, each input weighted by its mean square.
-Codes: GPTQ (gptq.py), then coordinate descent on codes and scales by turns (Behdin et al. 2023, QuantEase,
-arXiv:2309.01885), which lowers this error at every step. The number of bits is that of plain rounding.
+Codes: GPTQ (Frantar et al. 2023, arXiv:2210.17323), then coordinate descent on codes and scales by turns
+(Behdin et al. 2023, QuantEase, arXiv:2309.01885), which lowers this error at every step. The number of bits
+is that of plain rounding.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,9 +25,10 @@ from jaxtyping import Array, Float
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
 from jaxft.weights.first_pairs import principal_pair
-from jaxft.weights.gptq import InverseFactor, damped, gptq_codes, inverse_factor, swept, with_codes
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block
+DAMPING = 0.01  # of the mean squared input, added to every input's own
+INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
 ROUNDS = 2  # of coordinate descent on codes and scales
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -40,6 +43,29 @@ class InputMoments(NamedTuple):
     exact: Any
 
 
+class InverseFactor(NamedTuple):
+    """The inverse of a damped moment H [I, I]: `H[order][:, order]^-1 = upper^T upper / mean`.
+
+    order: of inputs, the largest first. upper: upper triangular [I, I]. mean: of H's diagonal.
+    """
+
+    order: Array
+    upper: Array
+    mean: Array
+
+
+@jax.jit
+def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
+    """Factorise the inverse of a moment, damped; the inputs of several weights have the same."""
+    order = jnp.argsort(-jnp.diagonal(moment))
+    moment = damped(moment)[order][:, order]
+    mean = jnp.mean(jnp.diagonal(moment))
+    # upper triangular, with low low^T = moment / mean
+    low = jnp.linalg.cholesky((moment / mean)[::-1, ::-1])[::-1, ::-1]
+    upper = jax.scipy.linalg.solve_triangular(low, jnp.eye(len(low), dtype=low.dtype), lower=False)
+    return InverseFactor(order, upper, mean)
+
+
 def quantize_calibrated(
     target: Float[np.ndarray, "I O"],
     own: Float[Array, "I I"],
@@ -50,7 +76,7 @@ def quantize_calibrated(
 ) -> QTensor:
     """Quantise a weight as nn.quant.quantize does, in as many bits, with a smaller error of its outputs.
 
-    own: sum of x x^T over its inputs. factor: gptq.inverse_factor of it, if it is known. The error is never
+    own: sum of x x^T over its inputs. factor: inverse_factor of it, if it is known. The error is never
     above that of rounding to nearest. Raises ValueError for a target or inputs that are not finite.
     """
     if not all(np.isfinite(np.asarray(x)).all() for x in (target, own)):
@@ -80,7 +106,7 @@ def exact_outputs(
 ) -> Float[Array, "I O"]:
     """Return the weight that maps a layer's inputs to the outputs of the exact model with the least error.
 
-    factor: gptq.inverse_factor of moments.own.
+    factor: inverse_factor of moments.own.
     """
     order, upper, mean = factor
     change = jnp.matmul((moments.exact - moments.own)[order], weight, precision=HIGHEST)
@@ -194,3 +220,82 @@ def correction(
     norms = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
     root = np.sqrt(norms[1] / np.maximum(norms[0], np.float32(1e-30)))
     return a * root, b / np.maximum(root, np.float32(1e-30))[:, None]
+
+
+# GPTQ: rounding an element changes the outputs; the elements that are rounded later compensate for that as
+# far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
+
+
+def with_codes(q: QTensor, codes: Any) -> QTensor:
+    """Return a weight on the host with other codes [I, O], not packed."""
+    found: Any = np.asarray(codes)
+    return replace(q, codes=qf.pack(found) if is_paired(q.kind) else found)
+
+
+def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    """Add DAMPING of the mean square to the squares of all inputs, and all of it to inputs that were always
+    zero.
+    """
+    squares = jnp.diagonal(moment)
+    mean = jnp.mean(squares)
+    return moment + jnp.diag(DAMPING * mean + jnp.where(squares > 0, 0.0, mean) + jnp.float32(1e-30))
+
+
+@partial(jax.jit, static_argnames="kind")
+def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) -> Array:
+    """Return the codes [I, O] of GPTQ with the scales of `plain`, one layer's weight as nn.quant.quantize
+    returns it.
+
+    The largest inputs are rounded first, while many others can still compensate for them. The weights of an
+    input that was always zero are rounded to nearest.
+    """
+    order, upper, _ = factor
+    plain_scale, plain_offset = grid(plain)
+    scale, offset = plain_scale[order], None if plain_offset is None else plain_offset[order]
+    format = FORMATS[kind]
+
+    def one(j: Array, row: Array, arrays: tuple, factor: Array) -> tuple[Array, Array]:
+        scale, offset = arrays
+        s, o = scale[j], None if offset is None else offset[j]
+        code = format.nearest(row, s, o)
+        value = format.decode(code) * s if o is None else format.decode(code) * s + o
+        return (row - value) / factor[j, j], code
+
+    zeros = jnp.zeros(weight.shape, format.code_dtype)
+    codes = swept(upper, weight[order], zeros, (scale, offset), one)
+    return codes[jnp.argsort(order)]
+
+
+def swept(
+    matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, one: Callable
+) -> Array:
+    """Return codes [I, O] that are chosen input by input, in blocks.
+
+    one(j, state of the input, arrays of its block, block of the matrix) -> (change, code): the change of the
+    j-th input of a block, times its row of the matrix, is subtracted from the state of all inputs.
+    """
+    ins, outs = state.shape
+    size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
+
+    def take(x: Array, at: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, at, size, 0)
+
+    def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        state, codes = now
+        at = b * size
+        rows = take(matrix, at)
+        own = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
+        inside = jax.tree.map(partial(take, at=at), arrays)
+
+        def step(j: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            part, changes, codes = now
+            change, code = one(j, part[j], inside, own)
+            part = part - own[j][:, None] * change[None]
+            return part, changes.at[j].set(change), codes.at[j].set(code)
+
+        start = take(state, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
+        _, changes, own_codes = jax.lax.fori_loop(0, size, step, start)
+        state = state - jnp.matmul(rows.T, changes, precision=jax.lax.Precision.HIGHEST)
+        return state, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
+
+    return jax.lax.fori_loop(0, ins // size, block, (state, codes))[1]

@@ -26,7 +26,7 @@ import os
 import numpy as np
 from jaxft.nn.lora import pairs_by_path
 from jaxft.train import programs
-from jaxft.weights import eva
+from jaxft.train import eva
 number = os.environ.get("JAXFT_PROCESS", "one")
 adapter_of, directions_of = programs.eva_adapter, eva.principal_directions
 def saved(*args):

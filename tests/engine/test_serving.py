@@ -16,6 +16,7 @@ from jaxft.engine.generate import generate
 from jaxft.engine.sampling import Sampling, left_pad, row_sampling, sample_rows
 from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
 from jaxft.engine.session import RequestSettings, Session
+from jaxft.engine.state import TOP
 from jaxft.models.adapted import adapted
 from jaxft.models.llama import llama
 
@@ -139,8 +140,8 @@ def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(sc
             exact = model_logps(jnp.float64, prompt, found.ids)
             other = model_logps(jnp.float64, prompt, found.ids, "polite")
         for i, token in enumerate(found.tokens):
-            order = np.argsort(-exact[i], kind="stable")[:20]
-            assert token.token == order[0] == token.top[0][0] and len(token.top) == 20
+            order = np.argsort(-exact[i], kind="stable")[:TOP]
+            assert token.token == order[0] == token.top[0][0] and len(token.top) == TOP
             assert token.logp == token.top[0][1]
             ours.append([logp for _, logp in token.top] - exact[i, order])
             rounding.append((rounded - exact)[i, order])

@@ -343,6 +343,11 @@ def test_a_broken_config_file_is_one_line(tmp_path, text, message):
         load_config(write(tmp_path, text), [])
 
 
+def test_a_value_of_a_section_names_a_field():
+    with pytest.raises(ValueError, match=r"adapter=x: .*its fields are settings: adapter\.rank=\.\.\."):
+        load_config("sft", ["adapter=x"])
+
+
 def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

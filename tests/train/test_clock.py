@@ -124,8 +124,8 @@ class Shape:
         return self.shape[0] * self.shape[1] * self.shape[2]
 
 
-def limit(steps, loop=None, held_out=0.05, batches=100, **info):
-    """The limit of a run whose training batches are [2, 4, 64] and held-out batches [1, 4, 64]."""
+def limits(steps, loop=None, held_out=0.05, batches=100, texts=0, **info):
+    """The limits of a run whose training batches are [2, 4, 64] and all others [1, 4, 64]."""
     batch = SimpleNamespace(ids=Shape((1, 4, 64)))
     stats = SimpleNamespace(held_out=4 * batches)
     source = SimpleNamespace(
@@ -134,7 +134,14 @@ def limit(steps, loop=None, held_out=0.05, batches=100, **info):
         shapes=(SimpleNamespace(ids=Shape((2, 4, 64))),),
     )
     data = SimpleNamespace(held_out=held_out, units_per_step=8)
-    return evaluation_limit(SimpleNamespace(loop=loop or Loop(), data=data), source, steps)
+    text = (
+        SimpleNamespace(info=SimpleNamespace(eval_cost=1 / 3), held_out=(batch,) * texts) if texts else None
+    )
+    return evaluation_limit(SimpleNamespace(loop=loop or Loop(), data=data), source, text, steps)
+
+
+def limit(steps, loop=None, **options):
+    return limits(steps, loop, **options).rows
 
 
 def test_evaluations_of_a_short_run_compute_at_most_a_fifth_of_what_training_does():
@@ -145,6 +152,9 @@ def test_evaluations_of_a_short_run_compute_at_most_a_fifth_of_what_training_doe
     assert limit(1000) is limit(10, Loop(eval_fraction=None)) is limit(10, held_out="file.jsonl") is None
     assert limit(10, samples=True, eval_cost=0.5) == 16  # prompts: 2 x 16 x 0.5 of the 80 trained on
     assert limit(10, Loop(), batches=6) is None
+    assert limits(10, texts=20) == (3, 3)  # a tenth each
+    assert limits(10, texts=2, batches=2) == (None, None)
+    assert limits(10, texts=20, held_out="file.jsonl") == (None, None)
 
 
 def test_the_rows_that_are_read_are_spread_over_all():
@@ -156,19 +166,21 @@ def test_a_short_run_says_which_part_of_the_held_out_rows_it_reads_and_goes_on_w
     write_place(tmp_path)
     job = prepare(tmp_path, "steps=3", "data.held_out=0.5", "loop.eval_fraction=0.2")
     batches = job.sources[0].held_out
-    assert job.eval_limit == 1 < len(batches) and [one is batches[0] for one in job.held_out] == [True]
+    assert (
+        job.limit == (1, None) and len(batches) > 1 and [one is batches[0] for one in job.held_out] == [True]
+    )
     (line,) = eval_limit_lines(job)
     assert line.startswith(
         f"evaluations read 1 of {len(batches)} batches of held-out rows and compute at most 20 %"
     )
-    assert eval_limit_lines(continued(job, {"eval_limit": None}, 1)) == []
+    assert eval_limit_lines(continued(job, {}, 1)) == []
     (line,) = first_evaluation_lines(job)
     begin = "evaluating before the first step (held_out=none samples=0 leaves this out); "
     assert line == f"{begin}batches of held-out rows: 1, completions of held-out prompts: 2"
     job = prepare(tmp_path, "steps=3", "data.held_out=none", "samples=0")
     assert first_evaluation_lines(job) == []
     longer = prepare(tmp_path, "steps=9", "data.held_out=0.5", "loop.eval_fraction=0.2")
-    assert longer.eval_limit == 2 and len(continued(longer, {"eval_limit": 1}, 3).held_out) == 1
+    assert longer.limit.rows == 2 and len(continued(longer, {"evaluation_limit": [1, None]}, 3).held_out) == 1
 
 
 def test_a_run_that_read_a_part_of_its_held_out_rows_says_so_at_its_end_and_names_these(tmp_path):
@@ -177,7 +189,7 @@ def test_a_run_that_read_a_part_of_its_held_out_rows_says_so_at_its_end_and_name
     source, whole = job.sources[0], job.sources[0].limit_evaluation(None)
     _, rows, length = source.held_out[0].ids.shape
     at = rows * (length + 1) + 1  # the first example of the second batch that is evaluated
-    second = spread(len(source.held_out), job.eval_limit)[1]
+    second = spread(len(source.held_out), job.limit.rows)[1]
     assert second > 1 and source.held_out_name(at) == whole.held_out_name(second * rows * (length + 1) + 1)
     end = Evaluation(
         metrics={"eval_loss": 2.5}, samples=[], scored=0, intervals={}, score_faults=[], nonfinite=0
@@ -191,4 +203,4 @@ def test_a_run_that_read_a_part_of_its_held_out_rows_says_so_at_its_end_and_name
     assert (
         f"are of 3 of {total} held-out rows, 95 % interval of the loss [-0.484, 4.484];" in found["part_note"]
     )
-    assert with_part(continued(job, {"eval_limit": None}, 1), end, values) is end
+    assert with_part(continued(job, {}, 1), end, values) is end

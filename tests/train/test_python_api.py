@@ -220,6 +220,7 @@ WRONG = [
     (dict(lr={"a": 1}), "lr=a=1: expected float"),
     (dict(lr=len), "lr=len: expected float"),
     (dict(rows=["a"]), "rows[0] is str, not a dict of columns"),
+    (dict(rows=[]), "rows is empty; give at least one row"),
     (dict(rows={"train": []}), "rows is dict, not a list of dicts; give one split"),
     (dict(rows=[{"text": "a"}], data="a.jsonl"), "rows and data= are both the training rows"),
     (dict(settings={"lr": 1}, lr=2), "lr is given twice"),

@@ -111,7 +111,7 @@ def test_calibrated_codes_are_verified_when_they_are_opened_and_written_again(ca
     assert write_codes() == [1] and write_codes(1) == []
     file = cache / "calibrated" / "some" / "layer-00000.safetensors"
     before, sha256 = file.read_bytes(), codes.codes_sha256("some")
-    assert len(codes.open_codes("some")) == 1
+    assert len(codes.open_codes("some").quantised) == 1
     for damage in (flip, lambda path: path.write_bytes(b"")):
         damage(file)
         with pytest.raises(ValueError, match="cannot be used: .*layer-00000.*Start the run's command again"):
@@ -119,7 +119,7 @@ def test_calibrated_codes_are_verified_when_they_are_opened_and_written_again(ca
         assert str(file) in codes.codes_damage("some")
         assert write_codes() == [1]
         assert file.read_bytes() == before and codes.codes_sha256("some") == sha256
-        assert len(codes.open_codes("some")) == 1
+        assert len(codes.open_codes("some").quantised) == 1
 
 
 def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_path):
@@ -145,7 +145,7 @@ def test_codes_of_an_earlier_version_are_adopted_by_a_run_that_has_recorded_them
         codes.open_codes("some")
     (tmp_path / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
     assert runfolder._base_weights(tmp_path, {"weights": "base", "weights_path": None}) == "base"
-    assert (out / HASHES).read_bytes() == hashes and len(codes.open_codes("some")) == 1
+    assert (out / HASHES).read_bytes() == hashes and len(codes.open_codes("some").quantised) == 1
     (out / HASHES).unlink()
     assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes  # a new run: made again
 

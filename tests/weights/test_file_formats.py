@@ -52,11 +52,15 @@ def test_a_format_opens_what_it_writes_with_the_same_values(tmp_path, name, kind
         ("jaxft", "a.weight.codes", {"kind": "nf4", "block": 64, "double": False}),
     ],
 )
-def test_codes_that_are_no_matrix_are_one_line_with_their_name(tmp_path, name, tensor, settings):
-    path = tmp_path / "model.safetensors"
-    save_file({tensor: np.zeros((2, 4, 8), np.int32)}, path)
-    with pytest.raises(ValueError, match=rf"{tensor} has shape \[2, 4, 8\]; codes of a weight are a matrix$"):
-        open_tensors(open_safetensors(tmp_path, [path]), {"quant_method": name, **settings})
+def test_codes_that_are_no_matrix_or_no_codes_are_one_line_with_their_name(tmp_path, name, tensor, settings):
+    path, kind = tmp_path / "model.safetensors", "uint8" if name == "jaxft" else "int32"
+    for wrong in (np.zeros((2, 4, 8), kind), np.zeros(8, kind), np.zeros((8, 16), np.float32)):
+        save_file({tensor: wrong}, path)
+        shown = (
+            rf"{tensor} is {wrong.dtype}\[.*\], expected a matrix of {kind}, the codes of a quantised weight$"
+        )
+        with pytest.raises(ValueError, match=shown):
+            open_tensors(open_safetensors(tmp_path, [path]), {"quant_method": name, **settings})
 
 
 def test_a_format_that_is_unknown_or_only_read_is_one_line_that_names_the_others():

@@ -20,7 +20,7 @@ from jaxft.nn.quant import Quant, quantize
 from jaxft.nn.quant_formats import NF4
 from jaxft.runs import cli
 from jaxft.train.calibrate import squared_inputs
-from jaxft.weights import gptq, pretrained, storage
+from jaxft.weights import pretrained, rounding, storage
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),
@@ -48,8 +48,8 @@ def value(q):
 def by_gptq(w, moment, *form):
     """A weight with the scales of plain rounding and GPTQ's codes."""
     plain = quantize(w, *form)
-    factor = gptq.inverse_factor(jnp.asarray(moment))
-    return gptq.with_codes(plain, gptq.gptq_codes(jnp.asarray(w), factor, plain, form[0]))
+    factor = rounding.inverse_factor(jnp.asarray(moment))
+    return rounding.with_codes(plain, rounding.gptq_codes(jnp.asarray(w), factor, plain, form[0]))
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids=lambda f: f[0])
@@ -77,7 +77,7 @@ def by_solving(w, moment, scale, levels):
     """
     w, done = w.astype(np.float64).copy(), []
     own = np.diag(moment).astype(np.float64)
-    h = moment.astype(np.float64) + np.diag(np.full(len(w), gptq.DAMPING * own.mean()))
+    h = moment.astype(np.float64) + np.diag(np.full(len(w), rounding.DAMPING * own.mean()))
     order = list(np.argsort(-np.diag(moment), kind="stable"))
     out = np.zeros_like(w)
     for n, j in enumerate(order):

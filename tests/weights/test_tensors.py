@@ -17,7 +17,7 @@ from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
 from jaxft.nn.quant import quantize
 from jaxft.nn.tensor_names import TensorName
 from jaxft.weights import hf, hf_write, place
-from jaxft.weights.merge import merge_files, merge_on_read
+from jaxft.weights.merge import lazy_params, merge_files, merge_on_read
 from jaxft.weights.param_reader import param_readers, read_whole
 from jaxft.weights.tensors import tensors_of
 
@@ -88,6 +88,15 @@ def test_files_have_the_experts_as_transformers_names_and_orients_them(tmp_path)
 def test_every_parameter_is_read_as_it_was_written(written):
     for path, reader in readers_of(written).items():
         np.testing.assert_array_equal(read_whole(reader), tree.paths(written[1])[path], err_msg=path)
+
+
+def test_a_parameter_that_is_read_when_it_is_needed_has_every_part_of_it(written):
+    readers = readers_of(written)
+    lazy, whole = tree.paths(lazy_params(readers)), tree.paths(written[1])
+    for path in ("layers/mlp/up", "embed", "layers/attn_norm"):
+        np.testing.assert_array_equal(np.asarray(lazy[path]), whole[path])
+        np.testing.assert_array_equal(lazy[path][1], whole[path][1])
+        np.testing.assert_array_equal(lazy[path][1, 3], whole[path][1, 3])
 
 
 def test_every_value_of_a_parameter_is_in_one_of_its_tensors_and_every_tensor_is_filled(written):

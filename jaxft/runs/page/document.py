@@ -27,6 +27,7 @@ from jaxft.runs.charts import (
 from jaxft.runs.folder import SUMMARY
 from jaxft.runs.page import sections
 from jaxft.runs.page.markup import escaped
+from jaxft.runs.page.reliability import reliability_section
 from jaxft.runs.page.run_files import RunFiles, folders_of_runs, read_run
 from jaxft.runs.plots import COLOURS
 from jaxft.runs.terminal import printable_message
@@ -68,6 +69,7 @@ SECTIONS = {
     "overview": PageSection("Overview", "config.json or parameters.json", sections.overview_section),
     "alarms": PageSection("Alarms", "summary.json or alarms.json", sections.alarms_section),
     "curves": PageSection("Curves", "metrics.jsonl", curves_section),
+    "reliability": PageSection("Reliability", "held_out.jsonl", reliability_section),
     "settings": PageSection("Settings", "config.json", sections.settings_section),
     "samples": PageSection("Samples", SUMMARY, sections.samples_section),
     "completions": PageSection("Completions", COMPLETIONS, sections.rewards_section),

@@ -17,7 +17,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
     group = group_size(files.where, settings)
 
     def weight(stem: str) -> QuantisedTensor:
-        ins, columns = ff.matrix_shape(files, f"{stem}.qweight")
+        ins, columns = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
         layout = ff.block_layout("affine4", (ins, 8 * columns), group, np.float16, np.float32)
         tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales")]
         return ff.quantised_tensor(

@@ -141,13 +141,10 @@ def _read_state(files: SafetensorsFiles, name: str) -> dict[str, Any]:
 
 
 def _open_8bit(files: SafetensorsFiles, weight: str, scales: str) -> QuantisedTensor:
-    outs, ins = ff.matrix_shape(files, weight)
+    outs, ins = ff.matrix_shape(files, weight, np.int8)
     layout = ff.block_layout("int8", (ins, outs), None, np.float32)
 
     def decode(index: Index) -> dict[str, Any]:
-        dtype = files.tensors[weight].dtype
-        if dtype != np.int8:
-            raise ValueError(f"{files.where}: {weight} is {dtype}, expected int8 because it has an SCB")
         scale = read_tensor(files, scales, index[1:], (outs,)).astype(np.float32) * np.float32(1 / 127)
         return {"codes": read_tensor(files, weight, index[::-1]).T, "scale": scale[None]}
 

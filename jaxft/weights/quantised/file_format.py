@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
-from jaxft.weights.safetensors import SafetensorsFiles
+from jaxft.weights.safetensors import SafetensorsFiles, required
 
 QuantConfig = dict[str, Any]  # quantization_config of a config.json
 Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain model
@@ -81,12 +81,17 @@ def stems(files: SafetensorsFiles, ending: str) -> list[str]:
     return [name.removesuffix(ending) for name in files.tensors if name.endswith(ending)]
 
 
-def matrix_shape(files: SafetensorsFiles, name: str) -> tuple[int, int]:
-    """Return the shape of a tensor of codes. Raises ValueError for one that is no matrix."""
-    shape = files.tensors[name].shape
-    if len(shape) != 2:
-        raise ValueError(f"{files.where}: {name} has shape {list(shape)}; codes of a weight are a matrix")
-    return shape[0], shape[1]
+def matrix_shape(files: SafetensorsFiles, name: str, dtype: DTypeLike) -> tuple[int, int]:
+    """Return the shape of a weight's codes. Raises ValueError if they are missing, no matrix, or of another
+    dtype.
+    """
+    codes, expected = required(files, name), np.dtype(dtype)
+    if codes.dtype != expected or len(codes.shape) != 2:
+        raise ValueError(
+            f"{files.where}: {name} is {codes.dtype}{list(codes.shape)}, expected a matrix of {expected}, "
+            "the codes of a quantised weight"
+        )
+    return codes.shape[0], codes.shape[1]
 
 
 # Layouts

@@ -14,7 +14,7 @@ from jaxft.nn.quant_formats import E4M3, pack
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.grouped_int4 import read_eights
-from jaxft.weights.safetensors import FLOATS, SafetensorsFiles, read_tensor, required
+from jaxft.weights.safetensors import FLOATS, SafetensorsFiles, read_tensor
 
 BlocksOf = Callable[[int, int], tuple[int, int]]  # the outputs and inputs per scale of a weight [out, in]
 STATIC_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
@@ -72,16 +72,10 @@ def scaled_weights(
 def _scaled_weight(
     files: SafetensorsFiles, format: str, kind: str, scales: str, blocks_of: BlocksOf
 ) -> QuantisedTensor:
-    stem, _, suffix = scales.rpartition(".")
-    numbers, dtype = stem + NUMBER_NAMES[kind], NUMBER_DTYPES[kind]
-    tensor, given = required(files, numbers), files.tensors[scales]
-    stored = tensor.shape
-    if tensor.dtype != dtype or len(stored) != 2:
-        raise ValueError(
-            f"{files.where}: {numbers} is {tensor.dtype}{list(stored)}, expected a matrix of "
-            f"{dtype} because it has {suffix}"
-        )
-    outs, ins = stored[0], stored[1] * (8 if kind == "int4" else 1)
+    stem = scales.rpartition(".")[0]
+    numbers, given = stem + NUMBER_NAMES[kind], files.tensors[scales]
+    outs, ins = ff.matrix_shape(files, numbers, NUMBER_DTYPES[kind])
+    ins *= 8 if kind == "int4" else 1
     rows, columns = blocks_of(outs, ins)
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():

@@ -26,7 +26,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
     indexed = bool(settings.get("desc_act", False) and group)
 
     def weight(stem: str) -> QuantisedTensor:
-        rows, outs = ff.matrix_shape(files, f"{stem}.qweight")
+        rows, outs = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
         layout = ff.block_layout(kind, (8 * rows, outs), group, np.float16, offset_dtype, indexed)
         tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales", "g_idx")]
         return ff.quantised_tensor("gptq", tensors, layout, partial(_decode, files, stem, layout, how))

@@ -3,7 +3,7 @@
 from operator import attrgetter
 from typing import Any
 
-from jaxft.nn.quant import KINDS, QTensor, Quant, is_paired
+from jaxft.nn.quant import FORMATS, KINDS, QTensor, Quant, is_paired
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.safetensors import SafetensorsFiles, read_tensor
@@ -16,7 +16,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
         raise ValueError(f"{files.where}: its quantization_config is not a format of jaxft ({e})") from e
 
     def weight(name: str) -> QuantisedTensor:
-        rows, outs = ff.matrix_shape(files, f"{name}.codes")
+        rows, outs = ff.matrix_shape(files, f"{name}.codes", FORMATS[quant.kind].code_dtype)
         layout = ff.quantize_layout((rows * (2 if is_paired(quant.kind) else 1), outs), quant)
         arrays = ff.arrays_of(layout)
 

@@ -18,8 +18,8 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.quant import Quant
-from jaxft.train import eva as eva_start
-from jaxft.weights import eva, init, peft_write, pretrained
+from jaxft.train import eva
+from jaxft.weights import init, peft_write, pretrained
 from jaxft.weights import peft as peft_layout
 
 torch = pytest.importorskip("torch")
@@ -63,11 +63,11 @@ def begin(world, settings=SETTINGS, batches=None, shape=MeshShape(), devices=1, 
     mesh, lines = sharding.make_mesh(shape, jax.devices()[:devices]), []
     whole = adapted(model, settings)
     batches = [padded()] if batches is None else batches
-    rows = eva_start.FirstRows(lambda: [jax.tree.map(lambda x: x[None], b) for b in batches], lines.append)
+    rows = eva.FirstRows(lambda: [jax.tree.map(lambda x: x[None], b) for b in batches], lines.append)
     with jax.set_mesh(mesh):
         base = pretrained.load_frozen(ref, model, mesh, quant)
         fresh = init.init_all_but_base(whole, mesh, 0, init.HeadSettings(settings), ref)["adapter"]
-        found = eva_start.eva_adapter(whole, base, fresh, settings, rows, mesh)
+        found = eva.eva_adapter(whole, base, fresh, settings, rows, mesh)
         return whole, base, jax.device_get(found), lines
 
 
@@ -145,8 +145,8 @@ def test_covariances_in_several_parts_lead_to_the_same_start(world, monkeypatch)
     settings = replace(SETTINGS, targets=("o", "down"))
     *_, expected, whole = begin(world, settings)
     limit = 80_000  # o has 3 * 64 * 64 * 4 bytes, down 3 * 96 * 96 * 4
-    monkeypatch.setattr(eva_start, "MOMENT_BYTES", limit)
-    groups = eva_start._groups({"o": (3, 64, 12), "down": (3, 96, 12)})
+    monkeypatch.setattr(eva, "MOMENT_BYTES", limit)
+    groups = eva._groups({"o": (3, 64, 12), "down": (3, 96, 12)})
     assert groups == [{"o": (0, 64)}, {"down": (0, 69)}, {"down": (69, 96)}]
     *_, found, lines = begin(world, settings)
     assert len(whole) == 2 and len(lines) == 4 and "down (70 to 96 of 96)" in lines[2]

@@ -1,0 +1,37 @@
+"""A decision model: probabilities of the choices of a question, on the rows in configs/data.
+
+    python scripts/train.py --config configs/decision.py
+    python scripts/train.py --config configs/decision.py loss=brier name=decision_brier
+
+SmolLM2-135M-Instruct, LoRA on every linear layer: the letter of one of two or three choices.
+
+Hardware: 2 CPU cores, 2 GB; 5 minutes.
+"""
+
+from functools import partial
+
+from jaxft.data.decision_rows import DecisionRows
+from jaxft.objectives.decision import cross_entropy, decision
+from jaxft.train.recipes import DECISIONS, DecisionLossFunction, LoraOrFullKnobs, RowKnobs
+from jaxft.train.settings import Loop, Run
+
+
+def config(
+    base: LoraOrFullKnobs = LoraOrFullKnobs(),
+    rows: RowKnobs = RowKnobs(DECISIONS, batch=2),
+    name: str = "decision",
+    lr: float = 1e-3,  # auto: by the model's width, and the default with another model
+    loss: DecisionLossFunction = cross_entropy,
+    labels: tuple[str, ...] = (),  # of rows with a text and a label, in the order of their letters
+) -> Run:
+    """Decisions between given choices, with calibrated probabilities."""
+    return Run(
+        name=name,
+        **base.sections(),
+        objective=partial(decision, loss=loss),
+        data=DecisionRows(**rows.settings(), labels=labels),
+        optim=base.optim(lr),
+        loop=Loop(eval_every=30, save_every=60),
+        samples=0,
+        seed=rows.seed,
+    )

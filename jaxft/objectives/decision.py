@@ -1,0 +1,146 @@
+"""Decisions: the probabilities of given choices at one position, trained by a proper scoring rule.
+
+A proper scoring rule is least, in expectation, for the true probabilities (Gneiting & Raftery 2007,
+doi:10.1198/016214506000001437), so a model that is trained by one is calibrated as far as its rows tell.
+"""
+
+from collections.abc import Callable
+from dataclasses import field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxft.batch import Decisions
+from jaxft.objectives.logprobs import LanguageModel
+from jaxft.objectives.metrics import (
+    ENTROPY,
+    LOSS,
+    ROWS,
+    CalibrationError,
+    PerRow,
+    Sum,
+    by_row,
+    layer_metrics,
+    mean_losses,
+)
+from jaxft.objectives.objective import Objective
+from jaxft.objectives.read_positions import read_logits
+from jaxft.objectives.sft import sft
+from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
+
+ACCURACY, LOG_LOSS, BRIER, ECE = "accuracy", "log_loss", "brier", "ece"
+CONFIDENCE, CORRECT = "confidence", "correct"  # of single rows: what ece compares
+NONE = -1e30  # the log-probability of a choice that a row does not have; finite, since 0 * inf is NaN
+
+PerChoice = Float[Array, "... C"]
+DecisionLoss = Callable[[PerChoice, PerChoice], Float[Array, "..."]]
+
+
+def cross_entropy(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
+    """`-sum_c q_c log p_c`: the logarithmic score (Good 1952) in expectation over labels of probability q."""
+    return -jnp.sum(q * log_p, -1)
+
+
+def log_score(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
+    """`sum_c q_c log(q_c / p_c)`: cross_entropy minus its least value, so that it is 0 where p = q.
+
+    Its gradient is that of cross_entropy; where one choice is certain, the two are equal.
+    """
+    return jnp.sum(q * (jnp.log(jnp.where(q > 0, q, 1)) - log_p), -1)
+
+
+def brier(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
+    """`sum_c (p_c - q_c)^2`, from 0 to 2 (Brier 1950, "Verification of forecasts expressed in terms of
+    probability").
+
+    It is bounded, so that a wrong label costs less than with cross_entropy.
+    """
+    return jnp.sum(jnp.square(jnp.exp(log_p) - q), -1)
+
+
+def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]) -> Float[Array, "B M C"]:
+    """Return the log-softmax over the choices of each decision. choices: indices of U, -1 for none, which
+    gets NONE.
+    """
+    found = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
+    return jax.nn.log_softmax(jnp.where(choices >= 0, found, jnp.asarray(NONE, found.dtype)), -1)
+
+
+@struct
+class Outputs:
+    """The forward pass of a batch: log-probabilities of the choices, and those of the rows.
+
+    weight: of each decision; 0 marks padding.
+    """
+
+    log_p: Float[Array, "B M C"]
+    q: Float[Array, "B M C"]
+    weight: Float[Array, "B M"]
+    sources: Int[Any, "B M"] | None = None
+    layers: LayerOutputs = field(default_factory=dict)  # by row, see metrics.by_row
+    source_names: tuple[str, ...] = static(default=())
+
+
+def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Objective:
+    """`sum_d w_d loss(log p_d, q_d)` over decisions d, with p the softmax over the logits of the choices.
+
+    Only the choices' part of the head is computed, not the vocabulary's. loss: cross_entropy, brier,
+    log_score, or another function of log p [..., C] and q [..., C] that returns [...].
+
+    Metrics, over decisions of equal weight: accuracy (the most probable choice is the row's most probable
+    one), log_loss (cross_entropy), brier, ece (see metrics.CalibrationError; a prediction is as right as the
+    row's probability of the predicted choice) and entropy of p in nats.
+
+    Example:
+        decision(model, loss=brier)
+    """
+
+    def forward(params: Params, batch: Decisions, key: Array | None, aux: Aux) -> Outputs:
+        h, layers = model.hidden(params, batch, key)
+        tokens = jnp.asarray(batch.tokens, jnp.int32)
+        log_p = choice_log_probs(read_logits(model, params, h, batch.read, tokens), batch.choices)
+        q, weight = batch.probabilities.astype(log_p.dtype), batch.token_weights.astype(log_p.dtype)
+        return Outputs(log_p, q, weight, batch.sources, by_row(layers), batch.source_names)
+
+    def decision_loss(outputs: Outputs, aux: Aux, with_rows: bool = False) -> tuple[Array, Metrics]:
+        values = loss(outputs.log_p, outputs.q)
+        total = jnp.sum(jnp.where(outputs.weight > 0, outputs.weight * values, 0))
+        metrics = {
+            **mean_losses(values, outputs.weight, outputs.sources, outputs.source_names),
+            **_metrics(outputs, values if with_rows else None),
+            **layer_metrics(outputs.layers),
+        }
+        return total, jax.lax.stop_gradient(metrics)
+
+    return Objective(
+        forward,
+        decision_loss,
+        eval_loss=partial(decision_loss, with_rows=True),
+        text=sft(model),
+    )
+
+
+def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
+    """Return the metrics of all decisions; with `losses`, the values of each of them too."""
+    log_p, q, used = outputs.log_p, outputs.q, outputs.weight > 0
+    top = jnp.argmax(log_p, -1)[..., None]
+    confidence, correct = (jnp.take_along_axis(x, top, -1)[..., 0] for x in (jnp.exp(log_p), q))
+    accurate = (correct >= jnp.max(q, -1)).astype(q.dtype)
+
+    def mean(values: Float[Array, "B M"]) -> Sum:
+        return Sum.of(jnp.where(used, values, 0), used)
+
+    metrics: Metrics = {
+        ACCURACY: mean(accurate),
+        LOG_LOSS: mean(cross_entropy(log_p, q)),
+        BRIER: mean(brier(log_p, q)),
+        ECE: CalibrationError.of(confidence, correct, used),
+        ENTROPY: mean(cross_entropy(log_p, jnp.exp(log_p))),
+    }
+    if losses is not None:
+        rows = {LOSS: losses, ACCURACY: accurate, CONFIDENCE: confidence, CORRECT: correct}
+        metrics |= {ROWS + name: PerRow.of(values, outputs.weight) for name, values in rows.items()}
+    return metrics

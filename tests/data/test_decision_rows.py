@@ -1,0 +1,219 @@
+"""Decision rows: their prompts, choices and probabilities, batches of them, and the errors of bad ones."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from tiny_tokenizers import CHATML, tiny
+
+from jaxft.data.decision_rows import DecisionRows, choice_names
+from jaxft.data.decisions import answer_tokens, parse
+from jaxft.data.inspection import inspect
+from jaxft.data.invalid import InvalidRow
+from jaxft.data.lengths import measure
+from jaxft.data.rows import Row
+from jaxft.inference.served_model import ServedModel, decision_prompt
+
+QUESTION = {
+    "question": "Which is it?",
+    "choices": ["a", {"value": "b", "description": "the rank"}],
+    "answer": "b",
+}
+THINKING = CHATML.replace(
+    "<|im_start|>assistant\n' }}{% endif %}",
+    "<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}",
+)
+
+
+def write(folder, rows, name="r.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def source_of(folder, rows, tokenizer=None, **options):
+    options = {"held_out": "none", "max_length": 256, "batch": 2, **options}
+    data = DecisionRows(write(folder, rows), **options)
+    return data.open(tokenizer or tiny("chatml"), cache=folder / "cache")
+
+
+def questions(count):
+    """Decisions of two to four choices, every third with probabilities."""
+    found = []
+    for i in range(count):
+        names = [f"{name}{i}" for name in "wxyz"[: 2 + i % 3]]
+        answer = names[i % len(names)] if i % 3 else {names[0]: 0.25, names[-1]: 0.75}
+        found.append({"question": f"{i}?", "choices": names, "answer": answer, "weight": 1 + i % 2})
+    return found
+
+
+def texts_and_choices(source, batch, tokenizer):
+    """(text read, {letter: probability}, weight) of each decision of a batch."""
+    for (micro, row, m), weight in np.ndenumerate(batch.token_weights):
+        if weight:
+            at, segment = batch.read[micro, row, m], batch.segments[micro, row]
+            ids = batch.ids[micro, row][(segment == segment[at]) & (np.arange(len(segment)) <= at)]
+            used = batch.choices[micro, row, m] >= 0
+            letters = [tokenizer.decode([batch.tokens[c]]) for c in batch.choices[micro, row, m][used]]
+            p = dict(zip(letters, batch.probabilities[micro, row, m][used].tolist()))
+            assert batch.targets[micro, row, m] == batch.ids[micro, row, at + 1]
+            yield tokenizer.decode(ids), p, float(weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": False}, {"micro": 2, "batch": 4}], ids=str)
+def test_batches_have_every_decision_with_its_choices_and_weights_that_sum_to_one(tmp_path, options):
+    tokenizer, rows = tiny("chatml"), questions(11)
+    source = source_of(tmp_path, rows, tokenizer, **options)
+    found = {}
+    for step in range(int(source.info.steps_per_epoch)):
+        batch = source.batch(step)[0]
+        assert batch.choices.shape == source.shapes[0].choices.shape == batch.probabilities.shape
+        assert batch.token_weights.sum() == pytest.approx(1)
+        factor = None
+        for text, p, weight in texts_and_choices(source, batch, tokenizer):
+            number = int(text.split("user\n")[1].split("?")[0])
+            found[number] = p
+            factor = factor or weight / rows[number]["weight"]
+            assert weight == pytest.approx(factor * rows[number]["weight"])
+            assert text.endswith("<|im_start|>assistant\nchoice#")
+    assert sorted(found) == list(range(11))
+    for number, row in enumerate(rows):
+        answer = row["answer"] if isinstance(row["answer"], dict) else {row["answer"]: 1.0}
+        expected = {letter: answer.get(name, 0.0) for letter, name in zip("ABCD", row["choices"])}
+        assert found[number] == pytest.approx(expected)
+
+
+def test_a_prompt_lists_its_choices_and_is_the_one_that_the_server_reads(tmp_path):
+    tokenizer = tiny("chatml")
+    decision = parse(Row("r:1", QUESTION), "decision")
+    source = source_of(tmp_path, [QUESTION, QUESTION])
+    batch = source.batch(0)[0]
+    (text, p, _), _ = texts_and_choices(source, batch, tokenizer)
+    assert text == (
+        "<|im_start|>user\nWhich is it?\n\nAnswer with one of these choices:\nchoice#A a\n"
+        "choice#B b: the rank<|im_end|>\n<|im_start|>assistant\nchoice#"
+    )
+    assert p == {"A": 0.0, "B": 1.0}
+    served = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
+    assert tokenizer.decode(served) == text
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "Which is it?"}]
+    other = parse(Row("r:1", {**QUESTION, "question": None, "messages": turns}), "decision")
+    assert [m["content"] for m in other.messages][0] == "s" and other.messages[1] == decision.messages[0]
+
+
+def test_a_reranker_s_prompt_is_the_published_one_of_qwen3():
+    # https://huggingface.co/Qwen/Qwen3-Reranker-0.6B: prefix, format_instruction and suffix of its model card
+    prefix = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+        'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    tokenizer = copy.deepcopy(tiny("chatml"))
+    tokenizer.chat_template = THINKING
+    tokenizer.add_tokens(["yes", "no"])
+    row = {"query": "what is a rank?", "document": "the rank of a matrix", "label": 1}
+    decision = parse(Row("r:1", row), "reranker")
+    served = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
+    body = "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
+    body += "<Query>: what is a rank?\n<Document>: the rank of a matrix"
+    assert tokenizer.decode(served) == prefix + body + suffix
+    assert decision.probabilities == (0.0, 1.0) and decision.answers == ("no", "yes")
+    _, tokens = answer_tokens(tokenizer, decision.prefix, decision.answers)
+    assert tokens == [tokenizer.convert_tokens_to_ids(x) for x in ("no", "yes")]
+    soft = parse(Row("r:1", {**row, "label": 0.25, "instruction": "Find it"}), "reranker")
+    assert soft.probabilities == (0.75, 0.25) and "<Instruct>: Find it\n" in soft.messages[1]["content"]
+
+
+def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_path):
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(["pos", "neg", "pos", "other"])]
+    source = source_of(tmp_path, rows)
+    assert source.settings.labels == ("neg", "other", "pos")
+    assert choice_names(source.settings)["r.jsonl:1"] == ("neg", "other", "pos")
+    numbers = [{"text": "t", "label": 1}, {"text": "u", "label": 0}]
+    named = source_of(tmp_path, numbers, labels=("bad", "good"), question="Is it good?")
+    found = dict((text, p) for text, p, _ in texts_and_choices(named, named.batch(0)[0], tiny("chatml")))
+    (text,) = (text for text in found if "user\nt\n" in text)
+    assert "\n\nIs it good?\n" in text and "choice#B good" in text and found[text] == {"A": 0.0, "B": 1.0}
+
+
+@pytest.mark.parametrize(
+    "choices, answer, expected",
+    [
+        (["4", "5"], "5", (0, 1)),
+        (["4", "5", "6"], 1, (0, 1, 0)),  # MMLU's index
+        ([True, False], True, (1, 0)),
+        (["a", "b"], [0.2, 0.8], (0.2, 0.8)),
+        (["a", "b", "c"], {"a": 0.33, "b": 0.33, "c": 0.33}, (1 / 3,) * 3),
+        ({"label": ["A", "B"], "text": ["x", "y"]}, "B", (0, 1)),  # ARC's
+    ],
+    ids=str,
+)
+def test_an_answer_is_a_value_an_index_or_probabilities(choices, answer, expected):
+    found = parse(Row("r:1", {"question": "q", "choices": choices, "answer": answer}), "decision")
+    assert found.probabilities == pytest.approx(expected)
+
+
+BAD = [
+    ({"answer": "c"}, "answer 'c' is none of the 2 choices"),
+    ({"answer": 2}, "answer '2' is none of the 2 choices"),
+    ({"answer": None}, "is none of the 2 choices"),
+    ({"answer": {"a": 0.5, "b": 0.4}}, "sum to 0.9; they must sum to 1, within 0.01"),
+    ({"answer": {"a": 1.5, "b": -0.5}}, "probability of 'b' is -0.5"),
+    ({"answer": {"a": "x", "b": 1}}, "probability of 'a' is x"),
+    ({"answer": {"c": 1}}, "answer 'c' is none of the 2 choices"),
+    ({"choices": ["a"], "answer": "a"}, "2 to 26 choices, one letter each, got 1"),
+    ({"choices": [str(i) for i in range(27)], "answer": "3"}, "2 to 26 choices, one letter each, got 27"),
+    ({"choices": ["b", "b"]}, "two choices have the value 'b'"),
+    ({"choices": "b"}, "choices must be a list"),
+    ({"choices": [{"description": "x"}, "b"]}, "choices[0] has no value"),
+    ({"question": ""}, "column 'question' is empty"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "keep one of them"),
+    ({"weight": -1}, "column 'weight' is -1"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=lambda x: str(x)[:40])
+def test_a_bad_row_is_one_line(change, message):
+    with pytest.raises(InvalidRow) as error:
+        parse(Row("r.jsonl:3", {**QUESTION, **change}), "decision")
+    assert str(error.value).startswith("r.jsonl:3: ") and message in str(error.value)
+
+
+def test_bad_rows_end_the_run_with_file_and_row_or_are_counted(tmp_path):
+    rows = [QUESTION] * 5 + [{**QUESTION, **change} for change, _ in BAD[:5]]
+    with pytest.raises(
+        InvalidRow, match=r"r.jsonl:6: answer 'c' is none of the 2 choices; near: .*invalid=drop"
+    ):
+        source_of(tmp_path, rows, invalid="error")
+    found = source_of(tmp_path, rows, invalid="drop", invalid_limit=0.5)
+    assert {count.reason: count.rows for count in found.info.stats.invalid} == {
+        "answer that is none of the choices": 3,
+        "probabilities that do not sum to 1": 1,
+        "probability that is no number of at least 0": 1,
+    }
+    assert found.info.stats.examples == 5
+
+
+def test_letters_that_the_tokenizer_merges_are_refused():
+    tokenizer = copy.deepcopy(tiny("chatml"))
+    tokenizer.add_tokens(["#A"])
+    with pytest.raises(ValueError, match="does not make 'A' one token after 'choice#'"):
+        answer_tokens(tokenizer, "choice#", ("A", "B"))
+    with pytest.raises(ValueError, match="does not make 'no' one token alone"):
+        answer_tokens(tiny("chatml"), "", ("no", "yes"))
+
+
+def test_settings_that_decisions_do_not_have_are_refused_and_inspect_reads_them(tmp_path):
+    for options in ({"loss_on": "all"}, {"too_long": "truncate"}, {"packing": "wrapped"}, {"labels": ("a",)}):
+        with pytest.raises(ValueError, match=f"data.{next(iter(options))}="):
+            DecisionRows("r.jsonl", **options)
+    long = {**QUESTION, "question": "word " * 100}
+    data = DecisionRows(write(tmp_path, [QUESTION, QUESTION, long]), held_out=0.3, max_length=128)
+    found = inspect(data, tiny("chatml"))
+    assert found.statistics["dropped"] == 1 and found.statistics["held_out"] == 1
+    (example,) = found.train()
+    assert np.flatnonzero(example.parts[0].weights).tolist() == [len(example.parts[0].ids) - 1]
+    assert len(measure(data, tiny("chatml"), tmp_path / "cache")) == 3
+    with pytest.raises(ValueError, match="128; raise data.max_length or set data.too_long=drop"):
+        DecisionRows(data.train, max_length=128, too_long="error").open(tiny("chatml"), cache=tmp_path)
