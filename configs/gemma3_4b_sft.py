@@ -6,7 +6,8 @@ Plan for one H100: 15.2 GiB, 6.7 s per step of 16 rows of 4096 tokens, so a mill
 TPU v5e slice of four chips (--devices v5e:2x2, micro=4 remat=full): 7.0 GiB per chip, 4.9 s. Times are
 estimates by scripts/plan.py, not measured. quant=nf4 needs less memory, full=true more.
 
-google/gemma-3-4b-it is multimodal. Only its text decoder is loaded and trained, and exports are text-only.
+google/gemma-3-4b-it is multimodal. Only its text decoder is loaded and trained, on text; adapters and exports
+are for the whole model.
 Access must be granted on the hub (HF_TOKEN).
 
 Hardware: a GPU of 24 GB; 102 s for a million tokens on an H100 (planned).

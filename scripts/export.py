@@ -15,6 +15,8 @@ merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' l
 compressed-tensors (vLLM loads both, as does transformers with the package of that name), others for jaxft
 (quant=checkpoint). --format chooses another layout: gptq, awq or compressed-tensors for int4,
 compressed-tensors for int8. A reward model is written as a sequence classifier with one label.
+A multimodal model keeps its class: the decoder's changed weights are written in the dtype of its files, and
+everything else is copied byte for byte. --text-only, --pack and --gguf write its text decoder alone.
 
 --gguf writes one file with tokenizer and chat template, without torch and llama.cpp. TYPE is F32, F16,
 BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or Q4_0; the mixtures are llama.cpp's.
@@ -47,7 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, required=True, help="the folder to write, or NAME.gguf with --gguf"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the written weights (default bfloat16; of a multimodal model that of its files)",
+    )
+    parser.add_argument(
+        "--text-only", action="store_true", help="of a multimodal model write the text decoder alone"
+    )
     parser.add_argument(
         "--quant",
         choices=KINDS,
@@ -83,6 +92,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--format {args.format} is the layout of quantised weights; add --pack int4 or another")
     if args.gguf and (args.pack or args.dtype):
         parser.error("--gguf names the type of the weights; leave --pack and --dtype out")
+    if args.text_only and (args.gguf or args.pack):
+        parser.error("--gguf and --pack write a multimodal model's text decoder alone; leave --text-only out")
     if args.run is not None:
         from jaxft.runs.store_copy import local_folder
 
@@ -118,6 +129,7 @@ def main() -> int:
     from jaxft.nn import quant
     from jaxft.runs.named_weights import named_weights
     from jaxft.train import export, export_gguf
+    from jaxft.weights import hf
 
     named = named_weights(args.run, args.model, args.adapter)
     for line in named.notes:
@@ -139,10 +151,12 @@ def main() -> int:
         print(f"{args.out}: {merged} as {args.gguf}, {summary}")
         return 0
     how = export.ExportQuant(quant.Quant(args.pack), format=args.format) if args.pack else None
-    dtype = args.dtype or "bfloat16"
-    summary = export.export_model(args.out, source, dtype, how)
+    summary = export.export_model(args.out, source, args.dtype, how, args.text_only)
+    kind = args.pack or args.dtype or "bfloat16"
+    if not (args.pack or args.dtype or args.text_only) and hf.text_part_of(named.ref):
+        kind = "a multimodal model"
     size = f"{export.weights_gib(args.out):.2f} GiB"
-    print(f"{args.out}: {merged} as {args.pack or dtype}, {size}{f'; {summary}' if summary else ''}")
+    print(f"{args.out}: {merged} as {kind}, {size}{f'; {summary}' if summary else ''}")
     return 0
 
 

@@ -64,7 +64,7 @@ def adapter_to_merge(source: Path) -> Any:
     return named
 
 
-def merge(named: Any, out: Path, dtype: str) -> None:
+def merge(named: Any, out: Path, dtype: str | None) -> None:
     """Write the model with the adapter merged into its base."""
     from jaxft.train import export
 
@@ -113,7 +113,7 @@ def main() -> int:
             named = adapter_to_merge(args.source)
             if not args.dry_run:
                 check_access(target)  # before a merge, which takes hours for a large model
-            merge(named, merged, args.dtype or "bfloat16")
+            merge(named, merged, args.dtype)
         push = files_to_push(args.source, args.repo, merged)
         for line in push.notes:
             print(printable_line(line), file=sys.stderr)

@@ -270,7 +270,8 @@ OPTIONS: tuple[Option, ...] = tuple(
         _absent("processor_type:a freeze_mm_modules:a image_max_pixels:f image_min_pixels:f "
                 "video_max_pixels:f video_fps:f video_maxlen:f freeze_vision_tower:f "
                 "freeze_multi_modal_projector:f freeze_language_model:f",
-                "images and video are not supported; of Gemma 3 the text decoder is", "true"),
+                "images and video are not supported; text decoders of vision models are: jaxft help "
+                "text-parts-of-vision-models", "true"),
         _absent("qat:a quantization:a",
                 "there is no quantisation-aware training; after the run: jaxft quantize"),
         _together("export_dir:f export_size:f export_device:f export_legacy_format:f "

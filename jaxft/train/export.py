@@ -40,7 +40,7 @@ from jaxft.weights.codes import open_codes
 from jaxft.weights.lora_start import for_unchanged_base
 from jaxft.weights.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.new_folder import check_new_folder, new_folder
-from jaxft.weights.param_reader import param_readers
+from jaxft.weights.param_reader import ParamReader, param_readers
 from jaxft.weights.quantised.file_format import quantize_layout
 from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
 from jaxft.weights.storage import quantised_paths
@@ -109,28 +109,46 @@ def check_output(out: Path, ref: str) -> None:
     check_new_folder(out)
 
 
-def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQuant | None = None) -> str:
+def export_model(
+    out: Path,
+    source: ExportSource,
+    dtype: DTypeLike | None = None,
+    how: ExportQuant | None = None,
+    text_only: bool = False,
+) -> str:
     """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    After an error there is no folder. dtype: of the weights that are not quantised. Raises ValueError for an
-    `out` that check_output refuses.
+    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16, or
+    that of the files of a multimodal model, of which only changed weights are not copies. text_only: write
+    only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
     """
     ref, model = source.ref, source.model
     check_output(out, ref)
     located = hub.locate(ref)
+    whole = not (text_only or how) and model.generates and hf_write.multimodal_config(located) is not None
+    if whole and pretrained.open_files(ref).quantised:
+        raise ValueError(
+            f"{ref}: the weights of this multimodal model are quantised, and a merged adapter would make "
+            "floats of some; use --text-only for a text model of floats, or serve the adapter without merging"
+        )
     cast, quantisation = RoundingError(), RoundingError()
     base = merged_base(source)
+    dtypes = {path: reader.dtype for path, reader in _readers(source).items()} if whole else {}
+    dtypes |= {"head": dtypes["embed"]} if whole and "head" not in dtypes else {}
     quantizer = layer_quantizer(model, how, quantisation) if how else None
     layouts = quantizer.layouts if quantizer else {}
 
     def leaf(path: str, exact: LazyTensor) -> LazyTensor:
-        return exact if path in layouts else cast.cast(exact, jnp.dtype(dtype))
+        if path in layouts:
+            return exact
+        return cast.cast(exact, jnp.dtype(dtype or dtypes.get(path, jnp.bfloat16)))
 
     base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, LazyTensor))
-    options = hf_write.WriteOptions(quant=quantizer)
+    changed = _changed_paths(source, base) if whole else None
+    options = hf_write.WriteOptions(quant=quantizer, changed=changed, text_only=text_only)
     with new_folder(out) as part:
         hf_write.save_folder(part, model, base, source.tokenizer, located, options)
-        write_card(part, _card(out.name, source, quantizer))
+        write_card(part, replace(_card(out.name, source, quantizer), multimodal=whole))
         if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
             untrained = extend.untrained_tokens(ref)
             extend.mark_untrained(part, {t: i for t, i in untrained.items() if i not in source.token_ids})
@@ -154,12 +172,22 @@ def export_model(out: Path, source: ExportSource, dtype: DTypeLike, how: ExportQ
     return "; ".join(summary)
 
 
+def _readers(source: ExportSource) -> dict[str, ParamReader]:
+    return param_readers(pretrained.open_files(source.ref), source.model)
+
+
+def _changed_paths(source: ExportSource, merged: Params) -> set[str]:
+    """Return the parameters whose merged values are not those in the source's files."""
+    rounded = quantised_paths(source.model.specs, source.quant) if source.quant else ()
+    new = {path for path in tree.paths(merged) if path not in source.model.weight_names}
+    return {*lora.pairs_by_path(source.adapter), *rounded, *new}
+
+
 def merged_base(source: ExportSource) -> Params:
     """Return a source's weights with the adapter merged, as LazyTensors in float32, with the "score" of a
     scorer.
     """
-    files = pretrained.open_files(source.ref)
-    readers = param_readers(files, source.model)
+    files, readers = pretrained.open_files(source.ref), _readers(source)
     if source.quant:
         readers = pretrained.with_storage_rounding(readers, source.model, source.quant, source.ref)
     base = merge_files(readers, source.model, source.adapter, jnp.float32, source.token_ids)
@@ -258,5 +286,9 @@ def export_run(
     base = merge_params(params["base"], params.get("adapter"), run.model.dtype, token_ids)
     if "score" in params:  # of a scorer, which has no head that could be tied to the table
         base = {**{name: x for name, x in base.items() if name != "head"}, "score": params["score"]}
-    hf_write.save_folder(folder / "model", run.model, base, tokenizer, run.weights)
+    trainable = {path.removeprefix("base/") for path, on in tree.paths(partition.mask).items() if on}
+    new = {path for path in base if path not in params["base"]}  # a tied head that got its own values
+    changed = {*trainable, *lora.pairs_by_path(params.get("adapter")), *new}
+    options = hf_write.WriteOptions(changed=changed)
+    hf_write.save_folder(folder / "model", run.model, base, tokenizer, run.weights, options)
     return folder / "model"

@@ -246,7 +246,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         kind = (
             f"A {'DoRA' if written.dora else 'LoRA'} adapter (rank {written.rank}, alpha {written.alpha:g})"
         )
-    scores = not run.model.generates
+    scores, multimodal = not run.model.generates, hf.text_part_of(run.weights) is not None
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
         f"`{source_names(run.data.train)}`. The run's README.md has settings and results."
@@ -261,7 +261,8 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         scores=scores,
         pad=hf_write.with_distinct_pad_token(tokenizer).pad_token_id if scores else None,
         loads=not scores or families.has_classifier(run.model.config),
-        text_decoder=not merged and hf.is_multimodal(run.model, run.weights),
+        multimodal=multimodal and not scores,
+        text_decoder=multimodal and scores and not merged,
     )
 
 

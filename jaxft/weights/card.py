@@ -22,8 +22,8 @@ class Card:
     base: where the base comes from, see weights.hub. library: which loads the weights. data: where the
     training rows came from, None for untrained weights. scores: whether the model is a classifier that
     returns rewards. pad: the padding token id that such an adapter is loaded with. loads: whether
-    transformers has a class for the model. text_decoder: whether an adapter is for the text decoder of a
-    multimodal base.
+    transformers has a class for the model. multimodal: whether the weights are of a multimodal model, or for
+    one. text_decoder: whether an adapter is for the text decoder of a multimodal base alone.
     """
 
     title: str
@@ -35,9 +35,11 @@ class Card:
     scores: bool = False
     pad: int | None = None
     loads: bool = True
+    multimodal: bool = False
     text_decoder: bool = False
 
 
+TEXT_ONLY = "The base is multimodal. Only its text decoder was trained, on text; all else is the base's."
 NO_CLASSIFIER = (
     "transformers has no sequence classifier of this model type. Rewards with jaxft: "
     "`jaxft score --run RUN --file PAIRS`."
@@ -75,12 +77,18 @@ def front_matter(card: Card) -> str:
         "library_name": card.library,
         "license": "unknown",
         **licence,
-        "pipeline_tag": "text-classification" if card.scores else "text-generation",
+        "pipeline_tag": _pipeline(card),
         "tags": ["jaxft", *(["lora"] if card.relation == "adapter" else [])],
         "datasets": datasets or None,
     }
     known = {name: value for name, value in fields.items() if value is not None}
     return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"
+
+
+def _pipeline(card: Card) -> str:
+    if card.scores:
+        return "text-classification"
+    return "image-text-to-text" if card.multimodal else "text-generation"
 
 
 def gguf_card(header: gguf_header.GgufHeader, title: str) -> str:
@@ -168,6 +176,7 @@ def _usage(card: Card) -> list[str]:
         return [f"{NO_CLASSIFIER}\n"]
     lines = [
         *(_text_base(card) if card.text_decoder else []),
+        *([f"{TEXT_ONLY}\n"] if card.multimodal else []),
         "```python",
         *_python(card),
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
@@ -187,13 +196,13 @@ def _text_base(card: Card) -> list[str]:
     ref = base_name(card.base) + (f"@{revision}" if revision else "")
     return [
         "The base is multimodal. The adapter is for its text decoder, which jaxft writes as a text model:\n",
-        f"    python scripts/export.py --model {ref} --out BASE\n",
+        f"    python scripts/export.py --model {ref} --text-only --out BASE\n",
     ]
 
 
 def _python(card: Card) -> list[str]:
     """The lines that import the classes and load the model."""
-    kind = "SequenceClassification" if card.scores else "CausalLM"
+    kind = "ImageTextToText" if card.multimodal else "SequenceClassification" if card.scores else "CausalLM"
     options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""
     auto, adapted = f"AutoModelFor{kind}", f"AutoPeftModelFor{kind}"
     if card.library == "transformers":
@@ -201,7 +210,7 @@ def _python(card: Card) -> list[str]:
             f"from transformers import {auto}, AutoTokenizer\n",
             f"model = {auto}.from_pretrained(FOLDER)",
         ]
-    if card.text_decoder:
+    if card.text_decoder or card.multimodal:
         return [
             "from peft import PeftModel",
             f"from transformers import {auto}, AutoTokenizer\n",

@@ -1,14 +1,14 @@
 """Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxft.models import families
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
-from jaxft.models.text_part import TEXT_PARTS, text_tensor
+from jaxft.models.text_part import TextPart, decoder_prefix, text_part, text_tensor
 from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights import hub
 from jaxft.weights.model_files import ModelFiles
@@ -82,30 +82,39 @@ def open_folder(folder: Path) -> ModelFiles:
 
 def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
     """Return a multimodal model's text decoder by the config.json, other models as they are."""
-    if config.get("model_type") not in list(TEXT_PARTS):
+    if text_part(config) is None:
         return files
-    names: dict[str, str] = {}
-    for name in files.tensors:
-        text = text_tensor(name)
-        if text in names:
-            raise ValueError(f"{files.where}: {name} and {names[text]} are the same tensor of the decoder")
-        names |= {} if text is None else {text: name}
+    names = decoder_tensors(files.where, files.tensors)
     tensors = {text: files.tensors[name] for text, name in names.items()}
-    return ModelFiles(files.where, tensors, tuple(x for x in files.tensors if text_tensor(x) is None))
+    stored = set(names.values())
+    return ModelFiles(files.where, tensors, tuple(name for name in files.tensors if name not in stored))
 
 
-def is_multimodal(model: Model, ref: str) -> bool:
-    """Whether `model` is the text decoder of a multimodal checkpoint, if the files of `ref` are here."""
-    kinds = {part.model_type: kind for kind, part in TEXT_PARTS.items()}
-    kind = families.config_to_hf(model.config)["model_type"]
-    if kind not in kinds:
-        return False
-    try:
-        located = hub.locate(ref, config_only=True)
-        config = read_model_json(located.path / "config.json") if located.kind == "folder" else {}
-    except (OSError, ValueError):  # the base is gone by now
-        return False
-    return config.get("model_type") == kinds[kind]
+def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
+    """Return the stored names of a multimodal model's decoder by their names in the text-only model.
+
+    where: the folder, for messages. Raises ValueError for files without a decoder.
+    """
+    names, prefix = dict[str, str](), decoder_prefix(stored)
+    if prefix is None:
+        raise ValueError(
+            f"{where}: no tensor of the text decoder of this multimodal model, only of its other parts; is "
+            "the download complete?"
+        )
+    for name in stored:
+        text = text_tensor(name, prefix)
+        if text in names:
+            raise ValueError(f"{where}: {name} and {names[text]} are the same tensor of the decoder")
+        names |= {} if text is None else {text: name}
+    return names
+
+
+def text_part_of(ref: str) -> TextPart | None:
+    """Return the text decoder of the multimodal model `ref`; None for a text model, and for one that is not
+    on this machine.
+    """
+    path = hub.small_file(ref, "config.json")
+    return None if path is None else text_part(read_model_json(path))
 
 
 def check_tensors(files: ModelFiles, model: Model) -> None:

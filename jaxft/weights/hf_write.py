@@ -3,7 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,18 @@ from jaxft.models import families
 from jaxft.models.heads import as_checkpoint
 from jaxft.models.model import Model
 from jaxft.models.rope_config import for_transformers_4
-from jaxft.models.text_part import text_config
+from jaxft.models.text_part import text_config, text_part
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
+from jaxft.weights import multimodal
 from jaxft.weights.hf import WEIGHT_INDEX
 from jaxft.weights.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
 from jaxft.weights.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
 from jaxft.weights.stop_tokens import joined_eos, tokenizer_ends
 from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
-from jaxft.weights.tokenizer_files import write_tokenizer
+from jaxft.weights.tokenizer_files import PROCESSOR_TEMPLATE, is_unchanged, write_tokenizer
 
 MAX_SHARD = 5_000_000_000  # bytes
 # In config.json: our classifiers are read at the end token, not at what a template adds after it.
@@ -57,10 +58,17 @@ class LayerQuantizer:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How the weights are stored in the folder. max_shard: bytes of a file. quant: None for floats only."""
+    """How the weights are stored in the folder.
+
+    max_shard: bytes of a file. quant: None for floats only. changed: paths of the parameters that are not
+    those in the files of the model that it came from; None for all. text_only: write only the text decoder
+    of a multimodal model.
+    """
 
     max_shard: int = MAX_SHARD
     quant: LayerQuantizer | None = None
+    changed: Collection[str] | None = None
+    text_only: bool = False
 
 
 def save_folder(
@@ -76,12 +84,19 @@ def save_folder(
     base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their own dtypes or
     quantised. If it has a "score", the scalar head of `model`, the folder is a sequence classifier with one
     label. tokenizer: None writes none. ref: the model that it came from, whose config.json and
-    generation_config.json are carried over; without one they are written from model.config. With several
-    processes, all call this; process 0 writes, and its error is raised on all.
+    generation_config.json are carried over; without one they are written from model.config. If it is
+    multimodal, so is the result, with copies of everything but the decoder's changed weights; a classifier,
+    quantised weights and options.text_only make a text model of it. With several processes, all call this;
+    process 0 writes, and its error is raised on all.
     """
     folder = Path(folder)
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     tensors = tensors_to_write(base, model, options.quant)
+    if not options.text_only and not options.quant and "score" not in base:
+        located = locate(ref) if isinstance(ref, str) else ref
+        if located is not None and multimodal_config(located):
+            _save_multimodal(folder, model, base, tokenizer, located, options)
+            return
     shards: list[list[TensorToWrite]] = [[]]
     size = 0
     for t in tensors:
@@ -106,6 +121,53 @@ def save_folder(
     sync.exchange_first(sync.gather_texts, write_others)
 
 
+def multimodal_config(located: Located) -> dict[str, Any] | None:
+    """Return the config.json of a multimodal model, None for another model."""
+    config = read_model_json(located.path / "config.json") if located.kind == "folder" else {}
+    return config if text_part(config) else None
+
+
+def _save_multimodal(
+    folder: Path, model: Model, base: Params, tokenizer: Any, located: Located, options: WriteOptions
+) -> None:
+    """Write a multimodal model with the decoder `base`, see save_folder."""
+    leaves, source = tree.paths(base, is_qtensor), located.path
+    table = tensors_of(model, tied_head=True)
+    paths = [
+        path
+        for path, leaf in leaves.items()
+        if options.changed is None or path in options.changed or is_qtensor(leaf)
+    ]
+    names = {tensor.name for path in paths for tensor in table[path]}
+    tensors = [tensor for tensor in tensors_to_write(base, model) if tensor.name in names]
+    multimodal.write_weights(folder, source, tensors, tied="head" not in base)
+
+    def write_others() -> None:
+        multimodal.write_config(folder, source, _changed_settings(model, base, located, tensors))
+        multimodal.copy_small_files(folder, source)
+        if tokenizer is not None and not is_unchanged(tokenizer, source):
+            (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)  # processors prefer it to the new file
+            _write_tokenizer(folder, _source_configs(model, located)[1], tokenizer)
+
+    sync.exchange_first(sync.gather_texts, write_others)
+
+
+def _changed_settings(
+    model: Model, base: Params, located: Located, tensors: Collection[TensorToWrite]
+) -> dict[str, Any]:
+    """Return the settings of a multimodal model's decoder that are not those in its config.json."""
+    old, out = text_config(read_model_json(located.path / "config.json")), dict[str, Any]()
+    if model.config.vocab != old["vocab_size"]:
+        out["vocab_size"] = model.config.vocab
+    if "head" in base and "head" not in model.weight_names:
+        out["tie_word_embeddings"] = False
+    widest = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=None)
+    stated = old.get("dtype") or old.get("torch_dtype")
+    if widest is not None and stated and jnp.dtype(stated).itemsize < widest.itemsize:
+        out["dtype"] = str(widest)
+    return out
+
+
 def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
     """Write what save_folder writes, but for the weights, of a model that comes from `ref`."""
     config, generation = _source_configs(model, ref)
@@ -119,6 +181,8 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
     """Write the configuration and the tokenizer of a model for the unchanged weights of the folder `ref`:
     its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
     """
+    if multimodal_config(ref):
+        multimodal.copy_small_files(folder, ref.path)
     shutil.copyfile(ref.path / "config.json", folder / "config.json")
     _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
 

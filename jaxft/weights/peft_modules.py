@@ -206,15 +206,19 @@ def module_tensors(
     return tensors
 
 
-def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model) -> dict[str, Any]:
-    """Return the fields of adapter_config.json that declare replaced parameters and rows."""
+def module_fields(
+    nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model, full_names: bool = False
+) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that declare replaced parameters and rows. full_names: see
+    module_list.
+    """
     fields: dict[str, Any] = {"bias": settings.bias}
     saved = {path for path, node in nodes.items() if "weight" in node}
     if settings.bias != "none":
         modules = {path: tensors[0].module for path, tensors in tensors_of(model, tied_head=True).items()}
         kernels = {modules[path] for path in saved if not path.endswith("_bias")}
         saved = {path for path in saved if not path.endswith("_bias") or modules[path] in kernels}
-    fields["modules_to_save"] = module_list(saved, model) or None
+    fields["modules_to_save"] = module_list(saved, model, full_names) or None
     if settings.trainable_token_indices:
         ids = list(settings.trainable_token_indices)
         with_head = "rows" in nodes.get("head", {})
@@ -222,9 +226,9 @@ def module_fields(nodes: Mapping[str, dict[str, Any]], settings: Adapter, model:
     return fields
 
 
-def module_list(saved: set[str], model: Model) -> list[str]:
+def module_list(saved: set[str], model: Model, full_names: bool = False) -> list[str]:
     """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: short
-    ones where no other module ends alike.
+    ones where no other module ends alike. full_names: of a model with other modules than `model` has.
     """
     table = tensors_of(model, tied_head=True)
     modules = {path: [tensor.module for tensor in tensors] for path, tensors in table.items()}
@@ -234,5 +238,6 @@ def module_list(saved: set[str], model: Model) -> list[str]:
     for path in saved:
         end = modules[path][0].rpartition(".")[2]
         short = {name for name in everything if name.endswith(end)} <= wanted
+        short = short and (not full_names or path in ("embed", "head"))
         listed |= {end} if short else set(modules[path])
     return sorted(listed)

@@ -7,8 +7,13 @@ activation checkpointing).
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from jaxft import tree
+from jaxft.models.text_part import decoder_prefix, full_name, text_tensor
+from jaxft.nn.lora_patterns import matches_module
 from jaxft.weights.safetensors import SafetensorsFiles
 
 PREFIX = "base_model.model."
@@ -20,6 +25,7 @@ _VECTOR = re.compile(
     r"(?:\.(?P<name>(?!weight\b)[^.]+))?(?:\.weight)?"
 )
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<end>weight|bias)")
+_NESTED = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
 _ORIGINAL = re.compile(r"(?P<stem>.+)\.original_module\.(?P<end>weight|bias)")
 
 
@@ -60,6 +66,45 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
         )
     stored |= {old: old for old, plain in originals if plain not in stored}
     return renamed(files, stored)
+
+
+def of_decoder(files: SafetensorsFiles) -> tuple[SafetensorsFiles, str | None]:
+    """Return the tensors of an adapter on a multimodal model as those of its text decoder, and the prefix of
+    their names; those of the other parts change nothing about text. Another adapter is returned as it is,
+    with None.
+    """
+    bare = {name: name.removeprefix(PREFIX) for name in files.tensors}
+    prefix = decoder_prefix(bare.values())
+    if prefix is None or prefix == "model.":
+        kept = {old: old for old, name in bare.items() if not name.startswith("visual.")}
+        return renamed(files, kept), None
+    text = {old: text_tensor(name, prefix) for old, name in bare.items()}
+    return renamed(files, {f"{PREFIX}{new}": old for old, new in text.items() if new}), prefix
+
+
+def config_of_decoder(config: dict[str, Any], prefix: str | None, modules: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of an adapter on a multimodal model with the names that its text decoder's
+    modules have in the text-only model. prefix: see of_decoder. modules: of the text-only model.
+    """
+    if prefix is None:
+        return config
+    full = {full_name(module, prefix): module for module in modules}
+    out = dict(config)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = config.get(key)
+        if isinstance(value, str) and value != "all-linear":
+            out[key] = [module for name, module in full.items() if tree.regex(value, key).fullmatch(name)]
+        elif isinstance(value, list):
+            out[key] = [_NESTED.sub("model.", one) if isinstance(one, str) else one for one in value]
+    for key in ("rank_pattern", "alpha_pattern"):
+        values = config.get(key)
+        if isinstance(values, dict):
+            hits = {
+                module: [value for pattern, value in values.items() if matches_module(pattern, (name,), key)]
+                for name, module in full.items()
+            }
+            out[key] = {module: found[0] for module, found in hits.items() if found}
+    return out
 
 
 def renamed(files: SafetensorsFiles, stored: dict[str, str]) -> SafetensorsFiles:

@@ -3,6 +3,7 @@ adapter_model.safetensors.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxft.distributed import sync
 from jaxft.models.model import Model
+from jaxft.models.text_part import full_name
 from jaxft.nn.full_modules import is_replacement
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
@@ -18,6 +20,7 @@ from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
+from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.peft_pairs import adaptable_tensors, pair_names, with_module_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.tensors import Tensor, layer_on_host
@@ -30,9 +33,10 @@ def save_adapter(
 ) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    score: a scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises
-    ValueError for a pair that does not fit the model. With several processes, all call this, and process 0
-    writes.
+    The adapter of a multimodal model's text decoder has the names of transformers' multimodal class, but that
+    of a scorer those of the text-only model, since few of these classes have a classifier. score: a scalar
+    head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
+    pair that does not fit the model. With several processes, all call this, and process 0 writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
@@ -52,17 +56,18 @@ def save_adapter(
             if rank:
                 adapted.add(tensor.module)
                 tensors += pair_tensors(tensor, pair, rank, settings.scale_of(rank, alpha))
-    # full names fit the text decoder alone, so that peft refuses the adapter on the multimodal model
-    full_names = hf.is_multimodal(model, base_ref)
-    declared = with_module_names(settings, layouts, model, full_names)
+    part = hf.text_part_of(base_ref)
+    # ends of names would fit modules of the other parts too, names of the text-only model not even these
+    declared = with_module_names(settings, layouts, model, full_names=part is not None)
+    prefix = "model." if part is None or score is not None else part.prefix
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
     tensors += module_tensors(nodes, model, adapted, only_tokens)
     if score is not None:
         dtype, shape = np.dtype(score.dtype), score.shape[::-1]
         tensors.append(TensorToWrite(SCORE_TENSOR, dtype, shape, lambda: layer_on_host(score).T))
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
-    fields = module_fields(nodes, settings, model)
+    write_safetensors(folder / "adapter_model.safetensors", [_in_full(tensor, prefix) for tensor in tensors])
+    fields = module_fields(nodes, settings, model, full_names=part is not None)
     base, revision = hub.hub_name(base_ref) or (base_ref, None)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -72,17 +77,20 @@ def save_adapter(
         "r": settings.rank,
         "lora_alpha": _whole(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": list(declared.targets) or NO_TARGETS,
+        "target_modules": [full_name(x, prefix) for x in declared.targets] or NO_TARGETS,
         "bias": fields["bias"],
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": [*(fields["modules_to_save"] or []), *([] if score is None else ["score"])]
+        "modules_to_save": [
+            *(full_name(x, prefix) for x in fields["modules_to_save"] or []),
+            *([] if score is None else ["score"]),
+        ]
         or None,
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
-        "rank_pattern": dict(declared.rank_pattern),
-        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in declared.alpha_pattern},
+        "rank_pattern": {full_name(x, prefix): rank for x, rank in declared.rank_pattern},
+        "alpha_pattern": {full_name(x, prefix): _whole(alpha) for x, alpha in declared.alpha_pattern},
         "layers_to_transform": declared.layers_to_transform and list(declared.layers_to_transform),
         "layers_pattern": None,
         "peft_version": PEFT_VERSION,
@@ -94,6 +102,11 @@ def save_adapter(
     sync.exchange_first(
         sync.gather_texts, lambda: write_model_json(folder / "adapter_config.json", config, sort=True)
     )
+
+
+def _in_full(tensor: TensorToWrite, prefix: str) -> TensorToWrite:
+    """Return a tensor of an adapter under its name in the multimodal model. prefix: see full_name."""
+    return replace(tensor, name=PREFIX + full_name(tensor.name.removeprefix(PREFIX), prefix))
 
 
 def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:

@@ -122,9 +122,9 @@ def file_notes(ref: str, model: Model) -> list[str]:
     if ignored:
         parts = sorted({name.removeprefix("model.").partition(".")[0] for name in ignored})
         notes.append(
-            f"{ref}: only the text decoder of this multimodal model is loaded; {len(ignored)} tensors of "
-            f"{' and '.join(parts)} are ignored. Exports are text models ({config['model_type']}), and PEFT "
-            f"applies this run's adapters to the text model that scripts/export.py --model {ref} writes"
+            f"{ref}: images are not supported: only the text decoder ({config['model_type']}) of this "
+            f"multimodal model is loaded and trained; exports copy the other {len(ignored)} tensors "
+            f"({', '.join(parts)}) unchanged"
         )
     rates = {name: config[name] for name in DROPOUTS if config.get(name)}
     if rates:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import ml_dtypes
@@ -30,6 +30,7 @@ DTYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.
 CODES = {dtype: code for code, dtype in DTYPES.items()} | {np.dtype(np.int64): "I64"}  # of written tensors
 UNSUPPORTED = np.dtype(np.void)
 HEADER_BYTES = 32 << 20  # of one file: about 300,000 tensors
+COPIED_BYTES = 8 << 20  # at a time
 WRITE_ADVICE = "find the step that made them, or, if it is only the range of the dtype, choose a wider one"
 
 
@@ -156,18 +157,18 @@ class TensorToWrite:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
+def write_safetensors(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
     """Write a safetensors file one tensor at a time, and rename it into place when it is complete. Whoever
     announces the folder that it is in syncs that, see distributed.disk.
 
-    With several processes, all call this and fetch the same tensors; process 0 writes, and its error is
-    raised on all. Raises ValueError, and leaves no file, if a tensor has values that are not finite.
+    source: a file whose other tensors are copied, byte for byte and in their order. With several processes,
+    all call this and fetch the same tensors; process 0 writes, and its error is raised on all. Raises
+    ValueError, and leaves no file, if a tensor has values that are not finite.
     """
-    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # wide ones first, so that each stays aligned
 
     def write() -> None:
         if sync.is_first():
-            write_here(path, tensors)
+            write_here(path, tensors, source)
         else:
             _fetch_all(tensors)
 
@@ -179,16 +180,24 @@ def _fetch_all(tensors: list[TensorToWrite]) -> None:
         tensor.fetch()
 
 
-def write_here(path: Path, tensors: list[TensorToWrite]) -> None:
+def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
     """Write a safetensors file by this process alone, as write_safetensors does."""
-    header = _header(tensors)
+    stored: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which older transformers require
     part = path.with_name(path.name + ".part")
-    fetched = 0
+    stored_at = fetched = 0
     try:
+        if source is not None:
+            stored, stored_at = _stored_entries(source)
+        header, starts = _header(stored, tensors)
         with part.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(header)
+            for name in starts.keys() & stored.keys() - {tensor.name for tensor in tensors}:
+                file.seek(starts[name])
+                start, end = stored[name]["data_offsets"]
+                _copy_bytes(source or path, stored_at + start, end - start, file)
             for tensor in tensors:
                 fetched += 1
+                file.seek(starts[tensor.name])
                 value = np.asarray(tensor.fetch(), order="C")  # ascontiguousarray would make a scalar 1-D
                 if value.shape != tensor.shape or value.dtype != tensor.dtype:
                     raise ValueError(
@@ -208,19 +217,50 @@ def write_here(path: Path, tensors: list[TensorToWrite]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _header(tensors: list[TensorToWrite]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers require it
-    offset = 0
-    for tensor in tensors:
-        offsets = [offset, offset + tensor.size]
-        header[tensor.name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
+def _stored_entries(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file, and the byte at which the tensors begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
+
+
+def _copy_bytes(source: Path, start: int, size: int, out: BinaryIO) -> None:
+    with source.open("rb") as file:
+        file.seek(start)
+        while size:
+            piece = file.read(min(COPIED_BYTES, size))
+            if not piece:
+                raise ValueError(f"{source}: ends inside a tensor; the file changed while it was read")
+            out.write(piece)
+            size -= len(piece)
+
+
+def _header(stored: dict[str, Any], tensors: list[TensorToWrite]) -> tuple[bytes, dict[str, int]]:
+    """Return the first bytes of a safetensors file, and the byte at which each tensor begins.
+
+    stored: the header of the file that others are copied from, or its metadata alone. Wide dtypes come first,
+    so that each tensor stays aligned.
+    """
+    new = {
+        tensor.name: {
+            "dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [0, tensor.size]
         }
-        offset += tensor.size
+        for tensor in tensors
+    }  # fmt: skip
+    others = [name for name in stored if name != "__metadata__"]
+    others.sort(key=lambda name: stored[name]["data_offsets"][0])
+    entries = {name: stored[name] for name in others} | new
+    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
+    header: dict[str, Any] = {"__metadata__": stored["__metadata__"]} if "__metadata__" in stored else {}
+    offset = 0
+    for name in sorted(entries, key=lambda name: -sizes[name] // max(1, math.prod(entries[name]["shape"]))):
+        header[name] = {**entries[name], "data_offsets": [offset, offset + sizes[name]]}
+        offset += sizes[name]
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    starts = {name: begin + header[name]["data_offsets"][0] for name in entries}
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:

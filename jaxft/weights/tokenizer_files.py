@@ -9,6 +9,7 @@ from typing import Any
 from jaxft.weights.safetensors import read_model_json, write_model_json
 
 TEMPLATES_FOLDER = "additional_chat_templates"  # of transformers, with all of several but the default one
+PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models by transformers 4
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.jinja", f"{TEMPLATES_FOLDER}/*.jinja",
@@ -30,7 +31,10 @@ def read_tokenizer(folder: Path) -> Any:
 
     if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
         raise FileNotFoundError("no file with a vocabulary")
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if tokenizer.chat_template is None and (folder / PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = read_model_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
+    return tokenizer
 
 
 def reading_failed(folder: Path, error: Exception) -> str:
@@ -67,7 +71,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in _files(folder):
         stale.unlink()
-    if source is not None and _known_to_both(source) and _is_unchanged(tokenizer, source):
+    if source is not None and _known_to_both(source) and is_unchanged(tokenizer, source):
         for path in _files(source):
             shutil.copyfile(path, folder / path.name)
         return
@@ -94,7 +98,10 @@ def _known_to_both(source: Path) -> bool:
     )
 
 
-def _is_unchanged(tokenizer: Any, source: Path) -> bool:
+def is_unchanged(tokenizer: Any, source: Path) -> bool:
+    """Whether a tokenizer is that in a folder."""
+    if not (source / "tokenizer.json").is_file():
+        return False
     return _state(tokenizer) == _state(read_tokenizer(source))
 
 

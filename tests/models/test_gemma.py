@@ -5,28 +5,23 @@ import math
 import re
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reward_folders import begun, saved, torch_score
-from tiny_families import VOCAB, logits_of, random_ids, rows
 from tiny_llama import some_tokens
 
-from jaxft import tree
 from jaxft.models import families
-from jaxft.models.adapted import adapted
-from jaxft.models.text_part import text_config, text_tensor
-from jaxft.nn.lora import Adapter
-from jaxft.nn.param import init_params, spec_paths
+from jaxft.models.text_part import text_config
+from jaxft.nn.param import spec_paths
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
-from jaxft.weights import hf, hf_write, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.weights import hf, hf_write, pretrained
 from jaxft.weights.card import Card, write_card
 from jaxft.weights.param_reader import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
+tiny_vision = pytest.importorskip("tiny_vision")
 
 # Parameters of the published checkpoints on the hub, with a vision tower (and its projection [1152, D] and
 # norm) in the larger Gemma 3.
@@ -121,54 +116,12 @@ def test_what_is_not_supported_is_one_line(what):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (None, "needs an object text_config"),
-        ({"model_type": "llama"}, "needs an object text_config of model_type 'gemma3_text'"),
-        ({"final_logit_softcapping": 30.0}, "transformers ignores it"),
-    ],
-)
-def test_a_text_config_that_cannot_be_read_is_one_line(text, words):
-    with pytest.raises(ValueError, match=words):
-        text_config({"model_type": "gemma3", "text_config": text})
-
-
-def test_names_of_the_decoder_in_transformers_4_and_5():
-    expected = {
-        "language_model.model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
-        "model.language_model.norm.weight": "model.norm.weight",
-        "language_model.lm_head.weight": "lm_head.weight",
-        "lm_head.weight": "lm_head.weight",
-        "score.weight": "score.weight",
-        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias": None,
-        "model.vision_tower.post_layernorm.weight": None,
-        "multi_modal_projector.mm_soft_emb_norm.weight": None,
-    }
-    assert {name: text_tensor(name) for name in expected} == expected
-
-
 @pytest.fixture(scope="module")
 def multimodal(tmp_path_factory):
-    """(a tiny Gemma 3 with a vision tower by transformers, its folder)."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-    torch.manual_seed(0)
-    text = dict(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, sliding_window=7, query_pre_attn_scalar=24,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"], initializer_range=0.2,
-        rope_scaling={"rope_type": "linear", "factor": 8.0}, max_position_embeddings=128,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-        patch_size=14,
-    )  # fmt: skip
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = Gemma3ForConditionalGeneration(config).eval()
+    """The folder of a tiny Gemma 3 with a vision tower."""
     folder = tmp_path_factory.mktemp("multimodal")
-    model.save_pretrained(folder)
-    return model, folder
+    tiny_vision.write_tiny("gemma3", folder)
+    return folder
 
 
 def loaded(folder):
@@ -184,119 +137,35 @@ def loaded(folder):
     return model, params
 
 
-def text_logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(ids).long()).logits.numpy()
-
-
-def test_a_multimodal_checkpoint_is_its_text_decoder(multimodal):
-    theirs, folder = multimodal
-    model, params = loaded(folder)
-    ids = random_ids(2, 30)
-    np.testing.assert_allclose(logits_of(model, params, rows(ids)), text_logits(theirs, ids), atol=1e-4)
-    (line,) = pretrained.file_notes(str(folder), model)
-    names = [name for name in theirs.state_dict() if "vision_tower" in name or "projector" in name]
-    assert f"{len(names)} tensors of multi_modal_projector and vision_tower are ignored" in line
-    assert "Exports are text models (gemma3_text)" in line
-
-
-def test_a_multimodal_checkpoint_is_exported_as_a_text_model(multimodal, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    theirs, folder = multimodal
-    model, params = loaded(folder)
-    hf_write.save_folder(tmp_path, model, params, None, str(folder))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "gemma3_text" and "vision_config" not in config
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert type(again).__name__ == "Gemma3ForCausalLM"
-    ids = random_ids(2, 30)
-    np.testing.assert_allclose(text_logits(again, ids), text_logits(theirs, ids), atol=1e-4)
-    assert pretrained.model_for(str(tmp_path), dtype=jnp.float32).config == model.config
-    assert pretrained.file_notes(str(tmp_path), model) == []
-
-
-@pytest.mark.slow
-def test_an_adapter_of_the_decoder_is_for_the_text_model_and_refused_by_peft_on_the_multimodal_one(
-    multimodal, tmp_path
-):
-    import copy
-
-    peft = pytest.importorskip("peft")
-    theirs, folder = multimodal
-    model, params = loaded(folder)
-    hf_write.save_folder(tmp_path / "base", model, params, None, str(folder))
-    settings = Adapter(rank=2, alpha=4.0)
-    fresh = init_params(adapted(model, settings).specs["adapter"], jax.random.key(0), jnp.float32)
-    moved = jax.tree.map(lambda x: x + 0.05, fresh)
-    adapter = tree.map_with_path(lambda path, x: fresh_leaf(path, x, fresh), moved)
-    peft_write.save_adapter(tmp_path / "adapter", adapter, settings, model, str(folder))
-    ids = random_ids(1, 20)
-    expected = logits_of(adapted(model, settings), {"base": params, "adapter": adapter}, rows(ids))
-    found = loaded_as_on_the_card(tmp_path / "base", tmp_path / "adapter", model, folder).float().eval()
-    np.testing.assert_allclose(text_logits(found, ids), expected, atol=1e-4)
-    with pytest.raises(ValueError, match="not found in the base model"):
-        peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path / "adapter"))
-    jax.tree.map(
-        np.testing.assert_array_equal, peft_layout.read_adapter(tmp_path / "adapter", model)[0], adapter
-    )
-
-
 @pytest.mark.slow
 def test_a_reward_adapter_of_the_decoder_has_its_scores_as_loaded_on_its_card(multimodal, tmp_path):
-    _, folder = multimodal
-    hf_write.save_folder(tmp_path / "base", *loaded(folder), None, str(folder))
+    folder, options = multimodal, hf_write.WriteOptions(text_only=True)
+    hf_write.save_folder(tmp_path / "base", *loaded(folder), None, str(folder), options)
     t, whole = begun(folder)
-    adapter, tokens = saved(t, whole, folder, tmp_path), some_tokens(vocab=VOCAB)
-    model = pretrained.model_for(str(folder))
-    theirs = loaded_as_on_the_card(tmp_path / "base", adapter, model, folder, scores=True, pad=0)
+    adapter, tokens = saved(t, whole, folder, tmp_path), some_tokens(vocab=tiny_vision.TEXT["vocab_size"])
+    theirs = loaded_as_on_the_card(tmp_path / "base", adapter, folder, scores=True, pad=0)
     found = [torch_score(theirs.float().eval(), ids) for ids in tokens.ids]
     expected = reward_models.score_rows(t.model, whole, tokens)
     np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=1e-4)
 
 
-def loaded_as_on_the_card(base, adapter, model, multimodal_base, **options):
+def loaded_as_on_the_card(base, adapter, multimodal_base, **options):
     """The model that the Python code on the adapter's card loads."""
-    decoder = hf.is_multimodal(model, str(multimodal_base))
-    card = Card("a", str(multimodal_base), "adapter", "peft", "A text.", text_decoder=decoder, **options)
+    card = Card("a", str(multimodal_base), "adapter", "peft", "A text.", text_decoder=True, **options)
     write_card(adapter, card)
     text = (adapter / "README.md").read_text()
-    assert f"export.py --model {multimodal_base.name} --out BASE" in text
+    assert f"export.py --model {multimodal_base.name} --text-only --out BASE" in text
     (code,) = re.findall(r"```python\n(.*?)tokenizer = [^\n]*\n```", text, re.DOTALL)
     names = {"BASE": str(base), "FOLDER": str(adapter)}
     exec(code, names)
     return names["model"]
 
 
-def fresh_leaf(path, moved, fresh):
-    """The moved leaf of a pair, but its scale as it is."""
-    return tree.paths(fresh)[path] if path.endswith("scale") else moved
-
-
-def test_peft_s_adapter_of_the_multimodal_model_is_read_for_its_decoder(multimodal, tmp_path):
-    import copy
-
-    peft = pytest.importorskip("peft")
-    theirs, folder = multimodal
-    model, params = loaded(folder)
-    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]  # q, k and v of the vision tower too
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=targets)
-    found = peft.get_peft_model(copy.deepcopy(theirs), settings).eval()
-    for name, p in found.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    found.save_pretrained(str(tmp_path))
-    adapter, read = peft_layout.read_adapter(tmp_path, model)
-    ids = random_ids(1, 20)
-    ours = logits_of(adapted(model, read), {"base": params, "adapter": adapter}, rows(ids))
-    np.testing.assert_allclose(ours, text_logits(found, ids), atol=1e-4)
-
-
 def test_a_head_that_is_not_the_embedding_counts_without_a_tied_setting_too(multimodal, tmp_path):
     """Gemma's config.json states none: transformers ties by default."""
-    _, folder = multimodal
-    model, params = loaded(folder)
-    hf_write.save_folder(tmp_path, model, params | {"head": params["embed"].T + 1}, None, str(folder))
+    model, params = loaded(multimodal)
+    untied, options = params | {"head": params["embed"].T + 1}, hf_write.WriteOptions(text_only=True)
+    hf_write.save_folder(tmp_path, model, untied, None, str(multimodal), options)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.pop("tie_word_embeddings") is False
     (tmp_path / "config.json").write_text(json.dumps(config))

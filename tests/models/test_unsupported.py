@@ -21,13 +21,11 @@ MISSING = {
     "dbrx": [EXPERTS],
     "glm4_moe": [EXPERTS],
     "deepseek_v3": [EXPERTS, LATENT],
-    "qwen2_vl": [TOWERS],
-    "qwen2_5_vl": [TOWERS],
+    "aya_vision": [TOWERS],
+    "cohere2_vision": [TOWERS],
     "qwen3_vl_moe": [TOWERS, EXPERTS],
-    "llava": [TOWERS],
     "llama4": [TOWERS, EXPERTS],
     "mllama": [TOWERS],
-    "idefics3": [TOWERS],
     "phi4_multimodal": [TOWERS],
     "paligemma": [TOWERS],
     "voxtral": [TOWERS],
@@ -62,7 +60,7 @@ def line_of(config):
 
 
 @pytest.mark.quick_cases(
-    "mixtral", "deepseek_v3", "qwen2_vl", "mamba", "qwen3_next", "t5", "bert", "gpt2", "arcee", "glm4"
+    "mixtral", "deepseek_v3", "aya_vision", "mamba", "qwen3_next", "t5", "bert", "gpt2", "arcee", "glm4"
 )
 @pytest.mark.parametrize("kind", MISSING)
 def test_a_model_type_of_transformers_is_refused_with_the_parts_that_jaxft_lacks(kind):
@@ -108,7 +106,7 @@ def test_a_misspelt_type_is_answered_with_the_nearest_ones_on_a_line_or_two():
 
 def test_a_text_decoder_that_jaxft_has_is_named():
     line = line_of(
-        {"model_type": "llava", "vision_config": {"depth": 2}, "text_config": {"model_type": "qwen2"}}
+        {"model_type": "fast_vlm", "vision_config": {"depth": 2}, "text_config": {"model_type": "qwen2"}}
     )
     assert re.search(r"its text decoder \(qwen2\) is supported: save it", line)
 
