@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
 from jaxft.runs.parse import (
     UNANNOTATED,
@@ -47,7 +46,6 @@ __all__ = [
     "Resolved",
     "describe",
     "differences",
-    "help_text",
     "knob_comments",
     "knob_names",
     "load_config",
@@ -57,8 +55,6 @@ __all__ = [
 ]
 
 Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
-KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
-LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
 
 
@@ -395,20 +391,11 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 # Help
 
 
-def help_text(path: str) -> str:
-    """The docstring of a config file and its knobs with their defaults, types and comments."""
-    fn, module = _config_function(path)
+def recipe_text(recipe: str) -> str:
+    """Return the docstring of a config file, or its path."""
+    _, module = _config_function(recipe)
     assert module is not None
-    rows, comments = [], _knob_comments(fn)
-    for name, knob in _knobs(fn).items():
-        required = knob.written is None
-        setting = name if required else f"{name}={knob.written}"
-        rows.append((setting, knob.written_kind + ", required" * required, comments.get(name, "")))
-    widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
-    width = [max(each, default=0) for each in widths]
-    table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
-    doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
-    return "\n".join([own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table])
+    return inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or recipe)))
 
 
 def knob_comments(recipe: Recipe) -> dict[str, str]:

@@ -30,7 +30,6 @@ from jaxft.runs import config
 from jaxft.runs.config import (
     describe,
     differences,
-    help_text,
     knob_names,
     load_config,
     resolve_config,
@@ -38,6 +37,7 @@ from jaxft.runs.config import (
 from jaxft.runs.folder import permitted_changes
 from jaxft.runs.parse import load_callable, parse_value
 from jaxft.runs.record import recorded_defaults
+from jaxft.runs.settings_list import help_text
 from jaxft.short_names import ShortNames
 from jaxft.train.settings import Loop
 
@@ -572,7 +572,7 @@ def test_differences_name_the_place_and_both_values():
 
 
 def test_the_config_module_names_what_the_contract_promises():
-    assert set(config.__all__) >= {"load_config", "resolve_config", "help_text", "knob_names"}
+    assert set(config.__all__) >= {"load_config", "resolve_config", "knob_names"}
 
 
 def test_an_error_does_not_show_functions_as_the_present_value():

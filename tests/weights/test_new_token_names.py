@@ -8,8 +8,9 @@ from tiny_llama import tiny_tokenizer
 
 from jaxft.data.named_templates import TEMPLATES, find_template
 from jaxft.data.template import template_of
-from jaxft.runs.config import help_text, load_config
+from jaxft.runs.config import load_config
 from jaxft.runs.parse import parse_value
+from jaxft.runs.settings_list import help_text
 from jaxft.weights.extend import Extension, add_tokens
 
 CHAT = [
