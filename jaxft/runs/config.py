@@ -391,7 +391,7 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 # Help
 
 
-def recipe_text(recipe: str) -> str:
+def recipe_docstring(recipe: str) -> str:
     """Return the docstring of a config file, or its path."""
     _, module = _config_function(recipe)
     assert module is not None

@@ -15,7 +15,7 @@ from typing import Any
 from jaxft.bounds import Bounds, bounds_of
 from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
-from jaxft.runs.config import as_written, knob_comments, recipe_knobs, recipe_text, type_hints
+from jaxft.runs.config import as_written, knob_comments, recipe_knobs, recipe_docstring, type_hints
 from jaxft.runs.option_names import OPTIONS
 from jaxft.runs.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
 from jaxft.runs.record import union_members
@@ -95,7 +95,7 @@ def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
     width = [max(each, default=0) for each in widths]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
     heading = own_commands(KNOBS.format(name=Path(recipe).stem))
-    return "\n".join([own_commands(recipe_text(recipe)), "", heading, *table])
+    return "\n".join([own_commands(recipe_docstring(recipe)), "", heading, *table])
 
 
 def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:

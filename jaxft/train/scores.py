@@ -276,7 +276,7 @@ class CompletionScorer:
                 notes.append(f"{one.missing} completions have no score: {one.fault}")
             for name, mean, by_prompt in one.figures(self.passes):
                 metrics[name], by_row[name] = mean, by_prompt
-        ended = np.isin(tokens, loaded.stop).any(-1)
+        ended = np.asarray(np.isin(tokens, loaded.stop).any(-1))
         metrics[COMPLETION_LENGTH] = float((tokens >= 0).sum(-1).mean())
         metrics[CLIPPED_RATIO] = float(1 - ended.mean())
         results = [
