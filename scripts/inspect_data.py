@@ -40,6 +40,7 @@ from rich.text import Text  # noqa: E402
 
 from jaxft.data import prompts  # noqa: E402
 from jaxft.data.chat import HIDDEN_CALLS  # noqa: E402
+from jaxft.data.decision_rows import DecisionRows  # noqa: E402
 from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
@@ -70,8 +71,8 @@ IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # stat
 WIDE, LABEL_WIDTH = 100, 18  # columns of a terminal with room for whole labels; else of a label
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
-KIND_NAMES = ("sft", "pairs", "prompts")  # choices of --kind
-KINDS: dict[str, type[Data]] = dict(zip(KIND_NAMES, (Rows, PairRows, Prompts), strict=True))
+KIND_NAMES = ("sft", "pairs", "prompts", "decisions")  # choices of --kind
+KINDS: dict[str, type[Data]] = dict(zip(KIND_NAMES, (Rows, PairRows, Prompts, DecisionRows), strict=True))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.decisions import Decision, DecisionChoice, answer_tokens, decide, user_messages
+from jaxft.data.decisions import Decision, DecisionChoice, decide, user_messages
 from jaxft.data.invalid import InvalidRow, json_type, similar_names
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import SampledToken, TokenRequest
@@ -171,11 +171,10 @@ class Read:
 
 def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
     """Return the request that reads a decision. Raises ValueError; most: tokens of a prompt."""
-    prompt = decision_prompt(model, decision, most)
-    _, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
-    grammar = OneOf(tuple(tokens), model.vocab)
+    prompt, tokens = decision_prompt(model, decision, most)
+    grammar = OneOf(tokens, model.vocab)
     settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)
-    return Read(TokenRequest(prompt, settings), tuple(tokens))
+    return Read(TokenRequest(prompt, settings), tokens)
 
 
 def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], float]:

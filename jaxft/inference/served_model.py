@@ -87,15 +87,16 @@ def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
         return None
 
 
-def decision_prompt(model: ServedModel, decision: Decision, most: int | None = None) -> tuple[int, ...]:
-    """Return the token ids after which the answer to a decision is read, those of its row in training.
-
-    Raises ValueError as chat_prompt does.
+def decision_prompt(
+    model: ServedModel, decision: Decision, most: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids after which the answer to a decision is read, those of its row in training, and
+    the token of each choice. Raises ValueError as chat_prompt does.
     """
     _require_chats(model)
     try:
-        before, _ = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
-        return (*_prompt(model, decision.prompt(model.template), most), *before)
+        before, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
+        return (*_prompt(model, decision.prompt(model.template), most), *before), tuple(tokens)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 from jaxft.bounds import Bounds, bounds_of
 from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
-from jaxft.runs.config import as_written, knob_comments, recipe_knobs, recipe_docstring, type_hints
+from jaxft.runs.config import as_written, knob_comments, recipe_docstring, recipe_knobs, type_hints
 from jaxft.runs.option_names import OPTIONS
 from jaxft.runs.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
 from jaxft.runs.record import union_members

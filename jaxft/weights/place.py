@@ -7,7 +7,7 @@ same bits as on a single device.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -55,14 +55,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
             return load_with_quantised_scales(reader, like, shardings, parts)
         if like.block is None and ins_split:
             shared = channel_scales(reader, like, shardings, parts)
-
-    def value_of(tensor: Tensor, index: Index) -> Leaf:
-        if unchanged:
-            return read_quantised(reader, tensor, index)
-        scale = None if shared is None else shared[tensor.index][..., index[-1]]
-        return store_as(read_values(reader, tensor, index), like, scale)
-
-    return load_parts(reader, like, shardings, parts, value_of)
+    return load_parts(reader, like, shardings, parts, unchanged, shared)
 
 
 # The plan
@@ -114,14 +107,23 @@ def load_parts(
     like: Leaf,
     shardings: Leaf,
     parts: list[Index],
-    value_of: Callable[[Tensor, Index], Leaf],
+    unchanged: bool = False,
+    shared: np.ndarray | None = None,
 ) -> Leaf:
-    """Load parts of a parameter, each as value_of(tensor, part of its values) returns it."""
+    """Read parts of a parameter, convert them unless they are stored unchanged, and place them.
+
+    unchanged: as for load_param. shared: scales [..., 1, out] that other parts have too; None for those of
+    each part alone.
+    """
     buffers = Buffers(like, shardings)
     for tensor, part in parts_of_tensors(reader, parts):
         for index in [part] if is_quantised(like) else small_parts(reader, tensor, part):
             with errors_name_tensor(reader, tensor, index):
-                value = value_of(tensor, index)
+                if unchanged:
+                    value: Leaf = read_quantised(reader, tensor, index)
+                else:
+                    scale = None if shared is None else shared[tensor.index][..., index[-1]]
+                    value = store_as(read_values(reader, tensor, index), like, scale)
             buffers.write(tensor.index, index, value)
     return buffers.to_devices()
 
@@ -139,11 +141,7 @@ def load_with_quantised_scales(
     """
     scale = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
     plain, sharded = (replace(x, outer=None, mean=None) for x in (replace(like, scale=scale), shardings))
-
-    def value_of(tensor: Tensor, index: Index) -> Leaf:
-        return store_as(read_values(reader, tensor, index), plain)
-
-    floats = load_parts(reader, plain, sharded, parts, value_of)
+    floats = load_parts(reader, plain, sharded, parts)
     names = ("scale", "outer", "mean")
     buffers = {name: Buffers(getattr(like, name), getattr(shardings, name)) for name in names}
     for tensor in reader.tensors:

@@ -95,7 +95,7 @@ def test_a_prompt_lists_its_choices_and_is_the_one_that_the_server_reads(tmp_pat
         "choice#B b: the rank<|im_end|>\n<|im_start|>assistant\nchoice#"
     )
     assert p == {"A": 0.0, "B": 1.0}
-    served = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
+    served, tokens = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
     assert tokenizer.decode(served) == text
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "Which is it?"}]
     other = parse(Row("r:1", {**QUESTION, "question": None, "messages": turns}), "decision")
@@ -114,13 +114,12 @@ def test_a_reranker_s_prompt_is_the_published_one_of_qwen3():
     tokenizer.add_tokens(["yes", "no"])
     row = {"query": "what is a rank?", "document": "the rank of a matrix", "label": 1}
     decision = parse(Row("r:1", row), "reranker")
-    served = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
+    served, tokens = decision_prompt(ServedModel("m", tokenizer, (), len(tokenizer)), decision)
     body = "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
     body += "<Query>: what is a rank?\n<Document>: the rank of a matrix"
     assert tokenizer.decode(served) == prefix + body + suffix
     assert decision.probabilities == (0.0, 1.0) and decision.answers == ("no", "yes")
-    _, tokens = answer_tokens(tokenizer, decision.prefix, decision.answers)
-    assert tokens == [tokenizer.convert_tokens_to_ids(x) for x in ("no", "yes")]
+    assert [*tokens] == [tokenizer.convert_tokens_to_ids(x) for x in ("no", "yes")]
     soft = parse(Row("r:1", {**row, "label": 0.25, "instruction": "Find it"}), "reranker")
     assert soft.probabilities == (0.75, 0.25) and "<Instruct>: Find it\n" in soft.messages[1]["content"]
 

@@ -11,6 +11,9 @@ from tiny_model import CONFIG, assert_close, micro
 
 from jaxft import tree
 from jaxft.batch import Decisions
+from jaxft.distributed import sharding
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.decision import brier, cross_entropy, decision, log_score
 from jaxft.objectives.metrics import CalibrationError, add, as_floats, row_values
@@ -131,6 +134,26 @@ def test_objective_of_a_batch_is_the_sum_of_its_parts_and_linear_in_weights():
     nothing = compiled(replace(batch, token_weights=0 * batch.token_weights))
     assert float(nothing[0]) == 0 and all(not x.any() for x in jax.tree.leaves(nothing[2]))
     assert np.abs(grads["adapter"]["head"]["a"]).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [MeshShape(1, 2, 2, context=2), MeshShape(2, 2, 2)], ids=["context 2", "2x2x2"]
+)
+def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
+    model, params = tiny(HEAD)
+    batch, objective = micro(batch_of(8, length=16), 1), decision(model)
+
+    def of(params, batch):
+        rows = jax.tree.map(lambda x: x[0], batch)
+        return jax.value_and_grad(lambda p: objective(p, rows, None, {})[0])(params)
+
+    target = jax.jit(of)(params, batch)
+    laid_out = make_mesh(mesh)
+    with jax.set_mesh(laid_out):
+        spread = jax.tree.map(jax.device_put, params, param.shardings(model.specs, laid_out))
+        found = jax.jit(of)(spread, sharding.shard_batch(laid_out, batch))
+    assert_close(found, target)
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, log_score, brier])
