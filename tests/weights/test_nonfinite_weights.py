@@ -17,7 +17,7 @@ from scripts_in_process import call
 from tiny_llama import edit_config, tiny_torch, write_folder
 
 from jaxft.distributed import sharding
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama import LlamaConfig
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
