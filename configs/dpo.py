@@ -20,7 +20,7 @@ Hardware: 2 CPU cores, 2 GB; 2 minutes.
 
 from functools import partial
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
 from jaxft.objectives.preference_losses import dpo
 from jaxft.train.recipes import (

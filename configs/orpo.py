@@ -13,7 +13,7 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import orpo, orpo_metrics
 from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs

@@ -12,7 +12,7 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.reference_free_losses import simpo
 from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs

@@ -72,8 +72,7 @@ def play(args: argparse.Namespace) -> int:
     import jax
 
     from jaxft.data.named_templates import find_template
-    from jaxft.data.prompt_rows import tokenise_prompts
-    from jaxft.data.prompts import Prompts
+    from jaxft.data.prompts import Prompts, read_prompts
     from jaxft.rl.environment import EnvironmentClass, environment_of
     from jaxft.rl.environments.by_hand import TypedTurns, result_line
     from jaxft.rl.play import EpisodeLimits, Play, rollout
@@ -91,9 +90,9 @@ def play(args: argparse.Namespace) -> int:
         tokenizer.chat_template = find_template(args.template or "qwen").source
     limits = EpisodeLimits(1 << 14, turn_tokens=args.max_new or 512, tokens=1 << 14, prompt=1 << 14)
     setting = Play(environment_of(given, tools), tokenizer, (tokenizer.eos_token_id,), limits)
-    data = Prompts(args.rows, max_prompt=limits.prompt)
-    tokens = replace(data.token_settings, tools=setting.environment.row_tools)
-    rows = tokenise_prompts(args.rows, tokens, tokenizer, data.tokenising(None))
+    reader = Prompts(args.rows, max_prompt=limits.prompt).reader(tokenizer)
+    tools = replace(reader.settings, tools=setting.environment.row_tools)
+    rows = read_prompts(args.rows, replace(reader, settings=tools))
 
     def read() -> str:
         return input("you> " if sys.stdin.isatty() else "")

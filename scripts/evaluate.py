@@ -231,9 +231,9 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     data: settings of the rows of each.
     """
     from jaxft.data.decision_rows import DecisionRows, is_decision
-    from jaxft.data.formats import split_column
+    from jaxft.data.format_choice import split_column
     from jaxft.data.mixture import held_out_sources
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.rows import read_rows
     from jaxft.data.sft import Rows
     from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
@@ -296,7 +296,7 @@ def decision_settings(args: argparse.Namespace, data: dict[str, Any]) -> dict[st
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
     """Evaluate the rows of which the run held out a fraction, as its own evaluations do."""
     from jaxft.data.decision_rows import DecisionRows
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
     from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 

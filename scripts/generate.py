@@ -124,8 +124,8 @@ def sources_of(args: argparse.Namespace) -> dict[str, Source]:
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
     from jaxft.data.conversation import PLAIN, prompt_of
-    from jaxft.data.formats import split_column
-    from jaxft.data.prompt_rows import rename_columns
+    from jaxft.data.format_choice import split_column
+    from jaxft.data.prompt_tokens import rename_columns
     from jaxft.data.rows import Row, find_data, read_rows
 
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)

@@ -45,7 +45,6 @@ from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
     ShownPart,
-    contents,
     inspect,
     row_problem,
 )
@@ -53,10 +52,10 @@ from jaxft.data.invalid import DROP  # noqa: E402
 from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
-from jaxft.data.pairs.source import PairRows  # noqa: E402
+from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
-from jaxft.data.token_text import token_pieces  # noqa: E402
+from jaxft.data.summary import token_pieces  # noqa: E402
 from jaxft.rl.record import inspect_episodes  # noqa: E402
 from jaxft.runs import cli, named_weights  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
@@ -236,8 +235,7 @@ def repetition_lines(found: Inspected) -> tuple[list[str], str]:
     """Return lines about rows that repeat one another and about placeholders, and the setting that leaves
     these out, "" for none.
     """
-    sides = [contents(itertools.islice(side(), COMPARED)) for side in (found.train, found.held_out)]
-    overlaps, names = find_overlaps(*sides), found.placeholders
+    overlaps, names = find_overlaps(found.split, COMPARED), found.placeholders
     lines = overlap_lines(overlaps)
     if names:
         lines.append(f"responses that are placeholders, such as N/A: {len(names)}; the first is {names[0]}")
@@ -343,7 +341,7 @@ def main() -> int:
     summary = [statistics.pop(name) for name in ("summary", "learned") if name in statistics]
     if proposed:
         lines.append(f"to train without these rows, set {proposed}")
-    for line in (invalid_text(found, setting), *found.warnings, *summary, *lines):
+    for line in (invalid_text(found, setting), *found.split.warnings, *summary, *lines):
         console.print(printable_text(line), soft_wrap=True, markup=False)
     lengths = measure(data, tokenizer)
     if lengths.is_sample:

@@ -79,7 +79,7 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
     import jax.numpy as jnp
 
     from jaxft.data.invalid import invalid_lines
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.source import open_for
     from jaxft.distributed import sharding
     from jaxft.objectives.reward_model import reward
@@ -141,7 +141,7 @@ def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> S
                         f"{file}: the rewards of row {pair + 1} are not finite: {found[int(pair)]}; use "
                         "--dtype float32, or check the reward model"
                     )
-    names = source.pairs.tokenised.names
+    names = source.split.rows.names
     return [(names[number], chosen, rejected) for number, (chosen, rejected) in sorted(found.items())]
 
 

@@ -40,7 +40,7 @@ def of_any_run() -> dict[str, list[Any]]:
     """Return heading -> settings with the defaults of their classes, and what the recipes of RECIPES set; of
     data first what all kinds share.
     """
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.settings import DataSettings
     from jaxft.data.sft import Rows
     from jaxft.rl.rollout import Rollouts

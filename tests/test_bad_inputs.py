@@ -32,7 +32,7 @@ from tiny_run import write_place
 from tiny_tokenizers import tiny
 
 from jaxft.data import chat, limits, row_csv, row_files, shipped
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
 from jaxft.nn.lora import Adapter
@@ -92,7 +92,7 @@ def open_rows(kind, path):
     if kind in ("pairs", "labels"):
         return PairRows(str(path), **options).open(tokenizer, 1)
     if kind == "prompts":
-        return read_prompts(str(path), Prompts(str(path)), tokenizer)
+        return read_prompts(str(path), Prompts(str(path)).reader(tokenizer))
     return Rows(str(path), **options).open(tokenizer, 1)
 
 

@@ -16,7 +16,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import chat
 from jaxft.data.example import Chat, Completion, Text
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
 from jaxft.nn.lora import Adapter
@@ -258,7 +258,7 @@ def test_rows(tmp_path):
         if current[0] in ("pairs", "turns", "labels"):
             PairRows(str(path), **options).open(tokenizer, 1)
         elif current[0] == "prompts":
-            read_prompts(str(path), Prompts(str(path)), tokenizer)
+            read_prompts(str(path), Prompts(str(path)).reader(tokenizer))
         else:
             Rows(str(path), **options).open(tokenizer, 1)
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxft.data.example import Message
-from jaxft.data.invalid import InvalidRow, json_type
+from jaxft.data.invalid import json_type
 from jaxft.data.loss_weights import message_weight
 from jaxft.data.rows import Row
 
@@ -145,19 +145,18 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
     """
     value = row.fields[column]
     if value is None:
-        raise InvalidRow(
-            row.name, f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
+        raise row.invalid(
+            f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
         )
     if not isinstance(value, str):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             f"column {column!r} of a wrong type",
             f"column {column!r} must be a string, got {type(value).__name__}",
         )
     _encodable(row, column, value)
     if not empty and not value.strip():
-        raise InvalidRow(
-            row.name, f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
+        raise row.invalid(
+            f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
         )
     return value
 
@@ -166,8 +165,7 @@ def _encodable(row: Row, column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "unpaired surrogate",
             f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text",
         ) from error
@@ -228,8 +226,7 @@ def messages_of(row: Row, column: str) -> list[Message]:
         what = "null" if value is None else f"of type {type(value).__name__}"
         what = "an empty list" if isinstance(value, list | tuple) else what
         text = "" if column in ("messages", "conversations") else "a string or "
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             f"null in column {column!r}" if value is None else "column without messages",
             f"column {column!r} is {what}; use {text}a list of {{{role!r}, {content!r}}} objects",
         )
@@ -247,16 +244,14 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
         found = f"is {json_type(item)}"
         if isinstance(item, dict):
             found = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "message without role or content",
             f"{where} {found}; a message needs {role!r}, a string, and {content!r}",
         )
     weight = message_weight(row, where, item)
     name = _role(item[role])
     if name is None:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "message of an unknown role",
             f"{where} has {role} {item[role][:40]!r}; use {', '.join(KNOWN_ROLES)} or one of their "
             "other names (python scripts/help.py rows-for-sft)",
@@ -272,16 +267,12 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     else:
         rest.pop("tool_calls", None)
     if text is None and "tool_calls" not in rest:
-        raise InvalidRow(
-            row.name,
-            "message without role or content",
-            f"{where} has neither content nor tool calls; add one",
+        raise row.invalid(
+            "message without role or content", f"{where} has neither content nor tool calls; add one"
         )
     if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
-        raise InvalidRow(
-            row.name,
-            "empty assistant turn",
-            f"{where}, an assistant turn, is empty; fill it or remove the row",
+        raise row.invalid(
+            "empty assistant turn", f"{where}, an assistant turn, is empty; fill it or remove the row"
         )
     return {"role": name, "content": text, **rest}
 
@@ -290,29 +281,24 @@ def _content(row: Row, where: str, content: Any) -> str | None:
     if isinstance(content, list) and all(isinstance(p, dict) for p in content):
         other = next((p.get("type") for p in content if p.get("type") != "text"), None)
         if other is not None:
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "content that is no text",
                 f"{where} has a content part of type {str(other)[:40]!r}; only text is supported",
             )
         if any(p.get("type") != "text" for p in content):
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "content that is no text",
                 f'{where} has a content part without a type; use {{"type": "text", "text": ...}}',
             )
         if not all(isinstance(p.get("text"), str) for p in content):
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "content of a wrong type",
                 f'{where} has a content part whose text is no string; use {{"type": "text", "text": ...}}',
             )
         content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
-        raise InvalidRow(
-            row.name,
-            "content of a wrong type",
-            f"{where} has content of type {type(content).__name__}; use a string",
+        raise row.invalid(
+            "content of a wrong type", f"{where} has content of type {type(content).__name__}; use a string"
         )
     if content:
         _encodable(row, where, content)
@@ -326,8 +312,7 @@ def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any
     calls = _parsed(text or "")
     calls = [calls] if isinstance(calls, dict) else calls
     if not (isinstance(calls, list) and calls and all(isinstance(c, dict) and "name" in c for c in calls)):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "function call that is no JSON",
             f"{where} is a function_call whose text is not the JSON of a call; use "
             '{"name": ..., "arguments": {...}} or a list of these',
@@ -341,8 +326,7 @@ def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
     if isinstance(calls, dict):  # OpenAI's older key function_call
         calls = [{"type": "function", "function": calls}]
     if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "tool calls of a wrong type",
             f"{where} has tool_calls that are not a list of objects; use "
             '[{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
@@ -354,18 +338,15 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(row, where, call["function"])}
     if not (isinstance(call.get("name"), str) and call["name"].strip()):
-        raise InvalidRow(
-            row.name,
-            "tool call without a name",
-            f"{where} calls a tool without a name; fix or remove the row",
+        raise row.invalid(
+            "tool call without a name", f"{where} calls a tool without a name; fix or remove the row"
         )
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call
     parsed = _parsed(arguments) if arguments.strip() else {}
     if not isinstance(parsed, dict):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "arguments that are no JSON object",
             f"{where} calls a tool with arguments {arguments[:40]!r}, which is not a JSON object; fix or "
             "remove the row",
@@ -377,8 +358,7 @@ def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
     """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns."""
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts or parts[0] != "Human":
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "string that is no dialogue",
             f"column {column!r} is a string that does not begin with 'Human:'; without a column 'prompt' use "
             "a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'",
@@ -410,8 +390,7 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
     if not turns or turns[0]["role"] != "system":
         return [system, *turns]
     if turns[0]["content"].strip() != system["content"].strip():
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "two system messages",
             "column 'system' differs from the first message, a system message too; remove one of them",
         )
@@ -431,8 +410,7 @@ def instruction_of(row: Row) -> list[Message]:
     history = _parsed(history) if isinstance(history, str) else history
     for pair in history if isinstance(history, list | tuple) else [None]:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "column 'history' of a wrong type",
                 "column 'history' must be a list of [question, answer] pairs of strings; fix or remove it",
             )
@@ -450,8 +428,7 @@ def tools_of(row: Row) -> list | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "tools of a wrong type",
             "column 'tools' must be a list of JSON schemas or its JSON string, got "
             f"{row.fields['tools']!r:.60}",
@@ -464,15 +441,13 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
     found = row.fields.get("chat_template_kwargs") or {}
     found = _parsed(found) if isinstance(found, str) else found
     if not isinstance(found, dict):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "column 'chat_template_kwargs' of a wrong type",
             "column 'chat_template_kwargs' must be an object with names and values of template arguments",
         )
     taken = sorted(filter(is_set_by_jaxft, found))
     if taken:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "template arguments that are set by jaxft",
             f"column 'chat_template_kwargs' has {', '.join(taken)}, which jaxft or the tokenizer "
             "sets; remove it",

@@ -28,7 +28,6 @@ from jaxft.data.columns import (
     with_system,
 )
 from jaxft.data.example import Chat, Completion, Message
-from jaxft.data.invalid import InvalidRow
 from jaxft.data.loss_weights import split_weights
 from jaxft.data.rows import Row
 
@@ -101,8 +100,8 @@ def chat_of(
     """
     asked = turns[response - 1] if response else None
     if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
-        raise InvalidRow(
-            row.name, "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
+        raise row.invalid(
+            "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
         )
     tools, arguments = tools_of(row), template_arguments_of(row)
     messages, weights = split_weights(turns)
@@ -118,8 +117,7 @@ def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
 def _plain_prompt(row: Row, empty: bool = False) -> str:
     for column in ("system", "tools", "chat_template_kwargs"):
         if row.fields.get(column):
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 f"column {column!r} with plain text",
                 f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto",
             )
@@ -129,8 +127,8 @@ def _plain_prompt(row: Row, empty: bool = False) -> str:
 def require_difference(row: Row, responses: dict) -> None:
     """Raise InvalidRow if the chosen and the rejected response are the same."""
     if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
-        raise InvalidRow(
-            row.name, "identical responses", "chosen and rejected are identical; change one or remove the row"
+        raise row.invalid(
+            "identical responses", "chosen and rejected are identical; change one or remove the row"
         )
 
 
@@ -160,16 +158,13 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
     for other, also in others:
         if also.prompt != split.prompt:
             names = " and ".join(_describe(reading) for reading in (first, other))
-            raise InvalidRow(
-                row.name,
+            raise row.invalid(
                 "columns with different prompts",
                 f"{names} have different prompts; choose one with data.format=prompt, instruction, messages, "
                 "conversations or implicit, or remove a column",
             )
     if not split.prompt:
-        raise InvalidRow(
-            row.name, "empty prompt", "the prompt is empty; add a user turn before the assistant turn"
-        )
+        raise row.invalid("empty prompt", "the prompt is empty; add a user turn before the assistant turn")
     return chat_of(row, split.prompt, len(split.prompt), split.instruction, len(split.prompt))
 
 
@@ -254,8 +249,7 @@ def _read(row: Row, reading: _Reading) -> SplitRow:
         return split_row(row, reading.column, responses)
     prompt, instruction = _prompt(row, responses)
     if prompt[-1]["role"] == "assistant":
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "prompt that ends with an assistant turn",
             "the prompt ends with an assistant turn; move that turn into the response",
         )
@@ -270,8 +264,7 @@ def _describe(reading: _Reading) -> str:
 def _require_column(row: Row, present: bool) -> None:
     if not present:
         suggestion = suggested_columns([str(name) for name in row.fields], ["prompt"])
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             NO_PROMPT,
             f"the columns {', '.join(map(str, row.fields))} include no prompt; add prompt, messages or "
             f"instruction, or rename a column, for example with {suggestion}",
@@ -298,8 +291,7 @@ def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
     prompt = _shared(whole) if len(whole) > 1 else whole[0][:-1]
     if len(whole) < len(responses) or not prompt or (prompt[-1]["content"] or "").strip() != text.strip():
         names = " and ".join(responses.values())
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "conversation that differs from the prompt",
             f"the common beginning of the conversations in {names} does not end with the prompt; use "
             "responses without earlier turns, or conversations that contain the prompt",
@@ -341,8 +333,7 @@ def _turns(row: Row, column: str) -> Turns:
         return [{"role": "assistant", "content": text}]
     turns = dialogue_of(row, column, f"Human: -\n\nAssistant: {text}")
     if len(turns) > 2:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "response with further turns",
             f"column {column!r} has further turns after the response; use the assistant's next turn only",
         )
@@ -359,8 +350,7 @@ def _after(row: Row, column: str, prompt: Turns) -> Turns:
     if turns[0]["role"] == "assistant":
         return turns
     at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
-    raise InvalidRow(
-        row.name,
+    raise row.invalid(
         "conversation that differs from the prompt",
         f"column {column!r} begins with a {turns[0]['role']} turn like a full conversation, but its message "
         f"{at} differs from the prompt; repeat the prompt's messages there, or use the response only",
@@ -378,8 +368,7 @@ def _split_conversations(row: Row, columns: Columns) -> SplitRow:
             row, {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
         )
     elif any(isinstance(value, str) for value in values):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "responses of different types",
             "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
         )
@@ -394,16 +383,14 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
     require_difference(row, whole)
     prompt = _shared(list(whole.values()))
     if not prompt:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "conversations without a common beginning",
             "chosen and rejected have no common first message, so there is no prompt; use conversations with "
             "a common beginning, or a column 'prompt'",
         )
     found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
     if any(turns and turns[0]["role"] != "assistant" for turns in found.values()):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "dialogues that differ before the last turn",
             f"chosen and rejected differ in message {len(prompt)}, which is not an assistant turn; fix or "
             "remove the row",
@@ -417,15 +404,13 @@ def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):
         at = len(_shared(list(whole.values()))) + 1
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "dialogues that differ before the last turn",
             f"the dialogues differ in turn {at}, before their last turn; fix the row so that only the last "
             "turn differs, or remove it",
         )
     if not prompt:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "dialogue without a prompt",
             "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
         )

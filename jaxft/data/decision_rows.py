@@ -1,87 +1,85 @@
 """Rows with a question, choices and an answer as batches of Decisions."""
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.batch import Decisions, Tokens, TrainState
-from jaxft.data import cache as files
-from jaxft.data import chat, formats
-from jaxft.data.cache import ChunkColumns, ColumnType, ColumnTypes
-from jaxft.data.decisions import (
-    DECISION_SCHEMAS,
-    LABEL,
-    LETTERS,
-    Decision,
-    DecisionChoice,
-    answer_tokens,
-    parse,
-)
-from jaxft.data.flat import Flat
-from jaxft.data.formats import RowFormat
-from jaxft.data.invalid import InvalidRow, InvalidRows, attempt, valid
+from jaxft.batch import Decisions, Tokens
+from jaxft.bounds import one_of
+from jaxft.data import chat
+from jaxft.data.cache import ColumnTypes
+from jaxft.data.decisions import LABEL, LETTERS, answer_tokens
+from jaxft.data.example import RESPONSE, Decision, DecisionChoice, ParsedRow
+from jaxft.data.format_choice import choose_format, count_columns, parse_dataset, rename_rows
+from jaxft.data.formats import DECISIONS, formats_of
+from jaxft.data.invalid import InvalidRow, attempt, valid
 from jaxft.data.mixture import held_out_sources, parse_sources
 from jaxft.data.pack import RowPlan, ranges
+from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_files import Row
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import read_rows
-from jaxft.data.sft import Rows, RowSource
-from jaxft.data.tokenise import RowKind, Tokenising, tokenise_dataset
-from jaxft.data.tokens import SFT_COLUMNS, TokenisedExamples, TokenSettings, remedy_for_too_long, row_fields
-from jaxft.tree import Metrics
+from jaxft.data.sft import PackedBatches, Rows
+from jaxft.data.sft_tokens import remedy_for_too_long, text_columns
+from jaxft.data.source import RowSource
+from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 
-VERSION = ("decisions", 1)  # increase it when the same rows become other tokens
-DECISION_COLUMNS: ColumnTypes = {
-    **SFT_COLUMNS,
-    "choices": ColumnType(np.int32, "choice_counts"),
-    "probabilities": ColumnType(np.float32, "choice_counts"),
-    "choice_counts": ColumnType(np.int32),
-}
+CHOICES, PROBABILITIES = "choices", "probabilities"  # extras: tokens and probabilities of all choices
 # Settings of Rows without a meaning here, with the values that they have.
 FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
 
 
-@dataclass(frozen=True)
-class DecisionTokenSettings(TokenSettings):
-    """The settings that the tokens of a decision depend on; they are part of the cache key."""
-
-    labels: tuple[str, ...] = ()
-    question: str | None = None
+# ---- tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenisedDecisions(TokenisedExamples):
-    """Prompts that end with the token of the most probable choice, the only one that is learned.
+def _extras(settings: RowSettings) -> ColumnTypes:
+    return {**text_columns(settings), **ragged(CHOICES, np.int32), **ragged(PROBABILITIES, np.float32)}
 
-    choices, probabilities: tokens and probabilities of all choices, concatenated. choice_counts: the number
-    of each example's choices.
-    """
 
-    choices: Flat
-    probabilities: Flat
-    choice_counts: Int[np.ndarray, " examples"]
+def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+    """Yield each row as a prompt and the token of its most probable choice, [] if it is too long."""
+    template = reader.settings.template
+    chats = [_decision(row).prompt(template.arguments) for row in rows if isinstance(row, ParsedRow)]
+    prompts = chat.example_prompt_ids(chats, reader.tokenizer, template)
+    for row in rows:
+        yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
 
-    @cached_property
-    def tokens(self) -> tuple[int, ...]:
-        """The tokens of all choices, each once."""
-        return tuple(np.unique(self.choices[:]).tolist())
 
-    def of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the choices [n, C] as indices of `tokens`, -1 for none, and their probabilities [n, C]."""
-        counts = self.choice_counts[members]
-        first = np.cumsum(self.choice_counts, dtype=np.int64)[members] - counts
-        at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
-        where, shape = ranges(first, counts), (len(members), int(self.choice_counts.max()))
-        choices, probabilities = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        choices[at] = np.searchsorted(self.tokens, self.choices[where])
-        probabilities[at] = self.probabilities[where]
-        return choices, probabilities
+DECISION_TASK = RowTask(DECISIONS, 2, "max_length", _tokenise, _extras, checks=())
+
+
+def _decision(row: ParsedRow) -> Decision:
+    decision: Any = row.examples[RESPONSE]
+    return decision
+
+
+def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
+    before, tokens = answer_tokens(reader.tokenizer, decision.prefix, decision.answers)
+    ids, limit = np.array([*valid(prompt), *before], np.int32), reader.settings.max_length
+    if len(ids) >= limit:
+        if reader.settings.too_long == "error":
+            raise ValueError(
+                f"{decision.name}: {len(ids) + 1} tokens are more than data.max_length={limit}; "
+                f"{remedy_for_too_long('max_length')}"
+            )
+        return []
+    answer = np.array([tokens[int(np.argmax(decision.probabilities))]], np.int32)
+    extras = {
+        MASS: 1.0, TOKEN_WEIGHTS: np.zeros(0, np.float32), CHOICES: np.array(tokens, np.int32),
+        PROBABILITIES: np.array(decision.probabilities, np.float32),
+    }  # fmt: skip
+    pieces = [(ids, np.zeros(len(ids), bool)), (answer, np.ones(1, bool))]
+    return [TokenisedRow(pieces, False, 1, 1, extras)]
+
+
+# ---- settings
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,11 @@ class DecisionRows(Rows):
 
     labels: tuple[str, ...] = ()
     question: str | None = None
-    too_long: str = "drop"
+    too_long: Annotated[str, one_of(("drop", "error"))] = "drop"
+    task: ClassVar[RowTask] = DECISION_TASK
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("too_long", ("drop", "error"))
         self.require_choice("packing", (True, False))
         for name, value in FIXED.items():
             if getattr(self, name) != value:
@@ -113,28 +111,20 @@ class DecisionRows(Rows):
             raise ValueError(f"data.labels={','.join(self.labels)}; use 2 to {len(LETTERS)} different labels")
 
     @property
-    def token_settings(self) -> DecisionTokenSettings:
+    def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        known = super().token_settings
-        return DecisionTokenSettings(**vars(known), labels=self.labels, question=self.question)
+        return replace(super().token_settings, labels=self.labels, question=self.question)
 
-    def tokenise(self, ref: str, settings: Any, tokenizer: Any, how: Tokenising) -> TokenisedDecisions:
-        """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
-        return tokenise_decisions(ref, settings, tokenizer, how)
-
-    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "DecisionSource":
-        """Read, tokenise and plan the batches; see Dataset.open."""
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
+        """Read, tokenise and plan the batches; see DataSettings.open."""
         found = super(DecisionRows, self.with_labels()).open(tokenizer, shards, cache)
-        rows: Any = found.split.rows
-        info = replace(
-            found.info,
-            learned_ends={},
-            stats=replace(found.info.stats, learned=_learned_line(rows, found.split.train)),
-        )
-        shapes = (with_choices(found.shapes[0], int(rows.choice_counts.max()), rows.tokens),)
-        fields_of = {f.name: getattr(found, f.name) for f in fields(found)}
-        source = DecisionSource(**{**fields_of, "info": info, "shapes": shapes})
-        return replace(source, held_out=source.held_out_decisions())
+        stats = replace(found.info.stats, learned=_learned_line(found.split.rows, found.split.train))
+        return replace(found, info=replace(found.info, learned_ends={}, stats=stats))
+
+    @property
+    def batches(self) -> Callable[..., PackedBatches]:
+        """The layout of the batches."""
+        return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
         """Return the shapes of the largest batch that the settings allow."""
@@ -160,18 +150,19 @@ class DecisionRows(Rows):
 def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
     """Return the labels of a dataset, none if its first row has no text and label."""
     own = list(islice(read_rows(ref), rows.max_samples))
-    counts = formats.count_columns(own[:1], rows.columns, DECISION_SCHEMAS)
-    format = attempt(formats.choose_format, counts, rows.format, rows.columns, DECISION_SCHEMAS)
+    formats = formats_of(DECISIONS)
+    counts = count_columns(own[:1], rows.columns, formats)
+    format = attempt(choose_format, counts, rows.format, rows.columns, formats)
     if isinstance(format, InvalidRow) or format.name != LABEL:
         return set()
-    renamed = formats.rename_rows(format, own, rows.columns, DECISION_SCHEMAS)
+    renamed = rename_rows(format, own, rows.columns, formats)
     labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
     return {DecisionChoice(label).name for label in labels if isinstance(label, str | int | float)}
 
 
-def _learned_line(rows: TokenisedDecisions, train: np.ndarray) -> str:
-    certain = int(np.count_nonzero(rows.probabilities[:] == 1))
-    counts = rows.choice_counts[train]
+def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
+    certain = int(np.count_nonzero(rows.extras[PROBABILITIES].values[:] == 1))
+    counts = rows.extras[CHOICES].counts[train]
     most = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
     soft = len(rows) - certain
     detail = f"; {soft:,} rows have probabilities" if soft else ""
@@ -180,9 +171,9 @@ def _learned_line(rows: TokenisedDecisions, train: np.ndarray) -> str:
 
 def is_decision(row: Row, columns: Sequence[str]) -> bool:
     """Whether a row has the columns of a format of decisions. columns: data.columns."""
+    formats = formats_of(DECISIONS)
     try:
-        counts = formats.count_columns([row], columns, DECISION_SCHEMAS)
-        formats.choose_format(counts, "auto", columns, DECISION_SCHEMAS)
+        choose_format(count_columns([row], columns, formats), "auto", columns, formats)
     except ValueError:
         return False
     return True
@@ -196,89 +187,10 @@ def choice_names(rows: DecisionRows) -> dict[str, tuple[str, ...]]:
     found = dict[str, tuple[str, ...]]()
     for source in (*parse_sources(rows.train), *held_out):
         own = list(islice(read_rows(source.ref), rows.max_samples))
-        columns = source.adapt(rows).columns
-        counts = formats.count_columns(own, columns, DECISION_SCHEMAS)
-        format = formats.choose_format(counts, rows.format, columns, DECISION_SCHEMAS)
-        for row in formats.rename_rows(format, own, columns, DECISION_SCHEMAS):
-            decision = attempt(_read, row, format, rows.token_settings)
-            if isinstance(decision, Decision):
-                found[decision.name] = tuple(choice.name for choice in decision.choices)
+        for row in parse_dataset(own, DECISIONS, source.adapt(rows).token_settings):
+            if isinstance(row, ParsedRow):
+                found[row.name] = tuple(choice.name for choice in _decision(row).choices)
     return found
-
-
-def _read(row: Row | InvalidRow, format: RowFormat, settings: DecisionTokenSettings) -> Decision:
-    return parse(valid(row), format.name, settings.labels, settings.question)
-
-
-# ---- tokens
-
-
-def tokenise_decisions(
-    ref: str, settings: DecisionTokenSettings, tokenizer: Any, how: Tokenising
-) -> TokenisedDecisions:
-    """Read the rows of `ref` and tokenise them, or load the tokens from the cache."""
-    kind = RowKind(
-        version=VERSION,
-        key=astuple(settings),
-        settings=settings,
-        stored=DECISION_COLUMNS,
-        schemas=DECISION_SCHEMAS,
-        tokenise=partial(_tokenise, settings=settings),
-        further=(settings.order_by,) if settings.order_by else (),
-    )
-    found = tokenise_dataset(ref, kind, tokenizer, how)
-    columns = row_fields(ref, found, settings.max_length)
-    flat = {name: found.stored.columns[name] for name in ("choices", "probabilities")}
-    return TokenisedDecisions(**{**columns, **flat}, warnings=found.notes)
-
-
-def _tokenise(
-    rows: Sequence[Row],
-    format: RowFormat,
-    tokenizer: Any,
-    invalid: InvalidRows,
-    settings: DecisionTokenSettings,
-) -> ChunkColumns:
-    """Return the columns of a chunk's rows; see RowKind."""
-    renamed = formats.rename_rows(format, rows, settings.columns, DECISION_SCHEMAS)
-    read = (attempt(_read, row, format, settings) for row in renamed)
-    found = list(formats.by_their_names(read, format, settings.columns))
-    chats = [x.prompt(settings.template) for x in found if isinstance(x, Decision)]
-    prompts = chat.example_prompt_ids(chats, tokenizer, settings.template)
-    columns: dict[str, list[Any]] = {name: [] for name in (*DECISION_COLUMNS, "index")}
-    for number, outcome in enumerate(found):
-        with invalid.skip():
-            decision = valid(outcome)
-            ids = valid(next(prompts))
-            before, tokens = answer_tokens(tokenizer, decision.prefix, decision.answers)
-            answer = tokens[int(np.argmax(decision.probabilities))]
-            ids = [*ids, *before, answer]
-            if len(ids) > settings.max_length:
-                if settings.too_long == "error":
-                    raise ValueError(
-                        f"{decision.name}: {len(ids)} tokens are more than data.max_length="
-                        f"{settings.max_length}; {remedy_for_too_long('max_length')}"
-                    )
-                continue
-            order, name = 0.0, settings.order_by
-            if name is not None:
-                order = formats.number_of(rows[number], name, "data.order_by")
-            row = {
-                "ids": ids, "learned": np.arange(len(ids)) == len(ids) - 1, "counts": len(ids), "reads": 1,
-                "truncated": False, "responses": 1, "learned_responses": int(decision.weight > 0),
-                "ends": answer, "weights": decision.weight, "order": order, "placeholders": False,
-                "pieces": 0, "mass": 1.0, "token_weights": np.zeros(0, np.float32), "weight_counts": 0,
-                "choices": tokens, "probabilities": decision.probabilities, "choice_counts": len(tokens),
-                "index": number,
-            }  # fmt: skip
-            for column, value in row.items():
-                columns[column].append(value)
-    part = {"index": np.asarray(columns["index"], np.int64)}
-    for name, kind in DECISION_COLUMNS.items():
-        if name not in files.NAMING:
-            flat = np.concatenate([[], *columns[name]]) if kind.along else np.asarray(columns[name])
-            part[name] = flat.astype(kind.dtype)
-    return part
 
 
 # ---- batches
@@ -292,38 +204,51 @@ def with_choices(rows: Tokens, most: int, tokens: tuple[int, ...]) -> Decisions:
 
 
 @dataclass(frozen=True)
-class DecisionSource(RowSource):
-    """Batches of Decisions; see Source."""
+class DecisionBatches(PackedBatches):
+    """Decisions packed into rows."""
 
-    def batch(self, step: int, state: TrainState | None = None) -> tuple[Decisions, Metrics]:
-        """Return the batch of a step and no metrics."""
-        tokens, metrics = super().batch(step)
-        return self._decisions(tokens, self._rows_of(step)), metrics
+    @property
+    def choices(self) -> Ragged:
+        """The tokens of each row's choices."""
+        choices: Ragged = self.split.rows.extras[CHOICES]
+        return choices
 
-    def held_out_decisions(self) -> tuple[Decisions, ...]:
-        """Return the held-out batches with their choices."""
-        size, found = self.shapes[0].ids.shape[1], list[Decisions]()
-        for number, batch in enumerate(self.held_out):
-            part = self.held_plan.slice(number * size, (number + 1) * size)
-            found.append(self._decisions(batch, part))
-        return tuple(found)
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens of all choices, each once."""
+        return tuple(np.unique(self.choices.values[:]).tolist())
 
-    def held_out_name(self, position: int) -> str:
-        """Return the name of the decision at position row * M + its number in the row, of the rows that are
-        evaluated.
-        """
-        _, rows, reads = self.held_out[0].read.shape
-        row, number = divmod(position, reads)
-        row = self.evaluated_batch(row // rows) * rows + row % rows
-        return self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0][number]
+    def shapes(self) -> Decisions:
+        """Return the shapes of a training batch."""
+        return with_choices(super().shapes(), int(self.choices.counts.max()), self.tokens)
 
-    def _decisions(self, rows: Tokens, plan: RowPlan) -> Decisions:
+    def fill(self, plan: RowPlan) -> Decisions:
+        """Return the rows of a step as a training batch."""
+        return self._with_choices(super().fill(plan), plan)
+
+    def evaluation(self, plan: RowPlan) -> tuple[Decisions, ...]:
+        """Return rows as batches of one microbatch, in which every decision has the same weight."""
+        size = self.shape[0]
+        parts = (plan.slice(start, start + size) for start in range(0, plan.rows, size))
+        return tuple(map(self._with_choices, super().evaluation(plan), parts))
+
+    def positions(self, batch: Tokens) -> int:
+        """Return how many values metrics.PerRow has: one of each read position."""
+        return int(np.prod(batch.read.shape))
+
+    def name_at(self, batch: Tokens, number: int, position: int) -> str:
+        """Return the name of the decision at a read position."""
+        _, rows, reads = batch.read.shape
+        row, decision = divmod(position, reads)
+        row += number * rows
+        return self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0][decision]
+
+    def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
         """Return rows [micro, rows, ...] with the choices of the plan's members, in the order of their read
         positions.
         """
-        tokenised: Any = self.split.rows
         micro, count, reads = rows.read.shape
-        of_each, probability_of_each = tokenised.of_members(plan.members)
+        of_each, probability_of_each = self._of_members(plan.members)
         shape = reads, of_each.shape[1]
         row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
         number = np.arange(len(row)) - plan.offsets[row]
@@ -332,4 +257,14 @@ class DecisionSource(RowSource):
         choices = np.full((micro, count, *shape), -1, np.int32)
         probabilities = np.zeros((micro, count, *shape), np.float32)
         choices[at], probabilities[at] = of_each, probability_of_each
-        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=tokenised.tokens)
+        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)
+
+    def _of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the choices [n, C] as indices of `tokens`, -1 for none, and their probabilities [n, C]."""
+        own, counts = self.choices, self.choices.counts[members]
+        at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
+        where, shape = ranges(own.offsets[members], counts), (len(members), int(own.counts.max()))
+        choices, probabilities = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+        choices[at] = np.searchsorted(self.tokens, own.values[where])
+        probabilities[at] = self.split.rows.extras[PROBABILITIES].values[where]
+        return choices, probabilities

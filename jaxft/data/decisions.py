@@ -20,20 +20,16 @@ is yes or no, as Qwen3-Reranker was trained (arXiv:2506.05176, section 2).
 import math
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.data.columns import messages_of, template_arguments_of, text_of
-from jaxft.data.example import Chat, Message
-from jaxft.data.formats import CHAT_COLUMNS, Schemas
+from jaxft.data.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
 from jaxft.data.invalid import InvalidRow, similar_names
 from jaxft.data.loss_weights import row_weight
 from jaxft.data.rows import Row
-from jaxft.data.template_settings import TemplateSettings
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
 LETTERS = string.ascii_uppercase
-ANSWER_PREFIX = "choice#"
 TOLERANCE = 0.01  # by which probabilities may differ from a sum of 1
 LABEL_QUESTION = "Which label fits this text?"
 RELEVANCE = "Given a web search query, retrieve relevant passages that answer the query"  # Qwen3-Reranker's
@@ -43,59 +39,6 @@ JUDGE = (
 )
 NO_YES = ("no", "yes")
 YES = {"true": 1.0, "yes": 1.0, "1": 1.0, "false": 0.0, "no": 0.0, "0": 0.0}
-
-OWN = tuple(name for name in CHAT_COLUMNS if name != "tools")
-DECISION_SCHEMAS = Schemas(
-    required={
-        DECISION: (("question", "messages"), ("choices",), ("answer",)),
-        LABEL: (("text",), ("label",)),
-        RERANKER: (("query",), ("document",), ("label",)),
-    },
-    optional={DECISION: OWN, LABEL: OWN, RERANKER: (*OWN, "instruction")},
-    strings=(),
-    example=("question", "choices", "answer"),
-)
-
-ChoiceValue = str | bool | int | float
-
-
-@dataclass(frozen=True)
-class DecisionChoice:
-    """A choice: its value, by which an answer names it, and perhaps what it means."""
-
-    value: ChoiceValue
-    description: str = ""
-
-    @property
-    def name(self) -> str:
-        """The value as text: JSON's for booleans and numbers."""
-        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A question to a model: the messages of its prompt, and the choices.
-
-    answers: what the response to each choice is after `prefix`; each is one token. probabilities: of the
-    choices, which sum to 1; () where they are not known. arguments, weight: as in Chat.
-    """
-
-    name: str
-    messages: tuple[Message, ...]
-    choices: tuple[DecisionChoice, ...]
-    answers: tuple[str, ...]
-    prefix: str = ANSWER_PREFIX
-    probabilities: tuple[float, ...] = ()
-    arguments: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-
-    def prompt(self, template: TemplateSettings) -> Chat:
-        """Return the conversation that the response follows, without thinking unless the run or the row asks
-        for it. template: how the run renders it.
-        """
-        arguments = {"enable_thinking": False, **template.arguments, **self.arguments}
-        plain = [message["role"] for message in self.messages] == ["user"]
-        return Chat(self.name, self.messages, len(self.messages), plain, arguments=arguments)
 
 
 def decide(
@@ -164,8 +107,8 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
         if row.fields.get("question") is not None:
-            raise InvalidRow(
-                row.name, "question and messages", "the row has 'question' and 'messages'; keep one of them"
+            raise row.invalid(
+                "question and messages", "the row has 'question' and 'messages'; keep one of them"
             )
         messages = messages_of(row, "messages")
     else:
@@ -264,8 +207,7 @@ def _relevance(row: Row) -> float:
         return known
     if isinstance(value, float) and 0 <= value <= 1:
         return value
-    raise InvalidRow(
-        row.name,
+    raise row.invalid(
         "label that is neither yes nor no",
         f"column 'label' is {str(value)[:40]!r}; use yes or no, true or false, 1 or 0, or the probability of "
         "yes from 0 to 1",

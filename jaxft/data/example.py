@@ -1,4 +1,4 @@
-"""Rows before they are tokenised: a document, a plain prompt with its completion, or a conversation."""
+"""Rows before they are tokenised: documents, plain prompts with completions, conversations and decisions."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,68 @@ class Chat:
     weight: float = 1.0
 
 
-Example = Text | Completion | Chat
+ANSWER_PREFIX = "choice#"
+ChoiceValue = str | bool | int | float
+
+
+@dataclass(frozen=True)
+class DecisionChoice:
+    """A choice: its value, by which an answer names it, and perhaps what it means."""
+
+    value: ChoiceValue
+    description: str = ""
+
+    @property
+    def name(self) -> str:
+        """The value as text: JSON's for booleans and numbers."""
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A question to a model: the messages of its prompt, and the choices.
+
+    answers: what the response to each choice is after `prefix`; each is one token. probabilities: of the
+    choices, which sum to 1; () where they are not known. arguments, weight: as in Chat.
+    """
+
+    name: str
+    messages: tuple[Message, ...]
+    choices: tuple[DecisionChoice, ...]
+    answers: tuple[str, ...]
+    prefix: str = ANSWER_PREFIX
+    probabilities: tuple[float, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+    def prompt(self, arguments: dict[str, Any]) -> Chat:
+        """Return the conversation that the response follows, without thinking unless the run or the row asks
+        for it. arguments: of the run's chat template.
+        """
+        arguments = {"enable_thinking": False, **arguments, **self.arguments}
+        plain = [message["role"] for message in self.messages] == ["user"]
+        return Chat(self.name, self.messages, len(self.messages), plain, arguments=arguments)
+
+
+Example = Text | Completion | Chat | Decision
+PROMPT, RESPONSE = "prompt", "response"  # the kinds of a prompt without a response, and of a single response
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """A row of a dataset as its format reads it.
+
+    examples: the prompt with each of its responses, by kind: "response" for SFT, "chosen" and "rejected" in a
+    pair, or "prompt" alone. weight: a factor of the weights of all targets. order: the number in the column
+    data.order_by. numbers: those in the columns data.extras. fields: all columns, where rewards read them.
+    """
+
+    name: str
+    examples: dict[str, Example]
+    weight: float = 1.0
+    order: float = 0.0
+    numbers: tuple[float, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def as_given(prompt: Chat | Completion) -> str | list[Message]:

@@ -4,22 +4,23 @@ The examples are those of SFT rows, preference rows or prompts for rollouts, as 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft.batch import Tokens
-from jaxft.data import chat, prompts
-from jaxft.data.invalid import InvalidCount, InvalidRow, add_counts
+from jaxft.data import prompts
+from jaxft.data.invalid import InvalidCount, InvalidRow
 from jaxft.data.lengths import measure_dataset
 from jaxft.data.mixture import SplitRows, held_out_sources, parse_sources
-from jaxft.data.overlaps import Content
-from jaxft.data.pairs.source import PairRows, PairSource
-from jaxft.data.prompt_rows import PromptRows
-from jaxft.data.prompts import Prompts
-from jaxft.data.sft import Rows, RowSource
-from jaxft.data.source import SourceInfo
+from jaxft.data.pairs import PairRows, PairSource
+from jaxft.data.prompt_tokens import row_fields
+from jaxft.data.prompts import PromptRows, Prompts
+from jaxft.data.sft import Rows
+from jaxft.data.source import RowSource
+from jaxft.data.tokenised import TOKEN_WEIGHTS, TokenisedRows
 
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
@@ -54,7 +55,7 @@ class Inspected(NamedTuple):
     """A dataset: statistics of its valid rows by name, counts of its invalid rows, and its examples.
 
     rows: their number, with invalid and dropped ones. placeholders: names of the rows whose response is a
-    placeholder. warnings: lines for the start of a run. of_step(step) yields the examples of that step's
+    placeholder. split: all rows. of_step(step) yields the examples of that step's
     batch; train() and held_out() yield all of them.
     """
 
@@ -65,14 +66,14 @@ class Inspected(NamedTuple):
     held_out: Callable[[], Iterator[ShownExample]]
     rows: int
     placeholders: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
+    split: SplitRows
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
     """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
-        return inspect_prompts(data, tokenizer)
+        return inspect_prompts(data, *prompts.split_prompts(data, tokenizer))
     return inspect_source(data.open(tokenizer))
 
 
@@ -82,10 +83,10 @@ def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> s
     """
     held_out = data.held_out if isinstance(data.held_out, str) else None
     sources = [*parse_sources(data.train), *(held_out_sources(held_out) if held_out else ())]
-    how = data.tokenising(None)._replace(only=name, invalid_limit=None, workers=1)
     for source in sources:
+        reader = source.adapt(data).reader(tokenizer).otherwise(only=name, invalid_limit=None, workers=1)
         try:
-            size = int(measure_dataset(source.ref, source.adapt(data), tokenizer, how).longest.max())
+            size = int(measure_dataset(source.ref, reader).longest.max())
         except InvalidRow as error:
             return error.problem
         except ValueError:  # it has no such row
@@ -95,53 +96,83 @@ def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> s
     return "no dataset has a row of this name; rows are named FILE:LINE"
 
 
-def inspect_source(source: RowSource | PairSource) -> Inspected:
+def inspect_source(source: RowSource[Any]) -> Inspected:
     """Return the dataset of an open source."""
     stats = {name: x for name, x in vars(source.info.stats).items() if x is not None}
-    invalid = stats.pop("invalid")
-    del stats["lengths"]  # shown for each part
+    del stats["lengths"], stats["invalid"]  # shown for each part, and by reason
     stats["tokens_with_a_loss"] = stats["learned_tokens"] / stats["tokens"]
     stats |= {"steps": source.info.steps, "fingerprint": source.info.fingerprint}
+    split, rows = source.split, source.split.rows
     if isinstance(source, PairSource):
-        return inspect_pairs(source, stats, invalid)
-    return inspect_rows(source, stats, invalid)
+        weight = 1 / source.layout.settings.batch
+
+        def of_step(step: int) -> Iterator[ShownExample]:
+            batch = source.batch(step)[0]
+            found = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
+            return (_pair(rows, index, weight) for index, weight in found if index >= 0)  # -1: empty
+
+        example: Callable[[int], ShownExample] = partial(_pair, rows, weight=weight)
+    else:
+
+        def of_step(step: int) -> Iterator[ShownExample]:
+            return examples_of(source.batch(step)[0], source.member_names(step))
+
+        example = partial(_text, rows)
+    return _inspected(split, stats, of_step, example)
 
 
-def inspect_rows(source: RowSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
-    """Return an SFT dataset; each example is one part."""
-    rows = source.split.rows
-
-    def example(index: int) -> ShownExample:
-        here = slice(*rows.offsets[index : index + 2])
-        ids, own = rows.ids[here], rows.weight_counts[index]
-        weights = rows.weights[index] * rows.learned[here]
-        if own:
-            first = rows.weight_offsets[index]
-            weights = weights * rows.token_weights[first : first + own]
-        piece, factor = int(rows.pieces[index]), rows.weights[index]
-        facts = f"{len(ids)} tokens, {(weights > 0).sum()} with loss"
-        facts += f", weight {factor:g}" if factor != 1 else ""
-        facts += f", piece {piece + 1} of the row" if piece else ""
-        return ShownExample(rows.names[index], facts, [ShownPart("", ids, weights)], piece)
-
-    def of_step(step: int) -> Iterator[ShownExample]:
-        return examples_of(source.batch(step)[0], source.member_names(step))
-
-    def all_of(members: np.ndarray) -> Iterator[ShownExample]:
-        return (example(int(index)) for index in members)
-
-    return Inspected(
-        stats, invalid, of_step, lambda: all_of(source.split.train), lambda: all_of(source.split.held),
-        *_counted(source.split, source.info),
-    )  # fmt: skip
-
-
-def _counted(split: SplitRows, info: SourceInfo) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
-    """Return the fields of Inspected from `rows` on."""
+def _inspected(
+    split: SplitRows,
+    stats: dict[str, Any],
+    of_step: Callable[[int], Iterator[ShownExample]],
+    example: Callable[[int], ShownExample],
+) -> Inspected:
+    """Return a dataset. example(index): one of split.rows."""
     rows, used = split.rows, np.concatenate([split.train, split.held])
     count = int(rows.begins_row.sum()) + rows.dropped + sum(kind.rows for kind in rows.invalid)
-    found = used[rows.placeholders[used] & rows.begins_row[used]]
-    return count, tuple(rows.names[int(index)] for index in found), info.warnings
+    empty = used[rows.placeholders[used] & rows.begins_row[used]]
+    return Inspected(
+        stats,
+        rows.invalid,
+        of_step,
+        lambda: map(example, split.train.tolist()),
+        lambda: map(example, split.held.tolist()),
+        count,
+        tuple(rows.names[int(index)] for index in empty),
+        split,
+    )
+
+
+def _parts(rows: TokenisedRows, index: int, factor: float) -> list[ShownPart]:
+    """Return an example as one part, or if it has several responses, the prompt and each of them. factor: of
+    the weights of its targets.
+    """
+    ids, own = rows.sequence(index), rows.extras.get(TOKEN_WEIGHTS)
+    weights = factor * rows.learned[rows.offsets[index] : rows.offsets[index + 1]]
+    if own is not None and own.counts[index]:
+        weights = weights * own[index]
+    if len(rows.kinds) < 2:
+        return [ShownPart("", ids, weights)]
+    ends = np.cumsum(rows.counts[index])[:-1]
+    pieces = zip(("prompt", *rows.kinds), np.split(ids, ends), np.split(weights, ends), strict=True)
+    return [ShownPart(label, ids, weights) for label, ids, weights in pieces if len(ids)]
+
+
+def _text(rows: TokenisedRows, index: int) -> ShownExample:
+    """Return an SFT example."""
+    piece, factor = int(rows.pieces[index]), rows.weights[index]
+    (part,) = _parts(rows, index, factor)
+    facts = f"{len(part.ids)} tokens, {(part.weights > 0).sum()} with loss"
+    facts += f", weight {factor:g}" if factor != 1 else ""
+    facts += f", piece {piece + 1} of the row" if piece else ""
+    return ShownExample(rows.names[index], facts, [part], piece)
+
+
+def _pair(rows: TokenisedRows, index: int, weight: float) -> ShownExample:
+    parts = _parts(rows, index, weight)
+    lengths = ", ".join(f"{part.label} {len(part.ids)} tokens" for part in parts)
+    facts = f"{lengths}, {rows.targets[index]} with loss, weight {weight:.4f} of the batch"
+    return ShownExample(rows.names[index], facts, parts)
 
 
 def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]:
@@ -167,104 +198,35 @@ def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]
             yield ShownExample(labels[number - 1], facts, [ShownPart("", ids[here], weights)])
 
 
-def inspect_pairs(source: PairSource, stats: dict[str, Any], invalid: tuple[InvalidCount, ...]) -> Inspected:
-    """Return a preference dataset; the parts of an example are its prompt and its responses."""
-    pairs = source.pairs.tokenised
-
-    def example(index: int, weight: float) -> ShownExample:
-        parts = []
-        for number, label in enumerate(("prompt", *pairs.kinds)):
-            ids = pairs.piece(index, number)
-            start = pairs.starts[index, number]
-            if len(ids):
-                parts.append(ShownPart(label, ids, weight * pairs.learned[start : start + len(ids)]))
-        lengths = ", ".join(f"{part.label} {len(part.ids)} tokens" for part in parts)
-        facts = f"{lengths}, {pairs.reads[index].sum()} with loss, weight {weight:.4f} of the batch"
-        return ShownExample(pairs.names[index], facts, parts)
-
-    def of_step(step: int) -> Iterator[ShownExample]:
-        batch = source.batch(step)[0]
-        found = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
-        return (example(index, weight) for index, weight in found if index >= 0)  # -1: an empty slot
-
-    def all_of(members: np.ndarray) -> Iterator[ShownExample]:
-        return (example(int(index), 1 / source.pairs.settings.batch) for index in members)
-
-    return Inspected(
-        stats, invalid, of_step, lambda: all_of(source.pairs.train), lambda: all_of(source.pairs.held),
-        *_counted(source.pairs.split, source.info),
-    )  # fmt: skip
-
-
-def inspect_prompts(data: Prompts, tokenizer: Any) -> Inspected:
-    """Return a dataset of prompts for rollouts, without a loss."""
-    train, held = prompts.split_prompts(data, tokenizer)
-    examples, how = (*train.examples, *held.examples), (tokenizer, data.template_settings)
-    warnings = chat.tools_warnings(examples, *how) + chat.content_warnings(examples, *how)
-    notes = tuple(dict.fromkeys(train.notes + held.notes))
-    return inspect_prompt_rows(data, train, held)._replace(warnings=notes + warnings)
-
-
-def inspect_prompt_rows(data: Prompts, train: PromptRows, held: PromptRows) -> Inspected:
+def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspected:
     """Return tokenised prompts for rollouts, split into training and held-out ones; each is one part."""
+    split, rows = train.split, train.split.rows
     stats = {
         "prompts": len(train),
         "held_out": len(held),
-        "dropped": train.dropped,
-        "summary": f"{len(train)} prompts, {len(held)} held out, {train.dropped} dropped as too long"
-        f"{train.left_out}",
+        "dropped": rows.dropped,
+        "summary": f"{len(train)} prompts, {len(held)} held out, {rows.dropped} dropped as too long"
+        f"{split.left_out}",
         "fingerprint": prompts.prompts_fingerprint(data, train, held),
     }
 
-    def example(side: PromptRows, number: int) -> ShownExample:
-        ids = np.array(side.token_ids[number])
+    def example(index: int) -> ShownExample:
         columns = [
             f"{name}={value!r}"[:80]
-            for name, value in side.fields[number].items()
+            for name, value in row_fields(rows, index).items()
             if name not in SHOWN_AS_PROMPT
         ]
         sampled = f"{data.group} completion{'s' * (data.group > 1)} of at most {data.max_new} tokens"
-        facts = f"{len(ids)} tokens, {'; '.join([sampled, *columns])}"
-        return ShownExample(side.names[number], facts, [ShownPart("", ids, np.zeros(len(ids)))])
+        facts = f"{rows.lengths[index]} tokens, {'; '.join([sampled, *columns])}"
+        return ShownExample(rows.names[index], facts, _parts(rows, index, 0.0))
 
     def of_step(step: int) -> Iterator[ShownExample]:
         rollout, part = divmod(step, data.steps_per_rollout)
         numbers = prompts.prompts_of_rollout(data, train, rollout)
-        return (example(train, number) for number in numbers[prompts.prompts_of_step(data, rollout, part)])
+        chosen = train.chosen[numbers[prompts.prompts_of_step(data, rollout, part)]]
+        return map(example, chosen.tolist())
 
-    def all_of(side: PromptRows) -> Iterator[ShownExample]:
-        return (example(side, number) for number in range(len(side)))
-
-    invalid = add_counts(train.invalid, held.invalid)
-    count = len(train) + len(held) + train.dropped + held.dropped + sum(kind.rows for kind in invalid)
-    empty = [
-        side.names[int(i)] for side in (train, held) for i in np.flatnonzero(side.placeholders[side.chosen])
-    ]
-    return Inspected(
-        stats, invalid, of_step, lambda: all_of(train), lambda: all_of(held), count, tuple(empty)
-    )
-
-
-def contents(examples: Iterable[ShownExample]) -> Iterator[Content]:
-    """Yield each row as its prompt and the rest, of a split row all of its pieces together."""
-    pieces: list[ShownExample] = []
-    for example in examples:
-        if pieces and not example.piece:
-            yield content(pieces)
-            pieces = []
-        pieces.append(example)
-    if pieces:
-        yield content(pieces)
-
-
-def content(pieces: Sequence[ShownExample]) -> Content:
-    """Return a row as its prompt, the tokens before the first one with a loss, and the rest."""
-    parts = [part for piece in pieces for part in piece.parts]
-    ids = np.concatenate([part.ids for part in parts])
-    learned = np.flatnonzero(np.concatenate([part.weights for part in parts]))
-    first = int(learned[0]) if len(learned) else 0
-    first = first if first > 1 else 0  # the first token of a text never has a loss, and is no prompt
-    return Content(pieces[0].name, ids[:first], ids[first:])
+    return _inspected(split, stats, of_step, example)
 
 
 def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
@@ -278,6 +240,7 @@ def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
             if len(part.ids):  # a row with a label has one of two responses
                 found.setdefault(part.label or "all", []).append(len(part.ids))
         if len(example.parts) == 1 and example.parts[0].weights.any():
-            found.setdefault("prompt", []).append(len(content([example]).prompt))
-            found.setdefault("with loss", []).append(int((example.parts[0].weights > 0).sum()))
+            learned = np.flatnonzero(example.parts[0].weights)
+            found.setdefault("prompt", []).append(int(learned[0]) if learned[0] > 1 else 0)
+            found.setdefault("with loss", []).append(len(learned))
     return found

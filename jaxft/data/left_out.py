@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import xxhash
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Bool, UInt64
 
-from jaxft.data.example import Chat, Completion, Example
-from jaxft.data.flat import Flat
+from jaxft.data.example import Chat, Completion, Example, Text
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")
 # What spreadsheets, pandas and annotators write where there is no response; in lower case.
@@ -35,8 +33,10 @@ def has_placeholder(example: Example) -> bool:
             return is_placeholder(prompt)
         case Completion(completion=text):
             return is_placeholder(text)
+        case Text(text=text):
+            return is_placeholder(text)
         case _:
-            return is_placeholder(example.text)
+            return False
 
 
 def left_out_rows(
@@ -61,15 +61,3 @@ def left_out_rows(
     counts = {"duplicates": int(twice.sum()), "placeholders as responses": int(empty.sum())}
     named = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
     return empty | twice, f"; left out by data.drop: {named}" if named else ""
-
-
-def row_hashes(
-    ids: Flat, learned: Flat, bounds: Int[np.ndarray, " rows_plus_1"]
-) -> UInt64[np.ndarray, " rows"]:
-    """Return a hash of each row's tokens and loss mask. bounds: where each row begins in them."""
-    found = np.empty(len(bounds) - 1, np.uint64)
-    for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        digest = xxhash.xxh3_64(np.ascontiguousarray(ids[start:end]).tobytes())
-        digest.update(np.ascontiguousarray(learned[start:end]).tobytes())
-        found[row] = digest.intdigest()
-    return found

@@ -11,21 +11,19 @@ from jaxtyping import Int
 
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
-from jaxft.data.pairs.batches import assign_rows, order_batches, row_shape
-from jaxft.data.pairs.source import PairRows
-from jaxft.data.pairs.tokens import TokenisedPairs, tokenise_pairs
-from jaxft.data.prompt_rows import PromptRows, tokenise_prompts
+from jaxft.data.pair_plan import assign_rows, order_batches, row_shape
+from jaxft.data.pairs import PairRows
+from jaxft.data.prompt_tokens import row_fields
 from jaxft.data.prompts import LENGTH_STEP, Prompts
-from jaxft.data.sft import Rows, RowStats
-from jaxft.data.source import SourceStats
-from jaxft.data.tokenise import Tokenising
-from jaxft.data.tokens import TokenisedExamples
+from jaxft.data.reader import Reader
+from jaxft.data.sft import Rows
+from jaxft.data.source import RowStats, SourceStats
+from jaxft.data.tokenised import ROW_FIELDS, TokenisedRows
 
 UNLIMITED = 2**30
 MEASURED = 10_000  # rows; of a larger dataset so many at even distances
 ALARMING = 0.1  # fraction of the rows
 ANSWERS = 1_000  # reference answers that are tokenised
-NO_ANSWERS = np.zeros(0, np.int64)
 ANSWER_COLUMNS = ("answer", "solution", "response", "completion", "output", "target", "ground_truth")
 
 
@@ -98,53 +96,30 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
 
     Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
     """
-    counts: list[tuple[int, int | None]] = []
-    how = data.tokenising(cache)._replace(
-        sample=MEASURED, invalid_limit=1.0, names_first=False, counted=lambda *found: counts.append(found)
-    )
+    how = {"sample": MEASURED, "invalid_limit": 1.0, "names_first": False}
     sources = parse_sources(data.train)
-    found = reduce(_concatenate, [measure_dataset(x.ref, x.adapt(data), tokenizer, how) for x in sources])
-    totals = [total for _, total in counts if total is not None]
-    total = sum(totals) if len(totals) == len(counts) else None
-    return replace(found, read=sum(read for read, _ in counts), total=total)
+    readers = [source.adapt(data).reader(tokenizer, cache).otherwise(**how) for source in sources]
+    return reduce(_concatenate, map(measure_dataset, (source.ref for source in sources), readers))
 
 
-def measure_dataset(ref: str, data: Rows | PairRows | Prompts, tokenizer: Any, how: Tokenising) -> RowLengths:
+def measure_dataset(ref: str, reader: Reader) -> RowLengths:
     """Tokenise a dataset without a limit of its rows' lengths."""
-    if isinstance(data, Prompts):
-        free = replace(data.token_settings, max_prompt=UNLIMITED)
-        return _of_prompts(tokenise_prompts(ref, free, tokenizer, how), tokenizer)
-    if isinstance(data, PairRows):
-        pairs = replace(data.token_settings, max_length=UNLIMITED, too_long="truncate")
-        return _of_pairs(tokenise_pairs(ref, pairs, tokenizer, how))
-    rows = replace(data.token_settings, max_length=UNLIMITED, too_long="truncate")
-    return _of_examples(data.tokenise(ref, rows, tokenizer, how))
+    free = replace(reader.settings, max_length=UNLIMITED, too_long="truncate")
+    rows = replace(reader, settings=free).read(ref)
+    counts, answers = rows.counts.astype(np.int64), _reference_answers(rows, reader.tokenizer)
+    return RowLengths(counts[:, 0], counts[:, 1:], rows.kinds, rows.targets, answers, rows.read, rows.total)
 
 
-def _of_examples(rows: TokenisedExamples) -> RowLengths:
-    learned = np.flatnonzero(np.asarray(rows.learned))
-    first = learned[np.searchsorted(learned, rows.offsets[:-1])] - rows.offsets[:-1]
-    prompts = np.where(first > 1, first, 0)  # the first token of a text never has a loss, and is no prompt
-    responses = (rows.lengths - prompts)[:, None]
-    return RowLengths(prompts, responses, ("response",), rows.reads, NO_ANSWERS)
-
-
-def _of_pairs(pairs: TokenisedPairs) -> RowLengths:
-    counts = pairs.counts
-    return RowLengths(counts[:, 0], counts[:, 1:], pairs.kinds, pairs.reads.sum(1), NO_ANSWERS)
-
-
-def _of_prompts(rows: PromptRows, tokenizer: Any) -> RowLengths:
-    some = [rows.fields[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS))]
-    texts = [text for text in map(_reference_answer, some) if text]
+def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, " answers"]:
+    """Return the tokens of the reference answers of some prompts: of each, the first column that is one."""
+    some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
+    each = (
+        [fields.get(name) for name in ANSWER_COLUMNS] for fields in (row_fields(rows, int(i)) for i in some)
+    )
+    answers = [next((value for value in values if isinstance(value, str)), None) for values in each]
+    texts = [text for text in answers if text]
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-    none, answers = np.zeros((len(rows), 0), np.int64), np.array(counts, np.int64)
-    return RowLengths(rows.lengths, none, (), none.sum(1), answers)
-
-
-def _reference_answer(fields: dict[str, Any]) -> str | None:
-    """Return the first column of a row that is a reference answer."""
-    return next((fields[name] for name in ANSWER_COLUMNS if isinstance(fields.get(name), str)), None)
+    return np.array(counts, np.int64)
 
 
 def _concatenate(a: RowLengths, b: RowLengths) -> RowLengths:
@@ -154,6 +129,8 @@ def _concatenate(a: RowLengths, b: RowLengths) -> RowLengths:
         a.kinds,
         np.concatenate([a.targets, b.targets]),
         np.concatenate([a.answers, b.answers]),
+        a.read + b.read,
+        None if a.total is None or b.total is None else a.total + b.total,
     )
 
 
@@ -173,8 +150,7 @@ def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
     if not len(tokens):
         return LENGTH_STEP
     batches = order_batches(tokens, data.batch, data.seed, 0)
-    row_count = min(data.micro, data.batch)
-    return row_shape(tokens, tokens, [assign_rows(batches, tokens, row_count)], row_count).length
+    return row_shape(tokens, tokens, [assign_rows(batches, tokens, min(data.micro, data.batch))]).length
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ def row_weight(row: Row) -> float:
         return 1.0
     weight = _number(value)
     if weight is None:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "weight that is no number",
             f"column 'weight' is {repr(value)[:40]}; use a finite number of at least 0, or rename the "
             "column if it is not a loss weight",
@@ -37,21 +36,19 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
     """
     train, value = message.get("train"), message.get("weight")
     if train not in (None, True, False):
-        raise InvalidRow(
-            row.name, "train that is no boolean", f"{where} has train={repr(train)[:40]}; use true or false"
+        raise row.invalid(
+            "train that is no boolean", f"{where} has train={repr(train)[:40]}; use true or false"
         )
     weight = None if value is None else _number(value)
     if value is not None and weight is None:
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "weight that is no number",
             f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0",
         )
     if train is None or weight is None:
         return weight if train is None else float(train)
     if bool(train) != (weight > 0):
-        raise InvalidRow(
-            row.name,
+        raise row.invalid(
             "contradicting weights",
             f"{where} has train={bool(train)} and weight={weight:g}; remove one of them",
         )

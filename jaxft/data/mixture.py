@@ -8,11 +8,12 @@ Which rows of each source an epoch contains is a pure function of (numbers of ro
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -21,10 +22,9 @@ from jaxft.data.left_out import left_out_rows
 from jaxft.data.pack import permutation, ranges
 from jaxft.data.rows import SUFFIXES, find_data
 from jaxft.data.settings import DataSettings
-from jaxft.data.tokens import TokenisedRows
+from jaxft.data.tokenised import TokenisedRows
 from jaxft.data.urls import file_name, without_secrets
 
-SomeRows = TypeVar("SomeRows", bound=TokenisedRows)
 SomeSettings = TypeVar("SomeSettings", bound=Any)
 SOURCE_OPTIONS = ("format", "max_samples")  # options of a source that are not names of columns
 _OPTION = re.compile(r"[A-Za-z_]\w*=[^/?#]+")
@@ -256,15 +256,15 @@ def make_mixture(
 
 
 @dataclass(frozen=True)
-class SplitRows(Generic[SomeRows]):
+class SplitRows:
     """The tokenised rows of all sources, and the indices of those for training and of the held-out ones.
 
     sources: for each example, the index of its source in data.train or, if data.held_out names files, in
     data.held_out. train_names, held_names: the names of several sources, for their metrics; () for one.
-    left_out: a clause that counts what data.drop has left out of both.
+    left_out: a clause that counts what data.drop has left out of both. warnings: lines for a run's start.
     """
 
-    rows: SomeRows
+    rows: TokenisedRows
     train: Int[np.ndarray, " train"]
     held: Int[np.ndarray, " held"]
     sources: Int[np.ndarray, " examples"]
@@ -272,6 +272,7 @@ class SplitRows(Generic[SomeRows]):
     held_names: tuple[str, ...]
     mixture: Mixture | None
     left_out: str = ""
+    warnings: tuple[str, ...] = ()
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " n"]:
         """Return the training examples of an epoch; a row of a mixture may be among them more than once."""
@@ -292,50 +293,48 @@ class SplitRows(Generic[SomeRows]):
         return f"; an epoch takes {', '.join(parts)}{self.left_out}"
 
 
-def split_sources(
-    settings: DataSettings,
-    tokenise: Callable[[SourceRef], SomeRows],
-    held_out: Callable[[SomeRows], np.ndarray],
-) -> SplitRows[SomeRows]:
-    """Read all sources and split them into training and held-out rows.
+def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None) -> SplitRows:
+    """Read all sources and split them into training and held-out rows. cache: see DataSettings.open.
 
-    tokenise(source): reads a dataset. held_out(examples): a mask of those of one source to hold out if
-    data.held_out is a fraction. Raises ValueError if no training row has a weight.
+    Raises ValueError if a side has no rows left, or no training row has a weight.
     """
-    sources = parse_sources(settings.train)
-    parts = [tokenise(source) for source in sources]
-    masks = [
-        _held_out_mask(settings, source.ref, part, held_out)
-        for source, part in zip(sources, parts, strict=True)
-    ]
-    numbers = [np.full(len(part), number, np.int16) for number, part in enumerate(parts)]
+
+    def read(source: SourceRef) -> TokenisedRows:
+        return source.adapt(settings).reader(tokenizer, cache).read(source.ref)
+
+    sources, held_sources = parse_sources(settings.train), tuple[SourceRef, ...]()
+    parts = [read(source) for source in sources]
+    masks = [_held_out_mask(settings, x.ref, part) for x, part in zip(sources, parts, strict=True)]
     names = held_names = sources_with_metrics(settings.train)
     if isinstance(settings.held_out, str) and settings.holds_out:
-        held_parts = [tokenise(source) for source in held_out_sources(settings.held_out)]
+        held_sources = held_out_sources(settings.held_out)
         held_names = sources_with_metrics(settings.held_out)
-        parts += held_parts
-        masks += [np.ones(len(part), bool) for part in held_parts]
-        numbers += [np.full(len(part), number, np.int16) for number, part in enumerate(held_parts)]
-    rows = parts[0]
-    for part in parts[1:]:
-        rows = rows.concatenate(part)
-    mask, starts = np.concatenate(masks), np.cumsum([0, *map(len, parts)])
-    from_file = np.arange(len(rows)) >= starts[len(sources)]
+        parts += [read(source) for source in held_sources]
+        masks += [np.ones(len(part), bool) for part in parts[len(sources) :]]
+    numbers = np.array([*range(len(sources)), *range(len(held_sources))], np.int16)
+    rows, starts = reduce(TokenisedRows.concatenate, parts), np.cumsum([0, *map(len, parts)])
+    held, from_file = np.concatenate(masks), np.arange(len(rows)) >= starts[len(sources)]
     out, clause = _left_out(settings, rows, from_file)
-    if not rows.weights[~(mask | out)].any():
+    for name, side in (("train", ~held), ("held_out", held)):
+        if side.any() and not (side & ~out).any():
+            value, drop = getattr(settings, name), ",".join(settings.drop)
+            raise ValueError(f"data.{name}={value}: data.drop={drop} leaves no {settings.unit[:-1]}")
+    train = np.flatnonzero(~held & ~out)
+    if not rows.weights[train].any():
         raise ValueError(
             f"data.train={settings.train}: every training row has weight 0, so that nothing would be "
             "learned; give some rows a weight above 0, or rename the column if it is no weight of the loss"
         )
-    begins = np.flatnonzero(~mask & ~out & rows.begins_row)
+    begins = train[rows.begins_row[train]]
     own = [begins[(begins >= a) & (begins < b)] for a, b in pairwise(starts[: len(sources) + 1])]
     return SplitRows(
-        rows, np.flatnonzero(~mask & ~out), np.flatnonzero(mask & ~out), np.concatenate(numbers), names,
+        rows, train, np.flatnonzero(held & ~out), np.repeat(numbers, np.diff(starts)), names,
         held_names, make_mixture(own, sources, settings.seed), clause,
+        rows.warnings + settings.held_out_notes(int(held[rows.begins_row].sum()), int(rows.begins_row.sum())),
     )  # fmt: skip
 
 
-def _left_out(settings: DataSettings, rows: SomeRows, from_file: np.ndarray) -> tuple[np.ndarray, str]:
+def _left_out(settings: DataSettings, rows: TokenisedRows, from_file: np.ndarray) -> tuple[np.ndarray, str]:
     """Return the mask of the examples that data.drop leaves out, and a clause that counts their rows.
 
     from_file: mask of the examples of files that data.held_out names.
@@ -348,13 +347,11 @@ def _left_out(settings: DataSettings, rows: SomeRows, from_file: np.ndarray) -> 
     return out[np.cumsum(begins) - 1], clause
 
 
-def _held_out_mask(
-    settings: DataSettings, ref: str, part: SomeRows, held_out: Callable[[SomeRows], np.ndarray]
-) -> np.ndarray:
+def _held_out_mask(settings: DataSettings, ref: str, part: TokenisedRows) -> np.ndarray:
     if not settings.holds_out or isinstance(settings.held_out, str):
         return np.zeros(len(part), bool)
     if len(part) < 2:
         raise ValueError(
             f"{ref}: data.held_out={settings.held_out} cannot split a single row; set data.held_out=none"
         )
-    return held_out(part)
+    return settings.held_out_mask(part)

@@ -50,11 +50,7 @@ class _Suffix(NamedTuple):
 
 
 def next_prompt(
-    chat: Chat,
-    ways: Sequence[TurnWording],
-    stopped: bool,
-    tokenizer: Any,
-    settings: TemplateSettings,
+    chat: Chat, ways: Sequence[TurnWording], stopped: bool, tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
     """Return the prompt after a turn that answers the messages of `chat`.
 

@@ -1,20 +1,10 @@
 """Training rows that repeat one another, and held-out rows that are also training rows."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
-import xxhash
-from jaxtyping import Int
 
-
-class Content(NamedTuple):
-    """A row's name, and the token ids of its prompt and of the rest, which may be empty."""
-
-    name: str
-    prompt: Int[np.ndarray, " prompt"]
-    rest: Int[np.ndarray, " rest"]
+from jaxft.data.mixture import SplitRows
 
 
 @dataclass
@@ -45,32 +35,27 @@ class Overlaps:
     leaked_prompts: Overlap = field(default_factory=Overlap)
 
 
-def find_overlaps(train: Iterable[Content], held_out: Iterable[Content]) -> Overlaps:
-    """Compare every row with the training rows by 128-bit hashes of their tokens."""
-    found, rows, prompts = Overlaps(), dict[bytes, str](), dict[bytes, str]()
-    for content in train:
-        row, prompt = _hashes(content)
-        if row in rows:
-            found.duplicates.add(content.name, rows[row])
-        elif prompt in prompts:
-            found.repeated_prompts.add(content.name, prompts[prompt])
-        rows.setdefault(row, content.name)
-        if prompt is not None:
-            prompts.setdefault(prompt, content.name)
-    for content in held_out:
-        row, prompt = _hashes(content)
-        if row in rows:
-            found.leaked.add(content.name, rows[row])
-        elif prompt in prompts:
-            found.leaked_prompts.add(content.name, prompts[prompt])
+def find_overlaps(split: SplitRows, most: int) -> Overlaps:
+    """Compare the first `most` training rows, and held-out rows, with the training rows before them."""
+    found, known, prompts = Overlaps(), dict[int, int](), dict[int, int]()
+    rows = split.rows
+    content, documents = rows.content_hashes().tolist(), rows.documents.tolist()
+    first, has_prompt = np.asarray(rows.hashes)[:, 0].tolist(), rows.counts[:, 0] > 0
+    for side, same, similar in (
+        (split.train, found.duplicates, found.repeated_prompts),
+        (split.held, found.leaked, found.leaked_prompts),
+    ):
+        for i in side[rows.begins_row[side]][:most].tolist():
+            whole, prompt = content[documents[i]], first[i] if has_prompt[i] else None
+            if whole in known:
+                same.add(rows.names[i], rows.names[known[whole]])
+            elif prompt in prompts:
+                similar.add(rows.names[i], rows.names[prompts[prompt]])
+            if side is split.train:
+                known.setdefault(whole, i)
+                if prompt is not None:
+                    prompts.setdefault(prompt, i)
     return found
-
-
-def _hashes(content: Content) -> tuple[bytes, bytes | None]:
-    """Return the hashes of a row and of its prompt, None without one."""
-    prompt, rest = (np.ascontiguousarray(ids, np.int32).tobytes() for ids in content[1:])
-    whole = len(prompt).to_bytes(8, "little") + prompt + rest
-    return xxhash.xxh3_128_digest(whole), xxhash.xxh3_128_digest(prompt) if prompt else None
 
 
 def has_duplicates(found: Overlaps) -> bool:

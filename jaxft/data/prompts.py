@@ -3,29 +3,26 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxft.batch import Rollout, Tokens
 from jaxft.bounds import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, one_of
 from jaxft.data.conversation import PROMPT_FORMATS
-from jaxft.data.left_out import left_out_rows
-from jaxft.data.mixture import (
-    SourceRef,
-    held_out_sources,
-    make_mixture,
-    parse_sources,
-    sources_with_metrics,
-)
-from jaxft.data.pack import RowShape, ascending, number_groups, permutation, round_up
-from jaxft.data.prompt_rows import PromptRows, PromptTokenSettings, tokenise_prompts
+from jaxft.data.flat import Made
+from jaxft.data.mixture import SourceRef, SplitRows, held_out_sources, parse_sources, split_rows
+from jaxft.data.pack import RowShape, ascending, permutation, round_up
+from jaxft.data.prompt_tokens import PROMPT_TASK, TokenisedPrompts, row_fields, row_prompt
+from jaxft.data.reader import Reader, RowTask
+from jaxft.data.row_files import Row
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.settings import DataSettings
+from jaxft.data.tokenised import TokenisedRows
 from jaxft.nn.cache import CacheFormat
 
 TOO_LONG = ("drop", "error")
@@ -68,12 +65,12 @@ class Prompts(DataSettings):
     passes: Annotated[int, at_least(1)] = 1
     minibatches: Annotated[int, at_least(1)] = 1
     unit: ClassVar[str] = "prompts"
+    task: ClassVar[RowTask] = PROMPT_TASK
     packing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("format", PROMPT_FORMATS)
-        self.require_choice("too_long", TOO_LONG)
         self.require_choice("kv_cache", get_args(CacheFormat))
         if self.tokens is not None:
             raise ValueError(
@@ -107,21 +104,30 @@ class Prompts(DataSettings):
             )
 
     @property
-    def token_settings(self) -> PromptTokenSettings:
+    def token_settings(self) -> RowSettings:
         """The settings that the tokens of a prompt depend on."""
-        return PromptTokenSettings(
-            self.columns, self.format, self.max_prompt, self.too_long, self.template_settings,
-            self.order_by, self.max_samples, self.row_tools, self.optional_prompts,
+        return self.row_settings(
+            max_length=self.max_prompt, too_long=self.too_long, tools=self.row_tools,
+            optional=self.optional_prompts,
         )  # fmt: skip
+
+    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
+        """Return the mask of the rows to hold out; see DataSettings."""
+        if not rows.group_by(0).any():
+            raise ValueError(
+                f"{self.train}: data.held_out={self.held_out} cannot split a single prompt; set "
+                "data.held_out=none"
+            )
+        return super().held_out_mask(rows)
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have in addition to those of their rows; see PromptTokenSettings."""
+        """The tools that prompts have in addition to those of their rows; see RowSettings."""
         return ""
 
     @property
     def optional_prompts(self) -> bool:
-        """Whether rows need no prompt; see PromptTokenSettings."""
+        """Whether rows need no prompt; see RowSettings."""
         return False
 
     @property
@@ -196,71 +202,72 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
     )  # fmt: skip
 
 
-def read_prompts(ref: str, data: Prompts, tokenizer: Any, cache: Path | None = None) -> PromptRows:
-    """Read the prompts of `ref` and tokenise them as training does. Raises ValueError that names the row."""
-    return tokenise_prompts(ref, data.token_settings, tokenizer, data.tokenising(cache))
+@dataclass(frozen=True)
+class PromptRows:
+    """The training or the held-out prompts of a split, in the order of `chosen`, their indices in split.rows.
+
+    settings, source_names: of the datasets of this side, names () for a single one.
+    """
+
+    split: SplitRows
+    chosen: Int[np.ndarray, " prompts"]
+    settings: tuple[RowSettings, ...]
+    source_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " prompts"]:
+        """Tokens of each prompt."""
+        return self.split.rows.lengths[self.chosen]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the rows."""
+        return Made(len(self), lambda i: self.split.rows.names[self.chosen[i]])
+
+    @property
+    def fields(self) -> Sequence[dict[str, Any]]:
+        """The columns of the rows."""
+        return Made(len(self), lambda i: row_fields(self.split.rows, self.chosen[i]))
+
+    @property
+    def token_ids(self) -> Sequence[tuple[int, ...]]:
+        """The token ids of the prompts."""
+        return Made(len(self), lambda i: tuple(self.split.rows.sequence(self.chosen[i]).tolist()))
+
+    def select(self, numbers: Sequence[int] | Int[np.ndarray, " n"]) -> TokenisedPrompts:
+        """Read the prompts with these positions in `chosen`."""
+        names, fields = tuple(self.names[i] for i in numbers), tuple(self.fields[i] for i in numbers)
+        ids = tuple(self.token_ids[i] for i in numbers)
+        sources = self.split.sources[self.chosen[np.asarray(numbers, np.int64)]].tolist()
+        prompts = (
+            row_prompt(Row(name, columns), self.settings[source])
+            for name, columns, source in zip(names, fields, sources, strict=True)
+        )
+        template, several = self.settings[0].template, bool(self.source_names)
+        return TokenisedPrompts(
+            ids, names, tuple(prompts), fields, template, tuple(sources) if several else (), self.source_names
+        )
 
 
-def _read_all(
-    sources: Sequence[SourceRef], names: tuple[str, ...], data: Prompts, tokenizer: Any, cache: Path | None
-) -> PromptRows:
-    """Read the prompts of all datasets. names: their names in metrics, () for a single one."""
-    parts = [read_prompts(source.ref, source.adapt(data), tokenizer, cache) for source in sources]
-    return replace(reduce(PromptRows.concatenate, parts), source_names=names)
+def read_prompts(ref: str, reader: Reader) -> PromptRows:
+    """Read all prompts of a dataset."""
+    rows = reader.read(ref)
+    split = SplitRows(rows, np.arange(len(rows)), np.arange(0), np.zeros(len(rows), np.int16), (), (), None)
+    return PromptRows(split, split.train, (reader.settings,))
 
 
 def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> tuple[PromptRows, PromptRows]:
     """Return the training and the held-out prompts. All rows with the same prompt are on one side."""
-    prompts = _read_all(parse_sources(data.train), sources_with_metrics(data.train), data, tokenizer, cache)
-    nothing = prompts.subset(np.arange(0))
-    if not data.holds_out:
-        prompts, nothing = _without_dropped(data, prompts, nothing)
-        return _mixed(data, prompts), nothing
-    if isinstance(data.held_out, str):
-        sources, names = held_out_sources(data.held_out), sources_with_metrics(data.held_out)
-        held_out = _read_all(sources, names, data, tokenizer, cache)
-        prompts, held_out = _without_dropped(data, prompts, held_out)
-        return _mixed(data, prompts), held_out
-    prompts, _ = _without_dropped(data, prompts, nothing)
-    groups = number_groups(prompts.hashes[prompts.chosen, :1])
-    distinct = int(groups.max()) + 1
-    if distinct < 2:
-        raise ValueError(
-            f"{data.train}: data.held_out={data.held_out} cannot split a single prompt; set "
-            "data.held_out=none"
-        )
-    held = np.isin(groups, permutation(distinct, data.seed_of_split, 0)[: data.held_out_count(distinct)])
-    train = prompts.subset(np.flatnonzero(~held))
-    notes = prompts.notes + data.held_out_notes(int(held.sum()), len(held))
-    train = replace(train, dropped=prompts.dropped, invalid=prompts.invalid, notes=notes)
-    return _mixed(data, train), prompts.subset(np.flatnonzero(held))
 
+    def side(chosen: np.ndarray, refs: Sequence[SourceRef], names: tuple[str, ...]) -> PromptRows:
+        return PromptRows(split, chosen, tuple(ref.adapt(data).token_settings for ref in refs), names)
 
-def _without_dropped(
-    data: Prompts, prompts: PromptRows, held_out: PromptRows
-) -> tuple[PromptRows, PromptRows]:
-    """Return the prompts, and those of a held-out file, without those that data.drop leaves out; prompts that
-    the file has are duplicates.
-    """
-    if not data.drop:
-        return prompts, held_out
-    sides, count = (held_out, prompts), len(held_out)
-    hashes = np.concatenate([side.hashes[side.chosen, 1] for side in sides])
-    placeholders = np.concatenate([side.placeholders[side.chosen] for side in sides])
-    out, clause = left_out_rows(data.drop, hashes, placeholders, np.arange(len(hashes)) < count)
-    train, held = prompts.chosen[~out[count:]], held_out.chosen[~out[:count]]
-    for setting, left, before in (("train", train, prompts), ("held_out", held, held_out)):
-        if len(before) and not len(left):
-            value = getattr(data, setting)
-            raise ValueError(f"data.{setting}={value}: data.drop={','.join(data.drop)} leaves no prompt")
-    return replace(prompts, chosen=train, left_out=clause), replace(held_out, chosen=held)
-
-
-def _mixed(data: Prompts, train: PromptRows) -> PromptRows:
-    """Return the training prompts with the mixture of their sources."""
-    sources, numbers = parse_sources(data.train), train.sources[train.chosen]
-    rows = [np.flatnonzero(numbers == number) for number in range(len(sources))]
-    return replace(train, mixture=make_mixture(rows, sources, data.seed))
+    split, refs = split_rows(data, tokenizer, cache), parse_sources(data.train)
+    held_refs = held_out_sources(data.held_out) if isinstance(data.held_out, str) and data.holds_out else refs
+    return side(split.train, refs, split.train_names), side(split.held, held_refs, split.held_names)
 
 
 def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np.ndarray, " batch"]:
@@ -273,9 +280,10 @@ def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np
     numbers = rollout * data.batch + np.arange(data.batch)
 
     def order(epoch: int) -> np.ndarray:
-        chosen = np.arange(count) if train.mixture is None else train.mixture.of_epoch(epoch)
+        rows = train.split.of_epoch(epoch)
+        chosen = np.searchsorted(train.chosen, rows)
         if data.order_by is not None:
-            return chosen[ascending(train.order[train.chosen][chosen], data.seed)]
+            return chosen[ascending(train.split.rows.order[rows], data.seed)]
         return chosen[permutation(count, data.seed, 4, epoch)]
 
     orders = {epoch: order(epoch) for epoch in np.unique(numbers // count).tolist()}
@@ -319,11 +327,12 @@ def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> s
     )  # fmt: skip
     added = [] if data.min_p is None else [data.min_p]  # later than the others: without it, as before
     digest = hashlib.sha256(json.dumps([settings, data.top_k, data.top_p, *added]).encode())
+    rows, mixture = train.split.rows, train.split.mixture
     for side in (train, held):
         digest.update(len(side).to_bytes(8, "little"))
-        digest.update(side.hashes[side.chosen, 1].tobytes())
-    if train.mixture is not None:
-        digest.update(repr((train.mixture.counts, train.source_names)).encode())
+        digest.update(np.asarray(rows.content)[side.chosen].tobytes())
+    if mixture is not None:
+        digest.update(repr((mixture.counts, train.source_names)).encode())
     if data.order_by is not None:
-        digest.update(train.order[train.chosen].tobytes())
+        digest.update(rows.order[train.chosen].tobytes())
     return digest.hexdigest()[:32]

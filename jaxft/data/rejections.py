@@ -7,13 +7,7 @@ from dataclasses import replace
 import jinja2
 
 from jaxft.data.example import Message
-from jaxft.data.template import (
-    REJECTIONS,
-    Template,
-    UnusableTemplate,
-    failure_text,
-    render_messages,
-)
+from jaxft.data.template import REJECTIONS, Template, UnusableTemplate, failure_text, render_messages
 
 NINE = re.compile(r"[A-Za-z0-9]{9}")  # the format of tool call ids that Mistral's templates require
 

@@ -40,6 +40,10 @@ class Row(NamedTuple):
     name: str
     fields: dict[str, Any]
 
+    def invalid(self, reason: str, problem: str) -> InvalidRow:
+        """Return the error of this row; see InvalidRow."""
+        return InvalidRow(self.name, reason, problem)
+
 
 Outcome = Row | InvalidRow
 

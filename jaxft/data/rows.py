@@ -299,7 +299,7 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
         encoding = wide_encoding(path)
         if encoding is not None:  # its bytes cannot be divided into lines
             _scan_bytes(path, report)
-            read: Reader = partial(read_wide_lines, encoding=encoding)
+            read: _ReadFile = partial(read_wide_lines, encoding=encoding)
             return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
         lines = scan_lines(path, report)
         return _Scanned(lambda: lines, size, sum(chunk.count for chunk in lines))
@@ -324,10 +324,10 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
     raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
 
-Reader = Callable[[Path], Iterator[Outcome]]
+_ReadFile = Callable[[Path], Iterator[Outcome]]
 
 
-def _windows(path: Path, label: str, read: Reader) -> Iterator[Chunk]:
+def _windows(path: Path, label: str, read: _ReadFile) -> Iterator[Chunk]:
     with named_errors(path):
         yield from in_windows(read(path), label)
 

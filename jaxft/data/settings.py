@@ -2,18 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
-from jaxft.bounds import ZERO_TO_ONE, above, at_least, check_bounds, one_of
+import numpy as np
+from jaxtyping import Bool
+
+from jaxft.bounds import ZERO_TO_ONE, Choices, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.data.left_out import DROPPED
+from jaxft.data.pack import permutation
+from jaxft.data.reader import Reader, RowTask, Tokenising
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.template_settings import DATE, SYSTEM, TURN, TemplateSettings
-from jaxft.data.tokenise import Tokenising
+from jaxft.data.tokenised import TokenisedRows
 from jaxft.distributed.sync import is_first
 from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.tree import Batch
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -22,9 +30,16 @@ def check_seed(seed: int, setting: str) -> None:
         raise ValueError(f"{setting}={seed}; use a whole number from 0 to 2^63 - 1")
 
 
+@cache
+def _choices(kind: Any) -> list[tuple[str, tuple[str | None, ...]]]:
+    """Return the settings that take some texts only, and these."""
+    marks = ((name, get_args(hint)[1:]) for name, hint in get_type_hints(kind, include_extras=True).items())
+    return [(name, mark.known) for name, found in marks for mark in found if isinstance(mark, Choices)]
+
+
 @dataclass(frozen=True)
 class DataSettings:
-    """Where rows come from and how many an optimizer step uses.
+    """Settings of a run's data: where rows come from and how many an optimizer step uses.
 
     train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
     the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
@@ -64,12 +79,16 @@ class DataSettings:
     max_samples: Annotated[int | None, at_least(1)] = None
     drop: tuple[str, ...] = ()
     split_seed: int | None = None
+    unit: ClassVar[str]  # what `batch` counts, "rows", "pairs" or "prompts"
+    task: ClassVar[RowTask]  # what the rows are read for
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
         check_seed(self.seed_of_split, "data.split_seed")
-        self.require_choice("invalid", INVALID)
+        kind: Any = type(self)
+        for name, known in _choices(kind):
+            self.require_choice(name, known)
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
@@ -92,12 +111,6 @@ class DataSettings:
         """Names of the settings whose sum is max_length."""
         return ("max_length",)
 
-    def require_at_least(self, least: int, *names: str) -> None:
-        """Raise ValueError for the first of the named settings that is below `least`."""
-        for name in names:
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}; use at least {least}")
-
     def require_choice(self, name: str, choices: Sequence[Any]) -> None:
         """Raise ValueError if the named setting is none of the choices."""
         if getattr(self, name) not in choices:
@@ -114,17 +127,34 @@ class DataSettings:
         """The largest fraction of a dataset's rows that may be left out as invalid, None for none at all."""
         return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
-    def tokenising(self, cache: Path | None) -> Tokenising:
-        """How this machine tokenises the rows. cache: see Dataset.open."""
+    def row_settings(self, **own: Any) -> RowSettings:
+        """Return token_settings. own: those of one kind of data."""
+        return RowSettings(
+            columns=self.columns, format=self.format, template=self.template_settings,
+            order_by=self.order_by, max_samples=self.max_samples, **own,
+        )  # fmt: skip
+
+    @property
+    def token_settings(self) -> RowSettings:
+        """The settings that the tokens of a row depend on."""
+        raise NotImplementedError
+
+    def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
+        """Return what reads and tokenises the rows. cache: see `open`."""
         few = self.invalid == FEW
-        return Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
+        how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
+        return Reader(self.task, tokenizer, self.token_settings, how)
 
     def for_attention(self, a: AttentionLayers) -> Self:
-        """Return the settings themselves: they don't depend on the model; see Dataset.for_attention."""
+        """Return the settings for a model with these attention layers, whose rope may depend on the length of
+        a text. Raises ValueError for settings that such a model cannot have.
+        """
         return self
 
     def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
-        """Return no lines; see Dataset.start_lines."""
+        """Return lines for the start of a run about how its log-probs are computed. objective: the run's
+        Objective. a: of the model.
+        """
         return []
 
     @property
@@ -141,6 +171,47 @@ class DataSettings:
     def holds_out(self) -> bool:
         """Whether any rows are held out."""
         return self.held_out not in (None, "none", 0)
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Any:
+        """Read and tokenise the rows and plan the batches; return a Source.
+
+        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
+        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
+        """
+        raise NotImplementedError
+
+    def abstract(self, shards: int = 1) -> Batch:
+        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+        raise NotImplementedError
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that the model sees."""
+        raise NotImplementedError
+
+    @property
+    def packing(self) -> bool | Literal["wrapped"]:
+        """Whether a row may contain several sequences. Only those of "wrapped" rows attend to one another."""
+        raise NotImplementedError
+
+    @property
+    def least_held_out(self) -> int:
+        """The fewest rows that a fraction of the rows holds out."""
+        return 1
+
+    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
+        """Return the mask of a dataset's rows to hold out, at least the fraction held_out of them.
+
+        All rows with one prompt are on one side, and neither is empty; rows that all have the same prompt are
+        divided one by one.
+        """
+        prompts = rows.group_by(0)
+        groups = prompts if prompts.any() else np.arange(len(rows))
+        shuffled = groups[permutation(len(rows), self.seed_of_split, 0)]
+        distinct = shuffled[np.sort(np.unique(shuffled, return_index=True)[1])]
+        sizes = np.bincount(groups)[distinct]
+        count = self.held_out_count(len(rows), self.least_held_out)
+        return np.isin(groups, distinct[:-1][(np.cumsum(sizes) - sizes < count)[:-1]])
 
     def held_out_count(self, count: int, least: int = 1) -> int:
         """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""

@@ -1,7 +1,9 @@
-"""SFT rows as batches. Batch k is a pure function of (rows, tokenizer, settings, k)."""
+"""SFT rows as batches: their settings, and how they are packed. Batch k is a pure function of (rows,
+tokenizer, settings, k).
+"""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -9,32 +11,32 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
-from jaxft.batch import Tokens, TrainState
+from jaxft.batch import Tokens
 from jaxft.bounds import at_least, one_of
 from jaxft.data import chat, pack
-from jaxft.data.epochs import Epochs, epochs_of
-from jaxft.data.mixture import SourceRef, SplitRows, sources_with_metrics, split_sources
+from jaxft.data.epochs import epochs_of
+from jaxft.data.example import RESPONSE
+from jaxft.data.mixture import sources_with_metrics, split_rows
 from jaxft.data.pack import RowPlan
-from jaxft.data.row_batches import (
-    fill_rows,
-    held_out_batches,
-    member_targets,
-    read_length,
-    tokens_per_row,
-    weights_of_members,
-)
+from jaxft.data.reader import RowTask
+from jaxft.data.row_batches import fill_rows, member_counts, member_targets, read_length, weights_of_members
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.row_text import DOCUMENT, SAMPLE_BY
 from jaxft.data.settings import DataSettings
-from jaxft.data.source import FixedSource, Prompt, SourceInfo, SourceStats, learned_line, length_percentiles
-from jaxft.data.tokenise import Tokenising
-from jaxft.data.tokens import (
-    TokenisedExamples,
-    TokenSettings,
-    count_ids,
-    tokenise_rows,
+from jaxft.data.sft_tokens import SFT_TASK
+from jaxft.data.source import (
+    BatchLayout,
+    Prompt,
+    RowSource,
+    RowStats,
+    learned_line,
+    length_percentiles,
+    source_info,
+    step_tokens,
 )
-from jaxft.tree import Metrics
+from jaxft.data.tokenised import TOKEN_WEIGHTS, TokenisedRows
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
@@ -68,13 +70,12 @@ class Rows(DataSettings):
     weighting: Annotated[str, one_of(WEIGHTING)] = "token"
     sample_by: Annotated[str, one_of(SAMPLE_BY)] = DOCUMENT
     unit: ClassVar[str] = "rows"
+    task: ClassVar[RowTask] = SFT_TASK
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"loss_on": chat.LOSS_ON, "too_long": TOO_LONG, "weighting": WEIGHTING}
-        for name, known in {**choices, "sample_by": SAMPLE_BY}.items():
-            self.require_choice(name, known)
-        self.require_at_least(3 if self.too_long == "split" else 2, "max_length")
+        if self.too_long == "split" and self.max_length < 3:
+            raise ValueError(f"data.max_length={self.max_length}; use at least 3")
         if self.packing not in (True, False, "wrapped"):
             raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
@@ -84,26 +85,20 @@ class Rows(DataSettings):
             )
 
     @property
-    def token_settings(self) -> TokenSettings:
+    def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        return TokenSettings(
-            self.columns, self.format, self.loss_on, self.max_length, self.too_long, self.template_settings,
-            self.order_by, self.sample_by, self.max_samples,
+        return self.row_settings(
+            kinds=(RESPONSE,), max_length=self.max_length, too_long=self.too_long, loss_on=self.loss_on,
+            sample_by=self.sample_by,
         )  # fmt: skip
 
-    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "RowSource":
-        """Read, tokenise (or load from the cache) and plan the batches; see Dataset.open.
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
+        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open.
 
         Where `shards` does not divide the rows of a microbatch, empty rows are added; they change no result.
         """
         row_count = _rows_per_microbatch(self, shards)
-        wrapped = self.packing == "wrapped"
-
-        def tokenise(source: SourceRef) -> TokenisedExamples:
-            settings = source.adapt(self).token_settings
-            return self.tokenise(source.ref, settings, tokenizer, self.tokenising(cache))
-
-        split = split_sources(self, tokenise, self._held_out_mask)
+        wrapped, split = self.packing == "wrapped", split_rows(self, tokenizer, cache)
         examples, train, held = split.rows, split.train, split.held
         if wrapped:
             _require_texts(examples)
@@ -120,43 +115,29 @@ class Rows(DataSettings):
             return pack.limit_reads(found, member_targets(examples, found), reads)
 
         def batch_tokens(epoch: int) -> np.ndarray:
-            starts = np.arange(0, plan(epoch).rows, self.batch)
-            return np.add.reduceat(tokens_per_row(examples, plan(epoch)), starts)
+            return step_tokens(plan(epoch), member_counts(examples, plan(epoch)), self.batch)
 
         epochs = epochs_of(batch_tokens, alike=split.mixture is None)
-        first = examples.ids[slice(*examples.offsets[train.min() :][:2])]
-        info = SourceInfo(
-            steps=self.total_steps(epochs),
-            steps_per_epoch=epochs.steps_in(0),
-            fingerprint=_fingerprint(self, examples, (plan(0), held_plan), (self.batch, size, reads)),
-            preview=tokenizer.decode(first, skip_special_tokens=False),
-            stats=_stats(self, split, plan(0), (size, reads)),
-            warnings=examples.warnings,
-            learned_ends=count_ids(examples.ends[examples.is_whole]),
-        )
-        shapes, names = _shapes(self, (row_count, size, reads)), split.held_names
-        held_out = held_out_batches(
-            examples, held_plan, (row_count, size, reads), split.sources if names else None
-        )
-        held_out = tuple(replace(b, packed=self.packing is True, source_names=names) for b in held_out)
-        return RowSource(info, (shapes,), held_out, self, split, plan, held_plan, epochs)
+        layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
+        stats, fingerprint = _stats(layout, plan(0)), _fingerprint(layout, (plan(0), held_plan))
+        info = source_info(layout, epochs, tokenizer, stats, fingerprint)
+        return RowSource(info, layout, layout.evaluation(held_plan), epochs)
 
-    def tokenise(self, ref: str, settings: Any, tokenizer: Any, how: Tokenising) -> TokenisedExamples:
-        """Read the rows of `ref` and tokenise them, or load the tokens from the cache. settings:
-        token_settings, perhaps with other limits.
-        """
-        return tokenise_rows(ref, settings, tokenizer, how)
+    @property
+    def batches(self) -> "Callable[..., PackedBatches]":
+        """The layout of the batches."""
+        return PackedBatches
 
-    def _held_out_mask(self, examples: TokenisedExamples) -> np.ndarray:
+    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
         """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it
         is the only one, of which the end is held out.
         """
-        rows = int(examples.documents[-1]) + 1
-        if rows == 1:
-            return np.arange(len(examples)) >= len(examples) - self.held_out_count(len(examples))
-        mask = np.zeros(rows, bool)
-        mask[pack.permutation(rows, self.seed_of_split, 0)[: self.held_out_count(rows)]] = True
-        return mask[examples.documents]
+        count = int(rows.documents[-1]) + 1
+        if count == 1:
+            return np.arange(len(rows)) >= len(rows) - self.held_out_count(len(rows))
+        mask = np.zeros(count, bool)
+        mask[pack.permutation(count, self.seed_of_split, 0)[: self.held_out_count(count)]] = True
+        return mask[rows.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:
         """Return the shapes of the largest batch that the settings allow: T = M = max_length."""
@@ -164,102 +145,79 @@ class Rows(DataSettings):
 
 
 @dataclass(frozen=True)
-class RowStats(SourceStats):
-    """Statistics of tokenised rows.
+class PackedBatches(BatchLayout[Tokens]):
+    """Texts and conversations packed into rows. shape: rows of a microbatch, T, M."""
 
-    truncated: number of truncated examples. tokens, learned_tokens: of the first epoch, and those of them
-    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
-    batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
-    slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
-    """
+    shape: tuple[int, int, int]
 
-    truncated: int
-    tokens: int
-    learned_tokens: int
-    lengths: dict[str, float]
-    rows: int
-    fill: float
-    row_length: int
-    read_length: int
-    cache: str
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a plan that an optimizer step reads."""
+        return self.settings.batch
 
+    def shapes(self) -> Tokens:
+        """Return the shapes of a training batch."""
+        return _shapes(self.settings, self.shape)
 
-@dataclass(frozen=True)
-class RowSource(FixedSource[Tokens]):
-    """Batches of Tokens; see Source. plan: which examples share a row, by epoch; held_plan: of the held-out
-    batches.
-    """
-
-    settings: Rows
-    split: SplitRows[TokenisedExamples]
-    plan: Callable[[int], RowPlan]
-    held_plan: RowPlan
-    epochs: Epochs
-
-    def batch(self, step: int, state: TrainState | None = None) -> tuple[Tokens, Metrics]:
-        """Return the batch of a step and no metrics."""
-        rows, part = self.settings, self._rows_of(step)
-        _, row_count, size = self.shapes[0].ids.shape
-        shape = (rows.batch, size, self.shapes[0].read.shape[-1])
-        examples, names = self.split.rows, self.split.train_names
-        weights = weights_of_members(examples, part, rows.weighting)
-        flat = fill_rows(examples, part, shape, weights, self.split.sources if names else None)
-        flat = replace(flat, packed=rows.packing is True, source_names=names)
+    def fill(self, plan: RowPlan) -> Tokens:
+        """Return the rows of a step as a training batch."""
+        settings, (row_count, *size) = self.settings, self.shape
+        shape = (settings.batch, *size)
+        weights = weights_of_members(self.split.rows, plan, settings.weighting)
+        flat = self._filled(plan, shape, weights, self.split.train_names)
 
         def split(x: np.ndarray) -> np.ndarray:
-            grid = x.reshape(rows.micro, rows.batch // rows.micro, x.shape[-1])
+            grid = x.reshape(settings.micro, settings.batch // settings.micro, x.shape[-1])
             return np.pad(grid, ((0, 0), (0, row_count - grid.shape[1]), (0, 0)))
 
-        return jax.tree.map(split, flat), {}
+        return jax.tree.map(split, flat)
 
-    def given(self, step: int) -> Tokens:
-        """Return the batch of a step."""
-        return self.batch(step)[0]
+    def evaluation(self, plan: RowPlan) -> tuple[Tokens, ...]:
+        """Return rows as batches of one microbatch, in which every target has the same weight."""
+        weights, batches = weights_of_members(self.split.rows, plan, "token"), []
+        for start in range(0, plan.rows, self.shape[0]):
+            part = plan.slice(start, start + self.shape[0])
+            own = weights[plan.offsets[start] :][: len(part.members)]
+            flat = self._filled(part, self.shape, own, self.split.held_names)
+            batches.append(jax.tree.map(lambda x: x[None], flat))
+        return tuple(batches)
 
-    def row_names(self, step: int) -> list[str]:
-        """Return the names of the examples in each row of a batch."""
-        return list(map(", ".join, self.member_names(step)))
+    def _filled(
+        self, plan: RowPlan, shape: tuple[int, ...], weights: np.ndarray, names: tuple[str, ...]
+    ) -> Tokens:
+        flat = fill_rows(self.split.rows, plan, shape, weights, self.split.sources if names else None)
+        return replace(flat, packed=self.settings.packing is True, source_names=names)
 
-    def member_names(self, step: int) -> list[list[str]]:
-        """Return the names of the examples in each row of a batch, one by one."""
-        return self._rows_of(step).names(self.split.rows.names)
+    def positions(self, batch: Tokens) -> int:
+        """Return how many values metrics.PerRow has: T + 1 of each row, by an example's number in it."""
+        _, rows, length = batch.ids.shape
+        return rows * (length + 1)
 
-    def held_out_name(self, position: int) -> str:
-        """Return the name of the example at position row * (T + 1) + its number in the row, of the rows that
-        are evaluated; of wrapped rows, which have no single examples, those of the row.
-        """
-        _, rows, length = self.held_out[0].ids.shape
-        row, number = divmod(position, length + 1)
-        row = self.evaluated_batch(row // rows) * rows + row % rows
+    def name_at(self, batch: Tokens, number: int, position: int) -> str:
+        """Return the name of an example; of wrapped rows, which have no single examples, those of the row."""
+        _, rows, length = batch.ids.shape
+        row, example = divmod(position, length + 1)
+        row += number * rows
         members = self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0]
-        return ", ".join(members) if self.settings.packing == "wrapped" else members[number - 1]
+        return ", ".join(members) if self.settings.packing == "wrapped" else members[example - 1]
 
-    def prompts(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts; the response is the last run of tokens with a loss. Of a
-        text, all of which is learned, the prompt is the beginning.
+    def prompts_of(self, batch: Tokens, row: int) -> Iterator[Prompt]:
+        """Yield the prompts of a row; the response is the last run of tokens with a loss. Of a text, all of
+        which is learned, the prompt is the beginning.
         """
-        found: list[Prompt] = []
-        for batch in self.held_out:
-            for row in range(batch.ids.shape[1]):
-                ids, segments = batch.ids[0, row], batch.segments[0, row]
-                reads = batch.read[0, row][batch.token_weights[0, row] > 0]
-                for segment in range(1, int(segments.max(initial=0)) + 1):
-                    inside = np.flatnonzero(segments == segment)
-                    targets = np.sort(reads[segments[reads] == segment]) + 1
-                    if not len(targets):  # a row of weight 0
-                        continue
-                    first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
-                    end = int(targets[-1]) + 1
-                    if first == inside[0] + 1:
-                        first += min(TEXT_PROMPT, (end - first) // 2)
-                    if len(found) < count and first > inside[0]:
-                        found.append(Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist()))
-        return found
-
-    def _rows_of(self, step: int) -> RowPlan:
-        """Return the plan of the rows of one step."""
-        epoch, k = self.epochs.locate(step)
-        return self.plan(epoch).slice(k * self.settings.batch, (k + 1) * self.settings.batch)
+        ids, segments = batch.ids[0, row], batch.segments[0, row]
+        reads = batch.read[0, row][batch.token_weights[0, row] > 0]
+        for segment in range(1, int(segments.max(initial=0)) + 1):
+            inside = np.flatnonzero(segments == segment)
+            targets = np.sort(reads[segments[reads] == segment]) + 1
+            if not len(targets):  # a row of weight 0
+                continue
+            first = int(targets[np.diff(targets, prepend=-1) > 1][-1])
+            end = int(targets[-1]) + 1
+            if first == inside[0] + 1:
+                first += min(TEXT_PROMPT, (end - first) // 2)
+            if first > inside[0]:
+                yield Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist())
 
 
 def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
@@ -287,10 +245,10 @@ def _rows_per_microbatch(rows: Rows, shards: int) -> int:
     return pack.round_up(rows.batch // rows.micro, shards)
 
 
-def _require_texts(examples: TokenisedExamples) -> None:
+def _require_texts(examples: TokenisedRows) -> None:
     """Raise ValueError if wrapped rows would cut an example with a prompt, or lose weights of turns."""
-    others = np.flatnonzero(examples.reads < examples.lengths - 1)
-    if len(others) or len(examples.token_weights):
+    others = np.flatnonzero(examples.targets < examples.lengths - 1)
+    if len(others) or len(examples.extras[TOKEN_WEIGHTS].values):
         name = examples.names[others[0] if len(others) else 0]
         raise ValueError(
             f"{name}: the row has a prompt or turns with weights, and data.packing=wrapped is for text of "
@@ -298,7 +256,7 @@ def _require_texts(examples: TokenisedExamples) -> None:
         )
 
 
-def _plan(rows: Rows, examples: TokenisedExamples, chosen: np.ndarray, size: int, epoch: int) -> RowPlan:
+def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, epoch: int) -> RowPlan:
     if not len(chosen):
         return RowPlan(chosen, np.zeros(1, np.int64))
     lengths, keys = examples.lengths[chosen], None if rows.order_by is None else examples.order[chosen]
@@ -310,30 +268,28 @@ def _plan(rows: Rows, examples: TokenisedExamples, chosen: np.ndarray, size: int
         else:
             plan = RowPlan(pack.ascending(keys, rows.seed), np.arange(len(chosen) + 1))
     elif rows.packing:
-        plan = pack.pack_examples(lengths, examples.reads[chosen], size, rows.seed, epoch)
+        plan = pack.pack_examples(lengths, examples.targets[chosen], size, rows.seed, epoch)
     else:
         plan = pack.one_per_row(len(chosen), rows.seed, epoch)
     return replace(plan, members=chosen[plan.members])
 
 
-def _fingerprint(
-    rows: Rows, examples: TokenisedExamples, plans: tuple[RowPlan, ...], shape: tuple[int, int, int]
-) -> str:
-    digest = hashlib.sha256(repr((shape, rows.seed, rows.weighting, examples.digest)).encode())
+def _fingerprint(layout: PackedBatches, plans: tuple[RowPlan, ...]) -> str:
+    settings, shape = layout.settings, (layout.settings.batch, *layout.shape[1:])
+    parts = shape, settings.seed, settings.weighting, layout.split.rows.digest
+    digest = hashlib.sha256(repr(parts).encode())
     arrays = [array for plan in plans for array in (plan.members, plan.offsets, plan.starts)]
     for array in (array for array in arrays if array is not None):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
 
 
-def _stats(
-    rows: Rows, split: SplitRows[TokenisedExamples], plan: RowPlan, shape: tuple[int, int]
-) -> RowStats:
-    """Count rows and tokens. plan: of the first epoch. shape: T, M."""
+def _stats(layout: PackedBatches, plan: RowPlan) -> RowStats:
+    """Count rows and tokens. plan: of the first epoch."""
+    rows, split, (_, size, reads) = layout.settings, layout.split, layout.shape
     examples, train, held = split.rows, split.train, split.held
-    size, reads = shape
     lengths = examples.lengths[train]
-    tokens, truncated = int(tokens_per_row(examples, plan).sum()), int(examples.truncated.sum())
+    tokens, truncated = int(member_counts(examples, plan).sum()), int(examples.truncated.sum())
     further = int((examples.pieces > 0).sum())
     pieces = f", {further} further pieces of split documents" if further else ""
     fill = tokens / (plan.rows * size)
@@ -359,7 +315,7 @@ def _stats(
     )
 
 
-def _learned_line(rows: Rows, examples: TokenisedExamples, train: np.ndarray, plan: RowPlan) -> str:
+def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: RowPlan) -> str:
     """Return the line about the learned fraction of the response tokens of an epoch's examples."""
     if rows.packing == "wrapped":
         tokens = int(examples.lengths[train].sum())
@@ -367,13 +323,13 @@ def _learned_line(rows: Rows, examples: TokenisedExamples, train: np.ndarray, pl
         return learned_line(tokens, tokens - plan.rows, detail)
     targets = int(examples.learned_responses[train].sum())
     weights = examples.weights[train]
-    others = int(examples.reads[train][weights > 0].sum()) - targets
+    others = int(examples.targets[train][weights > 0].sum()) - targets
     detail = f"data.loss_on={rows.loss_on}"
     detail += f", and {others:,} tokens of prompts" if others else ""
     if (weights != 1).any():
         detail += f", rows weigh {weights.min():g} to {weights.max():g} (column weight)"
-    if len(examples.token_weights):
-        own = np.append(examples.token_weights, 1)
+    if len(examples.extras[TOKEN_WEIGHTS].values):
+        own = np.append(examples.extras[TOKEN_WEIGHTS].values, 1)
         detail += f", turns weigh {own.min():g} to {own.max():g}"
     cut = int(examples.truncated[train].sum())
     if cut:

@@ -3,15 +3,22 @@ step.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from itertools import islice
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import TrainState
+from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import InvalidCount
+from jaxft.data.mixture import SplitRows
+from jaxft.data.pack import RowPlan
+from jaxft.data.settings import DataSettings
+from jaxft.data.tokenised import count_ids, preview
 from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.tree import Batch, Metrics
 
@@ -50,6 +57,27 @@ class SourceStats:
     largest_id: int
     summary: str
     learned: str
+
+
+@dataclass(frozen=True)
+class RowStats(SourceStats):
+    """Statistics of tokenised rows.
+
+    truncated: number of truncated examples. tokens, learned_tokens: of the first epoch, and those of them
+    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
+    batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
+    slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
+    """
+
+    truncated: int
+    tokens: int
+    learned_tokens: int
+    lengths: dict[str, float]
+    rows: int
+    fill: float
+    row_length: int
+    read_length: int
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -135,102 +163,93 @@ class Source(Protocol[BoundTo]):
         """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""
 
 
-class Dataset(Protocol):
-    """Settings of a run's data, the type of `Run.data`.
-
-    unit: what `batch` counts, "rows", "pairs" or "prompts".
-    """
-
-    unit: ClassVar[str]
-
-    @property
-    def train(self) -> str:
-        """A file, folder or hub dataset."""
-
-    @property
-    def held_out(self) -> str | float | None:
-        """A fraction of the rows, another file, or "none"."""
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether any rows are held out."""
-
-    @property
-    def batch(self) -> int:
-        """Rows, pairs or prompts (see `unit`) that are read at once."""
-
-    @property
-    def units_per_step(self) -> int:
-        """Rows, pairs or prompts of one optimizer step."""
-
-    @property
-    def micro(self) -> int:
-        """Microbatches of an optimizer step."""
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence that the model sees."""
-
-    @property
-    def length_settings(self) -> tuple[str, ...]:
-        """Names of the settings whose sum is max_length."""
-
-    @property
-    def packing(self) -> bool | Literal["wrapped"]:
-        """Whether a row may contain several sequences. Only those of "wrapped" rows attend to one another."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the order, and of the split where seed_of_split is not another one."""
-
-    @property
-    def seed_of_split(self) -> int:
-        """The seed that a fraction of the rows is held out by."""
-
-    @property
-    def tokens(self) -> int | None:
-        """Length of the run in tokens; None for epochs."""
-
-    def for_attention(self, a: AttentionLayers) -> "Dataset":
-        """Return the settings for a model with these attention layers, whose rope may depend on the length of
-        a text. Raises ValueError for settings that such a model cannot have.
-        """
-
-    def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
-        """Return lines for the start of a run about how its log-probs are computed. objective: the run's
-        Objective. a: of the model.
-        """
-
-    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Source[Any]:
-        """Read and tokenise the rows and plan the batches.
-
-        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
-        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
-        """
-
-    def abstract(self, shards: int = 1) -> Batch:
-        """Return the shapes of the largest batch that the settings allow, without reading any row."""
-
-
-def open_for(a: AttentionLayers, data: Dataset, tokenizer: Any, shards: int = 1) -> Any:
+def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int = 1) -> Any:
     """Open data that a model with these attention layers is going to read; a Run has such data already."""
     return data.for_attention(a).open(tokenizer, shards)
 
 
 @dataclass(frozen=True)
-class FixedSource(Generic[SomeBatch]):
-    """Members of Source that all sources with a fixed set of rows share. most_evaluated: the batches of
-    `held_out` that an evaluation reads, None for all.
+class BatchLayout(Generic[SomeBatch]):
+    """How a source of fixed rows fills its batches: what differs between packed texts, pairs and others.
+
+    settings: of the data. split: all rows. plan(epoch): the examples of each row of an epoch; batch k has the
+    rows from k * rows_per_step on. held_plan: the held-out examples of each row.
+    """
+
+    settings: Any
+    split: SplitRows
+    plan: Callable[[int], RowPlan]
+    held_plan: RowPlan
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a plan that an optimizer step reads."""
+        raise NotImplementedError
+
+    def shapes(self) -> SomeBatch:
+        """Return the shapes of a training batch."""
+        raise NotImplementedError
+
+    def fill(self, plan: RowPlan) -> SomeBatch:
+        """Return the rows of a step as a training batch, [micro, rows, ...]."""
+        raise NotImplementedError
+
+    def evaluation(self, plan: RowPlan) -> tuple[SomeBatch, ...]:
+        """Return rows as batches [1, rows, ...], whose weights sum to 1 over all of them."""
+        raise NotImplementedError
+
+    def positions(self, batch: SomeBatch) -> int:
+        """Return how many values metrics.PerRow has of an evaluated batch."""
+        raise NotImplementedError
+
+    def name_at(self, batch: SomeBatch, number: int, position: int) -> str:
+        """Return the name of the row of a value of metrics.PerRow. number: of the batch in held_out."""
+        raise NotImplementedError
+
+    def prompts_of(self, batch: SomeBatch, row: int) -> Iterator[Prompt]:
+        """Yield the prompts of a row of a held-out batch."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RowSource(Generic[SomeBatch]):
+    """A source with a fixed set of rows; see Source.
+
+    most_evaluated: the batches of `held_out` that an evaluation reads, None for all.
     """
 
     info: SourceInfo
-    shapes: tuple[SomeBatch, ...]
+    layout: BatchLayout[SomeBatch]
     held_out: tuple[SomeBatch, ...]
+    epochs: Epochs
     most_evaluated: int | None = field(default=None, kw_only=True)
+
+    @property
+    def split(self) -> SplitRows:
+        """All rows, and which of them are for training."""
+        return self.layout.split
+
+    @property
+    def settings(self) -> Any:
+        """The settings of the data."""
+        return self.layout.settings
+
+    @property
+    def shapes(self) -> tuple[SomeBatch, ...]:
+        """The shapes that training batches have."""
+        return (self.layout.shapes(),)
 
     def bind(self, run: object, saved: dict[str, Any] | None) -> Any:
         """Return the source itself: its batches depend on the step alone."""
         return self
+
+    def batch(self, step: int, state: TrainState | None = None) -> tuple[SomeBatch, Metrics]:
+        """Return the batch of a step and no metrics."""
+        return self.layout.fill(self._rows_of(step)), {}
+
+    def given(self, step: int) -> SomeBatch:
+        """Return the batch of a step."""
+        return self.batch(step)[0]
 
     def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return None: the train loop evaluates the objective on `held_out`."""
@@ -240,13 +259,60 @@ class FixedSource(Generic[SomeBatch]):
         """Return the source that names the rows of the batches that the train loop chooses of `held_out`."""
         return replace(self, most_evaluated=most)
 
-    def evaluated_batch(self, number: int) -> int:
-        """Return the number in `held_out` of a batch that an evaluation reads."""
-        return spread(len(self.held_out), self.most_evaluated)[number]
+    def row_names(self, step: int) -> list[str]:
+        """Return the names of the examples in each row of a batch, the rows of all microbatches one after the
+        other.
+        """
+        return list(map(", ".join, self.member_names(step)))
+
+    def member_names(self, step: int) -> list[list[str]]:
+        """Return the names of the examples in each row of a batch, one by one."""
+        names = self._rows_of(step).names(self.split.rows.names)
+        while not names[-1]:  # the last rows of a batch with fewer pairs
+            names.pop()
+        return names
+
+    def held_out_name(self, position: int) -> str:
+        """Return the name of the held-out row at a position of the values of metrics.PerRow."""
+        evaluated, position = divmod(position, self.layout.positions(self.held_out[0]))
+        number = spread(len(self.held_out), self.most_evaluated)[evaluated]
+        return self.layout.name_at(self.held_out[number], number, position)
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts."""
+        rows = ((batch, row) for batch in self.held_out for row in range(len(jax.tree.leaves(batch)[0][0])))
+        return [*islice((prompt for where in rows for prompt in self.layout.prompts_of(*where)), count)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: nothing changes during a run."""
         return {}
+
+    def _rows_of(self, step: int) -> RowPlan:
+        """Return the plan of the rows of one step."""
+        epoch, k = self.epochs.locate(step)
+        size = self.layout.rows_per_step
+        return self.layout.plan(epoch).slice(k * size, (k + 1) * size)
+
+
+def source_info(
+    layout: BatchLayout[Any], epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str
+) -> SourceInfo:
+    """Return the facts about a source of fixed rows."""
+    rows, settings = layout.split.rows, layout.settings
+    return SourceInfo(
+        steps=settings.total_steps(epochs),
+        steps_per_epoch=epochs.steps_in(0),
+        fingerprint=fingerprint,
+        preview=preview(rows, int(layout.split.train.min()), tokenizer),
+        stats=stats,
+        warnings=layout.split.warnings,
+        learned_ends=count_ids(rows.whole_ends),
+    )
+
+
+def step_tokens(plan: RowPlan, tokens: Int[np.ndarray, " members"], rows_per_step: int) -> np.ndarray:
+    """Return the tokens of each step of a plan. tokens: of each member."""
+    return np.add.reduceat(plan.row_sums(tokens), np.arange(0, plan.rows, rows_per_step))
 
 
 def spread(count: int, most: int | None) -> list[int]:

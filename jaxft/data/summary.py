@@ -8,12 +8,12 @@ import numpy as np
 
 from jaxft.data.inspection import Inspected, ShownExample, ShownPart, part_lengths
 from jaxft.data.source import length_percentiles
-from jaxft.data.token_text import token_pieces
 
 COUNTED_ROWS = 20_000  # training rows whose lengths are counted
 SHOWN_EXAMPLES = 3  # of the first batch
 EXAMPLE_TOKENS = 1000  # of each part of an example
 BINS = 24
+CONTEXT = 16  # pieces of text that are decoded before a token's own
 
 
 def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
@@ -64,3 +64,22 @@ def part_pieces(part: ShownPart, tokenizer: Any) -> dict[str, Any]:
     pieces = token_pieces(tokenizer, part.ids[:EXAMPLE_TOKENS], part.weights[:EXAMPLE_TOKENS])
     more = max(0, len(part.ids) - EXAMPLE_TOKENS)
     return {"label": part.label, "pieces": [list(piece) for piece in pieces], "more": more}
+
+
+def token_pieces(tokenizer: Any, ids: np.ndarray, weight: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Yield (text, weight) of each token. Tokens that form one character together are yielded as one.
+
+    The texts together are the text of all ids. The cost is linear in their number.
+    """
+    shown, begin, ends = "", 0, [0]  # tokens are decoded behind some before them, as a tokenizer may need
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            continue
+        yield text[len(shown) :], float(weight[ends[-1] : end].max())
+        ends.append(end)
+        if len(ends) > 2 * CONTEXT:
+            ends = ends[-CONTEXT:]
+            begin = ends[0]
+            text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+        shown = text

@@ -52,7 +52,8 @@ class Template:
     it renders not even a question with a response, "" if it does. last_tokens: ids of the tokens that end the
     last turn. tool_use: the template of conversations with tools, None if it is this one. needs_content: it
     rejects a content that is null, as that of a turn of tool calls is, or renders it as the word None, and
-    gets an empty text in its place.
+    gets an empty text in its place. needs_parts: it reads a content as a list of parts, as the templates of
+    vision models do, and gets a text as a list of one.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Template:
     last_tokens: tuple[int, ...] = ()
     tool_use: "Template | None" = None
     needs_content: bool = False
+    needs_parts: bool = False
 
     @cached_property
     def closing(self) -> re.Pattern | None:
@@ -169,7 +171,8 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
     for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
         try:
             given = list(PROBE_TOOLS) if tools else None
-            needing = replace(bare, needs_content=_needs_content(bare, system, given))
+            needing = replace(bare, needs_parts=_needs_parts(bare, system, given))
+            needing = replace(needing, needs_content=_needs_content(needing, system, given))
             found = _probed_after(needing, system, given)
             last = (bare.special.findall(end)[-1] for end in found.last_ends)
             return replace(found, last_tokens=tuple(map(tokenizer.convert_tokens_to_ids, last)))
@@ -285,6 +288,18 @@ def _needs_content(bare: Template, system: list[Message], tools: list | None) ->
     return empty is not None and (null is None or null.count("None") > empty.count("None"))
 
 
+def _needs_parts(bare: Template, system: list[Message], tools: list | None) -> bool:
+    """Whether a question is rendered only if its content is a list of parts."""
+    asked = [*system, {"role": "user", "content": PROBES[0]}]
+    for template in (bare, replace(bare, needs_parts=True)):
+        try:
+            if PROBES[0] in render_messages(template, asked, tools):
+                return template.needs_parts
+        except REJECTIONS:
+            continue
+    return False
+
+
 def _probe_call(number: int) -> dict[str, Any]:
     function = {"name": f"Zk9y{number}", "arguments": {"Jv5u": "Wm3t"}}
     return {"id": f"call0000{number}", "type": "function", "function": function}
@@ -332,6 +347,9 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     conversation = with_merged_system(messages) if template.merges else list(messages)
     if template.needs_content:
         conversation = [m if m["content"] is not None else {**m, "content": ""} for m in conversation]
+    if template.needs_parts:
+        parts = ([{"type": "text", "text": m["content"] or ""}] for m in conversation)
+        conversation = [{**m, "content": part} for m, part in zip(conversation, parts, strict=True)]
     variables = {**template.variables, "date_string": template.date, **template.arguments}
     call = (conversation, tools, template.source, options, variables)
     (rendered,) = call_confined(template, _run, [call])

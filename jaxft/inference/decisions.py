@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.decisions import Decision, DecisionChoice, decide, user_messages
+from jaxft.data.decisions import decide, user_messages
+from jaxft.data.example import Decision, DecisionChoice
 from jaxft.data.invalid import InvalidRow, json_type, similar_names
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import SampledToken, TokenRequest

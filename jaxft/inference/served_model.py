@@ -7,8 +7,8 @@ from typing import Any
 from jaxft.data.chat import TOO_MANY, example_prompt_ids
 from jaxft.data.columns import messages_of
 from jaxft.data.conversation import prompt_of
-from jaxft.data.decisions import Decision, answer_tokens
-from jaxft.data.example import Chat, Completion
+from jaxft.data.decisions import answer_tokens
+from jaxft.data.example import Chat, Completion, Decision
 from jaxft.data.invalid import InvalidRow, valid
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
@@ -96,7 +96,7 @@ def decision_prompt(
     _require_chats(model)
     try:
         before, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
-        return (*_prompt(model, decision.prompt(model.template), most), *before), tuple(tokens)
+        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
 

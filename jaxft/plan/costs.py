@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxft.data.invalid import InvalidRow, InvalidRows
 from jaxft.data.mixture import parse_sources
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.progress import time_in_words
 from jaxft.data.prompts import Prompts
 from jaxft.data.rows import check_rows, list_chunks

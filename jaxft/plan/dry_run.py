@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft.data.pairs.source import PairRows, PairSource
+from jaxft.data.pairs import PairRows, PairSource
 from jaxft.distributed import sharding, xla_flags
 from jaxft.plan import machines
 from jaxft.plan.machines import GIB

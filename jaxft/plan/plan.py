@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxft.data.pairs.source import PairSource
+from jaxft.data.pairs import PairSource
 from jaxft.distributed import sharding, threads, xla_flags
 from jaxft.models.heads import TEACHER
 from jaxft.plan import hlo, memory, traffic

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxft import tree
-from jaxft.data.pairs.source import PairRows, PairSource
+from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding
 from jaxft.engine.programs import program_tracers

@@ -38,7 +38,7 @@ import numpy as np
 from jaxft.data.columns import messages_of, tool_schema
 from jaxft.data.example import Message
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.prompt_rows import ENVIRONMENT, EVERY_ROW
+from jaxft.data.prompt_tokens import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows import Row
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text
@@ -118,7 +118,7 @@ class Environment:
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have; see prompt_rows.PromptTokenSettings."""
+        """The tools that prompts have; see row_settings.RowSettings."""
         found = self.by_name or ({EVERY_ROW: self.schemas} if self.schemas else {})
         return json.dumps(found) if found else ""
 

@@ -27,7 +27,7 @@ from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat, Completion, Message
 from jaxft.data.invalid import InvalidRow
 from jaxft.data.next_turn import NextPrompt, TurnWording, next_prompt
-from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes
 from jaxft.engine.sampling import NONFINITE, without_stop

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.distributed import processes
 from jaxft.rl.environment import finite_number, short_repr
 from jaxft.rl.environments.calls import shared_loop

@@ -21,12 +21,11 @@ from jaxtyping import Bool, Int
 
 from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.bounds import above, at_least
-from jaxft.data import chat, prompts
-from jaxft.data.invalid import add_counts
+from jaxft.data import prompts
 from jaxft.data.next_turn import restart_notes
 from jaxft.data.pack import RowShape, round_up
-from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
-from jaxft.data.prompts import Prompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
@@ -195,7 +194,7 @@ class Rollouts(Prompts):
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have; see PromptTokenSettings."""
+        """The tools that prompts have; see RowSettings."""
         return self.played.row_tools
 
     @property
@@ -232,7 +231,7 @@ class Rollouts(Prompts):
 
     def start_lines(self, objective: Objective, a: AttentionLayers) -> list[str]:
         """Return lines about reward models, log-probs that are not recomputed and the model's rope; see
-        Dataset.start_lines.
+        DataSettings.start_lines.
         """
         lines = [line for reward in self.rules.rewards for line in reward.start_lines()]
         taken = not self.kind.of_tokens or self.rules.ratio_to_sampler
@@ -250,7 +249,7 @@ class Rollouts(Prompts):
         return lines
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PromptSource":
-        """Read and tokenise the prompts; see Dataset.open. `bind` returns the source that can sample."""
+        """Read and tokenise the prompts; see DataSettings.open. `bind` returns the source that can sample."""
         names = [reward.name for reward in self.object_rewards]
         if names and (self.environment is None or len({*names}) < len(names)):
             raise ValueError(
@@ -508,13 +507,13 @@ class RolloutSource(PromptSource):
 
 def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:
     """Return steps, counts and fingerprints of a source of rollouts."""
-    longest = prompts.longest_prompt(train, eval_prompts)
+    longest, rows = prompts.longest_prompt(train, eval_prompts), train.split.rows
     rollouts = max(1, -(-int(1e9 * (data.epochs or 1) * len(train)) // int(1e9 * data.batch)))
     summary = (
-        f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {train.dropped} "
+        f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {rows.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
         f"{data.max_new} tokens is used for {data.steps_per_rollout} "
-        f"step{'s' * (data.steps_per_rollout > 1)}{train.left_out}"
+        f"step{'s' * (data.steps_per_rollout > 1)}{train.split.left_out}"
     )
     if tokenizer.eos_token_id is None:
         summary += (
@@ -530,13 +529,15 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     stats = SourceStats(
         examples=len(train),
         held_out=len(eval_prompts),
-        dropped=train.dropped,
-        invalid=add_counts(train.invalid, eval_prompts.invalid),
-        largest_id=max(train.largest_id, eval_prompts.largest_id),
+        dropped=rows.dropped,
+        invalid=rows.invalid,
+        largest_id=rows.largest_id,
         summary=summary,
         learned=learned,
     )
-    examples, how = (*train.examples, *eval_prompts.examples), (tokenizer, data.template_settings)
+    notes = (
+        restart_notes(data.played.schemas, tokenizer, data.template_settings) if data.max_turns > 1 else ()
+    )
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,
@@ -547,10 +548,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
         dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
-        warnings=tuple(dict.fromkeys(train.notes + eval_prompts.notes))
-        + chat.tools_warnings(examples, *how)
-        + chat.content_warnings(examples, *how)
-        + (restart_notes(data.played.schemas, *how) if data.max_turns > 1 else ()),
+        warnings=(*train.split.warnings, *notes),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxft.data.decision_rows import DecisionRows
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
@@ -148,7 +148,7 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     data = record["data"]
     kinds = {
         "jaxft.data.sft:Rows": Rows,
-        "jaxft.data.pairs.source:PairRows": PairRows,
+        "jaxft.data.pairs:PairRows": PairRows,
         "jaxft.data.decision_rows:DecisionRows": DecisionRows,
     }
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
@@ -196,5 +196,4 @@ def held_out_names(
         return set(held.names)
     source: Any = data.open(tokenizer)
     check(source.info.fingerprint)
-    split = source.pairs.split if isinstance(data, PairRows) else source.split
-    return {split.rows.names[i] for i in split.held}
+    return {source.split.rows.names[i] for i in source.split.held}

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxft import tree
+from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows, RowSource
-from jaxft.data.source import Dataset, Source
+from jaxft.data.source import Source
 from jaxft.distributed import processes
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow
@@ -91,7 +92,7 @@ def coupled_metrics(
     return jax.device_get(loss_metrics(jax.tree.map(lambda *x: np.concatenate(x), *outputs)))
 
 
-def general_rows(data: Dataset, general: str) -> Rows:
+def general_rows(data: DataSettings, general: str) -> Rows:
     """Settings that read the general text as held-out rows of the same shape as those of `data`."""
     return Rows(
         general,
@@ -106,7 +107,9 @@ def general_rows(data: Dataset, general: str) -> Rows:
     )
 
 
-def general_source(data: Dataset, general: str | None, tokenizer: Any, shards: int = 1) -> RowSource | None:
+def general_source(
+    data: DataSettings, general: str | None, tokenizer: Any, shards: int = 1
+) -> RowSource | None:
     """Return the source of the general text, None without one."""
     return None if general is None else general_rows(data, general).open(tokenizer, shards)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxft.batch import Decisions, Pairs
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.invalid import invalid_lines
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.data.source import open_for
 from jaxft.distributed import sharding
@@ -134,9 +134,9 @@ def _pair_preferences(
     """
     source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check(source.info.fingerprint)
-    indices = source.pairs.held if rows.holds_out else range(len(source.keys))
+    indices = source.split.held if rows.holds_out else range(len(source.keys))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
-    names, batches = source.pairs.tokenised.names, source.cover(indices)
+    names, batches = source.split.rows.names, source.cover(indices)
     own, base = _response_logps(forward, loaded, loaded.params, batches), None
     if "adapter" in loaded.params:
         base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)

@@ -6,12 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxft.data.inspection import Inspected, inspect_prompt_rows, inspect_source
+from jaxft.data.inspection import Inspected, inspect_prompts, inspect_source
 from jaxft.data.invalid import invalid_lines
 from jaxft.data.lengths import limit_alarms
-from jaxft.data.pairs.source import PairSource
-from jaxft.data.sft import RowSource
-from jaxft.data.source import Source
+from jaxft.data.source import RowSource, Source
 from jaxft.data.summary import data_summary
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
@@ -336,8 +334,8 @@ def write_contents(job: Job, number: int, first: int) -> None:
 
 def inspected(source: Source[Any]) -> Inspected | None:
     """Return the dataset of a run's source; None for a source that jaxft doesn't provide."""
-    if isinstance(source, RowSource | PairSource):
+    if isinstance(source, RowSource):
         return inspect_source(source)
     if isinstance(source, PromptSource):
-        return inspect_prompt_rows(source.data, source.train, source.eval_prompts)
+        return inspect_prompts(source.data, source.train, source.eval_prompts)
     return None

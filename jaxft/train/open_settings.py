@@ -18,7 +18,7 @@ import numpy as np
 from jaxft.data.lengths import RowLengths, measure, micro_tokens, percentile
 from jaxft.data.mixture import parse_sources
 from jaxft.data.pack import round_up
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import LENGTH_STEP, Prompts
 from jaxft.data.rows import find_data
 from jaxft.data.sft import Rows

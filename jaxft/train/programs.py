@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.batch import TrainState
-from jaxft.data.source import Dataset
+from jaxft.data.settings import DataSettings
 from jaxft.distributed import sharding, threads
 from jaxft.models import families
 from jaxft.models.heads import TEACHER, HeadSettings, with_heads
@@ -347,7 +347,7 @@ def sharded_batch(p: Programs, batch: Batch) -> Batch:
     )
 
 
-def step_rows(data: Dataset, shards: int) -> StepRows:
+def step_rows(data: DataSettings, shards: int) -> StepRows:
     """Return the rows of an optimizer step, of which each microbatch is sharded over `shards` devices."""
     return StepRows(data.unit, data.batch, data.micro, shards, data.batch // data.units_per_step)
 

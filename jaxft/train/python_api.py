@@ -30,7 +30,7 @@ from jaxft.data.cache import row_cache_folder
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.conversation import PLAIN, prompt_of
 from jaxft.data.invalid import valid
-from jaxft.data.prompt_rows import rename_columns
+from jaxft.data.prompt_tokens import rename_columns
 from jaxft.data.row_files import Row
 from jaxft.data.shipped import ROOT
 from jaxft.data.source import Source

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 import jax.numpy as jnp
 
 from jaxft.data.rows import evaluation_split
-from jaxft.data.source import Dataset
+from jaxft.data.settings import DataSettings
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
@@ -368,7 +368,7 @@ class SourceKnobs:
             held_out = shipped or evaluation_split(train) or OWN_HELD_OUT
         return {"train": train, "held_out": held_out, **known}
 
-    def source(self, make: Callable[..., Dataset], **more: Any) -> dict[str, Any]:
+    def source(self, make: Callable[..., DataSettings], **more: Any) -> dict[str, Any]:
         """The fields `data` and `seed` of a Run. make: such as data.sft.Rows; more: its other arguments."""
         return {"data": make(**self.settings(), **more), "seed": self.seed}
 

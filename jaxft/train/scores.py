@@ -15,11 +15,13 @@ from jaxtyping import Float
 from jaxft.bounds import INT32
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.conversation import prompt_of
-from jaxft.data.example import Chat, Completion, Example, as_given
-from jaxft.data.formats import normalise_each, split_column
+from jaxft.data.example import RESPONSE, Chat, Completion, Example, as_given
+from jaxft.data.format_choice import parse_dataset, split_column
+from jaxft.data.formats import SFT
 from jaxft.data.invalid import InvalidRow, valid
-from jaxft.data.prompt_rows import rename_columns
+from jaxft.data.prompt_tokens import rename_columns
 from jaxft.data.row_files import Row
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.source import Prompt, Source
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.distributed import processes
@@ -215,12 +217,12 @@ def scored_prompts(
         rename_columns(row, [item for item in columns if split_column(item)[1] in row.fields]) for row in rows
     ]
     try:
-        examples: list[Example | InvalidRow] = list(normalise_each(renamed, format))
+        parsed = parse_dataset(renamed, SFT, RowSettings(format=format))
     except InvalidRow as error:  # no row has a response
-        examples = [error] * len(renamed)
+        parsed = [error] * len(renamed)
     found = []
-    for row, example in zip(renamed, examples, strict=True):
-        response = None if isinstance(example, InvalidRow) else response_text(example)
+    for row, outcome in zip(renamed, parsed, strict=True):
+        response = None if isinstance(outcome, InvalidRow) else response_text(outcome.examples[RESPONSE])
         answer = {} if response is None else {ANSWER: response}
         found.append(ScoredPrompt(row.name, prompt_of(row, format), {**answer, **row.fields}))
     return found

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from jaxft.bounds import ABOVE_ZERO, above, at_least, check_bounds, count_from
-from jaxft.data.settings import check_seed
-from jaxft.data.source import Dataset
+from jaxft.data.settings import DataSettings, check_seed
 from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.models.heads import HeadSettings
@@ -167,7 +166,7 @@ class Run:
     weights: str
     model: Model
     objective: Callable[[Model], Objective]
-    data: Dataset
+    data: DataSettings
     adapter: Adapter | None = field(default_factory=Adapter)
     start: str | None = None
     train: str | None = None

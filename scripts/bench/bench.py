@@ -113,7 +113,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     """Return the Run of the baseline: AdamW, lr 1e-4 decaying linearly to 0, no warm-up, clipping at 1."""
     import jax.numpy as jnp
 
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
     from jaxft.nn.lora import Adapter
     from jaxft.nn.quant import Quant

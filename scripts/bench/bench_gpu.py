@@ -149,7 +149,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     """Return the Run of a case."""
     import jax.numpy as jnp
 
-    from jaxft.data.pairs.source import PairRows
+    from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
     from jaxft.models import families
     from jaxft.nn.lora import Adapter

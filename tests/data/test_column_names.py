@@ -5,19 +5,20 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from parsed_rows import examples, outcomes, pair_settings, pairs
 from tiny_tokenizers import tiny
 
-from jaxft.data import formats
 from jaxft.data.conversation import prompt_of
-from jaxft.data.pairs.formats import PairTokenSettings, normalise_pairs
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.format_choice import choose_format, count_columns
+from jaxft.data.formats import SFT, formats_of
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
 
 
 def contents(fields, columns=()):
-    (example,) = formats.normalise_rows([Row("r:1", fields)], columns=columns)
+    (example,) = examples([Row("r:1", fields)], columns=columns)
     return [message["content"] for message in example.messages]
 
 
@@ -76,7 +77,7 @@ def test_columns_that_are_renamed_are_not_read_by_their_own_names():
 )
 def test_unknown_columns_are_an_error_with_the_setting_that_reads_them(fields, error):
     with pytest.raises(ValueError, match=error) as raised:
-        formats.normalise_rows([Row("r:1", fields)])
+        examples([Row("r:1", fields)])
     assert "\n" not in str(raised.value)
 
 
@@ -86,17 +87,17 @@ def test_a_note_says_why_many_more_rows_are_held_out_than_asked_for(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, held = split_prompts(Prompts(str(path), held_out=0.05), tiny("none"))
     assert len(held) == 20 and any(
-        "20 of 40 rows are held out, and data.held_out=0.05" in x for x in train.notes
+        "20 of 40 rows are held out, and data.held_out=0.05" in x for x in train.split.warnings
     )
     train, held = split_prompts(Prompts(str(path), held_out=0.5), tiny("none"))
-    assert not train.notes
+    assert not train.split.warnings
 
 
 @pytest.mark.parametrize("names", ["id conversations", "messages", "prompt completion", "instruction output"])
 def test_rows_of_sft_are_no_pairs_with_other_names(names):
     row = Row("r:1", dict.fromkeys(names.split(), "a"))
     with pytest.raises(ValueError, match="are those of SFT, for which there is the recipe sft") as error:
-        normalise_pairs([row], PairTokenSettings())
+        pairs([row])
     assert "data.columns" not in str(error.value)
 
 
@@ -115,24 +116,24 @@ def test_rows_of_sft_are_no_pairs_with_other_names(names):
 def test_the_proposed_columns_of_pairs_read_the_rows(names, columns):
     row = Row("r:1", {name: "1" if name in ("thumbs", "lable") else f"{name} text" for name in names.split()})
     with pytest.raises(ValueError, match="fit no format") as error:
-        normalise_pairs([row], PairTokenSettings())
+        pairs([row])
     proposed = str(error.value).rpartition("data.columns=")[2]
     renamed = dict(item.split("=") for item in columns.split(","))
     assert dict(item.split("=") for item in proposed.split(",")).items() <= renamed.items()
-    (pair,) = normalise_pairs([row], PairTokenSettings(columns=tuple(proposed.split(","))))
-    (meant,) = normalise_pairs([row], PairTokenSettings(columns=tuple(columns.split(","))))
-    assert pair.responses == meant.responses
+    (pair,) = pairs([row], pair_settings(columns=tuple(proposed.split(","))))
+    (meant,) = pairs([row], pair_settings(columns=tuple(columns.split(","))))
+    assert pair.examples == meant.examples
 
 
 def test_sft_of_pairs_proposes_the_first_response():
     row = Row("r:1", {"qid": 1, "question": "q", "response_j": "a", "response_k": "b"})
     with pytest.raises(ValueError, match="data.columns=prompt=question,completion=response_j$"):
-        formats.normalise_rows([row])
+        examples([row])
 
 
 def test_the_other_names_are_those_that_most_rows_have():
     rows = [Row(f"r:{i}", {"question": "q", "answer" if i else "solution": "a"}) for i in range(3)]
-    found = list(formats.normalise_each(rows))
+    found = list(outcomes(rows))
     assert [hasattr(example, "messages") for example in found] == [False, True, True]
     assert found[0].problem.startswith("no column completion, which format prompt-completion requires")
 
@@ -140,28 +141,28 @@ def test_the_other_names_are_those_that_most_rows_have():
 def test_errors_call_columns_as_the_file_does():
     rows = [Row("r:1", {"Question": "q", "Answer ": ""}), Row("r:2", {"Question": "q", "Answer ": "a"})]
     for columns in ((), ("prompt=Question", "completion=Answer")):
-        (error, _) = formats.normalise_each(rows, columns=columns)
+        (error, _) = outcomes(rows, columns=columns)
         assert (error.reason, error.problem[:26]) == ("empty column 'Answer'", "column 'Answer' is empty; ")
     pair = Row("r:1", {"q": "q", "better": " ", "rejected": "b"})
-    settings = PairTokenSettings(columns=("prompt=q", "chosen=better"))
+    settings = pair_settings(columns=("prompt=q", "chosen=better"))
     with pytest.raises(ValueError, match="r:1: .*column 'better' is empty"):
-        normalise_pairs([pair], settings)
+        pairs([pair], settings)
 
 
 def test_pairs_and_prompts_are_read_by_other_names_too():
     row = Row("r:1", {"system": "s", "question": "q", "chosen": "a", "rejected": "b"})  # orca_dpo_pairs
-    (pair,) = normalise_pairs([row], PairTokenSettings())
-    assert [[m["content"] for m in chat.messages] for chat in pair.responses.values()] == [
+    (pair,) = pairs([row])
+    assert [[m["content"] for m in chat.messages] for chat in pair.examples.values()] == [
         ["s", "q", "a"], ["s", "q", "b"],
     ]  # fmt: skip
     assert [m["content"] for m in prompt_of(row).messages] == ["s", "q"]
     dialogue = {k: f"\n\nHuman: p\n\nAssistant: {k}" for k in ("chosen", "rejected")}
     for fields in (dialogue, {"question": "other", **dialogue}):
         assert prompt_of(Row("r:1", fields)).messages[0]["content"] == "p"
-        (pair,) = normalise_pairs([Row("r:1", fields)], PairTokenSettings())
-        assert pair.responses["chosen"].messages[0]["content"] == "p"
-    (one,) = normalise_pairs([Row("r:1", {"prompt": "q", "response": "a", "label": 1})], PairTokenSettings())
-    assert one.responses["chosen"].messages[-1]["content"] == "a" and one.responses["rejected"] is None
+        (pair,) = pairs([Row("r:1", fields)])
+        assert pair.examples["chosen"].messages[0]["content"] == "p"
+    (one,) = pairs([Row("r:1", {"prompt": "q", "response": "a", "label": 1})])
+    assert one.examples["chosen"].messages[-1]["content"] == "a" and "rejected" not in one.examples
 
 
 @pytest.mark.parametrize(
@@ -178,9 +179,8 @@ def test_pairs_and_prompts_are_read_by_other_names_too():
 )
 def test_a_text_that_hides_a_question_and_its_answer_has_a_note_that_reads_them(names, note):
     row = Row("r:1", {name: f"{name} text" for name in names.split()})
-    chosen = formats.choose_format(
-        formats.count_columns([row], (), formats.SFT_SCHEMAS), "auto", (), formats.SFT_SCHEMAS
-    )
+    formats = formats_of(SFT)
+    chosen = choose_format(count_columns([row], (), formats), "auto", (), formats)
     assert chosen.name == "text" and chosen.note() == ([note] if note else [])
     if note:
         columns = tuple(note.split("data.columns=")[1].split(","))
@@ -199,7 +199,7 @@ def test_runs_note_the_names_that_they_read_also_from_the_cache_and_from_parquet
         assert "q 0" in source.info.preview
     train, _ = split_prompts(Prompts(str(lines), held_out="none", batch=1), tiny("chatml"), tmp_path)
     read = "columns are read by other names: Question as prompt (data.columns=prompt=Question)"
-    assert train.notes == (f"note: r.jsonl: {read}",)
+    assert train.split.warnings == (f"note: r.jsonl: {read}",)
     assert train.fields[0]["Answer"] == "a" and train.fields[0]["unused"] == "u"
     pairs = [{"Prompt": f"q {i}", "Chosen": "a", "Rejected": "b"} for i in range(4)]
     lines.write_text("\n".join(map(json.dumps, pairs)))
@@ -221,5 +221,5 @@ def test_prompts_note_the_same_names_as_sft(tmp_path, fields, read):
     path.write_text("\n".join(json.dumps({**fields, "n": i, response: "a"}) for i in range(4)))
     source = Rows(str(path), held_out="none", batch=1).open(tiny("chatml"), cache=tmp_path)
     train, _ = split_prompts(Prompts(str(path), held_out="none", batch=1), tiny("chatml"), tmp_path)
-    assert all(f"other names: {read} (" in note for note in (source.info.warnings[0], *train.notes))
-    assert len(train.notes) == 1
+    assert all(f"other names: {read} (" in note for note in (source.info.warnings[0], *train.split.warnings))
+    assert len(train.split.warnings) == 1

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parsed_rows import examples, pairs
 from tiny_tokenizers import tiny
 
 from jaxft.data import chat, columns
 from jaxft.data.conversation import prompt_of
-from jaxft.data.formats import normalise_rows
 from jaxft.data.invalid import InvalidRow
-from jaxft.data.pairs.formats import PairTokenSettings, normalise_pairs
 from jaxft.data.rows import Row
 
 CALLS = json.dumps([{"name": "get_weather", "arguments": {"city": "Rome"}}])
@@ -21,12 +20,12 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
 
 
 def sft(fields):
-    (example,) = normalise_rows([Row("r:1", fields)])
+    (example,) = examples([Row("r:1", fields)])
     return example
 
 
 def pair(fields):
-    return normalise_pairs([Row("r:1", fields)], PairTokenSettings())[0].responses
+    return pairs([Row("r:1", fields)])[0].examples
 
 
 def contents(example):

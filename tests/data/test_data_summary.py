@@ -8,7 +8,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import summary
 from jaxft.data.inspection import inspect
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data import tokenise as tokenise_module
-from jaxft.data.invalid import InvalidRow, InvalidRows, add_counts, invalid_lines, shortened
+from jaxft.data import reader
+from jaxft.data.invalid import InvalidRow, InvalidRows, invalid_lines, shortened
 from jaxft.data.pack import permutation
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
 from jaxft.data.rows import read_rows
 from jaxft.data.sft import Rows
@@ -31,7 +31,9 @@ def stats_of(data, rows, tmp_path, **options):
     path.write_text("\n".join(map(json.dumps, [rows[0], rows[1], rows[0], rows[0]])))
     options = {"held_out": "none", "batch": 1} | options
     if data is Prompts:
-        return read_prompts(str(path), Prompts(str(path), **options), tiny("chatml"), tmp_path)
+        return read_prompts(
+            str(path), Prompts(str(path), **options).reader(tiny("chatml"), tmp_path)
+        ).split.rows
     return data(str(path), **options).open(tiny("chatml"), cache=tmp_path).info.stats
 
 
@@ -162,7 +164,7 @@ def batches_of(kind, source):
 
 def counts_of(kind, source):
     if kind == "prompts":
-        return {x.reason: x.rows for x in add_counts(source[0].invalid, source[1].invalid)}
+        return {x.reason: x.rows for x in source[0].split.rows.invalid}
     return {x.reason: x.rows for x in source.info.stats.invalid}
 
 
@@ -264,10 +266,8 @@ def test_few_invalid_rows_are_left_out_by_default_and_more_are_the_error_of_the_
 
 def test_a_mistake_of_settings_ends_a_long_run_early(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxft.data.row_files.ROW_CHUNK_BYTES", 5_000)
-    seen, tokenise = [], tokenise_module.tokenise_chunk
-    monkeypatch.setattr(
-        tokenise_module, "tokenise_chunk", lambda *a, **k: seen.append(1) or tokenise(*a, **k)
-    )
+    seen, tokenise = [], reader.tokenise_chunk
+    monkeypatch.setattr(reader, "tokenise_chunk", lambda *a, **k: seen.append(1) or tokenise(*a, **k))
     lines = [json.dumps({"prompt": " ", "completion": "b" * 90}) for _ in range(2000)]
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
     with pytest.raises(InvalidRow, match="r.jsonl:1: column 'prompt' is empty"):

@@ -7,7 +7,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.left_out import is_placeholder
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
 from jaxft.data.row_files import Lines
 from jaxft.data.rows import list_chunks
@@ -59,7 +59,7 @@ def test_training_rows_that_a_held_out_file_has_are_left_out_and_the_file_is_who
     prompts = Prompts(train, held_out=held, drop=("duplicates",), **HOW)
     chosen, others = split_prompts(prompts, tiny("chatml"), tmp_path)
     assert list(chosen.names) == ["train.jsonl:1", "train.jsonl:3"] and len(others) == 3
-    assert "1 duplicates" in chosen.left_out
+    assert "1 duplicates" in chosen.split.left_out
 
 
 def test_placeholders_in_a_held_out_file_are_left_out_of_rows_and_prompts_alike(tmp_path):
@@ -71,7 +71,7 @@ def test_placeholders_in_a_held_out_file_are_left_out_of_rows_and_prompts_alike(
     chosen, others = split_prompts(Prompts(train, **how), tiny("chatml"), tmp_path)
     assert list(chosen.names) == ["train.jsonl:1", "train.jsonl:2"]
     assert list(others.names) == ["held.jsonl:1", "held.jsonl:3"]
-    assert "2 placeholders" in chosen.left_out and "2 placeholders" in source.info.stats.summary
+    assert "2 placeholders" in chosen.split.left_out and "2 placeholders" in source.info.stats.summary
 
 
 def test_a_duplicate_in_another_source_is_left_out_of_a_mixture_too(tmp_path):
@@ -88,7 +88,7 @@ def test_pairs_are_duplicates_if_prompt_and_responses_are_the_same(tmp_path):
     path = write(tmp_path / "r.jsonl", rows)
     drop = ("duplicates", "placeholders")
     source = PairRows(path, held_out="none", drop=drop, **HOW).open(tiny("chatml"), cache=tmp_path)
-    assert names(source.pairs, source.pairs.train) == ["1", "2", "5"]
+    assert names(source, source.split.train) == ["1", "2", "5"]
     assert "1 duplicates and 1 placeholders" in source.info.stats.summary
 
 

@@ -10,13 +10,13 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import lengths
 from jaxft.data.lengths import limit_alarms, limit_costs, measure, percentile
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
+from jaxft.data.reader import sampled
 from jaxft.data.row_files import ROW_CHUNK_BYTES
 from jaxft.data.rows import list_chunks
 from jaxft.data.sft import Rows
 from jaxft.data.source import SourceStats
-from jaxft.data.tokenise import sampled
 
 LENGTHS = [(3 + 7 * i % 40, 2 + 5 * i % 60) for i in range(60)]  # characters, and so about as many tokens
 
@@ -79,7 +79,10 @@ def test_a_limit_of_prompts_leaves_out_what_a_source_leaves_out(rows, tmp_path):
     train, _ = split_prompts(data, tiny("none"), tmp_path)
     found = measure(data, tiny("none"), tmp_path)
     (cost,) = [x for x in limit_costs(data, found) if x.limit == 20]
-    assert cost.dropped == train.dropped > 0 and cost.tokens == train.lengths.sum() + len(train) * 2 * 8
+    assert (
+        cost.dropped == train.split.rows.dropped > 0
+        and cost.tokens == train.lengths.sum() + len(train) * 2 * 8
+    )
     assert len(found.answers) == len(LENGTHS) and found.answers.max() == max(c for _, c in LENGTHS)
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.conversation import prompt_of
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
 

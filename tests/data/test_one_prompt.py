@@ -18,14 +18,11 @@ from tiny_tokenizers import tiny
 from jaxft.data import chat
 from jaxft.data.conversation import prompt_of
 from jaxft.data.example import Chat, Completion
-from jaxft.data.pairs.source import PairRows
-from jaxft.data.pairs.tokens import tokenise_pairs
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
 from jaxft.data.template_settings import DATE
-from jaxft.data.tokenise import Tokenising
-from jaxft.data.tokens import tokenise_rows
 from jaxft.rl.reward_models import with_response
 from jaxft.runs.named_weights import prompt_settings
 
@@ -146,11 +143,10 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     long = {"max_length": 4096, **options}
-    how = Tokenising(folder)
-    sft = tokenise_rows(str(path), Rows("x", loss_on="completion", **long).token_settings, tokenizer, how)
-    dpo = tokenise_pairs(str(path), PairRows("x", **long).token_settings, tokenizer, how)
-    rollouts = Prompts(str(path), max_prompt=4096, **options)
-    rollout = read_prompts(str(path), rollouts, tokenizer, folder).select([0])
+    sft = Rows("x", loss_on="completion", **long).reader(tokenizer, folder).read(str(path))
+    dpo = PairRows("x", **long).reader(tokenizer, folder).read(str(path))
+    rollouts = Prompts(str(path), max_prompt=4096, **options).reader(tokenizer, folder)
+    rollout = read_prompts(str(path), rollouts).select([0])
     generate = script("generate")
     record = {"data": {"format": "auto", "date": DATE, **options}}
     source = generate.Source("", None, "", "float32", None, None, record)
@@ -332,4 +328,4 @@ def test_a_conversation_without_a_template_is_refused_by_rollouts_as_by_sft(tmp_
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"prompt": LONG}))
     with pytest.raises(ValueError, match="r.jsonl:1: a conversation needs a chat template"):
-        read_prompts(str(path), Prompts(str(path)), tiny("none"), tmp_path)
+        read_prompts(str(path), Prompts(str(path)).reader(tiny("none"), tmp_path))

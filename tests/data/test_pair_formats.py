@@ -6,11 +6,11 @@ import csv
 import json
 
 import pytest
+from parsed_rows import pairs
 from tiny_tokenizers import tiny
 
 from jaxft.data.example import Chat, Completion
-from jaxft.data.pairs.formats import normalise_pairs
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.rows import Row, read_rows
 
 
@@ -27,7 +27,7 @@ def answer(text):
 
 
 def pair(fields, name="r:1", **options):
-    (found,) = normalise_pairs([Row(name, fields)], PairRows("r", **options).token_settings)
+    (found,) = pairs([Row(name, fields)], PairRows("r", **options).token_settings)
     return found
 
 
@@ -77,36 +77,36 @@ def test_formats_are_recognised(fields, prompt, plain):
         kind: Chat("r:1", (*prompt, last), len(prompt), plain)
         for kind, last in (("chosen", A), ("rejected", B))
     }  # fmt: skip
-    assert pair(fields).responses == expected
+    assert pair(fields).examples == expected
 
 
 def test_responses_may_have_several_turns_after_the_common_ones():
     longer = [Q, A, user("r"), answer("c")]
-    found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).responses
+    found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).examples
     assert found["chosen"] == Chat("r:1", tuple(longer), 1) and found["rejected"].messages[1] == B
 
 
 def test_plain_format_keeps_text_as_it_is():
-    found = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").responses
+    found = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").examples
     assert found == {"chosen": Completion("r:1", "q ", "a"), "rejected": Completion("r:1", "q ", "b")}
-    found = pair({"prompt": "", "completion": "a", "label": True}, format="plain").responses
-    assert found == {"chosen": Completion("r:1", "", "a"), "rejected": None}
+    found = pair({"prompt": "", "completion": "a", "label": True}, format="plain").examples
+    assert found == {"chosen": Completion("r:1", "", "a")}
 
 
 @pytest.mark.parametrize("name", ("label", "kto_tag"))
 @pytest.mark.parametrize("written", ("true", "False", " TRUE", "1", "0", "1.0", "0.0", 1.0, 0.0))
 def test_a_label_of_a_table_is_read_however_it_is_written(written, name):
     is_chosen = str(written).strip().lower() in ("true", "1", "1.0")
-    found = pair({"prompt": "q", "completion": "a", name: written}).responses
-    assert (found["chosen"] is not None, found["rejected"] is not None) == (is_chosen, not is_chosen)
+    found = pair({"prompt": "q", "completion": "a", name: written}).examples
+    assert [*found] == ["chosen" if is_chosen else "rejected"]
 
 
 def test_labels_and_numbers_of_a_csv_file_are_read(tmp_path):
     text = "prompt,completion,kto_tag,label,weight\nq,a,,True,2\nq,b,0,,0.5\nq,c,True,,1e0\n"
     (tmp_path / "r.csv").write_text(text)
     settings = PairRows("r", weight_column="weight").token_settings
-    found = normalise_pairs(read_rows(str(tmp_path / "r.csv")), settings)
-    assert [p.responses["chosen"] is not None for p in found] == [True, False, True]
+    found = pairs(read_rows(str(tmp_path / "r.csv")), settings)
+    assert ["chosen" in p.examples for p in found] == [True, False, True]
     assert [p.weight for p in found] == [2.0, 0.5, 1.0]
 
 
@@ -116,10 +116,10 @@ def test_an_unpaired_row_has_only_the_response_of_its_label(label):
         ({"prompt": "q", "completion": "a"}, True),
         ({"prompt": [Q], "completion": [A]}, False),
     ):
-        found = pair({**fields, "label": label}).responses
-        there, missing = ("chosen", "rejected") if label else ("rejected", "chosen")
-        assert found[missing] is None and found[there] == Chat("r:1", (Q, A), 1, plain)
-    whole = pair({"prompt": "q", "completion": [*LONG, A], "label": label}).responses
+        found = pair({**fields, "label": label}).examples
+        there = "chosen" if label else "rejected"
+        assert found == {there: Chat("r:1", (Q, A), 1, plain)}
+    whole = pair({"prompt": "q", "completion": [*LONG, A], "label": label}).examples
     assert whole[there] == Chat("r:1", (*LONG, A), len(LONG))
 
 
@@ -130,22 +130,22 @@ def test_a_labelled_conversation_is_an_unpaired_row(name):
         {"messages": turns},
         {"conversations": [{"from": m["role"], "value": m["content"]} for m in turns]},
     ):
-        found = pair({**fields, name: False}).responses
-        assert found == {"chosen": None, "rejected": Chat("r:1", tuple(turns), len(LONG))}
-    found = pair({"instruction": "q", "input": "", "output": "a", name: True}).responses
-    assert found == {"chosen": Chat("r:1", (Q, A), 1, True), "rejected": None}
-    found = pair({"prompt": "q", "completion": "a", name: True}).responses
-    assert found == {"chosen": Chat("r:1", (Q, A), 1, True), "rejected": None}
+        found = pair({**fields, name: False}).examples
+        assert found == {"rejected": Chat("r:1", tuple(turns), len(LONG))}
+    found = pair({"instruction": "q", "input": "", "output": "a", name: True}).examples
+    assert found == {"chosen": Chat("r:1", (Q, A), 1, True)}
+    found = pair({"prompt": "q", "completion": "a", name: True}).examples
+    assert found == {"chosen": Chat("r:1", (Q, A), 1, True)}
     with pytest.raises(ValueError, match="r:1: the response in column 'messages' is empty"):
         pair({"messages": [*LONG, A, Q], name: True})
 
 
 def test_the_third_response_is_the_column_reference():
     fields = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "a"}
-    assert list(pair(fields).responses) == ["chosen", "rejected"]
-    assert pair(fields, third="gold").responses["gold"] == Chat("r:1", (Q, A), 1, True)
+    assert list(pair(fields).examples) == ["chosen", "rejected"]
+    assert pair(fields, third="gold").examples["gold"] == Chat("r:1", (Q, A), 1, True)
     fields = {"chosen": [*LONG, A], "rejected": [*LONG, B], "reference": [*LONG, answer("c")]}
-    assert pair(fields, third="gold").responses["gold"] == Chat("r:1", (*LONG, answer("c")), len(LONG))
+    assert pair(fields, third="gold").examples["gold"] == Chat("r:1", (*LONG, answer("c")), len(LONG))
 
 
 def test_columns_are_renamed_and_numbers_are_read():
@@ -155,14 +155,14 @@ def test_columns_are_renamed_and_numbers_are_read():
         "extras": ("gap", "margin"),
     }
     found = pair(fields, weight_column="weight", **options)
-    assert found.responses == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).responses
-    assert found.extras == (2.0, 0.5) and found.weight == 3.0
+    assert found.examples == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).examples
+    assert found.numbers == (2.0, 0.5) and found.weight == 3.0
 
 
 def test_tools_reach_the_template():
     tools = [{"type": "function", "function": {"name": "sum"}}]
     found = pair({"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps(tools)})
-    assert found.responses["chosen"].tools == found.responses["rejected"].tools == tools
+    assert found.examples["chosen"].tools == found.examples["rejected"].tools == tools
 
 
 GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -295,7 +295,7 @@ def test_a_bad_row_is_one_line_that_names_it(fields, options, error):
 def test_a_bad_row_is_found_behind_good_ones():
     rows = [Row("r:1", GOOD), Row("r:2", {**GOOD, "rejected": "a"})]
     with pytest.raises(ValueError, match="^r:2: chosen and rejected are identical"):
-        normalise_pairs(rows, PairRows("r").token_settings)
+        pairs(rows, PairRows("r").token_settings)
 
 
 def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
@@ -310,10 +310,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = [
-        [
-            p.responses["chosen"].messages
-            for p in normalise_pairs(read_rows(str(f)), PairRows("r").token_settings)
-        ]
+        [p.examples["chosen"].messages for p in pairs(read_rows(str(f)), PairRows("r").token_settings)]
         for f in tmp_path.iterdir()
     ]
     assert len(found) == 3 and found[0] == found[1] == found[2]

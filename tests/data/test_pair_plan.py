@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxft.data import pair_plan as batches
 from jaxft.data.pack import RowShape, permutation
-from jaxft.data.pairs import batches
 
 
 @settings(max_examples=50, deadline=None)
@@ -23,11 +23,14 @@ def test_an_epoch_has_every_pair_once(tokens, size, epoch):
         size,
     )
     assert (found[:-1] >= 0).all()
-    members, row = batches.assign_rows(found, tokens, 3)
-    assert np.array_equal(np.sort(members, 1), np.sort(found, 1)) and ((row < 0) == (members < 0)).all()
-    for some, where in zip(members, row, strict=True):
+    plan = batches.assign_rows(found, tokens, 3)
+    assert plan.rows == 3 * len(found)
+    for number, batch in enumerate(found):
+        rows = [plan.slice(3 * number + r, 3 * number + r + 1).members.tolist() for r in range(3)]
+        assert sorted(sum(rows, [])) == sorted(batch[batch >= 0].tolist())
         load = np.zeros(3, int)
-        for i, r in zip(some[some >= 0], where[some >= 0], strict=True):
+        for i in sorted(batch[batch >= 0].tolist(), key=lambda i: -tokens[i]):
+            (r,) = (r for r in range(3) if i in rows[r])
             assert load[r] == load.min()
             load[r] += tokens[i]
     assert np.array_equal(found, batches.order_batches(tokens, size, 7, epoch))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_pairs import epoch, flat, make_rows, same, seen, source, unpaired, write
 from tiny_tokenizers import tiny
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.data.source import open_for
 from jaxft.nn.layer_attention import batch_angles, uniform

@@ -16,10 +16,8 @@ from tiny_tokenizers import KINDS, tiny
 from jaxft.batch import Tokens
 from jaxft.data import chat
 from jaxft.data.example import Chat
-from jaxft.data.pairs.source import PairRows
-from jaxft.data.pairs.tokens import tokenise_pairs
+from jaxft.data.pairs import PairRows
 from jaxft.data.rows import Row
-from jaxft.data.tokenise import Tokenising
 from jaxft.models.llama import llama
 from jaxft.nn import param
 from jaxft.objectives.preference import preference
@@ -114,8 +112,7 @@ def test_user_turns_within_a_response_are_no_targets(folder):
         folder / "r.jsonl",
         [{"chosen": turns("q", "a rank", "why?", "of"), "rejected": turns("q", "a matrix", "how?", "the")}],
     )
-    settings = PairRows("r").token_settings
-    pool = tokenise_pairs(str(folder / "r.jsonl"), settings, tiny("chatml"), Tokenising(folder))
+    pool = PairRows("r").reader(tiny("chatml"), folder).read(str(folder / "r.jsonl"))
     body = pool.piece(0, 1)
     learned = pool.learned[pool.starts[0, 1] :][: len(body)]
     assert tiny("chatml").decode(body[learned]) == "a rank<|im_end|>of<|im_end|>" and "why?" in tiny(

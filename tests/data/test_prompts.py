@@ -53,7 +53,7 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it(tmp_path, row, message
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        prompts.read_prompts(str(path), Prompts(str(path), max_prompt=64), tiny_tokenizer(), tmp_path)
+        prompts.read_prompts(str(path), Prompts(str(path), max_prompt=64).reader(tiny_tokenizer(), tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[1, 2, 3] sort this list", "[INST] hi [/INST]", "[1, 2]"])
@@ -70,7 +70,7 @@ def test_rows_with_the_same_prompt_are_on_one_side_of_the_split(tmp_path):
     train, held = prompts.split_prompts(data, tiny_tokenizer(), tmp_path)
     assert len(train) + len(held) == 20 and len(held) == 8
     assert not set(train.token_ids) & set(held.token_ids)
-    distinct = permutation(5, 3, 0)[:2]  # of the prompts in order of their first row
+    distinct = list(dict.fromkeys((permutation(20, 3, 0) % 5).tolist()))[:2]
     assert [row["n"] for row in held.fields] == [i for i in range(20) if i % 5 in distinct]
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from parsed_rows import examples
 
-from jaxft.data import formats
 from jaxft.data.example import Chat, Completion, Text
 from jaxft.data.invalid import InvalidRow, InvalidRows
 from jaxft.data.rows import Row, read_rows
@@ -193,24 +193,22 @@ TURNS = (turn("user", "q"), turn("assistant", "a"))
     ],
 )
 def test_formats_are_recognised(fields, expected):
-    assert formats.normalise_rows([Row("r:1", fields)]) == [expected]
+    assert examples([Row("r:1", fields)]) == [expected]
 
 
 def test_columns_rename_and_say_which_format_is_meant():
     row = Row("r:1", {"question": "q", "answer": "a", "text": "other"})
-    assert formats.normalise_rows([row], columns=("prompt=question", "completion=answer")) == [
+    assert examples([row], columns=("prompt=question", "completion=answer")) == [
         Chat("r:1", TURNS, 1, plain=True)
     ]
     names = ("prompt=question", "completion=answer")
-    assert formats.normalise_rows([row], "plain", names) == [Completion("r:1", "q", "a")]
-    assert formats.normalise_rows([row], columns=("instruction=question", "response=answer")) == [
+    assert examples([row], "plain", names) == [Completion("r:1", "q", "a")]
+    assert examples([row], columns=("instruction=question", "response=answer")) == [
         Chat("r:1", TURNS, 1, plain=True)
     ]
-    assert formats.normalise_rows([row], columns=("text=answer",)) == [Text("r:1", "a")]
+    assert examples([row], columns=("text=answer",)) == [Text("r:1", "a")]
     both = Row("r:1", {"instruction": "q", "response": "a", "output": "b"})
-    assert formats.normalise_rows([both], columns=("response=response",)) != formats.normalise_rows(
-        [both], columns=("response=output",)
-    )
+    assert examples([both], columns=("response=response",)) != examples([both], columns=("response=output",))
 
 
 @pytest.mark.parametrize(
@@ -291,14 +289,14 @@ def test_columns_rename_and_say_which_format_is_meant():
 )
 def test_columns_that_do_not_fit_are_one_line(fields, options, error):
     with pytest.raises(ValueError, match=error) as raised:
-        formats.normalise_rows([Row("r:1", fields)], **options)
+        examples([Row("r:1", fields)], **options)
     assert "\n" not in str(raised.value)
 
 
 def test_a_later_row_that_lacks_a_column_is_named():
     rows = [Row("r:1", {"prompt": "q", "completion": "a"}), Row("r:2", {"prompt": "q", "chosen": "a"})]
     with pytest.raises(ValueError, match="r:2: no column completion.*the row has prompt, chosen"):
-        formats.normalise_rows(rows)
+        examples(rows)
 
 
 # ---- tools and their arguments
@@ -313,7 +311,7 @@ def calling(calls):
 
 
 def calls_of(fields):
-    (example,) = formats.normalise_rows([Row("r:1", fields)])
+    (example,) = examples([Row("r:1", fields)])
     return example.messages[1]["tool_calls"]
 
 
@@ -366,7 +364,7 @@ def test_turns_of_llama_factory_are_tool_calls_and_their_results():
         {"from": "observation", "value": "3"},
         {"from": "gpt", "value": "a"},
     ]
-    (example,) = formats.normalise_rows([Row("r:1", {"conversations": turns})])
+    (example,) = examples([Row("r:1", {"conversations": turns})])
     assert [m["role"] for m in example.messages] == [
         "user",
         "assistant",
@@ -399,7 +397,7 @@ SCHEMAS = [{"type": "function", "function": {"name": "add", "parameters": {"type
     ],
 )
 def test_tools_may_be_a_json_string(tools, expected):
-    (example,) = formats.normalise_rows([Row("r:1", {"messages": list(TURNS), "tools": tools})])
+    (example,) = examples([Row("r:1", {"messages": list(TURNS), "tools": tools})])
     assert example.tools == expected
 
 
@@ -438,7 +436,7 @@ def test_tools_may_be_a_json_string(tools, expected):
 )
 def test_tools_that_cannot_be_read_are_one_line(fields, error):
     with pytest.raises(ValueError, match=error) as raised:
-        formats.normalise_rows([Row("r:1", fields)])
+        examples([Row("r:1", fields)])
     assert "\n" not in str(raised.value)
 
 

@@ -8,12 +8,12 @@ import pytest
 from chat_templates import TEMPLATES, TOOLS, conversations, stock_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parsed_rows import examples
 from stock_turns import HIDDEN, Rejected, Turn, messages_of
 
 from jaxft.data import chat
 from jaxft.data.example import Chat
-from jaxft.data.formats import normalise_rows
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
 
@@ -37,7 +37,9 @@ def squeezed(text):
     return "".join(text.split())
 
 
-@pytest.mark.quick_cases("llama3.1", "gemma", "phi3", "qwen3", "deepseek-r1", "mistral-nemo", "marked")
+@pytest.mark.quick_cases(
+    "llama3.1", "gemma", "phi3", "qwen3", "deepseek-r1", "mistral-nemo", "marked", "smolvlm"
+)
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(turns=conversations(), loss_on=st.sampled_from(["assistant", "completion"]))
@@ -158,7 +160,7 @@ def test_content_that_is_null_stays_null():
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
-    (example,) = normalise_rows([Row("rows.jsonl:1", {"messages": messages})])
+    (example,) = examples([Row("rows.jsonl:1", {"messages": messages})])
     assert example.messages[1]["content"] is None
 
 

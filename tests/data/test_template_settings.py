@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from chat_templates import TEMPLATES, TOOLS, stock_tokenizer
+from parsed_rows import examples
 
 from jaxft.data import chat
 from jaxft.data.example import Chat
-from jaxft.data.formats import normalise_rows
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.rows import Row
 from jaxft.data.sft import Rows
@@ -224,7 +224,7 @@ def test_a_calls_text_that_occurs_again_in_the_results_header_does_not_move_its_
 def test_arguments_are_json_text_for_a_template_that_concatenates_them():
     function = {"name": "rank", "arguments": {"of": "é"}}
     row = {"messages": [Q, turn("assistant", None, tool_calls=[{"type": "function", "function": function}])]}
-    (example,) = normalise_rows([Row("r:1", row)])
+    (example,) = examples([Row("r:1", row)])
     template = chat.template_of(stock_tokenizer("deepseek-r1"))
     rendered = chat.render(example, template)
     assert rendered.text.endswith(
@@ -252,7 +252,7 @@ def test_a_system_message_that_gemma_has_no_role_for_is_merged_at_every_stage(tm
 def open_rows(data, tokenizer, cache):
     """The first row as text, as the start of a run prints it."""
     if isinstance(data, Prompts):
-        return tokenizer.decode(read_prompts(data.train, data, tokenizer, cache).token_ids[0])
+        return tokenizer.decode(read_prompts(data.train, data.reader(tokenizer, cache)).token_ids[0])
     return data.open(tokenizer, cache=cache).info.preview
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_invalid import all_dirt, clean_rows, with_dirt
 from tiny_tokenizers import tiny
 
-from jaxft.data import progress, row_files, rows, tokenise
+from jaxft.data import progress, reader, row_files, rows
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.pack import number_groups
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.row_files import LoadedRows
 from jaxft.data.sft import Rows
 
@@ -27,7 +27,7 @@ KINDS = {"sft": (Rows, {}), "pairs": (PairRows, {}), "unpaired": (PairRows, {"un
 
 
 def in_chunks(monkeypatch, size, rows_of_a_chunk=7):
-    for module in (row_files, tokenise):
+    for module in (row_files, reader):
         monkeypatch.setattr(module, "ROW_CHUNK_BYTES", size)
     for module in (row_files, rows):
         monkeypatch.setattr(module, "CHUNK_ROWS", rows_of_a_chunk)
@@ -82,7 +82,7 @@ def test_several_processes_write_the_same_file_without_jax(tmp_path, monkeypatch
     chunks = [LoadedRows((), str(i)) for i in range(9)]
     with (
         pytest.raises(ValueError, match="of 2 processes that tokenise .* set a smaller data.workers"),
-        tokenise.start_workers(2, (None, tiny("chatml"), None)) as run,
+        reader.start_workers(2, Rows("r").reader(tiny("chatml"))) as run,
     ):
         assert list(run(worker_probe.modules, chunks)) == [(str(i), []) for i in range(9)]
         list(run(worker_probe.die, chunks))
@@ -170,9 +170,9 @@ def test_a_tokenisation_that_ends_early_leaves_no_file_to_read(tmp_path, monkeyp
             raise KeyboardInterrupt
         return tokenise_chunk(*args, **kwargs)
 
-    tokenise_chunk = tokenise.tokenise_chunk
+    tokenise_chunk = reader.tokenise_chunk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokenise, "tokenise_chunk", interrupted)
+        patch.setattr(reader, "tokenise_chunk", interrupted)
         opened("sft", path, tmp_path / "cache", workers=1)
     assert not list((tmp_path / "cache" / "rows").iterdir())
     (tmp_path / "cache" / "rows" / "x.tmp").write_bytes(b"ARROW1")
@@ -275,7 +275,7 @@ def test_a_run_reports_the_progress_of_reading_and_tokenising(tmp_path, monkeypa
 
 def test_the_number_of_processes_follows_from_the_size(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
-    assert tokenise.worker_count(None, 2**20) == 1 and tokenise.worker_count(None, 2**25) == 6
-    assert tokenise.worker_count(3, 1) == 3
+    assert reader.worker_count(None, 2**20) == 1 and reader.worker_count(None, 2**25) == 6
+    assert reader.worker_count(3, 1) == 3
     with pytest.raises(ValueError, match="^data.workers=0; expected at least 1"):
         Rows("r", workers=0)

@@ -6,11 +6,11 @@ import gguf as gguf_package
 import huggingface_hub.utils as hub_utils
 import pytest
 from chat_templates import CHATML, QWEN25, TEMPLATES, TOOLS
+from parsed_rows import examples
 from tiny_llama import tiny_torch
 from transformers import AutoTokenizer
 
 from jaxft.data import chat
-from jaxft.data.formats import normalise_rows
 from jaxft.data.rows import Row
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.inference.served_model import ServedModel, chat_prompt
@@ -58,9 +58,9 @@ def test_prompts_and_rows_are_rendered_by_the_template_that_transformers_chooses
     expected = tuple(tokenizer(theirs, add_special_tokens=False).input_ids)
     model = ServedModel("m", tokenizer, (), len(tokenizer))
     assert chat_prompt(model, asked, tools) == expected
-    row = normalise_rows([Row("row", {"prompt": asked, "completion": [MESSAGES[-1]], "tools": tools})])[0]
+    row = examples([Row("row", {"prompt": asked, "completion": [MESSAGES[-1]], "tools": tools})])[0]
     assert tuple(next(chat.example_prompt_ids([row], tokenizer))) == expected
-    full = normalise_rows(
+    full = examples(
         [Row("row", {"messages": [*messages, MESSAGES[-1]][: 5 if tools else 3], "tools": tools})]
     )[0]
     ((ids, learned),) = chat.tokenise_examples([full], tokenizer, "assistant")
@@ -84,7 +84,7 @@ def test_completions_end_as_either_template_ends_turns(tokenizer):
 
 
 def test_arguments_that_one_of_the_templates_reads_are_taken(tokenizer):
-    row = normalise_rows([Row("row", {"messages": MESSAGES, "tools": TOOLS})])[0]
+    row = examples([Row("row", {"messages": MESSAGES, "tools": TOOLS})])[0]
     settings = TemplateSettings(chat_template_kwargs=("mood=calm",))
     (ids,) = chat.example_prompt_ids([row], tokenizer, settings)
     assert tokenizer.decode(ids).startswith("rankcalm")

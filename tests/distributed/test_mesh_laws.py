@@ -15,7 +15,7 @@ from tiny_model import assert_close, batch_of, examples, micro, tiny
 from jaxft import tree
 from jaxft.data.example import Completion
 from jaxft.data.pack import RowShape
-from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import attention

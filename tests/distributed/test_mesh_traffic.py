@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from partitioned import moved
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.llama import LlamaConfig, llama

@@ -8,7 +8,7 @@ import pytest
 from scripts_in_process import load
 from tiny_tokenizers import tiny
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
 from jaxft.plan import fits, machines

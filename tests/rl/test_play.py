@@ -24,7 +24,7 @@ from tiny_tokenizers import tiny
 from jaxft.data import named_templates
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
-from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import read_prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed import processes
@@ -360,13 +360,13 @@ def test_the_tools_of_a_prompt_count_in_its_length(tmp_path):
     tokenizer = stock_tokenizer("qwen2.5")
     (tmp_path / "r.jsonl").write_text('{"prompt": "q"}\n' + json.dumps({"prompt": "why " * 30}) + "\n")
     rows = Rollouts(str(tmp_path / "r.jsonl"), rules=Rules((exact,)), max_prompt=2000)
-    plain = read_prompts(rows.train, rows, tokenizer, tmp_path).lengths
+    plain = read_prompts(rows.train, rows.reader(tokenizer, tmp_path)).lengths
     with_tools = replace(rows, tools=(add,), max_turns=2)
-    found = read_prompts(rows.train, with_tools, tokenizer, tmp_path)
+    found = read_prompts(rows.train, with_tools.reader(tokenizer, tmp_path))
     (first, second), shown = found.lengths, tokenizer.decode(found.token_ids[0])
     assert first - plain[0] == second - plain[1] > 100 and '"name": "add"' in shown
     limited = replace(with_tools, max_prompt=int(first))
-    assert first > plain[1] and read_prompts(rows.train, limited, tokenizer, tmp_path).dropped == 1
+    assert first > plain[1] and limited.reader(tokenizer, tmp_path).read(rows.train).dropped == 1
 
 
 def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch):
@@ -393,8 +393,8 @@ def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch
     data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000, max_turns=2)
     data = replace(data, invalid="drop", invalid_limit=0.5)
     tokenizer, environment = stock_tokenizer("qwen2.5"), environment_of(given)
-    found = read_prompts("r.jsonl", data, tokenizer, tmp_path)
-    (unknown,) = found.invalid
+    found = read_prompts("r.jsonl", data.reader(tokenizer, tmp_path))
+    (unknown,) = found.split.rows.invalid
     assert unknown.first.endswith("'none', which names no environment; use adder, judge")
     call = '<tool_call>\n{"name": "more", "arguments": {"by": 4}}\n</tool_call>'
     sampler = ScriptedSampler(say(tokenizer, [call, "done"]))

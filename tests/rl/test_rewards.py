@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxft.data.example import Completion
-from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.rl import advantages, rewards
 from jaxft.rl.rewards import Faults, FunctionReward
 from jaxft.rl.rules import Rules, shape_scores

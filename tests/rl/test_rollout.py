@@ -71,7 +71,7 @@ def bound_source(folder, rules=None, history=NEW, **settings):
     rules, facts = rules or Rules((word_length,)), settings.pop("facts", {})
     data = Rollouts("x", rules=rules, **{"batch": 4, "group": 2, "max_new": 6, "passes": 2, **settings})
     batch_prompts = stored_prompts(8)
-    source = PromptSource(data, TOKENIZER, batch_prompts, batch_prompts.subset(np.arange(0)))
+    source = PromptSource(data, TOKENIZER, batch_prompts, replace(batch_prompts, chosen=np.arange(0)))
     return bound_to_sampler(source, bound_run(folder, **facts), history)
 
 
@@ -135,7 +135,7 @@ def test_a_source_without_a_run_has_the_prompts_of_each_step_alone(tmp_path):
     rules = Rules((number,))
     data = Rollouts("x", rules=rules, batch=4, group=2, max_new=6, passes=2, minibatches=2)
     stored = stored_prompts(8)
-    source = PromptSource(data, TOKENIZER, stored, stored.subset(np.arange(0)), shards=3)
+    source = PromptSource(data, TOKENIZER, stored, replace(stored, chosen=np.arange(0)), shards=3)
     assert source.evaluate(state_at(0)) == ({}, {})
     assert source.state_dict() == {} and source.held_out == ()
     for step in range(8):

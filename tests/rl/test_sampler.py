@@ -16,7 +16,7 @@ from tiny_llama import tiny_tokenizer
 from jaxft.data.chat import example_prompt_ids
 from jaxft.data.example import Chat
 from jaxft.data.pack import RowShape
-from jaxft.data.prompt_rows import TokenisedPrompts
+from jaxft.data.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import Prompts
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.distributed.sharding import MeshShape, make_mesh

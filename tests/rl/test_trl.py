@@ -340,7 +340,7 @@ def test_an_environment_that_returns_its_prompt_needs_none_in_the_rows(tmp_path)
     tokenizer, path = stock_tokenizer("qwen2.5"), tmp_path / "r.jsonl"
     path.write_text('{"seed": 1}\n{"seed": 2}\n')
     data = Rollouts(str(path), rules=Rules((exact,)), environment=OwnsItsData, max_prompt=2000, max_turns=2)
-    rows = read_prompts(data.train, data, tokenizer, tmp_path).select([0, 1])
+    rows = read_prompts(data.train, data.reader(tokenizer, tmp_path)).select([0, 1])
 
     def write(ids, episode):
         text = call("increment", step=5) if "tool_response" not in tokenizer.decode(ids) else "done"
@@ -351,4 +351,4 @@ def test_an_environment_that_returns_its_prompt_needs_none_in_the_rows(tmp_path)
     assert [t.turns[0]["content"] for t in found] == ["Increment to 4.", "Increment to 5."]
     assert [t.score for t in found] == [0.0, 1.0]
     with pytest.raises(ValueError, match="the columns seed include no prompt"):
-        read_prompts(data.train, replace(data, environment=TwoGames), tokenizer, tmp_path)
+        read_prompts(data.train, replace(data, environment=TwoGames).reader(tokenizer, tmp_path))

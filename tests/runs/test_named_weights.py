@@ -11,7 +11,7 @@ from scripts_in_process import load
 from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.named_weights import (

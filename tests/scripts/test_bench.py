@@ -16,7 +16,7 @@ import pytest
 from tiny_llama import tiny_tokenizer, tiny_torch, write_folder
 from tiny_run import write_place
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.optim.optimizer import Optim, make_optimizer

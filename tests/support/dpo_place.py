@@ -11,7 +11,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxft.optim import optimizer, schedules
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.engine.sampling import Sampling
 from jaxft.nn.lora import Adapter
 from jaxft.objectives.preference import EMAReference, implicit_reward, preference

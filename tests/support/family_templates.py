@@ -318,6 +318,15 @@ def r1_calls(turns, index):
     return ("<｜tool▁calls▁begin｜>" if is_first else "") + "\n".join(ended)
 
 
+# Of a vision model: it reads contents as lists of parts, and renders nothing of a text.
+SMOLVLM = """<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}
+{%- if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}
+{%- for line in message['content'] %}
+    {%- if line['type'] == 'text' %}{{ line['text'] }}
+    {%- elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}
+{%- endfor %}<end_of_utterance>
+{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
+
 _TOOLS = ("AVAILABLE_TOOLS", "TOOL_RESULTS", "INST", "SYSTEM_PROMPT")
 _MISTRAL_SPECIAL = ("[TOOL_CALLS]", *(f"[{end}{name}]" for name in _TOOLS for end in ("", "/")))
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
@@ -339,6 +348,10 @@ FAMILIES = {
     "phi4-mini": Stock(
         PHI4_MINI, text_alone("<|end|>"), "<|endoftext|>",
         special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<|/tool|>"),
+    ),
+    "smolvlm": Stock(
+        SMOLVLM, text_alone("<end_of_utterance>"), "<end_of_utterance>",
+        special=("<|im_start|>", "<end_of_utterance>", "<image>"),
     ),
     "smollm3": Stock(SMOLLM3, smollm3, "<|im_end|>", special=_IM),
     "smollm3-no-thinking": Stock(

@@ -12,9 +12,9 @@ from tiny_model import CONFIG, assert_close
 
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.pack import RowShape
-from jaxft.data.pairs import batches
-from jaxft.data.pairs.layout import BatchMeans, PairLayout, fill_pairs, tokens_per_pair
-from jaxft.data.pairs.tokens import TokenisedPairs
+from jaxft.data.pair_layout import BatchMeans, PairLayout, fill_pairs, tokens_per_pair
+from jaxft.data.pair_plan import assign_rows
+from jaxft.data.tokenised import NUMBERS, TokenisedRows
 from jaxft.objectives import metrics
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Outputs, preference
@@ -39,15 +39,15 @@ def random_pairs(count=8, kinds=PAIR, seed=0, only_one=False, longest=6):
         pieces += [rng.integers(0, CONFIG.vocab, size).astype(np.int32) for size in sizes]
     lengths = [len(piece) for piece in pieces]
     learned = [np.full(len(piece), number % (1 + len(kinds)) > 0) for number, piece in enumerate(pieces)]
-    offsets, none = np.cumsum([0, *lengths]), np.zeros(count, bool)
+    none, hashes = np.zeros(count, bool), np.arange(len(lengths), dtype=np.uint64)
     numbers = rng.normal(0, 1, (count, 1))
     responses = np.array(lengths).reshape(count, 1 + len(kinds))[:, 1:].sum(1)
     counts = np.array(lengths).reshape(count, 1 + len(kinds))
-    return TokenisedPairs(
+    return TokenisedRows(
         kinds=kinds, ids=Flat([np.concatenate(pieces)]), learned=Flat([np.concatenate(learned)]),
-        offsets=offsets, reads=counts[:, 1:], ends=np.zeros_like(counts[:, 1:]),
-        hashes=np.arange(counts.size, dtype=np.uint64).reshape(counts.shape), truncated=none,
-        prompt_end_moved=none, placeholders=none, extras=numbers, responses=responses,
+        counts=counts, reads=counts[:, 1:], ends=np.zeros_like(counts[:, 1:]),
+        hashes=Flat([hashes.reshape(counts.shape)]), content=Flat([hashes[:count]]), truncated=none,
+        placeholders=none, pieces=np.zeros(count, int), extras={NUMBERS: numbers}, responses=responses,
         learned_responses=responses,
         weights=rng.integers(1, 4, count).astype(float), order=np.zeros(count),
         names=RowNames(["pair"], Flat([np.zeros(count, np.int32)]), Flat([np.arange(count)])), digest="",
@@ -60,12 +60,11 @@ def swapped(pool):
     order = np.arange(len(pool.names) * 3).reshape(-1, 3)[:, [0, 2, 1]].ravel()
 
     def reordered(x):
-        return np.concatenate([np.split(x, pool.offsets[1:-1])[i] for i in order])
+        return np.concatenate([np.split(x, pool.starts.ravel()[1:])[i] for i in order])
 
-    offsets = np.cumsum([0, *np.diff(pool.offsets)[order]])
-    reads = pool.reads[:, ::-1].copy()
+    counts, reads = pool.counts[:, [0, 2, 1]], pool.reads[:, ::-1].copy()
     ids, learned = (Flat([reordered(np.asarray(x))]) for x in (pool.ids, pool.learned))
-    return replace(pool, ids=ids, learned=learned, offsets=offsets, reads=reads)
+    return replace(pool, ids=ids, learned=learned, counts=counts, reads=reads)
 
 
 def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
@@ -80,11 +79,10 @@ def laid(pool, members=None, rows=4, branches=True, weights=None, room=None):
     each[members] = weights[members]
     counted = pool.reads[each > 0]
     means = counted.sum(0) / np.maximum((counted > 0).sum(0), 1)
-    dealt, row = batches.assign_rows(members[None], tokens_per_pair(pool, branches), rows)
-    slots = int(np.bincount(row[0]).max(initial=0)) + 1
+    plan = assign_rows(members[None], tokens_per_pair(pool, branches), rows)
+    slots = int(np.diff(plan.offsets).max(initial=0)) + 1
     room = room or (24 * slots, 16 * slots, slots)
     layout = PairLayout(rows, RowShape(*room), branches, ("margin",))
-    plan = batches.plan_rows(dealt[0], row[0], rows)
     total = each.sum() or 1.0
     return fill_pairs(pool, plan, layout, BatchMeans(each / total, means))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from functools import partial
 
 from jaxft.optim import optimizer, schedules
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.nn.lora import Adapter
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.reward_model import reward

@@ -7,8 +7,10 @@ import numpy as np
 
 from jaxft.data.example import Completion
 from jaxft.data.flat import Flat, RowNames
-from jaxft.data.prompt_rows import PromptRows, TokenisedPrompts
-from jaxft.data.prompts import Prompts
+from jaxft.data.mixture import SplitRows
+from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.prompts import PromptRows, Prompts
+from jaxft.data.tokenised import ROW_FIELDS, Ragged, TokenisedRows
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0, chat_template=None)
@@ -35,24 +37,19 @@ def stored_prompts(count):
     prompts = random_prompts(count)
     ids = np.array([i for prompt in prompts.ids for i in prompt], np.int32)
     texts = [json.dumps({"prompt": name}).encode() for name in prompts.names]
-    return PromptRows(
-        settings=Prompts("x", format="plain").token_settings,
-        chosen=np.arange(count),
-        ids=Flat([ids]),
-        offsets=np.cumsum([0, *map(len, prompts.ids)]),
-        texts=Flat([np.frombuffer(b"".join(texts), np.uint8)]),
-        text_offsets=np.cumsum([0, *map(len, texts)]),
-        hashes=np.arange(2 * count, dtype=np.uint64).reshape(count, 2),
-        row_names=RowNames(["rows"], Flat([np.zeros(count, int)]), Flat([np.arange(count)])),
-        largest_id=int(ids.max()),
-        dropped=0,
-        invalid=(),
-        examples=(),
-        order=np.zeros(count),
-        placeholders=np.zeros(count, bool),
-        sources=np.zeros(count, int),
-        formats=("plain",),
-    )
+    none, nothing = np.zeros(count, int), np.zeros((count, 0), int)
+    fields = Ragged(Flat([np.frombuffer(b"".join(texts), np.uint8)]), np.array([*map(len, texts)]))
+    rows = TokenisedRows(
+        kinds=(), ids=Flat([ids]), learned=Flat([np.zeros(len(ids), bool)]),
+        counts=np.array([[len(prompt)] for prompt in prompts.ids]), reads=nothing, ends=nothing,
+        hashes=Flat([np.arange(count, dtype=np.uint64)[:, None]]),
+        content=Flat([np.arange(count, dtype=np.uint64)]), truncated=none, responses=none,
+        learned_responses=none, weights=np.ones(count), order=np.zeros(count), placeholders=none > 0,
+        pieces=none, extras={ROW_FIELDS: fields}, digest="", largest_id=int(ids.max()),
+        names=RowNames(["rows"], Flat([none]), Flat([np.arange(count)])),
+    )  # fmt: skip
+    split = SplitRows(rows, np.arange(count), np.arange(0), none, (), (), None)
+    return PromptRows(split, split.train, (Prompts("x", format="plain").token_settings,))
 
 
 def episodes_of(prompts, tokens, lengths, logps=None, limit=None):

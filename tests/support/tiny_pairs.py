@@ -7,7 +7,7 @@ import numpy as np
 from tiny_tokenizers import tiny
 
 from jaxft.data.pack import permutation
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.template_settings import DATE
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]

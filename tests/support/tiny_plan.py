@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings

@@ -16,7 +16,7 @@ from scripts_in_process import call
 from tiny_run import ROOT, Place, write_place, write_rows
 
 from jaxft import tree
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
 from jaxft.nn.quant import Quant, dequantize, is_qtensor

@@ -15,7 +15,7 @@ from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny as tiny_tokenizer
 
 from jaxft import tree
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.models.heads import HeadSettings
 from jaxft.nn.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize

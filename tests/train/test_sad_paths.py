@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import edit_config, tiny_torch, write_folder
 from tiny_run import Place, rows, write_place
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.nn import attention
 from jaxft.nn.flash_attention import flash
 from jaxft.nn.layer_attention import LayerKind

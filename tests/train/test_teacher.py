@@ -15,7 +15,7 @@ from tiny_pairs import make_rows, write
 from transformers import AutoTokenizer
 
 from jaxft import tree
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings

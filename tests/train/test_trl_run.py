@@ -9,7 +9,7 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.objectives import metrics
 from jaxft.objectives.preference import preference
 from jaxft.objectives.preference_losses import dpo, ipo

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts_in_process import call
 from tiny_families import logits_of, rows
 from tiny_tokenizers import tiny
 
@@ -221,6 +222,16 @@ def test_a_wider_dtype_and_a_head_of_its_own_are_in_config_and_index(tmp_path):
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data, _ in new.values())
 
 
+def test_an_adapter_of_a_quantised_base_changes_the_weights_that_were_quantised(worlds, tmp_path):
+    folder, _, model, _ = worlds("mistral3")
+    settings = replace(LORA, targets=("q",))
+    source = export.ExportSource(str(folder), model, None, random_adapter(model, settings), Quant("int8"))
+    export.export_model(tmp_path / "out", source)
+    old, new = raw_tensors(folder), raw_tensors(tmp_path / "out")
+    linear = {name for name in old if "language_model" in name and name.endswith("_proj.weight")}
+    assert {name for name in old if old[name] != new[name]} == linear
+
+
 def test_a_run_that_trains_the_decoder_in_part_copies_the_rest(worlds, tmp_path):
     folder, _, model, params = worlds("llava")
     t = partition.partition_params(model, None, "base/layers/mlp/.*")
@@ -361,3 +372,40 @@ def quantise_fp8(folder, state):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": f"{i % 7}"}]}
+    for i in range(40)
+]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_multimodal_folder_is_used_like_any_other(tmp_path, monkeypatch, capsys):
+    """Two steps with LoRA and two in full, exported, sampled and loaded by transformers and PEFT."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base"
+    tiny_vision.write_tiny("gemma3", base)
+    tiny("chatml").save_pretrained(str(base))
+    (base / "preprocessor_config.json").write_text('{"size":   {"height": 28}}')
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ("model=base", "data=rows.jsonl", "loop.steps=2", "data.batch=4", "data.max_length=64")
+
+    def run(name, *args):
+        code, out, err = call(monkeypatch, capsys, name, *args)
+        assert code == 0, out + err
+        return out + err
+
+    assert "images are not supported" in run("train", "--config", "sft", *options, "name=lora")
+    run("train", "--config", "sft_full", *options, "name=full")
+    assert "as a multimodal model" in run("export", "--run", "runs/lora", "--out", "merged")
+    run("generate", "--model", "merged", "--prompt", "what is 3?", "--max-new", "4")
+    whole, before = loaded("merged"), text_logits(loaded(base))
+    found = peft.PeftModel.from_pretrained(loaded(base), "runs/lora/adapter").eval()
+    assert np.abs(text_logits(found) - before).max() > 0.05
+    np.testing.assert_allclose(text_logits(found), text_logits(whole), atol=5e-3)
+    full = loaded("runs/full/model")
+    assert {type(whole).__name__, type(full).__name__} == {"Gemma3ForConditionalGeneration"}
+    assert np.abs(text_logits(full) - before).max() > 0.05
+    for folder in ("merged", "runs/full/model"):
+        assert (tmp_path / folder / "preprocessor_config.json").read_bytes() == b'{"size":   {"height": 28}}'

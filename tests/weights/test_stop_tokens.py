@@ -12,7 +12,7 @@ from tiny_pairs import make_rows, write
 from tiny_run import write_place
 from tiny_tokenizers import KINDS, tiny
 
-from jaxft.data.pairs.source import PairRows
+from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.data.template import template_of
 from jaxft.distributed.sharding import MeshShape, make_mesh

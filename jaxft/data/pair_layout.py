@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs
 from jaxft.data.pack import RowPlan, RowShape, ranges
-from jaxft.data.pairs.tokens import TokenisedPairs
+from jaxft.data.tokenised import NUMBERS, TokenisedRows
 
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The shape of a microbatch and how its rows are filled. columns: names of TokenisedPairs.extras.
-    max_length: as in Pairs.
+    """The shape of a microbatch and how its rows are filled. columns: names of the extra "numbers".
+    max_length: as in Pairs. reference: the reference's log-prob of each token of the rows; None before they
+    are computed.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class PairLayout:
     branches: bool
     columns: tuple[str, ...] = ()
     max_length: int = 0
+    reference: Float[np.ndarray, " tokens"] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _Runs:
     run.
     """
 
-    start: np.ndarray  # index into TokenisedPairs.ids
+    start: np.ndarray  # index into TokenisedRows.ids
     count: np.ndarray
     piece: np.ndarray  # 0 the prompt, else 1 + kind
     segment: np.ndarray
@@ -55,26 +57,26 @@ class _Runs:
     before: np.ndarray  # the column from which the run's first token is predicted: the prompt's last
 
 
-def tokens_per_pair(pairs: TokenisedPairs, branches: bool) -> Int[np.ndarray, " pairs"]:
+def tokens_per_pair(pairs: TokenisedRows, branches: bool) -> Int[np.ndarray, " pairs"]:
     """Return the tokens that each pair takes in a row."""
     prompt, responses = pairs.counts[:, 0], pairs.counts[:, 1:]
     return responses.sum(1) + prompt * (1 if branches else (responses > 0).sum(1))
 
 
-def batch_means(pairs: TokenisedPairs, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
+def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
     """Return pair weights and mean response lengths of a batch of these members.
 
     Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the
     means.
     """
     weights = np.zeros(len(pairs))
-    weights[members] = pairs.weights[members] * (pairs.reads[members].sum(1) if weighting == "token" else 1)
+    weights[members] = pairs.weights[members] * (pairs.targets[members] if weighting == "token" else 1)
     lengths = pairs.reads[weights > 0]
     means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
     return BatchMeans(weights / max(weights.sum(), np.finfo(np.float64).tiny), means)
 
 
-def fill_pairs(pairs: TokenisedPairs, plan: RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
+def fill_pairs(pairs: TokenisedRows, plan: RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
     """Return the plan's rows as arrays [layout.rows, ...]; further rows stay empty."""
     members = plan.members
     row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each pair
@@ -114,7 +116,7 @@ def fill_pairs(pairs: TokenisedPairs, plan: RowPlan, layout: PairLayout, means: 
     )
 
 
-def _runs(pairs: TokenisedPairs, plan: RowPlan, row: np.ndarray, branches: bool) -> _Runs:
+def _runs(pairs: TokenisedRows, plan: RowPlan, row: np.ndarray, branches: bool) -> _Runs:
     kinds = len(pairs.kinds)
     piece = np.array([0, *range(1, kinds + 1)] if branches else [k for a in range(kinds) for k in (0, a + 1)])
     start, count = pairs.starts[plan.members][:, piece], pairs.counts[plan.members][:, piece]
@@ -150,7 +152,7 @@ def _count_within(groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def _read_arrays(
-    pairs: TokenisedPairs, layout: PairLayout, row: np.ndarray, values: tuple[np.ndarray, ...]
+    pairs: TokenisedRows, layout: PairLayout, row: np.ndarray, values: tuple[np.ndarray, ...]
 ) -> dict[str, Any]:
     """Return the fields [rows, M].
 
@@ -162,9 +164,9 @@ def _read_arrays(
     responses = np.full(shape, layout.shape.slots * len(pairs.kinds), np.int32)
     read[at], targets[at], responses[at], offsets[at] = column, pairs.ids[where], answer, place
     reference = None
-    if pairs.reference is not None:
+    if layout.reference is not None:
         reference = np.zeros(shape, np.float32)
-        reference[at] = pairs.reference[where]
+        reference[at] = layout.reference[where]
     return {
         "read": read,
         "targets": targets,
@@ -187,7 +189,7 @@ def _last_columns(
 
 
 def _slot_arrays(
-    pairs: TokenisedPairs, layout: PairLayout, at: tuple[np.ndarray, ...], means: BatchMeans
+    pairs: TokenisedRows, layout: PairLayout, at: tuple[np.ndarray, ...], means: BatchMeans
 ) -> dict[str, Any]:
     """Return the fields [rows, P, ...]. at: row, slot and number of each pair."""
     row, slot, members = at
@@ -199,7 +201,7 @@ def _slot_arrays(
     lengths[row, slot], index[row, slot] = pairs.reads[members], members
     pair_weights[row, slot] = means.weights[members]
     for number, name in enumerate(layout.columns):
-        columns[name][row, slot] = pairs.extras[members, number]
+        columns[name][row, slot] = pairs.extras[NUMBERS][members, number]
     mean_lengths = np.broadcast_to(means.lengths.astype(np.float32), lengths.shape).copy()
     return {
         "lengths": lengths, "mean_lengths": mean_lengths, "pair_weights": pair_weights, "index": index,

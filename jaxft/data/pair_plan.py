@@ -6,14 +6,12 @@ choice within a stratum is random, except for the stratum with the widest range 
 to the batches with the fewest tokens from the other strata.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.data.pack import ORDER_WINDOW, WINDOW, RowPlan, RowShape, ascending, permutation, round_up
-
-Assigned = tuple[
-    Int[np.ndarray, "batches size"], Int[np.ndarray, "batches size"]
-]  # pairs, and the row of each
 
 
 def order_batches(
@@ -57,29 +55,28 @@ def _stratified(
 
 def assign_rows(
     members: Int[np.ndarray, "batches size"], tokens: Int[np.ndarray, " n"], rows: int
-) -> Assigned:
-    """Return the pairs of each batch from long to short and the row of each: each in turn goes to the row
-    with fewest tokens.
+) -> RowPlan:
+    """Return the rows of all batches one after the other, `rows` of each: from long to short, each pair in
+    turn goes to the row with fewest tokens.
 
-    Padding (-1) comes last and gets row -1.
+    members: the pairs of each batch; padding is -1.
     """
     counts = np.where(members < 0, -1, tokens[members])
     order = np.argsort(-counts, axis=1, kind="stable")
     members, counts = np.take_along_axis(members, order, 1), np.take_along_axis(counts, order, 1)
     load = np.zeros((len(members), rows), np.int64)
-    row = np.full(members.shape, -1)
+    row = np.zeros(members.shape, np.int64)
     batches = np.arange(len(members))
     for column in range(members.shape[1]):
         shortest, present = load.argmin(1), members[:, column] >= 0
         row[present, column] = shortest[present]
         load[batches[present], shortest[present]] += counts[present, column]
-    return members, row
+    row += batches[:, None] * rows
+    return plan_rows(members[members >= 0], row[members >= 0], len(members) * rows)
 
 
-def plan_rows(members: Int[np.ndarray, " size"], row: Int[np.ndarray, " size"], rows: int) -> RowPlan:
-    """Return the plan of one batch whose pairs are assigned to `row`."""
-    present = members >= 0
-    members, row = members[present], row[present]
+def plan_rows(members: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], rows: int) -> RowPlan:
+    """Return the plan of pairs that are assigned to `row`."""
     order = np.argsort(row, kind="stable")
     return RowPlan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
 
@@ -88,8 +85,7 @@ def check_fit(
     plan: RowPlan, tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], shape: RowShape
 ) -> None:
     """Raise ValueError if a batch does not fit the row shape, which was planned for the run's epochs."""
-    row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
-    most = [int(np.bincount(row, x[plan.members], 1).max()) for x in (tokens, reads, np.ones_like(reads))]
+    most = [int(plan.row_sums(x[plan.members]).max()) for x in (tokens, reads, np.ones_like(reads))]
     if most[0] > shape.length or most[1] > shape.reads or most[2] > shape.slots:
         raise ValueError(
             f"a batch after the last planned epoch needs rows of {most[0]} tokens, {most[1]} read positions "
@@ -98,31 +94,21 @@ def check_fit(
         )
 
 
-def max_row_total(
-    row: Int[np.ndarray, "batches size"], counts: Int[np.ndarray, "batches size"], rows: int
-) -> int:
-    """Return the largest sum of counts over the pairs of one row."""
-    total = np.zeros((len(row), rows), np.int64)
-    batch, column = np.nonzero(row >= 0)
-    np.add.at(total, (batch, row[batch, column]), counts[batch, column])
-    return int(total.max(initial=0))
-
-
 def row_shape(
-    tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], epochs: list[Assigned], rows: int
+    tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], plans: Iterable[RowPlan]
 ) -> RowShape:
     """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a
     program.
 
-    epochs: what `assign_rows` returns for the batches of each epoch. Any pair alone fits as well.
+    plans: the rows of each epoch. Any pair alone fits as well.
     """
-
-    def most(counts: np.ndarray) -> int:
-        return max(max_row_total(row, counts[members], rows) for members, row in epochs)
-
-    length = round_up(max(most(tokens), int(tokens.max())), 64)
-    read_length = min(round_up(max(most(reads), int(reads.max())), length // 8), length)
-    return RowShape(length, read_length, most(np.ones_like(reads)))
+    most_tokens, most_reads, slots = int(tokens.max()), int(reads.max()), 1
+    for plan in plans:
+        most_tokens = max(most_tokens, int(plan.row_sums(tokens[plan.members]).max()))
+        most_reads = max(most_reads, int(plan.row_sums(reads[plan.members]).max()))
+        slots = max(slots, int(np.diff(plan.offsets).max()))
+    length = round_up(most_tokens, 64)
+    return RowShape(length, min(round_up(most_reads, length // 8), length), slots)
 
 
 def fit_rows(

@@ -1,0 +1,411 @@
+"""Pairs as batches: their settings, and how they are laid out in rows. Batch k is a pure function of (rows,
+tokenizer, settings, k).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxft.batch import Pairs
+from jaxft.bounds import at_least, one_of
+from jaxft.data import pair_plan as planning
+from jaxft.data.epochs import epochs_of
+from jaxft.data.mixture import sources_with_metrics, split_rows
+from jaxft.data.pack import RowPlan, RowShape, round_up
+from jaxft.data.pair_layout import (
+    PairLayout,
+    batch_means,
+    fill_pairs,
+    pair_batch_shapes,
+    tokens_per_pair,
+    values_by_pair,
+    with_sources,
+)
+from jaxft.data.pair_tokens import PAIR_TASK, mismatch_responses
+from jaxft.data.reader import RowTask
+from jaxft.data.row_settings import RowSettings
+from jaxft.data.settings import DataSettings
+from jaxft.data.source import (
+    BatchLayout,
+    Prompt,
+    RowSource,
+    RowStats,
+    learned_line,
+    length_percentiles,
+    source_info,
+    step_tokens,
+)
+from jaxft.data.tokenised import PROMPT_END_MOVED, TokenisedRows
+from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
+
+TOO_LONG = ("truncate", "drop", "error")
+WEIGHTING = ("pair", "token")
+LAYOUTS = ("auto", "branches", "plain")
+THIRD = (None, "mismatched", "gold")
+MIN_SAVING = 0.02  # fraction of the tokens that branches must save for layout "auto" to choose them
+
+
+@dataclass(frozen=True)
+class PairRows(DataSettings):
+    """Responses to compare: the data of a run with a preference loss or a reward model.
+
+    All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
+    "plain" or a name of formats.py. max_length: tokens of a prompt and one response. too_long:
+    "truncate" keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair
+    out, "error" stops. weighting: "pair" gives every pair
+    of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
+    numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
+    stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
+    of the tokens, if the model's rope does not depend on the length of a text. unpaired: also accept rows of
+    one response and a label, for losses of single responses (KTO, BCO). third: a third response, "mismatched"
+    (another pair's, for KTO's KL) or "gold" (column reference, for TPO). Other fields: see DataSettings;
+    batch counts pairs.
+    """
+
+    max_length: Annotated[int, at_least(2)] = 1024
+    too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
+    weighting: Annotated[str, one_of(WEIGHTING)] = "pair"
+    weight_column: str | None = None
+    extras: tuple[str, ...] = ()
+    layout: Annotated[str, one_of(LAYOUTS)] = "auto"
+    unpaired: bool = False
+    third: Annotated[str | None, one_of(THIRD)] = None
+    unit: ClassVar[str] = "pairs"
+    task: ClassVar[RowTask] = PAIR_TASK
+    packing: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.extras)) < len(self.extras):
+            raise ValueError(f"data.extras={','.join(self.extras)} names a column twice; name each once")
+
+    @property
+    def token_settings(self) -> RowSettings:
+        """The settings that the tokens of a pair depend on."""
+        return self.row_settings(
+            kinds=("chosen", "rejected", "gold") if self.third == "gold" else ("chosen", "rejected"),
+            max_length=self.max_length, too_long=self.too_long, extras=self.extras,
+            weight_column=self.weight_column,
+        )  # fmt: skip
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of responses in a pair."""
+        read = self.token_settings.kinds
+        return (*read, "mismatched") if self.third == "mismatched" else read
+
+    @property
+    def least_held_out(self) -> int:
+        """The fewest pairs that a fraction of the pairs holds out; two lend one another a response."""
+        return 2 if self.third == "mismatched" else 1
+
+    def for_attention(self, a: AttentionLayers) -> Self:
+        """Return the settings for a model with these layers: layout "plain" where its rope depends on the
+        length of a text. Responses that share a prompt would have the rope of the longest one.
+
+        Raises ValueError for layout "branches" there.
+        """
+        if not varies_with_length(a, self.max_length):
+            return self
+        if self.layout == "branches":
+            raise ValueError(
+                "data.layout=branches: the model's rope depends on the length of a text, so a response's "
+                "log-probs would depend on the length of the other one; use data.layout=plain"
+            )
+        return replace(self, layout="plain")
+
+    def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
+        """Return a line about responses that cannot share prompts; see DataSettings.start_lines."""
+        if not varies_with_length(a, self.max_length):
+            return []
+        return [
+            "responses don't share prompts (data.layout=plain): the model's rope depends on the length of a "
+            "text, and that of a shared prompt would be the longer response's"
+        ]
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
+        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open.
+
+        A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step
+        sees nor the fingerprint. The model is not known here: one whose rope depends on the length of a text
+        refuses pairs that share prompts, see `for_attention`.
+        """
+        row_count, split = _row_count(self, shards), split_rows(self, tokenizer, cache)
+        if not self.unpaired:
+            _require_both_responses(split.rows)
+        if self.third == "mismatched":
+            sides = split.train, split.held
+            mismatched = mismatch_responses(split.rows, sides, self.seed_of_split, self.max_length)
+            split = replace(split, rows=mismatched)
+        pairs, train = split.rows, split.train
+        branched, plain = (tokens_per_pair(pairs, branches) for branches in (True, False))
+        saved = float(1 - branched[train].sum() / plain[train].sum())
+        branches = self.layout == "branches" or (self.layout == "auto" and saved >= MIN_SAVING)
+        tokens = branched if branches else plain
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:  # the same for both layouts
+            chosen = split.of_epoch(epoch)
+            keys = None if self.order_by is None else pairs.order[chosen]
+            batches = planning.order_batches(branched[chosen], self.batch, self.seed, epoch, keys)
+            return np.where(batches < 0, -1, chosen[batches])
+
+        @lru_cache(maxsize=2)
+        def plan(epoch: int) -> RowPlan:
+            return planning.assign_rows(order(epoch), tokens, row_count)
+
+        def batch_tokens(epoch: int) -> np.ndarray:
+            return step_tokens(plan(epoch), tokens[plan(epoch).members], row_count)
+
+        epochs = epochs_of(batch_tokens, alike=split.mixture is None)
+        last, _ = epochs.locate(self.total_steps(epochs) - 1)
+        shape = planning.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
+        held_plan = planning.fit_rows(split.held, tokens, pairs.targets, shape)
+        rows = PairLayout(shards, shape, branches, self.extras, self.max_length)
+        layout = PairBatches(self, split, plan, held_plan, rows)
+        stats, fingerprint = _stats(layout, saved), _fingerprint(layout, order(0))
+        info = source_info(layout, epochs, tokenizer, stats, fingerprint)
+        return PairSource(info, layout, layout.evaluation(held_plan), epochs)
+
+    def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
+        """Return the shapes of the largest batch that the settings allow: responses of max_length in equally
+        full rows.
+
+        reference: with the reference's log-probs.
+        """
+        row_count = _row_count(self, shards)
+        length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
+        shape = RowShape(length, length, self.batch - row_count + 1)
+        layout = PairLayout(shards, shape, self.layout != "plain", self.extras, self.max_length)
+        shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
+        return with_sources(shapes, sources_with_metrics(self.train))
+
+
+@dataclass(frozen=True)
+class PairStats(RowStats):
+    """Counts of tokenised pairs.
+
+    prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs
+    whose chosen response is the longer one, None for responses with a label. shared_prompts_save: fraction
+    of the tokens that the layout "branches" saves.
+    """
+
+    layout: str
+    pairs_per_row: int
+    prompt_end_moved: int
+    chosen_longer: float | None
+    shared_prompts_save: float
+
+
+@dataclass(frozen=True)
+class PairBatches(BatchLayout[Pairs]):
+    """Pairs in rows, as data.layout says. rows: of a microbatch."""
+
+    rows: PairLayout
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of all microbatches of a step."""
+        return self.settings.micro * self.rows.rows
+
+    @cached_property
+    def tokens(self) -> Int[np.ndarray, " pairs"]:
+        """Tokens that each pair takes in a row."""
+        return tokens_per_pair(self.split.rows, self.rows.branches)
+
+    def shapes(self, reference: bool = False) -> Pairs:
+        """Return the shapes of a training batch. reference: with the reference's log-probs."""
+        reference |= self.rows.reference is not None
+        shapes = pair_batch_shapes(self.rows, self.split.rows.kinds, self.settings.micro, reference)
+        return with_sources(shapes, self.split.train_names)
+
+    def fill(self, plan: RowPlan) -> Pairs:
+        """Return the rows of a step as a training batch."""
+        pairs, rows, micro = self.split.rows, self.rows, self.settings.micro
+        planning.check_fit(plan, self.tokens, pairs.targets, rows.shape)
+        means = batch_means(pairs, plan.members, self.settings.weighting)
+        flat = fill_pairs(pairs, plan, replace(rows, rows=self.rows_per_step), means)
+        flat = with_sources(flat, self.split.train_names, self.split.sources)
+        return jax.tree.map(lambda x: x.reshape(micro, rows.rows, *x.shape[1:]), flat)
+
+    def evaluation(self, plan: RowPlan) -> tuple[Pairs, ...]:
+        """Return rows as batches of one microbatch."""
+        split, rows = self.split, self.rows
+        means = batch_means(split.rows, plan.members, self.settings.weighting)
+        parts = [plan.slice(start, start + rows.rows) for start in range(0, plan.rows, rows.rows)]
+        batches = (fill_pairs(split.rows, part, rows, means) for part in parts)
+        batches = (with_sources(batch, split.held_names, split.sources) for batch in batches)
+        return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
+
+    def positions(self, batch: Pairs) -> int:
+        """Return how many values metrics.PerRow has: one of each slot."""
+        return batch.index.size
+
+    def name_at(self, batch: Pairs, number: int, position: int) -> str:
+        """Return the name of the pair in a slot."""
+        return self.split.rows.names[batch.index.flat[position]]
+
+    def prompts_of(self, batch: Pairs, row: int) -> Iterator[Prompt]:
+        """Yield the prompts of a row with their chosen response."""
+        kinds = len(batch.kinds)
+        for slot in np.flatnonzero(batch.pair_weights[0, row] > 0):
+            where = np.flatnonzero(batch.responses[0, row] == slot * kinds + batch.kinds.index("chosen"))
+            if not len(where):
+                continue
+            last = batch.read[0, row, where[0]]
+            inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
+            ids = batch.ids[0, row, inside[0] : last + 1].tolist()
+            yield Prompt(ids, batch.targets[0, row, where].tolist())
+
+
+@dataclass(frozen=True)
+class PairSource(RowSource[Pairs]):
+    """Batches of Pairs, to which log-probs of a reference can be added; see Source."""
+
+    layout: PairBatches
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """A hash of each pair's tokens, of training and held-out pairs."""
+        return self.split.rows.keys()
+
+    def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
+        """Return evaluation batches of these pairs in the shape of the held-out ones.
+
+        Their weights sum to 1.
+        """
+        members, pairs, count = np.asarray(indices, np.int64), self.split.rows, len(self.split.rows)
+        if len(members) and (members.min() < 0 or members.max() >= count):
+            raise ValueError(
+                f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
+                f"{count - 1}; pass indices of this source"
+            )
+        plan = planning.fit_rows(members, self.layout.tokens, pairs.targets, self.layout.rows.shape)
+        return self.layout.evaluation(plan)
+
+    def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
+        """Return values at the read positions of a batch by pair, in order of kind and position in the
+        response.
+        """
+        return values_by_pair(batch, x)
+
+    def abstract(self, reference: bool = False) -> Pairs:
+        """Return the shapes of the training batches. reference: with the reference's log-probs."""
+        return self.layout.shapes(reference)
+
+    def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
+        """Return this source with the reference's log-probs in its batches.
+
+        logps: of every pair, as `values` has them.
+        """
+        rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
+        layout = replace(self.layout, rows=rows)
+        return replace(self, layout=layout, held_out=layout.evaluation(layout.held_plan))
+
+
+def _reference(
+    pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
+) -> Float[np.ndarray, " tokens"]:
+    """Return the reference's log-prob of each token, 0 of those that are no targets."""
+    missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
+    if missing:
+        raise ValueError(
+            f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
+            "compute all"
+        )
+    for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
+        if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
+            raise ValueError(
+                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected} finite "
+                "ones; compute them again"
+            )
+    reference = np.zeros(len(pairs.ids), np.float32)
+    reference[np.asarray(pairs.learned)] = np.concatenate([logps[i] for i in range(len(pairs))])
+    return reference
+
+
+def _require_both_responses(pairs: TokenisedRows) -> None:
+    alone = np.flatnonzero((pairs.reads[:, :2] == 0).any(1))
+    if len(alone):
+        raise ValueError(
+            f"{pairs.names[alone[0]]}: the row has one response and a label ({len(alone)} such rows), and "
+            "this loss compares two responses; use configs/kto.py, or data.unpaired=true with another loss "
+            "of single responses"
+        )
+
+
+def _row_count(rows: PairRows, shards: int) -> int:
+    """Return the rows of all microbatches of a step."""
+    count = rows.micro * shards
+    if rows.batch < count:
+        raise ValueError(
+            f"data.batch={rows.batch} pairs do not fill data.micro={rows.micro} microbatches of {shards} "
+            f"rows; use a data.batch of at least {count} or a smaller data.micro"
+        )
+    return count
+
+
+# ---- fingerprint and statistics
+
+
+def _fingerprint(layout: PairBatches, order: Int[np.ndarray, "batches size"]) -> str:
+    """Hash everything that the sum over a batch depends on, but not its division into microbatches, rows and
+    segments.
+    """
+    rows, split = layout.settings, layout.split
+    settings = (rows.batch, rows.seed, rows.weighting, split.rows.kinds, rows.extras, split.rows.digest)
+    digest = hashlib.sha256(repr(settings).encode())
+    for array in (split.train, split.held, order):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:32]
+
+
+def _stats(layout: PairBatches, saved: float) -> PairStats:
+    """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
+    split, pairs, shape = layout.split, layout.split.rows, layout.rows.shape
+    lengths, reads = layout.tokens[split.train], pairs.reads[split.train]
+    chosen, rows = split.of_epoch(0), layout.plan(0).rows
+    total, truncated = int(layout.tokens[chosen].sum()), int(pairs.truncated.sum())
+    fill = total / (rows * shape.length)
+    paired, (desirable, undesirable) = reads[(reads[:, :2] > 0).all(1)], (reads[:, :2] > 0).sum(0)
+    learned = [kind != "mismatched" for kind in pairs.kinds]
+    what = f"responses, {desirable} desirable and {undesirable} undesirable,"
+    return PairStats(
+        examples=len(split.train),
+        held_out=len(split.held),
+        dropped=pairs.dropped,
+        invalid=pairs.invalid,
+        largest_id=pairs.largest_id,
+        summary=f"{len(split.train)} {'pairs' if len(paired) else what} in {rows} rows of {shape.length} "
+        f"tokens ({100 * fill:.0f} % full), "
+        f"{len(split.held)} held out, {pairs.dropped} dropped as too long, {truncated} truncated"
+        f"{split.summary}",
+        learned=learned_line(
+            int(pairs.responses[chosen].sum()),
+            int(pairs.learned_responses[chosen].sum()),
+            f"{truncated:,} pairs are truncated to data.max_length={layout.settings.max_length}"
+            if truncated
+            else "all responses are whole",
+        ),
+        truncated=truncated,
+        tokens=total,
+        learned_tokens=int(reads[pairs.weights[split.train] > 0][:, learned].sum()),
+        lengths=length_percentiles(lengths),
+        rows=rows,
+        fill=fill,
+        row_length=shape.length,
+        read_length=shape.reads,
+        cache=pairs.cache,
+        layout="branches" if layout.rows.branches else "plain",
+        pairs_per_row=shape.slots,
+        prompt_end_moved=int(pairs.extras[PROMPT_END_MOVED].sum()),
+        chosen_longer=float((paired[:, 0] > paired[:, 1]).mean()) if len(paired) else None,
+        shared_prompts_save=saved,
+    )

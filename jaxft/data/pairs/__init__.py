@@ -1,1 +1,0 @@
-"""Preference rows, from their formats to batches."""
