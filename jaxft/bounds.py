@@ -114,6 +114,7 @@ TYPE_TEXTS = {
     str: "text",
     types.NoneType: "none",
 }
+FEW = {bool: (True, False), types.NoneType: (None,)}  # all values of a type
 CHECKED_TYPES = (*TYPE_TEXTS, list, tuple, dict)  # other objects, such as arrays, are not checked
 
 
@@ -134,16 +135,19 @@ class _Kind:
         is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
         members = typing.get_args(inner) if is_union else (inner,)
         choices = next((mark.known for mark in marks if isinstance(mark, Choices)), None)
-        if choices is None and all(m is types.NoneType or typing.get_origin(m) is Literal for m in members):
-            choices = tuple(text for m in members for text in typing.get_args(m) or (None,))
+        literals = [typing.get_args(m) if typing.get_origin(m) is Literal else FEW.get(m) for m in members]
+        if choices is None and None not in literals:
+            choices = tuple(value for values in literals if values for value in values)
         name = next((mark for mark in marks if isinstance(mark, str)), field)
         return cls(name, members, choices, bounds_of(kind))
 
     def expected(self, value: Any) -> str:
         """Return what is expected in place of a value, "" if it is allowed."""
         if self.choices is not None:
-            known = ", ".join("none" if text is None else str(text) for text in self.choices)
-            return "" if value in self.choices else f"use one of {known}"
+            known = [str(choice).lower() for choice in self.choices]
+            known_types = {type(choice) for choice in self.choices}  # 1 == True
+            is_known = type(value) in known_types and value in self.choices
+            return "" if is_known else f"use one of {', '.join(known)}"
         is_checked = isinstance(value, CHECKED_TYPES) and TYPE_TEXTS.keys() >= {*self.members}
         is_wrong = is_checked and not any(_has_type(value, member) for member in self.members)
         is_number = isinstance(value, int | float)

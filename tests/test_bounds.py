@@ -75,7 +75,8 @@ def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
         ("rate", math.nan, "section.rate=nan; expected a finite number from 0 to 1, or none"),
         ("every", "x", "section.save_every='x'; expected a number above 0"),
         ("kind", "c", "section.kind='c'; use one of a, b, none"),
-        ("full", 1, "section.full=1; expected true, false or none"),
+        ("full", 1, "section.full=1; use one of true, false, none"),
+        ("full", "x", "section.full='x'; use one of true, false, none"),
     ],
 )
 def test_a_section_refuses_values_of_other_types_and_other_choices(field, value, message):
