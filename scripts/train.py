@@ -43,13 +43,11 @@ def main() -> int:
     if args.help:
         knobs = ""
         if args.config or args.overrides:
-            from jaxft.data.settings import DataSettings
             from jaxft.runs.settings_list import help_text, settings_of
             from jaxft.train.settings import Run
 
             recipe, _ = cli.recipe_and_overrides(args.config, args.overrides)
-            fields = [*settings_of(Run), *settings_of(DataSettings, "data.")]
-            knobs = f"\n{help_text(recipe, fields)}\n"
+            knobs = f"\n{help_text(recipe, settings_of(Run))}\n"
         print(parser.format_help() + knobs, end="")
         return 0
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
