@@ -134,7 +134,8 @@ class _Kind:
         inner, *marks = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind,)
         is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
         members = typing.get_args(inner) if is_union else (inner,)
-        choices = next((mark.known for mark in marks if isinstance(mark, Choices)), None)
+        marked = (mark.known for mark in marks if isinstance(mark, Choices))
+        choices: tuple[Any, ...] | None = next(marked, None)
         literals = [typing.get_args(m) if typing.get_origin(m) is Literal else FEW.get(m) for m in members]
         if choices is None and None not in literals:
             choices = tuple(value for values in literals if values for value in values)
