@@ -22,7 +22,7 @@ def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:
     return any(map(compiled.fullmatch, names))
 
 
-_compiled = functools.cache(tree.regex)  # a model may have 20,000 modules of experts
+_compiled = functools.cache(tree.regex)  # a model may have 20,000 modules
 
 
 def is_name(text: str) -> bool:
