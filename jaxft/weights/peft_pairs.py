@@ -204,18 +204,15 @@ def _declared(
 def _patterns(
     values: Mapping[Tensor, Number], default: Number, names: Mapping[Tensor, ModuleNames]
 ) -> Iterator[tuple[str, Number]]:
-    """Yield patterns and values: one for all layers of a module if all that it matches have the same value,
-    else full names.
+    """Yield patterns and values: the shortest ones that match modules of the same value only, for all layers
+    and numbers in a module's name, or for all layers; else full names.
     """
-    alike, done = dict[str, list[Tensor]](), set[Tensor]()
-    for one in values:
-        alike.setdefault(re.sub(r"\.\d+\.", r".\\d+.", one.in_layer), []).append(one)
-    for pattern, modules in alike.items():
-        if done.issuperset(modules) or all(values[one] == default for one in modules):
-            continue
-        matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
-        if len({values[one] for one in matched}) == 1:
-            done.update(matched)
-            yield pattern, values[modules[0]]
-        else:
-            yield from ((one.module, values[one]) for one in modules if values[one] != default)
+    found = {one: one.module for one, value in values.items() if value != default}
+    for number in (r"\g<0>", r".\\d+."):
+        done = set[Tensor]()
+        for pattern in dict.fromkeys(re.sub(r"\.\d+\.", number, one.in_layer) for one in found):
+            matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
+            if len({values[one] for one in matched}) == 1 and not done.issuperset(matched):
+                done.update(matched)
+                found |= dict.fromkeys(matched, pattern)
+    yield from dict.fromkeys((pattern, values[one]) for one, pattern in found.items())
