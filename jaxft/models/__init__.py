@@ -7,16 +7,14 @@ dense.py: the model around the layers of dense decoder families, and parts of th
 dense_config.py: config.json of dense decoder families
 rope_config.py: settings of rope in config.json
 layer_types.py: layer types in config.json
-llama.py: Llama 1 to 3.3 and SmolLM2
-llama_config.py: config.json and presets of Llama models
+llama.py: Llama 1 to 3.3 and SmolLM2, their config.json and presets
 mistral.py: Mistral, Ministral
 qwen.py: Qwen2, Qwen2.5, Qwen3
 olmo.py: OLMo 2, OLMo 3
 granite.py: Granite 3
 exaone.py: EXAONE 4
 llama_relatives.py: Llama's layer under other names: Seed-OSS, CWM, InternLM 3, IQuest-Coder
-gemma.py: Gemma 1, Gemma 2, VaultGemma
-gemma_config.py: config.json and presets of Gemma models
+gemma.py: Gemma 1, Gemma 2, VaultGemma, their config.json and presets
 gemma3.py: Gemma 3
 text_part.py: the text decoder of multimodal checkpoints: its config.json and tensor names
 phi3.py: Phi-3 to Phi-4-mini with fused projections

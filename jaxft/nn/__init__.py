@@ -1,7 +1,7 @@
 """Building blocks of models: parameters, matmuls, attention, LoRA and quantised weights.
 
 param.py: ParamSpec and what derives from it
-products.py: contractions that accumulate in float32; CPUs without bfloat16 matmuls multiply in float32
+contractions.py: contractions that accumulate in float32; CPUs without bfloat16 matmuls multiply in float32
 matmul.py: matmuls over plain, quantised and LoRA weights, with their backward passes
 lm_head.py: the head, also of some tokens alone
 layers.py: embedding, norm, gated MLP
@@ -17,11 +17,11 @@ lora.py: adapter settings, attaching and merging
 lora_specs.py: the parameters of an adapter from its settings
 lora_patterns.py: patterns that select some of a model's modules
 tensor_names.py: names of tensors in files and of modules, from the families' templates
-replaced.py: modules, biases and rows of tokens that an adapter trains in full in place of the base's
+full_modules.py: modules, biases and rows of tokens that an adapter trains in full in place of the base's
 dora.py: DoRA: norms of adapted weights, and the learned magnitudes
 lora_rows.py: several adapters on one base, also of DoRA, the head and the embeddings: chosen by row, or of
     equal shapes
-taps.py: inputs of linear layers, collected while a layer is traced
+layer_inputs.py: inputs of linear layers, collected while a layer is traced
 quant.py: quantised tensors, and the settings of a quantised base
 quant_formats.py: int8, fp8, int4, nf4, fp4 and affine4: pack and unpack
 fp8.py: matmuls with frozen FP8 weights: where they run, rounding of activations and cotangents

@@ -5,7 +5,6 @@ parse.py: parse settings
 record.py: settings as JSON, for a run's record
 folder.py: lock, resume rules, hashes of results
 interrupt.py: SIGTERM and other signals
-streams.py: a console that is gone
 environment.py: versions, flags and devices of each start
 bug_report.py: facts about the machine for bug reports
 named_weights.py: the weights that --run, --model and --adapter name
@@ -14,12 +13,10 @@ option_names.py: options of TRL, PEFT, Axolotl, LLaMA-Factory and Unsloth, and t
 unknown_names.py: what to write for an unknown name or file of other tools
 settings_list.py: all settings as `jaxft settings` lists them
 named_losses.py: losses that a command line names
-checkpoint.py: verified checkpoints
+checkpoint.py: verified checkpoints, written and read
 manifest.py: hashes of a checkpoint's files
-restore.py: read a checkpoint onto the mesh
 store.py: object stores
-mirror.py: the copy of a run's folder in an object store
-fetched.py: runs in an object store that commands name
+store_copy.py: the copy of a run's folder in an object store, which commands may name
 log.py: the log
 ranking.py: which of several runs is best: seeds together, differences on the same held-out rows
 report.py: start-up lines and model card
@@ -34,5 +31,5 @@ completion.py: the shell's completion of the command
 setting_sources.py: settings read from source, without importing jax
 documentation.py: sections of README files as topics of `jaxft help`, docstrings of recipes
 cli.py: parser, one-line errors and exit codes of every command
-terminal.py: text that is safe to print
+terminal.py: text that is safe to print, output to a console that may end
 """

@@ -8,32 +8,28 @@ open_settings.py: what a command leaves open: lengths and batches from its rows,
 loop.py: the train loop
 step.py: the train step
 attention_kernels.py: which attention kernel a run has, why, and whether it is right on its device
-members.py: a run (or the members of a sweep) before weights are loaded
-programs.py: the programs of a run as shapes
+jobs.py: a run (or the members of a sweep) before weights are loaded
+programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
-adapter_checks.py: checks of a run's adapters against its other settings
 teacher.py: the second, frozen model of a run: its name, checks, storage, weights
 eva.py: EVA: statistics of layers' inputs on the run's first batches, ranks and first directions from them;
     the adapter with these ranks
 partition.py: the trainable mask and the parameter table
 evaluate.py: held-out loss
 reference.py: precomputed reference
-samples.py: completions of held-out prompts
-scores.py: scores of these completions
-likelihood.py: `jaxft evaluate`: loss and perplexity, preferences
-completion_scores.py: scores of completions, pass@k
+samples.py: completions of held-out prompts, and by loaded weights
+scores.py: scores of completions, pass@k
+likelihood.py: loss and perplexity, preferences, for `jaxft evaluate`
 harness.py: lm-evaluation-harness: its tasks and results
-harness_model.py: a model as lm-evaluation-harness uses one
-token_scores.py: log-probabilities of continuations, in batches of few shapes
+harness_model.py: a model as lm-evaluation-harness uses one, with log-probabilities of continuations
 meter.py: metrics between log entries
 clock.py: how long each phase takes
-logs.py: the logs of a run
+logs.py: the logs of a run; parameters and data as JSON for its report
 results.py: results of a finished run
 help_page.py: the reference that `jaxft settings` and `jaxft help` print
-contents.py: parameter table and data of a run as JSON, for its report
 watch.py: norms per layer
 nonfinite.py: a record of the first non-finite step
-verdict.py: whether a run may begin, and whether it is finished
+start_and_end.py: whether a run may begin, and whether it is finished
 export.py: write a model as a Hugging Face folder
 export_gguf.py: write a model as a GGUF file
 calibrate.py: which rows calibrate a base, and its codes; second moments of layers' inputs
