@@ -55,6 +55,7 @@ from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # 
 from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
+from jaxft.data.steps import SolutionRows  # noqa: E402
 from jaxft.data.summary import token_pieces  # noqa: E402
 from jaxft.rl.record import inspect_episodes  # noqa: E402
 from jaxft.runs import cli, named_weights  # noqa: E402
@@ -70,8 +71,9 @@ IN_SUMMARY = ("examples", "prompts", "held_out", "dropped", "truncated")  # stat
 WIDE, LABEL_WIDTH = 100, 18  # columns of a terminal with room for whole labels; else of a label
 BARS = "▁▂▃▄▅▆▇█"
 Data = Rows | PairRows | Prompts
-KIND_NAMES = ("sft", "pairs", "prompts", "decisions")  # choices of --kind
-KINDS: dict[str, type[Data]] = dict(zip(KIND_NAMES, (Rows, PairRows, Prompts, DecisionRows), strict=True))
+KIND_NAMES = ("sft", "pairs", "prompts", "decisions", "steps")  # choices of --kind
+TYPES = (Rows, PairRows, Prompts, DecisionRows, SolutionRows)
+KINDS: dict[str, type[Data]] = dict(zip(KIND_NAMES, TYPES, strict=True))
 
 
 def make_parser() -> argparse.ArgumentParser:

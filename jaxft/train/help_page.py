@@ -11,6 +11,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows
 from jaxft.data.shipped import COMMANDS
+from jaxft.data.steps import SolutionRows
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.commands import summary
 from jaxft.runs.config import load_config
@@ -39,6 +40,7 @@ COMPARED_RECIPES = (
 DATA_KINDS = {
     "SFT": Rows,
     "decisions": DecisionRows,
+    "steps": SolutionRows,
     "preferences and reward models": PairRows,
     "reinforcement learning": Rollouts,
 }
