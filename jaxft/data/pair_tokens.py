@@ -82,14 +82,15 @@ def _pair_of(
         responses = kept
     targets = sum(int(learned.sum()) for _, learned in responses.values())
     extras = {PROMPT_END_MOVED: moved, **({NUMBERS: row.numbers} if row.numbers else {})}
-    return [TokenisedRow(_pieces(border, responses, settings.kinds), truncated, total, targets, extras)]
-
-
-def _pieces(border: int, responses: dict[str, MaskedTokens], kinds: Sequence[str]) -> list[MaskedTokens]:
-    """Return the prompt and the responses of each kind, an empty one if it is missing."""
     ids, learned = next(iter(responses.values()))
     bodies = {kind: (ids[border:], learned[border:]) for kind, (ids, learned) in responses.items()}
-    return [(ids[:border], learned[:border]), *(bodies.get(kind, (ids[:0], learned[:0])) for kind in kinds)]
+    pieces = [
+        (ids[:border], learned[:border]),
+        *(bodies.get(x, (ids[:0], learned[:0])) for x in settings.kinds),
+    ]
+    tokens, masks = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    counts = [len(ids) for ids, _ in pieces]
+    return [TokenisedRow(tokens, masks, counts, truncated, total, targets, extras)]
 
 
 def _border(
