@@ -103,7 +103,7 @@ class ParsedRow:
     weight: float = 1.0
     order: float = 0.0
     numbers: tuple[float, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] | None = None
 
 
 def as_given(prompt: Chat | Completion) -> str | list[Message]:

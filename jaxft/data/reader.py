@@ -430,17 +430,18 @@ class _Columns:
                 values[counts].append(len(value))
 
     def arrays(self) -> ChunkColumns:
-        """Return all columns but "source"."""
+        """Return all columns but "source"; the collected ones are given up."""
         part: ChunkColumns = {}
+        fields = self.values.get(ROW_FIELDS)
         for name, (dtype, along, width) in self.types.items():
-            values = self.values[name]
+            values = self.values.pop(name)
             if along is not None:
                 part[name] = np.concatenate([*values, np.zeros(0, dtype)])
             elif values or name not in ("source", "hashes", "content", "reads", "ends"):
                 part[name] = np.asarray(values, dtype).reshape(*([-1] if width is None else (-1, width)))
         ids, learned, counts = (part[name] for name in ("ids", "learned", "counts"))
         after = np.cumsum(counts).reshape(counts.shape)
-        part |= _hashes(ids, learned, after - counts, after, self.values.get(ROW_FIELDS))
+        part |= _hashes(ids, learned, after - counts, after, fields)
         if "reads" in self.types:
             part["reads"] = np.diff(np.append(0, np.cumsum(learned))[np.append(0, after)])
             part["reads"] = part["reads"].reshape(counts.shape)[:, 1:]
