@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -441,9 +441,11 @@ class _Columns:
                 part[name] = np.asarray(values, dtype).reshape(*([-1] if width is None else (-1, width)))
         ids, learned, counts = (part[name] for name in ("ids", "learned", "counts"))
         after = np.cumsum(counts).reshape(counts.shape)
-        part |= _hashes(ids, learned, after - counts, after, fields)
+        part |= _hashes(ids, learned, after, fields)
         if "reads" in self.types:
-            part["reads"] = np.diff(np.append(0, np.cumsum(learned))[np.append(0, after)])
+            part["reads"] = np.diff(
+                np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
+            )
             part["reads"] = part["reads"].reshape(counts.shape)[:, 1:]
             part["ends"] = np.full(part["reads"].shape, -1, np.int32)  # of a missing continuation
             present = counts[:, 1:] > 0
@@ -451,22 +453,21 @@ class _Columns:
         return part
 
 
-def _hashes(
-    ids: np.ndarray, learned: np.ndarray, begins: np.ndarray, ends: np.ndarray, fields: list[Any] | None
-) -> ChunkColumns:
+def _hashes(ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, fields: list[Any] | None) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    begins, ends: of the pieces. fields: the columns that rewards read.
+    ends: of the pieces. fields: the columns that rewards read.
     """
-    hashes, content = np.empty(ends.shape, np.uint64), np.empty(len(ends), np.uint64)
-    for row, (starts, stops) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
-        for piece, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            hashes[row, piece] = xxhash.xxh3_64_intdigest(ids[start:stop].data)
-        whole = xxhash.xxh3_64(ids[starts[0] : stops[-1]].data)
-        whole.update(learned[stops[0] : stops[-1]].data)
+    bounds, size = np.append(0, ends).tolist(), ends.shape[1]
+    hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
+    content = np.empty(len(ends), np.uint64)
+    for row in range(len(ends)):
+        start, after_prompt, end = (bounds[i] for i in (row * size, row * size + 1, (row + 1) * size))
+        whole = xxhash.xxh3_64(ids[start:end].data)
+        whole.update(learned[after_prompt:end].data)
         whole.update(b"" if fields is None else fields[row].data)
         content[row] = whole.intdigest()
-    return {"hashes": hashes, "content": content}
+    return {"hashes": np.fromiter(hashes, np.uint64, ends.size).reshape(ends.shape), "content": content}
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
