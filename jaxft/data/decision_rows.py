@@ -32,6 +32,7 @@ from jaxft.data.source import RowSource
 from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 
 CHOICES, PROBABILITIES = "choices", "probabilities"  # extras: tokens and probabilities of all choices
+TOO_LONG = ("drop", "error")
 # Settings of Rows without a meaning here, with the values that they have.
 FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
 
@@ -95,7 +96,7 @@ class DecisionRows(Rows):
 
     labels: tuple[str, ...] = ()
     question: str | None = None
-    too_long: Annotated[str, one_of(("drop", "error"))] = "drop"
+    too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
     task: ClassVar[RowTask] = DECISION_TASK
 
     def __post_init__(self) -> None:
