@@ -24,9 +24,9 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
-from jaxft.nn import dora, replaced
+from jaxft.nn import dora, full_modules
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
-from jaxft.nn.param import ParamSpec, Specs, kernel, lead_axes, map_stack, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.tree import Params, static, struct
 
@@ -47,9 +47,9 @@ class Adapter:
 
     rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank.
     dropout: fraction of an adapter's inputs that are dropped in training.
-    targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
-    "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one such name, or a
-    regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
+    targets: "all-linear" (every linear layer of the blocks, routers excepted), a tuple of module names ("q",
+    "v", "gate", "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one
+    such name, or a regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
@@ -189,10 +189,11 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
 
     Raises ValueError, with near misses, for a target that selects nothing.
     """
-    blocks = [p for p, s in spec_paths(specs).items() if kernel(s) and "layers" in lead_axes(s)]
+    kernels = {p: axes for p, s in spec_paths(specs).items() if (axes := kernel(s))}
+    blocks = [p for p, axes in kernels.items() if "layers" in axes.lead]
     heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
     if targets == "all-linear":
-        return blocks
+        return [p for p in blocks if not kernels[p].is_router]
     if not targets:
         raise ValueError(
             "adapter.targets names no layer; use all-linear, or some of "
@@ -266,8 +267,8 @@ def attach(
             pair = node["a"], node["b"], node["scale"]
             own = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
             return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), own, over)
-        if replaced.is_replacement(node):
-            return replaced.attach_replacement(name, base, node, token_ids)
+        if full_modules.is_replacement(node):
+            return full_modules.attach_replacement(name, base, node, token_ids)
         if not node:
             return base
         return {**base, **{inner: walk(inner, base.get(inner), node[inner]) for inner in node}}
@@ -284,7 +285,7 @@ def join_adapters(adapter: Any, other: Any) -> Any:
     """
     if not adapter:
         return other
-    if not other or replaced.is_replacement(adapter):
+    if not other or full_modules.is_replacement(adapter):
         return adapter
     if is_pair(adapter):
         factor = (other["scale"] / adapter["scale"])[..., None, None]
@@ -376,6 +377,6 @@ def merge_node(
     path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
 ) -> jax.Array:
     """Return a base's parameter, or one layer of it, with what an adapter has at its path, in `dtype`."""
-    if replaced.is_replacement(node):
-        return replaced.merge_replacement(path, weight, node, dtype, token_ids)
+    if full_modules.is_replacement(node):
+        return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)
