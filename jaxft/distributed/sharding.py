@@ -34,6 +34,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "spread_heads": ("tensor", "context"),  # inside attention, where every head has the full time
     "head_dim": (),
+    "taps": (),  # of a convolution over time
+    "expert_scores": (),  # outputs of a router, one for each expert
     "mlp": ("tensor",),
     # Input axes of kernels that return to the width. With the output axis sharded instead, XLA would gather a
     # transposed copy of the stacked layers.

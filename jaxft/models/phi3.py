@@ -123,11 +123,12 @@ def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
     """Return the weight with its columns grouped and sharded by device."""
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
+        of_pair = partial(order, lead=w.over)
         magnitude, gain = (
-            None if x is None else order(x[..., None, :])[..., 0, :] for x in (w.magnitude, w.gain)
+            None if x is None else of_pair(x[..., None, :])[..., 0, :] for x in (w.magnitude, w.gain)
         )
         spread = _spread(w.weight, widths, ways)
-        return replace(w, weight=spread, b=order(w.b), magnitude=magnitude, gain=gain)
+        return replace(w, weight=spread, b=of_pair(w.b), magnitude=magnitude, gain=gain)
     if isinstance(w, InputTap):
         return replace(w, weight=_spread(w.weight, widths, ways))
     if not isinstance(w, QTensor):
@@ -144,15 +145,20 @@ def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
 
 
 def _by_device(
-    x: Shaped[Array, "*L I O"], widths: tuple[int, ...], ways: int, inputs: str = "act_width"
+    x: Shaped[Array, "*L I O"],
+    widths: tuple[int, ...],
+    ways: int,
+    inputs: str = "act_width",
+    lead: tuple[str, ...] = (),
 ) -> Shaped[Array, "*L I O"]:
-    """Group and shard columns by device. inputs: the logical axis of the input axis in the result."""
-    *lead, ins, _ = x.shape
+    """Group and shard columns by device. inputs: the logical axis of the input axis in the result. lead: the
+    logical axes L.
+    """
+    *above, _ = x.shape
     parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1)
-    x = jnp.concatenate([part.reshape(*lead, ins, ways, part.shape[-1] // ways) for part in parts], -1)
-    others = ("layers",) * len(lead)
-    x = constrain(x, *others, inputs, "part_shards", "act_width")
-    return x.reshape(*lead, ins, x.shape[-1] * x.shape[-2])
+    x = jnp.concatenate([part.reshape(*above, ways, part.shape[-1] // ways) for part in parts], -1)
+    x = constrain(x, *lead, inputs, "part_shards", "act_width")
+    return x.reshape(*above, x.shape[-1] * x.shape[-2])
 
 
 _FORMAT = ConfigFormat(

@@ -124,8 +124,8 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
                 "set it to null"
             )
     shared = {name: hf[name] for name in SHARED if hf.get(name) is not None}
-    stated = hf.get(TIED)
-    shared[TIED] = bool((part.tied if stated is None else stated) or (stated is None and text.get(TIED)))
+    stated = [group[TIED] for group in (hf, text) if group.get(TIED) is not None]
+    shared[TIED] = any(stated) if stated else part.tied
     config = {**_defaults(decoder, text), **_with_plain_rope(text), **shared}
     config |= {"model_type": part.decoders[decoder]}
     family = FAMILIES[config["model_type"]]

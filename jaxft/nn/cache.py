@@ -6,7 +6,7 @@ cache only the last W of both (rounded up to a multiple of 64 if W is larger). R
 of each prompt and row.
 
 The caches of prompts and of rows are tuples with a part for each layer of the model's blocks (see scan.py),
-trees of Keys, and of other arrays [L, B, ...] where a layer is recurrent.
+trees of Keys, and of RecurrentState where a layer is recurrent.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,14 @@ class LayerKeys:
 
     full: Keys | None
     window: Keys | None
+
+
+@struct
+class RecurrentState:
+    """A recurrent layer's state of each prompt or row. axes: the names of those behind the first two."""
+
+    value: Any  # [L, B, ...]
+    axes: tuple[str, ...] = static()
 
 
 CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its elements
@@ -213,12 +221,12 @@ def cache_axes(layers: CacheParts) -> CacheParts:
     """Return the logical axes of every array of a cache's parts."""
 
     def of(x: Any) -> Any:
-        if not is_keys(x):
-            return ("layers", "rows", *("head_dim",) * (len(x.shape) - 2))
+        if isinstance(x, RecurrentState):
+            return replace(x, value=("layers", "rows", *x.axes))
         scale = None if x.k_scale is None else SCALE_AXES
         return Keys(K_AXES, V_AXES, scale, scale)
 
-    return jax.tree.map(of, layers, is_leaf=is_keys)
+    return jax.tree.map(of, layers, is_leaf=lambda x: isinstance(x, Keys | RecurrentState))
 
 
 def sharded(layers: CacheParts) -> CacheParts:

@@ -26,7 +26,7 @@ from jaxft import tree
 from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
 from jaxft.nn import dora, replaced
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
-from jaxft.nn.param import ParamSpec, Specs, kernel, lead_axes, map_stack, spec_paths
+from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.tree import Params, static, struct
 
@@ -47,9 +47,9 @@ class Adapter:
 
     rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank.
     dropout: fraction of an adapter's inputs that are dropped in training.
-    targets: "all-linear" (every linear layer of the blocks), a tuple of module names ("q", "v", "gate",
-    "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one such name, or a
-    regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
+    targets: "all-linear" (every linear layer of the blocks, routers excepted), a tuple of module names ("q",
+    "v", "gate", "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one
+    such name, or a regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
@@ -189,10 +189,11 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
 
     Raises ValueError, with near misses, for a target that selects nothing.
     """
-    blocks = [p for p, s in spec_paths(specs).items() if kernel(s) and "layers" in lead_axes(s)]
+    kernels = {p: axes for p, s in spec_paths(specs).items() if (axes := kernel(s))}
+    blocks = [p for p, axes in kernels.items() if "layers" in axes.lead]
     heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
     if targets == "all-linear":
-        return blocks
+        return [p for p in blocks if not kernels[p].is_router]
     if not targets:
         raise ValueError(
             "adapter.targets names no layer; use all-linear, or some of "

@@ -1,11 +1,11 @@
 """The patterns of adapter settings that select some of a model's modules, as in PEFT.
 
-A module has two names: that in Hugging Face files (model.layers.3.self_attn.q_proj) and that of its path
-(layers.3.attn.q). A pattern selects a module by either.
+A module has two full names: that in Hugging Face files (model.layers.3.self_attn.q_proj) and that of its path
+(layers.3.attn.q), see nn/tensor_names.py. A pattern selects a module by either.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from jaxft import tree
 from jaxft.nn.tensor_names import ModuleNames
@@ -34,16 +34,20 @@ def is_saved(listed: str, module: str) -> bool:
     return any(".".join(parts[: n + 1]).endswith(listed) for n in range(len(parts)))
 
 
-def is_listed(listed: str | Iterable[str], names: ModuleNames, setting: str) -> bool:
+def name_ends(names: ModuleNames) -> list[str]:
+    """Return the ends of a module's names that follow a dot, and the names themselves."""
+    parts = [name.split(".") for name in names]
+    return [".".join(one[n:]) for one in parts for n in range(len(one))]
+
+
+def is_listed(listed: str | Collection[str], names: ModuleNames, setting: str) -> bool:
     """Whether a regular expression matches a module's whole name, or a list contains the end of it, as PEFT's
-    exclude_modules does. A single name is a list of one.
+    target_modules and exclude_modules do. Long lists are sets.
     """
-    if isinstance(listed, str) and is_name(listed):
-        listed = (listed,)
     if isinstance(listed, str):
         compiled = tree.regex(listed, setting)
         return any(compiled.fullmatch(name) for name in names)
-    return any(name == one or name.endswith(f".{one}") for one in listed for name in names)
+    return any(end in listed for end in name_ends(names))
 
 
 def values_by_pattern(

@@ -2,8 +2,8 @@
 that replace the base's.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import jax
@@ -14,20 +14,17 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.nn import replaced
 from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
-from jaxft.nn.lora_patterns import is_listed, is_name, values_by_pattern
+from jaxft.nn.lora_patterns import is_listed, is_name, name_ends, values_by_pattern
 from jaxft.nn.param import (
     Init,
     ParamSpec,
     Specs,
     full,
     kaiming_uniform,
-    layer_numbers,
-    lead_indices,
-    lead_shape,
     normal,
     spec_paths,
 )
-from jaxft.nn.tensor_names import ModuleNames, WeightNames, module_names
+from jaxft.nn.tensor_names import ModuleNames, WeightNames
 
 
 class PairRanks(NamedTuple):
@@ -52,38 +49,34 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     saved = replaced.saved_paths(base, settings.modules_to_save, names)
     targets = target_paths(specs, settings.targets)
     is_list = isinstance(settings.targets, tuple) or is_name(settings.targets)
-    if is_list and set(targets) & set(saved):
-        raise ValueError(
-            f"adapter: {min(set(targets) & set(saved))} is in targets and in modules_to_save, which "
-            "trains it in full; name it in one of them"
-        )
-    spec_of = {path: replaced.base_spec(base, path) for path in targets}
-    _check_layers(settings, list(spec_of.values()))
+    of_base = replaced.base_modules(base, names)
+    modules = {path: of_base[path] for path in targets}
+    _check_layers(settings, list(targets), {x.layer for found in modules.values() for x in found})
     numbers = settings.layers_to_transform
-    if numbers is not None and not any(map(layer_numbers, spec_of.values())):
-        raise ValueError(
-            f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
-            "adapter.layers_to_transform=none"
-        )
     selected = {
-        (path, number): name
-        for path, spec in spec_of.items()
-        if path not in saved
-        for number, (at, name) in enumerate(
-            zip(lead_indices(spec), module_names(path, spec, names), strict=True)
-        )
-        if numbers is None or "layers" not in at or layer_numbers(spec)[at["layers"]] in numbers
+        (path, i): module
+        for path, found in modules.items()
+        if is_list or path not in saved
+        for i, module in enumerate(found)
+        if numbers is None or module.layer is None or module.layer in numbers
     }
-    setting = "adapter.exclude_modules"
-    kept = {
-        at: name for at, name in selected.items() if not is_listed(settings.exclude_modules, name, setting)
-    }
-    _check_exclusions(settings.exclude_modules, list(selected.values()))
+    listed, setting = settings.exclude_modules, "adapter.exclude_modules"
+    names_listed = [listed] if isinstance(listed, str) and is_name(listed) else listed
+    excluded = names_listed if isinstance(names_listed, str) else frozenset(names_listed)
+    kept = {at: x.names for at, x in selected.items() if not is_listed(excluded, x.names, setting)}
+    _check_exclusions(excluded, [x.names for x in selected.values()])
     if not kept:
         raise ValueError(
             f"{setting}={settings.exclude_modules!r} excludes every module that adapter.targets selects; "
             "correct one of them"
         )
+    for path in dict.fromkeys(path for path, _ in kept):
+        if path in saved:
+            raise ValueError(
+                f"adapter: {path} is in targets and in modules_to_save, which trains it in full; name it in "
+                "one of them, or in exclude_modules"
+            )
+        _check_own_tensor(path, base, names)
     found = list(kept.values())
     ranks = values_by_pattern(settings.rank_pattern, found, "adapter.rank_pattern")
     alphas = values_by_pattern(settings.alpha_pattern, found, "adapter.alpha_pattern")
@@ -93,7 +86,7 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     }
     layouts = {}
     for path in dict.fromkeys(path for path, _ in kept):
-        of_stack = [pairs.get((path, i), (0, 0.0)) for i in range(math.prod(lead_shape(spec_of[path])))]
+        of_stack = [pairs.get((path, i), (0, 0.0)) for i in range(len(modules[path]))]
         layouts[path] = PairRanks(*zip(*of_stack, strict=True))
     return layouts
 
@@ -107,27 +100,44 @@ def _check_no_pairs(settings: Adapter) -> None:
             )
 
 
-def _check_exclusions(excluded: str | tuple[str, ...], modules: Sequence[ModuleNames]) -> None:
+def _check_exclusions(excluded: str | frozenset[str], modules: Sequence[ModuleNames]) -> None:
     """Raise ValueError for an expression, or a name in a list, that excludes none of the adapted modules."""
-    entries: list[str | tuple[str, ...]] = [(name,) for name in excluded]
     if isinstance(excluded, str):
-        entries = [excluded] if excluded else []
-    for one in entries:
-        if not any(is_listed(one, names, "adapter.exclude_modules") for names in modules):
-            near = ", ".join(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
-            shown = one if isinstance(one, str) else one[0]
-            raise ValueError(
-                f"adapter.exclude_modules: {shown!r} matches none of the adapted modules ({near})"
-            )
-
-
-def _check_layers(settings: Adapter, specs: Sequence[ParamSpec]) -> None:
-    """Raise ValueError for numbers of no layer in layers_to_transform."""
-    numbers, layers = settings.layers_to_transform, {n for spec in specs for n in layer_numbers(spec)}
-    if numbers is not None and layers and (not numbers or not layers.issuperset(numbers)):
+        hit = not excluded or any(is_listed(excluded, names, "adapter.exclude_modules") for names in modules)
+        unused = [] if hit else [excluded]
+    else:
+        unused = sorted(excluded.difference(*map(name_ends, modules)))
+    if unused:
+        near = ", ".join(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
         raise ValueError(
-            f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers are {min(layers)} to "
-            f"{max(layers)}; name some of them, or none for all"
+            f"adapter.exclude_modules: {unused[0]!r} matches none of the adapted modules ({near})"
+        )
+
+
+def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet[int | None]) -> None:
+    """Raise ValueError for numbers in layers_to_transform of layers without any target."""
+    numbers, with_target = settings.layers_to_transform, sorted(n for n in layers if n is not None)
+    if numbers is None or (numbers and layers >= set(numbers)):
+        return
+    if not with_target:
+        raise ValueError(
+            f"adapter.layers_to_transform: none of adapter.targets ({', '.join(targets)}) is in a layer; set "
+            "adapter.layers_to_transform=none"
+        )
+    first, last = with_target[0], with_target[-1]
+    shown = f"{first} to {last}" if len(with_target) > last - first else ", ".join(map(str, with_target))
+    raise ValueError(
+        f"adapter.layers_to_transform={','.join(map(str, numbers))}: the layers with adapter.targets are "
+        f"{shown}; name some of them, or none for all"
+    )
+
+
+def _check_own_tensor(path: str, base: Mapping[str, ParamSpec], names: WeightNames) -> None:
+    """Raise ValueError for an adapted kernel that is no linear layer of the files: its pair has no name."""
+    if path in base.keys() & names.keys() - {"embed"} and not names[path].is_linear(base[path]):
+        raise ValueError(
+            f"adapter.targets: {path} is a part of {names[path].template} in the model's files, so that a "
+            "LoRA pair of it cannot be saved; leave it out, or name it in adapter.exclude_modules"
         )
 
 

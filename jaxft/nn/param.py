@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -19,6 +18,7 @@ from jaxft.tree import Params
 Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen or absent
 LEAD_AXES = ("layers", "experts")  # along which a model stacks parameters of one kind, outermost first
+PER_CHANNEL = ("taps", "head_dim")  # along which a parameter has several values of each channel
 
 
 def normal(std: float) -> Init:
@@ -77,6 +77,11 @@ class KernelAxes(NamedTuple):
     ins: str
     outs: str
 
+    @property
+    def is_router(self) -> bool:
+        """Whether it chooses experts; transformers has no linear layer for this."""
+        return self.outs == "expert_scores"
+
 
 def lead_axes(spec: ParamSpec) -> tuple[str, ...]:
     """Return the names of the axes that a parameter is stacked along: the LEAD_AXES that it starts with."""
@@ -88,20 +93,16 @@ def lead_shape(spec: ParamSpec) -> tuple[int, ...]:
     return spec.shape[: len(lead_axes(spec))]
 
 
-def lead_indices(spec: ParamSpec) -> list[dict[str, int]]:
-    """Return the index of each parameter of a stack by lead axis, the last fastest; [{}] of one alone."""
-    return [dict(zip(lead_axes(spec), at, strict=True)) for at in np.ndindex(*lead_shape(spec))]
-
-
 def kernel(spec: ParamSpec) -> KernelAxes | None:
-    """Return the axes of a parameter that is a matrix, stacked or not; None for a vector, as of a norm.
+    """Return the axes of a parameter that is a matrix, stacked or not; None for a vector, as of a norm, and
+    for several values of each channel, as of a depthwise convolution.
 
     >>> kernel(ParamSpec((2, 8, 4, 6), ("layers", "experts", "width", "mlp"), full(0.0)))
     KernelAxes(lead=('layers', 'experts'), ins='width', outs='mlp')
     """
     lead = lead_axes(spec)
     own = spec.axes[len(lead) :]
-    return KernelAxes(lead, *own) if len(own) == 2 else None
+    return None if len(own) != 2 or own[-1] in PER_CHANNEL else KernelAxes(lead, *own)
 
 
 def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:

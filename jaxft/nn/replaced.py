@@ -14,9 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import ParamSpec, normal
-from jaxft.nn.tensor_names import WeightNames, module_names, tensor_name
+from jaxft.nn.tensor_names import Module, WeightNames, modules_of
 from jaxft.tree import static, struct
 
 
@@ -76,38 +76,57 @@ def base_spec(base: Mapping[str, ParamSpec], path: str) -> ParamSpec:
     return ParamSpec(table.shape[::-1], table.axes[::-1], table.init)
 
 
-def saved_paths(base: Mapping[str, ParamSpec], modules: Sequence[str], names: WeightNames) -> list[str]:
+def base_modules(base: Mapping[str, ParamSpec], names: WeightNames) -> dict[str, list[Module]]:
+    """Return the modules of each parameter of a base, and of a tied head, by path."""
+    paths = dict.fromkeys([*base, *(["head"] if "embed" in base else [])])
+    return {path: modules_of(path, base_spec(base, path), names) for path in paths}
+
+
+def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: WeightNames) -> list[str]:
     """Return the paths of the parameters of the modules that modules_to_save names.
 
     As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm" all norms), with the
     modules in it ("mlp"). The end of a path's name after a dot does as well. A score head, which is no part
     of the base, may be named too. Raises ValueError for a name that selects nothing, or only some layers.
     """
-    formats = {path: tensor_name(path, names).module for path in dict.fromkeys([*base, "head"])}
-    selected: set[str] = set()
-    for one in modules:
-        if one in SCORE_MODULES and "score" in names:
-            continue
-        hits = set()
-        for path, name in formats.items():
-            matched = [
-                is_saved(one, theirs) or any(own == one or own.endswith(f".{one}") for own in others)
-                for theirs, *others in module_names(path, base_spec(base, path), names)
-            ]
-            if any(matched) and not all(matched):
-                raise ValueError(
-                    f"adapter.modules_to_save: {one!r} selects only some layers of {path}, and a module is "
-                    "saved in all layers or in none; name it without the layer's number"
-                )
-            hits |= {name} if all(matched) else set()
-        if not hits:
-            ends = dict.fromkeys(name.rpartition(".")[2] for name in formats.values())
+    modules = base_modules(base, names) if listed else {}
+    of_base = [one for one in listed if one not in SCORE_MODULES or "score" not in names]
+    selected = {one: selected_modules(one, modules) for one in of_base}
+    for one, found in selected.items():
+        if not found:
+            ends = dict.fromkeys(of_path[0].name.rpartition(".")[2] for of_path in modules.values())
             raise ValueError(
                 f"adapter.modules_to_save: {one!r} is not a module of this model; near: "
                 f"{', '.join(tree.nearest(one, list(ends)))}"
             )
-        selected |= hits
-    return [path for path, name in formats.items() if name in selected]
+    return in_all_layers(
+        set().union(*selected.values()),
+        {path: [one.name for one in found] for path, found in modules.items()},
+        f"adapter.modules_to_save={','.join(listed)}",
+        "and a module is saved in all layers or in none; name it without the layer's number",
+    )
+
+
+def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> set[str]:
+    """Return the full Hugging Face names of the modules that a name of modules_to_save selects."""
+    return {
+        one.name
+        for of_path in modules.values()
+        for one in of_path
+        if is_saved(listed, one.name) or listed in name_ends((one.path_name,))
+    }
+
+
+def in_all_layers(
+    selected: set[str], modules: Mapping[str, Sequence[str]], setting: str, why: str
+) -> list[str]:
+    """Return the paths whose modules, by full name, are selected. Raises ValueError for a path with only some
+    of them.
+    """
+    for path, names in modules.items():
+        if 0 < len(selected.intersection(names)) < len({*names}):
+            raise ValueError(f"{setting} has {path} in some layers only, {why}")
+    return [path for path, names in modules.items() if names[0] in selected]
 
 
 def bias_paths(
@@ -120,20 +139,14 @@ def bias_paths(
     """
     if bias == "none":
         return []
-    modules = {tensor_name(path, names).module: path for path in adapted}
-    found = []
-    for path in base:
-        if not path.endswith("_bias"):
-            continue
-        kernel = modules.get(tensor_name(path, names).module)
-        if bias == "lora_only" and kernel is None:
-            continue
-        if bias == "lora_only" and not all(adapted[str(kernel)]):
-            raise ValueError(
-                f"adapter.bias=lora_only: {kernel} has an adapter in some layers only, and its biases are "
-                "trained in all layers or in none; use bias=all, or adapt all layers"
-            )
-        found.append(path)
+    modules = {path: [one.name for one in found] for path, found in base_modules(base, names).items()}
+    found = [path for path in base if path.endswith("_bias")]
+    if bias == "lora_only":
+        ranks = [(modules[path][i], rank) for path, of in adapted.items() for i, rank in enumerate(of)]
+        why = "and its biases are trained in all layers or in none; use bias=all, or adapt all layers"
+        with_pair = {module for module, rank in ranks if rank}
+        of_biases = {path: modules[path] for path in found}
+        found = in_all_layers(with_pair, of_biases, "adapter.bias=lora_only", why)
     if not found:
         where = "the model has" if bias == "all" else "the adapted layers have"
         raise ValueError(f"adapter.bias={bias}: {where} no biases; use bias=none")

@@ -13,7 +13,7 @@ from jaxft.nn.param import ParamSpec, layer_numbers, lead_axes
 
 HEAD_MODULE = "lm_head"
 NAME_FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number
-ModuleNames = tuple[str, ...]
+ModuleNames = tuple[str, ...]  # of one module, by any of which a setting may name it
 
 
 class TensorName(NamedTuple):
@@ -32,43 +32,72 @@ class TensorName(NamedTuple):
         """The template of the module's name."""
         return self.template.removesuffix(".weight").removesuffix(".bias")
 
+    @property
+    def in_layer(self) -> str:
+        """The template of the module's name inside its layer, such as mlp.gate_proj."""
+        return self.module.rpartition("{i}.")[2]
+
+    def axes(self, spec: ParamSpec) -> tuple[str, ...]:
+        """Return the leading axes of the parameter along which the files have a tensor each."""
+        return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in self.template)
+
+    def is_linear(self, spec: ParamSpec) -> bool:
+        """Whether each kernel of the parameter is the weight of one linear layer and nothing else."""
+        return self.transposed and self.part is None and self.axes(spec) == lead_axes(spec)
+
 
 WeightNames = dict[str, TensorName]  # by parameter path
 TIED_HEAD = TensorName(f"{HEAD_MODULE}.weight", True)  # of a model whose names have no head
 
 
-def tensor_name(path: str, names: WeightNames) -> TensorName:
-    """Return the name of a parameter; for one without a tensor in files, a name like its path."""
-    return names.get(path) or (TIED_HEAD if path == "head" else _path_name(path))
+class Module(NamedTuple):
+    """A module that a parameter belongs to, or its part at an index along the parameter's leading axes.
 
-
-def indexed_names(name: TensorName, spec: ParamSpec) -> dict[tuple[int, ...], str]:
-    """Return the names of a parameter's tensors by their index along its leading axes, in row-major order;
-    that of a parameter without such axes by ().
+    name: in Hugging Face files, such as model.layers.3.mlp.gate_proj. path_name: that of the parameter's
+    path, such as layers.3.mlp.gate. Both have the number of the layer in the model. layer: this number, None
+    outside layers.
     """
-    axes = [axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in name.template]
-    sizes = spec.shape[: len(axes)]
-    return {index: _filled(name.template, spec, axes, index) for index in np.ndindex(*sizes)}
+
+    name: str
+    path_name: str
+    layer: int | None
+
+    @property
+    def names(self) -> ModuleNames:
+        """Both names."""
+        return self.name, self.path_name
 
 
-def module_names(path: str, spec: ParamSpec, names: WeightNames) -> list[ModuleNames]:
-    """Return the names of a parameter's module for each index along its leading axes, in row-major order:
-    that in Hugging Face files (model.layers.3.mlp.gate_proj) and that of its path (layers.3.mlp.gate).
+def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
+    """Return the module of a parameter at each index along its leading axes, in row-major order. A parameter
+    without a tensor in the files is named like its path.
     """
-    name, axes = tensor_name(path, names), list(lead_axes(spec))
-    forms = dict.fromkeys((name.module, _path_name(path, "experts" in axes).template))
+    own = _path_template(path, spec)
+    template = names[path].module if path in names else HEAD_MODULE if path == "head" else own
     return [
-        tuple(_filled(form, spec, axes, index) for form in forms)
-        for index in np.ndindex(*spec.shape[: len(axes)])
+        Module(template.format(**numbers), own.format(**numbers), numbers.get("i"))
+        for numbers in numbers_at(spec, lead_axes(spec)).values()
     ]
 
 
-def _filled(template: str, spec: ParamSpec, axes: list[str], index: tuple[int, ...]) -> str:
-    at, numbers = dict(zip(axes, index, strict=True)), layer_numbers(spec)
-    at |= {"layers": numbers[at["layers"]]} if "layers" in at else {}
-    return template.format(**{NAME_FIELDS[axis]: number for axis, number in at.items()})
+def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], dict[str, int]]:
+    """Return the numbers that fill in a template, by its fields, at each index along some of a parameter's
+    leading axes, in row-major order: i, the number of the layer in the model, and x, that of the expert.
+    """
+    fields = [(NAME_FIELDS[axis], layer_numbers(spec) if axis == "layers" else None) for axis in axes]
+    return {
+        index: {
+            field: n if numbers is None else numbers[n]
+            for (field, numbers), n in zip(fields, index, strict=True)
+        }
+        for index in np.ndindex(*spec.shape[: len(axes)])
+    }
 
 
-def _path_name(path: str, experts: bool = False) -> TensorName:
-    above, dot, last = path.replace("layers/", "layers.{i}.", 1).replace("/", ".").rpartition(".")
-    return TensorName(f"{above}.{{x}}.{last}" if experts else f"{above}{dot}{last}")
+def _path_template(path: str, spec: ParamSpec) -> str:
+    """Return a path as the template of a name: the layer's number follows the name of the stack, an
+    expert's that of its module.
+    """
+    axes, (*above, last) = lead_axes(spec), path.split("/")
+    stack = [*above[:1], *(["{i}"] if "layers" in axes else [])]
+    return ".".join([*stack, *above[1:], *(["{x}"] if "experts" in axes else []), last])

@@ -87,8 +87,7 @@ def may_define(file: Path, function: str) -> bool:
             return True
         if isinstance(node, ast.alias) and {node.name, node.asname} & {function, "*"}:
             return True
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if isinstance(node, ast.Assign) and function in {x.id for x in targets if isinstance(x, ast.Name)}:
+        if isinstance(node, ast.Assign) and function in map(ast.unparse, node.targets):
             made = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
             if not made.rpartition(".")[2][:1].isupper():
                 return True

@@ -24,7 +24,6 @@ from jaxft.weights.peft_names import PREFIX, config_of_decoder, of_decoder, with
 from jaxft.weights.peft_pairs import adaptable_tensors, adapter_of, pair_names, read_pair
 from jaxft.weights.peft_refusals import (
     MERGE,
-    check_all_targets,
     check_plain_lora,
     check_targets,
     check_tensor_names,
@@ -113,7 +112,7 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
     pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
-    present = {tensor.module: tensor for tensor in adapted}
+    present = {tensor.module for tensor in adapted}
     used = {name for tensor in adapted for name in pair_names(tensor, default.dora)}
     if init := start_of_unconverted(config):
         default = default.doubled
@@ -137,12 +136,11 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
             f"{where}: use_dora=true with a LoRA pair of embed_tokens is not supported; jaxft reads DoRA of "
             f"linear layers; {MERGE}"
         )
-    others = read_modules(where, config, files, model, list(pairs))
+    others = read_modules(where, config, files, model, present)
     _check_all_used(files, used | others.used, {*pairs, *others.nodes})
-    check_targets(where, config, present)
-    if config.get("peft_type") != ONLY_TOKENS:
-        rest = [x.module for path in table if path not in others.nodes for x in table[path]]
-        check_all_targets(where, config, [x for x in rest if x not in present])
+    only_tokens = config.get("peft_type") == ONLY_TOKENS
+    rest = [x.module for path in table if path not in others.nodes and not only_tokens for x in table[path]]
+    check_targets(where, config, present, [x for x in rest if x not in present])
     parts = {"adapter": tree.nested(nodes | others.nodes), **parts}
     return parts, replace(settings, **others.settings)
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxft.models.model import Model
 from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved
+from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved, name_ends
+from jaxft.nn.param import spec_paths
+from jaxft.nn.replaced import base_modules, in_all_layers, selected_modules
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights import finite
 from jaxft.weights.peft_names import PREFIX, renamed
@@ -36,36 +38,39 @@ class Modules(NamedTuple):
 
 
 def read_modules(
-    where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model, adapted: list[str]
+    where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model, adapted: set[str]
 ) -> Modules:
-    """Read the parameters that an adapter replaces. where: of adapter_config.json. adapted: paths with pairs.
+    """Read the parameters that an adapter replaces. where: of adapter_config.json. adapted: full names of the
+    modules with pairs.
 
     Raises ValueError for modules, biases and tokens that the model or the files lack, or have in part.
     """
     nodes: dict[str, dict[str, np.ndarray]] = {}
-    used, hits, in_modules = set[str](), set[str](), set[str]()
+    used = set[str]()
     table = tensors_of(model, tied_head=True)
+    modules = {path: [tensor.module for tensor in tensors] for path, tensors in table.items()}
     saved = [one for one in config.get("modules_to_save") or [] if one not in SCORE_MODULES]
     biases = config.get("bias", "none")
     settings: dict[str, Any] = {}
-    kernels = {table[path][0].module for path in adapted}
-    for path, tensors in table.items():
-        is_saved_in = {one: [is_saved(one, tensor.module) for tensor in tensors] for one in saved}
-        selected = [one for one, layers in is_saved_in.items() if any(layers)]
-        if selected and len(selected) < len(tensors) and not any(map(all, is_saved_in.values())):
-            raise ValueError(
-                f"{where}: modules_to_save={saved!r} has {tensors[0].in_layer} in some layers only, which is "
-                f"not supported; {MERGE}"
-            )
-        hits |= set(selected)
-        in_modules |= {path} if selected else set()
-        of_adapter = biases == "all" or (biases == "lora_only" and tensors[0].module in kernels)
-        if not selected and not (path.endswith("_bias") and of_adapter):
-            continue
+    selected = {one: {x for of in modules.values() for x in of if is_saved(one, x)} for one in saved}
+    if missing := [one for one, found in selected.items() if not found]:
+        raise ValueError(
+            f"{where}: modules_to_save={saved!r}: this model has no module {min(missing)!r}; is the adapter "
+            "for another base model?"
+        )
+    why = f"which is not supported; {MERGE}"
+    in_modules = in_all_layers(
+        set().union(*selected.values()), modules, f"{where}: modules_to_save={saved!r}", why
+    )
+    of_biases = {path: names for path, names in modules.items() if path.endswith("_bias")}
+    trained = [path for path in of_biases if biases == "all"]
+    if biases == "lora_only":
+        trained = in_all_layers(adapted, of_biases, f"{where}: bias={biases!r}", why)
+    if not set(in_modules).issuperset(trained):
+        settings["bias"] = biases
+    for path in dict.fromkeys([*in_modules, *trained]):
+        tensors = table[path]
         names = [_tensor_name(files, tensor) for tensor in tensors]
-        if not selected:
-            settings["bias"] = biases
-            _check_biases(where, files, biases, names)
         listed = "bias or modules_to_save in adapter_config.json has it"
         values = [
             tensor.turned(read_shaped(files, name, tensor.shape, listed))
@@ -73,12 +78,7 @@ def read_modules(
         ]
         nodes[path] = {"weight": stack(tensors, values)}
         used |= set(names)
-    if set(saved) - hits:
-        raise ValueError(
-            f"{where}: modules_to_save={saved!r}: this model has no module {min(set(saved) - hits)!r}; is "
-            "the adapter for another base model?"
-        )
-    settings["modules_to_save"] = tuple(module_list(in_modules, model))
+    settings["modules_to_save"] = tuple(module_list(set(in_modules), model))
     tokens = _read_tokens(where, config, files, model)
     nodes |= tokens.nodes
     return Modules(nodes, settings | tokens.settings, used | tokens.used)
@@ -102,17 +102,6 @@ def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[
 
 def _is_head(name: Any) -> bool:
     return isinstance(name, str) and name.rpartition(".")[2] == HEAD_MODULE
-
-
-def _check_biases(where: Path, files: SafetensorsFiles, biases: str, names: list[str]) -> None:
-    """Raise ValueError if an adapter with bias="lora_only" adapts a module in some layers only. names: of the
-    tensors of its bias in each layer.
-    """
-    if biases == "lora_only" and 0 < sum(name in files.tensors for name in names) < len(names):
-        raise ValueError(
-            f"{where}: bias='lora_only' with LoRA pairs in some layers only is not supported, because jaxft "
-            f"reads the biases of all layers or of none; {MERGE}"
-        )
 
 
 def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
@@ -227,17 +216,16 @@ def module_fields(
 
 
 def module_list(saved: set[str], model: Model, full_names: bool = False) -> list[str]:
-    """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: short
-    ones where no other module ends alike. full_names: of a model with other modules than `model` has.
+    """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: the
+    shortest ones with which no other module ends, else full names. full_names: of a model with other modules
+    than `model` has.
     """
-    table = tensors_of(model, tied_head=True)
-    modules = {path: [tensor.module for tensor in tensors] for path, tensors in table.items()}
-    wanted = {name for path in saved for name in modules[path]}
-    everything = {name for names in modules.values() for name in names}
+    modules = base_modules(spec_paths(model.specs.get("base", model.specs)), model.weight_names)
+    wanted = {module.name for path in saved for module in modules[path]}
     listed: set[str] = set()
     for path in saved:
-        end = modules[path][0].rpartition(".")[2]
-        short = {name for name in everything if name.endswith(end)} <= wanted
-        short = short and (not full_names or path in ("embed", "head"))
-        listed |= {end} if short else set(modules[path])
+        names = {module.name for module in modules[path]}
+        ends = [] if full_names and path not in ("embed", "head") else name_ends((modules[path][0].name,))
+        fits = [end for end in ends if names <= selected_modules(end, modules) <= wanted]
+        listed |= {fits[-1]} if fits else names
     return sorted(listed)

@@ -5,20 +5,24 @@ the patterns, layer numbers and lists of modules by which PEFT's adapter_config.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter
+from jaxft.nn.lora import Adapter, target_paths
 from jaxft.nn.lora_patterns import matches_module
 from jaxft.nn.lora_specs import PairRanks
+from jaxft.nn.param import spec_paths
+from jaxft.nn.replaced import base_modules
+from jaxft.nn.tensor_names import ModuleNames
 from jaxft.weights.peft_modules import read_float, read_shaped
 from jaxft.weights.peft_names import PREFIX
 from jaxft.weights.safetensors import SafetensorsFiles
 from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
+Number = TypeVar("Number", int, float)
 
 
 class Pair(NamedTuple):
@@ -125,59 +129,93 @@ def _stacked(
     return {name: stack(tensors, values) for name, values in leaves.items()}
 
 
+def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tensor, tuple[int, float]]:
+    """Return the rank and alpha of each module that has a pair. layouts: by path."""
+    table = adaptable_tensors(model)
+    return {
+        tensor: (rank, alpha)
+        for path, layout in layouts.items()
+        for tensor, rank, alpha in zip(table[path], *layout, strict=True)
+        if rank
+    }
+
+
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
     """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
-    targets = tuple(path.rpartition("/")[2] for path in layouts)
-    return replace(with_module_names(default, layouts, model), targets=targets)
+    ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
+    targets = tuple(dict.fromkeys(one.path.rpartition("/")[2] for one in ranked))
+    modules = base_modules(spec_paths(base), model.weight_names)
+    paths = target_paths(base, targets) if targets else []
+    selected = {module.names: module.layer for path in paths for module in modules[path]}
+    return replace(_declared(default, ranked, selected), targets=targets)
 
 
 def with_module_names(
     default: Adapter, layouts: Mapping[str, PairRanks], model: Model, full_names: bool = False
 ) -> Adapter:
     """Return the settings that declare pairs of these ranks and alphas, by path, with the names of modules in
-    Hugging Face files as targets. full_names: name every module with its layer.
+    Hugging Face files as targets, as PEFT reads them. full_names: name every module with its layer.
     """
-    table = adaptable_tensors(model)
-    ranked = {path: list(zip(table[path], x.ranks, x.alphas, strict=True)) for path, x in layouts.items()}
-    present = {path: [x for x in modules if x[1]] for path, modules in ranked.items()}
-    stacked = [path for path in layouts if table[path][0].index]
-    missing = [tensor for path in stacked for tensor, rank, _ in ranked[path] if not rank]
-    numbers = {tensor.layer for path in stacked for tensor, *_ in present[path]}
-    layers = tuple(sorted(number for number in numbers if number is not None))
-    in_layers = missing and all(
-        bool(rank) == (tensor.layer in layers) for path in stacked for tensor, rank, _ in ranked[path]
-    )
-    by_name = full_names or bool(missing and not in_layers)
-    # with layers_to_transform PEFT looks for a layer's number in every name, except in those written in full
-    ends = [
-        tensor.module if in_layers and not tensor.index else tensor.module.rpartition(".")[2]
-        for modules in present.values()
-        for tensor, *_ in modules
-    ]
-    named = [tensor.module for modules in present.values() for tensor, *_ in modules]
+    ranked, layers = ranked_modules(layouts, model), dict[str, int | None]()
+    for tensors in tensors_of(model, tied_head=True).values():
+        layers |= {tensor.module: tensor.layer for tensor in tensors}
+    ends = {one.module.rpartition(".")[2] for one in ranked}
+    selected: dict[ModuleNames, int | None] = {
+        (name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends
+    }
+    declared = _declared(default, ranked, selected)
+    # versions of PEFT differ in which one of two numbers in a name is the layer's
+    two_numbers = declared.layers_to_transform and any(re.search(r"\.\d+\.", x.in_layer) for x in ranked)
+    if full_names or two_numbers or declared.exclude_modules:
+        ends = {one.module for one in ranked}
+        declared = replace(declared, layers_to_transform=None)
+    elif declared.layers_to_transform:  # PEFT looks for a layer's number in all names but those in full
+        ends = {one.module if one.layer is None else one.module.rpartition(".")[2] for one in ranked}
+    return replace(declared, targets=tuple(sorted(ends)), exclude_modules=())
+
+
+def _declared(
+    default: Adapter,
+    ranked: Mapping[Tensor, tuple[int, float]],
+    selected: Mapping[ModuleNames, int | None],
+) -> Adapter:
+    """Return settings with the ranks and alphas of modules, and the layers to which these are limited, or the
+    names of the other modules that the targets select.
+
+    selected: the layers of all modules that the targets select, by the names that patterns match.
+    """
+    wanted = {one.module: one for one in ranked}
+    limits = {layer for (name, *_), layer in selected.items() if name in wanted and layer is not None}
+    limited = {name for (name, *_), layer in selected.items() if layer is None or layer in limits}
+    excluded = [name for name, *_ in selected if name not in wanted]
+    in_layers = bool(excluded and limits) and limited == wanted.keys()
+    names = {wanted[of[0]]: of for of in selected if of[0] in wanted}
+    ranks = {one: rank for one, (rank, _) in ranked.items()}
+    alphas = {one: alpha for one, (_, alpha) in ranked.items()}
     return replace(
         default,
-        targets=tuple(sorted(set(named if by_name else ends))),
-        layers_to_transform=layers if in_layers and not by_name else None,
-        exclude_modules=() if in_layers else tuple(tensor.module for tensor in missing),
-        rank_pattern=tuple((k, int(v)) for x in present.values() for k, v in _pattern_of(x, 1, default.rank)),
-        alpha_pattern=tuple(item for x in present.values() for item in _pattern_of(x, 2, default.alpha)),
+        layers_to_transform=tuple(sorted(limits)) if in_layers else None,
+        exclude_modules=() if in_layers else tuple(excluded),
+        rank_pattern=tuple(_patterns(ranks, default.rank, names)),
+        alpha_pattern=tuple(_patterns(alphas, default.alpha, names)),
     )
 
 
-def _pattern_of(
-    modules: Sequence[tuple[Any, ...]], field: int, default: float
-) -> Iterator[tuple[str, float]]:
-    """Yield the pattern and the value of modules that differ from the default: one for all of a kernel where
-    they agree, else one for each.
+def _patterns(
+    values: Mapping[Tensor, Number], default: Number, names: Mapping[Tensor, ModuleNames]
+) -> Iterator[tuple[str, Number]]:
+    """Yield patterns and values: one for all layers of a module if all that it matches have the same value,
+    else full names.
     """
-    values = {module[0]: module[field] for module in modules}
-    if set(values.values()) == {default}:
-        return
-    if len(set(values.values())) == 1:
-        names = {re.sub(r"\.\d+\.", r".\\d+.", tensor.in_layer): value for tensor, value in values.items()}
-        yield from names.items()
-        return
-    for tensor, value in values.items():
-        if value != default:
-            yield tensor.module, value
+    alike, done = dict[str, list[Tensor]](), set[Tensor]()
+    for one in values:
+        alike.setdefault(re.sub(r"\.\d+\.", r".\\d+.", one.in_layer), []).append(one)
+    for pattern, modules in alike.items():
+        if done.issuperset(modules) or all(values[one] == default for one in modules):
+            continue
+        matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
+        if len({values[one] for one in matched}) == 1:
+            done.update(matched)
+            yield pattern, values[modules[0]]
+        else:
+            yield from ((one.module, values[one]) for one in modules if values[one] != default)

@@ -1,11 +1,11 @@
 """Refuse adapters in PEFT's layout that jaxft does not read, with what is the case and what helps."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxft import tree
-from jaxft.nn.lora_patterns import matches_module
+from jaxft.nn.lora_patterns import is_listed, matches_module
 from jaxft.weights.safetensors import SafetensorsFiles, read_model_json
 
 MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="
@@ -98,45 +98,30 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     return any(type(value) is type(x) and value == x for x in allowed)
 
 
-def check_targets(where: Path, config: dict[str, Any], modules: Iterable[str]) -> None:
-    """Raise ValueError for a module with a LoRA pair that the configuration does not target.
+def check_targets(
+    where: Path, config: dict[str, Any], present: Iterable[str], absent: Iterable[str] = ()
+) -> None:
+    """Raise ValueError for a module with a LoRA pair that the configuration does not target, which peft would
+    leave out without a word, and for one without a pair that it targets by its name: peft would add a fresh
+    pair, so a part of the model would be the base alone.
 
-    peft leaves such a pair out without a word. modules: names such as model.layers.0.self_attn.q_proj.
+    present, absent: the model's modules with and without a pair, such as model.layers.0.self_attn.q_proj.
     """
-    for key in ("target_modules", "exclude_modules"):
-        value = config.get(key)
+    for field in ("target_modules", "exclude_modules"):
+        value = config.get(field)
         if not isinstance(value, str | None) and not _are_strings(value):
-            raise ValueError(f"{where}: {key}={_short(value)}; expected a string or a list of strings")
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if targets in (None, "all-linear"):  # None: peft's default for the architecture
-        targets = ".*"
-    for module in modules:
-        if not _names(where, targets, module) or (excluded and _names(where, excluded, module)):
-            key = "exclude_modules" if _names(where, targets, module) else "target_modules"
+            raise ValueError(f"{where}: {field}={_short(value)}; expected a string or a list of strings")
+    targets = config.get("target_modules")
+    is_default = targets in (None, "all-linear")  # None: peft's default for the architecture
+    left_out_by = _target_rule(where, config, ".*" if is_default else targets)
+    for module in present:
+        if key := left_out_by(module):
             raise ValueError(
                 f"{where}: {key}={_short(config[key])} leaves out {module}, but the adapter has a LoRA pair "
                 "of it, which peft would ignore; correct the list, or remove the pair's tensors"
             )
-        if not _is_transformed(where, config, targets, module):
-            raise ValueError(
-                f"{where}: layers_to_transform={_short(config['layers_to_transform'])} leaves out {module}, "
-                "but the adapter has a LoRA pair of it, which peft would ignore; correct the list, or remove "
-                "the pair's tensors"
-            )
-
-
-def check_all_targets(where: Path, config: dict[str, Any], absent: Iterable[str]) -> None:
-    """Raise ValueError for a module without a LoRA pair that the configuration targets by its name.
-
-    peft would add a fresh pair, so a part of the model would be the base alone without a word. absent: the
-    model's modules without a pair, such as model.layers.0.self_attn.q_proj.
-    """
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if targets in (None, [], "all-linear"):
-        return
-    for module in absent:
-        is_target = _names(where, targets, module) and _is_transformed(where, config, targets, module)
-        if is_target and not (excluded and _names(where, excluded, module)):
+    for module in () if is_default or not targets else absent:
+        if not left_out_by(module):
             raise ValueError(
                 f"{where}: target_modules={_short(targets)} has {module} of this model, but the adapter has "
                 "no LoRA pair of it; is the adapter for another base model, or its file incomplete?"
@@ -147,30 +132,32 @@ def _are_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(x, str) for x in value)
 
 
-def _names(where: Path, targets: str | list[str], module: str) -> bool:
-    """Apply PEFT's rule: a string is a regular expression for the whole name, a list has ends of names."""
-    if isinstance(targets, str):
-        return tree.regex(targets, str(where)).fullmatch(module)
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
-def _is_transformed(where: Path, config: dict[str, Any], targets: str | list[str], module: str) -> bool:
-    """Apply PEFT's rule for layers_to_transform, which counts for a list of ends of names only."""
-    layers = config.get("layers_to_transform")
-    if isinstance(targets, str) or module in targets or layers in (None, []):
-        return True
-    numbers = layers if isinstance(layers, list) else [layers]
+def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[[str], str | None]:
+    """Return a function that applies PEFT's rule: it returns the field that leaves a module out, None for a
+    module with a pair.
+    """
+    excluded, layers = config.get("exclude_modules") or (), config.get("layers_to_transform")
+    listed, unlisted = (x if isinstance(x, str) else frozenset(x) for x in (targets, excluded))
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if any(type(x) is not int for x in numbers):
         raise ValueError(f"{where}: layers_to_transform={_short(layers)}; expected layer numbers")
     patterns = config.get("layers_pattern") or ".*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not _are_strings(patterns):
         raise ValueError(f"{where}: layers_pattern={_short(patterns)}; expected strings")
-    segments = module.split(".")
-    at = next((i for i, segment in enumerate(segments) if segment.isdecimal()), 0)
-    above = ".".join(segments[:at])
-    named = any(matches_module(pattern, (above,), str(where)) for pattern in patterns)
-    return at > 0 and named and int(segments[at]) in numbers
+
+    def left_out_by(module: str) -> str | None:
+        if not is_listed(listed, (module,), str(where)):
+            return "target_modules"
+        if unlisted and is_listed(unlisted, (module,), str(where)):
+            return "exclude_modules"
+        if isinstance(listed, str) or module in listed or not numbers:
+            return None  # layers_to_transform counts for lists of ends of names only
+        above, *rest = re.split(r"\.(\d+)\.", module, maxsplit=1)
+        named = any(matches_module(pattern, (above,), str(where)) for pattern in patterns)
+        return None if rest and named and int(rest[0]) in numbers else "layers_to_transform"
+
+    return left_out_by
 
 
 def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:

@@ -21,7 +21,7 @@ from jaxft.weights import hf, hub
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
 from jaxft.weights.peft_names import PREFIX
-from jaxft.weights.peft_pairs import adaptable_tensors, pair_names, with_module_names
+from jaxft.weights.peft_pairs import pair_names, ranked_modules, with_module_names
 from jaxft.weights.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.tensors import Tensor, layer_on_host
 
@@ -45,23 +45,19 @@ def save_adapter(
     nodes = {path: node for path, node in pairs.items() if is_replacement(node)}
     pairs = {path: pair for path, pair in pairs.items() if path not in nodes}
     layouts = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)
-    tensors, adapted, table = [], set[str](), adaptable_tensors(model)
     for path, pair in pairs.items():
-        if path not in table:
-            raise ValueError(
-                f"adapter at {path}: not a linear layer of this model, which has {', '.join(table)}"
-            )
-        _check_pair(table[path][0].module, pair, layouts.get(path))
-        for tensor, rank, alpha in zip(table[path], *layouts[path], strict=True):
-            if rank:
-                adapted.add(tensor.module)
-                tensors += pair_tensors(tensor, pair, rank, settings.scale_of(rank, alpha))
+        _check_pair(path, pair, layouts.get(path))
+    if missing := layouts.keys() - pairs.keys():
+        raise ValueError(f"adapter: no pair of {min(missing)}, which its settings declare")
+    tensors, ranked = [], ranked_modules({path: layouts[path] for path in pairs}, model)
+    for tensor, (rank, alpha) in ranked.items():
+        tensors += pair_tensors(tensor, pairs[tensor.path], rank, settings.scale_of(rank, alpha))
     part = hf.text_part_of(base_ref)
     # ends of names would fit modules of the other parts too, names of the text-only model not even these
     declared = with_module_names(settings, layouts, model, full_names=part is not None)
     prefix = "model." if part is None or score is not None else part.prefix
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
-    tensors += module_tensors(nodes, model, adapted, only_tokens)
+    tensors += module_tensors(nodes, model, {one.module for one in ranked}, only_tokens)
     if score is not None:
         dtype, shape = np.dtype(score.dtype), score.shape[::-1]
         tensors.append(TensorToWrite(SCORE_TENSOR, dtype, shape, lambda: layer_on_host(score).T))
@@ -138,13 +134,13 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _check_pair(module: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
+def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
     """Raise ValueError for a pair that the settings do not declare."""
     a, b = pair["a"], pair["b"]
     rank = 0 if layout is None else max(layout.ranks)
     if b.shape[-2] != a.shape[-1] or a.shape[-1] != rank:
         raise ValueError(
-            f"adapter of {module}: a has shape {a.shape} and b {b.shape}, but the settings have rank {rank}"
+            f"adapter at {path}: a has shape {a.shape} and b {b.shape}, but the settings have rank {rank}"
         )
 
 

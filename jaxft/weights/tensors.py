@@ -5,7 +5,6 @@ knows how tensors are named, or along which axes the files split a parameter.
 """
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from jax.sharding import Sharding
 
 from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
-from jaxft.nn.param import ParamSpec, lead_axes, spec_paths
+from jaxft.nn.param import ParamSpec, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.replaced import base_spec
-from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, indexed_names
+from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 
 
@@ -31,7 +30,8 @@ class Tensor:
     parameter. name, shape: in the files. transposed: whether the files store [out, in]. values: the shape of
     its values in the parameter, [..., in, out] of a kernel. offset: number of the first of its outputs in a
     tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
-    linear layer and nothing else.
+    linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
+    the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
 
     >>> tensors_of(model)["layers/attn/q"][3].name
     'model.layers.3.self_attn.q_proj.weight'
@@ -45,22 +45,13 @@ class Tensor:
     values: tuple[int, ...]
     offset: int | None = None
     is_kernel: bool = False
+    layer: int | None = None
+    in_layer: str = ""
 
     @property
     def module(self) -> str:
         """The name of its module."""
         return self.name.removesuffix(".weight").removesuffix(".bias")
-
-    @property
-    def layer(self) -> int | None:
-        """The number of the layer in its name, None outside layers."""
-        numbers = re.findall(r"\.(\d+)\.", self.name)
-        return int(numbers[0]) if numbers else None
-
-    @property
-    def in_layer(self) -> str:
-        """The name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name."""
-        return re.split(r"\.\d+\.", self.module, maxsplit=1)[-1]
 
     def turned(self, values: Any) -> Any:
         """Return values in the files as they are in the parameter, or the other way round."""
@@ -102,12 +93,13 @@ def _tensors(path: str, names: WeightNames, specs: Mapping[str, ParamSpec]) -> t
         sharing = {x.part: specs[other].shape[-1] for other, x in names.items() if x[:2] == name[:2]}
         offset, outs = sum(sharing[part] for part in range(name.part)), sum(sharing.values())
     tensors = []
-    for index, full_name in indexed_names(name, spec).items():
+    for index, numbers in numbers_at(spec, name.axes(spec)).items():
         values = spec.shape[len(index) :]
         shape = (*values[:-1], outs)
         shape = (*shape[:-2], shape[-1], shape[-2]) if name.transposed else shape
-        whole = name.transposed and offset is None and len(index) == len(lead_axes(spec))
-        tensors.append(Tensor(path, index, full_name, shape, name.transposed, values, offset, whole))
+        full_name, in_layer = (template.format(**numbers) for template in (name.template, name.in_layer))
+        of_file = name.transposed, values, offset, name.is_linear(spec)
+        tensors.append(Tensor(path, index, full_name, shape, *of_file, numbers.get("i"), in_layer))
     return tuple(tensors)
 
 

@@ -1,6 +1,7 @@
 """Text decoders of multimodal checkpoints: log-probs as transformers' whole model has them, config.json."""
 
 import json
+import math
 import re
 
 import jax
@@ -11,7 +12,16 @@ from tiny_families import logits_of, rows
 
 from jaxft import tree
 from jaxft.models import families
-from jaxft.models.text_part import SHARED, TEXT_DEFAULTS, TEXT_PARTS, decoder_prefix, text_config, text_tensor
+from jaxft.models.text_part import (
+    SHARED,
+    TEXT_DEFAULTS,
+    TEXT_PARTS,
+    TIED,
+    decoder_prefix,
+    text_config,
+    text_tensor,
+)  # fmt: skip
+from jaxft.nn.param import spec_paths
 from jaxft.weights import hf, pretrained
 from jaxft.weights.param_reader import param_readers, read_whole
 
@@ -88,7 +98,7 @@ def test_a_setting_that_text_config_lacks_has_transformers_default(kind):
         return families.family_of(config).from_hf(config)
 
     assert parsed({"model_type": kind}) == parsed(
-        {name: x for name, x in theirs.items() if name not in SHARED}
+        {name: x for name, x in theirs.items() if name not in (*SHARED, TIED)}
     )
 
 
@@ -106,6 +116,41 @@ def test_old_qwen_vl_files_have_the_decoder_s_settings_at_the_top_level():
     assert config["rope_scaling"] == {"type": "default"} and not [x for x in config if "vision" in x]
     found = families.family_of(config).from_hf(config)
     assert (found.layers, found.tied, found.rope.theta) == (36, True, 1e6)
+
+
+PUBLISHED = {
+    "llava-hf/llava-1.5-7b-hf": {
+        "model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "torch_dtype": "float16",
+        "text_config": {
+            "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16", "vocab_size": 32064,
+        },
+    },
+    "Qwen/Qwen3-VL-4B-Instruct": {
+        "model_type": "qwen3_vl", "tie_word_embeddings": True,
+        "text_config": {
+            "attention_bias": False, "bos_token_id": 151643, "dtype": "bfloat16", "eos_token_id": 151645,
+            "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 9728,
+            "max_position_embeddings": 262144, "model_type": "qwen3_vl_text", "num_attention_heads": 32,
+            "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"
+            },
+            "rope_theta": 5000000, "tie_word_embeddings": True, "vocab_size": 151936,
+        },
+    },
+}  # fmt: skip
+TEXT_PARAMETERS = {"llava-hf/llava-1.5-7b-hf": 6_738_939_904, "Qwen/Qwen3-VL-4B-Instruct": 4_022_468_096}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_the_decoder_its_number_of_parameters(name):
+    """Vicuna 7B with 64 more rows in table and head; Qwen3 4B."""
+    config = text_config(PUBLISHED[name])
+    family = families.family_of(config)
+    specs = spec_paths(family.build(family.from_hf(config)).specs)
+    assert sum(math.prod(spec.shape) for spec in specs.values()) == TEXT_PARAMETERS[name]
 
 
 REFUSED = {

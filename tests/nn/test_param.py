@@ -93,6 +93,18 @@ def test_initialisers_have_their_spread_and_dtype(init, std, largest):
         assert largest is None or np.abs(x).max() <= largest * 1.005
 
 
+def test_a_kernel_has_an_axis_of_inputs_and_one_of_outputs():
+    """Several values of each channel are no matrix, as those of a depthwise convolution."""
+    for axes, is_kernel in [
+        (("layers", "experts", "width", "mlp"), True),
+        (("vocab", "table_width"), True),
+        (("layers", "mlp", "taps"), False),
+        (("layers", "heads", "head_dim"), False),
+        (("layers", "norm"), False),
+    ]:
+        assert (param.kernel(ParamSpec((2,) * len(axes), axes, full(0.0))) is not None) == is_kernel
+
+
 def test_a_spec_names_every_dimension():
     with pytest.raises(ValueError, match="needs 3 axes"):
         ParamSpec((2, 3, 4), ("width", "mlp"), full(0.0))

@@ -1,11 +1,10 @@
 """A toy mixture of experts, for the laws of kernels with an axis of experts: a Llama whose layers have two
-gated MLPs and a router that sends each token to one of them.
-
-Its files have one tensor per expert, named as Qwen3-MoE's.
+gated MLPs and a router that sends each token to one of them. Its files have one tensor per expert, named as
+Qwen3-MoE's. three_stacks() has such layers, with a shared expert as Qwen2-MoE's, between dense ones.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +14,18 @@ import numpy as np
 from jaxft import tree
 from jaxft.models import llama_config
 from jaxft.models.adapted import adapted
-from jaxft.models.dense import dense_model, llama_specs, names_of, one_stack, self_attention
+from jaxft.models.dense import (
+    DecoderSpec,
+    LayerSpec,
+    StackSpec,
+    dense_model,
+    llama_specs,
+    names_of,
+    one_stack,
+    prenorm_layer,
+    self_attention,
+    with_attention,
+)
 from jaxft.models.families import Family
 from jaxft.nn.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
@@ -45,7 +55,7 @@ def expert_specs(c: ExpertConfig) -> dict[str, Any]:
     specs, (L, X, D, F) = llama_specs(c), (c.layers, c.experts, c.width, c.mlp)
     into, back = ("layers", "experts", "width", "mlp"), ("layers", "experts", "from_mlp", "out_width")
     specs["layers"]["mlp"] = {
-        "router": ParamSpec((L, D, X), ("layers", "width", "act_width"), fan_in(D)),
+        "router": ParamSpec((L, D, X), ("layers", "width", "expert_scores"), fan_in(D)),
         "experts": {
             "gate": ParamSpec((L, X, D, F), into, fan_in(D)),
             "up": ParamSpec((L, X, D, F), into, fan_in(D)),
@@ -95,6 +105,44 @@ def to_hf(config: ExpertConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(ExpertConfig, from_hf, to_hf, experts, {})
+
+
+def three_stacks(dtype=jnp.float32):
+    """The model of a dense layer, two with experts and a shared one, and another dense layer."""
+    config = replace(CONFIG, layers=4)
+    dense, dense2 = (llama_specs(replace(config, layers=n))["layers"] for n in (1, 2))
+    moe = expert_specs(replace(config, layers=2))["layers"]
+    moe["mlp"] |= {"shared": dense2["mlp"]}
+    specs = llama_specs(config) | {"dense": dense, "moe": moe, "tail": dense}
+    del specs["layers"]
+    of_moe = {path.replace("layers/", "moe/"): name for path, name in NAMES.items()} | {
+        f"moe/mlp/shared/{name}": TensorName(f"model.layers.{{i}}.mlp.shared_expert.{name}_proj.weight", True)
+        for name in KERNELS
+    }
+    of_dense = names_of({"layers": dense})
+    names = {
+        f"{stack}/{path.removeprefix('layers/')}": name
+        for stack in ("dense", "moe", "tail")
+        for path, name in of_dense.items()
+    }
+    stacks = tuple(
+        StackSpec(name, count, (LayerSpec(fn, with_attention),))
+        for name, count, fn in [
+            ("dense", 1, prenorm_layer),
+            ("moe", 2, layer_with_shared),
+            ("tail", 1, prenorm_layer),
+        ]
+    )
+    decoder = DecoderSpec(specs, names_of(specs, names | of_moe), stacks,
+                          uniform(config.layers, config.head_dim, config.rope))  # fmt: skip
+    return dense_model(config, decoder, dtype)
+
+
+def layer_with_shared(f, p, h, attend, key):
+    """The layer with experts, whose shared expert adds to the output of the MLP."""
+    out, extras = layer(f, p, h, attend, key)
+    x = rms_norm(h, p["mlp_norm"], f.config.norm_eps, f.dtype)
+    return out + gated_mlp(p["mlp"]["shared"], x, split_keys(key, 3)).astype(h.dtype), extras
 
 
 def tiny_experts(adapter=None, dtype=jnp.float64, config=CONFIG):

@@ -22,6 +22,7 @@ from jaxft.models.dense import (
     with_attention,
 )
 from jaxft.models.llama import LlamaConfig
+from jaxft.nn.cache import RecurrentState
 from jaxft.nn.key_ranges import visible
 from jaxft.nn.layer_attention import AttentionLayers, Extras, LayerKind, batch_ranges
 from jaxft.nn.layers import rms_norm, split_keys
@@ -96,9 +97,13 @@ def _recurrence(config, attention):
     count = (config.layers - 1) // 2
 
     def empty(prompts, rows, dtype, stored):
-        return tuple(jnp.zeros((count, size, W), dtype) for size in (prompts[0], rows[0]))
+        return tuple(_state(jnp.zeros((count, size, W), dtype)) for size in (prompts[0], rows[0]))
 
     return Mixer(_rows, _prompts, _token, _chunk, empty)
+
+
+def _state(value):
+    return RecurrentState(value, ("mlp",))
 
 
 def _over_rows(tokens):
@@ -128,7 +133,7 @@ def _prompts(tokens, new, dtype):
 
         return mixed
 
-    return Pass(mix, end=lambda _, states: states)
+    return Pass(mix, end=lambda _, states: _state(states))
 
 
 def _token(cache, at, dtype):
@@ -144,7 +149,11 @@ def _token(cache, at, dtype):
 
         return mixed
 
-    return Pass(mix, (cache.prompts.layers, cache.rows), end=lambda _, states: states)
+    return Pass(mix, _values(cache), end=lambda _, states: _state(states))
+
+
+def _values(cache):
+    return cache.prompts.layers.value, cache.rows.value
 
 
 def _chunk(cache, chunk, dtype):
@@ -169,6 +178,6 @@ def _chunk(cache, chunk, dtype):
         return mixed
 
     def end(_, states):
-        return cache.rows.at[:, chunk.rows].set(states, mode="drop")
+        return _state(cache.rows.value.at[:, chunk.rows].set(states, mode="drop"))
 
-    return Pass(mix, (cache.prompts.layers, cache.rows), end=end)
+    return Pass(mix, _values(cache), end=end)

@@ -486,8 +486,9 @@ class TestRefusals:
         pair = {"a": np.zeros((3, 64, 2)), "b": np.zeros((3, 2, 64)), "scale": np.ones(3)}
         for adapter, word in [
             ({}, "no pairs"),
-            ({"final_norm": pair}, "not a linear layer"),
+            ({"final_norm": pair}, "final_norm: .* the settings have rank 0"),
             ({"embed": pair}, "the settings have rank 0"),
+            ({"embed": {"weight": np.zeros((320, 64))}}, "no pair of layers/attn/k, which its settings"),
             ({"layers": {"attn": {"q": {**pair, "bias": np.ones((3, 64))}}}}, "bias"),
             ({"layers": {"attn": {"q": pair}}}, "rank 4"),
         ]:

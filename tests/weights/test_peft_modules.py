@@ -252,7 +252,7 @@ def test_gradients_of_replaced_rows_are_those_of_the_whole_table(worlds):
     "kind, changes, words",
     [
         ("tied", dict(modules_to_save=("lm_haed",)), ("'lm_haed' is not a module", "lm_head")),
-        ("tied", dict(modules_to_save=("layers.0.input_layernorm",)), ("only some layers",)),
+        ("tied", dict(modules_to_save=("layers.0.input_layernorm",)), ("in some layers only",)),
         ("tied", dict(targets=("q", "head"), modules_to_save=("lm_head",)), ("head is in targets and in",)),
         ("tied", dict(bias="all"), ("adapter.bias=all", "no biases", "bias=none")),
         ("biased", dict(targets=("down",), bias="lora_only"), ("the adapted layers have no biases",)),
@@ -320,7 +320,7 @@ def test_adapters_that_peft_loads_and_jaxft_does_not_are_refused_with_a_remedy(w
         (
             "biased",
             dict(target_modules=["q_proj"], bias="lora_only", layers_to_transform=[1]),
-            r"bias='lora_only' with LoRA pairs in some layers only .*merge_and_unload",
+            r"bias='lora_only' has layers/attn/\w_bias in some layers only, .*merge_and_unload",
         ),
         (
             "untied",
