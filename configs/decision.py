@@ -3,8 +3,8 @@
     python scripts/train.py --config configs/decision.py
     python scripts/train.py --config configs/decision.py loss=brier name=decision_brier
 
-SmolLM2-135M-Instruct, LoRA on every linear layer, two packed rows of 512 tokens per step: whether a message is
-an order, a ticket or a booking, and whether an opinion is positive, by the letter of a choice.
+SmolLM2-135M-Instruct, LoRA on every linear layer, two packed rows of 512 tokens per step: whether a message
+is an order, a ticket or a booking, and whether an opinion is positive, by the letter of a choice.
 
 Hardware: 2 CPU cores, 2 GB; 5 minutes.
 """

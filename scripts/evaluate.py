@@ -144,7 +144,7 @@ def arguments(
     if way == TASKS and not args.names:
         parser.error("--tasks names no task; use names such as arc_easy,mmlu")
     if args.run is not None:
-        from jaxft.runs.fetched import local_folder
+        from jaxft.runs.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -327,7 +327,8 @@ def evaluate_completions(
     from jaxft.data.rows import read_rows
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.named_weights import held_out_names
-    from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
+    from jaxft.train.samples import Completer
+    from jaxft.train.scores import CompletionScorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
@@ -335,14 +336,12 @@ def evaluate_completions(
     if args.split is not None:
         names = held_out_names(args.split, next(iter(loaded.values())).tokenizer, args.check)
         rows = [row for row in rows if row.name in names]
-    found, scorers = {}, dict[Any, Any]()
+    found, completer = {}, Completer(args.batch, args.seed, args.kv_cache)
     for name, one in loaded.items():
         template, settings = template_settings(data[name]), data[name]
-        if template not in scorers:
-            how = Completing(sampling, args.samples, args.batch, args.seed, args.kv_cache, template)
-            scorers[template] = make_completion_scorer(functions, how, args.passes)
+        scorer = CompletionScorer(functions, completer, sampling, args.samples, args.passes, template)
         prompts = scored_prompts(rows[: args.limit], settings.get("format", "auto"), settings["columns"])
-        found[name] = scorers[template](one, prompts)
+        found[name] = scorer.evaluate(one, prompts)
     return found
 
 

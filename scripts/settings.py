@@ -50,7 +50,8 @@ def of_any_run() -> dict[str, list[Any]]:
 
     recipes = {name: load_config(name, [], expected=Run) for name in RECIPES}
     shared = list(settings_of(DataSettings, "data."))
-    groups = by_section(with_recipes([*settings_of(Run), *shared], recipes))
+    others = [setting for setting in settings_of(Run) if not setting.name.startswith("data.")]
+    groups = by_section(with_recipes([*others, *shared], recipes))
     kinds = {"SFT": Rows, "preferences and reward models": PairRows, "reinforcement learning": Rollouts}
     for kind, cls in kinds.items():
         rest = [setting for setting in settings_of(cls, "data.") if setting not in shared]

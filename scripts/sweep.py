@@ -144,10 +144,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, streams
+    from jaxft.runs import cli, interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()
     cli.quiet()
-    streams.outlive_console()
+    terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

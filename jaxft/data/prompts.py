@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ class Prompts(DataSettings):
     `micro` microbatches each. Other fields: see DataSettings.
     """
 
+    format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"
     max_prompt: Annotated[int, at_least(1)] = 256
     max_new: Annotated[int, at_least(1)] = 128
     max_turns: Annotated[int, at_least(1)] = 1
@@ -70,8 +71,6 @@ class Prompts(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("format", PROMPT_FORMATS)
-        self.require_choice("kv_cache", get_args(CacheFormat))
         if self.tokens is not None:
             raise ValueError(
                 f"data.tokens={self.tokens}: the lengths of completions are not known before "

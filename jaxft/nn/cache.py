@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.cached_attention import Keys, RowGroups, cached_attention, chunk_attention, joined_keys
+from jaxft.nn.contractions import from_bits, to_bits
 from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
-from jaxft.nn.products import from_bits, to_bits
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxft.bounds import between, check_bounds
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.attention import (
     OF_SCALED_QUERIES,
@@ -61,11 +62,10 @@ class LayerKind:
     """
 
     rope: Rope
-    window: int | None = None
+    window: Annotated[int | None, between(1, EVERY_KEY - 1), "sliding_window"] = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and not 0 < self.window < EVERY_KEY:
-            raise ValueError(f"config: a sliding window must be a number from 1 to 2^30, got {self.window}")
+        check_bounds(self, "config:")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
-from jaxft.nn import dora, replaced
+from jaxft.nn import dora, full_modules
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
@@ -267,8 +267,8 @@ def attach(
             pair = node["a"], node["b"], node["scale"]
             own = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
             return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), own, over)
-        if replaced.is_replacement(node):
-            return replaced.attach_replacement(name, base, node, token_ids)
+        if full_modules.is_replacement(node):
+            return full_modules.attach_replacement(name, base, node, token_ids)
         if not node:
             return base
         return {**base, **{inner: walk(inner, base.get(inner), node[inner]) for inner in node}}
@@ -285,7 +285,7 @@ def join_adapters(adapter: Any, other: Any) -> Any:
     """
     if not adapter:
         return other
-    if not other or replaced.is_replacement(adapter):
+    if not other or full_modules.is_replacement(adapter):
         return adapter
     if is_pair(adapter):
         factor = (other["scale"] / adapter["scale"])[..., None, None]
@@ -377,6 +377,6 @@ def merge_node(
     path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
 ) -> jax.Array:
     """Return a base's parameter, or one layer of it, with what an adapter has at its path, in `dtype`."""
-    if replaced.is_replacement(node):
-        return replaced.merge_replacement(path, weight, node, dtype, token_ids)
+    if full_modules.is_replacement(node):
+        return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)

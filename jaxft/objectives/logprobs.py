@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxft import tree
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.param import ParamSpec, Specs, is_spec
-from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import LIKE_WEIGHT
 from jaxft.objectives.target_loss import CROSS_ENTROPY, TargetLoss
 from jaxft.tree import LayerOutputs, Params, struct

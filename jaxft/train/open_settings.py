@@ -33,7 +33,7 @@ from jaxft.rl.rollout import Rollouts
 from jaxft.runs import config
 from jaxft.runs.config import Recipe, Resolved
 from jaxft.runs.folder import read_saved_json
-from jaxft.runs.mirror import CHECKPOINTS
+from jaxft.runs.store_copy import CHECKPOINTS
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
 from jaxft.weights import hub

@@ -55,7 +55,7 @@ from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.runs.unknown_names import advice, join_lines
-from jaxft.train import loop, members, open_settings
+from jaxft.train import jobs, loop, open_settings
 from jaxft.train.clock import Clock
 from jaxft.train.reference import precompute
 from jaxft.train.settings import Run
@@ -193,7 +193,7 @@ def train_recipe(
             raise ValueError("callbacks= is a list of callbacks; write callbacks=[...] around this one")
         trackers, clock = [Callback(one) for one in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
-        folder = members.run_folder(resolved.value, Path(root))
+        folder = jobs.run_folder(resolved.value, Path(root))
         with processes.started(resolved.value.hosts, cli.print_error):
             resolved = fit_to_rows(resolved, root)
             code = loop.run(resolved.value, resolved.describe(), Path(root), trackers, clock=clock)
@@ -502,10 +502,10 @@ def prepare_recipe(
         resolved = fit_to_rows(resolve_settings(recipe, rows, together({**(settings or {})}, knobs)))
         run: Run = resolved.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            job = members.prepare(run, resolved.describe(), Path(folder))
+            job = jobs.prepare(run, resolved.describe(), Path(folder))
             job = precompute(job, _print_progress)
-            (state,), (frozen,) = members.load_members(job, None, _print_progress)
-            job = members.bind_sources(job, (frozen,), None)
+            (state,), (frozen,) = jobs.load_members(job, None, _print_progress)
+            job = jobs.bind_sources(job, (frozen,), None)
         p = job.lead.programs
         return Prepared(
             run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,

@@ -16,7 +16,9 @@ from two_stacks import two_stacks
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import adapted
+from jaxft.nn import cache
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_specs import pair_layouts
 from jaxft.nn.param import init_params, is_spec, kernel, spec_paths
@@ -81,6 +83,14 @@ def test_a_text_in_chunks_has_the_log_probs_of_one_forward_pass(params):
     """With shared prompts, states of prompts that rows start from, and rows of other lengths."""
     for error in differences(two_stacks(window=7), params):
         assert error.max() < 1e-10, error.max()
+
+
+def test_the_state_of_a_recurrence_is_sharded_along_its_named_axes():
+    state, rest = cache.RecurrentState(jnp.zeros((2, 4, 12)), ("mlp",)), ("layers", "rows", "mlp")
+    assert cache.cache_axes((state,))[0].value == rest
+    with jax.set_mesh(make_mesh(MeshShape(2, 1, 4))):
+        (found,) = jax.jit(cache.sharded)((state,))
+    assert found.value.sharding.shard_shape(found.value.shape) == (2, 2, 3)
 
 
 def loss_and_gradient(model, params):

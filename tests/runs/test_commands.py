@@ -18,7 +18,7 @@ from jaxft import bounds
 from jaxft.data import shipped
 from jaxft.data.mixture import parse_sources
 from jaxft.data.shipped import COMMANDS, ROOT
-from jaxft.runs import commands, config, parse, record, report, setting_sources, settings_list, streams
+from jaxft.runs import commands, config, parse, record, report, setting_sources, settings_list, terminal
 from jaxft.train.recipes import SHIPPED
 
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -31,7 +31,7 @@ def jaxft(monkeypatch, capsys, *argv):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setattr(commands.cli, "quiet", lambda: None)
-    monkeypatch.setattr(streams, "outlive_console", lambda: None)
+    monkeypatch.setattr(terminal, "outlive_console", lambda: None)
     capsys.readouterr()
     try:
         code = commands.main()

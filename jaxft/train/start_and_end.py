@@ -23,8 +23,8 @@ from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate import EvaluationLimit, is_stalled, selection_score
+from jaxft.train.jobs import Job, Member
 from jaxft.train.logs import Logs, early_end_lines, first_evaluation_lines, with_part
-from jaxft.train.members import Job, Member
 from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
 from jaxft.train.results import write_held_out
