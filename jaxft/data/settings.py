@@ -48,7 +48,8 @@ class DataSettings:
     CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every epoch
     goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
     max_samples: rows that are read of each dataset, the first ones; none: all. drop: rows that are left out
-    and counted, any of "duplicates" and "placeholders" (see left_out.py).
+    and counted, any of "duplicates" (training rows with the tokens of another one or of a row of a held-out
+    file) and "placeholders" (responses such as N/A, nan or -); see left_out.py.
     """
 
     train: str
@@ -122,7 +123,7 @@ class DataSettings:
         raise NotImplementedError
 
     def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
-        """Return what reads and tokenises the rows. cache: see `open`."""
+        """Return the reader that tokenises the rows. cache: see `open`."""
         few = self.invalid == FEW
         how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
         return Reader(self.task, tokenizer, self.token_settings, how)

@@ -78,7 +78,7 @@ BEFORE_AMPERE = re.compile(
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What rows and layers need from a kernel.
+    """The needs of rows and layers that a kernel must meet.
 
     packed: a row may have several segments, or padding before its first token. branches: responses share
     prompts. windowed: a layer has a sliding window shorter than the row. softcap: scores are capped. part:

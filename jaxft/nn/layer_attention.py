@@ -31,7 +31,7 @@ Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class Extras(NamedTuple):
-    """What a layer returns in addition to the residual stream.
+    """The outputs of a layer in addition to the residual stream.
 
     cached: what attention returned for a cache, see scan.Pass. outputs: values by name, which scans stack.
     """
@@ -126,7 +126,7 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 
 
 def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:
-    """Return what the layers need from a kernel for rows of `length` tokens; see AttentionNeeds."""
+    """Return the layers' needs from a kernel for rows of `length` tokens; see AttentionNeeds."""
     windowed = any(needed_window(kind.window, length) for kind in a.kinds)
     return AttentionNeeds(packed, branches, windowed, a.settings.softcap is not None)
 

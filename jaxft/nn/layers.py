@@ -58,7 +58,7 @@ _take.defvjp(lambda table, ids, dtype: (_take(table, ids, dtype), (table, ids)),
 
 
 def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Return what the adapter of a table, or with `rows` the adapter of each row, adds to embeddings."""
+    """Return the term that the adapter of a table, or with `rows` of each row, adds to embeddings."""
     if table.rows is None:
         a = sharding.constrain(table.a, None, "rank")
         low = _take(a, ids, dtype) * table.scale.astype(dtype)

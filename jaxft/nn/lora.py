@@ -54,21 +54,22 @@ class Adapter:
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
-    that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
+    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/lora_patterns.py.
 
     Trained in full in addition, and saved with the adapter (targets may be empty with them).
     modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
-    model, always is). bias: the biases of all or of the adapted layers. trainable_token_indices: the rows of
-    these tokens in the embedding table. token_head: also in a head of its own (a tied head has the same
-    rows).
+    model, always is), with the modules in them; the base keeps its weights. bias: the biases of all or of the
+    adapted layers. trainable_token_indices: the rows of these tokens in the embedding table. token_head: also
+    in a head of its own (a tied head has the same rows).
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
     quantised base) start from the base's weights and store the base without that part, and "qera" starts
-    from the error of a calibrated base, see weights/lora_start.py; "eva" starts from the inputs of the layers
-    on the run's own rows and gives modules other ranks with the same sum, see train/eva.py. eva_rho: the
-    largest rank of a module, as a multiple of its own. eva_tokens: how many tokens of the run's first batches
-    "eva" reads.
+    from the error of a calibrated base, see weights/lora_start.py; with these four the exported adapter is
+    for the unchanged base and has twice the rank. "eva" starts from the inputs of the layers on the run's
+    rows and gives modules other ranks with the same sum, see train/eva.py. eva_rho: the largest rank of a
+    module, as a multiple of its rank; in training each module has the memory of that rank, and the exported
+    adapter the chosen ranks. eva_tokens: how many tokens of the run's first batches "eva" reads.
     """
 
     rank: Annotated[int, at_least(1)] = 16

@@ -188,7 +188,7 @@ def bits_per_param(q: Any) -> float:
 def quantize(
     weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None
 ) -> QTensor:
-    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to those of a jax array.
+    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to a jax array's.
 
     block, double: see Quant. scale: the result of `scales` for the full weight, if this is a part of it.
     Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and

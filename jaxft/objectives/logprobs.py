@@ -27,7 +27,7 @@ CHUNK_LOGITS = 2**23  # elements of a chunk's logits per device: 32 MiB in float
 
 
 class LanguageModel(Protocol):
-    """What an objective uses of a model; models.model.Model has it, and documents it."""
+    """The part of a model that an objective uses; models.model.Model has it, and documents it."""
 
     @property
     def specs(self) -> Any:

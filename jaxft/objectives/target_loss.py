@@ -11,7 +11,7 @@ from jaxft.bounds import BELOW_ONE, at_least, check_bounds
 
 
 class TokenValues(Protocol):
-    """What a loss reads of logprobs.LogProbs, one number per token."""
+    """The part of logprobs.LogProbs that a loss reads, one number per token."""
 
     @property
     def logp(self) -> Float[Array, "..."]:

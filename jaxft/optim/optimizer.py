@@ -88,7 +88,7 @@ class Optim:
     lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
     pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
     matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
-    lr_groups matches. As in PEFT, it is also that of an adapter's vectors (DoRA's magnitudes, norms, biases),
+    lr_groups matches. As in PEFT, it applies to an adapter's vectors (DoRA's magnitudes, norms, biases),
     and a pair on the embedding table has 1e-6. ema: decay of a moving average of the trained weights, which
     is evaluated and exported in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is
     more than D standard deviations above the mean of the N steps before it, see spikes.py. layerwise: update

@@ -1,4 +1,4 @@
-"""What every script sets up: its parser, errors of one line, quiet libraries, the compilation cache."""
+"""The setup of every script: its parser, errors of one line, quiet libraries, the compilation cache."""
 
 import argparse
 import os
@@ -193,8 +193,8 @@ def error_line(error: BaseException) -> str | None:
 
 
 def backend_error(error: BaseException) -> str | None:
-    """Return what jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None for
-    other errors.
+    """Return the error that jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None
+    for other errors.
     """
     text = printable_line(str(error))
     if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):

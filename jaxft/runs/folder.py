@@ -340,7 +340,7 @@ class ChangedResult(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What is wrong with it, for messages."""
+        """The problem with it, for messages."""
         if self.is_missing:
             return f"{self.path}: no such file, and the finished run wrote it"
         return (

@@ -81,7 +81,7 @@ def definition(name: str, file: Path) -> ast.AST | None:
 
 
 def defined_as(name: ast.AST, file: Path) -> Definition | None:
-    """Return what a name, or a name in an imported module, is defined as in jaxft or in the file itself."""
+    """Return the definition of a name, or of a name in an imported module, in jaxft or in the file."""
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):  # processes.Hosts
         statement = definition(name.value.id, file)
         if isinstance(statement, ast.ImportFrom):

@@ -47,7 +47,8 @@ def _nowhere(*step: int) -> None:
 
 
 class Copies(NamedTuple):
-    """What a run calls so that its folder is copied; without a store these functions do nothing.
+    """The functions that a run calls so that its folder is copied; without a store these functions do
+    nothing.
 
     accepted: when the start is accepted. published: with the step of each new checkpoint, which is copied in
     the background. sending: the steps of checkpoints that are being copied and must stay on disk. settle:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from jaxft.data.urls import without_secrets
 
-# What moves the cursor, changes colours or reorders text; tabs and new lines are left.
+# Characters that move the cursor, changes colours or reorders text; tabs and new lines are left.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 2000
 

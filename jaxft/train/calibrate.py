@@ -98,7 +98,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What calibrated codes depend on, and their name in the cache.
+    """The inputs of a calibration, and their name in the cache.
 
     ref: where the base comes from. ranks: of low-rank corrections, see layerwise.calibrate_layers.
     """

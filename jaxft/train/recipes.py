@@ -67,7 +67,7 @@ FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-t
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
 CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
-DECISIONS = "configs/data/decisions.jsonl"  # what a message is, or whether an opinion is positive
+DECISIONS = "configs/data/decisions.jsonl"  # whether a message is an order, a ticket or a booking
 SHIPPED = (  # with held-out rows
     EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR, DECISIONS,
 )  # fmt: skip
@@ -115,7 +115,7 @@ class ModelKnobs:
 
     @property
     def extension(self) -> Extension | None:
-        """What is added to the model's tokenizer, None for nothing."""
+        """The tokens and template that are added to the model's tokenizer, None for nothing."""
         if self.add_tokens or self.add_special_tokens or self.chat_template is not None:
             return Extension(self.add_tokens, self.add_special_tokens, template=self.chat_template)
         return None
@@ -286,7 +286,7 @@ class GpuKnobs(LoraOrFullKnobs):
 class ReferenceKnobs:
     """Another reference policy than the model at step 0."""
 
-    reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
+    reference_model: str | None = None  # a run, a PEFT folder (cheap on the same base), or a model
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
     def reference(self, otherwise: Reference = "start") -> Reference:
@@ -330,10 +330,10 @@ def choose_reference(
 class SftKnobs:
     """Variants of the cross-entropy, and noise; see objectives.sft."""
 
-    label_smoothing: float = 0.0  # such as 0.1
+    label_smoothing: float = 0.0  # such as 0.1; the held-out loss is the plain cross-entropy
     z_loss: float = 0.0  # such as 1e-4
     dft: bool = False  # dynamic fine-tuning: each token weighted by its probability
-    neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5
+    neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
 
     def objective(self) -> Callable[[Model], Objective]:
         """The objective of a Run. Raises ValueError for a value out of range."""
@@ -353,7 +353,7 @@ class SourceKnobs:
     held_out: str | float | None = (
         "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: int = 8  # with rows of your own from their number, see configs/README.md
+    batch: int = 8  # with rows of your own from their number: about 100 steps
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float | None = 1.0
     tokens: int | None = None  # the length of the run in tokens, with epochs=none

@@ -158,7 +158,7 @@ def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: M
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:
-    """Return what is wrong with the loss of the last step's batch after that step, for each member.
+    """Return the problem with the loss of the last step's batch after that step, for each member.
 
     It is the only forward pass with the last update in a run without held-out rows.
     """

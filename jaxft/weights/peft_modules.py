@@ -27,7 +27,7 @@ NO_TARGETS = "dummy-target-modules"  # peft's target_modules of an adapter witho
 
 
 class Modules(NamedTuple):
-    """What an adapter's files have besides LoRA pairs.
+    """The tensors of an adapter's files besides LoRA pairs.
 
     nodes: {"weight"} or {"rows"} by path. settings: fields of nn.lora.Adapter. used: names of tensors.
     """
