@@ -42,7 +42,7 @@ def config(
     lr: float = 5e-5,  # auto: by the model's width, and the default with another model
     loss: PairLossFunction = dpo,
     beta: float = 0.1,
-    reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
+    reference: ReferenceSetting | None = None,  # start, or precomputed (default with full=true)
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -81,7 +81,7 @@ def actor_and_critic(
 
 
 def critic_head(kind: str, reward_head: HeadSettings | None, base: LoraKnobs) -> HeadSettings:
-    """What the critic has in addition to the base and the policy."""
+    """The parts that the critic has in addition to the base and the policy."""
     if kind == "reward":
         if reward_head is None:
             raise ValueError(
@@ -99,7 +99,8 @@ def config(
     name: str = "ppo",
     lr: float = 3e-4,  # auto: by the model's width, and the default with another model
     reward: str | RewardFunction = "runs/reward",
-    critic: Literal["fresh", "reward", "shared", "full"] | None = None,
+    critic: Literal["fresh", "reward", "shared", "full"]
+    | None = None,  # reward: starts from that, the default on its base; shared: a head, the default otherwise
     loss: PolicyLossFunction = clipped,
     kl: KLFunction = k1,  # estimator of the KL in the rewards
     kl_coef: float = 0.05,

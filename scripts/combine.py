@@ -5,7 +5,7 @@
     python scripts/combine.py A B --weights 1,1 --method ties --density 0.3 --out merged
 
 A, B are runs or adapter folders in PEFT's layout, on one base, which --model names if their own names of it
-differ. The methods are those of PEFT's
+differ. The methods are named as in PEFT's
 add_weighted_adapter: cat is the exact sum, with the sum of the ranks; svd (the default) is the sum reduced to
 --rank, by default the largest of the adapters, and its error is printed; linear, ties, dare_linear and
 dare_ties combine the matrices A and B separately and need equal ranks. Weights may be negative.

@@ -32,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
     from jaxft.runs import compare, ranking
-    from jaxft.runs.fetched import local_folder
     from jaxft.runs.page.run_files import folders_of_runs, runs_among
+    from jaxft.runs.store_copy import local_folder
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def curve_metrics(entry: Entry) -> Entry:

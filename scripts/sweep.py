@@ -103,7 +103,9 @@ def sweep_name(option: str | None, overrides: list[str]) -> tuple[str | None, li
 
 
 def lines_of_runs(about: Mapping[str, list[str]]) -> list[str]:
-    """Return lines about each run, by label, as one list: those of all runs once, others with the label."""
+    """Return lines about each run, by label, as one list: lines that all runs have once, others with the
+    label.
+    """
     first, *others = about.values()
     if all(lines == first for lines in others):
         return first
@@ -144,10 +146,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, streams
+    from jaxft.runs import cli, interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()
     cli.quiet()
-    streams.outlive_console()
+    terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -43,9 +43,11 @@ def main() -> int:
     if args.help:
         knobs = ""
         if args.config or args.overrides:
-            from jaxft.runs.config import help_text
+            from jaxft.runs.settings_list import help_text, settings_of
+            from jaxft.train.settings import Run
 
-            knobs = "\n" + help_text(cli.recipe_and_overrides(args.config, args.overrides)[0]) + "\n"
+            recipe, _ = cli.recipe_and_overrides(args.config, args.overrides)
+            knobs = f"\n{help_text(recipe, settings_of(Run))}\n"
         print(parser.format_help() + knobs, end="")
         return 0
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
@@ -58,7 +60,7 @@ def main() -> int:
         from jaxft.plan import dry_run
         from jaxft.runs import config
         from jaxft.runs.trackers.tracker import check_trackers
-        from jaxft.train.members import run_folder
+        from jaxft.train.jobs import run_folder
         from jaxft.train.recipes import without_model_weights
 
         with without_model_weights():
@@ -81,10 +83,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, streams
+    from jaxft.runs import cli, interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()
     cli.quiet()
-    streams.outlive_console()
+    terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -1,8 +1,11 @@
 """Bounds of settings: what an annotation declares is checked, shown, and the same for every section."""
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from jaxft.bounds import (
@@ -46,6 +49,9 @@ def test_bounds_contain_what_their_text_says(bounds, text, inside, outside):
 class Section:
     rank: Annotated[int, at_least(1)] = 4
     rate: Annotated[float | None, ZERO_TO_ONE] = None
+    every: Annotated[int | float, above(0), "save_every"] = 1
+    kind: Literal["a", "b"] | None = "a"
+    full: bool | None = None
 
     def __post_init__(self) -> None:
         check_bounds(self, "section")
@@ -57,6 +63,29 @@ def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
         Section(0)
     with pytest.raises(ValueError, match=r"^section.rate=1.5; expected from 0 to 1, or none$"):
         Section(rate=1.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rank", True, "section.rank=True; expected a whole number at least 1"),
+        ("rank", 1.5, "section.rank=1.5; expected a whole number at least 1"),
+        ("rank", None, "section.rank=None; expected a whole number at least 1"),
+        ("rate", "x", "section.rate='x'; expected a number from 0 to 1, or none"),
+        ("rate", math.nan, "section.rate=nan; expected a finite number from 0 to 1, or none"),
+        ("every", "x", "section.save_every='x'; expected a number above 0"),
+        ("kind", "c", "section.kind='c'; use one of a, b, none"),
+        ("full", 1, "section.full=1; use one of true, false, none"),
+        ("full", "x", "section.full='x'; use one of true, false, none"),
+    ],
+)
+def test_a_section_refuses_values_of_other_types_and_other_choices(field, value, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Section(**{field: value})
+
+
+def test_numbers_that_are_no_python_numbers_are_not_checked():
+    assert Section(rank=np.int64(3), every=np.float32(0.5), rate=1, kind=None).rank == 3
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 MODULES = sorted(p for p in (ROOT / "jaxft").rglob("*.py") if p != ROOT / "jaxft" / "__init__.py")
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+PACKAGES = sorted(p.parent for p in (ROOT / "jaxft").rglob("__init__.py") if p.parent != ROOT / "jaxft")
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 # Members of types from Python, jax and ctypes that only some versions or platforms have; none of jaxft's own
@@ -366,29 +367,40 @@ def test_functions_have_at_most_six_parameters():
     assert not wrong
 
 
-def files_of_the_tour(tour):
-    """["nn/param.py", ...]: every file that the guided tour names, in the section of its folder."""
-    text = tour.partition("## File by file")[2].partition("\n## ")[0]
-    sections = re.split(r"^\*\*(\w+/)\*\*", text, flags=re.M)
-    path = r"`([\w/]+\.(?:py|js|css|html))`"
-    by_folder = zip(["", *sections[1::2]], sections[::2])
-    return [folder + name for folder, part in by_folder for name in re.findall(path, part)]
+def listed_files(docstring):
+    """["a.py", "b.py"]: the files that a folder's docstring names at the beginnings of its lines."""
+    lines = re.findall(r"^((?:\w+\.\w+, )*\w+\.\w+): ", docstring, re.MULTILINE)
+    return [name for line in lines for name in line.split(", ")]
 
 
-def test_the_tour_names_every_file_in_the_section_of_its_folder():
-    package = ROOT / "jaxft"
-    named = files_of_the_tour((package / "README.md").read_text())
-    files = [file.relative_to(package).as_posix() for file in MODULES if file.name != "__init__.py"]
-    assert sorted(name for name in named if name.endswith(".py")) == sorted(files)
-    assert all((package / name).is_file() for name in named)
+def test_a_folders_docstring_has_a_line_for_each_of_its_files():
+    wrong = []
+    for package in PACKAGES:
+        listed = listed_files(ast.get_docstring(parsed(package / "__init__.py")) or "")
+        there = [file.name for file in package.iterdir() if file.is_file() and file.name != "__init__.py"]
+        missing = {name for name in there if name.endswith(".py")} - {*listed}
+        wrong += [f"{name_of(package / '__init__.py')} lacks a line for {name}" for name in sorted(missing)]
+        wrong += [f"{name_of(package / '__init__.py')} lists {name}" for name in listed if name not in there]
+    assert not wrong
 
 
-def test_what_the_tour_links_to_and_names_as_a_path_exists():
+def test_the_tour_names_every_folder_in_the_order_of_imports():
     tour = (ROOT / "jaxft" / "README.md").read_text()
-    introduction, _, rest = tour.partition("## File by file")
-    links = re.findall(r"\]\(([^)]+)\)", tour)
-    paths = re.findall(r"`([\w/]+/(?:\w+\.\w+)?)`", introduction + rest.partition("## To add")[2])
-    assert len(links) > 5 and len(paths) > 10
+    rows = tour.partition("## Folder by folder")[2].partition("\n## ")[0]
+    first = [
+        re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1]) for row in rows.splitlines() if row[:3] == "| `"
+    ]
+    names = [name for row in first for name in row]
+    assert sorted(names) == sorted(LEVEL)
+    assert [LEVEL[name] for name in names] == sorted(LEVEL[name] for name in names)
+    assert len(tour.splitlines()) <= 120
+
+
+def test_every_path_that_the_tour_names_exists():
+    tour = (ROOT / "jaxft" / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", tour)
+    paths = re.findall(r"`([\w/]+/(?:\w+\.\w+)?)`", tour)
+    assert len(links) > 5 and len(paths) > 20
     assert not [p for p in links + paths if not any((ROOT / top / p).exists() for top in ("jaxft", "."))]
 
 

@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/grpo_tools.py start=runs/calculator_format
         environment=configs/examples/faulty_calculator.py:Faulty
 
-What a tool raises excludes the episode from training and means and is counted in episodes/faults/raised,
+An exception of a tool excludes the episode from training and means and is counted in episodes/faults/raised,
 unless it is an error in the policy's call (ValueError, TypeError, ...), of which the policy gets the message.
 """
 

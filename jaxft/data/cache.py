@@ -138,7 +138,7 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def _parse(data: Any, columns: ColumnTypes, releases: Sequence[Callable[[], object]] = ()) -> StoredRows:
-    """Return what the bytes of a file contain, without copying the columns. releases: see Flat."""
+    """Return the table in the bytes of a file, without copying the columns. releases: see Flat."""
     import pyarrow
 
     end = len(data) - _TAIL.size

@@ -314,7 +314,7 @@ def prompt_warnings(
 
 
 def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
-    """Return what of the prompt for the response is not in front of it in training; "" for a rejected row."""
+    """Return the part of a response's prompt that is absent in training; "" for a rejected row."""
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
         text = render_messages(template, chat.messages, chat.tools)

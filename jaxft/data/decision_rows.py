@@ -96,11 +96,11 @@ class DecisionRows(Rows):
     labels: tuple[str, ...] = ()
     question: str | None = None
     too_long: Annotated[str, one_of(("drop", "error"))] = "drop"
+    packing: bool = True
     task: ClassVar[RowTask] = DECISION_TASK
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("packing", (True, False))
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(

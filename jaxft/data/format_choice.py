@@ -91,8 +91,8 @@ def parse_rows(
 def parse_dataset(
     rows: Sequence[Row], task: str, settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> list[ParsedRow | InvalidRow]:
-    """Return what each row contains, or what is wrong with it. All have one format, by default the one that
-    most rows fit. Raises the first row's InvalidRow if no row fits any format.
+    """Return the content of each row, or the error that makes it invalid. All have one format, by default the
+    one that most rows fit. Raises the first row's InvalidRow if no row fits any format.
     """
     formats = formats_of(task, settings.numbers)
     counts = count_columns(rows, settings.columns, formats)

@@ -296,7 +296,7 @@ ROW_FORMATS = (
     _decision_format(LABEL, (("text",), ("label",))),
     _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
 )  # fmt: skip
-# What rows of a task are, for errors where another one reads them.
+# A name for rows of a task, for errors where another one reads them.
 TASKS = {
     SFT: "SFT, for which there is the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",

@@ -8,7 +8,7 @@ from jaxtyping import Bool, UInt64
 from jaxft.data.example import Chat, Completion, Example, Text
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")
-# What spreadsheets, pandas and annotators write where there is no response; in lower case.
+# Texts that spreadsheets, pandas and annotators write where there is no response; in lower case.
 _NOTHING = frozenset((
     "n/a", "na", "n.a.", "#n/a", "<na>", "nan", "null", "none", "nil", "undefined", "tbd", "tba", "todo", "-",
     "--", "---", "...", "…", "???", "[deleted]", "[removed]", "[empty]", "(empty)", "(none)", "(blank)",

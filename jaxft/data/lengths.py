@@ -155,7 +155,7 @@ def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
 
 @dataclass(frozen=True)
 class LimitCost:
-    """What a limit of the rows' lengths keeps and costs.
+    """The fractions that a limit of the rows' lengths keeps, and its cost.
 
     whole, truncated, dropped: numbers of rows. tokens: of an epoch. time, memory: of an epoch, and for the
     activations of the largest microbatch, relative to the setting's own limit.

@@ -43,7 +43,7 @@ class NextPrompt(NamedTuple):
 
 
 class _Suffix(NamedTuple):
-    """What follows a turn: the text of its end token, "" for none, and the text behind it."""
+    """The text that follows a turn: the text of its end token, "" for none, and the text behind it."""
 
     end: str
     rest: str
@@ -96,7 +96,7 @@ def _first_suffix(
 
 
 def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _Suffix | None:
-    """Return what follows the turn; None if the template rewrites what is before it.
+    """Return the text that follows the turn; None if the template rewrites what is before it.
 
     Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
     """

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -42,12 +42,15 @@ class Prompts(DataSettings):
     out, "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group:
     completions of each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows:
     completions that are sampled at the same time; the next prompts take the rows of completions that
-    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. kv_cache: how the
+    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. Another number may
+    round sums differently, and change a token where two are almost equally likely, but not in bfloat16 on a
+    CPU that multiplies it itself. kv_cache: how the
     sampler stores keys and values, "compute" for the compute dtype. passes: how often the policy is
     trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of
     `micro` microbatches each. Other fields: see DataSettings.
     """
 
+    format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"
     max_prompt: Annotated[int, at_least(1)] = 256
     max_new: Annotated[int, at_least(1)] = 128
     max_turns: Annotated[int, at_least(1)] = 1
@@ -70,8 +73,6 @@ class Prompts(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("format", PROMPT_FORMATS)
-        self.require_choice("kv_cache", get_args(CacheFormat))
         if self.tokens is not None:
             raise ValueError(
                 f"data.tokens={self.tokens}: the lengths of completions are not known before "

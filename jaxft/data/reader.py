@@ -77,7 +77,7 @@ CheckExamples = Callable[[Sequence[Example], Any, TemplateSettings], tuple[str, 
 
 
 class RowTask(NamedTuple):
-    """What rows are read for, such as SFT: one object for each kind of data.
+    """The purpose of reading rows, such as SFT: one object for each kind of data.
 
     name: of the task in formats.ROW_FORMATS; one without formats reads each row by itself, with any columns.
     version: increase it when the same rows become other tokens; both are part of the cache key. limit: the
@@ -191,7 +191,7 @@ class Reader:
         return format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
 
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
-        """Return what each row contains, or what is wrong with it."""
+        """Return the content of each row, or the error that makes it invalid."""
         return [*self.task.parse(format, rows, self.settings, self.task.name)]
 
     def _all_too_long(self, ref: str, dropped: int) -> str:

@@ -74,7 +74,7 @@ class Lines:
 
     @property
     def label(self) -> str:
-        """What the names of the rows begin with."""
+        """The beginning of the rows' names."""
         return self.path.name
 
     def rows(self) -> Iterator[Outcome]:
@@ -96,7 +96,7 @@ class GroupRows:
 
     @property
     def label(self) -> str:
-        """What the names of the rows begin with."""
+        """The beginning of the rows' names."""
         return self.path.name
 
     def rows(self) -> Iterator[Outcome]:
@@ -146,7 +146,7 @@ class ChunkStart:
 
     @property
     def label(self) -> str:
-        """What the names of the rows begin with."""
+        """The beginning of the rows' names."""
         return self.chunk.label
 
     def rows(self) -> Iterator[Outcome]:
@@ -168,7 +168,7 @@ class ChunkSample:
 
     @property
     def label(self) -> str:
-        """What the names of the rows begin with."""
+        """The beginning of the rows' names."""
         return self.chunk.label
 
     def rows(self) -> Iterator[Outcome]:

@@ -1,15 +1,13 @@
 """The settings that every kind of training data has, and their checks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from jaxtyping import Bool
 
-from jaxft.bounds import ZERO_TO_ONE, Choices, above, at_least, check_bounds, one_of
+from jaxft.bounds import ZERO_TO_ONE, above, at_least, check_bounds, one_of
 from jaxft.data.conversation import PLAIN
 from jaxft.data.epochs import Epochs
 from jaxft.data.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
@@ -28,13 +26,6 @@ def check_seed(seed: int, setting: str) -> None:
     """Raise ValueError for a seed that JAX cannot make a random key of. setting: the name of the setting."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"{setting}={seed}; use a whole number from 0 to 2^63 - 1")
-
-
-@cache
-def _choices(kind: Any) -> list[tuple[str, tuple[str | None, ...]]]:
-    """Return the settings that take some texts only, and these."""
-    marks = ((name, get_args(hint)[1:]) for name, hint in get_type_hints(kind, include_extras=True).items())
-    return [(name, mark.known) for name, found in marks for mark in found if isinstance(mark, Choices)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,8 @@ class DataSettings:
     CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every epoch
     goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
     max_samples: rows that are read of each dataset, the first ones; none: all. drop: rows that are left out
-    and counted, any of "duplicates" and "placeholders" (see left_out.py).
+    and counted, any of "duplicates" (training rows with the tokens of another one or of a row of a held-out
+    file) and "placeholders" (responses such as N/A, nan or -); see left_out.py.
     """
 
     train: str
@@ -86,9 +78,6 @@ class DataSettings:
         check_bounds(self, "data")
         check_seed(self.seed, "data.seed")
         check_seed(self.seed_of_split, "data.split_seed")
-        kind: Any = type(self)
-        for name, known in _choices(kind):
-            self.require_choice(name, known)
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:
@@ -110,12 +99,6 @@ class DataSettings:
     def length_settings(self) -> tuple[str, ...]:
         """Names of the settings whose sum is max_length."""
         return ("max_length",)
-
-    def require_choice(self, name: str, choices: Sequence[Any]) -> None:
-        """Raise ValueError if the named setting is none of the choices."""
-        if getattr(self, name) not in choices:
-            known = ", ".join(map(str, choices)).lower()
-            raise ValueError(f"data.{name}={getattr(self, name)!r}; use one of {known}")
 
     @property
     def template_settings(self) -> TemplateSettings:
@@ -140,7 +123,7 @@ class DataSettings:
         raise NotImplementedError
 
     def reader(self, tokenizer: Any, cache: Path | None = None) -> Reader:
-        """Return what reads and tokenises the rows. cache: see `open`."""
+        """Return the reader that tokenises the rows. cache: see `open`."""
         few = self.invalid == FEW
         how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
         return Reader(self.task, tokenizer, self.token_settings, how)

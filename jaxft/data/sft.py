@@ -76,8 +76,6 @@ class Rows(DataSettings):
         super().__post_init__()
         if self.too_long == "split" and self.max_length < 3:
             raise ValueError(f"data.max_length={self.max_length}; use at least 3")
-        if self.packing not in (True, False, "wrapped"):
-            raise ValueError(f"data.packing={self.packing!r}; use true, false or wrapped")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
             raise ValueError(
                 "data.packing=wrapped cuts documents anywhere, so none is too long or weighted as a whole: "

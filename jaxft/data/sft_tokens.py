@@ -124,5 +124,5 @@ def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
 
 
 def remedy_for_too_long(limit: str) -> str:
-    """Return what to do about a row that is longer than the setting `limit`, such as "max_length"."""
+    """Return advice about a row that is longer than the setting `limit`, such as "max_length"."""
     return f"raise data.{limit} or set data.too_long=drop"

@@ -138,7 +138,7 @@ class Source(Protocol[BoundTo]):
         """
 
     def given(self, step: int) -> Batch:
-        """Return what is known of a step's batch before the run has weights: the batch itself, or the prompts
+        """Return the facts about a step's batch before the run has weights: the batch itself, or the prompts
         whose completions it is going to have.
         """
 

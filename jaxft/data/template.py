@@ -187,7 +187,7 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
 
 
 def failure_text(error: Exception) -> str:
-    """Return what a template's error says, with the line of a syntax error."""
+    """Return the message of a template's error, with the line of a syntax error."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"line {error.lineno}: {error.message}"
     return str(error)
@@ -230,7 +230,8 @@ def _any_of(tokens: Iterable[str]) -> str:
 def _ends_of_text(
     special: re.Pattern, opening: str, behind: str, between: str
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Return what ends the last assistant turn of a conversation, and what ends those before it.
+    """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
+    ones.
 
     behind: what follows the last response. between: what follows a response before the next question.
     """

@@ -1,1 +1,15 @@
-"""Devices, meshes, processes and how a run ends."""
+"""Devices, meshes, processes and how a run ends.
+
+sharding.py: the table from axis names to mesh axes; the only PartitionSpecs
+devices.py: peak speed and memory of a device; which have FP8 matmuls, and which CPUs bfloat16 ones
+xla_flags.py: settings of XLA and jax by platform, applied before jax starts
+threads.py: work on parts of host arrays, and compilation, in several threads; freed memory returned to the
+    system
+launch.py: rank and coordinator from SLURM, Kubernetes, torchrun and others
+processes.py: start and stop of `jax.distributed`; votes, barriers and shared errors
+sync.py: exchanges between processes: all continue, or all raise the same error
+exit.py: exit codes, and the last message of a process that dies
+temporary.py: temporary files of a process that may be killed
+disk.py: files that are written in one step and are on disk before they are announced
+watchdog.py: ends a run that has stalled
+"""

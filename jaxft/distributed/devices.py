@@ -59,7 +59,7 @@ def has_fp8_matmuls(device: Any) -> bool:
 
 
 def peak_fp8_flops(device: Any) -> float:
-    """Return the peak FLOP/s of dense FP8 matmuls; where the device has none, that of bfloat16 ones."""
+    """Return the peak FLOP/s of dense FP8 matmuls; where the device has none, the peak of bfloat16 ones."""
     if not has_fp8_matmuls(device):
         return peak_flops(device)
     for kind, peak in PEAK_FP8.items():

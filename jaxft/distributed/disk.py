@@ -1,6 +1,6 @@
 """Write files in one step, and so that a power cut leaves the old one or the new one.
 
-What has been written reaches the disk up to 30 s later, and an empty file may get its final name before its
+Written data reaches the disk up to 30 s later, and an empty file may get its final name before its
 content: so everything is synced before it is renamed, and the folder of the new name after.
 """
 

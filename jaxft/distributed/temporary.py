@@ -1,4 +1,5 @@
-"""Temporary files and folders with an owner, so that the next command removes those of killed processes.
+"""Temporary files and folders with an owner, so that the next command removes what killed processes have
+left.
 
 The owner locks the file or the folder, which ends with the process. Another machine's locks may not be seen,
 and some file systems have none: there, what is older than a day has no owner.
@@ -46,8 +47,8 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed at the end; first remove those of the same prefix whose
-    processes were killed. prefix: one that nobody else uses in this folder.
+    """Yield a new folder in `parent` that is removed at the end; first remove folders of the same prefix
+    whose processes were killed. prefix: one that nobody else uses in this folder.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Tokens
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds, count_from
 from jaxft.tree import struct
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -27,7 +27,7 @@ class Sampling:
     likeliest (Nguyen et al. 2024, arXiv:2407.01082); None for all.
     """
 
-    max_new: Annotated[int, at_least(1)] = 64
+    max_new: Annotated[int, count_from(1)] = 64
     temperature: float = 0.0
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
@@ -35,8 +35,6 @@ class Sampling:
 
     def __post_init__(self):
         check_bounds(self)
-        if self.max_new >= 2**31:
-            raise ValueError(f"max_new must be below 2^31, got {self.max_new}")
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
 

@@ -32,7 +32,7 @@ STOPPING = "the server is stopping"
 
 @dataclass(frozen=True)
 class ServeSizes:
-    """What a server's programs are compiled for.
+    """The static arguments of a server's programs.
 
     rows: completions in progress. prompt, new: the most tokens of a prompt and of a completion. stops: the
     most stop tokens of a request. block: decoding steps between two looks at new requests. continues: whether
@@ -198,7 +198,7 @@ class Scheduler:
         return tickets
 
     def load(self) -> Load:
-        """Return what the scheduler does now and has done."""
+        """Return the scheduler's counts of current and past requests."""
         with self.changed:
             return Load(len(self.rows), len(self.waiting), self.finished, self.tokens, self.failures)
 

@@ -34,7 +34,7 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 
 @dataclass(frozen=True, eq=False)
 class RequestSettings:
-    """What a request chooses. Settings that an engine does not have need one that serves; see Decoding.
+    """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/lora_rows.py. top: whether
     log-probs of the most likely tokens are needed; among_allowed: of those that the grammar allows. grammar:

@@ -1,4 +1,4 @@
-"""What an engine is compiled for, the sizes of its programs, and the rows in progress as arrays.
+"""The static arguments of an engine, the sizes of its programs, and the rows in progress as arrays.
 
 A state has R rows, which are completions in progress, and P prompts (nn/cache.py). Whatever a request chooses
 is an array with a value per row, so that nothing is compiled while an engine runs.
@@ -49,7 +49,7 @@ EXTENDED_TOGETHER = 4  # rows
 
 @dataclass(frozen=True)
 class Decoding:
-    """What an engine is compiled for.
+    """The static arguments of a compiled engine.
 
     sampling, stop: of rows that have no settings of their own. sampling.max_new: the most tokens of a row's
     completion, with those that are appended to it. group: completions of a prompt. cache: how keys and values
@@ -177,7 +177,7 @@ def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[in
 
 @struct
 class RowChoices:
-    """What requests choose, with a value per row [R].
+    """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
     adapter: see nn/lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.

@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all chunks of a response share. top: as in api_request.ChoiceSettings."""
+    """The fields that all chunks of a response share. top: as in api_request.ChoiceSettings."""
 
     id: str
     created: int

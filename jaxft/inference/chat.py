@@ -78,7 +78,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What the terminal does after a command. text: what it prints. again: whether the models respond to the
+    """The terminal's action after a command. text: what it prints. again: whether the models respond to the
     last message.
     """
 

@@ -38,7 +38,7 @@ class ChoiceText:
     )
 
     def piece(self, progress: NewTokens) -> Piece:
-        """Return what new tokens add. Raises ApiError if the request failed."""
+        """Return the events of new tokens. Raises ApiError if the request failed."""
         if progress.finish in ("error", "cancelled"):
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
         finish: str | None = progress.finish

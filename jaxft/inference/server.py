@@ -49,7 +49,7 @@ KEY_VARIABLE = "JAXFT_API_KEY"
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What clients may do. key: the API key that they need, "" for none. body: bytes of a request. hosts:
+    """The limits of clients. key: the API key that they need, "" for none. body: bytes of a request. hosts:
     names in the Host header, () for any.
     """
 
@@ -60,7 +60,7 @@ class ServerLimits:
 
 @dataclass(frozen=True)
 class Service:
-    """What the server serves: models by name, the first of them by default, over one scheduler."""
+    """The models of the server: models by name, the first of them by default, over one scheduler."""
 
     scheduler: Scheduler
     models: Mapping[str, ServedModel]
@@ -298,7 +298,7 @@ def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
 
 
 def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | None:
-    """Return what the response must match, None for anything. Raises ApiError."""
+    """Return the constraint that the response must match, None for anything. Raises ApiError."""
     schema, tools, required, text = body.choice.schema, None, None, ""
     if isinstance(body, ChatBody):
         tools, required = body.tools, body.required

@@ -191,7 +191,9 @@ class TextStream:
         return next((c for c in cuts if decode(self._tail[:c]) + decode(self._tail[c:end]) == text), None)
 
     def _piece(self, new: str, stops: Sequence[str]) -> str:
-        """Return what of the waiting and the new text is certain not to begin a stop string of `stops`."""
+        """Return the part of the waiting and the new text that certainly does not begin a stop string of
+        `stops`.
+        """
         text = self._waiting + new
         found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
         if found:

@@ -27,6 +27,7 @@ from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_optio
 from jaxft.nn.attention import AttentionSettings
 from jaxft.nn.attention_mixer import attention_mixer
 from jaxft.nn.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras
 from jaxft.nn.layers import (
     biased_linear,
@@ -40,7 +41,6 @@ from jaxft.nn.layers import (
 from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.matmul import gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
-from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import (
     BlockLayer,
     Layer,

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from jaxft.bounds import POSITIVE_FLOAT32, between, check_bounds
 from jaxft.models.rope_config import (
     LAYER_TYPES,
     extended_positions,
@@ -14,7 +15,7 @@ from jaxft.models.rope_config import (
 )
 from jaxft.nn.rope import Rope, check_rope
 
-SIZE_BITS, LAYERS_BITS = 24, 12  # limits of a config's sizes and of its layers, as powers of two
+Size = Annotated[int, between(1, 2**24 - 1)]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 # Names of activations in config.json. Exports write the first name of each.
 ACTIVATIONS: dict[str, Activation] = {
@@ -33,43 +34,29 @@ class DenseConfig:
     value out of range.
     """
 
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
+    vocab: Size
+    width: Size
+    layers: Annotated[int, between(1, 2**12 - 1)]
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    mlp: Size
     rope: Rope = Rope()
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, POSITIVE_FLOAT32, "rms_norm_eps"] = 1e-5
     tied: bool = False
-    max_positions: int = 2048
+    max_positions: Size = 2048
     bos: int | None = 1
     eos: tuple[int, ...] = (2,)
     activation: Activation = "silu"
 
     def __post_init__(self):
-        for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
-            size, bits = getattr(self, name), LAYERS_BITS if name == "layers" else SIZE_BITS
-            if type(size) is not int or not 0 < size < 2**bits:
-                raise ValueError(
-                    f"config: {name} must be a positive whole number below 2^{bits}, got {size!r}"
-                )
+        check_bounds(self, "config:")
         for token in (*self.eos, *([] if self.bos is None else [self.bos])):
             if type(token) is not int or token < 0:
                 raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads"
-            )
-        if self.activation not in get_args(Activation):
-            raise ValueError(
-                f"config: activation {self.activation!r} is not supported; use "
-                f"{', '.join(get_args(Activation))}"
-            )
-        if not 1e-37 < self.norm_eps < 3.4e38:
-            raise ValueError(
-                f"config: rms_norm_eps must be above 0 and finite in float32, got {self.norm_eps}"
             )
         check_rope(self.rope, self.head_dim, self.max_positions)
 

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense_config import ConfigFormat, fields_to_hf
-from jaxft.models.gemma import FOUR_NORMS, capped_attention, four_norms, gemma_model
-from jaxft.models.gemma_config import (
+from jaxft.models.gemma import (
+    FOUR_NORMS,
     GEMMA2_DEFAULTS,
     Gemma2Config,
     alternating,
+    capped_attention,
     capped_fields,
     capped_settings,
+    four_norms,
+    gemma_model,
 )
 from jaxft.models.layer_types import FULL, SLIDING
 from jaxft.models.model import Model

@@ -46,8 +46,8 @@ class GraniteConfig(DenseConfig):
         super().__post_init__()
         for name in MULTIPLIERS:
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 1e-37 < abs(value) < 3.4e38:
-                raise ValueError(f"config: {name} must be finite in float32 and not 0, got {value!r:.60}")
+            if not 1e-37 < abs(value) < 3.4e38:
+                raise ValueError(f"config: {name} must be finite in float32 and not 0, got {value}")
 
 
 def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:

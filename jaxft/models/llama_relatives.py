@@ -18,7 +18,7 @@ from jaxft.models.dense import (
 )
 from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
 from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama import LlamaConfig
 from jaxft.models.mistral import MistralConfig
 from jaxft.models.model import Model
 from jaxft.nn.layer_attention import uniform

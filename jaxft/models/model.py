@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.nn.cache import Cache
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layer_attention import AttentionLayers
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
-from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.scan import RematPolicy, Stacks, check_remat
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import LayerOutputs, Params

@@ -21,6 +21,7 @@ from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf,
 from jaxft.models.layer_types import window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.layer_attention import Attend, Extras, uniform
+from jaxft.nn.layer_inputs import InputTap
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
 from jaxft.nn.lora import Adapted
 from jaxft.nn.matmul import Weight, linear
@@ -28,7 +29,6 @@ from jaxft.nn.param import ParamSpec, fan_in
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import decode_scales
 from jaxft.nn.rope import Rope
-from jaxft.nn.taps import InputTap
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params
 

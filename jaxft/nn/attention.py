@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import chex
 import jax
@@ -18,12 +18,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxft.bounds import check_bounds
 from jaxft.distributed.sharding import constrain, mesh_size, num_shards, per_device, shard_start
 from jaxft.nn import flash_attention, pallas_attention
+from jaxft.nn.contractions import wide_einsum
 from jaxft.nn.flash_attention import MASKED, flash, soft_capped
 from jaxft.nn.key_ranges import KeyRanges, visible
 from jaxft.nn.pallas_attention import ranged_attention as pallas
-from jaxft.nn.products import wide_einsum
 from jaxft.nn.ring_attention import BlockKernel, balanced, ring
 from jaxft.nn.splash_attention import has_shared_prompts, splash, splash_of_scaled
 
@@ -77,7 +78,7 @@ BEFORE_AMPERE = re.compile(
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What rows and layers need from a kernel.
+    """The needs of rows and layers that a kernel must meet.
 
     packed: a row may have several segments, or padding before its first token. branches: responses share
     prompts. windowed: a layer has a sliding window shorter than the row. softcap: scores are capped. part:
@@ -107,14 +108,10 @@ class AttentionSettings:
 
     softcap: float | None = None
     context_keys: ContextKeys = "auto"
-    kernel: AttentionKernel = "auto"
+    kernel: Annotated[AttentionKernel, "attention"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.kernel not in get_args(AttentionKernel):
-            raise ValueError(f"attention={self.kernel!r} is unknown; use auto or flash")
-        if self.context_keys not in get_args(ContextKeys):
-            known = ", ".join(get_args(ContextKeys))
-            raise ValueError(f"context_keys={self.context_keys!r} is unknown; use one of {known}")
+        check_bounds(self)
 
 
 def asked_for(settings: AttentionSettings) -> str:

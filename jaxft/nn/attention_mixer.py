@@ -27,6 +27,7 @@ from jaxft.nn.cache import (
     store,
 )
 from jaxft.nn.cached_attention import Keys
+from jaxft.nn.contractions import to_bits
 from jaxft.nn.layer_attention import (
     Attend,
     AttentionLayers,
@@ -42,7 +43,6 @@ from jaxft.nn.layer_attention import (
     rotated,
     window_of,
 )
-from jaxft.nn.products import to_bits
 from jaxft.nn.scan import Mixer, Pass
 from jaxft.tree import Batch
 

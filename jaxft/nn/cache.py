@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.cached_attention import Keys, RowGroups, cached_attention, chunk_attention, joined_keys
+from jaxft.nn.contractions import from_bits, to_bits
 from jaxft.nn.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
-from jaxft.nn.products import from_bits, to_bits
 from jaxft.tree import static, struct
 
 CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
@@ -54,7 +54,7 @@ CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its 
 
 @struct
 class PromptKeys:
-    """What is cached of prompts, and which of their slots [P, S] have a token. They end in the last slot."""
+    """The cache of prompts, and which slots [P, S] have tokens. Prompts end in the last slot."""
 
     layers: CacheParts
     visible: Any
@@ -62,7 +62,7 @@ class PromptKeys:
 
 @struct
 class Cache:
-    """What is cached of P prompts and of R completions of at most `new` tokens.
+    """The cached arrays of P prompts and of R completions of at most `new` tokens.
 
     rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
     row's keys in the same order whenever the row started.
@@ -235,7 +235,7 @@ def sharded(layers: CacheParts) -> CacheParts:
 
 
 def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
-    """Return what is cached of these rows (or prompts)."""
+    """Return the cached arrays of these rows (or prompts)."""
     return jax.tree.map(lambda x: x[:, rows], layers)
 
 
@@ -316,7 +316,7 @@ def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
 
 @struct
 class Step:
-    """What the layers of a decoding step share: the prompts' visible slots, and the rows' tokens.
+    """The arrays that the layers of a decoding step share: the prompts' visible slots, and the rows' tokens.
 
     group_counts [P, G]: counts of the rows of each prompt.
     """

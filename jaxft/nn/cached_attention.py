@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.nn.contractions import concat_bits, wide_einsum
 from jaxft.nn.flash_attention import MASKED, soft_capped
 from jaxft.nn.layer_attention import AttentionRule
-from jaxft.nn.products import concat_bits, wide_einsum
 from jaxft.tree import struct
 
 

@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxft.nn.contractions import accumulation_dtype, to_bits, wide_einsum
 from jaxft.nn.key_ranges import KeyRanges, overlaps, pad_queries, visible
-from jaxft.nn.products import accumulation_dtype, to_bits, wide_einsum
 
 MASKED = -1e30  # a masked score: finite, so that a row without visible keys makes no NaN
 

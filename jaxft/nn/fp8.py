@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed.devices import has_fp8_matmuls
-from jaxft.nn.products import accumulation_dtype
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import E4M3, e4m3
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxft.bounds import between, check_bounds
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.attention import (
     OF_SCALED_QUERIES,
@@ -30,7 +31,7 @@ Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class Extras(NamedTuple):
-    """What a layer returns in addition to the residual stream.
+    """The outputs of a layer in addition to the residual stream.
 
     cached: what attention returned for a cache, see scan.Pass. outputs: values by name, which scans stack.
     """
@@ -61,11 +62,10 @@ class LayerKind:
     """
 
     rope: Rope
-    window: int | None = None
+    window: Annotated[int | None, between(1, EVERY_KEY - 1), "sliding_window"] = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and not 0 < self.window < EVERY_KEY:
-            raise ValueError(f"config: a sliding window must be a number from 1 to 2^30, got {self.window}")
+        check_bounds(self, "config:")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 
 
 def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:
-    """Return what the layers need from a kernel for rows of `length` tokens; see AttentionNeeds."""
+    """Return the layers' needs from a kernel for rows of `length` tokens; see AttentionNeeds."""
     windowed = any(needed_window(kind.window, length) for kind in a.kinds)
     return AttentionNeeds(packed, branches, windowed, a.settings.softcap is not None)
 

@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
+from jaxft.nn.contractions import accumulation_dtype, from_bits, to_bits
+from jaxft.nn.full_modules import Replaced, TokenRows
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import chosen
 from jaxft.nn.matmul import Weight, batched_dot, gather_weight, linear, matmul
-from jaxft.nn.products import accumulation_dtype, from_bits, to_bits
 from jaxft.nn.quant import QTensor, take_rows
-from jaxft.nn.replaced import Replaced, TokenRows
 from jaxft.tree import Params
 
 
@@ -58,7 +58,7 @@ _take.defvjp(lambda table, ids, dtype: (_take(table, ids, dtype), (table, ids)),
 
 
 def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Return what the adapter of a table, or with `rows` the adapter of each row, adds to embeddings."""
+    """Return the term that the adapter of a table, or with `rows` of each row, adds to embeddings."""
     if table.rows is None:
         a = sharding.constrain(table.a, None, "rank")
         low = _take(a, ids, dtype) * table.scale.astype(dtype)

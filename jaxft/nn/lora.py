@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.bounds import BELOW_ONE, at_least, between, check_bounds
-from jaxft.nn import dora, replaced
+from jaxft.nn import dora, full_modules
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_name
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
@@ -54,21 +54,22 @@ class Adapter:
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
-    that get one, None for all. Names are Hugging Face's or those of paths, see nn/lora_patterns.py.
+    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/lora_patterns.py.
 
     Trained in full in addition, and saved with the adapter (targets may be empty with them).
     modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
-    model, always is). bias: the biases of all or of the adapted layers. trainable_token_indices: the rows of
-    these tokens in the embedding table. token_head: also in a head of its own (a tied head has the same
-    rows).
+    model, always is), with the modules in them; the base keeps its weights. bias: the biases of all or of the
+    adapted layers. trainable_token_indices: the rows of these tokens in the embedding table. token_head: also
+    in a head of its own (a tied head has the same rows).
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
     quantised base) start from the base's weights and store the base without that part, and "qera" starts
-    from the error of a calibrated base, see weights/lora_start.py; "eva" starts from the inputs of the layers
-    on the run's own rows and gives modules other ranks with the same sum, see train/eva.py. eva_rho: the
-    largest rank of a module, as a multiple of its own. eva_tokens: how many tokens of the run's first batches
-    "eva" reads.
+    from the error of a calibrated base, see weights/lora_start.py; with these four the exported adapter is
+    for the unchanged base and has twice the rank. "eva" starts from the inputs of the layers on the run's
+    rows and gives modules other ranks with the same sum, see train/eva.py. eva_rho: the largest rank of a
+    module, as a multiple of its rank; in training each module has the memory of that rank, and the exported
+    adapter the chosen ranks. eva_tokens: how many tokens of the run's first batches "eva" reads.
     """
 
     rank: Annotated[int, at_least(1)] = 16
@@ -267,8 +268,8 @@ def attach(
             pair = node["a"], node["b"], node["scale"]
             own = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
             return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), own, over)
-        if replaced.is_replacement(node):
-            return replaced.attach_replacement(name, base, node, token_ids)
+        if full_modules.is_replacement(node):
+            return full_modules.attach_replacement(name, base, node, token_ids)
         if not node:
             return base
         return {**base, **{inner: walk(inner, base.get(inner), node[inner]) for inner in node}}
@@ -285,7 +286,7 @@ def join_adapters(adapter: Any, other: Any) -> Any:
     """
     if not adapter:
         return other
-    if not other or replaced.is_replacement(adapter):
+    if not other or full_modules.is_replacement(adapter):
         return adapter
     if is_pair(adapter):
         factor = (other["scale"] / adapter["scale"])[..., None, None]
@@ -377,6 +378,6 @@ def merge_node(
     path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
 ) -> jax.Array:
     """Return a base's parameter, or one layer of it, with what an adapter has at its path, in `dtype`."""
-    if replaced.is_replacement(node):
-        return replaced.merge_replacement(path, weight, node, dtype, token_ids)
+    if full_modules.is_replacement(node):
+        return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)

@@ -4,6 +4,7 @@ A module has two full names: that in Hugging Face files (model.layers.3.self_att
 (layers.3.attn.q), see nn/tensor_names.py. A pattern selects a module by either.
 """
 
+import functools
 import re
 from collections.abc import Collection, Sequence
 
@@ -17,8 +18,11 @@ def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:
     """Whether a regular expression matches a module's name, or the end of it after a dot, as keys of PEFT's
     rank_pattern do.
     """
-    compiled = tree.regex(rf"(.*\.)?({pattern})", setting)
-    return any(compiled.fullmatch(name) for name in names)
+    compiled = _compiled(rf"(.*\.)?({pattern})", setting)
+    return any(map(compiled.fullmatch, names))
+
+
+_compiled = functools.cache(tree.regex)  # a model may have 20,000 modules
 
 
 def is_name(text: str) -> bool:
@@ -45,8 +49,7 @@ def is_listed(listed: str | Collection[str], names: ModuleNames, setting: str) -
     target_modules and exclude_modules do. Long lists are sets.
     """
     if isinstance(listed, str):
-        compiled = tree.regex(listed, setting)
-        return any(compiled.fullmatch(name) for name in names)
+        return any(map(_compiled(listed, setting).fullmatch, names))
     return any(end in listed for end in name_ends(names))
 
 

@@ -19,9 +19,9 @@ from jaxtyping import Array
 
 from jaxft import tree
 from jaxft.nn import dora
+from jaxft.nn.full_modules import base_spec, is_replacement
 from jaxft.nn.lora import Adapted, adapters_axis, map_kernels, padded_pair, pair_axes, pairs_by_path
 from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
-from jaxft.nn.replaced import base_spec, is_replacement
 from jaxft.tree import Params
 
 BASE = 0  # the number of the adapter in a stack that changes nothing

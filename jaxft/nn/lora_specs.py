@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn import replaced
+from jaxft.nn import full_modules
 from jaxft.nn.lora import EVA, Adapter, pair_axes, target_paths
 from jaxft.nn.lora_patterns import is_listed, is_name, name_ends, values_by_pattern
 from jaxft.nn.param import (
@@ -46,10 +46,10 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     if not settings.targets and settings.replaces_weights:
         _check_no_pairs(settings)
         return {}
-    saved = replaced.saved_paths(base, settings.modules_to_save, names)
+    saved = full_modules.saved_paths(base, settings.modules_to_save, names)
     targets = target_paths(specs, settings.targets)
     is_list = isinstance(settings.targets, tuple) or is_name(settings.targets)
-    of_base = replaced.base_modules(base, names)
+    of_base = full_modules.base_modules(base, names)
     modules = {path: of_base[path] for path in targets}
     _check_layers(settings, list(targets), {x.layer for found in modules.values() for x in found})
     numbers = settings.layers_to_transform
@@ -173,13 +173,13 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
             "adapter.dora=false"
         )
     nodes: dict[str, dict[str, ParamSpec]] = {
-        path: _pair_specs(replaced.base_spec(base, path), layout, settings, is_table=path == "embed")
+        path: _pair_specs(full_modules.base_spec(base, path), layout, settings, is_table=path == "embed")
         for path, layout in layouts.items()
     }
     ranks = {path: layout.ranks for path, layout in layouts.items()}
-    saved = replaced.saved_paths(base, settings.modules_to_save, names)
-    for path in [*saved, *replaced.bias_paths(base, settings.bias, ranks, names)]:
-        nodes[path] = {"weight": replaced.base_spec(base, path)}
+    saved = full_modules.saved_paths(base, settings.modules_to_save, names)
+    for path in [*saved, *full_modules.bias_paths(base, settings.bias, ranks, names)]:
+        nodes[path] = {"weight": full_modules.base_spec(base, path)}
     if settings.trainable_token_indices:
         ids = settings.trainable_token_indices
         if not settings.token_head and "head" not in base:
@@ -187,7 +187,7 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
                 "adapter.token_head=false: this model has no head of its own (it is tied to its embeddings, "
                 "or a score head is in its place); leave it out"
             )
-        nodes |= replaced.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
+        nodes |= full_modules.token_specs(base, ids, settings.token_head and "head" not in saved, nodes)
     return tree.nested(nodes)
 
 

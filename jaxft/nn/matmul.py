@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
 from jaxft.nn import dora, fp8
+from jaxft.nn.contractions import accumulation_dtype, concat_bits, wide_dot
+from jaxft.nn.layer_inputs import InputTap
 from jaxft.nn.lora import Adapted
 from jaxft.nn.lora_rows import adapters_of_rows
-from jaxft.nn.products import accumulation_dtype, concat_bits, wide_dot
 from jaxft.nn.quant import QTensor, dequantize, shardings_of
-from jaxft.nn.taps import InputTap
 
 Weight = Any  # Array | QTensor | Adapted | InputTap
 

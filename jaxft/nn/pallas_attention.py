@@ -65,7 +65,7 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What kernels are compiled for."""
+    """The static arguments of a compiled kernel."""
 
     tiles: Tiles
     softcap: float | None

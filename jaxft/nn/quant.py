@@ -57,19 +57,13 @@ class Quant:
     codes: str | None = None
 
     def __post_init__(self) -> None:
-        kinds = {"kind": str, "block": int | None, "double": bool | None, "targets": str}
-        kinds |= {"fp8_matmul": bool | None, "calibrate": str | None, "codes": str | None}
-        for name, kind in (kinds | {"calibrate_tokens": int}).items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or (name == "block" and isinstance(value, bool)):
-                raise ValueError(f"quant.{name}={value!r} has type {type(value).__name__}")
+        check_bounds(self, "quant")
         with_defaults(self.kind, self.block, self.double)
         if self.calibrate is not None and self.kind == CHECKPOINT:
             raise ValueError(
                 f"quant.calibrate={self.calibrate} rounds weights, and quant=checkpoint stores them as the "
                 "files do; set quant.calibrate=none, or another quant"
             )
-        check_bounds(self, "quant")
         if self.codes is not None and self.calibrate is None:
             raise ValueError("quant.codes is set by runs with quant.calibrate; leave it out")
         if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):
@@ -194,7 +188,7 @@ def bits_per_param(q: Any) -> float:
 def quantize(
     weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None
 ) -> QTensor:
-    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to those of a jax array.
+    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to a jax array's.
 
     block, double: see Quant. scale: the result of `scales` for the full weight, if this is a part of it.
     Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and

@@ -13,16 +13,16 @@ The types `dynamic` and `longrope` use other frequencies for texts longer than t
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxft.bounds import above, at_least, check_bounds
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import to_rank
-from jaxft.nn.products import accumulation_dtype
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"]
 
@@ -64,11 +64,11 @@ class Rope:
     Raises ValueError for a value out of range, or for a field that `kind` doesn't use.
     """
 
-    theta: float = 10000.0
-    kind: RopeKind = "default"
+    theta: Annotated[float, at_least(1), "rope_theta"] = 10000.0
+    kind: Annotated[RopeKind, "rope_type"] = "default"
     factor: Annotated[float, above(0)] = 1.0
     original_max_positions: int | None = None
-    rotated: float = 1.0
+    rotated: Annotated[float, ABOVE_ZERO_TO_ONE, "partial_rotary_factor"] = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -81,10 +81,7 @@ class Rope:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.kind not in get_args(RopeKind):
-            raise ValueError(
-                f"config: rope type {self.kind!r} is not supported; jaxft has {', '.join(get_args(RopeKind))}"
-            )
+        check_bounds(self, "config: rope:")
         used = ("theta", "kind", "rotated", *USED[self.kind])
         for f in fields(self):
             if f.name not in used and getattr(self, f.name) != f.default:
@@ -92,13 +89,6 @@ class Rope:
                     f"config: rope type {self.kind!r} does not use {f.name}={getattr(self, f.name)!r}; "
                     "remove it"
                 )
-        check_bounds(self, "config: rope")
-        if not 1 <= self.theta < math.inf:
-            raise ValueError(f"config: rope_theta must be finite and at least 1, got {self.theta}")
-        if not 0 < self.rotated <= 1:
-            raise ValueError(
-                f"config: rope's partial_rotary_factor must be above 0 and at most 1, got {self.rotated}"
-            )
         original = self.original_max_positions
         needs_original = "original_max_positions" in used
         if needs_original and (original is None or original < 1):

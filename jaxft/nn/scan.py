@@ -140,7 +140,7 @@ RematPolicy = Literal["offload", "pairs", "full", "attention", "projections", "n
 
 @dataclass(frozen=True)
 class Remat:
-    """What a block stores for its backward pass.
+    """The arrays that a block stores for its backward pass.
 
     saved: checkpoint names that are stored in addition to the block's input; None stores everything. blocks:
     number of successive blocks of which only the first one's input is stored. offload: inputs go to the

@@ -30,7 +30,7 @@ BACKWARD = (
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the kernels are compiled for."""
+    """The static arguments of the compiled kernels."""
 
     heads: int
     length: int

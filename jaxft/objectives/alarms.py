@@ -37,7 +37,7 @@ Entry: TypeAlias = dict[str, Any]  # of metrics.jsonl; null stands for a value t
 
 
 class Alarms(NamedTuple):
-    """What an entry means: the memory for the next entry ({} before the first), messages, and alarms."""
+    """The meaning of a log entry: memory for the next entry ({} before the first), messages, and alarms."""
 
     memory: Memory
     messages: list[str]

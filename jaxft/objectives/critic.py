@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxft.batch import Rollout
+from jaxft.bounds import above, check_bounds
 from jaxft.objectives.metrics import Correlation, Sum
-from jaxft.objectives.numerics import require
 from jaxft.objectives.read_positions import read_numbers
 from jaxft.tree import Metrics, Params
 
@@ -30,12 +31,11 @@ class Critic:
     """
 
     values: ValueFunction
-    coef: float = 0.1
-    clip: float | None = 0.2
+    coef: Annotated[float, above(0)] = 0.1
+    clip: Annotated[float | None, above(0)] = 0.2
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, f"Critic: coef must be above 0, got {self.coef}. Leave the critic out instead")
-        require(self.clip is None or self.clip > 0, f"Critic: clip must be above 0 or None, got {self.clip}")
+        check_bounds(self, "Critic")
 
 
 def value_function(

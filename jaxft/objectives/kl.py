@@ -7,12 +7,13 @@ reward any of them serves (Schulman 2020, "Approximating KL divergence"; Tang & 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.objectives.numerics import capped, require, square
+from jaxft.bounds import above, at_least, check_bounds
+from jaxft.objectives.numerics import capped, square
 
 Estimator = Callable[[Array, Array], Array]
 Scalar: TypeAlias = float | Array
@@ -39,12 +40,12 @@ def k3(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array
 class FixedKL:
     """A penalty of `coef` times the estimate; with coef 0 the KL is only logged."""
 
-    coef: float = 0.05
+    coef: Annotated[float, at_least(0)] = 0.05
     estimate: Estimator = k3
     reference: PenaltyReference = "start"
 
     def __post_init__(self) -> None:
-        require(self.coef >= 0, f"FixedKL: coef must be at least 0, got {self.coef}")
+        check_bounds(self, "FixedKL")
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:
         """Return the coefficient unchanged."""
@@ -59,18 +60,14 @@ class AdaptiveKL:
     completions in which the coefficient can change by a factor of about e^0.2.
     """
 
-    coef: float = 0.2
-    target: float = 6.0
-    horizon: float = 10_000
+    coef: Annotated[float, above(0)] = 0.2
+    target: Annotated[float, above(0)] = 6.0
+    horizon: Annotated[float, above(0)] = 10_000
     estimate: Estimator = k3
     reference: PenaltyReference = "start"
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, f"AdaptiveKL: coef must be above 0, got {self.coef}; updates only scale it")
-        require(
-            self.target > 0 and self.horizon > 0,
-            f"AdaptiveKL: target and horizon must be above 0, got {self.target} and {self.horizon}",
-        )
+        check_bounds(self, "AdaptiveKL")
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:
         """`coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon)` after `count` completions with a mean

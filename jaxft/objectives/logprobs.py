@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxft import tree
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.param import ParamSpec, Specs, is_spec
-from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import LIKE_WEIGHT
 from jaxft.objectives.target_loss import CROSS_ENTROPY, TargetLoss
 from jaxft.tree import LayerOutputs, Params, struct
@@ -27,7 +27,7 @@ CHUNK_LOGITS = 2**23  # elements of a chunk's logits per device: 32 MiB in float
 
 
 class LanguageModel(Protocol):
-    """What an objective uses of a model; models.model.Model has it, and documents it."""
+    """The part of a model that an objective uses; models.model.Model has it, and documents it."""
 
     @property
     def specs(self) -> Any:

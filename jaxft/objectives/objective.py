@@ -73,7 +73,8 @@ def no_summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 
 class Report(NamedTuple):
-    """What the log and the model card print about a run, computed on the host from logged metrics alone.
+    """The lines that the log and the model card print about a run, computed on the host from logged metrics
+    alone.
 
     alarms(memory, entry, last) -> Alarms folds over the entries of metrics.jsonl; last: whether the entry is
     the finished run's. summary(first, last) -> lines about the whole run, from each metric's first and newest

@@ -12,7 +12,7 @@ sequence_sum, policy_gradient. REINFORCE++: whitened returns, token_mean, clippe
 gspo. LUSPO: grpo, sequence_sum, gspo. CISPO: grpo, token_mean, cispo. GMPO: grpo, sequence_mean, geo_mean.
 DPPO: centred, constant_length, dppo_tv or dppo_kl. MaxRL: maxrl, token_mean, clipped. GFPO: gfpo, token_mean,
 clipped. GDPO: by_each, token_mean, clipped.
-Values and gradients are those of TRL 1.16's GRPOTrainer and of verl where they have the loss, unless a
+Values and gradients equal those in TRL 1.16's GRPOTrainer and verl where they have the loss, unless a
 docstring says what differs.
 """
 
@@ -190,7 +190,7 @@ def cispo(batch: PolicyBatch, max_ratio: float = 5.0) -> TokenLoss:
 def sapo(batch: PolicyBatch, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenLoss:
     """`-A sigmoid(tau (r - 1)) 4 / tau`, tau by the sign of A: a soft gate in place of clipping.
 
-    Gao et al. 2025, arXiv:2511.20347. At r = 1 the slope is that of -A r.
+    Gao et al. 2025, arXiv:2511.20347. At r = 1 the slope equals -A r's.
     """
     require(
         (tau_pos > 0) & (tau_neg > 0),

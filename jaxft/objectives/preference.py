@@ -8,7 +8,7 @@ exact.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import Pairs, without_fields
+from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.nn import fused_update
 from jaxft.nn.lora import INITIAL_ADAPTER, padded_pair
 from jaxft.objectives.alarms import preference_alarms, preference_summary
@@ -67,12 +68,11 @@ class EMAReference:
     `reference_rank_error`, a fraction of the products' norm.
     """
 
-    alpha: float = 0.6
-    every: int = 512
+    alpha: Annotated[float, ABOVE_ZERO_TO_ONE] = 0.6
+    every: Annotated[int, at_least(1)] = 512
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1 or self.every < 1:
-            raise ValueError(f"EMAReference: alpha must be in (0, 1] and every at least 1, got {self}")
+        check_bounds(self, "EMAReference")
 
 
 Reference = Literal["start", "precomputed", "teacher"] | EMAReference | None

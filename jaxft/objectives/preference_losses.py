@@ -4,7 +4,7 @@
 Set a loss's parameters with `partial(ipo, beta=0.1)` and pass the result to `preference(...)`. In the
 docstrings c and r are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected response,
 summed over tokens; |c| and |r| their lengths; s_c = score(c), s_r = score(r); D = s_c - s_r; LS = log
-sigmoid; eps = label_smoothing. Values and gradients are those of TRL 1.16's DPOTrainer unless a docstring
+sigmoid; eps = label_smoothing. Values and gradients equal those in TRL 1.16's DPOTrainer unless a docstring
 says what differs. Losses without a reference and losses of single responses are in reference_free_losses.py.
 
 With an f-divergence other than reverse_kl as the score, a term log Z(x) cancels only in D, so only losses of

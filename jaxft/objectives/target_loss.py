@@ -1,15 +1,17 @@
 """The loss of one target token: cross-entropy, with label smoothing, z-loss or dynamic fine-tuning."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxft.bounds import BELOW_ONE, at_least, check_bounds
+
 
 class TokenValues(Protocol):
-    """What a loss reads of logprobs.LogProbs, one number per token."""
+    """The part of logprobs.LogProbs that a loss reads, one number per token."""
 
     @property
     def logp(self) -> Float[Array, "..."]:
@@ -35,15 +37,12 @@ class TargetLoss:
     stops the gradient.
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: Annotated[float, BELOW_ONE] = 0.0
+    z_loss: Annotated[float, at_least(0)] = 0.0
     dft: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is out of range; use 0 <= s < 1")
-        if not 0 <= self.z_loss < float("inf"):
-            raise ValueError(f"z_loss={self.z_loss} is not finite and at least 0; use one such as 1e-4")
+        check_bounds(self)
         if self.dft and self.label_smoothing:
             raise ValueError(
                 f"dft=true and label_smoothing={self.label_smoothing} are two losses; set label_smoothing=0"

@@ -22,7 +22,7 @@ OFF = "optim.fused_backward=false"
 
 
 class FusedStep(NamedTuple):
-    """What a fused backward pass returns: parameters and optimizer state, facts about the step, metrics."""
+    """The outputs of a fused backward pass: parameters and optimizer state, facts about the step, metrics."""
 
     trainable: Params
     opt_state: OptState

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
-from jaxft.bounds import BELOW_ONE, INSIDE_ZERO_AND_ONE, ZERO_TO_ONE, above, at_least, check_bounds
+from jaxft.bounds import (
+    BELOW_ONE,
+    INSIDE_ZERO_AND_ONE,
+    POSITIVE_FLOAT32,
+    ZERO_TO_ONE,
+    above,
+    at_least,
+    check_bounds,
+)
 from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.optim.averaging import Averaging, ema
 from jaxft.optim.layerwise import (
@@ -24,7 +32,7 @@ from jaxft.optim.layerwise import (
     no_layer_parts,
     update_layerwise,
 )
-from jaxft.optim.rules import UpdateRule, adamw, check_adam, mask_of_matrices
+from jaxft.optim.rules import UpdateRule, adamw, mask_of_matrices
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
@@ -80,7 +88,7 @@ class Optim:
     lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
     pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
     matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
-    lr_groups matches. As in PEFT, it is also that of an adapter's vectors (DoRA's magnitudes, norms, biases),
+    lr_groups matches. As in PEFT, it applies to an adapter's vectors (DoRA's magnitudes, norms, biases),
     and a pair on the embedding table has 1e-6. ema: decay of a moving average of the trained weights, which
     is evaluated and exported in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is
     more than D standard deviations above the mean of the N steps before it, see spikes.py. layerwise: update
@@ -98,7 +106,7 @@ class Optim:
     end: Annotated[float, ZERO_TO_ONE] = 0.1
     b1: Annotated[float | None, BELOW_ONE] = None
     b2: Annotated[float | None, BELOW_ONE] = None
-    eps: float | None = None
+    eps: Annotated[float | None, POSITIVE_FLOAT32] = None
     weight_decay: Annotated[float, at_least(0)] = 0.0
     clip: Annotated[float | None, above(0)] = 1.0
     lr_groups: tuple[tuple[str, float], ...] = ()
@@ -112,7 +120,6 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_bounds(self, "optim")
-        check_adam(**{"b1": 0.0, "b2": 0.0, "eps": 1.0, **self._adam})
         _check_ranges(self)
         if self.fused_backward and self.clip is not None:
             raise ValueError(

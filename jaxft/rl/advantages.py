@@ -169,8 +169,8 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
     """`(r - mean) / mean` of the group, 0 in a group without success (Tajwar et al. 2026, arXiv:2602.02710).
 
     With binary scores, N of them in a group and p the probability of success, its gradient is in expectation
-    that of `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a negative
-    score, as a negative mean would turn the gradient around.
+    the gradient of `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a
+    negative score, as a negative mean would turn the gradient around.
     """
     x = _float64(scores)
     if (x < 0).any():
@@ -224,7 +224,7 @@ def adaptive_gfpo(
     """gfpo that retains more of harder prompts: Adaptive Difficulty GFPO (arXiv:2508.09726).
 
     fractions: of a group that are retained, for prompts of the lowest quarter of mean scores to the highest;
-    by default the paper's 8, 8, 6 and 4 of 16. Quarters are those of the rollout's prompts; the paper's are
+    by default the paper's 8, 8, 6 and 4 of 16. Quarters are of the rollout's prompts; the paper's are
     of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0, 1].
     """
     if not all(0 < fraction <= 1 for fraction in fractions):

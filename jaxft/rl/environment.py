@@ -284,7 +284,7 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
 
 
 def _missing_argument(make: Callable[[], Any]) -> str:
-    """Return what is wrong with a call without arguments, "" for nothing."""
+    """Return the problem with a call without arguments, "" for nothing."""
     try:
         inspect.signature(make).bind()
     except TypeError as error:
@@ -389,7 +389,7 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 
 
 def checked_step(value: Any) -> StepResult:
-    """Return what a user's step returned as a StepResult. Raises WrongType."""
+    """Return the result of a user's step as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
         raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value

@@ -283,7 +283,7 @@ class _Rollout:
     # ---- on the first process
 
     def _decide(self, number: int, value: Any) -> _Decision:
-        """Return what follows from the result of a call: a beginning, an answer, a score or an exception."""
+        """Return the consequence of a call's result: a beginning, an answer, a score or an exception."""
         episode = self.episodes[number]
         try:
             match value:

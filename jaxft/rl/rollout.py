@@ -83,7 +83,7 @@ class TrainingRollout:
 class BatchKind(NamedTuple):
     """How scored rollouts become batches, as functions of the data's settings.
 
-    shapes(data, longest prompt, shards) -> those of training batches, the largest last.
+    shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last.
     rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
     batch of some of its prompts. shape: of the largest batch. of_tokens: whether batches are for a policy
     objective, which has log-probs and advantages of tokens.
@@ -161,7 +161,8 @@ class Rollouts(Prompts):
     turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
     episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
     seconds of each call of them. max_observation: characters of what each call returns. replay: the folder of
-    a run whose recorded rollouts are used in place of new ones; held-out prompts are sampled as ever.
+    a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out prompts are
+    sampled as ever.
     observations: whether a batch has weights of the tokens that episodes were given, for the objective
     policy.echo. Other fields: see Prompts.
     """
@@ -243,7 +244,7 @@ class Rollouts(Prompts):
             )
         if varies_with_length(a, self.max_length):
             lines.append(
-                "the model's rope depends on the length of a text: in sampling and training it is that of "
+                "the model's rope depends on the length of a text: sampling and training use the length of "
                 f"the prompt and data.max_new={self.max_new} more tokens, however long the completion is"
             )
         return lines
@@ -394,7 +395,7 @@ class RolloutSource(PromptSource):
         return self.batch_shapes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what outlives a rollout."""
+        """Return the state that outlives a rollout."""
         return self.history._asdict()
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
@@ -563,7 +564,7 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
     if facts.temperature not in (None, data.temperature):
         raise ValueError(
             f"data.temperature={data.temperature} differs from the objective's {facts.temperature}, but "
-            "log-probs must be those of the sampling distribution. Make them equal."
+            "log-probs must come from the sampling distribution. Make them equal."
         )
     if facts.observations != data.observations:
         raise ValueError(

@@ -110,7 +110,7 @@ class Rules:
 
     @property
     def turn_weight(self) -> float:
-        """The weight of the environment's rewards of turns: that of its score, 0 without it."""
+        """The weight of the environment's rewards of turns: its score's weight, 0 without it."""
         own = [isinstance(reward, EnvironmentReward) for reward in self.rewards]
         return float(np.dot(own, self.reward_weights))
 

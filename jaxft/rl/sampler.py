@@ -100,7 +100,7 @@ def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Par
 def engine_sizes(
     data: Any, model: Model, stop: tuple[int, ...], group: int, prompt_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Decoding, Slots]:
-    """Return what the engine of a rollout is compiled for. group: episodes of a prompt."""
+    """Return the static arguments of a rollout's engine. group: episodes of a prompt."""
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
 
     def tokens(group: int) -> int:  # of a prompt with its episodes

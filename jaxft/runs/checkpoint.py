@@ -7,7 +7,8 @@ versions and the caller's metadata. A save goes to `<step>.tmp`, is read back an
 renamed to `<step>`. A checkpoint that does not match its manifest later is renamed to `<step>.bad`.
 
 Each of several processes writes, hashes and reads its own shards, in a folder that all of them see. They go
-from one stage of a save to the next together, and an error of one process is raised on all.
+from one stage of a save to the next together, and an error of one process is raised on all. No process has
+more of a leaf in memory than its own shards or one slab.
 
 Publishing and pruning are not left to orbax's CheckpointManager, for two reasons. It publishes a step and
 deletes older ones before the step has been read back, so a disk that corrupts writes can destroy the last
@@ -25,7 +26,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ from etils import epath
 from jaxft.distributed import processes, sync
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.distributed.exit import PeerLostError
-from jaxft.runs import manifest, restore
+from jaxft.runs import manifest
 from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
-from jaxft.runs.mirror import LOCAL_ONLY, Copies
+from jaxft.runs.store_copy import LOCAL_ONLY, Copies
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself
@@ -209,7 +210,7 @@ class Checkpoints:
             body["files"] = {name: known for _, hashes in parts for name, known in sorted(hashes.items())}
             text = manifest.format_manifest(body)
             sync.exchange_first(exchange, lambda: write_durably(temporary / manifest.NAME, text.encode()))
-            sync.run_on_all(exchange, lambda: restore.verify(temporary))
+            sync.run_on_all(exchange, lambda: verify(temporary))
             sync.exchange_first(exchange, lambda: self._publish(step))
             if sync.is_first():
                 self.copies.published(step)
@@ -335,7 +336,7 @@ class Checkpoints:
             folder = self.folder / str(candidate)
             found: dict[str, Any] = {}
             try:
-                read = partial(restore.read_checkpoint, folder, abstract_state, found)
+                read = partial(read_checkpoint, folder, abstract_state, found)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
                 text = f"the checkpoint cannot be read: {error.strerror}"
@@ -398,3 +399,112 @@ def _raises(error: Exception) -> Callable[[], None]:
         raise error
 
     return act
+
+
+GROUP_BYTES = 256 << 20  # leaves are restored in groups of about this size on each process
+
+
+def _my_part(work: list[Any]) -> list[Any]:
+    return work[jax.process_index() :: jax.process_count()]
+
+
+def verify(folder: Path) -> None:
+    """Compare the arrays on disk with those that were in memory, each process a part of the shards. Raises
+    Corrupt.
+    """
+    entries = manifest.read_manifest(folder)["leaves"]
+    shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
+    manifest.check_shards(folder, entries, _my_part(shards))
+
+
+def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
+    """Write a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it
+    does.
+    """
+    try:
+        body, expected = manifest.read_manifest(folder), manifest.named_leaves(abstract_state)
+        manifest.check_tree(expected, body["leaves"], folder)
+        manifest.check_files(folder, dict(_my_part(list(body["files"].items()))))
+        arrays = _read_leaves(folder, expected, body["leaves"])
+    except Corrupt as error:
+        return str(error)
+    leaves = [arrays[name] for name in expected]
+    found["state"] = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+    found["meta"] = body["meta"]
+    return None
+
+
+def _read_leaves(folder: Path, expected: dict[str, Any], entries: dict[str, Any]) -> dict[str, jax.Array]:
+    """Read this process's shards of all leaves.
+
+    A shard that was saved with the same index is compared with its hash once it is loaded. Other shards are
+    read back separately for this check, each by one process.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = {name: leaf.sharding or here for name, leaf in expected.items()}
+    arriving = {
+        (name, manifest.format_index(index, leaf.shape))
+        for name, leaf in expected.items()
+        for index in shardings[name].devices_indices_map(leaf.shape).values()
+    }
+    shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
+    manifest.check_shards(folder, entries, _my_part([shard for shard in shards if shard not in arriving]))
+
+    def local_bytes(name: str) -> int:
+        leaf, sharding = expected[name], shardings[name]
+        shard = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        return shard * len(sharding.addressable_devices)
+
+    arrays: dict[str, jax.Array] = {}
+    for names in _groups(list(expected), local_bytes):
+        group = _read_group(folder, {n: shardings[n] for n in names if math.prod(expected[n].shape)})
+        for name, array in group.items():
+            _check_arrived(name, array, entries[name])
+        arrays.update(group)
+    for name in expected.keys() - arrays.keys():  # empty ones; device_put would be a collective
+        zeros = np.zeros(expected[name].shape, expected[name].dtype)
+        arrays[name] = jax.make_array_from_callback(zeros.shape, shardings[name], zeros.__getitem__)
+    return arrays
+
+
+def _groups(names: list[str], bytes_of: Callable[[str], int]) -> Iterator[list[str]]:
+    group: list[str] = []
+    for name in names:
+        if group and sum(map(bytes_of, group)) + bytes_of(name) > GROUP_BYTES:
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group
+
+
+def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    if not shardings:
+        return {}
+    args = ocp.args.PyTreeRestore(
+        item=dict.fromkeys(shardings, 0),
+        restore_args={name: ocp.ArrayRestoreArgs(sharding=each) for name, each in shardings.items()},
+        partial_restore=True,
+    )
+    reader = ocp.PyTreeCheckpointHandler()
+    try:
+        return reader.restore(epath.Path(folder / "state"), args=args)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        raise Corrupt(f"Orbax cannot read it: {first_line(error)}") from error
+    finally:
+        reader.close()
+
+
+def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
+    """Compare the shards on this process's devices with their hashes, as far as the manifest has shards of
+    that index.
+    """
+    manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
+    shards = {
+        manifest.format_index(shard.index, array.shape): shard.data for shard in array.addressable_shards
+    }
+    for index, data in shards.items():
+        if index in entry["shards"]:
+            manifest.check_hash(name, entry, index, manifest.hash_array(np.asarray(data)))

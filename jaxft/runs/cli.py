@@ -1,4 +1,4 @@
-"""What every script sets up: its parser, errors of one line, quiet libraries, the compilation cache."""
+"""The setup of every script: its parser, errors of one line, quiet libraries, the compilation cache."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jaxft.data.shipped import own_commands
 from jaxft.distributed import xla_flags
 from jaxft.distributed.exit import RESTART_CODE, RestartError
-from jaxft.runs import streams
+from jaxft.runs import terminal
 from jaxft.runs.terminal import printable_line
 from jaxft.runs.unknown_names import near_options, options_as_settings
 
@@ -118,7 +118,7 @@ def quiet() -> None:
 
     What the user has set in the environment takes precedence.
     """
-    streams.open_missing()
+    terminal.open_missing()
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
@@ -148,10 +148,10 @@ def one_line_errors(main: Callable[[], int]) -> int:
     """
     try:
         code = main()
-        streams.flush_output()
+        terminal.flush_output()
         return code
     except BrokenPipeError:
-        streams.discard_output(1)
+        terminal.discard_output(1)
         return READER_GONE
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt) and error_line(error) is None:
@@ -193,8 +193,8 @@ def error_line(error: BaseException) -> str | None:
 
 
 def backend_error(error: BaseException) -> str | None:
-    """Return what jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None for
-    other errors.
+    """Return the error that jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None
+    for other errors.
     """
     text = printable_line(str(error))
     if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):

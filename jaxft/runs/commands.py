@@ -17,7 +17,7 @@ Fine-tune and align language models in JAX.
 {commands}
 
 `jaxft COMMAND --help` lists a command's arguments, `jaxft train RECIPE --help` the knobs of a recipe,
-`jaxft settings` all settings, and `jaxft help` the topics of the documentation."""
+`jaxft settings` all settings, and `jaxft help` the documentation."""
 
 COMMANDS_ELSEWHERE = {"merge": "export, which merges an adapter", "finetune": "train", "infer": "generate"}
 

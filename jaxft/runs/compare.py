@@ -240,7 +240,7 @@ class Table:
         return found
 
     def notes(self) -> list[str]:
-        """Return what the columns mean that need it."""
+        """Return explanations of columns that need one."""
         arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
         return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
 

@@ -50,7 +50,7 @@ def command_parser(command: str) -> argparse.ArgumentParser:
         elif action.dest in ("run", "runs"):
             completer = run_folders
         elif action.dest == "topic":
-            completer = topics_and_commands
+            completer = topics_settings_and_commands
         elif action.dest == "words":
             completer = names_of_settings
         else:
@@ -79,13 +79,20 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
     return [folder for folder in found if folder.startswith(prefix)]
 
 
-def topics_and_commands(**_: Any) -> list[str]:
-    """Return what `jaxft help` takes."""
-    return [*COMMANDS, *(topic.name for topic in documentation.topics())]
+def topics_settings_and_commands(**_: Any) -> list[str]:
+    """Return the words that `jaxft help` takes."""
+    names = setting_sources.knobs(ROOT / "configs/sft.py") + setting_sources.dotted_fields(
+        ROOT / "configs/sft.py"
+    )
+    return [
+        *COMMANDS,
+        *(topic.name for topic in documentation.topics()),
+        *(setting.name for setting in names),
+    ]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return what `jaxft settings` takes: recipes, then the names of settings."""
+    """Return the words that `jaxft settings` takes: recipes, then the names of settings."""
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
     path = ROOT / "configs" / f"{recipe or 'sft'}.py"
     recipes = [] if parsed_args.words else [file.stem for file in path.parent.glob("*.py")]

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
 from jaxft.runs.parse import (
     UNANNOTATED,
@@ -42,13 +41,11 @@ from jaxft.runs.unknown_names import advice, join_lines, meant_options
 from jaxft.tree import nearest
 
 __all__ = [
-    "RENAMED",
     "Knob",
     "ObjectText",
     "Resolved",
     "describe",
     "differences",
-    "help_text",
     "knob_comments",
     "knob_names",
     "load_config",
@@ -57,51 +54,7 @@ __all__ = [
     "with_fields",
 ]
 
-# Old name of a setting -> its new name. Keys: a knob, a dotted field or a section (`optim.in_turn`), a
-# value of either (`quant=kept`), a function that a setting may name (`package.module:name`) or the module of
-# such functions.
-RENAMED: dict[str, str] = {
-    "quant=kept": "quant=checkpoint",
-    "quant.kind=kept": "quant.kind=checkpoint",
-    "in_backward": "fused_backward",
-    "reference=auto": "reference=none",
-    "beside": "heads",
-    "critic=auto": "critic=none",
-    "jaxft.optim:constant": "constant",
-    "jaxft.optim:linear": "linear",
-    "jaxft.optim:cosine": "cosine",
-    "jaxft.optim.optimizer:adafactor": "adafactor",
-    "jaxft.optim.optimizer:constant": "constant",
-    "jaxft.optim.optimizer:constant_schedule": "jaxft.optim.schedules:constant_schedule",
-    "jaxft.optim.optimizer:linear": "linear",
-    "jaxft.optim.optimizer:linear_schedule": "jaxft.optim.schedules:linear_schedule",
-    "jaxft.optim.optimizer:cosine": "cosine",
-    "jaxft.optim.optimizer:cosine_schedule": "jaxft.optim.schedules:cosine_schedule",
-    "optim.in_turn": "optim.layerwise",
-    "optim.in_backward": "optim.fused_backward",
-    "jaxft.advantages": "jaxft.rl.advantages",
-    "jaxft.estimates": "jaxft.rl.estimators",
-    "jaxft.advantages:varied": "jaxft.rl.advantages:nonconstant_groups",
-    "jaxft.advantages:token_mean": "jaxft.rl.token_weights:token_mean",
-    "jaxft.advantages:sequence_mean": "jaxft.rl.token_weights:sequence_mean",
-    "jaxft.advantages:prompt_mean": "jaxft.rl.token_weights:prompt_mean",
-    "jaxft.advantages:constant_length": "jaxft.rl.token_weights:constant_length",
-    "jaxft.advantages:sequence_sum": "jaxft.rl.token_weights:sequence_sum",
-    "jaxft.rewards": "jaxft.rl.rewards",
-    "weigh": "token_weights",
-    "jaxft.objectives.policy_losses:plain": "jaxft.objectives.policy_losses:policy_gradient",
-    "judge": "reward_model",
-    "keep": "filter",
-    "cut_off": "train_on_truncated",
-    "jaxft.optim": "jaxft.optim.optimizer",
-    "jaxft.optim_states": "jaxft.optim.low_precision",
-    "jaxft.objectives.preference": "jaxft.objectives.preference_losses",
-    "jaxft.objectives.reference_free": "jaxft.objectives.reference_free_losses",
-}
-
 Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
-KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
-LONGEST_KIND = 60  # characters in the help's table; a longer entry moves only its own comment
 Steps = tuple[str, ...]  # the field names that lead to a setting
 
 
@@ -314,9 +267,6 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
     try:
         return parse_value(text, kind)
     except (ValueError, OSError) as error:
-        new = _renamed_value(key, text)
-        if new:
-            raise ValueError(f"{key}={text} was renamed; use {new}") from error
         if isinstance(error, OSError):
             raise
         parts = now if isinstance(now, tuple) else (now,)
@@ -349,19 +299,6 @@ def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
     if takes_any or isinstance(value, classes) or (is_callable(kind) and callable(value)):
         return value
     raise ValueError(f"{key}={short_text(text)}: expected {describe_kind(kind)}")
-
-
-def _renamed_value(key: str, text: str) -> str | None:
-    """Return `key=value` with the new name of a value that was renamed."""
-    if f"{key}={text}" in RENAMED:
-        return RENAMED[f"{key}={text}"]
-    items = []
-    for item in text.split(","):
-        module, colon, name = item.partition(":")
-        items.append(
-            RENAMED.get(item) or (f"{RENAMED[module]}:{name}" if colon and module in RENAMED else item)
-        )
-    return f"{key}={','.join(items)}" if ",".join(items) != text else None
 
 
 # Dotted fields
@@ -407,7 +344,6 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             raise ValueError(f"{key}: {here} is {what} and has no field {step!r}")
         names = [f.name for f in dataclasses.fields(node) if f.init]
         if step not in names:
-            _refuse_renamed(key, steps)
             candidates = [f"{here}.{n}" if here else n for n in names]
             candidates += [] if i else [*knobs, *_all_fields(root)]
             other_tools = advice(step, None if isinstance(use[0], ObjectText) else use[0], use[1])
@@ -418,14 +354,6 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")
         node = getattr(node, step)
     return steps
-
-
-def _refuse_renamed(key: str, steps: Steps) -> None:
-    """Raise ValueError with the new name of a key if it, or one of its sections, was renamed."""
-    for end in range(len(steps), 0, -1):
-        new = RENAMED.get(".".join(steps[:end]))
-        if new:
-            raise ValueError(f"{key} was renamed; use {'.'.join((new, *steps[end:]))}")
 
 
 def _all_fields(root: Any, prefix: str = "") -> Iterator[str]:
@@ -463,20 +391,11 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 # Help
 
 
-def help_text(path: str) -> str:
-    """The docstring of a config file and its knobs with their defaults, types and comments."""
-    fn, module = _config_function(path)
+def recipe_docstring(recipe: str) -> str:
+    """Return the docstring of a config file, or its path."""
+    _, module = _config_function(recipe)
     assert module is not None
-    rows, comments = [], _knob_comments(fn)
-    for name, knob in _knobs(fn).items():
-        required = knob.written is None
-        setting = name if required else f"{name}={knob.written}"
-        rows.append((setting, knob.written_kind + ", required" * required, comments.get(name, "")))
-    widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
-    width = [max(each, default=0) for each in widths]
-    table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
-    doc = inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or path)))
-    return "\n".join([own_commands(doc), "", own_commands(KNOBS.format(name=Path(path).stem)), *table])
+    return inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or recipe)))
 
 
 def knob_comments(recipe: Recipe) -> dict[str, str]:

@@ -1,8 +1,12 @@
-"""The sections of the README files as topics of `jaxft help`, in a clone or an installed wheel."""
+"""The texts of `jaxft help` and `jaxft list`: sections of the README files and docstrings of the recipes, in
+a clone or an installed wheel.
+"""
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 from jaxft.data.shipped import IS_CLONE, PACKAGE, ROOT
@@ -15,6 +19,7 @@ DOCUMENTS = {
     "scripts/bench/README.md": "Measurements",
     "jaxft/README.md": "The code",
 }
+HARDWARE_LINE = re.compile(r"^Hardware: ([^;]+); ([^;]+)\.$")
 
 
 class Topic(NamedTuple):
@@ -92,3 +97,42 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
 
     found = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
     return sorted(found, key=weight, reverse=True)
+
+
+class ShippedRecipe(NamedTuple):
+    """A recipe's name, its docstring's first sentence, and the parts of its line `Hardware: WHAT; TIME.`"""
+
+    recipe: str
+    trains: str
+    hardware: str
+    time: str
+
+
+def read_recipe(file: Path) -> ShippedRecipe:
+    """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
+    paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
+    found = next(
+        (match for text in paragraphs if (match := HARDWARE_LINE.match(" ".join(text.split())))), None
+    )
+    first = " ".join(paragraphs[0].split())
+    if not found or not first.endswith("."):
+        raise ValueError(f"{file}: its docstring needs a first sentence and a line `Hardware: WHAT; TIME.`")
+    return ShippedRecipe(file.stem, first.removesuffix("."), found[1], found[2])
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """Return the recipes that ship with jaxft, those for CPUs first."""
+    recipes = [read_recipe(file) for file in sorted((ROOT / "configs").glob("*.py"))]
+    return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    >>> print(table(["name", "is"], [["`a`", "b|c"]]))
+    | name | is |
+    | --- | --- |
+    | `a` | b\\|c |
+    """
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,6 @@
-"""What decides a run's numbers apart from its settings: versions, devices, flags; recorded at each start."""
+"""The facts that decide a run's metrics apart from its settings: versions, devices, flags; recorded at each
+start.
+"""
 
 import contextlib
 import os

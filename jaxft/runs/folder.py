@@ -45,7 +45,7 @@ RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 FOLDERS = (*RESULTS, "checkpoints", "tensorboard", "rollouts")
 FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
-PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/contents.py
+PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/logs.py
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 NOT_COMPARED = (
@@ -340,7 +340,7 @@ class ChangedResult(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What is wrong with it, for messages."""
+        """The problem with it, for messages."""
         if self.is_missing:
             return f"{self.path}: no such file, and the finished run wrote it"
         return (

@@ -45,7 +45,7 @@ class Option:
     recipe: str = "sft"
 
     def overrides(self, value: Any) -> tuple[str, ...]:
-        """Return what to write for a value of the option, such as ("lr=0.0001",); () for nothing to set.
+        """Return the overrides for a value of the option, such as ("lr=0.0001",); () for nothing to set.
 
         Raises ValueError if the value has no equivalent.
         """

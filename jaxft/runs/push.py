@@ -142,7 +142,7 @@ def _regular(path: Path) -> Path:
 
 
 def _complete(folder: Path) -> str:
-    """Return what a folder of weights is. Raises FileNotFoundError or ValueError if parts are missing."""
+    """Return the kind of a folder of weights. Raises FileNotFoundError or ValueError if parts are missing."""
     ggufs = sorted(folder.glob("*.gguf"))
     if (folder / "adapter_config.json").is_file():
         read_adapter_config(folder)

@@ -57,7 +57,7 @@ class RankedRun:
 
 
 class Criterion(NamedTuple):
-    """What makes a run the best one. key: of values of single rows, "" without any."""
+    """The metric that makes a run the best one. key: of values of single rows, "" without any."""
 
     title: str
     metric: str
@@ -109,8 +109,9 @@ def _loss_function(settings: Mapping[str, Any]) -> str:
 
 
 def criterion(results: Sequence[RankedRun]) -> Criterion | None:
-    """Return what the runs are ranked by: a score, a reward, the loss if it is the same function, or else the
-    accuracy; None if the runs have none of them in common. One that is the same in all runs tells nothing.
+    """Return the metric that ranks the runs: a score, a reward, the loss if it is the same function, or else
+    the accuracy; None if the runs have none of them in common. One that is the same in all runs tells
+    nothing.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
     choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
@@ -141,7 +142,7 @@ def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
 
 
 def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
-    """What tells the held-out rows of a run: their dataset, and the names of the rows that have a value."""
+    """The identity of a run's held-out rows: their dataset, and the names of the rows that have a value."""
     data = _part(run.settings, "data")
     held_out = data.get("held_out")
     dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
@@ -201,7 +202,7 @@ def intervals_of(result: RankedRun) -> dict[str, Interval]:
 
 
 def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
-    """Return what is said about several runs: their table, that of repetitions, and which one is best."""
+    """Return the summary of several runs: their table, that of repetitions, and which one is best."""
     table = table_of(results)
     lines = ranking_lines(results)
     if markdown:

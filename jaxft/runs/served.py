@@ -31,8 +31,8 @@ from jaxft.nn.lora_rows import (
     with_gains,
 )
 from jaxft.nn.quant import Quant, QuantKind, quant_setting
-from jaxft.runs.fetched import IN_STORE, local_folder
 from jaxft.runs.named_weights import NamedWeights, named_weights
+from jaxft.runs.store_copy import IN_STORE, local_folder
 from jaxft.tree import Params
 from jaxft.weights import adapters, peft, pretrained
 from jaxft.weights.stop_tokens import stop_tokens

@@ -81,7 +81,7 @@ def definition(name: str, file: Path) -> ast.AST | None:
 
 
 def defined_as(name: ast.AST, file: Path) -> Definition | None:
-    """Return what a name, or a name in an imported module, is defined as in jaxft or in the file itself."""
+    """Return the definition of a name, or of a name in an imported module, in jaxft or in the file."""
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):  # processes.Hosts
         statement = definition(name.value.id, file)
         if isinstance(statement, ast.ImportFrom):
@@ -230,17 +230,19 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
         return []
     if ast.unparse(mark.func) == "ShortNames.of":
         return list(vars(short_names).get(ast.unparse(mark.args[0]), ()))
-    listed = defined_as(mark.args[0], file) if ast.unparse(mark.func) == "one_of" else None
-    texts = [constant_text(item, listed.file) for item in listed.node.elts] if listed else []  # type: ignore[attr-defined]
-    return [text for text in texts if text]
+    return list(constant_texts(mark.args[0], file)) if ast.unparse(mark.func) == "one_of" else []
 
 
-def constant_text(item: ast.expr, file: Path) -> str:
-    """Return a constant in a list of choices as it is written, "" for other expressions."""
-    found = defined_as(item, file)
-    node = found.node if found else item
-    constant = ast.literal_eval(node) if isinstance(node, ast.Constant) else ""
-    return "none" if constant is None else str(constant)
+def constant_texts(node: ast.AST, file: Path) -> Iterator[str]:
+    """Yield the constants of a tuple, or one constant, as they are written, and those that names stand for;
+    nothing for other expressions.
+    """
+    if found := defined_as(node, file):
+        node, file = found
+    if isinstance(node, ast.Constant):
+        yield "none" if node.value is None else str(node.value)
+    for item in node.elts if isinstance(node, ast.Tuple) else ():
+        yield from constant_texts(item.value if isinstance(item, ast.Starred) else item, file)
 
 
 def takes_text(kind: Definition) -> bool:

@@ -9,22 +9,27 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from jaxft.bounds import Bounds, bounds_of
+from jaxft.data.shipped import own_commands
 from jaxft.models.model import Model
-from jaxft.runs.config import as_written, knob_comments, recipe_knobs, type_hints
+from jaxft.runs.config import as_written, knob_comments, recipe_docstring, recipe_knobs, type_hints
 from jaxft.runs.option_names import OPTIONS
 from jaxft.runs.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
 from jaxft.runs.record import union_members
 
 REQUIRED = dataclasses.MISSING
+KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
+LONGEST_KIND = 60  # characters in a recipe's table; a longer entry moves only its own comment
 
 
 @dataclass(frozen=True)
 class Setting:
     """A knob or a dotted field. kind: how its values are written. default: as written, None where a recipe
     must set it. text: what it does. section: what its section is. names: of functions, if they are too many
-    for `kind`. elsewhere: (recipes, value) of recipes with another default.
+    for `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: of its numbers.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Setting:
     section: str = dataclasses.field(default="", compare=False)
     names: tuple[str, ...] = ()
     elsewhere: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    bounds: Bounds | None = None
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -60,20 +66,36 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
         elif can_be_written(kind):
             default = None if value is REQUIRED else as_written(value, kind)
             about = first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
-            yield Setting(name, describe_kind(kind), default, texts.get(field.name, ""), about)
+            text, bounds = texts.get(field.name, ""), bounds_of(kind)
+            yield Setting(name, describe_kind(kind), default, text, about, bounds=bounds)
 
 
 def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
-    name.
+    name, whose bounds it has.
     """
-    texts = {setting.name.rpartition(".")[2]: setting.text for setting in fields}
+    same = {setting.name.rpartition(".")[2]: setting for setting in fields}
     comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
-        more = names if len(names) > SHOWN_NAMES else ()
-        text = comments.get(name) or texts.get(name, "")
-        yield Setting(name, knob.written_kind, knob.written, text, names=more)
+        more, field = names if len(names) > SHOWN_NAMES else (), same.get(name)
+        kind, text = knob.written_kind, comments.get(name) or (field.text if field else "")
+        if field and field.bounds and {int, float} & {*union_members(knob.kind)} and not bounds_of(knob.kind):
+            kind += f", {field.bounds}"
+        yield Setting(name, kind, knob.written, text, names=more)
+
+
+def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
+    """Return the docstring of a config file and its knobs with their defaults, types and descriptions."""
+    rows = []
+    for knob in knobs_of(recipe, fields):
+        setting = knob.name if knob.default is None else f"{knob.name}={knob.default}"
+        rows.append((setting, knob.kind + ", required" * (knob.default is None), first_sentence(knob.text)))
+    widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
+    width = [max(each, default=0) for each in widths]
+    table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
+    heading = own_commands(KNOBS.format(name=Path(recipe).stem))
+    return "\n".join([own_commands(recipe_docstring(recipe)), "", heading, *table])
 
 
 def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:

@@ -40,21 +40,8 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """Return an object, None if there is none of this name."""
-        return self.read_version(name)[0]
-
-    def read_version(self, name: str) -> tuple[bytes | None, bytes]:
-        """Return an object, None if there is none of this name, and which version of it this is."""
         found = self._call(lambda: self.kv.read(name).result())
-        return (found.value if found.state == "value" else None), found.stamp.generation
-
-    def replace(self, name: str, content: bytes, version: bytes) -> bool:
-        """Write an object in place of that version of it; return False if it has another one by now.
-
-        Google Cloud Storage compares and writes in one step. For S3, TensorStore compares just before it
-        writes, so that a write between the two is lost.
-        """
-        stamp = self._call(lambda: self.kv.write(name, content, if_equal=version).result())
-        return bool(stamp.generation)
+        return found.value if found.state == "value" else None
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object, in place of an earlier one."""

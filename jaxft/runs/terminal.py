@@ -1,10 +1,21 @@
-"""Text from files, rows and servers, made safe to print: no control characters, no secrets in messages."""
+"""What commands print: text made safe, without control characters and secrets, and output that may be lost.
 
+A run records everything in its folder, so it continues when its standard output and error are closed or
+cannot be written: the reader may end (`| head`), the shell may close it (`>&-`), the terminal may hang up, or
+the disk of the file may be full.
+"""
+
+import contextlib
+import io
+import os
 import re
+import select
+import sys
+from typing import Any, TextIO
 
 from jaxft.data.urls import without_secrets
 
-# What moves the cursor, changes colours or reorders text; tabs and new lines are left.
+# Characters that move the cursor, changes colours or reorders text; tabs and new lines are left.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 2000
 
@@ -34,3 +45,75 @@ def printable_line(text: str) -> str:
 def short_text(text: str, most: int = 200) -> str:
     """Return text for a message, with its end left out where it has more than `most` characters."""
     return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+PATIENCE = 5.0  # seconds for which a non-blocking stream may be full before output is dropped
+
+
+class LastingFile(io.FileIO):
+    """A file descriptor that is replaced by /dev/null when a write to it fails."""
+
+    def write(self, data: Any) -> int:
+        """Write what the descriptor takes, or drop all of it; return the number of bytes."""
+        try:
+            count = super().write(data)
+            if count is None:  # non-blocking and full
+                select.select([], [self], [], PATIENCE)
+                count = super().write(data)
+        except OSError:
+            discard_output(self.fileno())
+            count = None
+        return memoryview(data).nbytes if count is None else count
+
+
+def discard_output(descriptor: int) -> None:
+    """Let a descriptor write to /dev/null from now on."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def open_missing() -> None:
+    """Open standard input, output and error where they are closed, on /dev/null.
+
+    A file of the run would otherwise get their descriptor, and whatever prints would write into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets the lowest free descriptor: this one
+    sys.stdout = sys.stdout or _text_file(io.FileIO(1, "w", closefd=False), None)
+    sys.stderr = sys.stderr or _text_file(io.FileIO(2, "w", closefd=False), None)
+
+
+def outlive_console() -> None:
+    """Replace sys.stdout and sys.stderr by files whose writes never fail."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError):
+            old.flush()
+        setattr(sys, name, _text_file(LastingFile(descriptor, "w", closefd=False), old))
+
+
+def _text_file(raw: io.FileIO, like: TextIO | None) -> TextIO:
+    """A text file on `raw` with the encoding of `like`, escaping what it lacks; stderr is not buffered."""
+    is_error = raw.fileno() == 2
+    encoding = like.encoding if like is not None else "utf-8"
+    buffered = io.BufferedWriter(raw)
+    return io.TextIOWrapper(
+        buffered,
+        encoding,
+        "backslashreplace",
+        line_buffering=is_error or raw.isatty(),
+        write_through=is_error,
+    )
+
+
+def flush_output() -> None:
+    """Flush standard output. Raises OSError that names it where its reader is gone or its disk full."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        discard_output(1)  # or it is flushed again at exit
+        raise type(error)(error.errno, error.strerror, "standard output") from error

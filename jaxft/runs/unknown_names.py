@@ -1,4 +1,4 @@
-"""What to write for names and files of other tools: `learning_rate=1e-4`, `--lr 1e-4`, `lora.yml`.
+"""Settings in place of names and files of other tools: `learning_rate=1e-4`, `--lr 1e-4`, `lora.yml`.
 
 TRL, Axolotl, LLaMA-Factory and Unsloth have other names for the same settings (see option_names.py), pass
 them as `--name value`, and read YAML or JSON.
@@ -38,7 +38,7 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
 
 
 def name_of_loss(theirs: str) -> str | None:
-    """Return what another tool's loss_type is here, None for an unknown one.
+    """Return the loss of another tool's loss_type, None for an unknown one.
 
     >>> name_of_loss("dr_grpo")
     "TRL's loss_type dr_grpo is token_weights=constant_length"
@@ -82,7 +82,7 @@ def _line(option: Option, text: str | None, recipe: str | None) -> str:
 
 
 def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | None:
-    """Return what to write for the options of a command line that are not among `options`; None if all are.
+    """Return the settings for the options of a command line that are not among `options`; None if all are.
 
     >>> options_as_settings(["sft", "--lr", "1e-4"], ["--help"])
     '--lr 1e-4: settings are written without dashes; write lr=1e-4'
@@ -166,7 +166,7 @@ def settings_called(name: str, recipe: str) -> list[str]:
 
 
 def settings_file(path: str) -> str | None:
-    """Return what to do with a file of rows, or of another tool's settings, in place of a recipe; None for
+    """Return advice about a file of rows, or of another tool's settings, in place of a recipe; None for
     other files.
     """
     if _has_rows(Path(path)):

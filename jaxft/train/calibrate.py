@@ -25,8 +25,8 @@ from jaxft.data.source import Source
 from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
+from jaxft.nn.layer_inputs import with_taps
 from jaxft.nn.quant import QERA, Quant
-from jaxft.nn.taps import with_taps
 from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
@@ -98,7 +98,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What calibrated codes depend on, and their name in the cache.
+    """The inputs of a calibration, and their name in the cache.
 
     ref: where the base comes from. ranks: of low-rank corrections, see layerwise.calibrate_layers.
     """

@@ -16,7 +16,7 @@ from jaxft.runs.report import Evaluation
 from jaxft.train import samples, scores
 from jaxft.train.clock import Clock
 from jaxft.train.evaluate import held_out_floats
-from jaxft.train.members import Job
+from jaxft.train.jobs import Job
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
 from jaxft.tree import Batch, Metrics, Params
 

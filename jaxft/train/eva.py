@@ -29,11 +29,11 @@ from jaxft import tree
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
+from jaxft.nn.layer_inputs import with_taps
 from jaxft.nn.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, most_components, pair_layouts
 from jaxft.nn.matmul import outer
 from jaxft.nn.quant import is_qtensor
-from jaxft.nn.taps import with_taps
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights import place
 from jaxft.weights.peft_pairs import with_patterns

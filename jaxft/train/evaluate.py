@@ -124,8 +124,9 @@ class EvaluationLimit(NamedTuple):
 
 
 def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, steps: int) -> EvaluationLimit:
-    """Return what an evaluation reads so that all evaluations together compute at most loop.eval_fraction of
-    what training does, half of it for held-out rows and half for general text if there are both.
+    """Return the rows that an evaluation reads so that all evaluations together compute at most
+    loop.eval_fraction of what training does, half of it for held-out rows and half for general text if there
+    are both.
 
     There is an evaluation before and after training, and one every loop.eval_every steps. Nothing is limited
     unless held-out rows are a fraction of the rows; at least one batch is always read.

@@ -69,7 +69,7 @@ class ExportSource:
 
 
 def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
-    """Return what is written of the weights that a command line names: the base, with its adapter merged.
+    """Return the weights that a command line names, as they are written: the base, with its adapter merged.
 
     quant: how the base was stored, as --quant has it, by default as in the run that trained the adapter.
     Raises ValueError for an adapter that does not fit the base.

@@ -14,7 +14,7 @@ from jaxft.tree import nearest
 
 @dataclass(frozen=True)
 class HarnessFlags:
-    """What replaces the settings of tasks.
+    """Options that replace the settings of tasks.
 
     fewshot: examples in front of each question; None as the task says. limit: the first rows of each task;
     None for all. system: a system message. generation: arguments of generation, such as {"max_gen_toks": 64}.

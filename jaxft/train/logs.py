@@ -6,15 +6,20 @@ from typing import Any
 
 import jax
 
+from jaxft.data.inspection import Inspected, inspect_prompts, inspect_source
 from jaxft.data.invalid import invalid_lines
 from jaxft.data.lengths import limit_alarms
+from jaxft.data.source import RowSource, Source
+from jaxft.data.summary import data_summary
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
+from jaxft.rl.rollout import PromptSource
 from jaxft.runs import folder as runfolder
 from jaxft.runs import report
 from jaxft.runs.environment import device_counts
+from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, write_durable_json
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.metric_names import REWARD
 from jaxft.runs.record import recorded_defaults
@@ -23,8 +28,8 @@ from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.attention_kernels import attention_summary, check_attention
 from jaxft.train.clock import Clock
-from jaxft.train.contents import write_contents
-from jaxft.train.members import Job
+from jaxft.train.jobs import Job
+from jaxft.train.partition import parameter_rows
 from jaxft.train.scores import held_out_prompts, position_lines
 from jaxft.train.teacher import teacher_lines
 from jaxft.weights import pretrained
@@ -310,3 +315,27 @@ def early_end_lines(job: Job) -> list[str]:
         f"ended after step {job.steps} of {job.planned}: {job.lead.run.loop.patience} evaluations without a "
         "better held-out score (loop.patience); to train on, raise it or set it to none"
     ]
+
+
+def write_contents(job: Job, number: int, first: int) -> None:
+    """Write parameters.json and data.json into the folder of a member, unless it resumes and has them.
+
+    parameters.json: the rows of the parameter table. data.json: see data.summary. first: steps done before.
+    """
+    member = job.members[number]
+    programs, paths = member.programs, [member.folder / name for name in (PARAMETERS_JSON, DATA_JSON)]
+    if first and all(path.exists() for path in paths):
+        return
+    rows = [row._asdict() for row in parameter_rows(programs.partition, programs.mesh)]
+    found = inspected(job.source_of(number))
+    write_durable_json(paths[0], {"rows": rows})
+    write_durable_json(paths[1], {} if found is None else data_summary(found, job.tokenizer))
+
+
+def inspected(source: Source[Any]) -> Inspected | None:
+    """Return the dataset of a run's source; None for a source that jaxft doesn't provide."""
+    if isinstance(source, RowSource):
+        return inspect_source(source)
+    if isinstance(source, PromptSource):
+        return inspect_prompts(source.data, source.train, source.eval_prompts)
+    return None

@@ -12,12 +12,11 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.mirror import Copies
+from jaxft.runs.store_copy import Copies
 from jaxft.runs.trackers.tracker import Tracker
 from jaxft.train.clock import Clock
 from jaxft.train.compiled import Compiled, compile_run
-from jaxft.train.logs import Logs, announce, open_logs
-from jaxft.train.members import (
+from jaxft.train.jobs import (
     Job,
     Record,
     bind_sources,
@@ -27,14 +26,13 @@ from jaxft.train.members import (
     resume_point,
     run_folder,
 )
+from jaxft.train.logs import Logs, announce, open_logs
 from jaxft.train.meter import Meters, Trace
 from jaxft.train.nonfinite import NonfiniteRecorder
 from jaxft.train.reference import precompute
 from jaxft.train.results import export_best, export_members, report_finished, write_reports
 from jaxft.train.settings import Run, steps_between
-from jaxft.train.sweep import Sweep
-from jaxft.train.sweep_programs import compile_sweep
-from jaxft.train.verdict import (
+from jaxft.train.start_and_end import (
     continued,
     end_by_callback,
     end_if_due,
@@ -43,6 +41,8 @@ from jaxft.train.verdict import (
     evaluate_start,
     last_faults,
 )
+from jaxft.train.sweep import Sweep
+from jaxft.train.sweep_programs import compile_sweep
 
 END_RUN = 1000  # the vote of a callback that ends the run; votes for a signal have its number
 
@@ -80,7 +80,7 @@ def run(
         job = continued(job, saved, first)
         with processes.agreement():
             logs = stack.enter_context(closing(open_logs(job, first, saved, changes, callbacks, clock)))
-            copies.take_over()  # of loop.store, now that no setting can be refused
+            copies.accepted()  # of loop.store, now that no setting can be refused
         stack.enter_context(watchdog.guard())
 
         # ---------- Weights on the mesh, sources, compiled programs ----------

@@ -15,7 +15,7 @@ from jaxft.data.source import Source
 from jaxft.distributed import devices, processes
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import FloatMetrics
-from jaxft.train.members import Job, Member
+from jaxft.train.jobs import Job, Member
 from jaxft.train.partition import trains_base
 from jaxft.tree import Batch, Metrics
 

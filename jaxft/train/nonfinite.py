@@ -29,13 +29,13 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
+from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.param import layer_numbers, spec_paths
-from jaxft.nn.products import accumulation_dtype
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
+from jaxft.train.jobs import Job, Member
 from jaxft.train.logs import Logs
-from jaxft.train.members import Job, Member
 from jaxft.train.step import accumulate_gradients, step_keys
 from jaxft.train.watch import make_layer_norms
 from jaxft.tree import Batch, LayerOutputs, Metrics, Params

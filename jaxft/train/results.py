@@ -28,8 +28,8 @@ from jaxft.train.calibrate import calibrate_base, print_line
 from jaxft.train.clock import hardware, time_line
 from jaxft.train.compiled import Compiled, HeldOutValues
 from jaxft.train.evaluate import selection_score
+from jaxft.train.jobs import EndedBy, Job, Member
 from jaxft.train.logs import Logs
-from jaxft.train.members import EndedBy, Job, Member
 from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights import hf, hf_write, hub

@@ -1,22 +1,28 @@
-"""Completions of held-out prompts before and after training, as text."""
+"""Completions: of a run's held-out prompts before and after training, as text; and by loaded weights."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
+from jaxft.data.progress import RowProgress
 from jaxft.data.source import Prompt
 from jaxft.engine.generate import complete
-from jaxft.engine.programs import compile_engine
-from jaxft.engine.sampling import NONFINITE, without_stop
+from jaxft.engine.programs import Engine, compile_engine
+from jaxft.engine.sampling import NONFINITE, Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, slots_for
+from jaxft.nn.cache import CacheFormat
+from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.report import Sample
 from jaxft.train.clock import Clock
 from jaxft.tree import Params
+from jaxft.weights.pretrained import check_token_id
 
 COMPLETIONS_AT_ONCE = 32  # that are in progress
 
@@ -135,3 +141,46 @@ def compile_sampler(
         return [completed(text, row) for text, rows in zip(texts, found, strict=True) for row in rows]
 
     return complete_held_out
+
+
+@dataclass(frozen=True)
+class Completer:
+    """Completes prompts by loaded weights. Programs are compiled once for weights of one model and shapes.
+
+    batch: completions at the same time. seed: of sampling. cache: how keys and values are stored.
+    """
+
+    batch: int = 8
+    seed: int = 0
+    cache: CacheFormat = "compute"
+    engines: dict[Any, Engine] = field(default_factory=dict)
+
+    def complete(
+        self,
+        loaded: LoadedWeights,
+        prompts: Sequence[tuple[str, list[int]]],
+        sampling: Sampling,
+        samples: int = 1,
+        is_enough: Callable[[list[int]], bool] | None = None,
+    ) -> Int[np.ndarray, "n G S"]:
+        """Return the token ids of `samples` completions of each prompt, below 0 after their ends.
+
+        prompts: names for errors, and token ids. is_enough: see generate.complete. Raises ValueError for a
+        token that the model does not have, and for logits that are not finite.
+        """
+        ids = [tokens for _, tokens in prompts]
+        check_token_id("the model", max(map(max, ids)), loaded.model.config.vocab)
+        slots = slots_for(len(ids), samples, max(map(len, ids)), self.batch)
+        program = sampling, loaded.stop, samples, slots
+        if program not in self.engines:
+            decoding = Decoding(loaded.model, sampling, loaded.stop, samples, self.cache)
+            self.engines[program] = compile_engine(decoding, loaded.params, slots, loaded.mesh)
+        session = Session(self.engines[program], loaded.params, jax.random.key(self.seed))
+        with RowProgress("completing", len(ids) * samples, enabled=True) as progress:
+            found = complete(session, ids, is_enough=is_enough, ended=progress.add).tokens
+        if where := nonfinite_logits(found.reshape(-1, found.shape[-1])):
+            raise ValueError(
+                f"{prompts[where[0] // samples][0]}: the logits of token {where[1] + 1} are not finite; use "
+                "--dtype float32, or check the weights of the model"
+            )
+        return found

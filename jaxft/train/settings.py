@@ -55,7 +55,7 @@ class Loop:
     are evaluated. None: all of them. A file of held-out rows is always evaluated in full. max_bad: non-finite
     steps in a row that end the run; one that ends with any is not finished either. store: a folder in an
     object store, gs://bucket/path or s3://bucket/path; the run's folder is copied there at every checkpoint
-    and at the end, and a start on another machine fetches it from there (see runs/mirror.py).
+    and at the end, and a start on another machine fetches it from there (see runs/store_copy.py).
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/nonfinite.py.
@@ -80,7 +80,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         check_bounds(self, "loop")
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep_last", "max_bad", "patience"):
+        for name in ("eval_every", "save_every"):
             value = getattr(self, name)
             if value is not None and value > 1 and value != int(value):
                 raise ValueError(f"loop.{name}={value}; expected whole steps, or a fraction below 1")
@@ -178,7 +178,7 @@ class Run:
     loop: Loop = field(default_factory=Loop)
     seed: int = 0
     general: str | None = None
-    samples: int = 3
+    samples: Annotated[int, at_least(0)] = 3
     scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()
@@ -187,6 +187,7 @@ class Run:
     teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         check_seed(self.seed, "seed")
         if self.loop.steps is not None and self.data.tokens is not None:
             raise ValueError(
@@ -196,8 +197,6 @@ class Run:
         unused = [name for name, value in vars(self.tracking).items() if value != getattr(Tracking(), name)]
         if unused and not set(self.trackers) - set(OPEN):
             raise ValueError(f"tracking.{unused[0]} needs a tracker; set trackers=wandb, mlflow or trackio")
-        if self.samples < 0:
-            raise ValueError(f"samples={self.samples}; expected 0 or more")
         if self.start and self.adapter is None and self.quant is not None:
             raise ValueError(
                 f"start={self.start} is merged into the base in float32, but quant={self.quant.kind} stores "

@@ -24,7 +24,7 @@ from jaxft.train.compiled import (
     microbatch_shape,
     no_losses,
 )
-from jaxft.train.members import Job
+from jaxft.train.jobs import Job
 from jaxft.train.multi_adapter import (
     MultiAdapter,
     SharedFrozen,

@@ -1,4 +1,4 @@
-"""What vLLM, llama.cpp and MLX do not load of an adapter in PEFT's layout, and what works instead.
+"""The parts of an adapter in PEFT's layout that vLLM, llama.cpp and MLX do not load, and what works instead.
 
 Sources, as of September 2026:
 - vLLM: vllm/lora/peft_helper.py (`_validate_features`, `validate_legal`), which raises for DoRA, biases and

@@ -15,10 +15,10 @@ from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
+from jaxft.nn.full_modules import unties
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.quant import RESIDUAL_INITS, Quant
-from jaxft.nn.replaced import unties
 from jaxft.tree import Params
 from jaxft.weights import hub, peft, peft_write, place, pretrained
 from jaxft.weights.card import Card, write_card

@@ -16,7 +16,7 @@ HASHES = "files.json"  # SHA-256 of the other files by path; links lead to files
 
 
 def folder_damage(folder: Path) -> str | None:
-    """Return what is wrong with a folder of the cache; None if it has the files that were written."""
+    """Return the problem with a folder of the cache; None if it has the files that were written."""
     try:
         if not (folder / HASHES).is_file():
             return f"{folder / HASHES} is missing, as where an earlier version wrote the folder"

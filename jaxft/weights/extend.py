@@ -39,7 +39,7 @@ VERSION = 1  # of the models in the cache; another one if a new token starts wit
 
 @dataclass(frozen=True)
 class Extension:
-    """What a model gets.
+    """The tokens and the template that are added to a model.
 
     tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: their first rows, the
     mean of the rows of their pieces, or of all rows. multiple: a growing table is padded to a multiple of

@@ -34,8 +34,8 @@ _Matrix = Float[np.ndarray, "I O"]
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is extracted. rank: of each pair. targets: as adapter.targets. save_others: store parameters that
-    changed and have no pair in the adapter as well, as modules_to_save and biases.
+    """The settings of an extraction. rank: of each pair. targets: as adapter.targets. save_others: store
+    parameters that changed and have no pair in the adapter as well, as modules_to_save and biases.
     """
 
     rank: int

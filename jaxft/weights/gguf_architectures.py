@@ -128,8 +128,8 @@ def gguf_name(architecture: str, name: str) -> str:
 
 
 class StoredAs(NamedTuple):
-    """What llama.cpp changes about a tensor's values. heads: by which it orders the rows of q or k (see
-    gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    """The changes that llama.cpp makes to a tensor's values. heads: by which it orders the rows of q or k
+    (see gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
     """
 
     heads: int | None

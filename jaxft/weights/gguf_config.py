@@ -1,7 +1,7 @@
 """The configuration in a GGUF file's metadata, as the dict of a config.json.
 
-What a file does not state is what llama.cpp assumes for its architecture (src/models/), next to the line
-that uses it.
+A value that a file does not state is the one that llama.cpp assumes for its architecture (src/models/), next
+to the line that uses it.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GgufSettings:
-    """What an architecture reads besides KNOWN_METADATA.
+    """The metadata that an architecture reads besides KNOWN_METADATA.
 
     read: returns its settings for config.json. metadata: the keys of that. partial_rope: whether rope may
     turn some of a head's dimensions only.

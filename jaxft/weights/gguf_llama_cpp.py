@@ -69,7 +69,8 @@ LLAMA_CPP_READS = {  # by general.architecture
 }
 ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures whose head llama.cpp expects so
 HEADS_OF_WIDTH = ("phi3", "olmo2")  # architectures whose heads together have the model's width in llama.cpp
-# What says nothing about the arithmetic, or follows from the tensors. Rope is compared by its numbers.
+# Metadata that says nothing about the arithmetic, or follows from the tensors. Rope is compared by its
+# numbers.
 COMPARED_ELSEWHERE = {
     "architectures", "model_type", "bos_token_id", "eos_token_id", "rope_theta", "rope_scaling",
     "rope_parameters", "rope_local_base_freq", "original_max_position_embeddings", "partial_rotary_factor",

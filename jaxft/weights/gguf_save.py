@@ -54,7 +54,7 @@ class GgufOptions:
 
 
 class Saved(NamedTuple):
-    """What was written: the number of tensors of each type, and lines for the user."""
+    """The result of writing a file: the number of tensors of each type, and lines for the user."""
 
     counts: Counter[str]
     notes: list[str]

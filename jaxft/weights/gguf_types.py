@@ -33,8 +33,9 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """What the choice of types depends on besides a tensor's name and shape. weighted: whether inputs have
-    importances; tied: whether the embedding is the head too; layers, heads and kv_heads of an architecture.
+    """The facts that the choice of types depends on besides a tensor's name and shape. weighted: whether
+    inputs have importances; tied: whether the embedding is the head too; layers, heads and kv_heads of an
+    architecture.
     """
 
     architecture: str

@@ -41,9 +41,9 @@ class HubTarget:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What is on the hub now. url: of the files. commit: its hash; new: whether this upload made it, False
-    if all files were there already. deleted: files of an earlier upload that it removed. notes: lines for the
-    user.
+    """The state of the repository after an upload. url: of the files. commit: its hash; new: whether this
+    upload made it, False if all files were there already. deleted: files of an earlier upload that it
+    removed. notes: lines for the user.
     """
 
     url: str
@@ -198,7 +198,7 @@ class _Public(ValueError):
 
 @dataclass
 class _Progress:
-    """What an upload has changed. created: such as "the repository". committing: the commit was begun."""
+    """The changes of an upload. created: such as "the repository". committing: the commit was begun."""
 
     created: list[str] = field(default_factory=list)
     committing: bool = False

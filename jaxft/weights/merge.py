@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.models.model import Model
-from jaxft.nn import dora, lora, replaced
+from jaxft.nn import dora, full_modules, lora
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.model_files import Index, full_index
@@ -110,7 +110,7 @@ def merge_on_read(
     Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files have not.
     """
     nodes, out = lora.pairs_by_path(adapter), dict(readers)
-    if replaced.unties(nodes) and "head" not in readers and model.generates:
+    if full_modules.unties(nodes) and "head" not in readers and model.generates:
         where = readers["embed"].files.where
         raise ValueError(
             f"{where}: an adapter of the head or the embeddings, which are tied, cannot be merged while they "
@@ -163,7 +163,7 @@ def merge_params(
     for path, node in nodes.items():
         if path in leaves:
             merged[path] = _merged(path, leaves[path], node, dtype, token_ids)
-    if replaced.unties(nodes) and "head" not in leaves:
+    if full_modules.unties(nodes) and "head" not in leaves:
         table, of_table = leaves["embed"], nodes.get("embed", {})
         head = LazyTensor(table.shape[::-1], np.dtype(table.dtype), lambda _: layer_on_host(table).T)
         head = _merged("head", head, of_table, np.float32, token_ids) if "rows" in of_table else head

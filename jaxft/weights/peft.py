@@ -44,7 +44,8 @@ SEQ_CLS = "SEQ_CLS"
 HEAD_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}lm_head.weight")
 TABLE_COPIES = (f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}model.embed_tokens.base_layer.weight")
 BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
-# What peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it equals.
+# The tensor that peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it
+# equals.
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 TABLE_MODULE = EMBEDDING.removesuffix(".weight")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.models.model import Model
+from jaxft.nn.full_modules import base_modules, in_all_layers, selected_modules
 from jaxft.nn.lora import Adapter
 from jaxft.nn.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import spec_paths
-from jaxft.nn.replaced import base_modules, in_all_layers, selected_modules
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.weights import finite
 from jaxft.weights.peft_names import PREFIX, renamed
@@ -27,7 +27,7 @@ NO_TARGETS = "dummy-target-modules"  # peft's target_modules of an adapter witho
 
 
 class Modules(NamedTuple):
-    """What an adapter's files have besides LoRA pairs.
+    """The tensors of an adapter's files besides LoRA pairs.
 
     nodes: {"weight"} or {"rows"} by path. settings: fields of nn.lora.Adapter. used: names of tensors.
     """

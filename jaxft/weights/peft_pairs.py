@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jaxft.models.model import Model
+from jaxft.nn.full_modules import base_modules
 from jaxft.nn.lora import Adapter, target_paths
 from jaxft.nn.lora_patterns import matches_module
 from jaxft.nn.lora_specs import PairRanks
 from jaxft.nn.param import spec_paths
-from jaxft.nn.replaced import base_modules
 from jaxft.nn.tensor_names import ModuleNames
 from jaxft.weights.peft_modules import read_float, read_shaped
 from jaxft.weights.peft_names import PREFIX
@@ -204,18 +204,15 @@ def _declared(
 def _patterns(
     values: Mapping[Tensor, Number], default: Number, names: Mapping[Tensor, ModuleNames]
 ) -> Iterator[tuple[str, Number]]:
-    """Yield patterns and values: one for all layers of a module if all that it matches have the same value,
-    else full names.
+    """Yield patterns and values: the shortest ones that match modules of the same value only, for all layers
+    and numbers in a module's name, or for all layers; else full names.
     """
-    alike, done = dict[str, list[Tensor]](), set[Tensor]()
-    for one in values:
-        alike.setdefault(re.sub(r"\.\d+\.", r".\\d+.", one.in_layer), []).append(one)
-    for pattern, modules in alike.items():
-        if done.issuperset(modules) or all(values[one] == default for one in modules):
-            continue
-        matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
-        if len({values[one] for one in matched}) == 1:
-            done.update(matched)
-            yield pattern, values[modules[0]]
-        else:
-            yield from ((one.module, values[one]) for one in modules if values[one] != default)
+    found = {one: one.module for one, value in values.items() if value != default}
+    for number in (r"\g<0>", r".\\d+."):
+        done = set[Tensor]()
+        for pattern in dict.fromkeys(re.sub(r"\.\d+\.", number, one.in_layer) for one in found):
+            matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
+            if len({values[one] for one in matched}) == 1 and not done.issuperset(matched):
+                done.update(matched)
+                found |= dict.fromkeys(matched, pattern)
+    yield from dict.fromkeys((pattern, values[one]) for one, pattern in found.items())

@@ -13,9 +13,9 @@ import numpy as np
 from jaxft.distributed import sync
 from jaxft.models.model import Model
 from jaxft.models.text_part import full_name
+from jaxft.nn.full_modules import is_replacement
 from jaxft.nn.lora import Adapter, pairs_by_path
 from jaxft.nn.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.replaced import is_replacement
 from jaxft.tree import Params
 from jaxft.weights import hf, hub
 from jaxft.weights.peft import SCORE_TENSOR, SEQ_CLS

@@ -106,7 +106,9 @@ def is_unchanged(tokenizer: Any, source: Path) -> bool:
 
 
 def _state(tokenizer: Any) -> tuple[Any, ...]:
-    """What tokens and texts depend on, without the padding and truncation of the last call."""
+    """The part of a tokenizer that tokens and texts depend on, without the padding and truncation of the last
+    call.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"padding": None, "truncation": None}
     return backend, tokenizer.special_tokens_map, tokenizer.chat_template

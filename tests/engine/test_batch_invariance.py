@@ -12,8 +12,7 @@ from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
 from jaxft.models.layer_types import FULL, SLIDING
-from jaxft.models.llama import llama
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama import LlamaConfig, llama
 from jaxft.models.mistral import MistralConfig, mistral
 from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params

@@ -97,9 +97,9 @@ REFUSED = {
     "an encoder": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "biases": (GEMMA1 | {"attention_bias": True}, "attention_bias"),
     "a soft cap that transformers ignores": (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit"),
-    "a soft cap of 0": (GEMMA3 | {"final_logit_softcapping": 0}, "final_logit_softcapping must be"),
-    "a scale of text": (GEMMA3 | {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar must be"),
-    "no scale": (GEMMA3 | {"query_pre_attn_scalar": None}, "query_pre_attn_scalar must be"),
+    "a soft cap of 0": (GEMMA3 | {"final_logit_softcapping": 0}, "final_logit_softcapping=0; expected"),
+    "a scale of text": (GEMMA3 | {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar="),
+    "no scale": (GEMMA3 | {"query_pre_attn_scalar": None}, "query_pre_attn_scalar="),
     "a period of 0": (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
     "no window": (
         GEMMA3 | {"sliding_window": None},

@@ -66,7 +66,7 @@ def test_settings_that_a_file_does_not_have_are_those_of_transformers(kind):
         ("olmo3", {"layer_types": [FULL] * 7}, "layer_types must be a list of 8 types"),
         ("olmo3", {"layer_types": ["chunked_attention"] * 8}, "'chunked_attention' is not supported"),
         ("granite", {"attention_multiplier": 0}, "attention_multiplier must be finite in float32 and not 0"),
-        ("granite", {"logits_scaling": "8"}, "logits_scaling must be finite in float32 and not 0, got '8'"),
+        ("granite", {"logits_scaling": "8"}, "logits_scaling='8'; expected a number"),
         ("granite", {"residual_multiplier": float("nan")}, "residual_multiplier must be finite"),
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern='LLLG' is not supported"),
         ("exaone4", {"sliding_window": None, "layer_types": [SLIDING] * 8}, "but sliding_window is null"),

@@ -17,9 +17,8 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 
 from jaxft.batch import Tokens
 from jaxft.distributed.sharding import MeshShape, make_mesh, shard_batch
-from jaxft.models import llama_config
 from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.llama import LlamaConfig, from_hf, llama
 from jaxft.models.rope_config import for_transformers_4, rope_to_hf, ropes_from_hf
 from jaxft.nn import param
 from jaxft.nn import rope as our_rope
@@ -44,7 +43,7 @@ LONG = {
 
 
 def frequencies(**rope):
-    config = llama_config.from_hf({**SIZES, **rope})
+    config = from_hf({**SIZES, **rope})
     return our_rope.frequencies(config.rope, config.head_dim)
 
 
@@ -318,8 +317,8 @@ def test_contradictions_between_layer_types_are_one_line(changes, words):
 def test_what_yarn_and_dynamic_extend_may_be_used():
     """max_position_embeddings is the original length in files whose user added rope_scaling."""
     for file in ({"type": "dynamic", "factor": 4.0}, {**YARN, "original_max_position_embeddings": 16384}):
-        assert llama_config.from_hf({**SIZES, "rope_scaling": file}).max_positions == 65536
-    assert llama_config.from_hf({**SIZES, "rope_scaling": LINEAR}).max_positions == 16384
+        assert from_hf({**SIZES, "rope_scaling": file}).max_positions == 65536
+    assert from_hf({**SIZES, "rope_scaling": LINEAR}).max_positions == 16384
 
 
 @pytest.mark.quick_cases("dynamic")

@@ -526,7 +526,7 @@ def test_a_qtensor_has_no_gradient():
             partial(Quant, "int8", fp8_matmul=True),
             "quant.fp8_matmul is a setting of quant=fp8; omit it with quant=int8",
         ),
-        (partial(Quant, "fp8", fp8_matmul="yes"), "quant.fp8_matmul='yes' has type str"),
+        (partial(Quant, "fp8", fp8_matmul="yes"), "quant.fp8_matmul='yes'; use one of true, false, none"),
         (partial(Quant, "nf4", 63), "a block must be even and at least 2; got block=63"),
         (partial(Quant, "int4", 0), "a block must be even and at least 2; got block=0"),
         (

@@ -266,5 +266,5 @@ def test_a_model_attends_as_its_setting_asks(asked):
 
 
 def test_an_unknown_setting_is_refused():
-    with pytest.raises(ValueError, match="context_keys='rings' is unknown; use one of auto, gathered, ring"):
+    with pytest.raises(ValueError, match="context_keys='rings'; use one of auto, gathered, ring"):
         AttentionSettings(context_keys="rings")

@@ -491,7 +491,7 @@ def test_the_gradient_of_the_entropy_equals_autodiffs_for_any_chunk(monkeypatch)
             r"policy loss <lambda> must return one value per token, \(2, 54\); got \(2, 9\)",
         ),
         ({"temperature": 0.0}, {}, "the sampling temperature must be above 0, got 0.0"),
-        ({"critic": None}, {"coef": -1.0}, "Critic: coef must be above 0, got -1.0"),
+        ({"critic": None}, {"coef": -1.0}, "Critic.coef=-1.0; expected above 0"),
     ],
 )
 def test_invalid_inputs_are_refused_in_one_line(given, batch, message):

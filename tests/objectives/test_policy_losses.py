@@ -409,9 +409,9 @@ def test_the_adaptive_coefficient_follows_its_target():
         ),
         (lambda d: P.dppo_tv(d, eps_high=-1), "eps_low=0.15 and eps_high=-1 must be at least 0"),
         (lambda d: P.sapo(d, tau_neg=0), "tau_neg must be above 0, got 1.0 and 0"),
-        (lambda d: kl.FixedKL(-0.1), "FixedKL: coef must be at least 0, got -0.1"),
-        (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL: coef must be above 0, got 0.0"),
-        (lambda d: kl.AdaptiveKL(target=0), "target and horizon must be above 0, got 0 and"),
+        (lambda d: kl.FixedKL(-0.1), "FixedKL.coef=-0.1; expected at least 0"),
+        (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL.coef=0.0; expected above 0"),
+        (lambda d: kl.AdaptiveKL(target=0), "AdaptiveKL.target=0; expected above 0"),
     ],
 )
 def test_parameters_out_of_range_are_refused(call, message):

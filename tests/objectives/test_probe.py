@@ -30,7 +30,7 @@ from jaxft.objectives.check.probe import (
 from jaxft.objectives.check.synthetic import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
 from jaxft.objectives.check.traits import check_antisymmetry, check_difference
 from jaxft.objectives.pair import coupled
-from jaxft.runs import streams
+from jaxft.runs import terminal
 from jaxft.runs.named_losses import parse_losses
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
@@ -428,7 +428,7 @@ def bench(tmp_path, monkeypatch, capsys):
     (tmp_path / "my.py").write_text(LOSSES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(streams, "outlive_console", lambda: None)  # capsys replaces the streams too
+    monkeypatch.setattr(terminal, "outlive_console", lambda: None)  # capsys replaces the streams too
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", [SCRIPT, *args])

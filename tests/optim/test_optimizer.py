@@ -81,7 +81,7 @@ def test_the_neutral_parts_of_an_optimizer_update_everything_as_the_rest():
         ({"b1": 0.5, "optimizer_kwargs": (("b1", 0.6),)}, "optim.b1 and optim.optimizer_kwargs both set b1"),
         ({"b1": 1.0}, "optim.b1=1.0; expected at least 0 and below 1, or none"),
         ({"b2": -0.1}, "optim.b2=-0.1; expected at least 0"),
-        ({"eps": 0.0}, "optim.eps=0.0 is not above 0"),
+        ({"eps": 0.0}, "optim.eps=0.0; expected above 1e-37"),
         ({"warmup": 2.5}, "optim.warmup=2.5: use a fraction of the steps"),
     ],
 )

@@ -17,9 +17,10 @@ from jaxft.data.shipped import ROOT
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.policy_losses import clipped, dppo_tv, gspo, policy_gradient
 from jaxft.rl import advantages, estimators, importance, token_weights
-from jaxft.runs.config import help_text, load_config
+from jaxft.runs.config import load_config
 from jaxft.runs.parse import find_file, run_file
 from jaxft.runs.record import differences
+from jaxft.runs.settings_list import help_text
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import sharded_state as s
 from jaxft.distributed import sync
-from jaxft.runs import checkpoint, manifest, restore
+from jaxft.runs import checkpoint, manifest
 from jaxft.runs.checkpoint import Checkpoints
 folder, full = Path(sys.argv[4]), Path(sys.argv[5])
 saved = Checkpoints(folder)
@@ -171,7 +171,7 @@ full_disk = OSError(28, "No space left on device")
 with_one_failing("hand over", checkpoint.Checkpoints, "_start_writing", full_disk)
 with_one_failing("hash", manifest, "file_hashes", OSError(5, "Input/output error"))
 with_one_failing("manifest", checkpoint, "write_durably", full_disk, process=0)
-with_one_failing("compare", restore, "verify", manifest.Corrupt("leaf w is other"))
+with_one_failing("compare", checkpoint, "verify", manifest.Corrupt("leaf w is other"))
 read_only = OSError(30, "Read-only file system")
 with_one_failing("rename", checkpoint.Checkpoints, "_publish", read_only, process=0)
 with_one_failing("report", sync, "write_durably", full_disk)  # not even its report can be written

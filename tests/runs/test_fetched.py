@@ -12,10 +12,10 @@ from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import Place, write_place
 
-from jaxft.runs import fetched, served
+from jaxft.runs import served, store_copy
 from jaxft.runs import store as stores
-from jaxft.runs.mirror import mirrored
 from jaxft.runs.page import document
+from jaxft.runs.store_copy import mirrored
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key",
@@ -43,7 +43,7 @@ def store(monkeypatch, tmp_path):
 def send(folder, url):
     """Copy a run's folder into the store, as a start that has nothing else to do does."""
     with mirrored(folder, url, {}, lambda line: None) as copies:
-        copies.take_over()
+        copies.accepted()
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
@@ -77,9 +77,9 @@ def test_a_sweep_and_its_members_are_fetched_together(store, tmp_path, monkeypat
     send(write_sweep(tmp_path / "away" / "sweep", 2, steps=5), url)
     code, out, err = call(monkeypatch, capsys, "report", url)
     assert code == 0 and "lr=2e-4" in Path("report.html").read_text(), err
-    member = fetched.local_folder(f"{url}/lr=1e-4")
+    member = store_copy.local_folder(f"{url}/lr=1e-4")
     assert member.name == "lr=1e-4" and (member / "metrics.jsonl").is_file()
-    assert fetched.is_fetched(member) and not fetched.is_fetched(tmp_path)
+    assert store_copy.is_fetched(member) and not store_copy.is_fetched(tmp_path)
     assert capsys.readouterr().err == ""  # nothing was fetched again
 
 

@@ -6,9 +6,11 @@ import sys
 import pytest
 from scripts_in_process import call
 
-from jaxft.data.shipped import ROOT
+from jaxft import short_names
+from jaxft.data.shipped import COMMANDS, ROOT
 from jaxft.runs import documentation
 from jaxft.runs.documentation import DOCUMENTS, find_topics, topics_of, with_topics
+from jaxft.runs.unknown_names import setting_names
 
 TEXT = """# A
 one
@@ -85,3 +87,24 @@ def test_a_command_is_answered_with_its_arguments(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     code, out, _ = call(monkeypatch, capsys, "help", "export")
     assert code == 0 and "--gguf" in out
+
+
+def test_a_setting_a_knob_and_a_loss_are_answered_with_their_reference(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "help", "optim.warmup")
+    assert code == 0 and out.startswith("optim: Optimizer settings\n  optim.warmup=0.05 ")
+    assert "float, at least 0" in out
+    code, out, _ = call(monkeypatch, capsys, "help", "neftune")  # a knob of sft alone
+    assert code == 0 and out.startswith("Knobs of sft") and "neftune=0.0" in out
+    code, out, _ = call(monkeypatch, capsys, "help", "ipo")
+    assert code == 0 and "jaxft.objectives.preference_losses:ipo" in out and "1 / (2 beta)" in out
+
+
+def test_the_reference_has_every_setting_recipe_function_and_command(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "help", "--all")
+    first = set(re.findall(r"^\| `([^`]+)` \|", out, re.MULTILINE))
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    fields = {name for recipe in recipes for name in setting_names(recipe)}
+    functions = {*short_names.PREFERENCE_LOSSES, *short_names.REWARDS, *short_names.ADVANTAGES}
+    assert code == 0 and not (fields | {*COMMANDS, *functions}) - first
+    assert recipes <= set(re.findall(r"^### (\w+)$", out, re.MULTILINE))
+    assert all(line.count(" | ") in (1, 2, 3) for line in out.splitlines() if line.startswith("| `"))

@@ -9,7 +9,7 @@ import signal
 import pytest
 from tiny_run import SLOW_STEPS, Place, write_place
 
-from jaxft.runs import cli, interrupt, streams
+from jaxft.runs import cli, interrupt, terminal
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_hangup_that_is_ignored_stays_ignored():
 def pipe():
     """(read end, LastingFile on the write end)."""
     read, write = os.pipe()
-    with streams.LastingFile(write, "w") as file:
+    with terminal.LastingFile(write, "w") as file:
         yield read, file
     with contextlib.suppress(OSError):  # a test may have closed it
         os.close(read)
@@ -111,13 +111,13 @@ def test_a_lasting_file_writes_while_it_can_and_then_drops_all(pipe):
     os.close(read)
     for _ in range(2):
         assert file.write(b"two") == 3
-    text = streams._text_file(file, io.TextIOWrapper(io.BytesIO(), "ascii"))
+    text = terminal._text_file(file, io.TextIOWrapper(io.BytesIO(), "ascii"))
     print("\u00fc" * 10_000, file=text, flush=True)  # longer than a pipe, and not ASCII
 
 
 def test_a_full_stream_that_does_not_block_is_waited_for_and_then_dropped(pipe, monkeypatch):
     read, file = pipe
-    monkeypatch.setattr(streams, "PATIENCE", 0.01)
+    monkeypatch.setattr(terminal, "PATIENCE", 0.01)
     os.set_blocking(file.fileno(), False)
     total = sum(file.write(bytes(1 << 16)) for _ in range(4))
     assert total == 4 << 16

@@ -15,8 +15,7 @@ from scripts_in_process import call
 from jaxft.objectives.intervals import wilson
 from jaxft.runs import charts
 from jaxft.runs.page import document, sections
-from jaxft.runs.page.curves_json import DARK_COLOURS, curves_json, thinned
-from jaxft.runs.page.document import write_report
+from jaxft.runs.page.document import DARK_COLOURS, curves_json, thinned, write_report
 from jaxft.runs.page.markup import record_table, token_view
 from jaxft.runs.page.run_files import folders_of_runs
 from jaxft.runs.plots import COLOURS

@@ -227,7 +227,7 @@ MINE = """from configs.sft import config as sft
 from dataclasses import replace
 import jax.numpy as jnp
 from jaxft.models.llama import llama
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama import LlamaConfig
 from jaxft.train.recipes import FINETUNING, ScoredRowKnobs
 
 

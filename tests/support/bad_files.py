@@ -33,7 +33,7 @@ CONFIGS = [
     *(({name: value}, f"config: {name}") for name in ("eos_token_id", "bos_token_id")
       for value in ({"a": 1}, "x", 1.5, -3, 99999)),
     ({"eos_token_id": [1, [1]]}, "config: eos_token_id"),
-    ({"num_hidden_layers": 4096}, "layers must be a positive whole number below 2^12"),
+    ({"num_hidden_layers": 4096}, "layers=4096; expected from 1 to 2^12 - 1"),
     *(({name: 0}, "config.json") for name in ("num_key_value_heads", "head_dim")),
 ]  # fmt: skip
 CONFIG_TEXTS = [

@@ -9,8 +9,7 @@ import numpy as np
 from tiny_llama import tiny_tokenizer
 
 from jaxft.distributed import sharding
-from jaxft.models.llama import llama
-from jaxft.models.llama_config import LlamaConfig, to_hf
+from jaxft.models.llama import LlamaConfig, llama, to_hf
 from jaxft.nn import param
 from jaxft.nn.lora import Adapter
 from jaxft.train import partition

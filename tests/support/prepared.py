@@ -8,7 +8,7 @@ import jax
 
 from jaxft.distributed import sharding
 from jaxft.runs import folder as runfolder
-from jaxft.train import loop, members, open_settings
+from jaxft.train import jobs, loop, open_settings
 from jaxft.train.clock import Clock
 from jaxft.train.compiled import compile_run
 
@@ -30,7 +30,7 @@ def prepare(folder, *overrides, devices=1):
         settings, _ = open_settings.fitted(open_settings.resolve("config.py", list(overrides)))
         run = settings.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            return members.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
+            return jobs.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
 
 
 def finished_run(folder, config, *overrides, devices=1):
@@ -45,12 +45,12 @@ def load_and_compile(folder, *overrides):
     """Prepare a run, load its weights and compile its programs."""
     job = prepare(folder, *overrides)
     with working_directory(folder), jax.set_mesh(sharding.make_mesh(job.lead.run.mesh)):
-        _, frozen = members.load_members(job, None, print)
-        compile_run(members.bind_sources(job, frozen, None), frozen, Clock())
+        _, frozen = jobs.load_members(job, None, print)
+        compile_run(jobs.bind_sources(job, frozen, None), frozen, Clock())
 
 
 def resume(folder, *overrides):
     """Prepare a run and compare it with that of the same name in `runs/`: (steps if finished, changes)."""
     job = prepare(folder, *overrides)
-    with working_directory(folder), members.open_checkpoints(job) as (checkpoints, _):
-        return members.resume_point(job, checkpoints)
+    with working_directory(folder), jobs.open_checkpoints(job) as (checkpoints, _):
+        return jobs.resume_point(job, checkpoints)

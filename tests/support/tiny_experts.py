@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
-from jaxft.models import llama_config
+from jaxft.models import llama
 from jaxft.models.adapted import adapted
 from jaxft.models.dense import (
     DecoderSpec,
@@ -41,7 +41,7 @@ NAMES = {"layers/mlp/router": TensorName("model.layers.{i}.mlp.gate.weight", Tru
 
 
 @dataclass(frozen=True)
-class ExpertConfig(llama_config.LlamaConfig):
+class ExpertConfig(llama.LlamaConfig):
     """A Llama's config with a number of experts."""
 
     experts: int = 2
@@ -95,13 +95,11 @@ def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> A
 
 
 def from_hf(hf: dict[str, Any]) -> ExpertConfig:
-    return ExpertConfig(
-        **vars(llama_config.from_hf({**hf, "model_type": "llama"})), experts=hf["num_experts"]
-    )
+    return ExpertConfig(**vars(llama.from_hf({**hf, "model_type": "llama"})), experts=hf["num_experts"])
 
 
 def to_hf(config: ExpertConfig) -> dict[str, Any]:
-    return {**llama_config.to_hf(config), "model_type": "tiny_experts", "num_experts": config.experts}
+    return {**llama.to_hf(config), "model_type": "tiny_experts", "num_experts": config.experts}
 
 
 FAMILY = Family(ExpertConfig, from_hf, to_hf, experts, {})

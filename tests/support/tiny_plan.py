@@ -10,8 +10,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
-from jaxft.models.llama import llama
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama import LlamaConfig, llama
 from jaxft.nn.lora import Adapter
 from jaxft.objectives import policy
 from jaxft.objectives.critic import Critic, value_function

@@ -177,5 +177,5 @@ def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_s
         "attention: blockwise XLA (flash): attention=flash",
         "attention: blockwise XLA (flash): JAXFT_ATTENTION=flash",
     ]
-    with pytest.raises(ValueError, match="attention='cudnn' is unknown; use auto or flash"):
+    with pytest.raises(ValueError, match="attention='cudnn'; use one of auto, flash"):
         AttentionSettings(kernel="cudnn")

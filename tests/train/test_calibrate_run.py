@@ -22,7 +22,7 @@ from jaxft.distributed import sharding
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.runs import cli
 from jaxft.runs import folder as runfolder
-from jaxft.train import calibrate, members
+from jaxft.train import calibrate, jobs
 from jaxft.train.calibrate import calibrate_base, rows_of_source
 from jaxft.weights import codes, pretrained
 
@@ -51,7 +51,7 @@ def loaded(place, *overrides, lines=None):
     with working_directory(place.folder), jax.set_mesh(sharding.make_mesh(job.lead.run.mesh)):
         report = [].append if lines is None else lines.append
         calibrate_base(job.calibration, place.folder / job.folder, report)
-        states, frozen = members.load_members(job, None, report)
+        states, frozen = jobs.load_members(job, None, report)
         return job, states[0].trainable, frozen[0]
 
 

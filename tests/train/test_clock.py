@@ -20,7 +20,7 @@ from jaxft.train.clock import Clock, time_line
 from jaxft.train.evaluate import evaluation_limit
 from jaxft.train.logs import eval_limit_lines, first_evaluation_lines, with_part
 from jaxft.train.settings import Loop
-from jaxft.train.verdict import continued
+from jaxft.train.start_and_end import continued
 
 
 def clock(*times):

@@ -15,15 +15,17 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_named
 from jaxft.runs.named_weights import named_weights
-from jaxft.train import token_scores
+from jaxft.train import harness_model
 from jaxft.train.harness import HarnessResult
 from jaxft.train.harness_model import (
+    Continuation,
     HarnessBackend,
     HarnessSettings,
+    batches_of,
     generation_config_notes,
     generation_settings,
+    rows_of,
 )
-from jaxft.train.token_scores import Continuation, batches_of, rows_of
 
 torch = pytest.importorskip("torch")
 LENGTH = 80  # tokens that the models read
@@ -268,7 +270,7 @@ def test_log_probabilities_are_those_of_transformers(place, loaded):
     greedy = rng.integers(0, 256, 4).tolist()
     with torch.no_grad():
         pairs.append(Continuation(greedy, [int(place[1](torch.tensor([greedy])).logits[0, -1].argmax())]))
-    scorer = token_scores.make_token_scorer(loaded, 2, 100)
+    scorer = harness_model.make_token_scorer(loaded, 2, 100)
     found = scorer.scores(pairs)
     for (context, tokens), score in zip(pairs, found, strict=True):
         ids = [*context, *tokens][-101:]

@@ -11,7 +11,7 @@ from tiny_run import Place, write_place
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.train import verdict, watch
+from jaxft.train import start_and_end, watch
 from jaxft.train.nonfinite import Diagnosis, first_nonfinite
 
 CHANGE_A_LAYER = """
@@ -29,8 +29,8 @@ NAN_IN_A_LAYER = CHANGE_A_LAYER.format(value="float('nan')")
 OVERFLOW_IN_A_LAYER = CHANGE_A_LAYER.format(value="3e38")
 NAN_IN_A_ROW = """
 import numpy as np
-from jaxft.train import members
-make = members.Job.batch
+from jaxft.train import jobs
+make = jobs.Job.batch
 def make_broken(self, step, states):
     _, batch, metrics = make(self, step, states)
     if step == 1:
@@ -38,7 +38,7 @@ def make_broken(self, step, states):
         weights[0, 2, 0] = np.nan
         batch = batch.replace(token_weights=weights)
     return [batch], batch, metrics
-members.Job.batch = make_broken
+jobs.Job.batch = make_broken
 """
 ARGV = ["samples=0", "data.held_out=none", "steps=2", "loop.debug_nonfinite=true"]
 
@@ -111,8 +111,8 @@ def test_a_last_update_after_which_the_loss_is_not_finite_is_seen_without_held_o
 def test_completions_with_non_finite_logits_are_no_finished_run():
     state = TrainState(jnp.int32(1), {}, (), {}, jnp.zeros(2, jnp.int32))
     end = {"metrics": {}, "samples": [{}, {}, {}], "scored": 0, "nonfinite": 1}
-    assert verdict.faults(state, 1, end) == ["the logits of 1 of 3 sampled completions are not finite"]
-    assert verdict.faults(state, 1, {**end, "scored": 9}) == [
+    assert start_and_end.faults(state, 1, end) == ["the logits of 1 of 3 sampled completions are not finite"]
+    assert start_and_end.faults(state, 1, {**end, "scored": 9}) == [
         "the logits of 1 of 9 sampled completions are not finite"
     ]
 
@@ -133,7 +133,7 @@ def test_completions_with_non_finite_logits_are_no_finished_run():
 def test_why_a_run_is_not_finished(bad, metrics, expected):
     state = TrainState(jnp.int32(10), {}, (), {}, jnp.array(bad, jnp.int32))
     assert (
-        verdict.faults(state, 10, {"metrics": metrics, "samples": [], "scored": 0, "nonfinite": 0})
+        start_and_end.faults(state, 10, {"metrics": metrics, "samples": [], "scored": 0, "nonfinite": 0})
         == expected
     )
 

@@ -166,7 +166,7 @@ SETTINGS = {
     "trained pattern": (["train=adapter/nothing"], r"adapter/nothing"),
     "micro": (["batch=6", "micro=4"], r"data\.batch=6 is not divisible by data\.micro=4"),
     "name": (["name=../out"], r"name='\.\./out' is not the name of a folder"),
-    "samples": (["samples=-1"], r"samples=-1; expected 0 or more"),
+    "samples": (["samples=-1"], r"samples=-1; expected at least 0"),
     "epochs": (["epochs=inf"], r"data\.epochs=inf; expected a finite number above 0, or none"),
     "mesh": (["mesh.data=3"], r"needs 3 devices, got 4", 4),
     "heads on a mesh": (

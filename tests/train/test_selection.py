@@ -9,10 +9,10 @@ import pytest
 from jaxft.distributed.processes import AgreedError
 from jaxft.runs.report import Evaluation
 from jaxft.train.evaluate import is_greater_better, is_stalled, selection_score
+from jaxft.train.jobs import Job
 from jaxft.train.loop import due
-from jaxft.train.members import Job
 from jaxft.train.settings import Loop
-from jaxft.train.verdict import check_selection, end_if_due, without_accuracies
+from jaxft.train.start_and_end import check_selection, end_if_due, without_accuracies
 
 METRICS = {"eval_loss": 2.0, "eval_reward": 3.0, "eval_rewards/accuracies": 0.75, "eval_kl": 0.5}
 METRICS |= {"eval_rewards/rejected": -1.0, "eval_completions/clipped_ratio": 0.25}

@@ -37,7 +37,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.plan import flops, memory
 from jaxft.runs.cli import error_line
 from jaxft.train import programs
-from jaxft.train.members import weight_fingerprints
+from jaxft.train.jobs import weight_fingerprints
 from jaxft.train.nonfinite import first_output, make_layer_outputs
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run

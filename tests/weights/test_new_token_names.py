@@ -8,9 +8,9 @@ from tiny_llama import tiny_tokenizer
 
 from jaxft.data.named_templates import TEMPLATES, find_template
 from jaxft.data.template import template_of
-from jaxft.runs.config import help_text, load_config
+from jaxft.runs.config import load_config
 from jaxft.runs.parse import parse_value
-from jaxft.train.recipes import ModelKnobs
+from jaxft.runs.settings_list import help_text
 from jaxft.weights.extend import Extension, add_tokens
 
 CHAT = [
@@ -128,14 +128,6 @@ def test_new_tokens_may_contain_one_another_and_a_comma():
     assert tokenizer.encode("<a><a>bx,y z") == [ids[0], ids[1], ids[3], ids[4]]
     assert parse_value("<a>, [b]", tuple[str, ...]) == ("<a>", "[b]")
     assert parse_value("[INST],[/INST]", tuple[str, ...]) == ("[INST]", "[/INST]")
-
-
-def test_the_first_rows_and_the_padding_are_knobs_that_need_new_tokens():
-    knobs = ModelKnobs(add_tokens=("<a>",), add_tokens_start="mean", add_tokens_multiple=128)
-    assert knobs.extension == Extension(("<a>",), start="mean", multiple=128)
-    for name, value in (("add_tokens_start", "mean"), ("add_tokens_multiple", 128)):
-        with pytest.raises(ValueError, match=f"{name}.* no effect without new tokens; set add_tokens"):
-            _ = ModelKnobs(**{name: value}).extension
 
 
 def test_lists_are_shown_as_they_are_written_and_empty_ones_by_name(tmp_path):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_llama import edit_config, tiny_torch, write_folder
 
-from jaxft.models import families, llama_config
+from jaxft.models import families, llama
 from jaxft.nn.rope import Rope
 from jaxft.weights import hub, pretrained
 
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 def preset_of(folder, monkeypatch, **changes):
     """The model of a preset that differs from the folder's config.json by `changes`."""
     config = replace(pretrained.model_for(str(folder), dtype=jnp.float32).config, **changes)
-    monkeypatch.setitem(llama_config.PRESETS, NAME, config)
+    monkeypatch.setitem(llama.PRESETS, NAME, config)
     return families.preset(NAME, dtype=jnp.float32)
 
 
@@ -49,7 +49,7 @@ def test_a_preset_with_other_settings_than_the_files_is_refused(folder, monkeypa
 
 def test_a_preset_of_another_family_than_the_files_is_refused(folder, monkeypatch):
     edit_config(folder, model_type="mistral", sliding_window=None)
-    monkeypatch.setitem(llama_config.PRESETS, NAME, llama_config.PRESETS["meta-llama/Llama-3.2-1B"])
+    monkeypatch.setitem(llama.PRESETS, NAME, llama.PRESETS["meta-llama/Llama-3.2-1B"])
     with pytest.raises(
         ValueError, match="differ: .*LlamaConfig.* and .*MistralConfig.* Use the files' folder"
     ):

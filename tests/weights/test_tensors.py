@@ -110,6 +110,20 @@ def test_every_value_of_a_parameter_is_in_one_of_its_tensors_and_every_tensor_is
     assert values == sizes
 
 
+def test_the_number_of_a_layer_is_that_of_the_model_whatever_numbers_are_in_the_name():
+    model = expert_model("a tensor for each expert")
+    specs, names = spec_paths(model.specs), dict(model.weight_names)
+    names["layers/mlp/gate"] = TensorName("model.stage.7.layers.{i}.mlp.experts.{x}.gate.weight", True)
+    names["layers/attn/q"] = TensorName("model.mtp.9.proj.{i}.q.weight", True)
+    names["final_norm"] = TensorName("model.mtp.0.norm.weight")
+    assert names.keys() == specs.keys()
+    table = tensors_of(replace(model, weight_names=names))
+    assert [x.layer for x in table["layers/mlp/gate"]] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [x.layer for x in table["layers/attn/q"]] == [0, 1] and table["final_norm"][0].layer is None
+    assert table["layers/mlp/gate"][-1].in_layer == "mlp.experts.3.gate"
+    assert table["final_norm"][0].in_layer == "model.mtp.0.norm"
+
+
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_experts_on_several_devices_have_the_bits_of_the_whole_parameter(written, kind, monkeypatch):
     reader, whole = readers_of(written)["layers/mlp/up"], tree.paths(written[1])["layers/mlp/up"]

@@ -28,7 +28,7 @@ from tiny_llama import (
 )
 
 from jaxft import tree
-from jaxft.models.llama_config import PRESETS
+from jaxft.models.llama import PRESETS
 from jaxft.nn import quant
 from jaxft.weights import hf_write, hub, pretrained, safetensors
 

@@ -1,1 +1,10 @@
-"""Environments that ship with jaxft, and what environments call: tools, threads, the sandbox, OpenEnv."""
+"""Environments that ship with jaxft, and what environments call: tools, threads, the sandbox, OpenEnv.
+
+calls.py: a thread and an event loop per episode, which call users' functions with a time-out
+tools.py: functions as tools: JSON schemas, calls in a turn's text and their results
+sandbox.py: Python code that a model wrote, in a process with limits
+sandbox_child.py: that process
+calculator.py, search.py, guess_number.py, code_interpreter.py: an environment each, with its rows
+openenv.py: OpenEnv servers through their clients
+by_hand.py: a person in the policy's place
+"""

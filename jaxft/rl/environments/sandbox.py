@@ -5,7 +5,7 @@ no environment variables. Where the system permits user namespaces, as most of L
 writes nowhere else, and no process outlives it. Elsewhere (`isolated` is false) it has the network, writes
 and deletes whatever the user of the run may, and a process that it started may go on.
 
-What nothing limits: it reads all files that the user of the run may read; `memory` is of each of its
+Not limited: it reads all files that the user of the run may read; `memory` is of each of its
 processes, and the number of processes is not limited for root; a fault of the kernel is not kept from it. For
 code that is meant to do harm, use a container or a machine of its own.
 """
@@ -45,8 +45,8 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """What code printed, up to the limit, and how it ended. code: 0 if it ended without an error, None if it
-    took too long. isolated: whether it had no network and could write nowhere else.
+    """The text that code printed, up to the limit, and how it ended. code: 0 if it ended without an error,
+    None if it took too long. isolated: whether it had no network and could write nowhere else.
     """
 
     output: str

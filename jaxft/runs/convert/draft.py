@@ -32,7 +32,7 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 
 @dataclass
 class Draft:
-    """What is known so far of a conversion.
+    """A conversion under way.
 
     method: what the file trains by, in its tool's word. recipe: of jaxft. full: whether all weights are
     trained. all: the options of the file. options: those that no rule has taken yet, by name. settings: knob

@@ -29,7 +29,7 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
     keys = {option.name.partition(".")[0] for option in options}
     if "_component_:" in text:
         raise ValueError(
-            f"{file}: torchtune's configurations are not read; see the options in configs/README.md"
+            f"{file}: torchtune's configurations are not read; `jaxft settings` lists what to write"
         )
     for key, what in UNREAD_FILES.items():
         if key in keys:

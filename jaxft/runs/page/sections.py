@@ -34,7 +34,7 @@ Runs = Sequence[RunFiles]
 
 
 def overview_section(runs: Runs) -> str:
-    """What was trained, on what, how far, how long; the metrics before and after, and which run is best."""
+    """The model, its data, steps and time; the metrics before and after, and which run is best."""
     results = [result_of(run) for run in runs]
     parts = [facts_of_runs(runs), end_table(results)]
     details = []
@@ -54,7 +54,7 @@ def overview_section(runs: Runs) -> str:
 
 
 def result_of(run: RunFiles) -> ranking.RankedRun:
-    """Return what runs are ranked by."""
+    """Return the metric that ranks runs."""
     return ranking.RankedRun(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
 
 
@@ -144,7 +144,7 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
 
 
 def effort(run: RunFiles) -> dict[str, Any]:
-    """Return what a run took: tokens, time in total and of its steps, speed, hardware."""
+    """Return the cost of a run: tokens, time in total and of its steps, speed, hardware."""
     perf = [_part(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
     seconds = sum(x for x in perf if isinstance(x, int | float))
     counts = [entry[metric_names.TOKENS] for entry in run.entries if metric_names.TOKENS in entry]

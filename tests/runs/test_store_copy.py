@@ -18,10 +18,10 @@ from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import cli, manifest, mirror
+from jaxft.runs import cli, manifest, store_copy
 from jaxft.runs import store as stores
 from jaxft.runs.config import resolve_config
-from jaxft.runs.mirror import mirrored
+from jaxft.runs.store_copy import mirrored
 from jaxft.train import loop
 from jaxft.train.settings import Run
 from jaxft.train.sweep import Sweep
@@ -84,10 +84,10 @@ class InTurn:
 def started(folder, url=PLACE["s3"], report=print, record=RECORD):
     """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint, at once."""
     with (
-        mock.patch.object(mirror, "ThreadPoolExecutor", InTurn),
+        mock.patch.object(store_copy, "ThreadPoolExecutor", InTurn),
         mirrored(folder, url, {"config.json": record}, report) as copies,
     ):
-        copies.take_over()
+        copies.accepted()
         yield copies.published
 
 
@@ -191,7 +191,7 @@ def test_a_store_that_cannot_be_opened_ends_the_start(store, tmp_path, monkeypat
         pass
 
 
-def test_a_second_start_takes_over_and_the_first_one_sends_no_more(store, tmp_path):
+def test_after_a_second_start_the_first_one_sends_no_more(store, tmp_path):
     first, lines = write_folder(tmp_path / "first"), []
     with pytest.raises(OSError, match="is written by another start of this run, process"):  # noqa: SIM117
         with started(first, PLACE["s3"], lines.append) as copy:
@@ -276,7 +276,7 @@ def test_settings_may_change_as_those_of_a_folder_may(store, tmp_path):
         pass
 
 
-def test_a_run_takes_the_store_over_when_its_settings_are_accepted(store, tmp_path, monkeypatch):
+def test_a_start_changes_the_store_when_its_settings_are_accepted(store, tmp_path, monkeypatch):
     write_place(tmp_path)
     knobs, fault = ["samples=0", "loop.store=s3://bucket/runs"], ValueError("it ends here")
 
@@ -380,7 +380,7 @@ def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_a_warning(store, tmp_
 
     def end(stopped):
         with mirrored(here, PLACE["s3"], {"config.json": RECORD}, lines.append) as copies:
-            copies.take_over()
+            copies.accepted()
             store.faults["PUT .*"] = 503
             if stopped:
                 copies.stopped()
@@ -397,12 +397,8 @@ def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_a_warning(store, tmp_
     assert not isinstance(lost.value, RestartError)
 
 
-@pytest.mark.parametrize("scheme", PLACE)
-@pytest.mark.parametrize("moment", ["write_files", "replace"])
-def test_a_start_that_takes_over_during_a_copy_remains_the_owner(
-    store, tmp_path, monkeypatch, scheme, moment
-):
-    first, work = write_folder(tmp_path / "first"), getattr(stores.Store, moment)
+def test_a_start_during_a_copy_remains_the_one_that_sends(store, tmp_path, monkeypatch):
+    first, work = write_folder(tmp_path / "first"), stores.Store.write_files
     lines, pending, owners = [], [], []
 
     def owner():
@@ -411,14 +407,14 @@ def test_a_start_that_takes_over_during_a_copy_remains_the_owner(
     def interrupted(self, *arguments):
         if pending:
             pending.clear()
-            with started(tmp_path / "second", PLACE[scheme]):
+            with started(tmp_path / "second"):
                 owners.append(owner())
         return work(self, *arguments)
 
-    monkeypatch.setattr(stores.Store, moment, interrupted)
+    monkeypatch.setattr(stores.Store, "write_files", interrupted)
     with (
         pytest.raises(OSError, match="is written by another start"),
-        started(first, PLACE[scheme], lines.append) as copy,
+        started(first, report=lines.append) as copy,
     ):
         write_step(first, 1)
         pending.append(True)
@@ -478,7 +474,7 @@ def test_weights_that_do_not_match_the_index_are_not_used(store, tmp_path):
     store.objects[weights] = b"weightz"
     refusal = rf"^s3://bucket/{weights} does not match index\.json: .* Start the run's command again"
     with pytest.raises(ValueError, match=refusal):
-        mirror.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
+        store_copy.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
     assert not (tmp_path / "cache" / "adapter").exists()
     with started(there, report=lines.append):
         assert not (there / "adapter").exists() and (there / "checkpoints" / "1").is_dir()
@@ -517,7 +513,7 @@ def test_a_store_that_is_down_delays_no_step_and_is_reported_with_the_time(store
 
     monkeypatch.setattr(stores.Store, "names", waiting)
     with mirrored(here, PLACE["s3"], {"config.json": RECORD}, lines.append) as copies:
-        copies.take_over()
+        copies.accepted()
         for step in (1, 2, 3):
             write_step(here, step)
             copies.published(step)  # returns, though the store does not

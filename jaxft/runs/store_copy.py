@@ -1,15 +1,17 @@
-"""A copy of a run's folder in an object store: sent at every checkpoint and at the end, fetched elsewhere.
+"""A copy of a run's folder in an object store: sent at every checkpoint and at the end, fetched elsewhere
+and by commands that name it.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
 Verified checkpoints are copied in the background, each with the other files of the folder that have changed;
-one that a newer one has overtaken is left out. `index.json` has their sizes and hashes, and which process
-sends them. The checkpoint's manifest is sent after all of these: a checkpoint without one is incomplete, and
-one with it has its logs. A start that finds a newer checkpoint in the store than on disk fetches the folder
-first, and one whose checkpoint on disk is damaged fetches that.
+one that a newer one has overtaken is left out. `index.json` has their sizes and hashes, and which start sends
+them: the last one that was accepted. The checkpoint's manifest is sent after all of these: a checkpoint
+without one is incomplete, and one with it has its logs. A start that finds a newer checkpoint in the store
+than on disk fetches the folder first, and one whose checkpoint on disk is damaged fetches that.
 A start with other settings than those of the run in the store is refused and leaves the store as it is.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -29,13 +32,13 @@ from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
 from jaxft.runs.folder import NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
-from jaxft.runs.store import Store, StoreError, open_store
+from jaxft.runs.store import Store, StoreError, check_store_url, open_store
+from jaxft.weights.file_hash import cache_folder
 
 INDEX = "index.json"
 CHECKPOINTS = "checkpoints"
 LOCAL_FILES = ("lock", INDEX)  # of this machine alone
 TEMPORARY = (".part", ".tmp")
-INDEX_ATTEMPTS = 3  # at writing the index, which another process may write at the same time
 Records = Mapping[str, dict[str, Any]]  # settings of a run, or of a sweep's members, by path in the folder
 
 
@@ -44,15 +47,16 @@ def _nowhere(*step: int) -> None:
 
 
 class Copies(NamedTuple):
-    """What a run calls so that its folder is copied; without a store these functions do nothing.
+    """The functions that a run calls so that its folder is copied; without a store these functions do
+    nothing.
 
-    take_over: when the start is accepted. published: with the step of each new checkpoint, which is copied in
+    accepted: when the start is accepted. published: with the step of each new checkpoint, which is copied in
     the background. sending: the steps of checkpoints that are being copied and must stay on disk. settle:
     wait for the copy under way; others are left to the end. stopped: when a signal has ended the run and it
     is saved; a store that fails at the end is then only a warning. fetch: see Mirror.fetch_step.
     """
 
-    take_over: Callable[[], None] = _nowhere
+    accepted: Callable[[], None] = _nowhere
     published: Callable[[int], None] = _nowhere
     sending: Callable[[], Set[int]] = frozenset
     settle: Callable[[], None] = _nowhere
@@ -61,10 +65,6 @@ class Copies(NamedTuple):
 
 
 LOCAL_ONLY = Copies()
-
-
-class TakenOver(OSError):
-    """Another process sends this run by now."""
 
 
 class Damaged(Exception):
@@ -90,13 +90,12 @@ class Mirror:
             "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.is_owner = False  # whether this process has taken the copy over
+        self.is_accepted = False  # whether this start sends the run
         self.is_stopped = False  # whether a signal has ended the run
         self.sending: frozenset[int] = frozenset()  # steps of checkpoints that are being copied
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._newest: float = -1  # the checkpoint to be copied; infinite when no more are
         self._fails_since = ""
-        self._version = b""  # of the index, when it was read
         self._sent: dict[str, list[Any]] = {}  # size and hash of what the store has
         self._damaged: set[str] = set()  # what the store has, and does not match its entry
         self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
@@ -131,24 +130,21 @@ class Mirror:
                 return step
         return None
 
-    def take_over(self) -> None:
-        """Become the process that sends this run; others then send no more. Raises OSError if that fails.
+    def accept(self) -> None:
+        """Become the start that sends this run; an earlier one then sends no more.
 
-        Call it when the start is accepted: one that is refused must not stop the copies of a live run.
+        Call it when the settings are accepted: a start that is refused must not stop the copies of a live
+        run. Raises OSError if the store fails.
         """
-        for _ in range(INDEX_ATTEMPTS):
-            files = self._read_index()["files"]  # another start may have sent more since `open`
-            self._sent = {name: entry for name, entry in files.items() if name not in self._damaged}
-            if self._replace_index():
-                self.is_owner = True
-                return
-        raise OSError(f"{self.store.url}/{INDEX}: another start of this run writes it; end that one")
+        files = self._read_index()["files"]  # another start may have sent more since `open`
+        self._sent = {name: entry for name, entry in files.items() if name not in self._damaged}
+        self._write_index()
+        self.is_accepted = True
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
         """The owner and the files in the store, {} where there are none."""
-        content, self._version = self.store.read_version(INDEX)
         try:
-            found = json.loads(content or b"{}")
+            found = json.loads(self.store.read(INDEX) or b"{}")
         except ValueError as error:
             raise ValueError(f"{self.store.url}/{INDEX}: not JSON; delete it to send all again") from error
         parts = found if isinstance(found, dict) else {}
@@ -329,10 +325,10 @@ class Mirror:
         RestartError if the cause is a store that fails.
         """
         try:
-            if self.is_owner:
+            if self.is_accepted:
                 self._check_owner()
             else:  # a start that had nothing to do
-                self.take_over()
+                self.accept()
             stored = self.store.names(f"{CHECKPOINTS}/")
             local = self._local_steps()
             if local and not (self.folder / SUMMARY).is_file() and self._is_behind(stored, max(local)):
@@ -368,11 +364,11 @@ class Mirror:
         return latest > step
 
     def _check_owner(self) -> None:
-        """Raise TakenOver if another process sends this run by now."""
+        """Raise OSError if another start sends this run by now."""
         owner = self._read_index()["owner"]
         if owner.get("id", self.owner["id"]) != self.owner["id"]:
             where = "process {} on {} since {}".format(*(owner.get(k, "?") for k in ("pid", "host", "since")))
-            raise TakenOver(f"{self.store.url} is written by another start of this run, {where}")
+            raise OSError(f"{self.store.url} is written by another start of this run, {where}")
 
     def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
         """Send the states of checkpoints, then the logs of the run, then the manifests. Results, which may be
@@ -409,6 +405,7 @@ class Mirror:
                     self.store.write(name, content)
                     self._sent[name] = entry
                 self._read[name] = modified
+        self._check_owner()
         self._write_index()
 
     def _files(self) -> list[Path]:
@@ -428,17 +425,7 @@ class Mirror:
         return not {*RESULTS}.isdisjoint(path.relative_to(self.folder).parts[:-1])
 
     def _write_index(self) -> None:
-        """Write the index. Raises TakenOver if another process has become the one that sends this run."""
-        for _ in range(INDEX_ATTEMPTS):  # a write that is repeated, its response lost, meets itself
-            self._check_owner()
-            if self._replace_index():
-                return
-        raise OSError(f"{self.store.url}/{INDEX} has changed each time before it was written")
-
-    def _replace_index(self) -> bool:
-        """Write the index in place of the one that was read; False if it has changed since."""
-        content = json.dumps({"owner": self.owner, "files": self._sent}, indent=1).encode()
-        return self.store.replace(INDEX, content, self._version)
+        self.store.write(INDEX, json.dumps({"owner": self.owner, "files": self._sent}, indent=1).encode())
 
 
 def _marker(step: int) -> str:
@@ -486,7 +473,7 @@ def mirrored(
     mirror = Mirror(folder, open_store(url), report, defaults)
     mirror.open(records)
     copies = Copies(
-        take_over=mirror.take_over,
+        accepted=mirror.accept,
         published=mirror.published,
         sending=lambda: mirror.sending,
         settle=mirror.settle,
@@ -498,10 +485,56 @@ def mirrored(
         mirror.settle()
     except BaseException:
         mirror.settle()
-        if mirror.is_owner:
+        if mirror.is_accepted:
             mirror.try_to_finish()
         raise
     if mirror.is_stopped:
         mirror.try_to_finish()
     else:
         mirror.finish()
+
+
+IN_STORE = re.compile(r"(gs|s3)://")
+LEVELS = 3  # of a run, a member of a sweep, and its adapter/ or model/
+FETCHED = "fetched.json"  # the names of the files that were fetched, beside the folder
+
+
+def local_folder(place: str) -> Path:
+    """Return the folder of a run on this machine. One in an object store is fetched first; see fetch_run."""
+    return fetch_run(place) if IN_STORE.match(place) else Path(place)
+
+
+def is_fetched(folder: Path) -> bool:
+    """Whether a folder is one that local_folder has fetched."""
+    return folder.is_relative_to(cache_folder() / "runs")
+
+
+def fetch_run(url: str) -> Path:
+    """Fetch a run's folder, or that of a sweep, without its checkpoints into the cache; return it there.
+
+    url: that of the folder, or of a folder in it. Files that are there already are not fetched again, and
+    those that the store has no longer are deleted. Raises ValueError for a wrong address, FileNotFoundError
+    if the store has no run there, and OSError if the store fails.
+    """
+    check_store_url(url, "run")
+    parts = url.rstrip("/").split("/")
+    for size in range(len(parts), max(len(parts) - LEVELS, 2), -1):
+        root = "/".join(parts[:size])
+        place = cache_folder() / "runs" / hashlib.sha256(root.encode()).hexdigest()[:16]
+        folder, listed = place / parts[size - 1], place / FETCHED
+        names = Mirror(folder, open_store(root), _report).fetch_results()
+        if not names:
+            continue
+        before = json.loads(listed.read_bytes()) if listed.is_file() else []
+        for name in set(before) - set(names):
+            (folder / name).unlink(missing_ok=True)
+        listed.write_text(json.dumps(names))
+        return folder.joinpath(*parts[size:])
+    raise FileNotFoundError(
+        f"{url}: no run is there; name the folder of one that was trained with loop.store=..., such as "
+        "s3://bucket/runs/sft"
+    )
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -23,8 +23,8 @@ from jaxft.runs.report import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate import EvaluationLimit, is_stalled, selection_score
+from jaxft.train.jobs import Job, Member
 from jaxft.train.logs import Logs, early_end_lines, first_evaluation_lines, with_part
-from jaxft.train.members import Job, Member
 from jaxft.train.meter import Meters
 from jaxft.train.nonfinite import first_of_model, first_parameter
 from jaxft.train.results import write_held_out
@@ -158,7 +158,7 @@ def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: M
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:
-    """Return what is wrong with the loss of the last step's batch after that step, for each member.
+    """Return the problem with the loss of the last step's batch after that step, for each member.
 
     It is the only forward pass with the last update in a run without held-out rows.
     """

@@ -21,9 +21,9 @@ from jaxft.rl.record import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
-from jaxft.runs.mirror import CHECKPOINTS, Copies, mirrored
 from jaxft.runs.record import describe, differences, recorded_defaults
 from jaxft.runs.store import check_stored_name
+from jaxft.runs.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train import evaluate
 from jaxft.train.calibrate import CalibrationPlan, plan_run
 from jaxft.train.eva import FirstRows, first_batches
@@ -160,7 +160,7 @@ class Job:
             "records": {member.label: member.record for member in self.members},
             "counters": counters,
             "before": saved["before"],
-            "scores": saved.get("scores", []),  # of the evaluations so far, see verdict.evaluate_during
+            "scores": saved.get("scores", []),  # of the evaluations so far, see start_and_end.evaluate_during
             "last_faults": saved.get("last_faults"),  # only of the last step
             "logged": logged,
             "sources": [source.state_dict() for source in self.sources],
@@ -292,7 +292,7 @@ def run_folder(settings: Run | Sweep, root: Path) -> Path:
 @contextlib.contextmanager
 def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     """Open the checkpoints of a job, in its folder. With loop.store, fetch the folder from there if the store
-    is ahead, and copy it there at every checkpoint and when the block ends. Call take_over of the second
+    is ahead, and copy it there at every checkpoint and when the block ends. Call `accepted` of the second
     value when the settings are accepted: it makes this process the one that writes to the store.
 
     Raises ValueError if the store has a run with other settings, OSError if it fails.

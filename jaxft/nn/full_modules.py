@@ -38,7 +38,7 @@ class TokenRows:
 
 
 def attach_replacement(name: str, base: Any, node: Mapping[str, Any], token_ids: tuple[int, ...]) -> Any:
-    """Return what the model reads in place of the base's parameter `name`."""
+    """Return the array that replaces the base's parameter `name`."""
     if "rows" in node:
         return TokenRows(base, node["rows"], token_ids)
     return Replaced(node["weight"], base) if name == "embed" else node["weight"]

@@ -13,7 +13,7 @@ from jaxft.tree import Params, static, struct
 
 
 class Tapped:
-    """What taps have collected of the layer that is traced."""
+    """The inputs that taps have collected of the layer that is traced."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Float[Array, "... I"]] = {}
