@@ -103,13 +103,12 @@ class SolutionRows(Rows):
     """
 
     too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
+    packing: bool = True
     separator: str = "\n"
     task: ClassVar[RowTask] = STEP_TASK
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("too_long", TOO_LONG)
-        self.require_choice("packing", (True, False))
         if self.loss_on != LOSS_ON[1] or self.format not in ("auto", formats.STEPS):
             raise ValueError(
                 "data.loss_on and data.format have no meaning for steps with labels, which are plain text; "

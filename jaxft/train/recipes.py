@@ -68,7 +68,7 @@ PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
 CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
 CALCULATOR_STEPS = "configs/data/calculator_steps.jsonl"  # the same in steps, some of which are wrong
-DECISIONS = "configs/data/decisions.jsonl"  # what a message is, or whether an opinion is positive
+DECISIONS = "configs/data/decisions.jsonl"  # whether a message is an order, a ticket or a booking
 SHIPPED = (  # with held-out rows
     EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR, CALCULATOR_STEPS, DECISIONS,
 )  # fmt: skip

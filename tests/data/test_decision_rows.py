@@ -129,6 +129,10 @@ def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_pa
     source = source_of(tmp_path, rows)
     assert source.settings.labels == ("neg", "other", "pos")
     assert choice_names(source.settings)["r.jsonl:1"] == ("neg", "other", "pos")
+    data = DecisionRows(str(tmp_path / "r.jsonl"), held_out="none")
+    assert len(measure(data, tiny("chatml"), tmp_path / "cache")) == len(
+        [*inspect(data, tiny("chatml")).train()]
+    )
     numbers = [{"text": "t", "label": 1}, {"text": "u", "label": 0}]
     named = source_of(tmp_path, numbers, labels=("bad", "good"), question="Is it good?")
     found = dict((text, p) for text, p, _ in texts_and_choices(named, named.batch(0)[0], tiny("chatml")))
@@ -168,7 +172,6 @@ BAD = [
     ({"choices": [{"description": "x"}, "b"]}, "choices[0] has no value"),
     ({"question": ""}, "column 'question' is empty"),
     ({"messages": [{"role": "user", "content": "x"}]}, "keep one of them"),
-    ({"weight": -1}, "column 'weight' is -1"),
 ]
 
 
@@ -185,6 +188,8 @@ def test_bad_rows_end_the_run_with_file_and_row_or_are_counted(tmp_path):
         InvalidRow, match=r"r.jsonl:6: answer 'c' is none of the 2 choices; near: .*invalid=drop"
     ):
         source_of(tmp_path, rows, invalid="error")
+    with pytest.raises(InvalidRow, match="r.jsonl:1: column 'weight' is -1"):
+        source_of(tmp_path, [{**QUESTION, "weight": -1}], invalid="error")
     found = source_of(tmp_path, rows, invalid="drop", invalid_limit=0.5)
     assert {count.reason: count.rows for count in found.info.stats.invalid} == {
         "answer that is none of the choices": 3,
