@@ -87,8 +87,7 @@ def _example(
     learned[kept] = True
     labels = np.array(solution.labels[: len(kept)], np.int32)
     extras = {MASS: float(len(kept)), TOKEN_WEIGHTS: np.zeros(0, np.float32), LABELS: labels}
-    pieces = [(ids[:at], learned[:at]), (ids[at:], learned[at:])]
-    return [TokenisedRow(pieces, not whole, len(steps), len(kept), extras)]
+    return [TokenisedRow(ids, learned, (at, len(ids) - at), not whole, len(steps), len(kept), extras)]
 
 
 @dataclass(frozen=True)
