@@ -107,4 +107,6 @@ def test_the_reference_has_every_setting_recipe_function_and_command(monkeypatch
     functions = {*short_names.PREFERENCE_LOSSES, *short_names.REWARDS, *short_names.ADVANTAGES}
     assert code == 0 and not (fields | {*COMMANDS, *functions}) - first
     assert recipes <= set(re.findall(r"^### (\w+)$", out, re.MULTILINE))
+    assert "`centred` | `r - mean of the group`: Dr. GRPO" in out and "with its declared facts" not in out
+    assert not re.findall(r"^\| `(\w+)` \|.*\|  \|$", out, re.MULTILINE), "knobs without a comment"
     assert all(line.count(" | ") in (1, 2, 3) for line in out.splitlines() if line.startswith("| `"))
