@@ -86,7 +86,8 @@ def described(name: str) -> str | None:
     A setting is named whole or by its last part. Of several recipes with a knob the first is shown.
     """
     texts = []
-    recipe = next((r.recipe for r in shipped_recipes() if settings_called(name, r.recipe)), None)
+    names_first = dict.fromkeys((*COMPARED_RECIPES, *(recipe.recipe for recipe in shipped_recipes())))
+    recipe = next((recipe for recipe in names_first if settings_called(name, recipe)), None)
     if recipe is not None:
         groups = settings_of_any_run()
         if not any(_called(name, group) for group in groups.values()):
