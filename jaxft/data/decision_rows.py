@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -32,6 +32,7 @@ from jaxft.data.source import RowSource
 from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 
 CHOICES, PROBABILITIES = "choices", "probabilities"  # extras: tokens and probabilities of all choices
+TOO_LONG = ("drop", "error")
 # Settings of Rows without a meaning here, with the values that they have.
 FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
 
@@ -95,7 +96,7 @@ class DecisionRows(Rows):
 
     labels: tuple[str, ...] = ()
     question: str | None = None
-    too_long: Annotated[str, one_of(("drop", "error"))] = "drop"
+    too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
     packing: bool = True
     task: ClassVar[RowTask] = DECISION_TASK
 
@@ -113,7 +114,7 @@ class DecisionRows(Rows):
     @property
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        return replace(super().token_settings, labels=self.labels, question=self.question)
+        return replace(super().token_settings, labels=self.with_labels().labels, question=self.question)
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
         """Read, tokenise and plan the batches; see DataSettings.open."""
@@ -149,13 +150,13 @@ class DecisionRows(Rows):
 
 def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
     """Return the labels of a dataset, none if its first row has no text and label."""
-    own = list(islice(read_rows(ref), rows.max_samples))
-    formats = formats_of(DECISIONS)
-    counts = count_columns(own[:1], rows.columns, formats)
+    own, formats = islice(read_rows(ref), rows.max_samples), formats_of(DECISIONS)
+    first = [*islice(own, 1)]
+    counts = count_columns(first, rows.columns, formats)
     format = attempt(choose_format, counts, rows.format, rows.columns, formats)
     if isinstance(format, InvalidRow) or format.name != LABEL:
         return set()
-    renamed = rename_rows(format, own, rows.columns, formats)
+    renamed = rename_rows(format, chain(first, own), rows.columns, formats)
     labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
     return {DecisionChoice(label).name for label in labels if isinstance(label, str | int | float)}
 

@@ -129,6 +129,10 @@ def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_pa
     source = source_of(tmp_path, rows)
     assert source.settings.labels == ("neg", "other", "pos")
     assert choice_names(source.settings)["r.jsonl:1"] == ("neg", "other", "pos")
+    data = DecisionRows(str(tmp_path / "r.jsonl"), held_out="none")
+    assert len(measure(data, tiny("chatml"), tmp_path / "cache")) == len(
+        [*inspect(data, tiny("chatml")).train()]
+    )
     numbers = [{"text": "t", "label": 1}, {"text": "u", "label": 0}]
     named = source_of(tmp_path, numbers, labels=("bad", "good"), question="Is it good?")
     found = dict((text, p) for text, p, _ in texts_and_choices(named, named.batch(0)[0], tiny("chatml")))

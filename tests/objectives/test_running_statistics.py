@@ -85,7 +85,7 @@ def test_bcos_shift_and_the_moving_reference_follow_their_equations_and_skip_non
         pool = random_pairs(7, seed=number)
         ids = np.where(np.asarray(pool.ids) == BAD, 38, pool.ids)
         if number in (2, 5):
-            ids[pool.offsets[1]] = BAD  # the first token of a response
+            ids[pool.starts[0, 1]] = BAD  # the first token of a response
         pool = replace(pool, ids=Flat([ids]))
         batch = jax.tree.map(jnp.asarray, micro(laid(pool), 2))
         before = state
