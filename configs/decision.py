@@ -4,7 +4,7 @@
     python scripts/train.py --config configs/decision.py loss=brier name=decision_brier
 
 SmolLM2-135M-Instruct, LoRA on every linear layer, two packed rows of 512 tokens per step: whether a message
-is an order, a ticket or a booking, and whether an opinion is positive, by the letter of a choice.
+is an order, a ticket or a booking, by the letter of a choice.
 
 Hardware: 2 CPU cores, 2 GB; 5 minutes.
 """
@@ -19,7 +19,7 @@ from jaxft.train.settings import Loop, Run
 
 def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
-    rows: RowKnobs = RowKnobs(DECISIONS, batch=2, epochs=2.0),
+    rows: RowKnobs = RowKnobs(DECISIONS, batch=2),
     name: str = "decision",
     lr: float = 1e-3,  # auto: by the model's width, and the default with another model
     loss: DecisionLossFunction = cross_entropy,  # of the probabilities of the choices
@@ -32,7 +32,7 @@ def config(
         objective=partial(decision, loss=loss),
         data=DecisionRows(**rows.settings(), labels=labels),
         optim=base.optim(lr),
-        loop=Loop(eval_every=40, save_every=40),
+        loop=Loop(eval_every=25, save_every=25),
         samples=0,
         seed=rows.seed,
     )

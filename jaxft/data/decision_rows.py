@@ -71,13 +71,13 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
                 f"{remedy_for_too_long('max_length')}"
             )
         return []
-    answer = np.array([tokens[int(np.argmax(decision.probabilities))]], np.int32)
+    ids = np.append(ids, np.int32(tokens[int(np.argmax(decision.probabilities))]))
     extras = {
         MASS: 1.0, TOKEN_WEIGHTS: np.zeros(0, np.float32), CHOICES: np.array(tokens, np.int32),
         PROBABILITIES: np.array(decision.probabilities, np.float32),
     }  # fmt: skip
-    pieces = [(ids, np.zeros(len(ids), bool)), (answer, np.ones(1, bool))]
-    return [TokenisedRow(pieces, False, 1, 1, extras)]
+    learned = np.arange(len(ids)) == len(ids) - 1
+    return [TokenisedRow(ids, learned, (len(ids) - 1, 1), False, 1, 1, extras)]
 
 
 # ---- settings

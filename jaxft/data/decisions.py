@@ -25,7 +25,6 @@ from typing import Any
 from jaxft.data.columns import messages_of, template_arguments_of, text_of
 from jaxft.data.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
 from jaxft.data.invalid import InvalidRow, similar_names
-from jaxft.data.loss_weights import row_weight
 from jaxft.data.rows import Row
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
@@ -90,7 +89,7 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     labels: of rows with a label. question: data.question, in place of LABEL_QUESTION, or of RELEVANCE for a
     reranker. Raises InvalidRow.
     """
-    more: dict[str, Any] = {"arguments": template_arguments_of(row), "weight": row_weight(row)}
+    more: dict[str, Any] = {"arguments": template_arguments_of(row)}
     if format == RERANKER:
         instruction = row.fields.get("instruction") or question or RELEVANCE
         query, document = text_of(row, "query"), text_of(row, "document")

@@ -8,21 +8,19 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document; every token is a target. weight: a factor of the weights of all its targets."""
+    """A document; every token is a target."""
 
     name: str
     text: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A plain-text prompt and its completion. weight: as in Text."""
+    """A plain-text prompt and its completion."""
 
     name: str
     prompt: str
     completion: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Chat:
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
     further arguments of the chat template. given: earlier assistant turns than this message are never learned
     with data.loss_on=assistant; 0 in a conversation, `response` where the row has a prompt of its own.
-    weights: of those messages that have one in the row, by index; 0 is not learned. weight: as in Text.
+    weights: of those messages that have one in the row, by index; 0 is not learned.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Chat:
     arguments: dict[str, Any] = field(default_factory=dict)
     given: int = field(default=0, compare=False)
     weights: dict[int, float] = field(default_factory=dict)
-    weight: float = 1.0
 
 
 ANSWER_PREFIX = "choice#"
@@ -68,7 +65,7 @@ class Decision:
     """A question to a model: the messages of its prompt, and the choices.
 
     answers: what the response to each choice is after `prefix`; each is one token. probabilities: of the
-    choices, which sum to 1; () where they are not known. arguments, weight: as in Chat.
+    choices, which sum to 1; () where they are not known. arguments: as in Chat.
     """
 
     name: str
@@ -78,7 +75,6 @@ class Decision:
     prefix: str = ANSWER_PREFIX
     probabilities: tuple[float, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
 
     def prompt(self, arguments: dict[str, Any]) -> Chat:
         """Return the conversation that the response follows, without thinking unless the run or the row asks
@@ -107,7 +103,7 @@ class ParsedRow:
     weight: float = 1.0
     order: float = 0.0
     numbers: tuple[float, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] | None = None
 
 
 def as_given(prompt: Chat | Completion) -> str | list[Message]:

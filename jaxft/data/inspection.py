@@ -227,20 +227,3 @@ def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspe
         return map(example, chosen.tolist())
 
     return _inspected(split, stats, of_step, example)
-
-
-def part_lengths(examples: Iterator[ShownExample]) -> dict[str, list[int]]:
-    """Return the token counts of each part of the examples, by its label.
-
-    An SFT example is one part, "all"; the counts of its prompt and of its tokens with a loss are added.
-    """
-    found: dict[str, list[int]] = {}
-    for example in examples:
-        for part in example.parts:
-            if len(part.ids):  # a row with a label has one of two responses
-                found.setdefault(part.label or "all", []).append(len(part.ids))
-        if len(example.parts) == 1 and example.parts[0].weights.any():
-            learned = np.flatnonzero(example.parts[0].weights)
-            found.setdefault("prompt", []).append(int(learned[0]) if learned[0] > 1 else 0)
-            found.setdefault("with loss", []).append(len(learned))
-    return found

@@ -59,10 +59,12 @@ def _pair_of(
     outcomes: dict[str, MaskedTokens | InvalidRow],
     reader: Reader,
 ) -> list[TokenisedRow]:
-    name, settings = row.name, reader.settings
-    ids = valid(prompt)
+    """Return the pair as an example, [] if it is left out as too long. outcomes: the tokens of each response
+    with the prompt.
+    """
+    name, settings, alone = row.name, reader.settings, valid(prompt)
     responses = {kind: valid(outcome) for kind, outcome in outcomes.items()}
-    border, moved = _border(name, ids, responses, reader.tokenizer)
+    border, moved = _border(name, alone, responses, reader.tokenizer)
     responses = {
         kind: _mask_from_border(f"{name}: {kind}", border, response) for kind, response in responses.items()
     }
@@ -82,14 +84,13 @@ def _pair_of(
         responses = kept
     targets = sum(int(learned.sum()) for _, learned in responses.values())
     extras = {PROMPT_END_MOVED: moved, **({NUMBERS: row.numbers} if row.numbers else {})}
-    return [TokenisedRow(_pieces(border, responses, settings.kinds), truncated, total, targets, extras)]
-
-
-def _pieces(border: int, responses: dict[str, MaskedTokens], kinds: Sequence[str]) -> list[MaskedTokens]:
-    """Return the prompt and the responses of each kind, an empty one if it is missing."""
-    ids, learned = next(iter(responses.values()))
-    bodies = {kind: (ids[border:], learned[border:]) for kind, (ids, learned) in responses.items()}
-    return [(ids[:border], learned[:border]), *(bodies.get(kind, (ids[:0], learned[:0])) for kind in kinds)]
+    first, mask = next(iter(responses.values()))
+    bodies = {kind: (tokens[border:], learned[border:]) for kind, (tokens, learned) in responses.items()}
+    missing = first[:0], mask[:0]
+    pieces = [(first[:border], mask[:border]), *(bodies.get(kind, missing) for kind in settings.kinds)]
+    tokens, masks = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    counts = [len(piece) for piece, _ in pieces]
+    return [TokenisedRow(tokens, masks, counts, truncated, total, targets, extras)]
 
 
 def _border(

@@ -82,7 +82,7 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
             )
         return []
     text = np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8)
-    return [TokenisedRow([(ids, np.zeros(len(ids), bool))], False, 0, 0, {ROW_FIELDS: text})]
+    return [TokenisedRow(ids, np.zeros(len(ids), bool), [len(ids)], False, 0, 0, {ROW_FIELDS: text})]
 
 
 def _extras(settings: RowSettings) -> ColumnTypes:

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ import xxhash
 from jaxft.data import cache as files
 from jaxft.data import chat, confined, format_choice
 from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts
-from jaxft.data.chat import MaskedTokens
 from jaxft.data.conversation import PLAIN, other_columns
 from jaxft.data.example import Example, ParsedRow
 from jaxft.data.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
@@ -58,12 +57,15 @@ SMALL_DATASET = 8  # chunks; up to here one process is faster, because further o
 
 
 class TokenisedRow(NamedTuple):
-    """An example: the prompt and its continuations, an empty one for a missing response.
+    """An example: the tokens and the loss mask of its prompt and of each continuation, one after the other.
 
-    truncated, responses, learned_responses, extras: see TokenisedRows. piece: its number within the row.
+    counts: tokens of each of these pieces, 0 of a missing response. truncated, responses, learned_responses,
+    extras: see TokenisedRows. piece: its number within the row.
     """
 
-    pieces: Sequence[MaskedTokens]
+    ids: np.ndarray
+    learned: np.ndarray
+    counts: Sequence[int]
     truncated: bool
     responses: int
     learned_responses: int
@@ -408,59 +410,64 @@ class _Columns:
 
     def add(self, row: ParsedRow, example: TokenisedRow) -> None:
         """Add an example of a row."""
-        ids, masks = ([np.ascontiguousarray(piece[i]) for piece in example.pieces] for i in (0, 1))
-        content = xxhash.xxh3_64()
-        for array in (
-            *ids,
-            *masks[1:],
-            *([example.extras[ROW_FIELDS]] if ROW_FIELDS in example.extras else []),
-        ):
-            content.update(array)
-        self.values["ids"] += ids
-        self.values["learned"] += masks
-        for name, value in {
-            "counts": [len(x) for x in ids],
-            "hashes": [xxhash.xxh3_64_intdigest(x.data) for x in ids],
-            "content": content.intdigest(),
-            "reads": [int(mask.sum()) for mask in masks[1:]],
-            "truncated": example.truncated,
-            "responses": example.responses,
-            "learned_responses": example.learned_responses if row.weight else 0,
-            "weights": row.weight,
-            "order": row.order,
-            "placeholders": any(has_placeholder(x) for kind, x in row.examples.items() if kind != "rejected"),
-            "pieces": example.piece,
-            "number": int(row.name.rpartition(":")[2]),
-            **example.extras,
-        }.items():
-            if name not in self.types:  # prompts alone have no reads
-                continue
-            self.values[name].append(value)
+        values, extras = self.values, example.extras
+        values["ids"].append(example.ids)
+        values["learned"].append(example.learned)
+        values["counts"] += example.counts
+        values["truncated"].append(example.truncated)
+        values["responses"].append(example.responses)
+        values["learned_responses"].append(example.learned_responses if row.weight else 0)
+        values["weights"].append(row.weight)
+        values["order"].append(row.order)
+        responses = (x for kind, x in row.examples.items() if kind != "rejected")
+        values["placeholders"].append(any(map(has_placeholder, responses)))
+        values["pieces"].append(example.piece)
+        values["number"].append(int(row.name.rpartition(":")[2]))
+        for name, value in extras.items():
+            values[name].append(value)
             counts = self.types[name].along
             if counts is not None:
-                self.values[counts].append(len(value))
+                values[counts].append(len(value))
 
     def arrays(self) -> ChunkColumns:
-        """Return all columns but "source"."""
+        """Return all columns but "source"; the collected ones are given up."""
         part: ChunkColumns = {}
+        fields = self.values.get(ROW_FIELDS)
         for name, (dtype, along, width) in self.types.items():
-            values = self.values[name]
+            values = self.values.pop(name)
             if along is not None:
                 part[name] = np.concatenate([*values, np.zeros(0, dtype)])
-            elif values or name not in ("source", "ends"):
+            elif values or name not in ("source", "hashes", "content", "reads", "ends"):
                 part[name] = np.asarray(values, dtype).reshape(*([-1] if width is None else (-1, width)))
-        if "ends" in self.types:
-            part["ends"] = _ends(part, self.tokenizer)
+        ids, learned, counts = (part[name] for name in ("ids", "learned", "counts"))
+        after = np.cumsum(counts).reshape(counts.shape)
+        part |= _hashes(ids, learned, after, fields)
+        if "reads" in self.types:
+            part["reads"] = np.diff(
+                np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
+            )
+            part["reads"] = part["reads"].reshape(counts.shape)[:, 1:]
+            part["ends"] = np.full(part["reads"].shape, -1, np.int32)  # of a missing continuation
+            present = counts[:, 1:] > 0
+            part["ends"][present] = last_targets(ids, learned, after[:, 1:][present], self.tokenizer)
         return part
 
 
-def _ends(part: ChunkColumns, tokenizer: Any) -> np.ndarray:
-    """Return the last target of each continuation, -1 of a missing one."""
-    after = np.cumsum(part["counts"]).reshape(part["counts"].shape)[:, 1:]
-    present = part["counts"][:, 1:] > 0
-    ends = np.full(present.shape, -1, np.int32)
-    ends[present] = last_targets(part["ids"], part["learned"], after[present], tokenizer)
-    return ends
+def _hashes(ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, fields: list[Any] | None) -> ChunkColumns:
+    """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
+
+    ends: of the pieces. fields: the columns that rewards read.
+    """
+    bounds, size = np.append(0, ends).tolist(), ends.shape[1]
+    hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
+    content = np.empty(len(ends), np.uint64)
+    for row in range(len(ends)):
+        start, after_prompt, end = (bounds[i] for i in (row * size, row * size + 1, (row + 1) * size))
+        whole = xxhash.xxh3_64(ids[start:end].data)
+        whole.update(learned[after_prompt:end].data)
+        whole.update(b"" if fields is None else fields[row].data)
+        content[row] = whole.intdigest()
+    return {"hashes": np.fromiter(hashes, np.uint64, ends.size).reshape(ends.shape), "content": content}
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:

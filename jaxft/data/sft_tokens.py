@@ -66,10 +66,10 @@ def _examples_of(
         mass = weights[learned].sum(dtype=np.float64) if len(weights) else learned.sum()
         first = int(learned.argmax())
         first = first if first > 1 else 0  # the first token of a text never is a target, and is no prompt
-        pieces = [(ids[start : start + first], learned[:first]), (ids[start + first : end], learned[first:])]
         total = int((mask if cut else mask[start:end]).sum())
         targets, extras = int((mask[start:end] & learned).sum()), {MASS: float(mass), TOKEN_WEIGHTS: weights}
-        found.append(TokenisedRow(pieces, cut, total, targets, extras, number))
+        counts = first, end - start - first
+        found.append(TokenisedRow(ids[start:end], learned, counts, cut, total, targets, extras, number))
     return found
 
 

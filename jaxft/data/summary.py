@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.inspection import Inspected, ShownExample, ShownPart, part_lengths
+from jaxft.data.inspection import Inspected, ShownExample, ShownPart
+from jaxft.data.mixture import SplitRows
 from jaxft.data.source import length_percentiles
 
 COUNTED_ROWS = 20_000  # training rows whose lengths are counted
@@ -20,11 +21,12 @@ def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
     """Return statistics by name, lengths in tokens by part, invalid rows by reason, and the first examples
     of the first batch as texts of tokens with their loss weights.
     """
-    lengths = part_lengths(itertools.islice(found.train(), COUNTED_ROWS))
     plain = {name: x for name, x in found.statistics.items() if isinstance(x, bool | int | float | str)}
     return {
         "statistics": plain,
-        "lengths": {label: length_histogram(np.array(counts)) for label, counts in lengths.items()},
+        "lengths": {
+            label: length_histogram(x) for label, x in part_lengths(found.split, COUNTED_ROWS).items()
+        },
         "invalid": [
             {"reason": reason, "rows": rows, "first": first} for reason, rows, first in found.invalid
         ],
@@ -46,6 +48,21 @@ def _distinct(examples: Iterable[ShownExample]) -> Iterator[ShownExample]:
         if example.name not in seen:
             yield example
         seen.add(example.name)
+
+
+def part_lengths(split: SplitRows, most: int) -> dict[str, np.ndarray]:
+    """Return the token counts of each part of the first `most` training rows, of those that have it.
+
+    A row with one response is one part, "all"; the counts of its prompt and of its targets are added.
+    """
+    rows, members = split.rows, split.train[:most]
+    counts = rows.counts[members]
+    if len(rows.kinds) > 1:
+        parts = zip(("prompt", *rows.kinds), counts.T, strict=True)
+        return {label: column[column > 0] for label, column in parts if column.any()}
+    learns = (rows.targets[members] > 0) & (rows.weights[members] > 0)
+    of_learned = {"prompt": counts[learns, 0], "with loss": rows.targets[members][learns]}
+    return {"all": counts.sum(1)} | (of_learned if learns.any() else {})
 
 
 def length_histogram(counts: np.ndarray) -> dict[str, Any]:

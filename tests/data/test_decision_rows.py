@@ -172,7 +172,6 @@ BAD = [
     ({"choices": [{"description": "x"}, "b"]}, "choices[0] has no value"),
     ({"question": ""}, "column 'question' is empty"),
     ({"messages": [{"role": "user", "content": "x"}]}, "keep one of them"),
-    ({"weight": -1}, "column 'weight' is -1"),
 ]
 
 
@@ -189,6 +188,8 @@ def test_bad_rows_end_the_run_with_file_and_row_or_are_counted(tmp_path):
         InvalidRow, match=r"r.jsonl:6: answer 'c' is none of the 2 choices; near: .*invalid=drop"
     ):
         source_of(tmp_path, rows, invalid="error")
+    with pytest.raises(InvalidRow, match="r.jsonl:1: column 'weight' is -1"):
+        source_of(tmp_path, [{**QUESTION, "weight": -1}], invalid="error")
     found = source_of(tmp_path, rows, invalid="drop", invalid_limit=0.5)
     assert {count.reason: count.rows for count in found.info.stats.invalid} == {
         "answer that is none of the choices": 3,

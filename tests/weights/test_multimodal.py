@@ -404,6 +404,9 @@ def test_a_run_on_a_multimodal_folder_is_used_like_any_other(tmp_path, monkeypat
     found = peft.PeftModel.from_pretrained(loaded(base), "runs/lora/adapter").eval()
     assert np.abs(text_logits(found) - before).max() > 0.05
     np.testing.assert_allclose(text_logits(found), text_logits(whole), atol=5e-3)
+    run("extract", "base", "merged", "--rank", "16", "--out", "again")
+    again = peft.PeftModel.from_pretrained(loaded(base), "again").eval()
+    np.testing.assert_allclose(text_logits(again), text_logits(whole), atol=5e-3)
     full = loaded("runs/full/model")
     assert {type(whole).__name__, type(full).__name__} == {"Gemma3ForConditionalGeneration"}
     assert np.abs(text_logits(full) - before).max() > 0.05

@@ -414,11 +414,15 @@ def test_hub_models_revisions_and_errors(broken, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("hub"))
     (broken / "pytorch_model.bin").write_bytes(b"\x80")
     (broken / "model-other.safetensors.bin").write_bytes(b"x")
+    of_processor = ("preprocessor_config.json", "processor_config.json", "chat_template.json", "tekken.json")
+    for name in of_processor:
+        (broken / name).write_text("{}")
     with hub_server.serve(broken, "org/tiny") as (endpoint, requests):
         refs = ["org/tiny", "org/tiny@v1", "org/tiny@nope", "org/other"]
         main, tag, revision, missing = hub_client(refs, HF_ENDPOINT=endpoint, HF_HUB_CACHE=cache)
         assert main.split()[:3] == ["ok", "a" * 40, str(320 * 64 * 4)] and tag.split()[1] == "b" * 40
         assert not any(".bin" in path for path in requests if "resolve" in path)
+        assert all(repr(name) in main for name in of_processor)
         assert revision.startswith("FileNotFoundError") and "'nope'" in revision
         assert missing.startswith("FileNotFoundError org/other: no such model") and endpoint in missing
         count = len(requests)
