@@ -22,7 +22,7 @@ def config(
     rows: RowKnobs = RowKnobs(DECISIONS, batch=2),
     name: str = "decision",
     lr: float = 1e-3,  # auto: by the model's width, and the default with another model
-    loss: DecisionLossFunction = cross_entropy,
+    loss: DecisionLossFunction = cross_entropy,  # of the probabilities of the choices
     labels: tuple[str, ...] = (),  # of rows with a text and a label, in the order of their letters
 ) -> Run:
     """Decisions between given choices, with calibrated probabilities."""

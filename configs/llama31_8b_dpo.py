@@ -23,7 +23,7 @@ def config(
     base: GpuKnobs = GpuKnobs(LLAMA_8B, lr=5e-6),
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "llama31_8b_dpo",
-    beta: float = 0.1,
+    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
 ) -> Run:
     """DPO of an 8B model."""

@@ -36,9 +36,9 @@ def config(
     prompts: PromptKnobs = PromptKnobs(OPINIONS, batch=16, group=4, epochs=2.0),
     name: str = "online_dpo",
     lr: float = 1e-4,  # auto: by the model's width, and the default with another model
-    reward: str | RewardFunction = exact,
-    loss: PairLossFunction = dpo,
-    beta: float = 0.1,
+    reward: str | RewardFunction = exact,  # a run, a classifier or a function
+    loss: PairLossFunction = dpo,  # of a pair
+    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation on the policy's own completions."""

@@ -25,7 +25,7 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "orpo",
     lr: float = 1e-3,  # auto: by the model's width, and the default with another model
-    beta: float = 0.1,
+    beta: float = 0.1,  # weight of the log odds ratio
 ) -> Run:
     """Odds ratio preference optimisation."""
     loss = partial(orpo, beta=beta)

@@ -98,25 +98,25 @@ def config(
     prompts: RolloutKnobs = RolloutKnobs(PAIRS, epochs=0.75, group=4, max_prompt=256, max_new=32, passes=2),
     name: str = "ppo",
     lr: float = 3e-4,  # auto: by the model's width, and the default with another model
-    reward: str | RewardFunction = "runs/reward",
+    reward: str | RewardFunction = "runs/reward",  # a run, a folder or org/name of a classifier, a function
     critic: Literal["fresh", "reward", "shared", "full"]
-    | None = None,  # reward: starts from that, the default on its base; shared: a head, the default otherwise
-    loss: PolicyLossFunction = clipped,
+    | None = None,  # reward (default on its base): starts from it; shared (default otherwise): a head
+    loss: PolicyLossFunction = clipped,  # of a sampled token
     kl: KLFunction = k1,  # estimator of the KL in the rewards
-    kl_coef: float = 0.05,
+    kl_coef: float = 0.05,  # of the KL in the rewards
     kl_target: float | None = None,  # nats per completion, which an adaptive coefficient aims for
     target_kl: float
     | None = None,  # ends the passes over a rollout once the policy is this far from the sampler's
     missing_eos: float = 1.0,  # subtracted from the score of a completion without an end token
     limit: float | None = None,  # clips scores to +-limit
     scale: bool = False,  # divides scores by the standard deviation of all scores so far
-    whiten_rewards: bool = False,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    whiten_rewards: bool = False,  # divides rewards of tokens by their standard deviation
+    gamma: float = 1.0,  # discount of GAE
+    lam: float = 0.95,  # lambda of GAE
     eps: float | None = None,  # clipping bound of the ratio, the loss's own by default
-    value_coef: float = 0.1,
-    value_clip: float | None = 0.2,
-    entropy: float = 0.0,
+    value_coef: float = 0.1,  # of the critic's loss
+    value_clip: float | None = 0.2,  # most change of a value from the one at sampling
+    entropy: float = 0.0,  # of a bonus for the policy's entropy
     warm_up: int = 0,  # rollouts at the start that train the critic alone
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -51,10 +51,10 @@ def config(
     ),
     columns: tuple[str, ...] = ("prompt=question",),
     name: str = "qwen25_1p5b_grpo",
-    rewards: tuple[RewardFunction, ...] = (number,),
-    advantage: AdvantageFunction = grpo,
+    rewards: tuple[RewardFunction, ...] = (number,),  # each scores a completion
+    advantage: AdvantageFunction = grpo,  # of a completion within its group
     token_weights: TokenWeightsFunction = token_mean,
-    eps_high: float = 0.28,
+    eps_high: float = 0.28,  # the upper clipping bound
     overlong: int | None = 128,  # the penalty falls to -1 over the last so many tokens of an episode, or none
     beta: float = 0.0,  # coefficient of a KL penalty in the loss; with 0 there is no reference
 ) -> Run:

@@ -51,7 +51,7 @@ def config(
     ),
     name: str = "qwen3_4b_agent",
     rewards: tuple[RewardFunction, ...] = (),  # in addition to the environment's score; number without one
-    eps_high: float = 0.28,
+    eps_high: float = 0.28,  # the upper clipping bound
     echo: float | None = None,  # ECHO: weight of the cross-entropy of given tokens, such as 0.1
 ) -> Run:
     """GRPO of an agent with search and code."""

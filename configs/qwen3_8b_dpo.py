@@ -25,7 +25,7 @@ def config(
     base: GpuKnobs = GpuKnobs("Qwen/Qwen3-8B", lr=5e-6),
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "qwen3_8b_dpo",
-    beta: float = 0.1,
+    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     thinking: bool = False,  # enable_thinking of the chat template; false for responses without reasoning
 ) -> Run:
     """DPO of Qwen3-8B."""

@@ -24,8 +24,8 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "simpo",
     lr: float = 5e-4,  # auto: by the model's width, and the default with another model
-    beta: float = 2.0,
-    gamma: float = 1.0,
+    beta: float = 2.0,  # factor of the mean log-probs
+    gamma: float = 1.0,  # margin between chosen and rejected
 ) -> Run:
     """Simple preference optimisation."""
     loss = partial(simpo, beta=beta, gamma=gamma)

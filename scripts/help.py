@@ -96,6 +96,8 @@ def main() -> int:
         from jaxft.train import help_page
 
         print(help_page.described(words[0]))
+        if found:
+            print(f"\nTopics: {', '.join(topic.name for topic in found[:3])}")
         return 0
     if not found:
         raise ValueError(f"no topic has {' '.join(words)!r}; scripts/help.py lists them all")

@@ -38,9 +38,8 @@ cache.py: files of tokenised rows
 flat.py: arrays in memory-mapped parts, names of rows
 pack.py: packing plans
 epochs.py: the length of a run
-sft.py: SFT rows: settings and packing
+sft.py: SFT rows: settings, packing, rows of a plan as arrays
 sft_tokens.py: tokens of SFT rows
-row_batches.py: rows of a plan as arrays
 decisions.py: questions with choices: rows and prompts
 decision_rows.py: tokens and batches of questions
 steps.py: solutions in steps with labels: settings and tokens

@@ -101,7 +101,7 @@ DECISION_CHARTS = (
         "mean difference to the accuracy",
         names.ECE,
         "How far confidences are from accuracies, over 15 bins of equal width; of a few decisions, such as "
-        "those of a training step, it is mostly noise.",
+        "a training step's, it is mostly noise.",
     ),
     single_chart("Brier score", "squared difference of probabilities", names.BRIER),
     single_chart("Entropy of the choices", "nats per decision", names.ENTROPY),

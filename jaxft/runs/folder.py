@@ -374,7 +374,7 @@ def earlier_end(folder: Path) -> str | None:
         return None
     return (
         f"{run}: this run was continued after step {steps}, has reached step {reached}, and its weights are "
-        f"those of step {steps}"
+        f"from step {steps}"
     )
 
 

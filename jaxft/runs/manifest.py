@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if digest != xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode()):
         raise Corrupt(f"{NAME} is damaged")
     if folder.name.removesuffix(".tmp") != str(body.get("step")):
-        raise Corrupt(f"{NAME} is that of step {body.get('step')}")
+        raise Corrupt(f"{NAME} belongs to step {body.get('step')}")
     if body.get("layout") != LAYOUT:
         raise ValueError(
             f"{folder} was written by another version of jaxft; use that one, or another name=..."

@@ -259,7 +259,7 @@ OPTIONS: tuple[Option, ...] = tuple(
                   "chat_template=chatml, and of plain text the tokenizer's"),
         _unneeded("resize_vocab:f resize_token_embeddings_to_32x:a pad_token:tafu "
                   "bos_token:afu unk_token:au shrink_embeddings:a mean_resizing_embeddings:a",
-                  "the table grows with the tokens, ends of turns are those of the chat template, and "
+                  "the table grows with the tokens, ends of turns are the chat template's, and "
                   "padding needs no token"),
         _absent("rope_scaling:tafu shift_attn:f s2_attention:a use_pose:a",
                 "there is no setting for longer contexts; use a model with them, or edit rope_scaling in a "

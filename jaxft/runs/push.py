@@ -124,7 +124,7 @@ def _folder(folder: Path, repo: str) -> Push:
         header = read_gguf_header(next(folder / name for name in files if name.endswith(".gguf")))
         return Push(what, files, notes + _gguf_notes(header), _gguf_defaults(header, repo))
     if "tokenizer_config.json" not in files and what != "GGUF file":
-        notes.append(f"warning: {folder} has no tokenizer; users of the model need that of its base")
+        notes.append(f"warning: {folder} has no tokenizer; users of the model need its base's")
     if what == "adapter":
         notes += _base_notes(folder)
     if CARD in files:

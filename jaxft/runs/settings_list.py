@@ -194,4 +194,4 @@ def _lines(setting: Setting, width: int, in_full: bool) -> list[str]:
 
 def first_sentence(text: str) -> str:
     """Return the first sentence of a description, which ends at a full stop before a capital letter."""
-    return re.split(r"(?<=[.])\s+(?=[A-Z\"(])", text)[0].rstrip(".")
+    return re.split(r"(?<=[.])(?<!Dr[.])\s+(?=[A-Z\"(])", text)[0].rstrip(".")

@@ -227,7 +227,7 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
     paths = quantised_paths(model.specs, quant)
     if others := [path for path in paths if not table[path][0].is_kernel]:
         raise ValueError(
-            f"{', '.join(others)}: written quantised, a weight is that of one linear layer, but "
+            f"{', '.join(others)}: only the weight of one linear layer can be written quantised, but "
             f"{table[others[0]][0].name} is a table or has several matrices; leave it out of quant.targets"
         )
     layouts = {path: quantize_layout(table[path][0].values, quant) for path in paths}

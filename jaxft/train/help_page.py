@@ -3,6 +3,7 @@ with short names, commands, and options of other tools, all read from docstrings
 """
 
 import inspect
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxft import short_names
@@ -12,6 +13,7 @@ from jaxft.data.settings import DataSettings
 from jaxft.data.sft import Rows
 from jaxft.data.shipped import COMMANDS
 from jaxft.data.steps import SolutionRows
+from jaxft.objectives.pair import PreferenceLoss
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.commands import summary
 from jaxft.runs.config import load_config
@@ -75,7 +77,9 @@ def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, 
 def named_functions() -> dict[str, dict[str, str]]:
     """Return title -> short name -> package.module:name of the tables of short_names.py."""
     tables = {name: value for name, value in vars(short_names).items() if name.isupper()}
-    return {name.capitalize().replace("_", " "): table for name, table in tables.items()}
+    return {
+        name.capitalize().replace("_", " ").replace("Kl ", "KL "): table for name, table in tables.items()
+    }
 
 
 def described(name: str) -> str | None:
@@ -84,7 +88,8 @@ def described(name: str) -> str | None:
     A setting is named whole or by its last part. Of several recipes with a knob the first is shown.
     """
     texts = []
-    recipe = next((r.recipe for r in shipped_recipes() if settings_called(name, r.recipe)), None)
+    names_first = dict.fromkeys((*COMPARED_RECIPES, *(recipe.recipe for recipe in shipped_recipes())))
+    recipe = next((recipe for recipe in names_first if settings_called(name, recipe)), None)
     if recipe is not None:
         groups = settings_of_any_run()
         if not any(_called(name, group) for group in groups.values()):
@@ -92,8 +97,7 @@ def described(name: str) -> str | None:
         texts.append(listed({title: _called(name, group) for title, group in groups.items()}, in_full=True))
     for title, names in named_functions().items():
         if name in names:
-            text = inspect.getdoc(load_callable(names[name])) or ""
-            texts.append(f"{title}: {name} is {names[name]}\n\n{text}")
+            texts.append(f"{title}: {name} is {names[name]}\n\n{_docstring(names[name])}")
     return "\n\n".join(texts) or None
 
 
@@ -112,16 +116,17 @@ def _commands() -> Iterator[str]:
 
 
 def _recipes() -> Iterator[str]:
-    """The recipes with the defaults of their knobs; then each knob once, however many recipes have it."""
+    """The recipes with the defaults of their knobs; then each knob once, or once for each meaning."""
     yield "## Recipes and their knobs"
-    knobs: dict[str, Setting] = {}
+    knobs: dict[tuple[str, str, str], Setting] = {}
     for recipe in shipped_recipes():
         found = next(iter(settings_of_recipe(recipe.recipe).values()))
-        knobs |= {knob.name: knob for knob in found if knob.name not in knobs or not knobs[knob.name].text}
+        knobs |= {(knob.name, knob.kind, knob.text): knob for knob in found}
         defaults = " ".join(k.name if k.default is None else f"{k.name}={k.default}" for k in found)
         about = f"{recipe.trains}.\n{recipe.hardware}; {recipe.time}."
+        defaults = textwrap.fill(defaults, 110, break_long_words=False, break_on_hyphens=False)
         yield f"### {recipe.recipe}\n\n{about}\n\n```\n{defaults}\n```"
-    rows = [(f"`{k.name}`", _kind(k), k.text) for k in sorted(knobs.values(), key=lambda knob: knob.name)]
+    rows = [(f"`{knob.name}`", _kind(knob), knob.text) for _, knob in sorted(knobs.items())]
     yield "### Knobs\n\n" + table(["knob", "values", "meaning"], rows)
 
 
@@ -136,8 +141,7 @@ def _functions() -> Iterator[str]:
     yield "## Functions with short names"
     for title, names in named_functions().items():
         rows = [
-            (f"`{name}`", first_sentence(" ".join((inspect.getdoc(load_callable(path)) or "").split())))
-            for name, path in names.items()
+            (f"`{name}`", first_sentence(" ".join(_docstring(path).split()))) for name, path in names.items()
         ]
         yield f"### {title}\n\n" + table(["name", "is"], rows)
 
@@ -146,6 +150,12 @@ def _options() -> Iterator[str]:
     yield "## Options of other tools"
     rows = [(f"`{o.name}`", ", ".join(o.tools), f"`{o.recipe}`", o.describe()) for o in OPTIONS]
     yield table(["option", "of", "recipe", "here"], rows)
+
+
+def _docstring(path: str) -> str:
+    """Return the docstring of the function `package.module:name`, also of one that is wrapped."""
+    fn = load_callable(path)
+    return inspect.getdoc(fn.fn if isinstance(fn, PreferenceLoss) else fn) or ""
 
 
 def _kind(setting: Setting) -> str:

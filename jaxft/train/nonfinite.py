@@ -240,7 +240,7 @@ def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
         paths = ", ".join(path for path, bad in layers.items() if last in bad)
         return (
             "all outputs of layers are finite; "
-            f"the first gradient that is not is that of layer {last} ({paths})"
+            f"the first gradient that is not belongs to layer {last} ({paths})"
         )
     return (
         "all outputs of layers and their gradients are finite: it is the loss, or a parameter without layers"
@@ -258,7 +258,7 @@ def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tup
         if len(bad_layers):
             layer = int(bad_layers[0])
             where = f"layer {layer - 1}{model}" if layer else f"the embedding{model}"
-            return f"the first output that is not finite is that of {where}", ~np.isfinite(norms[:, layer])
+            return f"the first output that is not finite belongs to {where}", ~np.isfinite(norms[:, layer])
     return "", np.zeros((0, 0), bool)
 
 

@@ -101,7 +101,7 @@ class ModelKnobs:
 
     model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
     add_tokens: tuple[str, ...] = ()  # new tokens, such as <tool>,</tool>; their rows are trained too
-    add_special_tokens: tuple[str, ...] = ()  # the same, but decoding leaves them out of texts
+    add_special_tokens: tuple[str, ...] = ()  # new special tokens, which decoding leaves out of texts
     chat_template: str | None = None  # chatml, llama3, ... or a .jinja file, with the tokens that it needs
     dtype: DType = "bfloat16"  # of the forward and the backward pass
     residual: DType | None = "float32"  # of the residual stream between layers; none: as dtype

@@ -202,7 +202,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_not_restored_as_that_step
     said: list[str] = []
     state, _, step = Checkpoints(folder, report=said.append).restore(abstract(make_state(0)))
     assert step == 1 and is_exactly(state, make_state(1))
-    assert "checkpoint of step 7 is corrupt (manifest.json is that of step 2)" in said[0]
+    assert "checkpoint of step 7 is corrupt (manifest.json belongs to step 2)" in said[0]
 
 
 def test_a_leaf_that_differs_from_memory_is_detected_in_an_intact_file(two, tmp_path):

@@ -97,6 +97,7 @@ def test_a_setting_a_knob_and_a_loss_are_answered_with_their_reference(monkeypat
     assert code == 0 and out.startswith("Knobs of sft") and "neftune=0.0" in out
     code, out, _ = call(monkeypatch, capsys, "help", "ipo")
     assert code == 0 and "jaxft.objectives.preference_losses:ipo" in out and "1 / (2 beta)" in out
+    assert "preferences" in out.partition("\nTopics: ")[2]
 
 
 def test_the_reference_has_every_setting_recipe_function_and_command(monkeypatch, capsys):
@@ -107,4 +108,6 @@ def test_the_reference_has_every_setting_recipe_function_and_command(monkeypatch
     functions = {*short_names.PREFERENCE_LOSSES, *short_names.REWARDS, *short_names.ADVANTAGES}
     assert code == 0 and not (fields | {*COMMANDS, *functions}) - first
     assert recipes <= set(re.findall(r"^### (\w+)$", out, re.MULTILINE))
+    assert "`centred` | `r - mean of the group`: Dr. GRPO" in out and "with its declared facts" not in out
+    assert not re.findall(r"^\| `(\w+)` \|.*\|  \|$", out, re.MULTILINE), "knobs without a comment"
     assert all(line.count(" | ") in (1, 2, 3) for line in out.splitlines() if line.startswith("| `"))

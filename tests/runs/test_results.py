@@ -70,9 +70,7 @@ def test_weights_of_an_earlier_end_are_reported_when_the_run_has_gone_on(run):
     path.write_text('{"step": 4, "loss": 1.0}\n{"step": 4, "eval_loss": 1.0}\n')
     assert named_weights(**names).notes == []
     path.write_text(path.read_text() + '{"step": 6, "loss": 1.0}\n')
-    line = (
-        f"{run}: this run was continued after step 4, has reached step 6, and its weights are those of step 4"
-    )
+    line = f"{run}: this run was continued after step 4, has reached step 6, and its weights are from step 4"
     notes = [f"warning: {line}; finish the run to update them"]
     assert named_weights(**names).notes == notes
     assert named_weights(None, None, run / "adapter").notes == notes

@@ -53,7 +53,7 @@ def place(tmp_path_factory):
 def test_a_loss_that_is_not_finite_at_the_first_step_ends_the_run_and_names_the_layer(place):
     argv = [x for x in ARGV if "debug" not in x]
     assert place.run(*argv, "name=layer", hook=OVERFLOW_IN_A_LAYER) == 1
-    named = "the first output that is not finite is that of layer 1, in the rows rows.jsonl:"
+    named = "the first output that is not finite belongs to layer 1, in the rows rows.jsonl:"
     assert place.err().startswith("error: runs/layer: the loss of the first step is not finite: " + named)
     assert place.err().count("\n") == 1 and named in place.out()
     folder = place.runs("layer") / "nonfinite" / "step-1"
@@ -74,7 +74,7 @@ def test_a_held_out_loss_that_is_not_finite_before_training_names_the_parameter_
     assert place.err().startswith(f"error: runs/parameter: {start}{line}. ")
     assert [entry["step"] for entry in place.metrics("parameter")] == [0]
     assert place.run("name=output", "samples=0", hook=OVERFLOW_IN_A_LAYER) == 1
-    line = "the first output that is not finite is that of layer 1"
+    line = "the first output that is not finite belongs to layer 1"
     assert place.err().startswith(f"error: runs/output: {start}{line}. ")
 
 
@@ -157,7 +157,7 @@ def test_the_first_non_finite_gradient_is_that_of_the_last_such_layer():
     }
     found = Diagnosis({}, gradients, outputs, layers=dict.fromkeys(gradients, range(3)))
     text = first_nonfinite(found, {"ids": np.zeros((1, 2, 3))}, ["a", "b"])
-    assert text.endswith("the first gradient that is not is that of layer 1 (adapter/layers/attn/q/a)")
+    assert text.endswith("the first gradient that is not belongs to layer 1 (adapter/layers/attn/q/a)")
 
 
 def test_norms_per_layer_and_kind_equal_those_of_the_leaves():

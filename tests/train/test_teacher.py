@@ -368,5 +368,5 @@ def test_a_layer_of_the_second_model_that_is_not_finite_is_named(folder):
         jax.jit(observe)(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
     )
     text, bad = first_output(own, others)
-    assert text == "the first output that is not finite is that of layer 1 of the second model"
+    assert text == "the first output that is not finite belongs to layer 1 of the second model"
     assert bad.all() and np.isfinite(own[0]).all() and own[0].shape[1] == 4 and others[0].shape[1] == 3

@@ -105,7 +105,7 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
             value = node.value.value
             if isinstance(value, str) and "--" in value:
                 source = read_commands(file, value, node.lineno)
-                note = "the options are those of the command in the file's docstring"
+                note = "the options come from the command in the file's docstring"
                 return replace(source, notes=(note, *source.notes))
     known = ", ".join(name for name in CONFIGS if name.endswith("Config"))
     raise ValueError(f"{file}: it calls none of {known} with options, and has no command in its docstring")

@@ -226,9 +226,7 @@ def _adapter(draft: Draft) -> None:
         return
     start = draft.take("adapter_name_or_path", "lora_model_dir")
     if start is not None:
-        draft.express(
-            start, [f"start={as_text(start.value)}"], "rank, alpha and modules are those of its files"
-        )
+        draft.express(start, [f"start={as_text(start.value)}"], "rank, alpha and modules come from its files")
         draft.drop(*LORA_SETTINGS)
         return
     rank = draft.number("lora_r", "lora_rank", "r")
