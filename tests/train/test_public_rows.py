@@ -1,9 +1,12 @@
 """Rows of public datasets as they are: each trains two steps with its recipe, or one line says why not."""
 
+import json
+
 import numpy as np
 import pytest
 from prepared import working_directory
 from public_rows import PUBLIC, public_rows
+from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 
 import jaxft
@@ -46,7 +49,8 @@ def train(place, name, recipe, options):
     dotted = {key: value for key, value in {**settings, **options}.items() if "." in key}
     knobs = {key: value for key, value in {**settings, **options}.items() if "." not in key}
     with working_directory(place):
-        return jaxft.train(recipe, public_rows(name), [], dotted, name=f"{name}-{recipe}", **knobs).metrics
+        knobs = {"name": f"{name}-{recipe}", **knobs}
+        return jaxft.train(recipe, public_rows(name), [], dotted, **knobs).metrics
 
 
 @pytest.mark.slow
@@ -63,3 +67,17 @@ def test_public_rows_of_another_kind_are_refused_in_one_line(place, name, recipe
     with pytest.raises(jaxft.Error, match=REFUSED[name, recipe]) as caught:
         train(place, name, recipe, {})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_score_prints_the_probability_of_each_step_of_a_process_reward_run(place, monkeypatch, capsys):
+    train(place, "math_shepherd", "process_reward", {"name": "steps"})
+    rows = public_rows("math_shepherd")
+    (place / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with working_directory(place):
+        options = ("--run", "runs/steps", "--file", "steps.jsonl", "--json")
+        code, out, err = call(monkeypatch, capsys, "score", *options)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["labels"] for row in found] == [row["labels"] for row in rows]
+    assert [row["row"] for row in found] == [f"steps.jsonl:{number}" for number in range(1, 7)]
+    assert all(0 < x < 1 for row in found for x in row["right"]) and "of 12 steps are judged" in err
