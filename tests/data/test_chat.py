@@ -222,8 +222,13 @@ def test_a_token_that_opens_the_next_turn_is_not_learned():
 
 
 def test_a_template_that_hides_the_answer_is_refused():
+    tokenizer = tiny.__wrapped__("none")
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content if m.role == 'user' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     with pytest.raises(ValueError, match="rows.jsonl:1: .* hides .* not show the content of message 1"):
-        chat.render(conversation(["q", "one"]), stock("idefics3", "<end_of_utterance>"))
+        chat.render(conversation(["q", "one"]), chat.template_of(tokenizer))
 
 
 def test_date_is_pinned_for_string_and_for_function():
