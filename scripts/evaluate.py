@@ -236,6 +236,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     from jaxft.data.pairs import PairRows
     from jaxft.data.rows import read_rows
     from jaxft.data.sft import Rows
+    from jaxft.runs.named_weights import recorded_data
     from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
@@ -247,7 +248,9 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
     shared = {"batch": args.batch, "max_length": length, "too_long": args.too_long}
     columns = next(iter(data.values()))["columns"]
-    if is_decision(row, columns):
+    own = recorded_data(args.record) if args.record else None
+    is_text = own is not None and not isinstance(own, DecisionRows) and "text" in row.fields  # beside a label
+    if is_decision(row, columns) and not is_text:
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
         scores, shared = make_decision_scores(model), {**shared, "packing": args.packing}

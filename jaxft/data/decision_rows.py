@@ -1,6 +1,6 @@
 """Rows with a question, choices and an answer as batches of Decisions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxft.batch import Decisions, Tokens
 from jaxft.bounds import one_of
@@ -26,12 +26,13 @@ from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.row_files import Row
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import read_rows
+from jaxft.data.settings import DataSettings
 from jaxft.data.sft import PackedBatches, Rows
 from jaxft.data.sft_tokens import remedy_for_too_long, text_columns
 from jaxft.data.source import RowSource
-from jaxft.data.tokenised import MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
+from jaxft.data.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 
-CHOICES, PROBABILITIES = "choices", "probabilities"  # extras: tokens and probabilities of all choices
+CHOICES = "choices"  # an extra: the tokens of all choices
 TOO_LONG = ("drop", "error")
 # Settings of Rows without a meaning here, with the values that they have.
 FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
@@ -53,7 +54,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
         yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
 
 
-DECISION_TASK = RowTask(DECISIONS, 2, "max_length", _tokenise, _extras, checks=())
+DECISION_TASK = RowTask(DECISIONS, 3, "max_length", _tokenise, _extras, checks=())
 
 
 def _decision(row: ParsedRow) -> Decision:
@@ -88,7 +89,8 @@ class DecisionRows(Rows):
     """Questions with choices of which one is right, or a probability of each: the data of decision models.
 
     format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
-    letters; none: those of the training rows, sorted. question: asked about the text of such rows, or the
+    letters; none: those of the training rows, sorted, which later evaluations read there again: name them
+    if these rows may change. question: asked about the text of such rows, or the
     instruction of a reranker's. too_long: "drop" leaves a row out that has more tokens than max_length,
     "error" stops; a decision cannot be truncated. packing: whether a row of max_length tokens has several
     decisions. Other fields: see Rows; loss_on, weighting and sample_by have no meaning here.
@@ -127,6 +129,10 @@ class DecisionRows(Rows):
         """The layout of the batches."""
         return DecisionBatches
 
+    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
+        """Return the mask of the rows to hold out; rows with the same question are on one side."""
+        return DataSettings.held_out_mask(self, rows)
+
     def abstract(self, shards: int = 1) -> Tokens:
         """Return the shapes of the largest batch that the settings allow."""
         return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
@@ -158,7 +164,9 @@ def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
         return set()
     renamed = rename_rows(format, chain(first, own), rows.columns, formats)
     labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
-    return {DecisionChoice(label).name for label in labels if isinstance(label, str | int | float)}
+    each = chain.from_iterable(label if isinstance(label, Mapping) else (label,) for label in labels)
+    found = {DecisionChoice(label).name for label in each if isinstance(label, str | int | float)}
+    return {label for label in found if label.strip()}
 
 
 def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:

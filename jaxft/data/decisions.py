@@ -7,10 +7,10 @@ Accepted rows (`format="auto"` uses the one whose columns are present):
     reranker   {"query", "document", "label"}: whether the document is relevant, yes or no
 
 choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean). answer: a
-value, or its probability by value, {"value": p}, or a list of probabilities in the order of the choices; a
-number that is no value is the index of a choice, from 0. label: a name or its index; of a reranker true or
-false, yes or no, 1 or 0, or the probability of yes. All of them may have "weight" and
-"chat_template_kwargs".
+value, or its probability by value, {"value": p}, or a list of probabilities in the order of the choices. An
+integer is the index of a choice, from 0, unless the choices' values are numbers. label: a name, or an index
+where the names are not all numbers; of a reranker true or false, yes or no, 1 or 0, or the probability of
+yes. All of them may have "weight" and "chat_template_kwargs".
 
 A prompt lists its choices as "choice#A ...", and the response is "choice#" with one letter, which is one
 token, so that the probabilities of the choices are read at one position. The response to a reranker's prompt
@@ -159,13 +159,29 @@ def _answer(row: Row, column: str, choices: Sequence[DecisionChoice]) -> tuple[f
         if wrong is not None:
             raise _no_choice(row.name, column, wrong, names)
         return _probabilities(row.name, column, given, names)
-    name = DecisionChoice(value).name if isinstance(value, str | int | float) else ""
-    if name not in names:
-        is_index = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
-        if not is_index:
+    number = _index(value, choices, column)
+    if number is None:
+        name = DecisionChoice(value).name if isinstance(value, str | int | float) else ""
+        if name not in names:
             raise _no_choice(row.name, column, value, names)
-        name = names[int(value)]
-    return tuple(float(one == name) for one in names)
+        number = names.index(name)
+    return tuple(float(i == number) for i in range(len(names)))
+
+
+def _index(value: Any, choices: Sequence[DecisionChoice], column: str) -> int | None:
+    """Return the number of the choice that an answer is the index of, None for an answer by value."""
+    names = [choice.name for choice in choices]
+    by_value = any(not isinstance(choice.value, str) for choice in choices)
+    if column == "label" or isinstance(value, str):  # labels are read as text, also those that are numbers
+        by_value |= all(name.strip().lstrip("-").isdecimal() for name in names)
+    if by_value or isinstance(value, bool) or value in names:
+        return None
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())  # pandas' 1.0
+    return int(number) if whole and 0 <= number < len(names) else None
 
 
 def _no_choice(row: str, column: str, value: Any, names: Sequence[str]) -> InvalidRow:
@@ -182,10 +198,10 @@ def _probabilities(
 ) -> tuple[float, ...]:
     """Return probabilities in the order of the names, divided by their sum."""
     for name, p in given.items():
-        if isinstance(p, bool) or not isinstance(p, int | float) or not math.isfinite(p) or p < 0:
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 + TOLERANCE:
             raise InvalidRow(
                 row,
-                "probability that is no number of at least 0",
+                "probability that is no number from 0 to 1",
                 f"{column}: the probability of {name[:60]!r} is {str(p)[:40]}; use a number from 0 to 1",
             )
     total = math.fsum(given.values())
@@ -201,11 +217,13 @@ def _probabilities(
 def _relevance(row: Row) -> float:
     """Return the probability of yes from the label of a reranker's row."""
     value = row.fields["label"]
-    known = YES.get(str(value).strip().lower())
-    if known is not None:
-        return known
-    if isinstance(value, float) and 0 <= value <= 1:
-        return value
+    text = str(value).strip().lower()
+    try:
+        found = YES[text] if text in YES else float(text)  # CSV files have strings alone
+    except ValueError:
+        found = -1.0
+    if 0 <= found <= 1:
+        return found
     raise row.invalid(
         "label that is neither yes nor no",
         f"column 'label' is {str(value)[:40]!r}; use yes or no, true or false, 1 or 0, or the probability of "

@@ -408,8 +408,8 @@ def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
         if unknown < len(groups):
             near.append((unknown, unknown - len(groups), columns))
     fewest = min(near, key=lambda found: found[:2], default=None)
-    example = next(x.required for x in formats.values() if x.plain and len(x.required) > 1)
-    return fewest[2] if fewest else [names[0] for names in example]
+    wanted = (x.required for x in sorted(formats.values(), key=lambda x: not x.plain) if len(x.required) > 1)
+    return fewest[2] if fewest else [names[0] for names in next(wanted)]
 
 
 def _require_columns(row: Row, format: str, formats: Formats) -> Row:

@@ -47,7 +47,7 @@ from jaxft.data.row_files import (
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import Listing, check_rows, list_chunks
 from jaxft.data.template_settings import TemplateSettings
-from jaxft.data.tokenised import ROW_FIELDS, TokenisedRows, column_types, last_targets, stored_columns
+from jaxft.data.tokenised import OF_CONTENT, TokenisedRows, column_types, last_targets, stored_columns
 from jaxft.data.urls import is_remote
 from jaxft.distributed.threads import cores
 
@@ -434,7 +434,7 @@ class _Columns:
     def arrays(self) -> ChunkColumns:
         """Return all columns but "source"; the collected ones are given up."""
         part: ChunkColumns = {}
-        fields = self.values.get(ROW_FIELDS)
+        further = next((self.values[name] for name in OF_CONTENT if name in self.values), None)
         for name, (dtype, along, width) in self.types.items():
             values = self.values.pop(name)
             if along is not None:
@@ -443,7 +443,7 @@ class _Columns:
                 part[name] = np.asarray(values, dtype).reshape(*([-1] if width is None else (-1, width)))
         ids, learned, counts = (part[name] for name in ("ids", "learned", "counts"))
         after = np.cumsum(counts).reshape(counts.shape)
-        part |= _hashes(ids, learned, after, fields)
+        part |= _hashes(ids, learned, after, further)
         if "reads" in self.types:
             part["reads"] = np.diff(
                 np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
@@ -455,10 +455,12 @@ class _Columns:
         return part
 
 
-def _hashes(ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, fields: list[Any] | None) -> ChunkColumns:
+def _hashes(
+    ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, further: list[Any] | None
+) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    ends: of the pieces. fields: the columns that rewards read.
+    ends: of the pieces. further: another part of each example's content.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
@@ -467,7 +469,7 @@ def _hashes(ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, fields: list
         start, after_prompt, end = (bounds[i] for i in (row * size, row * size + 1, (row + 1) * size))
         whole = xxhash.xxh3_64(ids[start:end].data)
         whole.update(learned[after_prompt:end].data)
-        whole.update(b"" if fields is None else fields[row].data)
+        whole.update(b"" if further is None else further[row].data)
         content[row] = whole.intdigest()
     return {"hashes": np.fromiter(hashes, np.uint64, ends.size).reshape(ends.shape), "content": content}
 

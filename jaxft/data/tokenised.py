@@ -23,6 +23,8 @@ MASS, TOKEN_WEIGHTS = "mass", "token_weights"  # extras of SFT rows
 LABELS = "labels"  # of the targets of solutions in steps, which are read at the targets themselves
 NUMBERS, PROMPT_END_MOVED = "numbers", "prompt_end_moved"  # of pairs
 ROW_FIELDS = "fields"  # of prompts
+PROBABILITIES = "probabilities"  # of decisions
+OF_CONTENT = (ROW_FIELDS, PROBABILITIES)  # extras in which duplicates must agree too
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,11 @@ def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_pa
     [
         (["4", "5"], "5", (0, 1)),
         (["4", "5", "6"], 1, (0, 1, 0)),  # MMLU's index
+        (["1", "2", "infinitely many"], 1, (0, 1, 0)),  # also where another choice has this text
+        (["1", "2", "3"], "1", (1, 0, 0)),
+        ([1, 2, 4], 2, (0, 1, 0)),  # of numbers, a value
+        (["x", "y", "z"], "2", (0, 0, 1)),  # CSV files have strings alone
+        (["x", "y", "z"], 1.0, (0, 1, 0)),
         ([True, False], True, (1, 0)),
         (["a", "b"], [0.2, 0.8], (0.2, 0.8)),
         (["a", "b", "c"], {"a": 0.33, "b": 0.33, "c": 0.33}, (1 / 3,) * 3),
@@ -157,13 +162,59 @@ def test_an_answer_is_a_value_an_index_or_probabilities(choices, answer, expecte
     assert found.probabilities == pytest.approx(expected)
 
 
+def label_of(label, labels):
+    return parse(Row("r:1", {"text": "t", "label": label}), "label", labels).probabilities
+
+
+def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path):
+    assert label_of(1, ("bad", "good")) == label_of("1", ("bad", "good")) == label_of("good", ("bad", "good"))
+    stars = ("1", "2", "3", "4", "5")
+    assert label_of(1, stars) == label_of("1", stars) == (1, 0, 0, 0, 0)
+    with pytest.raises(InvalidRow, match="label '0' is none of the 5 choices"):
+        label_of(0, stars)
+    soft = [
+        {"text": "t", "label": {"x": 0.3, "y": 0.7}},
+        {"text": "u", "label": " "},
+        {"text": "v", "label": "z"},
+    ]
+    assert DecisionRows(write(tmp_path, soft)).with_labels().labels == ("x", "y", "z")
+
+
+@pytest.mark.parametrize(
+    ("label", "yes"), [("1.0", 1), ("0.7", 0.7), (0.25, 0.25), (True, 1), ("no", 0), (0, 0)], ids=str
+)
+def test_a_reranker_s_label_is_yes_or_no_or_the_probability_of_yes(label, yes):
+    row = Row("r:1", {"query": "q", "document": "d", "label": label})
+    assert parse(row, "reranker").probabilities == pytest.approx((1 - yes, yes))
+
+
+def test_rows_with_the_same_question_are_on_one_side_and_duplicates_agree_in_probabilities(tmp_path):
+    answers = [{"a": p, "b": 1 - p} for p in (0.5, 0.6, 0.7, 0.8)]
+    rows = [{**QUESTION, "question": f"{i}?", "answer": a} for i in range(10) for a in (*answers, answers[0])]
+    source = source_of(tmp_path, rows, held_out=0.2, drop=("duplicates",))
+    split = source.split
+    train, held = (
+        {split.rows.sequence(i)[:-1].tobytes() for i in side} for side in (split.train, split.held)
+    )
+    assert held and not train & held and len(split.train) + len(split.held) == 40
+
+
+@pytest.mark.parametrize("columns", [("sentence", "kind"), ("question", "answerKey")])
+def test_rows_of_no_format_are_one_line(tmp_path, columns):
+    with pytest.raises(InvalidRow, match=r"r.jsonl:1: the columns .* fit no format"):
+        source_of(tmp_path, [dict.fromkeys(columns, "x")] * 3)
+
+
 BAD = [
     ({"answer": "c"}, "answer 'c' is none of the 2 choices"),
     ({"answer": 2}, "answer '2' is none of the 2 choices"),
     ({"answer": None}, "is none of the 2 choices"),
     ({"answer": {"a": 0.5, "b": 0.4}}, "sum to 0.9; they must sum to 1, within 0.01"),
-    ({"answer": {"a": 1.5, "b": -0.5}}, "probability of 'b' is -0.5"),
+    ({"answer": {"a": 1.5, "b": -0.5}}, "probability of 'a' is 1.5"),
     ({"answer": {"a": "x", "b": 1}}, "probability of 'a' is x"),
+    ({"answer": [10**400, 1]}, "probability of 'a' is 1000"),
+    ({"choices": ["4", "5"], "answer": "1"}, "answer '1' is none of the 2 choices"),
+    ({"choices": [4, 5], "answer": 1}, "answer '1' is none of the 2 choices"),
     ({"answer": {"c": 1}}, "answer 'c' is none of the 2 choices"),
     ({"choices": ["a"], "answer": "a"}, "2 to 26 choices, one letter each, got 1"),
     ({"choices": [str(i) for i in range(27)], "answer": "3"}, "2 to 26 choices, one letter each, got 27"),
@@ -194,7 +245,7 @@ def test_bad_rows_end_the_run_with_file_and_row_or_are_counted(tmp_path):
     assert {count.reason: count.rows for count in found.info.stats.invalid} == {
         "answer that is none of the choices": 3,
         "probabilities that do not sum to 1": 1,
-        "probability that is no number of at least 0": 1,
+        "probability that is no number from 0 to 1": 1,
     }
     assert found.info.stats.examples == 5
 

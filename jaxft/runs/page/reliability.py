@@ -53,7 +53,7 @@ def reliability_section(runs: Sequence[RunFiles]) -> str:
         ]  # fmt: skip
         table = html_table(["confidence", "decisions", "mean confidence", "right"], rows, numeric=True)
         parts.append(
-            f"{title}<p>CalibrationError error (ECE): {', '.join(errors)} training.</p>{diagram(bins)}"
+            f"{title}<p>Calibration error (ECE): {', '.join(errors)} training.</p>{diagram(bins)}"
             + folded("The bins", table)
         )
     note = (
