@@ -267,7 +267,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if not {"chosen", "rejected"} & fields.keys() and not has_label:
         if args.out:
             raise ValueError(
-                "--out writes the results of pairs or completions, and these rows have a loss; remove it"
+                "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
             )
         held, row_loss = {"held_out": args.file, "packing": args.packing}, make_row_loss(model)
         return {
@@ -316,7 +316,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
         )
     if args.out:
         raise ValueError(
-            "--out writes the results of pairs or completions, and these rows have a loss; remove it"
+            "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
         )
     row_loss = make_row_loss(model, args.check)
     return {name: row_loss(one, rows) for name, one in loaded.items()}

@@ -22,7 +22,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxft.data.columns import messages_of, template_arguments_of, text_of
+from jaxft.data.columns import messages_of, template_arguments_of, text_of, with_system
 from jaxft.data.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
 from jaxft.data.invalid import InvalidRow, similar_names
 from jaxft.data.rows import Row
@@ -98,10 +98,10 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
         return Decision(
             row.name, tuple(user_messages(text, JUDGE)), choices, NO_YES, "", (1 - yes, yes), **more
         )
-    system = row.fields.get("system")
     if format == LABEL:
         choices = tuple(map(DecisionChoice, labels))
-        messages = user_messages(f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}", system)
+        text = f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}"
+        messages = with_system(row, user_messages(text))
         return decide(row.name, messages, choices, probabilities=_answer(row, "label", choices), **more)
     choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
@@ -109,9 +109,9 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
             raise row.invalid(
                 "question and messages", "the row has 'question' and 'messages'; keep one of them"
             )
-        messages = messages_of(row, "messages")
+        messages = with_system(row, messages_of(row, "messages"))
     else:
-        messages = user_messages(text_of(row, "question"), system)
+        messages = with_system(row, user_messages(text_of(row, "question")))
     return decide(row.name, messages, choices, probabilities=_answer(row, "answer", choices), **more)
 
 

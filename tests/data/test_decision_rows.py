@@ -100,6 +100,8 @@ def test_a_prompt_lists_its_choices_and_is_the_one_that_the_server_reads(tmp_pat
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "Which is it?"}]
     other = parse(Row("r:1", {**QUESTION, "question": None, "messages": turns}), "decision")
     assert [m["content"] for m in other.messages][0] == "s" and other.messages[1] == decision.messages[0]
+    beside = {**QUESTION, "question": None, "messages": turns[1:], "system": "s"}
+    assert parse(Row("r:1", beside), "decision").messages == other.messages
 
 
 def test_a_reranker_s_prompt_is_the_published_one_of_qwen3():
