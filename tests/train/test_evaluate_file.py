@@ -244,7 +244,7 @@ SAD = [
     ("--model model --file texts.jsonl --by exact", "texts.jsonl:1: the columns text include no prompt"),
     ("--model model --file texts.jsonl --max-length 999", "exceeds the model's 256 positions"),
     ("--model model --file texts.jsonl --max-length 20", "texts.jsonl:3"),
-    ("--model model --file texts.jsonl --out out.jsonl", "--out writes the results of pairs"),
+    ("--model model --file texts.jsonl --out out.jsonl", "--out writes results of pairs, decisions"),
     ("--model model --file pairs.jsonl --packing", "are for SFT rows"),
     ("--model model --file noanswer.jsonl --by exact --max-new 8", "no completion has a score"),
     ("--model model --file rows.jsonl --by exact --out none/x.jsonl", "there is no folder none; name a file"),
