@@ -40,6 +40,7 @@ ENDS = {  # what ends the last turn of text, and of tool calls where it is anoth
     "mistral-7b-merged": "</s>",
     "mistral-nemo": "</s>",
     "mistral-small": "</s>",
+    "smolvlm": "<end_of_utterance>",
     "phi4": "<|im_end|>",
     "phi4-first": "<|im_end|>",
     "phi4-mini": "<|end|>",
