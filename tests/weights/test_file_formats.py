@@ -101,5 +101,7 @@ def test_programs_skip_the_modules_that_are_not_quantised_and_no_others(format, 
 @pytest.mark.parametrize("style", ["a tensor for all experts", "gate and up in one tensor"])
 def test_experts_in_one_tensor_are_not_written_quantised(style):
     model, quant = expert_model(style), Quant("nf4", 8, False, targets="layers/mlp/gate")
-    with pytest.raises(ValueError, match=r"^layers/mlp/gate: .* one linear layer can .* but model\.layers\.0\.mlp"):
+    with pytest.raises(
+        ValueError, match=r"^layers/mlp/gate: .* one linear layer can .* but model\.layers\.0\.mlp"
+    ):
         layer_quantizer(model, ExportQuant(quant), RoundingError())
