@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data import cache as files
-from jaxft.data import chat, confined, format_choice
+from jaxft.data import chat, format_choice
 from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.conversation import PLAIN, other_columns
 from jaxft.data.example import Example, ParsedRow
@@ -551,7 +551,6 @@ def _start_worker(job: Reader) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    confined.confine()
     _job[:] = [job]
 
 

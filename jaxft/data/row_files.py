@@ -15,8 +15,7 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.data.invalid import InvalidRow, attempt, json_type
-from jaxft.data.limits import LINE_BYTES
+from jaxft.data.invalid import LINE_BYTES, InvalidRow, attempt, json_type
 from jaxft.data.row_parquet import (
     BATCH_ROWS,
     GroupPlan,
