@@ -38,9 +38,9 @@ from jaxft.data.progress import RowProgress
 from jaxft.data.row_files import (
     ROW_CHUNK_BYTES,
     Chunk,
-    LoadedRows,
     Row,
     in_windows,
+    loaded,
     spread_chunks,
     spread_rows,
 )
@@ -227,7 +227,7 @@ def row_alone(listing: Listing, name: str) -> Listing:
     def chunks() -> Iterator[Chunk]:
         for chunk in listing.chunks():
             rows = [row for row in chunk.rows() if Path(row.name).name == name]  # an error has the folder too
-            yield from [LoadedRows(tuple(rows), chunk.label)] if rows else []
+            yield from [loaded(rows, chunk.label)] if rows else []
 
     return replace(listing, digest=f"{listing.digest} {name}", chunks=chunks, rows=None)
 
@@ -302,7 +302,7 @@ def _format_of(
     invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
-        chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
+        chunks = [loaded([*chunk.rows()], chunk.label) for chunk in listing.chunks()]
     with RowProgress(f"reading {_name(listing)}", listing.rows, reader.how.progress) as progress:
         for found in run(count_chunk, chunks or listing.chunks()):
             before = invalid.total
