@@ -13,11 +13,12 @@ import pytest
 from tiny_tokenizers import tiny
 from tokenizers import normalizers
 
-from jaxft.data import chat, confined, limits
-from jaxft.data.example import Chat, Completion, Text
-from jaxft.data.invalid import InvalidRow
+from jaxft.data.chat import confined, loss_mask
+from jaxft.data.chat.template import UnusableTemplate
+from jaxft.data.rows import limits
+from jaxft.data.rows.example import Chat, Completion, Text
+from jaxft.data.rows.invalid import InvalidRow
 from jaxft.data.sft import Rows
-from jaxft.data.template import UnusableTemplate
 
 LOOP = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
 HUGE_POWER = "{% set power = 9 ** (9 ** 9) %}"
@@ -48,10 +49,10 @@ def test_a_row_for_which_the_template_takes_much_memory_is_invalid(small, text):
     before = resource.getrlimit(resource.RLIMIT_AS)
     tokenizer = tokenizer_with(for_row("big", text))
     rows = [asked("r:1", "big"), asked("r:2", "small")]
-    first, (ids, _) = chat.tokenise_examples(rows, tokenizer)
+    first, (ids, _) = loss_mask.tokenise_examples(rows, tokenizer)
     assert isinstance(first, InvalidRow) and len(ids)
     assert "takes more than 67108864 bytes of memory" in str(first)
-    (prompt,) = chat.example_prompt_ids(rows[:1], tokenizer)
+    (prompt,) = loss_mask.example_prompt_ids(rows[:1], tokenizer)
     assert isinstance(prompt, InvalidRow)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
@@ -62,9 +63,9 @@ def test_a_template_that_takes_too_long_for_a_row_ends_the_run_at_once(small, tm
     rows = [asked("r:1", "quick"), *(asked(f"r:{i}", "slow") for i in range(2, 99))]
     line = r"^r:2: the chat template of the tokenizer takes more than 0.3 s .*; use another tokenizer$"
     with pytest.raises(UnusableTemplate, match=line):
-        list(chat.tokenise_examples(rows, tokenizer))
+        list(loss_mask.tokenise_examples(rows, tokenizer))
     with pytest.raises(UnusableTemplate, match=line):
-        list(chat.example_prompt_ids(rows, tokenizer))
+        list(loss_mask.example_prompt_ids(rows, tokenizer))
     (tmp_path / "r.jsonl").write_text(
         "\n".join(json.dumps({"prompt": p, "completion": "a"}) for p in ("quick", "slow"))
     )
@@ -74,7 +75,7 @@ def test_a_template_that_takes_too_long_for_a_row_ends_the_run_at_once(small, tm
 
 def test_a_template_that_always_takes_too_long_is_refused_with_the_tokenizer(small):
     with pytest.raises(UnusableTemplate, match="^the chat template of the tokenizer takes more than 0.3 s"):
-        chat.template_of(tokenizer_with(LOOP))
+        loss_mask.template_of(tokenizer_with(LOOP))
 
 
 def test_limits_of_a_template_hit_nothing_else_in_the_process(small):
@@ -87,12 +88,12 @@ def test_limits_of_a_template_hit_nothing_else_in_the_process(small):
     before = signal.signal(signal.SIGALRM, lambda signum, frame: None)
     signal.setitimer(signal.ITIMER_REAL, 1000)
     tokenizer, seen = tokenizer_with(for_row("slow", LOOP)), []
-    chat.template_of(tokenizer)
+    loss_mask.template_of(tokenizer)
     first, outcomes = state(), []
 
     def render():
         with pytest.raises(UnusableTemplate):
-            list(chat.tokenise_examples([asked("r:1", "slow")], tokenizer))
+            list(loss_mask.tokenise_examples([asked("r:1", "slow")], tokenizer))
         outcomes.append("slow")
 
     threads = [threading.Thread(target=render) for _ in range(2)]
@@ -181,16 +182,16 @@ def test_one_row_of_very_many_turns_is_refused_at_once():
     """Each learned turn is looked for in renderings of all messages before it."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(60_000)]
     begin = time.monotonic()
-    (row,) = chat.tokenise_examples([Chat("r:1", tuple(turns), 59_999)], tiny("chatml"), "assistant")
+    (row,) = loss_mask.tokenise_examples([Chat("r:1", tuple(turns), 59_999)], tiny("chatml"), "assistant")
     assert "r:1: 30000 learned turns in 60000 messages take too long" in str(row)
     assert time.monotonic() - begin < 60
 
 
 def test_a_text_that_would_take_gigabytes_to_tokenise_is_refused():
     huge = "a b" * (limits.LONGEST_TEXT // 3 + 1)
-    (row,) = chat.tokenise_examples([Completion("r:1", "q", huge)], tiny("none"))
+    (row,) = loss_mask.tokenise_examples([Completion("r:1", "q", huge)], tiny("none"))
     assert str(row).startswith(f"r:1: its text has {len(huge) + 1} characters, more than 2097152")
-    (prompt,) = chat.example_prompt_ids([Completion("r:1", huge, "")], tiny("none"))
+    (prompt,) = loss_mask.example_prompt_ids([Completion("r:1", huge, "")], tiny("none"))
     assert isinstance(prompt, InvalidRow)
 
 
@@ -203,14 +204,14 @@ def test_a_long_plain_text_has_the_tokens_of_the_text_as_a_whole(monkeypatch, sp
         core.normalizer = normalizers.Prepend(" ")
     texts = ["Two  words\nand a ring ☃ of 漢字.\n\n" * 60, "x" * 2000 + "y", "é" * 1999]
     examples = [Text(f"r:{i}", text) for i, text in enumerate(texts)]
-    whole = list(chat.tokenise_weighted(examples, tokenizer))
+    whole = list(loss_mask.tokenise_weighted(examples, tokenizer))
     monkeypatch.setattr(limits, "LONGEST_TEXT", 500)
-    monkeypatch.setattr(chat, "TEXT_PIECE", 256)
-    monkeypatch.setattr(chat, "OVERLAP", 64)
-    pieces = list(chat.tokenise_weighted(examples, tokenizer))
+    monkeypatch.setattr(loss_mask, "TEXT_PIECE", 256)
+    monkeypatch.setattr(loss_mask, "OVERLAP", 64)
+    pieces = list(loss_mask.tokenise_weighted(examples, tokenizer))
     for one, other in zip(whole, pieces, strict=True):
         assert one.ids.tolist() == other.ids.tolist() and one.learned.all() and other.learned.all()
-    (row,) = chat.tokenise_weighted([Text("r:9", " " * 2000)], tiny("none"))
+    (row,) = loss_mask.tokenise_weighted([Text("r:9", " " * 2000)], tiny("none"))
     assert "its tokens cannot be separated at character 288; split the row" in str(row)
 
 
@@ -228,7 +229,7 @@ def test_a_template_that_fails_on_every_row_is_not_a_fault_of_the_row(tmp_path, 
 
 def test_a_template_that_rejects_even_a_question_says_so():
     tokenizer = tokenizer_with("{{ raise_exception('no chats') }}")
-    (row,) = chat.tokenise_examples([asked("r:1", "q")], tokenizer)
+    (row,) = loss_mask.tokenise_examples([asked("r:1", "q")], tokenizer)
     assert "rejects the row: no chats; it rejects even a simple question and response" in str(row)
 
 
@@ -236,4 +237,4 @@ def test_a_template_that_changes_the_order_of_the_turns_is_refused():
     tokenizer = tiny.__wrapped__("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages | reverse")
     with pytest.raises(UnusableTemplate, match="does not render the turns of a conversation in their order"):
-        chat.template_of(tokenizer)
+        loss_mask.template_of(tokenizer)

@@ -9,7 +9,8 @@ import signal
 import pytest
 from tiny_run import SLOW_STEPS, Place, write_place
 
-from jaxft.runs import cli, interrupt, terminal
+from jaxft.cli import cli
+from jaxft.runs import interrupt, terminal
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer  # noqa: F401
 from transformers.models.llama import configuration_llama  # noqa: F401
 
 import jaxft.train.loop  # noqa: F401
-from jaxft.runs import charts
+from jaxft.report import charts
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")

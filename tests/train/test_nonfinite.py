@@ -11,8 +11,9 @@ from tiny_run import Place, write_place
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.train import start_and_end, watch
-from jaxft.train.nonfinite import Diagnosis, first_nonfinite
+from jaxft.train import start_and_end
+from jaxft.train.logs import watch
+from jaxft.train.logs.nonfinite import Diagnosis, first_nonfinite
 
 CHANGE_A_LAYER = """
 import jax
