@@ -12,7 +12,7 @@ from tiny_llama import some_tokens
 from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.models.flax_module import FlaxModel
+from jaxft.models.flax_modules import FlaxModel
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant.quant import quantize

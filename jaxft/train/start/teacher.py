@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from jaxft.models.adapted import Teacher
 from jaxft.models.heads import TEACHER
 from jaxft.models.model import Model
-from jaxft.models.teacher import Teacher
 from jaxft.nn import param
 from jaxft.nn.quant.quant import Quant
 from jaxft.objectives.objective import Facts
