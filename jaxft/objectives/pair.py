@@ -1,5 +1,5 @@
-"""The interface of preference losses: the log-probs that a loss reads (PairBatch) and the facts that it
-declares (PreferenceLoss).
+"""The interface of preference losses: the log-probs that a loss reads (PairBatch), the facts that it declares
+(PreferenceLoss), and metrics of pairs by TRL's names.
 """
 
 import inspect

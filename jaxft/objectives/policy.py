@@ -1,4 +1,5 @@
-"""The policy objective of reinforcement learning: a policy loss, a KL penalty, an entropy bonus and a critic.
+"""The policy objective of reinforcement learning: a policy loss, a KL penalty, an entropy bonus and PPO's
+critic.
 
 `policy(model, partial(clipped, eps_high=0.28))` is linear in the batch's policy weights and in its value
 weights. PPO and the GRPO family are this objective with losses of policy_losses.py and advantages and token

@@ -1,4 +1,4 @@
-"""The Optimizer type, its settings, and how an optimizer is built from them."""
+"""The Optimizer type, its settings, how an optimizer is built from them, and the shardings of its state."""
 
 import inspect
 import re

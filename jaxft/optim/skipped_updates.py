@@ -1,4 +1,6 @@
-"""An optimizer whose policy can be left unchanged in a step while heads, such as a critic, are updated."""
+"""Optimizers that leave parameters unchanged in some steps: at loss spikes, or the policy while heads, such
+as a critic, are updated.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ from jaxft.models.heads import TEACHER, HeadSettings, with_heads
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
-from jaxft.nn.quant.quant import CHECKPOINT, QERA
+from jaxft.nn.quant import CHECKPOINT, QERA
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups, state_shardings
 from jaxft.optim.skipped_updates import freezable, skip_spikes

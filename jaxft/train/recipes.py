@@ -38,7 +38,7 @@ from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
-from jaxft.nn.quant.quant import CHECKPOINT, Quant, QuantKind
+from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.kl import PenaltyReference
 from jaxft.objectives.losses.target_loss import TargetLoss

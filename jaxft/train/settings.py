@@ -14,7 +14,7 @@ from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches

@@ -22,7 +22,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.key_ranges import key_ranges
 from jaxft.nn.param import spec_paths
-from jaxft.nn.quant.quant import is_qtensor, quantize
+from jaxft.nn.quant import is_qtensor, quantize
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy, value_function

@@ -17,7 +17,7 @@ from jaxft.models.families.llama import llama
 from jaxft.models.flax_modules import FlaxModel, NnxModel, trainable
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 
 MODEL = llama(CONFIG, jnp.float32)
 TOKENS = jax.tree.map(jnp.asarray, some_tokens(vocab=40))

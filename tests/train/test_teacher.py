@@ -22,7 +22,7 @@ from jaxft.models.families.llama import llama
 from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives import metrics
 from jaxft.objectives.kl import FixedKL
 from jaxft.objectives.logprobs import HeadInput

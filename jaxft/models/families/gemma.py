@@ -1,4 +1,4 @@
-"""Gemma 1, Gemma 2 and VaultGemma: scaled embeddings, norms that multiply by 1 + weight, soft caps. Their
+"""Gemma 1 to 3 and VaultGemma: scaled embeddings, norms that multiply by 1 + weight, soft caps. Their
 config.json, presets and models.
 """
 

@@ -1,4 +1,6 @@
-"""Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama": config.json, presets, model."""
+"""Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama": config.json, presets, model.
+Seed-OSS, CWM, InternLM 3 and IQuest-Coder, which have its layer and another model_type.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any

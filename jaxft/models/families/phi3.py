@@ -24,8 +24,8 @@ from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
 from jaxft.nn.matmul import InputTap, Weight, linear
 from jaxft.nn.param import ParamSpec, fan_in
-from jaxft.nn.quant.quant import QTensor
-from jaxft.nn.quant.quant_formats import decode_scales
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import decode_scales
 from jaxft.nn.rope import Rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params

@@ -1,11 +1,12 @@
-"""Caches for generation: prompts once, and the tokens that each completion adds.
+"""Caches for generation, prompts once and the tokens that each completion adds, and attention to them.
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
-completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
-cache only the last W of both (rounded up to a multiple of 64 if W is larger). Recurrent layers cache a state
-of each prompt and row.
+completions of the prompt share and which are read once for all of them (Hydragen, Juravsky et al. 2024,
+arXiv:2402.05099), and to the keys of its own tokens. One softmax normalises both. Layers with a sliding
+window of W tokens cache only the last W of both (rounded up to a multiple of 64 if W is larger). Recurrent
+layers cache a state of each prompt and row.
 
-The caches of prompts and of rows are tuples with a part for each layer of the model's blocks (see scan.py),
+The caches of prompts and of rows are tuples with a part for each layer of the model's blocks (see stack.py),
 trees of Keys, and of RecurrentState where a layer is recurrent.
 """
 

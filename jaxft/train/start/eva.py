@@ -32,7 +32,7 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, most_components, pair_layouts
 from jaxft.nn.matmul import outer, with_taps
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights import place
 from jaxft.weights.peft.peft_pairs import with_patterns

@@ -13,7 +13,7 @@ from jaxft.models.adapted import Teacher
 from jaxft.models.heads import TEACHER
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
 from jaxft.runs.named_weights import named_weights, source_options

@@ -22,7 +22,7 @@ from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn.matmul import outer, with_taps
 from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
-from jaxft.nn.quant.quant import Quant, dequantize
+from jaxft.nn.quant import Quant, dequantize
 from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_codes import CalibratedLayer

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.models.model import Model
 from jaxft.nn.adapters import full_modules, lora
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import ParamReader, read_whole
