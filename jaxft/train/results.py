@@ -11,6 +11,7 @@ import jax
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.data.decisions import paths_of_decisions
 from jaxft.data.mixture import source_names
 from jaxft.distributed import devices, processes, sync
 from jaxft.distributed.disk import write_durably
@@ -20,6 +21,7 @@ from jaxft.runs import charts, report
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.metric_names import TOKENS
+from jaxft.runs.named_weights import decision_prompts
 from jaxft.runs.report import Evaluation
 from jaxft.runs.terminal import printable_line
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
@@ -232,8 +234,8 @@ def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Pat
     """Write a member's weights and their model card into `folder`; return where the weights are."""
     start = read_start(member.folder, member.run.model, member.run.adapter)
     out = export.export_run(member.programs.partition, params, member.run, tokenizer, folder, start)
-    card = _weights_card(member, tokenizer, out)
-    sync.exchange_first(sync.gather_texts, lambda: write_card(out, card))
+    card, decision = _weights_card(member, tokenizer, out), decision_prompts(member.record)
+    sync.exchange_first(sync.gather_texts, lambda: (write_card(out, card), decision.write(out)))
     return out
 
 
@@ -250,6 +252,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
         f"`{source_names(run.data.train)}`. The run's README.md has settings and results."
+        f"{decision_prompts(member.record).described}"
     )
     return Card(
         title=run.name,
@@ -292,6 +295,8 @@ def _card(
         model=model,
         adapter=run.adapter,
         merged=weights.name == "model",
+        labels=decision_prompts(member.record).described,
+        served=paths_of_decisions(member.record.get("formats", ())),
         before=ends[0],
         after=ends[1],
         notes=notes,
