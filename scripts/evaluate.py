@@ -370,7 +370,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         record = next(iter(named.values())).record
         args.file, args.split = rows_of(args, record)
-        args.record, args.check = record, partial(check_recorded_rows, record)  # called where there is a split
+        args.record, args.check = record, partial(check_recorded_rows, record)  # if there is a split
         args.decisions = {name: weights.decision for name, weights in named.items()}
         for source in held_out_sources(args.file) if args.split is None else ():
             next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded

@@ -89,10 +89,11 @@ class DecisionRows(Rows):
     """Questions with choices of which one is right, or a probability of each: the data of decision models.
 
     format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
-    letters; none: those of the training rows, sorted, which the run's record and its weights keep. question: asked about the text of such rows, or the
-    instruction of a reranker's. too_long: "drop" leaves a row out that has more tokens than max_length,
-    "error" stops; a decision cannot be truncated. packing: whether a row of max_length tokens has several
-    decisions. Other fields: see Rows; loss_on, weighting and sample_by have no meaning here.
+    letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
+    question: asked about the text of such rows, or the instruction of a reranker's. too_long: "drop" leaves a
+    row out that has more tokens than max_length, "error" stops; a decision cannot be truncated. packing:
+    whether a row of max_length tokens has several decisions. Other fields: see Rows; loss_on, weighting and
+    sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()
@@ -146,8 +147,8 @@ class DecisionRows(Rows):
         if len(found) > 1:
             sets = " and ".join(",".join(labels)[:80] for labels in found)
             raise ValueError(
-                f"data.train={self.train}: the sources have different labels, {sets}; all are choices of every "
-                "text if data.labels names them, otherwise give rows choices of their own"
+                f"data.train={self.train}: the sources have different labels, {sets}; name those that every "
+                "text is to choose from by data.labels, or give rows choices of their own"
             )
         return replace(self, labels=next(iter(found), ()))
 

@@ -8,9 +8,9 @@ Accepted rows (`format="auto"` uses the one whose columns are present):
 
 choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean). answer: a
 value, or its probability by value, {"value": p}, or a list of probabilities in the order of the choices. An
-integer is the index of a choice, from 0, unless the choices' values are numbers. label: a name, or an index
-where the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no, 1 or 0, or the probability of
-yes. All of them may have "weight" and "chat_template_kwargs".
+integer is the index of a choice, from 0, unless the choices' values are numbers. label: a name, an index
+where the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no,
+1 or 0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
 
 A prompt lists its choices as "choice#A ...", and the response is "choice#" with one letter, which is one
 token, so that the probabilities of the choices are read at one position. The response to a reranker's prompt
@@ -312,7 +312,9 @@ def _relevance(row: Row) -> float:
 
 
 @lru_cache(maxsize=32)
-def answer_tokens(tokenizer: Any, prefix: str, answers: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def answer_tokens(
+    tokenizer: Any, prefix: str, answers: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids of a prefix, and the token of each answer after it.
 
     Raises ValueError for an answer that is not one token of its own there.

@@ -52,9 +52,9 @@ class ChosenFormat(NamedTuple):
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return a format from its JSON."""
-        name, plain, columns, unread, labels = stored
-        pairs = (tuple((ours, theirs) for ours, theirs in some) for some in (columns, unread))
-        return cls(name, plain, *pairs, tuple(labels))
+        name, plain, *lists = stored
+        columns, unread, *labels = (tuple(map(_as_item, some)) for some in lists)  # no labels in older files
+        return cls(name, plain, columns, unread, *labels)
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
@@ -69,6 +69,10 @@ class ChosenFormat(NamedTuple):
         read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
         setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.columns)
         return [f"columns are read by other names: {read} (data.columns={setting})"]
+
+
+def _as_item(stored: Any) -> Any:
+    return tuple(stored) if isinstance(stored, list) else stored
 
 
 def parse_rows(

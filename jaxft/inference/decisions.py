@@ -56,9 +56,7 @@ def model_name(body: Mapping[str, Any]) -> str | None:
     return model
 
 
-def parse_decisions(
-    body: Mapping[str, Any], known: DecisionPrompts = DecisionPrompts()
-) -> tuple[Question, ...]:
+def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
     known: of the model. A question of type choice without choices and instructions has those of a classifier.
@@ -71,8 +69,9 @@ def parse_decisions(
     own = {"choices": [{"value": x} for x in known.labels], "instructions": known.question or LABEL_QUESTION}
     found = []
     for number, item in enumerate(items):
-        is_own = known.labels and isinstance(item, dict) and item.keys() <= {"type", "name"}
-        found.append(_question(text, number, {**item, **own} if is_own and item["type"] == "choice" else item))
+        is_choice = isinstance(item, dict) and item.get("type") == "choice"
+        is_own = known.labels and is_choice and item.keys() <= {"type", "name"}
+        found.append(_question(text, number, {**item, **own} if is_own else item))
     return tuple(found)
 
 
@@ -170,8 +169,9 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
     most = body.get("top_n") or len(texts)
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
         raise ApiError(400, f"top_n must be a number of documents, got {most!r:.40}", "top_n")
-    pairs = [(f"documents[{number}]", query, text) for number, text in enumerate(texts)]
-    return RerankBody(tuple(texts), tuple(relevance(*pair, known.question) for pair in pairs), most)
+    documents = tuple(map(str, texts))
+    asked = (relevance(f"documents[{n}]", query, text, known.question) for n, text in enumerate(documents))
+    return RerankBody(documents, tuple(asked), most)
 
 
 def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:

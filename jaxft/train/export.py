@@ -56,8 +56,8 @@ class ExportSource:
     ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
     base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
     the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
-    from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the labels and
-    the question of a decision model.
+    from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the
+    labels and the question of a decision model.
     """
 
     ref: str

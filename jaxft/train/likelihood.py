@@ -200,21 +200,21 @@ def _decision_scores(
     for number, batch in enumerate(source.held_out):
         metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
         parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
-        for at, values in row_values(metrics).items():
-            if not math.isfinite(values[LOSS]):
+        for at, own in row_values(metrics).items():
+            if not math.isfinite(own[LOSS]):
                 raise ValueError(
-                    f"{rows.train}: the log loss is {values[LOSS]}; use --dtype float32, or check the weights "
-                    "of the model"
+                    f"{rows.train}: the log loss is {own[LOSS]}; use --dtype float32, or check the "
+                    "weights of the model"
                 )
             example = source.layout.example_at(batch, number, at)
             choices, labels = choice_names(found, example), found.extras[PROBABILITIES][example]
-            own = p.reshape(-1, p.shape[-1])[at, : len(choices)]
+            predicted = p.reshape(-1, p.shape[-1])[at, : len(choices)]
             line = {
                 "row": found.names[example],
-                "probabilities": dict(zip(choices, map(float, own), strict=True)),
+                "probabilities": dict(zip(choices, map(float, predicted), strict=True)),
                 "answer": dict(zip(choices, map(float, labels), strict=True)),
             }
-            results[example] = values[ACCURACY], line
+            results[example] = own[ACCURACY], line
     whole = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
     in_order = [results[example] for example in sorted(results)]
     values = {ACCURACY: [accuracy for accuracy, _ in in_order]}

@@ -234,8 +234,13 @@ def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Pat
     """Write a member's weights and their model card into `folder`; return where the weights are."""
     start = read_start(member.folder, member.run.model, member.run.adapter)
     out = export.export_run(member.programs.partition, params, member.run, tokenizer, folder, start)
-    card, decision = _weights_card(member, tokenizer, out), decision_prompts(member.record)
-    sync.exchange_first(sync.gather_texts, lambda: (write_card(out, card), decision.write(out)))
+    card = _weights_card(member, tokenizer, out)
+
+    def describe() -> None:
+        write_card(out, card)
+        decision_prompts(member.record).write(out)
+
+    sync.exchange_first(sync.gather_texts, describe)
     return out
 
 

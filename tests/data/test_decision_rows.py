@@ -133,7 +133,7 @@ def labelled(*labels):
 def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_path):
     rows = labelled("pos", "neg", "pos", "other")
     source = source_of(tmp_path, rows)
-    assert source.info.recorded == {"labels": ["neg", "other", "pos"]}
+    assert source.info.recorded == {"formats": ["label"], "labels": ["neg", "other", "pos"]}
     assert choice_names(source.split.rows, 0) == ["neg", "other", "pos"]
     data = DecisionRows(str(tmp_path / "r.jsonl"), held_out="none")
     assert len(measure(data, tiny("chatml"), tmp_path / "cache")) == len(
@@ -200,7 +200,7 @@ def test_a_held_out_file_and_all_sources_have_the_labels_of_the_training_rows(tm
     split = DecisionRows(train, held_out=held).open(tiny("chatml"), cache=tmp_path / "c").split
     assert choice_names(split.rows, 3) == ["a", "b", "c"]
     other = write(tmp_path, labelled("x", "y"), "o.jsonl")
-    with pytest.raises(ValueError, match="different labels, a,b,c and x,y; all are choices .* data.labels"):
+    with pytest.raises(ValueError, match="different labels, a,b,c and x,y; name .* by data.labels"):
         DecisionRows(f"{train},{other}", held_out="none").open(tiny("chatml"), cache=tmp_path / "c")
     with pytest.raises(ValueError, match="h.jsonl:1: label 'z' is none of the 3 choices"):
         write(tmp_path, labelled("z"), "h.jsonl")

@@ -118,7 +118,8 @@ def test_messages_are_read_as_their_text_and_every_choice_has_a_probability(runn
 )
 def test_a_wrong_request_is_refused_in_one_line(change, message):
     with pytest.raises(ApiError) as error:
-        parse_decisions({"model": "base", "input": INPUT, "questions": [PREDICATE], **change})
+        body = {"model": "base", "input": INPUT, "questions": [PREDICATE], **change}
+        parse_decisions(body, DecisionPrompts())
     assert error.value.status == 400 and message in error.value.message and "\n" not in error.value.message
 
 
@@ -137,7 +138,8 @@ def test_vllms_documented_request_is_read_as_three_questions():
                 {"type": "score", "instructions": "How severe is the damage?",
                  "levels": [{"label": "cosmetic"}, {"label": "broken"}]},
             ],
-        }
+        },
+        DecisionPrompts(),
     )  # fmt: skip
     assert [(x.type, x.name) for x in found] == [
         ("predicate", "damaged"), ("choice", "department"), ("score", None)

@@ -105,7 +105,8 @@ def test_rows_of_files_with_the_same_name_have_a_result_each(finished, evaluate)
         write_rows(folder / name / "t.jsonl", [{"question": "q?", "answer": 0, **row}] * 2)
     found, written = evaluate("--run", finished, "--file", "a/t.jsonl,b/t.jsonl")
     assert [[*row["probabilities"]] for row in written] == [["x", "y"]] * 2 + [["u", "v", "w"]] * 2
-    assert found["examples"] == 4 and all(sum(x["probabilities"].values()) == pytest.approx(1) for x in written)
+    assert found["examples"] == 4
+    assert [sum(row["probabilities"].values()) for row in written] == pytest.approx([1] * 4)
 
 
 def test_rows_with_a_text_and_a_label_are_the_texts_of_an_sft_run(finished, evaluate, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.objectives.metrics import CALIBRATION_BINS, CalibrationError
@@ -25,8 +26,8 @@ class Bin(NamedTuple):
 def bins_of(rows: Mapping[str, Mapping[str, float]]) -> list[Bin | None]:
     """Return the bins of CalibrationError from the values of held-out rows, None for one without rows."""
     values = [(x[CONFIDENCE], x[CORRECT]) for x in rows.values() if CONFIDENCE in x and CORRECT in x]
-    confidence, correct = np.array(values, np.float32).reshape(-1, 2).T
-    sums = np.asarray(CalibrationError.of(confidence, correct, np.ones(len(values), bool)).sums)
+    confidence, correct = jnp.asarray(values, jnp.float32).reshape(-1, 2).T
+    sums = np.asarray(CalibrationError.of(confidence, correct, confidence >= 0).sums)
     return [Bin(int(count), x / count, y / count) if count else None for count, x, y in sums.T.tolist()]
 
 
