@@ -1,0 +1,276 @@
+"""/v1/decisions: typed questions about an input, answered by the probabilities of their choices; /v1/rerank:
+documents in the order of their relevance to a query.
+
+The contract is OpenAI's Decisions API as vLLM serves it (docs/serving/online_serving/decisions.md of vLLM),
+for text. A question becomes the prompt of a decision row (data/decisions.py), and its probabilities are read
+from the scores of one next token.
+
+    {"model": "base", "input": "The parcel arrived broken.", "questions": [
+        {"type": "predicate", "instructions": "Is an item damaged?"},
+        {"type": "choice", "name": "team", "instructions": "Who handles it?", "choices": [
+            {"value": "returns"}, {"value": "billing", "description": "Charges and payments"}]},
+        {"type": "score", "instructions": "How severe is it?", "levels": [{"label": "cosmetic"},
+            {"label": "broken"}]}]}
+"""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.decisions import LABEL_QUESTION, DecisionPrompts, decide, relevance, user_messages
+from jaxft.data.rows.example import Decision, DecisionChoice
+from jaxft.data.rows.invalid import InvalidRow, json_type, similar_names
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import SampledToken, TokenRequest
+from jaxft.engine.session import RequestSettings
+from jaxft.engine.state import WORD
+from jaxft.serve.api_request import ApiError
+from jaxft.serve.served_model import ServedModel, decision_prompt
+
+MOST_QUESTIONS, MOST_LEVELS, MOST_DOCUMENTS = 64, 10, 1000
+RERANK_FIELDS = ("model", "query", "documents", "top_n", "return_documents")
+BODY_FIELDS = ("model", "input", "questions", "safety_identifier")
+# Fields of a question by its type: the one with its options, and the one that names an option.
+QUESTION_OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
+YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a request. type: predicate, choice or score. name: as the answer repeats it."""
+
+    type: str
+    name: str | None
+    decision: Decision
+
+
+def model_name(body: Mapping[str, Any]) -> str | None:
+    """Return the model that a request names, None for the default one. Raises ApiError."""
+    model = body.get("model")
+    if not isinstance(model, str | None):
+        raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
+    return model
+
+
+def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
+    """Return the questions of a request of /v1/decisions. Raises ApiError.
+
+    known: of the model. A question of type choice without choices and instructions has those of a classifier.
+    """
+    _check_fields(body, BODY_FIELDS, "")
+    items = body.get("questions")
+    if not isinstance(items, list) or not 1 <= len(items) <= MOST_QUESTIONS:
+        raise ApiError(400, f"questions must be a list of 1 to {MOST_QUESTIONS} questions", "questions")
+    text = _input(body.get("input"))
+    own = {"choices": [{"value": x} for x in known.labels], "instructions": known.question or LABEL_QUESTION}
+    found = []
+    for number, item in enumerate(items):
+        is_choice = isinstance(item, dict) and item.get("type") == "choice"
+        is_own = known.labels and is_choice and item.keys() <= {"type", "name"}
+        found.append(_question(text, number, {**item, **own} if is_own else item))
+    return tuple(found)
+
+
+def _check_fields(item: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    wrong = next((name for name in item if name not in names), None)
+    if wrong is not None:
+        near = ", ".join(similar_names(wrong, list(names)))
+        place = f"{where}: " if where else ""
+        raise ApiError(400, f"{place}unknown field {wrong!r:.60}; near: {near}", where or wrong[:60])
+
+
+def _input(value: Any) -> str:
+    """Return the text of an input: a string, or user messages of strings or input_text parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ApiError(400, "input must be a string or a list of user messages", "input")
+    texts = list[str]()
+    for item in value:
+        if not isinstance(item, dict) or item.get("role") != "user":
+            raise ApiError(400, "input: every message must have the role user", "input")
+        content = item.get("content")
+        parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(
+            isinstance(x, dict) and x.get("type") == "input_text" and isinstance(x.get("text"), str)
+            for x in parts
+        ):
+            raise ApiError(400, "input: content must be a string or parts of type input_text", "input")
+        texts += [part["text"] for part in parts]
+    return "\n\n".join(texts)
+
+
+def _question(text: str, number: int, item: Any) -> Question:
+    where = f"questions[{number}]"
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind not in QUESTION_OPTIONS:
+        raise ApiError(400, f"{where}: type must be one of {', '.join(QUESTION_OPTIONS)}", "questions")
+    options = QUESTION_OPTIONS[kind]
+    _check_fields(item, ("type", "name", "instructions", *(options[:1] if options else ())), where)
+    instructions, name = item.get("instructions"), item.get("name")
+    if not isinstance(instructions, str) or not instructions.strip():
+        raise ApiError(400, f"{where}: instructions must be a string that asks something", "questions")
+    if not isinstance(name, str | None):
+        raise ApiError(400, f"{where}: name must be a string", "questions")
+    choices = YES_NO if options is None else _options(where, item.get(options[0]), *options)
+    if kind == "score" and len(choices) > MOST_LEVELS:
+        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels", "questions")
+    messages = user_messages(f"{text}\n\n{instructions}" if text.strip() else instructions)
+    try:
+        return Question(kind, name, decide(where, messages, choices))
+    except InvalidRow as error:
+        raise ApiError(400, str(error), "questions") from error
+
+
+def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
+    """Return the choices, or the levels, of a question."""
+    if not isinstance(items, list):
+        raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
+    found, types = [], (str, bool) if key == "value" else str
+    for number, item in enumerate(items):
+        place = f"{where}.{field}[{number}]"
+        if not isinstance(item, dict) or not isinstance(item.get(key), types) or not str(item[key]).strip():
+            raise ApiError(400, f"{place}: {key} must be a string with text", "questions")
+        _check_fields(item, (key, "description"), place)
+        description = item.get("description") or ""
+        if not isinstance(description, str):
+            raise ApiError(400, f"{place}: description must be a string", "questions")
+        found.append(DecisionChoice(item[key], description))
+    return tuple(found)
+
+
+# ---- /v1/rerank
+
+
+@dataclass(frozen=True)
+class RerankBody:
+    """A request of /v1/rerank. documents: their texts. decisions: whether each is relevant. most: results."""
+
+    documents: tuple[str, ...]
+    decisions: tuple[Decision, ...]
+    most: int
+
+
+def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
+    """Check a request of /v1/rerank. known: of the model. Raises ApiError."""
+    _check_fields(body, RERANK_FIELDS, "")
+    query, items = body.get("query"), body.get("documents")
+    if not isinstance(query, str) or not query.strip():
+        raise ApiError(400, "query must be a string with text", "query")
+    texts = [x.get("text") if isinstance(x, dict) else x for x in items] if isinstance(items, list) else []
+    if not 1 <= len(texts) <= MOST_DOCUMENTS or not all(isinstance(x, str) and x.strip() for x in texts):
+        raise ApiError(
+            400, f"documents must be a list of 1 to {MOST_DOCUMENTS} strings with text", "documents"
+        )
+    most = body.get("top_n") or len(texts)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+        raise ApiError(400, f"top_n must be a number of documents, got {most!r:.40}", "top_n")
+    documents = tuple(map(str, texts))
+    asked = (relevance(f"documents[{n}]", query, text, known.question) for n, text in enumerate(documents))
+    return RerankBody(documents, tuple(asked), most)
+
+
+def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
+    """Return the response to a request of /v1/rerank. scores: the probability that each is relevant."""
+    order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
+    results = [
+        {"index": i, "document": {"text": body.documents[i]}, "relevance_score": scores[i]} for i in order
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"id": f"rerank-{secrets.token_hex(12)}", "model": model, "usage": usage, "results": results}
+
+
+# ---- reading the probabilities
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The constraint of a completion that is one of some tokens. It has no state, so it is its own Grammar.
+
+    tokens: of the choices. vocab: size of the vocabulary.
+    """
+
+    tokens: tuple[int, ...]
+    vocab: int
+
+    def begin(self) -> "OneOf":
+        """Return the constraint of a new completion."""
+        return self
+
+    def allowed(self) -> np.ndarray:
+        """Return a bit for each token, in words of 32, that is set for the choices."""
+        words = np.zeros(-(-self.vocab // WORD), np.uint32)
+        for token in self.tokens:
+            words[token // WORD] |= np.uint32(1) << np.uint32(token % WORD)
+        return words
+
+    def accept(self, tokens: Sequence[int]) -> str:
+        """Return no error."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A request to the scheduler that reads a decision, and the tokens of its choices."""
+
+    request: TokenRequest
+    tokens: tuple[int, ...]
+
+
+def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
+    """Return the request that reads a decision. Raises ValueError; most: tokens of a prompt."""
+    prompt, tokens = decision_prompt(model, decision, most)
+    grammar = OneOf(tokens, model.vocab)
+    settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)
+    return Read(TokenRequest(prompt, settings), tokens)
+
+
+def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], float]:
+    """Return the probabilities of the choices, which sum to 1, and the confidence: the probability of the
+    most probable one among all tokens of the vocabulary.
+    """
+    logps = dict(sampled.top)
+    own = np.array([logps[token] for token in read.tokens])
+    p = np.exp(own - own.max())
+    return (p / p.sum()).tolist(), math.exp(own.max())
+
+
+def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:
+    """Return an answer of the response. p: probabilities of the choices."""
+    found: dict[str, Any] = {"type": question.type, "name": question.name}
+    choices = question.decision.choices
+    if question.type == "predicate":
+        return {**found, "probability": p[0]}
+    if question.type == "choice":
+        listed = [{"value": c.value, "probability": x} for c, x in zip(choices, p, strict=True)]
+        return {
+            **found,
+            "choice": choices[int(np.argmax(p))].value,
+            "probabilities": listed,
+            "confidence": confidence,
+        }
+    levels = [
+        {"value": number, "label": choice.value, "probability": x}
+        for number, (choice, x) in enumerate(zip(choices, p, strict=True))
+    ]
+    score = sum(number * x for number, x in enumerate(p))
+    return {**found, "score": score, "probabilities": levels, "confidence": confidence}
+
+
+def response(model: str, answers: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
+    """Return the response to a request, which reads one token for each question."""
+    return {
+        "model": model,
+        "answers": answers,
+        "usage": {
+            "input_tokens": prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": len(answers),
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt_tokens + len(answers),
+        },
+    }
