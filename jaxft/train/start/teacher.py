@@ -1,6 +1,6 @@
 """The second, frozen model of a run, from its name to its weights on the mesh.
 
-models.teacher.Teacher has its settings.
+models.adapted.Teacher has its settings.
 """
 
 from collections.abc import Callable
