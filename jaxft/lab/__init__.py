@@ -6,4 +6,7 @@ loss_probe.py: values and gradients of a loss on synthetic pairs
 loss_traits.py: properties of a loss
 named_losses.py: losses that a command line names
 synthetic_pairs.py: synthetic pairs
+judging.py: which of two models answers better: verdicts, win rates, lengths, agreement of judges
+judges.py: functions, reward models, models and servers as judges
+judge_files.py: prompts and answers from files of jaxft, AlpacaEval, Arena-Hard and RewardBench 2
 """
