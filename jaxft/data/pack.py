@@ -52,6 +52,10 @@ class RowPlan:
         parts = [None if x is None else x[chosen] for x in (self.starts, self.counts)]
         return RowPlan(self.members[chosen], offsets - offsets[0], *parts)
 
+    def lengths_of(self, lengths: Int[np.ndarray, " all"]) -> Int[np.ndarray, " examples"]:
+        """Return the tokens of each member. lengths: of all examples as a whole."""
+        return lengths[self.members] if self.counts is None else self.counts
+
     def row_sums(self, values: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " rows"]:
         """Return the sum of the members' values in each row."""
         return np.diff(np.append(0, np.cumsum(values))[self.offsets])

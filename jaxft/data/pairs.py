@@ -2,7 +2,6 @@
 tokenizer, settings, k).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -16,7 +15,6 @@ from jaxtyping import Float, Int
 from jaxft.batch import Pairs
 from jaxft.bounds import at_least, between, one_of
 from jaxft.data import pair_plan as planning
-from jaxft.data.epochs import epochs_of
 from jaxft.data.mixture import sources_with_metrics, split_rows
 from jaxft.data.pack import RowPlan, RowShape, round_up
 from jaxft.data.pair_layout import (
@@ -38,10 +36,10 @@ from jaxft.data.source import (
     Prompt,
     RowSource,
     RowStats,
+    fingerprint_of,
     learned_line,
-    length_percentiles,
-    source_info,
-    step_tokens,
+    plan_epochs,
+    row_stats,
 )
 from jaxft.data.tokenised import PROMPT_END_MOVED, TokenisedRows
 from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
@@ -172,18 +170,16 @@ class PairRows(DataSettings):
         def plan(epoch: int) -> RowPlan:
             return planning.assign_rows(order(epoch), tokens, row_count)
 
-        def batch_tokens(epoch: int) -> np.ndarray:
-            return step_tokens(plan(epoch), tokens[plan(epoch).members], row_count)
-
-        epochs = epochs_of(batch_tokens, alike=split.mixture is None)
+        epochs = plan_epochs(split, plan, tokens, row_count)
         last, _ = epochs.locate(self.total_steps(epochs) - 1)
         shape = planning.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
         held_plan = planning.fit_rows(split.held, tokens, pairs.targets, shape)
         rows = PairLayout(shards, shape, branches, self.numbers, self.max_length)
         layout = PairBatches(self, split, plan, held_plan, rows)
-        stats, fingerprint = _stats(layout, saved), _fingerprint(layout, order(0))
-        info = source_info(layout, epochs, tokenizer, stats, fingerprint)
-        return PairSource(info, layout, layout.evaluation(held_plan), epochs)
+        # of all that the sum over a batch depends on, but not its division into microbatches and rows
+        settings = (self.batch, self.seed, self.weighting, pairs.kinds, self.numbers, pairs.digest)
+        fingerprint = fingerprint_of(settings, (train, split.held, order(0)))
+        return PairSource.of(layout, epochs, tokenizer, _stats(layout, saved), fingerprint)
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
         """Return the shapes of the largest batch that the settings allow: responses of max_length in equally
@@ -363,60 +359,25 @@ def _row_count(rows: PairRows, shards: int) -> int:
     return count
 
 
-# ---- fingerprint and statistics
-
-
-def _fingerprint(layout: PairBatches, order: Int[np.ndarray, "batches size"]) -> str:
-    """Hash everything that the sum over a batch depends on, but not its division into microbatches, rows and
-    segments.
-    """
-    rows, split = layout.settings, layout.split
-    settings = (rows.batch, rows.seed, rows.weighting, split.rows.kinds, rows.numbers, split.rows.digest)
-    digest = hashlib.sha256(repr(settings).encode())
-    for array in (split.train, split.held, order):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:32]
-
-
 def _stats(layout: PairBatches, saved: float) -> PairStats:
     """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
     split, pairs, shape = layout.split, layout.split.rows, layout.rows.shape
-    lengths, reads = layout.tokens[split.train], pairs.reads[split.train]
-    chosen, rows = split.of_epoch(0), layout.plan(0).rows
-    total, truncated = int(layout.tokens[chosen].sum()), int(pairs.truncated.sum())
-    fill = total / (rows * shape.length)
+    reads, chosen, truncated = pairs.reads[split.train], split.of_epoch(0), int(pairs.truncated.sum())
     paired, (desirable, undesirable) = reads[(reads[:, :2] > 0).all(1)], (reads[:, :2] > 0).sum(0)
-    learned = [kind != "mismatched" for kind in pairs.kinds]
-    what = "pairs" if len(paired) else f"responses, {desirable} desirable and {undesirable} undesirable,"
+    noun = "pairs" if len(paired) else f"responses, {desirable} desirable and {undesirable} undesirable,"
     if layout.settings.responses > 2:
         counts = (reads[:, : layout.settings.responses] > 0).sum(1)
-        what = f"rankings of {counts.min()} to {counts.max()} responses"
+        noun = f"rankings of {counts.min()} to {counts.max()} responses"
+    learned = [kind != "mismatched" for kind in pairs.kinds]
+    detail = f"{truncated:,} pairs are truncated to data.max_length={layout.settings.max_length}"
+    line = learned_line(
+        int(pairs.responses[chosen].sum()),
+        int(pairs.learned_responses[chosen].sum()),
+        detail if truncated else "all responses are whole",
+    )
+    targets = int(reads[pairs.weights[split.train] > 0][:, learned].sum())
     return PairStats(
-        examples=len(split.train),
-        held_out=len(split.held),
-        dropped=pairs.dropped,
-        invalid=pairs.invalid,
-        largest_id=pairs.largest_id,
-        summary=f"{len(split.train)} {what} in {rows} rows of {shape.length} "
-        f"tokens ({100 * fill:.0f} % full), "
-        f"{len(split.held)} held out, {pairs.dropped} dropped as too long, {truncated} truncated"
-        f"{split.summary}",
-        learned=learned_line(
-            int(pairs.responses[chosen].sum()),
-            int(pairs.learned_responses[chosen].sum()),
-            f"{truncated:,} pairs are truncated to data.max_length={layout.settings.max_length}"
-            if truncated
-            else "all responses are whole",
-        ),
-        truncated=truncated,
-        tokens=total,
-        learned_tokens=int(reads[pairs.weights[split.train] > 0][:, learned].sum()),
-        lengths=length_percentiles(lengths),
-        rows=rows,
-        fill=fill,
-        row_length=shape.length,
-        read_length=shape.reads,
-        cache=pairs.cache,
+        **vars(row_stats(layout, noun, (shape.length, shape.reads), (targets, line))),
         layout="branches" if layout.rows.branches else "plain",
         pairs_per_row=shape.slots,
         prompt_end_moved=int(pairs.extras[PROMPT_END_MOVED].sum()),
