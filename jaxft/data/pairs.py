@@ -223,7 +223,7 @@ class PairBatches(BatchLayout[Pairs]):
         return self.settings.micro * self.rows.rows
 
     @cached_property
-    def tokens(self) -> Int[np.ndarray, " pairs"]:
+    def lengths(self) -> Int[np.ndarray, " pairs"]:
         """Tokens that each pair takes in a row."""
         return tokens_per_pair(self.split.rows, self.rows.branches)
 
@@ -236,7 +236,7 @@ class PairBatches(BatchLayout[Pairs]):
     def fill(self, plan: RowPlan) -> Pairs:
         """Return the rows of a step as a training batch."""
         pairs, rows, micro = self.split.rows, self.rows, self.settings.micro
-        planning.check_fit(plan, self.tokens, pairs.targets, rows.shape)
+        planning.check_fit(plan, self.lengths, pairs.targets, rows.shape)
         means = batch_means(pairs, plan.members, self.settings.weighting)
         flat = fill_pairs(pairs, plan, replace(rows, rows=self.rows_per_step), means)
         flat = with_sources(flat, self.split.train_names, self.split.sources)
@@ -294,7 +294,7 @@ class PairSource(RowSource[Pairs]):
                 f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
                 f"{count - 1}; pass indices of this source"
             )
-        plan = planning.fit_rows(members, self.layout.tokens, pairs.targets, self.layout.rows.shape)
+        plan = planning.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
         return self.layout.evaluation(plan)
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:

@@ -188,7 +188,7 @@ class BatchLayout(Generic[SomeBatch]):
         raise NotImplementedError
 
     @property
-    def tokens(self) -> Int[np.ndarray, " examples"]:
+    def lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens that each example takes in a row."""
         return self.split.rows.lengths
 
@@ -322,7 +322,7 @@ def row_stats(
     read positions of a row. learned: the number of tokens with a loss, and the line about them.
     """
     split, rows, plan = layout.split, layout.split.rows, layout.plan(0)
-    tokens, truncated = int(plan.lengths_of(layout.tokens).sum()), int(rows.truncated.sum())
+    tokens, truncated = int(plan.lengths_of(layout.lengths).sum()), int(rows.truncated.sum())
     fill, further = tokens / (plan.rows * shape[0]), int((rows.pieces > 0).sum())
     pieces = f", {further} further pieces of split documents" if further else ""
     return RowStats(
@@ -338,7 +338,7 @@ def row_stats(
         truncated=truncated,
         tokens=tokens,
         learned_tokens=learned[0],
-        lengths=length_percentiles(layout.tokens[split.train]),
+        lengths=length_percentiles(layout.lengths[split.train]),
         rows=plan.rows,
         fill=fill,
         row_length=shape[0],
