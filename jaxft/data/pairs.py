@@ -15,19 +15,11 @@ from jaxtyping import Float, Int
 from jaxft.annotations import at_least, between, one_of
 from jaxft.batch import Pairs
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing import pair_plan as planning
+from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowPlan, RowShape, round_up
-from jaxft.data.packing.pair_layout import (
-    PairLayout,
-    batch_means,
-    fill_pairs,
-    pair_batch_shapes,
-    tokens_per_pair,
-    values_by_pair,
-    with_sources,
-)
-from jaxft.data.packing.pair_tokens import PAIR_TASK, mismatch_responses
+from jaxft.data.packing.pair_layout import PairLayout
 from jaxft.data.packing.reader import RowTask
+from jaxft.data.packing.row_tasks import PAIR_TASK
 from jaxft.data.packing.tokenised import PROMPT_END_MOVED, TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
@@ -151,10 +143,12 @@ class PairRows(DataSettings):
             _require_both_responses(split.rows)
         if self.third == "mismatched":
             sides = split.train, split.held
-            mismatched = mismatch_responses(split.rows, sides, self.seed_of_split, self.max_length)
+            mismatched = pair_layout.mismatch_responses(
+                split.rows, sides, self.seed_of_split, self.max_length
+            )
             split = replace(split, rows=mismatched)
         pairs, train = split.rows, split.train
-        branched, plain = (tokens_per_pair(pairs, branches) for branches in (True, False))
+        branched, plain = (pair_layout.tokens_per_pair(pairs, branches) for branches in (True, False))
         saved = float(1 - branched[train].sum() / plain[train].sum())
         branches = self.layout == "branches" or (self.layout == "auto" and saved >= MIN_SAVING)
         tokens = branched if branches else plain
@@ -163,17 +157,17 @@ class PairRows(DataSettings):
         def order(epoch: int) -> np.ndarray:  # the same for both layouts
             chosen = split.of_epoch(epoch)
             keys = None if self.order_by is None else pairs.order[chosen]
-            batches = planning.order_batches(branched[chosen], self.batch, self.seed, epoch, keys)
+            batches = pair_layout.order_batches(branched[chosen], self.batch, self.seed, epoch, keys)
             return np.where(batches < 0, -1, chosen[batches])
 
         @lru_cache(maxsize=2)
         def plan(epoch: int) -> RowPlan:
-            return planning.assign_rows(order(epoch), tokens, row_count)
+            return pair_layout.assign_rows(order(epoch), tokens, row_count)
 
         epochs = plan_epochs(split, plan, tokens, row_count)
         last, _ = epochs.locate(self.total_steps(epochs) - 1)
-        shape = planning.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
-        held_plan = planning.fit_rows(split.held, tokens, pairs.targets, shape)
+        shape = pair_layout.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
+        held_plan = pair_layout.fit_rows(split.held, tokens, pairs.targets, shape)
         rows = PairLayout(shards, shape, branches, self.numbers, self.max_length)
         layout = PairBatches(self, split, plan, held_plan, rows)
         # of all that the sum over a batch depends on, but not its division into microbatches and rows
@@ -191,8 +185,8 @@ class PairRows(DataSettings):
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
         shape = RowShape(length, length, self.batch - row_count + 1)
         layout = PairLayout(shards, shape, self.layout != "plain", self.numbers, self.max_length)
-        shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
-        return with_sources(shapes, sources_with_metrics(self.train))
+        shapes = pair_layout.pair_batch_shapes(layout, self.kinds, self.micro, reference)
+        return pair_layout.with_sources(shapes, sources_with_metrics(self.train))
 
 
 @dataclass(frozen=True)
@@ -225,30 +219,32 @@ class PairBatches(BatchLayout[Pairs]):
     @cached_property
     def lengths(self) -> Int[np.ndarray, " pairs"]:
         """Tokens that each pair takes in a row."""
-        return tokens_per_pair(self.split.rows, self.rows.branches)
+        return pair_layout.tokens_per_pair(self.split.rows, self.rows.branches)
 
     def shapes(self, reference: bool = False) -> Pairs:
         """Return the shapes of a training batch. reference: with the reference's log-probs."""
         reference |= self.rows.reference is not None
-        shapes = pair_batch_shapes(self.rows, self.split.rows.kinds, self.settings.micro, reference)
-        return with_sources(shapes, self.split.train_names)
+        shapes = pair_layout.pair_batch_shapes(
+            self.rows, self.split.rows.kinds, self.settings.micro, reference
+        )
+        return pair_layout.with_sources(shapes, self.split.train_names)
 
     def fill(self, plan: RowPlan) -> Pairs:
         """Return the rows of a step as a training batch."""
         pairs, rows, micro = self.split.rows, self.rows, self.settings.micro
-        planning.check_fit(plan, self.lengths, pairs.targets, rows.shape)
-        means = batch_means(pairs, plan.members, self.settings.weighting)
-        flat = fill_pairs(pairs, plan, replace(rows, rows=self.rows_per_step), means)
-        flat = with_sources(flat, self.split.train_names, self.split.sources)
+        pair_layout.check_fit(plan, self.lengths, pairs.targets, rows.shape)
+        means = pair_layout.batch_means(pairs, plan.members, self.settings.weighting)
+        flat = pair_layout.fill_pairs(pairs, plan, replace(rows, rows=self.rows_per_step), means)
+        flat = pair_layout.with_sources(flat, self.split.train_names, self.split.sources)
         return jax.tree.map(lambda x: x.reshape(micro, rows.rows, *x.shape[1:]), flat)
 
     def evaluation(self, plan: RowPlan) -> tuple[Pairs, ...]:
         """Return rows as batches of one microbatch."""
         split, rows = self.split, self.rows
-        means = batch_means(split.rows, plan.members, self.settings.weighting)
+        means = pair_layout.batch_means(split.rows, plan.members, self.settings.weighting)
         parts = [plan.slice(start, start + rows.rows) for start in range(0, plan.rows, rows.rows)]
-        batches = (fill_pairs(split.rows, part, rows, means) for part in parts)
-        batches = (with_sources(batch, split.held_names, split.sources) for batch in batches)
+        batches = (pair_layout.fill_pairs(split.rows, part, rows, means) for part in parts)
+        batches = (pair_layout.with_sources(batch, split.held_names, split.sources) for batch in batches)
         return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
     def positions(self, batch: Pairs) -> int:
@@ -294,14 +290,14 @@ class PairSource(RowSource[Pairs]):
                 f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
                 f"{count - 1}; pass indices of this source"
             )
-        plan = planning.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
+        plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
         return self.layout.evaluation(plan)
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
         """Return values at the read positions of a batch by pair, in order of kind and position in the
         response.
         """
-        return values_by_pair(batch, x)
+        return pair_layout.values_by_pair(batch, x)
 
     def abstract(self, reference: bool = False) -> Pairs:
         """Return the shapes of the training batches. reference: with the reference's log-probs."""

@@ -19,12 +19,12 @@ from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pack
 from jaxft.data.packing.pack import RowPlan
 from jaxft.data.packing.reader import RowTask
-from jaxft.data.packing.sft_tokens import SFT_TASK
+from jaxft.data.packing.row_tasks import SFT_TASK
 from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
-from jaxft.data.rows.row_text import DOCUMENT, SAMPLE_BY
+from jaxft.data.rows.text_files import DOCUMENT, SAMPLE_BY
 from jaxft.data.source import (
     BatchLayout,
     Prompt,

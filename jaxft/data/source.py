@@ -15,8 +15,7 @@ from jaxtyping import Int
 
 from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.epochs import Epochs, epochs_of
-from jaxft.data.packing.pack import RowPlan
+from jaxft.data.packing.pack import Epochs, RowPlan, epochs_of
 from jaxft.data.packing.tokenised import count_ids, preview
 from jaxft.data.rows.invalid import InvalidCount
 from jaxft.data.rows.mixture import SplitRows
