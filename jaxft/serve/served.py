@@ -23,7 +23,7 @@ from jaxft.nn.adapters.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant.quant import QuantKind
+from jaxft.nn.quant import QuantKind
 from jaxft.runs.loaded_weights import common_dtype, common_quant, common_residual, read_adapters
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.serve.served_model import ServedModel
