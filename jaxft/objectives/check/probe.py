@@ -135,7 +135,7 @@ def one_line(error: Exception) -> str:
 # Values and gradients
 
 
-def _add_nats(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
+def add_nats(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
     """The pairs with `nats` more log-prob of each kind of response, spread evenly over its tokens."""
     responses = {kind: replace(x, logp=x.logp + nats[kind]) for kind, x in pair.responses.items()}
     each = pair.spread({kind: nats[kind] / x.length for kind, x in pair.responses.items()})
@@ -146,7 +146,7 @@ def _run_with_gradient(loss: Callable[..., Array], pair: PairBatch) -> LossResul
     """As in the objective, slots without weight are excluded from the sum, not from the computation."""
 
     def total(nats: dict[str, Array]) -> tuple[Array, Array]:
-        values = loss_at_start(loss, _add_nats(pair, nats))
+        values = loss_at_start(loss, add_nats(pair, nats))
         return jnp.sum(jnp.where(pair.weight > 0, values, jnp.zeros((), values.dtype))), values
 
     zeros = {kind: jnp.zeros_like(pair.weight) for kind in pair.responses}
