@@ -1,0 +1,261 @@
+"""Paired comparisons of two settings over held-out prompts and training seeds.
+
+Two losses that are trained with the same seeds and evaluated on the same prompts differ by
+d[s, p] = other[s, p] - one[s, p]. The mean of d is what a study reports. Its error has three parts, which
+are estimated apart: the seeds, the prompts, and what is left of each pair of them (the crossed two-way model
+with random effects). Adding prompts lowers only the second and the third part, adding seeds only the first
+and the third, so that a study also says what a larger one would need.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import nctdtr, ndtri, stdtr, stdtrit
+
+from jaxft.objectives.intervals import LEVEL, Interval
+
+POWER = 0.8  # probability of finding a difference for which sample sizes are computed
+MOST = 1_000_000  # a number of prompts or seeds that nobody can have
+RESAMPLES = 4000
+
+
+class Components(NamedTuple):
+    """Variances of d[s, p] = mean + seed s + prompt p + rest: of the seeds, the prompts, and the rest."""
+
+    seeds: float
+    prompts: float
+    rest: float
+
+    def error(self, seeds: float, prompts: float) -> float:
+        """Return the standard error of the mean over this many seeds and prompts."""
+        return math.sqrt(self.seeds / seeds + self.prompts / prompts + self.rest / (seeds * prompts))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean paired difference of two settings.
+
+    mean: of the second setting minus the first. error: its standard error, with `freedom` degrees of freedom
+    (Satterthwaite). p: two-sided, of no difference. interval: at 95 %, by Student's distribution. bootstrap:
+    at 95 %, by resampling seeds and prompts. effect: Cohen's d of the prompts, the mean over the standard
+    deviation of the prompts' differences. wins: fraction of prompts on which the second setting is better; a
+    tie counts 1/2. unpaired_error: the standard error that other seeds and other prompts for each setting
+    would have.
+    """
+
+    seeds: int
+    prompts: int
+    mean: float
+    error: float
+    freedom: float
+    p: float
+    interval: Interval
+    bootstrap: Interval
+    effect: float
+    wins: float
+    unpaired_error: float
+    components: Components
+
+    def different(self, level: float = 1 - LEVEL, p: float | None = None) -> bool:
+        """Whether both the test and the bootstrap exclude 0. p: adjusted for several comparisons."""
+        return (self.p if p is None else p) < level and not self.bootstrap.has(0)
+
+    def verdict(self, p: float | None = None, margin: float | None = None) -> str:
+        """Return the result in words. p: adjusted for several comparisons (see holm). margin: the largest
+        difference that does not matter.
+        """
+        if self.different(p=p):
+            return "different"
+        if margin is not None and equivalence(self, margin) < 1 - LEVEL:
+            return f"equivalent within {margin:g}"
+        return f"not distinguishable; {needed_text(self, margin)}"
+
+
+def compare(one: Float[np.ndarray, "S P"], other: Float[np.ndarray, "S P"], key: int = 0) -> Difference:
+    """Compare two settings by their values of the same seeds and prompts.
+
+    A prompt with a NaN is left out. With a single seed the result is about this seed alone. key: of the
+    bootstrap's random numbers. Raises ValueError for fewer than two prompts.
+
+    >>> same = compare(np.zeros((3, 10)), np.zeros((3, 10)))
+    >>> same.mean, same.p
+    (0.0, 1.0)
+    """
+    first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    whole = np.isfinite(first).all(0) & np.isfinite(second).all(0)
+    first, second = first[:, whole], second[:, whole]
+    seeds, prompts = first.shape
+    if prompts < 2:
+        raise ValueError(f"{prompts} prompts have values of both settings; a comparison needs at least 2")
+    d = second - first
+    mean, (error, freedom), by_prompt = float(d.mean()), _error(d), d.mean(0)
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    spread = float(by_prompt.std(ddof=1))
+    return Difference(
+        seeds=seeds,
+        prompts=prompts,
+        mean=mean,
+        error=error,
+        freedom=freedom,
+        p=_two_sided(mean, error, freedom),
+        interval=Interval(mean - half, mean + half),
+        bootstrap=bootstrap(d, key),
+        effect=mean / spread if spread else 0.0 if mean == 0 else math.copysign(math.inf, mean),
+        wins=float(((by_prompt > 0) + 0.5 * (by_prompt == 0)).mean()),
+        unpaired_error=math.hypot(_error(first)[0], _error(second)[0]),
+        components=components(d),
+    )
+
+
+def components(d: Float[np.ndarray, "S P"]) -> Components:
+    """Estimate the variances by the mean squares of a two-way table; a negative estimate is 0.
+
+    With MS_s, MS_p and MS_r the mean squares of seeds, prompts and the rest, their expectations are
+    r + P s, r + S p and r (Searle, Casella & McCulloch 1992, Variance Components, 4.4). One seed has no
+    variance of seeds, and its rest counts as prompts.
+    """
+    by_seed, by_prompt, rest = _mean_squares(d)
+    seeds, prompts = d.shape
+    if seeds == 1:
+        return Components(0.0, by_prompt, 0.0)
+    return Components(
+        max(0.0, (by_seed - rest) / prompts), max(0.0, (by_prompt - rest) / seeds), max(0.0, rest)
+    )
+
+
+def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares of the seeds, the prompts and the rest."""
+    seeds, prompts = d.shape
+    mean, by_seed, by_prompt = d.mean(), d.mean(1), d.mean(0)
+    rest = d - by_seed[:, None] - by_prompt[None] + mean
+    of_seeds = prompts * np.square(by_seed - mean).sum() / max(1, seeds - 1)
+    of_prompts = seeds * np.square(by_prompt - mean).sum() / (prompts - 1)
+    of_rest = np.square(rest).sum() / max(1, (seeds - 1) * (prompts - 1))
+    return float(of_seeds), float(of_prompts), float(of_rest)
+
+
+def _error(d: np.ndarray) -> tuple[float, float]:
+    """The standard error of the mean, and its degrees of freedom.
+
+    The variance (MS_s + MS_p - MS_r) / SP is not less than that of the larger of seeds and prompts alone,
+    so that the error is never estimated too small where the estimates of the parts are negative.
+    """
+    seeds, prompts = d.shape
+    by_seed, by_prompt, rest = _mean_squares(d)
+    if seeds == 1:
+        return math.sqrt(by_prompt / prompts), prompts - 1.0
+    parts = (by_seed, seeds - 1), (by_prompt, prompts - 1), (-rest, (seeds - 1) * (prompts - 1))
+    total, largest = by_seed + by_prompt - rest, max(parts[:2])
+    if total <= largest[0]:
+        return math.sqrt(largest[0] / (seeds * prompts)), float(largest[1])
+    freedom = total**2 / sum(x**2 / n for x, n in parts)
+    return math.sqrt(total / (seeds * prompts)), float(max(seeds - 1, freedom))
+
+
+def _two_sided(mean: float, error: float, freedom: float) -> float:
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(freedom, -abs(mean) / error))
+
+
+def bootstrap(d: Float[np.ndarray, "S P"], key: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Return the 95 % interval of the mean of d by resampling seeds and prompts, both with replacement.
+
+    Resampling both factors never understates the variance (Owen 2007, The pigeonhole bootstrap, Annals of
+    Applied Statistics 1, 386-411), apart from the factor (n - 1) / n of n seeds or prompts, for which the
+    deviations of their means are widened. The interval is that of percentiles. One seed is not resampled.
+    """
+    seeds, prompts = d.shape
+    mean, by_seed, by_prompt = d.mean(), d.mean(1, keepdims=True), d.mean(0, keepdims=True)
+    rest = d - by_seed - by_prompt + mean
+    wider = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+    x = mean + wider * (by_seed - mean) + math.sqrt(prompts / (prompts - 1)) * (by_prompt - mean) + rest
+    random = np.random.default_rng(key)
+    of_seeds, of_prompts = (_resampled(random, resamples, count) for count in x.shape)
+    means = ((of_seeds @ x) * of_prompts).sum(1)
+    low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return Interval(float(low), float(high))
+
+
+def _resampled(random: np.random.Generator, resamples: int, count: int) -> np.ndarray:
+    """How often each of `count` units is in each resample, over count: [resamples, count]."""
+    picked = random.integers(count, size=(resamples, count)) + count * np.arange(resamples)[:, None]
+    return np.bincount(picked.ravel(), minlength=resamples * count).reshape(resamples, count) / count
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for several comparisons, so that with probability 95 % none below 0.05 is
+    wrong (Holm 1979, Scandinavian Journal of Statistics 6, 65-70).
+
+    >>> [round(x, 6) for x in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        largest = max(largest, (len(p) - rank) * p[i])
+        adjusted[i] = min(1.0, largest)
+    return adjusted
+
+
+def equivalence(d: Difference, margin: float) -> float:
+    """Return the p-value that the true difference is outside of [-margin, margin].
+
+    It is the larger one of two one-sided tests (Schuirmann 1987, TOST).
+    """
+    if margin <= 0:
+        raise ValueError(f"the margin of an equivalence test must be above 0, got {margin}")
+    if d.error == 0:
+        return float(abs(d.mean) >= margin)
+    return float(max(stdtr(d.freedom, (side * d.mean - margin) / d.error) for side in (1, -1)))
+
+
+def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) -> float:
+    """Return the probability that a true difference of `gap` is found by the two-sided test at `level`.
+
+    >>> round(power(1.0, 1.0, 1000), 3)
+    0.169
+    """
+    limit, shift = float(stdtrit(freedom, 1 - level / 2)), gap / error
+    other_side = nctdtr(freedom, abs(shift), -limit)  # NaN where it is too small to compute
+    return float(1 - nctdtr(freedom, abs(shift), limit) + np.nan_to_num(other_side))
+
+
+def needed(parts: Components, gap: float, seeds: int, prompts: int) -> tuple[int | None, int | None]:
+    """Return how many prompts, with these seeds, and how many seeds, with these prompts, a study needs.
+
+    It then finds a true difference of `gap` with probability 80 %. None: no number suffices.
+    """
+    if gap == 0:
+        return None, None
+    allowed = (abs(gap) / float(ndtri((1 + LEVEL) / 2) + ndtri(POWER))) ** 2
+    return (
+        _least(parts.prompts + parts.rest / seeds, allowed - parts.seeds / seeds),
+        _least(parts.seeds + parts.rest / prompts, allowed - parts.prompts / prompts),
+    )
+
+
+def _least(variance: float, allowed: float) -> int | None:
+    return None if allowed <= 0 else math.ceil(variance / allowed)
+
+
+def needed_text(d: Difference, margin: float | None = None) -> str:
+    """Return how many more prompts or seeds would be needed to find the difference.
+
+    It is taken as estimated, or as `margin` where that is larger.
+    """
+    gap = max(abs(d.mean), margin or 0.0)
+    counts = needed(d.components, gap, d.seeds, d.prompts)
+    choices = [
+        f"about {more:,} more {name}"
+        for name, count, known in zip(("prompts", "seeds"), counts, (d.prompts, d.seeds), strict=True)
+        if count is not None and 0 < (more := count - known) <= MOST
+    ]
+    if d.seeds == 1:
+        choices = [text for text in choices if text.endswith("prompts")] + ["at least 2 more seeds"]
+    if not choices:
+        return "no feasible number of prompts or seeds would find a difference as small as this"
+    return f"{' or '.join(choices)} would be needed to find a difference of {gap:.3g}"
