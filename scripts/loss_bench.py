@@ -31,7 +31,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.objectives.check.laws import CLAIMS, check_loss  # noqa: E402
+from jaxft.objectives.check.claims import CLAIMS  # noqa: E402
+from jaxft.objectives.check.laws import check_loss  # noqa: E402
 from jaxft.objectives.check.probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.runs import cli  # noqa: E402
 from jaxft.runs.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402

@@ -16,20 +16,19 @@ Everything is computed in float64.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft.objectives.check.probe import PAIR, Probe, add_nats, evaluate_pairs, loss_at_start
+from jaxft.objectives.check.probe import PAIR, Probe, evaluate_pairs
 from jaxft.objectives.check.synthetic import synthetic_pairs
 from jaxft.objectives.pair import PairBatch
 from jaxft.objectives.ranking_losses import RATING
 
 COPIES = 512  # pairs of the batch that stands for the population of a coupled loss
+FAR = 1e4  # nats from the reference where a search ends
 FLAT = 1e-7  # rise of the risk, relative to its change since the reference, that counts as none
 
 
@@ -142,25 +141,13 @@ def population(probe: Probe, toy: Toy) -> Population:
     return Population(replace(pair, responses=responses, columns=columns, weight=given), index)
 
 
-@cache
-def _compiled(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled risk and gradient of a loss for any toy of one size."""
-
-    def risk(logits: jax.Array, reference: jax.Array, found: Population) -> jax.Array:
-        c = jax.nn.log_softmax(reference + logits) - reference
-        moved = add_nats(found.pair, {kind: c[i][:, None] for kind, i in found.index.items()})
-        return jnp.sum(moved.weight * loss_at_start(loss, moved))
-
-    return jax.jit(jax.value_and_grad(risk))
-
-
 def open_risk(probe: Probe, toy: Toy) -> Risk:
     """Return the expectation of a loss over the toy's pairs."""
-    found, run = population(probe, toy), _compiled(probe.loss)
+    pair, index = population(probe, toy)
 
     def of_logits(logits: np.ndarray) -> tuple[float, np.ndarray]:
         with jax.enable_x64(True):
-            value, gradient = run(np.asarray(logits, np.float64), toy.reference, found)
+            value, gradient = probe.run_risk(np.asarray(logits, np.float64), toy.reference, pair, index)
         return float(value), np.asarray(gradient, np.float64)
 
     def of_theta(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -178,35 +165,49 @@ class Minimum:
     """The policy of the lowest risk.
 
     logp: its log-probs. finite: whether the risk rises beyond it; otherwise the optimum is at infinity, and
-    logp is as far as the search went. bounded: whether the risk has a lower bound.
+    logp is as far as the search went. bounded: whether the risk has a lower bound. local: log-probs where
+    descent from the reference ends, the same unless there is a local minimum before.
     """
 
     logp: Float[np.ndarray, " N"]
     risk: float
-    gradient: float  # largest component of its gradient
     finite: bool
     bounded: bool
+    local: Float[np.ndarray, " N"]
 
 
 def minimise(risk: Risk, toy: Toy) -> Minimum:
-    """Return the population minimiser of a loss, found from the reference."""
+    """Return the population minimiser of a loss: the best of descents from the reference, next to it, and
+    from policies that follow the true reward.
+    """
     from scipy.optimize import minimize  # not at the top: most commands do not need it
 
+    def far(x: np.ndarray) -> None:
+        if np.abs(x).max() > FAR:
+            raise StopIteration
+
     zero = np.zeros(toy.features.shape[1])
-    rng = np.random.default_rng(0)
-    first = risk.of_theta(zero)[0]
-    best, theta = first, zero
-    for start in (zero, rng.normal(0, 0.1, zero.shape)):  # the second leaves kinks and saddle points
+    options = {"gtol": 1e-11}
+    first, along = risk.of_theta(zero)[0], toy.features.T @ (toy.reward - toy.reward.mean())
+    nudge = np.random.default_rng(0).normal(0, 0.1, zero.shape)  # leaves kinks and saddle points
+    found = []
+    for start in (zero, nudge, 5.0 * along, 50.0 * along):
         with np.errstate(all="ignore"):
-            found = minimize(risk.of_theta, start, jac=True, method="BFGS", options={"gtol": 1e-11})
-        if found.fun < best and np.isfinite(found.x).all():
-            best, theta = float(found.fun), found.x
-    theta = theta - theta.mean() if len(theta) == len(toy.reward) else theta
-    falls = [first - risk.of_theta(k * theta)[0] for k in (1.0, 2.0, 4.0)]
-    finite = falls[1] < falls[0] - FLAT * abs(falls[0]) or not theta.any()
+            end = minimize(risk.of_theta, start, jac=True, method="BFGS", options=options, callback=far)
+        found.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
+    lowest = min(value for value, _ in found)
+    near = 1e-4 * abs(first - lowest) + 1e-9
+    best, theta = next((value, x) for value, x in found if value <= lowest + FLAT * near)
+    reached = min(found[:2], key=lambda end: end[0])
+    logits = toy.features @ theta
+    falls = [first - risk.of_logits(k * logits)[0] for k in (1.0, 2.0, 4.0)]
     bounded = not (falls[2] - falls[1] > 0.5 * (falls[1] - falls[0]) > 0.05 * falls[0])
-    gradient = float(np.abs(risk.of_theta(theta)[1]).max())
-    return Minimum(log_softmax(toy.reference + toy.features @ theta), best, gradient, finite, bounded)
+    logp = log_softmax(toy.reference + logits)
+    further = [logits, *(-50.0 * np.eye(len(logp)))]  # along the way, and each response to probability 0
+    rises = [risk.of_logits(logits + step)[0] - best > FLAT * abs(falls[0]) for step in further]
+    finite = all(rises) or not logits.any()
+    local = logp if reached[0] <= best + near else log_softmax(toy.reference + toy.features @ reached[1])
+    return Minimum(logp, best, finite, bounded, local)
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,9 @@ def overlapping(overlap: float = 0.9, outside: int = 3, seed: int = 0) -> Toy:
 
 
 class Field(NamedTuple):
-    """Where a loss pushes the log-ratios of a pair: -gradient [C, R] at chosen ratios [C] and rejected [R]."""
+    """Where a loss pushes the log-ratios of a pair: -gradient [C, R] at ratios of the chosen response [C] and of
+    the rejected one [R].
+    """
 
     chosen: np.ndarray
     rejected: np.ndarray
