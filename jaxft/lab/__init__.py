@@ -1,4 +1,9 @@
 """Research on losses: declared comparisons, and what is chance in them.
 
 statistics.py: paired differences over held-out prompts and seeds, with intervals, tests and sample sizes.
+loss_laws.py: all checks of a loss
+loss_probe.py: values and gradients of a loss on synthetic pairs
+loss_traits.py: properties of a loss
+named_losses.py: losses that a command line names
+synthetic_pairs.py: synthetic pairs
 """

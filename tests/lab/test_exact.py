@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.lab.loss_laws import check_loss
+from jaxft.lab.loss_probe import probe
 from jaxft.objectives.check.exact import (
     bradley_terry,
     cyclic,
@@ -22,8 +22,8 @@ from jaxft.objectives.check.exact import (
     quality,
     vector_field,
 )
-from jaxft.objectives.check.laws import check_loss
-from jaxft.objectives.check.probe import probe
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.pair import Claims, claims_of
 
 REWARD, REFERENCE = [0.2, 1.5, -0.7, 0.9], [0.1, -1.3, 0.8, -0.2]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.lab.loss_probe import PAIR, Check, Curve, Probe, format_number
 from jaxft.objectives.check.exact import (
     Displacement,
     Minimum,
@@ -27,7 +28,6 @@ from jaxft.objectives.check.exact import (
     open_risk,
     overlapping,
 )
-from jaxft.objectives.check.probe import PAIR, Check, Curve, Probe, format_number
 
 CLAIMS = (
     "antisymmetric",

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft.objectives.check.probe import PAIR, Probe, evaluate_pairs
-from jaxft.objectives.check.synthetic import synthetic_pairs
+from jaxft.lab.loss_probe import PAIR, Probe, evaluate_pairs
+from jaxft.lab.synthetic_pairs import synthetic_pairs
+from jaxft.objectives.losses.ranking_losses import RATING
 from jaxft.objectives.pair import PairBatch
-from jaxft.objectives.ranking_losses import RATING
 
 COPIES = 512  # pairs of the batch that stands for the population of a coupled loss
 FAR = 1e4  # nats from the reference where a search ends
