@@ -38,7 +38,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.cli import cli
+from jaxft.cli import cli  # noqa: E402
 from jaxft.data import prompts  # noqa: E402
 from jaxft.data.chat.loss_mask import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.decision_rows import DecisionRows  # noqa: E402
@@ -64,7 +64,7 @@ from jaxft.runs import named_weights  # noqa: E402
 from jaxft.runs.settings.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
-from jaxft.train.start import open_settings
+from jaxft.train.start import open_settings  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
@@ -337,7 +337,8 @@ def main() -> int:
         data, ref, context = settings(args)
         tokenizer = pretrained.load_tokenizer(ref)
     found = inspect(data, tokenizer)
-    examples = list(chosen_examples(found, args, partial(row_problem, data, tokenizer)))
+    problem = partial(row_problem, data.settled([found.split.rows]), tokenizer)
+    examples = list(chosen_examples(found, args, problem))
     console = Console(highlight=False)
     statistics = dict(found.statistics)
     (lines, drop), setting = repetition_lines(found), invalid_setting(found, data, tokenizer)
