@@ -15,6 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxft.lab.loss_claims import (
+    CLAIMS,
+    check_displacement,
+    check_optimum,
+    check_sign,
+    find_optimum,
+)
 from jaxft.lab.loss_probe import (
     PAIR,
     Check,
@@ -39,13 +46,6 @@ from jaxft.lab.loss_traits import (
     describe_reference,
 )
 from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
-from jaxft.objectives.check.claims import (
-    CLAIMS,
-    check_displacement,
-    check_optimum,
-    check_sign,
-    find_optimum,
-)
 from jaxft.objectives.pair import PairBatch, claims_of
 from jaxft.tree import nearest
 

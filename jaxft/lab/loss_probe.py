@@ -21,7 +21,7 @@ from jaxft.objectives.pair import PairBatch, PreferenceLoss, declaration, loss_v
 from jaxft.tree import struct
 
 PAIR = ("chosen", "rejected")
-RATINGS = ("score_chosen", "score_rejected")  # columns that a loss of rankings may need
+RATING_COLUMNS = ("score_chosen", "score_rejected")  # columns that a loss of rankings may need
 THIRDS = ("mismatched", "gold")  # a third response that a loss may need
 ROWS = 96  # pairs that are evaluated at once; one number, so that a loss is compiled once
 NO_OPTIMISATION = {"xla_backend_optimization_level": 0}  # compiling takes far longer than the few calls
@@ -90,7 +90,7 @@ def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) ->
     all inputs.
     """
     failed = dict[str, tuple[str, Exception]]()
-    inputs = [(PAIR, ()), *(((*PAIR, third), ()) for third in THIRDS), (PAIR, RATINGS)]
+    inputs = [(PAIR, ()), *(((*PAIR, third), ()) for third in THIRDS), (PAIR, RATING_COLUMNS)]
     for kinds, ratings in inputs:
         try:
             found = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns, *ratings))))

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxft.lab.loss_probe import PAIR, Check, Curve, Probe, format_number
-from jaxft.objectives.check.exact import (
+from jaxft.lab.exact_toys import (
     Displacement,
     Minimum,
     Toy,
-    bradley_terry,
+    bradley_terry_toy,
     displacement,
     minimise,
     open_risk,
     overlapping,
 )
+from jaxft.lab.loss_probe import PAIR, Check, Curve, Probe, format_number
 
 CLAIMS = (
     "antisymmetric",
@@ -38,9 +38,9 @@ CLAIMS = (
     "raises_margin",
     "keeps_chosen",
 )
-REWARD = (0.0, 0.5, 0.9, 1.4, 1.7)
-REFERENCE = (0.3, -1.0, 0.6, -0.4, 0.1)
-LENGTH = (14, 6, 11, 20, 9)
+TOY_REWARD = (0.0, 0.5, 0.9, 1.4, 1.7)
+TOY_REFERENCE = (0.3, -1.0, 0.6, -0.4, 0.1)
+TOY_LENGTH = (14, 6, 11, 20, 9)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Optimum:
 
 def find_optimum(probe: Probe) -> Optimum:
     """Minimise the risk of a loss on the toy."""
-    toy = bradley_terry(REWARD, REFERENCE, LENGTH)
+    toy = bradley_terry_toy(TOY_REWARD, TOY_REFERENCE, TOY_LENGTH)
     minimum = minimise(open_risk(probe, toy), toy)
     return Optimum(toy, minimum, _margins(toy, minimum.logp))
 

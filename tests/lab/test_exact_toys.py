@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.lab.loss_laws import check_loss
-from jaxft.lab.loss_probe import probe
-from jaxft.objectives.check.exact import (
-    bradley_terry,
+from jaxft.lab.exact_toys import (
+    bradley_terry_toy,
     cyclic,
     displacement,
     minimise,
@@ -22,6 +20,8 @@ from jaxft.objectives.check.exact import (
     quality,
     vector_field,
 )
+from jaxft.lab.loss_laws import check_loss
+from jaxft.lab.loss_probe import probe
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.pair import Claims, claims_of
@@ -47,7 +47,7 @@ def margin(pair):
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 def test_dpo_with_unlimited_data_is_the_reference_times_the_exponential_of_the_reward(beta):
     """Rafailov et al. 2023, eq. 4: pi = ref exp(reward / beta) / Z."""
-    toy = bradley_terry(REWARD, REFERENCE)
+    toy = bradley_terry_toy(REWARD, REFERENCE)
     found = optimum(partial(P.dpo, beta=beta), toy)
     expected = normalised(np.array(REFERENCE) + np.array(REWARD) / beta)
     np.testing.assert_allclose(found.logp, expected, atol=1e-6)
@@ -58,7 +58,7 @@ def test_ipo_with_unlimited_data_is_the_exponential_of_the_mean_preference():
     """With responses of one token, IPO fits c_i - c_j to (p_ij - 1/2) / beta by least squares over all pairs,
     so c_i is the mean of (p_ij - 1/2) / beta over j, i included, up to a constant (Azar et al. 2023).
     """
-    toy, beta = bradley_terry(REWARD, REFERENCE), 0.4
+    toy, beta = bradley_terry_toy(REWARD, REFERENCE), 0.4
     expected = normalised(np.array(REFERENCE) + (toy.prefer - 0.5).mean(1) / beta)
     np.testing.assert_allclose(optimum(partial(P.ipo, beta=beta), toy).logp, expected, atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_ipo_with_unlimited_data_is_the_exponential_of_the_mean_preference():
 def test_flipped_labels_shrink_the_log_odds_that_dpo_learns():
     """Two responses: sigmoid(beta D) = (1 - f) p + f (1 - p). `robust` with that f learns p itself."""
     beta, flipped, p = 0.5, 0.2, 1 / (1 + math.exp(-1.0))
-    toy = bradley_terry([1.0, 0.0]).with_noise(flipped)
+    toy = bradley_terry_toy([1.0, 0.0]).with_noise(flipped)
     for loss, q in (
         (P.dpo, (1 - flipped) * p + flipped * (1 - p)),
         (partial(P.robust, label_smoothing=0.2), p),
@@ -76,7 +76,7 @@ def test_flipped_labels_shrink_the_log_odds_that_dpo_learns():
 
 
 def test_nll_with_unlimited_data_is_the_distribution_of_chosen_responses():
-    toy = bradley_terry(REWARD, REFERENCE)
+    toy = bradley_terry_toy(REWARD, REFERENCE)
     wins = 2 * (toy.compared * toy.prefer).sum(1)
     np.testing.assert_allclose(np.exp(optimum(P.nll, toy).logp), wins, atol=1e-6)
 
@@ -87,13 +87,13 @@ def test_preferences_in_a_circle_leave_dpo_at_the_reference():
 
 
 def test_a_loss_that_rewards_the_margin_without_end_has_no_bound():
-    assert not optimum(lambda pair: -0.1 * margin(pair), bradley_terry(REWARD)).bounded
-    saturating = optimum(P.apo_zero, bradley_terry(REWARD))
+    assert not optimum(lambda pair: -0.1 * margin(pair), bradley_terry_toy(REWARD)).bounded
+    saturating = optimum(P.apo_zero, bradley_terry_toy(REWARD))
     assert saturating.bounded and not saturating.finite
 
 
 def test_quality_is_the_expectation_over_responses():
-    toy = bradley_terry([0.0, 1.0])
+    toy = bradley_terry_toy([0.0, 1.0])
     found = quality(toy, np.log([0.25, 0.75]))
     win = 1 / (1 + math.exp(-1.0))
     assert found.reward == pytest.approx(0.75)

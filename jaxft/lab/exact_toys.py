@@ -5,7 +5,7 @@ is preferred to another. The risk of a loss is its expectation over all ordered 
 policy that the loss would reach with unlimited data (`minimise`), its true reward, win rate and KL
 (`quality`), and whether training lowers the chosen responses (`displacement`).
 
-    toy = bradley_terry([0.0, 1.0, 2.0])
+    toy = bradley_terry_toy([0.0, 1.0, 2.0])
     risk = open_risk(probe("dpo", partial(dpo, beta=0.5)), toy)
     best = minimise(risk, toy)
     np.exp(best.logp)         # reference * exp(reward / 0.5), normalised
@@ -53,7 +53,7 @@ class Toy:
         return replace(self, prefer=(1 - flipped) * self.prefer + flipped * self.prefer.T)
 
 
-def bradley_terry(
+def bradley_terry_toy(
     reward: Sequence[float],
     reference: Sequence[float] | None = None,
     length: Sequence[int] | None = None,
@@ -78,7 +78,7 @@ def cyclic(strength: float = 2.0, reference: Sequence[float] | None = None) -> T
 
     strength: log-odds of each preference. The true rewards are 0.
     """
-    toy = bradley_terry(np.zeros(3).tolist(), reference)
+    toy = bradley_terry_toy(np.zeros(3).tolist(), reference)
     circle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
     return replace(toy, prefer=1 / (1 + np.exp(-strength * circle)))
 
@@ -105,7 +105,7 @@ class Population(NamedTuple):
     """All ordered pairs of a toy as a batch, with the index of each kind of response of each pair."""
 
     pair: PairBatch
-    index: dict[str, Int[np.ndarray, " pairs"]]
+    responses: dict[str, Int[np.ndarray, " pairs"]]
 
 
 def population(probe: Probe, toy: Toy) -> Population:
@@ -126,17 +126,15 @@ def population(probe: Probe, toy: Toy) -> Population:
     index = {"chosen": chosen, "rejected": rejected} | {kind: others[kind] for kind in probe.kinds[2:]}
     length = {kind: toy.length[i] for kind, i in index.items()}
     known = {kind: toy.reference[i] for kind, i in index.items()}
-    reads = max(160, int(sum(length.values()).max()))
+    reads = max(160, int(np.sum([*length.values()], 0).max()))
     zeros = dict.fromkeys(index, np.zeros(len(chosen)))
     pair = synthetic_pairs(zeros, length, known, probe.columns, reads, np.float64)
     columns: Any = {name: x.astype(np.float64) for name, x in pair.columns.items()}
     for name in columns:
         if name.removeprefix(RATING) in index and name.startswith(RATING):
             columns[name] = toy.reward[index[name.removeprefix(RATING)]][:, None]
-    responses = {
-        kind: replace(x, mean_length=np.full_like(x.length, weight @ x.length[:, 0]))
-        for kind, x in pair.responses.items()
-    }
+    means: Any = {kind: np.full_like(x.length, weight @ x.length[:, 0]) for kind, x in pair.responses.items()}
+    responses = {kind: replace(x, mean_length=means[kind]) for kind, x in pair.responses.items()}
     given: Any = weight[:, None]
     return Population(replace(pair, responses=responses, columns=columns, weight=given), index)
 
@@ -278,7 +276,7 @@ def overlapping(overlap: float = 0.9, outside: int = 3, seed: int = 0) -> Toy:
     basis = np.linalg.qr(rng.normal(size=(N + 1, N + 1)))[0]
     near = np.sqrt(overlap) * basis[0] + np.sqrt(1 - overlap) * basis[1:3]
     features = np.concatenate([near, rng.normal(size=(outside, N + 1)) / np.sqrt(N + 1)])
-    toy = bradley_terry([2.0, 0.0, *[1.0] * outside], [0, 0, *[1.0] * outside], features=features)
+    toy = bradley_terry_toy([2.0, 0.0, *[1.0] * outside], [0, 0, *[1.0] * outside], features=features)
     compared = np.zeros((N, N))
     compared[0, 1] = compared[1, 0] = 0.5
     return replace(toy, compared=compared)
@@ -287,9 +285,9 @@ def overlapping(overlap: float = 0.9, outside: int = 3, seed: int = 0) -> Toy:
 # The vector field of a loss
 
 
-class Field(NamedTuple):
-    """Where a loss pushes the log-ratios of a pair: -gradient [C, R] at ratios of the chosen response [C] and of
-    the rejected one [R].
+class PushField(NamedTuple):
+    """Where a loss pushes the log-ratios of a pair: minus the gradient [C, R] at log-ratios of the chosen
+    response [C] and of the rejected one [R].
     """
 
     chosen: np.ndarray
@@ -298,11 +296,11 @@ class Field(NamedTuple):
     push_rejected: np.ndarray
 
 
-def vector_field(probe: Probe, reach: float, count: int = 9) -> Field:
+def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
     """Return the field within +-reach nats of the reference."""
     grid = np.linspace(-reach, reach, count)
     c, r = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
     ratio = {"chosen": c, "rejected": r} | dict.fromkeys(probe.kinds[2:], 0.0)
     found = evaluate_pairs(probe, ratio=ratio, reference=-max(24.0, 1.1 * reach))
     pushes = (-found.gradient[kind].reshape(count, count) for kind in PAIR)
-    return Field(grid, grid, *pushes)
+    return PushField(grid, grid, *pushes)
