@@ -1,7 +1,9 @@
 """Research on losses: declared comparisons, and what is chance in them.
 
 statistics.py: paired differences over held-out prompts and seeds, with intervals, tests and sample sizes.
-loss_laws.py: checks of a loss
+exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
+loss_claims.py: checks on exact toys of what a loss claims
+loss_laws.py: all checks of a loss
 loss_probe.py: values and gradients of a loss on synthetic pairs
 loss_traits.py: properties of a loss
 named_losses.py: losses that a command line names
@@ -9,4 +11,5 @@ synthetic_pairs.py: synthetic pairs
 judging.py: which of two models answers better: verdicts, win rates, lengths, agreement of judges
 judges.py: functions, reward models, models and servers as judges
 judge_files.py: prompts and answers from files of jaxft, AlpacaEval, Arena-Hard and RewardBench 2
+worlds.py: synthetic preference rows with a known true reward
 """

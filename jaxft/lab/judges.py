@@ -17,7 +17,7 @@ import jax
 
 from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.data.rows.urls import without_secrets
+from jaxft.data.rows.remote import without_secrets
 from jaxft.distributed import sharding
 from jaxft.lab.judging import Judge, Match, Values, in_both_orders, values_of, values_of_scores
 from jaxft.rl.reward_models import is_classifier, load_reward_model, make_text_scorer
