@@ -19,7 +19,7 @@ from scipy.special import nctdtr, ndtri, stdtr, stdtrit
 from jaxft.objectives.intervals import LEVEL, Interval
 
 POWER = 0.8  # probability of finding a difference for which sample sizes are computed
-MOST = 1_000_000  # a number of prompts or seeds that nobody can have
+UNFEASIBLE = 1_000_000  # a number of prompts or seeds that nobody can have
 RESAMPLES = 4000
 
 
@@ -252,7 +252,7 @@ def needed_text(d: Difference, margin: float | None = None) -> str:
     choices = [
         f"about {more:,} more {name}"
         for name, count, known in zip(("prompts", "seeds"), counts, (d.prompts, d.seeds), strict=True)
-        if count is not None and 0 < (more := count - known) <= MOST
+        if count is not None and 0 < (more := count - known) <= UNFEASIBLE
     ]
     if d.seeds == 1:
         choices = [text for text in choices if text.endswith("prompts")] + ["at least 2 more seeds"]

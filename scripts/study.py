@@ -1,0 +1,59 @@
+"""Compare preference losses in a declared study: the same rows, seeds and number of trials for each.
+
+    python scripts/study.py study.py
+    python scripts/study.py study.py --dry-run          # check the declaration and print the plan
+
+The file has a function `study() -> Study` (jaxft/lab/study.py has an example): losses with the values of
+their knobs that are searched, a recipe, learning rates, seeds. Before anything is trained, it is written to
+runs/<name>/declaration.json with hashes of the rows, the losses and the versions; a study that has changed
+since then is refused. Each loss has the same number of trials, of which successive halving trains the best
+ones on; the best setting is trained with every seed. Losses are compared on held-out prompts that selected
+nothing, paired by prompt and seed. The same command continues a stopped study.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.runs.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("study", help="a Python file with study() -> Study")
+    parser.add_argument("--dry-run", action="store_true", help="print the trials and the plan, and end")
+    return parser
+
+
+def main() -> int:
+    """Load the study, and run or continue it."""
+    args = make_parser().parse_args()
+    from jaxft.distributed import processes
+    from jaxft.lab.halving import run_study
+    from jaxft.lab.study import load_study
+    from jaxft.train.clock import Clock
+
+    processes.require_single_process("a study")
+    clock = Clock()
+    study, file = load_study(args.study)
+    if args.dry_run:
+        for label in study.losses:
+            for trial in study.trials_of(label):
+                print(f"{label} {trial.number}: {trial}")
+        print(f"{study.steps_per_loss} optimizer steps for each loss")
+        return 0
+    return run_study(study, file, clock=clock)
+
+
+if __name__ == "__main__":
+    from jaxft.distributed import xla_flags
+    from jaxft.runs import cli, interrupt, terminal
+
+    xla_flags.restart()
+    interrupt.accept_interrupts()
+    cli.quiet()
+    terminal.outlive_console()
+    sys.exit(cli.one_line_errors(main))
