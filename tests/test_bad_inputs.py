@@ -31,7 +31,7 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_place
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, limits, row_csv, row_files, shipped
+from jaxft.data import chat, row_csv, row_files, shipped, template
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.sft import Rows
@@ -164,8 +164,7 @@ def test_tokenizers_that_make_texts_or_tables_grow(model, tmp_path, capsys, chan
 @pytest.mark.quick_cases(*QUICK_TEMPLATES)
 @pytest.mark.parametrize("source", TEMPLATES, ids=map(name_of, TEMPLATES))
 def test_chat_templates(monkeypatch, capsys, source):
-    monkeypatch.setattr(limits, "RENDER_SECONDS", 0.6)
-    monkeypatch.setattr(limits, "RENDER_BYTES", 1 << 30)
+    monkeypatch.setattr(template, "RENDER_SECONDS", 0.6)
     tokenizer = tiny.__wrapped__("chatml")
     tokenizer.chat_template = source
     turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})

@@ -4,8 +4,6 @@ settings.py: settings of all kinds of data
 source.py: the Source type, the source of fixed rows and what a layout of its batches is
 shipped.py: where recipes, their rows and scripts are, in a clone or an installed wheel
 invalid.py: the error of an invalid row, and what becomes of it
-limits.py: limits on the time and memory of chat templates, and on the size of rows
-confined.py: the process in which templates are rendered
 rows.py: files, folders and hub datasets
 row_files.py: the rows of files, in chunks
 row_parquet.py: rows of Parquet files within limits of memory

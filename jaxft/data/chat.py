@@ -22,17 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data import limits
 from jaxft.data.example import Chat, Completion, Example, Message, Text
 from jaxft.data.invalid import InvalidRow, Value, attempt
 from jaxft.data.loss_weights import target_weights
 from jaxft.data.rejections import rejection
 from jaxft.data.template import (
+    LONGEST_TEXT,
     REJECTIONS,
     Span,
     Template,
     UnusableTemplate,
-    call_confined,
     render_messages,
     template_of,
 )
@@ -91,8 +90,8 @@ class Rendered:
 
 def _require_short(name: str, text: str) -> None:
     """Raise InvalidRow for a text that takes too much time and memory to tokenise at once."""
-    if len(text) > limits.LONGEST_TEXT:
-        problem = f"its text has {len(text)} characters, more than {limits.LONGEST_TEXT}; shorten or split it"
+    if len(text) > LONGEST_TEXT:
+        problem = f"its text has {len(text)} characters, more than {LONGEST_TEXT}; shorten or split it"
         raise InvalidRow(name, TOO_LONG, problem)
 
 
@@ -170,9 +169,9 @@ def tokenise_weighted(
     rendering = partial(render, template=template, loss_on=loss_on)
 
     def is_long(r: Rendered) -> bool:
-        return len(r.text) > limits.LONGEST_TEXT  # of a Text; others are refused
+        return len(r.text) > LONGEST_TEXT  # of a Text; others are refused
 
-    for _, rendered in _in_chunks(rendering, examples, template):
+    for _, rendered in _in_chunks(rendering, examples):
         texts = [r for r in rendered if isinstance(r, Rendered) and not is_long(r)]
         prompts = _plain_ids([r.text[: r.prompt] for r in texts if r.prompt], tokenizer)
         encoded = {
@@ -192,22 +191,13 @@ def tokenise_weighted(
 
 
 def _in_chunks(
-    function: Callable[[Any], Value], examples: Iterable[Any], template: Template | None
+    function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield (chunk, function's results). InvalidRows pass through; chunks with conversations run in the
-    confined process.
-    """
+    """Yield (chunk, function's results). InvalidRows pass through."""
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
-        if template is not None and any(isinstance(example, Chat) for example in chunk):
-            yield chunk, call_confined(template, partial(_attempt, function), [(x,) for x in chunk])
-        else:
-            yield chunk, [_attempt(function, x) for x in chunk]
-
-
-def _attempt(function: Callable[[Any], Value], example: Any) -> Value | InvalidRow:
-    return example if isinstance(example, InvalidRow) else attempt(function, example)
+        yield chunk, [x if isinstance(x, InvalidRow) else attempt(function, x) for x in chunk]
 
 
 def tools_warnings(
@@ -340,7 +330,7 @@ def example_prompt_ids(
     def is_plain(example: Completion | Chat) -> bool:
         return template is None or isinstance(example, Completion)
 
-    for chunk, texts in _in_chunks(partial(_prompt_text, template=template), examples, template):
+    for chunk, texts in _in_chunks(partial(_prompt_text, template=template), examples):
         if most is not None:
             texts = [x if isinstance(x, InvalidRow) else attempt(_short, x, most, tokenizer) for x in texts]
         found: dict[bool, list[str]] = {True: [], False: []}

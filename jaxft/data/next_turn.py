@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxft.data.chat import example_prompt_ids, rendered_ids
 from jaxft.data.example import Chat, Message
 from jaxft.data.invalid import InvalidRow, valid
-from jaxft.data.template import REJECTIONS, Template, call_confined, render_messages, template_of
+from jaxft.data.template import REJECTIONS, Template, render_messages, template_of
 from jaxft.data.template_check import HiddenPart, parts_of
 from jaxft.data.template_settings import TemplateSettings
 from jaxft.data.turns import render_turns
@@ -67,7 +67,7 @@ def next_prompt(
             chat.name, "no chat template", "a further turn needs a chat template; set chat_template=chatml"
         )
     template = template.of_chat(chat)
-    ((number, suffix),) = call_confined(template, _first_suffix, [(template, chat, tuple(ways))])
+    number, suffix = _first_suffix(template, chat, ways)
     if suffix is None:
         return _restart(chat, (*ways[number:], *ways[:number]), tokenizer, settings)
     messages = (*chat.messages, ways[number].turn, *ways[number].answers)
@@ -77,9 +77,7 @@ def next_prompt(
     return NextPrompt(ids[len(before) :], False, messages)
 
 
-def _first_suffix(
-    template: Template, chat: Chat, ways: tuple[TurnWording, ...]
-) -> tuple[int, _Suffix | None]:
+def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -> tuple[int, _Suffix | None]:
     """Return the number of the first way that the template only appends, with its suffix; without such a
     way, the number of the first that it shows in full.
     """

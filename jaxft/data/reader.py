@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data import cache as files
-from jaxft.data import chat, confined, format_choice
+from jaxft.data import chat, format_choice
 from jaxft.data.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.conversation import PLAIN, other_columns
 from jaxft.data.example import Example, ParsedRow
@@ -38,9 +38,9 @@ from jaxft.data.progress import RowProgress
 from jaxft.data.row_files import (
     ROW_CHUNK_BYTES,
     Chunk,
-    LoadedRows,
     Row,
     in_windows,
+    loaded,
     spread_chunks,
     spread_rows,
 )
@@ -227,7 +227,7 @@ def row_alone(listing: Listing, name: str) -> Listing:
     def chunks() -> Iterator[Chunk]:
         for chunk in listing.chunks():
             rows = [row for row in chunk.rows() if Path(row.name).name == name]  # an error has the folder too
-            yield from [LoadedRows(tuple(rows), chunk.label)] if rows else []
+            yield from [loaded(rows, chunk.label)] if rows else []
 
     return replace(listing, digest=f"{listing.digest} {name}", chunks=chunks, rows=None)
 
@@ -302,7 +302,7 @@ def _format_of(
     invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
-        chunks = [LoadedRows(tuple(chunk.rows()), chunk.label) for chunk in listing.chunks()]
+        chunks = [loaded([*chunk.rows()], chunk.label) for chunk in listing.chunks()]
     with RowProgress(f"reading {_name(listing)}", listing.rows, reader.how.progress) as progress:
         for found in run(count_chunk, chunks or listing.chunks()):
             before = invalid.total
@@ -551,7 +551,6 @@ def _start_worker(job: Reader) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    confined.confine()
     _job[:] = [job]
 
 

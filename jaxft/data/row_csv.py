@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from jaxft.data.invalid import InvalidRow, attempt
-from jaxft.data.limits import LINE_BYTES
+from jaxft.data.invalid import LINE_BYTES, InvalidRow, attempt
 from jaxft.data.row_files import Outcome, row_of
 from jaxft.data.text_encoding import UTF8, encoding_note, sniff_encoding
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.data.invalid import InvalidRow, attempt, json_type
-from jaxft.data.limits import LINE_BYTES
+from jaxft.data.invalid import LINE_BYTES, InvalidRow, attempt, json_type
 from jaxft.data.row_parquet import (
     BATCH_ROWS,
     GroupPlan,
@@ -61,152 +61,73 @@ NOT_READ = NotRead.NOT_READ
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The lines of a JSONL file from byte `start` to before byte `stop`. line: number of the first. count: of
-    lines.
+class Chunk:
+    """Rows that one process reads independently of others.
+
+    label: what the names of its rows begin with, or the folder of several files. size: the number of rows,
+    with those that cannot be read. read: a module's function, or a partial of one, so that it can be pickled.
     """
 
-    path: Path
-    start: int
-    stop: int
-    line: int
-    count: int
-
-    @property
-    def label(self) -> str:
-        """The beginning of the rows' names."""
-        return self.path.name
-
-    def rows(self) -> Iterator[Outcome]:
-        """Read the rows."""
-        with named_errors(self.path):
-            yield from _read_lines(self)
-
-
-@dataclass(frozen=True)
-class GroupRows:
-    """Rows `start` to `stop` of a row group of a Parquet file. before: rows of the groups before it."""
-
-    path: Path
-    group: int
-    start: int
-    stop: int
-    before: int
-    plan: GroupPlan
-
-    @property
-    def label(self) -> str:
-        """The beginning of the rows' names."""
-        return self.path.name
-
-    def rows(self) -> Iterator[Outcome]:
-        """Read the rows."""
-        with named_errors(self.path):
-            yield from _read_group_rows(self)
-
-
-@dataclass(frozen=True)
-class TableRows:
-    """Rows `start` to `stop` of a table of the package datasets.
-
-    where: the name of the table in errors. label: what the names of the rows begin with.
-    """
-
-    table: Any
-    start: int
-    stop: int
-    where: str
     label: str
+    size: int
+    read: Callable[[], Iterable[Outcome]]
 
     def rows(self) -> Iterator[Outcome]:
         """Read the rows."""
-        items = self.table.select(range(self.start, self.stop))
-        for number, item in enumerate(map(without_added_nulls, items), self.start + 1):
-            yield attempt(row_of, item, f"{self.where}:{number}", f"{self.label}:{number}")
+        return iter(self.read())
+
+    def first(self, count: int) -> "Chunk":
+        """Return the first `count` rows of the chunk."""
+        return Chunk(self.label, count, partial(_first, self, count))
+
+    def sample(self, before: int, total: int, count: int) -> "Chunk":
+        """Return the rows of the chunk that are among `count` rows at even distances of `total`. before: rows
+        of the total that precede the chunk.
+        """
+        return Chunk(self.label, count * self.size // total, partial(_spread, self, before, total, count))
 
 
-@dataclass(frozen=True)
-class LoadedRows:
-    """Rows in memory. label: what their names begin with, or the folder of several files."""
-
-    loaded: tuple[Outcome, ...]
-    label: str
-
-    def rows(self) -> Iterator[Outcome]:
-        """Return the rows."""
-        return iter(self.loaded)
-
-
-@dataclass(frozen=True)
-class ChunkStart:
-    """The first `count` rows of a chunk."""
-
-    chunk: "Lines | GroupRows | TableRows | LoadedRows | ChunkSample"
-    count: int
-
-    @property
-    def label(self) -> str:
-        """The beginning of the rows' names."""
-        return self.chunk.label
-
-    def rows(self) -> Iterator[Outcome]:
-        """Read the rows."""
-        return islice(self.chunk.rows(), self.count)
-
-
-@dataclass(frozen=True)
-class ChunkSample:
-    """Those rows of a chunk that belong to `count` rows at even distances of a dataset of `total` rows.
-
-    before: rows of the dataset that are before the chunk.
-    """
-
-    chunk: Lines | GroupRows | TableRows | LoadedRows | ChunkStart
-    before: int
-    total: int
-    count: int
-
-    @property
-    def label(self) -> str:
-        """The beginning of the rows' names."""
-        return self.chunk.label
-
-    def rows(self) -> Iterator[Outcome]:
-        """Read the chunk and return some of its rows."""
-        for number, row in enumerate(self.chunk.rows(), self.before):
-            if number * self.count // self.total < (number + 1) * self.count // self.total:
-                yield row
-
-
-Chunk = Lines | GroupRows | TableRows | LoadedRows | ChunkStart | ChunkSample
 Blocks = Callable[[bytes], object]  # receives the file's bytes, block by block
 
 
-def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[LoadedRows]:
-    """Yield rows in windows of limited number and length."""
+def _first(chunk: Chunk, count: int) -> Iterator[Outcome]:
+    return islice(chunk.rows(), count)
+
+
+def _spread(chunk: Chunk, before: int, total: int, count: int) -> Iterator[Outcome]:
+    for number, row in enumerate(chunk.rows(), before):
+        if number * count // total < (number + 1) * count // total:
+            yield row
+
+
+def loaded(rows: Sequence[Outcome], label: str) -> Chunk:
+    """Return a chunk of rows in memory."""
+    return Chunk(label, len(rows), partial(iter, tuple(rows)))
+
+
+def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[Chunk]:
+    """Yield chunks in memory, of limited number and length of rows."""
     window: list[Outcome] = []
     size = 0
     for row in rows:
         window.append(row)
         size += sum(len(x) for x in row.fields.values() if isinstance(x, str)) if isinstance(row, Row) else 0
         if len(window) == CHUNK_ROWS or size > ROW_CHUNK_BYTES:
-            yield LoadedRows(tuple(window), label)
+            yield loaded(window, label)
             window, size = [], 0
     if window:
-        yield LoadedRows(tuple(window), label)
+        yield loaded(window, label)
 
 
-def spread_chunks(chunks: Sequence[Any], count: int, least: int) -> list[ChunkSample]:
+def spread_chunks(chunks: Sequence[Chunk], count: int, least: int) -> list[Chunk]:
     """Return chunks with `count` rows at even distances, of at least `least` chunks at even distances."""
-    rows = sum(map(chunk_size, chunks))
+    rows = sum(chunk.size for chunk in chunks)
     parts = min(len(chunks), max(least, -(-len(chunks) * count // rows)))
     chosen = [chunks[i * len(chunks) // parts] for i in range(parts)]
-    ends = list(accumulate(map(chunk_size, chosen)))
+    ends = list(accumulate(chunk.size for chunk in chosen))
+    total = ends[-1]
     befores = [0, *ends[:-1]]
-    return [
-        ChunkSample(chunk, before, ends[-1], min(count, ends[-1]))
-        for chunk, before in zip(chosen, befores, strict=True)
-    ]
+    return [c.sample(before, total, min(count, total)) for c, before in zip(chosen, befores, strict=True)]
 
 
 def spread_rows(
@@ -233,27 +154,13 @@ def spread_rows(
 def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
     """Yield chunks of the first `most` rows."""
     for chunk in chunks:
-        size = chunk_size(chunk)
-        if size > most:
-            yield ChunkStart(chunk.chunk if isinstance(chunk, ChunkStart) else chunk, most)
+        if chunk.size > most:
+            yield chunk.first(most)
             return
         yield chunk
-        most -= size
+        most -= chunk.size
         if not most:
             return
-
-
-def chunk_size(chunk: Chunk) -> int:
-    """Return the number of a chunk's rows, with those that cannot be read."""
-    match chunk:
-        case Lines() | ChunkStart():
-            return chunk.count
-        case ChunkSample():
-            return chunk.count * chunk_size(chunk.chunk) // chunk.total
-        case LoadedRows():
-            return len(chunk.loaded)
-        case _:
-            return chunk.stop - chunk.start
 
 
 @contextmanager
@@ -336,7 +243,7 @@ def row_of(value: Any, where: str, name: str) -> Row:
     return Row(name, value)
 
 
-def scan_lines(path: Path, report: Blocks) -> tuple[Lines, ...]:
+def scan_lines(path: Path, report: Blocks) -> tuple[Chunk, ...]:
     """Read a JSONL file once and divide it into chunks of about ROW_CHUNK_BYTES.
 
     Blank lines at its end are in no chunk.
@@ -355,18 +262,22 @@ def scan_lines(path: Path, report: Blocks) -> tuple[Lines, ...]:
             at, lines = at + len(block), lines + block.count(b"\n")
     bounds = zip(starts, [*starts[1:], (at, rows + 1)], strict=True)
     return tuple(
-        Lines(path, start, min(stop, end), line, min(following, rows + 1) - line)
+        Chunk(
+            path.name,
+            min(following, rows + 1) - line,
+            partial(_read_lines, path, start, min(stop, end), line),
+        )
         for (start, line), (stop, following) in bounds
         if start < end
     )
 
 
-def _read_lines(chunk: Lines) -> Iterator[Outcome]:
-    path, number = chunk.path, chunk.line - 1
-    with path.open("rb") as file:
-        file.seek(chunk.start)
-        at = chunk.start
-        while at < chunk.stop:
+def _read_lines(path: Path, start: int, stop: int, first: int) -> Iterator[Outcome]:
+    """Read the lines from byte `start` to before byte `stop`. first: the number of the first one."""
+    with named_errors(path), path.open("rb") as file:
+        file.seek(start)
+        number, at = first - 1, start
+        while at < stop:
             line = file.readline(LINE_BYTES + 1)
             number, at = number + 1, at + len(line)
             if len(line) > LINE_BYTES:
@@ -449,31 +360,34 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
 # ---- Parquet
 
 
-def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> Iterator[GroupRows]:
-    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. used: the columns that are read, None for
-    all.
+def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> tuple[list[Chunk], int]:
+    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows; return them and the bytes of all rows.
+    used: the columns that are read, None for all.
     """
-    before = 0
+    before, chunks, unpacked = 0, list[Chunk](), 0
     with named_errors(path), open_parquet(path, str(path), _AGAIN) as file:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             plan = plan_group(file, path, group, used, str(path))
             size = min(CHUNK_ROWS, plan.chunk)
             for start in range(0, count, size):
-                yield GroupRows(path, group, start, min(start + size, count), before, plan)
-            before += count
+                stop = min(start + size, count)
+                read = partial(_read_group, path, group, plan, range(start, stop), before)
+                chunks.append(Chunk(path.name, stop - start, read))
+            before, unpacked = before + count, unpacked + (plan.size if count else 0)
+    return chunks, unpacked
 
 
-def _read_group_rows(chunk: GroupRows) -> Iterator[Outcome]:
-    path, at = chunk.path, 0
-    number = chunk.before + chunk.start  # of rows before the next
-    with open_parquet(path, str(path), _AGAIN) as file:
-        for batch in planned_batches(file, path, chunk.group, chunk.plan):
-            if at >= chunk.stop:
+def _read_group(path: Path, group: int, plan: GroupPlan, rows: range, before: int) -> Iterator[Outcome]:
+    """Read rows of a row group. before: rows of the groups before it."""
+    at, number = 0, before + rows.start  # of rows before the next
+    with named_errors(path), open_parquet(path, str(path), _AGAIN) as file:
+        for batch in planned_batches(file, path, group, plan):
+            if at >= rows.stop:
                 return
-            part = batch.slice(max(0, chunk.start - at), chunk.stop - max(at, chunk.start))
+            part = batch.slice(max(0, rows.start - at), rows.stop - max(at, rows.start))
             at += batch.num_rows
-            yield from rows_of_batch(part, chunk.plan.others, str(path), path.name, number)
+            yield from rows_of_batch(part, plan.others, str(path), path.name, number)
             number += part.num_rows
 
 
@@ -513,6 +427,13 @@ def _table_row(table: Any, index: int, where: str) -> Any:
     except (ValueError, OverflowError) as error:
         problem = f"a value cannot be read ({str(error).splitlines()[0]}); fix or remove it"
         raise InvalidRow(where, "unreadable value", problem) from error
+
+
+def read_table(table: Any, rows: range, where: str, label: str) -> Iterator[Outcome]:
+    """Read rows of a table of the package datasets. where, label: the table in errors and in rows' names."""
+    items = table.select(rows)
+    for number, item in enumerate(map(without_added_nulls, items), rows.start + 1):
+        yield attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
 
 
 def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jaxft.data.limits import LINE_BYTES
+from jaxft.data.invalid import LINE_BYTES
 
 BATCH_ROWS = 1 << 13
 RATIO = 500  # more than text compresses without a dictionary

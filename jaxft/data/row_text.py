@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from jaxft.data.invalid import InvalidRow
-from jaxft.data.limits import LINE_BYTES
+from jaxft.data.invalid import LINE_BYTES, InvalidRow
 from jaxft.data.row_files import Outcome, Row
 from jaxft.data.text_encoding import UTF8
 

@@ -23,13 +23,12 @@ from jaxft.data.row_files import (
     Chunk,
     Outcome,
     Row,
-    TableRows,
-    chunk_size,
     first_chunks,
     has_json_lines,
     in_windows,
     named_errors,
     read_json,
+    read_table,
     read_wide_lines,
     row_of,
     rows_of_batch,
@@ -302,7 +301,7 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
             read: _ReadFile = partial(read_wide_lines, encoding=encoding)
             return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
         lines = scan_lines(path, report)
-        return _Scanned(lambda: lines, size, sum(chunk.count for chunk in lines))
+        return _Scanned(lambda: lines, size, sum(chunk.size for chunk in lines))
     _scan_bytes(path, report)
     suffix = path.suffix.lower() if path.suffix.lower() in TEXT_SUFFIXES else path.suffix
     if suffix == ".json":
@@ -317,10 +316,8 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
         read = partial(read_text, label=label, encoding=encoding, sample_by=how.sample_by)
         return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
     if suffix == ".parquet":
-        chunks = tuple(scan_groups(path, how.used))
-        plans = {chunk.group: chunk.plan for chunk in chunks}
-        unpacked, rows = sum(plan.size for plan in plans.values()), sum(map(chunk_size, chunks))
-        return _Scanned(lambda: chunks, max(size, unpacked), rows)
+        chunks, unpacked = scan_groups(path, how.used)
+        return _Scanned(lambda: chunks, max(size, unpacked), sum(chunk.size for chunk in chunks))
     raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
 
@@ -370,7 +367,7 @@ def _list_saved(path: Path) -> Listing:
 
 
 def _list_table(data: Any, where: str, label: str) -> Listing:
-    """Return the chunks of a dataset of the package datasets. where, label: see TableRows."""
+    """Return the chunks of a dataset of the package datasets. where, label: see read_table."""
     import datasets
 
     digest = xxhash.xxh3_128(label.encode())
@@ -383,7 +380,8 @@ def _list_table(data: Any, where: str, label: str) -> Listing:
 
     def chunks() -> Iterator[Chunk]:
         for start in range(0, len(data), CHUNK_ROWS):
-            yield TableRows(data, start, min(start + CHUNK_ROWS, len(data)), where, label)
+            rows = range(start, min(start + CHUNK_ROWS, len(data)))
+            yield Chunk(label, len(rows), partial(read_table, data, rows, where, label))
 
     return Listing((label,), "", digest.hexdigest(), data.data.nbytes, chunks, len(data))
 

@@ -2,7 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -11,14 +14,15 @@ from typing import Any
 
 import jinja2
 
-from jaxft.data import confined, limits
 from jaxft.data.example import Chat, Message
-from jaxft.data.invalid import Value, similar_names
+from jaxft.data.invalid import similar_names
 from jaxft.data.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, MERGE, TemplateSettings
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
+LONGEST_TEXT = 2 << 20  # characters of one text that is tokenised; each may take 500 bytes
+RENDER_SECONDS = 20.0  # that a template may take for one conversation
 Span = tuple[int, int]  # characters of a rendered text
 PROBES = ("Qx7w", "Zk9y", "Jv5u")  # the contents of a question, a response and the next question
 PROBE_TOOLS = (
@@ -338,13 +342,14 @@ def render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
 
 
 def _render(template: Template, messages: Sequence[Message], tools: list | None, **options: Any) -> Any:
-    """Render in transformers' sandbox, in a confined process; return lists of one text and, with a mask, of
-    its marked ranges.
+    """Render in transformers' sandbox; return lists of one text and, with a mask, of its marked ranges.
 
     Unlike apply_chat_template of transformers 5, which drops it, this passes on a content that is null: some
     templates render tool calls only then. The arguments of a call are an object, or its JSON text for a
     template that concatenates them, such as DeepSeek-R1's.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     conversation = with_merged_system(messages) if template.merges else list(messages)
     if template.needs_content:
         conversation = [m if m["content"] is not None else {**m, "content": ""} for m in conversation]
@@ -352,70 +357,60 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
         parts = ([{"type": "text", "text": m["content"] or ""}] for m in conversation)
         conversation = [{**m, "content": part} for m, part in zip(conversation, parts, strict=True)]
     variables = {**template.variables, "date_string": template.date, **template.arguments}
-    call = (conversation, tools, template.source, options, variables)
-    (rendered,) = call_confined(template, _run, [call])
-    try:
-        rendered[0][0].encode()
-    except UnicodeEncodeError as error:
-        raise jinja2.TemplateError(f"the text has half a surrogate pair ({error.reason})") from error
-    return rendered
-
-
-def call_confined(template: Template, function: Callable[..., Value], calls: Sequence[tuple]) -> list[Value]:
-    """Call a function that renders a template as confined.call_all does. Raises UnusableTemplate if it is too
-    slow.
-    """
-    try:
-        return confined.call_all(function, calls)
-    except limits.TooSlow as error:
-        slow = f"{template.name} takes more than {limits.RENDER_SECONDS:g} s for a conversation"
-        raise UnusableTemplate(f"{slow}; use another tokenizer") from error
-    except confined.Died as error:
-        why = f"code {error.code}{f', {error.reason}' if error.reason else ''}"
-        raise UnusableTemplate(
-            f"{template.name}: the process that renders it has died ({why}); use another tokenizer, or a "
-            "machine with more memory"
-        ) from error
-    except confined.Silent as error:
-        raise UnusableTemplate(
-            f"{template.name}: the process that renders it sent nothing for {confined.SILENT_SECONDS:g} s "
-            "and was killed; start again if it was stopped, or use another tokenizer"
-        ) from error
-
-
-def _run(
-    conversation: list[Message],
-    tools: list | None,
-    source: str,
-    options: dict[str, Any],
-    variables: dict[str, Any],
-) -> Any:
-    """Render within the limits of time and memory; see _render."""
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     def run(messages: list[Message]) -> Any:
         return render_jinja_template(
-            conversations=[messages], tools=tools, chat_template=source, **options, **variables
+            conversations=[messages], tools=tools, chat_template=template.source, **options, **variables
         )
 
     try:
-        with limits.render_limits():
+        with _time_limit(RENDER_SECONDS):
             try:
                 rendered = run(conversation)
             except TypeError:
                 if not any(message.get("tool_calls") for message in conversation):
                     raise
                 rendered = run(list(map(_with_text_arguments, conversation)))
-    except (*REJECTIONS, limits.TooSlow):
+    except REJECTIONS:
         raise
-    except MemoryError as error:
-        raise TemplateFault(f"it takes more than {limits.RENDER_BYTES} bytes of memory") from error
+    except _TooSlow as error:
+        slow = f"{template.name} takes more than {RENDER_SECONDS:g} s for a conversation"
+        raise UnusableTemplate(f"{slow}; use another tokenizer") from error
     except Exception as error:  # a template is a program, and may raise anything
         raise TemplateFault(f"{type(error).__name__}: {error}") from error
-    size = len(rendered[0][0])
-    if size > limits.LONGEST_TEXT:
-        raise jinja2.TemplateError(f"it renders {size} characters, more than {limits.LONGEST_TEXT}")
+    text = rendered[0][0]
+    if len(text) > LONGEST_TEXT:
+        raise jinja2.TemplateError(f"it renders {len(text)} characters, more than {LONGEST_TEXT}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise jinja2.TemplateError(f"the text has half a surrogate pair ({error.reason})") from error
     return rendered
+
+
+class _TooSlow(Exception):
+    """A rendering takes too long."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _TooSlow in the body after `seconds`. It holds in the main thread alone, to which signals go, and
+    for loops of a template, not for a single operation such as 9**9**9.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, ring)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *others)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def _with_text_arguments(message: Message) -> Message:

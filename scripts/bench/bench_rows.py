@@ -1,24 +1,31 @@
 """Measure tokenising many short rows: seconds and memory by number of processes, and the start of a run.
 
     python scripts/bench/bench_rows.py [--rows 20000] [--workers 1 2] [--rounds 1] [--folder F] [--no-run]
+    python scripts/bench/bench_rows.py --recipe dpo --against ../older-checkout --no-run   # pairs
 
-It writes rows of an instruction and a response, and tokenises them with each number of processes, each time
-in a fresh process with an empty cache. Then it starts a run with the rows in the cache, prints the seconds to
+It writes rows of an instruction and a response (or two), and tokenises them with each number of processes,
+each time in a fresh process with an empty cache. With --against, another checkout tokenises them in turn.
+Then it starts a run with the rows in the cache, prints the seconds to
 its first step, and compares the losses of a run that is stopped and resumed with those of one that is not.
-Memory is the largest sum over the process and all of its children, sampled every 0.2 s. RSS counts a page for
+CPU seconds are the sum over all processes, which other work on the machine changes less. Memory is the largest sum over the process and all of its children, sampled every 0.2 s. RSS counts a page for
 every process that maps it, PSS once; both include pages of mapped files, which the system can drop.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -41,13 +48,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of processes")
     parser.add_argument("--rounds", type=int, default=1, help="times that each is measured (default 1)")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
-    parser.add_argument("--no-run", action="store_true", help="tokenise only")
-    parser.add_argument("--tokenise", nargs=2, metavar=("FILE", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", choices=("sft", "dpo"), default="sft", help="sft (default), dpo: pairs")
+    parser.add_argument("--against", type=Path, help="another checkout, which tokenises the rows in turn")
+    parser.add_argument("--no-run", action="store_true", help="tokenise only; a run needs --recipe sft")
+    parser.add_argument(
+        "--tokenise", nargs=3, metavar=("FILE", "WORKERS", "CHECKOUT"), help=argparse.SUPPRESS
+    )
     return parser.parse_args()
 
 
-def write_rows(path: Path, count: int, seed: int) -> None:
-    """Write JSONL rows of 50 to 70 tokens."""
+def write_rows(path: Path, count: int, seed: int, recipe: str = "sft") -> None:
+    """Write JSONL rows of 50 to 70 tokens, of which pairs have a second response."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
@@ -56,23 +67,35 @@ def write_rows(path: Path, count: int, seed: int) -> None:
                 "instruction": f"{question} {number}?",
                 "response": " ".join(rng.choices(WORDS, k=rng.randint(3, 15))) + ".",
             }
+            if recipe == "dpo":
+                row["chosen"] = row.pop("response")
+                row["rejected"] = " ".join(rng.choices(WORDS, k=rng.randint(3, 15))) + "!"
             file.write(json.dumps(row) + "\n")
 
 
-def tokenise(path: str, workers: int) -> None:
+def tokenise(path: str, workers: int, checkout: str, recipe: str) -> None:
     """Tokenise the rows (in a separate process) and print seconds, fingerprint and where the tokens are
     from.
     """
-    from jaxft.data.sft import Rows
+    sys.path[0] = checkout
     from jaxft.weights import pretrained
 
+    spec = importlib.util.spec_from_file_location(recipe, Path(checkout, "configs", f"{recipe}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = replace(module.config().data, train=path, held_out=None, workers=workers)
     tokenizer = pretrained.load_tokenizer(MODEL)
-    begin = time.perf_counter()
-    info = Rows(path, held_out=None, workers=workers).open(tokenizer).info
-    seconds = time.perf_counter() - begin
-    print(
-        json.dumps({"seconds": seconds, "fingerprint": info.fingerprint, "cache": vars(info.stats)["cache"]})
-    )
+    begin, cpu = time.perf_counter(), cpu_seconds()
+    info = settings.open(tokenizer).info
+    result = {"seconds": time.perf_counter() - begin, "cpu": cpu_seconds() - cpu}
+    print(json.dumps(result | {"fingerprint": info.fingerprint, "cache": vars(info.stats)["cache"]}))
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(x.ru_utime + x.ru_stime for x in usage)
 
 
 # ---- memory of a process and its children
@@ -165,32 +188,44 @@ def main() -> None:
     """Write rows, tokenise them, and start a run."""
     args = arguments()
     if args.tokenise:
-        tokenise(args.tokenise[0], int(args.tokenise[1]))
+        path, workers, checkout = args.tokenise
+        tokenise(path, int(workers), checkout, args.recipe)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
-        write_rows(rows, args.rows, 0)
+        write_rows(rows, args.rows, 0, args.recipe)
         write_rows(rows.with_name("held_out.jsonl"), HELD_OUT, 1)
         print(f"{args.rows:,} rows, {rows.stat().st_size / 2**20:.0f} MiB", flush=True)
-        fingerprints, own = set(), [sys.executable, __file__, "--tokenise", str(rows)]
-        seconds: dict[int, list[float]] = {workers: [] for workers in args.workers}
+        own = [sys.executable, __file__, "--recipe", args.recipe, "--tokenise", str(rows)]
+        checkouts = {"": str(ROOT)} | ({args.against.name: str(args.against)} if args.against else {})
+        fingerprints, seconds = set[tuple[str, str]](), defaultdict[tuple[str, int], list[float]](list)
         for _ in range(args.rounds):
-            for workers in args.workers:
+            for workers, (label, checkout) in product(args.workers, checkouts.items()):
                 shutil.rmtree(folder / "rows", ignore_errors=True)
-                text, _, peak = measured([*own, str(workers)], folder)
+                text, _, peak = measured([*own, str(workers), checkout], folder)
                 found = json.loads(text.splitlines()[-1])
-                fingerprints.add(found["fingerprint"])
-                seconds[workers].append(found["seconds"])
-                print(f"{workers} processes: {found['seconds']:.1f} s, {shown(peak)}", flush=True)
-        means = {workers: sum(x) / len(x) for workers, x in seconds.items()}
+                fingerprints.add((label, found["fingerprint"]))
+                seconds[label, workers].append(found["seconds"])
+                print(
+                    f"{label and label + ', '}{workers} processes: {found['seconds']:.1f} s, CPU "
+                    f"{found['cpu']:.1f} s, {shown(peak)}",
+                    flush=True,
+                )
+        means = {workers: sum(x) / len(x) for (label, workers), x in seconds.items() if not label}
         for workers in args.workers[1:]:
             ratio = means[args.workers[0]] / means[workers]
             print(f"{workers} processes: {ratio:.2f} times as fast as {args.workers[0]}")
-        print(f"the same batches: {len(fingerprints) == 1}")
-        text, _, peak = measured([*own, "1"], folder)
-        found = json.loads(text.splitlines()[-1])
-        print(f"from the cache ({found['cache']}): {found['seconds']:.1f} s, {shown(peak)}", flush=True)
+        print(f"the same batches: {len(fingerprints) == len(checkouts)}")
+        for label, checkout in reversed(checkouts.items()):
+            measured([*own, "1", checkout], folder)
+            text, _, peak = measured([*own, "1", checkout], folder)
+            found = json.loads(text.splitlines()[-1])
+            print(
+                f"{label and label + ', '}from the cache ({found['cache']}): {found['seconds']:.1f} s, "
+                f"{shown(peak)}",
+                flush=True,
+            )
         if not args.no_run:
             report_run(folder, rows)
 

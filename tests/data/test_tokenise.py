@@ -20,7 +20,7 @@ from jaxft.data import progress, reader, row_files, rows
 from jaxft.data.flat import Flat, RowNames
 from jaxft.data.pack import number_groups
 from jaxft.data.pairs import PairRows
-from jaxft.data.row_files import LoadedRows
+from jaxft.data.row_files import loaded
 from jaxft.data.sft import Rows
 
 KINDS = {"sft": (Rows, {}), "pairs": (PairRows, {}), "unpaired": (PairRows, {"unpaired": True})}
@@ -79,7 +79,7 @@ def test_several_processes_write_the_same_file_without_jax(tmp_path, monkeypatch
     opened("sft", path, tmp_path / "two", workers=2)
     (one,), (two,) = ((tmp_path / name / "rows").iterdir() for name in ("one", "two"))
     assert one.name == two.name and one.read_bytes() == two.read_bytes()
-    chunks = [LoadedRows((), str(i)) for i in range(9)]
+    chunks = [loaded((), str(i)) for i in range(9)]
     with (
         pytest.raises(ValueError, match="of 2 processes that tokenise .* set a smaller data.workers"),
         reader.start_workers(2, Rows("r").reader(tiny("chatml"))) as run,

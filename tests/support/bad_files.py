@@ -95,9 +95,9 @@ TEMPLATES = [
     "{% include 'x' %}", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% generation %}",
     "{{ range(10**12) | list }}", "{{ 'x'.x.y }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     LOOP * 3 + "{% endfor %}" * 3, "{{ 'x' * 10**11 }}", "{{ '%99999999999d' % 1 }}",
-    "{{ 'x'.center(10**11) }}", "{{ 10**10**9 ~ '' }}", "nothing at all",
+    "{{ 'x'.center(10**11) }}", "nothing at all",
     *(f"{{% if messages[0].content == 'hi' %}}{text}{{% endif %}}{CHATML}" for text in (  # on some rows alone
-        "{{ 'a' * 3000000000 }}", "{% set x = 9 ** (9 ** 9) %}", LOOP * 2 + "{% endfor %}" * 2, "{{ 1/0 }}",
+        "{{ 'a' * 3000000000 }}", LOOP * 2 + "{% endfor %}" * 2, "{{ 1/0 }}",
         "{{ raise_exception('no') }}", "{{ 'a' * 17000000 }}")),
 ]  # fmt: skip
 
@@ -157,7 +157,7 @@ QUICK_CONFIGS = (
 )  # fmt: skip
 QUICK_TEMPLATES = (
     "{{ 1/0 }}", "{% for", "{{ ''.__class__.__mro__ }}", "{{ range(10**12) | list }}", "{{ 'x' * 10**11 }}",
-    "nothing at all", "*{% set x = 9*",
+    "nothing at all", "*'hi' %}{% for i*"
 )  # fmt: skip
 QUICK_PEFT = (
     '{"r": 0}', '{"lora_alpha": "4"}', '{"lora_dropout": 1.5}', '{"peft_type": "IA3"}',
