@@ -21,13 +21,13 @@ from functools import partial
 from typing import Any, Literal
 
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
+from jaxft.objectives.losses.policy_losses import clipped, policy_gradient
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped, policy_gradient
 from jaxft.rl.advantages import grpo, maxrl, weighted_sum
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules, shape_scores
+from jaxft.rl.rollout_rules import Rules, shape_scores
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     OPINIONS,

@@ -12,7 +12,7 @@ the other, such as 17 * 23 + 58 and (17 + 23) * 58: it calls `add` or `multiply`
 again or answers. The reward is 1 for the right number in the last turn. Expect right answers to rise from one
 in twenty to more than four in five in 14 steps of 4 x 8 episodes (configs/README.md has the curves).
 
-An environment is a class or a function as in jaxft/rl/environment.py, also one that TRL's environment_factory
+An environment is a class or a function as in jaxft/rl/environments/environment.py, also one that TRL's environment_factory
 takes; tools are plain functions, whose signature and docstring the policy is shown. Tokens that the policy
 did not sample, such as results, have no loss. `jaxft inspect --run runs/grpo_tools` shows episodes turn by
 turn. Faults of an environment exclude the episode, and are counted in episodes/faults. For longer episodes
@@ -24,15 +24,15 @@ Hardware: 2 CPU cores with AVX512-BF16, 3 GB; 12 minutes.
 from dataclasses import replace
 from functools import partial
 
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import echo as with_echo
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.advantages import grpo
 from jaxft.rl.environments.calculator import Calculator
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     CALCULATOR,

@@ -13,8 +13,8 @@ Hardware: a GPU of 80 GB, or of 10 GB with quant=nf4 remat=full; not measured.
 from functools import partial
 
 from jaxft.data.pairs import PairRows
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.train.recipes import LLAMA_8B, PAIRS, GpuKnobs, ReferenceSetting, RowKnobs, choose_reference
 from jaxft.train.settings import Run
 

@@ -15,11 +15,11 @@ Hardware: 2 CPU cores, 3 GB; 14 minutes.
 
 from functools import partial
 
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import exact
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 from jaxft.train.recipes import (
     OPINIONS,
     LoraKnobs,

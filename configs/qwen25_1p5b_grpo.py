@@ -20,13 +20,13 @@ Hardware: a GPU of 40 GB; 35 minutes plus sampling on an H100 (planned).
 
 from functools import partial
 
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.advantages import grpo, nonconstant_groups
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules, shape_scores
+from jaxft.rl.rollout_rules import Rules, shape_scores
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     AdvantageFunction,

@@ -18,16 +18,16 @@ Hardware: a GPU of 80 GB; 79 s a step plus sampling on an H100 (planned).
 
 from functools import partial
 
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import echo as with_echo
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
 from jaxft.rl.advantages import grpo, nonconstant_groups
 from jaxft.rl.environments.code_interpreter import CodeInterpreter
 from jaxft.rl.environments.search import Search
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import QWEN3_4B, GpuKnobs, RewardFunction, RolloutKnobs
 from jaxft.train.settings import Run

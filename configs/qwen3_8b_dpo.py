@@ -15,8 +15,8 @@ Hardware: a GPU of 40 GB, or of 24 GB with quant=nf4; 14 s for 32 pairs on an H1
 from functools import partial
 
 from jaxft.data.pairs import PairRows
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.train.recipes import PAIRS, GpuKnobs, RowKnobs
 from jaxft.train.settings import Run
 

@@ -13,8 +13,8 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 from functools import partial
 
 from jaxft.data.pairs import PairRows
+from jaxft.objectives.losses.reference_free_losses import simpo
 from jaxft.objectives.preference import mean_logp, preference
-from jaxft.objectives.reference_free_losses import simpo
 from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 

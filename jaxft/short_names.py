@@ -54,18 +54,21 @@ SCHEDULES = {
 }
 PREFERENCE_LOSSES = {
     **_in(
-        "jaxft.objectives.preference_losses",
+        "jaxft.objectives.losses.preference_losses",
         "dpo cdpo dpo_margin dpop rdpo hinge squared_hinge ipo sigmoid_norm exo_pair robust discopop "
         "nca_pair bco_pair sppo_hard apo_zero apo_down nll aot aot_unpaired",
     ),
     **_in(
-        "jaxft.objectives.reference_free_losses",
+        "jaxft.objectives.losses.reference_free_losses",
         "simpo alphapo cpo cpo_hinge cpo_ipo orpo tpo tpo_hinge tpo_ipo tpo_l apo_zero_unpaired kto bco",
     ),
-    **_in("jaxft.objectives.ranking_losses", "plackett_luce info_nca nca rpo_bwd_kl rpo_fwd_kl rpo_sq lipo"),
+    **_in(
+        "jaxft.objectives.losses.ranking_losses",
+        "plackett_luce info_nca nca rpo_bwd_kl rpo_fwd_kl rpo_sq lipo",
+    ),
 }
 POLICY_LOSSES = _in(
-    "jaxft.objectives.policy_losses",
+    "jaxft.objectives.losses.policy_losses",
     "policy_gradient unclipped clipped dual_clip dppo_tv dppo_kl gspo gspo_token cispo sapo geo_mean vespo "
     "near_policy",
 )

@@ -25,7 +25,7 @@ NARROW = 48  # columns of a terminal below which two responses are one below the
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser, add_compute_options, add_served_models
+    from jaxft.cli.cli import CommandParser, add_compute_options, add_served_models
 
     parser = CommandParser(__doc__)
     add_served_models(parser)
@@ -71,13 +71,13 @@ def play(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jaxft.data.named_templates import find_template
+    from jaxft.cli.cli import DEFAULT_MODEL
+    from jaxft.data.chat.named_templates import find_template
     from jaxft.data.prompts import Prompts, read_prompts
-    from jaxft.rl.environment import EnvironmentClass, environment_of
     from jaxft.rl.environments.by_hand import TypedTurns, result_line
+    from jaxft.rl.environments.environment import EnvironmentClass, environment_of
     from jaxft.rl.play import EpisodeLimits, Play, rollout
-    from jaxft.runs.cli import DEFAULT_MODEL
-    from jaxft.runs.parse import parse_value
+    from jaxft.runs.settings.parse import parse_value
     from jaxft.runs.terminal import printable_text
     from jaxft.weights.pretrained import load_tokenizer
 
@@ -113,8 +113,8 @@ def play(args: argparse.Namespace) -> int:
 
 def print_responses(scheduler: Any, chat: Any) -> None:
     """Print the responses to the last message as they arrive: two in columns on a terminal, else in turn."""
-    from jaxft.inference import chat as chats
     from jaxft.runs.terminal import printable_text
+    from jaxft.serve import terminal_chat as chats
 
     with closing(chats.respond(scheduler, chat)) as found:
         if len(chat.active) == 1:
@@ -179,9 +179,9 @@ def side_by_side(texts: dict[str, str], console: Any, height: int | None) -> Any
 
 def chat_loop(scheduler: Any, chat: Any) -> None:
     """Read messages and commands until /exit or the end of the input."""
-    from jaxft.inference import chat as chats
-    from jaxft.inference.api_request import ApiError
     from jaxft.runs.terminal import printable_line, printable_text
+    from jaxft.serve import terminal_chat as chats
+    from jaxft.serve.api_request import ApiError
 
     interactive = sys.stdin.isatty()
     while not chat.done:
@@ -228,12 +228,13 @@ def main() -> int:
                 "--tools you write the turns. Leave it out."
             )
         return play(args)
-    from jaxft.data.settings import check_seed
+    from jaxft.cli import cli
+    from jaxft.data.data_settings import check_seed
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.inference import chat as chats
-    from jaxft.inference.api_request import ChoiceSettings
-    from jaxft.runs import cli, served
+    from jaxft.serve import served
+    from jaxft.serve import terminal_chat as chats
+    from jaxft.serve.api_request import ChoiceSettings
 
     if args.seed is not None:
         check_seed(args.seed, "--seed")
@@ -264,7 +265,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -22,7 +22,7 @@ METHODS = ("svd", "cat", "linear", "ties", "dare_linear", "dare_ties")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("adapters", nargs="+", type=Path, help="runs, or adapter folders in PEFT's layout")
@@ -48,11 +48,13 @@ def main() -> int:
     """Combine, write, and print a summary."""
     parser = make_parser()
     args = parser.parse_args(_joined(sys.argv[1:]))
-    from jaxft.models.families import is_tied
+    from jaxft.models.model_types import is_tied
     from jaxft.runs.folder import check_results, earlier_end_notes
     from jaxft.runs.named_weights import named_weights
-    from jaxft.weights import adapters, combine, peft, pretrained
-    from jaxft.weights.adapter_limits import loading_notes
+    from jaxft.weights import pretrained
+    from jaxft.weights.edit import combine
+    from jaxft.weights.peft import adapters, peft
+    from jaxft.weights.peft.adapter_limits import loading_notes
 
     how = combine.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
     folders = [adapters.adapter_folder(str(one)) for one in args.adapters]
@@ -103,7 +105,7 @@ def _joined(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs or sweeps")
@@ -31,9 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
-    from jaxft.runs import compare, ranking
-    from jaxft.runs.page.run_files import folders_of_runs, runs_among
-    from jaxft.runs.store_copy import local_folder
+    from jaxft.report import compare, ranking
+    from jaxft.report.run_files import folders_of_runs, runs_among
+    from jaxft.runs.store.store_copy import local_folder
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def curve_metrics(entry: Entry) -> Entry:
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

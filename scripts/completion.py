@@ -18,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish", "powershell")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("shell", choices=SHELLS, help="your shell")
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("file", metavar="FILE", help="a .yml, .yaml, .py, .ipynb or .sh file")
@@ -32,18 +32,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Convert the file; print the command or write the recipe, and report on stderr."""
-    from jaxft.runs.convert import report, settings
+    from jaxft.cli.convert import conversion_report, to_recipe
 
     parser = make_parser()
     args = parser.parse_args()
     if args.devices is not None and args.devices < 1:
         parser.error(f"--devices must be at least 1, got {args.devices}")
-    conversion = settings.convert(settings.read(Path(args.file)), args.devices)
-    lines = report.conversion_lines(conversion)
+    conversion = to_recipe.convert(to_recipe.read(Path(args.file)), args.devices)
+    lines = conversion_report.conversion_lines(conversion)
     if args.out is None:
-        print(report.command(conversion), flush=True)
+        print(conversion_report.command(conversion), flush=True)
     else:
-        from jaxft.runs.convert import recipe_file
+        from jaxft.cli.convert import recipe_file
 
         recipe_file.write_recipe(Path(args.out), conversion, lines)
         lines.append(f"wrote {args.out}; jaxft train {args.out}")
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

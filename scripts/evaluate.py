@@ -47,7 +47,7 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser, add_adapters, add_compute_options
+    from jaxft.cli.cli import CommandParser, add_adapters, add_compute_options
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
@@ -105,7 +105,7 @@ def arguments(
 
     argv: its arguments, by default those of this process. scores: functions, as if --by had named them.
     """
-    from jaxft.runs.cli import check_weights_options
+    from jaxft.cli.cli import check_weights_options
 
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -144,7 +144,7 @@ def arguments(
     if way == TASKS and not args.names:
         parser.error("--tasks names no task; use names such as arc_easy,mmlu")
     if args.run is not None:
-        from jaxft.runs.store_copy import local_folder
+        from jaxft.runs.store.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -180,7 +180,7 @@ def generation_arguments(parser: argparse.ArgumentParser, text: str) -> dict[str
 def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
     from jaxft.rl import rewards
-    from jaxft.runs.parse import load_callable
+    from jaxft.runs.settings.parse import load_callable
     from jaxft.short_names import REWARDS
     from jaxft.tree import nearest, regex
 
@@ -231,13 +231,13 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     data: settings of the rows of each.
     """
     from jaxft.data.decision_rows import DecisionRows, is_decision
-    from jaxft.data.format_choice import split_column
-    from jaxft.data.mixture import held_out_sources
     from jaxft.data.pairs import PairRows
-    from jaxft.data.rows import read_rows
+    from jaxft.data.rows.dataset_rows import read_rows
+    from jaxft.data.rows.format_choice import split_column
+    from jaxft.data.rows.mixture import held_out_sources
     from jaxft.data.sft import Rows
     from jaxft.runs.named_weights import recorded_data
-    from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
+    from jaxft.train.evaluate.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
     if args.split is not None:
@@ -301,7 +301,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
-    from jaxft.train.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
+    from jaxft.train.evaluate.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 
     model, rows = next(iter(loaded.values())).model, args.split
     if isinstance(rows, DecisionRows):
@@ -326,12 +326,12 @@ def evaluate_completions(
     args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any], functions: list[Any]
 ) -> dict[str, Any]:
     """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
-    from jaxft.data.mixture import held_out_sources, parse_sources
-    from jaxft.data.rows import read_rows
+    from jaxft.data.rows.dataset_rows import read_rows
+    from jaxft.data.rows.mixture import held_out_sources, parse_sources
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.named_weights import held_out_names
-    from jaxft.train.samples import Completer
-    from jaxft.train.scores import CompletionScorer, scored_prompts
+    from jaxft.train.evaluate.samples import Completer
+    from jaxft.train.evaluate.scores import CompletionScorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
@@ -350,7 +350,7 @@ def evaluate_completions(
 
 def template_settings(data: dict[str, Any]) -> Any:
     """Return the settings of the chat template among the settings of rows."""
-    from jaxft.data.template_settings import TemplateSettings
+    from jaxft.data.chat.template_settings import TemplateSettings
 
     return TemplateSettings(**{k: x for k, x in data.items() if k in vars(TemplateSettings())})
 
@@ -359,16 +359,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and evaluate it: an Evaluated or a HarnessResult by the name of the adapter."""
     import jax
 
-    from jaxft.data.mixture import held_out_sources
-    from jaxft.data.rows import read_rows
-    from jaxft.data.settings import check_seed
+    from jaxft.data.data_settings import check_seed
+    from jaxft.data.rows.dataset_rows import read_rows
+    from jaxft.data.rows.mixture import held_out_sources
     from jaxft.distributed import sharding
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import load_each
     from jaxft.runs.named_weights import check_recorded_rows, prompt_settings
-    from jaxft.runs.served import named_adapters
-    from jaxft.train import harness
-    from jaxft.train.harness_model import HarnessSettings, generation_config_notes
+    from jaxft.serve.served import named_adapters
+    from jaxft.train.evaluate import harness
+    from jaxft.train.evaluate.harness_model import HarnessSettings, generation_config_notes
 
     check_seed(args.seed, "--seed")
     Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
@@ -478,7 +478,7 @@ def comparison_lines(found: dict[str, Any]) -> list[str]:
 
 def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write the results of tasks to --out, or else into the run's folder. Without either, write nothing."""
-    from jaxft.train import harness
+    from jaxft.train.evaluate import harness
 
     path = args.out
     if path is None and args.run:
@@ -520,7 +520,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -40,7 +40,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="a run's folder: its base and adapter, or its model")
@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     if args.text_only and (args.gguf or args.pack):
         parser.error("--gguf and --pack write a multimodal model's text decoder alone; leave --text-only out")
     if args.run is not None:
-        from jaxft.runs.store_copy import local_folder
+        from jaxft.runs.store.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -103,11 +103,11 @@ def arguments() -> argparse.Namespace:
 
 def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, Any]:
     """Return the importances of the inputs of the blocks' linear layers of the merged model."""
-    from jaxft.nn.quant import Quant
-    from jaxft.train.calibrate import Calibration, input_squares
-    from jaxft.train.export_gguf import importances_of
+    from jaxft.nn.quant.quant import Quant
+    from jaxft.train.export.calibrate import Calibration, input_squares
+    from jaxft.train.export.export_gguf import importances_of
     from jaxft.weights import pretrained
-    from jaxft.weights.layerwise import layer_paths
+    from jaxft.weights.calibrate.layer_calibration import layer_paths
 
     model, ref = source.model, source.ref
     paths = layer_paths(model.specs, Quant("int8"))
@@ -126,10 +126,10 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
 def main() -> int:
     """Merge, export, and print a summary."""
     args = arguments()
-    from jaxft.nn import quant
+    from jaxft.nn.quant import quant
     from jaxft.runs.named_weights import named_weights
-    from jaxft.train import export, export_gguf
-    from jaxft.weights import hf
+    from jaxft.train.export import export, export_gguf
+    from jaxft.weights.hf import hf
 
     named = named_weights(args.run, args.model, args.adapter)
     for line in named.notes:
@@ -161,7 +161,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -23,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to extend (REF)")
@@ -43,8 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Write the folder, and print what was added."""
     args = make_parser().parse_args()
-    from jaxft.runs.parse import parse_value
-    from jaxft.weights.extend import Extension, extend_model
+    from jaxft.runs.settings.parse import parse_value
+    from jaxft.weights.edit.extend import Extension, extend_model
 
     tokens = tuple(token for token in parse_value(args.tokens, tuple[str, ...]) if token)
     plain, special = ((), tokens) if args.special else (tokens, ())
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("base", help="the model that the adapter will be used on")
@@ -36,11 +36,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Extract, write, and print the errors."""
     args = make_parser().parse_args()
-    from jaxft.models.families import is_tied
-    from jaxft.weights import adapters, extract, pretrained
-    from jaxft.weights.adapter_limits import loading_notes
-    from jaxft.weights.card import base_name
-    from jaxft.weights.hub import locate
+    from jaxft.models.model_types import is_tied
+    from jaxft.weights import pretrained
+    from jaxft.weights.edit import extract
+    from jaxft.weights.hf.card import base_name
+    from jaxft.weights.hub.hub import locate
+    from jaxft.weights.peft import adapters
+    from jaxft.weights.peft.adapter_limits import loading_notes
 
     names = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
@@ -68,7 +70,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import DEFAULT_MODEL, CommandParser, add_adapters, add_compute_options
+    from jaxft.cli.cli import DEFAULT_MODEL, CommandParser, add_adapters, add_compute_options
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def arguments() -> argparse.Namespace:
     """Parse and check the command line."""
-    from jaxft.runs.cli import check_weights_options
+    from jaxft.cli.cli import check_weights_options
 
     parser = make_parser()
     args = parser.parse_args()
@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     if args.columns and (not args.file or args.file.endswith(".txt")):
         parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
     if args.run is not None:
-        from jaxft.runs.store_copy import local_folder
+        from jaxft.runs.store.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -107,8 +107,8 @@ def arguments() -> argparse.Namespace:
 
 def sources_of(args: argparse.Namespace) -> dict[str, Source]:
     """Resolve the command line to sources by the name of the adapter; for a run, from its config.json."""
-    from jaxft.runs import served
-    from jaxft.runs.cli import DEFAULT_MODEL
+    from jaxft.cli.cli import DEFAULT_MODEL
+    from jaxft.serve import served
 
     named = served.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
     for line in (line for weights in named.values() for line in weights.notes):
@@ -123,10 +123,10 @@ def sources_of(args: argparse.Namespace) -> dict[str, Source]:
 
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
-    from jaxft.data.conversation import PLAIN, prompt_of
-    from jaxft.data.format_choice import split_column
-    from jaxft.data.prompt_tokens import rename_columns
-    from jaxft.data.rows import Row, find_data, read_rows
+    from jaxft.data.packing.prompt_tokens import rename_columns
+    from jaxft.data.rows.conversation import PLAIN, prompt_of
+    from jaxft.data.rows.dataset_rows import Row, find_data, read_rows
+    from jaxft.data.rows.format_choice import split_column
 
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
     if is_plain and (args.chat_template_kwargs or args.system):
@@ -166,7 +166,7 @@ def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]
 
 def grammar_of(args: argparse.Namespace) -> str:
     """Return the grammar that completions must match, "" for any text."""
-    from jaxft.inference.constraint import json_grammar, regex_grammar
+    from jaxft.serve.constraint import json_grammar, regex_grammar
 
     if args.json_object:
         return json_grammar()
@@ -186,10 +186,10 @@ def grammar_of(args: argparse.Namespace) -> str:
 
 def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
     """Return the token ids of each prompt, as in training."""
-    from jaxft.data.chat import example_prompt_ids
-    from jaxft.data.example import Chat
-    from jaxft.data.invalid import valid
-    from jaxft.data.template_settings import DATE, TURN, TemplateSettings
+    from jaxft.data.chat.loss_mask import example_prompt_ids
+    from jaxft.data.chat.template_settings import DATE, TURN, TemplateSettings
+    from jaxft.data.rows.example import Chat
+    from jaxft.data.rows.invalid import valid
 
     if not tokenizer.chat_template and any(isinstance(prompt, Chat) for prompt in prompts):
         note = "the model has no chat template, so prompts are written as '### Instruction: ...'"
@@ -210,17 +210,17 @@ def completions(
     import jax
     import jax.numpy as jnp
 
-    from jaxft.data.settings import check_seed
+    from jaxft.data.data_settings import check_seed
     from jaxft.distributed import sharding
     from jaxft.engine.generate import generate
     from jaxft.engine.programs import Engine, compile_engine
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.session import RequestSettings, Session
     from jaxft.engine.state import Decoding, slots_for
-    from jaxft.inference.constraint import compile_grammar
     from jaxft.models.adapted import adapted
+    from jaxft.serve.constraint import compile_grammar
     from jaxft.weights import pretrained
-    from jaxft.weights.stop_tokens import stop_tokens
+    from jaxft.weights.hf.stop_tokens import stop_tokens
 
     check_seed(args.seed, "--seed")
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
@@ -274,8 +274,9 @@ def load_adapters(
     """Return the parameters that each source adds to the base, and the settings of its adapter, if it is one
     alone. Parameters of several have the same shapes.
     """
-    from jaxft.runs import served
-    from jaxft.weights import adapters, pretrained
+    from jaxft.serve import served
+    from jaxft.weights import pretrained
+    from jaxft.weights.peft import adapters
 
     if len(sources) == 1:
         ((name, source),) = sources.items()
@@ -294,7 +295,7 @@ def described(
     prompt: Any, tokenizer: Any, new: list[int], stop: tuple[int, ...], name: str
 ) -> dict[str, Any]:
     """Return a completion as an object. name: of its adapter, "" if there are not several."""
-    from jaxft.data.example import as_given
+    from jaxft.data.rows.example import as_given
     from jaxft.engine.sampling import without_stop
 
     text = without_stop(new, stop)
@@ -331,7 +332,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

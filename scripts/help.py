@@ -22,7 +22,7 @@ MOST = 12  # topics that are listed, those first that are most about the words
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("topic", nargs="*", metavar="TOPIC", help="a topic, words, a setting, or a command")
@@ -32,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def overview() -> str:
     """Return all topics by file."""
-    from jaxft.data.shipped import own_commands
-    from jaxft.runs import documentation
+    from jaxft.cli import documentation
+    from jaxft.data.rows.shipped import own_commands
 
     lines = [
         own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, with the name"),
@@ -49,8 +49,8 @@ def overview() -> str:
 
 def show(text: str) -> None:
     """Print Markdown; on a terminal with its tables and headings laid out."""
-    from jaxft.data.shipped import own_commands
-    from jaxft.runs.documentation import with_topics
+    from jaxft.cli.documentation import with_topics
+    from jaxft.data.rows.shipped import own_commands
 
     text = own_commands(with_topics(text))
     if not sys.stdout.isatty():
@@ -65,8 +65,8 @@ def show(text: str) -> None:
 def is_in_reference(word: str) -> bool:
     """Return whether a word is a setting, a knob, or a function with a short name; without loading jax."""
     from jaxft import short_names
-    from jaxft.runs.parse import recipe_names
-    from jaxft.runs.unknown_names import settings_called
+    from jaxft.runs.settings.parse import recipe_names
+    from jaxft.runs.settings.unknown_names import settings_called
 
     tables = [table for name, table in vars(short_names).items() if name.isupper()]
     return any(word in table for table in tables) or any(settings_called(word, r) for r in recipe_names())
@@ -76,11 +76,11 @@ def main() -> int:
     """Print the topics, or one of them."""
     args = make_parser().parse_args()
     words = args.topic
-    from jaxft.data.shipped import COMMANDS
-    from jaxft.runs import commands, documentation
+    from jaxft.cli import commands, documentation
+    from jaxft.data.rows.shipped import COMMANDS
 
     if args.all:
-        from jaxft.train import help_page
+        from jaxft.cli import help_page
 
         show(help_page.page())
         return 0
@@ -93,7 +93,7 @@ def main() -> int:
     known = documentation.topics()
     found = documentation.find_topics(words, known)
     if len(words) == 1 and is_in_reference(words[0]) and [t.name for t in found] != words:
-        from jaxft.train import help_page
+        from jaxft.cli import help_page
 
         print(help_page.described(words[0]))
         if found:
@@ -112,7 +112,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

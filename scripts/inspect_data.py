@@ -38,8 +38,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
+from jaxft.cli import cli
 from jaxft.data import prompts  # noqa: E402
-from jaxft.data.chat import HIDDEN_CALLS  # noqa: E402
+from jaxft.data.chat.loss_mask import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.decision_rows import DecisionRows  # noqa: E402
 from jaxft.data.inspection import (  # noqa: E402
     Inspected,
@@ -48,21 +49,22 @@ from jaxft.data.inspection import (  # noqa: E402
     inspect,
     row_problem,
 )
-from jaxft.data.invalid import DROP  # noqa: E402
-from jaxft.data.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
-from jaxft.data.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
+from jaxft.data.packing.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
+from jaxft.data.packing.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
+from jaxft.data.rows.invalid import DROP  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.steps import SolutionRows  # noqa: E402
 from jaxft.data.summary import token_pieces  # noqa: E402
-from jaxft.rl.record import inspect_episodes  # noqa: E402
-from jaxft.runs import cli, named_weights  # noqa: E402
+from jaxft.rl.rollout_files import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
-from jaxft.runs.parse import parse_value  # noqa: E402
+from jaxft.runs import named_weights  # noqa: E402
+from jaxft.runs.settings.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
-from jaxft.train import open_settings, recipes  # noqa: E402
+from jaxft.train import recipes  # noqa: E402
+from jaxft.train.start import open_settings
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("--source", metavar="RECIPE", help="print the source of this recipe")
@@ -31,11 +31,11 @@ def main() -> int:
     """Print the recipes, those for CPUs first."""
     args = make_parser().parse_args()
     if args.source:
-        from jaxft.runs.parse import find_recipe
+        from jaxft.runs.settings.parse import find_recipe
 
         print(find_recipe(args.source).read_text(encoding="utf-8"), end="")
         return 0
-    from jaxft.runs.documentation import shipped_recipes
+    from jaxft.cli.documentation import shipped_recipes
 
     recipes = shipped_recipes()
     if args.json:
@@ -58,7 +58,7 @@ def text(recipes: list[Any], width: int) -> str:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

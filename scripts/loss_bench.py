@@ -4,7 +4,7 @@
     python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
 
-A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.preference_losses or
+A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.losses.preference_losses or
 reference_free_losses; its knobs follow after commas. Curves are plotted in <out>/<name>.png. The exit code
 is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all together
 on one base, on the config's pairs (by default those in configs/data). Its table has the number of held-out
@@ -31,13 +31,13 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.objectives.check.laws import CLAIMS, check_loss  # noqa: E402
-from jaxft.objectives.check.probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
-from jaxft.runs import cli  # noqa: E402
-from jaxft.runs.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
-from jaxft.runs.parse import find_file, format_error  # noqa: E402
-from jaxft.runs.plots import Panel, draw  # noqa: E402
-from jaxft.runs.record import describe, differences  # noqa: E402
+from jaxft.cli import cli  # noqa: E402
+from jaxft.lab.loss_laws import CLAIMS, check_loss  # noqa: E402
+from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
+from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
+from jaxft.report.plots import Panel, draw  # noqa: E402
+from jaxft.runs.settings.parse import find_file, format_error  # noqa: E402
+from jaxft.runs.settings.record import describe, differences  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
 WIDTH = 120  # columns of a table in a file
@@ -224,11 +224,11 @@ def race(
 
     baseline: the label of the loss that the others are compared with, "" for none.
     """
-    from jaxft.runs import ranking
+    from jaxft.report import ranking
     from jaxft.runs.trackers.jsonl import METRICS, read_entries
-    from jaxft.train import open_settings
     from jaxft.train.settings import Scoring
-    from jaxft.train.sweep_runs import train_sweep
+    from jaxft.train.start import open_settings
+    from jaxft.train.sweep.sweep_runs import train_sweep
 
     resolved = open_settings.resolve(args.config, args.set)
     for text in args.set:

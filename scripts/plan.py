@@ -42,7 +42,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -90,10 +90,11 @@ def main() -> int:
 
 def print_plans(args: argparse.Namespace) -> int:
     """Compile and print what the command line names; return the exit code."""
+    from jaxft.cli import cli
     from jaxft.plan import costs, machines, plan, programs, search
     from jaxft.plan import text as plan_text
-    from jaxft.runs import cli, config
-    from jaxft.train import open_settings
+    from jaxft.runs.settings import config
+    from jaxft.train.start import open_settings
 
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # overrides may follow --devices
@@ -144,7 +145,8 @@ def print_plans(args: argparse.Namespace) -> int:
 def run_cost(run: Any, step: Any, price: float | None) -> Any:
     """Return the cost of a run whose train step is planned, None if its time is unknown."""
     from jaxft.plan import costs
-    from jaxft.weights import hub, pretrained
+    from jaxft.weights import pretrained
+    from jaxft.weights.hub import hub
 
     if step.estimate is None:
         return None
@@ -160,7 +162,7 @@ def run_cost(run: Any, step: Any, price: float | None) -> Any:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -26,7 +26,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("source", help="a run, a folder with weights, or a .gguf file")
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dtype and not args.merged:
         parser.error("--dtype is for the weights of --merged; other weights are pushed as they are")
-    from jaxft.runs.store_copy import local_folder
+    from jaxft.runs.store.store_copy import local_folder
 
     args.source = local_folder(args.source)
     return args
@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
 def adapter_to_merge(source: Path) -> Any:
     """Return the NamedWeights of a finished run, or of an adapter's folder. Raises ValueError for others."""
     from jaxft.runs.named_weights import named_weights
-    from jaxft.runs.push import finished_run
+    from jaxft.train.export.push import finished_run
 
     run = finished_run(source)
     named = named_weights(run, None, None if run else source)
@@ -66,7 +66,7 @@ def adapter_to_merge(source: Path) -> Any:
 
 def merge(named: Any, out: Path, dtype: str | None) -> None:
     """Write the model with the adapter merged into its base."""
-    from jaxft.train import export
+    from jaxft.train.export import export
 
     for line in named.notes:
         print(line, file=sys.stderr)
@@ -87,7 +87,7 @@ def decimal_size(count: float) -> str:
 def print_deletions(files: dict[str, Any], target: Any) -> None:
     """Print the files that a push would delete from the branch, or that they are not known."""
     from jaxft.runs.terminal import printable_line
-    from jaxft.weights.hub_upload import deletions
+    from jaxft.weights.hub.hub_upload import deletions
 
     stale = deletions(files, target)
     for name in stale or []:
@@ -100,9 +100,9 @@ def main() -> int:
     """Upload, and print the address and the commit."""
     args = arguments()
     from jaxft.distributed.temporary import temporary_folder
-    from jaxft.runs.push import files_to_push
     from jaxft.runs.terminal import printable_line
-    from jaxft.weights.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files
+    from jaxft.train.export.push import files_to_push
+    from jaxft.weights.hub.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files
 
     message = f"Upload {args.source.resolve().name} with jaxft" if args.message is None else args.message
     target = HubTarget(args.repo, args.revision, args.public, message)
@@ -136,7 +136,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -29,7 +29,7 @@ KINDS = ("int8", "fp8", "int4", "nf4", "fp4", "affine4")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to quantise (REF)")
@@ -64,7 +64,7 @@ def progress(line: str) -> None:
 
 def calibrate(args: argparse.Namespace, tokenizer: Any, quant: Any) -> Any:
     """Return the quantisation with calibrated codes, which are computed or taken from the cache."""
-    from jaxft.train.calibrate import Calibration, calibrated_codes, plan_file
+    from jaxft.train.export.calibrate import Calibration, calibrated_codes, plan_file
 
     columns = tuple(args.columns.split(",")) if args.columns else ()
     rows = Calibration(args.calibrate, columns, args.invalid, args.tokens, args.max_length)
@@ -76,8 +76,8 @@ def calibrate(args: argparse.Namespace, tokenizer: Any, quant: Any) -> Any:
 def main() -> int:
     """Quantise, write, and print a summary."""
     args = make_parser().parse_args()
-    from jaxft.nn.quant import Quant
-    from jaxft.train import export
+    from jaxft.nn.quant.quant import Quant
+    from jaxft.train.export import export
     from jaxft.weights import pretrained
 
     # both checks come before the calibration, which takes minutes
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs or sweeps")
@@ -29,9 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Write the page and print where it is."""
-    from jaxft.runs.page.document import write_report
-    from jaxft.runs.page.run_files import runs_among
-    from jaxft.runs.store_copy import is_fetched, local_folder
+    from jaxft.report.document import write_report
+    from jaxft.report.run_files import runs_among
+    from jaxft.runs.store.store_copy import is_fetched, local_folder
 
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -26,7 +26,7 @@ KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser, add_adapters
+    from jaxft.cli.cli import CommandParser, add_adapters
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="a reward run's folder")
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
     if args.run is not None:
-        from jaxft.runs.store_copy import local_folder
+        from jaxft.runs.store.store_copy import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -90,7 +90,7 @@ def step_scores(args: argparse.Namespace) -> StepScores:
     from jaxft.distributed import sharding
     from jaxft.objectives.process_reward import process_reward
     from jaxft.rl import reward_models
-    from jaxft.runs import served
+    from jaxft.serve import served
     from jaxft.weights import pretrained
 
     named = served.named_adapters(args.run, args.model, args.adapter, "")
@@ -148,14 +148,14 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
     import jax
     import jax.numpy as jnp
 
-    from jaxft.data.invalid import invalid_lines
     from jaxft.data.pairs import PairRows
+    from jaxft.data.rows.invalid import invalid_lines
     from jaxft.data.source import open_for
     from jaxft.distributed import sharding
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
-    from jaxft.runs import served
     from jaxft.runs.named_weights import prompt_settings
+    from jaxft.serve import served
     from jaxft.weights import pretrained
 
     named = served.named_adapters(args.run, args.model, args.adapter, "")
@@ -289,7 +289,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -22,8 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.inference.tool_calls import TOOL_FORMATS
-    from jaxft.runs.cli import CommandParser, add_compute_options, add_served_models
+    from jaxft.cli.cli import CommandParser, add_compute_options, add_served_models
+    from jaxft.data.chat.tool_calls import TOOL_FORMATS
 
     parser = CommandParser(__doc__)
     add_served_models(parser)
@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def arguments() -> argparse.Namespace:
     """Parse and check the command line."""
-    from jaxft.inference.server import KEY_VARIABLE, LOOPBACK
+    from jaxft.serve.server import KEY_VARIABLE, LOOPBACK
 
     parser = make_parser()
     args = parser.parse_args()
@@ -95,9 +95,9 @@ def require_server() -> None:
 
 def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> None:
     """Load the models, and serve them at a socket until SIGINT or SIGTERM."""
+    from jaxft.cli import cli
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.inference import server
-    from jaxft.runs import cli, served
+    from jaxft.serve import served, server
 
     named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
@@ -126,8 +126,8 @@ def main() -> int:
     """Load the models and serve them until SIGINT or SIGTERM."""
     args = arguments()
     require_server()
-    from jaxft.inference import server
     from jaxft.runs.terminal import printable_line
+    from jaxft.serve import server
 
     def log(text: str) -> None:
         print(printable_line(text), file=sys.stderr, flush=True)
@@ -139,7 +139,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

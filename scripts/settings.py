@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -36,10 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """List settings."""
     args = make_parser().parse_args()
-    from jaxft.runs.parse import recipe_names
-    from jaxft.runs.settings_list import listed, matching
-    from jaxft.runs.unknown_names import advice, nearest_settings, setting_names
-    from jaxft.train.help_page import COMPARED_RECIPES, settings_of_any_run, settings_of_recipe
+    from jaxft.cli.help_page import COMPARED_RECIPES, settings_of_any_run, settings_of_recipe
+    from jaxft.runs.settings.parse import recipe_names
+    from jaxft.runs.settings.settings_list import listed, matching
+    from jaxft.runs.settings.unknown_names import advice, nearest_settings, setting_names
 
     recipe, words = args.config, args.words
     if recipe is None and words and (words[0] in recipe_names() or words[0].endswith(".py")):
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

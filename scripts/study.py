@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("study", help="a Python file with study() -> Study")
@@ -34,7 +34,7 @@ def main() -> int:
     from jaxft.distributed import processes
     from jaxft.lab.halving import run_study
     from jaxft.lab.study import load_study
-    from jaxft.train.clock import Clock
+    from jaxft.train.logs.clock import Clock
 
     processes.require_single_process("a study")
     clock = Clock()
@@ -49,8 +49,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, terminal
+    from jaxft.runs import interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()

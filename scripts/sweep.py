@@ -27,7 +27,7 @@ MAX_RUNS = 64  # more than this is most likely a mistake
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -117,11 +117,11 @@ def main() -> int:
     args = make_parser().parse_intermixed_args()
     from dataclasses import replace
 
+    from jaxft.cli import cli
     from jaxft.distributed import processes
-    from jaxft.runs import cli
-    from jaxft.train import open_settings
-    from jaxft.train.clock import Clock
-    from jaxft.train.sweep_runs import train_sweep
+    from jaxft.train.logs.clock import Clock
+    from jaxft.train.start import open_settings
+    from jaxft.train.sweep.sweep_runs import train_sweep
 
     processes.require_single_process("a sweep")
     clock = Clock()
@@ -145,8 +145,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, terminal
+    from jaxft.runs import interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()

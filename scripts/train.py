@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.runs.cli import CommandParser
+    from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__, add_help=False)
     parser.add_argument(
@@ -36,14 +36,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, load the config, and train."""
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     parser = make_parser()
     args = parser.parse_intermixed_args()
     if args.help:
         knobs = ""
         if args.config or args.overrides:
-            from jaxft.runs.settings_list import help_text, settings_of
+            from jaxft.runs.settings.settings_list import help_text, settings_of
             from jaxft.train.settings import Run
 
             recipe, _ = cli.recipe_and_overrides(args.config, args.overrides)
@@ -53,15 +53,16 @@ def main() -> int:
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
-    from jaxft.train import loop, open_settings
-    from jaxft.train.clock import Clock
+    from jaxft.train import loop
+    from jaxft.train.logs.clock import Clock
+    from jaxft.train.start import open_settings
 
     if args.dry_run:
         from jaxft.plan import dry_run
-        from jaxft.runs import config
+        from jaxft.runs.settings import config
         from jaxft.runs.trackers.tracker import check_trackers
-        from jaxft.train.jobs import run_folder
         from jaxft.train.recipes import without_model_weights
+        from jaxft.train.start.jobs import run_folder
 
         with without_model_weights():
             settings, lines = open_settings.fitted_here(open_settings.resolve(recipe, overrides))
@@ -82,8 +83,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli, interrupt, terminal
+    from jaxft.runs import interrupt, terminal
 
     xla_flags.restart()
     interrupt.accept_interrupts()

@@ -31,17 +31,20 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_place
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, row_csv, row_files, shipped, template
+from jaxft.cli import cli
+from jaxft.data.chat import loss_mask, template
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
+from jaxft.data.rows import row_csv, row_files, shipped
 from jaxft.data.sft import Rows
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.nn.quant import quant_setting
-from jaxft.runs import cli
+from jaxft.nn.quant.quant import quant_setting
 from jaxft.runs import folder as runfolder
-from jaxft.weights import peft, peft_write, pretrained, safetensors
+from jaxft.weights import pretrained
+from jaxft.weights.hf import safetensors
+from jaxft.weights.peft import peft, peft_write
 
 
 def name_of(*parts, most=100):
@@ -168,10 +171,10 @@ def test_chat_templates(monkeypatch, capsys, source):
     tokenizer = tiny.__wrapped__("chatml")
     tokenizer.chat_template = source
     turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
-    example = chat.Chat("rows.jsonl:7", turns, 1)
+    example = loss_mask.Chat("rows.jsonl:7", turns, 1)
 
     def work():
-        for outcome in chat.tokenise_examples([example], tokenizer):
+        for outcome in loss_mask.tokenise_examples([example], tokenizer):
             if isinstance(outcome, Exception):
                 raise outcome
 

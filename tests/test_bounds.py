@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 
-from jaxft.bounds import (
+from jaxft.annotations import (
     ABOVE_ZERO,
     ABOVE_ZERO_TO_ONE,
     BELOW_ONE,
@@ -22,7 +22,7 @@ from jaxft.bounds import (
     one_of,
 )
 from jaxft.distributed.processes import Hosts
-from jaxft.runs.parse import describe_kind
+from jaxft.runs.settings.parse import describe_kind
 from jaxft.train.settings import Loop
 
 

@@ -14,20 +14,21 @@ from gguf_files import byte_level, toy_vocabulary, write_gguf
 from tiny_llama import tiny_torch, write_folder
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat
-from jaxft.data.example import Chat, Completion, Text
+from jaxft.data.chat import loss_mask
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
+from jaxft.data.rows.example import Chat, Completion, Text
 from jaxft.data.sft import Rows
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.nn.quant import quant_setting
-from jaxft.runs import compare
+from jaxft.nn.quant.quant import quant_setting
+from jaxft.report import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers import jsonl
-from jaxft.weights import adapters, peft, peft_write, pretrained
+from jaxft.weights import pretrained
 from jaxft.weights.param_reader import read_whole
+from jaxft.weights.peft import adapters, peft, peft_write
 
 CASES, SEED = int(os.environ.get("FUZZ_CASES", "200")), int(os.environ.get("FUZZ_SEED", "0"))
 SHOWN = 20  # failures
@@ -46,8 +47,8 @@ def load_model(ref):
 def tokenise(tokenizer):
     """Tokenise a text, a completion and a conversation."""
     turns = ({"role": "user", "content": "hello 123"}, {"role": "assistant", "content": "it is 5"})
-    list(chat.tokenise_examples([Text("row 1", "some text"), Completion("row 2", "a", "b")], tokenizer))
-    list(chat.tokenise_examples([Chat("row 3", turns, 1)], tokenizer))
+    list(loss_mask.tokenise_examples([Text("row 1", "some text"), Completion("row 2", "a", "b")], tokenizer))
+    list(loss_mask.tokenise_examples([Chat("row 3", turns, 1)], tokenizer))
 
 
 def run_cases(damage, work, name):

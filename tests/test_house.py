@@ -249,7 +249,7 @@ def test_only_the_families_write_templates_of_tensor_names_and_only_the_table_fi
     GGUF files are translated in gguf_architectures.py.
     """
     fields = ("{i}", "{x}", "model.layers.")
-    translated = {"jaxft.nn.tensor_names", "jaxft.weights.gguf_architectures"}
+    translated = {"jaxft.nn.tensor_names", "jaxft.weights.gguf.gguf_architectures"}
     for file in MODULES:
         name = module_of(file)
         if not within(name, "jaxft.models") and name not in translated:
@@ -311,7 +311,11 @@ def test_only_the_tables_of_axes_and_names_and_model_families_name_experts():
     named = {name_of(file) for file in MODULES if "expert" in file.read_text()}
     tables = {"jaxft/nn/param.py", "jaxft/nn/tensor_names.py", "jaxft/distributed/sharding.py"}
     tables |= {"jaxft/train/programs.py"}  # the check of mesh.expert
-    others = ("jaxft/models/", "jaxft/weights/gguf_", "jaxft/runs/option_names.py")  # families, refusals
+    others = (
+        "jaxft/models/",
+        "jaxft/weights/gguf_",
+        "jaxft/runs/settings/option_names.py",
+    )  # families, refusals
     assert {name for name in named if not name.startswith(others)} == tables
 
 

@@ -9,9 +9,9 @@ import pytest
 from tiny_model import CONFIG
 
 from jaxft import tree
-from jaxft.models.llama import llama
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import QTensor, quantize
+from jaxft.models.families.llama import llama
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import QTensor, quantize
 from jaxft.train.partition import partition_params, split_params
 from jaxft.tree import combine, mask_by_path, partition, static, struct
 

@@ -11,26 +11,26 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxft.annotations import one_of
 from jaxft.batch import Decisions, Tokens
-from jaxft.bounds import one_of
-from jaxft.data import chat
-from jaxft.data.cache import ColumnTypes
+from jaxft.data.chat import loss_mask
+from jaxft.data.data_settings import DataSettings
 from jaxft.data.decisions import LABEL, LETTERS, answer_tokens
-from jaxft.data.example import RESPONSE, Decision, DecisionChoice, ParsedRow
-from jaxft.data.format_choice import choose_format, count_columns, parse_dataset, rename_rows
-from jaxft.data.formats import DECISIONS, formats_of
-from jaxft.data.invalid import InvalidRow, attempt, valid
-from jaxft.data.mixture import held_out_sources, parse_sources
-from jaxft.data.pack import RowPlan, ranges
-from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.row_files import Row
+from jaxft.data.packing.cache import ColumnTypes
+from jaxft.data.packing.pack import RowPlan, ranges
+from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.packing.sft_tokens import remedy_for_too_long, text_columns
+from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.rows import read_rows
-from jaxft.data.settings import DataSettings
+from jaxft.data.rows.dataset_rows import read_rows
+from jaxft.data.rows.example import RESPONSE, Decision, DecisionChoice, ParsedRow
+from jaxft.data.rows.format_choice import choose_format, count_columns, parse_dataset, rename_rows
+from jaxft.data.rows.formats import DECISIONS, formats_of
+from jaxft.data.rows.invalid import InvalidRow, attempt, valid
+from jaxft.data.rows.mixture import held_out_sources, parse_sources
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import PackedBatches, Rows
-from jaxft.data.sft_tokens import remedy_for_too_long, text_columns
 from jaxft.data.source import RowSource
-from jaxft.data.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 
 CHOICES = "choices"  # an extra: the tokens of all choices
 TOO_LONG = ("drop", "error")
@@ -49,7 +49,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
     """Yield each row as a prompt and the token of its most probable choice, [] if it is too long."""
     template = reader.settings.template
     chats = [_decision(row).prompt(template.arguments) for row in rows if isinstance(row, ParsedRow)]
-    prompts = chat.example_prompt_ids(chats, reader.tokenizer, template)
+    prompts = loss_mask.example_prompt_ids(chats, reader.tokenizer, template)
     for row in rows:
         yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
 

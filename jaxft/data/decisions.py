@@ -22,10 +22,10 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxft.data.columns import messages_of, template_arguments_of, text_of, with_system
-from jaxft.data.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
-from jaxft.data.invalid import InvalidRow, similar_names
-from jaxft.data.rows import Row
+from jaxft.data.rows.columns import messages_of, template_arguments_of, text_of, with_system
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
+from jaxft.data.rows.invalid import InvalidRow, similar_names
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
 LETTERS = string.ascii_uppercase

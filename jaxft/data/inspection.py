@@ -12,15 +12,15 @@ import numpy as np
 
 from jaxft.batch import Tokens
 from jaxft.data import prompts
-from jaxft.data.invalid import InvalidCount, InvalidRow
-from jaxft.data.lengths import measure_dataset
-from jaxft.data.mixture import SplitRows, held_out_sources, parse_sources
+from jaxft.data.packing.lengths import measure_dataset
+from jaxft.data.packing.prompt_tokens import row_fields
+from jaxft.data.packing.tokenised import LABELS, TOKEN_WEIGHTS, TokenisedRows
 from jaxft.data.pairs import PairRows, PairSource
-from jaxft.data.prompt_tokens import row_fields
 from jaxft.data.prompts import PromptRows, Prompts
+from jaxft.data.rows.invalid import InvalidCount, InvalidRow
+from jaxft.data.rows.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource
-from jaxft.data.tokenised import LABELS, TOKEN_WEIGHTS, TokenisedRows
 
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxft.data.mixture import SplitRows
+from jaxft.data.rows.mixture import SplitRows
 
 
 @dataclass

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxft.annotations import at_least, between, one_of
 from jaxft.batch import Pairs
-from jaxft.bounds import at_least, between, one_of
-from jaxft.data import pair_plan as planning
-from jaxft.data.epochs import epochs_of
-from jaxft.data.mixture import sources_with_metrics, split_rows
-from jaxft.data.pack import RowPlan, RowShape, round_up
-from jaxft.data.pair_layout import (
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.packing import pair_plan as planning
+from jaxft.data.packing.epochs import epochs_of
+from jaxft.data.packing.pack import RowPlan, RowShape, round_up
+from jaxft.data.packing.pair_layout import (
     PairLayout,
     batch_means,
     fill_pairs,
@@ -28,11 +28,12 @@ from jaxft.data.pair_layout import (
     values_by_pair,
     with_sources,
 )
-from jaxft.data.pair_tokens import PAIR_TASK, mismatch_responses
-from jaxft.data.published_formats import kinds_of_ranking, rating_columns
-from jaxft.data.reader import RowTask
+from jaxft.data.packing.pair_tokens import PAIR_TASK, mismatch_responses
+from jaxft.data.packing.reader import RowTask
+from jaxft.data.packing.tokenised import PROMPT_END_MOVED, TokenisedRows
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.settings import DataSettings
+from jaxft.data.rows.mixture import sources_with_metrics, split_rows
+from jaxft.data.rows.published_formats import kinds_of_ranking, rating_columns
 from jaxft.data.source import (
     BatchLayout,
     Prompt,
@@ -43,8 +44,7 @@ from jaxft.data.source import (
     source_info,
     step_tokens,
 )
-from jaxft.data.tokenised import PROMPT_END_MOVED, TokenisedRows
-from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
+from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 
 TOO_LONG = ("truncate", "drop", "error")
 WEIGHTING = ("pair", "token")

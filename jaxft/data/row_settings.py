@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from jaxft.data.conversation import PLAIN
-from jaxft.data.row_text import DOCUMENT
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.rows.conversation import PLAIN
+from jaxft.data.rows.row_text import DOCUMENT
 
 
 @dataclass(frozen=True)

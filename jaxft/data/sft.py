@@ -13,18 +13,20 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxft.annotations import at_least, one_of
 from jaxft.batch import Tokens
-from jaxft.bounds import at_least, one_of
-from jaxft.data import chat, pack
-from jaxft.data.epochs import epochs_of
-from jaxft.data.example import RESPONSE
-from jaxft.data.mixture import sources_with_metrics, split_rows
-from jaxft.data.pack import RowPlan
-from jaxft.data.reader import RowTask
+from jaxft.data.chat import loss_mask
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.packing import pack
+from jaxft.data.packing.epochs import epochs_of
+from jaxft.data.packing.pack import RowPlan
+from jaxft.data.packing.reader import RowTask
+from jaxft.data.packing.sft_tokens import SFT_TASK
+from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.row_text import DOCUMENT, SAMPLE_BY
-from jaxft.data.settings import DataSettings
-from jaxft.data.sft_tokens import SFT_TASK
+from jaxft.data.rows.example import RESPONSE
+from jaxft.data.rows.mixture import sources_with_metrics, split_rows
+from jaxft.data.rows.row_text import DOCUMENT, SAMPLE_BY
 from jaxft.data.source import (
     BatchLayout,
     Prompt,
@@ -35,7 +37,6 @@ from jaxft.data.source import (
     source_info,
     step_tokens,
 )
-from jaxft.data.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
@@ -62,7 +63,7 @@ class Rows(DataSettings):
     batch counts packed rows, or examples without packing.
     """
 
-    loss_on: Annotated[str, one_of(chat.LOSS_ON)] = "assistant"
+    loss_on: Annotated[str, one_of(loss_mask.LOSS_ON)] = "assistant"
     max_length: Annotated[int, at_least(2)] = 1024
     too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
     packing: Packing = True

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.batch import TrainState
-from jaxft.data.epochs import Epochs
-from jaxft.data.invalid import InvalidCount
-from jaxft.data.mixture import SplitRows
-from jaxft.data.pack import RowPlan
-from jaxft.data.settings import DataSettings
-from jaxft.data.tokenised import count_ids, preview
-from jaxft.nn.layer_attention import AttentionLayers
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.packing.epochs import Epochs
+from jaxft.data.packing.pack import RowPlan
+from jaxft.data.packing.tokenised import count_ids, preview
+from jaxft.data.rows.invalid import InvalidCount
+from jaxft.data.rows.mixture import SplitRows
+from jaxft.nn.attention.layer_attention import AttentionLayers
 from jaxft.tree import Batch, Metrics
 
 # The type that a source is bound to: `object` for fixed rows, rl's BoundRun for rollouts.

@@ -13,20 +13,20 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from jaxtyping import Bool
 
+from jaxft.annotations import one_of
 from jaxft.batch import Tokens
-from jaxft.bounds import one_of
-from jaxft.data import formats
-from jaxft.data.cache import ColumnTypes
-from jaxft.data.chat import LOSS_ON
-from jaxft.data.example import RESPONSE, ParsedRow, Solution
-from jaxft.data.invalid import InvalidRow, attempt
-from jaxft.data.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.chat.loss_mask import LOSS_ON
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.packing.cache import ColumnTypes
+from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.packing.sft_tokens import remedy_for_too_long, text_columns
+from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.settings import DataSettings
+from jaxft.data.rows import formats
+from jaxft.data.rows.example import RESPONSE, ParsedRow, Solution
+from jaxft.data.rows.invalid import InvalidRow, attempt
 from jaxft.data.sft import Rows
-from jaxft.data.sft_tokens import remedy_for_too_long, text_columns
 from jaxft.data.source import RowSource
-from jaxft.data.tokenised import LABELS, MASS, TOKEN_WEIGHTS, TokenisedRows, ragged
 
 TOO_LONG = ("truncate", "drop", "error")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.inspection import Inspected, ShownExample, ShownPart
-from jaxft.data.mixture import SplitRows
+from jaxft.data.rows.mixture import SplitRows
 from jaxft.data.source import length_percentiles
 
 COUNTED_ROWS = 20_000  # training rows whose lengths are counted

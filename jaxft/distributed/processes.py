@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.bounds import ABOVE_ZERO, check_bounds, count_from
+from jaxft.annotations import ABOVE_ZERO, check_bounds, count_from
 from jaxft.distributed import exit, launch, sharding, sync
 from jaxft.distributed.exit import shorten_error
 from jaxft.distributed.sync import is_first
@@ -212,7 +212,7 @@ def process_name() -> str:
 
 
 def one_line_of(error: BaseException) -> str:
-    """Return the message of an error on one line, in the format of jaxft.runs.cli."""
+    """Return the message of an error on one line, in the format of jaxft.cli.cli."""
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

@@ -42,7 +42,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "from_heads": ("tensor", *SPARE),
     "from_mlp": ("tensor", *SPARE),
     "out_width": (),
-    # Kernels of several projections (models/phi3.py): stored sharded over inputs, since a contiguous part
+    # Kernels of several projections (models/families/phi3.py): stored sharded over inputs, since a contiguous part
     # of their outputs is not a part of the heads. "part_shards": the outputs that each device computes.
     "fused_width": (*SPARE, "tensor"),
     "fused_kv_heads": (),
@@ -264,7 +264,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
     """Return the logical axes of a weight in a matmul: gathered along fsdp and context, but not tensor."""
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
-    used["fused_width"] = "part_shards"  # see models/phi3.py
+    used["fused_width"] = "part_shards"  # see models/families/phi3.py
     return tuple(used.get(axis, axis) for axis in axes)
 
 

@@ -6,4 +6,5 @@ programs.py: the programs: start, extend, decode, keep
 session.py: which request has which row
 generate.py: completions of a list of prompts
 scheduler.py: a session in a thread, for a server: a queue, cancelling, conversations that go on
+text_stream.py: text while tokens arrive, up to a stop string
 """

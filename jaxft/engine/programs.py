@@ -39,7 +39,7 @@ from jaxft.engine.state import (
     row_levels,
     state_shapes,
 )
-from jaxft.nn.cache import (
+from jaxft.nn.attention.cache import (
     Cache,
     GivenChunk,
     NextToken,
@@ -50,7 +50,7 @@ from jaxft.nn.cache import (
     sharded,
     widen_prompts,
 )
-from jaxft.nn.cached_attention import RowGroups
+from jaxft.nn.attention.cached_attention import RowGroups
 from jaxft.tree import Params
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds, count_from
 from jaxft.batch import Tokens
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds, count_from
 from jaxft.tree import struct
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled

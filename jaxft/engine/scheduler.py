@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.bounds import at_least, check_bounds
+from jaxft.annotations import at_least, check_bounds
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import BUCKET, NONFINITE, Sampling
 from jaxft.engine.session import RequestSettings, Running, Session
 from jaxft.engine.state import Decoding, Slots, key_data
 from jaxft.models.model import Model
-from jaxft.nn.cache import CacheFormat
+from jaxft.nn.attention.cache import CacheFormat
 from jaxft.tree import Params
 
 End = Literal["stop", "length", "cancelled", "error"]

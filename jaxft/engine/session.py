@@ -24,7 +24,7 @@ from jaxft.engine.state import (
     key_data,
     new_prompts,
 )
-from jaxft.nn.lora_rows import BASE
+from jaxft.nn.adapters.lora_rows import BASE
 from jaxft.tree import Params
 
 Finish = Literal["stop", "length", "error"]
@@ -36,9 +36,9 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 class RequestSettings:
     """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
 
-    sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/lora_rows.py. top: whether
+    sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/adapters/lora_rows.py. top: whether
     log-probs of the most likely tokens are needed; among_allowed: of those that the grammar allows. grammar:
-    what the completion must match, a Grammar of inference/constraint.py. key: data of the random key, None
+    what the completion must match, a Grammar of serve/constraint.py. key: data of the random key, None
     for the session's.
     """
 

@@ -1,6 +1,6 @@
 """The static arguments of an engine, the sizes of its programs, and the rows in progress as arrays.
 
-A state has R rows, which are completions in progress, and P prompts (nn/cache.py). Whatever a request chooses
+A state has R rows, which are completions in progress, and P prompts (nn/attention/cache.py). Whatever a request chooses
 is an array with a value per row, so that nothing is compiled while an engine runs.
 """
 
@@ -17,8 +17,8 @@ from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, left_pad, row_sampling
 from jaxft.models.model import Model
-from jaxft.nn.cache import SLOTS_PER_READ, Cache, CacheFormat, CacheParts, cache_axes, row_slots
-from jaxft.nn.lora_rows import BASE
+from jaxft.nn.adapters.lora_rows import BASE
+from jaxft.nn.attention.cache import SLOTS_PER_READ, Cache, CacheFormat, CacheParts, cache_axes, row_slots
 from jaxft.tree import struct
 
 NO_TOKEN = -1
@@ -180,7 +180,7 @@ class RowChoices:
     """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: see nn/lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.
+    adapter: see nn/adapters/lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.
     """
 
     sampling: RowSampling

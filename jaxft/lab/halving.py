@@ -33,15 +33,15 @@ from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.record import describe
+from jaxft.runs.settings.record import describe
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_value
-from jaxft.train.clock import Clock
 from jaxft.train.compiled import Compiled, States
-from jaxft.train.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
+from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import start
 from jaxft.train.settings import steps_between
-from jaxft.train.sweep import Sweep
-from jaxft.train.sweep_programs import compile_sweep
+from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
+from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep.sweep_programs import compile_sweep
 from jaxft.tree import Params
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"

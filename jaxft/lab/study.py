@@ -3,8 +3,8 @@
 A study's file has a function `study() -> Study`:
 
     from jaxft.lab.study import LogRange, SearchedLoss, Study
-    from jaxft.objectives.preference_losses import dpo, ipo
-    from jaxft.runs.config import load_config
+    from jaxft.objectives.losses.preference_losses import dpo, ipo
+    from jaxft.runs.settings.config import load_config
 
     def study() -> Study:
         return Study(
@@ -32,13 +32,13 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Array
 
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
+from jaxft.lab.named_losses import loss_knobs
 from jaxft.objectives.pair import check_knobs, declaration, loss_name
 from jaxft.objectives.preference_metrics import ACCURACY, MARGIN
 from jaxft.runs.environment import versions
-from jaxft.runs.named_losses import loss_knobs
-from jaxft.runs.parse import find_file, run_file
-from jaxft.runs.record import describe, differences
+from jaxft.runs.settings.parse import find_file, run_file
+from jaxft.runs.settings.record import describe, differences
 from jaxft.train.settings import Run
 from jaxft.tree import nearest
 

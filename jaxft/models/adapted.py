@@ -9,9 +9,9 @@ from typing import Any
 
 from jaxft.models.heads import TEACHER, shares_base, view
 from jaxft.models.model import Model
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, attach
-from jaxft.nn.lora_rows import specs_like
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, Several, attach
+from jaxft.nn.adapters.lora_rows import specs_like
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.tree import Params
 
 
@@ -58,7 +58,7 @@ def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> M
 
 def adapted_like(model: Model, adapter: Params) -> Model:
     """Return the model over {"base", "adapter"}, where the adapter has no settings: one of several of equal
-    shapes, see nn/lora_rows.py.
+    shapes, see nn/adapters/lora_rows.py.
     """
     return replace(
         adapted(model, None), specs={"base": model.specs, "adapter": specs_like(model.specs, adapter)}
@@ -68,7 +68,7 @@ def adapted_like(model: Model, adapter: Params) -> Model:
 def adapted_by_row(model: Model) -> Model:
     """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
 
-    See nn/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
+    See nn/adapters/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
     """
 
     def attached(params: Params) -> Params:

@@ -24,11 +24,11 @@ from jaxft import tree
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_options, layer_axes
-from jaxft.nn.attention import AttentionSettings
-from jaxft.nn.attention_mixer import attention_mixer
-from jaxft.nn.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
+from jaxft.nn.attention.attention import AttentionSettings
+from jaxft.nn.attention.attention_mixer import attention_mixer
+from jaxft.nn.attention.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
+from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras
 from jaxft.nn.contractions import accumulation_dtype
-from jaxft.nn.layer_attention import Attend, AttentionLayers, Extras
 from jaxft.nn.layers import (
     biased_linear,
     embed_tokens,
@@ -41,7 +41,7 @@ from jaxft.nn.layers import (
 from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.matmul import gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
-from jaxft.nn.scan import (
+from jaxft.nn.stack import (
     BlockLayer,
     Layer,
     Mix,
@@ -59,7 +59,7 @@ from jaxft.nn.scan import (
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Batch, LayerOutputs, Params
 
-# (options, params, h [B, T, D], mix, dropout key) -> (h, the extras of mix); see nn/scan.py.
+# (options, params, h [B, T, D], mix, dropout key) -> (h, the extras of mix); see nn/stack.py.
 LayerFunction = Callable[[ForwardOptions, Params, Array, Mix, Array | None], tuple[Array, Extras]]
 Norm = Callable[[Array, Array, float, DTypeLike], Array]
 ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -207,7 +207,7 @@ def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:
 
 
 def _one_layer(f: ForwardOptions, compute: LayerFunction, specs: Specs) -> Layer:
-    """Return a layer's function for nn/scan.py. It gathers the layer's parameters, adds to the residual
+    """Return a layer's function for nn/stack.py. It gathers the layer's parameters, adds to the residual
     stream in float32 or wider, and rounds that once, to its own dtype.
     """
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from jaxft.bounds import POSITIVE_FLOAT32, between, check_bounds
+from jaxft.annotations import POSITIVE_FLOAT32, between, check_bounds
 from jaxft.models.rope_config import (
     LAYER_TYPES,
     extended_positions,

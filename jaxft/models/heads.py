@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.models.model import Model
+from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, Several, join_adapters
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.contractions import accumulation_dtype
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, Several, join_adapters
-from jaxft.nn.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.tensor_names import TensorName
 from jaxft.tree import Params, static, struct

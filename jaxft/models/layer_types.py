@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxft.nn.layer_attention import AttentionLayers, LayerKind
+from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.nn.cache import Cache
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.attention.cache import Cache
+from jaxft.nn.attention.layer_attention import AttentionLayers
 from jaxft.nn.contractions import accumulation_dtype
-from jaxft.nn.layer_attention import AttentionLayers
-from jaxft.nn.lora import Adapter
 from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
-from jaxft.nn.scan import RematPolicy, Stacks, check_remat
+from jaxft.nn.stack import RematPolicy, Stacks, check_remat
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import LayerOutputs, Params
 
@@ -75,7 +75,7 @@ class Model:
     specs: ParamSpec tree of all parameters.
     weight_names: names of the tensors in Hugging Face files by path; see nn/tensor_names.py.
     attention: rope, window and soft cap of each layer.
-    stacks: the layers, see nn/scan.py, where run_layer computes a single one.
+    stacks: the layers, see nn/stack.py, where run_layer computes a single one.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
         of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and for the embeddings' noise of

@@ -32,7 +32,7 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.quant import is_qtensor
+from jaxft.nn.quant.quant import is_qtensor
 from jaxft.tree import Params
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import TEACHER
 from jaxft.models.model import Model
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant
 
 
 @dataclass(frozen=True)

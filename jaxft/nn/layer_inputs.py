@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxft import tree
-from jaxft.nn.quant import is_qtensor
+from jaxft.nn.quant.quant import is_qtensor
 from jaxft.tree import Params, static, struct
 
 

@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.distributed import sharding
+from jaxft.nn.adapters.full_modules import Replaced, TokenRows
+from jaxft.nn.adapters.lora import Adapted
+from jaxft.nn.adapters.lora_rows import chosen
 from jaxft.nn.contractions import accumulation_dtype, from_bits, to_bits
-from jaxft.nn.full_modules import Replaced, TokenRows
-from jaxft.nn.lora import Adapted
-from jaxft.nn.lora_rows import chosen
 from jaxft.nn.matmul import Weight, batched_dot, gather_weight, linear, matmul
-from jaxft.nn.quant import QTensor, take_rows
+from jaxft.nn.quant.quant import QTensor, take_rows
 from jaxft.tree import Params
 
 

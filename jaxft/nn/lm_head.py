@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft.nn import dora
-from jaxft.nn.full_modules import Replaced, TokenRows
+from jaxft.nn.adapters import dora
+from jaxft.nn.adapters.full_modules import Replaced, TokenRows
+from jaxft.nn.adapters.lora import Adapted
+from jaxft.nn.adapters.lora_rows import adapters_of_rows
 from jaxft.nn.layers import with_token_rows
-from jaxft.nn.lora import Adapted
-from jaxft.nn.lora_rows import adapters_of_rows
 from jaxft.nn.matmul import Weight, batched_dot, expand, expand_after, group_rows, matmul
-from jaxft.nn.quant import LIKE_WEIGHT, QTensor, take_rows
+from jaxft.nn.quant.quant import LIKE_WEIGHT, QTensor, take_rows
 
 
 def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -11,12 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.distributed import sharding
-from jaxft.nn import dora, fp8
+from jaxft.nn.adapters import dora
+from jaxft.nn.adapters.lora import Adapted
+from jaxft.nn.adapters.lora_rows import adapters_of_rows
 from jaxft.nn.contractions import accumulation_dtype, concat_bits, wide_dot
 from jaxft.nn.layer_inputs import InputTap
-from jaxft.nn.lora import Adapted
-from jaxft.nn.lora_rows import adapters_of_rows
-from jaxft.nn.quant import QTensor, dequantize, shardings_of
+from jaxft.nn.quant import fp8
+from jaxft.nn.quant.quant import QTensor, dequantize, shardings_of
 
 Weight = Any  # Array | QTensor | Adapted | InputTap
 
@@ -129,7 +130,7 @@ def matmul(
     dtype.
 
     w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
-    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/fp8.py), but not for a `wide`
+    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/quant/fp8.py), but not for a `wide`
     result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the fast path
     of every backend), and the gradient of a weight has the precision of the accumulator.
     """

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds
 from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import to_rank
 

@@ -2,18 +2,13 @@
 
 objective.py: the Objective type
 sft.py: cross-entropy
-target_loss.py: the loss of a token: label smoothing, z-loss, dynamic fine-tuning
 pair.py: the interface of preference losses: PairBatch, and the facts that a loss declares
 preference.py: the objective around a preference loss: reference (also TR-DPO's moving one), reward, metrics
-preference_losses.py: preference losses, one function each
-reference_free_losses.py: preference losses without a reference
-ranking_losses.py: losses of rankings
 preference_metrics.py: metrics of pairs
 reward_model.py: Bradley-Terry reward models
 decision.py: probabilities of given choices, trained by proper scoring rules; metrics
 process_reward.py: process reward models: a score for each step of a solution
 policy.py: the objective around a policy loss
-policy_losses.py: PPO's clip, GSPO, CISPO, ...
 critic.py: value loss
 kl.py: KL estimators and penalties
 logprobs.py: log-probs without whole logits
@@ -21,5 +16,4 @@ read_positions.py: the positions of a row whose log-probs are needed
 metrics.py: metrics that add
 alarms.py: alarms and summaries from logged metrics
 intervals.py: confidence intervals of fractions and means; two models on the same rows
-numerics.py: stable building blocks and checks of settings
 """

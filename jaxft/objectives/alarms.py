@@ -58,7 +58,7 @@ ACCURACY_DROP = 0.07  # a drop in held-out accuracy that matters
 NOISY_LABELS, UNTRAINED = 0.1, 0.4
 MOST = 0.5  # fraction of the completions
 IDLE_STEPS = 5  # consecutive logged steps without a training signal
-LOSSES = "jaxft.objectives.preference_losses"
+LOSSES = "jaxft.objectives.losses.preference_losses"
 
 # Of the train loop.
 GENERAL_LOSS = "general_loss"

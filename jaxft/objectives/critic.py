@@ -9,8 +9,8 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout
-from jaxft.bounds import above, check_bounds
 from jaxft.objectives.metrics import Correlation, Sum
 from jaxft.objectives.read_positions import read_numbers
 from jaxft.tree import Metrics, Params

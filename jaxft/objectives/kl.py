@@ -12,8 +12,8 @@ from typing import Annotated, Literal, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxft.bounds import above, at_least, check_bounds
-from jaxft.objectives.numerics import capped, square
+from jaxft.annotations import above, at_least, check_bounds
+from jaxft.objectives.losses.numerics import capped, square
 
 Estimator = Callable[[Array, Array], Array]
 Scalar: TypeAlias = float | Array

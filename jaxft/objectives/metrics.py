@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxft.nn.scan import LayerMean
+from jaxft.nn.stack import LayerMean
 from jaxft.tree import LayerOutputs, Metrics, static, struct
 
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"

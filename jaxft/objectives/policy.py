@@ -19,11 +19,11 @@ from jaxft.objectives.alarms import rollout_alarms
 from jaxft.objectives.critic import VALUE_LOSS, Critic, critic_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
+from jaxft.objectives.losses.numerics import require
+from jaxft.objectives.losses.policy_losses import PolicyBatch, PolicyLoss
 from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Max, Min, Sum, by_row, layer_metrics
-from jaxft.objectives.numerics import require
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import loss_name
-from jaxft.objectives.policy_losses import PolicyBatch, PolicyLoss
 from jaxft.objectives.preference import reference_head
 from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft import tree
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.batch import Pairs, without_fields
-from jaxft.bounds import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.nn import fused_update
-from jaxft.nn.lora import INITIAL_ADAPTER, padded_pair
+from jaxft.nn.adapters.lora import INITIAL_ADAPTER, padded_pair
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.metrics import Sum, by_row, layer_metrics, mean_losses

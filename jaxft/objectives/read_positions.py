@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxft.distributed.sharding import constrain, num_shards
+from jaxft.nn.adapters.lora import Several
 from jaxft.nn.lm_head import head_of_tokens
-from jaxft.nn.lora import Several
 from jaxft.objectives.logprobs import (
     Graded,
     HeadInput,
@@ -22,7 +22,7 @@ from jaxft.objectives.logprobs import (
     logps_of_heads,
     weighted_loss,
 )
-from jaxft.objectives.target_loss import TargetLoss
+from jaxft.objectives.losses.target_loss import TargetLoss
 from jaxft.tree import Params, static, struct
 
 

@@ -26,6 +26,7 @@ from jaxft.objectives.alarms import (
     run_alarms,
 )
 from jaxft.objectives.logprobs import LanguageModel
+from jaxft.objectives.losses.ranking_losses import RATING, ranked_kinds
 from jaxft.objectives.metrics import (
     HELD_OUT,
     LOSS,
@@ -42,7 +43,6 @@ from jaxft.objectives.metrics import (
 )
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
-from jaxft.objectives.ranking_losses import RATING, ranked_kinds
 from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
 from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs
+from jaxft.objectives.losses.target_loss import TargetLoss
 from jaxft.objectives.metrics import (
     ENTROPY,
     LOSS,
@@ -22,7 +23,6 @@ from jaxft.objectives.metrics import (
 )
 from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_loss
-from jaxft.objectives.target_loss import TargetLoss
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 
 NLL = "nll_loss"

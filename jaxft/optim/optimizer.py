@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
-from jaxft.bounds import (
+from jaxft.annotations import (
     BELOW_ONE,
     INSIDE_ZERO_AND_ONE,
     POSITIVE_FLOAT32,

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-from jaxft.data.invalid import InvalidRow, InvalidRows
-from jaxft.data.mixture import parse_sources
 from jaxft.data.pairs import PairRows
 from jaxft.data.progress import time_in_words
 from jaxft.data.prompts import Prompts
-from jaxft.data.rows import check_rows, list_chunks
+from jaxft.data.rows.dataset_rows import check_rows, list_chunks
+from jaxft.data.rows.invalid import InvalidRow, InvalidRows
+from jaxft.data.rows.mixture import parse_sources
 from jaxft.data.sft import Rows
 from jaxft.plan.plan import Plan
 from jaxft.train.settings import Run

@@ -17,10 +17,11 @@ from jaxft.plan.machines import GIB
 from jaxft.plan.plan import Plan, plan
 from jaxft.plan.text import plan_report
 from jaxft.rl.rollout import Rollouts
-from jaxft.runs.config import Resolved, as_written, recipe_knobs
-from jaxft.runs.settings_list import Setting, settings_of
-from jaxft.train import open_settings, partition, programs
+from jaxft.runs.settings.config import Resolved, as_written, recipe_knobs
+from jaxft.runs.settings.settings_list import Setting, settings_of
+from jaxft.train import partition, programs
 from jaxft.train.settings import Run
+from jaxft.train.start import open_settings
 from jaxft.weights.pretrained import load_tokenizer
 
 WIDTH = 110

@@ -19,10 +19,10 @@ from jaxft.plan.flops import Flops, flops
 from jaxft.plan.machines import Machine
 from jaxft.plan.programs import Program, all_programs, train_programs
 from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
-from jaxft.runs.report import empty_slot_lines
-from jaxft.train.attention_kernels import attention_summary
+from jaxft.runs.run_texts import empty_slot_lines
 from jaxft.train.programs import Programs, abstract, step_rows
 from jaxft.train.settings import Run
+from jaxft.train.start.attention_kernels import attention_summary
 
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
 SAMPLER = "key/value cache and tokens"

@@ -1,19 +1,19 @@
 """Rollouts, rewards and advantages.
 
 trajectory.py: episodes as segments of token ids, sampled or given, and their arrays
-environment.py: the Environment type; environments from users' functions and classes, also TRL's
 play.py: the loop that plays episodes; the interface to what samples: rows that can be continued
 rollout.py: the source of rollouts, from prompts to batches
 online_pairs.py: preference pairs of episodes
-layout.py: episodes in rows of tokens, passes of a run's model over these, and values of sampled tokens back
 sampler.py: episodes sampled with the run's engine
-record.py: rollouts in files: to read, and to replay to the bit
-rules.py: how a rollout is scored and used
 rewards.py: reward functions
 reward_models.py: reward models
 advantages.py: group advantages
 token_weights.py: token weights
 estimators.py: GAE and REINFORCE++
 importance.py: importance weights between the sampler and the training program: TIS, MIS
-metrics.py: metrics of a rollout
+rollout_files.py: rollouts in files: to read, and to replay to the bit
+rollout_layout.py: episodes in rows of tokens, passes of a run's model over these, and values of sampled
+    tokens back
+rollout_metrics.py: metrics of a rollout
+rollout_rules.py: how a rollout is scored and used
 """

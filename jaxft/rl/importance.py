@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from jaxft.objectives.losses.policy_losses import MAX_LOG_RATIO
 from jaxft.objectives.metrics import Max, Min, Sum
-from jaxft.objectives.policy_losses import MAX_LOG_RATIO
 from jaxft.rl.advantages import Lengths, PerToken, token_mask
 from jaxft.tree import Metrics
 

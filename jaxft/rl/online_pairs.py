@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from jaxft.annotations import at_least
 from jaxft.batch import Pairs, Rollout
-from jaxft.bounds import at_least
-from jaxft.data.pack import RowShape
+from jaxft.data.packing.pack import RowShape
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import has_score
-from jaxft.rl.layout import pack_episodes, to_microbatches
-from jaxft.rl.metrics import rollout_metrics
 from jaxft.rl.rollout import BatchKind, Rollouts, ScoredRollout, TrainingRollout
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_layout import pack_episodes, to_microbatches
+from jaxft.rl.rollout_metrics import rollout_metrics
+from jaxft.rl.rollout_rules import Rules
 
 
 def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:

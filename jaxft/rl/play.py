@@ -22,19 +22,20 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxft.bounds import above, at_least, check_bounds
-from jaxft.data.chat import example_prompt_ids
-from jaxft.data.example import Chat, Completion, Message
-from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import NextPrompt, TurnWording, next_prompt
-from jaxft.data.prompt_tokens import TokenisedPrompts
-from jaxft.data.template_settings import TemplateSettings
+from jaxft.annotations import above, at_least, check_bounds
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.chat.next_turn import NextPrompt, TurnWording, next_prompt
+from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.chat.tool_calls import CallFormat, call_format, template_tool_format
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.rows.example import Chat, Completion, Message
+from jaxft.data.rows.invalid import InvalidRow
 from jaxft.distributed import processes
 from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.engine.session import Sampled
-from jaxft.inference.text_stream import token_decoder
-from jaxft.inference.tool_calls import CallFormat, call_format, template_tool_format
-from jaxft.rl.environment import (
+from jaxft.engine.text_stream import token_decoder
+from jaxft.rl.environments.calls import Calls, Overdue, Task
+from jaxft.rl.environments.environment import (
     Beginning,
     Environment,
     EpisodeState,
@@ -44,7 +45,6 @@ from jaxft.rl.environment import (
     WrongType,
     checked_reward,
 )
-from jaxft.rl.environments.calls import Calls, Overdue, Task
 from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message, valid_text
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
 from jaxft.short_names import name_of

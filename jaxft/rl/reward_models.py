@@ -17,24 +17,27 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxft.batch import Pairs, Rollout, Tokens, TrainState
-from jaxft.data import chat
-from jaxft.data.example import Chat, Completion, Example
-from jaxft.data.invalid import valid
-from jaxft.data.template import settings_for
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template import settings_for
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.rows.example import Chat, Completion, Example
+from jaxft.data.rows.invalid import valid
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, left_pad
 from jaxft.models import heads
 from jaxft.models.model import Model
-from jaxft.nn.layer_attention import varies_with_length
-from jaxft.nn.lora_rows import check_stackable, of_equal_shapes, with_gains
-from jaxft.nn.quant import Quant
-from jaxft.rl.layout import PackedRows, RolloutPrograms
+from jaxft.nn.adapters.lora_rows import check_stackable, of_equal_shapes, with_gains
+from jaxft.nn.attention.layer_attention import varies_with_length
+from jaxft.nn.quant.quant import Quant
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
+from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
-from jaxft.weights import adapters, hf_write, hub, init, peft, pretrained, storage
+from jaxft.weights import init, pretrained, storage
+from jaxft.weights.hf import hf_write
+from jaxft.weights.hub import hub
+from jaxft.weights.peft import adapters, peft
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 
@@ -315,7 +318,7 @@ class ModelReward(Reward):
         ) -> Float[np.ndarray, " n"]:
             examples = list(map(with_response, prompts, completions))
             own = settings_for(tokenizer, settings)
-            tokenised = map(valid, chat.tokenise_examples(examples, tokenizer, chat.NOTHING, own))
+            tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, own))
             texts = [ids.tolist() for ids, _ in tokenised]
             texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
             scores = np.full(len(texts), np.nan)

@@ -30,12 +30,12 @@ from jaxtyping import Bool, Float, Shaped
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.distributed import processes
-from jaxft.rl.environment import finite_number, short_repr
 from jaxft.rl.environments.calls import shared_loop
-from jaxft.rl.layout import PackedRows, RolloutPrograms
+from jaxft.rl.environments.environment import finite_number, short_repr
 from jaxft.rl.play import Ended
+from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
 from jaxft.short_names import name_of
 from jaxft.tree import Params

@@ -19,23 +19,26 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxft.annotations import above, at_least
 from jaxft.batch import Pairs, Rollout, TrainState
-from jaxft.bounds import above, at_least
 from jaxft.data import prompts
-from jaxft.data.next_turn import restart_notes
-from jaxft.data.pack import RowShape, round_up
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.chat.next_turn import restart_notes
+from jaxft.data.packing.pack import RowShape, round_up
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
-from jaxft.nn.layer_attention import AttentionLayers, varies_with_length
+from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
-from jaxft.rl.environment import Environment, EnvironmentClass, environment_of
+from jaxft.rl.environments.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.importance import weight_metrics
-from jaxft.rl.layout import (
+from jaxft.rl.play import EpisodeLimits, Play
+from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
+from jaxft.rl.rollout_files import append_table
+from jaxft.rl.rollout_layout import (
     BoundRun,
     PackedRows,
     RolloutPrograms,
@@ -45,11 +48,8 @@ from jaxft.rl.layout import (
     rollout_shapes,
     to_microbatches,
 )
-from jaxft.rl.metrics import as_sums, evaluation_metrics, rollout_metrics
-from jaxft.rl.play import EpisodeLimits, Play
-from jaxft.rl.record import append_table
-from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
-from jaxft.rl.rules import Rules, ScoredEpisodes, fault_messages
+from jaxft.rl.rollout_metrics import as_sums, evaluation_metrics, rollout_metrics
+from jaxft.rl.rollout_rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean
 from jaxft.runs.metric_names import REWARD

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from jaxft.batch import TrainState
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.distributed import sharding
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
-from jaxft.rl.layout import BoundRun, uncounted
 from jaxft.rl.play import Sampler, rollout
-from jaxft.rl.record import RECORDS, RolloutRecord, prompts_hash
 from jaxft.rl.rewards import begin_async
+from jaxft.rl.rollout_files import RECORDS, RolloutRecord, prompts_hash
+from jaxft.rl.rollout_layout import BoundRun, uncounted
 from jaxft.rl.trajectory import Episodes, Trajectory, collect
 from jaxft.tree import Params
 

@@ -15,9 +15,9 @@ from urllib.request import url2pathname
 import jax
 import jax.numpy as jnp
 
-from jaxft.data.shipped import IS_CLONE, ROOT
-from jaxft.nn.attention import AttentionNeeds, kernel_for
-from jaxft.runs.cli import backend_error
+from jaxft.cli.cli import backend_error
+from jaxft.data.rows.shipped import IS_CLONE, ROOT
+from jaxft.nn.attention.attention import AttentionNeeds, kernel_for
 from jaxft.runs.environment import FLAGS, commit, versions
 from jaxft.runs.terminal import printable_line
 

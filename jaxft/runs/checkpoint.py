@@ -42,7 +42,7 @@ from jaxft.distributed.exit import PeerLostError
 from jaxft.runs import manifest
 from jaxft.runs.environment import versions
 from jaxft.runs.manifest import Corrupt, first_line
-from jaxft.runs.store_copy import LOCAL_ONLY, Copies
+from jaxft.runs.store.store_copy import LOCAL_ONLY, Copies
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from jaxft import __version__
-from jaxft.data.shipped import ROOT
+from jaxft.data.rows.shipped import ROOT
 from jaxft.distributed import xla_flags
-from jaxft.nn import attention
+from jaxft.nn.attention import attention
 
 # Libraries whose version may change numbers, tokens or files. Those that are not installed are left out.
 LIBRARIES = (

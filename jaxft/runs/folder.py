@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
-from jaxft.runs.record import absent_lines, describe, differences
+from jaxft.runs.settings.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
-from jaxft.weights import codes, hf, hub
-from jaxft.weights.cached_folder import adopt_folder, folder_damage
-from jaxft.weights.file_hash import content_sha256, files_sha256
-from jaxft.weights.gguf_header import part_files
+from jaxft.weights.calibrate import calibrated_codes
+from jaxft.weights.gguf.gguf_header import part_files
+from jaxft.weights.hf import hf
+from jaxft.weights.hub import hub
+from jaxft.weights.hub.cached_folder import adopt_folder, folder_damage
+from jaxft.weights.hub.file_hash import content_sha256, files_sha256
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -45,7 +47,7 @@ RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 FOLDERS = (*RESULTS, "checkpoints", "tensorboard", "rollouts")
 FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
-PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/logs.py
+PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/logs/logs.py
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 NOT_COMPARED = (
@@ -505,10 +507,10 @@ def _check_codes(folder: Path) -> None:
     """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
-    if not codes.confirm_codes(record):
+    if not calibrated_codes.confirm_codes(record):
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {codes.codes_folder(name)}, has changed since this "
-            f"run was trained. {codes.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {calibrated_codes.codes_folder(name)}, has changed since this "
+            f"run was trained. {calibrated_codes.AGAIN}"
         )
 
 

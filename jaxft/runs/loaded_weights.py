@@ -8,12 +8,13 @@ from jax.sharding import Mesh
 
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
-from jaxft.nn import quant
-from jaxft.runs import served
+from jaxft.nn.quant import quant
 from jaxft.runs.named_weights import NamedWeights
+from jaxft.serve import served
 from jaxft.tree import Params
-from jaxft.weights import adapters, pretrained
-from jaxft.weights.stop_tokens import stop_tokens
+from jaxft.weights import pretrained
+from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.peft import adapters
 
 
 class LoadedWeights(NamedTuple):

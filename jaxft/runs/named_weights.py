@@ -13,8 +13,9 @@ from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.runs.trackers.jsonl import METRICS
-from jaxft.weights import adapters, hub
-from jaxft.weights.peft_refusals import read_adapter_config
+from jaxft.weights.hub import hub
+from jaxft.weights.peft import adapters
+from jaxft.weights.peft.peft_refusals import read_adapter_config
 
 FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprint of wrong rows
 

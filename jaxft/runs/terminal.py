@@ -13,7 +13,7 @@ import select
 import sys
 from typing import Any, TextIO
 
-from jaxft.data.urls import without_secrets
+from jaxft.data.rows.urls import without_secrets
 
 # Characters that move the cursor, changes colours or reorders text; tabs and new lines are left.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

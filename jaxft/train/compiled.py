@@ -12,12 +12,12 @@ from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
-from jaxft.runs.report import Evaluation
-from jaxft.train import samples, scores
-from jaxft.train.clock import Clock
-from jaxft.train.evaluate import held_out_floats
-from jaxft.train.jobs import Job
+from jaxft.runs.run_texts import Evaluation
+from jaxft.train.evaluate import samples, scores
+from jaxft.train.evaluate.evaluate import held_out_floats
+from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
+from jaxft.train.start.jobs import Job
 from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job

@@ -12,11 +12,16 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.store_copy import Copies
+from jaxft.runs.store.store_copy import Copies
 from jaxft.runs.trackers.tracker import Tracker
-from jaxft.train.clock import Clock
 from jaxft.train.compiled import Compiled, compile_run
-from jaxft.train.jobs import (
+from jaxft.train.export.results import export_best, export_members, report_finished, write_reports
+from jaxft.train.logs.clock import Clock
+from jaxft.train.logs.logs import Logs, announce, open_logs
+from jaxft.train.logs.meter import Meters, Trace
+from jaxft.train.logs.nonfinite import NonfiniteRecorder
+from jaxft.train.settings import Run, steps_between
+from jaxft.train.start.jobs import (
     Job,
     Record,
     bind_sources,
@@ -26,12 +31,7 @@ from jaxft.train.jobs import (
     resume_point,
     run_folder,
 )
-from jaxft.train.logs import Logs, announce, open_logs
-from jaxft.train.meter import Meters, Trace
-from jaxft.train.nonfinite import NonfiniteRecorder
-from jaxft.train.reference import precompute
-from jaxft.train.results import export_best, export_members, report_finished, write_reports
-from jaxft.train.settings import Run, steps_between
+from jaxft.train.start.reference import precompute
 from jaxft.train.start_and_end import (
     continued,
     end_by_callback,
@@ -41,8 +41,8 @@ from jaxft.train.start_and_end import (
     evaluate_start,
     last_faults,
 )
-from jaxft.train.sweep import Sweep
-from jaxft.train.sweep_programs import compile_sweep
+from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep.sweep_programs import compile_sweep
 
 END_RUN = 1000  # the vote of a callback that ends the run; votes for a signal have its number
 

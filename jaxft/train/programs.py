@@ -10,33 +10,34 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.batch import TrainState
-from jaxft.data.settings import DataSettings
+from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import sharding, threads
-from jaxft.models import families
+from jaxft.models import model_types
 from jaxft.models.heads import TEACHER, HeadSettings, with_heads
 from jaxft.models.teacher import with_teacher
 from jaxft.nn import param
-from jaxft.nn.lora import EVA, INITIAL_ADAPTER, pairs_by_path
-from jaxft.nn.lora_specs import pair_layouts
-from jaxft.nn.quant import CHECKPOINT, QERA
+from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
+from jaxft.nn.adapters.lora_specs import pair_layouts
+from jaxft.nn.quant.quant import CHECKPOINT, QERA
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups
 from jaxft.optim.spikes import skip_spikes
 from jaxft.optim.state_sharding import state_shardings
-from jaxft.runs.report import ModelSummary, StepRows
-from jaxft.train import evaluate, partition
-from jaxft.train.eva import FirstRows, eva_adapter
+from jaxft.runs.run_texts import ModelSummary, StepRows
+from jaxft.train import partition
+from jaxft.train.evaluate import evaluate
+from jaxft.train.logs.watch import Watch, make_watch
 from jaxft.train.partition import Partition, trainable_paths
 from jaxft.train.settings import Run
+from jaxft.train.start.eva import FirstRows, eva_adapter
+from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_storage
 from jaxft.train.step import TrainStep, make_train_step
-from jaxft.train.teacher import check_teacher, load_teacher, with_teacher_storage
-from jaxft.train.watch import Watch, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
-from jaxft.weights.adapters import adapter_folder
-from jaxft.weights.extend import check_new_tokens
-from jaxft.weights.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
+from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
+from jaxft.weights.edit.extend import check_new_tokens
+from jaxft.weights.peft.adapters import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ def model_summary(p: Programs) -> ModelSummary:
     counts = partition.parameter_counts(p.partition)
     quantised = storage.quantisation_summary(p.partition.stored, p.mesh)
     model = p.partition.model
-    return ModelSummary(*counts, quantised, model.generates, families.has_classifier(model.config))
+    return ModelSummary(*counts, quantised, model.generates, model_types.has_classifier(model.config))
 
 
 def check_adapter(run: Run, parts: Partition) -> None:

@@ -26,15 +26,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.batch import TrainState
-from jaxft.data.cache import row_cache_folder
-from jaxft.data.chat import example_prompt_ids
-from jaxft.data.conversation import PLAIN, prompt_of
-from jaxft.data.invalid import valid
-from jaxft.data.prompt_tokens import rename_columns
-from jaxft.data.row_files import Row
-from jaxft.data.shipped import ROOT
+from jaxft.cli import cli
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.packing.cache import row_cache_folder
+from jaxft.data.packing.prompt_tokens import rename_columns
+from jaxft.data.rows.conversation import PLAIN, prompt_of
+from jaxft.data.rows.invalid import valid
+from jaxft.data.rows.row_files import Row
+from jaxft.data.rows.shipped import ROOT
 from jaxft.data.source import Source
-from jaxft.data.template_settings import TemplateSettings
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.temporary import temporary_file
 from jaxft.engine.generate import generate
@@ -43,22 +44,22 @@ from jaxft.engine.sampling import Sampling, without_stop
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
-from jaxft.nn.quant import QuantKind
+from jaxft.nn.quant.quant import QuantKind
 from jaxft.objectives.objective import Objective
-from jaxft.runs import cli
-from jaxft.runs.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
 from jaxft.runs.interrupt import signal_name
 from jaxft.runs.loaded_weights import LoadedWeights, load_named
 from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_settings, source_options
-from jaxft.runs.report import same_prompts
+from jaxft.runs.run_texts import same_prompts
+from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
+from jaxft.runs.settings.unknown_names import advice, join_lines
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
-from jaxft.runs.unknown_names import advice, join_lines
-from jaxft.train import jobs, loop, open_settings
-from jaxft.train.clock import Clock
-from jaxft.train.reference import precompute
+from jaxft.train import loop
+from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run
+from jaxft.train.start import jobs, open_settings
+from jaxft.train.start.reference import precompute
 from jaxft.train.step import TrainStep
 from jaxft.tree import Batch, Metrics, Params
 

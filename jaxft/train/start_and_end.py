@@ -19,15 +19,15 @@ from jaxft.batch import TrainState
 from jaxft.distributed import processes
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics, without_count
 from jaxft.runs.metric_names import GENERAL_LOSS
-from jaxft.runs.report import Evaluation
+from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
-from jaxft.train.evaluate import EvaluationLimit, is_stalled, selection_score
-from jaxft.train.jobs import Job, Member
-from jaxft.train.logs import Logs, early_end_lines, first_evaluation_lines, with_part
-from jaxft.train.meter import Meters
-from jaxft.train.nonfinite import first_of_model, first_parameter
-from jaxft.train.results import write_held_out
+from jaxft.train.evaluate.evaluate import EvaluationLimit, is_stalled, selection_score
+from jaxft.train.export.results import write_held_out
+from jaxft.train.logs.logs import Logs, early_end_lines, first_evaluation_lines, with_part
+from jaxft.train.logs.meter import Meters
+from jaxft.train.logs.nonfinite import first_of_model, first_parameter
+from jaxft.train.start.jobs import Job, Member
 from jaxft.tree import Batch, Params
 
 EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "loss on general text"}

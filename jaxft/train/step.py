@@ -18,7 +18,7 @@ from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
 from jaxft.optim.spikes import SpikeState
 from jaxft.optim.update import StepInfo, to_float32
-from jaxft.train.watch import Watch
+from jaxft.train.logs.watch import Watch
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]

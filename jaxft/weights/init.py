@@ -13,12 +13,13 @@ from jaxft import tree
 from jaxft.models.heads import SCORE, TEACHER, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter
-from jaxft.nn.lora_specs import differing_fields
+from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
+from jaxft.nn.adapters.lora_specs import differing_fields
 from jaxft.tree import Params
-from jaxft.weights import peft, place, pretrained
-from jaxft.weights.adapters import adapter_folder
+from jaxft.weights import place, pretrained
 from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
+from jaxft.weights.peft import peft
+from jaxft.weights.peft.adapters import adapter_folder
 
 
 def init_all_but_base(

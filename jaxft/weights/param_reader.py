@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
-from jaxft.nn.quant import QTensor
-from jaxft.weights import finite, hf
+from jaxft.nn.quant.quant import QTensor
+from jaxft.weights import finite
+from jaxft.weights.hf import hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 from jaxft.weights.quantised.file_format import same_layout
 from jaxft.weights.tensors import Tensor, tensors_of

@@ -15,31 +15,26 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.models import families
+from jaxft.models import model_types
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model, ModelConfig
 from jaxft.models.text_part import text_config
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
+from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights import (
-    gguf,
-    gguf_config,
-    gguf_header,
-    gguf_tokenizer,
-    hf,
-    hub,
-    merge,
-    peft,
-    place,
-    tokenizer_files,
-)
-from jaxft.weights.codes import open_codes
+from jaxft.weights import place
+from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.edit import merge
+from jaxft.weights.gguf import gguf, gguf_config, gguf_header, gguf_tokenizer
+from jaxft.weights.hf import hf, tokenizer_files
+from jaxft.weights.hf.safetensors import read_model_json
+from jaxft.weights.hf.tokenizer_limits import OverLimit, check_tokenizer_files
+from jaxft.weights.hub import hub
 from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
 from jaxft.weights.param_reader import ParamReader, param_readers, read_quantised
-from jaxft.weights.safetensors import read_model_json
+from jaxft.weights.peft import peft
 from jaxft.weights.storage import (
     Storage,
     StoredModel,
@@ -50,7 +45,6 @@ from jaxft.weights.storage import (
     quantised_paths,
 )
 from jaxft.weights.tensors import Tensor
-from jaxft.weights.tokenizer_limits import OverLimit, check_tokenizer_files
 
 NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
 # Settings of transformers for dropout inside the model, which its pretraining may have used.
@@ -80,16 +74,16 @@ def model_for(ref: str, **options: Any) -> Model:
     A config that ties the head to the embedding does not count where the weights are here and have another
     head. Raises ValueError for an architecture that is not implemented.
     """
-    preset = None if Path(ref).is_dir() else families.preset(ref, **options)
+    preset = None if Path(ref).is_dir() else model_types.preset(ref, **options)
     if preset is not None:
         return preset
     located = hub.locate(ref, config_only=True)
     where = located.path / "config.json" if located.kind == "folder" else located.path
     try:
         config = read_config(located)
-        family = families.family_of(config)
+        family = model_types.family_of(config)
         parsed = family.from_hf(config)
-        if families.is_tied(parsed) and _has_other_head(located):
+        if model_types.is_tied(parsed) and _has_other_head(located):
             parsed = family.from_hf({**config, "tie_word_embeddings": False})
     except ValueError as e:
         named = str(e).startswith((f"{located.path}:", f"{located.path}/"))
@@ -130,7 +124,7 @@ def file_notes(ref: str, model: Model) -> list[str]:
     if rates:
         stated = ", ".join(f"{name}={rate}" for name, rate in rates.items())
         notes.append(f"{ref}: its config.json has {stated}, which is not applied; adapter.dropout is")
-    if "head" in model.weight_names and families.is_tied(families.family_of(config).from_hf(config)):
+    if "head" in model.weight_names and model_types.is_tied(model_types.family_of(config).from_hf(config)):
         notes.append(
             f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD} is not the embedding: "
             "the head is a matrix of its own"
@@ -151,11 +145,11 @@ def check_preset(ref: str, config: ModelConfig) -> None:
 
     Names, token ids and the longest row do not count: they change no value that the model computes.
     """
-    if Path(ref).is_dir() or families.preset_config(ref) != config:
+    if Path(ref).is_dir() or model_types.preset_config(ref) != config:
         return
     located = hub.locate(ref)
     hf_config = read_config(located)
-    found = families.family_of(hf_config).from_hf(hf_config)
+    found = model_types.family_of(hf_config).from_hf(hf_config)
     if differing := config_differences(config, found):
         raise ValueError(
             f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "

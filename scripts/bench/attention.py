@@ -66,7 +66,7 @@ def kernels(blocks: list[int]) -> dict[str, Callable]:
     """Return the kernels that run on the devices of this process, and blockwise XLA with these blocks."""
     import jax
 
-    from jaxft.nn import attention
+    from jaxft.nn.attention import attention
 
     device = jax.devices()[0]
     found: dict[str, Callable] = {"flash": attention.flash}
@@ -82,7 +82,7 @@ def cases(a: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Yield each case's name and key ranges of its rows."""
     import jax.numpy as jnp
 
-    from jaxft.nn.key_ranges import key_ranges, within_window
+    from jaxft.nn.attention.key_ranges import key_ranges, within_window
 
     for name, (segments, branches) in layouts(a.tokens).items():
         rows = (None if x is None else jnp.asarray([x] * a.rows, jnp.int32) for x in (segments, branches))
@@ -180,7 +180,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
 
 def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]:
     """Return the first `count` rows with prompt and completion, or as pairs if `shots` is not None."""
-    from jaxft.data.rows import read_rows
+    from jaxft.data.rows.dataset_rows import read_rows
 
     found = [row.fields for row in read_rows(path)[: count + (shots or 0)]]
     if shots is not None and "question" in found[0]:
@@ -115,10 +115,10 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
 
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
-    from jaxft.nn.lora import Adapter
-    from jaxft.nn.quant import Quant
+    from jaxft.nn.adapters.lora import Adapter
+    from jaxft.nn.quant.quant import Quant
+    from jaxft.objectives.losses.preference_losses import dpo
     from jaxft.objectives.preference import preference
-    from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
     from jaxft.optim import optimizer, rules, schedules
     from jaxft.train.settings import Run
@@ -184,7 +184,8 @@ def measure(run: Any, report: Any) -> dict[str, Any]:
 
     from jaxft.distributed import sharding
     from jaxft.objectives import metrics
-    from jaxft.train import programs, reference
+    from jaxft.train import programs
+    from jaxft.train.start import reference
     from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(run.mesh)
@@ -290,8 +291,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.cli.cli import one_line_errors
     from jaxft.distributed import xla_flags
-    from jaxft.runs.cli import one_line_errors
 
     xla_flags.restart()  # as a run does
     xla_flags.apply_settings()

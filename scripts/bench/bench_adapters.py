@@ -46,8 +46,8 @@ def random_adapter(model: Any, rank: int, seed: int) -> Any:
     import jax
     import numpy as np
 
-    from jaxft.nn.lora import Adapter
-    from jaxft.nn.lora_specs import adapter_specs
+    from jaxft.nn.adapters.lora import Adapter
+    from jaxft.nn.adapters.lora_specs import adapter_specs
     from jaxft.nn.param import init_params
 
     settings = Adapter(rank=rank, alpha=2.0 * rank)
@@ -96,8 +96,9 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.distributed import sharding
     from jaxft.engine.scheduler import Scheduler, ServeSizes, compile_server
     from jaxft.models.adapted import adapted, adapted_by_row
-    from jaxft.nn.lora_rows import stack_by_row, stored_stack
-    from jaxft.weights import adapters, pretrained
+    from jaxft.nn.adapters.lora_rows import stack_by_row, stored_stack
+    from jaxft.weights import pretrained
+    from jaxft.weights.peft import adapters
 
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     sizes = ServeSizes(args.adapters, args.prompt, args.new)
@@ -124,7 +125,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the base, one adapter and many, in turn."""
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     import jax

@@ -122,7 +122,8 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.weights import hf_write, pretrained
+    from jaxft.weights import pretrained
+    from jaxft.weights.hf import hf_write
 
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
@@ -171,7 +172,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -151,16 +151,16 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
 
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
-    from jaxft.models import families
-    from jaxft.nn.lora import Adapter
-    from jaxft.nn.quant import Quant
+    from jaxft.models import model_types
+    from jaxft.nn.adapters.lora import Adapter
+    from jaxft.nn.quant.quant import Quant
+    from jaxft.objectives.losses.preference_losses import dpo
     from jaxft.objectives.preference import preference
-    from jaxft.objectives.preference_losses import dpo
     from jaxft.objectives.sft import sft
     from jaxft.optim import optimizer
     from jaxft.train.settings import Run
 
-    family = next(family for family in families.FAMILIES.values() if case.preset in family.presets)
+    family = next(family for family in model_types.FAMILIES.values() if case.preset in family.presets)
     config: Any = family.presets[case.preset]
     length = case.row_length(tiny)
     if tiny:
@@ -193,7 +193,7 @@ def random_base(p: Any) -> Any:
     import jax.numpy as jnp
 
     from jaxft import tree
-    from jaxft.nn.quant import is_qtensor
+    from jaxft.nn.quant.quant import is_qtensor
 
     def fill(path: str, x: Any, kind: str = "") -> Any:
         key = jax.random.fold_in(jax.random.key(0), len(path))
@@ -363,8 +363,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
-    from jaxft.runs import cli
 
     xla_flags.apply_settings()  # as a run does
     sys.exit(cli.one_line_errors(main))

@@ -47,7 +47,7 @@ def measure(overrides: list[str], config_file: str, steps: int) -> dict[str, Any
     import jax
 
     from jaxft.distributed import sharding
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
     from jaxft.train import programs
     from jaxft.train.step import make_train_step
     from jaxft.weights import pretrained

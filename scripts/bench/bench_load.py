@@ -45,10 +45,10 @@ def write_model(folder: Path, gb: float) -> None:
     import numpy as np
 
     from jaxft import tree
-    from jaxft.models.llama import LlamaConfig, llama
+    from jaxft.models.families.llama import LlamaConfig, llama
     from jaxft.nn import param
-    from jaxft.weights import hf_write
-    from jaxft.weights.merge import LazyTensor
+    from jaxft.weights.edit.merge import LazyTensor
+    from jaxft.weights.hf import hf_write
 
     wide = 2048 if gb >= 1 else 256
     config = LlamaConfig(
@@ -82,8 +82,8 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.nn.lora import Adapter
-    from jaxft.nn.quant import Quant, is_qtensor
+    from jaxft.nn.adapters.lora import Adapter
+    from jaxft.nn.quant.quant import Quant, is_qtensor
     from jaxft.train import partition
     from jaxft.weights import pretrained
 
@@ -168,7 +168,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

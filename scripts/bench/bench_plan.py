@@ -165,7 +165,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
 
     from jaxft.distributed import devices
     from jaxft.plan import plan
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
     from jaxft.train import programs
 
     run = config.load_config(path, overrides)
@@ -245,7 +245,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 
 def quant_of(kind: str) -> Any:
     """Parse KIND, KIND:BLOCK, KIND+matmul or KIND+calibrated; None for `none`."""
-    from jaxft.nn.quant import Quant
+    from jaxft.nn.quant.quant import Quant
 
     name, _, block = kind.removesuffix(MATMUL).removesuffix(CALIBRATED).partition(":")
     in_fp8 = True if kind.endswith(MATMUL) else None
@@ -70,7 +70,7 @@ def quant_of(kind: str) -> Any:
 
 def calibrated(a: argparse.Namespace, quant: Any) -> Any:
     """Return the quantisation with codes that are calibrated on the rows of --calibrate."""
-    from jaxft.train.calibrate import Calibration, calibrated_codes, plan_file
+    from jaxft.train.export.calibrate import Calibration, calibrated_codes, plan_file
     from jaxft.weights import pretrained
 
     def progress(line: str) -> None:
@@ -89,9 +89,9 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
 
     from jaxft.data.sft import Rows
     from jaxft.distributed import sharding
-    from jaxft.nn import quant
+    from jaxft.nn.quant import quant
     from jaxft.objectives.sft import sft
-    from jaxft.train import evaluate
+    from jaxft.train.evaluate import evaluate
     from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(sharding.MeshShape())
@@ -155,7 +155,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -42,8 +42,7 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
     import uvicorn
 
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.inference import server
-    from jaxft.runs import served
+    from jaxft.serve import served, server
 
     named = served.named_models([], args.model, [], "")
     flags = served.ServeFlags(args.dtype, prompt=args.prompt, new=args.new)
@@ -107,7 +106,7 @@ def measured(port: int, count: int, args: argparse.Namespace, seconds: float) ->
 
 def main() -> None:
     """Measure each number of clients."""
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     args = arguments()

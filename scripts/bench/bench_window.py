@@ -44,10 +44,10 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
     import jax
     import jax.numpy as jnp
 
+    from jaxft.models.families.mistral import MistralConfig, mistral
     from jaxft.models.layer_types import FULL, SLIDING
-    from jaxft.models.mistral import MistralConfig, mistral
-    from jaxft.nn.cache import NextToken
-    from jaxft.nn.cached_attention import RowGroups
+    from jaxft.nn.attention.cache import NextToken
+    from jaxft.nn.attention.cached_attention import RowGroups
     from jaxft.nn.param import init_params
 
     types = tuple(
@@ -111,7 +111,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

@@ -44,7 +44,7 @@ SETTINGS = {
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
 }  # fmt: skip
 # Folders and files of jaxft that do not affect a run's programs.
-PLANNER = ("plan", "runs/cli.py", "runs/report.py", "runs/log.py", "runs/trackers")
+PLANNER = ("plan", "cli/cli.py", "runs/run_texts.py", "runs/log.py", "runs/trackers")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -120,7 +120,7 @@ def planned(run: Any, machine: Any) -> dict[str, Any]:
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
     """Plan increasing numbers of devices until one fits, and save each result."""
     from jaxft.plan import machines
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
 
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
@@ -196,7 +196,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
-    from jaxft.runs import cli
+    from jaxft.cli import cli
 
     cli.quiet()
     sys.exit(cli.one_line_errors(main))

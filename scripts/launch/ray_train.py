@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 RESTART_CODES = (75, 134, 137, 143)
-TRAIN = [sys.executable, "-c", "from jaxft.runs.commands import main; raise SystemExit(main())", "train"]
+TRAIN = [sys.executable, "-c", "from jaxft.cli.commands import main; raise SystemExit(main())", "train"]
 
 
 def address() -> str:

@@ -11,11 +11,11 @@ from tiny_tokenizers import KINDS, tiny
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxft.data import chat
-from jaxft.data.example import Chat, Completion, Text
-from jaxft.data.invalid import valid
-from jaxft.data.pack import permutation
-from jaxft.data.template_settings import DATE, TemplateSettings
+from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template_settings import DATE, TemplateSettings
+from jaxft.data.packing.pack import permutation
+from jaxft.data.rows.example import Chat, Completion, Text
+from jaxft.data.rows.invalid import valid
 
 STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
 WORDS = st.text(st.sampled_from("abc the rank? 12\n\té ü漢字🙂👩‍🔬<|>[]{}\"'"), min_size=1, max_size=30)
@@ -29,7 +29,7 @@ def conversation(texts, name="rows.jsonl:1"):
 
 
 def tokenise(example, kind, loss_on="completion"):
-    (tokens,) = chat.tokenise_examples([example], tiny(kind), loss_on)
+    (tokens,) = loss_mask.tokenise_examples([example], tiny(kind), loss_on)
     return valid(tokens)
 
 
@@ -103,7 +103,7 @@ def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "+ '<|im_end|>' }}{% endgen", "}}{% endgen"
     ).replace("{% endgeneration %}{{ '\n'", "{% endgeneration %}{{ '<|im_end|>\n'")
-    ((ids, learned),) = chat.tokenise_examples([conversation(["a", "bc"])], tokenizer)
+    ((ids, learned),) = loss_mask.tokenise_examples([conversation(["a", "bc"])], tokenizer)
     assert tokenizer.decode(ids[learned].tolist()) == "bc<|im_end|>"
 
 
@@ -112,7 +112,7 @@ def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
 def test_eos_is_learned_whatever_pad_is(kind, pad_is_eos):
     tokenizer = tiny(kind, pad_is_eos)
     for example in (Completion("r:1", "the rank", " of a matrix"), Text("r:1", "the rank")):
-        ((ids, learned),) = chat.tokenise_examples([example], tokenizer)
+        ((ids, learned),) = loss_mask.tokenise_examples([example], tokenizer)
         assert ids[-1] == tokenizer.eos_token_id and learned[-1]
         assert ids.tolist().count(tokenizer.eos_token_id) == 1
 
@@ -142,7 +142,7 @@ def test_a_completion_after_a_prompt_gets_no_space_that_a_tokenizer_puts_before_
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     for prompt, completion, expected in (("ca", "bc", ["b", "c"]), ("ca", "b a", ["b", "\u2581a"])):
         assert tokenizer.tokenize(prompt + completion)[2] == "ab"
-        ((ids, learned),) = chat.tokenise_examples([Completion("r:1", prompt, completion)], tokenizer)
+        ((ids, learned),) = loss_mask.tokenise_examples([Completion("r:1", prompt, completion)], tokenizer)
         assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["\u2581", "c", "a", *expected, "</s>"]
         assert learned.tolist() == [False] * 3 + [True] * (len(expected) + 1)
 
@@ -166,7 +166,7 @@ def test_eos_that_the_tokenizer_adds_is_not_doubled():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", eos)]
     )
-    ((ids, learned),) = chat.tokenise_examples([Completion("r:1", "the", " rank")], tokenizer)
+    ((ids, learned),) = loss_mask.tokenise_examples([Completion("r:1", "the", " rank")], tokenizer)
     assert ids.tolist().count(eos) == 1 and learned[-1]
 
 
@@ -180,7 +180,7 @@ def stock(name, eos):
         {"additional_special_tokens": special, "eos_token": eos, "bos_token": "<bos>"}
     )
     tokenizer.chat_template = source
-    return chat.template_of(tokenizer)
+    return loss_mask.template_of(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_prefix_rendering_finds_what_the_markers_of_trl_enclose(name, loss_on):
     for texts in (["q", "one"], ["q", "one", "r", "two\n\nlines 🙂"], ["q", "one"] * 3):
         found = []
         for template in (stock(name, eos), stock(f"{name}_training", eos)):
-            r = chat.render(conversation(texts), template, loss_on)
+            r = loss_mask.render(conversation(texts), template, loss_on)
             found.append(
                 [r.text[start:end].strip() for start, end in r.learned]
             )  # their markers take the newline after too
@@ -204,10 +204,10 @@ def test_prefix_rendering_finds_what_the_markers_of_trl_enclose(name, loss_on):
 @pytest.mark.parametrize("name", ("phi3_training", "phi3_5_training"))
 def test_markers_of_trl_may_enclose_the_eos_that_ends_the_conversation(name):
     eos, template = "<|endoftext|>", stock(name, "<|endoftext|>")
-    r = chat.render(conversation(["q", "one", "r", "two"]), template, "assistant")
+    r = loss_mask.render(conversation(["q", "one", "r", "two"]), template, "assistant")
     shown = [r.text[start:end].strip() for start, end in r.learned]
     assert shown == ["one<|end|>", "two<|end|>", eos] and not r.end  # and no further EOS is added
-    r = chat.render(conversation(["q", "one", "r"]), template, "assistant")
+    r = loss_mask.render(conversation(["q", "one", "r"]), template, "assistant")
     assert [r.text[start:end] for start, end in r.learned] == ["one<|end|>"]
 
 
@@ -217,7 +217,7 @@ def test_a_token_that_opens_the_next_turn_is_not_learned():
         ("cohere2", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
         ("phi3", "<|end|>"),
     ):
-        r = chat.render(conversation(["q", "one", "r", "two"]), stock(name, end), "assistant")
+        r = loss_mask.render(conversation(["q", "one", "r", "two"]), stock(name, end), "assistant")
         assert [r.text[a:b] for a, b in r.learned] == ["one" + end, "two" + end]
 
 
@@ -228,21 +228,22 @@ def test_a_template_that_hides_the_answer_is_refused():
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     with pytest.raises(ValueError, match="rows.jsonl:1: .* hides .* not show the content of message 1"):
-        chat.render(conversation(["q", "one"]), chat.template_of(tokenizer))
+        loss_mask.render(conversation(["q", "one"]), loss_mask.template_of(tokenizer))
 
 
 def test_date_is_pinned_for_string_and_for_function():
     tokenizer = tiny.__wrapped__("llama3")
     assert (
-        "Today Date: 26 Jul 2024" in chat.render(conversation(["a", "b"]), chat.template_of(tokenizer)).text
+        "Today Date: 26 Jul 2024"
+        in loss_mask.render(conversation(["a", "b"]), loss_mask.template_of(tokenizer)).text
     )
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
-    text = chat.render(
-        conversation(["a", "b"]), chat.template_of(tokenizer, TemplateSettings("03 Feb 2025"))
+    text = loss_mask.render(
+        conversation(["a", "b"]), loss_mask.template_of(tokenizer, TemplateSettings("03 Feb 2025"))
     ).text
     assert text.startswith("2025-02-03") and "Today Date: 03 Feb 2025" in text
     with pytest.raises(ValueError, match=r"data.date='2025'; use a day like"):
-        chat.template_of(tokenizer, TemplateSettings("2025"))
+        loss_mask.template_of(tokenizer, TemplateSettings("2025"))
 
 
 def test_instruction_without_a_template_has_a_plain_form():
@@ -285,7 +286,7 @@ def test_tool_calls_are_learned():
         {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]},
     ]
     turns += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "so 3"}]
-    ((ids, learned),) = chat.tokenise_examples([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
+    ((ids, learned),) = loss_mask.tokenise_examples([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
     assert tokenizer.decode(ids[learned].tolist()) == "<call>sum</call><|im_end|>so 3<|im_end|>"
 
 
@@ -293,7 +294,7 @@ def test_tool_calls_are_learned():
 def test_prompt_ids_are_where_training_starts_to_learn(kind):
     example = conversation(["what is a rank?", "a number", "why?", "the matrix"])
     ids, learned = tokenise(example, kind, "completion")
-    (prompt,) = chat.example_prompt_ids([example], tiny(kind))
+    (prompt,) = loss_mask.example_prompt_ids([example], tiny(kind))
     assert prompt == ids[: learned.argmax()].tolist()
 
 
@@ -302,7 +303,10 @@ def test_order_of_examples_is_kept_among_kinds_and_chunks():
         Text(f"r:{i}", f"the {i}") if i % 3 else conversation([f"a {i}", f"b {i}"])
         for i in permutation(2100, 1)
     ]
-    texts = [chat.render(e, chat.template_of(tiny("chatml"))).text for e in examples]
-    got = [tiny("chatml").decode(ids.tolist()) for ids, _ in chat.tokenise_examples(examples, tiny("chatml"))]
+    texts = [loss_mask.render(e, loss_mask.template_of(tiny("chatml"))).text for e in examples]
+    got = [
+        tiny("chatml").decode(ids.tolist())
+        for ids, _ in loss_mask.tokenise_examples(examples, tiny("chatml"))
+    ]
     assert all(g.startswith(t) for g, t in zip(got, texts, strict=True))
     assert len(got) == len(examples) and isinstance(got[0], str) and np.unique(got).size == 2100

@@ -8,12 +8,12 @@ import pytest
 from parsed_rows import examples, outcomes, pair_settings, pairs
 from tiny_tokenizers import tiny
 
-from jaxft.data.conversation import prompt_of
-from jaxft.data.format_choice import choose_format, count_columns
-from jaxft.data.formats import SFT, formats_of
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
-from jaxft.data.rows import Row
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.format_choice import choose_format, count_columns
+from jaxft.data.rows.formats import SFT, formats_of
 from jaxft.data.sft import Rows
 
 

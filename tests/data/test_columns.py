@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from parsed_rows import examples, pairs
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat, columns
-from jaxft.data.conversation import prompt_of
-from jaxft.data.invalid import InvalidRow
-from jaxft.data.rows import Row
+from jaxft.data.chat import loss_mask
+from jaxft.data.rows import columns
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.invalid import InvalidRow
 
 CALLS = json.dumps([{"name": "get_weather", "arguments": {"city": "Rome"}}])
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -64,7 +65,7 @@ def test_every_usual_name_of_a_role_becomes_that_role_and_is_learned(turns):
     named = [{"from": name, "value": f"text {i}"} for i, (_, name) in enumerate(turns)]
     chats = sft({"conversations": [*named, {"from": "gpt", "value": "a"}]})
     assert [m["role"] for m in chats.messages] == [role for role, _ in turns] + ["assistant"]
-    rendered = chat.render(chats, chat.template_of(tiny("chatml")), "assistant")
+    rendered = loss_mask.render(chats, loss_mask.template_of(tiny("chatml")), "assistant")
     assert len(rendered.learned) == 1 + sum(role == "assistant" for role, _ in turns)
 
 
@@ -90,9 +91,9 @@ def test_the_readme_lists_every_name_of_a_role():
 
 def test_without_an_assistant_turn_the_roles_are_named():
     with pytest.raises(InvalidRow, match="no assistant turn, only turns of the roles system, user"):
-        chat.render(
+        loss_mask.render(
             sft({"messages": [{"role": "system", "content": "s"}, MESSAGES[0]]}),
-            chat.template_of(tiny("chatml")),
+            loss_mask.template_of(tiny("chatml")),
             "assistant",
         )
 

@@ -10,10 +10,10 @@ from tiny_tokenizers import CHATML, tiny
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.decisions import answer_tokens, parse
 from jaxft.data.inspection import inspect
-from jaxft.data.invalid import InvalidRow
-from jaxft.data.lengths import measure
-from jaxft.data.rows import Row
-from jaxft.inference.served_model import ServedModel, decision_prompt
+from jaxft.data.packing.lengths import measure
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.invalid import InvalidRow
+from jaxft.serve.served_model import ServedModel, decision_prompt
 
 QUESTION = {
     "question": "Which is it?",

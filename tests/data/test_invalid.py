@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data import reader
-from jaxft.data.invalid import InvalidRow, InvalidRows, invalid_lines, shortened
-from jaxft.data.pack import permutation
+from jaxft.data.packing import reader
+from jaxft.data.packing.pack import permutation
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
-from jaxft.data.rows import read_rows
+from jaxft.data.rows.dataset_rows import read_rows
+from jaxft.data.rows.invalid import InvalidRow, InvalidRows, invalid_lines, shortened
+from jaxft.data.rows.shipped import ROOT
 from jaxft.data.sft import Rows
-from jaxft.data.shipped import ROOT
 
 SFT = [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": ""}]
 PAIR = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
@@ -265,7 +265,7 @@ def test_few_invalid_rows_are_left_out_by_default_and_more_are_the_error_of_the_
 
 
 def test_a_mistake_of_settings_ends_a_long_run_early(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxft.data.row_files.ROW_CHUNK_BYTES", 5_000)
+    monkeypatch.setattr("jaxft.data.rows.row_files.ROW_CHUNK_BYTES", 5_000)
     seen, tokenise = [], reader.tokenise_chunk
     monkeypatch.setattr(reader, "tokenise_chunk", lambda *a, **k: seen.append(1) or tokenise(*a, **k))
     lines = [json.dumps({"prompt": " ", "completion": "b" * 90}) for _ in range(2000)]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data.left_out import is_placeholder
+from jaxft.data.packing.left_out import is_placeholder
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
-from jaxft.data.rows import list_chunks
+from jaxft.data.rows.dataset_rows import list_chunks
 from jaxft.data.sft import Rows
 
 HOW = {"batch": 1, "workers": 1}
@@ -109,7 +109,7 @@ def test_max_samples_reads_the_first_rows_of_each_dataset_in_chunks_of_any_size(
     import pyarrow
     import pyarrow.parquet
 
-    from jaxft.data import row_files
+    from jaxft.data.rows import row_files
 
     monkeypatch.setattr(row_files, "ROW_CHUNK_BYTES", 100)
     items, path = [{"text": f"text {i}"} for i in range(30)], tmp_path / f"r.{suffix}"

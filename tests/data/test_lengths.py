@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data import lengths
-from jaxft.data.lengths import limit_alarms, limit_costs, measure, percentile
+from jaxft.data.packing import lengths
+from jaxft.data.packing.lengths import limit_alarms, limit_costs, measure, percentile
+from jaxft.data.packing.reader import sampled
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
-from jaxft.data.reader import sampled
-from jaxft.data.row_files import ROW_CHUNK_BYTES
-from jaxft.data.rows import list_chunks
+from jaxft.data.rows.dataset_rows import list_chunks
+from jaxft.data.rows.row_files import ROW_CHUNK_BYTES
 from jaxft.data.sft import Rows
 from jaxft.data.source import SourceStats
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from stock_turns import Turn, as_json, messages_of
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat
-from jaxft.data.example import Chat
+from jaxft.data.chat import loss_mask
+from jaxft.data.rows.example import Chat
 
 ON, OFF = "{% generation %}", "{% endgeneration %}"
 HEAD, CONTENT, END = "{{ '<|im_start|>' + m.role + '\n' }}", "{{ m.content or '' }}", "{{ '<|im_end|>' }}"
@@ -38,12 +38,12 @@ def template(assistant, others, rest=""):
         f"{rest}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{assistant}{roles}{{% endif %}}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    return chat.template_of(tokenizer)
+    return loss_mask.template_of(tokenizer)
 
 
 def learned(found, turns, loss_on="assistant"):
     row = Chat("rows.jsonl:7", messages_of(turns), len(turns) - 1, tools=TOOLS)
-    rendered = chat.render(row, found, loss_on)
+    rendered = loss_mask.render(row, found, loss_on)
     return [rendered.text[a:b].strip() for a, b in rendered.learned]
 
 
@@ -88,11 +88,11 @@ def test_a_tool_call_between_two_marked_ranges_is_missed():
 
 
 def test_one_range_for_each_turn_costs_no_further_rendering(monkeypatch):
-    found = chat.template_of(TEMPLATES["marked"].tokenizer())
+    found = loss_mask.template_of(TEMPLATES["marked"].tokenizer())
     count = []
-    render = chat.render_messages.__globals__["_render"]
+    render = loss_mask.render_messages.__globals__["_render"]
     monkeypatch.setitem(
-        chat.render_messages.__globals__, "_render", lambda *a, **k: count.append(1) or render(*a, **k)
+        loss_mask.render_messages.__globals__, "_render", lambda *a, **k: count.append(1) or render(*a, **k)
     )
     learned(found, (QUESTION, ANSWER))
     assert len(count) == 2  # the text, and each part as a word of its own

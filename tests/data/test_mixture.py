@@ -12,10 +12,10 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data import prompts
-from jaxft.data.mixture import Mixture, parse_sources, source_names, sources_with_metrics
-from jaxft.data.pack import RowPlan, limit_reads
+from jaxft.data.packing.pack import RowPlan, limit_reads
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
+from jaxft.data.rows.mixture import Mixture, parse_sources, source_names, sources_with_metrics
 from jaxft.data.sft import Rows
 
 SIZES = {"a": 700, "b": 900, "c": 150}

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from stock_turns import HIDDEN, Rejected, Turn, messages_of
 from tiny_tokenizers import tiny
 
-from jaxft.data.chat import example_prompt_ids
-from jaxft.data.example import Chat
-from jaxft.data.invalid import InvalidRow
-from jaxft.data.next_turn import TurnWording, next_prompt, restart_notes
-from jaxft.data.template import render_messages, template_of
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.chat.next_turn import TurnWording, next_prompt, restart_notes
+from jaxft.data.chat.template import render_messages, template_of
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.rows.example import Chat
+from jaxft.data.rows.invalid import InvalidRow
 
 
 def conversation(messages, tools=None):

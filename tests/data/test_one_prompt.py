@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data import chat
-from jaxft.data.conversation import prompt_of
-from jaxft.data.example import Chat, Completion
+from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template_settings import DATE
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
-from jaxft.data.rows import Row
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Chat, Completion
 from jaxft.data.sft import Rows
-from jaxft.data.template_settings import DATE
 from jaxft.rl.reward_models import with_response
 from jaxft.runs.named_weights import prompt_settings
 
@@ -155,7 +155,7 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     )
     generated = generate.encode(args, generate.prompts_of(args, source), tokenizer, source)
     judged = with_response(rollout.prompts[0], "so")
-    ((whole, _),) = chat.tokenise_examples([judged], tokenizer, "all", rollout.template)
+    ((whole, _),) = loss_mask.tokenise_examples([judged], tokenizer, "all", rollout.template)
     (ids,) = rollout.ids
     return {
         "rollout": list(ids),

@@ -7,7 +7,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data import prompts
-from jaxft.data.pack import ORDER_WINDOW, pack_in_order, permutation
+from jaxft.data.packing.pack import ORDER_WINDOW, pack_in_order, permutation
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data import pack
+from jaxft.data.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=120).map(np.array)
 

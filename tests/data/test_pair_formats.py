@@ -9,9 +9,9 @@ import pytest
 from parsed_rows import pairs
 from tiny_tokenizers import tiny
 
-from jaxft.data.example import Chat, Completion
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows import Row, read_rows
+from jaxft.data.rows.dataset_rows import Row, read_rows
+from jaxft.data.rows.example import Chat, Completion
 
 
 def turn(role, content):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data import pair_plan as batches
-from jaxft.data.pack import RowShape, permutation
+from jaxft.data.packing import pair_plan as batches
+from jaxft.data.packing.pack import RowShape, permutation
 
 
 @settings(max_examples=50, deadline=None)

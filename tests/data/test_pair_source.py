@@ -19,7 +19,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.data.source import open_for
-from jaxft.nn.layer_attention import batch_angles, uniform
+from jaxft.nn.attention.layer_attention import batch_angles, uniform
 from jaxft.nn.rope import Rope
 
 

@@ -14,14 +14,14 @@ from tiny_pairs import epoch, flat, make_rows, same, seen, source, text, trl, un
 from tiny_tokenizers import KINDS, tiny
 
 from jaxft.batch import Tokens
-from jaxft.data import chat
-from jaxft.data.example import Chat
+from jaxft.data.chat import loss_mask
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows import Row
-from jaxft.models.llama import llama
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Chat
+from jaxft.models.families.llama import llama
 from jaxft.nn import param
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 
 STOCK = ("llama3", "chatml", "gemma", "llama2", "qwen3", "marked", "plain")
 
@@ -73,7 +73,7 @@ def test_the_border_is_where_sft_begins_to_learn(folder, kind):
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["chosen"]},
         )
-        ((ids, learned),) = chat.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
+        ((ids, learned),) = loss_mask.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
         prompt, answer = trl(fields, tiny(kind), ("chosen",))
         assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
         assert tiny(kind).decode(ids[learned].tolist()).startswith(tiny(kind).decode(answer).rstrip())

@@ -12,12 +12,12 @@ import pytest
 from tiny_llama import tiny_tokenizer
 
 from jaxft.data import prompts
-from jaxft.data.chat import example_prompt_ids
-from jaxft.data.conversation import prompt_of
-from jaxft.data.example import as_given
-from jaxft.data.pack import permutation
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.packing.pack import permutation
 from jaxft.data.prompts import Prompts
-from jaxft.data.rows import Row
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import as_given
 
 
 @pytest.mark.parametrize(

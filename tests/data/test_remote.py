@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data import mixture, remote
-from jaxft.data.rows import hub_dataset, read_rows
+from jaxft.data.rows import mixture, remote
+from jaxft.data.rows.dataset_rows import hub_dataset, read_rows
+from jaxft.data.rows.urls import without_secrets
 from jaxft.data.sft import Rows
-from jaxft.data.urls import without_secrets
 
 COUNT, GROUP = 400, 100
 

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 from hub_server import serve_dataset
 
-from jaxft.data import row_parquet, rows
-from jaxft.data.invalid import InvalidRows
-from jaxft.data.row_files import NOT_READ
-from jaxft.data.rows import read_rows
+from jaxft.data.rows import dataset_rows, row_parquet
+from jaxft.data.rows.dataset_rows import read_rows
+from jaxft.data.rows.invalid import InvalidRows
+from jaxft.data.rows.row_files import NOT_READ
 
 MIB = 1 << 20
 LONG = "a " * (5 * MIB)
@@ -58,8 +58,8 @@ BOMBS = {  # for limits of a quarter
 }
 READ = """
 import resource, sys
-from jaxft.data import row_files, row_parquet
-from jaxft.data.rows import read_rows
+from jaxft.data.rows import row_files, row_parquet
+from jaxft.data.rows.dataset_rows import read_rows
 for name in ("LINE_BYTES", "ONCE_BYTES", "EXPANDED_BYTES", "TOTAL_BYTES"):
     setattr(row_parquet, name, getattr(row_parquet, name) // 4)
 row_files.LINE_BYTES //= 4
@@ -105,7 +105,7 @@ def test_a_file_that_repeats_a_long_text_loads_in_batches(how, tmp_path):
     count, tools = 10_000, "long description " * 1200
     path = write(tmp_path / "r.parquet", {"text": same(tools, count), "n": range(count)}, **how)
     pool = pyarrow.default_memory_pool()
-    listing, before, total = rows.list_chunks(path), pool.bytes_allocated(), 0
+    listing, before, total = dataset_rows.list_chunks(path), pool.bytes_allocated(), 0
     for chunk in listing.chunks():
         read = list(chunk.rows())
         assert all(row.fields == {"text": tools, "n": total + i} for i, row in enumerate(read))
@@ -118,7 +118,7 @@ def test_a_file_that_repeats_a_long_text_loads_in_batches(how, tmp_path):
 def test_many_equal_short_rows_load(tmp_path):
     count = 100_000
     columns = {"prompt": same("hello", count), "completion": same("world", count)}
-    chunks = [*rows.list_chunks(write(tmp_path / "r.parquet", columns)).chunks()]
+    chunks = [*dataset_rows.list_chunks(write(tmp_path / "r.parquet", columns)).chunks()]
     assert sum(chunk.size for chunk in chunks) == count
     assert [row.fields for row in chunks[-1].rows()][-1] == {"prompt": "hello", "completion": "world"}
 
@@ -129,7 +129,7 @@ def test_maps_are_read_and_measured(tmp_path, monkeypatch):
     column = pyarrow.array(maps, pyarrow.map_(pyarrow.string(), pyarrow.string()))
     path = write(tmp_path / "r.parquet", {"n": range(200), "meta": column})
     assert row_parquet.batch_bytes(pyarrow.record_batch([column], ["meta"]).slice(3, 1)) < 2500
-    monkeypatch.setattr("jaxft.data.row_files.LINE_BYTES", 20_000)
+    monkeypatch.setattr("jaxft.data.rows.row_files.LINE_BYTES", 20_000)
     assert [row.fields for row in read_rows(path)] == [{"n": i, "meta": m} for i, m in enumerate(maps)]
 
 
@@ -145,8 +145,8 @@ def test_a_column_of_an_unsupported_type_is_no_damaged_file(tmp_path, monkeypatc
 
 def test_a_row_above_the_limit_is_invalid_and_the_others_are_read(tmp_path, monkeypatch):
     """In a column of a dictionary, as plain text, and as a list of many numbers."""
-    monkeypatch.setattr("jaxft.data.row_files.LINE_BYTES", MIB)
-    monkeypatch.setattr("jaxft.data.row_parquet.LINE_BYTES", MIB)
+    monkeypatch.setattr("jaxft.data.rows.row_files.LINE_BYTES", MIB)
+    monkeypatch.setattr("jaxft.data.rows.row_parquet.LINE_BYTES", MIB)
     noise = "".join(chr(65 + i * i % 57) for i in range(2 * MIB))
     columns = {"text": ["a", noise, "b", "c"], "n": [[1], [2], list(range(30_000)), [3]]}
     for dictionary in (True, False):
@@ -166,7 +166,7 @@ def test_columns_that_are_not_used_are_not_read(tmp_path):
     columns = {"text": ["a", "b"], "x.y": [1, 2], "list": [[0] * 1000] * 2}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "r.parquet")
     for used, known in ((("text",), {"text"}), (("x.y", "z"), {"x.y"}), (("z",), set())):
-        (chunk,) = rows.list_chunks(str(tmp_path / "r.parquet"), used).chunks()
+        (chunk,) = dataset_rows.list_chunks(str(tmp_path / "r.parquet"), used).chunks()
         expected = [
             {name: (values[i] if name in known else NOT_READ) for name, values in columns.items()}
             for i in range(2)

@@ -9,11 +9,11 @@ import pytest
 from parsed_rows import examples
 from tiny_tokenizers import tiny
 
-from jaxft.data.example import Chat, Completion, Text
-from jaxft.data.invalid import InvalidRow, InvalidRows
-from jaxft.data.rows import Row, read_rows
+from jaxft.data.rows.dataset_rows import Row, read_rows
+from jaxft.data.rows.example import Chat, Completion, Text
+from jaxft.data.rows.invalid import InvalidRow, InvalidRows
+from jaxft.data.rows.shipped import ROOT
 from jaxft.data.sft import Rows
-from jaxft.data.shipped import ROOT
 
 ROWS = [
     {"prompt": "a", "completion": "b\nü"},
@@ -69,7 +69,7 @@ def test_relative_paths_are_found_in_the_working_directory_then_in_the_repositor
 def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
     path = write(tmp_path / "r.jsonl", '{"text": "x"}')
     code = (
-        f"import sys; from jaxft.data.rows import read_rows; read_rows({path!r}); "
+        f"import sys; from jaxft.data.rows.dataset_rows import read_rows; read_rows({path!r}); "
         "print(sorted({'datasets', 'pyarrow', 'pandas', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from parsed_rows import examples
 from tiny_tokenizers import tiny
 
-from jaxft.data import cache, chat
-from jaxft.data.pack import permutation
-from jaxft.data.rows import list_chunks, read_rows
+from jaxft.data.chat import loss_mask
+from jaxft.data.packing import cache
+from jaxft.data.packing.pack import permutation
+from jaxft.data.rows.dataset_rows import list_chunks, read_rows
 from jaxft.data.sft import Rows
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
@@ -69,7 +70,7 @@ def expected_examples(folder, kind="llama3"):
     """{ids: [(target, place)]} straight from tokenise."""
     found = examples(read_rows(str(folder / "r.jsonl")), "plain")
     result = {}
-    for ids, learned in chat.tokenise_examples(found, tiny(kind)):
+    for ids, learned in loss_mask.tokenise_examples(found, tiny(kind)):
         result[tuple(ids.tolist())] = [(int(ids[i]), i - 1) for i in range(1, len(ids)) if learned[i]]
     return result
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from parsed_rows import examples
 from stock_turns import HIDDEN, Rejected, Turn, messages_of
 
-from jaxft.data import chat
-from jaxft.data.example import Chat
+from jaxft.data.chat import loss_mask
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows import Row
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Chat
 from jaxft.data.sft import Rows
 
 
@@ -50,15 +50,15 @@ def test_exactly_the_assistant_turns_are_learned_or_the_row_is_refused(name, tur
 def check_learned(name, tokenizer, turns, loss_on):
     tools, settings = TOOLS if any(turn.calls for turn in turns) else None, TEMPLATES[name].settings
     texts = expected(name, turns, loss_on)
-    template = chat.template_of(tokenizer, settings)
+    template = loss_mask.template_of(tokenizer, settings)
     if texts is None or texts is Rejected:
         problem = "rejects the row" if texts is Rejected else "hides what is learned"
         with pytest.raises(ValueError, match=f"rows.jsonl:7: the chat template of stock/{name} {problem}"):
-            chat.render(row(turns, tools), template, loss_on)
+            loss_mask.render(row(turns, tools), template, loss_on)
         return
-    rendered = chat.render(row(turns, tools), template, loss_on)
+    rendered = loss_mask.render(row(turns, tools), template, loss_on)
     assert [rendered.text[start:end].strip() for start, end in rendered.learned] == texts
-    ((ids, learned),) = chat.tokenise_examples([row(turns, tools)], tokenizer, loss_on, settings)
+    ((ids, learned),) = loss_mask.tokenise_examples([row(turns, tools)], tokenizer, loss_on, settings)
     end = tokenizer.eos_token if rendered.end else ""  # of a last turn that the template does not end
     assert squeezed(tokenizer.decode(ids[learned].tolist())) == squeezed("".join(texts) + end)
 
@@ -95,7 +95,7 @@ def changed(name, old, new):
     tokenizer = TEMPLATES[name].tokenizer()
     assert old in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
-    return chat.template_of(tokenizer)
+    return loss_mask.template_of(tokenizer)
 
 
 def test_ends_are_found_in_a_template_that_requires_a_system_message():
@@ -103,7 +103,7 @@ def test_ends_are_found_in_a_template_that_requires_a_system_message():
     template = changed("llama3.0", "{% for m in messages %}", required + "{% for m in messages %}")
     assert template.ends == template.last_ends == ("<|eot_id|>",)
     turns = (Turn("system", "s"), QUESTION, ANSWER, QUESTION, ANSWER)
-    rendered = chat.render(row(turns), template, "assistant")
+    rendered = loss_mask.render(row(turns), template, "assistant")
     assert [rendered.text[a:b] for a, b in rendered.learned] == ["two<|eot_id|>"] * 2
 
 
@@ -111,28 +111,28 @@ def test_a_second_call_with_the_same_arguments_is_missed():
     template = changed("qwen2.5", "for call in m.tool_calls or []", "for call in (m.tool_calls or [])[:1]")
     turns = (QUESTION, Turn("assistant", "", calls=(CALL, CALL)))
     with pytest.raises(ValueError, match="does not show the name of tool call 2 of message 1"):
-        chat.render(row(turns), template)
+        loss_mask.render(row(turns), template)
 
 
 def test_a_part_that_occurs_in_the_text_by_chance_is_missed():
     template = changed("qwen3", "+ content.lstrip('\n') }}", "}}")
     with pytest.raises(ValueError, match="does not show the content of message 1"):
-        chat.render(row((QUESTION, Turn("assistant", "think"))), template)
+        loss_mask.render(row((QUESTION, Turn("assistant", "think"))), template)
 
 
 def test_a_turn_without_an_end_is_refused_unless_it_is_the_last():
     template = changed("deepseek-v3", "{{- '<｜tool▁calls▁end｜>' + eos_token }}", "")
     calling = Turn("assistant", "", calls=(CALL,))
     with pytest.raises(ValueError, match="does not end message 1, an assistant turn, with '<｜end▁of▁sent"):
-        chat.render(row((QUESTION, calling, RESULT, ANSWER)), template, "assistant")
-    last = chat.render(row((QUESTION, calling)), template, "assistant")
+        loss_mask.render(row((QUESTION, calling, RESULT, ANSWER)), template, "assistant")
+    last = loss_mask.render(row((QUESTION, calling)), template, "assistant")
     assert last.end and last.text.endswith("<｜tool▁call▁end｜>")  # EOS is added
 
 
 def test_markers_that_enclose_more_than_the_turn_are_refused():
     template = changed("marked", "{% endgeneration %}", "{{- 'Bye.' }}{% endgeneration %}")
     with pytest.raises(ValueError, match="generation markers enclose 'Bye.' after the end of message 1"):
-        chat.render(row((QUESTION, ANSWER)), template)
+        loss_mask.render(row((QUESTION, ANSWER)), template)
 
 
 @pytest.mark.parametrize("content", ["m.content or ''", "m.content | string", "'' + m.content"])
@@ -142,8 +142,8 @@ def test_null_beside_tool_calls_is_rendered_as_an_empty_text_where_a_template_ne
     template = changed("qwen2.5", "m.content or ''", content)
     assert template.needs_content == (content != "m.content or ''")
     for loss_on in ("assistant", "completion"):
-        rendered = chat.render(row(null), template, loss_on)
-        assert rendered == chat.render(row(empty), changed("qwen2.5", "", ""), loss_on)
+        rendered = loss_mask.render(row(null), template, loss_on)
+        assert rendered == loss_mask.render(row(empty), changed("qwen2.5", "", ""), loss_on)
         assert "None" not in rendered.text and "rank" in rendered.text
 
 
@@ -151,7 +151,7 @@ def test_null_beside_tool_calls_is_rendered_as_an_empty_text_where_a_template_ne
 def test_a_template_that_drops_tool_calls_is_reported_with_one_that_shows_them(content):
     turns = (QUESTION, Turn("assistant", content, calls=(CALL,)))
     with pytest.raises(ValueError, match="does not show the name of tool call 1 .*; set chat_template=qwen"):
-        chat.render(row(turns), chat.template_of(stock_tokenizer("chatml")))
+        loss_mask.render(row(turns), loss_mask.template_of(stock_tokenizer("chatml")))
 
 
 def test_content_that_is_null_stays_null():
@@ -204,9 +204,9 @@ def test_a_prompt_that_training_does_not_show_is_a_warning(name, tmp_path):
 
 def test_the_remedy_for_an_earlier_turn_is_to_learn_the_last_response():
     turns = (QUESTION, Turn("assistant", "one", "why"), QUESTION, ANSWER)
-    template = chat.template_of(stock_tokenizer("qwen3"))
+    template = loss_mask.template_of(stock_tokenizer("qwen3"))
     with pytest.raises(
         ValueError, match="does not show the thinking block of message 1.*data.loss_on=completion"
     ):
-        chat.render(row(turns), template, "assistant")
-    chat.render(row(turns), template, "completion")
+        loss_mask.render(row(turns), template, "assistant")
+    loss_mask.render(row(turns), template, "completion")

@@ -8,19 +8,19 @@ import pytest
 from chat_templates import TEMPLATES, TOOLS, stock_tokenizer
 from parsed_rows import examples
 
-from jaxft.data import chat
-from jaxft.data.example import Chat
+from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template import settings_for
+from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
-from jaxft.data.rows import Row
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Chat
 from jaxft.data.sft import Rows
-from jaxft.data.template import settings_for
-from jaxft.data.template_settings import TemplateSettings
 from jaxft.rl.reward_models import with_response
 from jaxft.runs.folder import permitted_changes
-from jaxft.runs.parse import parse_value
-from jaxft.runs.record import describe
-from jaxft.train.samples import make_last_turn
+from jaxft.runs.settings.parse import parse_value
+from jaxft.runs.settings.record import describe
+from jaxft.train.evaluate.samples import make_last_turn
 
 EOS = "<｜end▁of▁sentence｜>"
 NO_THINKING = ("enable_thinking=false",)
@@ -38,9 +38,9 @@ S, Q, A = turn("system", "s"), turn("user", "q"), turn("assistant", "a")
 
 
 def render(name, *messages, settings=None, loss_on="assistant", **more):
-    template = chat.template_of(stock_tokenizer(name), settings or TEMPLATES[name].settings)
+    template = loss_mask.template_of(stock_tokenizer(name), settings or TEMPLATES[name].settings)
     example = Chat("r:1", messages, len(messages) - 1, **more)
-    rendered = chat.render(example, template, loss_on)
+    rendered = loss_mask.render(example, template, loss_on)
     return rendered.text, [rendered.text[a:b] for a, b in rendered.learned]
 
 
@@ -74,9 +74,9 @@ def test_arguments_are_written_as_names_and_values_on_the_command_line():
 def test_an_argument_that_the_template_does_not_read_is_an_error_that_names_the_nearest():
     unread = TemplateSettings(chat_template_kwargs=("enable_thinkin=false",))
     with pytest.raises(ValueError, match="stock/qwen3 does not read 'enable_thinkin' .near: enable_thinking"):
-        chat.template_of(stock_tokenizer("qwen3"), unread)
+        loss_mask.template_of(stock_tokenizer("qwen3"), unread)
     with pytest.raises(ValueError, match="does not read 'enable_thinking'"):
-        chat.template_of(stock_tokenizer("chatml"), TemplateSettings(chat_template_kwargs=NO_THINKING))
+        loss_mask.template_of(stock_tokenizer("chatml"), TemplateSettings(chat_template_kwargs=NO_THINKING))
 
 
 def test_another_models_template_gets_the_arguments_that_it_reads():
@@ -85,7 +85,7 @@ def test_another_models_template_gets_the_arguments_that_it_reads():
     assert settings_for(stock_tokenizer("qwen3"), run) == own
     prompt = Chat("r:1", (Q,), 1)
     judged = with_response(prompt, "so")
-    ((ids, _),) = chat.tokenise_examples([judged], stock_tokenizer("qwen3"), chat.NOTHING, own)
+    ((ids, _),) = loss_mask.tokenise_examples([judged], stock_tokenizer("qwen3"), loss_mask.NOTHING, own)
     assert stock_tokenizer("qwen3").decode(ids).endswith("<think>\n\n</think>\n\nso<|im_end|>\n")
 
 
@@ -150,7 +150,7 @@ def test_without_thinking_the_empty_block_is_part_of_the_prompt():
     on = {"enable_thinking": True}  # of a row, which overrides the run's
     assert render("qwen3", Q, A, settings=off, arguments=on)[1] == ["<think>\n\n</think>\n\na<|im_end|>"]
     assert render("qwen3", Q, A, Q, A, settings=off)[1] == ["a<|im_end|>"] * 2
-    (prompt,) = chat.example_prompt_ids([Chat("r:1", (Q,), 1)], stock_tokenizer("qwen3"), off)
+    (prompt,) = loss_mask.example_prompt_ids([Chat("r:1", (Q,), 1)], stock_tokenizer("qwen3"), off)
     assert stock_tokenizer("qwen3").decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
@@ -158,7 +158,7 @@ def test_a_samples_prompt_is_printed_as_the_question_alone():
     last_turn = make_last_turn(stock_tokenizer("qwen3"))
     for settings in (TemplateSettings(), TemplateSettings(chat_template_kwargs=NO_THINKING)):
         prompt = Chat("r:1", (Q, A, turn("user", "why?")), 3)
-        (ids,) = chat.example_prompt_ids([prompt], stock_tokenizer("qwen3"), settings)
+        (ids,) = loss_mask.example_prompt_ids([prompt], stock_tokenizer("qwen3"), settings)
         assert last_turn(stock_tokenizer("qwen3").decode(ids)) == "why?"
     assert last_turn("why?") is None
 
@@ -225,8 +225,8 @@ def test_arguments_are_json_text_for_a_template_that_concatenates_them():
     function = {"name": "rank", "arguments": {"of": "é"}}
     row = {"messages": [Q, turn("assistant", None, tool_calls=[{"type": "function", "function": function}])]}
     (example,) = examples([Row("r:1", row)])
-    template = chat.template_of(stock_tokenizer("deepseek-r1"))
-    rendered = chat.render(example, template)
+    template = loss_mask.template_of(stock_tokenizer("deepseek-r1"))
+    rendered = loss_mask.render(example, template)
     assert rendered.text.endswith(
         'rank\n```json\n{"of": "é"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' + EOS
     )

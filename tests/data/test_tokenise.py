@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from test_invalid import all_dirt, clean_rows, with_dirt
 from tiny_tokenizers import tiny
 
-from jaxft.data import progress, reader, row_files, rows
-from jaxft.data.flat import Flat, RowNames
-from jaxft.data.pack import number_groups
+from jaxft.data import progress
+from jaxft.data.packing import reader
+from jaxft.data.packing.flat import Flat, RowNames
+from jaxft.data.packing.pack import number_groups
 from jaxft.data.pairs import PairRows
-from jaxft.data.row_files import loaded
+from jaxft.data.rows import dataset_rows, row_files
+from jaxft.data.rows.row_files import loaded
 from jaxft.data.sft import Rows
 
 KINDS = {"sft": (Rows, {}), "pairs": (PairRows, {}), "unpaired": (PairRows, {"unpaired": True})}
@@ -29,7 +31,7 @@ KINDS = {"sft": (Rows, {}), "pairs": (PairRows, {}), "unpaired": (PairRows, {"un
 def in_chunks(monkeypatch, size, rows_of_a_chunk=7):
     for module in (row_files, reader):
         monkeypatch.setattr(module, "ROW_CHUNK_BYTES", size)
-    for module in (row_files, rows):
+    for module in (row_files, dataset_rows):
         monkeypatch.setattr(module, "CHUNK_ROWS", rows_of_a_chunk)
 
 
@@ -67,7 +69,7 @@ def test_chunks_of_any_size_give_the_same_batches(kind, tmp_path, monkeypatch):
     path = dirty_file(tmp_path, kind)
     whole = opened(kind, path, tmp_path / "whole")
     in_chunks(monkeypatch, 500)
-    assert len(list(rows.list_chunks(str(path)).chunks())) > 10
+    assert len(list(dataset_rows.list_chunks(str(path)).chunks())) > 10
     assert_same(opened(kind, path, tmp_path / "chunks", workers=1), whole)
     assert_same(opened(kind, path, tmp_path / "chunks", workers=1), whole)  # from the cache
 
@@ -101,7 +103,7 @@ def test_lines_are_read_alike_in_chunks_of_any_size(tmp_path_factory, lines, siz
     last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)  # blank ones may follow
     with pytest.MonkeyPatch.context() as patch:
         in_chunks(patch, size)
-        listing = rows.list_chunks(str(path))
+        listing = dataset_rows.list_chunks(str(path))
         outcomes = [row for chunk in listing.chunks() for row in chunk.rows()]
     assert listing.rows == len(outcomes)
     assert [int(row.name.rpartition(":")[2]) for row in outcomes] == list(range(1, last + 2))
@@ -117,7 +119,9 @@ def test_parquet_and_csv_are_read_in_windows(tmp_path, monkeypatch):
     in_chunks(monkeypatch, 10**6)
     sizes = {"parquet": [7, 7, 4, 7, 7, 4, 7, 7], "csv": [7] * 7 + [1]}
     for suffix, first in (("parquet", 1), ("csv", 2)):
-        chunks = [list(chunk.rows()) for chunk in rows.list_chunks(str(tmp_path / f"r.{suffix}")).chunks()]
+        chunks = [
+            list(chunk.rows()) for chunk in dataset_rows.list_chunks(str(tmp_path / f"r.{suffix}")).chunks()
+        ]
         assert [len(chunk) for chunk in chunks] == sizes[suffix]
         found = [row for chunk in chunks for row in chunk]
         assert [row.name for row in found] == [f"r.{suffix}:{i + first}" for i in range(50)]
@@ -263,7 +267,7 @@ def test_a_run_reports_the_progress_of_reading_and_tokenising(tmp_path, monkeypa
     opened("sft", path, tmp_path / "new", workers=1, **settings)
     lines = capsys.readouterr().err.splitlines()
     count = len(path.read_bytes().rstrip().splitlines())
-    chunks = len(list(rows.list_chunks(str(path)).chunks()))
+    chunks = len(list(dataset_rows.list_chunks(str(path)).chunks()))
     phases = [line.partition(":")[0] for line in lines]
     assert phases == ["reading r.jsonl"] * chunks * (not settings) + ["tokenising r.jsonl"] * chunks
     done = [line for line in lines if f": {count} rows in 0:" in line]

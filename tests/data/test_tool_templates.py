@@ -10,14 +10,17 @@ from parsed_rows import examples
 from tiny_llama import tiny_torch
 from transformers import AutoTokenizer
 
-from jaxft.data import chat
-from jaxft.data.rows import Row
-from jaxft.data.template_settings import TemplateSettings
-from jaxft.inference.served_model import ServedModel, chat_prompt
-from jaxft.inference.tool_calls import template_tool_format
-from jaxft.runs.push import files_to_push
-from jaxft.weights import gguf_tokenizer, gguf_tokenizer_write, hub, hub_upload, pretrained, tokenizer_files
-from jaxft.weights.gguf_header import GgufHeader
+from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.chat.tool_calls import template_tool_format
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.serve.served_model import ServedModel, chat_prompt
+from jaxft.train.export.push import files_to_push
+from jaxft.weights import pretrained
+from jaxft.weights.gguf import gguf_tokenizer, gguf_tokenizer_write
+from jaxft.weights.gguf.gguf_header import GgufHeader
+from jaxft.weights.hf import tokenizer_files
+from jaxft.weights.hub import hub, hub_upload
 
 CALLS = [{"id": "a", "type": "function", "function": {"name": "rank", "arguments": {"name": "A"}}}]
 MESSAGES = [
@@ -59,37 +62,37 @@ def test_prompts_and_rows_are_rendered_by_the_template_that_transformers_chooses
     model = ServedModel("m", tokenizer, (), len(tokenizer))
     assert chat_prompt(model, asked, tools) == expected
     row = examples([Row("row", {"prompt": asked, "completion": [MESSAGES[-1]], "tools": tools})])[0]
-    assert tuple(next(chat.example_prompt_ids([row], tokenizer))) == expected
+    assert tuple(next(loss_mask.example_prompt_ids([row], tokenizer))) == expected
     full = examples(
         [Row("row", {"messages": [*messages, MESSAGES[-1]][: 5 if tools else 3], "tools": tools})]
     )[0]
-    ((ids, learned),) = chat.tokenise_examples([full], tokenizer, "assistant")
+    ((ids, learned),) = loss_mask.tokenise_examples([full], tokenizer, "assistant")
     theirs = tokenizer.apply_chat_template(list(full.messages), tools=tools, tokenize=True)["input_ids"]
     assert ids.tolist() == theirs
     alone = OF_TOOLS.replace("in tools", "in tools or []") if tools else CHATML
     one = tokenizer_with(alone)  # the same mask as with this template alone
-    ((same, mask),) = chat.tokenise_examples([full], one, "assistant")
+    ((same, mask),) = loss_mask.tokenise_examples([full], one, "assistant")
     assert ids.tolist() == same.tolist() and learned.tolist() == mask.tolist() and learned.any()
     end = tokenizer.convert_tokens_to_ids("<|eot|>" if tools else "<|im_end|>")
     assert end in ids[learned]
 
 
 def test_completions_end_as_either_template_ends_turns(tokenizer):
-    template = chat.template_of(tokenizer)
+    template = loss_mask.template_of(tokenizer)
     assert tokenizer.convert_ids_to_tokens(template.stop_tokens) == ["<|im_end|>", "<|eot|>"]
     assert template_tool_format(template.tool_use.source) == "hermes" and not template.tool_use.failure
     assert template_tool_format(template.source) == "none"
-    assert chat.template_of(tokenizer_with(QWEN25)).tool_use is None
-    assert chat.template_of(tokenizer_with({"default": CHATML, "tool_use": CHATML})).tool_use is None
+    assert loss_mask.template_of(tokenizer_with(QWEN25)).tool_use is None
+    assert loss_mask.template_of(tokenizer_with({"default": CHATML, "tool_use": CHATML})).tool_use is None
 
 
 def test_arguments_that_one_of_the_templates_reads_are_taken(tokenizer):
     row = examples([Row("row", {"messages": MESSAGES, "tools": TOOLS})])[0]
     settings = TemplateSettings(chat_template_kwargs=("mood=calm",))
-    (ids,) = chat.example_prompt_ids([row], tokenizer, settings)
+    (ids,) = loss_mask.example_prompt_ids([row], tokenizer, settings)
     assert tokenizer.decode(ids).startswith("rankcalm")
     with pytest.raises(ValueError, match="does not read 'moods'"):
-        chat.template_of(tokenizer, TemplateSettings(chat_template_kwargs=("moods=calm",)))
+        loss_mask.template_of(tokenizer, TemplateSettings(chat_template_kwargs=("moods=calm",)))
 
 
 def write_folder(path, templates, in_files):

@@ -24,9 +24,9 @@ Watchdog.at = noted
 DIRECTIONS = """
 import os
 import numpy as np
-from jaxft.nn.lora import pairs_by_path
+from jaxft.nn.adapters.lora import pairs_by_path
 from jaxft.train import programs
-from jaxft.train import eva
+from jaxft.train.start import eva
 number = os.environ.get("JAXFT_PROCESS", "one")
 adapter_of, directions_of = programs.eva_adapter, eva.principal_directions
 def saved(*args):
@@ -43,7 +43,7 @@ programs.eva_adapter, eva.principal_directions = saved, other_signs
 # Process 1's own pairs have other signs.
 PAIRS = """
 import os
-from jaxft.weights import lora_start
+from jaxft.weights.calibrate import lora_start
 pair_of = lora_start.principal_pair
 def other_signs(*args):
     a, b = pair_of(*args)

@@ -45,7 +45,8 @@ sharding.shard_batch = recording
 GRADIENTS = """
 import os
 import jax, numpy as np
-from jaxft.train import meter, programs, step
+from jaxft.train.logs import meter
+from jaxft.train import programs, step
 make, accumulate = step.make_train_step, step.accumulate_gradients
 def make_recording(*args):
     train_step = make(*args)
@@ -71,7 +72,7 @@ meter.Meter.add = writing
 SLOW_STEPS = f"""
 {PRECISE}
 import time
-from jaxft.train import meter
+from jaxft.train.logs import meter
 add = meter.Meter.add
 def slow(self, *args):
     time.sleep(0.4)
@@ -411,7 +412,7 @@ def test_process_killed_while_joining_has_a_last_line(folder):
 HANGS = f"""
 {PRECISE}
 import threading
-from jaxft.train import meter
+from jaxft.train.logs import meter
 meter.Meter.add = lambda *_: threading.Event().wait()
 """
 

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from jaxft.cli import cli
 from jaxft.distributed import launch, processes
 from jaxft.distributed.launch import Launch, detect
-from jaxft.runs import cli, config
+from jaxft.runs.settings import config
 from jaxft.train.settings import Run
 
 ROOT = Path(__file__).resolve().parents[2]

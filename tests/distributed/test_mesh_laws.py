@@ -13,27 +13,27 @@ from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
 from jaxft import tree
-from jaxft.data.example import Completion
-from jaxft.data.pack import RowShape
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.pack import RowShape
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.rows.example import Completion
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.nn import attention
-from jaxft.nn.key_ranges import key_ranges
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.attention import attention
+from jaxft.nn.attention.key_ranges import key_ranges
 from jaxft.nn.param import spec_paths
-from jaxft.nn.quant import is_qtensor, quantize
-from jaxft.objectives import preference_losses as P
+from jaxft.nn.quant.quant import is_qtensor, quantize
 from jaxft.objectives.critic import value_function
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
 from jaxft.objectives.preference import preference
 from jaxft.objectives.read_positions import SPARE_SLOTS, read_sharding
 from jaxft.objectives.sft import sft
-from jaxft.rl.layout import pack_episodes
+from jaxft.rl.rollout_layout import pack_episodes
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import storage
-from jaxft.weights.lora_start import init_magnitudes
+from jaxft.weights.calibrate.lora_start import init_magnitudes
 
 MESHES = {
     "1x8": MeshShape(1, 8),

@@ -12,8 +12,8 @@ from prepared import prepare, working_directory
 from tiny_run import Place, write_place
 
 from jaxft.data.sft import Rows
-from jaxft.runs.report import empty_slot_lines
-from jaxft.train.logs import startup_lines
+from jaxft.runs.run_texts import empty_slot_lines
+from jaxft.train.logs.logs import startup_lines
 from jaxft.train.programs import step_rows
 
 

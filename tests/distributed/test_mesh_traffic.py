@@ -10,11 +10,11 @@ from partitioned import moved
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
-from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.sft import sft
 from jaxft.optim import optimizer
 from jaxft.train import programs

@@ -11,8 +11,8 @@ from tiny_model import CONFIG
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.engine.sampling import Sampling
-from jaxft.models.llama import from_hf, llama
-from jaxft.nn.lora import Adapter
+from jaxft.models.families.llama import from_hf, llama
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.optim.optimizer import Optim
 from jaxft.train import partition
 
@@ -143,7 +143,7 @@ def test_lora_alpha_out_of_range_is_an_error(alpha):
 
 
 def test_rows_longer_than_the_max_positions_of_the_model_are_an_error():
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
     from jaxft.train import programs
 
     run = config.load_config("configs/sft.py", [])
@@ -153,7 +153,7 @@ def test_rows_longer_than_the_max_positions_of_the_model_are_an_error():
 
 
 def test_a_ring_without_a_mesh_that_shards_rows_is_an_error():
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
     from jaxft.train import programs
 
     run = config.load_config("configs/sft.py", ["context_keys=ring"])
@@ -162,7 +162,7 @@ def test_a_ring_without_a_mesh_that_shards_rows_is_an_error():
 
 
 def test_a_mesh_that_shards_experts_needs_a_model_with_some():
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
     from jaxft.train import programs
 
     run = config.load_config("configs/sft.py", ["mesh.expert=2"])
@@ -178,7 +178,7 @@ def test_a_mesh_that_shards_experts_needs_a_model_with_some():
 
 
 def test_limits_of_the_model_name_settings_that_the_recipe_has():
-    from jaxft.runs import config
+    from jaxft.runs.settings import config
     from jaxft.train import programs
 
     grpo = config.load_config("configs/grpo.py", ["max_new=9000"])

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import AXES, MESH_AXES, MeshShape, make_mesh, partition_spec
-from jaxft.models.llama import PRESETS, LlamaConfig, llama
+from jaxft.models.families.llama import PRESETS, LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
 from jaxft.weights import storage
 

@@ -11,10 +11,10 @@ from jaxft.engine.generate import complete
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.models.families.mistral import MistralConfig, mistral
 from jaxft.models.layer_types import FULL, SLIDING
-from jaxft.models.llama import LlamaConfig, llama
-from jaxft.models.mistral import MistralConfig, mistral
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
 
 # So wide that XLA chooses other kernels for sums of 10 rows than for those of 7 (from 4096 elements on).

@@ -18,7 +18,7 @@ from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
 from jaxft.engine.session import RequestSettings, Session
 from jaxft.engine.state import TOP
 from jaxft.models.adapted import adapted
-from jaxft.models.llama import llama
+from jaxft.models.families.llama import llama
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (3, 40, 1, 9, 100, 5, 30, 2, 11)]

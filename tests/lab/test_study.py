@@ -13,15 +13,15 @@ from tiny_run import write_rows
 
 from jaxft.lab import halving, ledger
 from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
-from jaxft.objectives.preference_losses import dpo, ipo
-from jaxft.objectives.reference_free_losses import bco, tpo
-from jaxft.runs.config import load_config
+from jaxft.objectives.losses.preference_losses import dpo, ipo
+from jaxft.objectives.losses.reference_free_losses import bco, tpo
+from jaxft.runs.settings.config import load_config
 
 FILE = '''"""A study of two losses."""
 
 from jaxft.lab.study import LogRange, SearchedLoss, Study
-from jaxft.objectives.preference_losses import dpo, ipo
-from jaxft.runs.config import load_config
+from jaxft.objectives.losses.preference_losses import dpo, ipo
+from jaxft.runs.settings.config import load_config
 
 
 def study() -> Study:

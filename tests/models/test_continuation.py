@@ -10,9 +10,9 @@ import pytest
 from tiny_families import FAMILIES, VOCAB, both, our_model, params_of, random_ids, torch_model
 
 from jaxft.batch import Rollout, Tokens
-from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn.cache import GivenChunk, NextToken, insert_prompts
-from jaxft.nn.cached_attention import RowGroups
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.nn.attention.cache import GivenChunk, NextToken, insert_prompts
+from jaxft.nn.attention.cached_attention import RowGroups
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import Rope
 

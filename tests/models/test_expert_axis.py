@@ -16,15 +16,16 @@ from tiny_model import assert_close, examples, one_by_one
 from jaxft import tree
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import adapted, adapted_by_row
-from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import lora, lora_rows, param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs, pair_layouts
-from jaxft.nn.quant import quantize
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.nn import param
+from jaxft.nn.adapters import lora, lora_rows
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
+from jaxft.nn.quant.quant import quantize
 from jaxft.optim import muon, rules, schedules
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.update import StepInfo
-from jaxft.weights.lora_start import init_magnitudes
+from jaxft.weights.calibrate.lora_start import init_magnitudes
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXPERTS = "layers/mlp/experts"

@@ -13,9 +13,10 @@ from tiny_families import FAMILIES, QUICK, both, our_model, params_of, random_id
 from jaxft.engine.generate import complete
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
-from jaxft.models.families import config_to_hf, family_of
+from jaxft.models.model_types import config_to_hf, family_of
 from jaxft.tree import paths
-from jaxft.weights import hf, hf_write, param_reader, pretrained
+from jaxft.weights import param_reader, pretrained
+from jaxft.weights.hf import hf, hf_write
 
 torch = pytest.importorskip("torch")
 every_family = pytest.mark.parametrize("name", FAMILIES)

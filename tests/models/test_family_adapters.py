@@ -9,12 +9,12 @@ import pytest
 from tiny_families import FAMILIES, both, logits_of, params_of, random_ids, rows, torch_model
 
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter, target_paths
+from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.param import init_params
 from jaxft.tree import paths
-from jaxft.weights import peft as peft_layout
-from jaxft.weights import peft_write
-from jaxft.weights.merge import merge_params
+from jaxft.weights.edit.merge import merge_params
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

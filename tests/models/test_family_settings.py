@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny_families import FAMILIES, SIZES
 
-from jaxft.models import families
-from jaxft.models.families import family_of, has_classifier
+from jaxft.models import model_types
 from jaxft.models.layer_types import FULL, SLIDING
+from jaxft.models.model_types import family_of, has_classifier
 
 FIRST = {kind: name for name, (kind, _) in reversed(FAMILIES.items())}
 
@@ -20,7 +20,7 @@ def config_of(kind, **settings):
 
 
 def test_every_family_has_a_row_in_the_tests():
-    assert {kind for kind, _ in FAMILIES.values()} == set(families.FAMILIES)
+    assert {kind for kind, _ in FAMILIES.values()} == set(model_types.FAMILIES)
 
 
 def test_a_mistral_with_layer_types_is_a_ministral_as_in_transformers(tmp_path):
@@ -71,4 +71,4 @@ def test_has_classifier_agrees_with_transformers():
 
 def test_the_readme_lists_every_model_type():
     text = (Path(__file__).parents[2] / "configs/README.md").read_text()
-    assert not [kind for kind in families.FAMILIES if f"`{kind}`" not in text]
+    assert not [kind for kind in model_types.FAMILIES if f"`{kind}`" not in text]

@@ -11,13 +11,14 @@ import pytest
 from reward_folders import begun, saved, torch_score
 from tiny_llama import some_tokens
 
-from jaxft.models import families
+from jaxft.models import model_types
 from jaxft.models.text_part import text_config
 from jaxft.nn.param import spec_paths
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
-from jaxft.weights import hf, hf_write, pretrained
-from jaxft.weights.card import Card, write_card
+from jaxft.weights import pretrained
+from jaxft.weights.hf import hf, hf_write
+from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.param_reader import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
@@ -42,7 +43,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_preset_has_as_many_parameters_as_the_published_weights(name):
-    model = families.preset(name)
+    model = model_types.preset(name)
     count = sum(math.prod(spec.shape) for spec in spec_paths(model.specs).values())
     if model.config.vocab == 262208:
         count += VISION_TOWER + 1152 * model.config.width + 1152
@@ -67,8 +68,8 @@ def text_4b():
 
 def test_the_preset_of_a_multimodal_checkpoint_is_its_config_on_the_hub():
     config = text_config(text_4b())
-    found = families.family_of(config).from_hf(config)
-    assert found == families.preset_config("google/gemma-3-4b-it")
+    found = model_types.family_of(config).from_hf(config)
+    assert found == model_types.preset_config("google/gemma-3-4b-it")
     assert found.rope == Rope(1e6, "linear", factor=8.0) and found.local_rope == Rope(1e4)
     assert found.layer_types.count("full_attention") == 5 and found.layer_types[5] == "full_attention"
     assert config["torch_dtype"] == "bfloat16" and "vision_config" not in config
@@ -84,7 +85,7 @@ GEMMA1 = {
     "acts", [{}, {"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}]
 )
 def test_gelu_in_a_gemma_1_means_the_tanh_approximation(acts):
-    assert families.family_of(GEMMA1).from_hf(GEMMA1 | acts).activation == "gelu_tanh"
+    assert model_types.family_of(GEMMA1).from_hf(GEMMA1 | acts).activation == "gelu_tanh"
 
 
 GEMMA3 = {**GEMMA1, "model_type": "gemma3_text", "sliding_window": 7}
@@ -112,7 +113,7 @@ REFUSED = {
 def test_what_is_not_supported_is_one_line(what):
     config, words = REFUSED[what]
     with pytest.raises(ValueError, match="config: ") as caught:
-        families.family_of(config).from_hf(config)
+        model_types.family_of(config).from_hf(config)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

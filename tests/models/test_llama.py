@@ -7,7 +7,7 @@ import pytest
 from engines import decoded, prefilled
 
 from jaxft.batch import Tokens
-from jaxft.models.llama import from_hf, llama
+from jaxft.models.families.llama import from_hf, llama
 
 torch = pytest.importorskip("torch")
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxft.models.families import family_of
 from jaxft.models.layer_types import FULL, SLIDING
+from jaxft.models.model_types import family_of
 from jaxft.nn.rope import Rope
 
 SIZES = {

@@ -3,10 +3,10 @@
 import pytest
 from tiny_families import SIZES
 
-from jaxft.models.families import FAMILIES, preset
-from jaxft.models.phi3 import PHI3_PRESETS, phi3, phi3_from_hf
-from jaxft.nn.lora import Adapter, target_paths
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.models.families.phi3 import PHI3_PRESETS, phi3, phi3_from_hf
+from jaxft.models.model_types import FAMILIES, preset
+from jaxft.nn.adapters.lora import Adapter, target_paths
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import count_params, spec_paths
 
 TINY = {**SIZES, "model_type": "phi3"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft.models.families import FAMILIES, config_to_hf, family_of, preset, preset_config
+from jaxft.models.model_types import FAMILIES, config_to_hf, family_of, preset, preset_config
 from jaxft.nn.param import count_params
 
 # Elements of the tensors in the published safetensors files.

@@ -3,8 +3,8 @@
 import pytest
 from tiny_families import SIZES
 
-from jaxft.models.families import FAMILIES, preset
-from jaxft.models.smollm3 import SMOLLM3_PRESETS, smollm3, smollm3_from_hf
+from jaxft.models.families.smollm3 import SMOLLM3_PRESETS, smollm3, smollm3_from_hf
+from jaxft.models.model_types import FAMILIES, preset
 from jaxft.nn.param import count_params
 
 TINY = {**SIZES, "model_type": "smollm3"}

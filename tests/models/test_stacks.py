@@ -18,21 +18,22 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import adapted
-from jaxft.nn import cache
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import pair_layouts
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import pair_layouts
+from jaxft.nn.attention import cache
 from jaxft.nn.param import init_params, is_spec, kernel, spec_paths
-from jaxft.nn.quant import Quant, dequantize, quantize
-from jaxft.nn.scan import layer_places, run_layer
+from jaxft.nn.quant.quant import Quant, dequantize, quantize
+from jaxft.nn.stack import layer_places, run_layer
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.train.logs.watch import make_watch
 from jaxft.train.step import make_train_step
-from jaxft.train.watch import make_watch
-from jaxft.weights import hf, hf_write, peft_write
-from jaxft.weights.layerwise import CalibrationRows, calibrate_layers
+from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers
+from jaxft.weights.hf import hf, hf_write
 from jaxft.weights.param_reader import param_readers
-from jaxft.weights.peft import read_adapter
+from jaxft.weights.peft import peft_write
+from jaxft.weights.peft.peft import read_adapter
 from jaxft.weights.tensors import tensors_of
 
 BATCH = rows(random_ids(2, 12), segments=[[1] * 7 + [2] * 5, [1] * 10 + [0] * 2],

@@ -11,7 +11,7 @@ import pytest
 from tiny_families import logits_of, rows
 
 from jaxft import tree
-from jaxft.models import families
+from jaxft.models import model_types
 from jaxft.models.text_part import (
     SHARED,
     TEXT_DEFAULTS,
@@ -22,7 +22,8 @@ from jaxft.models.text_part import (
     text_tensor,
 )  # fmt: skip
 from jaxft.nn.param import spec_paths
-from jaxft.weights import hf, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.hf import hf
 from jaxft.weights.param_reader import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
@@ -95,7 +96,7 @@ def test_a_setting_that_text_config_lacks_has_transformers_default(kind):
 
     def parsed(text):
         config = text_config({"model_type": whole, "text_config": text, "tie_word_embeddings": False})
-        return families.family_of(config).from_hf(config)
+        return model_types.family_of(config).from_hf(config)
 
     assert parsed({"model_type": kind}) == parsed(
         {name: x for name, x in theirs.items() if name not in (*SHARED, TIED)}
@@ -114,7 +115,7 @@ def test_old_qwen_vl_files_have_the_decoder_s_settings_at_the_top_level():
     config = text_config(flat)
     assert config["model_type"] == "qwen2" and config["architectures"] == ["Qwen2ForCausalLM"]
     assert config["rope_scaling"] == {"type": "default"} and not [x for x in config if "vision" in x]
-    found = families.family_of(config).from_hf(config)
+    found = model_types.family_of(config).from_hf(config)
     assert (found.layers, found.tied, found.rope.theta) == (36, True, 1e6)
 
 
@@ -148,7 +149,7 @@ TEXT_PARAMETERS = {"llava-hf/llava-1.5-7b-hf": 6_738_939_904, "Qwen/Qwen3-VL-4B-
 def test_a_published_config_gives_the_decoder_its_number_of_parameters(name):
     """Vicuna 7B with 64 more rows in table and head; Qwen3 4B."""
     config = text_config(PUBLISHED[name])
-    family = families.family_of(config)
+    family = model_types.family_of(config)
     specs = spec_paths(family.build(family.from_hf(config)).specs)
     assert sum(math.prod(spec.shape) for spec in specs.values()) == TEXT_PARAMETERS[name]
 

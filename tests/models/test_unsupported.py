@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jaxft.models.families import family_of
+from jaxft.models.model_types import family_of
 
 LIST = "supported types: python scripts/help.py models"
 EXPERTS, TOWERS = "mixture-of-experts layers", "parts for images, audio or video"

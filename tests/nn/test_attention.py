@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
-from jaxft.nn import attention, flash_attention
-from jaxft.nn.attention import AttentionNeeds
-from jaxft.nn.key_ranges import key_ranges
+from jaxft.nn.attention import attention, flash_attention
+from jaxft.nn.attention.attention import AttentionNeeds
+from jaxft.nn.attention.key_ranges import key_ranges
 
 QUERIES, KEYS, ROW = (
     ("rows", "time", "heads", "head_dim"),

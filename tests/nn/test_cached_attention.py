@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn.attention import dense
-from jaxft.nn.cache import GivenChunk, Keys, NextToken, Step, append, append_chunk, attend, store
-from jaxft.nn.cached_attention import RowGroups
-from jaxft.nn.key_ranges import key_ranges, within_window
-from jaxft.nn.layer_attention import AttentionRule
+from jaxft.nn.attention.attention import dense
+from jaxft.nn.attention.cache import GivenChunk, Keys, NextToken, Step, append, append_chunk, attend, store
+from jaxft.nn.attention.cached_attention import RowGroups
+from jaxft.nn.attention.key_ranges import key_ranges, within_window
+from jaxft.nn.attention.layer_attention import AttentionRule
 
 H, K, E, S, N = 4, 2, 8, 7, 5  # heads, key heads, head size, slots of a prompt and of a completion
 

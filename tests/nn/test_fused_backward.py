@@ -12,7 +12,7 @@ from tiny_model import CONFIG, assert_close, examples, micro, one_by_one, tiny
 from tiny_run import Place, write_place
 
 from jaxft.batch import TrainState
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.fused_update import float_bits, from_float_bits
 from jaxft.objectives import metrics

@@ -12,12 +12,12 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.models.families.qwen import Qwen3Config, qwen3
 from jaxft.models.heads import scores
-from jaxft.models.llama import LlamaConfig, llama
 from jaxft.models.model import Model
-from jaxft.models.qwen import Qwen3Config, qwen3
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.layers import TABLE, embed
-from jaxft.nn.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.objectives import logprobs
 from jaxft.objectives.logprobs import token_logps, weighted_loss

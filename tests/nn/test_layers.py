@@ -13,10 +13,10 @@ from tiny_model import assert_close, examples, one_by_one, tiny
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import layers, matmul
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import dequantize, quantize
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
 from jaxft.train import partition
 from jaxft.weights import storage
@@ -100,7 +100,7 @@ def test_outer_is_the_sum_of_outer_products_for_every_shape(rows, ins, outs):
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["linear", "lora"])
 def test_no_dequantised_weight_is_a_residual(rank):
-    from jaxft.nn.lora import Adapted
+    from jaxft.nn.adapters.lora import Adapted
 
     w = quantize(random(6, 5, dtype=jnp.bfloat16), "bits")
     if rank:

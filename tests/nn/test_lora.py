@@ -13,12 +13,12 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
 from jaxft import tree
 from jaxft.models.adapted import adapted
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapted, Adapter, attach, target_paths
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapted, Adapter, attach, target_paths
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear, lora_matmul
-from jaxft.nn.quant import dequantize, quantize
+from jaxft.nn.quant.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
 
 KERNELS = ["layers/attn/q", "layers/attn/k", "layers/attn/v", "layers/attn/o"]
@@ -57,7 +57,7 @@ def test_initialisation_and_sizes_equal_peft():
     peft = pytest.importorskip("peft")
     from tiny_llama import tiny_torch
 
-    from jaxft.models.llama import from_hf
+    from jaxft.models.families.llama import from_hf
 
     for names in (["q_proj", "v_proj"], "all-linear", ["k_proj", "down_proj", "lm_head"]):
         theirs = tiny_torch()

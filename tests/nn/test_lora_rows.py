@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn import lora_rows
+from jaxft.nn.adapters import lora_rows
+from jaxft.nn.adapters.lora import Adapted, Several, attach
 from jaxft.nn.layers import embed
 from jaxft.nn.lm_head import head_params, lm_head
-from jaxft.nn.lora import Adapted, Several, attach
 from jaxft.nn.matmul import linear
 
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_attention import arrays, value_and_gradients
 from test_key_ranges import SEGMENTS, row_of
 
-from jaxft.nn import attention
-from jaxft.nn.key_ranges import key_ranges, within_window
+from jaxft.nn.attention import attention
+from jaxft.nn.attention.key_ranges import key_ranges, within_window
 
 T = 60
 FLASH = partial(attention.flash, block=16)

@@ -21,9 +21,16 @@ from test_attention import (
 )
 from test_key_ranges import SEGMENTS, row_of
 
-from jaxft.nn import attention
-from jaxft.nn.key_ranges import key_ranges, visible, within_window
-from jaxft.nn.pallas_attention import KernelOptions, Tile, Tiles, key_visits, query_visits, tiles_for
+from jaxft.nn.attention import attention
+from jaxft.nn.attention.key_ranges import key_ranges, visible, within_window
+from jaxft.nn.attention.pallas_attention import (
+    KernelOptions,
+    Tile,
+    Tiles,
+    key_visits,
+    query_visits,
+    tiles_for,
+)
 
 # The smallest tiles of a matmul, of unequal sizes, so that rows of 40 tokens have several.
 SMALL = Tiles(Tile(32, 16), Tile(16, 16), Tile(16, 32))

@@ -8,9 +8,9 @@ from tiny_model import CONFIG
 
 from jaxft import tree
 from jaxft.distributed.sharding import AXES, MeshShape, make_mesh
-from jaxft.models.llama import PRESETS, llama
+from jaxft.models.families.llama import PRESETS, llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec, fan_in, full, kaiming_uniform, normal
 from jaxft.train import partition
 

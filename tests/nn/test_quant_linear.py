@@ -13,11 +13,12 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn import layers, lora, matmul
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.nn import layers, matmul
+from jaxft.nn.adapters import lora
+from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.lm_head import lm_head
-from jaxft.nn.lora import ADAPTERS, Adapted, Adapter
-from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
+from jaxft.nn.quant.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.sft import sft
 from jaxft.train import partition

@@ -14,7 +14,7 @@ from jaxft.batch import Decisions
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.decision import brier, cross_entropy, decision, log_score
 from jaxft.objectives.metrics import CalibrationError, add, as_floats, row_values
 

@@ -15,8 +15,8 @@ from jaxft.objectives.intervals import (
     sign_test,
     wilson,
 )
-from jaxft.rl.metrics import prompt_counts
-from jaxft.runs.report import headlines, metric_cell
+from jaxft.rl.rollout_metrics import prompt_counts
+from jaxft.runs.run_texts import headlines, metric_cell
 from jaxft.runs.trackers.console import ConsoleView
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import Correlation, LabelNoise, Max, Min, PerRow, Sum, WinRate
-from jaxft.train.evaluate import sum_metrics
+from jaxft.train.evaluate.evaluate import sum_metrics
 
 RNG = np.random.default_rng(0)
 PARTS = [

@@ -17,13 +17,13 @@ from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives import metrics
-from jaxft.objectives import policy_losses as P
 from jaxft.objectives.critic import Critic, value_function, value_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1, k2
 from jaxft.objectives.logprobs import token_logps
+from jaxft.objectives.losses import policy_losses as P
 from jaxft.objectives.policy import Outputs, echo, policy
 from jaxft.optim.freezable import freezable
 from jaxft.optim.optimizer import Optim, make_optimizer

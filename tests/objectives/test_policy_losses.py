@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jaxft.objectives import kl
-from jaxft.objectives import policy_losses as P
+from jaxft.objectives.losses import policy_losses as P
 
 A, SHAPE = 4, (3, 11)
 

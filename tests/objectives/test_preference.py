@@ -26,10 +26,10 @@ from jaxft import tree
 from jaxft.batch import widened
 from jaxft.distributed import sharding
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.pair import PairBatch, PairTokens, Response
 from jaxft.objectives.preference import implicit_reward, mean_logp, preference
 from jaxft.objectives.preference_metrics import pair_metrics

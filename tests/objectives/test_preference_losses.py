@@ -32,8 +32,8 @@ from preference_rows import (
     with_knobs,
 )
 
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.pair import PairBatch, Response, declaration, loss_values
 

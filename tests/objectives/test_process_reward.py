@@ -8,7 +8,7 @@ import torch
 from tiny_model import CONFIG, examples, one_by_one, tiny
 
 from jaxft.models import heads
-from jaxft.models.llama import llama
+from jaxft.models.families.llama import llama
 from jaxft.objectives import metrics
 from jaxft.objectives.process_reward import Outputs, process_reward
 

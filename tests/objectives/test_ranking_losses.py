@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from preference_rows import Rows, lay, loss_and_gradient, random_rows
 
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import ranking_losses as R
-from jaxft.objectives.preference_losses import dpo, ipo, length_desensitised, nca_pair
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import ranking_losses as R
+from jaxft.objectives.losses.preference_losses import dpo, ipo, length_desensitised, nca_pair
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -19,11 +19,11 @@ from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models import heads
 from jaxft.models.adapted import adapted
+from jaxft.models.families.llama import llama
 from jaxft.models.heads import HeadSettings
-from jaxft.models.llama import llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics
 from jaxft.objectives.reward_model import Outputs, bradley_terry, reward
 from jaxft.rl import reward_models

@@ -14,16 +14,16 @@ from tiny_model import tiny
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.data.flat import Flat
-from jaxft.nn.lora import Adapter
+from jaxft.data.packing.flat import Flat
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.metrics import row_values
 from jaxft.objectives.pair import declaration, pair_batch
 from jaxft.objectives.preference import EMAReference, preference, reference_params
 from jaxft.optim.optimizer import from_optax
-from jaxft.train import evaluate
+from jaxft.train.evaluate import evaluate
 from jaxft.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -15,9 +15,9 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.nn.layers import neftune_noise
 from jaxft.objectives import logprobs, metrics
 from jaxft.objectives.logprobs import weighted_loss
+from jaxft.objectives.losses.target_loss import TargetLoss
 from jaxft.objectives.sft import sft
-from jaxft.objectives.target_loss import TargetLoss
-from jaxft.train.evaluate import make_eval_step
+from jaxft.train.evaluate.evaluate import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 B, M, D, V = 2, 5, CONFIG.width, CONFIG.vocab

@@ -8,8 +8,8 @@ import torch
 import torch_losses as T
 from preference_rows import by_answer, kinds_of, lay, loss_and_gradient, random_rows
 
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,8 +9,8 @@ import torch
 from tiny_model import assert_close
 
 from jaxft import tree
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, full, spec_paths
 from jaxft.optim.muon import muon, orthogonalized
 from jaxft.optim.optimizer import Optim, make_optimizer

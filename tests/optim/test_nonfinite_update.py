@@ -8,7 +8,7 @@ import pytest
 from tiny_model import examples, micro, one_by_one, tiny
 
 from jaxft.batch import TrainState
-from jaxft.models.llama import llama
+from jaxft.models.families.llama import llama
 from jaxft.nn.param import ParamSpec, full
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft

@@ -13,8 +13,8 @@ from jaxft.objectives.objective import Objective
 from jaxft.optim.freezable import FreezableState, freezable
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.spikes import skip_spikes
-from jaxft.train.multi_adapter import stack_metrics
 from jaxft.train.step import make_train_step
+from jaxft.train.sweep.multi_adapter import stack_metrics
 
 SPECS = {"base": ParamSpec((4, 6), ("width", "mlp"), full(0.0))}
 SIGMA, WINDOW = 5.0, 8

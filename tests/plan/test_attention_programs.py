@@ -14,9 +14,9 @@ from test_attention import abstract_ranges, repeating, value_and_gradients
 from tiny_plan import HAS_CUDA, HAS_TPU
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh, replicated
-from jaxft.nn import attention
+from jaxft.nn.attention import attention
 from jaxft.plan import hlo, machines, plan
-from jaxft.runs.config import load_config
+from jaxft.runs.settings.config import load_config
 
 NEEDS_CUDA = pytest.mark.skipif(not HAS_CUDA, reason="needs jax's CUDA plugin, pip install 'jaxft[cuda12]'")
 NEEDS_TPU = pytest.mark.skipif(not HAS_TPU, reason="needs libtpu, pip install 'jaxft[tpu]'")

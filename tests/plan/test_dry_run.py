@@ -11,7 +11,7 @@ from jaxft.plan.plan import Plan
 RECIPE = """
 from dataclasses import replace
 from tiny_plan import tiny
-from jaxft.objectives.preference_losses import dpo
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.train.recipes import PairLossFunction
 

@@ -10,15 +10,15 @@ from tiny_plan import made_up
 
 from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.optim import muon
 from jaxft.optim.optimizer import Optim
 from jaxft.plan import memory, plan
 from jaxft.train import programs
 from jaxft.train.settings import Run
-from jaxft.weights.layerwise import calibrate_layers
+from jaxft.weights.calibrate.layer_calibration import calibrate_layers
 
 EXPERTS = "layers/mlp/experts"
 MODEL = tiny_experts.experts(replace(CONFIG, vocab=512, max_positions=256), jnp.float32)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from tiny_plan import TINY, tiny, tiny_ppo
 
 from jaxft.distributed import sharding
+from jaxft.models.families.llama import to_hf
 from jaxft.models.heads import HeadSettings
-from jaxft.models.llama import to_hf
 from jaxft.plan import hlo, memory
 from jaxft.rl.reward_models import ModelReward
 from jaxft.train import programs

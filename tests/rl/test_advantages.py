@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.rl import advantages as A
-from jaxft.rl.metrics import score_metrics
+from jaxft.rl.rollout_metrics import score_metrics
 
 NAN = float("nan")
 ADVANTAGES = {

@@ -8,15 +8,15 @@ import pytest
 import tiny_model
 from rl_completions import random_prompts
 
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.objective import Facts
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import rollout as rollouts
-from jaxft.rl.layout import BoundRun, RowShape, pack_episodes
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_layout import BoundRun, RowShape, pack_episodes
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import Segment, Trajectory, collect
 
 SAMPLED, GIVEN = True, False

@@ -14,13 +14,13 @@ from chat_templates import stock_tokenizer
 from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, rows_of
 
-from jaxft.data.shipped import ROOT
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
-from jaxft.inference.tool_calls import TOOL_FORMATS, call_format
-from jaxft.rl.environment import environment_of
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.chat.tool_calls import TOOL_FORMATS, call_format
+from jaxft.data.rows.shipped import ROOT
 from jaxft.rl.environments.by_hand import TypedTurns, result_line, written_call
 from jaxft.rl.environments.calculator import Calculator, calculator_demonstrations, calculator_rows
 from jaxft.rl.environments.code_interpreter import CodeInterpreter
+from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.environments.guess_number import GuessNumber, guess_rows
 from jaxft.rl.environments.openenv import observation_text, openenv
 from jaxft.rl.environments.search import Search, best_passages, search_rows, villages

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from rl_completions import random_episodes, random_prompts
 
+from jaxft.report.sections import turns_html
 from jaxft.rl import token_weights
 from jaxft.rl.advantages import centred, grpo
 from jaxft.rl.estimators import RolloutScores, actor_critic, by_group, by_turn, reinforce
-from jaxft.rl.metrics import episode_metrics, rollout_metrics
-from jaxft.rl.record import (
+from jaxft.rl.rewards import EnvironmentReward, RewardScores
+from jaxft.rl.rollout_files import (
     RolloutRecord,
     append_table,
     from_bytes,
@@ -21,10 +22,9 @@ from jaxft.rl.record import (
     prompts_hash,
     to_bytes,
 )
-from jaxft.rl.rewards import EnvironmentReward, RewardScores
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_metrics import episode_metrics, rollout_metrics
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
-from jaxft.runs.page.sections import turns_html
 from jaxft.short_names import TOKEN_WEIGHTS
 
 CALL = {

@@ -8,12 +8,12 @@ import pytest
 import tiny_model
 from rl_completions import LENGTHS, episodes_of, random_completions, random_episodes
 
-from jaxft.data.pack import RowShape
+from jaxft.data.packing.pack import RowShape
 from jaxft.data.prompts import Prompts
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
-from jaxft.rl.layout import pack_episodes, per_episode, rollout_shapes, to_microbatches
+from jaxft.rl.rollout_layout import pack_episodes, per_episode, rollout_shapes, to_microbatches
 from jaxft.rl.trajectory import collect
 
 

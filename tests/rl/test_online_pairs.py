@@ -11,15 +11,15 @@ import tiny_model
 from rl_completions import episodes_of, random_completions
 from tiny_run import Place
 
-from jaxft.data.pack import RowShape
-from jaxft.nn.lora import Adapter
+from jaxft.data.packing.pack import RowShape
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.preference import preference, summed_logp
 from jaxft.rl import reward_models
 from jaxft.rl.advantages import scale_scores
-from jaxft.rl.layout import pack_episodes
 from jaxft.rl.online_pairs import OnlinePairs, to_pairs
 from jaxft.rl.rewards import exact
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_layout import pack_episodes
+from jaxft.rl.rollout_rules import Rules
 
 
 def test_pairs_have_the_log_probs_of_each_completion_alone(x64):

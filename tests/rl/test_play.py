@@ -21,22 +21,22 @@ from hypothesis import strategies as st
 from scripted_session import ScriptedSampler
 from tiny_tokenizers import tiny
 
-from jaxft.data import named_templates
-from jaxft.data.chat import example_prompt_ids
-from jaxft.data.example import Chat
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.chat import named_templates
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import read_prompts
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.rows.example import Chat
 from jaxft.distributed import processes
-from jaxft.rl.environment import EnvironmentClass, environment_of, single_turn
 from jaxft.rl.environments.calculator import Calculator
-from jaxft.rl.metrics import score_metrics
+from jaxft.rl.environments.environment import EnvironmentClass, environment_of, single_turn
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.rewards import EnvironmentReward, RewardScores, exact
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_metrics import score_metrics
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import collect
-from jaxft.runs.parse import parse_value
+from jaxft.runs.settings.parse import parse_value
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)

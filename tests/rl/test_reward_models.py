@@ -20,27 +20,27 @@ from rl_completions import LENGTHS, episodes_of, random_completions
 from tiny_run import Place
 
 from jaxft import tree
-from jaxft.data import chat
-from jaxft.data.conversation import prompt_of
-from jaxft.data.pack import RowShape
-from jaxft.data.rows import Row
+from jaxft.data.chat import loss_mask
+from jaxft.data.packing.pack import RowShape
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.dataset_rows import Row
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import left_pad
 from jaxft.models import heads
 from jaxft.models.adapted import adapted
+from jaxft.models.families.llama import llama
 from jaxft.models.heads import HeadSettings
-from jaxft.models.llama import llama
 from jaxft.nn import param
-from jaxft.nn.layer_attention import uniform
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
 from jaxft.rl.advantages import scale_scores, update_moments
-from jaxft.rl.layout import pack_episodes
 from jaxft.rl.reward_models import HeadReward, ModelReward
+from jaxft.rl.rollout_layout import pack_episodes
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
-from jaxft.weights.lora_start import init_magnitudes
+from jaxft.weights.calibrate.lora_start import init_magnitudes
 
 torch = pytest.importorskip("torch")
 
@@ -76,7 +76,7 @@ def as_prompts(given):
 def token_ids(prompts, completions, tokenizer):
     """The texts that a reward model reads, as lists of ids."""
     examples = list(map(reward_models.with_response, as_prompts(prompts), completions))
-    return [ids.tolist() for ids, _ in chat.tokenise_examples(examples, tokenizer, chat.NOTHING)]
+    return [ids.tolist() for ids, _ in loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING)]
 
 
 def by_transformers(folder, texts):
@@ -289,8 +289,8 @@ import jax
 from jaxft.distributed import sharding
 from jaxft.rl import reward_models
 from jaxft.weights import pretrained
-from jaxft.data.conversation import prompt_of
-from jaxft.data.rows import Row
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.dataset_rows import Row
 prompts = [prompt_of(Row("r", {"prompt": text})) for text in ("what is 1?", "so")]
 mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
 for ref in sys.argv[2:]:

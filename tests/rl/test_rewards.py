@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.data.example import Completion
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.rows.example import Completion
 from jaxft.rl import advantages, rewards
 from jaxft.rl.rewards import Faults, FunctionReward
-from jaxft.rl.rules import Rules, shape_scores
+from jaxft.rl.rollout_rules import Rules, shape_scores
 from jaxft.rl.trajectory import Trajectory
 
 

@@ -16,7 +16,7 @@ from tiny_llama import tiny_tokenizer
 
 from jaxft.batch import TrainState
 from jaxft.data import prompts
-from jaxft.nn.layer_attention import uniform
+from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.rope import Rope
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Facts, Objective, Scores
@@ -25,11 +25,11 @@ from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, scale_scores, update_moments
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.importance import masked_completions, truncated_tokens
-from jaxft.rl.layout import BoundRun, rollout_shapes
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import History, PromptSource, Rollouts, RolloutSource
-from jaxft.rl.rules import Rules, shape_scores
+from jaxft.rl.rollout_layout import BoundRun, rollout_shapes
+from jaxft.rl.rollout_rules import Rules, shape_scores
 
 
 def word_length(prompt, completion, row):

@@ -13,14 +13,14 @@ from prepared import load_and_compile, prepare
 from safetensors.numpy import load_file
 from tiny_run import Place, write_rows
 
-from jaxft.data.shipped import ROOT
+from jaxft.data.rows.shipped import ROOT
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
-from jaxft.objectives.policy_losses import clipped, dppo_tv, gspo, policy_gradient
+from jaxft.objectives.losses.policy_losses import clipped, dppo_tv, gspo, policy_gradient
 from jaxft.rl import advantages, estimators, importance, token_weights
-from jaxft.runs.config import load_config
-from jaxft.runs.parse import find_file, run_file
-from jaxft.runs.record import differences
-from jaxft.runs.settings_list import help_text
+from jaxft.runs.settings.config import load_config
+from jaxft.runs.settings.parse import find_file, run_file
+from jaxft.runs.settings.record import differences
+from jaxft.runs.settings.settings_list import help_text
 
 
 @pytest.fixture(scope="module")

@@ -13,30 +13,30 @@ from engines import engine_of
 from rl_completions import episodes_of, random_prompts
 from tiny_llama import tiny_tokenizer
 
-from jaxft.data.chat import example_prompt_ids
-from jaxft.data.example import Chat
-from jaxft.data.pack import RowShape
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.packing.pack import RowShape
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import Prompts
-from jaxft.data.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.rows.example import Chat
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.engine.generate import complete
 from jaxft.engine.sampling import NONFINITE, Sampling
 from jaxft.engine.session import Sampled, Session
-from jaxft.models.llama import llama
-from jaxft.nn.lora import Adapter
+from jaxft.models.families.llama import llama
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import Rope
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
-from jaxft.objectives.policy_losses import clipped
 from jaxft.rl import sampler as sampler_module
-from jaxft.rl.layout import pack_episodes, rollout_shapes, uncounted
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.play import rollout
-from jaxft.rl.record import table_indices
 from jaxft.rl.rewards import EnvironmentReward, exact
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_files import table_indices
+from jaxft.rl.rollout_layout import pack_episodes, rollout_shapes, uncounted
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.sampler import compile_engines, compile_rollout_sampler
 
 

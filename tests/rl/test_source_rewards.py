@@ -12,7 +12,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.prompts import split_prompts
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rollout import PromptSource, Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 
 KINDS = {"policy": Rollouts, "online pairs": OnlinePairs}
 

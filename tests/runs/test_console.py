@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxft.runs.report import FIRST_ROW
+from jaxft.runs.run_texts import FIRST_ROW
 from jaxft.runs.trackers import console
 from jaxft.runs.trackers.console import ConsoleView
 

@@ -85,7 +85,8 @@ def test_a_bug_report_has_versions_devices_memory_and_kernels_even_if_no_backend
 def test_a_gpu_that_jax_does_not_see_is_one_line():
     code = """
 import jax
-from jaxft.runs import bug_report, cli
+from jaxft.runs import bug_report
+from jaxft.cli import cli
 print(bug_report.bug_report()["device_error"])
 raise SystemExit(cli.one_line_errors(jax.devices))
 """

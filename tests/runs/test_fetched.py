@@ -12,10 +12,11 @@ from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import Place, write_place
 
-from jaxft.runs import served, store_copy
-from jaxft.runs import store as stores
-from jaxft.runs.page import document
-from jaxft.runs.store_copy import mirrored
+from jaxft.report import document
+from jaxft.runs.store import store as stores
+from jaxft.runs.store import store_copy
+from jaxft.runs.store.store_copy import mirrored
+from jaxft.serve import served
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key",

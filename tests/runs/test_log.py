@@ -28,7 +28,7 @@ from jaxft.runs import trackers
 from jaxft.runs.log import Log
 from jaxft.runs.trackers import console as console_view
 from jaxft.runs.trackers import jsonl
-from jaxft.train.logs import Logs
+from jaxft.train.logs.logs import Logs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,8 @@ import signal
 import pytest
 from tiny_run import SLOW_STEPS, Place, write_place
 
-from jaxft.runs import cli, interrupt, terminal
+from jaxft.cli import cli
+from jaxft.runs import interrupt, terminal
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ sys.stdout = sys.stderr = None
     # a terminal with the live view that hangs up in the second step
     "terminal": """
 import os
-from jaxft.train import meter
+from jaxft.train.logs import meter
 controller, terminal = os.openpty()
 os.dup2(terminal, 1)
 os.dup2(terminal, 2)

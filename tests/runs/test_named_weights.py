@@ -22,8 +22,8 @@ from jaxft.runs.named_weights import (
     recorded_data,
     tools_notes,
 )
-from jaxft.runs.record import describe
-from jaxft.weights import hub
+from jaxft.runs.settings.record import describe
+from jaxft.weights.hub import hub
 
 
 def adapter(folder, base, **more):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxft.data.shipped import COMMANDS, ROOT
+from jaxft.data.rows.shipped import COMMANDS, ROOT
 
 NOTEBOOK = ROOT / "configs" / "examples" / "quickstart.ipynb"
 TINY = {"loop.steps": 2, "held_out": 0.02, "samples": 1, "sampling.max_new": 8, "general": None}
@@ -35,7 +35,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     pytest.importorskip("ipykernel")
     command = tmp_path / "bin" / "jaxft"
     command.parent.mkdir()
-    code = "from jaxft.runs.commands import main\nraise SystemExit(main())\n"
+    code = "from jaxft.cli.commands import main\nraise SystemExit(main())\n"
     command.write_text(f"#!{sys.executable}\n{code}")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")

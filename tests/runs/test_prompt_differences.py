@@ -6,9 +6,9 @@ import pytest
 from prepared import prepare, working_directory
 from tiny_run import write_place
 
-from jaxft.data.template_settings import DATE
+from jaxft.data.chat.template_settings import DATE
 from jaxft.runs.folder import prompt_differences
-from jaxft.train.logs import startup_lines
+from jaxft.train.logs.logs import startup_lines
 
 SAME = {"objective": {}, "data": {"format": "auto", "date": DATE}, "chat_template": "ab"}
 

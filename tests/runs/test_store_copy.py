@@ -17,14 +17,16 @@ from object_store import serve_objects
 from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
+from jaxft.cli import cli
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import cli, manifest, store_copy
-from jaxft.runs import store as stores
-from jaxft.runs.config import resolve_config
-from jaxft.runs.store_copy import mirrored
+from jaxft.runs import manifest
+from jaxft.runs.settings.config import resolve_config
+from jaxft.runs.store import store as stores
+from jaxft.runs.store import store_copy
+from jaxft.runs.store.store_copy import mirrored
 from jaxft.train import loop
 from jaxft.train.settings import Run
-from jaxft.train.sweep import Sweep
+from jaxft.train.sweep.sweep import Sweep
 
 PLACE = {"s3": "s3://bucket/runs/a", "gs": "gs://bucket/runs/a"}
 RECORD = {"weights": "base", "data": {"seed": 0}, "loop": {"steps": 4}}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.data.shipped import ROOT
+from jaxft.data.rows.shipped import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSIONS = [line.split()[-1] for line in PROJECT["classifiers"] if re.search(r"3\.\d+$", line)]

@@ -226,8 +226,8 @@ def test_the_planners_benchmark_measures_what_a_step_holds_and_takes(place):
 MINE = """from configs.sft import config as sft
 from dataclasses import replace
 import jax.numpy as jnp
-from jaxft.models.llama import llama
-from jaxft.models.llama import LlamaConfig
+from jaxft.models.families.llama import llama
+from jaxft.models.families.llama import LlamaConfig
 from jaxft.train.recipes import FINETUNING, ScoredRowKnobs
 
 

@@ -12,7 +12,7 @@ import pytest
 from prepared import working_directory
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft.data.shipped import ROOT
+from jaxft.data.rows.shipped import ROOT
 from jaxft.train import python_api
 
 PAGE = (ROOT / "scripts" / "README.md").read_text().partition("## From Python")[2].partition("\n## ")[0]

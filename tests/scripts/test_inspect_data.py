@@ -15,7 +15,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.summary import token_pieces
-from jaxft.runs.config import load_config
+from jaxft.runs.settings.config import load_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"
 CONFIGS = sorted(

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jaxft.optim import optimizer, schedules
 from jaxft.data.pairs import PairRows
 from jaxft.engine.sampling import Sampling
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.preference import EMAReference, implicit_reward, preference
-from jaxft.objectives.preference_losses import dpo
-from jaxft.weights.adapters import read_adapter_settings
-from jaxft.nn.quant import Quant
+from jaxft.objectives.losses.preference_losses import dpo
+from jaxft.weights.peft.adapters import read_adapter_settings
+from jaxft.nn.quant.quant import Quant
 from jaxft.train.settings import Loop, Run
-from jaxft.train.teacher import find_teacher
+from jaxft.train.start.teacher import find_teacher
 from jaxft.weights.pretrained import model_for
 
 REFERENCES = {"start": "start", "precomputed": "precomputed", "moving": EMAReference(0.5, 2), "none": None}

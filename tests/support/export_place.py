@@ -9,11 +9,11 @@ import numpy as np
 from tiny_llama import tiny_tokenizer
 
 from jaxft.distributed import sharding
-from jaxft.models.llama import LlamaConfig, llama, to_hf
+from jaxft.models.families.llama import LlamaConfig, llama, to_hf
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
-from jaxft.train.export import export_run
+from jaxft.train.export.export import export_run
 
 CONFIG = LlamaConfig(vocab=320, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp=96, tied=True)
 

@@ -8,7 +8,7 @@ import resource
 import signal
 import traceback
 
-from jaxft.runs import cli
+from jaxft.cli import cli
 
 SECONDS, BYTES = 30, 2 << 30  # of one case
 DEEP = "<nested>"  # in a text of JSON it becomes a list that is nested too deeply for any parser

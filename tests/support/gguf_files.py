@@ -4,7 +4,7 @@ import gguf as gguf_package
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from jaxft.weights.gguf_architectures import ARCHITECTURES, NAMES
+from jaxft.weights.gguf.gguf_architectures import ARCHITECTURES, NAMES
 
 
 def permute(weight, heads):

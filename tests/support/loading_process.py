@@ -11,10 +11,13 @@ import numpy as np
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant
 from jaxft.train import partition
-from jaxft.weights import adapters, gguf, init, pretrained, safetensors
+from jaxft.weights import init, pretrained
+from jaxft.weights.gguf import gguf
+from jaxft.weights.hf import safetensors
+from jaxft.weights.peft import adapters
 from jaxft.weights.quantised import formats
 
 FORMS = {

@@ -7,7 +7,7 @@ import numpy as np
 from jaxft.batch import Tokens
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Facts
-from jaxft.train.meter import Meter
+from jaxft.train.logs.meter import Meter
 
 
 def make_meter(max_bad, counters=None, model=None, facts=None):

@@ -1,10 +1,10 @@
 """Rows as their formats read them."""
 
-from jaxft.data.example import RESPONSE
-from jaxft.data.format_choice import parse_dataset
-from jaxft.data.formats import PAIRS, SFT
-from jaxft.data.invalid import InvalidRow, valid
 from jaxft.data.row_settings import RowSettings
+from jaxft.data.rows.example import RESPONSE
+from jaxft.data.rows.format_choice import parse_dataset
+from jaxft.data.rows.formats import PAIRS, SFT
+from jaxft.data.rows.invalid import InvalidRow, valid
 
 
 def outcomes(rows, format="auto", columns=()):

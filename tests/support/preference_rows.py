@@ -11,8 +11,8 @@ import torch
 import torch_losses as T
 
 from jaxft.batch import Pairs
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.pair import declaration, loss_values, pair_batch
 
 PAIR = ("chosen", "rejected")

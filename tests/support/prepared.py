@@ -8,9 +8,10 @@ import jax
 
 from jaxft.distributed import sharding
 from jaxft.runs import folder as runfolder
-from jaxft.train import jobs, loop, open_settings
-from jaxft.train.clock import Clock
+from jaxft.train import loop
 from jaxft.train.compiled import compile_run
+from jaxft.train.logs.clock import Clock
+from jaxft.train.start import jobs, open_settings
 
 
 @contextlib.contextmanager

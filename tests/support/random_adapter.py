@@ -7,7 +7,8 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.train import partition
-from jaxft.weights import init, peft_write
+from jaxft.weights import init
+from jaxft.weights.peft import peft_write
 
 
 def save_random_adapter(folder, model, settings, heads=None):

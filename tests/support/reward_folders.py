@@ -10,8 +10,9 @@ from tiny_llama import tiny_tokenizer
 
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter
-from jaxft.train import export, partition
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.train import partition
+from jaxft.train.export import export
 from jaxft.weights import init, pretrained
 
 SETTINGS = Adapter(rank=3, alpha=6.0, targets=("q", "down"))

@@ -11,11 +11,11 @@ from functools import partial
 
 from jaxft.optim import optimizer, schedules
 from jaxft.data.pairs import PairRows
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.reward_model import reward
-from jaxft.weights.adapters import read_adapter_settings
-from jaxft.nn.quant import Quant
+from jaxft.weights.peft.adapters import read_adapter_settings
+from jaxft.nn.quant.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jaxft.data.example import Completion
-from jaxft.data.flat import Flat, RowNames
-from jaxft.data.mixture import SplitRows
-from jaxft.data.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.flat import Flat, RowNames
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.tokenised import ROW_FIELDS, Ragged, TokenisedRows
 from jaxft.data.prompts import PromptRows, Prompts
-from jaxft.data.tokenised import ROW_FIELDS, Ragged, TokenisedRows
+from jaxft.data.rows.example import Completion
+from jaxft.data.rows.mixture import SplitRows
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
 
 TOKENIZER = SimpleNamespace(decode=lambda *_, **__: "", eos_token_id=0, chat_template=None)

@@ -14,19 +14,19 @@ from functools import partial
 import jax.numpy as jnp
 
 from jaxft.models.heads import HeadSettings, scores, view
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward
 from jaxft.objectives.policy import policy, with_target_kl
-from jaxft.objectives.policy_losses import clipped
+from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic, by_group
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 
@@ -132,7 +132,7 @@ def write_without_eos(folder):
 
 KILL = """
 import glob, os, time
-from jaxft.train import meter
+from jaxft.train.logs import meter
 add = meter.Meter.add
 def killed(self, step, batch, found):
     add(self, step, batch, found)

@@ -12,8 +12,8 @@ import time
 import pytest
 import tiny_served as tiny
 
-from jaxft.inference import server
-from jaxft.inference.server import ServerLimits
+from jaxft.serve import server
+from jaxft.serve.server import ServerLimits
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from jaxft.runs import cli
+from jaxft.cli import cli
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import tree
-from jaxft.models import llama
 from jaxft.models.adapted import adapted
 from jaxft.models.dense import (
     DecoderSpec,
@@ -26,8 +25,9 @@ from jaxft.models.dense import (
     self_attention,
     with_attention,
 )
-from jaxft.models.families import Family
-from jaxft.nn.layer_attention import uniform
+from jaxft.models.families import llama
+from jaxft.models.model_types import Family
+from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.matmul import linear
 from jaxft.nn.param import ParamSpec, fan_in, init_params

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.batch import Tokens
-from jaxft.models.families import family_of
+from jaxft.models.model_types import family_of
 
 VOCAB = 96
 SIZES = dict(

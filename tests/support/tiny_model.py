@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.batch import Tokens
 from jaxft.models.adapted import adapted
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.tree import map_with_path
 

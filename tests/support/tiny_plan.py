@@ -9,21 +9,21 @@ import jax.numpy as jnp
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.models import heads
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.heads import HeadSettings
-from jaxft.models.llama import LlamaConfig, llama
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import policy
 from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import FixedKL, KLInReward
-from jaxft.objectives.policy_losses import clipped
+from jaxft.objectives.losses.policy_losses import clipped
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.sft import sft
 from jaxft.plan import machines
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.reward_models import HeadReward
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rules import Rules
+from jaxft.rl.rollout_rules import Rules
 from jaxft.train.settings import Run
 
 HAS_CUDA = all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda12")))

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer  # noqa: F401
 from transformers.models.llama import configuration_llama  # noqa: F401
 
 import jaxft.train.loop  # noqa: F401
-from jaxft.runs import charts
+from jaxft.report import charts
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
@@ -31,9 +31,9 @@ import jax.numpy as jnp
 
 from jaxft.data.sft import Rows
 from jaxft.engine.sampling import Sampling
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.optim.optimizer import Optim
-from jaxft.nn.quant import Quant
+from jaxft.nn.quant.quant import Quant
 from jaxft.train.recipes import SftKnobs
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
@@ -95,7 +95,7 @@ interrupt.Interrupt.__enter__ = enter
 
 SLOW_STEPS = """
 import time
-from jaxft.train import meter
+from jaxft.train.logs import meter
 add = meter.Meter.add
 def slow(self, *args):
     time.sleep(0.3)
@@ -105,7 +105,7 @@ meter.Meter.add = slow
 COUNT_COMPILES = """
 import jax, traceback
 from jaxft.runs import interrupt
-from jaxft.train import export
+from jaxft.train.export import export
 seen = []
 def listen(name, *_, **__):
     by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_stack())  # the first save cuts replicated arrays
@@ -135,7 +135,7 @@ def kill_hook(name, step, saved, number=signal.SIGKILL):
     return f"""
 import os, time
 from pathlib import Path
-from jaxft.train import meter
+from jaxft.train.logs import meter
 add = meter.Meter.add
 def add_or_die(self, step, *args):
     if step + 1 == {step}:

@@ -12,14 +12,14 @@ from jaxft import tree
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import Scheduler, ServeSizes, TokenRequest, compile_server
 from jaxft.engine.session import RequestSettings
-from jaxft.inference.served_model import ServedModel
 from jaxft.models.adapted import adapted_by_row
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_rows import stack_by_row, with_gains
-from jaxft.nn.lora_specs import adapter_specs
-from jaxft.weights.lora_start import init_magnitudes
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_rows import stack_by_row, with_gains
+from jaxft.nn.adapters.lora_specs import adapter_specs
+from jaxft.serve.served_model import ServedModel
+from jaxft.weights.calibrate.lora_start import init_magnitudes
 
 TOKENIZER = tiny_tokenizers.tiny("chatml")
 TOOL_TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny_tokenizers.CHATML.replace(

@@ -21,15 +21,15 @@ from jaxft.models.dense import (
     prenorm_layer,
     with_attention,
 )
-from jaxft.models.llama import LlamaConfig
-from jaxft.nn.cache import RecurrentState
-from jaxft.nn.key_ranges import visible
-from jaxft.nn.layer_attention import AttentionLayers, Extras, LayerKind, batch_ranges
+from jaxft.models.families.llama import LlamaConfig
+from jaxft.nn.attention.cache import RecurrentState
+from jaxft.nn.attention.key_ranges import visible
+from jaxft.nn.attention.layer_attention import AttentionLayers, Extras, LayerKind, batch_ranges
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.matmul import linear
 from jaxft.nn.param import ParamSpec, fan_in, full
 from jaxft.nn.rope import Rope
-from jaxft.nn.scan import LayerMean, Mixer, Pass
+from jaxft.nn.stack import LayerMean, Mixer, Pass
 from jaxft.nn.tensor_names import TensorName
 
 W = 12  # channels of the recurrence

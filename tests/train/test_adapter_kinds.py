@@ -21,15 +21,16 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings, with_scalar_head
-from jaxft.nn.quant import Quant
+from jaxft.nn.quant.quant import Quant
 from jaxft.objectives.sft import sft
-from jaxft.runs.config import knob_names, load_config, resolve_config
+from jaxft.runs.settings.config import knob_names, load_config, resolve_config
 from jaxft.runs.trackers.jsonl import read_entries
-from jaxft.train import export, loop
+from jaxft.train import loop
+from jaxft.train.export import export
 from jaxft.train.programs import abstract
-from jaxft.train.sweep import Sweep
+from jaxft.train.sweep.sweep import Sweep
 from jaxft.weights import init, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.weights.peft import peft as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

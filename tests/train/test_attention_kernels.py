@@ -12,11 +12,11 @@ from jax.sharding import AbstractMesh
 from test_attention import H100
 
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.nn import attention, flash_attention
-from jaxft.nn.attention import AttentionNeeds, AttentionSettings
-from jaxft.nn.pallas_attention import KernelOptions
-from jaxft.nn.ring_attention import BlockKernel
-from jaxft.train.attention_kernels import (
+from jaxft.nn.attention import attention, flash_attention
+from jaxft.nn.attention.attention import AttentionNeeds, AttentionSettings
+from jaxft.nn.attention.pallas_attention import KernelOptions
+from jaxft.nn.attention.ring_attention import BlockKernel
+from jaxft.train.start.attention_kernels import (
     context_parts,
     in_parts_of_rows,
     kernel_errors,

@@ -9,7 +9,7 @@ from prepared import working_directory
 from safetensors.numpy import load_file
 from tiny_run import write_place
 
-from jaxft.runs.config import resolve_config
+from jaxft.runs.settings.config import resolve_config
 from jaxft.train import loop
 
 ARGV = ["steps=1", "samples=0", "lr=0.02", "optim.warmup=0"]

@@ -13,13 +13,14 @@ from tiny_run import write_place
 import jaxft
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.data.source import spread
-from jaxft.runs.report import Evaluation, before_and_after
-from jaxft.train import clock as clock_module
-from jaxft.train import loop, open_settings
-from jaxft.train.clock import Clock, time_line
-from jaxft.train.evaluate import evaluation_limit
-from jaxft.train.logs import eval_limit_lines, first_evaluation_lines, with_part
+from jaxft.runs.run_texts import Evaluation, before_and_after
+from jaxft.train import loop
+from jaxft.train.evaluate.evaluate import evaluation_limit
+from jaxft.train.logs import clock as clock_module
+from jaxft.train.logs.clock import Clock, time_line
+from jaxft.train.logs.logs import eval_limit_lines, first_evaluation_lines, with_part
 from jaxft.train.settings import Loop
+from jaxft.train.start import open_settings
 from jaxft.train.start_and_end import continued
 
 

@@ -10,8 +10,8 @@ from scripts_in_process import SCRIPTS, call
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_rows
 
-from jaxft.runs.page.reliability import bins_of, reliability_section
-from jaxft.runs.page.run_files import read_run
+from jaxft.report.reliability import bins_of, reliability_section
+from jaxft.report.run_files import read_run
 
 RECIPE = str(SCRIPTS.parent / "configs" / "decision.py")
 LABELS = ("few", "many")

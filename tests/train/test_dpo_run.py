@@ -13,8 +13,8 @@ from scripts_in_process import call
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import COUNT_COMPILES, Place
 
-F = "jaxft.objectives.reference_free_losses"
-P = "jaxft.objectives.preference_losses"
+F = "jaxft.objectives.losses.reference_free_losses"
+P = "jaxft.objectives.losses.preference_losses"
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ LOSSES = '''"""A user's own losses."""
 import jax
 import jax.numpy as jnp
 
-from jaxft.objectives.preference_losses import aot
+from jaxft.objectives.losses.preference_losses import aot
 
 
 def margin_of_tokens(pair, scale=0.5):

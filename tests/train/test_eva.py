@@ -15,12 +15,13 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.quant import Quant
-from jaxft.train import eva
-from jaxft.weights import init, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
+from jaxft.nn.quant.quant import Quant
+from jaxft.train.start import eva
+from jaxft.weights import init, pretrained
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

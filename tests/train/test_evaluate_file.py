@@ -11,9 +11,9 @@ from evaluate_place import PAIRS, TEXTS, bytes_of, chat, torch_loss, write, writ
 from scripts_in_process import call, load
 
 from jaxft.objectives.intervals import mean_interval, wilson
-from jaxft.train.likelihood import Evaluated, PairScore, preference_metrics
-from jaxft.train.samples import decode_completion
-from jaxft.train.scores import pass_at
+from jaxft.train.evaluate.likelihood import Evaluated, PairScore, preference_metrics
+from jaxft.train.evaluate.samples import decode_completion
+from jaxft.train.evaluate.scores import pass_at
 
 torch = pytest.importorskip("torch")
 

@@ -16,13 +16,16 @@ from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft.models.adapted import adapted
-from jaxft.nn import lora_specs
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters import lora_specs
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.runs import folder as runfolder
-from jaxft.train import export
-from jaxft.weights import hf_write, hub, peft_write, pretrained
-from jaxft.weights.merge import merge_files
+from jaxft.train.export import export
+from jaxft.weights import pretrained
+from jaxft.weights.edit.merge import merge_files
+from jaxft.weights.hf import hf_write
+from jaxft.weights.hub import hub
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 

@@ -15,9 +15,9 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_named
 from jaxft.runs.named_weights import named_weights
-from jaxft.train import harness_model
-from jaxft.train.harness import HarnessResult
-from jaxft.train.harness_model import (
+from jaxft.train.evaluate import harness_model
+from jaxft.train.evaluate.harness import HarnessResult
+from jaxft.train.evaluate.harness_model import (
     Continuation,
     HarnessBackend,
     HarnessSettings,

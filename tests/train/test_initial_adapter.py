@@ -21,14 +21,16 @@ from tiny_run import write_rows
 from jaxft import tree
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import INITIAL_ADAPTER, Adapter, join_adapters
-from jaxft.nn.quant import Quant
+from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters
+from jaxft.nn.quant.quant import Quant
 from jaxft.rl import reward_models
-from jaxft.runs.config import load_config
+from jaxft.runs.settings.config import load_config
 from jaxft.runs.trackers.jsonl import read_entries
-from jaxft.train import export, loop, partition
+from jaxft.train import loop, partition
+from jaxft.train.export import export
 from jaxft.train.programs import build, start
-from jaxft.weights import lora_start, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate import lora_start
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PPO = str(CONFIGS / "ppo.py")

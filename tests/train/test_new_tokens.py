@@ -20,14 +20,17 @@ from tiny_llama import edit_config, tiny_torch, write_folder
 from tiny_tokenizers import tiny
 
 from jaxft.rl.rewards import exact
-from jaxft.runs import config
-from jaxft.train import export
-from jaxft.weights import gguf_save, gguf_tokenizer_write, peft, pretrained, tokenizer_files
-from jaxft.weights.extend import UNTRAINED, untrained_tokens
-from jaxft.weights.gguf_header import read_gguf_header
-from jaxft.weights.gguf_write import Field
-from jaxft.weights.merge import merge_files
-from jaxft.weights.stop_tokens import stop_tokens
+from jaxft.runs.settings import config
+from jaxft.train.export import export
+from jaxft.weights import pretrained
+from jaxft.weights.edit.extend import UNTRAINED, untrained_tokens
+from jaxft.weights.edit.merge import merge_files
+from jaxft.weights.gguf import gguf_save, gguf_tokenizer_write
+from jaxft.weights.gguf.gguf_header import read_gguf_header
+from jaxft.weights.gguf.gguf_write import Field
+from jaxft.weights.hf import tokenizer_files
+from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.peft import peft
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]

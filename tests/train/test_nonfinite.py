@@ -11,8 +11,9 @@ from tiny_run import Place, write_place
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.train import start_and_end, watch
-from jaxft.train.nonfinite import Diagnosis, first_nonfinite
+from jaxft.train import start_and_end
+from jaxft.train.logs import watch
+from jaxft.train.logs.nonfinite import Diagnosis, first_nonfinite
 
 CHANGE_A_LAYER = """
 import jax
@@ -29,7 +30,7 @@ NAN_IN_A_LAYER = CHANGE_A_LAYER.format(value="float('nan')")
 OVERFLOW_IN_A_LAYER = CHANGE_A_LAYER.format(value="3e38")
 NAN_IN_A_ROW = """
 import numpy as np
-from jaxft.train import jobs
+from jaxft.train.start import jobs
 make = jobs.Job.batch
 def make_broken(self, step, states):
     _, batch, metrics = make(self, step, states)

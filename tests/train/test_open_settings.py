@@ -13,10 +13,10 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 from two_stacks import two_stacks
 
-from jaxft.data.lengths import RowLengths, measure, micro_tokens
+from jaxft.data.packing.lengths import RowLengths, measure, micro_tokens
 from jaxft.plan.dry_run import planned_pairs
-from jaxft.runs import config
-from jaxft.train.open_settings import (
+from jaxft.runs.settings import config
+from jaxft.train.start.open_settings import (
     Fit,
     _environment_lines,
     _reward_lines,

@@ -14,16 +14,16 @@ from tiny_run import rows, write_place, write_rows
 
 import jaxft
 from jaxft.data.progress import time_in_words
-from jaxft.data.shipped import ROOT
-from jaxft.objectives.preference_losses import ipo
+from jaxft.data.rows.shipped import ROOT
+from jaxft.objectives.losses.preference_losses import ipo
+from jaxft.report.run_files import read_run
+from jaxft.report.sections import effort
 from jaxft.rl.rewards import exact
-from jaxft.runs.config import ObjectText, resolve_config
 from jaxft.runs.log import Log
-from jaxft.runs.page.run_files import read_run
-from jaxft.runs.page.sections import effort
+from jaxft.runs.settings.config import ObjectText, resolve_config
 from jaxft.runs.trackers.tracker import Callback
-from jaxft.train import open_settings
 from jaxft.train.python_api import fit_to_rows, resolve_settings, rows_file, setting_text
+from jaxft.train.start import open_settings
 
 SETTINGS = {"lr": 0.02, "steps": 3, "optim.clip": 0.5, "loop.eval_every": 2, "samples": 1}
 
@@ -172,7 +172,7 @@ def test_own_steps_are_the_steps_of_the_run(place, trained):
         (["a,b", "c"], '["a,b", "c"]'),
         ([(1, 2), (3, 4)], "1:2,3:4"),
         ({"prompt": "question"}, "prompt=question"),
-        (ipo, "jaxft.objectives.preference_losses:ipo"),
+        (ipo, "jaxft.objectives.losses.preference_losses:ipo"),
     ],
 )
 def test_a_python_value_is_written_as_on_the_command_line(value, text):

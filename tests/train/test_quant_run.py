@@ -18,11 +18,12 @@ from tiny_run import Place, write_place
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import KINDS, Quant, is_qtensor
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
-from jaxft.weights import adapters, pretrained, storage
+from jaxft.weights import pretrained, storage
+from jaxft.weights.peft import adapters
 from jaxft.weights.place import load_param
 
 

@@ -17,17 +17,21 @@ from tiny_tokenizers import tiny as tiny_tokenizer
 from jaxft import tree
 from jaxft.data.pairs import PairRows
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant, dequantize
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant, dequantize
 from jaxft.objectives import metrics
+from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.optim.optimizer import Optim
-from jaxft.train import eva, export, reference
+from jaxft.train.export import export
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
+from jaxft.train.start import eva, reference
 from jaxft.train.step import accumulate_gradients
-from jaxft.weights import adapters, lora_start, merge, peft, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate import lora_start
+from jaxft.weights.edit import merge
+from jaxft.weights.peft import adapters, peft
 
 pytestmark = pytest.mark.usefixtures("x64")
 

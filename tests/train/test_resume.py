@@ -16,7 +16,7 @@ from tiny_run import Place, kill_hook, write_place
 ADAFACTOR = "optim.optimizer=adafactor"
 SCHEDULE_FREE = ["optim.optimizer=schedule_free_adamw", "optim.schedule=constant"]
 EXTRAS = ["optim.ema=0.9", "optim.skip_spikes=1,4", "optim.lora_plus=16", "neftune=5", "label_smoothing=0.1"]
-BCO = "loss=jaxft.objectives.reference_free_losses:bco"
+BCO = "loss=jaxft.objectives.losses.reference_free_losses:bco"
 ROLLOUTS = ["passes=2", "save=2", "rewards=config.py:ascii"]
 MIXED = "data=rows.jsonl,more.jsonl:0.4"
 PPO = ["ppo=true", "group=1", "batch=8", "full_critic=true", "scale=true", "target_kl=1e-6", "lr=2e-2"]

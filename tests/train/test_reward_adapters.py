@@ -17,14 +17,15 @@ from reward_folders import torch_score
 from safetensors.numpy import load_file
 from tiny_llama import some_tokens, tiny_torch, write_folder
 
-from jaxft.nn.quant import Quant
+from jaxft.nn.quant.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.rl.reward_models import load_reward_model
-from jaxft.runs.config import load_config
 from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.settings.config import load_config
 from jaxft.runs.trackers.jsonl import read_entries
-from jaxft.train import export, loop
-from jaxft.train.sweep import Sweep
+from jaxft.train import loop
+from jaxft.train.export import export
+from jaxft.train.sweep.sweep import Sweep
 
 peft = pytest.importorskip("peft")
 pytestmark = [

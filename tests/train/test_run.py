@@ -15,10 +15,10 @@ import pytest
 from prepared import resume
 from tiny_run import COUNT_COMPILES, SLOW_STEPS, Place, rows, write_place, write_rows
 
-from jaxft.runs.page import document
-from jaxft.runs.page.document import report_page
-from jaxft.runs.page.run_files import read_run
-from jaxft.runs.page.sections import parameter_count
+from jaxft.report import document
+from jaxft.report.document import report_page
+from jaxft.report.run_files import read_run
+from jaxft.report.sections import parameter_count
 
 
 @pytest.fixture(scope="module")

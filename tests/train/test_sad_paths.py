@@ -18,19 +18,20 @@ from tiny_llama import edit_config, tiny_torch, write_folder
 from tiny_run import Place, rows, write_place
 
 from jaxft.data.pairs import PairRows
-from jaxft.nn import attention
-from jaxft.nn.flash_attention import flash
-from jaxft.nn.layer_attention import LayerKind
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
+from jaxft.nn.attention import attention
+from jaxft.nn.attention.flash_attention import flash
+from jaxft.nn.attention.layer_attention import LayerKind
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import Rope
 from jaxft.runs import folder as runfolder
-from jaxft.runs.config import resolve_config
+from jaxft.runs.settings.config import resolve_config
 from jaxft.train import loop
-from jaxft.train.attention_kernels import attention_summary, check_attention
-from jaxft.train.logs import startup_lines
-from jaxft.weights import peft_write, pretrained
+from jaxft.train.logs.logs import startup_lines
+from jaxft.train.start.attention_kernels import attention_summary, check_attention
+from jaxft.weights import pretrained
+from jaxft.weights.peft import peft_write
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from jaxft.data.source import Prompt
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.state import Decoding
 from jaxft.objectives.intervals import mean_interval
-from jaxft.train import samples
-from jaxft.train.samples import Completed, PromptText
-from jaxft.train.scores import check_scoring, held_out_prompts, make_scorer, position_lines
+from jaxft.train.evaluate import samples
+from jaxft.train.evaluate.samples import Completed, PromptText
+from jaxft.train.evaluate.scores import check_scoring, held_out_prompts, make_scorer, position_lines
 from jaxft.train.settings import Run, Scoring
 
 TEXTS = [PromptText(f"question {i}", f"reference {i}") for i in range(4)]

@@ -7,11 +7,11 @@ from unittest.mock import Mock, call
 import pytest
 
 from jaxft.distributed.processes import AgreedError
-from jaxft.runs.report import Evaluation
-from jaxft.train.evaluate import is_greater_better, is_stalled, selection_score
-from jaxft.train.jobs import Job
+from jaxft.runs.run_texts import Evaluation
+from jaxft.train.evaluate.evaluate import is_greater_better, is_stalled, selection_score
 from jaxft.train.loop import due
 from jaxft.train.settings import Loop
+from jaxft.train.start.jobs import Job
 from jaxft.train.start_and_end import check_selection, end_if_due, without_accuracies
 
 METRICS = {"eval_loss": 2.0, "eval_reward": 3.0, "eval_rewards/accuracies": 0.75, "eval_kl": 0.5}

@@ -10,9 +10,9 @@ from meters import feed, make_meter
 
 from jaxft.batch import Pairs, Rollout, Tokens, count_reads
 from jaxft.distributed import devices
+from jaxft.models.families.llama import PRESETS, llama
 from jaxft.models.heads import with_scalar_head
-from jaxft.models.llama import PRESETS, llama
-from jaxft.train.logs import total_rates
+from jaxft.train.logs.logs import total_rates
 
 LLAMA = PRESETS["meta-llama/Llama-3.2-1B"]
 LAYERS = 973_078_528  # of its 16 layers: 16 x (2 x 2048 x 2048 + 2 x 2048 x 512 + 3 x 2048 x 8192)

@@ -14,20 +14,22 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.models.adapted import adapted
-from jaxft.models.llama import llama
-from jaxft.nn import lora, matmul, param
-from jaxft.nn.lora import Adapted, Adapter
-from jaxft.nn.lora_specs import adapter_specs
-from jaxft.nn.quant import quantize
+from jaxft.models.families.llama import llama
+from jaxft.nn import matmul, param
+from jaxft.nn.adapters import lora
+from jaxft.nn.adapters.lora import Adapted, Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
+from jaxft.nn.quant.quant import quantize
 from jaxft.objectives import metrics
-from jaxft.objectives import preference_losses as P
-from jaxft.objectives import reference_free_losses as F
+from jaxft.objectives.losses import preference_losses as P
+from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.preference import EMAReference, mean_logp, preference
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.schedules import linear_schedule
 from jaxft.train import partition
-from jaxft.train.multi_adapter import (
+from jaxft.train.step import make_train_step
+from jaxft.train.sweep.multi_adapter import (
     SharedFrozen,
     combine_objectives,
     gradients,
@@ -36,7 +38,6 @@ from jaxft.train.multi_adapter import (
     make_update,
     own_params,
 )
-from jaxft.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -12,8 +12,8 @@ from scripts_in_process import call
 from tiny_run import CONFIG as SFT_CONFIG
 from tiny_run import COUNT_COMPILES, Place, write_rows
 
-from jaxft.runs.config import load_config
-from jaxft.train.sweep import reason_to_separate, with_one_split
+from jaxft.runs.settings.config import load_config
+from jaxft.train.sweep.sweep import reason_to_separate, with_one_split
 
 KNOBS = (
     ("loss=loss,", "loss=partial(loss, beta=beta),"),
@@ -89,7 +89,7 @@ SWEEPS = {
     "knobs": (["steps=4", "loop.eval_every=2", "lr=0.002"], ["beta=0.1,0.5", "rank=2,5"]),
     "seeds": (["steps=4", "held_out=held.jsonl", "lr=0.002", "micro=2"], ["seed=0,3"]),
     "coupled": (
-        ["loss=jaxft.objectives.reference_free_losses:bco", "steps=3", "loop.eval_every=1", "micro=2"],
+        ["loss=jaxft.objectives.losses.reference_free_losses:bco", "steps=3", "loop.eval_every=1", "micro=2"],
         ["lr=0.001,0.002"],
     ),
     "precomputed": (["reference=precomputed", "steps=3"], ["beta=0.1,0.3"]),
@@ -164,7 +164,7 @@ def test_a_non_finite_member_is_frozen_and_reported_and_the_others_continue(plac
 @pytest.mark.slow
 def test_nothing_compiles_after_the_loop_begins(place):
     for number, more in enumerate(
-        (["loss=jaxft.objectives.reference_free_losses:bco"], ["reference=moving"])
+        (["loss=jaxft.objectives.losses.reference_free_losses:bco"], ["reference=moving"])
     ):
         out = sweep(
             place,
@@ -244,10 +244,16 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     assert bench("--loss", "mine.py:backwards", "--against") == 1
     assert "FAIL" in place.out() and "nothing is trained" in place.out()
     assert (
-        bench("--loss", "mine.py:mine", "--against", "--set", "loss=jaxft.objectives.preference_losses:ipo")
+        bench(
+            "--loss",
+            "mine.py:mine",
+            "--against",
+            "--set",
+            "loss=jaxft.objectives.losses.preference_losses:ipo",
+        )
         == 1
     )
-    assert "--set loss=jaxft.objectives.preference_losses:ipo has no effect" in place.err()
+    assert "--set loss=jaxft.objectives.losses.preference_losses:ipo has no effect" in place.err()
     assert bench("--loss", "mine.py:weighted", "--against", "--steps", "1", "--out", "runs/bench") == 1
     assert "hardness" in place.err() and place.err().count("\n") == 1  # the rows have no such column
     assert bench("--loss", "kto", "--against", "tpo") == 1
@@ -318,7 +324,7 @@ def test_a_sweep_resumes_only_with_the_same_members_and_settings(place, refused)
 
 @pytest.mark.slow
 def test_a_sweep_over_functions_and_seeds_holds_out_the_same_rows_and_names_the_best_setting(place):
-    module = "jaxft.objectives.preference_losses"
+    module = "jaxft.objectives.losses.preference_losses"
     over = ["--over", f"loss={module}:dpo,{module}:ipo", "--over", "seed=0,3"]
     out = sweep(place, "steps=3", "lr=0.002", *over, "--name", "functions")
     members = json.loads((place.runs("functions") / "config.json").read_text())["members"]

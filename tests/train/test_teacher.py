@@ -15,35 +15,36 @@ from tiny_pairs import make_rows, write
 from transformers import AutoTokenizer
 
 from jaxft import tree
+from jaxft.cli.cli import error_line
 from jaxft.data.pairs import PairRows
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.models.families.llama import llama
 from jaxft.models.heads import HeadSettings
-from jaxft.models.llama import llama
 from jaxft.models.teacher import Teacher
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant
 from jaxft.objectives import metrics
 from jaxft.objectives.kl import FixedKL
 from jaxft.objectives.logprobs import HeadInput
+from jaxft.objectives.losses.preference_losses import dpo
+from jaxft.objectives.losses.reference_free_losses import simpo
 from jaxft.objectives.objective import Facts, Objective
 from jaxft.objectives.policy import policy
 from jaxft.objectives.preference import mean_logp, preference
-from jaxft.objectives.preference_losses import dpo
 from jaxft.objectives.read_positions import read_logps
-from jaxft.objectives.reference_free_losses import simpo
 from jaxft.optim.optimizer import Optim
 from jaxft.plan import flops, memory
-from jaxft.runs.cli import error_line
 from jaxft.train import programs
-from jaxft.train.jobs import weight_fingerprints
-from jaxft.train.nonfinite import first_output, make_layer_outputs
+from jaxft.train.logs.nonfinite import first_output, make_layer_outputs
 from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
-from jaxft.train.sweep import Sweep
-from jaxft.train.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
-from jaxft.weights import adapters, pretrained
+from jaxft.train.start.jobs import weight_fingerprints
+from jaxft.train.start.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
+from jaxft.train.sweep.sweep import Sweep
+from jaxft.weights import pretrained
+from jaxft.weights.peft import adapters
 
 pytestmark = pytest.mark.usefixtures("x64")
 

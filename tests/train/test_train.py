@@ -14,10 +14,10 @@ from tiny_model import CONFIG, assert_close, batch_of, examples, micro, one_by_o
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.models.llama import llama
+from jaxft.models.families.llama import llama
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.scan import REMAT
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.stack import REMAT
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim import layerwise as layer_by_layer
@@ -25,8 +25,9 @@ from jaxft.optim import rules, schedules, update
 from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
 from jaxft.optim.update import StepInfo, standard_promotion
-from jaxft.runs.record import describe
-from jaxft.train import evaluate, partition
+from jaxft.runs.settings.record import describe
+from jaxft.train import partition
+from jaxft.train.evaluate import evaluate
 from jaxft.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")

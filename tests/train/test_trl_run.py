@@ -11,8 +11,8 @@ from tiny_pairs import make_rows, write
 
 from jaxft.data.pairs import PairRows
 from jaxft.objectives import metrics
+from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.objectives.preference import preference
-from jaxft.objectives.preference_losses import dpo, ipo
 from jaxft.optim import schedules
 from jaxft.optim.optimizer import Optim
 from jaxft.train import programs

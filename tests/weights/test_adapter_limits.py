@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.nn.lora import Adapter
-from jaxft.weights import hub
-from jaxft.weights.adapter_limits import loading_notes
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.weights.hub import hub
+from jaxft.weights.peft.adapter_limits import loading_notes
 
 CASES = [
     ({}, False, None, None),

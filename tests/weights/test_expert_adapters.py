@@ -19,20 +19,22 @@ from tiny_model import assert_close, examples, one_by_one
 
 from jaxft import tree
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.models import families
+from jaxft.models import model_types
 from jaxft.models.adapted import adapted
-from jaxft.nn.full_modules import saved_paths
-from jaxft.nn.lora import Adapter, pairs_by_path
-from jaxft.nn.lora_specs import adapter_specs, differing_fields, pair_layouts
+from jaxft.nn.adapters.full_modules import saved_paths
+from jaxft.nn.adapters.lora import Adapter, pairs_by_path
+from jaxft.nn.adapters.lora_specs import adapter_specs, differing_fields, pair_layouts
 from jaxft.nn.param import ParamSpec, full, init_params, is_spec, spec_paths
-from jaxft.nn.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TensorName
-from jaxft.train.eva import written_adapter
-from jaxft.train.export import ExportSource, merged_base
-from jaxft.weights import hf_write, peft_write, pretrained
-from jaxft.weights import peft as peft_files
-from jaxft.weights.adapters import load_adapter
-from jaxft.weights.lora_start import init_magnitudes
+from jaxft.train.export.export import ExportSource, merged_base
+from jaxft.train.start.eva import written_adapter
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.hf import hf_write
+from jaxft.weights.peft import peft as peft_files
+from jaxft.weights.peft import peft_write
+from jaxft.weights.peft.adapters import load_adapter
 from jaxft.weights.tensors import tensors_of
 
 SETTINGS = Adapter(
@@ -49,7 +51,7 @@ def world(tmp_path_factory):
     """(folder of a base and of an adapter in it, model, base, adapter)."""
     folder = tmp_path_factory.mktemp("experts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(families.FAMILIES, "tiny_experts", tiny_experts.FAMILY)
+        patch.setitem(model_types.FAMILIES, "tiny_experts", tiny_experts.FAMILY)
         model, params = tiny_experts.tiny_experts(SETTINGS, jnp.float32)
         base, adapter = jax.tree.map(np.asarray, (params["base"], params["adapter"]))
         adapter = with_unused_zero(adapter, model)

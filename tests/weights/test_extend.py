@@ -10,12 +10,13 @@ from host_weights import load_on_host
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.data.named_templates import TEMPLATES
+from jaxft.data.chat.named_templates import TEMPLATES
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter
-from jaxft.train import export, partition
-from jaxft.weights import peft_write, pretrained
-from jaxft.weights.extend import (
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.train import partition
+from jaxft.train.export import export
+from jaxft.weights import pretrained
+from jaxft.weights.edit.extend import (
     Extension,
     check_new_tokens,
     extend_model,
@@ -23,6 +24,7 @@ from jaxft.weights.extend import (
     untrained_tokens,
     with_new_tokens,
 )
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 NEW = ("<tool>", "</tool>")

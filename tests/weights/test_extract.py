@@ -20,12 +20,14 @@ from tiny_llama import (
 )
 
 from jaxft import tree
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.train import export
-from jaxft.weights import extract, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.train.export import export
+from jaxft.weights import pretrained
+from jaxft.weights.edit import extract
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -10,10 +10,11 @@ import tiny_experts
 from safetensors.numpy import save_file
 from test_tensors import expert_model
 
-from jaxft.nn.quant import Quant, quantize, with_defaults
+from jaxft.nn.quant.quant import Quant, quantize, with_defaults
 from jaxft.nn.tensor_names import TensorName
-from jaxft.train.export import ExportQuant, layer_quantizer
-from jaxft.weights.merge import RoundingError
+from jaxft.train.export.export import ExportQuant, layer_quantizer
+from jaxft.weights.edit.merge import RoundingError
+from jaxft.weights.hf.safetensors import open_safetensors, write_safetensors
 from jaxft.weights.quantised.formats import (
     FILE_FORMATS,
     as_stored,
@@ -22,7 +23,6 @@ from jaxft.weights.quantised.formats import (
     quantised_tensors,
     written_format,
 )
-from jaxft.weights.safetensors import open_safetensors, write_safetensors
 from jaxft.weights.tensors import tensors_of
 
 WRITTEN = [(format.name, kind) for format in FILE_FORMATS.values() for kind in format.kinds]

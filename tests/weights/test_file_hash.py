@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.runs import folder
-from jaxft.weights import file_hash, hub
+from jaxft.weights.hub import file_hash, hub
 
 
 @pytest.fixture

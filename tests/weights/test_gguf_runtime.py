@@ -14,7 +14,8 @@ from scripts_in_process import call
 from test_gguf_write import ROWS, adapted_folder, mistral3_adapter, plain_tokenizer, save, tiny_llama
 from tiny_tokenizers import tiny as chat_tokenizer
 
-from jaxft.weights import gguf_metadata, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.gguf import gguf_metadata
 
 torch = pytest.importorskip("torch")
 IDS = [0, 40, 7, 301, 22, 90, 15]

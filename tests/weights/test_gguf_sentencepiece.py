@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import tiny_torch
 
-from jaxft.weights import gguf_config, gguf_header, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.gguf import gguf_config, gguf_header
 
 pytest.importorskip("torch")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)

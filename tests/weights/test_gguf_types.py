@@ -12,11 +12,11 @@ from loading_process import one_device
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.distributed import sharding
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import QTensor, Quant, dequantize
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import QTensor, Quant, dequantize
 from jaxft.train import partition
 from jaxft.weights import pretrained
-from jaxft.weights.gguf_architectures import ARCHITECTURES, hf_name
+from jaxft.weights.gguf.gguf_architectures import ARCHITECTURES, hf_name
 from jaxft.weights.model_files import full_index
 from jaxft.weights.quantised.formats import dequantised_part
 

@@ -16,23 +16,18 @@ from test_gguf_sentencepiece import CORPUS, write
 from tiny_llama import edit_config, some_tokens, tiny_tokenizer, tiny_torch, torch_logits
 from tiny_tokenizers import tiny as chat_tokenizer
 
-from jaxft.models import families
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.models import model_types
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import attention_scaling, frequencies
-from jaxft.weights import (
-    gguf_metadata,
-    gguf_quantize,
-    gguf_save,
-    gguf_types,
-    peft_write,
-    pretrained,
-)
-from jaxft.weights.gguf_header import read_gguf_header
-from jaxft.weights.merge import merge_files
+from jaxft.weights import pretrained
+from jaxft.weights.edit.merge import merge_files
+from jaxft.weights.gguf import gguf_metadata, gguf_quantize, gguf_save, gguf_types
+from jaxft.weights.gguf.gguf_header import read_gguf_header
 from jaxft.weights.model_files import FileTensor, ModelFiles
 from jaxft.weights.param_reader import param_readers
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 ROWS = 416  # of embeddings: the tiny tokenizers have up to 400 tokens
@@ -59,7 +54,7 @@ def files_of(reference):
 def save(path, reference, mixture="F32", tokenizer=None, ends=(), name="tiny"):
     """Write a torch model as jaxft does; returns jaxft's model."""
     config = reference.config.to_dict()
-    family = families.family_of(config)
+    family = model_types.family_of(config)
     model = family.build(family.from_hf(config), dtype=jnp.float32)
     base = merge_files(param_readers(files_of(reference), model), model, None, jnp.float32)
     options = gguf_save.GgufOptions(mixture, name, ends)

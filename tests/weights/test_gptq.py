@@ -15,12 +15,13 @@ from loading_process import one_device
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import write_rows
 
-from jaxft.nn import quant
-from jaxft.nn.quant import Quant, quantize
-from jaxft.nn.quant_formats import NF4
-from jaxft.runs import cli
-from jaxft.train.calibrate import squared_inputs
-from jaxft.weights import pretrained, rounding, storage
+from jaxft.cli import cli
+from jaxft.nn.quant import quant
+from jaxft.nn.quant.quant import Quant, quantize
+from jaxft.nn.quant.quant_formats import NF4
+from jaxft.train.export.calibrate import squared_inputs
+from jaxft.weights import pretrained, storage
+from jaxft.weights.calibrate import rounding
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),

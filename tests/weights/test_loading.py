@@ -26,10 +26,13 @@ from tiny_llama import tiny_torch, write_folder
 from jaxft import tree
 from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant, is_qtensor, quantize
-from jaxft.train import export, partition
-from jaxft.weights import init, param_reader, peft_write, pretrained, safetensors, storage
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant, is_qtensor, quantize
+from jaxft.train import partition
+from jaxft.train.export import export
+from jaxft.weights import init, param_reader, pretrained, storage
+from jaxft.weights.hf import safetensors
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]

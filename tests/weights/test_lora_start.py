@@ -11,10 +11,12 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import Quant, dequantize, is_qtensor
-from jaxft.weights import lora_start, peft_write, pretrained
-from jaxft.weights import peft as peft_reader
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate import lora_start
+from jaxft.weights.peft import peft as peft_reader
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -21,16 +21,20 @@ from tiny_tokenizers import tiny
 
 from jaxft import tree
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import pair_layouts
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.param import is_spec
-from jaxft.nn.quant import Quant
-from jaxft.train import export, export_gguf, partition
-from jaxft.weights import extend, hf, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
-from jaxft.weights.card import Card, write_card
+from jaxft.nn.quant.quant import Quant
+from jaxft.train import partition
+from jaxft.train.export import export, export_gguf
+from jaxft.weights import pretrained
+from jaxft.weights.edit import extend
+from jaxft.weights.hf import hf
+from jaxft.weights.hf.card import Card, write_card
+from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.param_reader import param_readers, read_whole
-from jaxft.weights.safetensors import open_safetensors
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -6,12 +6,12 @@ import llama_cpp
 import pytest
 from tiny_llama import tiny_tokenizer
 
-from jaxft.data.named_templates import TEMPLATES, find_template
-from jaxft.data.template import template_of
-from jaxft.runs.config import load_config
-from jaxft.runs.parse import parse_value
-from jaxft.runs.settings_list import help_text
-from jaxft.weights.extend import Extension, add_tokens
+from jaxft.data.chat.named_templates import TEMPLATES, find_template
+from jaxft.data.chat.template import template_of
+from jaxft.runs.settings.config import load_config
+from jaxft.runs.settings.parse import parse_value
+from jaxft.runs.settings.settings_list import help_text
+from jaxft.weights.edit.extend import Extension, add_tokens
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

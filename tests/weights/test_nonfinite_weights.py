@@ -17,15 +17,17 @@ from scripts_in_process import call
 from tiny_llama import edit_config, tiny_torch, write_folder
 
 from jaxft.distributed import sharding
-from jaxft.models.llama import LlamaConfig
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.models.families.llama import LlamaConfig
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.nn.quant import Quant
+from jaxft.nn.quant.quant import Quant
 from jaxft.nn.rope import Rope
 from jaxft.optim.optimizer import Optim
-from jaxft.weights import finite, peft, peft_write, pretrained, safetensors
-from jaxft.weights.safetensors import TensorToWrite
+from jaxft.weights import finite, pretrained
+from jaxft.weights.hf import safetensors
+from jaxft.weights.hf.safetensors import TensorToWrite
+from jaxft.weights.peft import peft, peft_write
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"

@@ -18,13 +18,15 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.weights import hf_write, init, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
-from jaxft.weights.merge import merge_on_read
-from jaxft.weights.peft_refusals import check_targets
+from jaxft.weights import init, pretrained
+from jaxft.weights.edit.merge import merge_on_read
+from jaxft.weights.hf import hf_write
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
+from jaxft.weights.peft.peft_refusals import check_targets
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -16,12 +16,13 @@ from tiny_llama import our_logits, some_tokens, tiny_tokenizer, tiny_torch, torc
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs
-from jaxft.train import export
-from jaxft.weights import init, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
-from jaxft.weights.merge import merge_on_read, merge_params
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs
+from jaxft.train.export import export
+from jaxft.weights import init, pretrained
+from jaxft.weights.edit.merge import merge_on_read, merge_params
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft.weights import peft as peft_layout
 from jaxft.weights import pretrained
-from jaxft.weights.adapters import adapter_folder
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft.adapters import adapter_folder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

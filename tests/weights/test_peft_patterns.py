@@ -10,12 +10,13 @@ from host_weights import load_on_host
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.models.adapted import adapted
-from jaxft.nn.lora import Adapter
-from jaxft.nn.lora_specs import adapter_specs, pair_layouts
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
 from jaxft.nn.matmul import lora_matmul
 from jaxft.nn.param import init_params
-from jaxft.weights import peft as peft_layout
-from jaxft.weights import peft_write, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -12,12 +12,13 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.distributed import processes, sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
-from jaxft.runs import served
 from jaxft.runs.named_weights import NamedWeights
-from jaxft.train import export
-from jaxft.weights import adapters, init, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.serve import served
+from jaxft.train.export import export
+from jaxft.weights import init, pretrained
 from jaxft.weights.model_files import QuantisedTensor
+from jaxft.weights.peft import adapters, peft_write
+from jaxft.weights.peft import peft as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import pytest
 from tiny_llama import edit_config, tiny_torch, write_folder
 
-from jaxft.models import families, llama
+from jaxft.models import model_types
+from jaxft.models.families import llama
 from jaxft.nn.rope import Rope
-from jaxft.weights import hub, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.hub import hub
 
 NAME = "someone/tiny-llama"
 
@@ -25,7 +27,7 @@ def preset_of(folder, monkeypatch, **changes):
     """The model of a preset that differs from the folder's config.json by `changes`."""
     config = replace(pretrained.model_for(str(folder), dtype=jnp.float32).config, **changes)
     monkeypatch.setitem(llama.PRESETS, NAME, config)
-    return families.preset(NAME, dtype=jnp.float32)
+    return model_types.preset(NAME, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("changes", [{}, {"eos": (1, 2), "max_positions": 99}])
@@ -53,9 +55,9 @@ def test_a_preset_of_another_family_than_the_files_is_refused(folder, monkeypatc
     with pytest.raises(
         ValueError, match="differ: .*LlamaConfig.* and .*MistralConfig.* Use the files' folder"
     ):
-        pretrained.open_params(NAME, families.preset(NAME, dtype=jnp.float32))
+        pretrained.open_params(NAME, model_types.preset(NAME, dtype=jnp.float32))
 
 
 def test_every_preset_name_has_one_family():
-    names = [name for family in families.FAMILIES.values() for name in family.presets]
+    names = [name for family in model_types.FAMILIES.values() for name in family.presets]
     assert len(names) == len(set(names)) > 30

@@ -21,8 +21,8 @@ from tiny_run import Place, write_place
 
 from jaxft.distributed import sharding
 from jaxft.nn import matmul
-from jaxft.nn.lora import Adapter
-from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
 from jaxft.weights.quantised.formats import FILE_FORMATS, dequantised
@@ -360,7 +360,7 @@ def test_a_run_on_quantised_files_equals_one_that_quantises_on_load(place):
     base = place.folder / "nf4"
     shutil.copytree(place.folder / "base", place.folder / "wide", dirs_exist_ok=True)
     write_folder(place.folder / "wide", tiny_torch(**SIZES))
-    from jaxft.train import export
+    from jaxft.train.export import export
 
     wide = str(place.folder / "wide")
     export.export_model(

@@ -13,13 +13,14 @@ from quantised_folders import SIZES, by_bitsandbytes, by_llm_int8, write_grouped
 from tiny_families import FAMILIES, logits_of, random_ids, random_torch, rows
 from tiny_llama import write_folder
 
-from jaxft.nn.lora import Adapter, target_paths
-from jaxft.nn.quant import Quant, dequantize, is_qtensor
-from jaxft.train import export, partition
+from jaxft.nn.adapters.lora import Adapter, target_paths
+from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.train import partition
+from jaxft.train.export import export
 from jaxft.tree import paths
 from jaxft.weights import pretrained
-from jaxft.weights.codes import write_codes
-from jaxft.weights.layerwise import CalibrationRows, calibrate_layers
+from jaxft.weights.calibrate.calibrated_codes import write_codes
+from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers
 
 torch = pytest.importorskip("torch")
 

@@ -17,9 +17,11 @@ from tiny_llama import VOCAB, some_tokens, tiny_tokenizer, tiny_torch, write_fol
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
 from jaxft.rl import reward_models
-from jaxft.train import export, partition
-from jaxft.weights import adapters, init, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.train import partition
+from jaxft.train.export import export
+from jaxft.weights import init, pretrained
+from jaxft.weights.peft import adapters, peft_write
+from jaxft.weights.peft import peft as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

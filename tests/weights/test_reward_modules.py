@@ -17,11 +17,12 @@ from jaxft import tree
 from jaxft.models import heads
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
-from jaxft.nn.lora import Adapter
+from jaxft.nn.adapters.lora import Adapter
 from jaxft.rl import reward_models
-from jaxft.train import export
-from jaxft.weights import adapters, init, peft_write, pretrained
-from jaxft.weights import peft as peft_layout
+from jaxft.train.export import export
+from jaxft.weights import init, pretrained
+from jaxft.weights.peft import adapters, peft_write
+from jaxft.weights.peft import peft as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn import quant
-from jaxft.nn.quant import quantize
-from jaxft.nn.quant_formats import NF4
-from jaxft.weights import rounding
-from jaxft.weights.rounding import InputMoments
+from jaxft.nn.quant import quant
+from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant.quant_formats import NF4
+from jaxft.weights.calibrate import rounding
+from jaxft.weights.calibrate.rounding import InputMoments
 
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, True), ("int4", 16, None), ("affine4", 16, None),
          ("int8", None, None), ("fp8", None, None)]  # fmt: skip

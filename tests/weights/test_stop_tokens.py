@@ -12,13 +12,14 @@ from tiny_pairs import make_rows, write
 from tiny_run import write_place
 from tiny_tokenizers import KINDS, tiny
 
+from jaxft.data.chat.template import template_of
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
-from jaxft.data.template import template_of
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.train.logs import startup_lines
-from jaxft.weights import hf_write, pretrained
-from jaxft.weights.stop_tokens import stop_lines, stop_tokens
+from jaxft.train.logs.logs import startup_lines
+from jaxft.weights import pretrained
+from jaxft.weights.hf import hf_write
+from jaxft.weights.hf.stop_tokens import stop_lines, stop_tokens
 
 ENDS = {  # what ends the last turn of text, and of tool calls where it is another token
     "chatml": "<|im_end|>",

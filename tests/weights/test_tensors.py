@@ -12,12 +12,13 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from jaxft import tree
-from jaxft.models.llama import LlamaConfig, llama
+from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
-from jaxft.nn.quant import quantize
+from jaxft.nn.quant.quant import quantize
 from jaxft.nn.tensor_names import TensorName
-from jaxft.weights import hf, hf_write, place
-from jaxft.weights.merge import lazy_params, merge_files, merge_on_read
+from jaxft.weights import place
+from jaxft.weights.edit.merge import lazy_params, merge_files, merge_on_read
+from jaxft.weights.hf import hf, hf_write
 from jaxft.weights.param_reader import param_readers, read_whole
 from jaxft.weights.tensors import tensors_of
 

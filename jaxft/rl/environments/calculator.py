@@ -4,8 +4,8 @@ import operator
 import random
 from collections.abc import Sequence
 
-from jaxft.data.columns import tool_schema
-from jaxft.rl.environment import RowColumns
+from jaxft.data.rows.columns import tool_schema
+from jaxft.rl.environments.environment import RowColumns
 from jaxft.rl.rewards import last_number
 
 OPERATORS = {"add": ("+", operator.add), "multiply": ("*", operator.mul)}

@@ -2,7 +2,7 @@
 
 import math
 
-from jaxft.rl.environment import RowColumns
+from jaxft.rl.environments.environment import RowColumns
 from jaxft.rl.environments.sandbox import SandboxLimits, run_python
 from jaxft.rl.rewards import last_number
 

@@ -2,7 +2,7 @@
 
 import random
 
-from jaxft.rl.environment import RowColumns
+from jaxft.rl.environments.environment import RowColumns
 from jaxft.rl.rewards import last_number
 
 

@@ -15,8 +15,15 @@ from collections.abc import Callable
 from operator import methodcaller
 from typing import Any
 
-from jaxft.rl.environment import Beginning, Environment, EpisodeState, RowColumns, StepResult, checked_step
 from jaxft.rl.environments.calls import Task
+from jaxft.rl.environments.environment import (
+    Beginning,
+    Environment,
+    EpisodeState,
+    RowColumns,
+    StepResult,
+    checked_step,
+)
 from jaxft.rl.environments.tools import Tool
 
 NOT_SHOWN = ("done", "reward", "metadata")  # fields of an observation that its result has too

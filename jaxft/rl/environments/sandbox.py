@@ -20,7 +20,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxft.bounds import above, at_least, check_bounds
+from jaxft.annotations import above, at_least, check_bounds
 
 SPARE_SECONDS = 2.0  # for the start of the process, beyond the limit
 _PROGRAM = Path(__file__).with_name("sandbox_child.py")

@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 
-from jaxft.rl.environment import RowColumns
+from jaxft.rl.environments.environment import RowColumns
 
 Passages = tuple[str, ...]
 K1, B = 1.5, 0.75

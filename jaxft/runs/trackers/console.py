@@ -16,7 +16,7 @@ from rich.text import Text
 from jaxft.data.progress import clock_time, time_in_words
 from jaxft.objectives.intervals import fraction_text
 from jaxft.runs import metric_names as names
-from jaxft.runs.report import ROW_TEXTS
+from jaxft.runs.run_texts import ROW_TEXTS
 from jaxft.runs.terminal import printable_message, printable_text
 
 SHORT_NAMES = {

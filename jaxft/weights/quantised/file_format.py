@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
+from jaxft.nn.quant.quant import FORMATS, QTensor, Quant, is_paired, quantize
+from jaxft.weights.hf.safetensors import SafetensorsFiles, required
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
-from jaxft.weights.safetensors import SafetensorsFiles, required
 
 QuantConfig = dict[str, Any]  # quantization_config of a config.json
 Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain model

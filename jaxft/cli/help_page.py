@@ -1,0 +1,162 @@
+"""The reference that `jaxft settings` and `jaxft help` print: settings, recipes with their knobs, functions
+with short names, commands, and options of other tools, all read from docstrings, annotations and tables.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from jaxft import short_names
+from jaxft.cli.commands import summary
+from jaxft.cli.documentation import shipped_recipes, table
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.decision_rows import DecisionRows
+from jaxft.data.pairs import PairRows
+from jaxft.data.rows.shipped import COMMANDS
+from jaxft.data.sft import Rows
+from jaxft.data.steps import SolutionRows
+from jaxft.objectives.pair import PreferenceLoss
+from jaxft.rl.rollout import Rollouts
+from jaxft.runs.settings.config import load_config
+from jaxft.runs.settings.option_names import OPTIONS
+from jaxft.runs.settings.parse import load_callable
+from jaxft.runs.settings.settings_list import (
+    Setting,
+    by_section,
+    first_sentence,
+    knobs_of,
+    listed,
+    settings_of,
+    with_recipes,
+)
+from jaxft.runs.settings.unknown_names import settings_called
+from jaxft.train.recipes import without_model_weights
+from jaxft.train.settings import Run
+
+COMPARED_RECIPES = (
+    "sft",
+    "dpo",
+    "reward",
+    "grpo",
+)  # whose defaults are listed where they differ from their section's
+DATA_KINDS = {
+    "SFT": Rows,
+    "decisions": DecisionRows,
+    "steps": SolutionRows,
+    "preferences and reward models": PairRows,
+    "reinforcement learning": Rollouts,
+}
+
+
+def settings_of_any_run() -> dict[str, list[Setting]]:
+    """Return heading -> settings, with the defaults of their classes and of some recipes; of data first the
+    settings that all kinds share.
+    """
+    with without_model_weights():
+        recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}
+    shared = list(settings_of(DataSettings, "data."))
+    run = [setting for setting in settings_of(Run) if not setting.name.startswith("data.")]
+    groups = by_section(with_recipes([*run, *shared], recipes))
+    for kind, cls in DATA_KINDS.items():
+        bases = [base for base in DATA_KINDS.values() if base is not cls and issubclass(cls, base)]
+        inherited = {setting.name for base in bases for setting in settings_of(base, "data.")}
+        found = [setting for setting in settings_of(cls, "data.") if setting not in shared]
+        rest = [setting for setting in found if setting.name not in inherited]
+        by_title = by_section(with_recipes(rest, recipes))
+        groups |= {f"Of {kind}, {title}": group for title, group in by_title.items()}
+    return groups
+
+
+def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, list[Setting]]:
+    """Return heading -> the knobs of a recipe, and the settings of its run."""
+    with without_model_weights():
+        fields = list(settings_of(load_config(recipe, [*overrides], expected=Run)))
+    return {f"Knobs of {recipe}": list(knobs_of(recipe, fields)), **by_section(fields)}
+
+
+def named_functions() -> dict[str, dict[str, str]]:
+    """Return title -> short name -> package.module:name of the tables of short_names.py."""
+    tables = {name: value for name, value in vars(short_names).items() if name.isupper()}
+    return {
+        name.capitalize().replace("_", " ").replace("Kl ", "KL "): table for name, table in tables.items()
+    }
+
+
+def described(name: str) -> str | None:
+    """Return the reference of a setting, a knob or a function with a short name; None for any other name.
+
+    A setting is named whole or by its last part. Of several recipes with a knob the first is shown.
+    """
+    texts = []
+    names_first = dict.fromkeys((*COMPARED_RECIPES, *(recipe.recipe for recipe in shipped_recipes())))
+    recipe = next((recipe for recipe in names_first if settings_called(name, recipe)), None)
+    if recipe is not None:
+        groups = settings_of_any_run()
+        if not any(_called(name, group) for group in groups.values()):
+            groups = settings_of_recipe(recipe)
+        texts.append(listed({title: _called(name, group) for title, group in groups.items()}, in_full=True))
+    for title, names in named_functions().items():
+        if name in names:
+            texts.append(f"{title}: {name} is {names[name]}\n\n{_docstring(names[name])}")
+    return "\n\n".join(texts) or None
+
+
+def _called(name: str, settings: Iterable[Setting]) -> list[Setting]:
+    return [s for s in settings if name in (s.name, s.name.rpartition(".")[2])]
+
+
+def page() -> str:
+    """Return the whole reference as Markdown."""
+    return "\n\n".join(["# Reference", *_commands(), *_recipes(), *_settings(), *_functions(), *_options()])
+
+
+def _commands() -> Iterator[str]:
+    yield "## Commands of jaxft"
+    yield table(["command", "does"], [(f"`{command}`", summary(command)) for command in COMMANDS])
+
+
+def _recipes() -> Iterator[str]:
+    """The recipes with the defaults of their knobs; then each knob once, or once for each meaning."""
+    yield "## Recipes and their knobs"
+    knobs: dict[tuple[str, str, str], Setting] = {}
+    for recipe in shipped_recipes():
+        found = next(iter(settings_of_recipe(recipe.recipe).values()))
+        knobs |= {(knob.name, knob.kind, knob.text): knob for knob in found}
+        defaults = " ".join(k.name if k.default is None else f"{k.name}={k.default}" for k in found)
+        about = f"{recipe.trains}.\n{recipe.hardware}; {recipe.time}."
+        defaults = textwrap.fill(defaults, 110, break_long_words=False, break_on_hyphens=False)
+        yield f"### {recipe.recipe}\n\n{about}\n\n```\n{defaults}\n```"
+    rows = [(f"`{knob.name}`", _kind(knob), knob.text) for _, knob in sorted(knobs.items())]
+    yield "### Knobs\n\n" + table(["knob", "values", "meaning"], rows)
+
+
+def _settings() -> Iterator[str]:
+    yield "## Settings by section"
+    for title, group in settings_of_any_run().items():
+        rows = [(f"`{s.name}`", f"`{s.default}`" * (s.default is not None), _kind(s), s.text) for s in group]
+        yield f"### {title}\n\n" + table(["setting", "default", "values", "meaning"], rows)
+
+
+def _functions() -> Iterator[str]:
+    yield "## Functions with short names"
+    for title, names in named_functions().items():
+        rows = [
+            (f"`{name}`", first_sentence(" ".join(_docstring(path).split()))) for name, path in names.items()
+        ]
+        yield f"### {title}\n\n" + table(["name", "is"], rows)
+
+
+def _options() -> Iterator[str]:
+    yield "## Options of other tools"
+    rows = [(f"`{o.name}`", ", ".join(o.tools), f"`{o.recipe}`", o.describe()) for o in OPTIONS]
+    yield table(["option", "of", "recipe", "here"], rows)
+
+
+def _docstring(path: str) -> str:
+    """Return the docstring of the function `package.module:name`, also of one that is wrapped."""
+    fn = load_callable(path)
+    return inspect.getdoc(fn.fn if isinstance(fn, PreferenceLoss) else fn) or ""
+
+
+def _kind(setting: Setting) -> str:
+    return f"{setting.kind}: {', '.join(setting.names)}" if setting.names else setting.kind

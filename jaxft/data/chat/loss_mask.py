@@ -1,0 +1,574 @@
+"""Tokenise examples with an exact loss mask.
+
+Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding
+special tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that
+the tokenizer adds, and EOS. A plain prompt has the tokens from which generation starts, also where one token
+could span its end. The loss mask is computed on the rendered text, as ranges of characters, and mapped to
+tokens by their offsets: a token is a target if it contains any character of a response. An assistant turn is
+what the template's {% generation %} markers enclose or, without markers, everything after the prompt that
+generation would start from. It includes the end-of-turn token, from which the model learns to stop, and must
+show all of the turn (see template_check.py). Every token of a text row is a target.
+
+Without a chat template, instruction rows use FALLBACK; conversations need a template.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.data.chat.rejections import rejection
+from jaxft.data.chat.template import (
+    LONGEST_TEXT,
+    REJECTIONS,
+    Span,
+    Template,
+    UnusableTemplate,
+    render_messages,
+    template_of,
+)
+from jaxft.data.chat.template_check import MARKER, HiddenPart
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.chat.turns import is_closed, render_turns
+from jaxft.data.rows.example import Chat, Completion, Example, Message, Text
+from jaxft.data.rows.invalid import InvalidRow, Value, attempt
+from jaxft.data.rows.loss_weights import target_weights
+
+FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
+MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
+LOSS_ON = ("completion", "assistant", "all")
+EXAMPLES_AT_ONCE = 1024  # that are rendered and tokenised together
+ANCHORS = ("\n", ":", "a")  # texts after which a completion may be tokenised alone
+TEXT_PIECE = 1 << 18  # characters of a long text that are tokenised together
+OVERLAP = 1 << 10  # characters that one piece shares with the next
+TOO_LONG = "text that is too long to tokenise"
+TOO_MANY = "more tokens than are allowed"
+SPARE_TOKENS = 64  # at the end of the beginning of a text, which may change with what follows
+HIDDEN_CALLS = "tool calls that the chat template hides"
+SHOW_TOOLS = "set chat_template=qwen, which shows tools and calls, or use a tokenizer whose template does"
+NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
+
+
+class WeightedTokens(NamedTuple):
+    """Token ids, the loss mask, and the weight of each token as a target; None if all weights are 1."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    weights: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered example.
+
+    learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
+    whether that EOS is a target. weights: of ranges whose targets have another weight than 1. prompt: length
+    of a prompt whose tokens are to be those of the prompt alone, 0 for none.
+    """
+
+    name: str
+    text: str
+    learned: tuple[Span, ...]
+    begin: bool
+    end: bool
+    learns_end: bool = True
+    weights: tuple[tuple[Span, float], ...] = ()
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"its text has an unpaired surrogate ({error.reason}); fix the text"
+            raise InvalidRow(self.name, "unpaired surrogate", problem) from error
+
+
+def _require_short(name: str, text: str) -> None:
+    """Raise InvalidRow for a text that takes too much time and memory to tokenise at once."""
+    if len(text) > LONGEST_TEXT:
+        problem = f"its text has {len(text)} characters, more than {LONGEST_TEXT}; shorten or split it"
+        raise InvalidRow(name, TOO_LONG, problem)
+
+
+def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
+    """Render an example and mark the parts of it that are targets. Raises ValueError that names the row."""
+    match example:
+        case Text(name, text):
+            return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
+        case Completion(name, prompt, completion):
+            text = prompt + completion
+            _require_short(name, text)
+            learned = ((0 if loss_on == "all" else len(prompt), len(text)),)
+            return Rendered(name, text, learned, begin=True, end=True, prompt=len(prompt))
+        case Chat() if template is not None:
+            with _named(example):
+                return _render_chat(example, template.of_chat(example), loss_on)
+        case Chat(name, messages, response, plain=True):
+            prompt = fallback_prompt(messages[:response])
+            rendered = render(Completion(name, prompt, messages[response]["content"]), None, loss_on)
+            weight = 1.0 if loss_on == NOTHING else target_weights(example, loss_on).get(response, 0.0)
+            if weight == 1:
+                return rendered
+            if not weight:  # with loss_on=all
+                return replace(rendered, learned=((0, len(prompt)),), learns_end=False)
+            return replace(rendered, weights=(((len(prompt), len(rendered.text)), weight),))
+        case _:
+            raise _no_template(example)
+
+
+@contextmanager
+def _named(example: Chat) -> Iterator[None]:
+    """Name the row at which the template turned out to be of no use."""
+    try:
+        yield
+    except UnusableTemplate as error:
+        raise UnusableTemplate(f"{example.name}: {error}") from error
+
+
+def _no_template(example: Example) -> ValueError:
+    return ValueError(
+        f"{example.name}: a conversation needs a chat template and the tokenizer has none; use an instruct "
+        "model's tokenizer, put chat_template.jinja into the model's folder, or use strings as prompt and "
+        "completion with data.format=plain"
+    )
+
+
+def tokenise_examples(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    loss_on: str = "completion",
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> Iterator[MaskedTokens | InvalidRow]:
+    """Yield (token ids, loss mask) of each example in order, untruncated, or what is wrong with it."""
+    for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
+        yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
+
+
+def tokenise_weighted(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    loss_on: str = "completion",
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> Iterator[WeightedTokens | InvalidRow]:
+    """Yield the tokens, the loss mask and the weights of each example in order, as `tokenise_examples`."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
+            "(tokenizer.json)"
+        )
+    template = template_of(tokenizer, settings)
+
+    def begins(r: Rendered) -> bool:
+        return r.begin and not _has_bos(r.text, tokenizer)
+
+    rendering = partial(render, template=template, loss_on=loss_on)
+
+    def is_long(r: Rendered) -> bool:
+        return len(r.text) > LONGEST_TEXT  # of a Text; others are refused
+
+    for _, rendered in _in_chunks(rendering, examples):
+        texts = [r for r in rendered if isinstance(r, Rendered) and not is_long(r)]
+        prompts = _plain_ids([r.text[: r.prompt] for r in texts if r.prompt], tokenizer)
+        encoded = {
+            flag: _encode([r.text for r in texts if begins(r) is flag], tokenizer, flag)
+            for flag in (True, False)
+        }
+        for r in rendered:
+            if isinstance(r, InvalidRow):
+                yield r
+            elif is_long(r):
+                yield attempt(_mask_of_text, r, tokenizer)
+            else:
+                ids, offsets = next(encoded[begins(r)])
+                if r.prompt:
+                    ids, offsets = _from_prompt(r, next(prompts), ids, offsets, tokenizer)
+                yield _mask(r, ids, offsets, tokenizer.eos_token_id)
+
+
+def _in_chunks(
+    function: Callable[[Any], Value], examples: Iterable[Any]
+) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
+    """Yield (chunk, function's results). InvalidRows pass through."""
+    examples = list(examples)
+    for at in range(0, len(examples), EXAMPLES_AT_ONCE):
+        chunk = examples[at : at + EXAMPLES_AT_ONCE]
+        yield chunk, [x if isinstance(x, InvalidRow) else attempt(function, x) for x in chunk]
+
+
+def tools_warnings(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> tuple[str, ...]:
+    """Return a warning if the tools of the first example that has some don't change the rendered prompt."""
+    chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
+    template = template_of(tokenizer, settings) if chat else None
+    if template is None or chat is None:
+        return ()
+    prompt = chat.messages[: chat.response] or chat.messages
+    template = template.of_chat(chat)
+    try:
+        same = render_messages(template, prompt, chat.tools) == render_messages(template, prompt)
+    except REJECTIONS:
+        return ()
+    lost = f"{chat.name}: {template.name} renders the prompt without the row's tools, so the model does not "
+    return (f"warning: {lost}see them; {SHOW_TOOLS}",) if same else ()
+
+
+def content_warnings(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> tuple[str, ...]:
+    """Return a warning for each role but the assistant's of which a prompt lacks the content of a message:
+    about the first such.
+    """
+    template, found = template_of(tokenizer, settings), dict[str, str]()
+    if template is None:
+        return ()
+    for chat in examples:
+        if not isinstance(chat, Chat):
+            continue
+        own = template.of_chat(chat)
+        prompt = chat.messages[: chat.response] or chat.messages
+        for index in _perhaps_hidden(own, chat, prompt):
+            role = prompt[index]["role"]
+            if role in found or _shows(own, chat, prompt, index):
+                continue
+            remedy = "use a tokenizer whose template does"
+            if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
+                remedy = "set data.system=merge"
+            found[role] = (
+                f"warning: {chat.name}: {own.name} does not show the content of message {index}, a {role} "
+                f"message, so the model does not see it; {remedy}"
+            )
+    return tuple(found.values())
+
+
+def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
+    """Return up to 100 messages, not the assistant's, that the template may drop: their markers are missing
+    when every content is a marker.
+    """
+    asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
+    words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
+    try:
+        text = render_messages(template, [words.get(i, m) for i, m in enumerate(prompt)], chat.tools)
+        shown = set(MARKER.findall(text.lower()))
+    except REJECTIONS:
+        shown = set()
+    return [i for i in asked if f"qx7w{i}zk" not in shown][:100]
+
+
+def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
+    """Whether a prompt shows a word in the place of a message's content, or is rejected with it."""
+    word = "Qx7wZk9y"
+    message = {**prompt[index], "content": word}
+    try:
+        text = render_messages(template, [*prompt[:index], message, *prompt[index + 1 :]], chat.tools)
+    except REJECTIONS:
+        return True
+    return word.lower() in text.lower()
+
+
+def prompt_warnings(
+    examples: Iterable[Example | InvalidRow],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+) -> tuple[str, ...]:
+    """Return a warning if a conversation renders otherwise than the prompt that generation gets, about the
+    first such.
+    """
+    template = template_of(tokenizer, settings)
+    if template is None:
+        return ()
+    for chat in examples:
+        if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
+            continue
+        own = template.of_chat(chat)
+        lost = _prompt_that_is_not_trained(own, chat)
+        if lost:
+            merges = replace(own, merges=True)
+            remedy = "use another chat template"
+            if chat.messages[0]["role"] == "system" and not _prompt_that_is_not_trained(merges, chat):
+                remedy = "set data.system=merge: this template moves or drops the system message"
+            return (
+                f"warning: {chat.name}: {own.name} ends a prompt with {lost!r}, which is not in front of the "
+                f"row's response: completions begin where the model is not trained; {remedy}",
+            )
+    return ()
+
+
+def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
+    """Return the part of a response's prompt that is absent in training; "" for a rejected row."""
+    try:
+        prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
+        text = render_messages(template, chat.messages, chat.tools)
+    except REJECTIONS:
+        return ""
+    return prompt[len(commonprefix([prompt, text])) :]
+
+
+def example_prompt_ids(
+    examples: Sequence[Completion | Chat],
+    tokenizer: Any,
+    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+    most: int | None = None,
+) -> Iterator[list[int] | InvalidRow]:
+    """Yield the token ids from which the response of each example is generated, or what is wrong with it.
+
+    most: the number of tokens above which a long prompt is refused before all of it is tokenised.
+
+    All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
+    """
+    template = template_of(tokenizer, settings)
+
+    def is_plain(example: Completion | Chat) -> bool:
+        return template is None or isinstance(example, Completion)
+
+    for chunk, texts in _in_chunks(partial(_prompt_text, template=template), examples):
+        if most is not None:
+            texts = [x if isinstance(x, InvalidRow) else attempt(_short, x, most, tokenizer) for x in texts]
+        found: dict[bool, list[str]] = {True: [], False: []}
+        for example, text in zip(chunk, texts, strict=True):
+            if isinstance(text, str):
+                found[is_plain(example)].append(text)
+        plain, chats = _plain_ids(found[True], tokenizer), _ids_of(found[False], tokenizer, False)
+        for example, text in zip(chunk, texts, strict=True):
+            yield text if isinstance(text, InvalidRow) else next(plain if is_plain(example) else chats)
+
+
+def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
+    """Return the text from which the response of an example is generated. Raises InvalidRow."""
+    if isinstance(example, Completion):
+        text = example.prompt
+    elif template is not None:
+        messages, own = example.messages[: example.response], template.of_chat(example)
+        with _named(example):
+            try:
+                text = render_messages(own, messages, example.tools, generation=True)
+            except REJECTIONS as error:
+                problem = rejection(own, messages, example.tools, error, "prompt without a response")
+                raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
+    elif example.plain:
+        text = fallback_prompt(example.messages[: example.response])
+    else:
+        raise _no_template(example)
+    _require_short(example.name, text)
+    return text
+
+
+def _short(text: str, most: int, tokenizer: Any) -> str:
+    """Return the text. Raises InvalidRow if one of its beginnings has more than `most` tokens already."""
+    size = 4 * (most + SPARE_TOKENS)
+    while size < len(text):
+        (ids,) = _ids_of([text[:size]], tokenizer, False)
+        if len(ids) > most + SPARE_TOKENS:
+            raise InvalidRow("prompt", TOO_MANY, f"it has more than {most} tokens; shorten it")
+        size *= 4
+    return text
+
+
+def _plain_ids(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Return the tokens of plain prompts, with BOS where the tokenizer adds it, without EOS."""
+    begins = [not _has_bos(prompt, tokenizer) for prompt in prompts]
+    encoded = {
+        flag: _ids_of([p for p, begin in zip(prompts, begins, strict=True) if begin is flag], tokenizer, flag)
+        for flag in (True, False)
+    }
+    for begin in begins:
+        ids = next(encoded[begin])
+        yield ids[:-1] if begin and ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def rendered_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a text that a chat template has rendered, to which no special token is added."""
+    return next(_ids_of([text], tokenizer, False))
+
+
+def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]:
+    return iter(tokenizer(texts, add_special_tokens=special, verbose=False).input_ids if texts else ())
+
+
+def _from_prompt(
+    r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
+) -> tuple[list[int], list[Span]]:
+    """Return the tokens of a text that begins with a prompt, such that they begin with those of the prompt
+    alone.
+
+    ids, offsets: of the text as a whole. They are returned as they are unless a token spans the end of the
+    prompt. What follows the prompt is then tokenised after one of ANCHORS, because a tokenizer may put a
+    space in front of a text's first word.
+    """
+    if ids[: len(prompt)] == prompt:
+        return ids, offsets
+    rest = r.text[r.prompt :]
+    for anchor in ANCHORS:
+        (alone, _), (joined, places) = _encode([anchor, anchor + rest], tokenizer, False)
+        if joined[: len(alone)] == alone and (not rest or places[len(alone)][0] >= len(anchor)):
+            break
+    else:
+        ((joined, places),), alone, anchor = _encode([rest], tokenizer, False), [], ""
+    shift = r.prompt - len(anchor)
+    after = [(start + shift, end + shift) for start, end in places[len(alone) :]]
+    return [*prompt, *joined[len(alone) :]], [*([(0, r.prompt)] * len(prompt)), *after]
+
+
+def fallback_prompt(messages: Sequence[Message]) -> str:
+    """Return an instruction as plain text for a tokenizer without a chat template, the system message in
+    front.
+    """
+    *system, user = [m["content"] for m in messages]
+    return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
+
+
+def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
+    """Tokenise a long text, all of which is learned, in pieces, whose tokens take less memory than all at
+    once. Raises InvalidRow.
+
+    The pieces overlap and are joined where both have a token that begins at the same character, so the tokens
+    are those of the whole text for a tokenizer whose tokens depend on fewer characters than OVERLAP / 2.
+    """
+    begins = r.begin and not _has_bos(r.text, tokenizer)
+    with_special, (plain,) = next(_ids_of(["a"], tokenizer, begins)), _ids_of(["a"], tokenizer, False)
+    at = next(i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
+    first, last = with_special[:at], with_special[at + len(plain) :]
+    eos = _eos(r, tokenizer.eos_token_id)
+    last = last if last[-1:] == [eos] else [*last, eos]
+    ids = np.concatenate([np.asarray(first, np.int32), *_pieces(r, tokenizer), np.asarray(last, np.int32)])
+    return WeightedTokens(ids, np.ones(len(ids), bool), None)
+
+
+def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
+    """Yield the tokens of a text in pieces, without special ones."""
+    (here, ids), skipped = _encoded(r.text[: TEXT_PIECE + OVERLAP], tokenizer), 0
+    for at in range(TEXT_PIECE, len(r.text) - OVERLAP, TEXT_PIECE):
+        following, next_ids = _encoded(r.text[at : at + TEXT_PIECE + OVERLAP], tokenizer)
+        middle = OVERLAP // 2
+        for place in sorted(range(OVERLAP), key=lambda i: abs(i - middle)):
+            end, start = _token_at(here, TEXT_PIECE + place), _token_at(following, place)
+            if end is not None and start is not None:
+                break
+        else:
+            problem = f"its tokens cannot be separated at character {at + middle}; split the row"
+            raise InvalidRow(r.name, TOO_LONG, problem)
+        yield ids[skipped:end]
+        here, ids, skipped = following, next_ids, start
+    yield ids[skipped:]
+
+
+def _encoded(text: str, tokenizer: Any) -> tuple[Any, np.ndarray]:
+    """Return the encoding of a text, and its token ids."""
+    out = tokenizer([text], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return out.encodings[0], np.asarray(out.input_ids[0], np.int32)
+
+
+def _token_at(encoding: Any, place: int) -> int | None:
+    """Return the index of the token that begins at a character, None if none does."""
+    index = encoding.char_to_token(place)
+    return index if index is not None and encoding.token_to_chars(index)[0] == place else None
+
+
+def _has_bos(text: str, tokenizer: Any) -> bool:
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[list, list]]:
+    if not texts:
+        return iter(())
+    out = tokenizer(
+        texts, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
+        truncation=False, padding=False, verbose=False,
+    )  # fmt: skip
+    return zip(out["input_ids"], out["offset_mapping"], strict=True)
+
+
+def _span_of_each(
+    spans: Sequence[Span], first: Int[np.ndarray, " tokens"], last: Int[np.ndarray, " tokens"]
+) -> Int[np.ndarray, " tokens"]:
+    """Return the index of the last span that contains a character of each token, -1 for none.
+
+    spans: disjoint, in order. first, last: where each token begins and ends.
+    """
+    starts, ends = np.asarray(spans, np.int64).reshape(len(spans), 2).T
+    index = np.searchsorted(starts, last) - 1  # the last span that begins before the token ends
+    return np.where((index >= 0) & (np.append(ends, 0)[index] > first), index, -1)
+
+
+def _eos(r: Rendered, eos: int | None) -> int:
+    if eos is None:
+        raise ValueError(
+            f"{r.name}: plain text must end with EOS and the tokenizer has none; set its eos_token"
+        )
+    return eos
+
+
+def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> WeightedTokens:
+    first, last = np.asarray(offsets, np.int64).reshape(len(ids), 2).T
+    # Byte-level tokenizers exclude a leading space from a token's offsets: it starts where the previous one
+    # ends. Pieces of one character share its offsets, so the earlier of the two is used.
+    first = np.minimum(first, np.concatenate([[0], last])[:-1])
+    learned = _span_of_each(r.learned, first, last) >= 0
+    weights = None
+    if r.weights:
+        ordered = sorted(r.weights)
+        values = np.array([*(weight for _, weight in ordered), 1], np.float32)  # 1 for no span, -1
+        weights = values[_span_of_each([span for span, _ in ordered], first, last)]
+    if r.learned == ((0, len(r.text)),):
+        learned[:] = True
+    if r.end:
+        eos = _eos(r, eos)
+        if not (
+            r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
+        ):  # some tokenizers add EOS themselves
+            ids, learned = [*ids, eos], np.append(learned, True)
+            weights = weights if weights is None else np.append(weights, weights[-1])
+        learned[-1] = r.learns_end
+    return WeightedTokens(np.asarray(ids, np.int32), learned, weights)
+
+
+def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
+    targets = {} if loss_on == NOTHING else target_weights(chat, loss_on)
+    weighted: tuple[tuple[Span, float], ...] = ()
+    try:
+        text, learned = (
+            (render_messages(template, chat.messages, chat.tools), [])
+            if loss_on == NOTHING
+            else render_turns(template, chat, list(targets))
+        )
+        for weight in sorted({weight for weight in targets.values() if weight != 1}):
+            spans = render_turns(template, chat, [i for i in targets if targets[i] == weight])[1]
+            weighted += tuple((span, weight) for span in spans)
+        unlearned = [i for i, weight in chat.weights.items() if loss_on == "all" and not weight]
+        hidden = render_turns(template, chat, unlearned)[1] if unlearned else []
+    except HiddenPart as error:
+        has_calls = "tool call" in str(error)
+        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template does"
+        remedy += ", fix or remove the row"
+        if targets and min(targets) < chat.response:
+            remedy += ", or set data.loss_on=completion if that turn is not part of the last response"
+        problem = f"{template.name} hides what is learned: {error}; {remedy}"
+        reason = HIDDEN_CALLS if has_calls else "turn that the chat template hides"
+        raise InvalidRow(chat.name, reason, problem) from error
+    except REJECTIONS as error:
+        problem = rejection(template, chat.messages, chat.tools, error, "row")
+        raise InvalidRow(chat.name, "row that the chat template rejects", problem) from error
+    learned_text = text[: learned[-1][1]] if learned else text
+    ended = is_closed(template, learned_text) or is_closed(template, text)
+    ended |= learned_text.endswith(template.variables.get("eos_token", "\0"))
+    last = len(chat.messages) - 1
+    unfinished = chat.messages[last]["role"] == "assistant" and not ended
+    if loss_on == "all":
+        learned = _outside(hidden, len(text))
+    learns_end = loss_on == NOTHING or last in targets
+    return Rendered(chat.name, text, tuple(learned), False, unfinished, learns_end, weighted)
+
+
+def _outside(spans: Sequence[Span], length: int) -> list[Span]:
+    """Return the ranges of a text of this length that are in none of the spans, which are in order."""
+    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), length]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]

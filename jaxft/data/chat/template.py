@@ -1,0 +1,430 @@
+"""A tokenizer's chat template: rendering conversations, and what begins and ends an assistant turn."""
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property, lru_cache
+from os.path import commonprefix
+from typing import Any
+
+import jinja2
+
+from jaxft.data.chat.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, MERGE, TemplateSettings
+from jaxft.data.rows.example import Chat, Message
+from jaxft.data.rows.invalid import similar_names
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+LONGEST_TEXT = 2 << 20  # characters of one text that is tokenised; each may take 500 bytes
+RENDER_SECONDS = 20.0  # that a template may take for one conversation
+Span = tuple[int, int]  # characters of a rendered text
+PROBES = ("Qx7w", "Zk9y", "Jv5u")  # the contents of a question, a response and the next question
+PROBE_TOOLS = (
+    {"type": "function", "function": {
+        "name": "Nm2k", "description": "Pd6c", "parameters": {
+            "type": "object", "properties": {"Tp4z": {"type": "string", "description": "Pd6c"}},
+            "required": ["Tp4z"]}}},
+)  # fmt: skip
+REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for messages that it can't render
+
+
+class UnusableTemplate(ValueError):
+    """A chat template fails whatever the row, or takes too long; it ends a run with data.invalid=drop too."""
+
+
+class TemplateFault(jinja2.TemplateError):
+    """A chat template fails otherwise than by raise_exception, such as by a division by zero."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template with a pinned date. It does not have the tokenizer, so copying it is cheap.
+
+    name: for error messages. variables: texts of special tokens by the names that templates use, such as
+    bos_token. tokens: all special and added tokens. marked: it has {% generation %} markers. opening: the
+    generation prompt. header: without a generation prompt, what comes before a response. earlier_header: what
+    comes before a response that others follow; None if the template renders the prompt of such a response in
+    another way. ends: the texts that end an assistant turn, such as "<|im_end|>"; () if no special token
+    does. last_ends: those of them that end the last turn of a conversation. arguments: further arguments that
+    it is rendered with. merges: whether a system message is put in front of the first user turn. failure: why
+    it renders not even a question with a response, "" if it does. last_tokens: ids of the tokens that end the
+    last turn. tool_use: the template of conversations with tools, None if it is this one. needs_content: it
+    rejects a content that is null, as that of a turn of tool calls is, or renders it as the word None, and
+    gets an empty text in its place. needs_parts: it reads a content as a list of parts, as the templates of
+    vision models do, and gets a text as a list of one.
+    """
+
+    name: str
+    source: str
+    date: str
+    variables: Mapping[str, str]
+    tokens: tuple[str, ...]
+    marked: bool
+    opening: str = ""
+    header: str = ""
+    earlier_header: str | None = None
+    ends: tuple[str, ...] = ()
+    last_ends: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    merges: bool = False
+    failure: str = ""
+    last_tokens: tuple[int, ...] = ()
+    tool_use: "Template | None" = None
+    needs_content: bool = False
+    needs_parts: bool = False
+
+    @cached_property
+    def closing(self) -> re.Pattern | None:
+        """Matches what ends an assistant turn, and whitespace before it. None if no special token does."""
+        return re.compile(rf"\s*(?:{_any_of(self.ends)})") if self.ends else None
+
+    @cached_property
+    def special(self) -> re.Pattern:
+        """Matches any special token of the tokenizer."""
+        return re.compile(_any_of(token for token in self.tokens if token.strip()) or "(?!)")
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The token ids that end the last turn of a conversation, on which generation is to stop."""
+        others = self.tool_use.stop_tokens if self.tool_use else ()
+        return tuple(dict.fromkeys([*self.last_tokens, *others]))
+
+    def of_chat(self, chat: Chat) -> "Template":
+        """Return the template that a conversation is rendered with: that of tools if it has some, as
+        transformers' apply_chat_template chooses, with its own arguments, which override those of the run.
+        """
+        own = self.tool_use if chat.tools and self.tool_use else self
+        return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own
+
+
+def name_of_template(tokenizer: Any) -> str:
+    """Return the name of a tokenizer's chat template for messages."""
+    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+
+
+def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS) -> Template | None:
+    """Return the tokenizer's template, with today's date replaced by that of the settings; None if it has
+    none.
+
+    Raises ValueError for an argument that the template does not read.
+    """
+    unread = _unread_arguments(tokenizer, settings)
+    if unread:
+        words = sorted(set(re.findall(r"[A-Za-z_]\w+", " ".join(_sources(tokenizer)))))
+        near = f"near: {', '.join(similar_names(unread[0], words))}" if words else "the tokenizer has none"
+        raise ValueError(
+            f"data.chat_template_kwargs: {name_of_template(tokenizer)} does not read {unread[0]!r} ({near}); "
+            "correct or remove it"
+        )
+    if not tokenizer.chat_template:
+        return None
+    try:
+        day = datetime.strptime(settings.date, "%d %b %Y")
+    except ValueError as error:
+        raise ValueError(f"data.date={settings.date!r}; use a day like {DATE!r}") from error
+    source, *others = (
+        _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), text) for text in _sources(tokenizer)
+    )
+    template = _probed(tokenizer, source, settings)
+    return replace(template, tool_use=_probed(tokenizer, others[0], settings, True)) if others else template
+
+
+def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings:
+    """Return the settings without arguments that the tokenizer's template does not read.
+
+    For another model's template than the run's, such as a reward model's.
+    """
+    unread = _unread_arguments(tokenizer, settings)
+    kept = (item for item in settings.chat_template_kwargs if item.partition("=")[0].strip() not in unread)
+    return replace(settings, chat_template_kwargs=tuple(kept))
+
+
+def _sources(tokenizer: Any) -> list[str]:
+    """Return the tokenizer's chat template, and the one for tools where that is another; [] without any."""
+    if not tokenizer.chat_template:
+        return []
+    found = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
+    return list(dict.fromkeys(map(str, found)))
+
+
+def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
+    source = " ".join(_sources(tokenizer))
+    return [name for name in settings.arguments if not re.search(rf"\b{name}\b", source)]
+
+
+@lru_cache(maxsize=16)
+def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool = False) -> Template:
+    """Return the template with what its renderings of short conversations show, which have a tool if asked
+    to.
+    """
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    bare = Template(
+        name_of_template(tokenizer), source, settings.date,
+        variables={key: str(token) for key, token in tokenizer.special_tokens_map.items()},
+        tokens=tuple(dict.fromkeys([*added, *tokenizer.all_special_tokens])),
+        marked=bool(_GENERATION.search(source)), arguments=settings.arguments,
+        merges=settings.system == MERGE,
+    )  # fmt: skip
+    failures = []
+    for system in ([], [{"role": "system", "content": "Kb5h"}]):  # which some templates require
+        try:
+            given = list(PROBE_TOOLS) if tools else None
+            needing = replace(bare, needs_parts=_needs_parts(bare, system, given))
+            needing = replace(needing, needs_content=_needs_content(needing, system, given))
+            found = _probed_after(needing, system, given)
+            last = (bare.special.findall(end)[-1] for end in found.last_ends)
+            return replace(found, last_tokens=tuple(map(tokenizer.convert_tokens_to_ids, last)))
+        except UnusableTemplate:
+            raise
+        except REJECTIONS as error:
+            failures.append(failure_text(error))
+        except (LookupError, ValueError):  # it omits parts of these conversations
+            failures.append("")
+    ends = (tokenizer.eos_token,) if tokenizer.eos_token else ()
+    return replace(bare, ends=ends, failure=failures[0] if all(failures) else "")
+
+
+def failure_text(error: Exception) -> str:
+    """Return the message of a template's error, with the line of a syntax error."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"line {error.lineno}: {error.message}"
+    return str(error)
+
+
+def _probed_after(bare: Template, system: list[Message], tools: list | None) -> Template:
+    """Read from renderings of conversations that begin with `system` how turns begin and end."""
+
+    def rendered(messages: Sequence[Message], generation: bool = False) -> str:
+        return render_messages(bare, messages, tools, generation)
+
+    asked = [*system, {"role": "user", "content": "Qx7w"}]
+    answered = [*asked, {"role": "assistant", "content": "Zk9y"}]
+    longest = rendered([*answered, {"role": "user", "content": "Jv5u"}])
+    places = [longest.find(word) for word in PROBES]
+    if min(places) >= 0 and places != sorted(places):
+        raise UnusableTemplate(
+            f"{bare.name} does not render the turns of a conversation in their order; use another tokenizer"
+        )
+    prompt, opened = rendered(asked), rendered(asked, True)
+    opening = opened[len(commonprefix([prompt, opened])) :]
+    before, behind = rendered(answered).split("Zk9y")
+    between = longest.split("Zk9y")[1].split("Jv5u")[0]
+    header = before.removeprefix(prompt) if not opening and before.startswith(prompt) else ""
+    earlier = longest.split("Zk9y")[0]
+    earlier_header = earlier.removeprefix(prompt) if earlier.startswith(prompt) else None
+    last, inner = _ends_of_text(bare.special, opening, behind, between)
+    last = tuple(dict.fromkeys([*last, *_ends_of_calls(bare, asked, tools)])) if last else ()
+    ends = tuple(dict.fromkeys([*last, *inner]))
+    header = header if header.strip() else ""
+    return replace(
+        bare, opening=opening, header=header, earlier_header=earlier_header, ends=ends, last_ends=last
+    )
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
+def _ends_of_text(
+    special: re.Pattern, opening: str, behind: str, between: str
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
+    ones.
+
+    behind: what follows the last response. between: what follows a response before the next question.
+    """
+    shared = list(special.finditer(commonprefix([behind, between])))
+    if shared:
+        end = behind[shared[0].start() : shared[-1].end()]
+        return [end], [end]
+    last, inner = special.findall(behind), special.findall(between)
+    if not last:
+        return [], []
+    # A single token between two turns opens the second.
+    return last[:1], inner[:1] if len(inner) > 1 and inner[0] not in special.findall(opening) else []
+
+
+def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> list[str]:
+    """Return the special token that ends an assistant turn of tool calls, [] if the template renders none.
+
+    asked: a question.
+    """
+    for count, content in ((2, None), (2, ""), (1, None), (1, "")):
+        calls = [_probe_call(number) for number in range(count)]
+        results = [
+            {"role": "tool", "content": "Rt8p", "name": call["function"]["name"], "tool_call_id": call["id"]}
+            for call in calls
+        ]
+        turns = [*asked, {"role": "assistant", "content": content, "tool_calls": calls}]
+        try:
+            last, inner = render_messages(bare, turns, tools), render_messages(bare, turns + results, tools)
+        except REJECTIONS:
+            continue
+        *within, behind = last.split("Wm3t")
+        between = inner.split("Wm3t")[-1].split("Rt8p")[0]
+        if len(within) != count:
+            continue
+        found = list(bare.special.finditer(commonprefix([behind, between])))
+        if not found or behind[found[-1].end() :].strip():
+            return []
+        end = found[-1][0]
+        return [] if any(end in text for text in within[1:]) else [end]  # which would end each call
+    return []
+
+
+def _needs_content(bare: Template, system: list[Message], tools: list | None) -> bool:
+    """Whether a turn of tool calls is rendered only with an empty text as its content, or better: null is
+    rejected, or becomes the word None.
+    """
+    texts, asked = list[str | None](), [*system, {"role": "user", "content": PROBES[0]}]
+    for content in (None, ""):
+        turn = {"role": "assistant", "content": content, "tool_calls": [_probe_call(0)]}
+        try:
+            texts.append(render_messages(bare, [*asked, turn], tools))
+        except REJECTIONS:
+            texts.append(None)
+    null, empty = texts
+    return empty is not None and (null is None or null.count("None") > empty.count("None"))
+
+
+def _needs_parts(bare: Template, system: list[Message], tools: list | None) -> bool:
+    """Whether a question is rendered only if its content is a list of parts."""
+    asked = [*system, {"role": "user", "content": PROBES[0]}]
+    for template in (bare, replace(bare, needs_parts=True)):
+        try:
+            if PROBES[0] in render_messages(template, asked, tools):
+                return template.needs_parts
+        except REJECTIONS:
+            continue
+    return False
+
+
+def _probe_call(number: int) -> dict[str, Any]:
+    function = {"name": f"Zk9y{number}", "arguments": {"Jv5u": "Wm3t"}}
+    return {"id": f"call0000{number}", "type": "function", "function": function}
+
+
+def with_merged_system(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with a system message in front of the content of the first user turn.
+
+    Without a user turn they stay as they are.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None or messages[0]["role"] != "system":
+        return list(messages)
+    system, user = messages[0]["content"] or "", messages[first]
+    merged = {**user, "content": f"{system}\n\n{user['content'] or ''}"}
+    return [*messages[1:first], merged, *messages[first + 1 :]]
+
+
+def render_messages(
+    template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False
+) -> str:
+    """Return the conversation as the template renders it, with the generation prompt if asked to.
+
+    Raises jinja2.TemplateError or TypeError if the template rejects the messages, and UnusableTemplate if it
+    takes too long.
+    """
+    (text,), _ = _render(template, messages, tools, add_generation_prompt=generation)
+    return text
+
+
+def render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
+    """Return the conversation as text, and the ranges that the {% generation %} markers enclose."""
+    (text,), (ranges,) = _render(template, chat.messages, chat.tools, return_assistant_tokens_mask=True)
+    return text, ranges
+
+
+def _render(template: Template, messages: Sequence[Message], tools: list | None, **options: Any) -> Any:
+    """Render in transformers' sandbox; return lists of one text and, with a mask, of its marked ranges.
+
+    Unlike apply_chat_template of transformers 5, which drops it, this passes on a content that is null: some
+    templates render tool calls only then. The arguments of a call are an object, or its JSON text for a
+    template that concatenates them, such as DeepSeek-R1's.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversation = with_merged_system(messages) if template.merges else list(messages)
+    if template.needs_content:
+        conversation = [m if m["content"] is not None else {**m, "content": ""} for m in conversation]
+    if template.needs_parts:
+        parts = ([{"type": "text", "text": m["content"] or ""}] for m in conversation)
+        conversation = [{**m, "content": part} for m, part in zip(conversation, parts, strict=True)]
+    variables = {**template.variables, "date_string": template.date, **template.arguments}
+
+    def run(messages: list[Message]) -> Any:
+        return render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=template.source, **options, **variables
+        )
+
+    try:
+        with _time_limit(RENDER_SECONDS):
+            try:
+                rendered = run(conversation)
+            except TypeError:
+                if not any(message.get("tool_calls") for message in conversation):
+                    raise
+                rendered = run(list(map(_with_text_arguments, conversation)))
+    except REJECTIONS:
+        raise
+    except _TooSlow as error:
+        slow = f"{template.name} takes more than {RENDER_SECONDS:g} s for a conversation"
+        raise UnusableTemplate(f"{slow}; use another tokenizer") from error
+    except Exception as error:  # a template is a program, and may raise anything
+        raise TemplateFault(f"{type(error).__name__}: {error}") from error
+    text = rendered[0][0]
+    if len(text) > LONGEST_TEXT:
+        raise jinja2.TemplateError(f"it renders {len(text)} characters, more than {LONGEST_TEXT}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise jinja2.TemplateError(f"the text has half a surrogate pair ({error.reason})") from error
+    return rendered
+
+
+class _TooSlow(Exception):
+    """A rendering takes too long."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _TooSlow in the body after `seconds`. It holds in the main thread alone, to which signals go, and
+    for loops of a template, not for a single operation such as 9**9**9.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, ring)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *others)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its tool calls as JSON text."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": as_text(call["function"])}
+        arguments = call.get("arguments")
+        return (
+            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            if arguments is not None
+            else call
+        )
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [as_text(call) for call in calls]} if calls else message

@@ -1,0 +1,257 @@
+"""Arrange pairs in rows of tokens, and convert values at token positions back to values by pair.
+
+With branches a pair is one segment: the prompt, then its responses one after the other, each continuing at
+the position after the prompt. Without branches every response is a separate segment that starts with the
+prompt. Everything but ids, segments, positions, branches and read is the same either way, in the same order.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxft.batch import Pairs
+from jaxft.data.packing.pack import RowPlan, RowShape, ranges
+from jaxft.data.packing.tokenised import NUMBERS, TokenisedRows
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """The shape of a microbatch and how its rows are filled. columns: names of the extra "numbers".
+    max_length: as in Pairs. reference: the reference's log-prob of each token of the rows; None before they
+    are computed.
+    """
+
+    rows: int
+    shape: RowShape
+    branches: bool
+    columns: tuple[str, ...] = ()
+    max_length: int = 0
+    reference: Float[np.ndarray, " tokens"] | None = None
+
+
+@dataclass(frozen=True)
+class BatchMeans:
+    """Quantities that depend on all pairs of an optimizer batch: the weight of each pair and the mean length
+    of each kind.
+    """
+
+    weights: Float[np.ndarray, " pairs"]
+    lengths: Float[np.ndarray, " A"]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of consecutive tokens, an array [pairs of the plan, runs of a pair] each; count 0 for a missing
+    run.
+    """
+
+    start: np.ndarray  # index into TokenisedRows.ids
+    count: np.ndarray
+    piece: np.ndarray  # 0 the prompt, else 1 + kind
+    segment: np.ndarray
+    position: np.ndarray  # of the first token
+    column: np.ndarray  # of the first token, in the row
+    before: np.ndarray  # the column from which the run's first token is predicted: the prompt's last
+
+
+def tokens_per_pair(pairs: TokenisedRows, branches: bool) -> Int[np.ndarray, " pairs"]:
+    """Return the tokens that each pair takes in a row."""
+    prompt, responses = pairs.counts[:, 0], pairs.counts[:, 1:]
+    return responses.sum(1) + prompt * (1 if branches else (responses > 0).sum(1))
+
+
+def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
+    """Return pair weights and mean response lengths of a batch of these members.
+
+    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the
+    means.
+    """
+    weights = np.zeros(len(pairs))
+    weights[members] = pairs.weights[members] * (pairs.targets[members] if weighting == "token" else 1)
+    lengths = pairs.reads[weights > 0]
+    means = lengths.sum(0) / np.maximum((lengths > 0).sum(0), 1)
+    return BatchMeans(weights / max(weights.sum(), np.finfo(np.float64).tiny), means)
+
+
+def fill_pairs(pairs: TokenisedRows, plan: RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
+    """Return the plan's rows as arrays [layout.rows, ...]; further rows stay empty."""
+    members = plan.members
+    row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each pair
+    slot = np.arange(len(members)) - np.repeat(plan.offsets[:-1], np.diff(plan.offsets))
+    runs = _runs(pairs, plan, row, layout.branches)
+    counts = runs.count.ravel()
+    where = ranges(runs.start.ravel(), counts)  # index of each token in pairs.ids
+
+    def per_token(x: np.ndarray) -> np.ndarray:
+        return np.repeat(np.broadcast_to(x, runs.count.shape).ravel(), counts)
+
+    at = (per_token(row[:, None]), ranges(runs.column.ravel(), counts))
+    ids, segments, positions, branches = (
+        np.zeros((layout.rows, layout.shape.length), np.int32) for _ in range(4)
+    )
+    ids[at] = pairs.ids[where]
+    segments[at] = per_token(runs.segment)
+    positions[at] = ranges(runs.position.ravel(), counts)
+    branches[at] = per_token(runs.piece)
+
+    learned = pairs.learned[where].nonzero()[0]
+    first = at[1] == per_token(runs.column)
+    piece = per_token(runs.piece)[learned]
+    answer = per_token(slot[:, None])[learned] * len(pairs.kinds) + piece - 1
+    place = _count_within(np.repeat(np.arange(len(counts)), counts)[learned])
+    read = np.where(first, per_token(runs.before), at[1] - 1)[learned]
+    return Pairs(
+        ids=ids,
+        segments=segments,
+        positions=positions,
+        **_read_arrays(pairs, layout, at[0][learned], (read, answer, place, where[learned])),
+        **_slot_arrays(pairs, layout, (row, slot, members), means),
+        last=_last_columns(runs, layout, (row, slot), len(pairs.kinds)),
+        branches=branches if layout.branches else None,
+        kinds=pairs.kinds,
+        max_length=layout.max_length,
+    )
+
+
+def _runs(pairs: TokenisedRows, plan: RowPlan, row: np.ndarray, branches: bool) -> _Runs:
+    kinds = len(pairs.kinds)
+    piece = np.array([0, *range(1, kinds + 1)] if branches else [k for a in range(kinds) for k in (0, a + 1)])
+    start, count = pairs.starts[plan.members][:, piece], pairs.counts[plan.members][:, piece]
+    prompt = pairs.counts[plan.members, :1]
+    segment = np.cumsum(np.broadcast_to(piece == 0, count.shape), axis=1)
+    if not branches:  # a missing response takes no prompt and no segment
+        present = pairs.counts[plan.members, 1:] > 0
+        count = count * np.repeat(present, 2, axis=1)
+        segment = np.repeat(np.cumsum(present, axis=1), 2, axis=1)
+    tokens, segments = count.sum(1), segment[:, -1] if segment.size else np.zeros(0, np.int64)
+    column = _sum_before(tokens, row)[:, None] + np.cumsum(count, axis=1) - count
+    prompt_column = np.maximum.accumulate(np.where(piece == 0, column, -1), axis=1)  # of the run's prompt
+    return _Runs(
+        start=start,
+        count=count,
+        piece=np.broadcast_to(piece, count.shape),
+        segment=_sum_before(segments, row)[:, None] + segment,
+        position=np.where(piece == 0, 0, prompt),
+        column=column,
+        before=prompt_column + prompt - 1,
+    )
+
+
+def _sum_before(counts: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return the sum of the counts before each in its row; rows must not decrease."""
+    total = np.concatenate([[0], np.cumsum(counts)])
+    return total[:-1] - total[np.searchsorted(row, row)]
+
+
+def _count_within(groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return 0, 1, ... within each run of equal numbers; groups must not decrease."""
+    return np.arange(len(groups)) - np.searchsorted(groups, groups)
+
+
+def _read_arrays(
+    pairs: TokenisedRows, layout: PairLayout, row: np.ndarray, values: tuple[np.ndarray, ...]
+) -> dict[str, Any]:
+    """Return the fields [rows, M].
+
+    values: column, response id, position in the response, and index into pairs.ids of each target.
+    """
+    column, answer, place, where = values
+    shape, at = (layout.rows, layout.shape.reads), (row, _count_within(row))
+    read, targets, offsets = (np.zeros(shape, np.int32) for _ in range(3))
+    responses = np.full(shape, layout.shape.slots * len(pairs.kinds), np.int32)
+    read[at], targets[at], responses[at], offsets[at] = column, pairs.ids[where], answer, place
+    reference = None
+    if layout.reference is not None:
+        reference = np.zeros(shape, np.float32)
+        reference[at] = layout.reference[where]
+    return {
+        "read": read,
+        "targets": targets,
+        "responses": responses,
+        "offsets": offsets,
+        "reference": reference,
+    }
+
+
+def _last_columns(
+    runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
+) -> Int[np.ndarray, "B P A"]:
+    """Return the column of the last token of each response, which is a target."""
+    last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
+    responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
+    if responses.any():
+        count, column = runs.count[:, responses], runs.column[:, responses]
+        last[at] = np.where(count > 0, column + count - 1, 0)
+    return last
+
+
+def _slot_arrays(
+    pairs: TokenisedRows, layout: PairLayout, at: tuple[np.ndarray, ...], means: BatchMeans
+) -> dict[str, Any]:
+    """Return the fields [rows, P, ...]. at: row, slot and number of each pair."""
+    row, slot, members = at
+    shape = (layout.rows, layout.shape.slots)
+    lengths = np.zeros((*shape, len(pairs.kinds)), np.int32)
+    pair_weights = np.zeros(shape, np.float32)
+    index = np.full(shape, -1, np.int32)
+    columns = {name: np.zeros(shape, np.float32) for name in layout.columns}
+    lengths[row, slot], index[row, slot] = pairs.reads[members], members
+    pair_weights[row, slot] = means.weights[members]
+    for number, name in enumerate(layout.columns):
+        columns[name][row, slot] = pairs.extras[NUMBERS][members, number]
+    mean_lengths = np.broadcast_to(means.lengths.astype(np.float32), lengths.shape).copy()
+    return {
+        "lengths": lengths, "mean_lengths": mean_lengths, "pair_weights": pair_weights, "index": index,
+        "columns": columns,
+    }  # fmt: skip
+
+
+def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, reference: bool) -> Pairs:
+    """Return the shapes of batches [micro, rows, ...]. reference: with the reference's log-probs."""
+
+    def array(*last: int, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((micro, layout.rows, *last), dtype)
+
+    ids, read, slots = array(layout.shape.length), array(layout.shape.reads), layout.shape.slots
+    number, per_kind = array(slots, dtype=np.float32), array(slots, len(kinds))
+    return Pairs(
+        ids=ids, segments=ids, positions=ids, read=read, targets=read, responses=read, offsets=read,
+        lengths=per_kind, last=per_kind, mean_lengths=array(slots, len(kinds), dtype=np.float32),
+        pair_weights=number, index=array(slots),
+        columns=dict.fromkeys(layout.columns, number),
+        reference=array(layout.shape.reads, dtype=np.float32) if reference else None,
+        branches=ids if layout.branches else None, kinds=kinds, max_length=layout.max_length,
+    )  # fmt: skip
+
+
+def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
+    """Return values at read positions by pair, in order of kind and position in the response."""
+
+    def flat(a: Any) -> np.ndarray:
+        return np.asarray(a).reshape(-1, np.shape(a)[-1])
+
+    slots, kinds, values = np.shape(batch.index)[-1], len(batch.kinds), {}
+    rows = zip(flat(batch.responses), flat(batch.offsets), flat(x), flat(batch.index), strict=True)
+    for answer, place, value, index in rows:
+        order = np.lexsort((place, answer))
+        bounds = np.searchsorted(answer[order] // kinds, np.arange(slots + 1))
+        for slot, pair in enumerate(index):
+            if pair >= 0:
+                values[int(pair)] = value[order][bounds[slot] : bounds[slot + 1]]
+    return values
+
+
+def with_sources(batch: Pairs, names: tuple[str, ...], numbers: np.ndarray | None = None) -> Pairs:
+    """Add the source of each pair to a batch (or, without numbers, to its shapes) if there are several.
+
+    numbers: of the sources of all pairs.
+    """
+    if not names:
+        return batch
+    sources = batch.index
+    if numbers is not None:
+        sources = np.where(batch.index < 0, 0, numbers[batch.index]).astype(np.int32)
+    return replace(batch, sources=sources, source_names=names)

@@ -1,0 +1,294 @@
+"""Tokenised rows in a memory-mapped file: a prompt and its continuations as token ids with a loss mask.
+
+A row has one continuation for SFT, two or three in a pair, and none if it is a prompt of a rollout. What else
+rows have, such as weights of tokens or the columns that rewards read, are extra columns.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import Bool, Float, Int, UInt64
+
+from jaxft.data.packing.cache import NAMING, ColumnType, ColumnTypes, StoredRows
+from jaxft.data.packing.flat import Flat, RowNames
+from jaxft.data.packing.pack import number_groups, ranges
+from jaxft.data.rows.invalid import InvalidCount, add_counts
+
+MASS, TOKEN_WEIGHTS = "mass", "token_weights"  # extras of SFT rows
+LABELS = "labels"  # of the targets of solutions in steps, which are read at the targets themselves
+NUMBERS, PROMPT_END_MOVED = "numbers", "prompt_end_moved"  # of pairs
+ROW_FIELDS = "fields"  # of prompts
+PROBABILITIES = "probabilities"  # of decisions
+OF_CONTENT = (ROW_FIELDS, PROBABILITIES)  # extras in which duplicates must agree too
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Values of which row i has counts[i]: values[offsets[i]:offsets[i + 1]]."""
+
+    values: Flat
+    counts: Int[np.ndarray, " rows"]
+
+    @cached_property
+    def offsets(self) -> Int[np.ndarray, " rows"]:
+        """Index in `values` of each row's first one."""
+        return np.cumsum(self.counts, dtype=np.int64) - self.counts
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row] + self.counts[row]]
+
+    def of(self, rows: Int[np.ndarray, " n"]) -> np.ndarray:
+        """Return the values of some rows, one row after the other."""
+        return self.values[ranges(self.offsets[rows], self.counts[rows])]
+
+    def concatenate(self, other: "Ragged") -> "Ragged":
+        """Return the values of both, the other's last."""
+        return Ragged(self.values.concatenate(other.values), np.concatenate([self.counts, other.counts]))
+
+
+def ragged_counts(name: str) -> str:
+    """Return the stored column with the number of each row's values of an extra column."""
+    return f"{name}_counts"
+
+
+def ragged(name: str, dtype: Any) -> ColumnTypes:
+    """Return the types of an extra column with any number of values in a row."""
+    return {name: ColumnType(dtype, ragged_counts(name)), ragged_counts(name): ColumnType(np.int32)}
+
+
+def column_types(responses: int, extras: ColumnTypes) -> ColumnTypes:
+    """Return the columns of tokenised rows in a cache file. responses: continuations of a row."""
+    of_responses = {"reads": np.int64, "ends": np.int32} if responses else {}
+    return {
+        "ids": ColumnType(np.int32, "counts"),
+        "learned": ColumnType(np.bool_, "counts"),
+        "counts": ColumnType(np.int32, width=1 + responses),
+        "hashes": ColumnType(np.uint64, width=1 + responses),
+        "content": ColumnType(np.uint64),
+        **{name: ColumnType(dtype, width=responses) for name, dtype in of_responses.items()},
+        "truncated": ColumnType(np.bool_),
+        "responses": ColumnType(np.int32),
+        "learned_responses": ColumnType(np.int32),
+        "weights": ColumnType(np.float64),
+        "order": ColumnType(np.float64),
+        "placeholders": ColumnType(np.bool_),
+        "pieces": ColumnType(np.int32),
+        "source": ColumnType(np.int32),
+        "number": ColumnType(np.int64),
+        **extras,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedRows:
+    """Examples of K = 1 + k pieces each, the prompt and a continuation of each of `kinds`, empty if missing.
+
+    Example i has the tokens ids[offsets[i]:offsets[i + 1]], and piece p of it those from starts[i, p] on.
+    learned: mask of the tokens that are targets; the first token of a sequence never is. counts: tokens of
+    each piece. hashes: of the tokens of each piece. content: a hash that duplicates share. reads, ends:
+    targets of each continuation, and the last one that is not whitespace, -1 of a missing continuation.
+    truncated: mask of truncated examples. responses: tokens of each example's responses before truncation;
+    learned_responses: how many of them are targets with a weight above 0. weights: a factor of the weights of
+    an example's targets. order: the numbers of data.order_by, 0 without it. placeholders: mask of examples
+    whose response is a placeholder (see left_out.py). pieces: number of each example within its row, of a row
+    that is several examples (data.too_long=split), which follow one another. extras: further columns by name.
+    names: the row of each example. digest: a hash of the columns, see cache.StoredRows. largest_id: the
+    largest token id. dropped: number of rows that were left out as too long. invalid: the invalid rows that
+    were left out. warnings: lines for the start of a run. read, total: rows that were read, and rows of the
+    dataset, None if unknown. cache: whether the cache had the columns, see cache.load_or_make.
+    """
+
+    kinds: tuple[str, ...]
+    ids: Flat
+    learned: Flat
+    counts: Int[np.ndarray, "examples K"]
+    hashes: Flat
+    content: Flat
+    reads: Int[np.ndarray, "examples k"]
+    ends: Int[np.ndarray, "examples k"]
+    truncated: Bool[np.ndarray, " examples"]
+    responses: Int[np.ndarray, " examples"]
+    learned_responses: Int[np.ndarray, " examples"]
+    weights: Float[np.ndarray, " examples"]
+    order: Float[np.ndarray, " examples"]
+    placeholders: Bool[np.ndarray, " examples"]
+    pieces: Int[np.ndarray, " examples"]
+    extras: dict[str, Any]
+    names: RowNames
+    digest: str
+    largest_id: int
+    dropped: int = 0
+    invalid: tuple[InvalidCount, ...] = ()
+    warnings: tuple[str, ...] = ()
+    read: int = field(default=0, compare=False)
+    total: int | None = field(default=None, compare=False)
+    cache: str = field(default="off", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, " examples"]:
+        """Tokens of each example."""
+        return self.counts.sum(1, dtype=np.int64)
+
+    @cached_property
+    def offsets(self) -> Int[np.ndarray, " examples_plus_1"]:
+        """Index of the first token of each example."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @cached_property
+    def starts(self) -> Int[np.ndarray, "examples K"]:
+        """Index of the first token of each piece."""
+        return self.offsets[:-1, None] + np.cumsum(self.counts, axis=1, dtype=np.int64) - self.counts
+
+    @cached_property
+    def targets(self) -> Int[np.ndarray, " examples"]:
+        """Targets of each example."""
+        return self.reads.sum(1)
+
+    def sequence(self, example: int) -> Int[np.ndarray, " n"]:
+        """Return the token ids of an example, all pieces one after the other."""
+        return self.ids[self.offsets[example] : self.offsets[example + 1]]
+
+    def piece(self, example: int, number: int) -> Int[np.ndarray, " n"]:
+        """Return the token ids of the prompt (0) or a continuation (1, 2, ...)."""
+        start = self.starts[example, number]
+        return self.ids[start : start + self.counts[example, number]]
+
+    @property
+    def begins_row(self) -> Bool[np.ndarray, " examples"]:
+        """Mask of the examples that begin a row: all but the later pieces of split rows."""
+        return self.pieces == 0
+
+    @cached_property
+    def documents(self) -> Int[np.ndarray, " examples"]:
+        """Index of the row that each example is a piece of, over all concatenated datasets."""
+        return np.cumsum(self.begins_row) - 1
+
+    @property
+    def whole_ends(self) -> Int[np.ndarray, " sequences"]:
+        """The last target of each sequence that is complete: not truncated, and the last piece of its row."""
+        ends = self.ends[~self.truncated & np.append(self.pieces[1:] == 0, True)]
+        return ends[ends >= 0]
+
+    def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
+        """Return a number for each example, equal for those whose given pieces have the same tokens."""
+        return number_groups(np.asarray(self.hashes)[:, list(pieces)])
+
+    def content_hashes(self) -> UInt64[np.ndarray, " rows"]:
+        """Return a hash of each row, whose first examples are begins_row, equal for duplicates."""
+        content = np.asarray(self.content)
+        if self.begins_row.all():
+            return content
+        parts = np.split(content, np.flatnonzero(self.begins_row)[1:])
+        return np.array([xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts], np.uint64)
+
+    def keys(self) -> tuple[str, ...]:
+        """Return a hash of each example's prompt and responses: all that its log-probs depend on, apart from
+        the model.
+        """
+        return tuple(self._key(i) for i in range(len(self)))
+
+    def _key(self, example: int) -> str:
+        digest = hashlib.sha256()
+        pieces = zip(self.starts[example], self.counts[example], strict=True)
+        for number, (start, count) in enumerate(pieces):
+            digest.update(f"{number} {count} ".encode())
+            digest.update(self.ids[start : start + count].tobytes())
+            digest.update(self.learned[start : start + count].tobytes())
+        return digest.hexdigest()[:40]
+
+    def concatenate(self, other: "TokenisedRows") -> "TokenisedRows":
+        """Return the examples of both, the other's last."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)} | {"extras": None}
+        return replace(
+            self,
+            **{name: _joined(x, getattr(other, name)) for name, x in columns.items() if _is_column(x)},
+            extras={name: _joined(x, other.extras[name]) for name, x in self.extras.items()},
+            digest=hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest(),
+            largest_id=max(self.largest_id, other.largest_id),
+            dropped=self.dropped + other.dropped,
+            invalid=add_counts(self.invalid, other.invalid),
+            warnings=tuple(dict.fromkeys(self.warnings + other.warnings)),
+            read=self.read + other.read,
+            total=None if self.total is None or other.total is None else self.total + other.total,
+        )
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, Flat | RowNames | Ragged | np.ndarray)
+
+
+def _joined(mine: Any, other: Any) -> Any:
+    return np.concatenate([mine, other]) if isinstance(mine, np.ndarray) else mine.concatenate(other)
+
+
+def stored_columns(
+    stored: StoredRows, kinds: tuple[str, ...], extras: ColumnTypes, labels: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields of TokenisedRows that a cache file has. labels: see RowNames."""
+    columns = stored.columns
+    names = RowNames(labels, columns["source"], columns["number"])
+    nothing = {name: np.empty((len(names), 0), np.int64) for name in ("reads", "ends")}
+    lazy = {name: columns[name] for name in ("ids", "learned", "hashes", "content")}
+    along = {name: kind.along for name, kind in extras.items() if kind.along is not None}
+    further: dict[str, Any] = {
+        name: np.asarray(columns[name]) for name in extras if name not in (*along, *along.values())
+    }
+    further |= {name: Ragged(columns[name], np.asarray(columns[counts])) for name, counts in along.items()}
+    read = {
+        name: np.asarray(column) for name, column in columns.items() if name not in (*lazy, *extras, *NAMING)
+    }
+    return {**nothing, **lazy, **read, "kinds": kinds, "extras": further, "names": names,
+            "digest": stored.facts["digest"], "largest_id": stored.facts["largest_id"]}  # fmt: skip
+
+
+def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
+    """Return an example as text; of several responses, a line for the prompt and each of them."""
+    if len(rows.kinds) < 2:
+        return str(tokenizer.decode(rows.sequence(example), skip_special_tokens=False))
+    lines = [
+        f"{name}: {tokenizer.decode(rows.piece(example, number), skip_special_tokens=False)}"
+        for number, name in enumerate(("prompt", *rows.kinds))
+        if name == "prompt" or rows.counts[example, number]
+    ]
+    moved = int(rows.extras[PROMPT_END_MOVED].sum()) if PROMPT_END_MOVED in rows.extras else 0
+    if moved:
+        lines.append(
+            f"in {moved} of {len(rows)} pairs the response does not begin where the prompt ends, because a "
+            "token spans both"
+        )
+    return "\n".join(lines)
+
+
+def last_targets(
+    ids: Int[np.ndarray, " tokens"],
+    learned: Bool[np.ndarray, " tokens"],
+    ends: Int[np.ndarray, " sequences"],
+    tokenizer: Any,
+) -> Int[np.ndarray, " sequences"]:
+    """Return the last target of each sequence that is not whitespace.
+
+    ends: index after the last token of each sequence.
+    """
+    if not len(ends):
+        return np.zeros(0, np.int32)
+    targets = np.flatnonzero(learned)
+    last = np.searchsorted(targets, ends) - 1
+    for _ in range(2):  # a template that ends turns with a line break learns it
+        found = ids[targets[last]]
+        blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
+        last = np.maximum(last - np.isin(found, blank), 0)
+    return ids[targets[last]]
+
+
+def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
+    """Return how often each token id occurs."""
+    found, counts = np.unique(ids, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))

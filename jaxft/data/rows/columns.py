@@ -1,0 +1,496 @@
+"""Columns of a row by their names, and as text, messages and tools.
+
+Formats of public datasets are accepted: messages, tools or arguments of a tool call as a JSON string,
+ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation" turns. Errors name the row.
+"""
+
+import difflib
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Message
+from jaxft.data.rows.invalid import json_type
+from jaxft.data.rows.loss_weights import message_weight
+
+KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")
+ROLES = {  # other accepted names; upper and lower case are the same
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "function_call"), "assistant"
+    ),
+    **dict.fromkeys(("observation", "function", "function_response", "ipython", "environment"), "tool"),
+}
+SET_BY_JAXFT = (
+    "conversation", "conversations", "messages", "tools", "chat_template", "tokenize",
+    "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs", "processor_kwargs",
+    "generation_indices", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler",
+    "joiner", "loop", "self",
+)  # fmt: skip
+# Other names of columns in public datasets, which are read where a row lacks a format's own.
+COLUMN_SYNONYMS = {
+    "prompt": ("question", "query", "problem", "input"),
+    "completion": ("answer", "response", "output", "solution"),
+    "response": ("answer", "completion", "solution"),
+    "system": ("system_prompt",),
+    "input": ("context",),
+}
+FURTHER = ("system", "input")  # those of them that a row may lack
+# Names that are proposed and not read, as only a convention says which response is the better one.
+PROPOSED_SYNONYMS = {
+    "chosen": ("response_j", "chosen_response", "better", "preferred", "accepted", "good", "winner"),
+    "rejected": ("response_k", "rejected_response", "worse", "dispreferred", "bad", "loser"),
+}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+NEAR = 0.75  # similarity of names that may be a misspelling of one another
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_set_by_jaxft(argument: str) -> bool:
+    """Whether jaxft, the tokenizer or Jinja sets this variable of a chat template, such as bos_token."""
+    return argument in SET_BY_JAXFT or argument.endswith(("_token", "_tokens"))
+
+
+# ---- names
+
+
+@lru_cache(maxsize=1024)
+def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
+    """Return the known columns that a row's names spell with other cases or spaces around them, with these
+    names: {"prompt": " Prompt"}. Names that the row has as they are, or in two spellings, are left out.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        ours = str(name).strip().lower()
+        if name not in known and ours in known and ours not in names:
+            found.setdefault(ours, []).append(name)
+    return {ours: theirs[0] for ours, theirs in found.items() if len(theirs) == 1}
+
+
+def column_of(fields: Mapping[str, Any], name: str) -> str:
+    """Return the column that a setting names: of that name, else the only one that differs from it in case
+    and spaces around it, else the name itself.
+    """
+    if name in fields:
+        return name
+    found = [column for column in fields if str(column).strip().lower() == name.strip().lower()]
+    return found[0] if len(found) == 1 else name
+
+
+def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
+    """Return the only column that is not null and has one of the COLUMN_SYNONYMS of a column, or None."""
+    names = COLUMN_SYNONYMS.get(ours, ())
+    found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
+    return found[0] if len(found) == 1 else None
+
+
+def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[str, str]:
+    """Return the optional columns that a row has by another name only, with these names."""
+    found = {
+        ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
+    }
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    """Return the known columns that a row's names nearly spell, with these names."""
+    known = [column for column in known if column not in names]
+    found: dict[str, str] = {}
+    for name in names:
+        near = difflib.get_close_matches(str(name).strip().lower(), known, 1, NEAR)
+        if near:
+            found.setdefault(near[0], name)
+    return found
+
+
+def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
+    """Return the columns that a row's names nearly spell, or that they are other or misspelled words for,
+    with these names.
+    """
+    found = misspelled(names, ours)
+    for cutoff in (1.0, NEAR):
+        for column in [column for column in ours if column not in found and column not in names]:
+            words = (*COLUMN_SYNONYMS.get(column, ()), *PROPOSED_SYNONYMS.get(column, ()))
+            others = [str(name).strip().lower() for name in names if name not in found.values()]
+            near = {n for word in words for n in difflib.get_close_matches(word, others, len(names), cutoff)}
+            theirs = [name for name in names if str(name).strip().lower() in near]
+            if theirs:
+                found[column] = theirs[0]
+    return found
+
+
+def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
+    """Return data.columns as a command has it, with a row's own names: the meant ones, else the next ones, as
+    an example.
+    """
+    found = meant_columns(names, ours)
+    left = [x for x in names if x not in found.values() and not str(x).lower().endswith(("id", "index"))]
+    items = [f"{column}={found.get(column) or (left.pop(0) if left else '...')}" for column in ours]
+    return shlex.quote(f"data.columns={','.join(items)}")
+
+
+# ---- text
+
+
+def text_of(row: Row, column: str, empty: bool = False) -> str:
+    """Return the column's text. empty: whether blank text is accepted.
+
+    Raises InvalidRow if it is not a string, or blank.
+    """
+    value = row.fields[column]
+    if value is None:
+        raise row.invalid(
+            f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
+        )
+    if not isinstance(value, str):
+        raise row.invalid(
+            f"column {column!r} of a wrong type",
+            f"column {column!r} must be a string, got {type(value).__name__}",
+        )
+    _encodable(row, column, value)
+    if not empty and not value.strip():
+        raise row.invalid(
+            f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
+        )
+    return value
+
+
+def _encodable(row: Row, column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise row.invalid(
+            "unpaired surrogate",
+            f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text",
+        ) from error
+
+
+def json_of(row: Row, column: str) -> Any:
+    """Return the column, parsed if it is a list of messages as a JSON string.
+
+    Other JSON, such as a list of function calls, is returned as text.
+    """
+    value = row.fields[column]
+    if not (isinstance(value, str) and value.lstrip()[:1] == "["):
+        return value
+    found = _parsed(value)
+    return found if isinstance(found, list) and found and all(map(_is_message, found)) else value
+
+
+def list_of(row: Row, column: str) -> list[Any]:
+    """Return the column, a list or its JSON string. Raises InvalidRow for anything else."""
+    value = row.fields[column]
+    value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+    if not isinstance(value, list | tuple):
+        raise row.invalid(
+            f"column {column!r} of a wrong type",
+            f"column {column!r} is {json_type(value)}; use a list",
+        )
+    return [*value]
+
+
+def _is_message(item: Any) -> bool:
+    """Whether an object is a message, with a known role and with content or tool calls."""
+    if not isinstance(item, dict):
+        return False
+    others: tuple[str, ...] = ("content", "tool_calls", "function_call") if "role" in item else ("value",)
+    role = item.get("role", item.get("from"))
+    return isinstance(role, str) and _role(role) is not None and any(key in item for key in others)
+
+
+def _role(name: str) -> str | None:
+    """Return the role for one of its names; None for an unknown name."""
+    name = name.strip().lower()
+    name = ROLES.get(name, name)
+    return name if name in KNOWN_ROLES else None
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON string, or the string itself if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+# ---- messages
+
+
+def messages_of(row: Row, column: str) -> list[Message]:
+    """Return the column's messages with roles in KNOWN_ROLES.
+
+    A message in the row has "role" and "content", or ShareGPT's "from" and "value". Errors name the row and
+    the message.
+    """
+    value = row.fields[column]
+    value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    keys = first if isinstance(first, dict) else {}
+    sharegpt = "from" in keys or (column == "conversations" and "role" not in keys)
+    role, content = ("from", "value") if sharegpt else ("role", "content")
+    if not isinstance(value, list | tuple) or not value:
+        what = "null" if value is None else f"of type {type(value).__name__}"
+        what = "an empty list" if isinstance(value, list | tuple) else what
+        text = "" if column in ("messages", "conversations") else "a string or "
+        raise row.invalid(
+            f"null in column {column!r}" if value is None else "column without messages",
+            f"column {column!r} is {what}; use {text}a list of {{{role!r}, {content!r}}} objects",
+        )
+    return [_message(row, f"{column}[{index}]", item, (role, content)) for index, item in enumerate(value)]
+
+
+def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
+    """Return a message with a role in KNOWN_ROLES, parsed tool calls, and its weight if it has one.
+
+    where: its place, for errors.
+    """
+    role, content = keys
+    calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
+    if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or calls):
+        found = f"is {json_type(item)}"
+        if isinstance(item, dict):
+            found = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
+        raise row.invalid(
+            "message without role or content",
+            f"{where} {found}; a message needs {role!r}, a string, and {content!r}",
+        )
+    weight = message_weight(row, where, item)
+    name = _role(item[role])
+    if name is None:
+        raise row.invalid(
+            "message of an unknown role",
+            f"{where} has {role} {item[role][:40]!r}; use {', '.join(KNOWN_ROLES)} or one of their "
+            "other names (python scripts/help.py rows-for-sft)",
+        )
+    read = (role, content, "function_call", "weight", "train")
+    rest = {k: v for k, v in item.items() if k not in read and v is not None}
+    rest |= {} if weight is None else {"weight": weight}
+    text = _content(row, where, item.get(content))
+    if item[role].strip().lower() == "function_call":
+        rest["tool_calls"], text = _calls_of_text(row, where, text), None
+    elif calls:
+        rest["tool_calls"] = _tool_calls(row, where, calls)
+    else:
+        rest.pop("tool_calls", None)
+    if text is None and "tool_calls" not in rest:
+        raise row.invalid(
+            "message without role or content", f"{where} has neither content nor tool calls; add one"
+        )
+    if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
+        raise row.invalid(
+            "empty assistant turn", f"{where}, an assistant turn, is empty; fill it or remove the row"
+        )
+    return {"role": name, "content": text, **rest}
+
+
+def _content(row: Row, where: str, content: Any) -> str | None:
+    if isinstance(content, list) and all(isinstance(p, dict) for p in content):
+        other = next((p.get("type") for p in content if p.get("type") != "text"), None)
+        if other is not None:
+            raise row.invalid(
+                "content that is no text",
+                f"{where} has a content part of type {str(other)[:40]!r}; only text is supported",
+            )
+        if any(p.get("type") != "text" for p in content):
+            raise row.invalid(
+                "content that is no text",
+                f'{where} has a content part without a type; use {{"type": "text", "text": ...}}',
+            )
+        if not all(isinstance(p.get("text"), str) for p in content):
+            raise row.invalid(
+                "content of a wrong type",
+                f'{where} has a content part whose text is no string; use {{"type": "text", "text": ...}}',
+            )
+        content = "".join(p["text"] for p in content)
+    if content is not None and not isinstance(content, str):
+        raise row.invalid(
+            "content of a wrong type", f"{where} has content of type {type(content).__name__}; use a string"
+        )
+    if content:
+        _encodable(row, where, content)
+    return content
+
+
+def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any]]:
+    """Return the tool calls of a "function_call" turn, whose text is JSON: {"name", "arguments"} or a list of
+    these.
+    """
+    calls = _parsed(text or "")
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not (isinstance(calls, list) and calls and all(isinstance(c, dict) and "name" in c for c in calls)):
+        raise row.invalid(
+            "function call that is no JSON",
+            f"{where} is a function_call whose text is not the JSON of a call; use "
+            '{"name": ..., "arguments": {...}} or a list of these',
+        )
+    return _tool_calls(row, where, [{"type": "function", "function": call} for call in calls])
+
+
+def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
+    """Return tool calls as chat templates expect them, with arguments as an object and not as its JSON."""
+    calls = _parsed(calls) if isinstance(calls, str) else calls
+    if isinstance(calls, dict):  # OpenAI's older key function_call
+        calls = [{"type": "function", "function": calls}]
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
+        raise row.invalid(
+            "tool calls of a wrong type",
+            f"{where} has tool_calls that are not a list of objects; use "
+            '[{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
+        )
+    return [_tool_call(row, where, call) for call in calls]
+
+
+def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _tool_call(row, where, call["function"])}
+    if not (isinstance(call.get("name"), str) and call["name"].strip()):
+        raise row.invalid(
+            "tool call without a name", f"{where} calls a tool without a name; fix or remove the row"
+        )
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    parsed = _parsed(arguments) if arguments.strip() else {}
+    if not isinstance(parsed, dict):
+        raise row.invalid(
+            "arguments that are no JSON object",
+            f"{where} calls a tool with arguments {arguments[:40]!r}, which is not a JSON object; fix or "
+            "remove the row",
+        )
+    return {**call, "arguments": parsed}
+
+
+def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
+    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns."""
+    before, *parts = _TURN.split("\n\n" + text.lstrip())
+    if before.strip() or not parts or parts[0] != "Human":
+        raise row.invalid(
+            "string that is no dialogue",
+            f"column {column!r} is a string that does not begin with 'Human:'; without a column 'prompt' use "
+            "a list of messages or a dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+        )
+    return [
+        {"role": _SPEAKERS[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether a string is a dialogue of hh-rlhf."""
+    return text.lstrip().startswith("Human:")
+
+
+def is_open_dialogue(text: str) -> bool:
+    """Whether a string is a dialogue of hh-rlhf that ends where an assistant turn begins."""
+    return is_dialogue(text) and text.rstrip().endswith("\n\nAssistant:")
+
+
+# ---- further columns of conversations
+
+
+def with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """Return the turns with the column `system` in front, unless the row has none or they begin with it."""
+    if not row.fields.get("system"):
+        return turns
+    system = {"role": "system", "content": text_of(row, "system")}
+    if not turns or turns[0]["role"] != "system":
+        return [system, *turns]
+    if turns[0]["content"].strip() != system["content"].strip():
+        raise row.invalid(
+            "two system messages",
+            "column 'system' differs from the first message, a system message too; remove one of them",
+        )
+    return turns
+
+
+def instruction_of(row: Row) -> list[Message]:
+    """Return the columns `instruction`, `input`, `history` and `system` (Alpaca) as messages.
+
+    history: earlier turns as [question, answer] pairs.
+    """
+    user = text_of(row, "instruction")
+    if row.fields.get("input"):
+        user = f"{user}\n\n{text_of(row, 'input')}"
+    earlier: list[Message] = []
+    history = row.fields.get("history") or []
+    history = _parsed(history) if isinstance(history, str) else history
+    for pair in history if isinstance(history, list | tuple) else [None]:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+            raise row.invalid(
+                "column 'history' of a wrong type",
+                "column 'history' must be a list of [question, answer] pairs of strings; fix or remove it",
+            )
+        earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return with_system(row, [*earlier, {"role": "user", "content": user}])
+
+
+def tools_of(row: Row) -> list | None:
+    """Return the column `tools`, a list of JSON schemas or its JSON string; None without any."""
+    tools = row.fields.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools) if tools.strip() else None
+    if isinstance(tools, list | tuple):
+        tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in tools]
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise row.invalid(
+            "tools of a wrong type",
+            "column 'tools' must be a list of JSON schemas or its JSON string, got "
+            f"{row.fields['tools']!r:.60}",
+        )
+    return tools
+
+
+def template_arguments_of(row: Row) -> dict[str, Any]:
+    """Return the column `chat_template_kwargs`, further arguments of the chat template; {} without any."""
+    found = row.fields.get("chat_template_kwargs") or {}
+    found = _parsed(found) if isinstance(found, str) else found
+    if not isinstance(found, dict):
+        raise row.invalid(
+            "column 'chat_template_kwargs' of a wrong type",
+            "column 'chat_template_kwargs' must be an object with names and values of template arguments",
+        )
+    taken = sorted(filter(is_set_by_jaxft, found))
+    if taken:
+        raise row.invalid(
+            "template arguments that are set by jaxft",
+            f"column 'chat_template_kwargs' has {', '.join(taken)}, which jaxft or the tokenizer "
+            "sets; remove it",
+        )
+    return found
+
+
+def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the JSON schema of a function, as a row's tools have it, from its signature and docstring.
+
+    Raises ValueError if they lack types or descriptions, or if no call by names of arguments can be made.
+    Example: tool_schema(add) is {"type": "function", "function": {"name": "add", "description": ...}}.
+    """
+    from transformers.utils import get_json_schema
+
+    name = getattr(function, "__name__", repr(function))
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError(f"tool {name}: it is a generator. Return its values, such as in a list.")
+    try:
+        schema: dict[str, Any] = get_json_schema(function)
+    except Exception as error:  # DocstringParsingException, TypeHintParsingException, NameError of a hint
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"tool {name}: {reason}. Give each argument a type, and describe it in the docstring's Args "
+            "section."
+        ) from error
+    parameters = inspect.signature(function).parameters.values()
+    unnamed = [p.name for p in parameters if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if unnamed:
+        raise ValueError(
+            f"tool {name}: a call gives each argument by its name, which parameter {unnamed[0]} does not "
+            "take. Use parameters without * and /."
+        )
+    return schema

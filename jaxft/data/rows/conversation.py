@@ -1,0 +1,417 @@
+"""Split a row into its prompt and its responses, the same for SFT, preferences, reward models, rollouts and
+generation.
+
+A string as a prompt is a user turn, and a string as a response an assistant turn; with `data.format=plain`
+both are plain text. A prompt may also be an hh-rlhf dialogue that ends with "\\n\\nAssistant:". A response is
+a string, a message or a list of messages: either the turns after the prompt or the full conversation. The
+columns `system`, `tools` and `chat_template_kwargs` apply to every prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxft.data.rows.columns import (
+    dialogue_of,
+    further_columns,
+    instruction_of,
+    is_dialogue,
+    is_open_dialogue,
+    json_of,
+    messages_of,
+    other_name,
+    respelled,
+    suggested_columns,
+    template_arguments_of,
+    text_of,
+    tools_of,
+    with_system,
+)
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Chat, Completion, Message
+from jaxft.data.rows.loss_weights import split_weights
+
+PLAIN = "plain"  # the value of data.format for which strings are plain text
+NO_PROMPT = "no prompt"  # the reason of an invalid row
+PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations")
+PROMPT_FORMATS = ("auto", PLAIN, *PROMPT_COLUMNS, "implicit")
+_KNOWN = frozenset((
+    *PROMPT_COLUMNS, "input", "history", "system", "tools", "chat_template_kwargs", "completion", "response",
+    "output", "chosen", "rejected",
+))  # fmt: skip
+
+Turns = list[Message]
+Columns = dict[str, str]  # kind of response -> its column
+
+
+@dataclass(frozen=True)
+class SplitRow:
+    """A prompt and the responses to it, by kind.
+
+    instruction: the prompt is one instruction, with or without a system message; it needs no chat template.
+    """
+
+    prompt: Turns
+    responses: dict[str, Turns]
+    instruction: bool = False
+
+
+def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
+    """Split a row into messages.
+
+    column: the column of the prompt, which is prompt, instruction, messages or conversations. With None, the
+    responses are full conversations and the prompt is their common beginning. Without responses the prompt is
+    the full conversation. Raises InvalidRow.
+    """
+    if column is None:
+        return _split_conversations(row, responses)
+    if column == "prompt":
+        prompt, instruction = _prompt(row, responses)
+    elif column == "instruction":
+        prompt, instruction = instruction_of(row), not row.fields.get("history")
+    else:
+        prompt, instruction = with_system(row, messages_of(row, column)), False
+    found = {kind: _after(row, name, prompt) for kind, name in responses.items()}
+    return SplitRow(prompt, found, instruction and all(len(turns) == 1 for turns in found.values()))
+
+
+def response_index(turns: Sequence[Message]) -> int:
+    """Return the index of the assistant turn at the end of a conversation, or its length if it ends with
+    another turn.
+    """
+    return len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
+
+
+def chats_of(row: Row, split: SplitRow) -> dict[str, Chat]:
+    """Return the prompt with each response, by kind."""
+    at = len(split.prompt)
+    return {
+        kind: chat_of(row, (*split.prompt, *turns), at, split.instruction, at)
+        for kind, turns in split.responses.items()
+    }
+
+
+def chat_of(
+    row: Row, turns: Sequence[Message], response: int, instruction: bool = False, given: int = 0
+) -> Chat:
+    """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row.
+
+    given: see Chat. Raises InvalidRow if the response follows an empty user turn.
+    """
+    asked = turns[response - 1] if response else None
+    if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
+        raise row.invalid(
+            "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
+        )
+    tools, arguments = tools_of(row), template_arguments_of(row)
+    messages, weights = split_weights(turns)
+    return Chat(row.name, messages, response, instruction, tools, arguments, given, weights)
+
+
+def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
+    """Return the plain-text prompt with each response, by kind."""
+    prompt = _plain_prompt(row, empty=True)
+    return {kind: Completion(row.name, prompt, text_of(row, column)) for kind, column in responses.items()}
+
+
+def _plain_prompt(row: Row, empty: bool = False) -> str:
+    for column in ("system", "tools", "chat_template_kwargs"):
+        if row.fields.get(column):
+            raise row.invalid(
+                f"column {column!r} with plain text",
+                f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto",
+            )
+    return text_of(row, "prompt", empty)
+
+
+def require_difference(row: Row, responses: dict) -> None:
+    """Raise InvalidRow if the chosen and the rejected response are the same."""
+    if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
+        raise row.invalid(
+            "identical responses", "chosen and rejected are identical; change one or remove the row"
+        )
+
+
+# ---- prompts without responses, of any kind of row
+
+
+class _Reading(NamedTuple):
+    """A column with the prompt, and the response columns that may contain more of it. column None: the prompt
+    is the common beginning of the responses.
+    """
+
+    column: str | None
+    responses: tuple[str, ...] = ()
+
+
+def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
+    """Return a row's prompt without a response, the same as in SFT and preferences.
+
+    format: one of PROMPT_FORMATS: "auto", "plain", the column of the prompt, or "implicit" for the common
+    beginning of chosen and rejected. Raises InvalidRow, for example if columns have different prompts.
+    """
+    row = with_prompt(row, format)
+    if format == PLAIN:
+        _require_column(row, "prompt" in row.fields)
+        return Completion(row.name, _plain_prompt(row), "")
+    (first, split), *others = [(reading, _read(row, reading)) for reading in _readings(row, format)]
+    for other, also in others:
+        if also.prompt != split.prompt:
+            names = " and ".join(_describe(reading) for reading in (first, other))
+            raise row.invalid(
+                "columns with different prompts",
+                f"{names} have different prompts; choose one with data.format=prompt, instruction, messages, "
+                "conversations or implicit, or remove a column",
+            )
+    if not split.prompt:
+        raise row.invalid("empty prompt", "the prompt is empty; add a user turn before the assistant turn")
+    return chat_of(row, split.prompt, len(split.prompt), split.instruction, len(split.prompt))
+
+
+def with_prompt(row: Row, format: str = "auto") -> Row:
+    """Return the row with the columns that are spelled with other cases or spaces, and with those that it has
+    only by another name, such as question for the prompt. All other columns stay.
+    """
+    row = _respelled(row)
+    return _with_columns(row, other_columns(row, format))
+
+
+def other_columns(row: Row, format: str = "auto") -> dict[str, str]:
+    """Return the columns that a row has only by another name, with these names: {"prompt": "question"}."""
+    row = _respelled(row)
+    name = other_prompt(row) if format in ("auto", PLAIN) else None
+    found = {} if name is None else {"prompt": name}
+    if format == "auto":
+        optional = ("system", "input") if row.fields.get("instruction") is not None else ("system",)
+        found |= further_columns(row.fields, optional)
+    return found
+
+
+def _respelled(row: Row) -> Row:
+    return _with_columns(row, respelled(tuple(row.fields), _KNOWN))
+
+
+def _with_columns(row: Row, columns: dict[str, str]) -> Row:
+    """Return the row with further columns, copies of those that `columns` names."""
+    if not columns:
+        return row
+    return Row(row.name, {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}})
+
+
+def other_prompt(row: Row) -> str | None:
+    """Return the column that is read as the prompt of a row without one, None for a row with one."""
+    has = {column for column, value in row.fields.items() if value is not None}
+    if has & {*PROMPT_COLUMNS}:
+        return None
+    if {"chosen", "rejected"} <= has and not holds_responses(row):
+        return None  # whole conversations, whose common beginning is the prompt
+    return other_name(row.fields, "prompt")
+
+
+def holds_responses(row: Row) -> bool:
+    """Whether chosen and rejected are responses as text, and no dialogues that begin with a prompt."""
+    values = [json_of(row, column) for column in ("chosen", "rejected")]
+    return all(isinstance(value, str) and not is_dialogue(value) for value in values)
+
+
+def _readings(row: Row, format: str) -> list[_Reading]:
+    """Return every way in which SFT or preferences would read the row's prompt."""
+
+    def has(*columns: str) -> bool:
+        return all(row.fields.get(column) is not None for column in columns)
+
+    compared = ("chosen", "rejected")
+    if format == "implicit" or (format == "auto" and not any(map(has, PROMPT_COLUMNS)) and has(*compared)):
+        if format == "auto" and "prompt" in row.fields and has(*compared) and holds_responses(row):
+            text_of(row, "prompt")  # raises: the prompt is null, and these texts are responses to it
+        _require_column(row, has(*compared))
+        return [_Reading(None, compared)]
+    known: tuple[tuple[str, ...], ...] = (("completion",), compared)
+    sets = [columns for columns in known if has(*columns)] or [()]
+    if format != "auto":
+        _require_column(row, has(format))
+        return [_Reading(format, columns) for columns in (sets if format == "prompt" else [()])]
+    found = [_Reading(column) for column in ("messages", "conversations") if has(column)]
+    if has("prompt") and (sets != [()] or not found):
+        found += [_Reading("prompt", columns) for columns in sets]
+    if has("instruction") and (has("response") or has("output") or not found):
+        found.append(_Reading("instruction"))
+    _require_column(row, bool(found))
+    return found
+
+
+def _read(row: Row, reading: _Reading) -> SplitRow:
+    responses = {column: column for column in reading.responses}
+    if reading.column in ("messages", "conversations"):
+        turns = split_row(row, reading.column, {}).prompt
+        return SplitRow(turns[: response_index(turns)], {})
+    if reading.column != "prompt":
+        return split_row(row, reading.column, responses)
+    prompt, instruction = _prompt(row, responses)
+    if prompt[-1]["role"] == "assistant":
+        raise row.invalid(
+            "prompt that ends with an assistant turn",
+            "the prompt ends with an assistant turn; move that turn into the response",
+        )
+    return SplitRow(prompt, {}, instruction)
+
+
+def _describe(reading: _Reading) -> str:
+    column = [] if reading.column is None else [repr(reading.column)]
+    return " with ".join([*column, *([", ".join(map(repr, reading.responses))] if reading.responses else [])])
+
+
+def _require_column(row: Row, present: bool) -> None:
+    if not present:
+        suggestion = suggested_columns([str(name) for name in row.fields], ["prompt"])
+        raise row.invalid(
+            NO_PROMPT,
+            f"the columns {', '.join(map(str, row.fields))} include no prompt; add prompt, messages or "
+            f"instruction, or rename a column, for example with {suggestion}",
+        )
+
+
+# ---- prompts
+
+
+def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
+    """Return the column `prompt` as messages, and whether it is a single instruction.
+
+    A string is a user turn. If the responses are full conversations, it is the last turn of their common
+    beginning, which is the prompt.
+    """
+    if not isinstance(json_of(row, "prompt"), str):
+        return with_system(row, messages_of(row, "prompt")), False
+    text = text_of(row, "prompt")
+    if is_open_dialogue(text):
+        return with_system(row, dialogue_of(row, "prompt", f"{text} -")[:-1]), False
+    whole = [turns for name in responses.values() if (turns := _whole_conversation(row, name))]
+    if not whole:
+        return with_system(row, [{"role": "user", "content": text}]), True
+    prompt = _shared(whole) if len(whole) > 1 else whole[0][:-1]
+    if len(whole) < len(responses) or not prompt or (prompt[-1]["content"] or "").strip() != text.strip():
+        names = " and ".join(responses.values())
+        raise row.invalid(
+            "conversation that differs from the prompt",
+            f"the common beginning of the conversations in {names} does not end with the prompt; use "
+            "responses without earlier turns, or conversations that contain the prompt",
+        )
+    return with_system(row, prompt), False
+
+
+def _whole_conversation(row: Row, column: str) -> Turns | None:
+    """Return the column's turns if they begin before the assistant's response; None otherwise."""
+    value = json_of(row, column)
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list | tuple) or not items or not all(isinstance(i, dict) for i in items):
+        return None
+    turns = _turns(row, column)
+    return None if turns[0]["role"] == "assistant" else turns
+
+
+def _shared(conversations: Sequence[Turns]) -> Turns:
+    """Return the common first messages of all conversations."""
+    first = conversations[0]
+
+    def differs(i: int) -> bool:
+        return any(i >= len(c) or c[i] != first[i] for c in conversations)
+
+    return first[: next((i for i in range(len(first)) if differs(i)), len(first))]
+
+
+# ---- responses
+
+
+def _turns(row: Row, column: str) -> Turns:
+    """Return the column's messages; a string is an assistant turn."""
+    value = json_of(row, column)
+    if not isinstance(value, str):
+        items = [value] if isinstance(value, dict) else value
+        return messages_of(Row(row.name, {column: items}), column)
+    text, prompt = text_of(row, column), row.fields.get("prompt")
+    if not (isinstance(prompt, str) and is_open_dialogue(prompt)):
+        return [{"role": "assistant", "content": text}]
+    turns = dialogue_of(row, column, f"Human: -\n\nAssistant: {text}")
+    if len(turns) > 2:
+        raise row.invalid(
+            "response with further turns",
+            f"column {column!r} has further turns after the response; use the assistant's next turn only",
+        )
+    return turns[1:]
+
+
+def _after(row: Row, column: str, prompt: Turns) -> Turns:
+    """Return the turns after the prompt. The column has only these or the full conversation."""
+    turns = _turns(row, column)
+    if turns[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
+        prompt = prompt[1:]  # the column `system` is not repeated in the responses
+    if turns[: len(prompt)] == prompt:
+        return turns[len(prompt) :]
+    if turns[0]["role"] == "assistant":
+        return turns
+    at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
+    raise row.invalid(
+        "conversation that differs from the prompt",
+        f"column {column!r} begins with a {turns[0]['role']} turn like a full conversation, but its message "
+        f"{at} differs from the prompt; repeat the prompt's messages there, or use the response only",
+    )
+
+
+# ---- implicit prompts: the common beginning of the responses
+
+
+def _split_conversations(row: Row, columns: Columns) -> SplitRow:
+    pair = {kind: column for kind, column in columns.items() if kind != "gold"}
+    values = [json_of(row, column) for column in pair.values()]
+    if all(isinstance(value, str) for value in values):
+        split = _split_dialogues(
+            row, {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
+        )
+    elif any(isinstance(value, str) for value in values):
+        raise row.invalid(
+            "responses of different types",
+            "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
+        )
+    else:
+        split = _split_at_difference(row, {kind: _turns(row, column) for kind, column in pair.items()})
+    prompt = with_system(row, split.prompt)
+    gold = {"gold": _after(row, columns["gold"], prompt)} if "gold" in columns else {}
+    return SplitRow(prompt, split.responses | gold)
+
+
+def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
+    require_difference(row, whole)
+    prompt = _shared(list(whole.values()))
+    if not prompt:
+        raise row.invalid(
+            "conversations without a common beginning",
+            "chosen and rejected have no common first message, so there is no prompt; use conversations with "
+            "a common beginning, or a column 'prompt'",
+        )
+    found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
+    if any(turns and turns[0]["role"] != "assistant" for turns in found.values()):
+        raise row.invalid(
+            "dialogues that differ before the last turn",
+            f"chosen and rejected differ in message {len(prompt)}, which is not an assistant turn; fix or "
+            "remove the row",
+        )
+    return SplitRow(prompt, found)
+
+
+def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
+    """Split dialogues that differ only in their last turn."""
+    require_difference(row, whole)
+    prompt, *others = [turns[:-1] for turns in whole.values()]
+    if any(other != prompt for other in others):
+        at = len(_shared(list(whole.values()))) + 1
+        raise row.invalid(
+            "dialogues that differ before the last turn",
+            f"the dialogues differ in turn {at}, before their last turn; fix the row so that only the last "
+            "turn differs, or remove it",
+        )
+    if not prompt:
+        raise row.invalid(
+            "dialogue without a prompt",
+            "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+        )
+    return SplitRow(prompt, {kind: turns[-1:] for kind, turns in whole.items()})

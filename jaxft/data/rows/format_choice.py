@@ -1,0 +1,425 @@
+"""Choose the format of a dataset by the columns of its rows, and read the rows in it.
+
+`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's.
+Names may have upper case and spaces around them. Rows that fit no format, but would with one of the
+columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and "answer", are read so.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
+from jaxft.data.rows.columns import (
+    COLUMN_SYNONYMS,
+    FURTHER,
+    column_of,
+    further_columns,
+    meant_columns,
+    misspelled,
+    other_name,
+    respelled,
+    suggested_columns,
+)
+from jaxft.data.rows.conversation import PLAIN
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import ParsedRow
+from jaxft.data.rows.formats import ROW_FORMATS, TASKS, RowFormat, formats_of, number_of, own_columns
+from jaxft.data.rows.invalid import InvalidRow, attempt, similar_names, valid
+from jaxft.data.rows.published_formats import with_ratings
+
+Formats = Mapping[str, RowFormat]
+TEXT = "text"  # the format, and its column
+
+
+class ChosenFormat(NamedTuple):
+    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
+    theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
+    the rows have besides a text, or the text besides another format.
+    """
+
+    name: str
+    plain: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
+    unread: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, stored: list[Any]) -> "ChosenFormat":
+        """Return a format from its JSON."""
+        name, plain, *columns = stored
+        return cls(name, plain, *(tuple((ours, theirs) for ours, theirs in some) for some in columns))
+
+    def note(self) -> list[str]:
+        """Return a line about columns with other names, [] without any."""
+        if self.unread and self.name != TEXT:
+            return [f"the columns of format {self.name} are read, not text; data.format=text reads it"]
+        if self.unread:
+            names = " and ".join(theirs.strip() for _, theirs in self.unread)
+            setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
+            return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
+        if not self.columns:
+            return []
+        read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
+        setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.columns)
+        return [f"columns are read by other names: {read} (data.columns={setting})"]
+
+
+def parse_rows(
+    format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
+) -> Iterator[ParsedRow | InvalidRow]:
+    """Yield what each row contains, or its error, which calls renamed columns as the file does."""
+    formats = formats_of(task, settings.numbers)
+    chosen, order_by = formats[format.name], settings.order_by
+
+    def convert(row: Row | InvalidRow) -> ParsedRow:
+        row = with_ratings(chosen.rewrite(valid(row), settings), settings)
+        examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
+        numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
+        order = 0.0 if order_by is None else number_of(row, order_by, "data.order_by")
+        return ParsedRow(row.name, examples, weight, order, numbers)
+
+    theirs = {ours: x.strip() for ours, x in (*map(split_column, settings.columns), *format.columns)}
+
+    def named(text: str) -> str:
+        return re.sub(r"column '(\w+)'", lambda m: f"column {theirs.get(m[1], m[1])!r}", text)
+
+    for row in rename_rows(format, rows, settings.columns, formats):
+        found = attempt(convert, row)
+        if theirs and isinstance(found, InvalidRow):
+            found = InvalidRow(found.name, named(found.reason), named(found.problem))
+        yield found
+
+
+def parse_dataset(
+    rows: Sequence[Row], task: str, settings: RowSettings = DEFAULT_ROW_SETTINGS
+) -> list[ParsedRow | InvalidRow]:
+    """Return the content of each row, or the error that makes it invalid. All have one format, by default the
+    one that most rows fit. Raises the first row's InvalidRow if no row fits any format.
+    """
+    formats = formats_of(task, settings.numbers)
+    counts = count_columns(rows, settings.columns, formats)
+    format = choose_format(counts, settings.format, settings.columns, formats)
+    return [*parse_rows(format, rows, settings, task)]
+
+
+# ---- which format
+
+
+@dataclass
+class ColumnCounts:
+    """Which columns the rows of a dataset have; its format is chosen from them.
+
+    rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
+    None for a null column and True for others. first: the dataset's first row in that form, or its error.
+    """
+
+    rows: dict[tuple[str, ...], tuple[int, Row]] = field(default_factory=dict)
+    first: Row | InvalidRow | None = None
+
+    def merge(self, later: "ColumnCounts") -> None:
+        """Add the counts of later rows."""
+        for names, (count, row) in later.rows.items():
+            known, first = self.rows.get(names, (0, row))
+            self.rows[names] = (known + count, first)
+        self.first = self.first or later.first
+
+
+def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats) -> ColumnCounts:
+    """Count the columns of rows after they are renamed by `columns` (see data.columns)."""
+    counts, naming = ColumnCounts(), _Names.of(columns, formats)
+    for row in rows:
+        renamed = attempt(_rename, row, naming)
+        if isinstance(renamed, Row):
+            present = {column: None if x is None else True for column, x in renamed.fields.items()}
+            renamed = Row(renamed.name, present)
+            names = tuple(_present(present))
+            known, first = counts.rows.get(names, (0, renamed))
+            counts.rows[names] = (known + 1, first)
+        counts.first = counts.first or renamed
+    return counts
+
+
+def choose_format(
+    counts: ColumnCounts, format: str, columns: Sequence[str], formats: Formats
+) -> ChosenFormat:
+    """Return the format of a dataset. format: data.format; "auto" chooses the format that most rows fit.
+
+    Raises the first row's InvalidRow if no row fits any format.
+    """
+    mapping, plain = _column_mapping(columns, formats), format == PLAIN
+    chosen, others = format, tuple[tuple[str, str], ...]()
+    if format in ("auto", PLAIN):
+        chosen, others = _most_common_format(counts, set(mapping), formats)
+        others = tuple(item for item in others if not (plain and item[0] in FURTHER))
+    if chosen not in formats:
+        known = ", ".join(formats)
+        raise ValueError(f"data.format={format!r}; use auto, {PLAIN} or one of {known}")
+    if plain and not formats[chosen].plain:
+        strings = " and ".join(name for name, found in formats.items() if found.plain)
+        raise ValueError(
+            f"data.format={PLAIN} is for {strings} rows, and these rows have format "
+            f"{chosen}; set data.format=auto"
+        )
+    unread = _unread(counts, chosen, formats) if format == "auto" and TEXT in formats else ()
+    return ChosenFormat(chosen, plain, others, unread)
+
+
+def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[str, str], ...]:
+    """Return (ours, theirs) of a format's columns that rows with a text have too by other names; the text, if
+    another format is chosen.
+    """
+    _, row = max(counts.rows.values(), key=lambda found: found[0])
+    if chosen != TEXT:
+        return ((TEXT, TEXT),) if row.fields.get(TEXT) is not None else ()
+    rest = {column: x for column, x in row.fields.items() if column != TEXT}
+    found = attempt(_detect_by_other_names, Row(row.name, rest), set(), formats)
+    return () if isinstance(found, InvalidRow) else found[1]
+
+
+def rename_rows(
+    format: ChosenFormat, rows: Iterable[Row], columns: Sequence[str], formats: Formats
+) -> Iterator[Row | InvalidRow]:
+    """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
+    names = _Names.of(columns, formats)
+    names = names._replace(others=format.columns)
+
+    def rename(row: Row) -> Row:
+        return _require_columns(_rename(row, names), format.name, formats)
+
+    return (attempt(rename, row) for row in rows)
+
+
+def _most_common_format(
+    counts: ColumnCounts, mapped: set[str], formats: Formats
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the format that most rows fit, and the columns with other names that it needs if no row fits
+    one without, and further ones of its rows. Raises the first row's InvalidRow if none fits one with these
+    either.
+    """
+    for detect in (_detect_as_named, _detect_by_other_names):
+        votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        rows = defaultdict[Any, list[Row]](list)
+        for count, row in counts.rows.values():
+            found = attempt(detect, row, mapped, formats)
+            if not isinstance(found, InvalidRow):
+                votes[found] += count
+                rows[found].append(row)
+        if votes:
+            format, columns = best = votes.most_common(1)[0][0]
+            each = (further_columns(row.fields, formats[format].optional) for row in rows[best])
+            return format, (*columns, *dict.fromkeys(item for more in each for item in more.items()))
+    if counts.first is None:
+        raise ValueError("no rows to read the format from")
+    return _detect_as_named(valid(counts.first), mapped, formats)
+
+
+def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return _detect(row, mapped, formats), ()
+
+
+def _detect_by_other_names(
+    row: Row, mapped: set[str], formats: Formats
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these."""
+    found = dict[str, dict[str, str]]()
+    for format, known in formats.items():
+        missing = [names for names in known.required if not any(row.fields.get(c) is not None for c in names)]
+        if not missing and mapped <= known.columns:
+            return _detect_as_named(row, mapped, formats)  # raises that it fits two formats
+        others = {names[0]: other_name(row.fields, names[0]) for names in missing}
+        taken = [theirs for theirs in others.values() if theirs is not None]
+        if missing and len({*taken}) == len(missing) and mapped <= known.columns:
+            found[format] = dict(zip(others, taken, strict=True))
+    fewest = min(map(len, found.values()), default=0)
+    best = [format for format, others in found.items() if len(others) == fewest]
+    if len(best) != 1:
+        raise row.invalid("columns of no format", "no format fits with other names of columns")
+    return best[0], tuple(found[best[0]].items())
+
+
+def describe_formats(formats: Formats) -> str:
+    """Return the formats and their columns in one line."""
+    listed = {name: found for name, found in formats.items() if found.listed}
+    each = ((name, map(" or ".join, found.required)) for name, found in listed.items())
+    return "; ".join(f"{name} ({' + '.join(columns)})" for name, columns in each)
+
+
+def known_columns(formats: Formats) -> list[str]:
+    """Return the names of all columns that the formats may have."""
+    return sorted(set().union(*(found.columns for found in formats.values())))
+
+
+def names_in_datasets(formats: Formats) -> list[str]:
+    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS."""
+    known = known_columns(formats)
+    return [*known, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
+
+
+def _column_mapping(columns: Sequence[str], formats: Formats) -> dict[str, str]:
+    known = known_columns(formats)
+    mapping: dict[str, str] = {}
+    for item in columns:
+        ours, theirs = split_column(item)
+        if ours not in known:
+            remedy = f"use one of {', '.join(similar_names(ours, known))}"
+            if theirs in known:
+                remedy += f", or write {theirs}={ours} if {ours!r} is the column of the rows"
+            raise ValueError(f"data.columns: {item!r} maps to unknown column {ours!r}; {remedy}")
+        if ours in mapping:
+            raise ValueError(
+                f"data.columns: {ours!r} is mapped twice, from {mapping[ours]!r} and {theirs!r}; keep one"
+            )
+        mapping[ours] = theirs
+    return mapping
+
+
+def split_column(item: str) -> tuple[str, str]:
+    """Split an item of data.columns, "ours=theirs". Raises ValueError for another form."""
+    ours, equals, theirs = (part.strip() for part in item.partition("="))
+    if not (ours and equals and theirs):
+        raise ValueError(
+            f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
+        )
+    return ours, theirs
+
+
+class _Names(NamedTuple):
+    """How columns are renamed. mapping: data.columns. others: (ours, theirs) of columns with other names.
+    known: all columns that the formats may have. optional: those that a row may lack. spellings: all names of
+    a mapped column, such as response and output.
+    """
+
+    mapping: dict[str, str]
+    known: frozenset[str]
+    optional: frozenset[str]
+    spellings: frozenset[str]
+    others: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, columns: Sequence[str], formats: Formats) -> "_Names":
+        mapping = _column_mapping(columns, formats)
+        alike = [names for f in formats.values() for names in f.required if {*names} & {*mapping}]
+        return cls(
+            mapping,
+            frozenset(known_columns(formats)),
+            frozenset(c for found in formats.values() for c in found.optional),
+            frozenset(c for names in alike for c in names),
+        )
+
+
+def _rename(row: Row, names: _Names) -> Row:
+    """Return the row with the columns that data.columns, their spelling or their other names say.
+
+    Other spellings of a mapped column, such as output for response, are removed.
+    """
+    known = respelled(tuple(row.fields), names.known)
+    if known:
+        mapped = [column_of(row.fields, theirs) for theirs in names.mapping.values()]
+        respelt = {theirs: ours for ours, theirs in known.items() if theirs not in mapped}
+        row = Row(row.name, {respelt.get(name, name): value for name, value in row.fields.items()})
+    for ours, theirs in names.others:
+        if row.fields.get(ours) is None and theirs in row.fields:
+            row = Row(row.name, {ours if name == theirs else name: x for name, x in row.fields.items()})
+    if not names.mapping:
+        return row
+    mapping = {ours: column_of(row.fields, theirs) for ours, theirs in names.mapping.items()}
+    for ours, theirs in mapping.items():
+        if theirs not in row.fields and ours not in names.optional:
+            raise row.invalid(
+                f"missing column {theirs!r}",
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"{', '.join(map(str, row.fields))}",
+            )
+    others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in names.spellings}
+    return Row(row.name, others | {ours: row.fields.get(theirs) for ours, theirs in mapping.items()})
+
+
+def _present(fields: dict) -> dict:
+    """Return the columns that are not null; a table has null where a row of another format has no column."""
+    return {column: value for column, value in fields.items() if value is not None}
+
+
+def _has(fields: dict, columns: tuple[tuple[str, ...], ...]) -> bool:
+    return all(any(c in fields for c in names) for names in columns)
+
+
+def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
+    needed = {name: found.required for name, found in formats.items()}
+
+    def fitting(fields: dict) -> list[str]:  # a format without a column of data.columns is not meant
+        fits = [x.name for x in formats.values() if _has(fields, x.required) and mapped <= x.columns]
+        fits = [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
+        return [name for name in fits if name != TEXT] or fits  # a text beside them is often made of them
+
+    fits = fitting(row.fields)
+    if len(fits) > 1:
+        fits = fitting(_present(row.fields)) or fits
+    if len(fits) == 1:
+        return fits[0]
+    columns = ", ".join(map(str, row.fields))
+    if fits:
+        raise row.invalid(
+            "columns of two formats",
+            f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
+        )
+    names = [str(name) for name in row.fields]
+    other = _other_task(names, formats)
+    if other is not None:
+        raise row.invalid("columns of no format", f"the columns {columns} are those of {TASKS[other]}")
+    ours = _nearest_columns(names, formats)
+    near = misspelled(names, ours)
+    meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "
+    raise row.invalid(
+        "columns of no format",
+        f"the columns {columns} fit no format; {meant if near else ''}accepted are "
+        f"{describe_formats(formats)}; rename columns, for example with "
+        f"{suggested_columns(names, ours)}",
+    )
+
+
+def _other_task(names: Sequence[str], formats: Formats) -> str | None:
+    """Return the task that has a format with these columns: one of which no format here has, or all of them
+    and no other that may be a response or a label; None without one.
+    """
+    here, own = known_columns(formats), {found.task for found in formats.values()}
+    named = dict.fromkeys(name.strip().lower() for name in names)
+    fits = list[tuple[int, bool, str]]()
+    for found in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
+        required = tuple(tuple(map(str.lower, group)) for group in found.required)
+        foreign = [c for group in required for c in group if c in named and c not in here]
+        if _has(named, required) and (foreign or {*named} <= {"id", *found.columns}):
+            fits.append((len(required), found.listed, found.task))
+    return max(fits)[2] if fits else None
+
+
+def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
+    """Return the missing columns of the format that has the fewest without a name that may be meant, and the
+    most with one; those of the example if no name is one of any format.
+    """
+    near: list[tuple[int, int, list[str]]] = []
+    named = [found for found in formats.values() if found.listed and found.rewrite is own_columns]
+    for groups in (found.required for found in named):
+        missing = [group for group in groups if not {*group} & {*names}]
+        meant = meant_columns(names, [column for group in missing for column in group])
+        columns = [next((c for c in group if c in meant), group[0]) for group in missing]
+        unknown = sum(column not in meant for column in columns)
+        if unknown < len(groups):
+            near.append((unknown, unknown - len(groups), columns))
+    fewest = min(near, key=lambda found: found[:2], default=None)
+    wanted = (x.required for x in sorted(formats.values(), key=lambda x: not x.plain) if len(x.required) > 1)
+    return fewest[2] if fewest else [names[0] for names in next(wanted)]
+
+
+def _require_columns(row: Row, format: str, formats: Formats) -> Row:
+    fields, required = row.fields, formats[format].required
+    if not _has(fields, required):
+        missing = next(names for names in required if not any(c in fields for c in names))
+        raise row.invalid(
+            f"missing column {' or '.join(map(repr, missing))}",
+            f"no column {' or '.join(missing)}, which format {format} requires; the row has "
+            f"{', '.join(map(str, fields))}; accepted formats are {describe_formats(formats)}; rename "
+            f"columns, for example with {suggested_columns(list(fields), missing[:1])}",
+        )
+    return row

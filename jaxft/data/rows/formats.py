@@ -1,0 +1,429 @@
+"""The formats of rows: one table of the columns of each, and how its rows are read.
+
+`data.format=auto` uses the one whose columns are present, of those for the kind of data that a run reads:
+
+    SFT
+    text                    {"text"}
+    messages                {"messages": [{"role", "content"}, ...]} and optionally "system"
+    prompt-completion       {"prompt", "completion"}: strings or messages, see conversation.py
+    instruction             {"instruction", "response" or "output"}, optionally "input", "history" (Alpaca)
+    conversations           {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
+
+    pairs
+    preference              {"prompt", "chosen", "rejected"}
+    implicit                {"chosen", "rejected"}, whole conversations: their common beginning is the prompt;
+                            or responses to a prompt of another name, such as "question"
+    ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
+    instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
+    rated                   {"prompt", "responses": [...]}: rankings with ranks or ratings, see
+                            published_formats.py, which also has those of single datasets
+    unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
+    unpaired-messages       {"messages", "label"}: the response is the last turn
+    unpaired-conversations  {"conversations", "label"} (ShareGPT)
+    unpaired-instruction    {"instruction", "response" or "output", "label"} (Alpaca)
+
+    steps
+    steps                   {"prompt", "completions": [steps], "labels": [true or false]}
+
+    decisions               see decisions.py
+
+"label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
+without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
+"chat_template_kwargs"; those of SFT "weight" (see loss_weights.py); those of pairs "reference", from which a
+third response, "gold" (data.third), is read. Which format a dataset has, and columns with other names:
+format_choice.py. Prompts without responses are read from the columns of all formats, see conversation.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from jaxft.data.decisions import DECISION, LABEL, RERANKER, parse
+from jaxft.data.row_settings import RowSettings
+from jaxft.data.rows.columns import list_of, text_of
+from jaxft.data.rows.conversation import (
+    Columns,
+    SplitRow,
+    Turns,
+    chat_of,
+    chats_of,
+    holds_responses,
+    other_prompt,
+    plain_texts,
+    require_difference,
+    response_index,
+    split_row,
+    with_prompt,
+)
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import RESPONSE, Example, Solution, Text
+from jaxft.data.rows.loss_weights import row_weight, without_weights
+from jaxft.data.rows.published_formats import (
+    PROMPT,
+    RANKED,
+    RATINGS,
+    from_better,
+    from_glaive,
+    from_openai,
+    from_preference,
+    from_ranking,
+    ranking_note,
+)
+
+SFT, PAIRS, PROMPTS, DECISIONS, STEPS = "sft", "pairs", "prompts", "decisions", "steps"
+Parse = Callable[[Row, RowSettings], dict[str, Example]]
+Rewrite = Callable[[Row, RowSettings], Row]
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
+CHAT_COLUMNS = ("system", *TEMPLATE_COLUMNS, "weight")
+PAIR_COLUMNS = ("system", "reference", *TEMPLATE_COLUMNS)
+_EARLIER = ("input", "history")  # further columns of an instruction
+_ANSWER = ("response", "output")
+_LABEL = ("label", "kto_tag")
+# CSV files have strings alone, and pandas writes integers of a column with gaps as floats.
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+# ---- SFT
+
+
+def _text(row: Row, settings: RowSettings) -> dict[str, Example]:
+    return {RESPONSE: Text(row.name, text_of(row, "text"))}
+
+
+def _conversation(row: Row, settings: RowSettings, column: str) -> dict[str, Example]:
+    turns = split_row(row, column, {}).prompt
+    return {RESPONSE: chat_of(row, turns, response_index(turns))}
+
+
+def _completion(row: Row, settings: RowSettings) -> dict[str, Example]:
+    columns = {RESPONSE: "completion"}
+    return {**(plain_texts(row, columns) if settings.plain else _chats(row, "prompt", columns))}
+
+
+def _instruction(row: Row, settings: RowSettings) -> dict[str, Example]:
+    return {**_chats(row, "instruction", {RESPONSE: response_column(row)})}
+
+
+def _chats(row: Row, prompt: str, columns: Columns) -> dict[str, Any]:
+    return chats_of(row, split_row(row, prompt, columns))
+
+
+def response_column(row: Row) -> str:
+    """Return the column of the response to an instruction, response or output."""
+    columns = [c for c in _ANSWER if c in row.fields]
+    names = [c for c in columns if row.fields[c] is not None] or columns[:1]
+    if len(names) > 1:
+        raise row.invalid(
+            "two response columns",
+            "the row has both 'response' and 'output'; choose one with data.columns=response=...",
+        )
+    return names[0]
+
+
+# ---- pairs
+
+
+def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Example]:
+    """Return the chosen and the rejected response, and those between in a ranking. prompt: its column, None
+    for that which they share.
+    """
+    between = [kind for kind in settings.kinds if kind.startswith("rank_") and kind in row.fields]
+    return _compared(row, settings, prompt, {kind: kind for kind in ("chosen", "rejected", *between)})
+
+
+def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
+    """Raise InvalidRow: no row with these columns can be read, and why."""
+    raise row.invalid(reason, problem)
+
+
+def _labelled(
+    row: Row, settings: RowSettings, prompt: str, response: str | None = None
+) -> dict[str, Example]:
+    """Return the response as chosen or rejected, as the row's label says. response: its column, None for that
+    of an instruction.
+    """
+    names = [name for name in _LABEL if name in row.fields]
+    name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
+    kind = "chosen" if _label(row, name, row.fields[name]) else "rejected"
+    return _compared(row, settings, prompt, {kind: response or response_column(row)})
+
+
+def _label(row: Row, where: str, value: Any) -> bool:
+    label = _LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise row.invalid(
+            "label that is neither true nor false",
+            f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)",
+        )
+    return label
+
+
+def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Columns) -> dict[str, Example]:
+    """Return the prompt with each response, those of settings.kinds. columns: of the responses by kind."""
+    if "gold" in settings.kinds:
+        if row.fields.get("reference") is None:
+            raise row.invalid(
+                "missing column 'reference'",
+                f"no column 'reference', from which data.third=gold reads the third response; the "
+                f"row has {', '.join(map(str, row.fields))}",
+            )
+        columns = {**columns, "gold": "reference"}
+    if settings.plain:
+        texts = plain_texts(row, columns)
+        require_difference(row, texts)
+        return {**texts}
+    chats = chats_of(row, _split_pair(row, prompt, columns))
+    return {kind: without_weights(chats[kind]) for kind in settings.kinds if kind in chats}
+
+
+def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitRow:
+    """Return the row's prompt and responses, which are checked."""
+    if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
+        row, prompt_column = with_prompt(row), "prompt"
+    require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
+    split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
+    ending = [kind for kind, column in columns.items() if column == prompt_column]
+    if ending:  # the conversation ends with the response
+        at = response_index(split.prompt)
+        split = SplitRow(split.prompt[:at], {ending[0]: split.prompt[at:], **split.responses})
+    require_difference(row, split.responses)
+    for kind, turns in split.responses.items():
+        _check_response(row, columns[kind], turns)
+    if split.prompt and split.prompt[-1]["role"] == "assistant":
+        raise row.invalid(
+            "prompt that ends with an assistant turn",
+            "the prompt ends with an assistant turn; move that turn into the responses",
+        )
+    return split
+
+
+def _check_response(row: Row, column: str, turns: Turns) -> None:
+    if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
+        raise row.invalid(
+            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
+        )
+    for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
+        if turn["role"] != "assistant":
+            raise row.invalid(
+                "response that is no assistant turn",
+                f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
+                "an assistant turn",
+            )
+
+
+# ---- steps
+
+
+def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
+    """Return the steps of a solution with their labels."""
+    steps, labels = list_of(row, "completions"), list_of(row, "labels")
+    if not steps or len(steps) != len(labels):
+        raise row.invalid(
+            "steps without labels",
+            f"the row has {len(steps)} steps in 'completions' and {len(labels)} entries in 'labels'; use one "
+            "label for each step",
+        )
+    texts = [
+        text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)
+    ]
+    found = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
+    return {RESPONSE: Solution(row.name, text_of(row, "prompt"), tuple(texts), found)}
+
+
+# ---- decisions
+
+
+def _decision(row: Row, settings: RowSettings, format: str) -> dict[str, Example]:
+    return {RESPONSE: parse(row, format, settings.labels, settings.question)}
+
+
+# ---- numbers
+
+
+def _pair_weight(row: Row, settings: RowSettings) -> float:
+    """Return the number in the column data.weight_column, 1 without one."""
+    column = settings.weight_column
+    weight = 1.0 if column is None else number_of(row, column, "data.weight_column")
+    if weight < 0:
+        raise row.invalid("negative weight", f"the weight in column {column!r} is {weight:g}; use 0 or more")
+    return weight
+
+
+def _row_weight(row: Row, settings: RowSettings) -> float:
+    return row_weight(row)
+
+
+def own_columns(row: Row, settings: RowSettings) -> Row:
+    """Return the row itself."""
+    return row
+
+
+def _no_note(settings: RowSettings) -> str:
+    return ""
+
+
+def number_of(row: Row, column: str, setting: str) -> float:
+    """Return the finite number in a column that a setting names. Raises InvalidRow for anything else."""
+    value: Any = row.fields.get(column)
+    if value is None:
+        columns = ", ".join(map(str, row.fields))
+        raise row.invalid(
+            "missing number", f"no number in column {column!r}, which {setting} names; the row has {columns}"
+        )
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise row.invalid(
+            "missing number", f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
+        )
+    return number
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A format of rows. A new one is an entry in ROW_FORMATS and its `parse`.
+
+    name: of data.format. task: what its rows are for. required: its columns; a tuple lists the accepted names
+    of one. parse(row, settings): the prompt with each response, by kind. optional: columns that it may have.
+    plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
+    row in the columns of another format, before anything is read from it. note(settings): how the rows are
+    read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
+    """
+
+    name: str
+    task: str
+    required: tuple[tuple[str, ...], ...]
+    parse: Parse
+    optional: tuple[str, ...] = PAIR_COLUMNS
+    plain: bool = False
+    weight: Callable[[Row, RowSettings], float] = _pair_weight
+    rewrite: Rewrite = own_columns
+    note: Callable[[RowSettings], str] = _no_note
+    listed: bool = True
+
+    @property
+    def columns(self) -> set[str]:
+        """All columns that its rows may have."""
+        return {*self.optional, *(column for names in self.required for column in names)}
+
+
+def _sft(name: str, required: tuple[tuple[str, ...], ...], parse: Parse, *more: str) -> RowFormat:
+    return RowFormat(name, SFT, required, parse, (*more, *CHAT_COLUMNS), weight=_row_weight)
+
+
+def _pairs(
+    name: str, required: tuple[tuple[str, ...], ...], rewrite: Rewrite, *more: str, **others: Any
+) -> RowFormat:
+    """Return a format of pairs or rankings whose rows are rewritten."""
+    parse = partial(_pair, prompt="prompt")
+    return RowFormat(name, PAIRS, required, parse, (*PAIR_COLUMNS, *more), rewrite=rewrite, **others)
+
+
+def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
+    optional = ("system", "chat_template_kwargs", "weight", *more)
+    return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+
+
+_PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
+_COMPARED = (("chosen",), ("rejected",))
+_RATED_ALONE = partial(
+    _refused, reason="ratings of single responses",
+    problem="the row rates a single response; for preferences join the rows of each prompt into "
+    '{"prompt", "responses": [...], "ratings": [...]}',
+)  # fmt: skip
+_UNLABELLED = partial(
+    _refused, reason="steps without labels",
+    problem="the row has no column labels; give each step a label, true or false",
+)  # fmt: skip
+_STEPS = partial(
+    _refused, reason="steps with labels",
+    problem="the row has the steps of one response, with labels; train a process reward model with the "
+    "recipe process_reward",
+)  # fmt: skip
+ROW_FORMATS = (
+    RowFormat("text", SFT, (("text",),), _text, ("weight",), plain=True, weight=_row_weight),
+    _sft("messages", (_MESSAGES,), partial(_conversation, column="messages")),
+    replace(_sft("prompt-completion", (_PROMPT, ("completion",)), _completion), plain=True),
+    _sft("instruction", (_INSTRUCTION, _ANSWER), _instruction, *_EARLIER),
+    _sft("conversations", (_TURNS,), partial(_conversation, column="conversations")),
+    replace(
+        _sft("glaive", (("system",), ("chat",)), partial(_conversation, column="messages")),
+        rewrite=from_glaive, listed=False,
+    ),
+    RowFormat("preference", PAIRS, (_PROMPT, *_COMPARED), partial(_pair, prompt="prompt"), plain=True),
+    RowFormat("implicit", PAIRS, _COMPARED, partial(_pair, prompt=None)),
+    RowFormat("ranking", PAIRS, (_TURNS, *_COMPARED), partial(_pair, prompt="conversations")),
+    RowFormat(
+        "instruction", PAIRS, (_INSTRUCTION, *_COMPARED), partial(_pair, prompt="instruction"),
+        (*PAIR_COLUMNS, *_EARLIER),
+    ),
+    _pairs("rated", (PROMPT, RANKED), from_ranking, *RATINGS, plain=True, note=ranking_note),
+    _pairs(
+        "helpsteer3", (("context",), ("response1",), ("response2",), ("overall_preference",)),
+        partial(from_preference, responses=("response1", "response2"), column="overall_preference"),
+        listed=False,
+    ),
+    _pairs(
+        "helpsteer2-preference", (_PROMPT, ("response_1",), ("response_2",), ("preference_strength",)),
+        partial(from_preference, responses=("response_1", "response_2"), column="preference_strength"),
+        listed=False,
+    ),
+    _pairs(
+        "saferlhf", (_PROMPT, ("response_0",), ("response_1",), ("better_response_id",)),
+        partial(from_better, responses=("response_0", "response_1"), column="better_response_id",
+                better=("0", "1")),
+        listed=False,
+    ),
+    _pairs(
+        "shp", (("history",), ("human_ref_A",), ("human_ref_B",), ("labels",)),
+        partial(from_better, responses=("human_ref_A", "human_ref_B"), column="labels", better=("1", "0")),
+        "score_A", "score_B", listed=False,
+    ),
+    _pairs(
+        "openai", (("input",), ("preferred_output",), ("non_preferred_output",)), from_openai, listed=False
+    ),
+    RowFormat("helpsteer", PAIRS, (_PROMPT, ("response",), ("helpfulness",), ("correctness",)), _RATED_ALONE,
+              listed=False),
+    RowFormat("labelled-steps", PAIRS, (PROMPT, RANKED, ("labels",)), _STEPS, listed=False),
+    RowFormat(
+        "unpaired", PAIRS, (_PROMPT, ("completion",), _LABEL),
+        partial(_labelled, prompt="prompt", response="completion"), plain=True,
+    ),
+    RowFormat(
+        "unpaired-messages", PAIRS, (_MESSAGES, _LABEL),
+        partial(_labelled, prompt="messages", response="messages"),
+    ),
+    RowFormat(
+        "unpaired-conversations", PAIRS, (_TURNS, _LABEL),
+        partial(_labelled, prompt="conversations", response="conversations"),
+    ),
+    RowFormat(
+        "unpaired-instruction", PAIRS, (_INSTRUCTION, _ANSWER, _LABEL),
+        partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *_EARLIER),
+    ),
+    RowFormat("steps", STEPS, (_PROMPT, ("completions",), ("labels",)), _steps, ("weight",),
+              weight=_row_weight),
+    RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
+    _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
+    _decision_format(LABEL, (("text",), ("label",))),
+    _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
+)  # fmt: skip
+# A name for rows of a task, for errors where another one reads them.
+TASKS = {
+    SFT: "SFT, for which there is the recipe sft",
+    PAIRS: "preference pairs; train on pairs with the recipe dpo",
+    STEPS: "steps with labels; train a process reward model with the recipe process_reward",
+    DECISIONS: "decisions; train on them with the recipe decision",
+}
+
+
+def formats_of(task: str, numbers: tuple[str, ...] = ()) -> dict[str, RowFormat]:
+    """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have."""
+    return {f.name: replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task}

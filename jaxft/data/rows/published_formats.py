@@ -1,0 +1,275 @@
+"""Formats whose rows are rewritten into the columns of another one: rankings, comparisons of two responses,
+and transcripts, as public datasets have them.
+
+A ranking becomes "prompt", "chosen" (the best response), "rejected" (the worst) and "rank_2", "rank_3", ...
+(those between, in order), with the ratings "score_chosen", "score_rejected", "score_rank_2", ...: higher is
+better, and a rank is counted as minus the rank. So a loss reads pairs with ratings and rankings alike.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxft.data.row_settings import RowSettings
+from jaxft.data.rows.columns import list_of
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Message
+
+PROMPT = ("prompt", "instruction", "context")
+RANKED = ("responses", "completions", "answers")
+RATINGS = ("ratings", "scores", "ranks")
+_RATING = "score_"  # what the names of the columns of ratings begin with
+_TEXTS = ("answer", "response", "completion", "text")
+_NUMBERS = ("score", "rating", "overall_score", "rank")
+
+
+# ---- rankings
+
+
+def kinds_of_ranking(responses: int) -> tuple[str, ...]:
+    """Return the kinds of so many responses: the best, the worst, and those between in order."""
+    return ("chosen", "rejected", *(f"rank_{place}" for place in range(2, responses)))
+
+
+def best_first(kinds: Sequence[str]) -> list[str]:
+    """Return the kinds of ranked responses from the best to the worst, without others such as "gold"."""
+    return ["chosen", *(kind for kind in kinds if kind.startswith("rank_")), "rejected"]
+
+
+def rating_columns(responses: int) -> tuple[str, ...]:
+    """Return the columns of the ratings of so many responses."""
+    return tuple(_RATING + kind for kind in kinds_of_ranking(responses))
+
+
+def with_ratings(row: Row, settings: RowSettings) -> Row:
+    """Return a pair, if rankings are read (data.responses), with a number in each column of ratings: those of
+    the row, or minus the ranks, 0 where a response is missing.
+    """
+    further = [kind for kind in settings.kinds if kind.startswith("rank_")]
+    if not further:
+        return row
+    fields = {_RATING + kind: 0.0 for kind in further}
+    if all(row.fields.get(_RATING + kind) is None for kind in ("chosen", "rejected")):
+        fields |= {_RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
+    present = {name: value for name, value in row.fields.items() if value is not None or name not in fields}
+    return Row(row.name, {**fields, **present})
+
+
+def from_ranking(row: Row, settings: RowSettings) -> Row:
+    """Return a ranking as a pair or, with data.responses above 2, as that many responses.
+
+    Of a row with more, the best, the worst and those at even distances between them are read. Responses of
+    equal ratings stay in the order of the row.
+    """
+    column = _first(row, RANKED)
+    items = list_of(row, column)
+    if len(items) < 2:
+        raise row.invalid(
+            "ranking of one response",
+            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more",
+        )
+    parts = [_rated(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
+    ratings = _ratings(row, column, [rating for _, rating in parts])
+    order = sorted(range(len(items)), key=lambda index: -ratings[index])
+    if ratings[order[0]] == ratings[order[-1]]:
+        raise row.invalid("no preference", f"all responses have the rating {ratings[0]:g}; remove the row")
+    kinds = best_first(settings.kinds)
+    count = min(len(items), len(kinds))
+    chosen = [order[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+    fields = {"prompt": row.fields[_first(row, PROMPT)]}
+    for kind, index in zip([*kinds[: count - 1], kinds[-1]], chosen, strict=True):
+        fields |= {kind: parts[index][0], _RATING + kind: ratings[index]}
+    return Row(row.name, {**row.fields, **fields})
+
+
+def ranking_note(settings: RowSettings) -> str:
+    """Return how rankings are read, for the start of a run."""
+    count = len(best_first(settings.kinds))
+    if count == 2:
+        return (
+            "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
+        )
+    return (
+        f"up to data.responses={count} responses of each ranking are read; of more, the best, the worst and "
+        "those at even distances between them"
+    )
+
+
+def _first(row: Row, names: Sequence[str]) -> str:
+    """Return the first of the columns that is not null, or that the row has."""
+    there = [name for name in names if name in row.fields]
+    return next((name for name in there if row.fields[name] is not None), there[0])
+
+
+def _rated(row: Row, where: str, item: Any) -> tuple[Any, float | None]:
+    """Return a response and its rating, None without one. where: its place, for errors."""
+    rating = None
+    if isinstance(item, dict) and any(key in item for key in _TEXTS):
+        key = next((key for key in _NUMBERS if item.get(key) is not None), None)
+        rating = None if key is None else _rating(row, f"{where}.{key}", item[key], is_rank=key == "rank")
+        item = next(item[key] for key in _TEXTS if key in item)
+    if not item or (isinstance(item, str) and not item.strip()) or not isinstance(item, str | list | dict):
+        raise row.invalid(
+            "ranking without a response",
+            f"{where} has no response; use a string, a list of messages, or an object with one of "
+            f"{', '.join(_TEXTS)}",
+        )
+    return item, rating
+
+
+def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
+    """Return a rating, or minus a rank."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise row.invalid("rating that is no number", f"{where} is {repr(value)[:40]}; use a finite number")
+    return -number if is_rank else number
+
+
+def _ratings(row: Row, column: str, own: list[float | None]) -> list[float]:
+    """Return the rating of each response: its own, those of a parallel column, or minus its place."""
+    parallel = next((name for name in RATINGS if row.fields.get(name) is not None), None)
+    if parallel is not None:
+        values = list_of(row, parallel)
+        if len(values) != len(own):
+            raise row.invalid(
+                "ratings of another number",
+                f"column {parallel!r} has {len(values)} entries and {column!r} {len(own)} responses; use as "
+                "many",
+            )
+        return [_rating(row, f"{parallel}[{i}]", x, parallel == "ranks") for i, x in enumerate(values)]
+    known = [rating for rating in own if rating is not None]
+    if not known:
+        return [-float(place) for place in range(1, len(own) + 1)]
+    if len(known) < len(own):
+        raise row.invalid(
+            "response without a rating",
+            f"{column}[{own.index(None)}] has no rating, and others have one; rate all responses or none",
+        )
+    return known
+
+
+# ---- two responses
+
+
+def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str], column: str) -> Row:
+    """Return two responses and a number as a pair: below 0 the first one is better, above 0 the second, and
+    the number's size is the difference of their ratings (HelpSteer2, HelpSteer3).
+    """
+    value = _rating(row, column, row.fields[column], is_rank=False)
+    if not value:
+        raise row.invalid("no preference", f"column {column!r} is 0, no response is better; remove the row")
+    scores = {_RATING + "chosen": abs(value), _RATING + "rejected": 0.0}
+    return _pair(row, responses if value < 0 else responses[::-1], scores)
+
+
+def from_better(
+    row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
+) -> Row:
+    """Return two responses as a pair. column: says which is better, by its values in `better` for the first
+    and the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
+    """
+    value = row.fields[column]
+    written = str(int(value)) if isinstance(value, bool) or value in (0.0, 1.0) else str(value).strip()
+    if written not in better:
+        raise row.invalid(
+            "no preference",
+            f"column {column!r} is {repr(value)[:40]}; use {better[0]} if {responses[0]} is better, "
+            f"{better[1]} if {responses[1]} is",
+        )
+    first = written == better[0]
+    votes = [row.fields.get(f"score_{response[-1]}") for response in responses]
+    scores = {}
+    if None not in votes:
+        scores = dict(zip(rating_columns(2), votes if first else votes[::-1], strict=True))
+    return _pair(row, responses if first else responses[::-1], scores)
+
+
+def _pair(row: Row, columns: Sequence[str], scores: dict[str, Any]) -> Row:
+    """Return a row with the responses in two columns as chosen and rejected."""
+    texts = {kind: row.fields[column] for kind, column in zip(("chosen", "rejected"), columns, strict=True)}
+    prompt = row.fields[_first(row, (*PROMPT, "history"))]
+    return Row(row.name, {**row.fields, "prompt": prompt, **texts, **scores})
+
+
+def from_openai(row: Row, settings: RowSettings) -> Row:
+    """Return a row of OpenAI's preference fine-tuning as a pair: input.messages and input.tools,
+    preferred_output and non_preferred_output.
+    """
+    given = row.fields["input"]
+    if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
+        raise row.invalid("input without messages", "column 'input' has no messages; use {'messages': [...]}")
+    pair = {"chosen": row.fields["preferred_output"], "rejected": row.fields["non_preferred_output"]}
+    own = {name: value for name, value in row.fields.items() if name != "input"}
+    fields = {"prompt": given["messages"], "tools": given.get("tools") or None, **pair}
+    return Row(row.name, {**own, **fields})
+
+
+# ---- transcripts
+
+
+_SPEAKER = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+_CALL = re.compile(r"<functioncall>(.*)", re.DOTALL)
+_QUOTED = re.compile(r"""("arguments"\s*:\s*)'(.*)'(\s*\}\s*)$""", re.DOTALL)
+_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+
+
+def from_glaive(row: Row, settings: RowSettings) -> Row:
+    """Return a transcript of glaive-function-calling-v2 as messages and tools: "chat" is text with USER:,
+    ASSISTANT:, FUNCTION RESPONSE: and <functioncall>, and "system" has the tools as JSON.
+    """
+    text, system = row.fields["chat"], row.fields["system"]
+    if not isinstance(text, str) or not isinstance(system, str):
+        raise row.invalid("transcript that is no text", "columns 'system' and 'chat' must be strings")
+    before, *parts = _SPEAKER.split(text)
+    if before.strip() or not parts:
+        raise row.invalid(
+            "transcript without speakers", "column 'chat' does not begin with 'USER:'; fix the row"
+        )
+    turns = [_turn(row, who, said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    tools = _objects(system)
+    introduction = [] if tools else [{"role": "system", "content": system.removeprefix("SYSTEM:").strip()}]
+    fields = {"messages": [*introduction, *turns], "tools": tools or None, "system": None}
+    return Row(row.name, {**row.fields, **fields})
+
+
+def _turn(row: Row, who: str, said: str) -> Message:
+    said = said.replace("<|endoftext|>", "").strip()
+    call = _CALL.search(said) if who == "ASSISTANT" else None
+    if call is None:
+        return {"role": _ROLES[who], "content": said}
+    written = _QUOTED.sub(lambda m: f"{m[1]}{json.dumps(m[2])}{m[3]}", call[1].strip())
+    try:
+        function = json.loads(written)
+    except ValueError:
+        function = None
+    if not isinstance(function, dict):
+        raise row.invalid(
+            "function call that is no JSON",
+            f"the function call {call[1].strip()[:40]!r} in column 'chat' is not the JSON of a call; fix or "
+            "remove the row",
+        )
+    before = said[: call.start()].strip()
+    return {
+        "role": "assistant",
+        "content": before or None,
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+
+
+def _objects(text: str) -> list[Any]:
+    """Return the JSON objects that are in a text one after the other."""
+    decoder, found, at = json.JSONDecoder(), list[Any](), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except ValueError:
+            end = at + 1
+        else:
+            found.append(value)
+        at = text.find("{", end)
+    return found

@@ -1,0 +1,239 @@
+"""Read Parquet files behind a URL, or of a dataset on the hub, over the network, without a copy on disk.
+
+`https://host/rows.parquet` is one file. `hf://datasets/org/name[@revision][/pattern]` is all Parquet files of
+a dataset whose paths match the pattern, such as data/train-*. The bytes of one row group are fetched at a
+time, by HTTP range requests.
+"""
+
+import fnmatch
+import io
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import quote
+
+from jaxft.data.rows.row_parquet import open_parquet, plan_group, planned_batches
+from jaxft.data.rows.urls import file_name, has_hidden_query, without_secrets
+
+ATTEMPTS = 4
+OTHER_FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|arrow|gz|zst|zip)$")
+REQUEST_SECONDS = 60.0  # of a request, and 1 s more for each SLOWEST bytes
+SLOWEST = 1 << 16
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind a URL.
+
+    size: bytes. version: its ETag, date or commit, which changes with its content. private: headers that are
+    sent to the URL's own host alone, such as the hub's token. tag: the ETag or date of the first response,
+    which every later one must have too.
+    """
+
+    url: str
+    size: int
+    version: str
+    private: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    tag: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return file_name(self.url)
+
+    def __str__(self) -> str:
+        return without_secrets(self.url)
+
+    def open(self) -> io.BufferedReader:
+        """Return its bytes as a file that is fetched in ranges."""
+        return io.BufferedReader(_Ranges(self), 1 << 16)
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file that is read by HTTP ranges."""
+
+    def __init__(self, file: RemoteFile):
+        super().__init__()
+        self.file, self.at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.file.size)[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.at + len(buffer), self.file.size)
+        if stop <= self.at:
+            return 0
+        found = _fetch(self.file, self.at, stop)[1]
+        if len(found) != stop - self.at:
+            raise ValueError(
+                f"{self.file}: the server sent {len(found)} bytes of {stop - self.at}; try again"
+            )
+        buffer[: len(found)] = found
+        self.at = stop
+        return len(found)
+
+
+def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
+    """Return the headers of a response and the bytes from `start` to before `stop`."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _in_time(file, stop - start, partial(_request, file, start, stop))
+        except urllib.error.HTTPError as error:
+            if error.code < 400:
+                raise ValueError(
+                    f"{file}: the server's redirect cannot be followed ({error}); download the file"
+                ) from error
+            if error.code < 500 or attempt == ATTEMPTS - 1:
+                raise ValueError(
+                    f"{file}: the server refuses it ({error}); check the URL and your access"
+                ) from error
+        except (OSError, HTTPException) as error:
+            if attempt == ATTEMPTS - 1:
+                raise ValueError(f"{file}: cannot be fetched ({error}); try again") from error
+        time.sleep(2**attempt / 2)
+    raise AssertionError("unreachable")
+
+
+def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, bytes]]) -> tuple[Any, bytes]:
+    """Run a request with a time limit; return its result. Raises its error, or ValueError if it is late.
+
+    A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
+    """
+    found: list[tuple[Any, bytes]] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(request())
+        except BaseException as error:
+            failed.append(error)
+
+    seconds = REQUEST_SECONDS + count / SLOWEST
+    thread = threading.Thread(target=work, name="rows-request", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ValueError(
+            f"{file}: the server did not send {count} bytes in {seconds:.0f} s; try again, or download the "
+            "file"
+        )
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-{stop - 1}"})
+    for name, value in file.private:
+        request.add_unredirected_header(name, value)  # a redirect leads to another host
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
+        if response.status != 206:
+            raise ValueError(f"{file}: the server does not support range requests; download the file")
+        _check_response(file, response.headers, start, stop)
+        found = response.read(stop - start + 1)
+    if len(found) > stop - start:
+        raise ValueError(
+            f"{file}: the server sends more than the {stop - start} bytes that were requested; download the "
+            "file"
+        )
+    return response.headers, found
+
+
+def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
+    """Raise ValueError for another range than the requested one, or of another version of the file."""
+    span = _RANGE.fullmatch(headers.get("Content-Range", ""))
+    if span is None:
+        raise ValueError(f"{file}: the server sends no size; download the file")
+    first, last, size = map(int, span.groups())
+    if file.tag and (size != file.size or _tag(headers) != file.tag):
+        raise ValueError(
+            f"{file}: the file changed while it was read; start again when it is complete, or download it"
+        )
+    if first != start or last >= stop:
+        raise ValueError(
+            f"{file}: the server sends bytes {first}-{last} for {start}-{stop - 1}; download the file"
+        )
+
+
+def _tag(headers: Any) -> str:
+    """Return the ETag or the date of a response, "" without one."""
+    return (headers.get("ETag") or headers.get("Last-Modified") or "").removeprefix("W/")
+
+
+def remote_files(ref: str) -> list[RemoteFile]:
+    """Return the Parquet files of a URL or of a hub dataset. Raises ValueError if there are none."""
+    if "@" in ref.split("/")[2]:
+        raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
+    if not ref.startswith("hf://"):
+        if has_hidden_query(ref):
+            raise ValueError(f"data {ref!r}: runs do not store the query of a URL; give the whole URL again")
+        if OTHER_FILES.search(ref.partition("?")[0]):
+            raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")
+        return [_described(RemoteFile(ref, 0, ""))]
+    found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
+    if found is None:
+        raise ValueError(f"data {ref!r} is not of the form hf://datasets/org/name[@revision][/pattern]")
+    repo, revision, pattern = found.groups()
+    return _hub_files(ref, repo, revision, pattern or "*")
+
+
+def _hub_files(ref: str, repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    api = huggingface_hub.HfApi()
+    try:
+        info = api.dataset_info(repo, revision=revision)
+    except Exception as error:  # its errors have no common type
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{ref}: not found on the hub ({reason}); check the name and the network") from error
+    paths = sorted(file.rfilename for file in info.siblings or ())
+    paths = [path for path in paths if path.endswith(".parquet")]
+    chosen = [path for path in paths if fnmatch.fnmatch(path, pattern) or path.startswith(f"{pattern}/")]
+    if not chosen:
+        known = f"it has {', '.join(paths[:5])}" if paths else "it has none"
+        raise ValueError(f"{ref}: no Parquet file of the dataset matches {pattern!r}; {known}")
+    headers = utils.build_hf_headers()
+    private = tuple((k, v) for k, v in headers.items() if k.lower() == "authorization")
+    folder = f"{api.endpoint}/datasets/{repo}/resolve/{info.sha}"
+    return [_described(RemoteFile(f"{folder}/{quote(path)}", 0, str(info.sha), private)) for path in chosen]
+
+
+def _described(file: RemoteFile) -> RemoteFile:
+    """Return the file with its size, its tag and, if it has none yet, its version."""
+    headers, _ = _fetch(file, 0, 1)
+    tag, size = _tag(headers), int(headers["Content-Range"].rpartition("/")[2])
+    if not tag:
+        raise ValueError(f"{file}: the server sends neither ETag nor date; download the file")
+    return replace(file, size=size, tag=tag, version=file.version or tag)
+
+
+def remote_batches(
+    file: RemoteFile, used: Collection[str] | None = None
+) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield record batches of a Parquet file, and the names of columns that are not in them. used: the names
+    of columns that are read, None for all.
+    """
+    with file.open() as source, open_parquet(source, str(file), "check the URL") as parquet:
+        for group in range(parquet.num_row_groups):  # a reader of several groups fetches all of them
+            plan = plan_group(parquet, source, group, used, str(file))
+            for batch in planned_batches(parquet, source, group, plan):
+                yield batch, plan.others

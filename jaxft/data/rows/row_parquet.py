@@ -1,0 +1,261 @@
+"""Read Parquet files in batches, within limits: a few bytes of one may unpack to billions of values.
+
+Only the columns that are used are read. A column whose dictionary has long values stays encoded, so that the
+size of its rows is known before they are made. Memory is limited by batches, and all rows of a file by
+TOTAL_BYTES: see plan_group.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from jaxft.data.rows.invalid import LINE_BYTES
+
+BATCH_ROWS = 1 << 13
+RATIO = 500  # more than text compresses without a dictionary
+ONCE_BYTES = 6 * LINE_BYTES  # that a batch may take, with RATIO
+TOTAL_BYTES = 8 << 30  # of all rows of a file, with RATIO
+EXPANDED_BYTES = 1 << 30  # of a group's column that Arrow always expands, with RATIO
+VALUE_BYTES = 64  # of a Python object
+_LEVEL_BYTES = 16  # of a value's definition, repetition and index
+
+
+@contextmanager
+def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
+    """Open a Parquet file. Raises ValueError that names it and ends with the remedy if it cannot be read.
+
+    source: a path or an open file. where: its name in errors.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{where}: reading Parquet needs pyarrow; run `pip install datasets`") from error
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            yield file
+    except pyarrow.ArrowMemoryError as error:
+        raise ValueError(
+            f"{where}: no memory to read it ({str(error).splitlines()[0]}); write it with smaller row groups"
+        ) from error
+    except (OSError, pyarrow.ArrowException) as error:
+        problem, first = "not a readable Parquet file", str(error).splitlines()[0]
+        if isinstance(error, pyarrow.ArrowNotImplementedError) or "Not yet implemented" in first:
+            problem, remedy = "a column has a type or an encoding that is not supported", "write it without"
+        raise ValueError(f"{where}: {problem} ({first}); {remedy}") from error
+
+
+class GroupPlan(NamedTuple):
+    """How a row group is read. columns: the names of those that are read. others: of the others. encoded:
+    paths of columns whose dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows
+    that take about LINE_BYTES as text. size: bytes of all rows.
+    """
+
+    columns: tuple[str, ...]
+    others: tuple[str, ...]
+    encoded: tuple[str, ...]
+    batch: int
+    chunk: int
+    size: int
+
+
+def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None, where: str) -> GroupPlan:
+    """Return how to read a row group within limits, from what the file says and a pass over long columns.
+
+    A group is refused, with a ValueError, only if it takes more than RATIO times its bytes in the file, and
+    either ONCE_BYTES at one time, whatever the size of batches, or its rows' part of the file's TOTAL_BYTES
+    (EXPANDED_BYTES in a column that cannot stay encoded). Honest files that repeat long texts stay below
+    these: their rows are read in batches of about LINE_BYTES.
+
+    file: from open_parquet, of `source`. used: the names of columns that are read, None for all.
+    """
+    names, rows = file.schema_arrow.names, file.metadata.row_group(group).num_rows
+    if used is not None:  # names of columns may be spelled with other cases, see columns.respelled
+        known = {name.strip().lower() for name in used}
+        used = {name for name in names if name.strip().lower() in known}
+    columns = tuple(name for name in names if used is None or name in used)
+    found = _columns(file, group, used)
+    packed = RATIO * sum(c.packed for c in found)
+    if sum(c.at_once for c in found) > max(ONCE_BYTES, packed):
+        raise ValueError(
+            f"{where}: row group {group} takes more than {ONCE_BYTES >> 20} MiB in memory at once, {RATIO} "
+            "times its size in the file; write the file again with smaller row groups"
+        )
+    limit = max(packed, TOTAL_BYTES * rows // max(1, file.metadata.num_rows))
+    total, batch, encoded = 0, BATCH_ROWS, []
+    for column in found:
+        size = column.unpacked
+        most = limit if column.has_dictionary else min(limit, max(packed, EXPANDED_BYTES))
+        if column.is_delta:
+            size, fits = _measure(source, file.metadata, group, column, most)
+            batch = min(batch, fits)
+        elif _is_long(source, file.metadata, group, column):
+            encoded.append(column.path)
+            size, _ = _measure(source, file.metadata, group, column, most)
+        total += max(size, column.unpacked) + _LEVEL_BYTES * column.values
+        if size > most or total > limit:
+            passed = most if size > most else limit
+            raise ValueError(
+                f"{where}: row group {group} takes more than {passed >> 20} MiB, {RATIO} times its size in "
+                "the file; write the file again without rows that repeat so long values"
+            )
+    chunk = max(1, min(BATCH_ROWS, LINE_BYTES * rows // max(1, total)))
+    others = tuple(name for name in names if name not in columns)
+    return GroupPlan(columns, others, tuple(encoded), min(batch, chunk), chunk, total)
+
+
+def planned_batches(file: Any, source: Any, group: int, plan: GroupPlan) -> Iterator[Any]:
+    """Yield record batches of a row group. file: from open_parquet, of `source`."""
+    import pyarrow.parquet
+
+    reader = pyarrow.parquet.ParquetFile(source, metadata=file.metadata, read_dictionary=[*plan.encoded])
+    return reader.iter_batches(plan.batch, row_groups=[group], columns=[*plan.columns])
+
+
+class _Column(NamedTuple):
+    """A column of a row group. packed: its bytes in the file. unpacked: of its values without a dictionary's
+    repetition. at_once: that one batch may take, however few rows it has. rows: of the group. has_dictionary:
+    one that need not be expanded.
+    """
+
+    path: str
+    packed: int
+    unpacked: int
+    at_once: int
+    values: int
+    rows: int
+    has_dictionary: bool
+    is_delta: bool
+
+
+def _columns(file: Any, group: int, used: Collection[str] | None) -> list[_Column]:
+    """Return the columns of a group that are used."""
+    found = file.metadata.row_group(group)
+    columns = []
+    for i in range(found.num_columns):
+        chunk, described = found.column(i), file.schema.column(i)
+        path = chunk.path_in_schema
+        if used is not None and not any(f"{path}.".startswith(f"{name}.") for name in used):
+            continue
+        is_fixed, stored = chunk.physical_type == "FIXED_LEN_BYTE_ARRAY", chunk.total_uncompressed_size
+        unpacked = max(stored, chunk.num_values * described.length) if is_fixed else stored
+        at_once = stored
+        if described.max_repetition_level:  # one row may have all values
+            at_once = max(unpacked, _LEVEL_BYTES * chunk.num_values)
+        is_delta = "DELTA_BYTE_ARRAY" in chunk.encodings
+        has_dictionary = chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY" and not is_delta
+        sizes = chunk.total_compressed_size, unpacked, at_once, chunk.num_values, found.num_rows
+        columns.append(_Column(path, *sizes, has_dictionary, is_delta))
+    return columns
+
+
+def _is_long(source: Any, metadata: Any, group: int, column: _Column) -> bool:
+    """Whether a column's dictionary has values so long that its rows may take far more memory than the file
+    says.
+    """
+    plain = 4 * (column.unpacked + LINE_BYTES // 2)
+    if not column.has_dictionary or column.values * column.unpacked <= plain:
+        return False
+    first = next(_read_column(source, metadata, group, column, 1), None)
+    longest = max((_longest(array) for array in first.columns), default=0) if first is not None else 0
+    return column.values * longest > plain
+
+
+def _measure(source: Any, metadata: Any, group: int, column: _Column, limit: int) -> tuple[int, int]:
+    """Return the bytes of a column's values (above `limit` only that it is), and a number of rows of which no
+    batch takes more than about LINE_BYTES in Arrow's memory.
+
+    A value of DELTA_BYTE_ARRAY repeats the beginning of the one before it, so that each may have all bytes of
+    the column: it is first read a few rows at a time.
+    """
+    rows = BATCH_ROWS
+    if column.is_delta:
+        rows = max(1, min(rows, 2 * LINE_BYTES * column.rows // max(1, column.unpacked * column.values)))
+    total = most = 0
+    for batch in _read_column(source, metadata, group, column, rows):
+        size = batch_bytes(batch)
+        total, most = total + size, max(most, size)
+        if total > limit:
+            break
+    return total, max(1, rows * LINE_BYTES // max(1, most))
+
+
+def _read_column(source: Any, metadata: Any, group: int, column: _Column, rows: int) -> Iterator[Any]:
+    """Yield record batches of one column, with its dictionary if it has one."""
+    import pyarrow.parquet
+
+    encoded = [column.path] if column.has_dictionary else []
+    reader = pyarrow.parquet.ParquetFile(
+        source, metadata=metadata, read_dictionary=encoded, buffer_size=1 << 16
+    )
+    return reader.iter_batches(rows, row_groups=[group], columns=[column.path], use_threads=False)
+
+
+def _longest(array: Any) -> int:
+    """Return the bytes of the longest value in the dictionaries of an Arrow array."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    if pyarrow.types.is_dictionary(array.type):
+        return compute.max(compute.binary_length(array.dictionary)).as_py() or 0
+    return max((_longest(part) for part in _parts(array)), default=0)
+
+
+def _parts(array: Any) -> list[Any]:
+    """Return the arrays of a nested Arrow array's values."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(array.type):
+        return array.flatten()
+    if pyarrow.types.is_map(array.type):
+        begin, end = (array.offsets[i].as_py() for i in (0, -1))
+        return [part.slice(begin, end - begin) for part in (array.keys, array.items)]
+    return [array.flatten()] if isinstance(array, _lists()) else []
+
+
+def _lists() -> Any:
+    import pyarrow as pa
+
+    return pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray
+
+
+def batch_rows(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of a record batch as Python objects. They share the values of a column's dictionary."""
+    import pyarrow
+
+    if not any(pyarrow.types.is_dictionary(column.type) for column in batch.columns):
+        return batch.to_pylist()
+    names, columns = batch.schema.names, map(_values, batch.columns)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(array: Any) -> list[Any]:
+    import pyarrow
+
+    if not pyarrow.types.is_dictionary(array.type):
+        return array.to_pylist()
+    indices, found = array.indices.to_pylist(), dict[int | None, Any]({None: None})
+    for index in set(indices) - {None}:
+        found[index] = array.dictionary[index].as_py()
+    return [found[index] for index in indices]
+
+
+def batch_bytes(batch: Any) -> int:
+    """Return about how many bytes the rows of a record batch take as Python objects."""
+    return sum(map(_bytes, batch.columns))
+
+
+def _bytes(array: Any) -> int:
+    import pyarrow
+
+    count = VALUE_BYTES * len(array)
+    if parts := _parts(array):
+        return count + sum(map(_bytes, parts))
+    if not pyarrow.types.is_dictionary(array.type):
+        return count + array.nbytes
+    import pyarrow.compute as compute  # takes 0.1 s
+
+    try:
+        lengths = compute.binary_length(array.dictionary)
+    except pyarrow.ArrowNotImplementedError:  # a dictionary of numbers
+        return count
+    return count + (compute.sum(compute.take(lengths, array.indices)).as_py() or 0)

@@ -1,0 +1,322 @@
+"""The checks of a preference loss on synthetic pairs; `check_loss(probe)` runs them all, those of traits.py
+included.
+
+A check fails where training would go wrong: no finite value per pair, a value that depends on other pairs, no
+gradient or one in the wrong direction, a claim that does not hold.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxft.lab.loss_probe import (
+    PAIR,
+    Check,
+    Curve,
+    LossResult,
+    Probe,
+    close,
+    evaluate_batch,
+    evaluate_each,
+    evaluate_pairs,
+    format_number,
+    margin_curve,
+    margin_span,
+    same_result,
+    shape_of,
+)
+from jaxft.lab.loss_traits import (
+    check_antisymmetry,
+    check_difference,
+    describe_inputs,
+    describe_lengths,
+    describe_reference,
+)
+from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
+from jaxft.objectives.pair import PairBatch
+from jaxft.tree import nearest
+
+CLAIMS = ("antisymmetric", "difference")
+LONG = 4096  # tokens of a long response
+NO_MEAN = (
+    "drop the mean or sum over pairs (the objective weights and sums them), "
+    "or declare the loss with @coupled of pair.py"
+)
+
+
+def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
+    """Run all checks of a loss. claims: those of CLAIMS that its author makes; a false claim fails.
+
+    Raises ValueError for an unknown claim, and if the loss raises.
+    """
+    claims = tuple(claims)
+    for claim in claims:
+        if claim not in CLAIMS:
+            raise ValueError(f"{claim!r} is not a claim; near: {', '.join(nearest(claim, list(CLAIMS)))}")
+    shape = check_shape(probe)
+    if not shape.ok:
+        return (shape,)  # nothing else is meaningful
+    curve = margin_curve(probe, margin_span(probe))
+    first = (
+        shape,
+        check_finite(probe, jnp.float32),
+        check_finite(probe, jnp.bfloat16),
+        check_empty_slots(probe),
+    )
+    usual = check_usual_pairs(probe, curve)
+    if not usual.ok:
+        return (*first, usual)
+    batches = (
+        (check_zero_weight(probe), check_order(probe))
+        if probe.declared.coupled
+        else (check_independence(probe),)
+    )
+    return (
+        describe_inputs(probe),
+        *first,
+        *batches,
+        describe_start(probe),
+        check_first_gradient(curve),
+        check_direction(curve),
+        check_antisymmetry(probe, "antisymmetric" in claims),
+        check_difference(probe, "difference" in claims),
+        describe_reference(probe),
+        *describe_lengths(probe),
+    )
+
+
+# One finite value per pair
+
+
+def check_shape(probe: Probe) -> Check:
+    """The result is an array [B, P] in the dtype of the log-probs."""
+    expected, got = shape_of(probe.loss, probe.kinds, probe.columns)
+    if not isinstance(got, jax.ShapeDtypeStruct):
+        message = f"expected an array {list(expected)}, one value per pair, got a {type(got).__name__}"
+        return Check("shape", False, message)
+    if got.shape != expected:
+        message = f"expected one value per pair, {list(expected)}, got {list(got.shape)}; {NO_MEAN}"
+        return Check("shape", False, message)
+    if got.dtype != jnp.float32:
+        message = f"expected float32 like the log-probs, got {got.dtype}; drop the cast or comparison"
+        return Check("shape", False, message)
+    return Check("shape", True, f"{got.dtype} {list(got.shape)} for a batch {list(expected)}")
+
+
+def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
+    """Pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses of 1 and
+    LONG tokens.
+    """
+    sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
+    policy, reference = (x.ravel() for x in np.meshgrid(sums, sums))
+
+    def rotated(x: np.ndarray, k: int) -> np.ndarray:  # so that every response meets several others
+        return np.concatenate([np.roll(x, k), np.roll(x, 7 * k)])
+
+    ratio = {kind: rotated(policy - reference, k) for k, kind in enumerate(probe.kinds)}
+    known = {kind: rotated(reference, k) for k, kind in enumerate(probe.kinds)}
+    n = np.arange(2 * len(policy))
+    length: dict[str, Any] = {"chosen": np.where(n % 2, LONG, 1), "rejected": np.where(n // 2 % 2, LONG, 1)}
+    length |= dict.fromkeys(probe.kinds[2:], 1)
+    return synthetic_pairs(ratio, length, known, probe.columns, 2 * LONG + 1, dtype)
+
+
+def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
+    """Values and gradients are finite at the extremes."""
+    name, pair = f"finite in {jnp.dtype(dtype).name}", extreme_pairs(probe, dtype)
+    found = evaluate_each(probe, pair)
+    parts = {"the value": found.value, **{f"the gradient on {k}": x for k, x in found.gradient.items()}}
+    bad = {part: ~np.isfinite(x.astype(np.float32)) for part, x in parts.items()}
+    count = int(np.any(list(bad.values()), 0).sum())
+    if not count:
+        message = (
+            "log-probs of policy and reference 0 to -1e5 in all combinations, "
+            f"responses of 1 and {LONG} tokens"
+        )
+        return Check(name, True, message)
+    part = next(part for part, where in bad.items() if where.any())
+    n = int(np.argmax(bad[part]))
+    logp, reference, length = (
+        " and ".join(format_number(getattr(pair.responses[kind], field)[n, 0]) for kind in PAIR)
+        for field in ("logp", "reference", "length")
+    )
+    where = f"log pi of chosen and rejected {logp}, reference {reference}, {length} tokens"
+    message = f"{part} is {float(parts[part][n])} at {where} ({count} such pairs of {len(found.value)})"
+    return Check(
+        name,
+        False,
+        f"{message}; use a stable form: log_sigmoid, expm1, logsumexp, or capped and square of numerics.py",
+    )
+
+
+def check_empty_slots(probe: Probe) -> Check:
+    """The result is finite where responses are missing and in slots of weight 0."""
+    present = {"chosen": np.array([1, 1, 0, 0, 1, 1])}
+    present |= dict.fromkeys(probe.kinds[1:], np.array([1, 0, 1, 0, 1, 1]))
+    length = {kind: TOKENS * x for kind, x in present.items()}
+    pair = pack_rows(synthetic_pairs(dict.fromkeys(probe.kinds, 2.0), length, columns=probe.columns), 2)
+    batches = {
+        "where one response or both are missing": np.ones((3, 2)),
+        "with slots of weight 0 among the pairs": np.array([[1, 1], [1, 0], [0, 1]]),
+        "in a batch whose slots all have weight 0": np.zeros((3, 2)),
+    }
+    for where, weights in batches.items():
+        weight: Any = weights.astype(np.float32)
+        found = evaluate_batch(probe, replace(pair, weight=weight))
+        gradients = {f"the gradient on {k}": x for k, x in found.gradient.items()}
+        for part, x in {"a value": found.value, **gradients}.items():
+            if not np.isfinite(x).all():
+                message = (
+                    f"{part} is not finite {where}; a missing response has log-probs 0, length 1, present 0"
+                )
+                return Check("empty slots", False, f"{message}: guard divisions and logs with jnp.where")
+    return Check("empty slots", True, "finite where responses are missing, and in slots of weight 0")
+
+
+def check_usual_pairs(probe: Probe, curve: Curve) -> Check:
+    """The result is finite at log-ratios of a few nats; the other checks need that."""
+    name, rest = "usual pairs", "the other checks were not run"
+    bad = ~np.isfinite(np.stack([curve.value, *curve.gradient.values()])).all(0)
+    if bad.any():
+        where = _intervals(curve.margin, bad)
+        return Check(name, False, f"value or gradient is not finite at margins {where}; {rest}")
+    found = evaluate_pairs(probe, **varied_pairs(probe.kinds, 24))
+    if not np.isfinite(np.stack([found.value, *found.gradient.values()])).all():
+        return Check(name, False, f"value or gradient is not finite at log-ratios within 8 nats; {rest}")
+    return Check(name, True, "values and gradients are finite")
+
+
+# Pairs in a batch
+
+
+def _flat(found: LossResult) -> LossResult:
+    return jax.tree.map(lambda x: x.reshape(x.size), found)
+
+
+def _six_pairs(probe: Probe) -> PairBatch:
+    return synthetic_pairs(**varied_pairs(probe.kinds, 6), columns=probe.columns)
+
+
+def check_independence(probe: Probe) -> Check:
+    """A pair's value does not depend on other pairs or on its weight."""
+    pair = _six_pairs(probe)
+    weight: Any = (pair.weight / 6).astype(np.float32)
+    alone = evaluate_each(probe, pair)
+    batched = _flat(evaluate_batch(probe, pack_rows(replace(pair, weight=weight), 2)))
+    if same_result(alone, batched):
+        return Check(
+            "independence", True, "a pair's value and gradient are the same alone and among other pairs"
+        )
+    n = int(np.argmax(np.abs(alone.value - batched.value)))
+    values = format_number(alone.value[n]), format_number(batched.value[n])
+    message = f"a pair's value is {values[0]} alone and {values[1]} among six of weight 1/6"
+    return Check("independence", False, f"{message}; {NO_MEAN}; leave pair.weight to the objective")
+
+
+def check_zero_weight(probe: Probe) -> Check:
+    """Slots of weight 0 do not influence the other pairs of a coupled loss."""
+    pair = _six_pairs(probe)
+    alone, rows = evaluate_each(probe, pair), pack_rows(pair, 2)
+    weight: Any = np.array([[1, 0], [0, 0], [0, 0]], np.float32)
+    batched = _flat(evaluate_batch(probe, replace(rows, weight=weight)))
+
+    def first(found: LossResult) -> LossResult:
+        return jax.tree.map(lambda x: x[:1], found)
+
+    if not same_result(first(alone), first(batched)):
+        values = format_number(alone.value[0]), format_number(batched.value[0])
+        message = f"a pair has value {values[0]} alone and {values[1]} with five slots of weight 0"
+        return Check("weight 0", False, f"{message}; count, sum and sort only where pair.weight > 0")
+    if any(x[1:].any() for x in batched.gradient.values()):
+        message = "slots of weight 0 have a gradient; sum and sort only where pair.weight > 0"
+        return Check("weight 0", False, message)
+    return Check("weight 0", True, "slots of weight 0 do not influence the other pairs")
+
+
+def check_order(probe: Probe) -> Check:
+    """The order of pairs does not influence a coupled loss."""
+    pair, order = _six_pairs(probe), np.array([4, 2, 0, 5, 1, 3])
+    first = _flat(evaluate_batch(probe, pack_rows(pair, 2)))
+    second = _flat(evaluate_batch(probe, pack_rows(jax.tree.map(lambda x: x[order], pair), 2)))
+    if same_result(jax.tree.map(lambda x: x[order], first), second):
+        return Check("order", True, "the order of the pairs in a batch has no influence")
+    values = [", ".join(format_number(x) for x in y[:4]) for y in (first.value[order], second.value)]
+    message = f"the same pairs have values {values[0]} in one order and {values[1]} in another"
+    return Check("order", False, f"{message}; microbatches and meshes change the order")
+
+
+# Gradients
+
+
+def describe_start(probe: Probe) -> Check:
+    """The value where the policy equals the reference."""
+    deep, long = np.array([-24.0, -3.0, -400.0, -24.0, -24.0, -90.0]), np.array([16, 16, 16, 4, 48, 5])
+    third = probe.kinds[2:]
+    length = {"chosen": long, "rejected": long[[0, 1, 2, 4, 3, 5]]} | dict.fromkeys(third, TOKENS)
+    known = {"chosen": deep, "rejected": np.roll(deep, 1)} | dict.fromkeys(third, -24.0)
+    value = evaluate_pairs(probe, ratio=dict.fromkeys(probe.kinds, 0.0), length=length, reference=known).value
+    level = evaluate_pairs(probe, ratio=dict.fromkeys(probe.kinds, np.zeros(1))).value
+    text = format_number(level[0]) + (" = log 2" if abs(level[0] - math.log(2)) < 1e-5 else "")
+    message = f"the value is {text} where the policy is the reference"
+    if close(value, np.full_like(value, level[0])):
+        return Check("start", None, f"{message}, for all log-probs and lengths")
+    low, high = format_number(value.min()), format_number(value.max())
+    message += f", at {TOKENS} tokens of log-prob {PER_TOKEN}"
+    return Check("start", None, f"{message}; with other lengths and log-probs {low} to {high}")
+
+
+def check_first_gradient(curve: Curve) -> Check:
+    """The gradient is not 0 where the policy equals the reference, where training starts."""
+    kinds = sorted(curve.gradient, key=lambda kind: kind not in PAIR)
+    gradients = np.stack([curve.gradient[kind] for kind in kinds])
+    first, largest = gradients[:, len(curve.margin) // 2], np.abs(gradients).max()
+    if largest == 0:
+        message = "there is no gradient at any margin; check for a stop_gradient, or a loss without log-probs"
+        return Check("first step", False, message)
+    if np.abs(first).max() < 1e-6 * largest:
+        message = (
+            "there is no gradient where training starts, with the policy at the reference: nothing is learned"
+        )
+        return Check("first step", False, f"{message}; move the loss's flat point away from margin 0")
+    text = ", ".join(f"{format_number(x)} on {kind}" for kind, x in zip(kinds, first, strict=True))
+    return Check("first step", True, f"where the policy is the reference the gradient is {text}")
+
+
+def check_direction(curve: Curve) -> Check:
+    """The gradient raises the chosen response and lowers the rejected one."""
+    name = "direction"
+    span = f"at margins {format_number(curve.margin[0])} to {format_number(curve.margin[-1])}"
+    chosen, rejected = (curve.gradient[kind] for kind in PAIR)
+    least, over = 1e-6 * max(np.abs(chosen).max(), np.abs(rejected).max()), (chosen - rejected) / 2
+    if least == 0:
+        return Check(name, None, "there is no gradient on the chosen or the rejected response")
+    if not (over < -least).any():
+        message = f"nowhere {span} does the gradient raise the margin; change the loss's sign"
+        return Check(name, False, message)
+    wrong = {
+        "lowers the margin": over > least,
+        "lowers chosen": chosen > least,
+        "raises rejected": rejected < -least,
+    }
+    found: dict[str, list[str]] = {}
+    for what, where in wrong.items():
+        if where.any():
+            found.setdefault(_intervals(curve.margin, where), []).append(what)
+    if found:
+        message = "; ".join(f"{' and '.join(what)} at margins {where}" for where, what in found.items())
+        return Check(name, None, message)
+    return Check(name, True, f"never lowers chosen or raises rejected, {span}")
+
+
+def _intervals(margin: np.ndarray, where: np.ndarray) -> str:
+    """The intervals of the margin where a mask is True, as text."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], where.astype(int), [0]])))
+    ends = [(margin[a], margin[b - 1]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    texts = [format_number(a) if a == b else f"{format_number(a)} to {format_number(b)}" for a, b in ends]
+    return ", ".join(texts[:3]) + (" and more" if len(texts) > 3 else "")

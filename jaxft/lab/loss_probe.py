@@ -1,0 +1,242 @@
+"""A preference loss on synthetic pairs, without a model: its values, its gradients, its curve over the
+margin.
+
+`probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each and evaluate_batch call
+it; laws.py checks the results. A margin is c - r, the summed log-ratio log pi(y) - log pi_ref(y) of the
+chosen response minus that of the rejected one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs
+from jaxft.objectives.pair import PairBatch, PreferenceLoss, declaration, loss_values
+from jaxft.tree import struct
+
+PAIR = ("chosen", "rejected")
+THIRDS = ("mismatched", "gold")  # a third response that a loss may need
+ROWS = 96  # pairs that are evaluated at once; one number, so that a loss is compiled once
+NO_OPTIMISATION = {"xla_backend_optimization_level": 0}  # compiling takes far longer than the few calls
+SPANS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+@struct
+class LossResult:
+    """Values of pairs, and for each kind of response the gradient d value / d log pi(response).
+
+    A nat is spread evenly over the response's tokens. A negative gradient raises the response's log-prob.
+    """
+
+    value: Float[Any, "..."]
+    gradient: dict[str, Float[Any, "..."]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of a check: whether it passes (None for a description that neither passes nor fails), and a
+    message.
+    """
+
+    name: str
+    ok: bool | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A loss, the kinds of responses and the columns that its pairs have, and its two compiled forms."""
+
+    name: str
+    loss: Callable[..., Array]
+    declared: PreferenceLoss
+    kinds: tuple[str, ...]
+    columns: tuple[str, ...]
+    run_each: Callable[[PairBatch], LossResult]
+    run_batch: Callable[[PairBatch], LossResult]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values and gradients [N] over margins [N]."""
+
+    margin: np.ndarray
+    value: np.ndarray
+    gradient: dict[str, np.ndarray]
+
+
+# A loss and its inputs
+
+
+def loss_at_start(loss: Callable[..., Array], pair: PairBatch) -> Array:
+    """The loss's values, with its state at step 0."""
+    init = declaration(loss).init
+    return loss_values(loss, pair, {name: jnp.asarray(x, jnp.float32) for name, x in init.items()})
+
+
+def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) -> Probe:
+    """Find the third response and the columns that the loss needs (columns are 1 in all pairs, `margin` 0),
+    and compile it.
+
+    columns: further ones. Raises ValueError with the loss's own message, `from` its error, if it fails with
+    all inputs.
+    """
+    failed = dict[str, tuple[str, Exception]]()
+    for kinds in (PAIR, *((*PAIR, third) for third in THIRDS)):
+        try:
+            found = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns))))
+        except Exception as error:  # a user's function may raise anything
+            failed.setdefault(one_line(error), (kinds[-1], error))
+            continue
+        run = partial(_run_with_gradient, loss)
+        each, batch = (jax.jit(fn, compiler_options=NO_OPTIMISATION) for fn in (jax.vmap(run), run))
+        return Probe(name, loss, declaration(loss), kinds, found, each, batch)
+    texts = [
+        f"with a third response `{kind}`: {text}" if kind in THIRDS else text
+        for text, (kind, _) in failed.items()
+    ]
+    raise ValueError(f"{name} fails: {'; '.join(texts)}") from next(iter(failed.values()))[1]
+
+
+def _find_columns(
+    loss: Callable[..., Array], kinds: tuple[str, ...], columns: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The columns, and those for which the loss raises KeyError. Raises what the loss raises."""
+    try:
+        shape_of(loss, kinds, columns)
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if not isinstance(name, str) or name in (*columns, *PAIR, *THIRDS) or len(columns) > 16:
+            raise
+        return _find_columns(loss, kinds, (*columns, name))
+    return columns
+
+
+def shape_of(
+    loss: Callable[..., Array], kinds: tuple[str, ...], columns: tuple[str, ...]
+) -> tuple[tuple[int, int], Any]:
+    """A batch's shape [B, P], and the shape and dtype of the loss's result for it."""
+    pair = pack_rows(synthetic_pairs(dict.fromkeys(kinds, np.zeros(6)), columns=columns), 2)
+    return (3, 2), jax.eval_shape(partial(loss_at_start, loss), pair)
+
+
+def one_line(error: Exception) -> str:
+    """An error as one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+
+
+# Values and gradients
+
+
+def _add_nats(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
+    """The pairs with `nats` more log-prob of each kind of response, spread evenly over its tokens."""
+    responses = {kind: replace(x, logp=x.logp + nats[kind]) for kind, x in pair.responses.items()}
+    each = pair.spread({kind: nats[kind] / x.length for kind, x in pair.responses.items()})
+    return replace(pair, responses=responses, tokens=replace(pair.tokens, logp=pair.tokens.logp + each))
+
+
+def _run_with_gradient(loss: Callable[..., Array], pair: PairBatch) -> LossResult:
+    """As in the objective, slots without weight are excluded from the sum, not from the computation."""
+
+    def total(nats: dict[str, Array]) -> tuple[Array, Array]:
+        values = loss_at_start(loss, _add_nats(pair, nats))
+        return jnp.sum(jnp.where(pair.weight > 0, values, jnp.zeros((), values.dtype))), values
+
+    zeros = {kind: jnp.zeros_like(pair.weight) for kind in pair.responses}
+    gradient, value = jax.grad(total, has_aux=True)(zeros)
+    return LossResult(value, gradient)
+
+
+def _run(probe: Probe, fn: Callable[[PairBatch], LossResult], pair: PairBatch) -> LossResult:
+    try:
+        return jax.tree.map(np.asarray, fn(pair))
+    except Exception as error:  # a user's function is traced here, forward and backward
+        where = f"on a batch {list(pair.weight.shape[-2:])} in {pair.weight.dtype}"
+        raise ValueError(f"{probe.name} fails {where}: {one_line(error)}") from error
+
+
+def evaluate_batch(probe: Probe, pair: PairBatch) -> LossResult:
+    """Values and gradients [B, P] of pairs that form one batch. Raises ValueError if the loss fails."""
+    return _run(probe, probe.run_batch, pair)
+
+
+def evaluate_each(probe: Probe, pair: PairBatch) -> LossResult:
+    """Values and gradients [N] of pairs [N, 1], each in a separate batch. Raises ValueError if the loss
+    fails.
+    """
+    N = pair.weight.shape[0]
+    parts = []
+    for begin in range(0, N, ROWS):
+        rows = np.minimum(np.arange(begin, begin + ROWS), N - 1)
+        found = _run(probe, probe.run_each, jax.tree.map(lambda x, rows=rows: x[rows][:, None], pair))
+        parts.append(jax.tree.map(lambda x, n=N - begin: x[:n, 0, 0], found))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def evaluate_pairs(probe: Probe, **given: Any) -> LossResult:
+    """evaluate_each of synthetic_pairs with `ratio`, `length` and `reference`."""
+    return evaluate_each(probe, synthetic_pairs(**given, columns=probe.columns))
+
+
+def close(*found: np.ndarray) -> bool:
+    """Whether arrays are finite and equal within float32's precision."""
+    if not all(np.isfinite(x).all() for x in found):
+        return False
+    scale = max(float(np.abs(x).max(initial=0)) for x in found)
+    return all(bool((np.abs(x - found[0]) <= 1e-4 * scale).all()) for x in found)
+
+
+def same_result(*found: LossResult) -> bool:
+    """Whether values and gradients are the same."""
+    gradients = [np.stack(list(x.gradient.values())) for x in found]
+    return close(*(x.value for x in found)) and close(*gradients)
+
+
+# Curves
+
+
+def evaluate_margins(
+    probe: Probe, margin: np.ndarray, length: Mapping[str, Any] | int = TOKENS
+) -> LossResult:
+    """Pairs [N], each in a separate batch; half the margin is gained by the chosen response, half lost by the
+    rejected one.
+
+    The reference's log-probs are low enough for the policy's to stay below 0, and the same for all margins.
+    """
+    known = -max(-TOKENS * PER_TOKEN, 0.55 * float(np.abs(margin).max()))
+    ratio = {"chosen": margin / 2, "rejected": -margin / 2} | dict.fromkeys(probe.kinds[2:], 0.0)
+    return evaluate_pairs(probe, ratio=ratio, length=length, reference=known)
+
+
+def margin_span(probe: Probe) -> float:
+    """How far in nats a curve must go to show the loss's bends; for DPO 3 / beta.
+
+    The smallest of SPANS within which the slope over the margin changes by most of its value at 0.
+    """
+    for reach in SPANS:
+        found = evaluate_margins(probe, np.linspace(-reach, reach, 25))
+        slope = found.gradient["chosen"] - found.gradient["rejected"]
+        if not np.isfinite(slope).all():
+            break
+        if np.abs(slope - slope[12]).max() > 0.8 * np.abs(slope[12]) > 0:
+            return reach
+    return 30.0  # a straight line, one that is flat at 0, or one that is not finite
+
+
+def margin_curve(probe: Probe, span: float, length: Mapping[str, Any] | int = TOKENS) -> Curve:
+    """The loss over margins from -span to span, closer together near 0."""
+    margin = span * np.sinh(np.linspace(-3, 3, 2 * ROWS - 1)) / np.sinh(3.0)
+    found = evaluate_margins(probe, margin, length)
+    return Curve(margin, found.value, found.gradient)
+
+
+def format_number(x: Any) -> str:
+    """A number with four digits."""
+    return f"{float(x) + 0.0:.4g}"  # no -0

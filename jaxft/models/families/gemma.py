@@ -1,0 +1,309 @@
+"""Gemma 1, Gemma 2 and VaultGemma: scaled embeddings, norms that multiply by 1 + weight, soft caps. Their
+config.json, presets and models.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxft.annotations import POSITIVE_FLOAT32
+from jaxft.models.dense import (
+    dense_mlp,
+    dense_model,
+    llama_specs,
+    names_of,
+    one_stack,
+    self_attention,
+)
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.model import ForwardOptions, Model
+from jaxft.nn.attention.attention import AttentionSettings
+from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
+from jaxft.nn.contractions import accumulation_dtype
+from jaxft.nn.layers import rms_norm, split_keys
+from jaxft.nn.lm_head import lm_head
+from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.tensor_names import TensorName, WeightNames
+from jaxft.tree import Params
+
+
+@dataclass(frozen=True)
+class GemmaConfig(DenseConfig):
+    """Sizes of a Gemma 1."""
+
+
+@dataclass(frozen=True)
+class Gemma2Config(DenseConfig):
+    """Sizes of a Gemma 2.
+
+    query_pre_attn_scalar: attention scores are q k^T divided by its square root. window: keys that layers of
+    type "sliding_attention" attend to. attn_softcap, final_softcap: c in c * tanh(x / c), which is applied to
+    attention scores and to logits; None for no soft cap. Raises ValueError for a value out of range.
+    """
+
+    query_pre_attn_scalar: Annotated[float, POSITIVE_FLOAT32] = 256.0
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    attn_softcap: Annotated[float | None, POSITIVE_FLOAT32, "attn_logit_softcapping"] = None
+    final_softcap: Annotated[float | None, POSITIVE_FLOAT32, "final_logit_softcapping"] = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.layer_types) != self.layers:
+            raise ValueError(
+                f"config: layer_types must have a type for each of the {self.layers} layers, got "
+                f"{len(self.layer_types)} types"
+            )
+        if (self.window is None) == (SLIDING in self.layer_types):
+            raise ValueError(
+                f"config: sliding_window must be set if and only if layer_types has {SLIDING}, got "
+                f"sliding_window={self.window}"
+            )
+
+
+@dataclass(frozen=True)
+class VaultGemmaConfig(Gemma2Config):
+    """Sizes of a VaultGemma, a Gemma 2 without the norms after attention and MLP."""
+
+
+TANH = "gelu_pytorch_tanh"
+COMMON: dict[str, Any] = {
+    "head_dim": 256, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+GEMMA2_DEFAULTS = {
+    **COMMON, "num_key_value_heads": 4, "hidden_activation": TANH, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+_FIXED = {"attention_bias": False}
+_GEMMA = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
+_GEMMA2 = ConfigFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
+_VAULT = ConfigFormat("vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation")
+
+
+def check_causal(hf: dict[str, Any]) -> None:
+    """Raise ValueError for an encoder, such as EmbeddingGemma."""
+    if hf.get("use_bidirectional_attention"):
+        raise ValueError(
+            "config: use_bidirectional_attention=true is not supported: this model is an encoder, and jaxft "
+            "has causal language models"
+        )
+
+
+def gemma_from_hf(hf: dict[str, Any]) -> GemmaConfig:
+    """Parse a Gemma 1's config.json. Raises ValueError that names a missing or unsupported value."""
+    check_causal(hf)
+    act = hf.get("hidden_act", TANH)
+    act = TANH if act == "gelu" else act  # the first files call the approximation gelu
+    if hf.get("hidden_activation") not in (None, act):
+        raise ValueError(
+            f"config: hidden_activation={hf['hidden_activation']!r:.60}, which transformers 4 uses, is not "
+            f"hidden_act, which transformers 5 reads as {act!r:.60}; set both to {TANH!r}, Google's value"
+        )
+    defaults = COMMON | {"num_key_value_heads": 16}
+    return GemmaConfig(**fields_from_hf({**defaults, **hf, "hidden_act": act}, _GEMMA))
+
+
+def gemma_to_hf(c: GemmaConfig) -> dict[str, Any]:
+    """Return the dict of a Gemma 1's config.json."""
+    hf = fields_to_hf(c, _GEMMA)
+    return hf | {"hidden_activation": hf["hidden_act"]}
+
+
+def capped_fields(hf: dict[str, Any], form: ConfigFormat, period: int) -> dict[str, Any]:
+    """Return the fields of a Gemma2Config. Without layer_types, every period-th layer has full attention."""
+    check_causal(hf)
+    fields = fields_from_hf(hf, form)
+    types = read_layer_types(hf, alternating(fields["layers"], period))
+    return fields | {
+        "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
+        "window": window_from_hf(hf) if SLIDING in types else None,
+        "layer_types": types,
+        "attn_softcap": hf["attn_logit_softcapping"],
+        "final_softcap": hf["final_logit_softcapping"],
+    }
+
+
+def capped_settings(c: Gemma2Config) -> dict[str, Any]:
+    """Return the settings of config.json for the fields that Gemma2Config adds to DenseConfig."""
+    scalar = c.query_pre_attn_scalar
+    return {
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "sliding_window": c.window or c.max_positions,  # transformers needs a number even if no layer uses it
+        "layer_types": list(c.layer_types),
+        "attn_logit_softcapping": c.attn_softcap,
+        "final_logit_softcapping": c.final_softcap,
+    }
+
+
+def gemma2_from_hf(hf: dict[str, Any]) -> Gemma2Config:
+    """Parse a Gemma 2's config.json. Raises ValueError that names a missing or unsupported value."""
+    return Gemma2Config(**capped_fields({**GEMMA2_DEFAULTS, **hf}, _GEMMA2, 2))
+
+
+def gemma2_to_hf(c: Gemma2Config) -> dict[str, Any]:
+    """Return the dict of a Gemma 2's config.json."""
+    return fields_to_hf(c, _GEMMA2) | capped_settings(c)
+
+
+def vaultgemma_from_hf(hf: dict[str, Any]) -> VaultGemmaConfig:
+    """Parse a VaultGemma's config.json. Raises ValueError that names a missing or unsupported value."""
+    return VaultGemmaConfig(**capped_fields({**GEMMA2_DEFAULTS, **hf}, _VAULT, 2))
+
+
+def vaultgemma_to_hf(c: VaultGemmaConfig) -> dict[str, Any]:
+    """Return the dict of a VaultGemma's config.json."""
+    return fields_to_hf(c, _VAULT) | capped_settings(c)
+
+
+_END_OF_TURN = 107
+_G: dict[str, Any] = dict(
+    vocab=256000, head_dim=256, norm_eps=1e-6, tied=True, max_positions=8192, bos=2, eos=(1,),
+    activation="gelu_tanh",
+)  # fmt: skip
+_GEMMA_2B = GemmaConfig(**_G, width=2048, layers=18, heads=8, kv_heads=1, mlp=16384)
+_GEMMA_7B = GemmaConfig(**_G, width=3072, layers=28, heads=16, kv_heads=16, mlp=24576)
+GEMMA_PRESETS: dict[str, GemmaConfig] = {
+    f"google/{name}": config
+    for config, names in (
+        (_GEMMA_2B, ("gemma-2b", "gemma-2b-it", "gemma-1.1-2b-it")),
+        (_GEMMA_7B, ("gemma-7b", "gemma-7b-it", "gemma-1.1-7b-it")),
+    )
+    for name in names
+}
+
+
+def alternating(layers: int, period: int) -> tuple[str, ...]:
+    """Return the layer types of a model in which every period-th layer has full attention."""
+    return tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
+
+
+def _gemma2(size: str, **sizes: Any) -> dict[str, Gemma2Config]:
+    """Return presets of a base model and its instruction-tuned version, which differ in their end tokens."""
+    settings: dict[str, Any] = dict(window=4096, attn_softcap=50.0, final_softcap=30.0)
+    types = alternating(sizes["layers"], 2)
+    config = Gemma2Config(**(_G | settings | sizes), layer_types=types)
+    name = f"google/gemma-2-{size}"
+    return {name: config, f"{name}-it": replace(config, eos=(1, _END_OF_TURN))}
+
+
+GEMMA2_PRESETS: dict[str, Gemma2Config] = {
+    **_gemma2("2b", width=2304, layers=26, heads=8, kv_heads=4, mlp=9216),
+    **_gemma2("9b", width=3584, layers=42, heads=16, kv_heads=8, mlp=14336),
+    **_gemma2(
+        "27b", width=4608, layers=46, heads=32, kv_heads=16, head_dim=128, mlp=36864,
+        query_pre_attn_scalar=144.0,
+    ),
+}  # fmt: skip
+
+
+def gemma(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Gemma 1 config. options: remat and residual of dense_model."""
+    attention = uniform(config.layers, config.head_dim, config.rope)
+    return gemma_model(config, gemma_specs(config), {}, attention, dtype, **options)
+
+
+def gemma2(config: Gemma2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Gemma 2 config. options: remat and residual of dense_model."""
+    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
+    attention = capped_attention(config, kinds)
+    return gemma_model(config, four_norms(config), FOUR_NORMS, attention, dtype, **options)
+
+
+def vaultgemma(config: VaultGemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a VaultGemma config. options: remat and residual of dense_model."""
+    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
+    attention, names = capped_attention(config, kinds), {"layers/mlp_norm": FOUR_NORMS["layers/mlp_norm"]}
+    return gemma_model(config, gemma_specs(config), names, attention, dtype, **options)
+
+
+# Functions that all Gemma families share.
+
+
+def gemma_model(
+    config: DenseConfig, specs: dict[str, Any], names: WeightNames, attention: AttentionLayers,
+    dtype: DTypeLike, **options: Any,
+) -> Model:  # fmt: skip
+    """Build the Model of any Gemma family. names: tensor names that differ from Llama's."""
+    cap = config.final_softcap if isinstance(config, Gemma2Config) else None
+    architecture = one_stack(
+        specs,
+        names_of(specs, names),
+        gemma_layer,
+        attention,
+        norm=offset_rms_norm,
+        embed_scale=config.width**0.5,
+        logits=lm_head if cap is None else partial(capped_logits, cap),
+    )
+    return dense_model(config, architecture, dtype, **options)
+
+
+def offset_rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: DTypeLike
+) -> Float[Array, "... D"]:
+    """Return `x / sqrt(mean(x^2) + eps) * (1 + weight)`, computed in float32 or wider, as `out`."""
+    wide = weight.astype(accumulation_dtype(weight.dtype))
+    return rms_norm(x, wide + jnp.ones((), wide.dtype), eps, out)
+
+
+def capped_logits(cap: float, params: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Return `cap * tanh(logits / cap)` in float32 or wider."""
+    logits = lm_head(params, h)
+    limit = jnp.asarray(cap, logits.dtype)
+    return limit * jnp.tanh(logits / limit)
+
+
+def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionLayers:
+    """Return the AttentionLayers of a config, with its scale and soft cap of the scores. kinds: the LayerKind
+    of each layer type.
+    """
+    layers = typed_layers(c.layer_types, kinds, c.head_dim)
+    return replace(layers, scale=c.query_pre_attn_scalar**-0.5, settings=AttentionSettings(c.attn_softcap))
+
+
+def gemma_layer(
+    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
+) -> tuple[Float[Array, "B T D"], Extras]:
+    """Compute Llama's layer with Gemma's norms. Norms of q and k per head, and norms of the outputs of
+    attention and MLP, are applied if the family declares them.
+    """
+    c, keys = f.config, split_keys(key, 7)
+
+    def norm(x: Array, name: str, parameters: Params, dtype: DTypeLike) -> Array:
+        weight = parameters.get(name)
+        return x.astype(dtype) if weight is None else offset_rms_norm(x, weight, c.norm_eps, dtype)
+
+    def norms(attn: Params, q: Array, k: Array) -> tuple[Array, Array]:
+        return norm(q, "q_norm", attn, f.dtype), norm(k, "k_norm", attn, f.dtype)
+
+    o, extras = self_attention(c, p["attn"], norm(h_BTD, "attn_norm", p, f.dtype), attend, keys[:4], norms)
+    h_BTD = h_BTD + norm(o, "post_attn_norm", p, h_BTD.dtype)
+    down = dense_mlp(c, p["mlp"], norm(h_BTD, "mlp_norm", p, f.dtype), keys[4:])
+    return h_BTD + norm(down, "post_mlp_norm", p, h_BTD.dtype), extras
+
+
+def gemma_specs(c: DenseConfig) -> dict[str, Any]:
+    """Declare Gemma 1's parameters: Llama's, with norm weights that are initialised to 0."""
+    specs, norm = llama_specs(c), ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))
+    specs["layers"] |= {"attn_norm": norm, "mlp_norm": norm}
+    return specs | {"final_norm": ParamSpec((c.width,), ("norm",), full(0.0))}
+
+
+def four_norms(c: DenseConfig) -> dict[str, Any]:
+    """Declare Gemma 2's parameters: Gemma 1's, and norms after attention and MLP."""
+    specs = gemma_specs(c)
+    norm = specs["layers"]["attn_norm"]
+    specs["layers"] |= {"post_attn_norm": norm, "post_mlp_norm": norm}
+    return specs
+
+
+FOUR_NORMS: WeightNames = {
+    "layers/post_attn_norm": TensorName("model.layers.{i}.post_attention_layernorm.weight"),
+    "layers/mlp_norm": TensorName("model.layers.{i}.pre_feedforward_layernorm.weight"),
+    "layers/post_mlp_norm": TensorName("model.layers.{i}.post_feedforward_layernorm.weight"),
+}

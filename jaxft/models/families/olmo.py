@@ -1,0 +1,192 @@
+"""OLMo 2 and OLMo 3: norms after attention and MLP instead of before, q and k norms over all heads at once.
+In OLMo 3, three of four layers have a sliding window and another rope.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxft.distributed.sharding import constrain
+from jaxft.models.dense import (
+    attention_biases,
+    dense_model,
+    llama_specs,
+    names_of,
+    one_stack,
+    self_attention,
+)
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.model import ForwardOptions, Model
+from jaxft.nn.attention.layer_attention import Attend, Extras, LayerKind, uniform
+from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
+from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.rope import Rope
+from jaxft.nn.tensor_names import TensorName, WeightNames
+from jaxft.tree import Params
+
+
+@dataclass(frozen=True)
+class Olmo2Config(DenseConfig):
+    """Sizes of an OLMo 2. attention_bias: whether all four projections of attention have biases."""
+
+    attention_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Olmo3Config(Olmo2Config):
+    """Sizes of an OLMo 3. layer_types: of each layer, "full_attention" (uses rope) or "sliding_attention"
+    (uses local_rope and the window).
+    """
+
+    local_rope: Rope = Rope()
+    window: int | None = 4096
+    layer_types: tuple[str, ...] = ()
+
+
+def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of an OLMo 2 config. options: remat and residual of dense_model."""
+    specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
+    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
+    specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+def _specs(c: Olmo2Config) -> dict[str, Any]:
+    specs = postnorm_specs(c)
+    for norm, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads)):
+        shape = (c.layers, heads * c.head_dim)
+        specs["layers"]["attn"][norm] = ParamSpec(shape, ("layers", "norm"), full(1.0))
+    if c.attention_bias:
+        specs["layers"]["attn"] |= attention_biases(c)
+    return specs
+
+
+def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Extras]:
+    def norm(x: Array, weight: Array) -> Array:
+        return rms_norm(x.reshape(*x.shape[:2], -1), weight, f.config.norm_eps, f.dtype).reshape(x.shape)
+
+    def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
+        return norm(q, p["q_norm"]), norm(k, p["k_norm"])
+
+    return postnorm_layer(f, p, h, attend, key, norms)
+
+
+# A layer with norms after attention and MLP, which EXAONE 4 uses too.
+
+POST_NORM_NAMES: WeightNames = {
+    "layers/post_attn_norm": TensorName("model.layers.{i}.post_attention_layernorm.weight"),
+    "layers/post_mlp_norm": TensorName("model.layers.{i}.post_feedforward_layernorm.weight"),
+}
+
+
+def postnorm_specs(c: DenseConfig) -> dict[str, Any]:
+    """Declare Llama's parameters, but with norms after attention and MLP instead of before."""
+    specs = llama_specs(c)
+    for norm in ("attn_norm", "mlp_norm"):
+        specs["layers"][f"post_{norm}"] = specs["layers"].pop(norm)
+    return specs
+
+
+def postnorm_layer(
+    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
+    norms: Callable[[Params, Array, Array], tuple[Array, Array]],
+) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
+    """Compute `h += norm(attention(h)); h += norm(mlp(h))`. norms: see self_attention."""
+    c, keys = f.config, split_keys(key, 7)
+    o, extras = self_attention(c, p["attn"], h_BTD.astype(f.dtype), attend, keys[:4], norms)
+    h_BTD = h_BTD + rms_norm(o, p["post_attn_norm"], c.norm_eps, h_BTD.dtype)
+    down = constrain(gated_mlp(p["mlp"], h_BTD.astype(f.dtype), keys[4:]), "rows", "time", "act_width")
+    return h_BTD + rms_norm(down, p["post_mlp_norm"], c.norm_eps, h_BTD.dtype), extras
+
+
+_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
+_OLMO2 = ConfigFormat("olmo2", "Olmo2ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS)
+_OLMO3 = ConfigFormat(
+    "olmo3", "Olmo3ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS | {"rope_theta": 500000.0},
+    local_theta="rope_theta",
+)  # fmt: skip
+
+
+def olmo2_from_hf(hf: dict[str, Any]) -> Olmo2Config:
+    """Parse an OLMo 2's config.json. Raises ValueError that names a missing or unsupported value."""
+    return Olmo2Config(**fields_from_hf(hf, _OLMO2), attention_bias=bool(hf.get("attention_bias", False)))
+
+
+def olmo3_from_hf(hf: dict[str, Any]) -> Olmo3Config:
+    """Parse an OLMo 3's config.json. Raises ValueError that names a missing or unsupported value."""
+    fields, window = fields_from_hf(hf, _OLMO3), window_from_hf({"sliding_window": 4096, **hf})
+    types = read_layer_types(hf, _every_fourth_full(fields["layers"]))
+    if window is None and SLIDING in types:
+        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
+    bias = bool(hf.get("attention_bias", False))
+    return Olmo3Config(**fields, attention_bias=bias, window=window, layer_types=types)
+
+
+def olmo2_to_hf(c: Olmo2Config) -> dict[str, Any]:
+    """Return the dict of an OLMo 2's config.json."""
+    return fields_to_hf(c, _OLMO2) | {"attention_bias": c.attention_bias}
+
+
+def olmo3_to_hf(c: Olmo3Config) -> dict[str, Any]:
+    """Return the dict of an OLMo 3's config.json."""
+    out = fields_to_hf(c, _OLMO3, c.local_rope)
+    if c.rope.theta != c.local_rope.theta:  # transformers 4 cannot express that; 5 reads rope_parameters
+        del out["rope_theta"]
+    own = {"sliding_window": c.window, "layer_types": list(c.layer_types)}
+    return out | {"attention_bias": c.attention_bias} | own
+
+
+def _every_fourth_full(count: int) -> tuple[str, ...]:
+    return tuple(FULL if i % 4 == 3 else SLIDING for i in range(count))
+
+
+_OLMO: dict[str, Any] = dict(
+    head_dim=128, rope=Rope(500000.0), norm_eps=1e-6, bos=None, eos=(100257,)  # <|endoftext|>
+)  # fmt: skip
+_YARN = Rope(
+    500000.0, kind="yarn", factor=8.0, original_max_positions=8192, beta_fast=32.0, beta_slow=1.0,
+    attention_factor=1.2079441541679836,
+)  # fmt: skip
+
+
+def _olmo2(name: str, **sizes: Any) -> dict[str, Olmo2Config]:
+    """Return presets of a base model and its instruction-tuned version, which have the same settings."""
+    config = Olmo2Config(vocab=100352, max_positions=4096, **_OLMO, **sizes)
+    return {f"allenai/{name}": config, f"allenai/{name}-Instruct": config}
+
+
+def _olmo3(*names: str, layers: int, **sizes: Any) -> dict[str, Olmo3Config]:
+    """Return presets of a base model and the models trained from it, which have the same settings."""
+    settings = _OLMO | {"rope": _YARN, "local_rope": _OLMO["rope"], "layers": layers}
+    types = _every_fourth_full(layers)
+    config = Olmo3Config(vocab=100278, max_positions=65536, layer_types=types, **settings, **sizes)
+    return {f"allenai/{name}": config for name in names}
+
+
+OLMO2_PRESETS: dict[str, Olmo2Config] = {
+    **_olmo2("OLMo-2-0425-1B", width=2048, layers=16, heads=16, kv_heads=16, mlp=8192),
+    **_olmo2("OLMo-2-1124-7B", width=4096, layers=32, heads=32, kv_heads=32, mlp=11008),
+    **_olmo2("OLMo-2-1124-13B", width=5120, layers=40, heads=40, kv_heads=40, mlp=13824),
+    **_olmo2("OLMo-2-0325-32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
+}
+OLMO3_PRESETS: dict[str, Olmo3Config] = {
+    **_olmo3(
+        "Olmo-3-1025-7B", "Olmo-3-7B-Instruct", "Olmo-3-7B-Think",
+        width=4096, layers=32, heads=32, kv_heads=32, mlp=11008,
+    ),
+    **_olmo3(
+        "Olmo-3-1125-32B", "Olmo-3-32B-Think", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648,
+    ),
+}  # fmt: skip

@@ -1,0 +1,181 @@
+"""Qwen2 and Qwen2.5 (Llama's layer with q, k and v biases), and Qwen3 (with q and k norms per head)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxft.models.dense import (
+    attention_biases,
+    dense_model,
+    head_norms,
+    llama_specs,
+    names_of,
+    one_stack,
+    prenorm_layer,
+    qkv_biases,
+)
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.model import ForwardOptions, Model
+from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, LayerKind
+from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.rope import Rope
+from jaxft.tree import Params
+
+
+@dataclass(frozen=True)
+class QwenConfig(DenseConfig):
+    """Sizes of a Qwen2. window: keys that layers of type "sliding_attention" attend to. layer_types: () for
+    full attention in all layers.
+    """
+
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Qwen3Config(QwenConfig):
+    """Sizes of a Qwen3. attention_bias: whether all four projections of attention have biases."""
+
+    attention_bias: bool = False
+
+
+def qwen2(config: QwenConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Qwen2 or Qwen2.5 config. options: remat and residual of dense_model."""
+    specs = llama_specs(config)
+    specs["layers"]["attn"] |= qkv_biases(config)
+    return dense_model(
+        config, one_stack(specs, names_of(specs), prenorm_layer, _attention(config)), dtype, **options
+    )
+
+
+def qwen3(config: Qwen3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Qwen3 config. options: remat and residual of dense_model."""
+    specs, L = llama_specs(config), config.layers
+    norms = ("q_norm", "k_norm")
+    specs["layers"]["attn"] |= {
+        name: ParamSpec((L, config.head_dim), ("layers", "norm"), full(1.0)) for name in norms
+    }
+    if config.attention_bias:
+        specs["layers"]["attn"] |= attention_biases(config)
+    return dense_model(
+        config, one_stack(specs, names_of(specs), _qwen3_layer, _attention(config)), dtype, **options
+    )
+
+
+def _qwen3_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
+    return prenorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
+
+
+def _attention(c: QwenConfig) -> AttentionLayers:
+    kinds = {FULL: LayerKind(c.rope), SLIDING: LayerKind(c.rope, c.window)}
+    return typed_layers(c.layer_types or (FULL,) * c.layers, kinds, c.head_dim)
+
+
+_DEFAULTS = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
+_QWEN2 = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
+_QWEN3 = ConfigFormat("qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128})
+
+
+def _fields(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    fields = fields_from_hf(hf, form)
+    if not hf.get("use_sliding_window", False):
+        if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):
+            raise ValueError("config: layer_types has sliding_attention, but use_sliding_window is false")
+        return fields
+    window, first = window_from_hf({"sliding_window": 4096, **hf}), hf.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"config: max_window_layers must be a whole number, got {first!r:.60}")
+    default = [SLIDING if window and i >= first else FULL for i in range(fields["layers"])]
+    types = read_layer_types(hf, default)
+    if SLIDING not in types:
+        return fields
+    if window is None:
+        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
+    return fields | {"window": window, "layer_types": types}
+
+
+def qwen2_from_hf(hf: dict[str, Any]) -> QwenConfig:
+    """Parse a Qwen2's config.json. Raises ValueError that names a missing or unsupported value."""
+    return QwenConfig(**_fields(hf, _QWEN2))
+
+
+def qwen3_from_hf(hf: dict[str, Any]) -> Qwen3Config:
+    """Parse a Qwen3's config.json. Raises ValueError that names a missing or unsupported value."""
+    return Qwen3Config(**_fields(hf, _QWEN3), attention_bias=bool(hf.get("attention_bias", False)))
+
+
+def _to_hf(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
+    types = list(c.layer_types or (FULL,) * c.layers)
+    return fields_to_hf(c, form) | {
+        "use_sliding_window": SLIDING in types,
+        "sliding_window": c.window,
+        "max_window_layers": types.index(SLIDING) if SLIDING in types else c.layers,
+        "layer_types": types,
+    }
+
+
+def qwen2_to_hf(c: QwenConfig) -> dict[str, Any]:
+    """Return the dict of a Qwen2's config.json."""
+    return _to_hf(c, _QWEN2)
+
+
+def qwen3_to_hf(c: Qwen3Config) -> dict[str, Any]:
+    """Return the dict of a Qwen3's config.json."""
+    return _to_hf(c, _QWEN3) | {"attention_bias": c.attention_bias}
+
+
+_IM_END, _ENDOFTEXT = 151645, 151643
+
+
+def _qwen25(size: str, **sizes: Any) -> dict[str, QwenConfig]:
+    """Return presets of a Qwen2.5 base model and its instruction-tuned version."""
+    common: dict[str, Any] = dict(
+        vocab=152064, head_dim=128, rope=Rope(1e6), norm_eps=1e-6, max_positions=32768, bos=_ENDOFTEXT
+    )
+    c = common | sizes
+    base = {
+        "max_positions": 32768 if size in ("0.5B", "3B") else 131072,
+        "norm_eps": 1e-5 if c["width"] >= 5120 else 1e-6,  # 14B and larger
+        "eos": (_ENDOFTEXT,),
+    }
+    return {
+        f"Qwen/Qwen2.5-{size}": QwenConfig(**(c | base)),
+        f"Qwen/Qwen2.5-{size}-Instruct": QwenConfig(**c, eos=(_IM_END, _ENDOFTEXT)),
+    }
+
+
+def _qwen3(size: str, **sizes: Any) -> dict[str, Qwen3Config]:
+    common: dict[str, Any] = dict(
+        vocab=151936, head_dim=128, kv_heads=8, rope=Rope(1e6), norm_eps=1e-6, bos=_ENDOFTEXT
+    )
+    c = common | sizes
+    return {
+        f"Qwen/Qwen3-{size}": Qwen3Config(**c, max_positions=40960, eos=(_IM_END, _ENDOFTEXT)),
+        f"Qwen/Qwen3-{size}-Base": Qwen3Config(**c, max_positions=32768, eos=(_ENDOFTEXT,)),
+    }
+
+
+_SMALL = {"vocab": 151936, "tied": True}
+QWEN2_PRESETS: dict[str, QwenConfig] = {
+    **_qwen25("0.5B", width=896, layers=24, heads=14, kv_heads=2, mlp=4864, **_SMALL, head_dim=64),
+    **_qwen25("1.5B", width=1536, layers=28, heads=12, kv_heads=2, mlp=8960, **_SMALL),
+    **_qwen25("3B", width=2048, layers=36, heads=16, kv_heads=2, mlp=11008, **_SMALL),
+    **_qwen25("7B", width=3584, layers=28, heads=28, kv_heads=4, mlp=18944),
+    **_qwen25("14B", width=5120, layers=48, heads=40, kv_heads=8, mlp=13824),
+    **_qwen25("32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
+    **_qwen25("72B", width=8192, layers=80, heads=64, kv_heads=8, mlp=29568),
+}
+QWEN3_PRESETS: dict[str, Qwen3Config] = {
+    **_qwen3("0.6B", width=1024, layers=28, heads=16, mlp=3072, tied=True),
+    **_qwen3("1.7B", width=2048, layers=28, heads=16, mlp=6144, tied=True),
+    **_qwen3("4B", width=2560, layers=36, heads=32, mlp=9728, tied=True),
+    **_qwen3("8B", width=4096, layers=36, heads=32, mlp=12288),
+    **_qwen3("14B", width=5120, layers=40, heads=40, mlp=17408),
+}
+QWEN3_PRESETS["Qwen/Qwen3-32B"] = Qwen3Config(
+    vocab=151936, width=5120, layers=64, heads=64, kv_heads=8, head_dim=128, mlp=25600, rope=Rope(1e6),
+    norm_eps=1e-6, max_positions=40960, bos=_ENDOFTEXT, eos=(_IM_END, _ENDOFTEXT),
+)  # fmt: skip

@@ -1,0 +1,383 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a separate tree that is attached to the base at trace
+time.
+
+An adapter has the base's paths; each adapted kernel [*L, I, O], stacked along any lead axes L, has `a`
+[*L, I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank; with DoRA also `magnitude` [*L, O], see
+nn/adapters/dora.py. Without attaching it, the model is the base model bit for bit.
+
+Where kernels of a stack have different ranks, R is the largest: the further columns of `a` and rows of `b`
+are zero. Both of their gradients are then zero, so that they stay zero in training; they are not exported.
+
+Several adapters that go through the model together have one more axis, "adapters", the last of the lead axes.
+"""
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxft import tree
+from jaxft.annotations import BELOW_ONE, at_least, between, check_bounds
+from jaxft.nn.adapters import dora, full_modules
+from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_name
+from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
+from jaxft.nn.quant.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
+from jaxft.tree import Params, static, struct
+
+# Layers that compute several projections by one matrix, and the layers that other models have in their place.
+FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+ADAPTERS = "adapters"  # the axis over several adapters, behind the lead axes of their base
+# The number of axes behind the lead axes, of the leaves that several adapters have.
+OWN_AXES = {"a": 2, "b": 2, "scale": 0, "magnitude": 1, "gain": 1, "score": 2}
+EVA = "eva"
+INITIAL_ADAPTER = "initial_adapter"  # in a run's parameters: its policy's adapter at step 0, for heads
+AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA settings, named as in PEFT.
+
+    rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank.
+    dropout: fraction of an adapter's inputs that are dropped in training.
+    targets: "all-linear" (every linear layer of the blocks, routers excepted), a tuple of module names ("q",
+    "v", "gate", "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one
+    such name, or a regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
+
+    rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
+    pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
+    one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
+    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/adapters/lora_patterns.py.
+
+    Trained in full in addition, and saved with the adapter (targets may be empty with them).
+    modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
+    model, always is), with the modules in them; the base keeps its weights. bias: the biases of all or of the
+    adapted layers. trainable_token_indices: the rows of these tokens in the embedding table. token_head: also
+    in a head of its own (a tied head has the same rows).
+
+    dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
+    use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
+    quantised base) start from the base's weights and store the base without that part, and "qera" starts
+    from the error of a calibrated base, see weights/calibrate/lora_start.py; with these four the exported adapter is
+    for the unchanged base and has twice the rank. "eva" starts from the inputs of the layers on the run's
+    rows and gives modules other ranks with the same sum, see train/start/eva.py. eva_rho: the largest rank of a
+    module, as a multiple of its rank; in training each module has the memory of that rank, and the exported
+    adapter the chosen ranks. eva_tokens: how many tokens of the run's first batches "eva" reads.
+    """
+
+    rank: Annotated[int, at_least(1)] = 16
+    alpha: float = 32.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] = ()
+    token_head: bool = True
+    dora: bool = False
+    init: AdapterInit = "default"
+    eva_rho: Annotated[float, between(1, 1000)] = 2.0
+    eva_tokens: Annotated[int, at_least(1)] = 16384
+
+    def __post_init__(self):
+        check_bounds(self, "adapter")
+        if self.init != EVA and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
+            raise ValueError("adapter.eva_rho and adapter.eva_tokens need adapter.init=eva; leave them out")
+        if not self.token_head and not self.trainable_token_indices:
+            raise ValueError("adapter.token_head=false needs adapter.trainable_token_indices; leave it out")
+        if self.changes_base and (self.dora or self.replaces_weights):
+            raise ValueError(
+                f"adapter.init={self.init} changes the base; it needs adapter.dora=false, and no "
+                "modules_to_save, bias or trainable_token_indices"
+            )
+        if not 0.0 < abs(self.alpha) < 3.4e38 or not abs(self.scale) > 1e-37:  # of float32
+            raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
+        layers = self.layers_to_transform or ()
+        if len(set(layers)) < len(layers):
+            raise ValueError(
+                f"adapter.layers_to_transform={','.join(map(str, layers))} has a layer twice; list each once"
+            )
+        for pattern, rank in self.rank_pattern:
+            if rank < 1:
+                raise ValueError(
+                    f"adapter.rank_pattern: the rank of {pattern!r} must be at least 1, got {rank}"
+                )
+        for pattern, alpha in self.alpha_pattern:
+            if not 0.0 < abs(alpha) < 3.4e38:
+                raise ValueError(f"adapter.alpha_pattern: {pattern!r} must be finite and not 0, got {alpha}")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base is stored without a part of it, which the adapter has at step 0."""
+        return self.init in RESIDUAL_INITS
+
+    @property
+    def exported(self) -> "Adapter":
+        """The settings of the adapter that a run writes: of twice the rank if the base was changed, for the
+        unchanged one.
+        """
+        return self.doubled if self.changes_base else self
+
+    @property
+    def doubled(self) -> "Adapter":
+        """The settings of an adapter whose pairs have twice the rank and the same scales."""
+        times = 2**0.5 if self.rslora else 2
+        ranks = tuple((pattern, 2 * rank) for pattern, rank in self.rank_pattern)
+        alphas = tuple((pattern, times * alpha) for pattern, alpha in self.alpha_pattern)
+        wider = replace(self, rank=2 * self.rank, rank_pattern=ranks, init="default")
+        return replace(wider, alpha=times * self.alpha, alpha_pattern=alphas)
+
+    @property
+    def scale(self) -> float:
+        """The factor of (x a) b, of modules with the default rank and alpha."""
+        return self.scale_of(self.rank, self.alpha)
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether parameters of the base are trained in full, beside the pairs."""
+        saved = set(self.modules_to_save) - set(SCORE_MODULES)
+        return bool(saved or self.trainable_token_indices or self.bias != "none")
+
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank of any module."""
+        return max([self.rank, *(rank for _, rank in self.rank_pattern)])
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        """The factor of (x a) b of a module with this rank and alpha."""
+        return alpha / (rank**0.5 if self.rslora else rank)
+
+
+@struct
+class Adapted:
+    """A base weight with its adapter, for nn.matmul.linear. `weight` is None for a tied head.
+
+    Leaves have the base's lead axes L, which scan and vmap slice, and if `over` is (ADAPTERS,) one more
+    behind them, over K adapters.
+    """
+
+    weight: Any
+    a: Any  # [*L, I, R], or a ParamSpec
+    b: Any  # [*L, R, O]
+    scale: Any  # [*L]
+    dropout: float = static(default=0.0)
+    magnitude: Any = None  # [*L, O] with DoRA
+    gain: Any = None  # [*L, O], in place of a magnitude: constant factors of the outputs, for inference
+    rows: Any = None  # [*L, B]: the adapter of each row of the input, where all others are over K adapters
+    over: tuple[str, ...] = static(default=())
+
+
+@struct
+class Several:
+    """Parameters of K adapters that go through a model together: every leaf has an axis ADAPTERS."""
+
+    params: Any
+
+
+def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
+    """Return the paths of the base kernels that `targets` selects.
+
+    Raises ValueError, with near misses, for a target that selects nothing.
+    """
+    kernels = {p: axes for p, s in spec_paths(specs).items() if (axes := kernel(s))}
+    blocks = [p for p, axes in kernels.items() if "layers" in axes.lead]
+    heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
+    if targets == "all-linear":
+        return [p for p in blocks if not kernels[p].is_router]
+    if not targets:
+        raise ValueError(
+            "adapter.targets names no layer; use all-linear, or some of "
+            + ", ".join(p.rsplit("/", 1)[-1] for p in [*blocks, *heads])
+        )
+    if isinstance(targets, str) and is_name(targets) and "." not in targets:
+        targets = (targets,)
+    if isinstance(targets, str):
+        pattern = tree.regex(targets, "adapter.targets")
+        selected = [p for p in [*blocks, *heads] if pattern.fullmatch(p)]
+        if not selected:
+            raise ValueError(
+                f"adapter.targets={targets!r} matches no kernel; the paths are "
+                f"{', '.join([*blocks, *heads])}; or list names of modules, such as "
+                f"{','.join(p.rpartition('/')[2] for p in blocks[:2])}"
+            )
+        return selected
+    ends = {path: path.rpartition("/")[2] for path in [*blocks, *heads]}
+    end_by_name = {end: end for end in ends.values()}
+    end_by_name |= {f"{end}_proj": end for end in ends.values()}
+    end_by_name |= {"lm_head": "head", "embed_tokens": "embed"}
+    for name in targets:
+        if name not in end_by_name:
+            _refuse_part(name, end_by_name.keys())
+            near = ", ".join(tree.nearest(name, list(end_by_name)))
+            raise ValueError(f"adapter.targets: {name!r} is not a linear layer; near: {near}")
+    wanted = {end_by_name[name] for name in targets}
+    return [path for path, end in ends.items() if end in wanted]
+
+
+def _refuse_part(name: str, known: AbstractSet[str]) -> None:
+    """Raise ValueError for a part of a fused layer of the model, or a fused layer that it has in parts."""
+    asked = name.removesuffix("_proj")
+    for fused, parts in FUSED_PARTS.items():
+        if asked in parts and fused in known:
+            raise ValueError(
+                f"adapter.targets: {name!r} is a part of the layer {fused!r} ({fused}_proj) of this model, "
+                f"which has one adapter; use {fused!r}"
+            )
+        if asked == fused and known & set(parts):
+            raise ValueError(
+                f"adapter.targets: {name!r} is {len(parts)} layers in this model; use {', '.join(parts)}"
+            )
+
+
+def pair_axes(base: ParamSpec) -> dict[str, tuple[str, ...]]:
+    """Return the logical axes of the leaves of a kernel's pair."""
+    *lead, ins, outs = base.axes
+    of_outputs = dict.fromkeys(("magnitude", "gain"), (*lead, outs))
+    return {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": (*lead,), **of_outputs}
+
+
+def is_pair(node: Any) -> bool:
+    """Whether a node of an adapter's tree is the pair of a kernel."""
+    return isinstance(node, dict) and {"a", "b", "scale"} <= node.keys()
+
+
+def attach(
+    base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, ...] = (), rows: Any = None
+) -> Any:
+    """Return the base tree with each adapted leaf as an Adapted node, and replaced parameters in their place;
+    nothing is copied or computed.
+
+    adapter: a tree, None, or Several. token_ids: the tokens of replaced rows. rows [B]: row i of the
+    activations has adapter rows[i] of Several.
+    """
+    over = (ADAPTERS,) if isinstance(adapter, Several) else ()
+
+    def walk(name: str, base: Any, node: Any) -> Any:
+        if is_pair(node):
+            pair = node["a"], node["b"], node["scale"]
+            own = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
+            return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), own, over)
+        if full_modules.is_replacement(node):
+            return full_modules.attach_replacement(name, base, node, token_ids)
+        if not node:
+            return base
+        return {**base, **{inner: walk(inner, base.get(inner), node[inner]) for inner in node}}
+
+    return walk("", base, adapter.params if isinstance(adapter, Several) else adapter)
+
+
+def join_adapters(adapter: Any, other: Any) -> Any:
+    """Return the adapter that changes a base as both do together: pairs side by side, with the sum of their
+    ranks.
+
+    adapter: None for none. A parameter that it replaces stays as it is, and the weights that its magnitudes
+    (DoRA) rescale include the pairs of `other`, which has nothing but pairs.
+    """
+    if not adapter:
+        return other
+    if not other or full_modules.is_replacement(adapter):
+        return adapter
+    if is_pair(adapter):
+        factor = (other["scale"] / adapter["scale"])[..., None, None]
+        a = jnp.concatenate([adapter["a"], other["a"]], -1)
+        return {**adapter, "a": a, "b": jnp.concatenate([adapter["b"], factor * other["b"]], -2)}
+    return {**other, **{name: join_adapters(node, other.get(name)) for name, node in adapter.items()}}
+
+
+def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
+    """Return {"a", "b", "scale"} of each adapted weight by its path, and {"weight"} or {"rows"} of each
+    replaced one; {} for None.
+    """
+    pairs: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.paths(adapter or {}).items():
+        above, _, name = path.rpartition("/")
+        pairs.setdefault(above, {})[name] = leaf
+    return pairs
+
+
+def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
+    xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
+    *lead, _, own = pair["a"].shape
+    same, more = [(0, 0)] * len(lead), (0, rank - own)
+    a, b = xp.pad(pair["a"], [*same, (0, 0), more]), xp.pad(pair["b"], [*same, more, (0, 0)])
+    return {**pair, "a": a, "b": b}
+
+
+def map_kernels(
+    fn: Callable[[jax.Array, dict[str, Any]], jax.Array], base: Params, pairs: dict[str, dict[str, Any]]
+) -> dict[str, jax.Array]:
+    """Return `fn(weight, pair)` of pairs by path: of each kernel of a stack by itself, dequantised."""
+    weights = tree.paths(base, is_qtensor)
+
+    def call(path: str, weight: Any, pair: dict[str, Any]) -> jax.Array:
+        plain = dequantize(weight) if is_qtensor(weight) else weight
+        return fn(plain if path in weights else plain.T, pair)  # a tied head is the table transposed
+
+    return {
+        path: map_stack(partial(call, path), pair["scale"].shape, weights.get(path, base.get("embed")), pair)
+        for path, pair in pairs.items()
+    }
+
+
+def stack_adapters(adapters: Sequence[Any]) -> Any:
+    """Stack adapters of the same kernels into one tree, each leaf [K, ...]; smaller ranks are padded with
+    zeros.
+    """
+
+    def stack(*leaves: jax.Array) -> jax.Array:
+        shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
+        widths = [[(0, n - m) for m, n in zip(x.shape, shape, strict=True)] for x in leaves]
+        return jnp.stack([jnp.pad(x, width) if width else x for x, width in zip(leaves, widths, strict=True)])
+
+    return jax.tree.map(stack, *adapters)
+
+
+def several(stacks: dict[str, Any]) -> dict[str, Several]:
+    """Return stacks of adapters and heads by name for one forward pass with all of them: the axis over
+    adapters is behind the lead axes.
+    """
+    moved = tree.map_with_path(lambda path, x: jnp.moveaxis(x, 0, adapters_axis(path)), stacks)
+    return {name: Several(x) for name, x in moved.items()}
+
+
+def adapters_axis(path: str) -> int:
+    """Return the number of the axis over several adapters in a leaf, which follows its lead axes."""
+    return -1 - OWN_AXES[path.rpartition("/")[2]]
+
+
+def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
+    """Return adapter `number` of a stack, truncated to the rank of `like`."""
+    return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
+
+
+def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:
+    """Return `w + scale a b`, with DoRA rescaled to its magnitudes, computed in float32 or wider, in `dtype`,
+    of one kernel or a stack.
+    """
+    wide = np.promote_types(dtype, np.float32)
+    w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
+    a, b, scale = (jnp.asarray(pair[name], wide) for name in ("a", "b", "scale"))
+    low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)
+    merged = w + low
+    return (dora.rescaled(merged, pair["magnitude"]) if "magnitude" in pair else merged).astype(dtype)
+
+
+def merge_node(
+    path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
+) -> jax.Array:
+    """Return a base's parameter, or one layer of it, with what an adapter has at its path, in `dtype`."""
+    if full_modules.is_replacement(node):
+        return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
+    return merge_leaf(weight, node, dtype)

@@ -1,0 +1,403 @@
+"""Caches for generation: prompts once, and the tokens that each completion adds.
+
+A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
+completions of the prompt share, and to the keys of its own tokens. Layers with a sliding window of W tokens
+cache only the last W of both (rounded up to a multiple of 64 if W is larger). Recurrent layers cache a state
+of each prompt and row.
+
+The caches of prompts and of rows are tuples with a part for each layer of the model's blocks (see scan.py),
+trees of Keys, and of RecurrentState where a layer is recurrent.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft.distributed.sharding import constrain
+from jaxft.nn.attention.cached_attention import (
+    Keys,
+    RowGroups,
+    cached_attention,
+    chunk_attention,
+    joined_keys,
+)
+from jaxft.nn.attention.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
+from jaxft.nn.contractions import from_bits, to_bits
+from jaxft.tree import static, struct
+
+CacheFormat = Literal["compute", "int8", "fp8"]  # of stored keys and values; compute: the compute dtype
+K_AXES = ("layers", "rows", "kv_heads", "head_dim", "whole_time")
+V_AXES = ("layers", "rows", "kv_heads", "whole_time", "head_dim")
+SCALE_AXES = ("layers", "rows", "kv_heads", "whole_time")
+
+
+@struct
+class LayerKeys:
+    """Keys of all layers: full, of those that attend to all tokens, and window, of those with a window.
+
+    Either is None if the model has no such layers.
+    """
+
+    full: Keys | None
+    window: Keys | None
+
+
+@struct
+class RecurrentState:
+    """A recurrent layer's state of each prompt or row. axes: the names of those behind the first two."""
+
+    value: Any  # [L, B, ...]
+    axes: tuple[str, ...] = static()
+
+
+CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its elements
+
+
+@struct
+class PromptKeys:
+    """The cache of prompts, and which slots [P, S] have tokens. Prompts end in the last slot."""
+
+    layers: CacheParts
+    visible: Any
+
+
+@struct
+class Cache:
+    """The cached arrays of P prompts and of R completions of at most `new` tokens.
+
+    rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
+    row's keys in the same order whenever the row started.
+    """
+
+    prompts: PromptKeys
+    rows: CacheParts
+    new: int = static()
+
+    def part(self, number: int) -> "Cache":
+        """Return the cache with one of its parts alone, without the tuples around it."""
+        prompts = replace(self.prompts, layers=self.prompts.layers[number])
+        return replace(self, prompts=prompts, rows=self.rows[number])
+
+
+@struct
+class NextToken:
+    """The token of each row that a decoding step processes.
+
+    positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R].
+    groups: which rows complete which prompt. read, prompt_read: only the first slots of rows and the last
+    ones of prompts are read; None for all.
+    """
+
+    positions: Any
+    counts: Any
+    groups: RowGroups
+    read: int | None = static(default=None)
+    prompt_read: int | None = static(default=None)
+
+
+@struct
+class GivenChunk:
+    """A chunk of given tokens for each of r rows in progress, which one pass over the model appends.
+
+    ids [r, C]: padded on the right. lengths [r]: tokens of each row's chunk. counts [r]: tokens of its
+    completion before the chunk. positions [r]: of the chunk's first token in the row's text. rows [r]: rows
+    of the cache; beyond the last, nothing is stored. prompts [r]: prompt slots of these rows.
+    """
+
+    ids: Any
+    lengths: Any
+    counts: Any
+    positions: Any
+    rows: Any
+    prompts: Any
+
+
+SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of this
+
+
+def row_slots(tokens: int) -> int:
+    """Return how many slots to store for this many tokens: above 64, the next multiple of 64.
+
+    XLA's CPU compiler sums 64, 128 or more slots in the same order, if the additional ones are 0. So
+    attention does not depend on how many slots a step reads, or how long other prompts are.
+    """
+    return tokens if tokens <= SLOTS_PER_READ else -(-tokens // SLOTS_PER_READ) * SLOTS_PER_READ
+
+
+def empty_keys(
+    a: AttentionLayers, heads: int, rows: int, slots: int, dtype: Any, stored: CacheFormat = "compute"
+) -> LayerKeys:
+    """Return zeros for the keys of all layers. dtype: of the computation."""
+
+    def of(layers: int, size: int) -> Keys | None:
+        if not layers:
+            return None
+        shape = layers, rows, heads, a.head_dim, size
+        if stored == "compute":
+            bits = to_bits(jnp.zeros((), dtype)).dtype
+            return Keys(jnp.zeros(shape, bits), jnp.zeros((*shape[:3], size, a.head_dim), bits))
+        kind, scales = STORED_DTYPES[stored], jnp.zeros((*shape[:3], size), jnp.float32)
+        return Keys(jnp.zeros(shape, kind), jnp.zeros((*shape[:3], size, a.head_dim), kind), scales, scales)
+
+    windows = int(a.windowed.sum())
+    return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, row_slots(a.longest_window))))
+
+
+# E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
+STORED_DTYPES: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.uint8}
+LARGEST = {"int8": 127.0, "uint8": 448.0}
+
+
+def store(k: Array, v: Array, like: Keys) -> Keys:
+    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: as raw bits or, with a scale per
+    token and head, as int8 or E4M3.
+    """
+    if like.k_scale is None:
+        return Keys(to_bits(k), to_bits(v))
+    (k, k_scale), (v, v_scale) = _scaled(k, -2, like.k.dtype), _scaled(v, -1, like.v.dtype)
+    return Keys(k, v, k_scale, v_scale)
+
+
+def _scaled(x: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
+    x = x.astype(jnp.float32)
+    largest = jnp.asarray(LARGEST[jnp.dtype(dtype).name], jnp.float32)
+    scale = jnp.abs(x).max(axis) / largest
+    x = x / jnp.expand_dims(jnp.where(scale == 0, jnp.ones_like(scale), scale), axis)
+    if dtype == jnp.int8:
+        return jnp.round(x).astype(dtype), scale
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), dtype), scale
+
+
+def prompt_keys(k: Array, v: Array, a: AttentionLayers) -> LayerKeys:
+    """Return the keys of left-padded prompts, from k [L, P, K, E, S] and v [L, P, K, S, E] as raw bits."""
+    windowed = a.windowed
+
+    def of(layers: np.ndarray, keep: int | None) -> Keys | None:
+        if not layers.any():
+            return None
+        own_k, own_v = (k, v) if layers.all() else (k[np.flatnonzero(layers)], v[np.flatnonzero(layers)])
+        start = 0 if keep is None else max(0, k.shape[4] - keep)
+        return Keys(own_k[..., start:], own_v[:, :, :, start:])
+
+    return LayerKeys(of(~windowed, None), of(windowed, row_slots(a.longest_window)))
+
+
+def is_keys(x: Any) -> bool:
+    """Whether a node of a cache's parts is one of Keys."""
+    return isinstance(x, Keys)
+
+
+def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
+    """Return the cache with new prompts in these prompt slots [p]; slots beyond the last are ignored.
+
+    new: in the compute dtype.
+    """
+
+    def put(old: Any, fresh: Any) -> Any:
+        if is_keys(old):
+            fresh = store(from_bits(fresh.k, dtype), from_bits(fresh.v, dtype), old)
+        return jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), old, fresh)
+
+    layers = jax.tree.map(put, cache.prompts.layers, new.layers, is_leaf=is_keys)
+    visible = cache.prompts.visible.at[slots].set(new.visible, mode="drop")
+    return replace(cache, prompts=PromptKeys(sharded(layers), visible))
+
+
+def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
+    """Return the cache of prompts padded on the left to the slots of `like`, as it is of longer prompts."""
+
+    def pad(x: Array, slots: int, axis: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (slots - x.shape[axis], 0)
+        return jnp.pad(x, widths)
+
+    def of(own: Any, other: Any) -> Any:
+        return Keys(pad(own.k, other.k.shape[4], 4), pad(own.v, other.k.shape[4], 3)) if is_keys(own) else own
+
+    layers = jax.tree.map(of, keys.layers, like.layers, is_leaf=is_keys)
+    return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
+
+
+def cache_axes(layers: CacheParts) -> CacheParts:
+    """Return the logical axes of every array of a cache's parts."""
+
+    def of(x: Any) -> Any:
+        if isinstance(x, RecurrentState):
+            return replace(x, value=("layers", "rows", *x.axes))
+        scale = None if x.k_scale is None else SCALE_AXES
+        return Keys(K_AXES, V_AXES, scale, scale)
+
+    return jax.tree.map(of, layers, is_leaf=lambda x: isinstance(x, Keys | RecurrentState))
+
+
+def sharded(layers: CacheParts) -> CacheParts:
+    """Shard a cache's parts over rows and heads."""
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), layers, cache_axes(layers))
+
+
+def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
+    """Return the cached arrays of these rows (or prompts)."""
+    return jax.tree.map(lambda x: x[:, rows], layers)
+
+
+def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
+    """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
+
+    def cleared(x: Array) -> Array:
+        return x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
+
+    def of(x: Any) -> Any:
+        if not is_keys(x):
+            return x
+        return replace(x, v=cleared(x.v), v_scale=jax.tree.map(cleared, x.v_scale))
+
+    return jax.tree.map(of, layers, is_leaf=is_keys)
+
+
+def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: Any = True) -> Keys:
+    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
+
+    layer: its index in `keys`. counts: tokens of the completions, including this one, int32 [R]. `used` false
+    leaves all unchanged.
+    """
+    new, layers, size = store(k, v, keys), keys.k.shape[0], keys.k.shape[4]
+    slots = (counts - 1) % jnp.asarray(size, counts.dtype)
+    layer = jnp.where(used, layer, layers).astype(counts.dtype)  # beyond the last, it is dropped
+    at_R2 = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], -1)
+
+    def put(axis: int, old: Array, x: Array) -> Array:
+        # rows are a batching dimension, so that each device of a mesh updates its own
+        where = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(1, old.ndim - 2)),
+            inserted_window_dims=(0, axis),
+            scatter_dims_to_operand_dims=(0, axis),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        )
+        updates = x.squeeze(axis - 1)
+        return jax.lax.scatter(
+            old, at_R2, updates, where, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
+        )
+
+    return _map_slots(put, keys, new)
+
+
+def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
+    """Map `fn(axis of the slots, array, ...)` over the arrays of Keys."""
+    axes = Keys(4, 3) if keys.k_scale is None else Keys(4, 3, 3, 3)
+    return jax.tree.map(fn, axes, keys, *others)
+
+
+def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
+    """Return the rows' keys with those of a chunk, which are as `store` returns them, with all layers."""
+
+    def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
+        if keys is None:
+            return None
+        own = new if layers.all() else jax.tree.map(lambda x: x[np.flatnonzero(layers)], new)
+        return append_chunk(keys, own, chunk)
+
+    return LayerKeys(of(rows.full, ~a.windowed), of(rows.window, a.windowed))
+
+
+def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
+    """Return keys with those of a chunk: k [L, r, K, E, C] and v [L, r, K, C, E]."""
+    rows, size, C = keys.k.shape[1], keys.k.shape[4], new.k.shape[4]
+    i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
+    slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)
+    stored = (i < chunk.lengths[:, None]) & (i >= chunk.lengths[:, None] - size)  # the last ones of a window
+    at = jnp.where(stored, chunk.rows[:, None], rows)
+
+    def put(axis: int, old: Array, x: Array) -> Array:
+        index = (slice(None), at, *(slice(None),) * (axis - 2), slots)
+        return old.at[index].set(jnp.moveaxis(x, (1, axis), (0, 1)), mode="drop")
+
+    return _map_slots(put, keys, new)
+
+
+@struct
+class Step:
+    """The arrays that the layers of a decoding step share: the prompts' visible slots, and the rows' tokens.
+
+    group_counts [P, G]: counts of the rows of each prompt.
+    """
+
+    at: NextToken
+    visible: Any
+    group_counts: Any
+
+
+def attend(
+    q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], index: Array, step: Step, rule: AttentionRule
+) -> Float[Array, "R 1 H E"]:
+    """Return the attention of each row's token in one layer.
+
+    keys: of prompts and of rows, where the layer is at `index`. rule: window and soft cap.
+    """
+    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
+    size, at = rows.k.shape[3], step.at
+    rows = rows if at.read is None else rows.part(0, min(at.read, size))
+    if at.prompt_read is not None:
+        prompts = prompts.part(max(0, prompts.k.shape[3] - at.prompt_read), prompts.k.shape[3])
+    slots, counts = jnp.arange(rows.k.shape[3], dtype=at.counts.dtype), at.counts[:, None]
+    # tokens between the key and the query
+    back = (counts - 1 - slots[None]) % jnp.asarray(size, counts.dtype)
+    seen_rows = back < counts
+    used = prompts.k.shape[3]
+    from_end = jnp.arange(used - 1, -1, -1, dtype=at.counts.dtype)
+    seen_prompts = step.visible[:, None, step.visible.shape[1] - used :]
+    if rule.window is not None:
+        seen_rows &= back < rule.window
+        seen_prompts = seen_prompts & (step.group_counts[:, :, None] + from_end[None, None] < rule.window)
+    return cached_attention(q[:, 0], (prompts, seen_prompts), (rows, seen_rows), at.groups, rule.softcap)[
+        :, None
+    ]
+
+
+def attend_chunk(
+    qkv: tuple[Float[Array, "r C H E"], Float[Array, "r K E C"], Float[Array, "r K C E"]],
+    keys: tuple[Keys, Keys],
+    index: Array,
+    at: tuple[GivenChunk, Array],
+    rule: AttentionRule,
+) -> Float[Array, "r C H E"]:
+    """Return the attention of each row's chunk in one layer: to its prompt, to its stored keys and causally
+    to itself.
+
+    qkv: of the chunk. keys: as in attend, before the chunk is stored. at: the chunk, and which slots of
+    prompts are visible.
+    """
+    (q, k, v), (chunk, visible) = qkv, at
+    prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
+    prompts, rows = prompts.of_rows(chunk.prompts), rows.of_rows(chunk.rows)
+    used, size, counts = prompts.k.shape[3], rows.k.shape[3], chunk.counts[:, None]
+
+    def numbers(count: int) -> Array:
+        return jnp.arange(count, dtype=counts.dtype)[None]
+
+    # places in the text, counted from the first token of the completion
+    nowhere = jnp.asarray(EVERY_KEY, counts.dtype)
+    of_prompts = jnp.where(visible[chunk.prompts, -used:], numbers(used) - used, nowhere)
+    of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)
+    of_rows = jnp.where(of_rows >= 0, of_rows, nowhere)
+    of_chunk = counts + numbers(q.shape[1])
+    stored = joined_keys([prompts, rows, Keys(k, v)])
+    places = jnp.concatenate([of_prompts, of_rows, of_chunk], 1)
+    return chunk_attention(q, stored, (places, of_chunk), rule)
+
+
+def _layer_of(keys: Keys, index: Array, dtype: Any) -> Keys:
+    def of(x: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, index, 0, False)
+
+    k, v = of(keys.k), of(keys.v)
+    if keys.k_scale is None:
+        return Keys(from_bits(k, dtype), from_bits(v, dtype))
+    if k.dtype == jnp.uint8:
+        k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
+    return Keys(k.astype(dtype), v.astype(dtype), of(keys.k_scale), of(keys.v_scale))

@@ -1,0 +1,203 @@
+"""Attention of devices that each store a part of every row and exchange no heads: balanced work, and a ring.
+
+A query sees the keys before it, so the last part of a row has many times the work of the first one. Of 2 n
+parts of a row, device i stores parts 2 i and 2 i + 1 and computes the queries of parts 2 i and 2 n - 1 - 2 i,
+an early and a late one, which together see as many keys on every device. It swaps its second part with device
+n - 1 - i for that, and the outputs back. (Llama 3, arXiv 2407.21783, and ring-flash-attention pair the parts
+i and 2 n - 1 - i, of which twice as many are to be moved.)
+
+The swap is inside attention, since everything else that depends on the place of a token (dropout, noise,
+positions that are read, other attention layouts) is then as on one device; keys that are gathered keep their
+order. It moves half of the queries and outputs of a device, once each, while attention moves the keys of all
+others.
+
+In ring attention (Liu et al. 2023, arXiv 2310.01889) each device holds one block of keys and values at a
+time and passes it on while it attends to it, so that no device holds all keys. Outputs are merged by their
+log-sum-exps; the backward pass takes the merged output and log-sum-exp, and the gradients of a block travel
+with it, in float32: sums of 16-bit floats would be rounded once per device.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Int
+
+from jaxft.nn.attention.flash_attention import MASKED
+from jaxft.nn.attention.key_ranges import KeyRanges, in_parts
+
+
+class BlockKernel(NamedTuple):
+    """A kernel for one block of keys of several. output: returns the log-sum-exp too. gradients: from the
+    output and log-sum-exp of all blocks. See flash_attention.flash_output and flash_gradients.
+    """
+
+    output: Callable
+    gradients: Callable
+
+
+class _Ring(NamedTuple):
+    kernel: BlockKernel
+    softcap: float | None
+    devices: int
+
+
+Parts = tuple[tuple[Any, Any], tuple[Any, Any]]
+
+
+def early_and_late(device: Any, devices: int, length: int) -> Parts:
+    """Return start and length of the two parts of a row that a device computes, in their order in the row.
+
+    length: tokens of a row that a device stores.
+    """
+    mirror, half = devices - 1 - device, length // 2
+    kept = device * np.int32(length), np.int32(length - half)
+    swapped = mirror * np.int32(length) + np.int32(length - half), np.int32(half)
+    late = device > mirror
+    first = jnp.where(late, swapped[0], kept[0]), jnp.where(late, swapped[1], kept[1])
+    second = jnp.where(late, kept[0], swapped[0]), jnp.where(late, kept[1], swapped[1])
+    return first, second
+
+
+def _is_late(devices: int) -> jax.Array:
+    return 2 * lax.axis_index("context") > devices - 1
+
+
+def _mirrored(x: jax.Array, devices: int) -> jax.Array:
+    return lax.ppermute(x, "context", [(i, devices - 1 - i) for i in range(devices)])
+
+
+def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
+    """Return the parts that this device computes, of an array of which each device has a part [B, L, ...]."""
+    length = x_BL.shape[1]
+    half = length // 2
+    arrived = _mirrored(x_BL[:, length - half :], devices)
+    both = jnp.concatenate([arrived, x_BL[:, : length - half], arrived], axis=1)
+    start = jnp.where(_is_late(devices), 0, half).astype(jnp.int32)
+    return lax.dynamic_slice_in_dim(both, start, length, axis=1)
+
+
+def _returned(x_BL: jax.Array, devices: int) -> jax.Array:
+    """Invert _exchanged."""
+    length = x_BL.shape[1]
+    half = length // 2
+    late = _is_late(devices)
+    kept, others = (
+        lax.dynamic_slice_in_dim(x_BL, jnp.where(late, *starts).astype(jnp.int32), size, axis=1)
+        for starts, size in (((half, 0), length - half), ((0, length - half), half))
+    )
+    return jnp.concatenate([kept, _mirrored(others, devices)], axis=1)
+
+
+def _rows_of_parts(x_BT: Int[Array, "B T"], parts: Parts, length: int) -> Int[Array, "B L"]:
+    (first, count), (second, _) = parts
+    at = jnp.arange(length, dtype=jnp.int32)
+    return jnp.take(x_BT, jnp.where(at < count, first + at, second + at - count), axis=1)
+
+
+def balanced(kernel: Callable, devices: int) -> Callable:
+    """Return a kernel of a device's part of the queries [B, L, H, E], all keys and all ranges, which are
+    arrays [B, T], that divides the causal work evenly over the context axis.
+    """
+
+    def fn(q_BLHE, k_BSKE, v_BSKE, *of_queries):
+        length = q_BLHE.shape[1]
+        parts = early_and_late(lax.axis_index("context"), devices, length)
+        ranges = (None if x is None else _rows_of_parts(x, parts, length) for x in of_queries)
+        return _returned(kernel(_exchanged(q_BLHE, devices), k_BSKE, v_BSKE, *ranges), devices)
+
+    return fn
+
+
+def ring(kernel: BlockKernel, windowed: bool, softcap: float | None, devices: int) -> Callable:
+    """Return ring attention of a device's parts of q [B, L, H, E], k and v, and all ranges, arrays [B, T]."""
+
+    def fn(q_BLHE, k_BLKE, v_BLKE, *of_queries):
+        length = q_BLHE.shape[1]
+        parts = early_and_late(lax.axis_index("context"), devices, length)
+        ranges = (None if x is None else _rows_of_parts(x, parts, length) for x in of_queries)
+        qkv = tuple(_exchanged(x, devices) for x in (q_BLHE, k_BLKE, v_BLKE))
+        o = _ring(qkv, KeyRanges(*ranges, windowed=windowed), _Ring(kernel, softcap, devices))
+        return _returned(o, devices)
+
+    return fn
+
+
+def _next_device(tree: Any, devices: int) -> Any:
+    return jax.tree.map(
+        lambda x: lax.ppermute(x, "context", [(i, (i + 1) % devices) for i in range(devices)]), tree
+    )
+
+
+def _ranges_in_block(ranges: KeyRanges, step: jax.Array, devices: int, length: int) -> KeyRanges:
+    """Return the ranges in the block of keys that is here after `step` steps."""
+    source = lax.rem(lax.axis_index("context") - step + np.int32(devices), np.int32(devices))
+    return in_parts(ranges, early_and_late(source, devices, length))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
+def _time_first(x_BHT: jax.Array) -> jax.Array:
+    return x_BHT.swapaxes(1, 2)[..., None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ring(qkv, ranges, settings):
+    return _ring_forward(qkv, ranges, settings)[0]
+
+
+def _ring_forward(qkv, ranges, settings):
+    (q, *keys), (kernel, softcap, devices) = qkv, settings
+    B, L, H, _ = q.shape
+
+    def visit(step, keys, o, lse):
+        part, part_lse = kernel.output((q, *keys), _ranges_in_block(ranges, step, devices, L), softcap)
+        part_lse = jnp.where(part_lse == -MASKED, MASKED, part_lse.astype(lse.dtype))
+        both = jnp.logaddexp(lse, part_lse)
+        o = o * _time_first(jnp.exp(lse - both)) + part * _time_first(jnp.exp(part_lse - both))
+        return o, both
+
+    def pass_on(step, carry):
+        keys, *sums = carry
+        arriving = _next_device(keys, devices)  # before the kernel, so that the transfer runs meanwhile
+        return arriving, *visit(step, keys, *sums)
+
+    none = jnp.zeros_like(_wide(q)), jnp.full((B, H, L), MASKED, _wide(q).dtype)
+    last = np.int32(devices - 1)  # the last block of keys is not passed on
+    carry = lax.fori_loop(np.int32(0), last, pass_on, (tuple(keys), *none))
+    o, lse = visit(last, *carry)
+    lse = jnp.where(lse < MASKED / 2, -MASKED, lse)
+    o, lse = checkpoint_name(o.astype(q.dtype), "attn_out"), checkpoint_name(lse, "attn_lse")
+    return o, (qkv, ranges, o, lse)
+
+
+def _ring_backward(settings, saved, do):
+    (q, *keys), ranges, o, lse = saved
+    kernel, softcap, devices = settings
+
+    def visit(step, keys, sums, dq):
+        ranges_here = _ranges_in_block(ranges, step, devices, q.shape[1])
+        part, *parts = kernel.gradients((q, *keys), ranges_here, (o, lse, do), softcap)
+        sums = tuple(x + y for x, y in zip(sums, parts, strict=True))
+        return _next_device(sums, devices), dq + part  # after the last block they are home again
+
+    def pass_on(step, carry):
+        keys, *results = carry
+        arriving = _next_device(keys, devices)
+        return arriving, *visit(step, keys, *results)
+
+    none = tuple(jnp.zeros_like(_wide(x)) for x in keys), jnp.zeros_like(_wide(q))
+    last = np.int32(devices - 1)
+    carry = lax.fori_loop(np.int32(0), last, pass_on, (tuple(keys), *none))
+    sums, dq = visit(last, *carry)
+    return tuple(x.astype(q.dtype) for x in (dq, *sums)), None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)

@@ -1,0 +1,297 @@
+"""Quantised weights. A QTensor is a pytree node that scan, vmap and sharding may slice."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxft import tree
+from jaxft.annotations import at_least, check_bounds
+from jaxft.distributed import sharding
+from jaxft.distributed.threads import map_in_threads
+from jaxft.nn.quant import quant_formats as qf
+from jaxft.nn.quant.quant_formats import FORMATS, FormatName
+from jaxft.tree import static, struct
+
+KINDS = tuple(FORMATS)
+CHECKPOINT = "checkpoint"
+QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
+QERA = "qera"
+# Initialisations of an adapter (nn.lora.Adapter) whose pairs at step 0 belong to the base.
+RESIDUAL_INITS = ("pissa", "olora", "loftq", QERA)
+HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How the frozen base is stored: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
+
+    kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
+    for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,
+    GGUF or scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits
+    too. block: inputs that share a scale; block and double default to the usual values of the kind. targets:
+    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may
+    match embed and head too; norms are never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8
+    (see nn.fp8); by default where the device has such matmuls, true emulates them on other devices, false
+    dequantises the weights on all.
+
+    calibrate: round the layers' weights so that their outputs change least on some rows (see
+    weights/calibrate/layer_calibration.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
+    calibrate_tokens: how many tokens of these rows. codes: the name of the calibrated codes in the cache,
+    which a run sets.
+    """
+
+    kind: str = "nf4"
+    block: int | None = None
+    double: bool | None = None
+    targets: str = "all-linear"
+    fp8_matmul: bool | None = None
+    calibrate: str | None = None
+    calibrate_tokens: Annotated[int, at_least(1)] = 16384
+    codes: str | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "quant")
+        with_defaults(self.kind, self.block, self.double)
+        if self.calibrate is not None and self.kind == CHECKPOINT:
+            raise ValueError(
+                f"quant.calibrate={self.calibrate} rounds weights, and quant=checkpoint stores them as the "
+                "files do; set quant.calibrate=none, or another quant"
+            )
+        if self.codes is not None and self.calibrate is None:
+            raise ValueError("quant.codes is set by runs with quant.calibrate; leave it out")
+        if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):
+            raise ValueError(f"quant.fp8_matmul is a setting of quant=fp8; omit it with quant={self.kind}")
+
+    @classmethod
+    def parse(cls, kind: QuantKind) -> "Quant | None":
+        """Return the settings of a kind with its usual block and scales; None for "none"."""
+        return None if kind == "none" else cls(kind)
+
+
+def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quant | None:
+    """Return the settings of a kind, or without one those in the record of a run.
+
+    A run with one of RESIDUAL_INITS has another quantised base than the files; its exported adapter is for
+    the base in its own precision, so these are None.
+    """
+    if kind is not None:
+        return Quant.parse(kind)
+    settings = (record or {}).get("quant")
+    if ((record or {}).get("adapter") or {}).get("init") in RESIDUAL_INITS:
+        return None
+    if not settings:
+        return None
+    try:
+        return Quant(**settings)
+    except TypeError as e:
+        raise ValueError(f"the run's config.json has unknown settings of quant ({e}); set --quant") from e
+
+
+def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
+    """Return (block, double) with the usual values of the kind for None.
+
+    Raises ValueError for an unknown kind, and for a setting that the kind doesn't have.
+    """
+    if kind == CHECKPOINT:
+        if block is not None or double is not None:
+            raise ValueError(
+                "quant=checkpoint takes blocks and scales from the files; omit quant.block and quant.double"
+            )
+        return None, False
+    if kind not in FORMATS:
+        kinds = ", ".join((*KINDS, CHECKPOINT))
+        raise ValueError(f"quant={kind}: this quantisation is not implemented; use one of {kinds}")
+    format = FORMATS[kind]
+    if format.block is None and block is not None:
+        raise ValueError(f"{kind} has one scale per channel, got block={block}; set it to none")
+    if block is not None and (block < 2 or block % 2):
+        raise ValueError(f"two codes share a byte, so a block must be even and at least 2; got block={block}")
+    if double and format.double is None:
+        raise ValueError(f"the scales of {kind} cannot be quantised; use double=false, nf4 or fp4")
+    return (format.block if block is None else block), bool(format.double if double is None else double)
+
+
+@struct
+class QTensor:
+    """A frozen weight [..., I, O] that is dequantised where it is used.
+
+    kind "bits": a 16-bit float stored as raw uint16. Dequantising it is free, and XLA's CPU compiler would
+    convert a whole scan-stacked bfloat16 weight to float32 (measured: 3.8 GB for SmolLM2-135M). The other
+    kinds are FORMATS: the I inputs form N blocks of `block` (the last may be shorter; None: one block), and
+    the weight is `decode(code) * scale + offset`, computed in float32 and rounded to `dtype`.
+
+    codes: uint8 [..., I/2, O], two per byte with the first in the high bits; of int8 and fp8 [..., I, O],
+    int8 or the bits of E4M3 numbers as uint8.
+    scale: [..., N, O], float, or uint8 if outer and mean are given (see quant_formats.encode_scales).
+    offset: [..., N, O], for affine4. outer: [..., S] and mean: [...], of quantised scales. index: int32
+    [..., I], the block of each input if blocks are not runs of inputs (GPTQ's act-order). fp8_matmul: see
+    Quant.
+    """
+
+    codes: Any
+    kind: str = static()
+    dtype: Any = static()
+    block: int | None = static(default=None)
+    scale: Any = None
+    offset: Any = None
+    outer: Any = None
+    mean: Any = None
+    index: Any = None
+    fp8_matmul: bool | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dequantised weight, derived from the codes so that it holds for slices too."""
+        *lead, take_rows, outs = self.codes.shape
+        return (*lead, take_rows * (2 if is_paired(self.kind) else 1), outs)
+
+
+LIKE_WEIGHT = ("codes", "scale", "offset")  # arrays with the axes of the weight
+
+
+def shardings_of(q: QTensor, whole: Any) -> QTensor:
+    """Return the sharding of each array of a QTensor whose weight has the NamedSharding `whole`."""
+
+    def place(name: str, x: Any) -> Any:
+        if name not in LIKE_WEIGHT:
+            return sharding.replicated(whole.mesh)
+        *lead, ins, outs = x.shape
+        any_block = q.index is not None and name != "codes"  # any input may be of any block
+        return sharding.sharding_for_shape(whole, (*lead, 1 if any_block else ins, outs))
+
+    return tree.map_with_path(place, q)
+
+
+def is_paired(kind: str) -> bool:
+    """Whether two codes share a byte."""
+    return kind in FORMATS and FORMATS[kind].bits == 4
+
+
+def is_qtensor(x: Any) -> bool:
+    """Whether a node is a QTensor: the `is_leaf` of tree functions over weights."""
+    return isinstance(x, QTensor)
+
+
+def bits_per_param(q: Any) -> float:
+    """Return the stored bits per parameter, scales included."""
+    count = np.prod(q.shape, dtype=np.int64)
+    return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
+
+
+def quantize(
+    weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None
+) -> QTensor:
+    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to a jax array's.
+
+    block, double: see Quant. scale: the result of `scales` for the full weight, if this is a part of it.
+    Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and
+    (outside jit) for NaN, infinities and magnitudes of 2^80 and above.
+    """
+    if kind == "bits":
+        if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:
+            raise ValueError(f"kind 'bits' stores 16-bit floats, got {weight.dtype}; cast the weight first")
+        return QTensor(weight.view(np.uint16), "bits", jnp.dtype(weight.dtype))
+    block, double = with_defaults(kind, block, double)
+    if weight.ndim < 2 or not weight.size:
+        raise ValueError(f"a quantised weight needs an input and an output axis, got shape {weight.shape}")
+    *lead, ins, outs = weight.shape
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"{kind} stores floats, got {weight.dtype}")
+    if is_paired(kind) and ins % 2:
+        raise ValueError(
+            f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8"
+        )
+    qf.check_range(weight)
+    packed, scale, offset = _encoded(weight, kind, block or ins, scale)
+    scale, outer, mean = qf.encode_scales(scale) if double else (scale, None, None)
+    return QTensor(packed, kind, jnp.dtype(weight.dtype), block, scale, offset, outer, mean)
+
+
+def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.ndarray, "*L N O"]:
+    """Return the scales that `quantize` gives a weight [..., I, O], as floats."""
+    qf.check_range(weight)
+    block, step = with_defaults(kind, block, None)[0] or weight.shape[-2], _columns(weight)
+    parts = (weight[..., at : at + step] for at in range(0, weight.shape[-1], step))
+
+    def scale(part: np.ndarray) -> Any:
+        return FORMATS[kind].scale(qf.to_blocks(qf.as_zero_or_normal(part), block))[0]
+
+    return np.concatenate(map_in_threads(scale, parts), -1)[..., 0, :].astype(FORMATS[kind].scale_dtype)
+
+
+def _columns(weight: Any) -> int:
+    """Return how many output channels a thread of the host processes at a time, so that their floats fit in
+    cache.
+    """
+    return max(1, HOST_CHUNK // math.prod(weight.shape[:-1]))
+
+
+def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, Any]:
+    """Return (packed codes, scales, offsets) of a weight; scale: already known scales, or None."""
+    *lead, ins, outs = weight.shape
+    step = _columns(weight)
+    if isinstance(weight, np.ndarray) and step < outs:
+        cuts = [np.s_[..., at : at + step] for at in range(0, outs, step)]
+
+        def encoded(cut: Any) -> Any:
+            return _encoded(weight[cut], kind, block, None if scale is None else scale[cut])
+
+        parts = map_in_threads(encoded, cuts)
+        return jax.tree.map(lambda *some: np.concatenate(some, -1), *parts)
+    format, blocks = FORMATS[kind], qf.to_blocks(qf.as_zero_or_normal(weight), block)
+    scale, offset = format.scale(blocks) if scale is None else (scale[..., None, :].astype(np.float32), None)
+    codes = format.nearest(blocks, scale, offset).reshape(*lead, -1, outs)[..., :ins, :]
+    packed = qf.pack(codes) if is_paired(kind) else codes
+    return packed, _stored_scale(scale, format), _stored_scale(offset, format)
+
+
+def _stored_scale(x: Any, format: qf.Format) -> Any:
+    return None if x is None else x[..., 0, :].astype(format.scale_dtype)
+
+
+def dequantize(q: QTensor) -> Float[Array, "*L I O"]:
+    """Return the weight in its own dtype."""
+    if q.kind == "bits":
+        return jax.lax.bitcast_convert_type(q.codes, q.dtype)
+    return _decoded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, partial(_per_input, q))
+
+
+def _per_input(q: QTensor, x: Array) -> Array:
+    """Repeat a number per block for each of its inputs."""
+    if q.index is not None:
+        return jnp.take_along_axis(x, q.index[..., None], axis=-2)
+    return qf.repeat_blocks(x, q.block or q.shape[-2], q.shape[-2])
+
+
+def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:
+    """Return the scale and the offset (or None) of every element in float32."""
+    scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
+    offset = None if q.offset is None else _per_input(q, q.offset.astype(jnp.float32))
+    return _per_input(q, scale.astype(jnp.float32)), offset
+
+
+def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
+    """Return `dequantize(q)[ids]` of a table [I, O]; only these rows are dequantised."""
+    if q.kind == "bits":
+        return jax.lax.bitcast_convert_type(jnp.take(q.codes, ids, axis=0), q.dtype)
+    codes = jnp.take(q.codes, ids // 2 if is_paired(q.kind) else ids, axis=0)
+    if is_paired(q.kind):
+        codes = jnp.where((ids % 2 == 0)[..., None], codes >> jnp.uint8(4), codes & jnp.uint8(15))
+    block = ids // (q.block or q.shape[-2]) if q.index is None else jnp.take(q.index, ids)
+    return _decoded(q, codes, lambda x: jnp.take(x, block, axis=0))
+
+
+def _decoded(q: QTensor, codes: Array, per_input: Callable[[Array], Array]) -> Array:
+    """Return the weight of unpacked codes; per_input repeats a number per block to their shape."""
+    scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
+    value = FORMATS[q.kind].decode(codes) * per_input(scale.astype(jnp.float32))
+    if q.offset is not None:
+        value = value + per_input(q.offset.astype(jnp.float32))
+    return value.astype(q.dtype)

@@ -1,0 +1,333 @@
+"""Run the layers of a model: in forward and backward passes over rows, and in generation.
+
+A model is a sequence of stacks. A stack runs one block again and again by one `lax.scan`; a block has one or
+more layers, each with parameters of its own and its kind of mixing tokens (Mixer), such as three recurrent
+layers and one with attention. Models whose layers are all alike have one stack of blocks of one layer.
+
+A family defines a function for each layer of a block, `layer(params, h, mix, key) -> (h, extras)`, on the
+residual stream [B, T, D]. It calls `mix` once, with attention `mix(q, k, v) -> (o, extras)` with q
+[B, T, H, E] and k, v [B, T, K, E] before rope, and returns these `extras`, perhaps with outputs of its own:
+`extras._replace(outputs={"sparsity": fraction_of_zeros})`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxft.nn import fused_update
+from jaxft.nn.attention.cache import Cache, GivenChunk, NextToken
+from jaxft.nn.attention.layer_attention import Extras
+from jaxft.tree import Batch, LayerOutputs, Params, static, struct
+
+Mix = Callable[..., tuple[Array, Extras]]
+Layer = Callable[[Params, Array, Mix, Array | None], tuple[Array, Extras]]
+Observe = Callable[[Array, Array], LayerOutputs]  # (h before, h after a layer) -> further outputs of it
+
+
+def _nothing(carry: Any, values: Any) -> None:
+    """Cache nothing after a pass."""
+
+
+class Pass(NamedTuple):
+    """How some layers mix tokens in one pass over a model.
+
+    mix(x, carry): returns the Mix of a layer. xs: [L, ...], of which each layer gets its x. carry: goes from
+    layer to layer; in generation `Extras.cached` of a layer is (carry, value), and end(carry, values
+    [L, ...]) returns what is cached after the pass, by default nothing.
+    """
+
+    mix: Callable[[Any, Any], Mix]
+    xs: Any = None
+    carry: Any = None
+    end: Callable[[Any, Any], Any] = _nothing
+
+
+class Mixer(NamedTuple):
+    """How layers mix the tokens of a text, and what they cache of it: attention (attention_mixer.py), or a
+    recurrence.
+
+    rows(tokens, dtype) -> Pass over rows of texts, in training. prompts(tokens, new, dtype) -> Pass over
+    left-padded prompts (segment 0 is padding) whose end returns their part of a cache; new: the most tokens
+    of a completion. token(cache, at, dtype), chunk(cache, chunk, dtype) -> Pass over one token of every row,
+    or some tokens of some rows, whose end returns the rows' part; cache: with the parts of these layers
+    alone. empty((prompts, slots), (rows, tokens), dtype, stored) -> the parts of prompts and of rows without
+    any tokens.
+    """
+
+    rows: Callable[[Batch, DTypeLike], Pass]
+    prompts: Callable[[Batch, int, DTypeLike], Pass]
+    token: Callable[[Cache, NextToken, DTypeLike], Pass]
+    chunk: Callable[[Cache, GivenChunk, DTypeLike], Pass]
+    empty: Callable[..., tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class BlockLayer:
+    """A layer of a block. name: of its parameters in those of the block; "" if it is the only one. numbers:
+    which layers of the model it is in the stack's blocks.
+    """
+
+    layer: Layer
+    mixer: Mixer
+    numbers: range
+    name: str = ""
+
+    def of(self, block: Any) -> Any:
+        """Return this layer's part of the parameters (or specs) of a block."""
+        return block[self.name] if self.name else block
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal blocks of layers that one scan runs. name: of its parameters, [blocks, ...], in the model's."""
+
+    name: str
+    layers: tuple[BlockLayer, ...]
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return len(self.layers[0].numbers)
+
+
+Stacks = tuple[Stack, ...]
+
+
+def layers_of(stacks: Stacks) -> list[BlockLayer]:
+    """Return the layers of all stacks' blocks, in the order of a cache's parts."""
+    return [layer for stack in stacks for layer in stack.layers]
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer of a model is: the path of its stacked parameters, its part of a block, which block."""
+
+    path: str
+    layer: BlockLayer
+    index: int
+
+    def specs(self, specs: Any) -> Any:
+        """Return the part of a model's specs that is this layer's."""
+        for name in self.path.split("/"):
+            specs = specs[name]
+        return specs
+
+
+def layer_places(stacks: Stacks) -> list[LayerPlace]:
+    """Return the place of every layer of a model, in their order."""
+    found = {
+        number: LayerPlace("/".join(filter(None, (stack.name, layer.name))), layer, index)
+        for stack in stacks
+        for layer in stack.layers
+        for index, number in enumerate(layer.numbers)
+    }
+    return [found[number] for number in sorted(found)]
+
+
+# Rows
+
+
+RematPolicy = Literal["offload", "pairs", "full", "attention", "projections", "none"]
+
+
+@dataclass(frozen=True)
+class Remat:
+    """The arrays that a block stores for its backward pass.
+
+    saved: checkpoint names that are stored in addition to the block's input; None stores everything. blocks:
+    number of successive blocks of which only the first one's input is stored. offload: inputs go to the
+    host's pinned memory.
+    """
+
+    saved: tuple[str, ...] | None
+    blocks: int = 1
+    offload: bool = False
+
+
+REMAT: dict[RematPolicy, Remat] = {
+    "offload": Remat((), offload=True),  # the least device memory; inputs go to the host and come back
+    "pairs": Remat((), blocks=2),  # the input of every second block; one block more is recomputed at a time
+    "full": Remat(()),  # a block's input only
+    "attention": Remat(("attn_out", "attn_lse")),  # and attention's residuals other than q, k, v
+    # and the output of every matmul: no matmul runs twice
+    "projections": Remat(("q", "k", "v", "attn_out", "attn_lse", "o", "gate", "up")),
+    "none": Remat(None),  # everything
+}
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How layers run over rows: what is stored for the backward pass, and what is observed."""
+
+    remat: RematPolicy
+    observe: Observe | None = None
+
+
+@struct
+class LayerMean:
+    """A mean that layers have among their outputs and objectives log: its two sums over each row, [B].
+
+    numbers: of the layers, once they are stacked.
+    """
+
+    total: Any
+    weight: Any
+    numbers: tuple[int, ...] = static(default=())
+
+
+def check_remat(policy: str) -> None:
+    """Raise ValueError for a name that is not in REMAT."""
+    if policy not in REMAT:
+        raise ValueError(f"unknown remat={policy!r}; use one of {', '.join(get_args(RematPolicy))}")
+
+
+def scan_stacks(
+    stacks: Stacks,
+    h_BTD: Float[Array, "B T D"],
+    params: Params,
+    tokens: Batch,
+    keys: Array | None,
+    options: RowOptions,
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the residual stream after all layers, and their outputs, each stacked over the layers that have
+    it [L, ...]; differentiable under the remat policy.
+
+    params: the model's; those of a stack may be FusedLayers, which the backward pass updates. tokens: Tokens,
+    Pairs or Rollout. keys: a random key per layer for dropout, or None.
+    """
+    found: list[tuple[range, LayerOutputs]] = []
+    for stack in stacks:
+        passes = [layer.mixer.rows(tokens, h_BTD.dtype) for layer in stack.layers]
+        own_keys = [None if keys is None else _of_layers(keys, layer.numbers) for layer in stack.layers]
+        xs = own_keys, [one.xs for one in passes]
+        h_BTD, outputs = _scan(stack, passes, options, h_BTD, params[stack.name], xs)
+        found += [(layer.numbers, own) for layer, own in zip(stack.layers, outputs, strict=True)]
+    return h_BTD, _joined(found)
+
+
+def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callable:
+    """Return the scan's body over rows: `(h, (params, (keys, xs))) -> (h, outputs of each layer)`."""
+    offload = REMAT[options.remat].offload
+
+    def block(h: Array, x: Any) -> tuple[Array, list[LayerOutputs]]:
+        p, (keys, xs) = x
+        outputs = []
+        h = checkpoint_name(h, "layer_in") if offload else h
+        for layer, one, key, own in zip(stack.layers, passes, keys, xs, strict=True):
+            before = h
+            h, extras = layer.layer(layer.of(p), h, one.mix(own, None), key)
+            outputs.append(extras.outputs | (options.observe(before, h) if options.observe else {}))
+        return h, outputs
+
+    return block
+
+
+def _scan(
+    stack: Stack, passes: Sequence[Pass], options: RowOptions, h: Array, params: Any, xs: Any
+) -> tuple[Array, Any]:
+    """Run a stack's blocks over rows under a remat policy."""
+    block, remat, policy = _block(stack, passes, options), options.remat, REMAT[options.remat]
+    if isinstance(params, fused_update.FusedLayers):
+        if remat != "full":
+            raise ValueError(
+                f"optim.fused_backward recomputes layers from their inputs: use remat=full, got remat={remat}"
+            )
+        return fused_update.fused_scan(block, h, params, xs)
+    xs, count = (params, xs), jax.tree.leaves(params)[0].shape[0]
+    if policy.blocks > 1:
+        if count % policy.blocks:
+            raise ValueError(
+                f"remat={remat} groups blocks by {policy.blocks}, but the stack {stack.name} has {count} of "
+                "them; use remat=full"
+            )
+        xs = jax.tree.map(lambda x: x.reshape(count // policy.blocks, policy.blocks, *x.shape[1:]), xs)
+        block = partial(jax.lax.scan, _rematerialised(block, policy))
+    if policy.saved is not None:
+        block = _rematerialised(block, policy)
+    h, outputs = jax.lax.scan(block, h, xs)
+    if policy.blocks > 1:
+        outputs = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
+    return h, outputs
+
+
+def _rematerialised(block: Callable, remat: Remat) -> Callable:
+    policies, saved = jax.checkpoint_policies, remat.saved or ()
+    if remat.offload:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(saved),
+            names_which_can_be_offloaded=["layer_in"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = policies.save_only_these_names(*saved)
+    return jax.checkpoint(block, policy=policy, prevent_cse=False)
+
+
+def _of_layers(x: Array, numbers: range) -> Array:
+    return x if len(x) == len(numbers) else x[numbers.start : numbers.stop : numbers.step]
+
+
+def _joined(found: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
+    """Return the outputs of all layers by name, those of several stacks or layers of a block in the order of
+    the model's layers.
+    """
+    joined: LayerOutputs = {}
+    for name in dict.fromkeys(name for _, outputs in found for name in outputs):
+        parts = [(numbers, outputs[name]) for numbers, outputs in found if name in outputs]
+        value, numbers = parts[0][1], np.concatenate([numbers for numbers, _ in parts])
+        if len(parts) > 1:
+            order = np.argsort(numbers)
+            value = jax.tree.map(lambda *x, order=order: jnp.concatenate(x)[order], *(x for _, x in parts))
+        is_mean = isinstance(value, LayerMean)
+        joined[name] = replace(value, numbers=tuple(sorted(numbers.tolist()))) if is_mean else value
+    return joined
+
+
+def run_layer(
+    layer: BlockLayer, h_BTD: Float[Array, "B T D"], params: Params, tokens: Batch, index: Array
+) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+    """Return the residual stream after one layer, and the layer's outputs.
+
+    params: its parameters, without the stacked axis. index: of its block in the stack.
+    """
+    rows = layer.mixer.rows(tokens, h_BTD.dtype)
+    own = jax.tree.map(lambda x: jnp.asarray(x)[index], rows.xs)
+    h_BTD, extras = layer.layer(params, h_BTD, rows.mix(own, None), None)
+    return h_BTD, extras.outputs
+
+
+# Generation
+
+
+def run_stacks(
+    stacks: Stacks, h: Float[Array, "R T D"], params: Params, pass_of: Callable[[int, Mixer], Pass]
+) -> tuple[Float[Array, "R T D"], tuple[Any, ...]]:
+    """Return the residual stream of new tokens after all layers, and the cache's part of every layer of a
+    block. pass_of(number of the part, mixer): the pass of these layers.
+    """
+    parts: list[Any] = []
+    for stack in stacks:
+        passes = [pass_of(len(parts) + i, layer.mixer) for i, layer in enumerate(stack.layers)]
+
+        def block(state: Any, x: Any, stack: Stack = stack, passes: list[Pass] = passes) -> tuple[Any, Any]:
+            h, carries, values = state[0], list(state[1]), []
+            for i, layer in enumerate(stack.layers):
+                mix = passes[i].mix(x[1][i], carries[i])
+                h, extras = layer.layer(layer.of(x[0]), h, mix, None)
+                carries[i], value = extras.cached
+                values.append(value)
+            return (h, carries), values
+
+        start = h, [one.carry for one in passes]
+        (h, carries), values = jax.lax.scan(block, start, (params[stack.name], [one.xs for one in passes]))
+        parts += [one.end(*ended) for one, *ended in zip(passes, carries, values, strict=True)]
+    return h, tuple(parts)

@@ -1,0 +1,256 @@
+"""Policy losses: pure functions `(batch: PolicyBatch, ...) -> [B, M]`, a value per token, which policy(...)
+weights and sums.
+
+Set a loss's parameters with `partial(clipped, eps_high=0.28)`. In the docstrings A is the advantage of a
+token, r = pi / pi_old its ratio, sg(x) is x without gradient, s the ratio of a completion: the geometric mean
+of its tokens' ratios. A loss goes with any advantage estimator and any token weights of rl/. Published
+methods are combinations:
+
+PPO: gae, token_mean, clipped. GRPO: grpo, sequence_mean, clipped. Dr. GRPO: centred, constant_length,
+clipped. DAPO: grpo, token_mean, clipped with eps_high=0.28, without groups of equal rewards. RLOO: rloo,
+sequence_sum, policy_gradient. REINFORCE++: whitened returns, token_mean, clipped. GSPO: grpo, sequence_mean,
+gspo. LUSPO: grpo, sequence_sum, gspo. CISPO: grpo, token_mean, cispo. GMPO: grpo, sequence_mean, geo_mean.
+DPPO: centred, constant_length, dppo_tv or dppo_kl. MaxRL: maxrl, token_mean, clipped. GFPO: gfpo, token_mean,
+clipped. GDPO: by_each, token_mean, clipped.
+Values and gradients equal those in TRL 1.16's GRPOTrainer and verl where they have the loss, unless a
+docstring says what differs.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float, Int
+
+from jaxft.objectives.kl import Estimator, k3
+from jaxft.objectives.losses.numerics import require
+from jaxft.objectives.pair import response_sums
+from jaxft.tree import struct
+
+TokenLoss = Float[Array, "B M"]
+MAX_LOG_RATIO = (
+    20.0  # |log r| is clipped here, where exp and its square stay finite in float32 (verl's bound)
+)
+
+
+@struct
+class PolicyBatch:
+    """The read positions of a batch of completions. Only `logp` has a gradient; at padding every value is 0.
+
+    A loss may rely on `completion` alone, never on the order of positions. Its values at padding are ignored,
+    but they and their gradients must be finite. It is proportional to |advantages|, which importance weights
+    multiply (rl/importance.py).
+    """
+
+    logp: Float[Array, "B M"]
+    old_logp: Float[Array, "B M"]  # log-probs at sampling
+    advantages: Float[Array, "B M"]
+    entropy: Float[Array, "B M"]
+    reference: Float[Array, "B M"] | None
+    completion: Int[Array, "B M"]  # 0 .. A-1; A marks padding
+    mask: Float[Array, "B M"]  # 1 at a completion's token, 0 at padding
+    lengths: Float[Array, "B A"]  # read positions of each completion, 1 if it has none
+
+    @property
+    def log_ratio(self) -> Float[Array, "B M"]:
+        """log pi - log pi_old, clipped to +-MAX_LOG_RATIO."""
+        return jnp.clip(self.logp - self.old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    @property
+    def ratio(self) -> Float[Array, "B M"]:
+        """pi / pi_old of each token."""
+        return jnp.exp(self.log_ratio)
+
+    def total(self, x: Float[Array, "B M"]) -> Float[Array, "B A"]:
+        """Sum a per-token quantity over each completion."""
+        return response_sums(x * self.mask, self.completion, ("one",), self.lengths.shape[1])["one"]
+
+    def mean(self, x: Float[Array, "B M"]) -> Float[Array, "B A"]:
+        """Average a per-token quantity over each completion, 0 if it has no tokens."""
+        return self.total(x) / self.lengths
+
+    def spread(self, x: Float[Array, "B A"]) -> Float[Array, "B M"]:
+        """Repeat a value per completion at each of its tokens (0 at padding)."""
+        return jnp.take_along_axis(jnp.pad(x, ((0, 0), (0, 1))), self.completion, axis=1)
+
+
+PolicyLoss = Callable[[PolicyBatch], TokenLoss]
+
+
+def policy_gradient(batch: PolicyBatch) -> TokenLoss:
+    """`-A log pi`: the policy gradient (Williams 1992) of tokens that the current policy sampled.
+
+    verl's `gpg` (arXiv:2504.02546).
+    """
+    return -batch.advantages * batch.logp
+
+
+def unclipped(batch: PolicyBatch) -> TokenLoss:
+    """`-A r`: the policy gradient of tokens that an older policy sampled; at r = 1 the gradient of
+    policy_gradient.
+    """
+    return -batch.advantages * batch.ratio
+
+
+def clipped(batch: PolicyBatch, eps_low: float = 0.2, eps_high: float = 0.2) -> TokenLoss:
+    """`max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))`: PPO's (Schulman et al. 2017, arXiv:1707.06347, eq.
+    7).
+
+    An eps_high above eps_low is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476).
+    """
+    return _clipped(batch.ratio, batch.advantages, eps_low, eps_high)
+
+
+def _clipped(ratio: Array, advantages: Array, eps_low: float, eps_high: float) -> TokenLoss:
+    require((eps_low >= 0) & (eps_low <= 1), f"eps_low must be in [0, 1], got {eps_low}")
+    require(eps_high >= 0, f"eps_high must be at least 0, got {eps_high}")
+    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - eps_low, 1 + eps_high))
+
+
+def dual_clip(
+    batch: PolicyBatch, eps_low: float = 0.2, eps_high: float = 0.2, max_ratio: float = 3.0
+) -> TokenLoss:
+    """clipped, and where A < 0 at most `-A max_ratio` (Ye et al. 2019, arXiv:1912.09729; verl's
+    clip_ratio_c).
+
+    The same function as TRL's two-sided clipping with delta = max_ratio (INTELLECT-2, arXiv:2505.07291):
+    `max(-A min(r, max_ratio), -A clip(r))`. Raises ValueError for max_ratio <= 1 + eps_high, where the two
+    differ.
+    """
+    require(
+        max_ratio > 1 + eps_high,
+        f"dual_clip: max_ratio must be above 1 + eps_high, got {max_ratio} and {eps_high}",
+    )
+    loss, bound = clipped(batch, eps_low, eps_high), -batch.advantages * max_ratio
+    return jnp.where(batch.advantages < 0, jnp.minimum(loss, bound), loss)
+
+
+def dppo_tv(batch: PolicyBatch, eps_low: float = 0.15, eps_high: float = 0.15) -> TokenLoss:
+    """`-M A r`, M = 0 where A > 0 and a token's probability has risen by more than eps_high, or where A < 0
+    and it has fallen by more than eps_low, else M = 1.
+
+    DPPO with the total variation |pi - pi_old| of (the token, any other token) (Qi et al. 2026,
+    arXiv:2602.04879). A rare token may have a large ratio, and a likely one cannot lose much of its
+    probability at a ratio near 1. The paper's pi_old is the sampler's: Rules.ratio_to_sampler.
+    """
+    variation = jnp.abs(jnp.exp(batch.logp) - jnp.exp(batch.old_logp))
+    return _in_trust_region(batch, variation, eps_low, eps_high)
+
+
+def dppo_kl(batch: PolicyBatch, eps_low: float = 0.05, eps_high: float = 0.05) -> TokenLoss:
+    """dppo_tv with the divergence `pi_old log (pi_old / pi) + (1 - pi_old) log ((1 - pi_old) / (1 - pi))`.
+
+    DPPO with the KL of (the token, any other token) in place of the total variation (arXiv:2602.04879).
+    """
+    tiny = jnp.finfo(batch.logp.dtype).tiny
+
+    def others(logp: Array) -> Array:
+        return jnp.maximum(-jnp.expm1(logp), tiny)  # 1 - pi, accurate where pi is close to 1
+
+    old, rest = batch.old_logp, others(batch.old_logp)
+    kl = jnp.exp(old) * (old - batch.logp) + rest * (jnp.log(rest) - jnp.log(others(batch.logp)))
+    return _in_trust_region(batch, kl, eps_low, eps_high)
+
+
+def _in_trust_region(batch: PolicyBatch, divergence: Array, eps_low: float, eps_high: float) -> TokenLoss:
+    """-A r, and 0 where the divergence is too large and r has moved in the direction of A."""
+    require((eps_low >= 0) & (eps_high >= 0), f"eps_low={eps_low} and eps_high={eps_high} must be at least 0")
+    up = (batch.advantages > 0) & (batch.logp > batch.old_logp) & (divergence > eps_high)
+    down = (batch.advantages < 0) & (batch.logp < batch.old_logp) & (divergence > eps_low)
+    return jnp.where(up | down, 0, -batch.advantages * batch.ratio)
+
+
+def gspo(batch: PolicyBatch, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
+    """clipped, with the completion's ratio s for each of its tokens (Zheng et al. 2025, arXiv:2507.18071).
+
+    TRL's importance_sampling_level=sequence. Its weights are sequence_mean; with sequence_sum it is LUSPO
+    (arXiv:2602.05261).
+    """
+    ratio = batch.spread(jnp.exp(batch.mean(batch.log_ratio)))
+    return _clipped(ratio, batch.advantages, eps_low, eps_high)
+
+
+def gspo_token(batch: PolicyBatch, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
+    """gspo for advantages that vary in a completion: its ratio is sg(s) pi / sg(pi) (arXiv:2507.18071)."""
+    level = batch.spread(stop_gradient(jnp.exp(batch.mean(batch.log_ratio))))
+    ratio = level * jnp.exp(batch.logp - stop_gradient(batch.logp))
+    return _clipped(ratio, batch.advantages, eps_low, eps_high)
+
+
+def cispo(batch: PolicyBatch, max_ratio: float = 5.0) -> TokenLoss:
+    """`-sg(min(r, max_ratio)) A log pi`: every token keeps a gradient (MiniMax-M1, arXiv:2506.13585, without
+    lower bound).
+
+    max_ratio bounds the ratio itself, as TRL's epsilon_high (5 as in ScaleRL, arXiv:2510.13786).
+    """
+    return -stop_gradient(jnp.minimum(batch.ratio, max_ratio)) * batch.advantages * batch.logp
+
+
+def sapo(batch: PolicyBatch, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenLoss:
+    """`-A sigmoid(tau (r - 1)) 4 / tau`, tau by the sign of A: a soft gate in place of clipping.
+
+    Gao et al. 2025, arXiv:2511.20347. At r = 1 the slope equals -A r's.
+    """
+    require(
+        (tau_pos > 0) & (tau_neg > 0),
+        f"sapo: tau_pos and tau_neg must be above 0, got {tau_pos} and {tau_neg}",
+    )
+    tau = jnp.where(batch.advantages > 0, tau_pos, tau_neg).astype(batch.logp.dtype)
+    return -batch.advantages * jax.nn.sigmoid(tau * (batch.ratio - 1)) * 4 / tau
+
+
+def geo_mean(batch: PolicyBatch, eps_low: float = 0.4, eps_high: float = 0.4) -> TokenLoss:
+    """`-A exp(mean of the completion's clipped log-ratios)` (GMPO, Zhao et al. 2025, arXiv:2507.20673).
+
+    A token's log r is clipped to [-eps_low, eps_high] where that increases the loss: min for A > 0, max else.
+    The paper's weights are sequence_mean.
+    """
+    x = batch.log_ratio
+    bounded = jnp.clip(x, -eps_low, eps_high)
+    worse = jnp.where(batch.advantages > 0, jnp.minimum(x, bounded), jnp.maximum(x, bounded))
+    return -batch.advantages * batch.spread(jnp.exp(batch.mean(worse)))
+
+
+def vespo(
+    batch: PolicyBatch, pos: tuple[float, float] = (2.0, 3.0), neg: tuple[float, float] = (3.0, 2.0)
+) -> TokenLoss:
+    """`-sg(phi) A log pi`, phi = exp(lam) w^k exp(-lam w), w the product of a completion's ratios
+    (arXiv:2602.10693).
+
+    pos, neg: (k, lam) where A >= 0 and where A < 0; log w is clipped to [log 1e-8, 20]. TRL's defaults. In
+    TRL, w also contains the importance weights of the sampler; here it does with Rules.ratio_to_sampler.
+    """
+    log_w = jnp.clip(
+        batch.spread(batch.total(batch.log_ratio)), jnp.log(1e-8).astype(batch.logp.dtype), MAX_LOG_RATIO
+    )
+    up = batch.advantages >= 0
+    k, lam = (jnp.where(up, p, n).astype(log_w.dtype) for p, n in zip(pos, neg, strict=True))
+    phi = jnp.exp(lam + k * log_w - lam * jnp.exp(log_w))
+    return -stop_gradient(phi) * batch.advantages * batch.logp
+
+
+def near_policy(batch: PolicyBatch, loss: PolicyLoss = clipped, max_nats: float = 2.0) -> TokenLoss:
+    """`loss`, and 0 where A < 0 and the completion's mean log pi_old - log pi is above `max_nats`.
+
+    DeepSeek-V3.2 (arXiv:2512.02556); TRL's off_policy_mask_threshold.
+    """
+    far = batch.spread(batch.mean(batch.old_logp - stop_gradient(batch.logp))) > max_nats
+    return jnp.where(far & (batch.advantages < 0), 0, loss(batch))
+
+
+def with_corrected_kl(
+    batch: PolicyBatch, loss: PolicyLoss = clipped, coef: float = 0.04, estimate: Estimator = k3
+) -> TokenLoss:
+    """`loss + coef r KL`: the KL estimated at tokens that an older policy sampled (DeepSeek-V3.2,
+    arXiv:2512.02556).
+
+    TRL's use_bias_correction_kl. It replaces policy(beta=...), which takes r as 1. Raises ValueError without
+    the reference's log-probs.
+    """
+    if batch.reference is None:
+        raise ValueError(
+            "with_corrected_kl needs the reference's log-probs in the batch. Let the rollout compute them "
+            "(Rollout.reference)"
+        )
+    return loss(batch) + coef * batch.ratio * estimate(batch.logp, batch.reference)

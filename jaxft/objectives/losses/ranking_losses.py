@@ -1,0 +1,203 @@
+"""Preference losses over rankings: K responses to one prompt, of which a rating says how good each is.
+
+A pair is the ranking of K = 2, so every loss of this file takes pairs as well. The best response is the
+kind "chosen", the worst "rejected", and those between are "rank_2", "rank_3", ... in order. Ratings are the
+columns score_chosen, score_rejected, score_rank_2, ... of the pairs (higher is better); without them the
+order alone counts, as numbers K - 1, ..., 1, 0. In the docstrings c_i is the log-ratio log pi(y_i|x) -
+log pi_ref(y_i|x) of response i, and s_i its rating. Sums run over the responses that a row has.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Array, Bool, Float
+
+from jaxft.objectives.losses.numerics import logistic, require, square
+from jaxft.objectives.losses.preference_losses import PairLoss
+from jaxft.objectives.pair import PairBatch, PairTokens, PreferenceLoss, declaration
+
+RATING = "score_"  # what the names of the columns of ratings begin with
+
+
+class Ranking(NamedTuple):
+    """The responses of each ranking, the best first. Entries where `present` is False have no meaning."""
+
+    ratio: Float[Array, "B P K"]
+    score: Float[Array, "B P K"]
+    present: Bool[Array, "B P K"]
+
+
+def ranked_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the kinds of responses that are ranked, the best first: without "mismatched" and "gold"."""
+    between = sorted((kind for kind in kinds if kind.startswith("rank_")), key=lambda kind: int(kind[5:]))
+    return ("chosen", *between, "rejected")
+
+
+def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, "B P"]]:
+    """Return the rating of each ranked kind; without columns of ratings K - 1 for the best, ..., 0 for the
+    worst.
+
+    loss: the name of a loss that needs the columns. Raises ValueError if the rows have none, or only some.
+    """
+    kinds = ranked_kinds(tuple(pair.responses))
+    missing = [RATING + kind for kind in kinds if RATING + kind not in pair.columns]
+    if missing and (loss or len(missing) < len(kinds)):
+        available = ", ".join(sorted(pair.columns)) or "none"
+        raise ValueError(
+            f"{loss or 'a loss of rankings'}: the rows have no column {missing[0]} (available: {available}). "
+            f"Name the columns of ratings in data.extras, or use plackett_luce, which needs none"
+        )
+    if missing:
+        order = range(len(kinds) - 1, -1, -1)
+        return {kind: jnp.full_like(pair.weight, n) for kind, n in zip(kinds, order, strict=True)}
+    return {kind: pair.columns[RATING + kind].astype(pair.weight.dtype) for kind in kinds}
+
+
+def ranking_of(pair: PairBatch, loss: str | None = None) -> Ranking:
+    """Return the ranked responses of each slot. loss: see `ratings`."""
+    scores = ratings(pair, loss)
+    responses = [pair.responses[kind] for kind in scores]
+    ratio, present = (
+        jnp.stack([getattr(response, name) for response in responses], axis=-1)
+        for name in ("ratio", "present")
+    )
+    return Ranking(ratio, jnp.stack([*scores.values()], axis=-1), present > 0)
+
+
+def _log_softmax(x: Float[Array, "B P K"], among: Bool[Array, "B P K"]) -> Float[Array, "B P K"]:
+    """The log of the softmax over the entries in `among`, 0 at the others."""
+    lowest = jnp.finfo(x.dtype).min / 2
+    return jnp.where(among, jax.nn.log_softmax(jnp.where(among, x, lowest), axis=-1), 0)
+
+
+def plackett_luce(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+    """`-sum_i log(exp(beta c_i) / sum_{j no better than i} exp(beta c_j))`: DPO of a ranking, whose best
+    response is chosen first, then the best of the rest.
+
+    Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; DPO where K = 2. Of responses with the same rating
+    each is compared with all of them (Breslow 1974).
+    """
+    x, score, present = ranking_of(pair)
+    x = beta * x
+    no_better = present[..., None, :] & (score[..., None, :] <= score[..., :, None])
+    lowest = jnp.finfo(x.dtype).min / 2
+    total = jax.nn.logsumexp(jnp.where(no_better, x[..., None, :], lowest), axis=-1)
+    return jnp.sum(jnp.where(present, total - x, 0), axis=-1)
+
+
+def info_nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
+    """`-sum_i softmax(s / alpha)_i log softmax(beta c)_i`: the policy's choice among the responses is as
+    likely as their ratings say.
+
+    InfoNCA (Chen et al. 2024, arXiv:2402.05369, eq. 7). alpha: of a difference of ratings, how much is one
+    nat; towards 0 only the best response counts.
+    """
+    require(alpha > 0, f"info_nca: alpha must be above 0, got {alpha}")
+    x, score, present = ranking_of(pair, "info_nca")
+    target = jnp.where(present, jnp.exp(_log_softmax(score / alpha, present)), 0)
+    return -jnp.sum(target * _log_softmax(beta * x, present), axis=-1)
+
+
+def nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
+    """`-sum_i (softmax(s / alpha)_i LS(beta c_i) + LS(-beta c_i) / K)`, LS = log sigmoid: like info_nca, but
+    of each response by itself, so that the best one does not lose log-prob.
+
+    NCA (Chen et al. 2024, arXiv:2402.05369, eq. 9); towards alpha = 0 and with K = 2 it is nca_pair.
+    """
+    require(alpha > 0, f"nca: alpha must be above 0, got {alpha}")
+    x, score, present = ranking_of(pair, "nca")
+    target = jnp.where(present, jnp.exp(_log_softmax(score / alpha, present)), 0)
+    count = jnp.maximum(jnp.sum(present, axis=-1, keepdims=True), 1).astype(x.dtype)
+    noise = jnp.where(present, log_sigmoid(-beta * x), 0) / count
+    return -jnp.sum(target * log_sigmoid(beta * x) + noise, axis=-1)
+
+
+def rpo_bwd_kl(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss:
+    """`KL(softmax(eta s) || softmax(beta c))`: differences of implicit rewards should be those of the
+    ratings.
+
+    Reward-aware preference optimisation (Adler et al. 2024, arXiv:2406.11704, section 3.3.2; Sun et al. 2025,
+    arXiv:2502.00203), NeMo's rpo_bwd_kl; eta is its gt_reward_scale.
+    """
+    x, score, present = ranking_of(pair, "rpo_bwd_kl")
+    target, policy = _log_softmax(eta * score, present), _log_softmax(beta * x, present)
+    return jnp.sum(jnp.where(present, jnp.exp(target) * (target - policy), 0), axis=-1)
+
+
+def rpo_fwd_kl(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss:
+    """`KL(softmax(beta c) || softmax(eta s))`: rpo_bwd_kl with its sides exchanged, NeMo's rpo_fwd_kl."""
+    x, score, present = ranking_of(pair, "rpo_fwd_kl")
+    target, policy = _log_softmax(eta * score, present), _log_softmax(beta * x, present)
+    return jnp.sum(jnp.where(present, jnp.exp(policy) * (policy - target), 0), axis=-1)
+
+
+def rpo_sq(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss:
+    """The mean over pairs i, j of `(beta (c_i - c_j) - eta (s_i - s_j))^2`, NeMo's rpo_sq
+    (arXiv:2406.11704).
+    """
+    x, score, present = ranking_of(pair, "rpo_sq")
+    gap = beta * x - eta * score
+    pairs = jnp.triu(present[..., :, None] & present[..., None, :], 1)
+    squares = jnp.where(pairs, square(gap[..., :, None] - gap[..., None, :]), 0)
+    return jnp.sum(squares, axis=(-2, -1)) / jnp.maximum(jnp.sum(pairs, axis=(-2, -1)), 1).astype(x.dtype)
+
+
+def lipo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+    """`-sum_{s_i > s_j} D_ij LS(beta (c_i - c_j))`, D_ij = |2^s_i - 2^s_j| |1 / log(1 + t_i) -
+    1 / log(1 + t_j)| with t_i the rank of beta c_i: mistakes at the top count for more.
+
+    LiPO-lambda (Liu et al. 2024, arXiv:2402.01878, eq. 9). Its ratings are between 0 and 1; scale larger
+    ones. Equal c_i, as at the first step, have the ranks of the ratings.
+    """
+    x, score, present = ranking_of(pair)
+    x = beta * x
+    larger = x[..., None, :] > x[..., :, None]
+    equal = x[..., None, :] == x[..., :, None]
+    ahead = larger | jnp.tril(equal, -1)
+    rank = 1 + jnp.sum(ahead & present[..., None, :], axis=-1)
+    discount = 1 / jnp.log1p(rank.astype(x.dtype))
+    gain = jnp.exp2(score)
+    weight = jnp.abs(gain[..., :, None] - gain[..., None, :])
+    weight *= jnp.abs(discount[..., :, None] - discount[..., None, :])
+    better = (score[..., :, None] > score[..., None, :]) & present[..., :, None] & present[..., None, :]
+    losses = jax.lax.stop_gradient(weight) * logistic(x[..., :, None] - x[..., None, :])
+    return jnp.sum(jnp.where(better, losses, 0), axis=(-2, -1))
+
+
+def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
+    """The mean of a loss of pairs over all pairs of a ranking, better against worse; ties are left out.
+
+    How InstructGPT compares K responses (Ouyang et al. 2022, arXiv:2203.02155, eq. 1), for any loss:
+    `all_pairs(ipo)`. Raises ValueError for a coupled loss.
+    """
+    declared = declaration(loss)
+    if declared.coupled:
+        raise ValueError("all_pairs compares the responses of one row, but this loss couples rows")
+
+    def of_rankings(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
+        scores = ratings(pair)
+        total, count = jnp.zeros_like(pair.weight), jnp.zeros_like(pair.weight)
+        for better, worse in combinations(scores, 2):
+            responses = {"chosen": pair.responses[better], "rejected": pair.responses[worse]}
+            tokens = _tokens_of(pair, better, worse)
+            values = loss(replace(pair, responses=responses, tokens=tokens), *args, **knobs)
+            both = (responses["chosen"].present > 0) & (responses["rejected"].present > 0)
+            used = (both & (scores[better] != scores[worse])).astype(values.dtype)
+            total, count = total + jnp.where(used > 0, values, 0), count + used
+        return total / jnp.maximum(count, 1)
+
+    return replace(declared, fn=of_rankings)
+
+
+def _tokens_of(pair: PairBatch, better: str, worse: str) -> PairTokens:
+    """The tokens of two kinds of responses as those of a pair, all others as padding."""
+    kinds, padding = tuple(pair.responses), 2 * pair.weight.shape[1]
+    slot, kind = jnp.divmod(pair.tokens.response, len(kinds))
+    chosen, rejected = kind == kinds.index(better), kind == kinds.index(worse)
+    number = jnp.where(chosen | rejected, 2 * slot + rejected.astype(slot.dtype), padding)
+    return replace(pair.tokens, response=jnp.minimum(number, padding))

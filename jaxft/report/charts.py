@@ -1,0 +1,328 @@
+"""The charts of runs: which metrics are drawn together, with titles, units and the curves of metrics.jsonl.
+
+A run's pictures and its report show the same charts.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import Interval, wilson
+from jaxft.report.plots import Panel, Points, draw
+from jaxft.runs import metric_names as names
+from jaxft.runs.trackers.jsonl import read_entries
+
+X_AXIS = "optimizer step"
+FEWEST_TO_SMOOTH = 16  # points of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # what is left of the noise, over the curve's change; parts of a curve
+TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
+
+
+@dataclass(frozen=True)
+class ChartLine:
+    """A metric in a chart. label: which of the chart's quantities it is, "" for the only one."""
+
+    metric: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ChartKind:
+    """A chart: the metrics that share its axes. unit: the label of the y axis. about: how to read it."""
+
+    title: str
+    unit: str
+    lines: tuple[ChartLine, ...]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """A metric of a run by step, on training or held-out rows; None for a value that was not finite.
+
+    intervals: of an accuracy whose number of pairs is known, None elsewhere.
+    """
+
+    label: str
+    held_out: bool
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+    intervals: tuple[Interval | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with the curves of each run, by the run's name."""
+
+    kind: ChartKind
+    curves: Mapping[str, tuple[RunCurve, ...]]
+
+
+def single_chart(title: str, unit: str, metric: str, about: str = "") -> ChartKind:
+    """Return a chart of one metric."""
+    return ChartKind(title, unit, (ChartLine(metric),), about)
+
+
+MARGINS = {names.MARGIN, names.REWARD_MARGIN}
+RESPONSES = {names.CHOSEN_REWARD, names.REJECTED_REWARD}
+PAIR_CHARTS = (
+    ChartKind(
+        "Accuracy of the rewards",
+        "fraction of pairs",
+        (ChartLine(names.ACCURACY), ChartLine(names.REWARD_ACCURACY)),
+        "Pairs whose chosen response has the higher reward; 0.5 is chance. Bars: 95 % intervals on held-out "
+        "pairs; nothing is drawn where all pairs are ties.",
+    ),
+    ChartKind(
+        "Margin of the rewards",
+        "chosen minus rejected reward",
+        (ChartLine(names.MARGIN), ChartLine(names.REWARD_MARGIN)),
+    ),
+    ChartKind(
+        "Log-probability of the responses",
+        "nats per response",
+        (ChartLine(names.CHOSEN_LOGP, "chosen"), ChartLine(names.REJECTED_LOGP, "rejected")),
+        "If chosen falls along with rejected, probability moves to responses in no pair.",
+    ),
+    ChartKind(
+        "Rewards of the responses",
+        "reward per response",
+        (ChartLine(names.CHOSEN_REWARD, "chosen"), ChartLine(names.REJECTED_REWARD, "rejected")),
+    ),
+)
+DECISION_CHARTS = (
+    single_chart("Accuracy of the decisions", "fraction of decisions", names.REWARD_ACCURACY),
+    single_chart(
+        "Calibration error (ECE)",
+        "mean difference to the accuracy",
+        names.ECE,
+        "How far confidences are from accuracies, over 15 bins of equal width; of a few decisions, such as "
+        "a training step's, it is mostly noise.",
+    ),
+    single_chart("Brier score", "squared difference of probabilities", names.BRIER),
+    single_chart("Entropy of the choices", "nats per decision", names.ENTROPY),
+)
+ROLLOUT_CHARTS = (
+    single_chart("Reward", "reward per completion", names.REWARD),
+    single_chart("Spread of the rewards", "standard deviation", names.REWARD_STD),
+    single_chart("KL to the reference", "nats per completion", names.COMPLETION_KL),
+    single_chart("Length of completions", "tokens per completion", names.COMPLETION_LENGTH),
+    single_chart("Completions truncated at the limit", "fraction of completions", names.CLIPPED_RATIO),
+    single_chart("Loss of the value function", "squared error per token", names.VALUE_LOSS),
+)
+TOKEN_CHARTS = (
+    single_chart("Token accuracy", "fraction of tokens", names.TOKEN_ACCURACY),
+    single_chart("Entropy of the next token", "nats per token", names.ENTROPY),
+    single_chart(
+        "Loss on general text",
+        "nats per token",
+        names.GENERAL_LOSS,
+        "On a text about other subjects; it rises where the model forgets.",
+    ),
+)
+STEP_CHARTS = (
+    single_chart("Learning rate", "learning rate", names.LEARNING_RATE),
+    single_chart("Gradient norm", "norm before clipping", names.GRAD_NORM),
+    single_chart(
+        "Skipped steps",
+        "steps since the last entry",
+        names.SKIPPED,
+        "Steps whose loss, gradient or update was not finite; they changed nothing.",
+    ),
+    single_chart("Speed", "tokens per second", names.SPEED),
+    single_chart("Use of the hardware", "fraction of the peak FLOP/s", names.MFU),
+    single_chart("Memory", "GiB, highest so far", names.MEMORY),
+)
+
+
+def loss_unit(known: Set[str]) -> str:
+    """Return the unit of a run's loss from the names of its metrics.
+
+    A run with margins compares pairs, also of its own completions (online DPO). Single responses with labels
+    (KTO) have rewards and no margin.
+    """
+    if known & MARGINS:
+        return "loss per pair"
+    if names.ECE in known:
+        return "loss per decision"
+    if known & RESPONSES:
+        return "loss per response"
+    return "policy loss per token" if names.REWARD in known else "nats per token"
+
+
+def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
+    """Return the charts of what the model learns, for the metrics that the runs have."""
+    entries = [entry for own in runs.values() for entry in own]
+    known = _metric_names(entries)
+    units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
+    unit = units.pop() if len(units) == 1 else "loss (units differ between the runs)"
+    has_rollouts = names.REWARD in known
+    found = [
+        single_chart(f"Score of held-out completions: {name.removeprefix(names.SCORES)}", "mean score", name)
+        for name in known
+        if name.startswith(names.SCORES)
+    ]
+    found.append(single_chart("Loss", unit, names.LOSS))
+    functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
+    rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
+    if has_rollouts:
+        found += ROLLOUT_CHARTS
+        if len(rewards) > 1:
+            found.insert(2, ChartKind("Reward by function", "score per completion", rewards))
+    if names.ECE in known and not known & MARGINS:
+        general = [kind for kind in TOKEN_CHARTS if kind.lines[0].metric == names.GENERAL_LOSS]
+        return [*found, *DECISION_CHARTS, *general]
+    found += PAIR_CHARTS
+    if not has_rollouts:
+        found.append(single_chart("KL to the reference", "nats per token", names.KL))
+    return [*found, *TOKEN_CHARTS]
+
+
+def _metric_names(entries: Iterable[Entry]) -> Set[str]:
+    """Return the names in the order of the entries, those of held-out rows without their prefix."""
+    return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
+
+
+def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind]) -> list[Chart]:
+    """Return the charts that have a value, with the curves of the runs.
+
+    runs: entries of metrics.jsonl by the run's name.
+    """
+    found = []
+    for kind in kinds:
+        curves = {name: run_curves(entries, kind) for name, entries in runs.items()}
+        if any(curves.values()) and not (kind.lines[0].metric == names.SKIPPED and not _any_skipped(runs)):
+            found.append(Chart(kind, curves))
+    return found
+
+
+def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
+    return any(entry.get(names.SKIPPED) for entries in runs.values() for entry in entries)
+
+
+def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...]:
+    """Return the curves of a run in a chart, those without any finite value left out."""
+    found = []
+    for line in kind.lines:
+        for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
+            points = [
+                (entry["step"], value, _interval(entry, metric))
+                for entry in entries
+                for value in _values(entry, metric)
+            ]
+            if any(value is not None for _, value, _ in points):
+                steps, values, intervals = zip(*points, strict=True)
+                is_text = metric == names.GENERAL_LOSS  # no run trains on the general text
+                intervals = intervals if any(intervals) else ()
+                found.append(RunCurve(line.label, held_out or is_text, steps, values, intervals))
+    return tuple(found)
+
+
+def _interval(entry: Entry, metric: str) -> Interval | None:
+    """The interval of a fraction whose number of pairs or prompts is in the entry."""
+    value, count = entry.get(metric), names.count_of(entry, metric)
+    if not isinstance(value, int | float) or count is None or not isinstance(count.number, int | float):
+        return None
+    return wilson(value, count.number) if count.number > 0 and 0 <= value <= 1 else None
+
+
+def _values(entry: Entry, metric: str) -> list[float | None]:
+    """The value of a metric in an entry or its timings, [] where it has none."""
+    perf = entry.get("perf")
+    source = entry if metric in entry else perf if isinstance(perf, dict) else {}
+    value = source.get(metric, "")
+    if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
+        return []
+    return [value]
+
+
+# Noise
+
+
+def smoothing_factor(curve: RunCurve) -> float:
+    """Return the factor f of an exponential moving average that a noisy curve is drawn with, 0 for none.
+
+    The noise is s = the standard deviation of neighbours' differences over sqrt(2), which a trend hardly
+    changes. The average leaves s sqrt((1 - f) / (1 + f)) of it in white noise; f is the smallest one that
+    leaves NOISE of the curve's change, and at most one that averages over an eighth of the curve. The change
+    is the range of the means of these parts. Curves of held-out rows, which are the same every time, are
+    drawn as they are.
+    """
+    known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
+    if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
+        return 0.0
+    noise = float(np.diff(known).std() / math.sqrt(2))
+    means = [part.mean() for part in np.array_split(known, SHORTEST_PART)]
+    allowed = NOISE * (max(means) - min(means))
+    if noise <= allowed:
+        return 0.0
+    left = (allowed / noise) ** 2
+    return min(1 - SHORTEST_PART / len(known), (1 - left) / (1 + left))
+
+
+def smoothed(values: Sequence[float | None], factor: float) -> list[float | None]:
+    """Return the exponential moving average of a curve, from which the pull of its start at 0 is removed;
+    gaps stay gaps.
+    """
+    total = weight = 0.0
+    found: list[float | None] = []
+    for value in values:
+        if value is None:
+            found.append(None)
+            continue
+        total, weight = factor * total + (1 - factor) * value, factor * weight + (1 - factor)
+        found.append(total / weight)
+    return found
+
+
+# Pictures
+
+
+def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str]:
+    """Draw curves.png, what the model learns, and training.png, learning rate, gradient, speed and memory,
+    into `folder`. Return the names of the files; none for a run without a value to draw.
+    """
+    runs = {name: entries}
+    files = {"curves.png": learning_kinds(runs), "training.png": STEP_CHARTS}
+    drawn = []
+    for file, kinds in files.items():
+        charts = make_charts(runs, kinds)
+        if charts:
+            draw(folder / file, [chart_panel(chart, name) for chart in charts], name)
+            drawn.append(file)
+    return drawn
+
+
+def chart_panel(chart: Chart, run: str) -> Panel:
+    """Return a chart of one run as a panel of a picture; a noisy curve is smoothed, with its values faint."""
+    curves, faint = {}, {}
+    for curve in chart.curves[run]:
+        label = ", ".join(part for part in (curve.label, side_label(curve)) if part)
+        factor = smoothing_factor(curve)
+        if factor:
+            faint[label] = _known_points(curve.steps, curve.values)
+        curves[label] = _known_points(curve.steps, smoothed(curve.values, factor))
+    return Panel(chart.kind.title, X_AXIS, chart.kind.unit, curves, faint=faint)
+
+
+def _known_points(steps: Sequence[int], values: Sequence[float | None]) -> Points:
+    points = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def side_label(curve: RunCurve) -> str:
+    """Return which rows a curve is of."""
+    return HELD_OUT_ROWS if curve.held_out else TRAINING
+
+
+def pictures_section(folder: Path) -> str:
+    """Draw a run's pictures and return the section of its model card that shows them; "" without any."""
+    files = draw_pictures(folder, read_entries(folder / "metrics.jsonl"), folder.name)
+    titles = {"curves.png": "Curves", "training.png": "Learning rate, gradient norm, speed and memory"}
+    lines = [f"![{titles[file]}]({file})" for file in files]
+    note = "Noisy curves are smoothed (exponential moving average); the faint lines are the values."
+    return "\n".join(["## Curves", "", *lines, "", note, ""]) if lines else ""

@@ -1,0 +1,426 @@
+"""Compare runs: a table of their final metrics, and the curves of all of them in one picture."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import Interval, wilson
+from jaxft.report.plots import Panel, Points, draw
+from jaxft.runs import metric_names as names
+from jaxft.runs.folder import CARD
+
+Logged = Mapping[str, float]  # metrics by name
+Column = Callable[
+    [Logged, Logged], float | None
+]  # (metrics at step 0, metrics at the end) -> a number of the table
+
+
+def held_out(name: str) -> str:
+    """The name of a metric on held-out rows."""
+    return names.HELD_OUT + name
+
+
+def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
+    """Return the metrics of a run's first and last evaluation, the latter with those of the last step. A run
+    that was evaluated only before its first step has no last evaluation.
+    """
+    evaluations: list[Logged] = [{}]
+    step: Logged = {}
+    evaluated: int | None = None
+    for entry in entries:
+        numbers = {k: x for k, x in entry.items() if isinstance(x, int | float) and k != "step"}
+        if any(name.startswith(names.HELD_OUT) for name in entry):
+            evaluations.append(numbers)
+            evaluated = entry["step"]
+        elif names.LOSS in entry:
+            step = numbers
+    return evaluations[:2][-1], {**step, **({} if evaluated == 0 else evaluations[-1])}
+
+
+# The table
+
+
+def _over_start(name: str) -> Column:
+    """The value at the end over that at step 0."""
+
+    def column(before: Logged, after: Logged) -> float | None:
+        return after[name] / before[name] if name in after and before.get(name, 0) > 0 else None
+
+    return column
+
+
+def _last(*choices: str) -> Column:
+    """The value at the end, of the first of these metrics that the run has."""
+
+    def column(before: Logged, after: Logged) -> float | None:
+        return next((after[name] for name in choices if name in after), None)
+
+    return column
+
+
+def _gained(name: str, minus: str | None = None) -> Column:
+    """How much a metric, or its difference to another one, has grown since step 0."""
+    needed = [name] if minus is None else [name, minus]
+
+    def column(before: Logged, after: Logged) -> float | None:
+        if not all(each in side for each in needed for side in (before, after)):
+            return None
+        first, *rest = (after[each] - before[each] for each in needed)
+        return first - sum(rest)
+
+    return column
+
+
+def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
+    """The growth of the reward over its standard deviation at step 0."""
+    return _growth(before, after, held_out(names.REWARD), held_out(names.REWARD_STD))
+
+
+def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
+    """The same for a single reward's own scores, without penalties and bounds; None where they are the
+    reward.
+    """
+    prefix, suffix = held_out("rewards/"), "/mean"
+    means = [name for name in after if name.startswith(prefix) and name.endswith(suffix)]
+    reward = held_out(names.REWARD)
+    if len(means) != 1 or all(side.get(means[0]) == side.get(reward) for side in (before, after)):
+        return None
+    return _growth(before, after, means[0], means[0].removesuffix(suffix) + "/std")
+
+
+def _growth(before: Logged, after: Logged, name: str, deviation: str) -> float | None:
+    if not before.get(deviation) or name not in before or name not in after:
+        return None
+    return (after[name] - before[name]) / before[deviation]
+
+
+def score_names(metrics: Logged) -> list[str]:
+    """The names of the mean scores of held-out completions among metrics."""
+    return [name for name in metrics if name.startswith(held_out(names.SCORES))]
+
+
+def score_title(name: str) -> str:
+    """The title of a mean score of held-out completions."""
+    return f"score {name.removeprefix(held_out(names.SCORES))}"
+
+
+def _score(before: Logged, after: Logged) -> float | None:
+    """The mean score of held-out completions by the first function."""
+    return next((after[name] for name in score_names(after)), None)
+
+
+ARROW = " → "  # from the value before training to that after it
+TIES = "ties"  # an accuracy where all pairs are ties
+REWARD, SCORE = "held-out reward", "score"
+LOSS, RELATIVE_LOSS, ACCURACY, PAIRS = "held-out loss", "loss over step 0", "accuracy", "pairs"
+# Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
+COLUMNS: dict[str, Column] = {
+    REWARD: _last(held_out(names.REWARD)),
+    "reward gained": _gained(held_out(names.REWARD)),
+    "in deviations": _reward_in_deviations,
+    "scores alone": _scores_in_deviations,
+    SCORE: _score,
+    "KL per completion": _last(held_out(names.COMPLETION_KL)),
+    "tokens per completion": _last(held_out(names.COMPLETION_LENGTH)),
+    LOSS: _last(held_out(names.LOSS)),
+    RELATIVE_LOSS: _over_start(held_out(names.LOSS)),
+    ACCURACY: _last(held_out(names.ACCURACY), held_out(names.REWARD_ACCURACY)),
+    PAIRS: _last(*(held_out(name) + names.PAIR_COUNT for name in (names.ACCURACY, names.REWARD_ACCURACY))),
+    "token accuracy": _last(held_out(names.TOKEN_ACCURACY)),
+    "margin": _last(held_out(names.REWARD_MARGIN)),
+    "margin, nats": _gained(held_out(names.CHOSEN_LOGP), held_out(names.REJECTED_LOGP)),
+    "chosen, nats": _gained(held_out(names.CHOSEN_LOGP)),
+    "KL per token": _last(held_out(names.KL)),
+    "general loss": _last(names.GENERAL_LOSS),
+    "last step's loss": _last(names.LOSS),
+    "last step's accuracy": _last(names.ACCURACY, names.REWARD_ACCURACY),
+    "last step's margin": _last(names.MARGIN, names.REWARD_MARGIN),
+    "skipped steps": _last(names.SKIPPED),
+}
+# Columns whose cells have the value at step 0 too.
+WITH_START = (LOSS, ACCURACY, REWARD, SCORE, "token accuracy", "margin", "general loss")
+# Metrics of the last training step, which the table has where there are no held-out rows.
+TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, names.REWARD_MARGIN)
+NOTES = {
+    ACCURACY: "accuracy: fraction of held-out pairs whose chosen completion has the higher reward; a tie "
+    "counts 1/2; in brackets its 95 % interval",
+    RELATIVE_LOSS: "loss over step 0: losses of different functions, held-out rows or tokenizers "
+    "don't compare with one another",
+    "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
+    "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
+    "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
+    "skipped steps": "skipped steps: loss, gradient or update was not finite, so the step changed nothing",
+    REWARD: "held-out reward: of completions that are sampled with the same keys every time; in brackets the "
+    "95 % interval over the prompts",
+    "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
+    "scores alone": "scores alone: as in deviations, for the scores before penalties such as missing_eos",
+    SCORE: "score: mean over completions of held-out prompts, by the first function of scoring.by; in "
+    "brackets its 95 % interval over the prompts",
+    "KL per completion": "KL per completion: log-prob of sampled completions minus the reference's, in nats",
+    "chosen, nats": "chosen: growth of the log-prob of chosen completions since step 0",
+    "general loss": "general loss: per token, on text about other subjects; it rises where the model forgets",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks it;
+    starts: the same at step 0. intervals: of values at the end, by title, () for none of any run.
+    """
+
+    labels: tuple[str, ...]
+    titles: tuple[str, ...]
+    rows: tuple[tuple[float | None, ...], ...]
+    starts: tuple[tuple[float | None, ...], ...]
+    intervals: tuple[Mapping[str, Interval], ...] = ()
+
+    @staticmethod
+    def of(
+        labels: Sequence[str],
+        before: Sequence[Logged],
+        after: Sequence[Logged],
+        same_loss: bool = True,
+        intervals: Sequence[Mapping[str, Interval]] = (),
+    ) -> "Table":
+        """Build the table from the metrics at step 0 and at the end. same_loss: the runs have the same loss
+        function.
+        """
+        sides = list(zip(before, after, strict=True))
+        columns = {title: [column(*side) for side in sides] for title, column in COLUMNS.items()}
+        if any(x is not None for x in columns[ACCURACY]):
+            del columns["token accuracy"]
+        if any(x is not None for x in columns[LOSS]):
+            columns = {t: values for t, values in columns.items() if not t.startswith("last step")}
+        if not any(columns["skipped steps"]):
+            del columns["skipped steps"]
+        if same_loss:
+            del columns[RELATIVE_LOSS]
+        known = {t: values for t, values in columns.items() if any(x is not None for x in values)}
+        starts = {title: [COLUMNS[title](first, first) for first in before] for title in known}
+        rows, first = (tuple(zip(*x.values(), strict=True)) or ((),) * len(labels) for x in (known, starts))
+        return Table(tuple(labels), tuple(known), rows, first, tuple(intervals))
+
+    def cells(self) -> list[list[str]]:
+        """Return the cells as text: `start → value`, an accuracy, a reward and a score with its interval."""
+        sides = [
+            tuple(dict(zip(self.titles, side, strict=True)) for side in both)
+            for both in zip(self.starts, self.rows, strict=True)
+        ]
+        intervals = self.intervals or ({},) * len(sides)
+        return [
+            [
+                _cell(title, start, row) + (f" {own[title].text(2)}" if title in own else "")
+                for title in self.titles
+            ]
+            for (start, row), own in zip(sides, intervals, strict=True)
+        ]
+
+    def text(self) -> str:
+        """The table for a terminal or a log, with the meaning of its columns."""
+        return "\n".join([text_table(self.titles, self.labels, self.cells()), *self.notes()])
+
+    def markdown(self) -> str:
+        """The same in Markdown."""
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        return f"{markdown_table(self.titles, self.labels, self.cells())}\n\n{notes}"
+
+    def as_json(self) -> dict[str, dict[str, float | None]]:
+        """Return the unrounded values, by label and title, and those at step 0 as `title before`."""
+        found = {}
+        for label, row, start in zip(self.labels, self.rows, self.starts, strict=True):
+            before = {f"{t} before": x for t, x in zip(self.titles, start, strict=True) if t in WITH_START}
+            found[label] = {**dict(zip(self.titles, row, strict=True)), **before}
+        return found
+
+    def notes(self) -> list[str]:
+        """Return explanations of columns that need one."""
+        arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
+        return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
+
+
+def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float | None]) -> str:
+    """A cell of the table. start, row: the values at step 0 and at the end, by title."""
+    first, value, pairs = start[title], row[title], row.get(PAIRS)
+    if title == PAIRS:
+        return "-" if value is None else f"{value:,.0f}"
+    if title == ACCURACY and pairs:
+        after = TIES if value is None else f"{short_number(value)} {wilson(value, pairs).text(2)}"
+        return f"{TIES if first is None else short_number(first)}{ARROW}{after}"
+    return (
+        f"{short_number(first)}{ARROW}{short_number(value)}"
+        if title in WITH_START and first is not None
+        else short_number(value)
+    )
+
+
+def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table for a terminal or a log."""
+    table = RichTable("", box=box.SIMPLE, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for label, row in zip(labels, cells, strict=True):
+        table.add_row(label, *row)
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    file, width = io.StringIO(), 40 + sum(widths) + 4 * len(titles) + max(map(len, labels))
+    Console(file=file, width=width, no_color=True).print(table)
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    return "\n".join(line for line in lines if line)
+
+
+def markdown_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    head = ["| |" + "".join(f" {title} |" for title in titles), "|---" * (1 + len(titles)) + "|"]
+    rows = [
+        f"| {label} |" + "".join(f" {x} |" for x in row) for label, row in zip(labels, cells, strict=True)
+    ]
+    return "\n".join([*head, *rows])
+
+
+def short_number(x: float | None) -> str:
+    """Return a number with about four digits, "-" for None."""
+    if x is None or not math.isfinite(x):
+        return "-" if x is None else str(x)
+    return f"{x:.3g}" if abs(x) < 1e-3 and x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+
+
+# The curves
+
+
+@dataclass(frozen=True)
+class CurveKind:
+    """A panel of the picture: the metric, or its difference to `minus`, on held-out rows or else of the
+    training steps.
+    """
+
+    title: str
+    unit: str
+    metric: str
+    minus: str | None = None
+
+
+CURVES = (
+    CurveKind("loss", "nats", names.LOSS),
+    CurveKind("accuracy", "fraction of pairs", names.ACCURACY),
+    CurveKind("accuracy", "fraction of pairs", names.REWARD_ACCURACY),
+    CurveKind("margin of the rewards", "per pair", names.REWARD_MARGIN),
+    CurveKind("margin since step 0", "nats per pair", names.CHOSEN_LOGP, names.REJECTED_LOGP),
+    CurveKind("chosen log-prob since step 0", "nats per completion", names.CHOSEN_LOGP),
+    CurveKind("KL to the reference", "nats per token", names.KL),
+    CurveKind("token accuracy", "fraction of tokens", names.TOKEN_ACCURACY),
+)
+ROLLOUT_CURVES = (  # of runs that sample completions
+    CurveKind("reward", "per completion", names.REWARD),
+    CurveKind("KL to the reference", "nats per completion", names.COMPLETION_KL),
+    CurveKind("length", "tokens per completion", names.COMPLETION_LENGTH),
+    CurveKind("entropy", "nats per token", names.ENTROPY),
+)
+_CURVE_METRICS = {
+    name for kind in (*CURVES, *ROLLOUT_CURVES) for name in (kind.metric, kind.minus) if name is not None
+}
+HELD_OUT_ONLY = (names.CHOSEN_LOGP, names.TOKEN_ACCURACY)  # not drawn for training rows, which differ by step
+
+
+def is_drawn(name: str) -> bool:
+    """Whether the curves show a metric."""
+    return name.removeprefix(names.HELD_OUT) in _CURVE_METRICS or bool(score_names({name: 0.0}))
+
+
+def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
+    """Steps and values on held-out rows. Of log-probs the change since the first evaluation, as their level
+    means nothing.
+    """
+    metrics = [held_out(name) for name in (kind.metric, kind.minus) if name is not None]
+    known = [e for e in entries if all(e.get(name) is not None for name in metrics)]
+    values = [e[metrics[0]] - sum(e[name] for name in metrics[1:]) for e in known]
+    start = values[0] if values and kind.metric == names.CHOSEN_LOGP else 0.0
+    return [e["step"] for e in known], [v - start for v in values]
+
+
+def _training_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
+    known = [e for e in entries if e.get(kind.metric) is not None]
+    return [e["step"] for e in known], [e[kind.metric] for e in known]
+
+
+def _loss_panel(held: dict[str, Points], training: dict[str, Points]) -> Panel:
+    """Held-out losses and, dashed, training losses; relative to step 0 where losses of different kinds are
+    compared.
+    """
+    starts = {label: y[0] for label, (_, y) in held.items()}
+    if min(starts.values()) <= 0 or max(starts.values()) <= 3 * min(starts.values()):
+        return Panel("loss, held out", "step", "nats", held, training)
+
+    def relative(curves: dict[str, Points]) -> dict[str, Points]:
+        return {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}
+
+    title = "loss over its value at step 0, held out"
+    return Panel(title, "step", "ratio", relative(held), relative(training))
+
+
+def _rollout_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    panels = []
+    for kind in ROLLOUT_CURVES:
+        held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
+        training = {label: _training_curve(entries, kind) for label, entries in curves.items()}
+        if any(x for x, _ in held.values()):
+            panels.append(Panel(f"{kind.title}, held out", "step", kind.unit, held, training))
+        else:
+            panels.append(Panel(kind.title, "step", kind.unit, training))
+    return panels
+
+
+def _score_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    """One panel per function that scored held-out completions."""
+    known = dict.fromkeys(
+        name for entries in curves.values() for entry in entries for name in score_names(entry)
+    )
+    found = []
+    for name in known:
+        points = {label: [e for e in entries if name in e] for label, entries in curves.items()}
+        title = f"{name.removeprefix(held_out(names.SCORES))}, held out"
+        held = {label: ([e["step"] for e in es], [e[name] for e in es]) for label, es in points.items() if es}
+        found.append(Panel(title, "step", "mean score", held))
+    return found
+
+
+def panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    """One panel per metric that the runs have. curves: entries of metrics.jsonl by label. Dashed: training
+    rows.
+    """
+    if any(names.REWARD in entry for entries in curves.values() for entry in entries):
+        return _rollout_panels(curves)
+    found = _score_panels(curves)
+    for kind in CURVES:
+        held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
+        training = {label: _training_curve(entries, kind) for label, entries in curves.items()}
+        held = {label: curve for label, curve in held.items() if curve[0]}
+        if held and kind.metric == names.LOSS:
+            found.append(_loss_panel(held, training))
+        elif held:
+            found.append(Panel(f"{kind.title}, held out", "step", kind.unit, held))
+        elif kind.metric not in HELD_OUT_ONLY and any(x for x, _ in training.values()):
+            found.append(Panel(kind.title, "step", kind.unit, training))
+    if any(panel.title.startswith("accuracy") for panel in found):
+        found = [panel for panel in found if not panel.title.startswith("token accuracy")]
+    return found
+
+
+# Files
+
+
+def write(
+    folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Entry]], text: str | None = None
+) -> None:
+    """Write README.md with the table, or `text` in place of it, and curves.png."""
+    draw(folder / "curves.png", panels(curves), name)
+    links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
+    picture = "![Curves of all runs](curves.png)"
+    content = table.markdown() if text is None else text
+    page = f"# {name}\n\n{content}\n\n{picture}\n\nThe runs, each with its adapter:\n{links}\n"
+    (folder / CARD).write_text(page, encoding="utf-8")

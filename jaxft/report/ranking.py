@@ -1,0 +1,429 @@
+"""Which of several runs is best: repetitions with other seeds together, differences on the same held-out
+rows, and sentences that say what is chance.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.data.rows.mixture import parse_sources
+from jaxft.objectives.alarms import Entry
+from jaxft.objectives.intervals import (
+    Interval,
+    Paired,
+    interval_of,
+    mean_interval,
+    paired,
+    paired_means,
+    wilson,
+)
+from jaxft.objectives.metrics import WEIGHT
+from jaxft.report import compare
+from jaxft.report.compare import Logged, first_and_last, held_out
+from jaxft.runs import metric_names as names
+from jaxft.runs.folder import read_saved_json
+from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
+
+ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
+SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition
+# Parts of config.json that follow from other settings, or that change nothing in what a run computes.
+NOT_SETTINGS = ("name", "seed", "command", "data_fingerprint", "loop", "samples", "trackers", "tracking")
+MOST_DIFFERENCES = 8  # runs that are compared with the best one
+
+
+@dataclass(frozen=True)
+class RankedRun:
+    """A run: metrics at step 0 and at the end, its settings as in config.json ({} if unknown), and values of
+    held-out rows by name.
+    """
+
+    label: str
+    before: Logged
+    after: Logged
+    settings: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, float]]
+
+    @property
+    def seed(self) -> tuple[Any, Any]:
+        """The seeds of the run and of its data."""
+        return self.settings.get("seed"), _part(self.settings, "data").get("seed")
+
+
+class Criterion(NamedTuple):
+    """The metric that makes a run the best one. key: of values of single rows, "" without any."""
+
+    title: str
+    metric: str
+    greater: bool
+    key: str
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether the values are of prompts: means over their completions."""
+        return self.key == names.REWARD or self.key.startswith(names.SCORES)
+
+
+def read_result(label: str, folder: Path) -> RankedRun:
+    """Read a run's folder, whose metrics.jsonl has an entry."""
+    path = folder / "config.json"
+    settings = read_saved_json(path) if path.is_file() else {}
+    return RankedRun(label, *first_and_last(read_entries(folder / METRICS)), settings, read_held_out(folder))
+
+
+def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
+    """Read the values of a run's held-out rows, by name; {} without any. A line that is not as jaxft writes
+    it is left out.
+    """
+    path, rows = folder / HELD_OUT_ROWS, {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            name = values.pop("row")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        rows[str(name)] = {key: x for key, x in values.items() if isinstance(x, int | float)}
+    return rows
+
+
+def have_same_loss(results: Sequence[RankedRun]) -> bool:
+    """Whether the held-out losses of the runs can be compared: one model, and one loss function with the same
+    knobs, or supervised runs, which are all evaluated by their cross-entropy.
+    """
+    weights = {str(result.settings.get("weights")) for result in results}
+    functions = {_loss_function(result.settings) for result in results}
+    return len(weights) == len(functions) == 1
+
+
+def _loss_function(settings: Mapping[str, Any]) -> str:
+    objective = _part(settings, "objective")
+    if objective.get("callable") == "jaxft.objectives.sft:sft":
+        return "sft"
+    return json.dumps(objective, sort_keys=True)
+
+
+def criterion(results: Sequence[RankedRun]) -> Criterion | None:
+    """Return the metric that ranks the runs: a score, a reward, the loss if it is the same function, or else
+    the accuracy; None if the runs have none of them in common. One that is the same in all runs tells
+    nothing.
+    """
+    scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
+    choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
+    choices.append(Criterion(compare.REWARD, held_out(names.REWARD), True, names.REWARD))
+    if have_same_loss(results):
+        choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
+    choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
+    finite = [c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)]
+    telling = [c for c in finite if len({r.after[c.metric] for r in results}) > 1]
+    return next(iter((*telling, *finite[-1:])), None)
+
+
+def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
+    """Return the runs that were evaluated after training, or that hold out no rows."""
+
+    def evaluated(metrics: Logged) -> bool:
+        return any(name.startswith(names.HELD_OUT) for name in metrics)
+
+    return [result for result in results if evaluated(result.after) or not evaluated(result.before)]
+
+
+def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
+    """Whether the values of `by` are of the same held-out rows: any two settings have a run each with the
+    same ones. Seeds of one setting may hold out different rows.
+    """
+    groups = [{_held_out(run, by) for run in group} for group in repetitions(results).values()]
+    return all(not one.isdisjoint(other) for one, other in combinations(groups, 2))
+
+
+def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The identity of a run's held-out rows: their dataset, and the names of the rows that have a value."""
+    data = _part(run.settings, "data")
+    held_out = data.get("held_out")
+    dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
+    files = tuple(sorted(os.path.abspath(source.ref) for source in parse_sources(dataset)))
+    return files, frozenset(name for name, values in run.rows.items() if by.key in values)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+# Repetitions
+
+
+def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
+    """Return the runs that differ in nothing but seeds together, by the part of their labels that they share.
+    A run without settings is alone.
+    """
+    groups: dict[str, list[RankedRun]] = {}
+    for result in results:
+        key = json.dumps(_without_seeds(result.settings), sort_keys=True) if result.settings else result.label
+        if result.seed in [other.seed for other in groups.get(key, ())]:
+            key = f"{key} {result.label}"  # the same run again is no repetition
+        groups.setdefault(key, []).append(result)
+    return {_group_label(group): group for group in groups.values()}
+
+
+def _without_seeds(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    data = {name: value for name, value in _part(settings, "data").items() if name != "seed"}
+    return {**kept, "data": data}
+
+
+def _group_label(results: Sequence[RankedRun]) -> str:
+    if len(results) == 1:
+        return results[0].label
+    parts = [part for part in results[0].label.split(",") if part.partition("=")[0] not in SEEDS]
+    labels = [result.label for result in results]
+    if "=" in results[0].label:
+        return ",".join(parts) or "all seeds"
+    return ", ".join(labels[:2]) + (f" and {len(labels) - 2} more" if len(labels) > 2 else "")
+
+
+def table_of(results: Sequence[RankedRun]) -> compare.Table:
+    """Return the table of the runs."""
+    sides = [r.before for r in results], [r.after for r in results]
+    intervals = [intervals_of(result) for result in results]
+    return compare.Table.of([r.label for r in results], *sides, have_same_loss(results), intervals)
+
+
+def intervals_of(result: RankedRun) -> dict[str, Interval]:
+    """Return the intervals of a run's held-out reward and of its first score over the prompts, by title."""
+    score = next(iter(compare.score_names(result.after)), None)
+    keys = {compare.REWARD: names.REWARD, compare.SCORE: (score or "").removeprefix(names.HELD_OUT)}
+    values = {title: [row[key] for row in result.rows.values() if key in row] for title, key in keys.items()}
+    return {title: interval_of(known) for title, known in values.items() if len(known) > 1}
+
+
+def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
+    """Return the summary of several runs: their table, that of repetitions, and which one is best."""
+    table = table_of(results)
+    lines = ranking_lines(results)
+    if markdown:
+        lines = [f"- {line.strip()}" for line in lines]
+    shown = [table.markdown() if markdown else table.text(), repetition_table(results, markdown)]
+    return [text for text in (*shown, "\n".join(lines)) if text]
+
+
+def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> str:
+    """Return a table of means and standard deviations over repetitions, "" without any repetition."""
+    repeated = repetitions_as_cells(results)
+    if repeated is None:
+        return ""
+    titles, cells = repeated
+    draw = compare.markdown_table if markdown else compare.text_table
+    table = draw(titles, [label for label, *_ in cells], [row for _, *row in cells])
+    return f"{table}\n\nmean ± standard deviation over seeds"
+
+
+def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]] | None:
+    """Return the titles and the rows of that table, each row with its label first; None without any
+    repetition.
+    """
+    groups = repetitions(results)
+    if all(len(group) == 1 for group in groups.values()):
+        return None
+    table = table_of(results)
+    values = table.as_json()
+    titles = [title for title in table.titles if title != compare.PAIRS]
+    cells = [
+        [label, str(len(group)), *(_spread([values[r.label][title] for r in group]) for title in titles)]
+        for label, group in groups.items()
+    ]
+    return ["runs", *titles], cells
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    finite = [x for x in values if x is not None and math.isfinite(x)]
+    if not finite:
+        return "-"
+    mean = compare.short_number(float(np.mean(finite)))
+    return mean if len(finite) == 1 else f"{mean} ± {compare.short_number(float(np.std(finite, ddof=1)))}"
+
+
+# Differences
+
+
+def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
+    """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
+    others are behind. Runs of different held-out rows have no best one.
+    """
+    ended = have_last_evaluation(results)
+    missing = [
+        f"{result.label}: not finished: no evaluation after training"
+        for result in results
+        if result not in ended
+    ]
+    return [*_ranking_lines(ended), *missing]
+
+
+def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
+    by = criterion(results) if len(results) > 1 else None
+    if by is None:
+        return []
+    if not share_held_out(results, by):
+        return [f"no best run by {by.title}: the runs have different held-out rows"]
+    groups = repetitions(results)
+    if len(groups) == 1:
+        (label, group), values = next(iter(groups.items())), [r.after[by.metric] for r in results]
+        return [f"{by.title} over {len(group)} seeds ({label}): {_mean_text(values, by)}"]
+    order = sorted(groups, key=lambda label: _mean(groups[label], by), reverse=by.greater)
+    best = groups[order[0]]
+    lines = [f"best of {len(groups)}: {order[0]}, by {by.title}: {value_of_setting(best, by)}"]
+    shown = order[1 : 1 + MOST_DIFFERENCES]
+    lines += [f"  {label} against it: {difference_text(best, groups[label], by)}" for label in shown]
+    if len(order) > 1 + len(shown):
+        lines.append(f"  {len(order) - 1 - len(shown)} more are further behind")
+    if len(groups) > 2:
+        lines.append("the best of several has been lucky too: its value on new rows is likely a bit worse")
+    return lines
+
+
+def best_labels(results: Sequence[RankedRun]) -> set[str]:
+    """Return the label of the best of several runs, or those of the runs of the best setting over seeds."""
+    results = have_last_evaluation(results)
+    by, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
+    if by is None or len(groups) == 1 or not share_held_out(results, by):
+        return set()
+    best = (max if by.greater else min)(groups.values(), key=lambda group: _mean(group, by))
+    return {result.label for result in best}
+
+
+def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
+    """Return how the accuracy of each setting differs from that of the setting with the label `baseline`."""
+    name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
+    groups = repetitions(results)
+    if name is None or baseline not in groups:
+        return []
+    by = Criterion(compare.ACCURACY, held_out(name), True, name)
+    return [
+        f"{label} against {baseline}, {by.title}: {difference_text(groups[baseline], group, by)}"
+        for label, group in groups.items()
+        if label != baseline
+    ]
+
+
+def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
+    """Return the accuracies of runs at the same KL to the reference: the largest that all of them have
+    reached, interpolated between their evaluations; "" if a run has no KL or accuracy.
+
+    curves: entries of metrics.jsonl by label. A run that has moved further is likely to have a higher
+    accuracy, whatever its loss.
+    """
+    points = {label: _accuracy_by_kl(entries) for label, entries in curves.items()}
+    if len(points) < 2 or any(len(curve) < 2 for curve in points.values()):
+        return ""
+    kl = min(max(x for x, _ in curve) for curve in points.values())
+    if kl <= 0:
+        return ""
+    texts = []
+    for label, curve in points.items():
+        reached, accuracies = np.array(curve).T
+        texts.append(f"{label} {np.interp(kl, reached, accuracies):.3f}")
+    return f"accuracy at the same KL per token, {kl:.3g}, interpolated: {', '.join(texts)}"
+
+
+def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
+    """The evaluations of a run as (KL, accuracy), in the order of the KL; ties have accuracy 1/2."""
+    name, points = held_out(names.ACCURACY), []
+    for entry in entries:
+        kl, accuracy = entry.get(held_out(names.KL)), entry.get(name)
+        if name not in entry and entry.get(name + names.PAIR_COUNT):
+            accuracy = 0.5
+        if kl is not None and accuracy is not None:  # null stands for a value that was not finite
+            points.append((float(kl), float(accuracy)))
+    return sorted(points)
+
+
+def _mean(results: Sequence[RankedRun], by: Criterion) -> float:
+    return float(np.mean([result.after[by.metric] for result in results]))
+
+
+def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
+    """Return the value of a setting with its interval: over seeds, or over a single run's held-out rows."""
+    values = [result.after[by.metric] for result in results]
+    if len(values) > 1:
+        return _mean_text(values, by)
+    (result,), (value,) = results, values
+    count = names.count_of(result.after, by.metric)
+    if count:
+        return f"{value:.3f} {wilson(value, count.number).text()} of {count.number:,.0f} {count.unit}"
+    rows = [row for row in result.rows.values() if by.key in row]
+    if by.of_prompts and rows:
+        interval = interval_of([row[by.key] for row in rows])
+        return f"{value:.3f} {interval.text()} of {len(rows):,} prompts"
+    if len(rows) > 1:
+        interval = mean_interval([row[by.key] for row in rows], [row.get(WEIGHT, 1.0) for row in rows])
+        return f"{value:.3f} {interval.text()} of {len(rows):,} rows"
+    return f"{value:.3f}"
+
+
+def _mean_text(values: Sequence[float], by: Criterion) -> str:
+    mean, interval = float(np.mean(values)), mean_interval(values)
+    if by.title == compare.ACCURACY:
+        interval = Interval(max(0.0, interval.low), min(1.0, interval.high))
+    spread = float(np.std(values, ddof=1))
+    return f"{mean:.3f} {interval.text()}, standard deviation {spread:.3f} over {len(values)} seeds"
+
+
+def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> str:
+    """Return the difference of two settings with its interval, and whether it may be chance: on the same
+    held-out rows, and over the same seeds where both have several.
+    """
+    unit = "pairs" if by.title == compare.ACCURACY else "prompts" if by.of_prompts else "rows"
+    if max(len(best), len(other)) > 1:
+        return _difference_over_seeds(best, other, by, unit)
+    over_rows = paired_rows(best, other, by)
+    if over_rows is None:
+        difference = _mean(other, by) - _mean(best, by)
+        return f"{difference:+.3f}; without values of the same held-out rows there is no interval"
+    return over_rows.text(unit)
+
+
+def _difference_over_seeds(
+    best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion, unit: str
+) -> str:
+    """Two settings with several seeds differ if both the seeds and the held-out rows say so: seeds alone
+    don't tell how much depends on which rows are held out, and rows alone not how much on luck in training.
+    """
+    runs = [{result.seed: result for result in group} for group in (best, other)]
+    common = [seed for seed in runs[0] if seed in runs[1]]
+    difference = f"{_mean(other, by) - _mean(best, by):+.3f}"
+    if len(common) < 2:
+        return f"{difference}; run both with the same seeds for an interval"
+    first, second = ([group[seed] for seed in common] for group in runs)
+    over_seeds = paired_means(*([result.after[by.metric] for result in group] for group in (first, second)))
+    over_rows = paired_rows(first, second, by)
+    text = f"{difference} {over_seeds.interval.text()} over {len(common)} seeds"
+    if over_rows is not None:
+        text += f", {over_rows.interval.text()} over the same {over_rows.rows:,} {unit}"
+    if over_seeds.distinguishable and (over_rows is None or over_rows.distinguishable):
+        return f"{text}: different"
+    return f"{text}: not distinguishable"
+
+
+def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> Paired | None:
+    """Compare two settings on the rows that all of their runs hold out, by the means over the runs; None for
+    fewer than two rows.
+    """
+    every, key = [*one, *other], by.key
+    common = [row for row in one[0].rows if all(key in run.rows.get(row, {}) for run in every)]
+    if len(common) < 2:
+        return None
+    first, second = (
+        [float(np.mean([run.rows[row][key] for run in group])) for row in common] for group in (one, other)
+    )
+    if len(every) == 2 and (key in ACCURACIES or by.of_prompts):
+        return paired(first, second)  # fractions, unless a score or a reward is none
+    return paired_means(first, second, [one[0].rows[row].get(WEIGHT, 1.0) for row in common])
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}

@@ -1,0 +1,137 @@
+"""The files of a run's folder that its report shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxft.objectives.alarms import Entry
+from jaxft.report.ranking import read_held_out
+from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
+from jaxft.runs.log import ALARMS_JSON, METRICS
+from jaxft.runs.run_texts import Sample
+from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its folder has it; {} and [] for a file that is not there (yet).
+
+    entries: of metrics.jsonl. is_finished: summary.json is that of the last step, not of an earlier end from
+    which the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
+    parameters: rows of the parameter table. data: see data.summary. rows: values of held-out rows by name.
+    seconds: of each phase of a finished run.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    entries: list[Entry]
+    is_finished: bool
+    notes: list[str]
+    alarms: list[str]
+    before: list[Sample]
+    after: list[Sample]
+    completions: list[dict[str, Any]]
+    parameters: list[dict[str, Any]]
+    data: dict[str, Any]
+    rows: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+
+
+def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the folders of runs and sweeps among several paths, and the other files and folders, which a
+    pattern such as runs/seeds/* matches too. A single path is not judged.
+    """
+    if len(paths) < 2:
+        return list(paths), []
+    others = [path for path in paths if path.exists() and not (path / METRICS).is_file()]
+    others = [path for path in others if path.is_file() or not sweep_members(path)]
+    kept = [path for path in paths if path not in others]
+    return (kept, others) if kept else (list(paths), [])
+
+
+def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return the folders of runs by name; that of a sweep is replaced by those of its members.
+
+    Raises ValueError for a folder that is no run's, a run without any logged step and two runs of one name.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        members = sweep_members(path)
+        for label, folder in members.items() if members else [(path.resolve().name, path)]:
+            if not (folder / METRICS).is_file():
+                raise ValueError(
+                    f"{folder}: has no metrics.jsonl; use the folder of a run or a sweep, such as runs/sft"
+                )
+            if label in found:
+                raise ValueError(
+                    f"{folder} and {found[label]}: both are called {label}; rename one of the folders, or "
+                    "leave one out"
+                )
+            found[label] = folder
+    return found
+
+
+def sweep_members(folder: Path) -> dict[str, Path]:
+    """Return the folders of a sweep's members by label, {} for a run."""
+    path = folder / "config.json"
+    labels = read_saved_json(path).get("members", []) if path.is_file() else []
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: members is not a list of names; restore the file")
+    if any(Path(label).name != label for label in labels):
+        raise ValueError(f"{path}: members has a name that is not a folder's in {folder}; restore the file")
+    return {label: folder / label for label in labels}
+
+
+def read_run(name: str, folder: Path) -> RunFiles:
+    """Read a run, finished or not. Raises ValueError that names a damaged file."""
+    entries = read_entries(folder / METRICS)
+    if not entries:
+        raise ValueError(f"{folder / METRICS}: has no entry yet; wait for the first step")
+    summary = _json(folder / SUMMARY)
+    is_finished = bool(summary) and summary.get("steps") == entries[-1]["step"]
+    if not is_finished:
+        summary = _json(folder / ALARMS_JSON)
+    return RunFiles(
+        name=name,
+        folder=folder,
+        settings=_json(folder / "config.json"),
+        environment=_json(folder / "env.json"),
+        entries=entries,
+        is_finished=is_finished,
+        notes=_list(summary, "notes", str),
+        alarms=_list(summary, "alarms", str),
+        before=[_sample(x) for x in _list(summary.get("before"), "samples", dict)],
+        after=[_sample(x) for x in _list(summary.get("after"), "samples", dict)],
+        completions=[dict(entry) for entry in read_entries(folder / COMPLETIONS)],
+        parameters=_list(_json(folder / PARAMETERS_JSON), "rows", dict),
+        data=_json(folder / DATA_JSON),
+        rows=read_held_out(folder),
+        seconds=_seconds(summary.get("perf")),
+    )
+
+
+def _seconds(perf: Any) -> dict[str, float]:
+    """The seconds in a summary's perf, {} for anything else."""
+    found = perf.get("seconds") if isinstance(perf, dict) else None
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: float(x) for name, x in items if isinstance(x, int | float) and not isinstance(x, bool)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_saved_json(path) if path.exists() else {}
+
+
+def _list(record: Any, name: str, kind: type) -> list[Any]:
+    """The values of a type in the list called `name`; [] where a record has no such list."""
+    values = record.get(name) if isinstance(record, dict) else None
+    return [x for x in values if isinstance(x, kind)] if isinstance(values, list) else []
+
+
+def _sample(record: dict[str, Any]) -> Sample:
+    prompt, completion, reference = (
+        str(record.get(name, "")) for name in ("prompt", "completion", "reference")
+    )
+    return Sample(prompt=prompt, completion=completion, reference=reference, finish="stop")

@@ -1,0 +1,456 @@
+"""The sections of a report, each a function of the runs that returns HTML, "" for nothing to show."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxft.data.progress import clock_time
+from jaxft.objectives.intervals import wilson
+from jaxft.report import compare, ranking
+from jaxft.report.markup import (
+    MOST_COLUMNS,
+    escaped,
+    folded,
+    histogram_picture,
+    html_table,
+    number_text,
+    record_table,
+    section,
+    token_view,
+    value_text,
+)
+from jaxft.report.run_files import RunFiles
+from jaxft.runs import metric_names
+from jaxft.runs.environment import device_counts
+from jaxft.runs.run_texts import joint_alarms, same_prompts
+from jaxft.runs.trackers.console import TOTAL, time_by_phase
+
+SAMPLES = 24  # prompts in all
+COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all
+KINDS_OF_DATA = 4  # datasets that are shown
+BEST = ' <span class="best">best</span>'
+MOST_FOLDED = 3  # runs whose metrics are folded one by one
+
+Runs = Sequence[RunFiles]
+
+
+def overview_section(runs: Runs) -> str:
+    """The model, its data, steps and time; the metrics before and after, and which run is best."""
+    results = [result_of(run) for run in runs]
+    parts = [facts_of_runs(runs), end_table(results)]
+    details = []
+    for run, result in zip(runs, results, strict=True):
+        before, after = result.before, result.after
+        known = dict.fromkeys(metric_names.without_count(name) for name in {**before, **after})
+        held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
+        cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
+        notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
+        content = (f"<ul>{notes}</ul>" if notes else "") + html_table(
+            ["held-out metric", "first evaluation", "last evaluation"], cells, numeric=True
+        )
+        details += [folded(f"All held-out metrics of {escaped(run.name)}", content)] if held else []
+    every = "\n".join(details)
+    parts.append(folded("All held-out metrics", every) if len(details) > MOST_FOLDED else every)
+    return section("overview", "Overview", "\n".join(parts))
+
+
+def result_of(run: RunFiles) -> ranking.RankedRun:
+    """Return the metric that ranks runs."""
+    return ranking.RankedRun(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
+
+
+def facts_of_runs(runs: Runs) -> str:
+    """The facts of a run; of several, those that they share, and then those in which they differ."""
+    facts = {run.name: run_facts(run) for run in runs}
+    if len(runs) == 1:
+        return record_table(facts)
+    first = next(iter(facts.values()))
+    shared = {name for name in first if all(own.get(name) == first[name] for own in facts.values())}
+    same = {name: value for name, value in first.items() if name in shared}
+    differing = {
+        run: {name: value for name, value in own.items() if name not in shared} for run, own in facts.items()
+    }
+    table = record_table(differing, only_differences=True)
+    return record_table({f"all {len(runs)} runs": same}) + (table and f"<h3>Differences</h3>{table}")
+
+
+def end_table(results: Sequence[ranking.RankedRun]) -> str:
+    """The metrics before and after training, the best run marked; those over seeds; what is chance."""
+    table = ranking.table_of(results)
+    if not table.titles:
+        return ""
+    best, cells = ranking.best_labels(results), table.cells()
+    if len(results) == 1:  # a row per metric, which fits a narrow screen
+        sides = [cell.rpartition(compare.ARROW) for cell in cells[0]]
+        head = ["", "before", "after"]
+        rows = [
+            [escaped(title), escaped(before), escaped(after)]
+            for title, (before, _, after) in zip(table.titles, sides, strict=True)
+        ]
+    else:
+        head = ["", *map(escaped, table.titles)]
+        rows = [
+            [f"{escaped(label)}{BEST if label in best else ''}", *map(escaped, row)]
+            for label, row in zip(table.labels, cells, strict=True)
+        ]
+    parts = ["<h3>At the end</h3>", html_table(head, rows, numeric=True)]
+    spread = ranking.repetitions_as_cells(results)
+    if spread:
+        titles, cells = spread
+        rows = [list(map(escaped, row)) for row in cells]
+        parts.append("<h4>Mean ± standard deviation over seeds</h4>")
+        parts.append(html_table(["", *map(escaped, titles)], rows, numeric=True))
+    lines = "".join(f"<li>{escaped(line.strip())}</li>" for line in ranking.ranking_lines(results))
+    parts.append(f"<ul>{lines}</ul>" if lines else "")
+    notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes())
+    parts.append(f'<ul class="note">{notes}</ul>' if notes else "")
+    return "\n".join(parts)
+
+
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    """A metric as text; an accuracy, and a mean of rewards 0 and 1, has its interval and its count."""
+    value, count = metrics.get(name), metric_names.count_of(metrics, name)
+    if value is None:
+        return compare.TIES if count else "-"
+    if count and 0 <= value <= 1:
+        interval = wilson(value, count.number).text()
+        return f"{number_text(value)} {interval} of {count.number:,.0f} {count.unit}"
+    return number_text(value)
+
+
+def run_facts(run: RunFiles) -> dict[str, Any]:
+    """Return the facts about a run that a reader looks for first."""
+    settings, last = run.settings, run.entries[-1]["step"]
+    data, optim = (_part(settings, name) for name in ("data", "optim"))
+    loss = _part(settings, "objective")
+    inner = _part(_part(loss, "args"), "loss") or loss
+    adapter = _part(settings, "adapter")
+    trained = [f"LoRA of rank {adapter['rank']}" if "rank" in adapter else "no adapter"]
+    if run.parameters:
+        total, own = parameter_totals(run.parameters)
+        trained.append(f"{own:,} of {total:,} parameters")
+    return {
+        "base model": settings.get("weights"),
+        "starts from": settings.get("start"),
+        "loss": str(inner.get("callable", "")).rpartition(":")[2] or None,
+        "trained": ": ".join(trained),
+        "training data": data.get("train"),
+        "batch": data.get("batch"),
+        "learning rate": optim.get("lr"),
+        "seed": settings.get("seed"),
+        "steps": f"{last:,}" if run.is_finished else f"{last:,} so far; not finished",
+        **effort(run),
+        "alarms": len(run.alarms),
+    }
+
+
+def effort(run: RunFiles) -> dict[str, Any]:
+    """Return the cost of a run: tokens, time in total and of its steps, speed, hardware."""
+    perf = [_part(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
+    seconds = sum(x for x in perf if isinstance(x, int | float))
+    counts = [entry[metric_names.TOKENS] for entry in run.entries if metric_names.TOKENS in entry]
+    tokens, devices = (counts or [None])[-1], run.environment.get("devices")
+    facts: dict[str, Any] = {}
+    if isinstance(tokens, int | float):
+        facts["tokens"] = f"{tokens:,.0f}"
+    if TOTAL in run.seconds:
+        facts["time in total"] = time_by_phase(run.seconds)
+    if seconds:
+        speed = f", {tokens / seconds:,.0f} tokens per second" if tokens else ""
+        facts["time of the steps"] = f"{clock_time(seconds)}{speed}"
+    if isinstance(devices, list) and devices:
+        count = run.environment.get("processes") or 1
+        hosts = f", {count} processes" if count != 1 else ""
+        facts["hardware"] = f"{device_counts(devices)}{hosts}"
+    return facts
+
+
+def _part(record: Any, name: str) -> dict[str, Any]:
+    """The dict called `name` in a record, {} where there is none."""
+    found = record.get(name) if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def alarms_section(runs: Runs) -> str:
+    """The alarms, each once with the runs that raised it."""
+    alarms = joint_alarms({run.name: run.alarms for run in runs})
+    items = []
+    for text, names in alarms:
+        by = "" if len(runs) == 1 else f"all {len(runs)} runs: " if len(names) == len(runs) > 2 else ""
+        by = by or ("" if len(runs) == 1 else f"{', '.join(names)}: ")
+        items.append(f'<li class="alarm"><strong>{escaped(by)}</strong>{escaped(text)}</li>')
+    quiet = [escaped(run.name) for run in runs if not run.alarms]
+    parts = [f"<ul>{''.join(items)}</ul>" if items else "<p>No alarm was raised.</p>"]
+    if items and quiet:
+        parts.append(f"<p>No alarm was raised in {', '.join(quiet)}.</p>")
+    return section("alarms", "Alarms", "\n".join(parts))
+
+
+def settings_section(runs: Runs) -> str:
+    """The differences of the runs' settings, and all of them."""
+    records = {run.name: plain_settings(run.settings) for run in runs}
+    known = {name: record for name, record in records.items() if record}
+    if not known:
+        return ""
+    parts = []
+    if len(known) > 1:
+        found = record_table(known, only_differences=True)
+        parts.append("<h3>Differences</h3>" + (found or "<p>The settings of all runs are the same.</p>"))
+    shown = dict(list(known.items())[:MOST_COLUMNS])
+    more = f" of the first {len(shown)} runs" if len(shown) < len(known) else ""
+    parts.append(folded(f"All settings{more}", record_table(shown)))
+    given = {name: _part(_part(run.settings, "command"), "fields") for name, run in zip(records, runs)}
+    if any(given.values()):
+        parts.append(folded("Settings of the command line other than knobs", record_table(given)))
+    return section("settings", "Settings", "\n".join(parts))
+
+
+def plain_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the command, whose result they are; a function by its name and arguments."""
+    return {name: plain_value(value) for name, value in record.items() if name not in ("command", "name")}
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value of a record of settings with functions as names, without the hashes of their source."""
+    if isinstance(value, list):
+        return [plain_value(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    hidden = ("source_sha256",) if value.get("args") else ("source_sha256", "args")
+    return {name: plain_value(item) for name, item in value.items() if name not in hidden}
+
+
+def samples_section(runs: Runs) -> str:
+    """Completions of held-out prompts before and after training, those of one prompt below each other."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for run in runs:
+        of = f" ({run.name})" if len(runs) > 1 else ""
+        for old, new in same_prompts(run.before, run.after):
+            shown = texts.setdefault(new["prompt"], [])
+            lines = [(f"before{of}", old["completion"]), (f"after{of}", new["completion"])]
+            if shown and shown[0][1] == old["completion"]:  # the runs have the same base
+                shown[0] = ("before", old["completion"])
+                lines = lines[1:]
+            expected = ("the row's own completion", new["reference"])
+            shown[:] = [line for line in shown if line != expected] + lines
+            shown += [expected] if new["reference"] else []
+    blocks = []
+    for prompt, lines in list(texts.items())[:SAMPLES]:
+        rows = [[escaped(label), f'<div class="text">{escaped(text)}</div>'] for label, text in lines]
+        blocks.append(f'<h3 class="prompt">{escaped(prompt, 600)}</h3>' + html_table(["", ""], rows))
+    return section("samples", "Held-out prompts, before and after", "\n".join(blocks))
+
+
+def rewards_section(runs: Runs) -> str:
+    """Sampled completions of the first and last rollout and some between, with their rewards."""
+    sampled = [run for run in runs if run.completions]
+    if not sampled:
+        return ""
+    each = max(2, COMPLETIONS // (len(sampled) * COMPLETION_STEPS))
+    parts = []
+    for run in sampled[: COMPLETIONS // (2 * COMPLETION_STEPS)]:
+        title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
+        parts.append(title + completions_table(run.completions, each))
+    note = '<p class="note">All of them are in completions.jsonl of the run\'s folder.</p>'
+    return section("completions", "Sampled completions with their rewards", "\n".join([*parts, note]))
+
+
+def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
+    """Return a table of the first `each` completions of up to COMPLETION_STEPS steps."""
+    steps = list(dict.fromkeys(entry["step"] for entry in entries))
+    count = min(COMPLETION_STEPS, len(steps))
+    chosen = [steps[round(number * (len(steps) - 1) / max(1, count - 1))] for number in range(count)]
+    shown = [e for step in chosen for e in [e for e in entries if e["step"] == step][:each]]
+    names = list(dict.fromkeys(name for entry in shown for name in _part(entry, "rewards")))
+    rows = [
+        [
+            number_text(entry["step"]),
+            f'<div class="text">{escaped(last_message(entry.get("prompt")), 1000)}</div>',
+            turns_html(entry.get("turns"))
+            or f'<div class="text">{escaped(entry.get("completion", ""), 1500)}</div>',
+            *(number_text(_part(entry, "rewards").get(name)) for name in names),
+            f"<strong>{number_text(entry.get('reward'))}</strong>",
+        ]
+        for entry in shown
+    ]
+    return html_table(["step", "prompt", "completion", *map(escaped, names), "reward in training"], rows)
+
+
+def turns_html(turns: Any) -> str:
+    """Return an episode turn by turn after its prompt, in colours of who wrote it; "" without turns."""
+    messages = [turn for turn in turns or () if isinstance(turn, dict)]
+    begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
+    shown = []
+    for turn in messages[begins[0] :] if begins else ():
+        role = str(turn.get("role"))
+        calls = [
+            f"{call.get('name')}({json.dumps(call.get('arguments'), ensure_ascii=False)})"
+            for call in (one.get("function") or {} for one in turn.get("tool_calls") or ())
+        ]
+        text = "\n".join(filter(None, (str(turn.get("content") or ""), *calls)))
+        writer = role if role in ("assistant", "tool", "user") else "user"
+        shown.append(f'<div class="text turn {writer}" title="{escaped(role)}">{escaped(text, 1500)}</div>')
+    return "\n".join(shown)
+
+
+def last_message(prompt: Any) -> str:
+    """Return a prompt's text, of a conversation its last message."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        return str(prompt[-1].get("content", ""))
+    return str(prompt)
+
+
+# Names of statistics that would not say what they are.
+STATISTICS = {
+    "chosen_longer": "fraction of pairs whose chosen response is longer",
+    "fill": "fraction of the places in rows that have a token",
+    "largest_id": "largest token id",
+    "learned": "loss",
+    "learned_tokens": "tokens with a loss",
+    "pairs_per_row": "most pairs in a row",
+    "prompt_end_moved": "pairs with a token across the end of the prompt",
+    "read_length": "places in a row for tokens with a loss",
+    "row_length": "places in a row for tokens",
+    "shared_prompts_save": "fraction of tokens saved by shared prompts",
+    "steps": "steps of all epochs, if loop.steps does not end before",
+    "tokens_with_a_loss": "fraction of tokens with a loss",
+}
+EXAMPLES_NOTE = "Examples of the first batch; every second token has a fainter line below it. "
+LOSS_NOTE = "Tokens with a loss are coloured, deeper for a larger weight; the others are context."
+PROMPTS_NOTE = "They are prompts, from which completions are sampled, and have no loss."
+
+
+def data_section(runs: Runs) -> str:
+    """Statistics of the training rows, and examples token by token; runs with the same data together."""
+    parts = []
+    groups = grouped((run.name, run.data) for run in runs)
+    for names, data in groups[:KINDS_OF_DATA]:
+        title = f"<h3>{escaped(', '.join(names), 300)}</h3>" if len(groups) > 1 else ""
+        parts.append(title + data_of_runs(data))
+    more = len(groups) - KINDS_OF_DATA
+    parts += [f'<p class="note">{more} more datasets are not shown.</p>'] if more > 0 else []
+    return section("data", "Training data", "\n".join(parts)) if groups else ""
+
+
+def data_of_runs(data: Mapping[str, Any]) -> str:
+    """Return the statistics, lengths, invalid rows and examples of a dataset."""
+    statistics = [
+        [escaped(STATISTICS.get(name, name.replace("_", " "))), number_text(value)]
+        for name, value in _part(data, "statistics").items()
+    ]
+    parts = [html_table(["", ""], statistics) if statistics else ""]
+    lengths = []
+    columns = ("min", "p10", "p50", "p90", "p99", "max", "mean")
+    for label, found in _part(data, "lengths").items():
+        cells = [number_text(_part(found, "percentiles").get(name)) for name in columns]
+        counts = [float(x) for x in found.get("histogram", []) if isinstance(x, int | float)]
+        lengths.append([escaped(label), *cells, histogram_picture(counts)])
+    if lengths:
+        head = ["length in tokens", *columns, "rows by length, from min to max"]
+        parts.append(html_table(head, lengths, numeric=True))
+    invalid = [
+        [escaped(row.get("reason")), number_text(row.get("rows")), escaped(row.get("first"), 500)]
+        for row in data.get("invalid") or []
+        if isinstance(row, dict)
+    ]
+    if invalid:
+        parts.append(html_table(["invalid rows that were left out", "rows", "the first one"], invalid))
+    examples = [x for x in data.get("examples") or [] if isinstance(x, dict)]
+    if examples:
+        has_loss = any(
+            weight
+            for x in examples
+            for part in x.get("parts") or []
+            for _, weight in part.get("pieces") or []
+        )
+        parts.append(f'<p class="note">{EXAMPLES_NOTE}{LOSS_NOTE if has_loss else PROMPTS_NOTE}</p>')
+    parts += [example_view(example) for example in examples]
+    return "\n".join(parts)
+
+
+def example_view(example: Mapping[str, Any]) -> str:
+    """Return an example of a batch token by token; the responses of a pair are side by side."""
+    views = []
+    for part in example.get("parts") or []:
+        label = f"<h4>{escaped(part.get('label'))}</h4>" if part.get("label") else ""
+        view = token_view(part.get("pieces") or [], int(part.get("more") or 0))
+        views.append((part.get("label"), f"<div>{label}{view}</div>"))
+    first = [view for label, view in views if label in ("", "prompt")]
+    others = [view for label, view in views if label not in ("", "prompt")]
+    body = "".join(first) + (f'<div class="columns">{"".join(others)}</div>' if others else "")
+    title = f"{escaped(example.get('name'))}: {escaped(example.get('facts'))}"
+    return f'<div class="example"><p class="name">{title}</p>{body}</div>'
+
+
+def parameters_section(runs: Runs) -> str:
+    """The parameter table; runs with the same one together."""
+    parts = []
+    groups = grouped((run.name, run.parameters) for run in runs)
+    for names, rows in groups:
+        title = f"Parameters of {escaped(', '.join(names), 300)}" if len(groups) > 1 else "Parameter table"
+        parts.append(folded(title, parameter_table_of(rows), is_open=len(groups) == 1))
+    return section("parameters", "Parameters", "\n".join(parts[:KINDS_OF_DATA]))
+
+
+def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of parameters, and how many of them are trained."""
+    total, own = parameter_totals(rows)
+    sharded = any(row.get("sharding") is not None for row in rows)
+    head = ["parameter", "shape", "axes", "number", "stored as", *(["sharding"] if sharded else []), ""]
+    cells = [
+        [
+            escaped(row.get("path")),
+            escaped(" × ".join(map(str, row.get("shape") or []))) or "1",
+            value_text(row.get("axes")),
+            f'<span class="count">{number_text(parameter_count(row))}</span>',
+            escaped(row.get("storage")),
+            *([value_text(row.get("sharding"))] if sharded else []),
+            '<span class="trained">trained</span>' if row.get("trained") else "frozen",
+        ]
+        for row in rows
+    ]
+    percent = 100 * own / max(1, total)
+    return f"<p>{own:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(head, cells)
+
+
+def parameter_totals(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the number of all parameters and of the trained ones."""
+    counts = [(parameter_count(row), bool(row.get("trained"))) for row in rows]
+    return sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+
+
+def parameter_count(row: Mapping[str, Any]) -> int:
+    """Return the number of elements of a parameter."""
+    count = 1
+    for size in row.get("shape") or []:
+        count *= int(size)
+    return count
+
+
+def environment_section(runs: Runs) -> str:
+    """Versions, flags and devices of the last start, those that differ marked; and all starts."""
+    known = {run.name: run.environment for run in runs if run.environment}
+    if not known:
+        return ""
+    hidden = ("earlier", "time", "step")
+    records = {name: {k: v for k, v in env.items() if k not in hidden} for name, env in known.items()}
+    shown = dict(list(records.items())[:MOST_COLUMNS])
+    rows = [
+        [escaped(name), value_text(start.get("time")), number_text(start.get("step"))]
+        for name, env in known.items()
+        for start in [*(env.get("earlier") or []), env]
+        if isinstance(start, dict) and "time" in start
+    ]
+    parts = [record_table(shown)]
+    if rows:
+        parts.append(folded("Starts", html_table(["run", "time (UTC)", "after step"], rows[:200])))
+    return section("environment", "Environment", "\n".join(parts))
+
+
+def grouped(named: Iterable[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
+    """Return values that are alike once, each with the names that have it; empty values are left out."""
+    groups: dict[str, tuple[list[str], Any]] = {}
+    for name, value in named:
+        if value:
+            groups.setdefault(json.dumps(value, sort_keys=True), ([], value))[0].append(name)
+    return list(groups.values())

@@ -1,0 +1,454 @@
+"""The Environment type, and environments from users' functions and classes.
+
+An environment begins an episode from a row of the dataset, and answers each turn of the model with an
+observation, a reward, or the end. It is a value of functions; what changes in an episode is its `state`,
+which they pass on.
+
+    def guess(state, text, row):                      # a function; state is None in the first turn
+        right = text.strip() == row["answer"]
+        return (None if right else "Wrong, try again."), float(right), right, state
+
+    class Guess:                                      # a class, of which each episode has an object
+        def reset(self, row): return "Guess a number."          # None: the row's own prompt
+        def step(self, state, text): ...                        # (observation, reward, done, state)
+
+    class Guess:                                      # TRL's environment_factory, unchanged
+        def reset(self, **row): ...                             # an object plays one episode after another
+        def guess(self, number: int) -> str: ...                # public methods are tools
+        def get_reward(self) -> float: ...                      # may be async
+
+    def won(environments, **columns):                 # or its reward, for rewards=my_env.py:won
+        return [environment.won for environment in environments]
+
+    ENVIRONMENTS = {"guess": Guess, "game": Game}     # several: a row's column `environment` names its own
+
+A reward function is the environment of one turn: without an environment, an episode ends with its first turn.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from jaxft.data.packing.prompt_tokens import ENVIRONMENT, EVERY_ROW
+from jaxft.data.rows.columns import messages_of, tool_schema
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Message
+from jaxft.data.rows.invalid import InvalidRow
+from jaxft.rl.environments.calls import Task
+from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text
+from jaxft.short_names import ENVIRONMENTS, ShortNames, name_of
+
+EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
+RowColumns = dict[str, Any]
+Schema = dict[str, Any]  # of a tool
+EpisodeState = Any
+FirstPrompt = str | Sequence[Message] | None
+CLASS_SHAPES = (
+    "Define reset(self, row) and step(self, state, text), or reset(self, **row) with tools as methods."
+)
+
+
+class WrongType(Exception):
+    """An environment returned something else than its type says."""
+
+
+def _state(state: EpisodeState) -> Any:
+    return state
+
+
+def _first(state: EpisodeState) -> Any:
+    return state[0]
+
+
+class Beginning(NamedTuple):
+    """The beginning of an episode. prompt: messages, or text that is appended to the row's last user message;
+    None for the row's own prompt.
+    """
+
+    prompt: FirstPrompt
+    state: EpisodeState
+
+
+class StepResult(NamedTuple):
+    """The answer to a turn. observation: messages that the model is shown; () ends the episode, as `done`
+    does. reward: of the turn, NaN for none.
+    """
+
+    observation: tuple[Message, ...]
+    reward: float
+    done: bool
+    state: EpisodeState
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment as functions.
+
+    reset(row, task) -> Beginning. step(state, text, task) -> StepResult, for a turn without tool calls.
+    tools(state) -> the functions that the model may call, by name, which `schemas` describe to it.
+    score(state, task) -> the score of the episode; None: the sum of its turns' rewards, 0 if no turn has one,
+    as when a limit ends an episode that only called tools. task.call calls a user's function, with the
+    time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
+    they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
+    by `-> None`. prompts: whether it always does, as a class says by `-> str`: rows need none. by_name: of
+    several environments, the schemas of each, by what a row's column `environment` says; {} where all rows
+    have `schemas`. tool_errors: exceptions of tools that are returned to the model; others exclude the
+    episode. owner(state) -> the object that rewards with an argument `environments` read.
+    """
+
+    name: str
+    reset: Callable[[RowColumns, Task], Beginning]
+    step: Callable[[EpisodeState, str, Task], StepResult]
+    tools: Callable[[EpisodeState], Mapping[str, Tool]]
+    schemas: tuple[Schema, ...]
+    score: Callable[[EpisodeState, Task], float | None]
+    scored: bool = True
+    continues: bool = True
+    resets: bool = True
+    prompts: bool = False
+    by_name: Mapping[str, tuple[Schema, ...]] = field(default_factory=dict)
+    tool_errors: tuple[type[Exception], ...] = MODELS_ERRORS
+    owner: Callable[[EpisodeState], Any] = _state
+
+    @property
+    def row_tools(self) -> str:
+        """The tools that prompts have; see row_settings.RowSettings."""
+        found = self.by_name or ({EVERY_ROW: self.schemas} if self.schemas else {})
+        return json.dumps(found) if found else ""
+
+
+def single_turn() -> Environment:
+    """Return the environment whose episodes end with their first turn and have no score of their own."""
+    return Environment("none", _own_prompt, _end, _no_tools, (), _no_score, False, False, False)
+
+
+def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
+    """Return the environment of what a user's file defines, with further tools.
+
+    given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
+    reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
+    makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first
+    turn that calls none.
+    Raises ValueError for anything else.
+    """
+    if given is None:
+        found = single_turn()
+    elif isinstance(given, Environment):
+        found = given
+    elif isinstance(given, Mapping) and given:
+        found = _of_several({str(name): environment_of(one) for name, one in given.items()})
+    elif inspect.isclass(_without_partial(given)):
+        found = _of_class(_without_partial(given), given)
+    elif callable(given) and not inspect.signature(given).parameters:
+        found = _of_class(_made_by(given), given)
+    elif callable(given):
+        found = _of_function(given)
+    elif "reset" in dir(given):
+        name = type(given).__name__
+        raise ValueError(
+            f"environment: it is an object of {name}, and episodes play at the same time, each with its own. "
+            f"Set environment= to {name} or to a function without arguments that makes one."
+        )
+    else:
+        raise ValueError(
+            f"environment: {short_repr(given)} is neither a class nor a function (state, text, row) -> "
+            "(observation, reward, done, state). Set environment=my_env.py:Name."
+        )
+    return with_tools(found, tools) if tools else found
+
+
+def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
+    """Return the environment with further tools."""
+    added = by_name(tools)
+    own = {schema["function"]["name"] for schema in environment.schemas}
+    if own & added.keys():
+        raise ValueError(
+            f"tools: the environment {environment.name} has its own {min(own & added.keys())}. Rename one, "
+            "or leave that environment out with environment=none."
+        )
+
+    def all_tools(state: EpisodeState) -> Mapping[str, Tool]:
+        return {**environment.tools(state), **added}
+
+    more = tuple(map(tool_schema, tools))
+    return replace(
+        environment,
+        name=environment.name if environment.name != "none" else "tools",
+        tools=all_tools,
+        schemas=(*environment.schemas, *more),
+        continues=True,
+        by_name={name: (*schemas, *more) for name, schemas in environment.by_name.items()},
+    )
+
+
+# ---- users' functions and classes
+
+
+def _of_function(function: Callable[..., Any]) -> Environment:
+    if not _takes(function, 3):
+        raise ValueError(
+            f"environment {name_of(function)} takes {inspect.signature(function)}; use (state, text, row)."
+        )
+
+    def reset(row: RowColumns, task: Task) -> Beginning:
+        return Beginning(None, (None, row))
+
+    def step(state: EpisodeState, text: str, task: Task) -> StepResult:
+        inner, row = state
+        found = checked_step(task.call(function, inner, text, row))
+        return found._replace(state=(found.state, row))
+
+    return Environment(name_of(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
+
+
+def _of_several(parts: Mapping[str, Environment]) -> Environment:
+    """Return the environment whose episodes are those of the part that a row's column `environment` names, as
+    with a dict of TRL's factories. That column is not passed on.
+    """
+
+    def reset(row: RowColumns, task: Task) -> Beginning:
+        own = {name: value for name, value in row.items() if name != ENVIRONMENT}
+        part = parts[row[ENVIRONMENT]]
+        begun = part.reset(own, task)
+        return begun._replace(state=(part, begun.state))
+
+    def step(state: EpisodeState, text: str, task: Task) -> StepResult:
+        part, inner = state
+        found = part.step(inner, text, task)
+        return found._replace(state=(part, found.state))
+
+    def tools(state: EpisodeState) -> Mapping[str, Tool]:
+        return state[0].tools(state[1])
+
+    def score(state: EpisodeState, task: Task) -> float | None:
+        return state[0].score(state[1], task) if state[0].scored else None
+
+    each = parts.values()
+    return Environment(
+        ",".join(parts),
+        reset,
+        step,
+        tools,
+        tuple(schema for part in each for schema in part.schemas),
+        score,
+        scored=any(part.scored for part in each),
+        continues=any(part.continues for part in each),
+        resets=any(part.resets for part in each),
+        prompts=all(part.prompts for part in each),
+        by_name={name: part.schemas for name, part in parts.items()},
+        tool_errors=tuple({error for part in each for error in part.tool_errors}),
+        owner=lambda state: state[0].owner(state[1]),
+    )
+
+
+@cache
+def _made_by(factory: Callable[[], Any]) -> type:
+    """Return the class of what a factory makes, which may be a connection to a server: it makes one."""
+    try:
+        return type(factory())
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"environment {name_of(factory)} made no object: {text}"[:200]) from error
+
+
+def _of_class(given: type, make: Callable[[], Any]) -> Environment:
+    """Return the environment of a class. make: makes the object of an episode."""
+    name = given.__name__
+    functions = inspect.getmembers(given, inspect.isfunction)
+    members = {
+        name: function
+        for name, function in functions
+        if not isinstance(inspect.getattr_static(given, name), staticmethod)
+    }
+    if "reset" not in members:
+        raise ValueError(f"environment {name} has no reset. {CLASS_SHAPES}")
+    if missing := _missing_argument(make):
+        raise ValueError(
+            f"environment {name}: {missing}, and its objects are made without any. Set environment= to a "
+            f"function without arguments that returns a {name}."
+        )
+    native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
+    of_kind = _of_native if native and "get_reward" not in members else _of_trl
+    try:
+        return of_kind(name, make, members)
+    except ValueError as error:
+        if "step" in members and not native:  # such as a class for gym
+            raise ValueError(f"environment {name}: {error} If step is no tool: {CLASS_SHAPES}") from error
+        raise
+
+
+def _missing_argument(make: Callable[[], Any]) -> str:
+    """Return the problem with a call without arguments, "" for nothing."""
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a class whose base is written in C
+        return ""
+    return ""
+
+
+def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
+    """Return the environment of a class with reset(row) -> prompt and step(state, text).
+
+    Its other public methods are tools. The first state is None.
+    """
+    methods = _tool_methods(members, ("reset", "step"))
+
+    def reset(row: RowColumns, task: Task) -> Beginning:
+        self = task.call(make)
+        return Beginning(_checked_prompt(task.call(self.reset, row)), (self, None))
+
+    def step(state: EpisodeState, text: str, task: Task) -> StepResult:
+        self, inner = state
+        found = checked_step(task.call(self.step, inner, text))
+        return found._replace(state=(self, found.state))
+
+    def tools(state: EpisodeState) -> Mapping[str, Tool]:
+        return {method: getattr(state[0], method) for method in methods}
+
+    own = Environment(name, reset, step, tools, _schemas(methods), _no_score, owner=_first)
+    return _with_prompts(own, members["reset"])
+
+
+def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
+    """Return the environment of a class as TRL's environment_factory takes it: an object plays one episode
+    after another, and any exception of a tool is returned to the model.
+    """
+    methods = _tool_methods(members, ("reset", "get_reward"))
+    rewards = "get_reward" in members
+
+    def reset(row: RowColumns, task: Task) -> Beginning:
+        self = task.object(make)
+        return Beginning(_checked_prompt(task.call(self.reset, **row)), self)
+
+    def tools(state: EpisodeState) -> Mapping[str, Tool]:
+        return {method: getattr(state, method) for method in methods}
+
+    def score(state: EpisodeState, task: Task) -> float | None:
+        return checked_reward(task.call(state.get_reward)) if rewards else math.nan
+
+    own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
+    return _with_prompts(replace(own, tool_errors=(Exception,)), members["reset"])
+
+
+def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
+    return {name: x for name, x in members.items() if not name.startswith("_") and name not in others}
+
+
+def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
+    return tuple(map(tool_schema, methods.values()))
+
+
+def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Environment:
+    """Return the environment with what the annotation of its reset says about prompts."""
+    annotation = inspect.signature(reset).return_annotation
+    return replace(environment, resets=annotation not in (None, "None"), prompts=annotation in (str, "str"))
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function takes `count` positional arguments, of which it needs one, and no arguments by
+    arbitrary names.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in positional if p.default is p.empty]
+    by_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return 1 <= len(needed) <= count <= len(positional) and not by_any_name
+
+
+def _without_partial(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _own_prompt(row: RowColumns, task: Task) -> Beginning:
+    return Beginning(None, None)
+
+
+def _end(state: EpisodeState, text: str, task: Task) -> StepResult:
+    return StepResult((), math.nan, True, state)
+
+
+def _no_tools(state: EpisodeState) -> Mapping[str, Tool]:
+    return {}
+
+
+def _no_score(state: EpisodeState, task: Task) -> float | None:
+    return None
+
+
+# ---- checks of what they return
+
+
+def checked_step(value: Any) -> StepResult:
+    """Return the result of a user's step as a StepResult. Raises WrongType."""
+    if not isinstance(value, tuple) or len(value) != 4:
+        raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
+    observation, reward, done, state = value
+    if not isinstance(done, bool | np.bool_):
+        raise WrongType(f"step returned done={short_repr(done)}, expected True or False")
+    return StepResult(_messages(observation), checked_reward(reward), bool(done), state)
+
+
+def _messages(observation: Any) -> tuple[Message, ...]:
+    """Return an observation as messages: a text is a user message."""
+    if isinstance(observation, str) and observation:
+        observation = {"role": "user", "content": observation}
+    if isinstance(observation, dict):
+        observation = [observation]
+    empty = observation is None or (isinstance(observation, str | list | tuple) and not observation)
+    return () if empty else _checked_messages("the observation", observation)
+
+
+def _checked_messages(what: str, value: Any) -> tuple[Message, ...]:
+    """Return messages that a chat template can be given, with valid text. Raises WrongType."""
+    try:
+        if not isinstance(value, list | tuple):
+            raise TypeError("no list")
+        copied = json.loads(valid_text(json.dumps(value, ensure_ascii=False)))
+        return tuple(messages_of(Row(what, {"messages": copied}), "messages"))
+    except InvalidRow as error:
+        raise WrongType(f"{what}: {error.problem}".replace("; fix or remove the row", "")) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WrongType(f"{what} is {short_repr(value)}, expected a string, messages or None") from error
+
+
+def _checked_prompt(value: Any) -> FirstPrompt:
+    if value is None or isinstance(value, str):
+        return value if value is None else valid_text(value)
+    return list(_checked_messages("the prompt of reset", value))
+
+
+def checked_reward(value: Any) -> float:
+    """Return a reward as a float, NaN for None. Raises WrongType if it is not a finite real number."""
+    number = finite_number(value)
+    if math.isnan(number) and value is not None:
+        raise WrongType(f"the reward is {short_repr(value)}, expected a finite number or None")
+    return number
+
+
+def finite_number(value: Any) -> float:
+    """Return a finite real number, also a scalar array, as a float; NaN for anything else."""
+    if isinstance(value, str | bytes | complex | np.complexfloating):
+        return math.nan
+    try:
+        number = float(value) if np.shape(value) == () else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def short_repr(value: Any) -> str:
+    """Return the type and repr of a value of any type."""
+    try:
+        return f"{type(value).__name__} {value!r}"[:80]
+    except Exception:  # its repr may raise
+        return f"a {type(value).__name__}"

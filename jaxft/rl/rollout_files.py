@@ -1,0 +1,218 @@
+"""The files of a run's rollouts: completions.jsonl, a sample to read, and rollouts/, all of them."""
+
+import base64
+import io
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import xxhash
+
+from jaxft.data.inspection import ShownExample, ShownPart
+from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.distributed import processes
+from jaxft.distributed.disk import make_folder, write_durably
+from jaxft.rl.rollout_rules import ScoredEpisodes
+from jaxft.rl.trajectory import Fault, Segment, Trajectory
+
+TABLE_ROWS, PER_PROMPT = 8, 2  # of completions.jsonl, for each rollout
+RECORDS = "rollouts"  # the folder of recorded rollouts
+
+
+def table_indices(count: int, group: int) -> list[int]:
+    """Return which completions are in completions.jsonl: the first two of the first prompts.
+
+    count: completions of the rollout. group: completions of each prompt.
+    """
+    return [i for i in range(count) if i % group < PER_PROMPT][:TABLE_ROWS]
+
+
+def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]) -> None:
+    """Append some episodes with their rewards to completions.jsonl. names: of the rewards."""
+    episodes, (_, group, count) = scored.episodes, scored.reward_scores.shape
+    by_reward, scores = scored.reward_scores.reshape(-1, count), scored.scores.ravel()
+    with path.open("a", encoding="utf-8") as file:
+        for i in table_indices(len(episodes.trajectories), group):
+            own = episodes.trajectories[i]
+            entry = {
+                "step": step,
+                "row": episodes.prompts.names[own.prompt],
+                "prompt": episodes.prompts.as_given(own.prompt),
+                "completion": own.text,
+                "rewards": {name: _json_number(x) for name, x in zip(names, by_reward[i], strict=True)},
+                "reward": _json_number(scores[i]),
+            }
+            if episodes.most_turns > 1:
+                entry |= {"turns": own.turns, "fault": own.fault or None, "ended": own.ended}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _json_number(x: Any) -> float | None:
+    return None if np.isnan(x) else float(x)
+
+
+def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
+    """Yield the episodes of a recorded rollout of a run, whose sampled tokens have weight 1 and given ones 0,
+    with the name of who wrote them.
+
+    Raises ValueError if the run has not recorded it.
+    """
+    path = folder / RECORDS / f"{number}.npz"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the run has not sampled rollout {number + 1}")
+    content = path.read_bytes()
+    about_of(content, path)
+    for i, t in enumerate(from_bytes(content)):
+        facts = [f"{len(t.sampled)} turns, {t.sampled_count} sampled and {t.given_count} given tokens"]
+        facts += [f"{rows} training rows"] if (rows := len(t.rows())) > 1 else []
+        facts += [] if np.isnan(t.score) else [f"score {t.score:g}"]
+        facts += [f"fault {fault.kind}: {fault.text}" for fault in t.faults]
+        shown = [ShownPart("prompt", np.array(t.start, np.int32), np.zeros(len(t.start)))]
+        writers, turn = _writers(t), -1
+        for s in t.segments:
+            turn += s.sampled
+            label = "prompt" if s.begins else "sampled" if s.sampled else writers[turn]
+            shown.append(ShownPart(label, s.tokens, np.full(len(s.tokens), float(s.sampled))))
+        name = f"prompt {t.prompt + 1}, trajectory {i + 1}"
+        yield ShownExample(name, "; ".join(facts), shown, in_order=True)
+
+
+def _writers(t: Trajectory) -> list[str]:
+    """Return who wrote the tokens after each sampled turn, such as "tool", or "given" if that is unknown."""
+    roles = list[list[str]]()
+    for message in t.turns:
+        if message["role"] == "assistant":
+            roles.append([])
+        elif roles:
+            roles[-1].append(message["role"])
+    count = len(t.sampled)
+    of_turns = roles[len(roles) - count :] if len(roles) >= count else [[]] * count
+    return [", ".join(dict.fromkeys(names)) or "given" for names in of_turns]
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """Recorded rollouts. folder: of this run's. replay: the folder of the run that is replayed, or None.
+    weights: the checksum of the policy's trainable weights. prompts: `prompts_hash` of the rollout.
+    """
+
+    folder: Path
+    replay: str | None
+    weights: int
+    prompts: str
+
+    def read(self, number: int) -> list[Trajectory] | None:
+        """Return a rollout that was recorded with these prompts and weights, None without one.
+
+        A run that is replayed may have had other weights. ValueError is raised if it has not recorded the
+        rollout, or of other prompts.
+        """
+        found = processes.from_first_process(partial(self._stored, number))
+        return None if found is None else from_bytes(base64.b64decode(found))
+
+    def write(self, number: int, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Record a rollout, and return it."""
+        if processes.is_first():
+            make_folder(self.folder)
+            content = to_bytes(trajectories, self.weights, self.prompts)
+            write_durably(self.folder / f"{number}.npz", content)
+        return trajectories
+
+    def _stored(self, number: int) -> str | None:
+        """The content of a record in base64, so that all processes get it."""
+        if self.replay is not None:
+            path = Path(self.replay) / RECORDS / f"{number}.npz"
+            if not path.is_file():
+                raise ValueError(
+                    f"data.replay={self.replay}: {path} is missing; this run needs rollout {number + 1}. "
+                    "Lower loop.steps, or set data.replay=none to sample."
+                )
+            content = path.read_bytes()
+            if about_of(content, path)[1] != self.prompts:
+                raise ValueError(
+                    f"data.replay={self.replay}: {path} has episodes of other prompts than this run's "
+                    f"rollout {number + 1}. Use the same rows, tokenizer, chat template, data.batch, "
+                    "data.group and seed."
+                )
+            return base64.b64encode(content).decode()
+        path = self.folder / f"{number}.npz"
+        if not path.is_file():
+            return None
+        content = path.read_bytes()
+        try:
+            is_same = about_of(content, path) == (self.weights, self.prompts)
+        except ValueError:  # a damaged file: the rollout is sampled again
+            return None
+        return base64.b64encode(content).decode() if is_same else None
+
+
+def clear_records(run: Path) -> None:
+    """Remove the recorded rollouts of a run."""
+    shutil.rmtree(run / RECORDS, ignore_errors=True)
+
+
+def prompts_hash(prompts: TokenisedPrompts, group: int) -> str:
+    """Return a hash of the prompts of a rollout with their order, and of the episodes of each."""
+    content = json.dumps([group, [[*map(int, ids)] for ids in prompts.ids]])
+    return xxhash.xxh64(content.encode()).hexdigest()
+
+
+def about_of(content: bytes, path: Path) -> tuple[int, str]:
+    """Return the checksum of the weights and the hash of the prompts of a record. Raises ValueError if it
+    cannot be read.
+    """
+    try:
+        from_bytes(content)
+        with np.load(io.BytesIO(content)) as arrays:
+            return int(arrays["weights"]), str(arrays["prompts"])
+    except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or of another version; remove it, or sample it again") from error
+
+
+def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = "") -> bytes:
+    """Return a rollout as the content of an npz file: flat arrays of tokens and log-probs, and JSON."""
+    segments = [segment for t in trajectories for segment in t.segments]
+    sampled = [segment.logps for segment in segments if segment.logps is not None]
+    about = [
+        {
+            **vars(t),
+            "start": [*map(int, t.start)],
+            "segments": [(len(s.tokens), s.sampled, s.reward, s.begins) for s in t.segments],
+        }
+        for t in trajectories
+    ]
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        weights=np.uint32(weights),
+        prompts=np.array(prompts),
+        tokens=np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in segments)]).astype(np.int32),
+        logps=np.concatenate([np.zeros(0, np.float32), *sampled]).astype(np.float32),
+        about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+    )
+    return file.getvalue()
+
+
+def from_bytes(content: bytes) -> list[Trajectory]:
+    """Return the rollout of `to_bytes`."""
+    with np.load(io.BytesIO(content)) as arrays:
+        tokens, logps, about = arrays["tokens"], arrays["logps"], json.loads(arrays["about"].tobytes())
+    found = list[Trajectory]()
+    for own in about:
+        segments = list[Segment]()
+        for count, sampled, reward, begins in own["segments"]:
+            segments.append(Segment(tokens[:count], logps[:count] if sampled else None, reward, begins))
+            tokens, logps = tokens[count:], logps[count * sampled :]
+        faults, tuples = (
+            (Fault(*fault) for fault in own["faults"]),
+            {k: tuple(own[k]) for k in ("start", "turns")},
+        )
+        found.append(Trajectory(**own | tuples | {"segments": tuple(segments), "faults": tuple(faults)}))
+    return found

@@ -1,0 +1,461 @@
+"""Load a config file and apply the settings of a command line.
+
+A config is a Python file with a function `config(knob=default, ...)` that returns a tree of frozen
+dataclasses, such as a `Run`. `knob=value` sets a parameter of that function, `section.field=value` a field of
+the value it returns. Knobs come first: `config` is called once, with them, and then the fields are replaced.
+A field therefore overrides a knob; `Resolved` has both, and they are printed and recorded with the run.
+
+A parameter whose default is a dataclass is a group of knobs that several configs share: its fields are the
+knobs.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxft.models.model import Model
+from jaxft.runs.settings.parse import (
+    UNANNOTATED,
+    describe_kind,
+    find_recipe,
+    format_error,
+    is_callable,
+    may_define,
+    parse_value,
+    run_file,
+    short_names,
+    short_path,
+)
+from jaxft.runs.settings.record import describe, differences, union_members
+from jaxft.runs.settings.unknown_names import advice, join_lines, meant_options
+from jaxft.runs.terminal import short_text
+from jaxft.tree import nearest
+
+__all__ = [
+    "Knob",
+    "ObjectText",
+    "Resolved",
+    "describe",
+    "differences",
+    "knob_comments",
+    "knob_names",
+    "load_config",
+    "recipe_knobs",
+    "resolve_config",
+    "with_fields",
+]
+
+Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
+Steps = tuple[str, ...]  # the field names that lead to a setting
+
+
+class ObjectText(str):
+    """An override whose value is a Python object: the text is only how messages name it."""
+
+    value: Any
+
+    @classmethod
+    def of(cls, value: Any, key: str = "") -> "ObjectText":
+        """Return `key=NAME`, or without a key the object's own name or that of its type."""
+        named = inspect.isroutine(value) or isinstance(value, type)
+        name = value.__qualname__ if named else type(value).__qualname__
+        text = cls(f"{key}={name}" if key else name)
+        text.value = value
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
+    dotted keys; the recipe and the overrides as the command line has them; the knobs' defaults; and the
+    settings that were chosen because the command leaves them open, see train/start/open_settings.py.
+    """
+
+    value: Any
+    knobs: dict[str, Any]
+    fields: dict[str, Any]
+    line: tuple[Any, ...] = ()
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chosen: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
+        were set, the command line's recipe and overrides, and settings that were chosen.
+        """
+        is_line = all(isinstance(part, str) and not isinstance(part, ObjectText) for part in self.line)
+        line = list(self.line) if is_line else []  # Python's objects are on no command line
+        command = {"knobs": self.knobs, "fields": self.fields, "line": line}
+        command |= {"chosen": self.chosen} if self.chosen else {}
+        return {**describe(self.value), "command": describe(command)}
+
+
+def load_config(path: str, overrides: list[str], expected: type = object) -> Any:
+    """Return the value of a config with overrides applied; see `resolve_config`."""
+    return resolve_config(path, overrides, expected).value
+
+
+def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
+    """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
+    name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
+
+    Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
+    `config` must return.
+    """
+    fn, _ = _config_function(recipe)
+    path = recipe if isinstance(recipe, str) else fn.__qualname__
+    knobs = _knobs(fn)
+    texts = _split(overrides)
+    given = {
+        key: _parse_as(key, text, knobs[key].kind, knobs[key].default)
+        for key, text in texts.items()
+        if key in knobs
+    }
+    for name, knob in knobs.items():
+        if knob.default is UNANNOTATED and name not in given:
+            value = "..." if knob.kind is UNANNOTATED else f"<{describe_kind(knob.kind)}>"
+            raise ValueError(f"{path}: {name} has no default; give {name}={value}")
+    root = _call(fn, knobs, given, path)
+    if not dataclasses.is_dataclass(root) or isinstance(root, type) or not isinstance(root, expected):
+        name = "frozen dataclass such as Run" if expected is object else expected.__name__
+        raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
+    dotted = {key: text for key, text in texts.items() if key not in knobs}
+    value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
+    defaults = {name: knob.default for name, knob in knobs.items()}
+    return Resolved(value, defaults | given, found, (recipe, *overrides), defaults)
+
+
+def recipe_defaults(path: str) -> Any:
+    """Return the value of a config without any setting; None if it has a knob without a default, or refuses
+    its defaults.
+    """
+    try:
+        return load_config(path, [])
+    except (ValueError, OSError):
+        return None
+
+
+def knob_names(recipe: Recipe) -> list[str]:
+    """The knobs of a config file, in order."""
+    return list(recipe_knobs(recipe))
+
+
+def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
+    """The knobs of a config file by name, in order."""
+    return _knobs(_config_function(recipe)[0])
+
+
+def with_fields(value: Any, *overrides: str) -> Any:
+    """Return a config's value with dotted fields replaced, as a command line does.
+
+    Example: with_fields(run, "optim.schedule=linear", "loop.steps=100").
+    """
+    return _with_fields(value, _split(list(overrides)), [], "recipe")[0]
+
+
+# Knobs
+
+
+def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
+    if inspect.isfunction(path):
+        return path, inspect.getmodule(path)
+    if not isinstance(path, str):
+        raise ValueError(f"a recipe is a name, a Python file or a function, not {type(path).__name__}")
+    file = find_recipe(path)
+    missing = f"{path}: no function `config`; a config file defines def config(knob=default, ...) -> Run"
+    if not may_define(file, "config"):  # another program, which would start its own work
+        raise ValueError(f"{missing}. A script of another tool is for `jaxft convert {path}`")
+    module = run_file(file)
+    fn = vars(module).get("config")
+    if not inspect.isfunction(fn):
+        raise ValueError(missing)
+    return fn, module
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A parameter of `config`, or a field of its parameter `group`."""
+
+    kind: Any
+    default: Any
+    group: str | None = None
+
+    @property
+    def written_kind(self) -> str:
+        """How a value is written."""
+        return describe_kind(type(self.default) if self.kind in (UNANNOTATED, Any) else self.kind)
+
+    @property
+    def written(self) -> str | None:
+        """The default as on the command line, None without one."""
+        return None if self.default is UNANNOTATED else as_written(self.default, self.kind)
+
+
+def _knobs(fn: Callable) -> dict[str, Knob]:
+    hints = type_hints(fn)
+    found: dict[str, Knob] = {}
+    for name, p in inspect.signature(fn).parameters.items():
+        default, members = p.default, {name: Knob(hints.get(name, UNANNOTATED), p.default)}
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            kinds = type_hints(type(default))
+            members = {
+                f.name: Knob(kinds[f.name], getattr(default, f.name), name)
+                for f in dataclasses.fields(default)
+            }
+        twice = sorted(members.keys() & found.keys())
+        if twice:
+            raise ValueError(f"{fn.__qualname__} has two knobs called {twice[0]}; rename one")
+        found |= members
+    return found
+
+
+def type_hints(thing: Any) -> dict[str, Any]:
+    """Return the annotations of a function or class with their marks. Raises ValueError for unknown names."""
+    try:
+        return typing.get_type_hints(thing, include_extras=True)
+    except NameError as error:
+        raise ValueError(f"cannot read the annotations of {thing.__qualname__}: {error}") from error
+
+
+def _split(overrides: list[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r}: an override is knob=value or section.field=value")
+        if isinstance(override, ObjectText):
+            text = ObjectText.of(override.value)
+        if key in texts:
+            raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
+        texts[key] = text
+    return texts
+
+
+def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str) -> Any:
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
+    for group in dict.fromkeys(knobs[name].group for name in given):
+        if group is not None:
+            fields = {name: value for name, value in given.items() if knobs[name].group == group}
+            arguments[group] = dataclasses.replace(inspect.signature(fn).parameters[group].default, **fields)
+    try:
+        return fn(**arguments)
+    except (ValueError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}: {format_error(error, Path(fn.__code__.co_filename))}") from error
+
+
+def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
+    """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    if isinstance(text, ObjectText):
+        return _object_as(key, text, kind)
+    if kind in (UNANNOTATED, Any):
+        if now is UNANNOTATED or now is None:
+            raise ValueError(
+                f"{key}={text}: its type is unknown; annotate it or give it a default in the config"
+            )
+        item = type(now[0]) if isinstance(now, tuple) and now else str
+        kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
+    try:
+        return parse_value(text, kind)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError):
+            raise
+        parts = now if isinstance(now, tuple) else (now,)
+        plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
+        plain = plain and (now != () or ":" not in text)  # of a file's function, the file seems to be empty
+        shown = f" (now {as_written(now) or 'empty'})" if plain else ""
+        section = next((member for member in union_members(kind) if dataclasses.is_dataclass(member)), None)
+        other_tools = advice(key, text) if section else None  # optim=adamw_8bit
+        remedy = f"; {other_tools}" if other_tools else ""
+        if section and "is a section" not in str(error):
+            remedy = f"; its fields are settings: {key}.{dataclasses.fields(section)[0].name}=...{remedy}"
+        raise ValueError(f"{key}={short_text(text)}: {error}{shown}{remedy}") from error
+
+
+def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
+    """Return the object of a setting if its annotation takes it; a list of objects, or one alone, becomes a
+    tuple where one is annotated, and its strings are parsed.
+    """
+    value, members = text.value, union_members(kind)
+    origins = [typing.get_origin(member) or member for member in members]
+    if tuple in origins:
+        items = value if isinstance(value, list | tuple) else (value,)
+        own = typing.get_args(members[origins.index(tuple)])[0]
+        return tuple(
+            parse_value(x, own) if isinstance(x, str) else _object_as(key, ObjectText.of(x), own)
+            for x in items
+        )
+    classes = tuple(origin for origin in origins if isinstance(origin, type))
+    takes_any = kind in (UNANNOTATED, Any) or Any in members
+    if takes_any or isinstance(value, classes) or (is_callable(kind) and callable(value)):
+        return value
+    raise ValueError(f"{key}={short_text(text)}: expected {describe_kind(kind)}")
+
+
+# Dotted fields
+
+
+def _with_fields(
+    root: Any, texts: dict[str, str], knobs: list[str], recipe: str
+) -> tuple[Any, dict[str, Any]]:
+    """Return (the value with dotted fields replaced, the new values by dotted key)."""
+    fields: dict[Steps, tuple[str, str]] = {}
+    refused = list[str]()
+    for key, text in texts.items():
+        try:
+            steps = _steps(root, key, knobs, (text, recipe))
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        if steps in fields:
+            raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+        fields[steps] = (key, text)
+    if refused:
+        raise ValueError(join_lines(refused))
+    value = _replace(root, fields)
+    return value, {".".join(steps): _get(value, steps) for steps in fields}
+
+
+def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:
+    """Split a dotted key into field names; the root may be named by its class, as in `run.name`.
+
+    use: the value that the key is given, and the recipe's name, for the advice in an error.
+    """
+    steps = tuple(key.split("."))
+    own = [f.name for f in dataclasses.fields(root)]
+    if len(steps) > 1 and steps[0] not in own and steps[0] == type(root).__name__.lower():
+        steps = steps[1:]
+    node = root
+    for i, step in enumerate(steps):
+        here = ".".join(steps[:i])
+        if isinstance(node, Model):
+            raise ValueError(f"{key}: {here} is a model; change it by the knobs {', '.join(knobs)}")
+        if not dataclasses.is_dataclass(node) or isinstance(node, type):
+            what = "none" if node is None else f"a {type(node).__name__}"
+            raise ValueError(f"{key}: {here} is {what} and has no field {step!r}")
+        names = [f.name for f in dataclasses.fields(node) if f.init]
+        if step not in names:
+            candidates = [f"{here}.{n}" if here else n for n in names]
+            candidates += [] if i else [*knobs, *_all_fields(root)]
+            other_tools = advice(step, None if isinstance(use[0], ObjectText) else use[0], use[1])
+            same = {name for name in candidates if name.rpartition(".")[2] == step}
+            if other_tools and (not same or same & {option.setting for option in meant_options(step)}):
+                raise ValueError(f"{key}={short_text(use[0])}: {other_tools}")
+            close = nearest(key, list(dict.fromkeys(candidates)))
+            raise ValueError(f"unknown key {key!r}; near: {', '.join(close)}")
+        node = getattr(node, step)
+    return steps
+
+
+def _all_fields(root: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(root):
+        value = getattr(root, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type | Model):
+            yield from _all_fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _get(node: Any, steps: Steps) -> Any:
+    for step in steps:
+        node = getattr(node, step)
+    return node
+
+
+def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
+    """The node with fields replaced; those of one dataclass together, so that it checks them together."""
+    values: dict[str, Any] = {}
+    for name in dict.fromkeys(steps[0] for steps in fields):
+        now = getattr(node, name)
+        below = {steps[1:]: item for steps, item in fields.items() if steps[0] == name}
+        if () in below and len(below) > 1:
+            keys = " and ".join(key for key, _ in below.values())
+            raise ValueError(f"{keys}: one contains the other; set only one")
+        if () in below:
+            key, text = below[()]
+            values[name] = _parse_as(key, text, type_hints(type(node)).get(name, UNANNOTATED), now)
+        else:
+            values[name] = _replace(now, below)
+    return dataclasses.replace(node, **values) if values else node
+
+
+# Help
+
+
+def recipe_docstring(recipe: str) -> str:
+    """Return the docstring of a config file, or its path."""
+    _, module = _config_function(recipe)
+    assert module is not None
+    return inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or recipe)))
+
+
+def knob_comments(recipe: Recipe) -> dict[str, str]:
+    """The comments that end the lines of a config file's knobs, by name."""
+    return _knob_comments(_config_function(recipe)[0])
+
+
+def _knob_comments(fn: Callable) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for parameter in inspect.signature(fn).parameters.values():
+        group = parameter.default
+        if dataclasses.is_dataclass(group) and not isinstance(group, type):
+            found |= _comments(type(group))
+    return found | _comments(fn)
+
+
+def _comments(definition: Any) -> dict[str, str]:
+    """Parameter of a function, or field of a class and its bases -> the comment that ends its line.
+
+    Where a line has several, the comment belongs to the last.
+    """
+    found: dict[str, str] = {}
+    for cls in reversed(inspect.getmro(definition)) if isinstance(definition, type) else [definition]:
+        try:
+            source = textwrap.dedent("".join(inspect.getsourcelines(cls)[0]))
+        except (OSError, TypeError):  # a builtin, or a class without a file
+            continue
+        node: Any = ast.parse(source).body[0]
+        if isinstance(definition, type):
+            fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+            starts = {n.lineno: ast.unparse(n.target) for n in fields}
+            end = max((n.end_lineno or n.lineno for n in fields), default=0) + 1
+        else:
+            starts = {
+                a.lineno: a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            }
+            end = node.body[0].lineno
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            line = token.start[0]
+            above = [start for start in starts if start <= line < end]
+            if token.type == tokenize.COMMENT and above:
+                found[starts[max(above)]] = token.string.lstrip("# ").strip()
+    return found
+
+
+def as_written(value: Any, kind: Any = None) -> str:
+    """Format a value as on the command line. kind: its annotation, whose short names are used.
+
+    >>> as_written((0.9, None))
+    '0.9,none'
+    """
+    if isinstance(value, tuple):
+        if any(isinstance(item, str) and ("," in item or item != item.strip()) for item in value):
+            return json.dumps(value)
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+        return ",".join(as_written(part, item) for part in value) + "," * (len(value) == 1)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if not callable(value):
+        return str(value)
+    full = str(describe(value).get("callable"))
+    names = {long: short for k in (kind, *union_members(kind)) for short, long in short_names(k).items()}
+    return names.get(full, full)

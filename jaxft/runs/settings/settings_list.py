@@ -1,0 +1,197 @@
+"""The settings of a run as `jaxft settings` lists them: name, default, type, and what the docstring of their
+section says.
+"""
+
+import dataclasses
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxft.annotations import Bounds, bounds_of
+from jaxft.data.rows.shipped import own_commands
+from jaxft.models.model import Model
+from jaxft.runs.settings.config import as_written, knob_comments, recipe_docstring, recipe_knobs, type_hints
+from jaxft.runs.settings.option_names import OPTIONS
+from jaxft.runs.settings.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
+from jaxft.runs.settings.record import union_members
+
+REQUIRED = dataclasses.MISSING
+KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"
+LONGEST_KIND = 60  # characters in a recipe's table; a longer entry moves only its own comment
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A knob or a dotted field. kind: how its values are written. default: as written, None where a recipe
+    must set it. text: what it does. section: what its section is. names: of functions, if they are too many
+    for `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: of its numbers.
+    """
+
+    name: str
+    kind: str
+    default: str | None
+    text: str
+    section: str = dataclasses.field(default="", compare=False)
+    names: tuple[str, ...] = ()
+    elsewhere: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    bounds: Bounds | None = None
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """Options of other tools that are this setting."""
+        last = self.name.rpartition(".")[2]
+        return tuple(option.name for option in OPTIONS if option.setting in (self.name, last))
+
+
+def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
+    """Yield the settings of a section, a dataclass or an instance of one, and of the sections in it.
+
+    An instance's values are the defaults. A section that is None is listed with the defaults of its class.
+    """
+    cls = section if isinstance(section, type) else type(section)
+    texts, hints = descriptions(cls), type_hints(cls)
+    for field in dataclasses.fields(cls):
+        value = _default(field) if section is cls else getattr(section, field.name)
+        kind, name = hints[field.name], f"{prefix}{field.name}"
+        if not field.init or isinstance(value, Model) or _has_model(kind):
+            continue
+        inner = _section(value, kind)
+        if inner is not None:
+            yield from settings_of(inner, f"{name}.")
+        elif can_be_written(kind):
+            default = None if value is REQUIRED else as_written(value, kind)
+            about = first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
+            text, bounds = texts.get(field.name, ""), bounds_of(kind)
+            yield Setting(name, describe_kind(kind), default, text, about, bounds=bounds)
+
+
+def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
+    """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
+    name, whose bounds it has.
+    """
+    same = {setting.name.rpartition(".")[2]: setting for setting in fields}
+    comments = knob_comments(recipe)
+    for name, knob in recipe_knobs(recipe).items():
+        names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
+        more, field = names if len(names) > SHOWN_NAMES else (), same.get(name)
+        kind, text = knob.written_kind, comments.get(name) or (field.text if field else "")
+        if field and field.bounds and {int, float} & {*union_members(knob.kind)} and not bounds_of(knob.kind):
+            kind += f", {field.bounds}"
+        yield Setting(name, kind, knob.written, text, names=more)
+
+
+def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
+    """Return the docstring of a config file and its knobs with their defaults, types and descriptions."""
+    rows = []
+    for knob in knobs_of(recipe, fields):
+        setting = knob.name if knob.default is None else f"{knob.name}={knob.default}"
+        rows.append((setting, knob.kind + ", required" * (knob.default is None), first_sentence(knob.text)))
+    widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
+    width = [max(each, default=0) for each in widths]
+    table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
+    heading = own_commands(KNOBS.format(name=Path(recipe).stem))
+    return "\n".join([own_commands(recipe_docstring(recipe)), "", heading, *table])
+
+
+def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:
+    """Yield settings with what recipes, as name -> run, set in place of their defaults."""
+    values = {recipe: {s.name: s.default for s in settings_of(run)} for recipe, run in recipes.items()}
+    for setting in settings:
+        found: dict[str, list[str]] = {}
+        for recipe, of_run in values.items():
+            value = of_run.get(setting.name) or setting.default
+            if value != setting.default and setting.default is not None:
+                found.setdefault(str(value), []).append(recipe)
+        elsewhere = tuple((", ".join(recipes), value) for value, recipes in found.items())
+        yield dataclasses.replace(setting, elsewhere=elsewhere)
+
+
+def by_section(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """Return heading -> settings, with a heading such as `optim: Optimizer settings` for each section."""
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        prefix = setting.name.rpartition(".")[0]
+        groups.setdefault(f"{prefix or 'run'}: {setting.section}", []).append(setting)
+    return groups
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is REQUIRED else field.default_factory()
+
+
+def _section(value: Any, kind: Any) -> Any:
+    """Return the section that a field holds, an instance or a class; None if it is no section."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return None if callable(value) else value
+    classes = [c for c in union_members(kind) if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    return classes[0] if value in (None, REQUIRED) and classes and classes[0] is not Model else None
+
+
+def _has_model(kind: Any) -> bool:
+    """Whether a field holds a section with a model, which only a recipe can make."""
+    sections = (c for c in union_members(kind) if dataclasses.is_dataclass(c) and c is not Model)
+    return any(Model in union_members(hint) for c in sections for hint in type_hints(c).values())
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """Return field -> its description in the docstrings of a dataclass and its bases.
+
+    Docstrings describe fields as `name: text. other, third: text.`
+    """
+    name, found = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
+    for base in reversed(inspect.getmro(cls)):
+        doc = " ".join((vars(base).get("__doc__") or "").split())
+        parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
+        for label, text in zip(parts[1::2], parts[2::2], strict=True):
+            found |= dict.fromkeys(label.split(", "), text.strip())
+    return found
+
+
+def matching(settings: Iterable[Setting], word: str) -> list[Setting]:
+    """Return the settings whose name, description or name in another tool contains a word."""
+    word = word.lower().lstrip("-")
+    plain = word.replace("-", "_")
+    return [
+        s
+        for s in settings
+        if plain in s.name.lower()
+        or re.search(rf"\b{re.escape(word)}", s.text, re.IGNORECASE)
+        or plain in (name.lower() for name in s.other_names)
+    ]
+
+
+def listed(groups: Mapping[str, Iterable[Setting]], in_full: bool) -> str:
+    """Return settings as text, a heading and a table for each group. in_full: with whole descriptions instead
+    of their first sentences.
+    """
+    width = min(max(shutil.get_terminal_size((110, 20)).columns, 60), 140)
+    return "\n\n".join(
+        "\n".join([heading, *(line for s in group for line in _lines(s, width, in_full))])
+        for heading, group in groups.items()
+        if group
+    )
+
+
+def _lines(setting: Setting, width: int, in_full: bool) -> list[str]:
+    text = setting.text.rstrip(".") if in_full else first_sentence(setting.text)
+    left = f"  {setting.name}" + ("" if setting.default is None else f"={setting.default}")
+    kind = setting.kind + ", set by the recipe" * (setting.default is None)
+    if setting.elsewhere:
+        kind += f" ({'; '.join(f'{recipes}: {value}' for recipes, value in setting.elsewhere)})"
+    if in_full and setting.names:
+        kind += f". Names: {', '.join(setting.names)}"
+    column = min(34, width // 3)
+    body = textwrap.wrap(f"{kind}: {text}" if text else kind, width - column - 2)
+    if len(left) > column:
+        return [left, *(f"{'':{column}}  {line}" for line in body)]
+    return [f"{left:{column}}  {body[0]}", *(f"{'':{column}}  {line}" for line in body[1:])]
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a description, which ends at a full stop before a capital letter."""
+    return re.split(r"(?<=[.])(?<!Dr[.])\s+(?=[A-Z\"(])", text)[0].rstrip(".")

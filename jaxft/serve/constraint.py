@@ -1,0 +1,160 @@
+"""Constrained sampling: which tokens may come next for a completion to be JSON that fits a schema, to match a
+regular expression, or to call a tool. The grammars are those of llguidance, in its dialect of Lark.
+
+llguidance comes with the extra `serve` and is imported where a grammar is compiled.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.chat.tool_calls import ToolFormat, call_format
+
+# Whitespace between the parts of JSON: a space, or a new line with its indentation. Small models would fill a
+# response with it if it had no limit.
+WHITESPACE = r" |\n[ \t]{0,24}"
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar, over the tokens of a tokenizer. start: llguidance's matcher before any token."""
+
+    start: Any
+
+    def begin(self) -> "Constraint":
+        """Return the constraint of a new completion."""
+        return Constraint(self.start.deep_copy())
+
+
+class Constraint:
+    """Follows one completion through its grammar."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def allowed(self) -> np.ndarray:
+        """Return a bit for each token, in words of 32, that is set if the token may come next. Stop tokens
+        may come where the completion may end.
+        """
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+
+    def accept(self, tokens: Sequence[int]) -> str:
+        """Follow tokens of the completion. Return an error, for example of a grammar that is too complex for
+        them, "" without one.
+        """
+        self._matcher.consume_tokens(list(tokens))
+        return f"the grammar failed: {_line(self._matcher.get_error())}" if self._matcher.is_error() else ""
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return the Lark expression of JSON text that fits a schema."""
+    options = {"whitespace_pattern": WHITESPACE}
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def json_grammar(schema: Mapping[str, Any] = ANY_OBJECT) -> str:
+    """Return the grammar of JSON text that fits a schema, by default any object."""
+    return f"start: {json_rule(schema)}"
+
+
+def regex_grammar(pattern: str) -> str:
+    """Return the grammar of text that matches a regular expression as a whole.
+
+    Example:
+        compile_grammar(regex_grammar("yes|no"), tokenizer, stop)
+    """
+    return _llguidance().LLMatcher.grammar_from_regex(pattern)
+
+
+def call_grammar(
+    format: ToolFormat, tools: Sequence[Mapping[str, Any]], tokenizer: Any, is_single: bool = False
+) -> str:
+    """Return the grammar of one or more calls of tools, each with arguments that fit its schema, as the chat
+    template of the format writes them. Raises ValueError if the format is "none".
+
+    tools: {"name": ..., "parameters": JSON schema}. is_single: for exactly one call.
+    """
+    known = call_format(format)
+    if known is None:
+        raise ValueError(
+            "tool_choice needs a model whose tool calls are read: this one's chat template writes them in no "
+            "known format; use tool_choice=auto, or start the server with --tool-format"
+        )
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+
+    def mark(text: str) -> str:
+        return f"<[{added[text]}]>" if text in added else json.dumps(text)
+
+    def call(tool: Mapping[str, Any], key: str) -> str:
+        head = json.dumps({"name": tool["name"], key: 0}, ensure_ascii=False).removesuffix("0}")
+        return f'{json.dumps(head)} {json_rule(tool["parameters"])} "}}"'
+
+    def alternatives(key: str) -> str:
+        return " | ".join(call(tool, key) for tool in tools)
+
+    many = "" if is_single else '("\\n" one)*'
+    if format == "hermes":
+        opens, closes = mark("<tool_call>"), mark("</tool_call>")
+        return f'start: one {many}\none: {opens} "\\n" call "\\n" {closes}\ncall: {alternatives("arguments")}'
+    if format == "llama3":
+        return f"start: {alternatives('parameters')}"
+    opens = mark("[TOOL_CALLS]")
+    if "[ARGS]" in added:
+        named = " | ".join(
+            f"{json.dumps(tool['name'])} {mark('[ARGS]')} {json_rule(tool['parameters'])}" for tool in tools
+        )
+        return f"start: one {'' if is_single else 'one*'}\none: {opens} call\ncall: {named}"
+    many = "" if is_single else '(", " call)*'
+    return f'start: {opens} "[" call {many} "]"\ncall: {alternatives("arguments")}'
+
+
+def either(first: str, second: str) -> str:
+    """Return the grammar of what one of two grammars matches: a Lark grammar, and one of a single rule."""
+    renamed = re.sub(r"^start:", "first:", first)
+    return f"{renamed}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
+
+
+def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Grammar:
+    """Compile a grammar over the tokens of a tokenizer, which a stop token ends.
+
+    Raises ValueError for a grammar that is wrong, or has what llguidance does not support, such as some
+    keywords of JSON schemas, and ImportError without llguidance.
+    """
+    if not stop:
+        raise ValueError("constrained sampling needs a stop token, and the model has none")
+    matcher = _llguidance().LLMatcher(_vocabulary(tokenizer, tuple(stop)), grammar, log_level=0)
+    if matcher.is_error():
+        raise ValueError(_line(matcher.get_error()))
+    return Grammar(matcher)
+
+
+@lru_cache(maxsize=32)
+def _vocabulary(tokenizer: Any, stop: tuple[int, ...]) -> Any:
+    """Return the bytes of all tokens as llguidance has them, which takes 0.3 s for 49,152."""
+    _llguidance()
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer, eos_token=list(stop))
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; JSON mode, schemas, regular expressions and a required tool call need llguidance: pip "
+            "install 'jaxft[serve]'"
+        ) from error
+    return llguidance
+
+
+def _line(text: str) -> str:
+    """Return an error of llguidance as one line, without the grammar and the place in it."""
+    problem = re.split(r"\n *\d+ \|", text)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", problem).split())[:300]

@@ -1,0 +1,225 @@
+"""/v1/decisions: typed questions about an input, answered by the probabilities of their choices.
+
+The contract is OpenAI's Decisions API as vLLM serves it (docs/serving/online_serving/decisions.md of vLLM),
+for text. A question becomes the prompt of a decision row (data/decisions.py), and its probabilities are read
+from the scores of one next token.
+
+    {"model": "base", "input": "The parcel arrived broken.", "questions": [
+        {"type": "predicate", "instructions": "Is an item damaged?"},
+        {"type": "choice", "name": "team", "instructions": "Who handles it?", "choices": [
+            {"value": "returns"}, {"value": "billing", "description": "Charges and payments"}]},
+        {"type": "score", "instructions": "How severe is it?", "levels": [{"label": "cosmetic"},
+            {"label": "broken"}]}]}
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.decisions import decide, user_messages
+from jaxft.data.rows.example import Decision, DecisionChoice
+from jaxft.data.rows.invalid import InvalidRow, json_type, similar_names
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import SampledToken, TokenRequest
+from jaxft.engine.session import RequestSettings
+from jaxft.engine.state import WORD
+from jaxft.serve.api_request import ApiError
+from jaxft.serve.served_model import ServedModel, decision_prompt
+
+MOST_QUESTIONS, MOST_LEVELS = 64, 10
+BODY_FIELDS = ("model", "input", "questions", "safety_identifier")
+# Fields of a question by its type: the one with its options, and the one that names an option.
+QUESTION_OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
+YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a request. type: predicate, choice or score. name: as the answer repeats it."""
+
+    type: str
+    name: str | None
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class DecisionBody:
+    """A request of /v1/decisions."""
+
+    model: str | None
+    questions: tuple[Question, ...]
+
+
+def parse_decisions(body: Mapping[str, Any]) -> DecisionBody:
+    """Check a request of /v1/decisions. Raises ApiError."""
+    _check_fields(body, BODY_FIELDS, "")
+    model, items = body.get("model"), body.get("questions")
+    if not isinstance(model, str | None):
+        raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
+    if not isinstance(items, list) or not 1 <= len(items) <= MOST_QUESTIONS:
+        raise ApiError(400, f"questions must be a list of 1 to {MOST_QUESTIONS} questions", "questions")
+    text = _input(body.get("input"))
+    return DecisionBody(model, tuple(_question(text, number, item) for number, item in enumerate(items)))
+
+
+def _check_fields(item: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    wrong = next((name for name in item if name not in names), None)
+    if wrong is not None:
+        near = ", ".join(similar_names(wrong, list(names)))
+        place = f"{where}: " if where else ""
+        raise ApiError(400, f"{place}unknown field {wrong!r:.60}; near: {near}", where or wrong[:60])
+
+
+def _input(value: Any) -> str:
+    """Return the text of an input: a string, or user messages of strings or input_text parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ApiError(400, "input must be a string or a list of user messages", "input")
+    texts = list[str]()
+    for item in value:
+        if not isinstance(item, dict) or item.get("role") != "user":
+            raise ApiError(400, "input: every message must have the role user", "input")
+        content = item.get("content")
+        parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(
+            isinstance(x, dict) and x.get("type") == "input_text" and isinstance(x.get("text"), str)
+            for x in parts
+        ):
+            raise ApiError(400, "input: content must be a string or parts of type input_text", "input")
+        texts += [part["text"] for part in parts]
+    return "\n\n".join(texts)
+
+
+def _question(text: str, number: int, item: Any) -> Question:
+    where = f"questions[{number}]"
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind not in QUESTION_OPTIONS:
+        raise ApiError(400, f"{where}: type must be one of {', '.join(QUESTION_OPTIONS)}", "questions")
+    options = QUESTION_OPTIONS[kind]
+    _check_fields(item, ("type", "name", "instructions", *(options[:1] if options else ())), where)
+    instructions, name = item.get("instructions"), item.get("name")
+    if not isinstance(instructions, str) or not instructions.strip():
+        raise ApiError(400, f"{where}: instructions must be a string that asks something", "questions")
+    if not isinstance(name, str | None):
+        raise ApiError(400, f"{where}: name must be a string", "questions")
+    choices = YES_NO if options is None else _options(where, item.get(options[0]), *options)
+    if kind == "score" and len(choices) > MOST_LEVELS:
+        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels", "questions")
+    messages = user_messages(f"{text}\n\n{instructions}" if text.strip() else instructions)
+    try:
+        return Question(kind, name, decide(where, messages, choices))
+    except InvalidRow as error:
+        raise ApiError(400, str(error), "questions") from error
+
+
+def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
+    """Return the choices, or the levels, of a question."""
+    if not isinstance(items, list):
+        raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
+    found, types = [], (str, bool) if key == "value" else str
+    for number, item in enumerate(items):
+        place = f"{where}.{field}[{number}]"
+        if not isinstance(item, dict) or not isinstance(item.get(key), types) or not str(item[key]).strip():
+            raise ApiError(400, f"{place}: {key} must be a string with text", "questions")
+        _check_fields(item, (key, "description"), place)
+        description = item.get("description") or ""
+        if not isinstance(description, str):
+            raise ApiError(400, f"{place}: description must be a string", "questions")
+        found.append(DecisionChoice(item[key], description))
+    return tuple(found)
+
+
+# ---- reading the probabilities
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The constraint of a completion that is one of some tokens. It has no state, so it is its own Grammar.
+
+    tokens: of the choices. vocab: size of the vocabulary.
+    """
+
+    tokens: tuple[int, ...]
+    vocab: int
+
+    def begin(self) -> "OneOf":
+        """Return the constraint of a new completion."""
+        return self
+
+    def allowed(self) -> np.ndarray:
+        """Return a bit for each token, in words of 32, that is set for the choices."""
+        words = np.zeros(-(-self.vocab // WORD), np.uint32)
+        for token in self.tokens:
+            words[token // WORD] |= np.uint32(1) << np.uint32(token % WORD)
+        return words
+
+    def accept(self, tokens: Sequence[int]) -> str:
+        """Return no error."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A request to the scheduler that reads a decision, and the tokens of its choices."""
+
+    request: TokenRequest
+    tokens: tuple[int, ...]
+
+
+def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
+    """Return the request that reads a decision. Raises ValueError; most: tokens of a prompt."""
+    prompt, tokens = decision_prompt(model, decision, most)
+    grammar = OneOf(tokens, model.vocab)
+    settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)
+    return Read(TokenRequest(prompt, settings), tokens)
+
+
+def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], float]:
+    """Return the probabilities of the choices, which sum to 1, and the confidence: the probability of the
+    most probable one among all tokens of the vocabulary.
+    """
+    logps = dict(sampled.top)
+    own = np.array([logps[token] for token in read.tokens])
+    p = np.exp(own - own.max())
+    return (p / p.sum()).tolist(), math.exp(own.max())
+
+
+def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:
+    """Return an answer of the response. p: probabilities of the choices."""
+    found: dict[str, Any] = {"type": question.type, "name": question.name}
+    choices = question.decision.choices
+    if question.type == "predicate":
+        return {**found, "probability": p[0]}
+    if question.type == "choice":
+        listed = [{"value": c.value, "probability": x} for c, x in zip(choices, p, strict=True)]
+        return {
+            **found,
+            "choice": choices[int(np.argmax(p))].value,
+            "probabilities": listed,
+            "confidence": confidence,
+        }
+    levels = [
+        {"value": number, "label": choice.value, "probability": x}
+        for number, (choice, x) in enumerate(zip(choices, p, strict=True))
+    ]
+    score = sum(number * x for number, x in enumerate(p))
+    return {**found, "score": score, "probabilities": levels, "confidence": confidence}
+
+
+def response(model: str, answers: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
+    """Return the response to a request, which reads one token for each question."""
+    return {
+        "model": model,
+        "answers": answers,
+        "usage": {
+            "input_tokens": prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": len(answers),
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt_tokens + len(answers),
+        },
+    }

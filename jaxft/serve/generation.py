@@ -1,0 +1,176 @@
+"""The choices of one request as pieces of text: what the server streams and the chat prints."""
+
+import asyncio
+import codecs
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from jaxft.data.chat.tool_calls import CallStream, call_format
+from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
+from jaxft.engine.session import RequestSettings
+from jaxft.engine.text_stream import TextStream, token_decoder
+from jaxft.serve.api_request import ApiError, ChoiceSettings
+from jaxft.serve.api_response import Piece, PlacedToken
+from jaxft.serve.constraint import Grammar
+from jaxft.serve.served_model import ServedModel
+
+
+@dataclass(eq=False)
+class ChoiceText:
+    """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
+
+    calls: what takes tool calls out of the text, None for plain text. places: whether pieces have their
+    tokens, for log-probs. tokens: their number so far. characters: complete characters so far.
+    """
+
+    index: int
+    stream: TextStream
+    calls: CallStream | None = None
+    places: bool = True
+    tokens: int = 0
+    ended: bool = False
+    begun: bool = False
+    characters: int = 0
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+    def piece(self, progress: NewTokens) -> Piece:
+        """Return the events of new tokens. Raises ApiError if the request failed."""
+        if progress.finish in ("error", "cancelled"):
+            raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
+        finish: str | None = progress.finish
+        text, used = "", len(progress.tokens)
+        of_text = [sampled.token for sampled in progress.tokens]
+        if finish == "stop":  # the last one is a stop token
+            of_text.pop()
+        if not self.stream.stops:
+            text = self.stream.add_all(of_text)
+        else:
+            for number, token in enumerate(of_text, 1):
+                text += self.stream.add(token)
+                if self.stream.stopped:
+                    used = number
+                    break
+        if finish and not self.stream.stopped:
+            text += self.stream.finish()
+        if self.stream.stopped:
+            finish = "stop"
+        self.tokens += used
+        self.ended = finish is not None
+        placed = tuple(map(self._placed, progress.tokens[:used])) if self.places else ()
+        if self.calls is None:
+            return Piece(self.index, text, placed, finish)
+        text, calls = self.calls.add(text, self.ended)
+        if finish == "stop" and self.calls.count:
+            finish = "tool_calls"
+        return Piece(self.index, text, placed, finish, calls)
+
+    def _placed(self, sampled: SampledToken) -> PlacedToken:
+        """Return a token with its place in the text, of which parts may not have been sent yet."""
+        first = not self.begun
+        found = self.stream.decoder.bytes_of(sampled.token, first)
+        added = found or b""
+        self.begun |= found is not None  # also by a token whose space is omitted
+        done = len(self.decoder.decode(added[:1]))  # characters that end before its first byte, or with it
+        begins_one = self.decoder.getstate()[0] == added[:1]
+        offset = self.characters + (done if begins_one else max(done - 1, 0))
+        self.characters += done + len(self.decoder.decode(added[1:]))
+        return PlacedToken(sampled, first, offset)
+
+
+class Generation:
+    """The choices of a request that is queued. Iterate over `pieces`, then `cancel` whatever happened."""
+
+    def __init__(self, choices: list[ChoiceText], prompt_tokens: int, count: int):
+        self.choices, self.prompt_tokens, self.count = choices, prompt_tokens, count
+        self.queue: asyncio.Queue[tuple[int, NewTokens]] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.tickets: list[Ticket] = []
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all choices so far."""
+        return sum(choice.tokens for choice in self.choices)
+
+    def deliver(self, index: int, progress: NewTokens) -> None:
+        """Pass tokens from the scheduler's thread to the event loop."""
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, progress))
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield pieces of all choices until each has ended. Raises ApiError if one fails."""
+        while not all(choice.ended for choice in self.choices):
+            index, progress = await self.queue.get()
+            choice = self.choices[index]
+            if choice.ended:
+                continue
+            piece = choice.piece(progress)
+            if choice.ended:
+                self.tickets[index].cancel()
+            if piece.text or piece.calls or piece.tokens or piece.finish:
+                yield piece
+
+    def cancel(self) -> None:
+        """Free the rows of what has not ended."""
+        for ticket in self.tickets:
+            ticket.cancel()
+
+
+def token_requests(
+    model: ServedModel,
+    choice: ChoiceSettings,
+    prompts: Sequence[tuple[int, ...]],
+    grammar: Grammar | None = None,
+) -> list[TokenRequest]:
+    """Return the request of each choice, those of a prompt together. grammar: what each must match.
+
+    Choice i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
+    completions equal those of generate.py with the same prompts and seed.
+    """
+    seed = secrets.randbits(31) if choice.seed is None else choice.seed
+    settings = RequestSettings(choice.sampling, model.stop, model.adapter, bool(choice.top), grammar)
+    return [
+        TokenRequest(prompt, settings, seed, j * choice.n + i)
+        for j, prompt in enumerate(prompts)
+        for i in range(choice.n)
+    ]
+
+
+def choice_texts(
+    model: ServedModel, choice: ChoiceSettings, count: int, has_tools: bool = False
+) -> list[ChoiceText]:
+    """Return the empty texts of `count` choices. has_tools: whether tool calls are taken out of them."""
+    calls = call_format(model.tools) if has_tools else None
+    decoder = token_decoder(model.tokenizer, calls.tokens if calls else ())
+    return [
+        ChoiceText(
+            index,
+            TextStream(decoder, choice.stop),
+            CallStream(calls) if calls else None,
+            places=choice.top is not None,
+        )
+        for index in range(count)
+    ]
+
+
+def submit_choices(
+    scheduler: Scheduler,
+    model: ServedModel,
+    choice: ChoiceSettings,
+    prompts: Sequence[tuple[int, ...]],
+    has_tools: bool = False,
+    grammar: Grammar | None = None,
+) -> Generation:
+    """Queue all choices of a request; see Scheduler.submit for errors. Runs in an event loop.
+
+    has_tools, grammar: as in choice_texts and token_requests.
+    """
+    requests = token_requests(model, choice, prompts, grammar)
+    texts = choice_texts(model, choice, len(requests), has_tools)
+    generation = Generation(texts, sum(map(len, prompts)), len(requests))
+    generation.tickets = scheduler.submit(
+        [(request, partial(generation.deliver, index)) for index, request in enumerate(requests)]
+    )
+    return generation

@@ -1,0 +1,241 @@
+"""A conversation in the terminal: its turns, its models, and the commands that change both."""
+
+import json
+import queue
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxft.data.rows.example import Message
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import NewTokens, Scheduler
+from jaxft.nn.adapters.lora_rows import BASE
+from jaxft.serve.api_request import ApiError, ChoiceSettings
+from jaxft.serve.api_response import Piece
+from jaxft.serve.generation import choice_texts, token_requests
+from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt
+
+HELP = """\
+/use NAME          chat with this model ("base" is the one without adapter); two names respond side by side
+/models            list the models
+/system [TEXT]     set the system prompt; without a text, remove it
+/set NAME=VALUE    temperature, top_k, top_p, min_p, max_new or seed (none for a random one)
+/retry             respond to the last message again
+/undo              remove the last message and its responses
+/reset             begin again with the same system prompt
+/history           show the conversation
+/save FILE         append it to a .jsonl file as rows for training, or write a .md file
+/exit              leave (also Ctrl-D); Ctrl-C stops a response"""
+
+
+@dataclass
+class Turn:
+    """A user's message and the responses to it by the names of the models."""
+
+    user: str
+    responses: dict[str, str] = field(default_factory=dict)
+
+    def response(self, name: str) -> str:
+        """Return the response of a model or, without one of it, the first response."""
+        return self.responses.get(name) or next(iter(self.responses.values()), "")
+
+
+@dataclass
+class Conversation:
+    """The state of a chat. active: the names of the one or two models that respond."""
+
+    models: dict[str, ServedModel]
+    active: tuple[str, ...]
+    choice: ChoiceSettings
+    most_new: int
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    done: bool = False
+
+    def messages(self, name: str) -> list[Message]:
+        """Return the conversation as this model sees it: without messages that got no response, except the
+        last one, because many templates reject two messages of the user in a row.
+        """
+        found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            if turn.responses or turn is self.turns[-1]:
+                found.append({"role": "user", "content": turn.user})
+            if turn.responses:
+                found.append({"role": "assistant", "content": turn.response(name)})
+        return found
+
+    def prompt(self, name: str) -> tuple[int, ...]:
+        """Return the token ids that this model continues: all messages without the responses to the last one,
+        of plain text only the last one.
+        """
+        model = self.models[name]
+        if model.plain:
+            return text_prompt(model, self.turns[-1].user)
+        asked = replace(self, turns=[*self.turns[:-1], Turn(self.turns[-1].user)])
+        return chat_prompt(model, asked.messages(name))
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """The terminal's action after a command. text: what it prints. again: whether the models respond to the
+    last message.
+    """
+
+    text: str = ""
+    again: bool = False
+
+
+def run_command(chat: Conversation, line: str) -> CommandResult:
+    """Run a line that begins with a slash. Raises ValueError, or OSError for a file."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name in ("/exit", "/quit"):
+        chat.done = True
+        return CommandResult()
+    if name == "/help":
+        return CommandResult(HELP)
+    if name == "/models":
+        marks = ("*" if model in chat.active else " " for model in chat.models)
+        return CommandResult(
+            "\n".join(f"{mark} {model}" for mark, model in zip(marks, chat.models, strict=True))
+        )
+    if name == "/use":
+        chat.active = chosen_models(chat, rest.replace(",", " ").split())
+        return CommandResult(f"responding: {' and '.join(chat.active)}")
+    if name == "/system":
+        chat.system = rest
+        return CommandResult(f"system prompt: {rest}" if rest else "no system prompt")
+    if name == "/set":
+        chat.choice = changed_choice(chat, rest)
+        return CommandResult(shown_choice(chat.choice))
+    if name == "/reset":
+        chat.turns.clear()
+        return CommandResult("a new conversation")
+    if name in ("/retry", "/undo") and not chat.turns:
+        raise ValueError(f"{name}: there is no message yet")
+    if name == "/undo":
+        return CommandResult(f"removed: {chat.turns.pop().user}")
+    if name == "/retry":
+        return CommandResult(again=True)
+    if name == "/history":
+        return CommandResult(as_markdown(chat))
+    if name == "/save":
+        return CommandResult(f"saved to {save(chat, rest)}")
+    raise ValueError(f"{name[:40]} is no command; /help lists them")
+
+
+def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
+    """Return one or two names of models; "base" is also that of the one without an adapter. Raises
+    ValueError for others.
+    """
+    if not 1 <= len(names) <= 2:
+        raise ValueError(f"/use takes one or two names of {', '.join(chat.models)}")
+    base = next((name for name, model in chat.models.items() if model.adapter == BASE), None)
+    known = {**({"base": base} if base else {}), **{name: name for name in chat.models}}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no model {name[:80]!r}; use one of {', '.join(chat.models)}")
+    return tuple(dict.fromkeys(known[name] for name in names))
+
+
+def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
+    """Return the settings with one of them changed by NAME=VALUE. Raises ValueError for a wrong one."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    old = chat.choice
+    values: dict[str, Any] = {**vars(old.sampling), "seed": old.seed}
+    kinds = {"temperature": float, "top_p": float, "min_p": float, "top_k": int, "max_new": int, "seed": int}
+    if not equals or name not in kinds:
+        raise ValueError(f"/set takes NAME=VALUE with a name of {', '.join(kinds)}")
+    is_none = value.lower() == "none" and name in ("top_p", "min_p", "top_k", "seed")
+    try:
+        values[name] = None if is_none else kinds[name](value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value[:40]} is not a number") from error
+    if values["max_new"] > chat.most_new:
+        raise ValueError(f"max_new may be at most {chat.most_new}; start with a larger --max-new")
+    seed = values.pop("seed")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError("seed must be a whole number from 0 to 2^63 - 1, or none")
+    return old._replace(sampling=Sampling(**values), seed=seed)
+
+
+def shown_choice(choice: ChoiceSettings) -> str:
+    """Return the settings in a line."""
+    shown = {**vars(choice.sampling), "seed": choice.seed}
+    return ", ".join(f"{name}={'none' if value is None else value}" for name, value in shown.items())
+
+
+def as_markdown(chat: Conversation) -> str:
+    """Return the conversation as Markdown."""
+    parts = [f"**system**: {chat.system}"] if chat.system else []
+    for turn in chat.turns:
+        parts.append(f"**user**: {turn.user}")
+        parts += [f"**{name}**: {text}" for name, text in turn.responses.items()]
+    return "\n\n".join(parts) or "no messages yet"
+
+
+def save(chat: Conversation, name: str) -> Path:
+    """Write the conversation; return the file. Raises ValueError for a name without .jsonl or .md, and
+    FileExistsError for an .md file that exists.
+    """
+    path = Path(name).expanduser()
+    if path.suffix not in (".jsonl", ".md"):
+        raise ValueError("/save takes a file that ends in .jsonl (rows for training) or .md")
+    if not any(turn.responses for turn in chat.turns):
+        raise ValueError("/save: there is no response yet")
+    if path.suffix == ".md":
+        with path.open("x", encoding="utf-8") as file:
+            file.write(as_markdown(chat) + "\n")
+        return path
+    completed = replace(chat, turns=[turn for turn in chat.turns if turn.responses])
+    rows = [{"messages": completed.messages(name), "model": name} for name in chat.active]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Piece], None, None]:
+    """Yield (model, piece) while the active models respond to the last message together, and store their
+    responses in place of earlier ones.
+
+    Raises ValueError for a prompt that is too long, and ApiError if the device fails; earlier responses then
+    stay. An iteration that ends early stores the beginning of a response.
+    """
+    turn, texts, names = chat.turns[-1], [], chat.active
+    found: queue.SimpleQueue[tuple[int, NewTokens]] = queue.SimpleQueue()
+    submitted = []
+    for index, name in enumerate(names):
+        model = chat.models[name]
+        (request,) = token_requests(model, chat.choice, [_short_enough(chat.prompt(name), scheduler, model)])
+        texts += choice_texts(model, chat.choice, 1)
+        submitted.append((request, lambda progress, index=index: found.put((index, progress))))
+    tickets, failed = scheduler.submit(submitted), False
+    try:
+        while not all(text.ended for text in texts):
+            index, progress = found.get()
+            if not texts[index].ended:
+                yield names[index], texts[index].piece(progress)
+    except ApiError:
+        failed = True
+        raise
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+        found_texts = {name: text.stream.text for name, text in zip(names, texts, strict=True)}
+        new = {name: text for name, text in found_texts.items() if text.strip()}
+        if new and not (failed and turn.responses):
+            turn.responses = new
+
+
+def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
+    """Return the prompt. Raises ValueError if it is too long, with what helps in a chat."""
+    limit = scheduler.sizes.prompt
+    if len(prompt) > limit:
+        what = "message" if model.plain else "conversation"
+        remedy = "shorten it" if model.plain else "begin again with /reset"
+        raise ValueError(
+            f"the {what} has {len(prompt)} tokens, more than the {limit} of this chat; {remedy}, or start "
+            "chat with a larger --max-prompt"
+        )
+    return prompt

@@ -1,0 +1,338 @@
+"""Scores of completions: of a run's held-out prompts, before and after training, against the responses in
+their rows; and of the prompts in a file (`jaxft evaluate --by`). pass@k.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxft.annotations import INT32
+from jaxft.data.chat.loss_mask import example_prompt_ids
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.packing.prompt_tokens import rename_columns
+from jaxft.data.row_settings import RowSettings
+from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.example import RESPONSE, Chat, Completion, Example, as_given
+from jaxft.data.rows.format_choice import parse_dataset, split_column
+from jaxft.data.rows.formats import SFT
+from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.row_files import Row
+from jaxft.data.source import Prompt, Source
+from jaxft.distributed import processes
+from jaxft.engine.sampling import Sampling, without_stop
+from jaxft.objectives.intervals import Interval, interval_of, prompt_means
+from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
+from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
+from jaxft.runs.loaded_weights import LoadedWeights
+from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH, SCORES
+from jaxft.runs.run_texts import Sample
+from jaxft.train.evaluate.likelihood import Evaluated
+from jaxft.train.evaluate.samples import Completed, Completer, PromptText, decode_completion
+from jaxft.train.settings import Run, Scoring
+
+ANSWER = "answer"  # the column that score functions compare with
+CORRECT = 1.0  # the least score of a completion that passes, for pass@k
+
+
+class FunctionScores(NamedTuple):
+    """Scores of completions by a function. values: of G completions of n prompts, NaN for no score. fault:
+    a message about the first completion without a score, "" for none.
+    """
+
+    name: str
+    values: Float[np.ndarray, "n G"]
+    fault: str
+
+    @property
+    def missing(self) -> str:
+        """How many completions have no score."""
+        return f"{int(np.isnan(self.values).sum())} of {self.values.size}"
+
+    def figures(self, ks: Sequence[int]) -> Iterator[tuple[str, float, list[float]]]:
+        """Yield the name, the mean and the value of each prompt, of the score and of pass@k for each k."""
+        known = self.values[~np.isnan(self.values)]
+        if len(known):
+            yield self.name, float(known.mean()), prompt_means(self.values)
+        for k, estimates in pass_at(self.values, ks).items():
+            yield f"pass@{k}/{self.name}", float(np.nanmean(estimates)), estimates
+
+
+def score_texts(
+    functions: Sequence[Callable[..., float]],
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    group: int,
+) -> list[FunctionScores]:
+    """Return the scores of completions by each function. rows: names and columns. group: completions of each
+    prompt.
+    """
+    rewards, found = [FunctionReward(fn) for fn in functions], []
+    for name, reward in zip(unique_names(rewards), rewards, strict=True):
+        values, faults, _ = call_reward(reward, prompts, completions, rows)
+        found.append(FunctionScores(name, values.reshape(-1, group), faults.first))
+    return found
+
+
+class Scored(NamedTuple):
+    """Held-out completions of a model.
+
+    samples: those that logs and cards show. scored: number of prompts whose completions were scored. metrics:
+    mean score by each function, and pass@k. intervals: of these means over the prompts. values: of each
+    prompt, by a name that is the same in every run that has the prompt. faults: a line for
+    each function that returned no score for some completions. nonfinite: number of prompts of which a
+    completion ended because of non-finite logits.
+    """
+
+    samples: list[Sample]
+    scored: int
+    metrics: FloatMetrics
+    intervals: dict[str, Interval]
+    values: dict[str, FloatMetrics]
+    faults: list[str]
+    nonfinite: int
+
+
+def held_out_prompts(run: Run, source: Source[Any]) -> list[Prompt]:
+    """Return the held-out prompts that are completed before and after training, to be shown or scored."""
+    scored = (run.scoring.prompts or INT32) if run.scoring.functions else 0
+    return source.prompts(max(run.samples, scored))
+
+
+def check_scoring(run: Run, source: Source[Any]) -> None:
+    """Raise ValueError if the run has score functions, but no held-out response to compare with."""
+    if not run.scoring.functions:
+        return
+    first = source.prompts(1)
+    if not first or not first[0].response:
+        rewards = "; the rewards of rollouts are evaluated anyway" if source.info.samples else ""
+        raise ValueError(
+            "scoring.by compares completions with the responses of held-out rows, and there are none"
+            f"{rewards}. Hold out rows with prompts and responses (held_out=), or set scoring.by= to nothing"
+        )
+
+
+def position_lines(run: Run, source: Source[Any]) -> list[str]:
+    """Return a warning if completions of held-out prompts may be longer than the model's positions."""
+    limit, new = run.model.config.max_positions, run.sampling.max_new
+    sizes = [len(prompt.ids) for prompt in held_out_prompts(run, source)]
+    longest = max(sizes, default=0)
+    if not sizes or longest + new <= limit:
+        return []
+    return [
+        f"warning: a held-out prompt of {longest} tokens plus sampling.max_new={new} exceeds the model's "
+        f"{limit} positions, beyond which completions are poor; lower sampling.max_new, or remove the row"
+    ]
+
+
+def make_scorer(
+    scoring: Scoring, samples: int, texts: Sequence[PromptText]
+) -> Callable[[Sequence[Completed]], Scored]:
+    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the first
+    one of the first `samples` prompts as text, and scores those of the first `scoring.prompts`, or of all.
+
+    texts: the held-out prompts, with their rows' responses. Every function is called with these responses
+    first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
+    ends the run before it trains.
+    """
+    functions, group = scoring.functions, scoring.samples
+
+    def call(completions: Sequence[str], group: int) -> list[FunctionScores]:
+        """Score completions on the first process. group: completions of each prompt."""
+        known = [text for text in texts[: len(completions) // group] for _ in range(group)]
+        rows = [
+            (f"held-out prompt {1 + i // group}", {ANSWER: text.reference}) for i, text in enumerate(known)
+        ]
+        prompts = [text.prompt for text in known]
+        found = processes.from_first_process(
+            lambda: [
+                [name, values.tolist(), fault]
+                for name, values, fault in score_texts(functions, prompts, completions, rows, group)
+            ]
+        )
+        return [FunctionScores(name, np.array(values), fault) for name, values, fault in found]
+
+    for one in call([text.reference for text in texts[: scoring.prompts]], 1) if functions else ():
+        if one.fault:
+            raise ValueError(
+                f"scoring.by: {one.fault}, called with that row's own response. Choose a function that fits "
+                "the rows, or set scoring.by= to nothing"
+            )
+
+    prompt_names = [_prompt_name(text, number) for number, text in enumerate(texts[: scoring.prompts])]
+    prompt_names = prompt_names if functions else []
+
+    def score(completions: Sequence[Completed]) -> Scored:
+        shown = [one.shown() for one in completions[::group][:samples]]
+        metrics: FloatMetrics = {}
+        intervals: dict[str, Interval] = {}
+        of_prompts: dict[str, FloatMetrics] = {name: {} for name in prompt_names}
+        faults = []
+        prompts = len(texts[: scoring.prompts]) if functions else 0
+        scored = [one.completion for one in completions[: prompts * group]]
+        for found in call(scored, group):
+            for name, mean, by_prompt in found.figures(scoring.pass_at):
+                metric = f"{HELD_OUT}{SCORES}{name}"
+                metrics[metric], intervals[metric] = mean, interval_of(by_prompt)
+                for prompt, value in zip(prompt_names, by_prompt, strict=True) if name == found.name else ():
+                    of_prompts[prompt] |= {} if math.isnan(value) else {f"{SCORES}{name}": value}
+            if found.fault:
+                faults.append(f"{found.missing} completions of held-out prompts have no score: {found.fault}")
+        broken = np.array([one.finish == "nonfinite" for one in completions]).reshape(-1, group).any(1)
+        intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # of one prompt
+        of_prompts = {prompt: own for prompt, own in of_prompts.items() if own}
+        return Scored(shown, prompts, metrics, intervals, of_prompts, faults, int(broken.sum()))
+
+    return score
+
+
+def _prompt_name(text: PromptText, number: int) -> str:
+    """Return a name of a held-out prompt from its text and response; `number` tells equal ones apart."""
+    digest = hashlib.sha256(json.dumps([text.prompt, text.reference, number]).encode()).hexdigest()
+    return f"prompt {digest[:16]}"
+
+
+class ScoredPrompt(NamedTuple):
+    """A prompt of a file with the columns of its row, and "answer": the row's own, or else its response."""
+
+    row: str
+    prompt: Chat | Completion
+    columns: dict[str, Any]
+
+
+def scored_prompts(
+    rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()
+) -> list[ScoredPrompt]:
+    """Return the prompts of rows of SFT or reinforcement learning. format: "auto" or "plain".
+
+    Raises InvalidRow for a row without a prompt.
+    """
+    renamed = [
+        rename_columns(row, [item for item in columns if split_column(item)[1] in row.fields]) for row in rows
+    ]
+    try:
+        parsed = parse_dataset(renamed, SFT, RowSettings(format=format))
+    except InvalidRow as error:  # no row has a response
+        parsed = [error] * len(renamed)
+    found = []
+    for row, outcome in zip(renamed, parsed, strict=True):
+        response = None if isinstance(outcome, InvalidRow) else response_text(outcome.examples[RESPONSE])
+        answer = {} if response is None else {ANSWER: response}
+        found.append(ScoredPrompt(row.name, prompt_of(row, format), {**answer, **row.fields}))
+    return found
+
+
+def response_text(example: Example) -> str | None:
+    """Return the text of a row's response; None for a text, and for a conversation that ends in a prompt."""
+    if isinstance(example, Completion):
+        return example.completion
+    if not isinstance(example, Chat) or example.response >= len(example.messages):
+        return None
+    return "".join(str(message.get("content") or "") for message in example.messages[example.response :])
+
+
+@dataclass(frozen=True)
+class CompletionScorer:
+    """Completes prompts by loaded weights, and scores the completions.
+
+    functions: of (prompt, completion, row), such as those of jaxft.rl.rewards. samples: completions of each
+    prompt. passes: the k of pass@k. template: how prompts are rendered.
+    """
+
+    functions: Sequence[Callable[..., float]]
+    completer: Completer
+    sampling: Sampling
+    samples: int = 1
+    passes: Sequence[int] = ()
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
+
+    def evaluate(self, loaded: LoadedWeights, prompts: Sequence[ScoredPrompt]) -> Evaluated:
+        """Return the mean score by each function and pass@k, and every completion with its scores.
+
+        A completion without a score, where the function raises or returns no number, is in no mean, and a
+        note counts them. Raises ValueError if a function scores no completion at all.
+        """
+        ids = self._prompt_ids(loaded, prompts)
+        named = [(prompt.row, tokens) for prompt, tokens in zip(prompts, ids, strict=True)]
+        sampled = self.completer.complete(loaded, named, self.sampling, self.samples)
+        given = [prompt for prompt in prompts for _ in range(self.samples)]
+        prompt_texts = [as_given(prompt.prompt) for prompt in given]
+        tokens = sampled.reshape(len(given), -1)
+        texts = [
+            decode_completion(loaded.tokenizer, without_stop(row[row >= 0], loaded.stop)) for row in tokens
+        ]
+        rows = [(prompt.row, prompt.columns) for prompt in given]
+        scores = score_texts(self.functions, prompt_texts, texts, rows, self.samples)
+        metrics: dict[str, float] = {"prompts": len(prompts), "completions": len(texts)}
+        notes, by_row = [], {}
+        for one in scores:
+            if np.isnan(one.values).all():
+                raise ValueError(f"no completion has a score: {one.fault}")
+            if one.fault:
+                notes.append(f"{one.missing} completions have no score: {one.fault}")
+            for name, mean, by_prompt in one.figures(self.passes):
+                metrics[name], by_row[name] = mean, by_prompt
+        ended = np.asarray(np.isin(tokens, loaded.stop).any(-1))
+        metrics[COMPLETION_LENGTH] = float((tokens >= 0).sum(-1).mean())
+        metrics[CLIPPED_RATIO] = float(1 - ended.mean())
+        results = [
+            {
+                "row": rows[i][0],
+                "prompt": prompt_texts[i],
+                "completion": text,
+                "finish": "stop" if ended[i] else "length",
+                "scores": {one.name: _or_none(one.values.ravel()[i]) for one in scores},
+            }
+            for i, text in enumerate(texts)
+        ]
+        return Evaluated(metrics, results, notes, by_row)
+
+    def _prompt_ids(self, loaded: LoadedWeights, prompts: Sequence[ScoredPrompt]) -> list[list[int]]:
+        """Return the token ids of prompts. Raises ValueError that names the row for a prompt without a token,
+        and for one that is too long for the model.
+        """
+        new, limit = self.sampling.max_new, loaded.model.config.max_positions
+        encoded = example_prompt_ids([prompt.prompt for prompt in prompts], loaded.tokenizer, self.template)
+        found = [valid(tokens) for tokens in encoded]
+        for prompt, tokens in zip(prompts, found, strict=True):
+            if not tokens:
+                raise ValueError(f"{prompt.row}: the prompt has no tokens; fill it or remove the row")
+            if len(tokens) + new > limit:
+                raise ValueError(
+                    f"{prompt.row}: {len(tokens)} tokens plus --max-new {new} exceed the model's {limit} "
+                    "positions; use a smaller --max-new, or remove the row"
+                )
+        return found
+
+
+def _or_none(score: float) -> float | None:
+    return None if math.isnan(score) else float(score)
+
+
+def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, list[float]]:
+    """Return an estimate of pass@k for each prompt, the probability that one of k completions of it is
+    correct, for each k.
+
+    scores: of G completions of n prompts; from CORRECT on a completion is correct, NaN is no score. Of a
+    prompt's g scored completions, c are correct: 1 - C(g - c, k) / C(g, k), NaN if g < k, whose mean over the
+    other prompts is the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374). A k that is too large for
+    every prompt is left out.
+    """
+    found = {}
+    for k in ks:
+        known = [own[~np.isnan(own)] for own in scores]
+        estimates = [
+            1 - math.comb(len(own) - int((own >= CORRECT).sum()), k) / math.comb(len(own), k)
+            if len(own) >= k
+            else math.nan
+            for own in known
+        ]
+        if not np.isnan(estimates).all():
+            found[k] = estimates
+    return found

@@ -1,0 +1,334 @@
+"""Calibration: the rows on which a base is calibrated, and its codes in the cache; squares of the inputs
+of linear layers.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.batch import Tokens
+from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.data_settings import DataSettings
+from jaxft.data.packing.pack import round_up
+from jaxft.data.rows.conversation import PLAIN
+from jaxft.data.rows.invalid import invalid_lines
+from jaxft.data.sft import Rows
+from jaxft.data.source import Source
+from jaxft.distributed import processes, sharding
+from jaxft.models.model import Model
+from jaxft.nn.layer_inputs import with_taps
+from jaxft.nn.quant.quant import QERA, Quant
+from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
+from jaxft.train.settings import Run
+from jaxft.tree import Batch, Params
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate.calibrated_codes import (
+    CalibratedLayer,
+    codes_damage,
+    codes_folder,
+    codes_name,
+    codes_sha256,
+    confirm_codes,
+    write_codes,
+)
+from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers, layer_paths
+from jaxft.weights.calibrate.lora_start import check_ranks
+from jaxft.weights.hf.safetensors import read_model_json
+
+RUN = "run"  # of quant.calibrate: the run's own training rows
+FEWEST_TOKENS = 128
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration rows, in the formats of SFT; all of their tokens count.
+
+    rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: of a packed row. columns,
+    invalid, invalid_limit, format, template: as in data.
+    """
+
+    rows: str
+    columns: tuple[str, ...] = ()
+    invalid: str = "error"
+    tokens: int = 16384
+    max_length: int = 512
+    format: str = "auto"
+    invalid_limit: float = DataSettings.invalid_limit
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
+
+    def __post_init__(self):
+        if self.tokens < self.max_length:
+            raise ValueError(
+                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are less than one row "
+                f"of {self.max_length} (--max-length, data.max_length); raise or lower one of them"
+            )
+
+    def open(self, tokenizer: Any, shards: int, progress: Progress) -> Source[Any]:
+        """Return a source of these rows. progress: called with lines about invalid rows."""
+        rows = Rows(
+            self.rows,
+            held_out=0.0,
+            format=self.format,
+            columns=self.columns,
+            invalid=self.invalid,
+            invalid_limit=self.invalid_limit,
+            date=self.template.date,
+            chat_template_kwargs=self.template.chat_template_kwargs,
+            system=self.template.system,
+            loss_on="all",
+            max_length=self.max_length,
+            batch=4,
+        )
+        source = rows.open(tokenizer, shards)
+        for line in invalid_lines(source.info.stats.invalid):
+            progress(line)
+        return source
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """The inputs of a calibration, and their name in the cache.
+
+    ref: where the base comes from. ranks: of low-rank corrections, see layerwise.calibrate_layers.
+    """
+
+    name: str
+    ref: str
+    quant: Quant
+    rows: CalibrationRows
+    ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def coded(self) -> Quant:
+        """The quantisation with the name of its codes."""
+        return replace(self.quant, codes=self.name)
+
+
+def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
+    """Return the first training rows of a source with at least so many tokens, or those of an epoch.
+
+    They are the same for any mesh, data.micro, data.layout and number of epochs, which may change when a run
+    resumes. Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
+    """
+    found, count = list[np.ndarray](), 0
+    for step in range(math.ceil(source.info.steps_per_epoch)):
+        batch = source.batch(step, None)[0]  # type: ignore[arg-type]  # of fixed rows, which read no state
+        for ids in sorted(_sequences(batch), key=lambda ids: hashlib.sha256(ids.tobytes()).digest()):
+            if count < tokens:
+                found.append(ids)
+                count += len(ids)
+        if count >= tokens:
+            break
+    if count < FEWEST_TOKENS:
+        raise ValueError(
+            f"{where}: its rows have {count} tokens, too few to calibrate; give rows with at least "
+            f"{FEWEST_TOKENS}, better {tokens:,}"
+        )
+    return _packed(found)
+
+
+def _sequences(batch: Batch) -> Iterator[np.ndarray]:
+    """Yield the token ids of each sequence in a batch; each response of a pair is one, after its prompt."""
+    rows, length = math.prod(batch.ids.shape[:-1]), batch.ids.shape[-1]
+    branches = np.zeros_like(batch.ids) if batch.branches is None else batch.branches
+    arrays = [np.reshape(x, (rows, length)) for x in (batch.ids, batch.segments, branches)]
+    for ids, segments, branch in zip(*arrays, strict=True):
+        for segment in range(1, int(segments.max()) + 1):
+            inside = segments == segment
+            responses = np.unique(branch[inside & (branch > 0)])
+            for response in responses if len(responses) else [0]:
+                yield ids[inside & ((branch == 0) | (branch == response))]
+
+
+def _packed(sequences: list[np.ndarray]) -> CalibrationRows:
+    """Return sequences in rows, one after the other."""
+    width = round_up(max(map(len, sequences)), 64)
+    rows, used, number = list[np.ndarray](), width, 0
+    for ids in sequences:
+        if used + len(ids) > width:
+            rows.append(np.zeros((3, width), np.int32))
+            used, number = 0, 0
+        end, number = used + len(ids), number + 1
+        for row, values in zip(rows[-1], (ids, number, np.arange(len(ids))), strict=True):
+            row[used:end] = values
+        used = end
+    return CalibrationRows(*np.stack(rows, 1))
+
+
+def plan_file(
+    ref: str, quant: Quant, rows: Calibration, tokenizer: Any, progress: Progress
+) -> CalibrationPlan:
+    """Return the calibration of the model `ref` on rows of a file. Raises ValueError for rows that cannot be
+    used.
+    """
+    found = rows_of_source(rows.open(tokenizer, 1, progress), rows.tokens, rows.rows)
+    quant = replace(quant, calibrate=rows.rows)
+    return CalibrationPlan(codes_name(ref, quant, found.digest, {}), ref, quant, found)
+
+
+def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan | None:
+    """Return the calibration of a run's base, None if it has none. source: of the run's rows.
+
+    Raises ValueError for rows that cannot be used.
+    """
+    quant = run.quant
+    if quant is None or quant.calibrate is None:
+        return None
+    setting = f"quant.calibrate={quant.calibrate}"
+    if quant.calibrate == RUN:
+        if source.info.samples:
+            raise ValueError(
+                f"{setting}: this run samples its rows from the model, which needs its weights first; name a "
+                "file with rows like them, such as quant.calibrate=rows.jsonl"
+            )
+        found = rows_of_source(source, quant.calibrate_tokens, setting)
+    else:
+        found = plan_file(run.weights, quant, _as_in_run(run, quant), tokenizer, print_line).rows
+    ranks = dict[str, tuple[int, ...]]()
+    if run.adapter and run.adapter.init == QERA:
+        layouts = check_ranks(run.model.specs, run.adapter, run.model.weight_names)
+        if other := layouts.keys() - set(layer_paths(run.model.specs, quant)):
+            raise ValueError(
+                f"adapter.init={QERA} corrects calibrated weights, and {min(other)} is not quantised; leave "
+                "it out of adapter.targets"
+            )
+        ranks = {path: tuple(map(int, layout.ranks)) for path, layout in layouts.items()}
+    name = codes_name(run.weights, quant, found.digest, ranks)
+    return CalibrationPlan(name, run.weights, quant, found, ranks)
+
+
+def _as_in_run(run: Run, quant: Quant) -> Calibration:
+    """Return the calibration rows of a file, read and rendered as the run's own; columns are renamed if these
+    are rows of SFT too.
+    """
+    assert quant.calibrate is not None
+    rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
+    data = run.data
+    if isinstance(data, DataSettings):
+        rows = replace(
+            rows, invalid=data.invalid, invalid_limit=data.invalid_limit, template=data.template_settings
+        )
+    if isinstance(data, Rows):
+        rows = replace(rows, columns=data.columns, format=PLAIN if data.format == PLAIN else "auto")
+    return rows
+
+
+def print_line(line: str) -> None:
+    """Print a line on process 0."""
+    if processes.is_first():
+        print(line, flush=True)
+
+
+def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
+    """Compute calibrated codes and write them into the cache, unless they are there; every process calls it.
+
+    Process 0 computes them, then the others that do not share its cache. progress: called with lines for the
+    user, on all processes after each layer of one of them.
+    """
+    begin, damage = time.perf_counter(), codes_damage(plan.name)
+    known = codes_folder(plan.name).is_dir() and damage is None
+    if damage is not None:
+        progress(f"the calibrated base in the cache cannot be used: {damage}; it is computed again")
+    for turn in (True, False):
+        mine = processes.is_first() is turn
+        for line in processes.in_step(_coded_layers(plan) if mine else iter(())):
+            progress(line)
+    how = "from the cache" if known else f"computed in {time.perf_counter() - begin:.0f} s"
+    progress(f"calibrated base: {plan.quant.kind} on {plan.rows.tokens:,} tokens, {how}")
+
+
+def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
+    """Compute and write calibrated codes unless the cache has them; yield a line after each layer."""
+    model = pretrained.model_for(plan.ref)
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])
+
+    def layers() -> Iterator[CalibratedLayer]:
+        readers = pretrained.open_params(plan.ref, model)
+        calibrated = calibrate_layers(model, readers, plan.quant, plan.rows, plan.ranks)
+        while True:
+            with jax.set_mesh(mesh):  # not while the caller has the line
+                layer = next(calibrated, None)
+            if layer is None:
+                return
+            yield layer
+
+    for number in write_codes(plan.name, plan.quant, layers):
+        yield f"calibrated layer {number} of {model.config.layers}"
+
+
+def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progress) -> None:
+    """Compute the calibrated codes of a run, or find them in the cache; every process calls it.
+
+    folder: of the run, which records them. Raises ValueError if they are not those that the run began with,
+    or if the processes have different ones.
+    """
+    if plan is None:
+        return
+    path = folder / CALIBRATED_JSON
+    if path.is_file():
+        confirm_codes(read_model_json(path))
+    calibrated_codes(plan, progress)
+    found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
+    again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
+    if not processes.all_equal(found):
+        raise ValueError(f"the processes have computed different calibrated bases; {again}")
+    with processes.agreement():
+        before = read_model_json(path) if path.is_file() else found
+        if before["codes"] == plan.name and before != found:
+            raise ValueError(
+                f"{path}: the calibrated base in the cache is not the one that this run began with, perhaps "
+                f"of another device or version of jax; copy the cache of that machine, or {again}"
+            )
+        if processes.is_first():
+            write_durable_json(path, found)
+
+
+def input_squares(
+    calibration: Calibration,
+    model: Model,
+    tokenizer: Any,
+    paths: list[str],
+    load: Callable[[jax.sharding.Mesh], Params],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return the sum of the squared inputs of each of the linear layers `paths`, float32 [L, I].
+
+    load(mesh): returns the base parameters. progress: called with lines for the user.
+    """
+    mesh = sharding.make_mesh(sharding.MeshShape())
+    with jax.set_mesh(mesh):
+        source = calibration.open(tokenizer, sharding.row_shards(mesh), progress)
+        base = load(mesh)
+        _, size, length = source.shapes[-1].ids.shape
+        steps = min(source.info.steps, -(-calibration.tokens // (size * length)))
+        squares = jax.jit(partial(squared_inputs, model, paths))
+        found: dict[str, Any] = {}
+        for step in range(steps):
+            progress(f"calibrating on batch {step + 1} of {steps}")
+            batch = source.batch(step, None)[0]  # type: ignore[arg-type]
+            added = squares(base, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+            found = jax.tree.map(jnp.add, found, added) if found else added
+        return found
+
+
+def squared_inputs(model: Model, paths: Collection[str], base: Params, tokens: Tokens) -> dict[str, Any]:
+    """Return the sum over tokens, without padding, of the squared inputs of linear layers, float32 [L, I]."""
+    tapped_base, tapped = with_taps(base, paths)
+    used = (tokens.segments > 0)[..., None]
+
+    def squares(before: Any, after: Any) -> dict[str, Any]:
+        inputs = {path: x.astype(jnp.float32) for path, x in tapped.take().items()}
+        return {path: jnp.sum(jnp.where(used, jnp.square(x), 0.0), (0, 1)) for path, x in inputs.items()}
+
+    return model.hidden(tapped_base, tokens, observe=squares)[1]

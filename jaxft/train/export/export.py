@@ -1,0 +1,298 @@
+"""Write a model, with an adapter merged into it or not, as a Hugging Face folder of floats or quantised
+weights.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxft import tree
+from jaxft.distributed import sync
+from jaxft.models import heads, model_types
+from jaxft.models.heads import SCORE
+from jaxft.models.model import Model
+from jaxft.nn.adapters import lora
+from jaxft.nn.adapters.lora import EVA
+from jaxft.nn.quant.quant import (
+    CHECKPOINT,
+    QTensor,
+    Quant,
+    QuantKind,
+    bits_per_param,
+    quant_setting,
+    quantize,
+    with_defaults,
+)
+from jaxft.rl.reward_models import is_classifier
+from jaxft.runs.named_weights import NamedWeights
+from jaxft.train.partition import Partition, trains_base
+from jaxft.train.settings import Run
+from jaxft.train.start.eva import written_adapter
+from jaxft.tree import Params
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.calibrate.lora_start import for_unchanged_base
+from jaxft.weights.edit import extend
+from jaxft.weights.edit.merge import LazyTensor, RoundingError, merge_files, merge_params
+from jaxft.weights.hf import hf_write
+from jaxft.weights.hf.card import Card, Relation, base_name, write_card
+from jaxft.weights.hf.tokenizer_files import write_tokenizer
+from jaxft.weights.hub import hub
+from jaxft.weights.hub.new_folder import check_new_folder, new_folder
+from jaxft.weights.param_reader import ParamReader, param_readers
+from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.quantised.file_format import quantize_layout
+from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
+from jaxft.weights.storage import quantised_paths
+from jaxft.weights.tensors import Tensor, tensors_of
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model to be written.
+
+    ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
+    base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
+    the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
+    from, for the model card. token_ids: the tokens of rows that the adapter replaces.
+    """
+
+    ref: str
+    model: Model
+    tokenizer: Any
+    adapter: Params | None = None
+    quant: Quant | None = None
+    score: Params | None = None
+    data: str | None = None
+    token_ids: tuple[int, ...] = ()
+
+
+def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
+    """Return the weights that a command line names, as they are written: the base, with its adapter merged.
+
+    quant: how the base was stored, as --quant has it, by default as in the run that trained the adapter.
+    Raises ValueError for an adapter that does not fit the base.
+    """
+    ref, folder, record, _ = named
+    model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
+    stored = quant_setting(quant, record if folder else None)
+    parts, settings = peft.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
+    if "score" in parts or is_classifier(ref):
+        model = heads.with_scalar_head(model)
+    tokenizer = pretrained.load_tokenizer(named.tokenizer)
+    if folder:
+        pretrained.check_adapter_base(folder, ref)
+    data = record["data"].get("train") if record else None
+    ids, score = settings.trainable_token_indices if settings else (), parts.get("score")
+    return ExportSource(ref, model, tokenizer, parts.get("adapter"), stored, score, data, ids)
+
+
+@dataclass(frozen=True)
+class ExportQuant:
+    """How written weights are quantised, each rounded once from float32.
+
+    quant: with calibrated codes, these are written. format: the layout of the files, a key of
+    weights.quantised.formats.FILE_FORMATS, by default the usual one of the kind.
+    """
+
+    quant: Quant
+    format: str | None = None
+
+
+def check_output(out: Path, ref: str) -> None:
+    """Raise ValueError if a model cannot be written to `out`: a file, the folder of the model `ref`, or
+    another folder that is not empty.
+    """
+    if out.resolve() == hub.locate(ref).path.resolve():
+        raise ValueError(f"--out {out} is the folder that is read; choose another folder")
+    check_new_folder(out)
+
+
+def export_model(
+    out: Path,
+    source: ExportSource,
+    dtype: DTypeLike | None = None,
+    how: ExportQuant | None = None,
+    text_only: bool = False,
+) -> str:
+    """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
+
+    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16, or
+    that of the files of a multimodal model, of which only changed weights are not copies. text_only: write
+    only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
+    """
+    ref, model = source.ref, source.model
+    check_output(out, ref)
+    located = hub.locate(ref)
+    whole = not (text_only or how) and model.generates and hf_write.multimodal_config(located) is not None
+    if whole and pretrained.open_files(ref).quantised:
+        raise ValueError(
+            f"{ref}: the weights of this multimodal model are quantised, and a merged adapter would make "
+            "floats of some; use --text-only for a text model of floats, or serve the adapter without merging"
+        )
+    cast, quantisation = RoundingError(), RoundingError()
+    base = merged_base(source)
+    dtypes = {path: reader.dtype for path, reader in _readers(source).items()} if whole else {}
+    dtypes |= {"head": dtypes["embed"]} if whole and "head" not in dtypes else {}
+    quantizer = layer_quantizer(model, how, quantisation) if how else None
+    layouts = quantizer.layouts if quantizer else {}
+
+    def leaf(path: str, exact: LazyTensor) -> LazyTensor:
+        if path in layouts:
+            return exact
+        return cast.cast(exact, jnp.dtype(dtype or dtypes.get(path, jnp.bfloat16)))
+
+    base = tree.map_with_path(leaf, base, is_leaf=lambda x: isinstance(x, LazyTensor))
+    changed = _changed_paths(source, base) if whole else None
+    options = hf_write.WriteOptions(quant=quantizer, changed=changed, text_only=text_only)
+    with new_folder(out) as part:
+        hf_write.save_folder(part, model, base, source.tokenizer, located, options)
+        write_card(part, replace(_card(out.name, source, quantizer), multimodal=whole))
+        if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
+            untrained = extend.untrained_tokens(ref)
+            extend.mark_untrained(part, {t: i for t, i in untrained.items() if i not in source.token_ids})
+    summary = pretrained.file_notes(ref, model)
+    if "head" in base and "head" not in model.weight_names:
+        summary.append("the head, which was tied to the embeddings, is a matrix of its own")
+    if quantizer:
+        summary.append(quantizer.layout_name)
+    if layouts:
+        sizes = {path: math.prod(layout.shape) for path, layout in layouts.items()}
+        mean = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items()) / sum(
+            sizes.values()
+        )
+        summary.append(f"{mean:.3f} bits per quantised parameter")
+        summary.append(
+            f"quantisation changed these by {100 * quantisation.fraction:.2f} % (root mean square)"
+        )
+    summary += quantizer.notes if quantizer else []
+    if cast.fraction:
+        summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
+    return "; ".join(summary)
+
+
+def _readers(source: ExportSource) -> dict[str, ParamReader]:
+    return param_readers(pretrained.open_files(source.ref), source.model)
+
+
+def _changed_paths(source: ExportSource, merged: Params) -> set[str]:
+    """Return the parameters whose merged values are not those in the source's files."""
+    rounded = quantised_paths(source.model.specs, source.quant) if source.quant else ()
+    new = {path for path in tree.paths(merged) if path not in source.model.weight_names}
+    return {*lora.pairs_by_path(source.adapter), *rounded, *new}
+
+
+def merged_base(source: ExportSource) -> Params:
+    """Return a source's weights with the adapter merged, as LazyTensors in float32, with the "score" of a
+    scorer.
+    """
+    files, readers = pretrained.open_files(source.ref), _readers(source)
+    if source.quant:
+        readers = pretrained.with_storage_rounding(readers, source.model, source.quant, source.ref)
+    base = merge_files(readers, source.model, source.adapter, jnp.float32, source.token_ids)
+    if not source.model.generates:
+        score = files.read(SCORE.template).T if source.score is None else np.asarray(source.score)
+        base["score"] = LazyTensor(score.shape, np.dtype(np.float32), lambda _: score.astype(np.float32))
+    return base
+
+
+def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer | None) -> Card:
+    """The model card of an exported folder."""
+    merged = " with a LoRA adapter merged into it" if source.adapter else ""
+    text = f"`{base_name(source.ref)}`{merged}, written by jaxft."
+    library = "transformers"
+    if quantizer is not None:
+        text += f" Its linear layers are quantised, in {quantizer.layout_name.removeprefix('warning: ')}."
+        library = "jaxft" if quantizer.settings["quant_method"] == "jaxft" else library
+    relation: Relation = "finetune" if quantizer is None else "quantized"
+    scores = not source.model.generates
+    loads = not scores or model_types.has_classifier(source.model.config)
+    return Card(title, source.ref, relation, library, text, source.data, scores, loads=loads)
+
+
+def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
+    """Return the quantiser of a model's layers for hf_write.save_folder. error: accumulates the rounding
+    error.
+    """
+    quant = how.quant
+    if quant.kind == CHECKPOINT:
+        raise ValueError(
+            f"quant={CHECKPOINT} is not a format that can be written; use int8, fp8, int4, nf4, fp4 or "
+            "affine4"
+        )
+    block, double = with_defaults(quant.kind, quant.block, quant.double)
+    quant = replace(quant, block=block, double=double)
+    table = tensors_of(model, tied_head=True)
+    paths = quantised_paths(model.specs, quant)
+    if others := [path for path in paths if not table[path][0].is_kernel]:
+        raise ValueError(
+            f"{', '.join(others)}: only the weight of one linear layer can be written quantised, but "
+            f"{table[others[0]][0].name} is a table or has several matrices; leave it out of quant.targets"
+        )
+    layouts = {path: quantize_layout(table[path][0].values, quant) for path in paths}
+    format, layout_name = written_format(layouts, how.format)
+    notes: list[str] = []
+    codes = {} if quant.codes is None else open_codes(quant.codes).quantised
+
+    def quantize_layer(tensor: Tensor, layer: np.ndarray) -> QTensor:
+        is_coded = tensor.name in codes
+        value: Any = codes[tensor.name].read() if is_coded else quantize(layer, quant.kind, block, double)
+        value, warning = as_stored(value, format, tensor.module)
+        if warning and not notes:
+            notes.append(warning)
+        error.add(layer, dequantised(value))
+        return value
+
+    kernels = {path: tensors for path, tensors in table.items() if tensors[0].transposed}
+    plain = [x.module for path, tensors in kernels.items() if path not in layouts for x in tensors]
+    packed = [x for path in layouts for x in kernels[path]]
+    in_layers = list(dict.fromkeys(x.in_layer for x in packed if x.layer is not None))
+    config = format.config(quant, exceptions(plain, [x.module for x in packed]), in_layers)
+    settings = {"quant_method": format.name, **config}
+    return hf_write.LayerQuantizer(layouts, quantize_layer, settings, layout_name, notes)
+
+
+def check_format(model: Model, quant: Quant, format: str | None) -> None:
+    """Raise ValueError if a model's weights, quantised so, cannot be written in the layout `format`."""
+    layer_quantizer(model, ExportQuant(quant, format=format), RoundingError())
+
+
+def weights_gib(folder: Path) -> float:
+    """Return the size of the weights in a folder in GiB."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 2**30
+
+
+def export_run(
+    partition: Partition, params: Params, run: Run, tokenizer: Any, folder: Path, start: Params | None = None
+) -> Path:
+    """Write adapter/ (PEFT layout) if no base weight was trained, else model/ (Hugging Face layout, merged).
+
+    start: the adapter at step 0, if it changed the base; the adapter is then written for the unchanged base.
+    Every process calls this and gathers a layer at a time; process 0 writes.
+    """
+    if run.adapter and not trains_base(partition):
+        out, score = folder / "adapter", params.get("score")
+        adapter, settings = params["adapter"], run.adapter
+        if start is not None:
+            adapter, settings = for_unchanged_base(adapter, start, settings)
+        if settings.init == EVA:
+            adapter, settings = written_adapter(adapter, settings, run.model)
+        peft_write.save_adapter(out, adapter, settings, run.model, run.weights, score)
+        tokenizer = tokenizer if score is None else hf_write.with_distinct_pad_token(tokenizer)
+        sync.exchange_first(sync.gather_texts, lambda: write_tokenizer(out, tokenizer))
+        return out
+    token_ids = run.adapter.trainable_token_indices if run.adapter else ()
+    base = merge_params(params["base"], params.get("adapter"), run.model.dtype, token_ids)
+    if "score" in params:  # of a scorer, which has no head that could be tied to the table
+        base = {**{name: x for name, x in base.items() if name != "head"}, "score": params["score"]}
+    trainable = {path.removeprefix("base/") for path, on in tree.paths(partition.mask).items() if on}
+    new = {path for path in base if path not in params["base"]}  # a tied head that got its own values
+    changed = {*trainable, *lora.pairs_by_path(params.get("adapter")), *new}
+    options = hf_write.WriteOptions(changed=changed)
+    hf_write.save_folder(folder / "model", run.model, base, tokenizer, run.weights, options)
+    return folder / "model"

@@ -1,0 +1,202 @@
+"""The attention kernel of a run: which one its train step has, why, and whether it is right on its device.
+
+A kernel that is compiled for a device may be wrong there without an error: by a bug of the compiler, of a
+vendor's library or of the kernel. So before a run trusts it, its outputs and gradients on two rows are
+compared once with `flash`, blockwise XLA, in float32: rows as long as those of the run (long ones are
+shortened, see sample_length), and in as many parts where mesh.context divides them.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn.attention import attention
+from jaxft.nn.attention.attention import AttentionNeeds, Kernel
+from jaxft.nn.attention.flash_attention import flash
+from jaxft.nn.attention.key_ranges import KeyRanges, key_ranges, within_window
+from jaxft.nn.attention.layer_attention import attention_needs
+from jaxft.train.programs import Programs
+from jaxft.tree import Batch
+
+SAMPLE_WINDOW = 50  # of 256 tokens of a sample row, if a layer has any
+# Relative errors that need no explanation: the largest of one rounding to bfloat16, which has 8 bits, and to
+# float16 or TF32, which have 11. Matmuls of float32 may round their operands to TF32.
+ONE_ROUNDING, ONE_FINE_ROUNDING = 2.0**-8, 2.0**-11
+
+# Segments of the sample rows in 256ths of a row, as (length, responses): a shared prompt of half the segment
+# is followed by that many responses. The rest of a row is padding.
+PACKED_SAMPLE = ([(3, 0), (61, 0), (64, 0), (100, 0)], [(256, 0)])
+BRANCHED_SAMPLE = ([(3, 0), (60, 2), (65, 0), (100, 4)], [(256, 3)])
+PLAIN_SAMPLE = ([(200, 0)], [(256, 0)])
+LONGEST_SAMPLE = 4608
+# Kernels divide rows, or their parts on each device, into blocks of the first of these that divides them.
+BLOCK_SIZES = (512, 384, 256, 128)
+
+
+def _queries(p: Programs, batch: Batch) -> jax.ShapeDtypeStruct:
+    model, (_, rows, length) = p.partition.model, batch.ids.shape
+    return jax.ShapeDtypeStruct((rows, length, model.config.heads, model.config.head_dim), model.dtype)
+
+
+def attention_summary(p: Programs, batch: Batch) -> str:
+    """Return which attention kernel the train step runs for a batch [micro, rows, ...], and why."""
+    model, layers = p.partition.model, p.partition.model.attention
+    kind = batch.branches is not None, batch.packed, [kind.window for kind in layers.kinds], layers.settings
+    with jax.set_mesh(p.mesh):
+        return attention.attention_line(_queries(p, batch), model.config.kv_heads, *kind)
+
+
+def in_parts_of_rows(packed: bool, layout: attention.Layout, settings: attention.AttentionSettings) -> Any:
+    """Return attention as a kernel, divided over the ambient mesh in a run's layout."""
+    if layout == "gathered" or layout == "ring":
+        settings = replace(settings, context_keys=layout)
+
+    def kernel(q: Any, k: Any, v: Any, ranges: Any, softcap: float | None) -> jax.Array:
+        return attention.attention(q, k, v, ranges, packed, settings)
+
+    return kernel
+
+
+def check_attention(p: Programs, batch: Batch) -> list[str]:
+    """Compare the train step's attention kernel with blockwise XLA on a few rows; return a line about it, and
+    none if that is the kernel.
+
+    Raises ValueError if outputs or gradients differ by more than rounding explains, or if the kernel cannot
+    be compiled or run on this device.
+    """
+    model, layers, queries = p.partition.model, p.partition.model.attention, _queries(p, batch)
+    rows = attention_needs(layers, queries.shape[1], batch.packed, batch.branches is not None)
+    with jax.set_mesh(p.mesh):
+        layout, kernel = attention.chosen_kernel(queries, model.config.kv_heads, rows, layers.settings)
+    if kernel is attention.flash:
+        return []
+    parts = 1 if layout == "rows" else context_parts(p.mesh)
+    checked = kernel if parts == 1 else in_parts_of_rows(batch.packed, layout, layers.settings)
+    name, device = attention.KERNEL_NAMES[kernel], jax.local_devices()[0].device_kind
+    remedy = (
+        "Set attention=flash to train with blockwise XLA, or JAXFT_ATTENTION=flash in the environment for "
+        "all models of every command, and report this with the output of `jaxft env`"
+    )
+    try:
+        error, limit = kernel_errors(
+            checked, queries, model.config.kv_heads, rows, layers.settings.softcap, parts
+        )
+    except Exception as e:  # errors of Pallas, Mosaic, MLIR, cuDNN and XLA have no other class in common
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise ValueError(f"attention: the {name} kernel fails on this {device} ({reason}). {remedy}") from e
+    if error > limit:
+        raise ValueError(
+            f"attention: the {name} kernel is wrong on this {device}: its relative error is {error:.2g}, and "
+            f"rounding explains {limit:.2g}. {remedy}"
+        )
+    return [
+        f"attention: {name} agrees with blockwise XLA on {parts if parts > 1 else 'this'} {device}: relative "
+        f"error {error:.2g}, and rounding explains {limit:.2g}"
+    ]
+
+
+def sample_length(length: int, parts: int = 1) -> int:
+    """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or one of
+    at most LONGEST_SAMPLE. Such rows and their parts are divided into the same blocks as long ones if so many
+    parts can be (up to 8 always can), else their parts have the same remainder by 128.
+    """
+    if length <= LONGEST_SAMPLE:
+        return length
+
+    def layout(part: int) -> tuple[int | None, ...]:
+        first = (next((n for n in BLOCK_SIZES if size % n == 0), None) for size in (part, part * parts))
+        return part % BLOCK_SIZES[-1], *first
+
+    long, sizes = layout(length // parts), range(LONGEST_SAMPLE // parts, 0, -1)
+    alike = (size for size in sizes if layout(size) == long)
+    remainder = (size for size in sizes if layout(size)[0] == long[0])
+    return parts * next(chain(alike, remainder, sizes))
+
+
+def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges, np.ndarray]:
+    """Return the key ranges of two rows that have what `rows` says, and which tokens are real [2, T]."""
+    layout = BRANCHED_SAMPLE if rows.branches else PACKED_SAMPLE if rows.packed else PLAIN_SAMPLE
+    segments, branches = (np.zeros((2, tokens), np.int32) for _ in range(2))
+    for r, parts in enumerate(layout):
+        at = 0
+        for number, (of_256, responses) in enumerate(parts, start=1):
+            length = of_256 * tokens // 256
+            segments[r, at : at + length] = number
+            prompt = length // 2 if responses else length
+            size = -(-(length - prompt) // responses) if responses else 1
+            branches[r, at + prompt : at + length] = 1 + np.arange(length - prompt) // size
+            at += length
+    ranges = key_ranges(segments, branches if rows.branches else None)
+    window = max(1, SAMPLE_WINDOW * tokens // 256) if rows.windowed else None
+    return within_window(ranges, window), segments != 0
+
+
+def context_parts(mesh: Mesh) -> int:
+    """Return into how many parts a check divides rows: mesh.context, or the largest number that divides it if
+    this process has fewer devices.
+    """
+    context, here = dict(mesh.shape).get("context", 1), len(jax.local_devices())
+    return max(n for n in range(1, min(context, here) + 1) if context % n == 0)
+
+
+def _results(
+    kernel: Callable, softcap: float | None, ranges: KeyRanges, x: Any, real_BT: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return the output and the gradients of q, k and v, zero in padding."""
+    *qkv, do = x
+    real = real_BT[:, :, None, None]
+    o, backward = jax.vjp(lambda q, k, v: kernel(q, k, v, ranges, softcap), *qkv)
+    found = o, *backward(jnp.where(real, do, 0))
+    return tuple(jnp.where(real, a.astype(jnp.float32), 0) for a in found)
+
+
+def kernel_errors(
+    kernel: Kernel,
+    q_BTHE: jax.ShapeDtypeStruct,
+    kv_heads: int,
+    rows: AttentionNeeds,
+    softcap: float | None,
+    parts: int = 1,
+) -> tuple[float, float]:
+    """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
+    explains: four times that of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for others.
+
+    An error is the root mean square of the difference from `flash` in float32, relative to that of the
+    values; infinite if the kernel returns a NaN. q_BTHE: its heads, head dimension and dtype are those of the
+    sample rows, and their length follows from its own (sample_length). rows: what they have. Runs on the
+    first device of this process, or with mesh.context=parts on its first ones.
+    """
+    (_, length, heads, head_dim), dtype = q_BTHE.shape, q_BTHE.dtype
+    tokens, rng = sample_length(length, parts), np.random.default_rng(0)
+
+    def results(kernel: Callable, x: Any) -> list[np.ndarray]:
+        fn = jax.jit(partial(_results, kernel, softcap))
+        return [np.asarray(a) for a in fn(ranges, x, jnp.asarray(real))]
+
+    with jax.set_mesh(make_mesh(MeshShape(1, context=parts), jax.local_devices()[:parts])):
+        ranges, real = rows_to_compare(rows, tokens)
+        x = [
+            jnp.asarray(rng.standard_normal((2, tokens, n, head_dim), np.float32), dtype)
+            for n in (heads, kv_heads, kv_heads, heads)
+        ]
+        with jax.default_matmul_precision("highest"):
+            exact = results(flash, [a.astype(jnp.float32) for a in x])
+        errors = [
+            max(_relative_error(a, b) for a, b in zip(results(fn, x), exact, strict=True))
+            for fn in (kernel, flash)
+        ]
+    least = ONE_ROUNDING if dtype == jnp.bfloat16 else ONE_FINE_ROUNDING
+    return errors[0], max(4 * errors[1], least)  # vendors' kernels round intermediate values too
+
+
+def _relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+    error = float(np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()))
+    return error if np.isfinite(error) else float("inf")

@@ -1,0 +1,147 @@
+"""Log-probs of a frozen reference policy, computed once before training and cached on disk.
+
+The key of a pair in the cache is a hash of what its log-probs depend on: weights, adapter, model settings,
+and the tokens of prompt and responses. A changed row or model is computed again, and nothing else is.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft import tree
+from jaxft.data.packing import cache as data_cache
+from jaxft.distributed import processes, sharding
+from jaxft.runs.settings.record import describe
+from jaxft.train.export.calibrate import Progress, calibrate_base
+from jaxft.train.programs import Programs, reference_step, start
+from jaxft.train.settings import Run
+from jaxft.train.start.jobs import Job
+from jaxft.tree import Batch
+
+VERSION = 1  # counts changes of how log-probs are computed
+
+
+def precompute(job: Job, report: Progress) -> Job:
+    """Compute the calibrated base and the reference's log-probs, or find them in the cache; return the job
+    with these. report: called with lines about the progress.
+    """
+    calibrate_base(job.calibration, job.folder, report)
+    return precompute_reference(job, report)
+
+
+def precompute_reference(job: Job, report: Progress) -> Job:
+    """Return the job with the reference's log-probs in every batch, if its objective wants them precomputed.
+
+    report: called with lines about the progress.
+    """
+    if job.lead.programs.objective.facts.reference != "precomputed":
+        return job
+    sources = [
+        add_reference_logps(member.run, member.programs, source, member.record, report)
+        for member, source in zip(job.members, job.sources, strict=False)
+    ]
+    return replace(job, sources=tuple(sources))
+
+
+def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, Any], report: Progress) -> Any:
+    """Return the pair source with log-probs of the model at step 0, computed now where the cache has none.
+
+    record: with the fingerprints of the run's weights.
+    """
+    settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
+    if run.adapter and (run.adapter.changes_base or run.adapter.replaces_weights or run.adapter.dora):
+        settings["adapter"] = describe(run.adapter)
+    name = reference_fingerprint(record["weights_fingerprint"], record.get("start_fingerprint"), settings)
+
+    def compute(batches: Any) -> Iterator[np.ndarray]:
+        state, frozen = start(run, p, None)
+        params, logps = tree.combine(state.trainable, frozen), reference_step(p)
+        for number, batch in enumerate(batches, 1):
+            yield np.asarray(logps(params, sharding.shard_batch(p.mesh, batch)))[None]
+            if number % 10 == 0 or number == len(batches):
+                report(f"reference log-probs: {number} of {len(batches)} batches")
+
+    return add_cached_logps(source, cache_file(name), compute, report)
+
+
+def reference_fingerprint(weights: str, adapter: str | None, settings: Any) -> str:
+    """Return a reference policy's name: a hash of its weights, adapter and the model's settings as JSON."""
+    text = json.dumps([VERSION, weights, adapter, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def cache_file(name: str, cache: Path | None = None) -> Path:
+    """Return the file of a reference policy's log-probs."""
+    return data_cache.row_cache_folder(cache).parent / "reference" / f"{name}.npz"
+
+
+def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
+    """Return log-probs by the pair's key; {} if there is no file or it is damaged."""
+    try:
+        with (
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):  # the zip's checksums find flipped bits
+            keys, offsets, values = (arrays[name] for name in ("keys", "offsets", "values"))
+        if len(offsets) != len(keys) + 1 or offsets[-1] != len(values):
+            return {}
+        return dict(zip(keys.tolist(), np.split(values, offsets[1:-1]), strict=True))
+    except data_cache.CORRUPT_FILE:
+        return {}
+
+
+def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
+    """Write log-probs by key atomically. Returns a line about a failure, or None.
+
+    A failure only costs time in the next run.
+    """
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    lengths = [len(x) for x in logps.values()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                keys=np.array(list(logps)),
+                offsets=np.cumsum([0, *lengths]),
+                values=np.concatenate(list(logps.values())),
+            )
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        return f"{path}: the reference log-probs can't be cached ({error.strerror})"
+    return None
+
+
+def add_cached_logps(
+    source: Any, path: Path, compute: Callable[[list[Batch]], Iterable[np.ndarray]], report: Progress
+) -> Any:
+    """Return the pair source with the reference's log-probs of every pair, from the file where it has them.
+
+    compute(batches) yields log-probs [1, rows, M] of each batch; it is called for the missing pairs only.
+    """
+    known = load_reference_logps(path)
+    if not processes.all_equal(sorted(known)):  # hosts with caches of their own
+        known = {}
+    missing = [i for i, key in enumerate(source.keys) if key not in known]
+    count = len(source.keys)
+    report(
+        f"reference log-probs: {count - len(missing)} of {count} pairs are cached, {len(missing)} to compute"
+    )
+    if missing:
+        batches = source.cover(missing)
+        for batch, found in zip(batches, compute(batches), strict=True):
+            values = source.values(batch, found)
+            known.update({source.keys[i]: value.astype(np.float32) for i, value in values.items()})
+        failure = write_logps(path, known) if processes.is_first() else None
+        if failure:
+            report(failure)
+    return source.with_reference({i: known[key] for i, key in enumerate(source.keys)})

@@ -1,0 +1,167 @@
+"""The second, frozen model of a run, from its name to its weights on the mesh.
+
+models.teacher.Teacher has its settings.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from jaxft.models.heads import TEACHER
+from jaxft.models.model import Model
+from jaxft.models.teacher import Teacher
+from jaxft.nn import param
+from jaxft.nn.quant.quant import Quant
+from jaxft.objectives.objective import Facts
+from jaxft.runs import folder as runfolder
+from jaxft.runs.named_weights import named_weights, source_options
+from jaxft.train.partition import Partition, trains_base
+from jaxft.train.settings import Run
+from jaxft.tree import Params
+from jaxft.weights import pretrained
+from jaxft.weights.hub import hub
+from jaxft.weights.peft import adapters
+from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights.storage import StoredModel, quantisation_summary
+
+
+def find_teacher(
+    ref: str, base: str, build: Callable[[str], Model], quant: Quant | None = None, shares: bool = True
+) -> Teacher:
+    """Return the settings of the second model that `ref` names.
+
+    ref: a run, a PEFT folder, or a model: org/name[@revision], a folder, a .gguf file. base: the run's
+    weights, which it shares if it is these, or an adapter on them, and `shares` is True. build: makes the
+    model of weights. quant: how weights of its own are stored. Raises ValueError or FileNotFoundError for a
+    folder without weights.
+    """
+    named = named_weights(**source_options(ref))
+    own_base, model = not shares or not _same_weights(named.ref, base), build(named.ref)
+    teacher = Teacher(weights=named.ref, model=model, quant=quant) if own_base else Teacher()
+    if quant and not own_base:
+        raise ValueError(f"{ref} shares the run's base, which quant stores; leave out {quant.kind} for it")
+    if named.adapter is None:
+        return teacher
+    settings = adapters.read_adapter_settings(str(named.adapter), model)
+    return replace(teacher, start=str(named.adapter), adapter=replace(settings, dropout=0.0))
+
+
+def _same_weights(one: str, other: str) -> bool:
+    names = [hub.hub_name(ref) for ref in (one, other)]
+    by_name = None not in names and names[0] == names[1]
+    return one == other or by_name or hub.is_same_file(one, other)
+
+
+def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
+    """Raise ValueError for a teacher that doesn't go together with the objective or the other settings."""
+    teacher, is_read = run.teacher, facts.teacher or facts.reference == TEACHER
+    if teacher is None:
+        if is_read:
+            raise ValueError("this objective reads a second model, but the run has none; set run.teacher")
+        return
+    if not is_read:
+        raise ValueError(
+            "run.teacher is set, but this objective reads no second model; leave it out, or set "
+            "preference(reference='teacher')"
+        )
+    if teacher.shares_base and trains_base(parts):
+        raise ValueError(
+            "the teacher shares the run's base, which is trained; give it weights of its own, the same ones: "
+            f"teacher.weights={run.weights}"
+        )
+    if teacher.shares_base and teacher.adapter and run.adapter and run.adapter.changes_base:
+        raise ValueError(
+            f"adapter.init={run.adapter.init} changes the base that the teacher shares, but its adapter "
+            f"{teacher.start} is for the unchanged one; use adapter.init=default"
+        )
+    longest = teacher.model.config.max_positions if teacher.model else run.data.max_length
+    if run.data.max_length > longest:
+        raise ValueError(
+            f"data.max_length={run.data.max_length} is beyond the {longest} positions of the teacher "
+            f"{teacher.weights}; lower it"
+        )
+
+
+def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
+    """Raise ValueError or OSError for a teacher whose files are incomplete, or which has other tokens than
+    the run. largest_id: of the rows.
+    """
+    teacher = run.teacher
+    if teacher is None:
+        return
+    if teacher.weights is not None and teacher.model is not None:
+        pretrained.open_params(teacher.weights, teacher.model)
+        other = pretrained.load_tokenizer(teacher.weights).get_vocab()
+        for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+            if other.get(token) != number:
+                theirs = f"is {other[token]}" if token in other else "is none"
+                raise ValueError(
+                    f"the teacher {teacher.weights} has other tokens than {run.weights}: {token!r} is token "
+                    f"{number} here and {theirs} there; use a teacher with the same tokenizer"
+                )
+        pretrained.check_token_id(teacher.weights, largest_id, teacher.model.config.vocab)
+    if teacher.start is not None:
+        pretrained.check_adapter_base(adapter_folder(teacher.start), teacher.weights or run.weights)
+
+
+def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
+    """Return hashes of the weights that a teacher has in addition to the run's base."""
+    found: dict[str, str] = {}
+    if teacher and teacher.weights is not None:
+        found["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
+    if teacher and teacher.start is not None:
+        runfolder.check_results(adapter_folder(teacher.start))
+        found["teacher_adapter_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(teacher.start))
+    return found
+
+
+def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition:
+    """Return the partition with a teacher's own weights stored as its settings say."""
+    if teacher is None or teacher.model is None:
+        return parts
+    own = {f"{TEACHER}/{path}": storage for path, storage in _stored(teacher).storage.items()}
+    return replace(parts, stored=replace(parts.stored, storage={**parts.storage, **own}))
+
+
+def teacher_lines(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
+    """Return lines for the log about a run's second model; none without one."""
+    teacher = run.teacher
+    if teacher is None:
+        return []
+    adapter = f" with the adapter {teacher.start}" if teacher.start else ""
+    if teacher.weights is None or teacher.model is None:
+        return [f"second model, frozen: the run's base{adapter or ' without an adapter, at no memory'}"]
+    stored, count = _stored(teacher), param.count_params(teacher.model.specs)
+    text = f"second model, frozen: {teacher.weights}{adapter}, {count:,} parameters"
+    quantised = quantisation_summary(stored, mesh)
+    changes = pretrained.storage_changes(teacher.weights, stored)
+    return [f"{text}; {quantised}" if quantised else text, *changes]
+
+
+def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
+    """Load a teacher's parameters onto the mesh: {} if it is the run's base. Raises MemoryError if the mesh
+    has no room for them.
+    """
+    params: Params = {}
+    if teacher.weights is not None and teacher.model is not None:
+        try:
+            params["base"] = pretrained.load_frozen(teacher.weights, teacher.model, mesh, teacher.quant)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(
+                f"the second model {teacher.weights} does not fit into the memory that the run's own leaves; "
+                "quantise it by teacher.quant or reference_quant, or use more devices"
+            ) from error
+    if teacher.start is not None:
+        ref, model = teacher.weights or run.weights, teacher.model or run.model
+        params["adapter"], _ = adapters.load_adapter(adapter_folder(teacher.start), model, mesh, ref)
+    return params
+
+
+def _stored(teacher: Teacher) -> StoredModel:
+    """How a teacher's own weights are stored."""
+    assert teacher.model is not None
+    return pretrained.frozen_model(teacher.model, teacher.quant, teacher.weights)

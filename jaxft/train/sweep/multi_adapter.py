@@ -1,0 +1,306 @@
+"""Several adapters on one base in one program, each with its loss, learning rate, clipping and skipped steps.
+
+`lax.map` runs over blocks of `at_once` adapters, so that activations are stored for one block at a time. The
+rows of a block go through the model together. The reference policy runs once for all of them.
+
+Trees of trainable parameters are those of K runs alone. `SharedFrozen` holds the base once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxft import tree
+from jaxft.batch import TrainState
+from jaxft.nn.adapters import lora
+from jaxft.objectives.metrics import neutral
+from jaxft.objectives.objective import Facts, Objective, Outputs
+from jaxft.optim.optimizer import Optimizer
+from jaxft.train.logs.watch import Watch
+from jaxft.train.step import accumulate_gradients, apply_gradients
+from jaxft.tree import Aux, Batch, Grads, Metrics, Params
+
+LOSS_KNOBS = "knobs"  # name in aux of the knobs of a loss that are arrays, as in a study
+
+
+class SharedFrozen(NamedTuple):
+    """Frozen parameters: the shared base, and the other frozen leaves of each adapter (its scales)."""
+
+    base: Params
+    own: tuple[Params, ...]
+
+
+class Block(NamedTuple):
+    """A block of adapters: its number, and the rows that each adapter has in a microbatch."""
+
+    number: int | Int[Array, ""]
+    rows: int
+
+
+@dataclass(frozen=True)
+class MultiAdapter:
+    """K objectives over one base, with an adapter each.
+
+    lead: the objective whose forward pass is used for all. reference: the kind of its reference policy, see
+    Facts. separate_rows: each adapter has its own batches, [K * micro, rows, ...], instead of the same for
+    all. at_once: adapters that go through the model in one forward pass; a divisor of K.
+    """
+
+    objectives: tuple[Objective, ...]
+    lead: int
+    reference: str
+    separate_rows: bool = False
+    at_once: int = 1
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a loss of one of them couples rows, so that all are computed from whole batches."""
+        return any(o.facts.coupled for o in self.objectives)
+
+    @property
+    def shares_reference(self) -> bool:
+        """Whether the reference policy is the same for all adapters and runs once."""
+        return self.reference == "start" and not self.separate_rows
+
+
+def combine_objectives(
+    objectives: Sequence[Objective], separate_rows: bool = False, at_once: int = 1
+) -> MultiAdapter:
+    """Return the objectives as one.
+
+    Raises ValueError for a wrong `at_once` and for several kinds of reference.
+    """
+    if len(objectives) % at_once:
+        raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
+    kinds = [o.facts.reference for o in objectives]
+    used = sorted({kind for kind in kinds if kind != "none"})
+    if len(used) > 1:
+        raise ValueError(
+            f"the objectives have different kinds of reference ({', '.join(used)}); use one kind for all"
+        )
+    lead = next((i for i, kind in enumerate(kinds) if kind != "none"), 0)
+    return MultiAdapter(tuple(objectives), lead, kinds[lead], separate_rows, at_once)
+
+
+def gradients(
+    adapters: MultiAdapter,
+    trainable: Sequence[Params],
+    frozen: SharedFrozen,
+    batch: Batch,
+    aux: Sequence[Aux],
+) -> tuple[Grads, Metrics]:
+    """Return the gradients of each adapter's own loss, stacked, and its metrics; every leaf [K, ...].
+
+    trainable, aux: one per adapter. batch: [micro, rows, ...].
+    """
+    key = jax.random.key(0)  # unused: adapters with dropout are trained alone
+    no_base, rows, K = trainable[0]["base"], _row_count(batch), len(adapters.objectives)
+    batch = _with_reference(adapters, trainable, frozen, batch, aux)
+    if adapters.separate_rows:
+        batch = jax.tree.map(lambda x: x.reshape(K, x.shape[0] // K, *x.shape[1:]), batch)
+
+    def block_rows(x: Array, number: Int[Array, ""]) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(x, number * adapters.at_once, adapters.at_once)
+        return jnp.moveaxis(own, 0, 1).reshape(own.shape[1], own.shape[0] * own.shape[2], *own.shape[3:])
+
+    def block(number: Any, stacks: tuple[Params, Params], references: Params | None) -> tuple[Grads, Metrics]:
+        own_batch = (
+            jax.tree.map(partial(block_rows, number=number), batch) if adapters.separate_rows else batch
+        )
+        params = ({"base": no_base, **stacks[0]}, {"base": frozen.base, **stacks[1]})
+        objective = _block_objective(adapters, Block(number, rows), references)
+        grads, metrics = accumulate_gradients(objective, params, own_batch, key, aux)
+        return own_params(grads), metrics
+
+    return _map_blocks(adapters, block, _stacks(trainable, frozen), _own_references(adapters, aux))
+
+
+def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None = None) -> Callable:
+    """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)` of adapter k.
+
+    It is the second half of its train step. An adapter whose loss, gradient or update is not finite stays
+    unchanged; the others continue.
+    """
+    no_rounding = jax.random.key(0)  # adapters are float32
+
+    def update(
+        state: TrainState, k: int, grads: Grads, metrics: Metrics, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        own = {**state.trainable, **lora.adapter_of_stack(grads, k, own_params(state.trainable))}
+        summed = own, jax.tree.map(lambda x: x[k], metrics)
+        new, counts = apply_gradients(objective, optimizer, state, batch, summed, no_rounding)
+        return new, {**counts, **(watch(own, state.trainable, new.trainable) if watch else {})}
+
+    return update
+
+
+def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
+    """Return `(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows shared by all.
+
+    If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of
+    all batches together.
+    """
+    evaluated = tuple(objective.for_evaluation() for objective in adapters.objectives)
+    same_rows = replace(adapters, objectives=evaluated, separate_rows=False)
+
+    def step(trainable: Sequence[Params], frozen: SharedFrozen, batch: Batch, aux: Sequence[Aux]) -> Any:
+        stacks, rows = _stacks(trainable, frozen), _row_count(batch)
+        batch = _first(_with_reference(same_rows, trainable, frozen, batch, aux))
+
+        def block(number: Any, stacks: tuple[Params, Params], references: Params | None) -> Any:
+            params = {"base": frozen.base, **tree.combine(*stacks)}
+            outputs = _forward(same_rows, params, batch, references)
+            if adapters.coupled:
+                G = adapters.at_once
+                return jax.tree.map(lambda x: x.reshape(G, x.shape[0] // G, *x.shape[1:]), outputs)
+            return _loss(same_rows, Block(number, rows), outputs, aux)[1]
+
+        return _map_blocks(same_rows, block, stacks, _own_references(same_rows, aux))
+
+    return step
+
+
+def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
+    """Return metrics [K] of outputs [K, rows, ...] of all held-out batches."""
+    found = [
+        objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
+        for k, objective in enumerate(adapters.objectives)
+    ]
+    return stack_metrics(found)
+
+
+def own_params(params: Params) -> Params:
+    """Return the parameters of one adapter of several: all except the base."""
+    return {name: x for name, x in params.items() if name != "base"}
+
+
+def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
+    """The objective of a block of adapters: the sum of their losses."""
+
+    def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
+        return _forward(adapters, params, batch, references)
+
+    def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        return _loss(adapters, block, outputs, aux)
+
+    return Objective(forward, loss, facts=Facts(coupled=adapters.coupled))
+
+
+def _stacks(trainable: Sequence[Params], frozen: SharedFrozen) -> tuple[Params, Params]:
+    """(trainable, frozen) parameters of the adapters, each leaf [K, ...]."""
+    return lora.stack_adapters([own_params(x) for x in trainable]), lora.stack_adapters(frozen.own)
+
+
+def _row_count(batch: Batch) -> int:
+    """Rows of a microbatch."""
+    return jax.tree.leaves(batch)[0].shape[1]
+
+
+def _first(stack: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], stack)
+
+
+def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
+    """fn(number, stacks of the block, its references) for every block; results [K, ...]."""
+    count = len(adapters.objectives) // adapters.at_once
+    blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
+    if count == 1:
+        return fn(0, *_first(blocks))
+    found = jax.lax.map(lambda args: fn(args[0], *args[1]), (jnp.arange(count), blocks))
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
+
+
+def _own_references(adapters: MultiAdapter, aux: Sequence[Aux]) -> Params | None:
+    """The reference policies in the adapters' aux, [K, ...]; None if they share one or have none there."""
+    lead = aux[adapters.lead]
+    if adapters.shares_reference or "reference" not in lead:
+        return None
+    return lora.stack_adapters([own_params((a if "reference" in a else lead)["reference"]) for a in aux])
+
+
+def _with_reference(
+    adapters: MultiAdapter,
+    trainable: Sequence[Params],
+    frozen: SharedFrozen,
+    batch: Batch,
+    aux: Sequence[Aux],
+) -> Batch:
+    """The batch with log-probs of a reference policy that is the same for all adapters."""
+    if not adapters.shares_reference:
+        return batch
+    lead, params = adapters.lead, {"base": frozen.base}
+    if "reference" in aux[lead]:
+        own = tree.combine(own_params(trainable[lead]), frozen.own[lead])
+        params = tree.combine(aux[lead]["reference"], {**params, **own})
+
+    def logp(rows: Batch) -> Array:
+        return adapters.objectives[lead].forward(params, rows, None, {}).logp
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    known = logp(_first(batch))[None] if count == 1 else jax.lax.map(logp, batch)
+    return replace(batch, reference=jax.lax.stop_gradient(known))
+
+
+def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: Params | None) -> Outputs:
+    """Outputs of a block's adapters, [at_once * rows, ...]; the adapters in params are [at_once, ...]."""
+
+    joined = _first if adapters.at_once == 1 else lora.several
+    block = {"base": params["base"], **joined(own_params(params))}
+    if not adapters.separate_rows:
+        batch = jax.tree.map(lambda x: jnp.concatenate([x] * adapters.at_once), batch)
+    no_base = jax.tree.map(lambda x: None, params["base"])
+    aux = {}
+    if references is not None:
+        aux = {"reference": {"base": no_base, **joined(references)}}
+    outputs = adapters.objectives[adapters.lead].forward(block, batch, None, aux)
+    # the lead's own forward pass of the reference, if any, is then dead code and no part of the program
+    return replace(outputs, reference=batch.reference) if adapters.shares_reference else outputs
+
+
+def _loss(
+    adapters: MultiAdapter, block: Block, outputs: Outputs, aux: Sequence[Aux]
+) -> tuple[Array, Metrics]:
+    """(sum of the losses, metrics [at_once]) of a block's outputs.
+
+    The rows of several microbatches follow one another in them.
+    """
+    G, objectives = adapters.at_once, adapters.objectives
+
+    def of_adapter(g: int, x: Array) -> Array:
+        micro = x.shape[0] // (G * block.rows)
+        rows = x.reshape(micro, G, block.rows, *x.shape[1:])[:, g]
+        return rows.reshape(micro * block.rows, *x.shape[1:])
+
+    parts = [jax.tree.map(partial(of_adapter, g), outputs) for g in range(G)]
+    shapes = [jax.eval_shape(o.loss, parts[0], a)[1] for o, a in zip(objectives, aux, strict=True)]
+    names = _union(shapes)
+
+    def block_loss(first: int, parts: list[Outputs]) -> tuple[Array, Metrics]:
+        found = [objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
+        total = sum((loss for loss, _ in found[1:]), found[0][0])
+        return total, stack_metrics([metrics for _, metrics in found], names)
+
+    branches = [partial(block_loss, first) for first in range(0, len(objectives), G)]
+    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(block.number, branches, parts)
+
+
+def _union(found: Sequence[Metrics]) -> Metrics:
+    """A metric of every name."""
+    return {name: metric for metrics in found for name, metric in metrics.items()}
+
+
+def stack_metrics(found: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
+    """Stack metrics to [K] each. names: a metric of every name, by default of those that any has; one that an
+    adapter does not have is neutral.
+    """
+    names = _union(found) if names is None else names
+    whole = [
+        {name: metrics.get(name) or neutral({name: like})[name] for name, like in names.items()}
+        for metrics in found
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *whole)

@@ -1,0 +1,183 @@
+"""A sweep: runs trained together on one base in memory, with an adapter, an optimizer and a log for each.
+
+Every member has the same results as if it were trained alone: `runs/<sweep>/<label>/` is a run's folder, with
+metrics.jsonl, config.json, adapter/ and a model card. The sweep's own folder has the table (README.md,
+summary.json), curves.png and the checkpoints of all members.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxft.data.data_settings import DataSettings
+from jaxft.nn.adapters.lora_specs import adapter_specs
+from jaxft.objectives.metrics import FloatMetrics
+from jaxft.report import compare, ranking
+from jaxft.runs import folder as runfolder
+from jaxft.runs.settings.record import describe, differences
+from jaxft.runs.trackers.jsonl import METRICS, read_entries
+from jaxft.train.settings import Run
+
+# Settings in which the members of a sweep may differ.
+MAY_DIFFER = (
+    "name",
+    "objective",
+    "optim",
+    "seed",
+    "data.seed",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.rslora",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that are trained together.
+
+    runs: by label, which is also the name of the member's folder. at_once: adapters that go through the
+    model in one forward pass, a divisor of their number; more of them cost activations and pay where one
+    leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
+    adapter, or with dropout.
+    """
+
+    name: str
+    runs: Mapping[str, Run]
+    at_once: int = 1
+
+    @property
+    def lead(self) -> Run:
+        """The run whose mesh, intervals and held-out rows are used for all."""
+        return next(iter(self.runs.values()))
+
+    def __post_init__(self) -> None:
+        count, runs = len(self.runs), list(self.runs.values())
+        if not runs:
+            raise ValueError("a sweep needs at least one run")
+        if self.at_once < 1 or count % self.at_once:
+            divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            raise ValueError(
+                f"{count} adapters don't divide into blocks of {self.at_once}; use one of {divisors}"
+            )
+        for run in runs:
+            if run.adapter is None or run.train is not None or run.heads or run.teacher:
+                raise ValueError(
+                    "the members of a sweep are adapters on one base: "
+                    "leave out full=true, run.train, run.heads and run.teacher"
+                )
+            if run.adapter.replaces_weights and self.at_once > 1:
+                raise ValueError(
+                    "adapter.modules_to_save, bias and trainable_token_indices: the rows of several adapters "
+                    f"at once share these parameters of the base; use --at-once 1, got {self.at_once}"
+                )
+            layered = adapter_specs(run.model.specs, run.adapter, run.model.weight_names)
+            if self.at_once > 1 and {"embed", "head"} & layered.keys():
+                raise ValueError(
+                    "adapter.targets: pairs of the embeddings and the head have no layers, which several "
+                    f"adapters at once need; use --at-once 1, got {self.at_once}"
+                )
+            if run.adapter.dropout:
+                raise ValueError(
+                    f"adapter.dropout={run.adapter.dropout} is not possible in a sweep. Set it to 0."
+                )
+        adapters = [run.adapter for run in runs]
+        if runs[0].adapter and runs[0].adapter.changes_base and any(one != adapters[0] for one in adapters):
+            raise ValueError(
+                f"adapter.init={runs[0].adapter.init} changes the base, which the members of a sweep share, "
+                "so they need the same adapter settings. Set adapter.init=default."
+            )
+        self._check_differences()
+        held_out = runs[0].data.held_out
+        if len({run.data.seed_of_split for run in runs}) > 1 and isinstance(held_out, float) and held_out:
+            raise ValueError(
+                f"data.held_out={held_out} depends on the seed, and the seeds differ. "
+                "Set data.split_seed, name a file, or set held_out=none."
+            )
+
+    def _check_differences(self) -> None:
+        (label, first), *rest = self.runs.items()
+        known = describe(first)
+        for other, run in rest:
+            for line in differences(known, describe(run)):
+                field = line.partition(":")[0]
+                if not any(field == name or field.startswith(name + ".") for name in MAY_DIFFER):
+                    raise ValueError(
+                        f"{other} and {label} differ in {line}. "
+                        f"The members of a sweep may differ only in {', '.join(MAY_DIFFER)}."
+                    )
+
+
+def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Return the runs so that all hold out the same rows: where a fraction of them is held out and the seeds
+    differ, by the seed of the first run.
+    """
+    first = next(iter(runs.values())).data.seed_of_split
+    divided = [
+        run.data for run in runs.values() if isinstance(run.data.held_out, float) and run.data.holds_out
+    ]
+    if all(data.seed_of_split == first for data in divided):
+        return dict(runs)
+    return {label: _with_split_seed(run, first) for label, run in runs.items()}
+
+
+def _with_split_seed(run: Run, seed: int) -> Run:
+    """Return a run with another split of its rows; one with data of a user's own kind as it is."""
+    if not isinstance(run.data, DataSettings):
+        return run
+    return replace(run, data=replace(run.data, split_seed=seed))
+
+
+def reason_to_separate(runs: Mapping[str, Run]) -> str:
+    """Return why runs cannot be trained together in one program, "" if they can."""
+    lead = next(iter(runs.values()))
+    if lead.data.unit == "prompts":
+        return "each samples completions of its own"
+    try:
+        Sweep("", runs)
+        facts = [run.objective(run.model).facts for run in runs.values()]
+    except ValueError as error:
+        return str(error)
+    if any(one.noise for one in facts):
+        return "neftune is random, and they would share one forward pass"
+    kinds = sorted({one.reference for one in facts} - {"none"})
+    return f"their references are of different kinds ({', '.join(kinds)})" if len(kinds) > 1 else ""
+
+
+def write_table(
+    folder: Path,
+    name: str,
+    steps: int,
+    ends: tuple[Mapping[str, FloatMetrics], Mapping[str, FloatMetrics]],
+    failed: list[str],
+) -> str:
+    """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table, and
+    which member is best.
+
+    ends: metrics of each member before and after training, by label. failed: labels of members that are not
+    finished.
+    """
+    before, after = ends
+    curves = {label: read_entries(folder / label / METRICS) for label in before}
+    results = [
+        replace(
+            ranking.read_result(label, folder / label),
+            before=before[label],
+            after={**after[label], **_of_training(curves[label])},
+        )
+        for label in before
+    ]
+    table, text = ranking.table_of(results), "\n\n".join(ranking.texts(results, markdown=True))
+    compare.write(folder, name, table, curves, text)
+    summary = {"steps": steps, "members": table.as_json(), "failed": failed}
+    summary["ranking"] = ranking.ranking_lines(results)
+    runfolder.sync_results(folder)
+    runfolder.write_durable_json(folder / runfolder.SUMMARY, summary)
+    return "\n\n".join(ranking.texts(results))
+
+
+def _of_training(entries: list[dict]) -> dict[str, float]:
+    """Return the table's training metrics: the number of skipped steps, and the metrics of the last one."""
+    last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
+    return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}

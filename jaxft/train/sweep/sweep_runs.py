@@ -1,0 +1,84 @@
+"""The runs of a sweep: together in one program where they can be, or else one after the other."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxft.distributed import processes
+from jaxft.runs import folder as runfolder
+from jaxft.runs.trackers.jsonl import METRICS
+from jaxft.train import loop
+from jaxft.train.logs.clock import Clock
+from jaxft.train.settings import Run
+from jaxft.train.sweep.sweep import Sweep, reason_to_separate, with_one_split, write_table
+
+SIGNAL = 128  # exit codes from here on are of a run that a signal stopped
+
+
+def train_sweep(
+    name: str,
+    runs: Mapping[str, Run],
+    at_once: int | None = None,
+    root: Path = Path("runs"),
+    clock: Clock | None = None,
+) -> int:
+    """Train the runs of a sweep, or resume them; return the exit code, see loop.run. All hold out the same
+    rows.
+
+    runs: by label, which is also the name of the run's folder in that of the sweep. at_once: see Sweep; None
+    for runs that may also be trained one after the other, if they cannot share a program. clock: see
+    loop.run; runs that are trained one after the other have clocks of their own.
+    """
+    runs = with_one_split(runs)
+    reason = reason_to_separate(runs) if at_once is None else ""
+    if not reason:
+        return loop.run(Sweep(name, runs, 1 if at_once is None else at_once), root=root, clock=clock)
+    print(f"{len(runs)} runs, one after the other: {reason}", flush=True)
+    return _train_each(name, runs, root)
+
+
+def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
+    """Train one run after the other, then write the sweep's table. One that ends with steps or a loss that
+    are not finite is left out; the others continue.
+    """
+    folder, failed = runfolder.folder_of(root, name), []
+    record = {"members": list(runs), "at_once": None}
+    _check_members(folder, record)
+    for label, run in runs.items():
+        print(f"\n{label}:", flush=True)
+        try:
+            code = loop.run(run, root=root)
+        except processes.AgreedError as error:
+            if not (folder / label / METRICS).is_file():  # its settings are at fault
+                raise
+            print(error, flush=True)
+            failed.append(label)
+            continue
+        if code >= SIGNAL:
+            return code
+    ends = {
+        label: runfolder.read_saved_json(folder / label / runfolder.SUMMARY)
+        for label in runs
+        if label not in failed
+    }
+    if not ends:
+        raise ValueError(f"{folder}: none of its runs is finished")
+    before, after = (
+        {label: end[side]["metrics"] for label, end in ends.items()} for side in ("before", "after")
+    )
+    steps = max(end["steps"] for end in ends.values())
+    print(f"\n{write_table(folder, name, steps, (before, after), failed)}")
+    print(f"the table is in {folder / runfolder.CARD}, the curves in {folder / 'curves.png'}")
+    return int(bool(failed))
+
+
+def _check_members(folder: Path, record: dict) -> None:
+    """Write the labels of the runs into the sweep's folder. Raises ValueError if it has others."""
+    path = folder / "config.json"
+    known = runfolder.read_saved_json(path).get("members") if path.is_file() else None
+    if known not in (None, record["members"]):
+        raise ValueError(
+            f"{folder}: this sweep has the members {', '.join(known)}, not {', '.join(record['members'])}. "
+            "Choose another --name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    runfolder.write_durable_json(path, record)

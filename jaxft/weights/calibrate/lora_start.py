@@ -1,0 +1,233 @@
+"""Adapters that start from the base's weights: DoRA's magnitudes, and pairs that the base is then stored
+without.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular values of a weight W, OLoRA
+(Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition; the base is stored as `W - s A B`, so that the
+model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA). LoftQ (Li et al. 2023,
+arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
+missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
+outputs of a base with calibrated rounding, which is computed with its codes (weights/calibrate/rounding.py).
+
+A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. Critics and reward
+models on its base see it with the pairs at step 0 (models/heads.py). The exported adapter is for the
+unchanged base: `s (A B - A0 B0)`, one pair of twice the rank, as peft's
+path_initial_model_for_weight_conversion makes it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft import tree
+from jaxft.distributed import processes
+from jaxft.models.heads import HeadSettings
+from jaxft.models.model import Model
+from jaxft.nn.adapters import dora
+from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
+from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
+from jaxft.nn.param import Specs, spec_paths
+from jaxft.nn.quant.quant import QERA, dequantize, is_qtensor
+from jaxft.nn.tensor_names import WeightNames
+from jaxft.tree import Params
+from jaxft.weights import place, pretrained
+from jaxft.weights.calibrate.calibrated_codes import read_correction
+from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair, principal_pair
+from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.peft.peft_pairs import Pair, adapter_of
+from jaxft.weights.storage import StoredModel, leaf_shapes
+from jaxft.weights.tensors import tensors_of
+
+LOFTQ_ITERATIONS = 5  # of LoftQ, as in the paper
+
+_Pairs = dict[str, list[Pair | None]]  # by path, of each module
+_Weight = Float[np.ndarray, "I O"]
+_Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
+
+
+class StartPairs(NamedTuple):
+    """The adapter at step 0, and the adapter that the base is stored without: the same, except for LoftQ and
+    QERA.
+    """
+
+    start: Params
+    without: Params
+
+
+def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
+    """Compute the pairs at step 0 from the weights in the files of `ref`, on the host, layer by layer.
+
+    Raises ValueError for settings that check_ranks refuses.
+    """
+    files, table = pretrained.open_files(ref), tensors_of(stored.model)
+    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
+    for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
+        storage = stored.storage[f"base/{path}"]
+        as_stored = partial(_as_stored, leaf_shapes(base[path], storage))
+        for tensor, rank, alpha in zip(table[path], *layout, strict=True):
+            found: Any = (None, None)
+            if rank and settings.init == QERA:
+                found = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
+            elif rank:
+                weight, scale = tensor.read(files).astype(np.float32), settings.scale_of(rank, alpha)
+                found = _layer_pairs(settings.init, weight, rank, scale, as_stored)
+            for of_paths, pair in zip(pairs, found, strict=True):
+                a, b = pair or (None, None)
+                modules = of_paths.setdefault(path, [])
+                modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
+    return StartPairs(*(tree.nested(adapter_of(x, settings, stored.model)[0]) for x in pairs))
+
+
+def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
+    """Return the ranks and alphas of the adapted layers by path.
+
+    Raises ValueError for a rank above the smaller side of a weight, for several ranks in the layers of a
+    kernel, and for the head if it is tied to the embeddings.
+    """
+    setting, specs = f"adapter.init={settings.init}", spec_paths(base)
+    layouts = pair_layouts(base, settings, names)
+    for path, (ranks, _) in layouts.items():
+        if path not in specs or path == "embed":
+            raise ValueError(
+                f"{setting} changes the weights under an adapter, but never the embeddings; leave "
+                "embed_tokens, and a head that is tied to them, out of adapter.targets"
+            )
+        values = min(specs[path].shape[-2:])
+        if max(ranks) > values:
+            raise ValueError(
+                f"{setting} starts from {max(ranks)} singular values of {path}, which has {values}; lower "
+                "adapter.rank, or leave it out of adapter.targets"
+            )
+        if len(set(ranks) - {0}) > 1:
+            raise ValueError(
+                f"{setting} needs one rank in all layers of {path}, got {sorted(set(ranks) - {0})}; change "
+                "adapter.rank_pattern"
+            )
+    return layouts
+
+
+def run_pairs(
+    ref: str, stored: StoredModel, settings: Adapter, folder: Path | None, resumed: bool
+) -> StartPairs:
+    """Return the pairs at step 0 of a run, whose folder stores them: of a resumed run those that are there.
+
+    folder: None stores nothing. Every process calls it and returns those of process 0, because other hosts'
+    libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
+    """
+    model = stored.model
+    folders = [] if folder is None else [folder / INITIAL_ADAPTER / name for name in ("without", "start")]
+    if folder is None or not resumed:
+        found = start_pairs(ref, stored, settings)
+        plain = replace(settings, dropout=0.0)
+        for out, adapter in zip(folders, reversed(found), strict=False):
+            peft_write.save_adapter(out, adapter, plain, model, ref)
+        if folder is None or not processes.is_multi_process():
+            return found
+    return StartPairs(*(peft.read_adapter(one, model)[0] for one in reversed(folders)))
+
+
+def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
+    """Return the adapter at step 0 that a run's folder stores; None if it didn't change the base."""
+    if settings is None or not settings.changes_base:
+        return None
+    return peft.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
+
+
+def place_pairs(pairs: Params, adapter: Params) -> Params:
+    """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
+    return jax.tree.map(
+        lambda x, like: place.shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
+        pairs,
+        adapter,
+    )
+
+
+def for_unchanged_base(adapter: Params, start: Params, settings: Adapter) -> tuple[Params, Adapter]:
+    """Return (adapter of twice the rank, its settings) that changes the unchanged base as `adapter` changes
+    the base without `start`: `[a, a0] [b; -b0]`.
+    """
+
+    def without(adapter: Params, start: Params) -> Params:
+        negative = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, start)
+        return join_adapters(adapter, negative)
+
+    return jax.jit(without)(adapter, place_pairs(start, adapter)), settings.exported
+
+
+def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None) -> Params:
+    """Return a DoRA adapter with the norms of the adapted weights as magnitudes; 0 in layers without a pair.
+
+    initial: the pairs with which a head sees the base. Norms are computed layer by layer.
+    """
+
+    def norms(weight: Array, pair: Params) -> Array:
+        return dora.output_norms(weight, pair["a"], pair["b"], pair["scale"])
+
+    def start(path: str, leaf: Array) -> Array:
+        above, _, name = path.rpartition("/")
+        if name != "magnitude":
+            return leaf
+        has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
+        return jnp.where(has_pair[..., None], found[above], 0).astype(leaf.dtype)
+
+    own, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
+    found = map_kernels(norms, base, {path: joined[path] for path in own if "magnitude" in own[path]})
+    return tree.map_with_path(start, adapter)
+
+
+def with_magnitudes(
+    base: Params, others: dict[str, Params], settings: Mapping[str, HeadSettings]
+) -> dict[str, Params]:
+    """Return the parameters outside the base, with the norms of the base's weights as the magnitudes of fresh
+    DoRA adapters; of heads with those of the initial adapter in `others`.
+
+    settings: of the policy's adapter, "adapter", and of the further models on the base.
+    """
+    out = dict(others)
+    for name, one in settings.items():
+        if one.adapter is None or not one.adapter.dora or one.start is not None:
+            continue
+        adapter = others[name] if name == "adapter" else others[name]["adapter"]
+        initial = None if name == "adapter" else others.get(INITIAL_ADAPTER)
+        places = jax.tree.map(lambda x: x.sharding, adapter)
+        started = jax.jit(init_magnitudes, out_shardings=places)(base, adapter, initial)
+        out[name] = started if name == "adapter" else {**others[name], "adapter": started}
+    return out
+
+
+def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
+    value = place.store_as(weight, like)
+    return np.asarray(dequantize(value) if is_qtensor(value) else value).astype(np.float32)
+
+
+def _layer_pairs(
+    init: str, weight: _Weight, rank: int, scale: float, stored: _Stored
+) -> tuple[FirstPair, FirstPair]:
+    """Return ((a, b) at step 0, (a, b) that the base is stored without) of a layer's weight [in, out].
+
+    stored: returns a weight as it is stored.
+    """
+    if init == "loftq":
+        ins, outs = weight.shape
+        without = np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
+        pair = principal_pair(weight - stored(weight), rank, scale)
+        for _ in range(LOFTQ_ITERATIONS - 1):
+            without = pair
+            pair = principal_pair(weight - stored(weight - scale * without[0] @ without[1]), rank, scale)
+        return pair, without
+    pair = FIRST_PAIRS[init](weight, rank, scale)
+    return pair, pair
+
+
+def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, FirstPair]:
+    """Return a weight's correction as the pair at step 0, and the pair that the base is stored without: 0."""
+    assert codes is not None  # adapter.init=qera needs quant.calibrate
+    a, b = read_correction(codes, name)
+    root = np.sqrt(np.float32(abs(scale)))
+    return (a / root, b * np.copysign(np.float32(1), scale) / root), (np.zeros_like(a), np.zeros_like(b))

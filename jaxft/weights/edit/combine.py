@@ -1,0 +1,279 @@
+"""Weighted combinations of LoRA adapters, written as one adapter.
+
+The formulas are those of PEFT's `add_weighted_adapter`. With weights w_k, scales s_k and pairs A_k B_k of a
+module, and c_k = w_k s_k:
+
+- cat: `sum_k c_k A_k B_k`, exactly: the pairs side by side, with the sum of their ranks.
+- svd: the same sum, reduced to a rank by its largest singular values.
+- linear: `(sum_k sign(c_k) sqrt|c_k| A_k) (sum_k sqrt|c_k| B_k)`, which has cross terms.
+- ties (Yadav et al. 2023, arXiv:2306.01708): of each A_k and B_k the largest values by magnitude, `density`
+  of them; of these, the ones with the sign of their sum over k; then the mean of the weighted ones.
+- dare_linear, dare_ties (Yu et al. 2024, arXiv:2311.03099): a random `density` of the values, divided by it,
+  in place of the largest; then as linear, or as ties.
+
+linear and the ones after it combine A and B separately, so they need adapters of equal ranks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxft import tree
+from jaxft.models.model import Model
+from jaxft.nn.adapters.lora import Adapter, pairs_by_path
+from jaxft.nn.adapters.lora_specs import pair_layouts
+from jaxft.nn.param import path_hash
+from jaxft.tree import Params
+from jaxft.weights.peft.peft_pairs import Pair, adaptable_tensors, adapter_of
+from jaxft.weights.tensors import Tensor
+
+CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
+PRUNING = ("ties", "dare_linear", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties")
+DEFAULT_DENSITY = 0.5
+ROUNDING = 1e-6  # norm of a sum over that of its terms, below which it is their float32 rounding errors
+
+_A = Float[np.ndarray, "_ _"]  # [I, R]; sizes differ between weights, ranks between adapters
+_B = Float[np.ndarray, "_ _"]  # [R, O]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How adapters are combined.
+
+    weights: one for each adapter, of either sign. density: the fraction of values that pruning methods keep,
+    None for 0.5. rank: of svd, None for the largest rank of the adapters. seed: of the random methods, None
+    for 0.
+    """
+
+    method: CombineMethod
+    weights: tuple[float, ...]
+    density: float | None = None
+    rank: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        if self.method not in get_args(CombineMethod):
+            raise ValueError(f"--method {self.method}: use one of {', '.join(get_args(CombineMethod))}")
+        if not all(map(math.isfinite, self.weights)) or not any(self.weights):
+            raise ValueError(f"--weights {self.listed_weights}: expected finite numbers, not all of them 0")
+        if self.density is not None and (self.method not in PRUNING or not 0 < self.density <= 1):
+            raise ValueError(
+                f"--density {self.density}: must be above 0 and at most 1 and needs --method "
+                f"{', '.join(PRUNING[:-1])} or {PRUNING[-1]}"
+            )
+        if self.rank is not None and (self.method != "svd" or self.rank < 1):
+            raise ValueError(f"--rank {self.rank}: must be at least 1 and needs --method svd")
+        if self.seed is not None and (self.method not in RANDOM or self.seed < 0):
+            raise ValueError(
+                f"--seed {self.seed}: must be at least 0 and needs --method {' or '.join(RANDOM)}"
+            )
+
+    @property
+    def listed_weights(self) -> str:
+        """The weights as on the command line."""
+        return ",".join(f"{weight:g}" for weight in self.weights)
+
+
+class NamedAdapter(NamedTuple):
+    """An adapter to combine. name: where it is from, for messages."""
+
+    name: str
+    params: Params
+    settings: Adapter
+
+
+class Combined(NamedTuple):
+    """A combined adapter. dropped: the Frobenius norm of what svd dropped, divided by that of the sum."""
+
+    params: Params
+    settings: Adapter
+    dropped: float
+
+
+class _Part(NamedTuple):
+    """The pair of one adapter in a module, with c = weight * scale."""
+
+    a: _A
+    b: _B
+    factor: float
+
+
+@np.errstate(over="ignore", invalid="ignore")  # _square_norm refuses what overflows
+def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combination) -> Combined:
+    """Combine adapters on a model into one with rank = alpha, which is the largest rank of any module.
+
+    A module that some of the adapters lack is combined from the others. Raises ValueError for adapters that
+    are no plain LoRA, ranks that the method cannot combine, a number of weights other than that of the
+    adapters, and a result that is 0 or has values too large for float32.
+    """
+    if len(adapters) < 2 or len(how.weights) != len(adapters):
+        raise ValueError(
+            f"--weights {how.listed_weights}: {len(how.weights)} for {len(adapters)} adapters; give one for "
+            "each of at least two adapters"
+        )
+    for one in adapters:
+        _check_plain(one)
+    specs = model.specs.get("base", model.specs)
+    layouts = [pair_layouts(specs, x.settings, model.weight_names) for x in adapters]
+    pairs = [pairs_by_path(x.params) for x in adapters]
+    out: dict[str, list[tuple[_A, _B] | None]] = {}
+    lost = total = size = terms = 0.0
+    for path, tensors in adaptable_tensors(model).items():
+        for number, tensor in enumerate(tensors if any(path in found for found in layouts) else ()):
+            of_path = out.setdefault(path, [])
+            parts = [
+                _part(found[path], tensor.index, layout[path].ranks[number], weight)
+                for found, layout, weight in zip(pairs, layouts, how.weights, strict=True)
+                if path in layout and layout[path].ranks[number]
+            ]
+            if not parts:
+                of_path.append(None)
+                continue
+            _check_ranks(tensor, parts, how)
+            terms += sum(_square_norm(part.a, part.b, how, part.factor) for part in parts)
+            if how.method != "svd":
+                pair = _combined(parts, how, f"{path}/{number}")
+            else:
+                highest = max(x.settings.highest_rank for x in adapters)
+                pair, squares = _reduced(parts, how.rank or highest)
+                lost, total = lost + squares[0], total + squares[1]
+            size += _square_norm(*pair, how)
+            of_path.append(pair)
+    if size <= ROUNDING**2 * terms:
+        density = " or a higher --density" if how.method in PRUNING else ""
+        raise ValueError(
+            f"--method {how.method} --weights {how.listed_weights}: the combination of these adapters is 0, "
+            f"up to rounding; choose other weights{density}"
+        )
+    return _as_adapter(out, adapters, model, math.sqrt(lost / total) if total else 0.0)
+
+
+def _check_plain(one: NamedAdapter) -> None:
+    settings = one.settings
+    if settings.dora:
+        raise ValueError(
+            f"{one.name}: a DoRA adapter, whose learned norms have no weighted sum; merge it into the base "
+            "with export and combine adapters on that"
+        )
+    if settings.replaces_weights:
+        what = "modules_to_save, biases or trainable tokens"
+        raise ValueError(
+            f"{one.name}: the adapter has {what}, for which no combination is defined; merge it into the "
+            "base with export and combine adapters on that"
+        )
+
+
+def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
+    """Return a module's pair, without the zeros beyond its rank."""
+    a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
+    return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
+
+
+def _square_norm(a: _A, b: _B, how: Combination, factor: float = 1.0) -> float:
+    """Return the squared Frobenius norm of factor a b. Raises ValueError if it is too large for float32."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm = abs(factor) * math.sqrt(max(float(((a.T @ a) * (b @ b.T)).sum()), 0.0))
+    if not norm < np.finfo(np.float32).max:
+        raise ValueError(
+            f"--weights {how.listed_weights}: the combination has values that are too large for float32; "
+            "use smaller weights"
+        )
+    return norm * norm
+
+
+def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
+    where, ends = tensor.module, tensor.values
+    ranks = sorted({part.a.shape[1] for part in parts})
+    if how.method not in ("cat", "svd") and len(ranks) > 1:
+        raise ValueError(
+            f"{where}: the adapters have the ranks {', '.join(map(str, ranks))}, and --method {how.method} "
+            "needs equal ones; use --method svd or cat"
+        )
+    if how.rank is not None and how.rank > min(ends):
+        raise ValueError(
+            f"--rank {how.rank}: {where} is a matrix of {ends[0]} x {ends[1]}, which has at most rank "
+            f"{min(ends)}"
+        )
+
+
+def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float, float]]:
+    """Return `sum c a b` reduced to a rank, and the squared norms of what it lacks and of the whole. The SVD
+    is of a matrix of the summed ranks, after two QRs.
+    """
+    a = np.concatenate([part.a * part.factor for part in parts], 1).astype(np.float64)
+    b = np.concatenate([part.b for part in parts]).astype(np.float64)
+    left, core_left = np.linalg.qr(a)
+    right, core_right = np.linalg.qr(b.T)
+    u, s, vt = np.linalg.svd(core_left @ core_right.T)
+    kept = min(rank, len(s))
+    root = np.sqrt(s[:kept])
+    new_a, new_b = left @ (u[:, :kept] * root), (root[:, None] * vt[:kept]) @ right.T
+    squares = s**2
+    pair = new_a.astype(np.float32), new_b.astype(np.float32)
+    return pair, (float(squares[kept:].sum()), float(squares.sum()))
+
+
+def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
+    """Return the pair of a module by a method other than svd. name: of the module, for random values."""
+    if how.method == "cat":
+        scaled = [part.a * np.float32(part.factor) for part in parts]
+        return np.concatenate(scaled, 1), np.concatenate([part.b for part in parts])
+    roots = np.array([math.sqrt(abs(part.factor)) for part in parts], np.float32)
+    signs = np.array([1.0 if part.factor >= 0 else -1.0 for part in parts], np.float32)
+    a = _merged(np.stack([part.a for part in parts]), roots * signs, how, f"{name}/a")
+    return a, _merged(np.stack([part.b for part in parts]), roots, how, f"{name}/b")
+
+
+def _merged(
+    values: Float[np.ndarray, "K M N"], weights: Float[np.ndarray, " K"], how: Combination, name: str
+) -> Float[np.ndarray, "M N"]:
+    """Combine one side of K pairs elementwise."""
+    density = DEFAULT_DENSITY if how.density is None else how.density
+    if how.method == "ties":
+        values = np.stack([_largest(x, density) for x in values])
+    elif how.method in RANDOM:
+        key = np.random.default_rng([how.seed or 0, path_hash(name)])
+        values = values * (key.random(values.shape) < density) / np.float32(density)
+    weighted = values * weights[:, None, None]
+    if how.method in ("linear", "dare_linear"):
+        return weighted.sum(0)
+    elected = np.where(values.sum(0) >= 0, np.float32(1), np.float32(-1))
+    agrees = np.sign(values) == elected
+    return (weighted * agrees).sum(0) / np.maximum(agrees.sum(0), 1).astype(np.float32)
+
+
+def _largest(values: Float[np.ndarray, "M N"], density: float) -> Float[np.ndarray, "M N"]:
+    """Return the largest values by magnitude, `density` of them rounded down, and 0 for the others."""
+    count = int(density * values.size)
+    mask = np.zeros(values.size, bool)
+    if count:
+        mask[np.argpartition(-np.abs(values), count - 1, axis=None)[:count]] = True
+    return values * mask.reshape(values.shape)
+
+
+def _as_adapter(
+    pairs: dict[str, list[tuple[_A, _B] | None]],
+    adapters: Sequence[NamedAdapter],
+    model: Model,
+    dropped: float,
+) -> Combined:
+    """Return pairs by path and module as an adapter of one rank, padded with zeros, which every program
+    loads.
+    """
+    rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
+
+    def padded(pair: tuple[_A, _B] | None) -> Pair | None:
+        if pair is None:
+            return None
+        more = (0, rank - pair[0].shape[1])
+        return Pair(np.pad(pair[0], ((0, 0), more)), np.pad(pair[1], (more, (0, 0))), float(rank))
+
+    dropout = max(x.settings.dropout for x in adapters)
+    plain = Adapter(rank, float(rank), dropout if "head" not in pairs else 0.0)
+    nodes, settings = adapter_of({path: list(map(padded, x)) for path, x in pairs.items()}, plain, model)
+    return Combined(tree.nested(nodes), settings, dropped)

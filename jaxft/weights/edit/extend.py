@@ -1,0 +1,358 @@
+"""Write a model with new tokens in its tokenizer, embedding table and head, and with a chat template.
+
+The rows of new tokens start as a mean of other rows and have to be trained: their ids are in
+untrained_tokens.json of the folder, which recipes read (trainable_token_indices), and without training them a
+run does not start.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxft.data.chat.named_templates import BOS, find_template
+from jaxft.data.chat.template import template_of
+from jaxft.distributed.disk import publish
+from jaxft.models import model_types
+from jaxft.models.model import Model
+from jaxft.nn.adapters.lora import Adapter
+from jaxft.weights import pretrained
+from jaxft.weights.edit.merge import LazyTensor, lazy_params
+from jaxft.weights.hf import hf, hf_write
+from jaxft.weights.hf.safetensors import read_model_json, write_model_json
+from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hub import hub
+from jaxft.weights.hub.cached_folder import cached_folder, folder_damage
+from jaxft.weights.hub.file_hash import cache_folder, files_sha256
+from jaxft.weights.hub.new_folder import check_new_folder, new_folder
+from jaxft.weights.param_reader import ParamReader, param_readers
+
+UNTRAINED = "untrained_tokens.json"
+TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all
+TABLE_MULTIPLE = 64
+VERSION = 1  # of the models in the cache; another one if a new token starts with another row
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The tokens and the template that are added to a model.
+
+    tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: their first rows, the
+    mean of the rows of their pieces, or of all rows. multiple: a growing table is padded to a multiple of
+    this many rows. template: the name of a chat template (see data/chat/named_templates.py) or a .jinja file; the
+    special tokens of a named one are added if they are new.
+    """
+
+    tokens: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
+    start: TokenStart = "pieces"
+    multiple: int = TABLE_MULTIPLE
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.named and self.template is None:
+            raise ValueError(
+                "nothing to add; name new tokens (--tokens, add_tokens=) or a chat template (--template, "
+                "chat_template=)"
+            )
+        if self.multiple < 1:
+            raise ValueError(
+                f"padding the table to a multiple of {self.multiple} rows (--multiple); use at least 1"
+            )
+        twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
+        if twice is not None:
+            raise ValueError(f"new tokens: {twice!r} is there twice; write each once")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The new tokens without those of the template."""
+        return (*self.tokens, *self.special_tokens)
+
+
+def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
+    """Write the model `ref` with an extension to the folder `out`; return lines about what was added.
+
+    Raises ValueError for tokens that exist already or that the tokenizer would split.
+    """
+    check_new_folder(out)
+    model = pretrained.model_for(ref)
+    readers = param_readers(pretrained.open_files(ref), model)
+    known = pretrained.load_tokenizer(ref).get_vocab()
+    larger, tokenizer, pieces = _extended_model(model, ref, extension)
+    vocab = larger.config.vocab
+    sources = {number: parts if extension.start == "pieces" else () for number, parts in pieces.items()}
+    base = lazy_params({path: _in_own_dtype(reader, model) for path, reader in readers.items()})
+    for path in ("embed", "head"):
+        if path in base:
+            base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
+    ids = _ids_by_token(tokenizer, pieces)
+    with new_folder(out) as part:
+        hf_write.save_folder(part, larger, base, tokenizer, hub.locate(ref))
+        notes = _known_tokens_note(extension, known)
+        mark_untrained(part, {**untrained_tokens(ref), **ids}, notes)
+    lines = []
+    if pieces:
+        named = ", ".join(f"{token!r} ({number})" for token, number in ids.items())
+        grown = f"the table grows from {model.config.vocab} to {vocab} rows"
+        room = grown if vocab > model.config.vocab else f"the table had {vocab} rows already"
+        lines.append(f"new tokens: {named}; {room}")
+    lines += notes
+    ends = stop_tokens(str(out), larger, tokenizer)
+    lines.append(f"completions end at {', '.join(tokenizer.convert_ids_to_tokens(list(ends))) or 'nothing'}")
+    return lines
+
+
+def _extended_model(
+    model: Model, ref: str, extension: Extension
+) -> tuple[Model, Any, dict[int, tuple[int, ...]]]:
+    """Return the model with room for the new tokens, the tokenizer with them, and their pieces by id."""
+    tokenizer, vocab = pretrained.load_tokenizer(ref), model.config.vocab
+    pieces = add_tokens(tokenizer, extension)
+    if pieces and max(pieces) >= vocab:
+        vocab = -(-(max(pieces) + 1) // extension.multiple) * extension.multiple
+    return model_types.with_vocab(model, vocab), tokenizer, pieces
+
+
+def _ids_by_token(tokenizer: Any, numbers: Collection[int]) -> dict[str, int]:
+    return {tokenizer.convert_ids_to_tokens(number): number for number in sorted(numbers)}
+
+
+def _draft(folder: Path, ref: str, extension: Extension) -> str:
+    """Return a folder below `folder` with the configuration and the tokenizer of an extended model."""
+    digest = hashlib.sha256(json.dumps([ref, repr(extension)]).encode()).hexdigest()[:16]
+    out = folder / digest / "extended"
+    if not out.is_dir():
+        larger, tokenizer, pieces = _extended_model(pretrained.model_for(ref), ref, extension)
+        out.mkdir(parents=True)
+        located = hub.locate(ref, config_only=True)
+        linked = not pieces and located.kind == "folder"
+        save = hf_write.save_template if linked else hf_write.save_configs
+        save(out, larger, tokenizer, located)
+        mark_untrained(out, {**untrained_tokens(ref), **_ids_by_token(tokenizer, pieces)})
+    return str(out)
+
+
+def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = None) -> tuple[str, list[str]]:
+    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged one that
+    it replaces; for None `ref`. drafts: return a folder in this one instead, with configuration and tokenizer
+    alone, for plans, which need no weights.
+
+    The folder is written once for these files and this extension, also if several processes call this. If
+    the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to
+    be named again. The weights of a GGUF file are copied. Raises ValueError as extend_model does.
+    """
+    if extension is None:
+        return ref, []
+    if drafts is not None:
+        return _draft(drafts, ref, extension), []
+    located = hub.locate(ref)
+    files = hub.files_of(located)
+    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
+    parts = [VERSION, names, extension.tokens, extension.start, extension.multiple]
+    if extension.special_tokens or extension.template is not None:
+        named = None if extension.template is None else find_template(extension.template)
+        parts += [extension.special_tokens, named and [named.source, named.tokens]]
+    key = json.dumps(parts)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
+    out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
+    damage = folder_damage(out) if out.is_dir() else None
+    if damage is not None or not out.is_dir():
+        with cached_folder(out) as part:
+            if not _link_model(part, ref, extension):
+                extend_model(part, ref, extension)
+    for file in files:
+        if (out / file.name).is_symlink():
+            _link(out / file.name, file)  # the model may have been moved
+    replaced = f"the model with new tokens cannot be used: {damage}; it is written again"
+    return str(out), [] if damage is None else [replaced]
+
+
+def _link_model(out: Path, ref: str, extension: Extension) -> bool:
+    """Write the model `ref` with another chat template to the new folder `out`, with links to its weights.
+
+    Return whether it was written: only for a model in a folder, and an extension that adds no tokens.
+    """
+    located = hub.locate(ref)
+    if extension.named or located.kind != "folder":
+        return False
+    known, model = pretrained.load_tokenizer(ref).get_vocab(), pretrained.model_for(ref)
+    _, tokenizer, pieces = _extended_model(model, ref, extension)
+    if pieces:
+        return False
+    weights = hf.weight_files(located.path)
+    index = located.path / hf.WEIGHT_INDEX
+    out.mkdir()
+    for file in [*weights, *([index] if index.is_file() else [])]:
+        _link(out / file.name, file)
+    hf_write.save_template(out, model, tokenizer, located)
+    mark_untrained(out, untrained_tokens(ref), _known_tokens_note(extension, known))
+    return True
+
+
+def _link(path: Path, file: Path) -> None:
+    """Make `path` a link to `file`, or a copy of it where the file system has no links."""
+    target = file.resolve()
+    if path.is_symlink() and path.readlink() == target:
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    try:
+        part.symlink_to(target)
+    except OSError:
+        shutil.copyfile(target, part)
+    publish(part, path)
+
+
+def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:
+    """Return a line about tokens of a named template that the tokenizer had: a base model may have them
+    untrained.
+    """
+    named = () if extension.template is None else find_template(extension.template).tokens
+    found = {token: known[token] for token in named if token in known}
+    if not found:
+        return []
+    return [
+        f"{', '.join(map(repr, found))} of the template were in the tokenizer already; if this model was "
+        "never trained on them, as some base models, train their rows: adapter.trainable_token_indices="
+        f"{','.join(map(str, found.values()))}"
+    ]
+
+
+def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...]]:
+    """Add the tokens and the template of an extension to a tokenizer; return the pieces of each new token,
+    which it had before, by id. Raises ValueError for tokens that exist already or are split.
+    """
+    from tokenizers import AddedToken
+
+    named = None if extension.template is None else find_template(extension.template)
+    known = tokenizer.get_vocab()
+    for token in extension.named:
+        if token in known:
+            raise ValueError(f"new token {token!r} is a token already (id {known[token]}); leave it out")
+        if not token.strip():
+            raise ValueError(f"new token {token!r} is empty or white space; a token needs a text of its own")
+    of_template = [] if named is None else [token for token in named.tokens if token not in known]
+    of_template = [token for token in of_template if token not in extension.named]
+    pieces = {
+        token: tuple(tokenizer.encode(token, add_special_tokens=False))
+        for token in (*extension.named, *of_template)
+    }
+    for token in pieces:
+        special = token not in extension.tokens
+        added = AddedToken(token, special=special, normalized=False)
+        tokenizer.add_tokens([added], special_tokens=special)
+    ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
+    added_texts = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    for token, number in ids.items():
+        found = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
+        if found.count(number) != 1:
+            raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
+    if named is not None:
+        # llama.cpp would render another token as the BOS of a tokenizer that has none.
+        source = named.source if tokenizer.bos_token else named.source.removeprefix(BOS)
+        tokenizer.chat_template = source
+        template = template_of(tokenizer)
+        if template is not None and template.failure:
+            reason = " ".join(template.failure.split())
+            raise ValueError(
+                f"chat template {extension.template}: it cannot render a question and a response: {reason}"
+            )
+        if template is None or not template.stop_tokens:
+            raise ValueError(
+                f"chat template {extension.template}: its assistant turns do not end with a special token, "
+                "so completions would not end; add the token that it ends turns with as a special token"
+            )
+    return {ids[token]: parts for token, parts in pieces.items()}
+
+
+def _text_with(token: str, added: Sequence[str]) -> str:
+    """Return a text with a token between characters with which it is no other added token."""
+    for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
+        text = before + token + after
+        if not any(other in text and other not in token for other in added):
+            return text
+    return token
+
+
+def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
+    """Return a reader in the dtype of the files, or in that of the computation if they are quantised."""
+    is_quantised = reader.tensors[0].name in reader.files.quantised
+    return replace(reader, dtype=np.dtype(model.dtype)) if is_quantised else reader
+
+
+def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
+    """Return a table [V, D], or a head [D, V], with rows of new tokens: means of the rows that `sources`
+    names, of all rows for none and for padding.
+    """
+
+    def make(_: tuple[int, ...]) -> np.ndarray:
+        old = leaf.make(()).astype(np.float32)
+        old = old.T if is_head else old
+        mean = old.mean(0, dtype=np.float64)
+        new = np.empty((vocab, old.shape[1]), np.float32)
+        new[: len(old)], new[len(old) :] = old, mean
+        for number, pieces in sources.items():
+            new[number] = old[list(pieces)].mean(0, dtype=np.float64) if pieces else mean
+        return (new.T if is_head else new).astype(leaf.dtype)
+
+    width = leaf.shape[0] if is_head else leaf.shape[1]
+    return LazyTensor((width, vocab) if is_head else (vocab, width), leaf.dtype, make)
+
+
+def untrained_tokens(ref: str) -> dict[str, int]:
+    """Return the ids of new tokens whose rows are still to be trained, by token; {} for most models."""
+    path = Path(ref) / UNTRAINED
+    return read_model_json(path).get("tokens", {}) if path.is_file() else {}
+
+
+def extension_notes(ref: str) -> list[str]:
+    """Return lines for the start of a run about tokens that may be untrained; [] for most models."""
+    path = Path(ref) / UNTRAINED
+    return read_model_json(path).get("notes", []) if path.is_file() else []
+
+
+def mark_untrained(folder: Path, ids: Mapping[str, int], notes: Sequence[str] = ()) -> None:
+    """Note in a model's folder which tokens have rows that are still to be trained; ids: by token. notes:
+    lines about tokens that may be untrained, for the start of runs.
+    """
+    if ids or notes:
+        write_model_json(
+            folder / UNTRAINED, {"tokens": dict(ids), **({"notes": list(notes)} if notes else {})}
+        )
+
+
+def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:
+    """Return adapter settings that train the rows of a model's new tokens too."""
+    ids = tuple(untrained_tokens(ref).values())
+    return replace(adapter, trainable_token_indices=ids) if ids else adapter
+
+
+def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable: Collection[str]) -> None:
+    """Raise ValueError if a run leaves rows of new tokens untrained, in the table or in the head.
+
+    trainable: paths of the whole tree.
+    """
+    new = untrained_tokens(ref)
+    if not new:
+        return
+    rows = adapter is not None and set(new.values()) <= set(adapter.trainable_token_indices)
+    for path in ("embed", *(["head"] if model.generates else [])):
+        tied = path == "head" and "head" not in model.specs
+        ways = {f"base/{path}", f"adapter/{path}/weight", f"adapter/{path}/a"}
+        ways |= {"base/embed"} if tied else set()
+        by_rows = rows and f"adapter/{'embed' if tied else path}/rows" in trainable
+        if not by_rows and not ways & set(trainable):
+            ids = ",".join(map(str, new.values()))
+            raise ValueError(
+                f"{ref}: its new tokens {', '.join(new)} have untrained rows in the "
+                f"{'head' if path == 'head' else 'embedding table'}, which this run does not train; set "
+                f"adapter.trainable_token_indices={ids}, or adapter.modules_to_save=embed_tokens"
+                f"{',lm_head' if model.generates else ''}"
+            )

@@ -1,0 +1,181 @@
+"""Merge a base and an adapter into one model's weights, one tensor at a time as it is written."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxft import tree
+from jaxft.models.model import Model
+from jaxft.nn.adapters import dora, full_modules, lora
+from jaxft.nn.quant.quant import is_qtensor
+from jaxft.tree import Params
+from jaxft.weights.model_files import Index, full_index
+from jaxft.weights.param_reader import ParamReader, read_whole
+from jaxft.weights.tensors import Tensor, layer_on_host
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A parameter whose part at an index along its leading axes `make(index)` computes, all of it for ()."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[tuple[int, ...]], np.ndarray]
+
+    def __getitem__(self, index: int | tuple[int, ...]) -> np.ndarray:
+        return self.make(index if isinstance(index, tuple) else (index,))
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self.make(())
+
+    def map(self, dtype: DTypeLike, fn: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
+        """Return the parameter of which `fn` computes each part, in `dtype`."""
+        return LazyTensor(self.shape, np.dtype(dtype), lambda index: fn(self.make(index)))
+
+    def astype(self, dtype: DTypeLike) -> "LazyTensor":
+        """Return the parameter in another dtype."""
+        return self.map(dtype, lambda x: x.astype(dtype, copy=False))
+
+
+class RoundingError:
+    """The accumulated rounding error of the weights that were made so far."""
+
+    def __init__(self) -> None:
+        self._error, self._total = 0.0, 0.0
+
+    @property
+    def fraction(self) -> float:
+        """Root mean square of the error over that of the weights."""
+        return (self._error / self._total) ** 0.5 if self._total else 0.0
+
+    def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
+        """Add the rounding error of a weight and its rounded value."""
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the writer
+            self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
+            self._total += float(np.square(exact, dtype=np.float64).sum())
+
+    def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
+        """Return the parameter in `dtype`; its error is added when it is made."""
+
+        def rounded(exact: np.ndarray) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                value = exact.astype(dtype)
+            self.add(exact, value.astype(exact.dtype))
+            return value
+
+        return leaf.map(dtype, rounded)
+
+
+def merge_files(
+    readers: Mapping[str, ParamReader],
+    model: Model,
+    adapter: Params | None,
+    dtype: DTypeLike,
+    token_ids: tuple[int, ...] = (),
+) -> Params:
+    """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
+
+    token_ids: the tokens of replaced rows. A tied head becomes a head of its own where the adapter changes
+    it, or the table alone.
+    """
+    merged = tree.paths(merge_params(lazy_params(readers), adapter, dtype, token_ids))
+    paths = [path for path in merged if path != "head" or model.generates]
+    return tree.nested({path: merged[path].astype(dtype) for path in paths})
+
+
+def lazy_params(readers: Mapping[str, ParamReader]) -> Params:
+    """Return the parameters in a model's files, each read when it is needed, in the readers' dtypes."""
+    return tree.nested({path: _read_lazily(reader) for path, reader in readers.items()})
+
+
+def _read_lazily(reader: ParamReader) -> LazyTensor:
+    tensors = {tensor.index: tensor for tensor in reader.tensors}
+
+    def make(index: tuple[int, ...]) -> np.ndarray:
+        return reader.read(tensors[index]) if index in tensors else read_whole(reader)[index]
+
+    return LazyTensor(reader.shape, reader.dtype, make).astype(reader.dtype)
+
+
+def merge_on_read(
+    readers: Mapping[str, ParamReader], model: Model, adapter: Params, token_ids: tuple[int, ...] = ()
+) -> dict[str, ParamReader]:
+    """Return the readers with an adapter merged into the weights, in float32, as they are read.
+
+    Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files have not.
+    """
+    nodes, out = lora.pairs_by_path(adapter), dict(readers)
+    if full_modules.unties(nodes) and "head" not in readers and model.generates:
+        where = readers["embed"].files.where
+        raise ValueError(
+            f"{where}: an adapter of the head or the embeddings, which are tied, cannot be merged while they "
+            "are read; write the merged model with scripts/export.py and use it as model="
+        )
+    for path, node in nodes.items():
+        changed = partial(_merged_part, readers[path], node, token_ids)
+        out[path] = replace(readers[path], dtype=np.dtype(np.float32), layout=None, changed=changed)
+    return out
+
+
+def _merged_part(
+    reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
+) -> np.ndarray:
+    """Return the part of a tensor's values at `index` with what an adapter has there."""
+    if "magnitude" in node and index:  # norms are over all inputs
+        return _merged_part(reader, node, token_ids, tensor)[index]
+    index = full_index(index, tensor.values)
+
+    def leaf(name: str, *part: Any) -> np.ndarray:
+        return layer_on_host(node[name], tensor.index)[part].astype(np.float32)
+
+    if "weight" in node:
+        return leaf("weight", *index)
+    value: Any = reader.read(tensor, index).astype(np.float32)
+    if "rows" in node:
+        (tokens, dims), table, rows = tensor.in_file(index), tensor.turned(value), leaf("rows")
+        for number, token in enumerate(token_ids):
+            if tokens.start <= token < tokens.stop:
+                table[token - tokens.start] = rows[number][dims]
+        return value
+    *lead, ins, outs = index
+    a, b = leaf("a", *lead, ins), leaf("b", *lead, slice(None), outs)
+    value = value + (a * leaf("scale", *lead, None, None)) @ b
+    if "magnitude" in node:
+        return np.asarray(dora.rescaled(jnp.asarray(value), jnp.asarray(leaf("magnitude"))))
+    return value
+
+
+def merge_params(
+    base: Params, adapter: Params | None, dtype: DTypeLike, token_ids: tuple[int, ...] = ()
+) -> Params:
+    """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
+
+    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. A
+    tied head becomes a head of its own where the adapter changes it, or the table alone.
+    """
+    leaves, nodes = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
+    merged = dict(leaves)
+    for path, node in nodes.items():
+        if path in leaves:
+            merged[path] = _merged(path, leaves[path], node, dtype, token_ids)
+    if full_modules.unties(nodes) and "head" not in leaves:
+        table, of_table = leaves["embed"], nodes.get("embed", {})
+        head = LazyTensor(table.shape[::-1], np.dtype(table.dtype), lambda _: layer_on_host(table).T)
+        head = _merged("head", head, of_table, np.float32, token_ids) if "rows" in of_table else head
+        own = nodes.get("head")
+        merged["head"] = _merged("head", head, own, dtype, token_ids) if own else head.astype(dtype)
+    return tree.nested(merged)
+
+
+def _merged(path: str, leaf: Any, node: Params, dtype: DTypeLike, token_ids: tuple[int, ...]) -> LazyTensor:
+    def make(index: tuple[int, ...]) -> np.ndarray:
+        weight = layer_on_host(leaf, index)
+        of_part = {name: layer_on_host(x, index) for name, x in node.items()}
+        return np.asarray(lora.merge_node(path, weight, of_part, dtype, token_ids))
+
+    return LazyTensor(leaf.shape, np.dtype(dtype), make)

@@ -1,0 +1,171 @@
+"""The supported architectures of GGUF files: names of their tensors, and how llama.cpp stores these.
+
+Sources are llama.cpp's converter (convert_hf_to_gguf.py and its folder conversion/), its src/llama-model.cpp
+and src/models/.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxft.weights.gguf.gguf_header import GgufHeader
+
+NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+PROJECTIONS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+NORMS_BEFORE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+NORMS_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+NORMS_AROUND = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **NORMS_AFTER}
+FUSED = {  # Phi-3's q, k, v and gate, up are one tensor each, in this order, as in its Hugging Face files
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How GGUF files store the tensors of one architecture.
+
+    model_type, model_class: the model's in Hugging Face files. modules: a layer's modules, GGUF name to
+    Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over neighbouring
+    dimensions (LlamaModel.permute of the converter). norms_plus_one: whether 1 is added to the weights of all
+    norms, as for Gemma, which multiplies by 1 + weight where llama.cpp multiplies by the weight. biases:
+    modules that have a bias.
+    """
+
+    model_type: str
+    model_class: str
+    modules: dict[str, str]
+    interleaved: bool = False
+    norms_plus_one: bool = False
+    biases: frozenset[str] = field(default_factory=frozenset)
+
+
+LLAMA_MODULES = {**PROJECTIONS, **NORMS_BEFORE}
+QWEN2_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", LLAMA_MODULES, interleaved=True),
+    "mistral3": Architecture("mistral", "MistralForCausalLM", LLAMA_MODULES, interleaved=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", LLAMA_MODULES, biases=QWEN2_BIASES),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**LLAMA_MODULES, **QK_NORMS}),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", LLAMA_MODULES, norms_plus_one=True),
+    "gemma2": Architecture(
+        "gemma2", "Gemma2ForCausalLM", {**PROJECTIONS, **NORMS_AROUND}, norms_plus_one=True
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {**PROJECTIONS, **NORMS_AROUND, **QK_NORMS},
+        norms_plus_one=True,
+    ),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", {**FUSED, **NORMS_BEFORE}),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA_MODULES, interleaved=True),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", {**PROJECTIONS, **NORMS_AFTER, **QK_NORMS}),
+    "granite": Architecture("granite", "GraniteForCausalLM", LLAMA_MODULES, interleaved=True),
+}
+
+
+def architecture_of(header: GgufHeader) -> Architecture:
+    """Return the architecture of a file. Raises ValueError if it is not supported or has experts."""
+    name = header.architecture
+    experts = header.optional(f"{name}.expert_count", 0)
+    if name not in ARCHITECTURES or experts:
+        what = f"{name[:60]!r}" + (f" with {experts} experts" if experts else "")
+        raise ValueError(
+            f"{header.path}: GGUF architecture {what} is not supported; supported ones: "
+            "python scripts/help.py models"
+        )
+    return ARCHITECTURES[name]
+
+
+def hf_name(architecture: Architecture, name: str) -> str:
+    """Return the Hugging Face name of a tensor. A tensor that the architecture does not have keeps its name,
+    and loading reports it.
+    """
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match is None:
+        return NAMES.get(name, name)
+    layer, module, kind = match.groups()
+    if module not in architecture.modules or (kind == "bias" and module not in architecture.biases):
+        return name
+    return f"model.layers.{layer}.{architecture.modules[module]}.{kind}"
+
+
+def gguf_name(architecture: str, name: str) -> str:
+    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
+    architecture does not have.
+    """
+    spec = ARCHITECTURES[architecture]
+    plain = {hf: gguf for gguf, hf in NAMES.items()}
+    if name in plain:
+        return plain[name]
+    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
+    layer, _, module = module.partition(".")
+    modules = {hf: gguf for gguf, hf in spec.modules.items()}
+    if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
+        raise ValueError(
+            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
+            "Write a Hugging Face folder, without --gguf"
+        )
+    return f"blk.{layer}.{modules[module]}.{kind}"
+
+
+class StoredAs(NamedTuple):
+    """The changes that llama.cpp makes to a tensor's values. heads: by which it orders the rows of q or k
+    (see gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    """
+
+    heads: int | None
+    plus_one: bool
+
+
+def stored_as(architecture: Architecture, name: str, heads: int, kv_heads: int) -> StoredAs:
+    """Return how the values of a tensor are stored. name: Hugging Face's. heads, kv_heads: of the model."""
+    ordered = {"q_proj": heads, "k_proj": kv_heads} if architecture.interleaved else {}
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return StoredAs(ordered.get(module), architecture.norms_plus_one and name.endswith("norm.weight"))
+
+
+def head_count(header: GgufHeader) -> int:
+    """Return the number of query heads."""
+    return _count_in_all_layers(header, "attention.head_count")
+
+
+def kv_head_count(header: GgufHeader) -> int:
+    """Return the number of key and value heads."""
+    stated = header.key("attention.head_count_kv") in header.metadata
+    return _count_in_all_layers(header, "attention.head_count_kv") if stated else head_count(header)
+
+
+def _count_in_all_layers(header: GgufHeader, name: str) -> int:
+    """Return a number of heads. Some files repeat it for every layer."""
+    key = header.key(name)
+    if isinstance(header.metadata.get(key), list):
+        counts = header.array(key, int) or []
+        if len(set(counts)) != 1:
+            raise ValueError(
+                f"{header.path}: metadata {key} must be the same for all layers, got {counts[:8]}"
+            )
+        count = counts[0]
+    else:
+        count = header.required(key, int)
+    if count < 1:
+        raise ValueError(f"{header.path}: metadata {key} must be above 0, got {count}")
+    return count

@@ -1,0 +1,376 @@
+"""Quantise matrices to GGUF's block types.
+
+Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 have the bytes of llama.cpp's reference (ggml-quants.c): rounded from a
+block's largest value, or from its limits. The scales of the K types, and of the others with importances, are
+fitted by weighted least squares.
+
+As llama.cpp's quantisers do, the codes of a sub-block come from several trial scales, each with the scale and
+the minimum that fit its codes best, and the trial with the smallest weighted error is taken. The weights of
+errors are importances times sqrt(2 mean(x^2) + x^2), for Q6_K importances alone; without importances they are
+sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a minimum, jaxft then fits the
+scale and the minimum to the codes that they round to, REFITS times, and Q4_K and Q5_K choose the 6-bit scale
+and minimum of a sub-block by its error, for errors below llama.cpp's.
+Compiled with jax for blocks of a fixed number, so it runs on the default device.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxft.weights import finite
+from jaxft.weights.gguf.gguf_header import FLOAT_TYPES
+from jaxft.weights.hf.safetensors import WRITE_ADVICE
+
+QUANTIZED_AT_A_TIME = 2**22  # values that are quantised at a time
+LARGEST_HALF = 65504.0  # of float16, the type of scales
+_BLOCK = 32
+CHUNKS = (2**20, 2**16)  # values of a compiled program: the large size, and that of small tensors
+SUPER = 256  # values of a block of a K type
+REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that they round to
+
+
+def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """Return a tensor [rows, inputs], or a vector in a type without blocks, as the bytes of a GGUF type.
+
+    importance: of each input, by which rounding errors are weighted; types without blocks and Q8_0 take none.
+    Raises ValueError for values that are not finite or too large.
+    """
+    finite.require_finite(values, WRITE_ADVICE)
+    if kind in FLOAT_TYPES:
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(values.astype(FLOAT_TYPES[kind]))
+        if not finite.is_finite(cast):
+            raise ValueError(
+                f"some values are too large for {kind}; use --gguf BF16, F32 or a quantised type"
+            )
+        return cast.view(np.uint8)
+    if np.abs(values).max(initial=0) > LARGEST_HALF:
+        raise ValueError(f"some values are too large for {kind}; use --gguf BF16 or F32")
+    if kind not in QUANTIZERS or (importance is not None and kind != "Q8_0"):
+        return fitted_bytes(values, importance, kind)
+    quantize, rows = QUANTIZERS[kind], max(1, QUANTIZED_AT_A_TIME // values.shape[-1])
+    parts = [
+        quantize(np.asarray(values[at : at + rows], np.float32).reshape(-1, _BLOCK))
+        for at in range(0, len(values), rows)
+    ]
+    return np.concatenate(parts) if parts else np.empty((0,), np.uint8)
+
+
+def _q8_0(x: np.ndarray) -> np.ndarray:
+    """32 numbers of 8 bits and a float16 scale."""
+    scale = np.abs(x).max(-1) / np.float32(127)
+    scaled = x * _inverse(scale)
+    codes = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled)  # halves away from zero
+    return np.concatenate([half_bytes(scale), codes.astype(np.int8).view(np.uint8)], -1)
+
+
+def _symmetric(x: np.ndarray, zero: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
+    """Numbers less `zero`, and a scale: the value that is furthest from zero is -zero times the scale."""
+    furthest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)[:, 0]
+    scale = furthest / np.float32(-zero)
+    return pack(_codes(x * _inverse(scale) + np.float32(zero + 0.5), 2 * zero - 1), scale)
+
+
+def _with_minimum(x: np.ndarray, levels: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
+    """Numbers from 0 to `levels`, a scale and the minimum."""
+    low = x.min(-1)
+    scale = (x.max(-1) - low) / np.float32(levels)
+    return pack(_codes((x - low[:, None]) * _inverse(scale) + np.float32(0.5), levels), scale, low)
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        inverse = np.float32(1) / scale[:, None]
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def _codes(shifted: np.ndarray, most: int) -> np.ndarray:
+    return np.clip(np.trunc(shifted), 0, most).astype(np.uint8)[:, None]
+
+
+# Fitted blocks
+
+
+class Trials(NamedTuple):
+    """Trial scales: for codes up to `start` + levels, `start` + `step` + levels, and so on."""
+
+    start: float
+    step: float
+    number: int
+
+
+@dataclass(frozen=True)
+class FittedType:
+    """How a type is fitted. blocks: values of a block and of a sub-block. levels: the largest code; of types
+    without a minimum, codes run from -levels to levels - 1. trials: without and with importances.
+    """
+
+    blocks: tuple[int, int]
+    levels: int
+    offset: bool
+    trials: tuple[Trials, Trials]
+    pack: Callable[..., np.ndarray]
+
+
+def fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
+    """Return a matrix [rows, inputs] as the bytes of a type of FITTED.
+
+    importance: of each input, such as its mean square in calibration rows; None: all inputs alike.
+    """
+    spec = FITTED[kind]
+    block, sub = spec.blocks
+    large, small = CHUNKS
+    chunk = large if values.size >= large else small
+    fit = _fit_offset if spec.offset else _fit_symmetric
+    trials = spec.trials[importance is not None]
+    parts = []
+    for x, weights, count in _chunks(values, importance, chunk // block, block):
+        shape = (len(x), block // sub, sub)
+        arrays = fit(
+            x.reshape(shape),
+            None if weights is None else weights.reshape(shape),
+            spec.levels,
+            trials,
+            block == SUPER,
+        )
+        parts.append(spec.pack(*(np.asarray(array)[:count] for array in arrays)))
+    return np.concatenate(parts)
+
+
+def _chunks(
+    values: np.ndarray, importance: np.ndarray | None, count: int, block: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+    """Yield (blocks [count, block], their importances or None, how many of them are values)."""
+    blocks = values.reshape(-1, block)
+    per_row = values.shape[-1] // block
+    of_row = None
+    if importance is not None:  # about 1, so that products of their sums stay normal numbers
+        wide = importance.astype(np.float64)
+        of_row = (wide / (wide.mean() or 1.0)).astype(np.float32).reshape(per_row, block)
+    for at in range(0, len(blocks), count):
+        x = np.asarray(blocks[at : at + count], np.float32)
+        used = len(x)
+        x = np.concatenate([x, np.zeros((count - used, block), np.float32)]) if used < count else x
+        weights = None if of_row is None else of_row[np.arange(at, at + count) % per_row]
+        yield x, weights, used
+
+
+def _weights(x: Float[Array, "N S E"], importance: Float[Array, "N S E"] | None) -> Float[Array, "N S E"]:
+    square = jnp.square(x)
+    if importance is None:
+        return jnp.sqrt(square.mean(-1, keepdims=True)) + jnp.abs(x)
+    return importance * jnp.sqrt(2 * square.mean((-2, -1), keepdims=True) + square)
+
+
+def _safe(x: Array) -> Array:
+    """Return the inverse, 0 for 0."""
+    return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
+
+
+@partial(jax.jit, static_argnames=("levels", "trials", "nested"))
+def _fit_offset(
+    x: Float[Array, "N S E"],
+    importance: Float[Array, "N S E"] | None,
+    levels: int,
+    trials: Trials,
+    nested: bool,
+) -> tuple[Array, ...]:
+    """Fit x by scale * code + low, with low <= 0 if nested. Return codes, scales and minima, and
+    for nested the scales of those (see _nested_offset).
+    """
+    w = _weights(x, importance)
+    low = x.min(-1)
+    low = jnp.minimum(low, 0.0) if nested else low
+    span = x.max(-1) - low
+    shifted = x - low[..., None]
+    total, total_x = w.sum(-1), (w * x).sum(-1)
+
+    def fitted(codes: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        codes = jnp.clip(jnp.rint(codes), 0, levels)
+        weighted = w * codes
+        one, two, mixed = weighted.sum(-1), (weighted * codes).sum(-1), (weighted * x).sum(-1)
+        inverse = _safe(total * two - one * one)
+        scale, base = (total * mixed - total_x * one) * inverse, (two * total_x - one * mixed) * inverse
+        if nested:
+            scale = jnp.where(base > 0, mixed * _safe(two), scale)
+            base = jnp.minimum(base, 0.0)
+        error = (w * jnp.square(scale[..., None] * codes + base[..., None] - x)).sum(-1)
+        better = (error < best[2]) & (inverse > 0) & (scale > 0)
+        return jax.tree.map(partial(jnp.where, better), (scale, base, error), best)
+
+    def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top = levels + trials.start + trials.step * i.astype(jnp.float32)
+        return fitted(shifted * (top * _safe(span))[..., None], best)
+
+    def refit(_: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return fitted((x - best[1][..., None]) * _safe(best[0])[..., None], best)
+
+    best = (span / levels, low, jnp.full_like(span, jnp.inf))
+    best = jax.lax.fori_loop(0, trials.number, trial, best)
+    scale, base, _ = jax.lax.fori_loop(0, REFITS, refit, best)
+    if nested:
+        return _nested_offset(x, w, scale, base, levels)
+    half = (scale.astype(jnp.float16), base.astype(jnp.float16))
+    step, base = (a.astype(jnp.float32) for a in half)
+    codes = jnp.clip(jnp.rint((x - base[..., None]) * _safe(step)[..., None]), 0, levels)
+    return (codes.astype(jnp.uint8), *half)
+
+
+def _nested_offset(x: Array, w: Array, scale: Array, base: Array, levels: int) -> tuple[Array, ...]:
+    """Store scales and minima of the sub-blocks as 6-bit multiples of a float16 per block: of the nearest
+    multiples and their neighbours, those with the smallest error. Return codes, 6-bit scales and minima, and
+    the two float16.
+    """
+
+    def six_bits(numbers: Array) -> tuple[Array, Array, Array]:
+        unit = (numbers.max(-1) / 63).astype(jnp.float16)
+        wide = unit.astype(jnp.float32)[..., None]
+        return jnp.clip(jnp.rint(numbers * _safe(wide)), 0, 63), unit, wide
+
+    (near, unit, wide), (near_low, low_unit, wide_low) = six_bits(scale), six_bits(-base)
+
+    def rounded(scales: Array, lows: Array) -> tuple[Array, Array]:
+        step, shift = (wide * scales)[..., None], (wide_low * lows)[..., None]
+        codes = jnp.clip(jnp.rint((x + shift) * _safe(step)), 0, levels)
+        return codes, (w * jnp.square(step * codes - shift - x)).sum(-1)
+
+    def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        scales, lows = (jnp.clip(n + move, 0, 63) for n, move in ((near, i // 3 - 1), (near_low, i % 3 - 1)))
+        _, error = rounded(scales, lows)
+        return jax.tree.map(partial(jnp.where, error < best[2]), (scales, lows, error), best)
+
+    start = (near, near_low, rounded(near, near_low)[1])
+    scales, lows, _ = jax.lax.fori_loop(0, 9, trial, start)
+    codes, _ = rounded(scales, lows)
+    return codes.astype(jnp.uint8), scales.astype(jnp.uint8), lows.astype(jnp.uint8), unit, low_unit
+
+
+@partial(jax.jit, static_argnames=("levels", "trials", "nested"))
+def _fit_symmetric(
+    x: Float[Array, "N S E"],
+    importance: Float[Array, "N S E"] | None,
+    levels: int,
+    trials: Trials,
+    nested: bool,
+) -> tuple[Array, ...]:
+    """Fit x by scale * code, codes from -levels to levels - 1. Return codes + levels, 8-bit scales if nested,
+    and the float16 scale of a block.
+    """
+    w = jnp.square(x) if importance is None else importance if nested else _weights(x, importance)
+    index = jnp.abs(x).argmax(-1, keepdims=True)
+    largest = jnp.take_along_axis(x, index, -1)[..., 0]
+
+    def trial(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        top = levels + trials.start + trials.step * i.astype(jnp.float32)
+        codes = jnp.clip(jnp.rint(x * (-top * _safe(largest))[..., None]), -levels, levels - 1)
+        weighted = w * codes
+        two, mixed = (weighted * codes).sum(-1), (weighted * x).sum(-1)
+        scale = mixed * _safe(two)
+        gain = mixed * scale  # how much smaller the error is than that of zeros
+        better = gain > best[1]
+        return jnp.where(better, scale, best[0]), jnp.where(better, gain, best[1])
+
+    scale, _ = jax.lax.fori_loop(0, trials.number, trial, (-largest / levels, jnp.zeros_like(largest)))
+    if nested:
+        index = jnp.abs(scale).argmax(-1, keepdims=True)
+        unit = (jnp.take_along_axis(scale, index, -1)[..., 0] / -128).astype(jnp.float16)
+        wide = unit.astype(jnp.float32)[..., None]
+        scales = jnp.clip(jnp.rint(scale * _safe(wide)), -128, 127)
+        step, stored = wide * scales, [scales.astype(jnp.int8), unit]
+    else:
+        half = scale.astype(jnp.float16)
+        step, stored = half.astype(jnp.float32), [half]
+    codes = jnp.clip(jnp.rint(x * _safe(step)[..., None]), -levels, levels - 1)
+    return ((codes + levels).astype(jnp.uint8), *stored)
+
+
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """Pack 4-bit numbers [..., 2n]: the first half in the low bits, the second half in the high ones."""
+    half = codes.shape[-1] // 2
+    return codes[..., :half] | codes[..., half:] << np.uint8(4)
+
+
+def half_bytes(x: np.ndarray) -> np.ndarray:
+    """Return the bytes of float16 numbers [N, n], or [N], as [N, 2n]."""
+    return np.ascontiguousarray(x.astype(np.float16)).reshape(len(x), -1).view(np.uint8)
+
+
+def pack_4_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+    """Return blocks of 32 codes [N, 1, 32] and their float16 scales, and minima, [N, 1] as bytes."""
+    return np.concatenate([*map(half_bytes, scales), nibbles(codes[:, 0])], -1)
+
+
+def pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+    """The same with the fifth bits of the codes apart, the first one lowest."""
+    high = np.packbits(codes[:, 0] >> np.uint8(4), axis=-1, bitorder="little")
+    return np.concatenate([*map(half_bytes, scales), high, nibbles(codes[:, 0] & np.uint8(15))], -1)
+
+
+def _pack_scales(scales: np.ndarray, lows: np.ndarray) -> np.ndarray:
+    """Pack 8 scales and 8 minima of 6 bits into 12 bytes: those of the first four sub-blocks in the low bits
+    of 4 bytes each, the low four bits of the others in the last 4, their high bits above the first ones.
+    """
+    top = np.uint8(6)
+    first, second = scales[:, :4], scales[:, 4:]
+    low_first, low_second = lows[:, :4], lows[:, 4:]
+    return np.concatenate(
+        [
+            first | second >> np.uint8(4) << top,
+            low_first | low_second >> np.uint8(4) << top,
+            second & np.uint8(15) | low_second << np.uint8(4),
+        ],
+        -1,
+    )
+
+
+def _pack_q4_k(
+    codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, unit: np.ndarray, low: np.ndarray
+) -> np.ndarray:
+    pairs = nibbles(codes.reshape(len(codes), 4, 64)).reshape(len(codes), -1)
+    return np.concatenate([half_bytes(unit), half_bytes(low), _pack_scales(scales, lows), pairs], -1)
+
+
+def _pack_q5_k(
+    codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, unit: np.ndarray, low: np.ndarray
+) -> np.ndarray:
+    head = _pack_q4_k(codes & np.uint8(15), scales, lows, unit, low)
+    bits = np.packbits(codes >> np.uint8(4), axis=1, bitorder="little")[:, 0]  # bit s is of sub-block s
+    return np.concatenate([head[:, :16], bits, head[:, 16:]], -1)
+
+
+def _pack_q6_k(codes: np.ndarray, scales: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    halves = codes.reshape(len(codes), 2, 128)
+    low = nibbles(halves & np.uint8(15)).reshape(len(codes), -1)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    quarters = (halves >> np.uint8(4)).reshape(len(codes), 2, 4, 32) << shifts
+    high = np.bitwise_or.reduce(quarters, axis=2).reshape(len(codes), -1)
+    return np.concatenate([low, high, scales.view(np.uint8), half_bytes(unit)], -1)
+
+
+_AROUND = Trials(-0.9, 0.1, 19)
+_WIDE = Trials(-0.9, 0.05, 37)
+FITTED = {
+    "Q4_K": FittedType((SUPER, 32), 15, True, (Trials(-1.0, 0.1, 21), _WIDE), _pack_q4_k),
+    "Q5_K": FittedType((SUPER, 32), 31, True, (Trials(-0.5, 0.1, 16), _WIDE), _pack_q5_k),
+    "Q6_K": FittedType((SUPER, 16), 32, False, (_AROUND, _AROUND), _pack_q6_k),
+    "Q4_0": FittedType((32, 32), 8, False, (_AROUND, _AROUND), pack_4_bits),
+    "Q5_0": FittedType((32, 32), 16, False, (_AROUND, _AROUND), pack_5_bits),
+    "Q4_1": FittedType((32, 32), 15, True, (_WIDE, _WIDE), pack_4_bits),
+    "Q5_1": FittedType((32, 32), 31, True, (_WIDE, _WIDE), pack_5_bits),
+}
+
+
+QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Q8_0": _q8_0,
+    "Q4_0": partial(_symmetric, zero=8, pack=pack_4_bits),
+    "Q5_0": partial(_symmetric, zero=16, pack=pack_5_bits),
+    "Q4_1": partial(_with_minimum, levels=15, pack=pack_4_bits),
+    "Q5_1": partial(_with_minimum, levels=31, pack=pack_5_bits),
+}
+WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}

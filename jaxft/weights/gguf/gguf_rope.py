@@ -1,0 +1,231 @@
+"""Rope settings in a GGUF file's metadata and tensors, read as the rope_scaling of a config.json.
+
+Keys and defaults are those of llama.cpp (src/llama-model.cpp, src/llama-context.cpp).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxft.weights.gguf.gguf import read_dequantised
+from jaxft.weights.gguf.gguf_header import FLOAT_TYPES, GgufHeader
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+YARN_NUMBERS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # by config.json's names
+YARN_KEYS = {*YARN_NUMBERS, "yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"}
+ROPE_METADATA = {
+    "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "rope.scaling.attn_factor", *(f"rope.scaling.{key}" for key in YARN_KEYS),
+}  # fmt: skip
+
+
+def shortest(value: float) -> float:
+    """Return the shortest decimal that rounds to this float32: 1e-5, not 9.999999747378752e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
+
+
+def rope_theta(header: GgufHeader, name: str = "rope.freq_base", default: float = 10000.0) -> float:
+    """Return the base of rope's frequencies."""
+    return shortest(header.optional(header.key(name), default))
+
+
+def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
+    """Return theta and scaling as an object rope_parameters of transformers 5."""
+    scaling = rope_scaling(header, rotated) or {"rope_type": "default"}
+    return {**scaling, "rope_theta": rope_theta(header)}
+
+
+def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
+    """Return the rope_scaling of a config.json; None without scaling. rotated: the rotated dimensions of a
+    head.
+
+    Raises ValueError if metadata and tables contradict each other, or if no rope_scaling can express them.
+    """
+    kind_key = header.key("rope.scaling.type")
+    kind = header.optional(kind_key, "linear")  # llama.cpp's default
+    if LONG in header.tensors or SHORT in header.tensors:
+        kind = "longrope" if kind_key not in header.metadata else kind  # Phi-3's files lack that key
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ValueError(
+            f"{header.path}: rope scaling {kind[:60]!r} is not supported; jaxft reads none, linear, yarn, "
+            "longrope and Llama 3's scaling"
+        )
+    _check_keys(header, kind)
+    if kind == "yarn":
+        return _yarn_scaling(header)
+    if kind == "longrope":
+        return _longrope_scaling(header, rotated)
+    factor, has_table = _linear_factor(header), FREQUENCIES in header.tensors
+    if factor != 1.0 and (kind == "none" or has_table):
+        other = FREQUENCIES if has_table else f"{kind_key}=none"
+        raise ValueError(
+            f"{header.path}: rope has the linear factor {factor} and {other}, which contradict each other; "
+            "use the model's Hugging Face folder"
+        )
+    if has_table:
+        return _llama3_scaling(header, rotated)
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _check_keys(header: GgufHeader, kind: str) -> None:
+    """Raise ValueError if a table or metadata belongs to another type of scaling than the file's."""
+    tables = {FREQUENCIES: {"none", "linear"}, LONG: {"longrope"}, SHORT: {"longrope"}}
+    numbers = {f"rope.scaling.{name}": {"yarn"} for name in YARN_KEYS}
+    numbers["rope.scaling.attn_factor"] = {"yarn", "longrope"}
+    stated = [name for name in tables if name in header.tensors and kind not in tables[name]]
+    for name, kinds in numbers.items():
+        value = header.optional(header.key(name), 1.0)
+        neutral = (1.0, -1.0, 0.0) if name.endswith("yarn_ext_factor") else (1.0,)
+        stated += [f"metadata {header.key(name)}"] if kind not in kinds and value not in neutral else []
+    if stated:
+        raise ValueError(
+            f"{header.path}: {stated[0]} does not belong to rope scaling {kind!r}, which the file has; use "
+            "the model's Hugging Face folder"
+        )
+
+
+def _linear_factor(header: GgufHeader) -> float:
+    """Return the divisor of positions. Files from before September 2023 have it as rope.scale_linear. 0 means
+    1, as in llama.cpp.
+    """
+    keys = (header.key("rope.scaling.factor"), header.key("rope.scale_linear"))
+    given = {key: header.required(key, float) or 1.0 for key in keys if key in header.metadata}
+    if len(set(given.values())) > 1:
+        stated = " and ".join(f"{key}={value}" for key, value in given.items())
+        raise ValueError(
+            f"{header.path}: metadata {stated} contradict each other; use the model's Hugging Face folder"
+        )
+    return shortest(next(iter(given.values()), 1.0))
+
+
+def _original_length(header: GgufHeader) -> int:
+    """Return the context length before scaling; by default the model's."""
+    length = header.required(header.key("context_length"), int)
+    return header.optional(header.key("rope.scaling.original_context_length"), length)
+
+
+def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
+    """Return YaRN's scaling. rope.scaling.attn_factor is a factor on the default of attention_factor,
+    0.1 log(factor) + 1. llama.cpp's converter writes config.json's attention_factor as yarn_attn_factor,
+    which llama.cpp ignores, and its mscale_all_dim as yarn_log_multiplier (conversion/base.py, mistral3.py).
+    """
+    factor = _linear_factor(header)
+    extrapolation = header.optional(header.key("rope.scaling.yarn_ext_factor"), 1.0)
+    if not math.isfinite(factor) or factor < 1 or extrapolation not in (1.0, -1.0):
+        wrong = f"factor {factor}" if extrapolation in (1.0, -1.0) else f"yarn_ext_factor {extrapolation}"
+        raise ValueError(
+            f"{header.path}: yarn rope scaling with {wrong} is not supported; use the model's Hugging Face "
+            "folder"
+        )
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": _original_length(header),
+    }
+
+    def stated(name: str) -> float | None:
+        key = header.key(f"rope.scaling.{name}")
+        return shortest(header.required(key, float)) if key in header.metadata else None
+
+    for name, hf in YARN_NUMBERS.items():
+        scaling |= {} if stated(name) is None else {hf: stated(name)}
+    names = ("attn_factor", "yarn_attn_factor", "yarn_log_multiplier")
+    extra, attention, multiplier = (stated(name) for name in names)
+    extra, multiplier = None if extra == 1.0 else extra, multiplier or None
+    given = [name for name, x in zip(names, (extra, attention, multiplier), strict=True) if x is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{header.path}: yarn rope scaling has two attention factors, {' and '.join(given)}; use the "
+            "model's Hugging Face folder"
+        )
+    if multiplier is not None:
+        return scaling | {"mscale": 1.0, "mscale_all_dim": multiplier}
+    if extra is not None:
+        attention = shortest(extra * (0.1 * math.log(factor) + 1.0))
+    return scaling | ({} if attention is None else {"attention_factor": attention})
+
+
+def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
+    """Return LongRoPE's scaling from its two tables of divisors. rope.scaling.attn_factor becomes
+    attention_factor unless it is config.json's default, sqrt(1 + log(s) / log(original length)) with
+    s = context length / original length.
+    """
+    missing = [name for name in (LONG, SHORT) if name not in header.tensors]
+    if missing:
+        raise ValueError(f"{header.path}: rope scaling 'longrope' needs tensor {missing[0]}")
+    long, short = (_table(header, name) for name in (LONG, SHORT))
+    for name, table in ((LONG, long), (SHORT, short)):
+        if len(table) != rotated // 2:
+            raise ValueError(
+                f"{header.path}: {name} has {len(table)} numbers, but rope rotates {rotated // 2} pairs of "
+                "dimensions"
+            )
+    scaling = {
+        "rope_type": "longrope",
+        "long_factor": [shortest(x) for x in long],
+        "short_factor": [shortest(x) for x in short],
+        "original_max_position_embeddings": _original_length(header),
+    }
+    length, original = header.required(header.key("context_length"), int), _original_length(header)
+    if original < 2 or length < original:
+        raise ValueError(
+            f"{header.path}: rope scaling 'longrope' from {original} to {length} tokens is not supported; "
+            "the original length must be above 1 and at most the context length"
+        )
+    default = math.sqrt(1 + math.log(length / original) / math.log(original))
+    attention = shortest(header.optional(header.key("rope.scaling.attn_factor"), 1.0))
+    if not math.isclose(attention, default, rel_tol=1e-5):
+        scaling["attention_factor"] = attention
+    return scaling
+
+
+def _table(header: GgufHeader, name: str) -> np.ndarray:
+    """Return a table of divisors in float64. Raises ValueError if they are not all positive and finite."""
+    table = header.tensors[name]
+    if table.kind not in FLOAT_TYPES or not math.prod(table.shape):
+        raise ValueError(f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}")
+    divisors = read_dequantised(table).astype(np.float64).ravel()
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ValueError(f"{header.path}: {name} must contain finite numbers above 0")
+    return divisors
+
+
+def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
+    """Return Llama 3's scaling with the original length 8192; its factor is the largest divisor. Another
+    original length is the same as other limits. Raises ValueError for a table of another form.
+    """
+    divisors, theta, original = _table(header, FREQUENCIES), rope_theta(header), 8192
+    factor = shortest(divisors.max())
+    turns = original * theta ** (-np.arange(0, rotated, 2) / rotated) / (2 * math.pi)
+    for low, high in _llama3_limits(divisors, factor, turns):
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        if np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise ValueError(
+        f"{header.path}: {FREQUENCIES} is not a table of Llama 3's rope scaling, the only supported one; use "
+        "the model's Hugging Face folder"
+    )
+
+
+def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
+    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and those of the line on which
+    the frequencies between them are. turns: of each frequency in the original length.
+    """
+    if divisors.shape != turns.shape:
+        return []
+    undivided = (factor / divisors - 1) / max(factor - 1, 1e-6)  # 0 to 1, up to low and from high on
+    between = (undivided > 1e-4) & (undivided < 1 - 1e-4)
+    if between.sum() < 2:
+        return [(1.0, 4.0)]
+    slope, offset = np.polyfit(turns[between], undivided[between], 1)
+    low, high = (float(f"{(share - offset) / slope:.6g}") if slope > 0 else 0.0 for share in (0, 1))
+    return [(1.0, 4.0), (low, high)] if 0 < low < high else [(1.0, 4.0)]

@@ -1,0 +1,203 @@
+"""Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.models.heads import SCORE
+from jaxft.models.model import Model
+from jaxft.models.text_part import TextPart, decoder_prefix, text_part, text_tensor
+from jaxft.nn.tensor_names import TIED_HEAD
+from jaxft.weights.hf.safetensors import FLOATS, open_safetensors, read_model_json
+from jaxft.weights.hub import hub
+from jaxft.weights.model_files import ModelFiles
+from jaxft.weights.quantised.formats import open_tensors
+from jaxft.weights.tensors import tensors_of
+
+HEAD = TIED_HEAD.template
+WEIGHT_INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+COMPARED_VALUES = 1 << 22  # values of a head and an embedding at a time
+QUANTISATION_SCALES = (
+    ".weight_scale", ".weight_scale_inv", ".input_scale", ".weight_scale_2", ".activation_scale"
+)  # fmt: skip
+IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias")  # buffers in old files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder: those of its index, model.safetensors, or the only one."""
+    index = folder / WEIGHT_INDEX
+    if index.is_file():
+        return _indexed_files(folder, index)
+    found = sorted(
+        p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated"))
+    )
+    if len(found) > 1:
+        found = [p for p in found if p.name == "model.safetensors"] or found
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder}: {len(found)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
+        )
+    if found:
+        return found
+    pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
+    if pickled:
+        raise ValueError(
+            f"{folder}: its weights are pickled ({pickled[0]}), which can run code, so they are not read. "
+            "Convert them where torch is installed: "
+            f"transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
+            f".save_pretrained('{folder}-safetensors')"
+        )
+    raise FileNotFoundError(
+        f"{folder}: no .safetensors file. If the model has pickled weights only (.bin, .pt), convert it "
+        "where torch is: "
+        "transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
+    )
+
+
+def _indexed_files(folder: Path, index: Path) -> list[Path]:
+    weight_map = read_model_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{index}: expected an object 'weight_map' of tensor name to file name")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index}: shard {name!r} is not a plain file name inside the folder")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name}: this shard of {index.name} is missing; download the model again"
+            )
+    return [folder / name for name in names]
+
+
+def open_folder(folder: Path) -> ModelFiles:
+    """Open the safetensors files of a folder; of a multimodal model the text decoder, under its own names."""
+    tensors = open_safetensors(folder, weight_files(folder))
+    path = folder / "config.json"
+    config = read_model_json(path) if path.is_file() else {}
+    return _text_part(open_tensors(tensors, config.get("quantization_config")), config)
+
+
+def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
+    """Return a multimodal model's text decoder by the config.json, other models as they are."""
+    if text_part(config) is None:
+        return files
+    names = decoder_tensors(files.where, files.tensors)
+    tensors = {text: files.tensors[name] for text, name in names.items()}
+    stored = set(names.values())
+    return ModelFiles(files.where, tensors, tuple(name for name in files.tensors if name not in stored))
+
+
+def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
+    """Return the stored names of a multimodal model's decoder by their names in the text-only model.
+
+    where: the folder, for messages. Raises ValueError for files without a decoder.
+    """
+    names, prefix = dict[str, str](), decoder_prefix(stored)
+    if prefix is None:
+        raise ValueError(
+            f"{where}: no tensor of the text decoder of this multimodal model, only of its other parts; is "
+            "the download complete?"
+        )
+    for name in stored:
+        text = text_tensor(name, prefix)
+        if text in names:
+            raise ValueError(f"{where}: {name} and {names[text]} are the same tensor of the decoder")
+        names |= {} if text is None else {text: name}
+    return names
+
+
+def text_part_of(ref: str) -> TextPart | None:
+    """Return the text decoder of the multimodal model `ref`; None for a text model, and for one that is not
+    on this machine.
+    """
+    path = hub.small_file(ref, "config.json")
+    return None if path is None else text_part(read_model_json(path))
+
+
+def check_tensors(files: ModelFiles, model: Model) -> None:
+    """Raise ValueError unless the files contain exactly the model's tensors, in a float dtype."""
+    if model.config.layers > len(files.tensors):  # a corrupt number would make a list of millions of names
+        raise ValueError(
+            f"{files.where}: its config has {model.config.layers} layers, but the files have only "
+            f"{len(files.tensors)} "
+            "tensors; is the download complete, and does its config.json belong to it?"
+        )
+    if SCORE.template in files.tensors and "score" not in model.weight_names:
+        raise ValueError(
+            f"{files.where}: a sequence classifier, which generates no text; use a language model"
+        )
+    expected = {t.name: t.shape for tensors in tensors_of(model).values() for t in tensors}
+    missing = [name for name in expected if name not in files.tensors]
+    if missing:
+        raise ValueError(
+            f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is "
+            f"{missing[0]}; "
+            "is the download complete, and does its config.json belong to it?"
+        )
+    allowed = {HEAD} if "head" not in model.weight_names else set()  # some files repeat a tied head
+    allowed |= {SCORE.template} if "score" in model.weight_names else set()
+    known = expected.keys() | allowed
+    extra = [name for name in files.tensors if name not in known and not name.endswith(IGNORED_TENSORS)]
+    extra = [name for name in extra if not _is_zero_bias(files, name)]
+    scales = [name for name in extra if name.endswith(QUANTISATION_SCALES)]
+    if scales:
+        raise ValueError(
+            f"{files.where}: tensor {scales[0]} is a scale of quantised weights (FP8 or so), and config.json "
+            "has no quantization_config that describes them; use the model's unquantised weights"
+        )
+    if extra:
+        raise ValueError(
+            f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "
+            f"{extra[0]}; "
+            "is it another architecture, or does it have more layers than its config.json says?"
+        )
+    if model.generates and "head" not in model.weight_names and has_other_head(files):
+        raise ValueError(
+            f"{files.where}: its head is tied to the embedding, but {HEAD} is another matrix; use this "
+            "folder itself as the model, which then has a head of its own"
+        )
+    for name, shape in expected.items():
+        stored = files.tensors[name]
+        if stored.shape != shape:
+            raise ValueError(
+                f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}"
+            )
+        if stored.dtype not in FLOATS.values():
+            raise ValueError(f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}")
+
+
+def _is_zero_bias(files: ModelFiles, name: str) -> bool:
+    """Whether a tensor is a bias that GPTQ tools write for a quantised weight that has none. Raises
+    ValueError if it is not zero.
+    """
+    stem, dot, _ = name.rpartition(".bias")
+    weight = files.tensors.get(f"{stem}.weight")
+    if not dot or weight is None or weight.quantised is None:
+        return False
+    if files.read(name).any():
+        raise ValueError(
+            f"{files.where}: {name} is not zero, but {stem} has no bias in this architecture; does its "
+            "config.json belong to it?"
+        )
+    return True
+
+
+def has_other_head(files: ModelFiles) -> bool:
+    """Whether the files have a language model head that is not the embedding, compared value by value."""
+    head, table = files.tensors.get(HEAD), files.tensors.get(EMBEDDING)
+    if head is None or table is None:
+        return False
+    if table.shape != head.shape or len(head.shape) != 2:
+        return True
+    count, rows = head.shape[0], max(1, COMPARED_VALUES // max(1, head.shape[1]))
+    parts = (slice(at, min(at + rows, count)) for at in range(0, count, rows))
+    return not all(_equal(head.read((part,)), table.read((part,))) for part in parts)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+        return True
+    return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)

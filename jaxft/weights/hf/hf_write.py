@@ -1,0 +1,322 @@
+"""Write a model as a Hugging Face folder that transformers and vLLM load, one tensor at a time."""
+
+import copy
+import math
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import tree
+from jaxft.distributed import sync
+from jaxft.models import model_types
+from jaxft.models.heads import as_checkpoint
+from jaxft.models.model import Model
+from jaxft.models.rope_config import for_transformers_4
+from jaxft.models.text_part import text_config, text_part
+from jaxft.nn.param import is_spec
+from jaxft.nn.quant.quant import QTensor, is_qtensor
+from jaxft.tree import Params
+from jaxft.weights.hf import multimodal
+from jaxft.weights.hf.hf import WEIGHT_INDEX
+from jaxft.weights.hf.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
+from jaxft.weights.hf.stop_tokens import joined_eos, tokenizer_ends
+from jaxft.weights.hf.tokenizer_files import PROCESSOR_TEMPLATE, is_unchanged, write_tokenizer
+from jaxft.weights.hub.hub import Located, locate
+from jaxft.weights.quantised.formats import quantised_tensors
+from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
+
+MAX_SHARD = 5_000_000_000  # bytes
+# In config.json: our classifiers are read at the end token, not at what a template adds after it.
+READ_AT = "reward_read_at"
+# Names of transformers' classifiers that are not the language model's with another ending.
+CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """Quantises the weights that `save_folder` writes.
+
+    layouts: the layout of each tensor [in, out] of a parameter, by path. quantize(tensor, values [in, out]):
+    returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
+    about the layout of the files. notes: lines for the user about the first weight that the layout rounds,
+    added while weights are quantised.
+    """
+
+    layouts: Mapping[str, QTensor]
+    quantize: Callable[[Tensor, np.ndarray], QTensor]
+    settings: dict[str, Any]
+    layout_name: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How the weights are stored in the folder.
+
+    max_shard: bytes of a file. quant: None for floats only. changed: paths of the parameters that are not
+    those in the files of the model that it came from; None for all. text_only: write only the text decoder
+    of a multimodal model.
+    """
+
+    max_shard: int = MAX_SHARD
+    quant: LayerQuantizer | None = None
+    changed: Collection[str] | None = None
+    text_only: bool = False
+
+
+def save_folder(
+    folder: str | Path,
+    model: Model,
+    base: Params,
+    tokenizer: Any,
+    ref: str | Located | None = None,
+    options: WriteOptions = WriteOptions(),  # noqa: B008
+) -> None:
+    """Write a merged model.
+
+    base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their own dtypes or
+    quantised. If it has a "score", the scalar head of `model`, the folder is a sequence classifier with one
+    label. tokenizer: None writes none. ref: the model that it came from, whose config.json and
+    generation_config.json are carried over; without one they are written from model.config. If it is
+    multimodal, so is the result, with copies of everything but the decoder's changed weights; a classifier,
+    quantised weights and options.text_only make a text model of it. With several processes, all call this;
+    process 0 writes, and its error is raised on all.
+    """
+    folder = Path(folder)
+    sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
+    tensors = tensors_to_write(base, model, options.quant)
+    if not options.text_only and not options.quant and "score" not in base:
+        located = locate(ref) if isinstance(ref, str) else ref
+        if located is not None and multimodal_config(located):
+            _save_multimodal(folder, model, base, tokenizer, located, options)
+            return
+    shards: list[list[TensorToWrite]] = [[]]
+    size = 0
+    for t in tensors:
+        size += t.size
+        if shards[-1] and size > options.max_shard:
+            shards.append([])
+            size = t.size
+        shards[-1].append(t)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard)
+    weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+    parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
+    totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
+
+    def write_others() -> None:
+        _write_index(folder, weight_map, totals)
+        config, generation = _source_configs(model, ref)
+        _write_configs(folder, config, generation, tokenizer, base, options.quant)
+
+    sync.exchange_first(sync.gather_texts, write_others)
+
+
+def multimodal_config(located: Located) -> dict[str, Any] | None:
+    """Return the config.json of a multimodal model, None for another model."""
+    config = read_model_json(located.path / "config.json") if located.kind == "folder" else {}
+    return config if text_part(config) else None
+
+
+def _save_multimodal(
+    folder: Path, model: Model, base: Params, tokenizer: Any, located: Located, options: WriteOptions
+) -> None:
+    """Write a multimodal model with the decoder `base`, see save_folder."""
+    leaves, source = tree.paths(base, is_qtensor), located.path
+    table = tensors_of(model, tied_head=True)
+    paths = [
+        path
+        for path, leaf in leaves.items()
+        if options.changed is None or path in options.changed or is_qtensor(leaf)
+    ]
+    names = {tensor.name for path in paths for tensor in table[path]}
+    tensors = [tensor for tensor in tensors_to_write(base, model) if tensor.name in names]
+    multimodal.write_weights(folder, source, tensors, tied="head" not in base)
+
+    def write_others() -> None:
+        multimodal.write_config(folder, source, _changed_settings(model, base, located, tensors))
+        multimodal.copy_small_files(folder, source)
+        if tokenizer is not None and not is_unchanged(tokenizer, source):
+            (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)  # processors prefer it to the new file
+            _write_tokenizer(folder, _source_configs(model, located)[1], tokenizer)
+
+    sync.exchange_first(sync.gather_texts, write_others)
+
+
+def _changed_settings(
+    model: Model, base: Params, located: Located, tensors: Collection[TensorToWrite]
+) -> dict[str, Any]:
+    """Return the settings of a multimodal model's decoder that are not those in its config.json."""
+    old, out = text_config(read_model_json(located.path / "config.json")), dict[str, Any]()
+    if model.config.vocab != old["vocab_size"]:
+        out["vocab_size"] = model.config.vocab
+    if "head" in base and "head" not in model.weight_names:
+        out["tie_word_embeddings"] = False
+    widest = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=None)
+    stated = old.get("dtype") or old.get("torch_dtype")
+    if widest is not None and stated and jnp.dtype(stated).itemsize < widest.itemsize:
+        out["dtype"] = str(widest)
+    return out
+
+
+def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
+    """Write what save_folder writes, but for the weights, of a model that comes from `ref`."""
+    config, generation = _source_configs(model, ref)
+    base = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, model.dtype), model.specs, is_leaf=is_spec
+    )
+    _write_configs(folder, config, generation, tokenizer, base, None)
+
+
+def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
+    """Write the configuration and the tokenizer of a model for the unchanged weights of the folder `ref`:
+    its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
+    """
+    if multimodal_config(ref):
+        multimodal.copy_small_files(folder, ref.path)
+    shutil.copyfile(ref.path / "config.json", folder / "config.json")
+    _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
+
+
+def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
+    """Return the tensors of a base tree under their Hugging Face names."""
+    leaves = tree.paths(base, is_qtensor)
+    table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
+    parts: dict[str, list[Tensor]] = {}  # by name: one, or those of a tensor that parameters share
+    for path in leaves:
+        for tensor in table[path]:
+            parts.setdefault(tensor.name, []).append(tensor)
+    out = []
+    for name, (tensor, *_) in parts.items():
+        fetch = partial(tensor_on_host, parts[name], leaves)
+        if quant and tensor.path in quant.layouts:
+            make, method = partial(_quantised, quant, tensor, fetch), quant.settings["quant_method"]
+            out += quantised_tensors(name, quant.layouts[tensor.path], make, method)
+            continue
+        out.append(TensorToWrite(name, np.dtype(leaves[tensor.path].dtype), tensor.shape, fetch))
+    return out
+
+
+def _quantised(quant: LayerQuantizer, tensor: Tensor, fetch: Callable[[], np.ndarray]) -> QTensor:
+    return quant.quantize(tensor, tensor.turned(fetch()))
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:
+    """Write the index of several files; remove files of an earlier model that was split otherwise."""
+    index, files = folder / WEIGHT_INDEX, set(weight_map.values())
+    for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
+        stale.unlink(missing_ok=True)
+    if len(files) > 1:
+        write_model_json(index, {"metadata": totals, "weight_map": weight_map}, sort=True)
+
+
+def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json in the source's style, without fields that no longer apply, and
+    generation_config.json, whose EOS tokens are its own and those of the config.
+
+    A pad_token_id that the model does not have, such as -1, is null: transformers refuses to load others.
+    """
+    config, generation = model_types.config_to_hf(model.config), {}
+    located = locate(ref, config_only=True) if isinstance(ref, str) else ref
+    if located is not None and located.kind == "folder":
+        config = text_config(read_model_json(located.path / "config.json"))
+        if (located.path / "generation_config.json").is_file():
+            generation = read_model_json(located.path / "generation_config.json")
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+    config["vocab_size"] = model.config.vocab
+    generation.setdefault("bos_token_id", config.get("bos_token_id"))
+    generation["eos_token_id"] = joined_eos(generation.get("eos_token_id"), model.config.eos)
+    if generation.get("pad_token_id") not in range(model.config.vocab):
+        generation.pop("pad_token_id", None)
+    if config.get("pad_token_id", 0) not in range(model.config.vocab):
+        config["pad_token_id"] = None  # not removed, since some families have a default
+    return _with_rope_of_4(config), generation
+
+
+def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with rope's settings also where transformers 4 and llama.cpp's converter look.
+
+    A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
+    """
+    new = config.get("rope_parameters")
+    if not isinstance(new, dict) or config.get("rope_scaling"):
+        return config
+    return {**config, **for_transformers_4(new, config.get("model_type", ""))}
+
+
+def _write_configs(
+    folder: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer: Any,
+    base: Params,
+    quant: LayerQuantizer | None,
+) -> None:
+    """Write config.json for what is in `base`, the tokenizer's files and generation_config.json."""
+    if "score" in base:
+        tokenizer = with_distinct_pad_token(tokenizer)
+        _make_classifier(config, tokenizer)
+    else:
+        config["tie_word_embeddings"] = "head" not in base
+    dtypes = [
+        np.dtype(leaf.dtype)
+        for path, leaf in tree.paths(base, is_qtensor).items()
+        if not quant or path not in quant.layouts
+    ]
+    if quant:
+        config["quantization_config"] = quant.settings
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(jnp.dtype(widest))
+    write_model_json(folder / "config.json", config)
+    _write_tokenizer(folder, generation, tokenizer)
+
+
+def _write_tokenizer(folder: Path, generation: dict[str, Any], tokenizer: Any) -> None:
+    """Write the tokenizer's files, and generation_config.json with its padding and EOS tokens."""
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer)
+        generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+        ends = tokenizer_ends(tokenizer)  # so that vLLM and transformers stop there too
+        generation["eos_token_id"] = joined_eos(generation["eos_token_id"], ends)
+    write_model_json(
+        folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None}
+    )
+
+
+def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
+    """Turn a language model's config into that of transformers' sequence classifier with one label."""
+    kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
+    name = kind[0].replace("ForCausalLM", "ForSequenceClassification")
+    config["architectures"] = [CLASSIFIERS.get(kind[0], name)]
+    config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, READ_AT: "end token"}
+    if tokenizer is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+
+
+def with_distinct_pad_token(tokenizer: Any) -> Any:
+    """Return the tokenizer with a padding token that ends no text.
+
+    transformers' classifier reads the last token that is not padding, and many chat models pad with their end
+    token. These get another special token, the start token only if there is no other.
+    """
+    if tokenizer is None:
+        return None
+    ends = {tokenizer.eos_token_id, None}
+    start, added = tokenizer.bos_token_id, tokenizer.added_tokens_decoder
+    special = sorted(number for number, token in added.items() if token.special and number != start)
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *special, start)
+    pad = next((number for number in candidates if number not in ends), None)
+    if pad is None or pad == tokenizer.pad_token_id:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    changed.pad_token = changed.convert_ids_to_tokens(pad)
+    return changed

