@@ -12,8 +12,9 @@ DPO-Positive, loss=dpop. The first loss is log 2 = 0.6931. After
 configs/sft.py json_match of 60 held-out messages is 0.42 to 0.63, depending on the CPU's rounding; expect it
 to rise by about 0.07, and with DPO-Positive by about 0.22.
 
-`loss` is any loss of jaxft.objectives.losses.preference_losses that has a beta, such as loss=ipo, or your own, such
-as loss=configs/examples/my_losses.py:mine. A loss that is declared reference-free runs no reference.
+`loss` is any loss of jaxft.objectives.losses.preference_losses that has a beta, such as loss=ipo, or your
+own, such as loss=configs/examples/my_losses.py:mine. A loss that is declared reference-free runs no
+reference.
 
 Hardware: 2 CPU cores, 2 GB; 2 minutes.
 """

@@ -12,7 +12,7 @@ the other, such as 17 * 23 + 58 and (17 + 23) * 58: it calls `add` or `multiply`
 again or answers. The reward is 1 for the right number in the last turn. Expect right answers to rise from one
 in twenty to more than four in five in 14 steps of 4 x 8 episodes (configs/README.md has the curves).
 
-An environment is a class or a function as in jaxft/rl/environments/environment.py, also one that TRL's environment_factory
+An environment is a class or a function as in environment.py, also one that TRL's environment_factory
 takes; tools are plain functions, whose signature and docstring the policy is shown. Tokens that the policy
 did not sample, such as results, have no loss. `jaxft inspect --run runs/grpo_tools` shows episodes turn by
 turn. Faults of an environment exclude the episode, and are counted in episodes/faults. For longer episodes

@@ -1,19 +1,23 @@
-"""Bounds of numbers and choices of texts in settings, as part of their annotations: `batch: Annotated[int,
-at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`.
+"""What the annotation of a setting says: bounds of a number, choices of a text, and short names of functions.
+
+`batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
+`optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`.
 
 A text among the annotation's marks is the setting's name in a file, such as "rms_norm_eps".
 
 `check_bounds` checks types, bounds and choices when a section is constructed; `jaxft settings` and `--help`
-show them.
+show them. This file imports neither jax nor the functions that have short names, so the shell's completion
+can read it.
 """
 
 import functools
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds are counted
 
@@ -186,3 +190,105 @@ def check_bounds(settings: Any, section: str = "") -> None:
             setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
             text = repr(value) if isinstance(value, str) else str(value)
             raise ValueError(f"{setting}={text:.60}; {expected}")
+
+
+def name_of(fn: Callable) -> str:
+    """Return a function's name, also of a partial or a callable object."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+class ShortNames(NamedTuple):
+    """Part of the annotation of a setting that is a function: (short name, package.module:name) pairs.
+
+    or_dict: whether a dict of functions by name is a value too.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    or_dict: bool = False
+
+    @classmethod
+    def of(cls, names: Mapping[str, str], or_dict: bool = False) -> "ShortNames":
+        """Return the pairs of a table."""
+        return cls(tuple(names.items()), or_dict)
+
+
+def _in(module: str, names: str) -> dict[str, str]:
+    """Return short name -> package.module:name of functions of a module. names: divided by spaces."""
+    return {name: f"{module}:{name}" for name in names.split()}
+
+
+OPTIMIZERS = {
+    "adamw": "jaxft.optim.rules:adamw",
+    "adamw_8bit": "jaxft.optim.low_precision:adamw_8bit",
+    "adamw_bf16": "jaxft.optim.low_precision:adamw_bf16",
+    "adafactor": "jaxft.optim.rules:adafactor",
+    "lion": "optax:lion",
+    "muon": "jaxft.optim.muon:muon",
+    "schedule_free_adamw": "jaxft.optim.rules:schedule_free_adamw",
+}
+SCHEDULES = {
+    "constant": "jaxft.optim.schedules:constant_schedule",
+    "linear": "jaxft.optim.schedules:linear_schedule",
+    "cosine": "jaxft.optim.schedules:cosine_schedule",
+    "wsd": "jaxft.optim.schedules:wsd_schedule",
+    "cosine_with_restarts": "jaxft.optim.schedules:cosine_with_restarts_schedule",
+}
+PREFERENCE_LOSSES = {
+    **_in(
+        "jaxft.objectives.losses.preference_losses",
+        "dpo cdpo dpo_margin dpop rdpo hinge squared_hinge ipo sigmoid_norm exo_pair robust discopop "
+        "nca_pair bco_pair sppo_hard apo_zero apo_down nll aot aot_unpaired",
+    ),
+    **_in(
+        "jaxft.objectives.losses.reference_free_losses",
+        "simpo alphapo cpo cpo_hinge cpo_ipo orpo tpo tpo_hinge tpo_ipo tpo_l apo_zero_unpaired kto bco",
+    ),
+    **_in(
+        "jaxft.objectives.losses.ranking_losses",
+        "plackett_luce info_nca nca rpo_bwd_kl rpo_fwd_kl rpo_sq lipo",
+    ),
+}
+POLICY_LOSSES = _in(
+    "jaxft.objectives.losses.policy_losses",
+    "policy_gradient unclipped clipped dual_clip dppo_tv dppo_kl gspo gspo_token cispo sapo geo_mean vespo "
+    "near_policy",
+)
+DECISION_LOSSES = _in("jaxft.objectives.decision", "cross_entropy brier log_score")
+KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
+REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
+COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")
+ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo maxrl gfpo adaptive_gfpo")
+ESTIMATORS = _in("jaxft.rl.estimators", "by_group by_turn by_each group_whitened reinforce")
+TOKEN_WEIGHTS = _in(
+    "jaxft.rl.token_weights", "token_mean sequence_mean prompt_mean constant_length sequence_sum"
+)
+CORRECTIONS = _in(
+    "jaxft.rl.importance",
+    "truncated_tokens masked_tokens truncated_completions masked_completions masked_geometric_means",
+)
+ENVIRONMENTS = {
+    "calculator": "jaxft.rl.environments.calculator:Calculator",
+    "code_interpreter": "jaxft.rl.environments.code_interpreter:CodeInterpreter",
+    "guess_number": "jaxft.rl.environments.guess_number:GuessNumber",
+    "search": "jaxft.rl.environments.search:Search",
+}
+FILTERS = _in("jaxft.rl.advantages", "nonconstant_groups")
+
+FUNCTION_TABLES = {
+    "OPTIMIZERS": OPTIMIZERS,
+    "SCHEDULES": SCHEDULES,
+    "PREFERENCE_LOSSES": PREFERENCE_LOSSES,
+    "POLICY_LOSSES": POLICY_LOSSES,
+    "DECISION_LOSSES": DECISION_LOSSES,
+    "KL_ESTIMATORS": KL_ESTIMATORS,
+    "REWARDS": REWARDS,
+    "COMBINATIONS": COMBINATIONS,
+    "ADVANTAGES": ADVANTAGES,
+    "ESTIMATORS": ESTIMATORS,
+    "TOKEN_WEIGHTS": TOKEN_WEIGHTS,
+    "CORRECTIONS": CORRECTIONS,
+    "ENVIRONMENTS": ENVIRONMENTS,
+    "FILTERS": FILTERS,
+}

@@ -232,6 +232,7 @@ def main() -> int:
     from jaxft.data.data_settings import check_seed
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import Scheduler
+    from jaxft.runs import named_weights
     from jaxft.serve import served
     from jaxft.serve import terminal_chat as chats
     from jaxft.serve.api_request import ChoiceSettings
@@ -240,7 +241,7 @@ def main() -> int:
         check_seed(args.seed, "--seed")
     given = args.temperature, args.top_k, args.top_p, args.min_p
     Sampling(1, *given)  # errors before anything is loaded
-    named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    named = named_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         print(note, file=sys.stderr)
     flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)

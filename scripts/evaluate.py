@@ -179,9 +179,9 @@ def generation_arguments(parser: argparse.ArgumentParser, text: str) -> dict[str
 
 def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
+    from jaxft.annotations import REWARDS
     from jaxft.rl import rewards
     from jaxft.runs.settings.parse import load_callable
-    from jaxft.short_names import REWARDS
     from jaxft.tree import nearest, regex
 
     found = []
@@ -365,8 +365,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.distributed import sharding
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import load_each
-    from jaxft.runs.named_weights import check_recorded_rows, prompt_settings
-    from jaxft.serve.served import named_adapters
+    from jaxft.runs.named_weights import check_recorded_rows, named_adapters, prompt_settings
     from jaxft.train.evaluate import harness
     from jaxft.train.evaluate.harness_model import HarnessSettings, generation_config_notes
 

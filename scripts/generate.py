@@ -108,13 +108,16 @@ def arguments() -> argparse.Namespace:
 def sources_of(args: argparse.Namespace) -> dict[str, Source]:
     """Resolve the command line to sources by the name of the adapter; for a run, from its config.json."""
     from jaxft.cli.cli import DEFAULT_MODEL
-    from jaxft.serve import served
+    from jaxft.runs import loaded_weights, named_weights
 
-    named = served.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
+    named = named_weights.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
     for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
-    dtype, residual = served.common_dtype(named, args.dtype), served.common_residual(named, args.dtype)
-    quant = served.common_quant(named, args.quant)
+    dtype, residual = (
+        loaded_weights.common_dtype(named, args.dtype),
+        loaded_weights.common_residual(named, args.dtype),
+    )
+    quant = loaded_weights.common_quant(named, args.quant)
     return {
         name: Source(weights.ref, weights.adapter, weights.tokenizer, dtype, residual, quant, weights.record)
         for name, weights in named.items()
@@ -274,7 +277,7 @@ def load_adapters(
     """Return the parameters that each source adds to the base, and the settings of its adapter, if it is one
     alone. Parameters of several have the same shapes.
     """
-    from jaxft.serve import served
+    from jaxft.runs import loaded_weights
     from jaxft.weights import pretrained
     from jaxft.weights.peft import adapters
 
@@ -287,7 +290,7 @@ def load_adapters(
         return {name: {"adapter": params}}, settings
     folders = {name: source.adapter for name, source in sources.items() if source.adapter is not None}
     ref = next(iter(sources.values())).ref
-    loaded = served.load_equal_adapters(folders, ref, model, base, mesh)
+    loaded = loaded_weights.load_equal_adapters(folders, ref, model, base, mesh)
     return {name: {"adapter": tree} for name, tree in loaded.items()}, None
 
 

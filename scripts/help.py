@@ -64,12 +64,13 @@ def show(text: str) -> None:
 
 def is_in_reference(word: str) -> bool:
     """Return whether a word is a setting, a knob, or a function with a short name; without loading jax."""
-    from jaxft import short_names
+    from jaxft import annotations
     from jaxft.runs.settings.parse import recipe_names
     from jaxft.runs.settings.unknown_names import settings_called
 
-    tables = [table for name, table in vars(short_names).items() if name.isupper()]
-    return any(word in table for table in tables) or any(settings_called(word, r) for r in recipe_names())
+    return any(word in table for table in annotations.FUNCTION_TABLES.values()) or any(
+        settings_called(word, r) for r in recipe_names()
+    )
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from jaxft.cli import cli
+from jaxft.cli import cli  # noqa: E402
 from jaxft.data import prompts  # noqa: E402
 from jaxft.data.chat.loss_mask import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.decision_rows import DecisionRows  # noqa: E402
@@ -64,7 +64,7 @@ from jaxft.runs import named_weights  # noqa: E402
 from jaxft.runs.settings.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
-from jaxft.train.start import open_settings
+from jaxft.train.start import open_settings  # noqa: E402
 from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 

@@ -4,13 +4,13 @@
     python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
 
-A loss is file.py:name, package.module:name, or the bare name of one in jaxft.objectives.losses.preference_losses or
-reference_free_losses; its knobs follow after commas. Curves are plotted in <out>/<name>.png. The exit code
-is 1 if a check of a --loss fails; then nothing is trained. The run trains one adapter per loss, all together
-on one base, on the config's pairs (by default those in configs/data). Its table has the number of held-out
-pairs, 95 % intervals, losses relative to step 0, and accuracies at the same KL; the differences
-to the first loss of --against are those on the same pairs, or with --seeds over seeds. Table and picture are
-in <out>/<losses>-<hash of the settings>; a finished run with the same settings is not repeated.
+A loss is file.py:name, package.module:name, or the bare name of one in jaxft/objectives/losses/; its knobs
+follow after commas. Curves are plotted in <out>/<name>.png. The exit code is 1 if a check of a --loss fails;
+then nothing is trained. The run trains one adapter per loss, all together on one base, on the config's pairs
+(by default those in configs/data). Its table has the number of held-out pairs, 95 % intervals, losses
+relative to step 0, and accuracies at the same KL; the differences to the first loss of --against are those on
+the same pairs, or with --seeds over seeds. Table and picture are in <out>/<losses>-<hash of the settings>; a
+finished run with the same settings is not repeated.
 """
 
 import argparse

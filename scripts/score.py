@@ -90,10 +90,10 @@ def step_scores(args: argparse.Namespace) -> StepScores:
     from jaxft.distributed import sharding
     from jaxft.objectives.process_reward import process_reward
     from jaxft.rl import reward_models
-    from jaxft.serve import served
+    from jaxft.runs import loaded_weights, named_weights
     from jaxft.weights import pretrained
 
-    named = served.named_adapters(args.run, args.model, args.adapter, "")
+    named = named_weights.named_adapters(args.run, args.model, args.adapter, "")
     (weights,), mesh = named.values(), sharding.make_mesh(sharding.MeshShape())
     columns = () if args.columns is None else tuple(args.columns.split(","))
     trained_on = weights.record["data"] if weights.record else {}
@@ -102,7 +102,7 @@ def step_scores(args: argparse.Namespace) -> StepScores:
         invalid=args.invalid, columns=columns, separator=trained_on.get("separator", "\n"),
     )  # fmt: skip
     source = rows.open(pretrained.load_tokenizer(weights.tokenizer), sharding.row_shards(mesh))
-    quant, dtype = served.common_quant(named, args.quant), jnp.dtype(args.dtype)
+    quant, dtype = loaded_weights.common_quant(named, args.quant), jnp.dtype(args.dtype)
     loaded = reward_models.load_reward_model(weights.ref, mesh, weights.adapter, quant, dtype)
     objective, layout, found = process_reward(loaded.model), source.layout, dict[int, Any]()
     forward = jax.jit(
@@ -154,11 +154,11 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
     from jaxft.distributed import sharding
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
+    from jaxft.runs import loaded_weights, named_weights
     from jaxft.runs.named_weights import prompt_settings
-    from jaxft.serve import served
     from jaxft.weights import pretrained
 
-    named = served.named_adapters(args.run, args.model, args.adapter, "")
+    named = named_weights.named_adapters(args.run, args.model, args.adapter, "")
     for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
     mesh = sharding.make_mesh(sharding.MeshShape())
@@ -172,7 +172,7 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
         sources[name] = open_for(attention, rows, tokenizer, sharding.row_shards(mesh))
     for line in invalid_lines(next(iter(sources.values())).info.stats.invalid):
         print(line, file=sys.stderr)
-    quant, dtype = served.common_quant(named, args.quant), jnp.dtype(args.dtype)
+    quant, dtype = loaded_weights.common_quant(named, args.quant), jnp.dtype(args.dtype)
     folders = {name: weights.adapter for name, weights in named.items() if weights.adapter is not None}
     if folders:
         loaded = reward_models.load_reward_adapters(ref, mesh, folders, quant, dtype)

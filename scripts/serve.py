@@ -97,9 +97,10 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     """Load the models, and serve them at a socket until SIGINT or SIGTERM."""
     from jaxft.cli import cli
     from jaxft.engine.scheduler import Scheduler
+    from jaxft.runs import named_weights
     from jaxft.serve import served, server
 
-    named = served.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    named = named_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         log(note)
     tools = None if args.tool_format == "auto" else args.tool_format

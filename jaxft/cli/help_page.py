@@ -6,7 +6,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxft import short_names
+from jaxft import annotations
 from jaxft.cli.commands import summary
 from jaxft.cli.documentation import shipped_recipes, table
 from jaxft.data.data_settings import DataSettings
@@ -75,10 +75,10 @@ def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def named_functions() -> dict[str, dict[str, str]]:
-    """Return title -> short name -> package.module:name of the tables of short_names.py."""
-    tables = {name: value for name, value in vars(short_names).items() if name.isupper()}
+    """Return title -> short name -> package.module:name of the tables of annotations.py."""
     return {
-        name.capitalize().replace("_", " ").replace("Kl ", "KL "): table for name, table in tables.items()
+        name.capitalize().replace("_", " ").replace("Kl ", "KL "): table
+        for name, table in annotations.FUNCTION_TABLES.items()
     }
 
 

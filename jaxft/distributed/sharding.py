@@ -42,7 +42,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "from_heads": ("tensor", *SPARE),
     "from_mlp": ("tensor", *SPARE),
     "out_width": (),
-    # Kernels of several projections (models/families/phi3.py): stored sharded over inputs, since a contiguous part
+    # Kernels of several projections (phi3.py): stored sharded over inputs, since a contiguous part
     # of their outputs is not a part of the heads. "part_shards": the outputs that each device computes.
     "fused_width": (*SPARE, "tensor"),
     "fused_kv_heads": (),

@@ -36,7 +36,7 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 class RequestSettings:
     """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
 
-    sampling: max_new may be at most the engine's. stop: token ids. adapter: see nn/adapters/lora_rows.py. top: whether
+    sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
     log-probs of the most likely tokens are needed; among_allowed: of those that the grammar allows. grammar:
     what the completion must match, a Grammar of serve/constraint.py. key: data of the random key, None
     for the session's.
@@ -109,10 +109,9 @@ class Session:
     Where an engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
     of requests that don't choose, by default the engine's sampling and stop tokens.
 
-    >>> session = Session(engine, params, jax.random.key(0))  # doctest: +SKIP
-    >>> session.start([1, 2, 3], episodes=[0, 1])             # doctest: +SKIP
-    >>> [turn.episode for turn in session.wait()]             # doctest: +SKIP
-    [1]
+        session = Session(engine, params, jax.random.key(0))
+        session.start([1, 2, 3], episodes=[0, 1])
+        turns = session.wait()  # of the episodes that ended first
     """
 
     def __init__(

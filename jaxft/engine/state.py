@@ -1,6 +1,6 @@
 """The static arguments of an engine, the sizes of its programs, and the rows in progress as arrays.
 
-A state has R rows, which are completions in progress, and P prompts (nn/attention/cache.py). Whatever a request chooses
+A state has R rows, which are completions in progress, and P prompts (cache.py). Whatever a request chooses
 is an array with a value per row, so that nothing is compiled while an engine runs.
 """
 
@@ -180,7 +180,7 @@ class RowChoices:
     """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: see nn/adapters/lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.
+    adapter: see lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.
     """
 
     sampling: RowSampling

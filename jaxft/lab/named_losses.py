@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.annotations import PREFERENCE_LOSSES
 from jaxft.objectives.pair import declaration, loss_signature
 from jaxft.runs.settings.parse import UNANNOTATED, find_file, load_callable, parse_value
-from jaxft.short_names import PREFERENCE_LOSSES
 from jaxft.tree import nearest
 
 

@@ -100,14 +100,15 @@ class Rung:
 class Study:
     """A comparison of preference losses with the same budget for each.
 
-    name: results are in runs/NAME. recipe: a run on pairs with a fresh adapter; its loss is replaced by each
-    of `losses`, its loop.steps is the length of a full run. losses: by label. lr: learning rates that are searched, the same for every loss. trials: settings of each loss that
-    are tried, on the first seed. keep: fraction of the trials that train on after each stage of successive
-    halving; 1 trains all to the end. seeds: of the final runs of each loss with its best setting; a seed is
-    that of the adapter and of the order of the rows. metric: of single held-out pairs, which selects a setting
-    and is compared: rewards/accuracies, or rewards/margins in nats. margin: the largest difference in it that
-    does not matter, for tests of equivalence; None for none. tuning: fraction of the held-out prompts that
-    select settings; the comparison reads the others. evaluations: of the held-out pairs during a full run.
+    name: results are in runs/NAME. recipe: a run on pairs with a fresh adapter; each of `losses` replaces its
+    loss, and its loop.steps is the length of a full run. losses: by label. lr: learning rates that are
+    searched, the same for every loss. trials: settings of each loss that are tried, with the first seed.
+    keep: fraction of the trials that train on after each stage of successive halving; 1 trains all to the
+    end. seeds: of the final runs of each loss with its best setting; a seed determines the adapter at step 0
+    and the order of the rows. metric: of single held-out pairs, which selects a setting and is compared:
+    rewards/accuracies, or rewards/margins in nats. margin: the largest difference in it that does not matter,
+    for tests of equivalence; None for none. tuning: fraction of the held-out prompts that select settings;
+    the comparison reads the others. evaluations: of the held-out pairs during a full run.
     """
 
     name: str

@@ -68,7 +68,7 @@ def adapted_like(model: Model, adapter: Params) -> Model:
 def adapted_by_row(model: Model) -> Model:
     """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
 
-    See nn/adapters/lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
+    See lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
     """
 
     def attached(params: Params) -> Params:

@@ -15,11 +15,15 @@ from jaxft import tree
 from jaxft.annotations import (
     BELOW_ONE,
     INSIDE_ZERO_AND_ONE,
+    OPTIMIZERS,
     POSITIVE_FLOAT32,
+    SCHEDULES,
     ZERO_TO_ONE,
+    ShortNames,
     above,
     at_least,
     check_bounds,
+    name_of,
 )
 from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.optim.averaging import Averaging, ema
@@ -36,7 +40,6 @@ from jaxft.optim.rules import UpdateRule, adamw, mask_of_matrices
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
 from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
-from jaxft.short_names import OPTIMIZERS, SCHEDULES, ShortNames, name_of
 from jaxft.tree import Grads, OptState, Params
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxft.annotations import above, at_least, check_bounds
+from jaxft.annotations import above, at_least, check_bounds, name_of
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.chat.next_turn import NextPrompt, TurnWording, next_prompt
 from jaxft.data.chat.template_settings import TemplateSettings
@@ -47,7 +47,6 @@ from jaxft.rl.environments.environment import (
 )
 from jaxft.rl.environments.tools import ParsedTurn, answer_calls, parse_turn, turn_message, valid_text
 from jaxft.rl.trajectory import Fault, Segment, ShownMessage, Trajectory
-from jaxft.short_names import name_of
 
 TIME_OUT, RAISED, WRONG_TYPE = "timeout", "raised", "wrong_type"
 LARGE_OBSERVATION, TEMPLATE, LONG_PROMPT = "large_observation", "template", "long_prompt"

@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from jaxft import tree
+from jaxft.annotations import name_of
 from jaxft.batch import TrainState
 from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.distributed import processes
@@ -37,7 +38,6 @@ from jaxft.rl.environments.environment import finite_number, short_repr
 from jaxft.rl.play import Ended
 from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
-from jaxft.short_names import name_of
 from jaxft.tree import Params
 
 ASYNC_SECONDS, SPARE_SECONDS = 600.0, 5.0  # after which an async reward has no score; for its loop to say so

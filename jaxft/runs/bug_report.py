@@ -15,11 +15,10 @@ from urllib.request import url2pathname
 import jax
 import jax.numpy as jnp
 
-from jaxft.cli.cli import backend_error
 from jaxft.data.rows.shipped import IS_CLONE, ROOT
 from jaxft.nn.attention.attention import AttentionNeeds, kernel_for
 from jaxft.runs.environment import FLAGS, commit, versions
-from jaxft.runs.terminal import printable_line
+from jaxft.runs.terminal import backend_error, printable_line
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "bf16")
 

@@ -509,8 +509,8 @@ def _check_codes(folder: Path) -> None:
     name = str(record.get("codes"))
     if not calibrated_codes.confirm_codes(record):
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {calibrated_codes.codes_folder(name)}, has changed since this "
-            f"run was trained. {calibrated_codes.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {calibrated_codes.codes_folder(name)}, has changed "
+            f"since this run was trained. {calibrated_codes.AGAIN}"
         )
 
 

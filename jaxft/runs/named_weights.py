@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -12,6 +12,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
+from jaxft.runs.store.store_copy import IN_STORE, local_folder
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.weights.hub import hub
 from jaxft.weights.peft import adapters
@@ -198,3 +199,71 @@ def held_out_names(
     source: Any = data.open(tokenizer)
     check(source.info.fingerprint)
     return {source.split.rows.names[i] for i in source.split.held}
+
+
+def named_models(
+    runs: Sequence[str], model: str | None, folders: Sequence[str], default: str
+) -> dict[str, NamedWeights]:
+    """Resolve --run, --model and --adapter, each [NAME=]PATH, to weights by name: the base's own name last.
+
+    Raises ValueError for a name that is given twice, and for weights on different bases.
+    """
+    found: dict[str, NamedWeights] = {}
+    for kind, items in (("run", runs), ("adapter", folders)):
+        for item in items:
+            name, item_path = _split(item)
+            is_run = kind == "run"
+            path = local_folder(item_path) if is_run else Path(item_path)
+            named = named_weights(path, None, None) if is_run else named_weights(None, model, path)
+            name = name or _name_of(path)
+            if name in found:
+                raise ValueError(f"two models have the name {name!r}; name them: --{kind} NAME={path}")
+            found[name] = named
+    refs = {named.ref: name for name, named in found.items()}
+    if model is not None and runs:
+        raise ValueError("--run sets the base; omit --model")
+    if len(refs) > 1:
+        (one, first), (other, second) = list(refs.items())[:2]
+        raise ValueError(
+            f"{first} and {second} are on different bases ({one} and {other}); serve them separately, on two "
+            "ports"
+        )
+    ref = next(iter(refs), model or default)
+    if not all(named.adapter is None for named in found.values()):
+        found.setdefault(_base_name(ref), NamedWeights(ref, None, None, []))
+    return found or {_base_name(ref): NamedWeights(ref, None, None, [])}
+
+
+def named_adapters(
+    run: Path | None, model: str | None, items: Sequence[str], default: str
+) -> dict[str, NamedWeights]:
+    """Resolve --run, or --model with any number of --adapter [NAME=]FOLDER, to weights by the adapter's name.
+
+    Without adapters, or with one that has no name, the name is "". Errors are those of named_models.
+    """
+    if len(items) > 1:
+        found = named_models([], model, items, default)
+        return {name: weights for name, weights in found.items() if weights.adapter is not None}
+    name, folder = _split(items[0]) if items else ("", "")
+    return {name: named_weights(run, model, Path(folder) if items else None, default)}
+
+
+def _split(item: str) -> tuple[str, str]:
+    name, equals, path = item.partition("=")
+    if equals and name and path and not IN_STORE.match(item) and not Path(item).exists():
+        return name, path
+    return "", item
+
+
+def _name_of(path: Path) -> str:
+    """Return the name of a run or an adapter folder: `runs/sft/adapter` is sft."""
+    own = path.resolve()
+    while own.name in ("adapter", "model", "best") and own.parent.name:
+        own = own.parent
+    return own.name
+
+
+def _base_name(ref: str) -> str:
+    """Return a model's name: the last part of its path, its file or its repository."""
+    last = ref.removeprefix("pypi:").rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".gguf") or ref

@@ -11,13 +11,18 @@ import os
 import re
 import select
 import sys
+import traceback
 from typing import Any, TextIO
 
+from jaxft.data.rows.shipped import own_commands
 from jaxft.data.rows.urls import without_secrets
+from jaxft.distributed.exit import RESTART_CODE, RestartError
 
 # Characters that move the cursor, changes colours or reorders text; tabs and new lines are left.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 2000
+# Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
 
 def printable_text(text: str) -> str:
@@ -117,3 +122,53 @@ def flush_output() -> None:
     except OSError as error:
         discard_output(1)  # or it is flushed again at exit
         raise type(error)(error.errno, error.strerror, "standard output") from error
+
+
+def print_error(error: BaseException) -> int:
+    """Print an error on stderr, a user's as one line, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    text = error_line(error)
+    if text is None or os.environ.get("JAXFT_TRACEBACK"):
+        traceback.print_exception(error)
+    if text is not None:
+        print(f"error: {text}", file=sys.stderr)
+    return RESTART_CODE if isinstance(error, RestartError) else 1
+
+
+def error_line(error: BaseException) -> str | None:
+    """A user's error in one line of printable characters; None for a bug."""
+    if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
+        return printable_line(f"the tokenizer's files cannot be used: {error}")
+    if (backend := backend_error(error)) is not None:
+        return backend
+    if not isinstance(error, USER_ERRORS):
+        return None
+    text = printable_line(str(error))
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
+        remedy = "use a smaller data.batch, a larger data.micro or a smaller data.max_length"
+        return f"out of memory ({text[:200]}); {remedy}"
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
+        name = error.filename if isinstance(error.filename, str) else repr(error.filename)
+        return printable_line(f"{name}: {error.strerror}")
+    return own_commands(text) or type(error).__name__
+
+
+def backend_error(error: BaseException) -> str | None:
+    """Return the error that jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None
+    for other errors.
+    """
+    text = printable_line(str(error))
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return text[:400]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py"):
+        chosen = printable_line(os.environ.get("JAX_PLATFORMS", ""))  # jax skips "cuda" silently
+        return (
+            f"JAX_PLATFORMS={chosen}: no NVIDIA GPU is visible; check that nvidia-smi lists one (a container "
+            "needs --gpus all), or unset JAX_PLATFORMS"
+        )
+    return None

@@ -87,7 +87,7 @@ class Streaming(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatBody:
-    """A request of /v1/chat/completions. messages, tools, arguments: see data/rows/columns.py. required: None if
+    """A request of /v1/chat/completions. messages, tools, arguments: see columns.py. required: None if
     the model chooses whether to call a tool.
     """
 

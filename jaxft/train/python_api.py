@@ -26,7 +26,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.batch import TrainState
-from jaxft.cli import cli
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.packing.cache import row_cache_folder
@@ -46,6 +45,7 @@ from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.quant.quant import QuantKind
 from jaxft.objectives.objective import Objective
+from jaxft.runs import terminal
 from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
 from jaxft.runs.interrupt import signal_name
 from jaxft.runs.loaded_weights import LoadedWeights, load_named
@@ -82,7 +82,7 @@ def errors_as_lines() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = None if isinstance(error, Error) else cli.error_line(error)
+        text = None if isinstance(error, Error) else terminal.error_line(error)
         if text is None:
             raise
         raise Error(text) from (error if os.environ.get("JAXFT_TRACEBACK") else None)
@@ -195,7 +195,7 @@ def train_recipe(
         trackers, clock = [Callback(one) for one in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
         folder = jobs.run_folder(resolved.value, Path(root))
-        with processes.started(resolved.value.hosts, cli.print_error):
+        with processes.started(resolved.value.hosts, terminal.print_error):
             resolved = fit_to_rows(resolved, root)
             code = loop.run(resolved.value, resolved.describe(), Path(root), trackers, clock=clock)
     if code > 128:

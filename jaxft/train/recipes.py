@@ -1,6 +1,6 @@
 """Groups of knobs with defaults that the recipes in configs/ share, and the names of the shipped data files.
 
-A config takes a group as a parameter, and its fields become knobs of the recipe (see runs/settings/config.py).
+A config takes a group as a parameter, and its fields become knobs of the recipe (see config.py).
 """
 
 import contextlib
@@ -15,6 +15,20 @@ from typing import Annotated, Any, Literal, Self
 
 import jax.numpy as jnp
 
+from jaxft.annotations import (
+    ADVANTAGES,
+    COMBINATIONS,
+    CORRECTIONS,
+    DECISION_LOSSES,
+    ESTIMATORS,
+    FILTERS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    REWARDS,
+    TOKEN_WEIGHTS,
+    ShortNames,
+)
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.rows.dataset_rows import evaluation_split
 from jaxft.distributed.sharding import MeshShape
@@ -36,20 +50,6 @@ from jaxft.optim.optimizer import Optim
 from jaxft.rl.environments.environment import EnvironmentClass, environment_of
 from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import EnvironmentReward, exact, json_match
-from jaxft.short_names import (
-    ADVANTAGES,
-    COMBINATIONS,
-    CORRECTIONS,
-    DECISION_LOSSES,
-    ESTIMATORS,
-    FILTERS,
-    KL_ESTIMATORS,
-    POLICY_LOSSES,
-    PREFERENCE_LOSSES,
-    REWARDS,
-    TOKEN_WEIGHTS,
-    ShortNames,
-)
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.start.teacher import find_teacher
 from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens

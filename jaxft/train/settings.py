@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.annotations import ABOVE_ZERO, above, at_least, check_bounds, count_from
+from jaxft.annotations import ABOVE_ZERO, REWARDS, ShortNames, above, at_least, check_bounds, count_from
 from jaxft.data.data_settings import DataSettings, check_seed
 from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
@@ -21,7 +21,6 @@ from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.store.store import check_store_url
 from jaxft.runs.trackers.tracker import OPEN, Tracking
-from jaxft.short_names import REWARDS, ShortNames
 from jaxft.tree import regex
 
 ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
@@ -51,7 +50,7 @@ class Loop:
     loss, kl, brier or ece, greater for accuracies, margins, rewards and scores; others need it. patience: the
     run ends after this many evaluations without a better best_metric. eval_fraction: the most that all
     evaluations of held-out rows together may compute, as a fraction of what training does (see
-    train/evaluate/evaluate.py); where the held-out rows are a fraction of the rows and would take more, fewer of them
+    evaluate.py); where the held-out rows are a fraction of the rows and would take more, fewer of them
     are evaluated. None: all of them. A file of held-out rows is always evaluated in full. max_bad: non-finite
     steps in a row that end the run; one that ends with any is not finished either. store: a folder in an
     object store, gs://bucket/path or s3://bucket/path; the run's folder is copied there at every checkpoint

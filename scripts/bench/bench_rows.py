@@ -5,10 +5,11 @@
 
 It writes rows of an instruction and a response (or two), and tokenises them with each number of processes,
 each time in a fresh process with an empty cache. With --against, another checkout tokenises them in turn.
-Then it starts a run with the rows in the cache, prints the seconds to
-its first step, and compares the losses of a run that is stopped and resumed with those of one that is not.
-CPU seconds are the sum over all processes, which other work on the machine changes less. Memory is the largest sum over the process and all of its children, sampled every 0.2 s. RSS counts a page for
-every process that maps it, PSS once; both include pages of mapped files, which the system can drop.
+Then it starts a run with the rows in the cache, prints the seconds to its first step, and compares the losses
+of a run that is stopped and resumed with those of one that is not. CPU seconds are the sum over all
+processes, which other work on the machine changes less. Memory is the largest sum over the process and all of
+its children, sampled every 0.2 s. RSS counts a page for every process that maps it, PSS once; both include
+pages of mapped files, which the system can drop.
 """
 
 import argparse

@@ -42,9 +42,10 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
     import uvicorn
 
     from jaxft.engine.scheduler import Scheduler
+    from jaxft.runs import named_weights
     from jaxft.serve import served, server
 
-    named = served.named_models([], args.model, [], "")
+    named = named_weights.named_models([], args.model, [], "")
     flags = served.ServeFlags(args.dtype, prompt=args.prompt, new=args.new)
     found = served.load_served(named, flags, args.rows)
     scheduler = Scheduler(found.engine, found.sizes, found.params, 256)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from scripts_in_process import call
 
-from jaxft import short_names
+from jaxft import annotations
 from jaxft.cli import documentation
 from jaxft.cli.documentation import DOCUMENTS, find_topics, topics_of, with_topics
 from jaxft.data.rows.shipped import COMMANDS, ROOT
@@ -105,7 +105,7 @@ def test_the_reference_has_every_setting_recipe_function_and_command(monkeypatch
     first = set(re.findall(r"^\| `([^`]+)` \|", out, re.MULTILINE))
     recipes = {path.stem for path in (ROOT / "configs").glob("*.py")}
     fields = {name for recipe in recipes for name in setting_names(recipe)}
-    functions = {*short_names.PREFERENCE_LOSSES, *short_names.REWARDS, *short_names.ADVANTAGES}
+    functions = {*annotations.PREFERENCE_LOSSES, *annotations.REWARDS, *annotations.ADVANTAGES}
     assert code == 0 and not (fields | {*COMMANDS, *functions}) - first
     assert recipes <= set(re.findall(r"^### (\w+)$", out, re.MULTILINE))
     assert "`centred` | `r - mean of the group`: Dr. GRPO" in out and "with its declared facts" not in out

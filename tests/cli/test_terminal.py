@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxft.cli import cli
 from jaxft.report.markup import escaped
+from jaxft.runs import terminal
 from jaxft.runs.terminal import printable_line, printable_message, printable_text
 
 
@@ -30,7 +30,7 @@ def test_passwords_of_urls_are_not_printed(url):
     for show in (printable_line, printable_message, escaped):
         text = show(f"GET {url} failed")
         assert "secret" not in text and "***@" in text and text.startswith("GET ") and "host" in text
-    assert "secret" not in (cli.error_line(OSError(5, f"cannot reach {url}")) or "")
+    assert "secret" not in (terminal.error_line(OSError(5, f"cannot reach {url}")) or "")
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_a_long_message_is_shortened():
     ],
 )
 def test_an_error_in_one_line(error, line):
-    assert cli.error_line(error) == line
+    assert terminal.error_line(error) == line

@@ -1,20 +1,13 @@
 """Studies on a tiny model: declared, halved, killed and continued; what a declaration refuses."""
 
-import json
-import shutil
 from contextlib import chdir
-from functools import partial
 
-import numpy as np
 import pytest
 from dpo_place import write_pair_place
 from prepared import working_directory
-from tiny_run import write_rows
 
 from jaxft.lab import halving, ledger
-from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
-from jaxft.objectives.losses.preference_losses import dpo, ipo
-from jaxft.objectives.losses.reference_free_losses import bco, tpo
+from jaxft.lab.study import load_study
 from jaxft.runs.settings.config import load_config
 
 FILE = '''"""A study of two losses."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rl_completions import random_episodes, random_prompts
 
+from jaxft.annotations import TOKEN_WEIGHTS
 from jaxft.report.sections import turns_html
 from jaxft.rl import token_weights
 from jaxft.rl.advantages import centred, grpo
@@ -25,7 +26,6 @@ from jaxft.rl.rollout_files import (
 from jaxft.rl.rollout_metrics import episode_metrics, rollout_metrics
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
-from jaxft.short_names import TOKEN_WEIGHTS
 
 CALL = {
     "role": "assistant",

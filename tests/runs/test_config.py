@@ -23,7 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft import short_names
+from jaxft import annotations
+from jaxft.annotations import ShortNames
 from jaxft.objectives.losses import preference_losses, ranking_losses, reference_free_losses
 from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs.folder import permitted_changes
@@ -32,7 +33,6 @@ from jaxft.runs.settings.config import describe, differences, knob_names, load_c
 from jaxft.runs.settings.parse import load_callable, parse_value
 from jaxft.runs.settings.record import recorded_defaults
 from jaxft.runs.settings.settings_list import help_text
-from jaxft.short_names import ShortNames
 from jaxft.train.settings import Loop
 
 TOY = '''
@@ -243,12 +243,9 @@ def test_a_setting_may_have_short_names_for_functions():
         parse_value("lino", kind)
 
 
-TABLES = {name: table for name, table in vars(short_names).items() if name.isupper()}
-
-
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", annotations.FUNCTION_TABLES)
 def test_a_short_name_is_the_name_of_its_function(table):
-    for short, full in TABLES[table].items():
+    for short, full in annotations.FUNCTION_TABLES[table].items():
         loss_or_function = parse_value(full, Callable)
         name = declaration(loss_or_function).fn.__name__
         of_class = short.title().replace("_", "")  # guess_number is GuessNumber
@@ -269,7 +266,7 @@ def test_every_preference_loss_has_a_short_name():
     modules = (preference_losses, reference_free_losses, ranking_losses)
     found = dict(item for module in modules for item in losses_of(module))
     del found["log_odds"]  # a part of ORPO, no loss
-    assert found == short_names.PREFERENCE_LOSSES
+    assert found == annotations.PREFERENCE_LOSSES
 
 
 @pytest.mark.parametrize(

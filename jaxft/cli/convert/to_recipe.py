@@ -313,8 +313,10 @@ def _preferences(draft: Draft) -> None:
         if isinstance(kinds, list) and len(kinds) == 1:
             draft.options[name] = draft.options[name]._replace(value=kinds[0])
         elif isinstance(kinds, list):
-            draft.lose(draft.take(name), "a mix of losses: loss=mine.py:loss with "
-                       f"jaxft.objectives.losses.preference_losses.mix({_mixed(draft, name, kinds)})")  # fmt: skip
+            mixed = f"preference_losses.mix({_mixed(draft, name, kinds)})"
+            draft.lose(
+                draft.take(name), f"a mix of losses: loss=mine.py:loss with jaxft.objectives.losses.{mixed}"
+            )
     if "dpo_loss_type" in draft.options:
         option = draft.options.pop("dpo_loss_type")
         by_table(draft, option._replace(name="loss_type"))

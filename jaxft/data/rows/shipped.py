@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 IS_CLONE = not (PACKAGE / "shipped").is_dir()
 ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of configs/ and scripts/
 

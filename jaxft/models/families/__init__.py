@@ -1,4 +1,4 @@
-"""Model families over models/dense.py: each file has a family's arithmetic, configuration and names of tensors.
+"""Model families over dense.py: each file has a family's arithmetic, configuration and names of tensors.
 
 exaone.py: EXAONE 4
 gemma.py: Gemma 1, Gemma 2, VaultGemma, their config.json and presets

@@ -65,9 +65,9 @@ class Adapter:
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
     quantised base) start from the base's weights and store the base without that part, and "qera" starts
-    from the error of a calibrated base, see weights/calibrate/lora_start.py; with these four the exported adapter is
+    from the error of a calibrated base, see lora_start.py; with these four the exported adapter is
     for the unchanged base and has twice the rank. "eva" starts from the inputs of the layers on the run's
-    rows and gives modules other ranks with the same sum, see train/start/eva.py. eva_rho: the largest rank of a
+    rows and gives modules other ranks with the same sum, see eva.py. eva_rho: the largest rank of a
     module, as a multiple of its rank; in training each module has the memory of that rank, and the exported
     adapter the chosen ranks. eva_tokens: how many tokens of the run's first batches "eva" reads.
     """

@@ -35,6 +35,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from jaxft.annotations import ENVIRONMENTS, ShortNames, name_of
 from jaxft.data.packing.prompt_tokens import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows.columns import messages_of, tool_schema
 from jaxft.data.rows.dataset_rows import Row
@@ -42,7 +43,6 @@ from jaxft.data.rows.example import Message
 from jaxft.data.rows.invalid import InvalidRow
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text
-from jaxft.short_names import ENVIRONMENTS, ShortNames, name_of
 
 EnvironmentClass = Annotated[Callable, ShortNames.of(ENVIRONMENTS, or_dict=True)]  # of a setting
 RowColumns = dict[str, Any]

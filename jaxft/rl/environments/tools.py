@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+from jaxft.annotations import name_of
 from jaxft.data.chat.tool_calls import CallFormat, CallStream, ToolCall
 from jaxft.data.rows.columns import tool_schema
 from jaxft.data.rows.example import Message
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.trajectory import Fault
-from jaxft.short_names import name_of
 
 Tool = Callable[..., Any]
 MODELS_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)  # returned to the model

@@ -16,11 +16,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxft.annotations import bounds_of, choices_of
+from jaxft.annotations import ShortNames, bounds_of, choices_of
 from jaxft.data.rows.shipped import ROOT
 from jaxft.runs.settings.record import union_members
 from jaxft.runs.settings.unknown_names import name_of_loss, settings_file
-from jaxft.short_names import ShortNames
 from jaxft.tree import nearest
 
 UNANNOTATED = inspect.Parameter.empty  # the annotation or the default that a parameter lacks

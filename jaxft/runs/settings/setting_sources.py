@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxft import short_names
+from jaxft import annotations
 from jaxft.data.rows.shipped import PACKAGE
 
 RUN_FILE = PACKAGE / "train" / "settings.py"
@@ -229,7 +229,7 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
     if not isinstance(mark, ast.Call):
         return []
     if ast.unparse(mark.func) == "ShortNames.of":
-        return list(vars(short_names).get(ast.unparse(mark.args[0]), ()))
+        return list(annotations.FUNCTION_TABLES.get(ast.unparse(mark.args[0]), ()))
     return list(constant_texts(mark.args[0], file)) if ast.unparse(mark.func) == "one_of" else []
 
 

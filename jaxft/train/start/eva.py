@@ -5,7 +5,7 @@ The columns of `a` are the principal directions of a layer's inputs, `b` is zero
 base. All singular values of all layers, as fractions of the variance of their layer's inputs, compete for the
 ranks; their sum is that of the settings, and a module gets at most `eva_rho` times its own.
 
-Arrays have that largest rank in all layers; unused columns are zero and stay zero (see nn/adapters/lora.py). The
+Arrays have that largest rank in all layers; unused columns are zero and stay zero (see lora.py). The
 adapter that is written has each module's rank, and modules that got none are left out, as in PEFT
 (init_lora_weights="eva"). alpha / rank is that of the settings, as with PEFT's adjust_scaling_factors; with
 rsLoRA, where PEFT does not keep it, alpha / sqrt(rank) is.

@@ -45,7 +45,7 @@ class Extension:
 
     tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: their first rows, the
     mean of the rows of their pieces, or of all rows. multiple: a growing table is padded to a multiple of
-    this many rows. template: the name of a chat template (see data/chat/named_templates.py) or a .jinja file; the
+    this many rows. template: the name of a chat template (see named_templates.py) or a .jinja file; the
     special tokens of a named one are added if they are new.
     """
 
