@@ -27,7 +27,7 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.lab import ledger
-from jaxft.lab.study import Study, Trial, check_declared, declare
+from jaxft.lab.study import LossTrial, Study, check_declared, declare
 from jaxft.lab.trials import make_set_trial, plain_run, run_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.runs import folder as runfolder
@@ -47,7 +47,7 @@ from jaxft.tree import Params
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
 FEW_PROMPTS = 20  # below this number a comparison finds only very large differences
 
-Rows = dict[str, list[float]]  # values of the held-out pairs by metric, in the order of HeldOutPairs
+PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, in the order of HeldOutPairs
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Wave:
     """A trial of each loss, trained together from step `first` to `last` with one seed."""
 
     seed: int
-    trials: Mapping[str, Trial]
+    trials: Mapping[str, LossTrial]
     first: int
     last: int
 
@@ -144,15 +144,15 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
         print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
         done = ledger.read_chain(folder / LEDGER)
         if not done:
-            done = ledger.append(folder / LEDGER, done, {"declared": now["digest"]})
+            done = ledger.append_entry(folder / LEDGER, done, {"declared": now["digest"]})
         elif done[0].get("declared") != now["digest"]:
             raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
         if done[-1].get("finished"):
-            print(f"{folder}: this study is finished")
+            print(f"{folder}: this study is finished", flush=True)
             return 0
         lab = open_lab(study, job, sources, pairs, clock)
         with Interrupt() as interrupt:
-            if search(lab, folder, done, interrupt) is None:
+            if train_waves(lab, folder, done, interrupt) is None:
                 print(f"stopped by {signal_name(interrupt.signal)}; the same command continues", flush=True)
                 return 128 + interrupt.signal
     return 0
@@ -246,7 +246,7 @@ def open_lab(
 # Waves
 
 
-def search(
+def train_waves(
     lab: Lab, folder: Path, done: list[dict[str, Any]], interrupt: Interrupt
 ) -> list[dict[str, Any]] | None:
     """Train all waves that the log does not have yet; return the log, None if a signal stopped the study."""
@@ -272,10 +272,10 @@ def search(
             return None
         done = train_wave(lab, folder, Wave(other, winners, 0, first), done)
     winner = {label: {"trial": trial.number, "setting": str(trial)} for label, trial in winners.items()}
-    return ledger.append(folder / LEDGER, done, {"finished": True, "winners": winner})
+    return ledger.append_entry(folder / LEDGER, done, {"finished": True, "winners": winner})
 
 
-def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[Wave]) -> list[Trial]:
+def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[Wave]) -> list[LossTrial]:
     """Return the trials of a loss in a stage, the best first; of equal ones the earlier. A trial without a
     finite value is last.
     """
@@ -296,7 +296,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     source, steps = lab.sources[wave.seed], lab.study.recipe.loop.steps or wave.last
     every = steps_between(1 / lab.study.evaluations, steps)
     shape = lab.job.padded_shape
-    evaluations: list[list[Evaluated]] = [[] for _ in wave.trials]
+    evaluations: list[list[PairsEvaluation]] = [[] for _ in wave.trials]
     for step in range(wave.first, wave.last):
         batch = widened(source.batch(step, states[0])[0], shape)
         states, metrics = lab.compiled.step(states, lab.frozen, batch)
@@ -308,21 +308,21 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     scores: dict[str, float | None] = {}
     for label, state, found in zip(wave.trials, states, evaluations, strict=True):
         files[label] = write_trial(lab, folder, wave, label, (state, found))
-        scores[label] = selection_score(lab, found[-1])
+        scores[label] = tuning_score(lab, found[-1])
     texts = ", ".join(f"{label} {'-' if x is None else f'{x:.4f}'}" for label, x in scores.items())
     print(f"{wave.key}: {lab.study.metric} on the tuning prompts: {texts}", flush=True)
     entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
     entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
-    return ledger.append(folder / LEDGER, done, {**entry, "files": files})
+    return ledger.append_entry(folder / LEDGER, done, {**entry, "files": files})
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class PairsEvaluation:
     """The held-out pairs after a step: metrics under their names in the log, and values of single pairs."""
 
     step: int
     metrics: FloatMetrics
-    rows: Rows
+    rows: PairValues
 
 
 def start_states(lab: Lab, folder: Path, wave: Wave) -> States:
@@ -346,7 +346,7 @@ def checkpoints_of(trial: Path) -> Checkpoints:
     return Checkpoints(trial / "checkpoints", keep_last=1, keep_best=0)
 
 
-def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[Evaluated]:
+def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
     """Evaluate the held-out pairs; metrics: of the step before."""
     name_of, position = lab.job.sources[0].held_out_name, {n: i for i, n in enumerate(lab.pairs.names)}
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
@@ -358,18 +358,18 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[E
                 values.setdefault(name, [math.nan] * len(position))[position[name_of(at)]] = value
         logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
         named = {HELD_OUT + name: value for name, value in own.items()}
-        found.append(Evaluated(step, {**logged, **named}, values))
+        found.append(PairsEvaluation(step, {**logged, **named}, values))
     return found
 
 
-def selection_score(lab: Lab, found: Evaluated) -> float | None:
+def tuning_score(lab: Lab, found: PairsEvaluation) -> float | None:
     """Return the study's metric on the prompts that select settings, None if it is not finite."""
     score = float(lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True).mean())
     return score if math.isfinite(score) else None
 
 
 def write_trial(
-    lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[Evaluated]]
+    lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
 ) -> dict[str, str]:
     """Write a trial's folder after a wave; return the hashes of its files. result: state and evaluations."""
     own, (state, found) = wave.folder(folder, label), result
@@ -396,7 +396,7 @@ def write_trial(
     return {name: ledger.file_digest(own / name) for name in names}
 
 
-def read_evaluations(path: Path) -> list[Evaluated]:
+def read_evaluations(path: Path) -> list[PairsEvaluation]:
     """Read a trial's evaluations; a value that was not finite is NaN."""
 
     def number(x: float | None) -> float:
@@ -407,5 +407,5 @@ def read_evaluations(path: Path) -> list[Evaluated]:
         entry = json.loads(line)
         rows = {name: [number(x) for x in values] for name, values in entry["rows"].items()}
         metrics = {name: number(x) for name, x in entry["metrics"].items()}
-        found.append(Evaluated(entry["step"], metrics, rows))
+        found.append(PairsEvaluation(entry["step"], metrics, rows))
     return found

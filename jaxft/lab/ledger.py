@@ -43,7 +43,7 @@ def read_chain(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def append(path: Path, entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+def append_entry(path: Path, entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Append an entry to the log that has `entries`, and return all when it is on disk."""
     before = entries[-1][DIGEST] if entries else ""
     entry = json.loads(json.dumps(entry, allow_nan=False))

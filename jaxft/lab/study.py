@@ -77,7 +77,7 @@ class SearchedLoss:
 
 
 @dataclass(frozen=True)
-class Trial:
+class LossTrial:
     """One setting of a loss: its number among the loss's trials, learning rate and knobs."""
 
     number: int
@@ -150,7 +150,7 @@ class Study:
             _check_loss(label, loss)
             self.trials_of(label)
 
-    def trials_of(self, label: str) -> list[Trial]:
+    def trials_of(self, label: str) -> list[LossTrial]:
         """Return the trials of a loss.
 
         Where all values are listed they are combinations in a fixed random order, else points of Halton's
@@ -175,7 +175,7 @@ class Study:
                 for number in range(self.trials)
             ]
         return [
-            Trial(number, lr, dict(zip(self.losses[label].knobs, knobs, strict=True)))
+            LossTrial(number, lr, dict(zip(self.losses[label].knobs, knobs, strict=True)))
             for number, (lr, *knobs) in enumerate(points)
         ]
 

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxft.batch import TrainState
-from jaxft.lab.study import SearchedLoss, Study, Trial
+from jaxft.lab.study import LossTrial, SearchedLoss, Study
 from jaxft.nn.param import Specs
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.objective import Objective, Outputs
@@ -54,7 +54,7 @@ def run_of(study: Study, label: str, seed: int) -> Run:
     )  # fmt: skip
 
 
-def plain_run(study: Study, label: str, trial: Trial, seed: int) -> Run:
+def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
     """Return the run that a trial equals: the recipe with the loss, its knobs, the learning rate and the seed
     as settings.
     """
@@ -66,7 +66,7 @@ def plain_run(study: Study, label: str, trial: Trial, seed: int) -> Run:
     )
 
 
-def searched(model: LanguageModel, loss: SearchedLoss, trial: Trial) -> Objective:
+def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
     """The preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial: the values
     that they start with.
     """
@@ -108,7 +108,7 @@ def scale_by_trial_rate() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def make_set_trial(study: Study) -> Callable[[TrainState, Trial], TrainState]:
+def make_set_trial(study: Study) -> Callable[[TrainState, LossTrial], TrainState]:
     """Return `set_trial(state, trial)`, which puts a trial's numbers into a state; nothing is compiled."""
     lr = study.recipe.optim.lr
 
@@ -118,7 +118,7 @@ def make_set_trial(study: Study) -> Callable[[TrainState, Trial], TrainState]:
     def is_rate(x: Any) -> bool:
         return isinstance(x, TrialRate)
 
-    def set_trial(state: TrainState, trial: Trial) -> TrainState:
+    def set_trial(state: TrainState, trial: LossTrial) -> TrainState:
         def rate(x: Any) -> Any:
             return TrialRate(put(trial.lr / lr, x.factor)) if is_rate(x) else x
 
