@@ -26,7 +26,7 @@ from jaxft.lab.halving import (
 )
 from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT
-from jaxft.objectives.preference_metrics import ACCURACY
+from jaxft.objectives.pair import ACCURACY
 from jaxft.report.statistics import Difference, equivalence, holm, paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import read_saved_json

@@ -34,8 +34,7 @@ from jaxtyping import Array
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
 from jaxft.lab.named_losses import loss_knobs
-from jaxft.objectives.pair import check_knobs, declaration, loss_name
-from jaxft.objectives.preference_metrics import ACCURACY, MARGIN
+from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, declaration, loss_name
 from jaxft.runs.environment import versions
 from jaxft.runs.settings.parse import find_file, run_file
 from jaxft.runs.settings.record import describe, differences

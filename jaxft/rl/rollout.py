@@ -24,7 +24,7 @@ from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.data import prompts
 from jaxft.data.chat.next_turn import restart_notes
 from jaxft.data.packing.pack import RowShape, round_up
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
@@ -548,7 +548,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         fingerprint=prompts.prompts_fingerprint(data, train, eval_prompts),
         preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
-        dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
+        recorded={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
         warnings=(*train.split.warnings, *notes),
     )
 

@@ -26,20 +26,20 @@ import numpy as np
 import xxhash
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.decisions import LABEL, labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
-from jaxft.data.packing.left_out import has_placeholder
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, last_targets, stored_columns
 from jaxft.data.progress import RowProgress
-from jaxft.data.row_settings import RowSettings
+from jaxft.data.row_settings import RowSettings, TemplateSettings
 from jaxft.data.rows import format_choice
 from jaxft.data.rows.conversation import PLAIN, other_columns
 from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks
-from jaxft.data.rows.example import Example, ParsedRow
+from jaxft.data.rows.example import Example, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
+from jaxft.data.rows.remote import is_remote
 from jaxft.data.rows.row_files import (
     ROW_CHUNK_BYTES,
     Chunk,
@@ -49,7 +49,6 @@ from jaxft.data.rows.row_files import (
     spread_chunks,
     spread_rows,
 )
-from jaxft.data.rows.urls import is_remote
 from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
@@ -148,6 +147,7 @@ class Reader:
             partial(_tokenise, ref, listing, self),
         )
         facts, invalid = stored.facts, how.invalid_rows()
+        format = ChosenFormat.of(facts["format"])
         invalid.merge(_tallies(facts["invalid"], listing.folder))
         read = facts["total"] + facts["unreadable"]
         invalid.check(ref, read)
@@ -157,6 +157,8 @@ class Reader:
         columns = stored_columns(stored, settings.kinds, extras, listing.labels)
         return TokenisedRows(
             **columns,
+            formats=(format.name,),
+            labels=format.labels or settings.labels,
             dropped=dropped,
             invalid=invalid.counts(),
             warnings=self._warnings(listing, facts),
@@ -191,7 +193,10 @@ class Reader:
         settings = self.settings
         if not self.formats:
             return ChosenFormat(settings.format)
-        return format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
+        found = format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
+        if found.name != LABEL or settings.labels:
+            return found
+        return found._replace(labels=labels_as_choices(counts.labels))
 
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return the content of each row, or the error that makes it invalid."""
@@ -297,7 +302,8 @@ def _format_of(
 
     The chunks of a small dataset contain its rows, so that the files are read once.
     """
-    fixed = reader.settings.format not in ("auto", PLAIN)
+    settings = reader.settings
+    fixed = settings.format not in ("auto", PLAIN) and (settings.format != LABEL or settings.labels)
     if not reader.formats or (fixed and listing.size > ROW_CHUNK_BYTES):
         return reader.format_of(ColumnCounts()), listing.chunks(), listing.rows
     invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0

@@ -7,6 +7,8 @@ chosen tokens. The formulas are those of TRL 1.16's trainers of the same name un
 differs; their NLL is a mean over a microbatch.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
@@ -14,13 +16,23 @@ from jaxtyping import Array
 
 from jaxft.objectives.losses.numerics import capped, log1mexp, logistic, require, square
 from jaxft.objectives.losses.preference_losses import PairLoss, nll
-from jaxft.objectives.pair import LossState, PairBatch, Response, coupled, reference_free
-from jaxft.objectives.preference_metrics import CHOSEN_REWARD, REJECTED_REWARD
+from jaxft.objectives.pair import (
+    CHOSEN_REWARD,
+    REJECTED_REWARD,
+    Claims,
+    LossState,
+    PairBatch,
+    Response,
+    coupled,
+    reference_free,
+)
 from jaxft.tree import Metrics
 
 
 @reference_free
-def simpo(pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+def simpo(
+    pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0
+) -> Annotated[PairLoss, Claims.of("bradley_terry", "finite", "raises_margin")]:
     """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
 
     beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll
@@ -43,7 +55,9 @@ def alphapo(
 
 
 @reference_free
-def cpo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+def cpo(
+    pair: PairBatch, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0
+) -> Annotated[PairLoss, Claims.of("finite", "raises_margin", "keeps_chosen")]:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll`, x = beta (lp_c - lp_r) (Xu et al. 2024, arXiv:2401.08417).
 
     CPO-SimPO is `mix((simpo, 1.0), (nll, alpha))`.
@@ -70,7 +84,9 @@ def log_odds(pair: PairBatch) -> PairLoss:
 
 
 @reference_free
-def orpo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+def orpo(
+    pair: PairBatch, beta: float = 0.1
+) -> Annotated[PairLoss, Claims.of("finite", "raises_margin", "keeps_chosen")]:
     """`nll - beta LS(log_odds)` (Hong et al. 2024, arXiv:2403.07691).
 
     nll covers the response's tokens, as in the paper; TRL's covers prompt and response.
