@@ -58,16 +58,16 @@ def judge_models(args: argparse.Namespace, judges: list) -> dict:
     from jaxft.lab.judging import Judged, agreements, verdict_lines
 
     prompts = judge_files.read_judged_prompts(args.prompts or args.one)
-    answers = [judge_files.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other)]
-    matches = judge_files.matches_of(prompts, *answers, (args.one, args.other))
+    one, other = (judge_files.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
+    matches = judge_files.matches_of(prompts, one, other, (args.one, args.other))
     lengths = [np.array([len(text) for text in texts], float) for texts in zip(*[m[2:4] for m in matches])]
     judged = []
     for judge in judges:
         judged.append(Judged(judge.name, judge.compare(matches), *lengths))
         print("\n".join(verdict_lines(judged[-1], Path(args.one).stem, Path(args.other).stem)), flush=True)
     found = agreements(judged)
-    for (one, other), agreement in found.items():
-        print(f"{one} and {other} agree with kappa {agreement:.2f}")
+    for names, agreement in found.items():
+        print(f"{' and '.join(names)} agree with kappa {agreement:.2f}")
     values = {each.judge: dict(zip(prompts.texts, each.by_prompt.tolist(), strict=True)) for each in judged}
     kappas = [{"judges": list(pair), "kappa": kappa} for pair, kappa in found.items()]
     return {"judges": [each.as_json() for each in judged], "kappa": kappas, "values": values}

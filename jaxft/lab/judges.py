@@ -56,11 +56,11 @@ class FunctionJudge:
     def compare(self, matches: Sequence[Match]) -> Values:
         """Return the values of each match. A score that is missing gives no verdict."""
         prompts, rows = [m.prompt for m in matches], [(m.name, m.columns) for m in matches]
-        scores = [
+        one, other = (
             score_texts([self.function], prompts, texts, rows, 1)[0].values[:, 0]
             for texts in ([m.one for m in matches], [m.other for m in matches])
-        ]
-        return values_of_scores(*scores)
+        )
+        return values_of_scores(one, other)
 
 
 @dataclass(frozen=True)

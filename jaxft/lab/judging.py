@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.lab.statistics import components, needed
 from jaxft.objectives.intervals import LEVEL, Interval, mean_interval, sign_test
+from jaxft.report.statistics import components, needed
 
 MOST_WITHOUT = 0.5  # the fraction of replies without a verdict from which a judge is refused
 RIDGE = 0.01  # keeps the regression finite where one model always wins
@@ -121,9 +121,9 @@ def values_of(replies: Sequence[str], judge: str) -> Values:
     return Values(found[0::2], 1 - found[1::2])
 
 
-def values_of_scores(one: Sequence[float], other: Sequence[float]) -> Values:
+def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Values:
     """Return the values of answers that are scored alone, where the order cannot matter."""
-    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
+    difference = one - other
     values = np.where(np.isnan(difference), np.nan, (np.sign(difference) + 1) / 2)
     return Values(values, values)
 
