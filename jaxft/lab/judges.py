@@ -19,7 +19,7 @@ from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.remote import without_secrets
 from jaxft.distributed import sharding
-from jaxft.lab.judging import Judge, Match, Values, in_both_orders, values_of, values_of_scores
+from jaxft.lab.judging import Judge, Match, Verdicts, in_both_orders, values_of, values_of_scores
 from jaxft.rl.reward_models import is_classifier, load_reward_model, make_text_scorer
 from jaxft.runs.named_weights import named_weights
 from jaxft.runs.settings.parse import load_callable
@@ -53,7 +53,7 @@ class FunctionJudge:
     name: str
     function: Callable[..., float]
 
-    def compare(self, matches: Sequence[Match]) -> Values:
+    def compare(self, matches: Sequence[Match]) -> Verdicts:
         """Return the values of each match. A score that is missing gives no verdict."""
         prompts, rows = [m.prompt for m in matches], [(m.name, m.columns) for m in matches]
         one, other = (
@@ -72,7 +72,7 @@ class RewardJudge:
     adapter: Path | None = None
     max_length: int = 2048
 
-    def compare(self, matches: Sequence[Match]) -> Values:
+    def compare(self, matches: Sequence[Match]) -> Verdicts:
         """Return the values of each match. Texts above max_length have no verdict."""
         mesh = sharding.make_mesh(sharding.MeshShape())
         with jax.set_mesh(mesh):
@@ -92,7 +92,7 @@ class ModelJudge:
     ref: str
     replies: Replies = Replies()
 
-    def compare(self, matches: Sequence[Match]) -> Values:
+    def compare(self, matches: Sequence[Match]) -> Verdicts:
         """Return the values of each match. Raises ValueError if most replies name no answer."""
         questions = in_both_orders(matches)
         replies = load_model(self.ref).generate(questions, max_new=self.replies.max_new)
@@ -117,7 +117,7 @@ class ServerJudge:
         """The model's name."""
         return self.model
 
-    def compare(self, matches: Sequence[Match]) -> Values:
+    def compare(self, matches: Sequence[Match]) -> Verdicts:
         """Return the values of each match.
 
         Raises ValueError if the server refuses a request and, before anything is asked, if more requests are

@@ -42,7 +42,7 @@ class Match(NamedTuple):
     columns: dict[str, Any]
 
 
-class Values(NamedTuple):
+class Verdicts(NamedTuple):
     """A judge's values for the first model's answers, in [0, 1]; NaN without a verdict.
 
     first [P]: where its answers were shown first. second [P]: where they were shown second.
@@ -59,7 +59,7 @@ class Judge(Protocol):
     def name(self) -> str:
         """The name in tables."""
 
-    def compare(self, matches: Sequence[Match]) -> Values:
+    def compare(self, matches: Sequence[Match]) -> Verdicts:
         """Return the values of each match, in both orders."""
 
 
@@ -108,7 +108,7 @@ def in_both_orders(matches: Sequence[Match]) -> list[list[dict[str, str]]]:
     ]
 
 
-def values_of(replies: Sequence[str], judge: str) -> Values:
+def values_of(replies: Sequence[str], judge: str) -> Verdicts:
     """Return the values of replies to `in_both_orders`. Raises ValueError if most of them name no answer."""
     found = np.array([verdict(reply) for reply in replies])
     without = int(np.isnan(found).sum())
@@ -118,14 +118,14 @@ def values_of(replies: Sequence[str], judge: str) -> Values:
             f"judge {judge}: {without} of {len(found)} replies name neither answer A nor B, such as "
             f"{example[-80:]!r}; use a larger model, or more tokens for its replies (--judge-max-new)"
         )
-    return Values(found[0::2], 1 - found[1::2])
+    return Verdicts(found[0::2], 1 - found[1::2])
 
 
-def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Values:
+def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Verdicts:
     """Return the values of answers that are scored alone, where the order cannot matter."""
     difference = one - other
     values = np.where(np.isnan(difference), np.nan, (np.sign(difference) + 1) / 2)
-    return Values(values, values)
+    return Verdicts(values, values)
 
 
 # Results
@@ -136,7 +136,7 @@ class Judged:
     """A judge's values of all prompts, and the lengths of the answers in characters [P]."""
 
     judge: str
-    values: Values
+    values: Verdicts
     one_length: Float[np.ndarray, " P"]
     other_length: Float[np.ndarray, " P"]
 

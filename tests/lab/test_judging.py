@@ -11,14 +11,14 @@ import pytest
 from scripts_in_process import call
 
 from jaxft.lab import judge_files, judges, judging
-from jaxft.lab.judging import Judged, Match, Values
+from jaxft.lab.judging import Judged, Match, Verdicts
 
 
 def judged(values, one=None, other=None, name="judge"):
     """A judge's values that are the same in both orders."""
     values = np.asarray(values, float)
     lengths = [np.full(len(values), 10.0) if x is None else np.asarray(x, float) for x in (one, other)]
-    return Judged(name, Values(values, values), *lengths)
+    return Judged(name, Verdicts(values, values), *lengths)
 
 
 @pytest.mark.parametrize(
