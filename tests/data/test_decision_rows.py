@@ -13,7 +13,7 @@ from jaxft.data.inspection import inspect
 from jaxft.data.packing.lengths import measure
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.invalid import InvalidRow
-from jaxft.serve.served_model import ServedModel, decision_prompt
+from jaxft.serve.served_models import ServedModel, decision_prompt
 
 QUESTION = {
     "question": "Which is it?",

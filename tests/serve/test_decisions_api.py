@@ -7,8 +7,8 @@ import tiny_served as tiny
 from running_server import Running
 
 from jaxft.batch import Tokens
-from jaxft.serve.api_request import ApiError
 from jaxft.serve.decisions_api import parse_decisions
+from jaxft.serve.openai_api import ApiError
 
 INPUT = "The rank broke."  # texts are short: the tiny model reads 128 tokens, most of them bytes
 PREDICATE = {

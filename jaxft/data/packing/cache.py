@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data.packing.flat import Flat
-from jaxft.distributed.temporary import temporary_file
+from jaxft.distributed.disk import temporary_file
 
 CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError,
