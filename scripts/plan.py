@@ -92,7 +92,6 @@ def print_plans(args: argparse.Namespace) -> int:
     """Compile and print what the command line names; return the exit code."""
     from jaxft.cli import cli
     from jaxft.plan import machines, plan, plan_report, search
-    from jaxft.plan import plan_report as plan_text
     from jaxft.runs.settings import config
     from jaxft.train.start import open_settings
 
@@ -131,14 +130,14 @@ def print_plans(args: argparse.Namespace) -> int:
         each = plan.plans(run, machine, select)
         found.append(next(one for one in each if one.flops is not None))  # the largest train step
         cost = run_cost(run, found[-1], args.price) if args.hours or args.price is not None else None
-        record = {**plan_text.record(found[-1], each), **(cost.json() if cost else {})}
-        print(json.dumps(record) if args.json else plan_text.plan_report(found[-1]), flush=True)
+        record = {**plan_report.record(found[-1], each), **(cost.json() if cost else {})}
+        print(json.dumps(record) if args.json else plan_report.plan_report(found[-1]), flush=True)
         if (args.hours or args.price is not None) and not args.json:
             print("\n".join(cost.lines() if cost else plan_report.unknown_lines(found[-1])), flush=True)
         if len(each) > 1 and not args.json:
-            print(plan_text.programs_report(each), flush=True)
+            print(plan_report.programs_report(each), flush=True)
     if len(found) > 1 and not args.json:
-        print(plan_text.scaling_report(found))
+        print(plan_report.scaling_report(found))
     return code
 
 

@@ -15,7 +15,7 @@ from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
 from jaxft.data.chat.template import template_of
 from jaxft.data.chat.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
-from jaxft.data.decisions import answer_tokens
+from jaxft.data.decisions import DecisionPrompts, answer_tokens
 from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import PLAIN, prompt_of
 from jaxft.data.rows.dataset_rows import Row
@@ -49,6 +49,7 @@ class ServedModel:
 
     adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
     and has no conversations (data.format=plain). vocab: its embeddings. tools: the format of its tool calls.
+    decision: the labels and the question of a decision model.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ServedModel:
     template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
     plain: bool = False
     tools: ToolFormat = "none"
+    decision: DecisionPrompts = DecisionPrompts()
 
 
 def chat_prompt(
@@ -261,7 +263,7 @@ def _served_models(
         chat_template = template_of(tokenizer)
         of_tools = chat_template and (chat_template.tool_use or chat_template)
         own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
-        found[name] = replace(served, plain=plain, tools=tools or own)
+        found[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
     return found
 
 
