@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.models.heads import TEACHER
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.quant import is_qtensor
 from jaxft.plan import hlo
 from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk
 from jaxft.rl.rollout import Rollouts

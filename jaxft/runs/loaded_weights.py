@@ -18,7 +18,7 @@ from jaxft.data.sft import Rows
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
-from jaxft.nn.quant.quant import Quant, QuantKind, quant_setting
+from jaxft.nn.quant import Quant, QuantKind, quant_setting
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.runs.object_store import IN_STORE, local_folder
 from jaxft.runs.trackers.jsonl import METRICS

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
 from jaxft.data.chat.template import template_of
-from jaxft.data.chat.template_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
 from jaxft.data.decisions import DecisionPrompts, answer_tokens
+from jaxft.data.row_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
 from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import PLAIN, prompt_of
 from jaxft.data.rows.dataset_rows import Row
@@ -33,7 +33,7 @@ from jaxft.nn.adapters.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant.quant import QuantKind
+from jaxft.nn.quant import QuantKind
 from jaxft.runs.loaded_weights import NamedWeights, common_dtype, common_quant, common_residual, read_adapters
 from jaxft.tree import Params
 from jaxft.weights import pretrained
