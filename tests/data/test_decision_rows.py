@@ -212,6 +212,8 @@ def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path
     rows = source_of(tmp_path, soft, invalid="drop", invalid_limit=0.5).split.rows
     assert rows.labels == ("x", "y", "z") and rows.extras["probabilities"][0] == pytest.approx([0.3, 0.7, 0])
     assert source_of(tmp_path, labelled(10, 9, 1)).split.rows.labels == ("1", "9", "10")
+    (note,) = source_of(tmp_path, labelled(0, 1)).info.warnings
+    assert note.endswith("data.labels=NAME,NAME,... gives 0, 1, ... names")
 
 
 def test_labels_are_counted_in_all_readable_rows_whatever_the_format_is_chosen_by(tmp_path):
