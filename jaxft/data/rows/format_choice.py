@@ -181,7 +181,7 @@ def choose_format(
     if plain and not formats[chosen].plain:
         strings = " and ".join(name for name, found in formats.items() if found.plain)
         raise ValueError(
-            f"data.format={PLAIN} is for {strings} rows, and these rows have format "
+            f"data.format={PLAIN} is for {strings or 'other'} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
         )
     unread = _unread(counts, chosen, formats) if format == "auto" and TEXT in formats else ()
