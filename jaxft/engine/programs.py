@@ -73,8 +73,8 @@ def next_tokens(
 ) -> _Sampled:
     """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
 
-    Log-probs are those of the model also in a constrained row, at the temperature of the sampling unless the
-    engine serves. A token whose logits are not finite is NONFINITE.
+    Log-probs are the model's, also in a constrained row, at the temperature of the sampling unless the engine
+    serves. A token whose logits are not finite is NONFINITE.
     """
     rows, (keys, numbers) = len(h_RD), at
     if rows < MIN_MATMUL_ROWS:
@@ -94,7 +94,7 @@ def next_tokens(
         )
     else:
         tokens = sample(logits)
-    largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as those of fast_argmax
+    largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as in fast_argmax
     if not d.serving:
         heat = settings.sampling.heat[:, None].astype(logits.dtype)
         logits = logits * jnp.where(heat > 0, heat, 1)
@@ -265,8 +265,8 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
 class Engine:
     """Compiled programs for one Decoding and one size, by their sizes.
 
-    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots of rows' keys that are read,
-    those of prompts). keep: (rows, rows of the next state).
+    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots that are read of rows' keys,
+    and of prompts' keys). keep: (rows, rows of the next state).
     """
 
     decoding: Decoding

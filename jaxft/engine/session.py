@@ -37,9 +37,9 @@ class RequestSettings:
     """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
-    log-probs of the most likely tokens are needed; among_allowed: of those that the grammar allows. grammar:
-    what the completion must match, a Grammar of serve/constraint.py. key: data of the random key, None
-    for the session's.
+    log-probs of the most likely tokens are needed; among_allowed: of the tokens that the grammar allows.
+    grammar: what the completion must match, a Grammar of serve/constraint.py. key: data of the random key,
+    None for the session's.
     """
 
     sampling: Sampling
@@ -101,10 +101,10 @@ class _Waiting(NamedTuple):
 class Session:
     """Completes prompts with the rows of an engine, and goes on with rows after given tokens.
 
-    The random key of completion i of a prompt is derived from `key`, the prompt's number and i, that of its
-    token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the engine,
-    but for rounding: kernels of other shapes may add in another order, which can swap a token for one that is
-    about as likely.
+    The random key of completion i of a prompt is derived from `key`, the prompt's number and i; the key of
+    its token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the
+    engine, but for rounding: kernels of other shapes may add in another order, which can swap a token for one
+    that is about as likely.
 
     Where an engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
     of requests that don't choose, by default the engine's sampling and stop tokens.
@@ -151,8 +151,8 @@ class Session:
     ) -> None:
         """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
 
-        choice: new settings. With a key, which is then that of the row, the next token has random number 0.
-        Raises ValueError if the row has no slots for the tokens and one more.
+        choice: new settings. A key in it becomes the row's, and the next token has random number 0. Raises
+        ValueError if the row has no slots for the tokens and one more.
         """
         it, space = self.running[episode], self.space(episode)
         if it.finish not in ("stop", "length"):
@@ -208,7 +208,7 @@ class Session:
 
     def step(self, steps: int | None = None) -> list[Running]:
         """Run one program: extend rows, start prompts, or decode up to `steps` steps. Return the rows that
-        have new tokens, of which `tokens` and `logps` are those of all rows.
+        have new tokens; `tokens` and `logps` then have the tokens of all rows.
         """
         self._fit()
         if not (self._extend() or self._start()):

@@ -44,8 +44,8 @@ class TokenDecoder:
     def bytes_of(self, token: int, first: bool) -> bytes | None:
         """Return the bytes that a token adds to a text; None for one that is skipped.
 
-        first: whether it begins the text, where a tokenizer may omit a space. The bytes of all tokens
-        together are those of the text.
+        first: whether it begins the text, where a tokenizer may omit a space. The bytes of all tokens,
+        joined, are the text.
         """
         if not self.adds_text(token):
             return None

@@ -2,7 +2,7 @@
 time; and a run's second, frozen model.
 
 The second model is a teacher, or a reference policy with weights of its own. Its parameters are named
-"teacher" in the run's tree: {"base", "adapter"}, without "base" if it shares that of the run. The run's base
+"teacher" in the run's tree: {"base", "adapter"}, without "base" if it shares the run's. The run's base
 without an adapter has no parameters there and takes no memory. An objective reads it as it reads the run's
 model, with the same parameters and log-probs of both in one pass over the heads:
 
@@ -77,7 +77,7 @@ def adapted_like(model: Model, adapter: Params) -> Model:
 def adapted_by_row(model: Model) -> Model:
     """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
 
-    See lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
+    See lora_rows.py. Without a stack it is the base model. Its specs are the base's.
     """
 
     def attached(params: Params) -> Params:

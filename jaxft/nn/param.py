@@ -75,7 +75,7 @@ class ParamSpec:
 
 
 class KernelAxes(NamedTuple):
-    """The names of a kernel's axes: those that it is stacked along, its inputs and its outputs."""
+    """The names of a kernel's axes: `lead` that it is stacked along, inputs and outputs."""
 
     lead: tuple[str, ...]
     ins: str

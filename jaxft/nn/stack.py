@@ -72,7 +72,7 @@ class Mixer(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """A layer of a block. name: of its parameters in those of the block; "" if it is the only one. numbers:
+    """A layer of a block. name: the key of its parameters in the block's; "" if it is the only one. numbers:
     which layers of the model it is in the stack's blocks.
     """
 
@@ -201,8 +201,8 @@ def scan_stacks(
     """Return the residual stream after all layers, and their outputs, each stacked over the layers that have
     it [L, ...]; differentiable under the remat policy.
 
-    params: the model's; those of a stack may be FusedLayers, which the backward pass updates. tokens: Tokens,
-    Pairs or Rollout. keys: a random key per layer for dropout, or None.
+    params: the model's; a stack's may be FusedLayers, which the backward pass updates. tokens: Tokens, Pairs
+    or Rollout. keys: a random key per layer for dropout, or None.
     """
     found: list[tuple[range, LayerOutputs]] = []
     for stack in stacks:
@@ -278,8 +278,8 @@ def _of_layers(x: Array, numbers: range) -> Array:
 
 
 def _joined(found: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
-    """Return the outputs of all layers by name, those of several stacks or layers of a block in the order of
-    the model's layers.
+    """Return the outputs of all layers by name, joined over stacks and layers of a block in the order of the
+    model's layers.
     """
     joined: LayerOutputs = {}
     for name in dict.fromkeys(name for _, outputs in found for name in outputs):

@@ -222,9 +222,7 @@ def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare held-out accuracy at the end with that of always preferring one length. accuracy: the metric's
-    name.
-    """
+    """Compare held-out accuracy at the end with always preferring one length. accuracy: the metric's name."""
     found, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
     if not last or found is None or guess is None or found > guess[0]:
         return Alarms(memory, [], [])

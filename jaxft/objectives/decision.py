@@ -47,7 +47,7 @@ def cross_entropy(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
 def log_score(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
     """`sum_c q_c log(q_c / p_c)`: cross_entropy minus its least value, so that it is 0 where p = q.
 
-    Its gradient is that of cross_entropy; where one choice is certain, the two are equal.
+    It has the gradient of cross_entropy; where one choice is certain, the two are equal.
     """
     return jnp.sum(q * (jnp.log(jnp.where(q > 0, q, 1)) - log_p), -1)
 
@@ -74,7 +74,7 @@ def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]
 
 @struct
 class Outputs:
-    """The forward pass of a batch: log-probabilities of the choices, and those of the rows.
+    """The forward pass of a batch: log-probabilities of the choices, and the probabilities in the rows.
 
     weight: of each decision; 0 marks padding.
     """

@@ -95,8 +95,8 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
     deviation and t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom.
 
     weights: of a weighted mean m = sum w x / sum w, such as losses of rows weighted by their tokens. Then s
-    is that of the linearised values w (x - m) / mean(w) (Cochran 1977, Sampling Techniques, 6.3). Infinite
-    for fewer than two values.
+    is the deviation of the linearised values w (x - m) / mean(w) (Cochran 1977, Sampling Techniques, 6.3).
+    Infinite for fewer than two values.
     """
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)

@@ -271,7 +271,7 @@ def _add(a: Any, b: Any) -> Metric:
 
 def join_rows(parts: Sequence[Metrics]) -> Metrics:
     """Return the values of single rows of all parts, which have nothing else, in their order."""
-    # the last axis, as those of a sweep have one of members
+    # the last axis: in a sweep the first one is over members
     return jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
 
 

@@ -148,9 +148,9 @@ def policy(
         AdaptiveKL's are aux["kl_coef"].
     entropy: the coefficient of an entropy bonus, 0 for none.
     temperature: the sampling temperature; logits of policy and reference are divided by it.
-    Metrics have the names of TRL's GRPO, and those of TRL's PPO where GRPO has none. A logged loss is divided
-        by the sum of its
-    weights, which is 1 unless the weight rule says otherwise.
+
+    Metrics have the names of TRL's GRPO, or of TRL's PPO where GRPO has none. A logged loss is divided by the
+    sum of its weights, which is 1 unless the weight rule says otherwise.
 
     >>> from functools import partial
     >>> from jaxft.objectives.losses.policy_losses import clipped
@@ -387,9 +387,9 @@ def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> 
     """Distance to the sampling policy and clipped fractions over the tokens with a policy weight; the entropy
     of all.
 
-    clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no
-    gradient although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and
-    high_max are those of a completion. val/ratio_var is the mean of (r - 1)^2, as the mean of r should be 1.
+    clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no gradient
+    although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and high_max
+    are of single completions. val/ratio_var is the mean of (r - 1)^2, as the mean of r should be 1.
     """
     batch, used = jax.lax.stop_gradient(batch), used & (batch.mask > 0)
     slope = jax.grad(lambda logp: jnp.sum(jnp.where(used, loss(replace(batch, logp=logp)), 0)))(batch.logp)

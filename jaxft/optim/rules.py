@@ -33,7 +33,7 @@ class UpdateRule(NamedTuple):
     rowwise: the update of a row depends on no other row, so that a large matrix may be updated in blocks of
     rows. replicated: fields of its state that every device stores in full if their shape differs from their
     parameter's (factored moments, scales); other fields of another shape are an error on a mesh, see
-    state_sharding. averaging: the average of a schedule-free optimizer; None for other optimizers.
+    state_shardings. averaging: the average of a schedule-free optimizer; None for other optimizers.
     """
 
     transform: optax.GradientTransformation
