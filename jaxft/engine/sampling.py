@@ -215,5 +215,5 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = 
 
 def nonfinite_logits(tokens: np.ndarray) -> tuple[int, int] | None:
     """Return (row, index) of the first token [B, N] whose logits were not finite, None without any."""
-    found = np.argwhere(tokens == NONFINITE)
-    return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
+    where = np.argwhere(tokens == NONFINITE)
+    return (int(where[0, 0]), int(where[0, 1])) if len(where) else None

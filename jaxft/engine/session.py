@@ -302,8 +302,8 @@ class Session:
         limit = min(read - most + 1, steps or read)
         stop = max((to for rows, to in self.engine.keep if rows == self.rows and to < rows), default=0)
         if self.waiting:
-            wanted = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
-            stop = len(live) + self.rows - len(self.running) - wanted
+            needed = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
+            stop = len(live) + self.rows - len(self.running) - needed
         if self.engine.decoding.extends:
             limit, stop = min(limit, STEPS_BETWEEN_LOOKS), len(live) - self.rows // 8
         allowed = all_allowed(self.engine.decoding, self.rows)
@@ -320,7 +320,7 @@ class Session:
 
     def _collect(self) -> list[Running]:
         """Return the rows that have new tokens. Rows that ended are free, unless they may be extended."""
-        s, found = self.state, []
+        s, changed = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
         if any(it.choice.top for it in self.running.values()):
             self.top = jax.device_get((s.top_tokens, s.top_logps))
@@ -340,8 +340,8 @@ class Session:
                 it.finish = "error" if it.error else it.finish
             if it.finish and not self.engine.decoding.extends:
                 self.drop(it.episode)
-            found.append(it)
-        return found
+            changed.append(it)
+        return changed
 
     def top_of(self, it: Running) -> list[tuple[tuple[int, float], ...]]:
         """Return the most likely tokens with their log-probs, for each new token of a row."""

@@ -34,8 +34,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     """
 
     def attached(params: Any) -> Any:
-        own = model.head_adapters.get(params["viewed"].name, settings) if "viewed" in params else settings
-        dropout, token_ids = (own.dropout, own.trainable_token_indices) if own else (0.0, ())
+        chosen = model.head_adapters.get(params["viewed"].name, settings) if "viewed" in params else settings
+        dropout, token_ids = (chosen.dropout, chosen.trainable_token_indices) if chosen else (0.0, ())
         return attach(params["base"], params.get("adapter"), dropout, token_ids)
 
     specs = {"base": model.specs}
@@ -127,6 +127,6 @@ def with_teacher(model: Model, teacher: Teacher | None) -> Model:
     """Return the model with a second one, whose parameters are named "teacher"; itself without a teacher."""
     if teacher is None:
         return model
-    own = adapted(teacher.model or model, teacher.adapter)
-    specs = {name: x for name, x in own.specs.items() if name == "adapter" or not teacher.shares_base}
-    return replace(model, heads={**model.heads, TEACHER: specs}, teacher=own)
+    second = adapted(teacher.model or model, teacher.adapter)
+    specs = {name: x for name, x in second.specs.items() if name == "adapter" or not teacher.shares_base}
+    return replace(model, heads={**model.heads, TEACHER: specs}, teacher=second)

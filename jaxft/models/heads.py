@@ -152,10 +152,10 @@ def view(params: Params, name: str) -> Params:
 
     Its adapter then contains the pairs of "initial_adapter", if there are any.
     """
-    own = {"base": params["base"], **params[name], "viewed": Viewed(name)}
+    viewed = {"base": params["base"], **params[name], "viewed": Viewed(name)}
     if "base" in params[name] or INITIAL_ADAPTER not in params:
-        return own
-    return {**own, "adapter": join_adapters(own.get("adapter"), params[INITIAL_ADAPTER])}
+        return viewed
+    return {**viewed, "adapter": join_adapters(viewed.get("adapter"), params[INITIAL_ADAPTER])}
 
 
 def shares_base(head: Any) -> bool:

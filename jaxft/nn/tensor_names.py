@@ -80,10 +80,10 @@ def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
     """Return the module of a parameter at each index along its leading axes, in row-major order. A parameter
     without a tensor in the files is named like its path.
     """
-    own = _path_template(path, spec)
-    template = names[path].module if path in names else HEAD_MODULE if path == "head" else own
+    path_template = _path_template(path, spec)
+    template = names[path].module if path in names else HEAD_MODULE if path == "head" else path_template
     return [
-        Module(template.format(**numbers), own.format(**numbers), numbers.get("i"))
+        Module(template.format(**numbers), path_template.format(**numbers), numbers.get("i"))
         for numbers in numbers_at(spec, lead_axes(spec)).values()
     ]
 
@@ -161,7 +161,7 @@ def values_by_pattern(
 
     Raises ValueError for a pattern that matches no module, or only modules that an earlier one matches.
     """
-    found: list[float | None] = [None] * len(modules)
+    values: list[float | None] = [None] * len(modules)
     for number, (pattern, value) in enumerate(patterns):
         hits = [i for i, names in enumerate(modules) if matches_module(pattern, names, setting)]
         if not hits:
@@ -169,7 +169,7 @@ def values_by_pattern(
                 pattern, list(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
             )
             raise ValueError(f"{setting}: {pattern!r} matches no adapted module; near: {', '.join(near)}")
-        new = [i for i in hits if found[i] is None]
+        new = [i for i in hits if values[i] is None]
         if not new:
             earlier = next(p for p, _ in patterns[:number] if matches_module(p, modules[hits[0]], setting))
             raise ValueError(
@@ -177,5 +177,5 @@ def values_by_pattern(
                 "modules; remove one of them, or write the narrower pattern first"
             )
         for i in new:
-            found[i] = value
-    return found
+            values[i] = value
+    return values

@@ -68,8 +68,8 @@ def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]
     """Return the log-softmax over the choices of each decision. choices: indices of U, -1 for none, which
     gets NONE.
     """
-    found = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
-    return jax.nn.log_softmax(jnp.where(choices >= 0, found, jnp.asarray(NONE, found.dtype)), -1)
+    of_choices = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
+    return jax.nn.log_softmax(jnp.where(choices >= 0, of_choices, jnp.asarray(NONE, of_choices.dtype)), -1)
 
 
 @struct

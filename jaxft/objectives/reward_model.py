@@ -214,8 +214,8 @@ def _metrics(outputs: Outputs) -> Metrics:
 def _values(outputs: Outputs, losses: Rewards) -> Metrics:
     """Return loss and margin of each pair, and 1 if it is won, 0 if it is lost and 1/2 for a tie."""
     weight, margin = outputs.batch.pair_weights, outputs.chosen - outputs.rejected
-    found = {LOSS: losses, MARGIN: margin, ACCURACY: wins(margin, margin == 0)}
-    return {ROWS + name: PerRow.of(values, weight) for name, values in found.items()}
+    by_name = {LOSS: losses, MARGIN: margin, ACCURACY: wins(margin, margin == 0)}
+    return {ROWS + name: PerRow.of(values, weight) for name, values in by_name.items()}
 
 
 def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:

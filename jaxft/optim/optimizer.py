@@ -104,10 +104,10 @@ class Optim:
     matches. As in PEFT, it applies to an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on
     the embedding table has 1e-6. ema: decay of a moving average of the trained weights, which is evaluated
     and exported in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D
-    standard deviations above the mean of the N steps before it, see skipped_updates.py. layerwise: update stacked
-    layers one after the other, so that only one layer's updates are in memory; results are the same, except
-    for the random bits of stochastic rounding. fused_backward: update layers inside the backward pass, so
-    that only one layer's gradient is in memory. It needs one microbatch per step and clip=none, since the
+    standard deviations above the mean of the N steps before it, see skipped_updates.py. layerwise: update
+    stacked layers one after the other, so that only one layer's updates are in memory; results are the same,
+    except for the random bits of stochastic rounding. fused_backward: update layers inside the backward pass,
+    so that only one layer's gradient is in memory. It needs one microbatch per step and clip=none, since the
     global norm is known only at the end; if a gradient or an update is not finite, the layers above it have
     been updated already.
     """

@@ -452,8 +452,8 @@ def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLay
     def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
         if keys is None:
             return None
-        own = new if layers.all() else jax.tree.map(lambda x: x[np.flatnonzero(layers)], new)
-        return append_chunk(keys, own, chunk)
+        of_layers = new if layers.all() else jax.tree.map(lambda x: x[np.flatnonzero(layers)], new)
+        return append_chunk(keys, of_layers, chunk)
 
     return LayerKeys(of(rows.full, ~a.windowed), of(rows.window, a.windowed))
 
