@@ -84,7 +84,8 @@ def parse_rows(
     settings = replace(settings, labels=format.labels) if format.labels else settings
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
-        row = with_ratings(chosen.rewrite(valid(row), settings), settings)
+        row = chosen.rewrite(valid(row), settings)
+        row = with_ratings(row, settings) if "rank_2" in settings.kinds else row
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
         numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
         order = 0.0 if order_by is None else number_of(row, order_by, "data.order_by")

@@ -44,12 +44,10 @@ def rating_columns(responses: int) -> tuple[str, ...]:
 
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
-    """Return a pair, if rankings are read (data.responses), with a number in each column of ratings: those of
-    the row, or minus the ranks, 0 where a response is missing.
+    """Return a ranking with a number in each column of ratings: those of the row, or minus the ranks, 0 where
+    a response is missing.
     """
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
-    if not further:
-        return row
     fields = {_RATING + kind: 0.0 for kind in further}
     if all(row.fields.get(_RATING + kind) is None for kind in ("chosen", "rejected")):
         fields |= {_RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
