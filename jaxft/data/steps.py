@@ -1,8 +1,8 @@
 """Solutions in steps with a label for each: rows, their tokens and batches, for process reward models.
 
-The tokens are those of TRL's PRMTrainer: BOS if the tokenizer has one, the prompt, and each step followed by
-the separator, all tokenised apart from one another. The label of a step is read at its last token, which is
-the separator's last.
+The tokens are as TRL's PRMTrainer makes them: BOS if the tokenizer has one, the prompt, and each step
+followed by the separator, all tokenised apart from one another. The label of a step is read at its last
+token, which is the separator's last.
 """
 
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ MOST_LABELS = 100  # that are counted
 
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
-    theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
+    theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
     the rows have besides a text, or the text besides another format. labels: of a classifier's rows, where
     data.labels names none.
     """

@@ -16,7 +16,7 @@
     ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
     instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
     rated                   {"prompt", "responses": [...]}: rankings with ranks or ratings, see
-                            published_formats.py, which also has those of single datasets
+                            published_formats.py, which also has formats of single datasets
     unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
     unpaired-messages       {"messages", "label"}: the response is the last turn
     unpaired-conversations  {"conversations", "label"} (ShareGPT)
@@ -29,8 +29,8 @@
 
 "label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
 without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
-"chat_template_kwargs"; those of SFT "weight" (see loss_weights.py); those of pairs "reference", from which a
-third response, "gold" (data.third), is read. Which format a dataset has, and columns with other names:
+"chat_template_kwargs"; SFT rows also "weight" (see loss_weights.py); pairs also "reference", a third response
+("gold", data.third). Which format a dataset has, and columns with other names:
 format_choice.py. Prompts without responses are read from the columns of all formats, see conversation.py.
 """
 
@@ -157,7 +157,7 @@ def _label(row: Row, where: str, value: Any) -> bool:
 
 
 def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Columns) -> dict[str, Example]:
-    """Return the prompt with each response, those of settings.kinds. columns: of the responses by kind."""
+    """Return the prompt with each response of settings.kinds. columns: of the responses by kind."""
     if "gold" in settings.kinds:
         if row.fields.get("reference") is None:
             raise row.invalid(
