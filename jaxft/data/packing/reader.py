@@ -143,7 +143,7 @@ class Reader:
         version, extras = (self.task.name, self.task.version), self.task.extras(settings)
         key = files.content_key(content, self.tokenizer, version, astuple(settings))
         stored, state = files.load_or_make(
-            files.row_cache_folder(how.cache) / f"{key}.arrow",
+            files.row_cache_folder(how.cache) / f"{key}.rows",
             column_types(len(settings.kinds), extras),
             partial(_tokenise, ref, listing, self),
         )
