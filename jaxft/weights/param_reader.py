@@ -10,7 +10,7 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant.quant import QTensor
-from jaxft.weights import finite
+from jaxft.weights.finite import (require_finite, require_finite_scales)
 from jaxft.weights.hf import hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 from jaxft.weights.quantised.file_format import same_layout
@@ -70,7 +70,7 @@ def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.nd
     """Read the part of a tensor's values [in, out] at `index` in the reader's dtype, dequantised if the files
     store it quantised. Raises ValueError for values that are not finite.
     """
-    in_file = finite.require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
+    in_file = require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
     return tensor.turned(in_file.astype(reader.dtype, copy=False))
 
 
@@ -81,7 +81,7 @@ def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QT
     Only for a reader with a layout. Raises ValueError for scales that are not finite.
     """
     stored = reader.files.tensors[tensor.name].quantised
-    value = stored and finite.require_finite_scales(stored.read(index))
+    value = stored and require_finite_scales(stored.read(index))
     assert isinstance(value, QTensor)
     return value
 

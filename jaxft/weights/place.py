@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 from jaxft.distributed import sharding
 from jaxft.nn.quant.quant import QTensor, quantize, scales
 from jaxft.nn.quant.quant_formats import encode_scales
-from jaxft.weights import finite
+from jaxft.weights.finite import (cast_finite, require_finite_scales)
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import (
     ParamReader,
@@ -254,11 +254,11 @@ def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> 
     Raises ValueError for values or scales that are too large for their dtype.
     """
     if not isinstance(like, QTensor):
-        return finite.cast_finite(value, like.dtype)
+        return cast_finite(value, like.dtype)
     if like.kind == "bits":
-        return quantize(finite.cast_finite(value, like.dtype), "bits")
+        return quantize(cast_finite(value, like.dtype), "bits")
     packed: Any = quantize(value, like.kind, like.block, like.outer is not None, scale)
-    return replace(finite.require_finite_scales(packed), dtype=like.dtype)
+    return replace(require_finite_scales(packed), dtype=like.dtype)
 
 
 def shard_host_array(array: np.ndarray, to: Sharding) -> jax.Array:

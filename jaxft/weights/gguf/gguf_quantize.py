@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.weights import finite
+from jaxft.weights.finite import (is_finite, require_finite)
 from jaxft.weights.gguf.gguf_header import FLOAT_TYPES
 from jaxft.weights.hf.safetensors import WRITE_ADVICE
 
@@ -41,11 +41,11 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
     importance: of each input, by which rounding errors are weighted; types without blocks and Q8_0 take none.
     Raises ValueError for values that are not finite or too large.
     """
-    finite.require_finite(values, WRITE_ADVICE)
+    require_finite(values, WRITE_ADVICE)
     if kind in FLOAT_TYPES:
         with np.errstate(over="ignore"):
             cast = np.ascontiguousarray(values.astype(FLOAT_TYPES[kind]))
-        if not finite.is_finite(cast):
+        if not is_finite(cast):
             raise ValueError(
                 f"some values are too large for {kind}; use --gguf BF16, F32 or a quantised type"
             )

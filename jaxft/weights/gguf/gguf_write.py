@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.distributed.disk import publish
-from jaxft.weights import finite
+from jaxft.weights.finite import (errors_name)
 from jaxft.weights.gguf.gguf_header import ARRAY, SCALARS, STRING, block_size
 
 ALIGNMENT = 32  # of tensors, bytes; the format's default
@@ -81,7 +81,7 @@ def write_gguf_file(
                     file.flush()
                     check(part)
                     checked = True
-                with finite.errors_name(f"{path}: not written: tensor {tensor.name}"):
+                with errors_name(f"{path}: not written: tensor {tensor.name}"):
                     raw = np.ascontiguousarray(tensor.fetch())
                 if raw.dtype != np.uint8 or raw.size != tensor.size:
                     raise ValueError(f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}")

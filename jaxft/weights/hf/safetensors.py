@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxft.distributed import sync
-from jaxft.weights import finite
+from jaxft.weights.finite import (errors_name, require_finite)
 from jaxft.weights.model_files import Index, full_index, lengths
 
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
@@ -204,8 +204,8 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
                         f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got "
                         f"{value.dtype}{value.shape}"
                     )
-                with finite.errors_name(f"{path}: not written: tensor {tensor.name}"):
-                    finite.require_finite(value, WRITE_ADVICE)
+                with errors_name(f"{path}: not written: tensor {tensor.name}"):
+                    require_finite(value, WRITE_ADVICE)
                 # not tofile, whose error for a full disk has no errno
                 file.write(value.reshape(-1).view(np.uint8).data)
         os.replace(part, path)

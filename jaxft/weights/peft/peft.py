@@ -16,7 +16,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
-from jaxft.weights import finite
+from jaxft.weights.finite import (errors_name)
 from jaxft.weights.hf.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.hf.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 from jaxft.weights.model_files import ModelFiles
@@ -301,7 +301,7 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
                 0 < value < 2**16 if type(value) is int else key == "alpha_pattern" and _is_finite(value)
             ):
                 raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
-    with finite.errors_name(str(where)):
+    with errors_name(str(where)):
         plain = Adapter(rank, float(alpha), float(dropout))
         return replace(plain, rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))
 

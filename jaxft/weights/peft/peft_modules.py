@@ -14,7 +14,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import spec_paths
 from jaxft.nn.tensor_names import HEAD_MODULE
-from jaxft.weights import finite
+from jaxft.weights.finite import (cast_finite, errors_name, require_finite)
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 from jaxft.weights.peft.peft_names import PREFIX, renamed
 from jaxft.weights.peft.peft_refusals import MERGE
@@ -156,11 +156,11 @@ def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
     """Read a float tensor, at most in float32. Raises ValueError that names it if it has another type, or a
     value that is not finite.
     """
-    with finite.errors_name(f"{files.where}: tensor {name}"):
-        value = finite.require_finite(read_tensor(files, name))
+    with errors_name(f"{files.where}: tensor {name}"):
+        value = require_finite(read_tensor(files, name))
         if not jnp.issubdtype(value.dtype, np.floating):
             raise ValueError(f"it has type {value.dtype}; expected floats, as peft's save_pretrained writes")
-        return finite.cast_finite(value, np.float32) if value.dtype == np.float64 else value
+        return cast_finite(value, np.float32) if value.dtype == np.float64 else value
 
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxft.distributed import processes
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.weights import finite
+from jaxft.weights.finite import (errors_name, require_finite)
 from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair
 from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft.peft_pairs import Pair
@@ -58,8 +58,8 @@ def first_pair(
             f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
             f"{tensor.shape}; is the adapter for another base model?"
         )
-    with finite.errors_name(f"{base.where}: tensor {name}"):
-        values = tensor.turned(finite.require_finite(base.read(name)).astype(np.float32))
+    with errors_name(f"{base.where}: tensor {name}"):
+        values = tensor.turned(require_finite(base.read(name)).astype(np.float32))
     return FIRST_PAIRS[init](values, rank, scale)
 
 
