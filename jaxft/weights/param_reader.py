@@ -10,11 +10,17 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant.quant import QTensor
-from jaxft.weights.finite import (require_finite, require_finite_scales)
 from jaxft.weights.hf import hf
-from jaxft.weights.model_files import Index, ModelFiles, full_index
 from jaxft.weights.quantised.file_format import same_layout
-from jaxft.weights.tensors import Tensor, tensors_of
+from jaxft.weights.tensors import (
+    Index,
+    ModelFiles,
+    Tensor,
+    full_index,
+    require_finite,
+    require_finite_scales,
+    tensors_of,
+)
 
 PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
 COPY_COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once

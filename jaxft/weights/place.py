@@ -18,8 +18,6 @@ from jax.sharding import Sharding
 from jaxft.distributed import sharding
 from jaxft.nn.quant.quant import QTensor, quantize, scales
 from jaxft.nn.quant.quant_formats import encode_scales
-from jaxft.weights.finite import (cast_finite, require_finite_scales)
-from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import (
     ParamReader,
     copy_into,
@@ -29,7 +27,7 @@ from jaxft.weights.param_reader import (
     small_parts,
 )
 from jaxft.weights.quantised.file_format import array_index, arrays_of
-from jaxft.weights.tensors import Tensor, layer_on_host
+from jaxft.weights.tensors import Index, Tensor, cast_finite, full_index, layer_on_host, require_finite_scales
 
 Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
 Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key

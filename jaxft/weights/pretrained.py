@@ -32,7 +32,6 @@ from jaxft.weights.hf import hf, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_limits import OverLimit, check_tokenizer_files
 from jaxft.weights.hub import hub
-from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
 from jaxft.weights.param_reader import ParamReader, param_readers, read_quantised
 from jaxft.weights.peft import peft
 from jaxft.weights.storage import (
@@ -44,7 +43,7 @@ from jaxft.weights.storage import (
     leaf_sharding,
     quantised_paths,
 )
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Index, ModelFiles, QuantisedTensor, Tensor
 
 NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
 # Settings of transformers for dropout inside the model, which its pretraining may have used.

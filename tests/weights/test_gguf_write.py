@@ -25,9 +25,9 @@ from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import merge_files
 from jaxft.weights.gguf import gguf_metadata, gguf_quantize, gguf_save, gguf_types
 from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.model_files import FileTensor, ModelFiles
 from jaxft.weights.param_reader import param_readers
 from jaxft.weights.peft import peft_write
+from jaxft.weights.tensors import FileTensor, ModelFiles
 
 torch = pytest.importorskip("torch")
 ROWS = 416  # of embeddings: the tiny tokenizers have up to 400 tokens

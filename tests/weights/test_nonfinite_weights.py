@@ -25,10 +25,10 @@ from jaxft.nn.quant.quant import Quant
 from jaxft.nn.rope import Rope
 from jaxft.optim.optimizer import Optim
 from jaxft.weights import pretrained
-from jaxft.weights.finite import (is_finite)
 from jaxft.weights.hf import safetensors
 from jaxft.weights.hf.safetensors import TensorToWrite
 from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.tensors import is_finite
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"

@@ -16,9 +16,9 @@ from jaxft.runs import loaded_weights
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.train.export import export
 from jaxft.weights import init, pretrained
-from jaxft.weights.model_files import QuantisedTensor
 from jaxft.weights.peft import adapters, peft_write
 from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.tensors import QuantisedTensor
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -25,9 +25,9 @@ from jaxft.weights.hf.safetensors import (
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.cached_folder import adopt_folder, cached_folder, folder_damage
 from jaxft.weights.hub.file_hash import cache_folder, content_sha256, files_sha256
-from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.quantised.formats import open_tensors, quantised_tensors
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
+from jaxft.weights.tensors import ModelFiles
 
 VERSION = 1  # of the files; another one if the same settings lead to other codes
 CALIBRATED = "calibrated"  # the folder in the cache

@@ -21,10 +21,9 @@ from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf
 from jaxft.weights.hf.hf import EMBEDDING, HEAD
-from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft.peft_modules import module_list
 from jaxft.weights.peft.peft_pairs import Pair, adapter_of
-from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
+from jaxft.weights.tensors import ModelFiles, Tensor, TensorTable, stack, tensors_of
 
 FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed
 OVERSAMPLING = 16  # further directions of the randomised SVD

@@ -20,8 +20,8 @@ from jaxft.weights.gguf.gguf_architectures import (
 from jaxft.weights.gguf.gguf_blocks import BLOCK_FORMATS, Q4_0_AMONG_Q4_1, BlockFormat
 from jaxft.weights.gguf.gguf_header import FLOAT_TYPES, GgufHeader, GgufTensor, block_size
 from jaxft.weights.hf.safetensors import map_array
-from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.file_format import block_layout
+from jaxft.weights.tensors import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 
 CHUNK = 2**22  # elements that are dequantised at a time
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # see gguf_rope

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.weights.finite import (is_finite, require_finite)
 from jaxft.weights.gguf.gguf_header import FLOAT_TYPES
 from jaxft.weights.hf.safetensors import WRITE_ADVICE
+from jaxft.weights.tensors import is_finite, require_finite
 
 QUANTIZED_AT_A_TIME = 2**22  # values that are quantised at a time
 LARGEST_HALF = 65504.0  # of float16, the type of scales

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.distributed.disk import publish
-from jaxft.weights.finite import (errors_name)
 from jaxft.weights.gguf.gguf_header import ARRAY, SCALARS, STRING, block_size
+from jaxft.weights.tensors import errors_name
 
 ALIGNMENT = 32  # of tensors, bytes; the format's default
 KIND_CODES = {"UINT32": 4, "INT32": 5, "FLOAT32": 6, "BOOL": 7, "STRING": STRING}

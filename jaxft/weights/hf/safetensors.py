@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxft.distributed import sync
-from jaxft.weights.finite import (errors_name, require_finite)
-from jaxft.weights.model_files import Index, full_index, lengths
+from jaxft.weights.tensors import Index, errors_name, full_index, lengths, require_finite
 
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 FLOATS = {

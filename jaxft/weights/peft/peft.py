@@ -16,10 +16,8 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
-from jaxft.weights.finite import (errors_name)
 from jaxft.weights.hf.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.hf.safetensors import SafetensorsFiles, open_safetensors, read_tensor
-from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft.peft_modules import (
     ONLY_TOKEN_ROWS,
     ONLY_TOKENS,
@@ -43,6 +41,7 @@ from jaxft.weights.peft.peft_residual import (
     on_unchanged_base,
     start_of_unconverted,
 )
+from jaxft.weights.tensors import ModelFiles, errors_name
 
 SCORE_TENSOR = f"{PREFIX}{SCORE.template}"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"

@@ -14,11 +14,19 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import spec_paths
 from jaxft.nn.tensor_names import HEAD_MODULE
-from jaxft.weights.finite import (cast_finite, errors_name, require_finite)
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 from jaxft.weights.peft.peft_names import PREFIX, renamed
 from jaxft.weights.peft.peft_refusals import MERGE
-from jaxft.weights.tensors import Tensor, layer_on_host, stack, tensor_on_host, tensors_of
+from jaxft.weights.tensors import (
+    Tensor,
+    cast_finite,
+    errors_name,
+    layer_on_host,
+    require_finite,
+    stack,
+    tensor_on_host,
+    tensors_of,
+)
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 ONLY_TOKENS = "TRAINABLE_TOKENS"  # the peft_type of an adapter without LoRA pairs

@@ -17,12 +17,10 @@ import numpy as np
 
 from jaxft.distributed import processes
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.weights.finite import (errors_name, require_finite)
 from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair
-from jaxft.weights.model_files import ModelFiles
 from jaxft.weights.peft.peft_pairs import Pair
 from jaxft.weights.peft.peft_refusals import CONVERT
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import ModelFiles, Tensor, errors_name, require_finite
 
 ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -> a0 [in, R], b0 [R, out]
 

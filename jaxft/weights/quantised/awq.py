@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 
 from jaxft.weights.hf.safetensors import SafetensorsFiles
-from jaxft.weights.model_files import QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.grouped_int4 import Grouping, group_size, read_grouped, variant, write_grouped
+from jaxft.weights.tensors import QuantisedTensor
 
 GROUPING = Grouping(axis=1, order=(0, 2, 4, 6, 1, 3, 5, 7))
 

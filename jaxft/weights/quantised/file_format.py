@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.quant.quant import FORMATS, QTensor, Quant, is_paired, quantize
 from jaxft.weights.hf.safetensors import SafetensorsFiles, required
-from jaxft.weights.model_files import Index, QuantisedTensor, full_index
+from jaxft.weights.tensors import Index, QuantisedTensor, full_index
 
 QuantConfig = dict[str, Any]  # quantization_config of a config.json
 Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain model

@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxft.nn.quant.quant import QTensor, dequantize
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_stored
-from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.awq import AWQ
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
 from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
@@ -17,6 +16,7 @@ from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights
 from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
 from jaxft.weights.quantised.gptq import GPTQ
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
+from jaxft.weights.tensors import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 
 FILE_FORMATS = {
     x.name: x for x in (BITSANDBYTES, GPTQ, AWQ, FINE_GRAINED_FP8, COMPRESSED_TENSORS, OWN_ARRAYS)

@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxft.nn.quant.quant_formats import E4M3, pack
 from jaxft.weights.hf.safetensors import FLOATS, SafetensorsFiles, read_tensor
-from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.grouped_int4 import read_eights
+from jaxft.weights.tensors import Index, QuantisedTensor
 
 BlocksOf = Callable[[int, int], tuple[int, int]]  # the outputs and inputs per scale of a weight [out, in]
 STATIC_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxft.nn.quant.quant import QTensor, Quant
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
-from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.grouped_int4 import Grouping, group_size, read_grouped, variant, write_grouped
+from jaxft.weights.tensors import Index, QuantisedTensor
 
 ZEROS_LESS_1 = Grouping(axis=0, shift=1)
 

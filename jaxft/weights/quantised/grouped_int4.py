@@ -10,8 +10,8 @@ import numpy as np
 from jaxft.nn.quant.quant import QTensor
 from jaxft.nn.quant.quant_formats import pack, unpack
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
-from jaxft.weights.model_files import Index
 from jaxft.weights.quantised import file_format as ff
+from jaxft.weights.tensors import Index
 
 IN_ORDER = tuple(range(8))
 ZERO = 8  # the code of 0.0 in int4

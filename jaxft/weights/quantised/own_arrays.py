@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxft.nn.quant.quant import FORMATS, KINDS, QTensor, Quant, is_paired
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
-from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
+from jaxft.weights.tensors import Index, QuantisedTensor
 
 
 def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
