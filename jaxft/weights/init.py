@@ -16,7 +16,8 @@ from jaxft.nn import param
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.adapters.lora_specs import differing_fields
 from jaxft.tree import Params
-from jaxft.weights import place, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.place import (load_param, shard_host_array)
 from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
 from jaxft.weights.peft import peft
 from jaxft.weights.peft.adapters import adapter_folder
@@ -109,7 +110,7 @@ def _init_parts(
             out[name] = loaded[name]
         elif name in loaded:
             out[name] = jax.tree.map(
-                lambda x, to: place.shard_host_array(x.astype(dtype), to), loaded[name], shardings
+                lambda x, to: shard_host_array(x.astype(dtype), to), loaded[name], shardings
             )
         else:
             out[name] = jax.jit(
@@ -143,9 +144,9 @@ def _with_base_weights(
             rows = read_table_rows(
                 readers[above], settings.trainable_token_indices, transposed=above == "head"
             )
-            return place.shard_host_array(rows.astype(dtype), to)
+            return shard_host_array(rows.astype(dtype), to)
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
-        return place.load_param(readers[above], like, to, unchanged=False)
+        return load_param(readers[above], like, to, unchanged=False)
 
     return tree.map_with_path(start, specs, params, is_leaf=param.is_spec)
 
@@ -205,7 +206,7 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
 
     def load(path: str, spec: param.ParamSpec) -> jax.Array:
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
-        return place.load_param(readers[path], like, param.sharding_of(spec, mesh, path), unchanged=False)
+        return load_param(readers[path], like, param.sharding_of(spec, mesh, path), unchanged=False)
 
     base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
     return {"base": base, **({"score": read_whole(readers["score"])} if "score" in in_both else {})}

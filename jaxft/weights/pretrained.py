@@ -24,7 +24,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights import place
+from jaxft.weights.place import (load_param, store_as)
 from jaxft.weights.calibrate.calibrated_codes import open_codes
 from jaxft.weights.edit import merge
 from jaxft.weights.gguf import gguf, gguf_config, gguf_header, gguf_tokenizer
@@ -304,7 +304,7 @@ def load_base(
         storage = stored.storage[full]
         like = leaf_shapes(spec, storage)
         reader, unchanged = _stored_reader(reader, storage)
-        return place.load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
+        return load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
     return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
 
@@ -378,7 +378,7 @@ def _rounded(reader: ParamReader, spec: ParamSpec, storage: Storage) -> ParamRea
         if unchanged:
             packed = replace(read_quantised(source, tensor), dtype=like.dtype)
         else:
-            packed = place.store_as(reader.read(tensor), like)
+            packed = store_as(reader.read(tensor), like)
         return np.asarray(dequantize(packed))[index]
 
     return replace(reader, changed=changed)

@@ -35,7 +35,7 @@ from jaxft.nn.layer_inputs import with_taps
 from jaxft.nn.matmul import outer
 from jaxft.nn.quant.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
-from jaxft.weights import place
+from jaxft.weights.place import (shard_host_array)
 from jaxft.weights.peft.peft_pairs import with_patterns
 from jaxft.weights.tensors import layer_on_host
 
@@ -125,7 +125,7 @@ def eva_adapter(
         above, _, name = path.rpartition("/")
         if name != "a" or above not in first:
             return x
-        return place.shard_host_array(first[above].astype(x.dtype), x.sharding)
+        return shard_host_array(first[above].astype(x.dtype), x.sharding)
 
     return tree.map_with_path(leaf, adapter)
 

@@ -36,7 +36,8 @@ from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
-from jaxft.weights import place, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.place import (shard_host_array, store_as)
 from jaxft.weights.calibrate.calibrated_codes import read_correction
 from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair, principal_pair
 from jaxft.weights.peft import peft, peft_write
@@ -142,7 +143,7 @@ def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params |
 def place_pairs(pairs: Params, adapter: Params) -> Params:
     """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
     return jax.tree.map(
-        lambda x, like: place.shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
+        lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
         pairs,
         adapter,
     )
@@ -202,7 +203,7 @@ def with_magnitudes(
 
 
 def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
-    value = place.store_as(weight, like)
+    value = store_as(weight, like)
     return np.asarray(dequantize(value) if is_qtensor(value) else value).astype(np.float32)
 
 

@@ -20,7 +20,8 @@ from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.quant.quant import RESIDUAL_INITS, Quant
 from jaxft.tree import Params
-from jaxft.weights import place, pretrained
+from jaxft.weights import pretrained
+from jaxft.weights.place import (shard_host_array)
 from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
@@ -83,7 +84,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
     dtype = np.promote_types(model.dtype, np.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
     params = jax.tree.map(
-        lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings
+        lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings
     )
     return params, settings
 
@@ -91,7 +92,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
 def on_every_device(tree: Params, dtype: DTypeLike | None, mesh: Mesh) -> Params:
     """Put host arrays on all devices of the mesh in this dtype; None: as they are."""
     everywhere = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: place.shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
+    return jax.tree.map(lambda x: shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
 
 
 def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
