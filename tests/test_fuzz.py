@@ -27,7 +27,7 @@ from jaxft.report import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers import jsonl
 from jaxft.weights import pretrained
-from jaxft.weights.param_reader import read_whole
+from jaxft.weights.param_loading import read_whole
 from jaxft.weights.peft import adapters, peft, peft_write
 
 CASES, SEED = int(os.environ.get("FUZZ_CASES", "200")), int(os.environ.get("FUZZ_SEED", "0"))

@@ -3,8 +3,7 @@
 pretrained.py: load a model, its base and its tokenizer from anywhere
 tensors.py: the table of a model's tensors: which part of which parameter each of them is; these parts back on
     the host
-param_reader.py: parameters, read part by part
+param_loading.py: parameters, read part by part
 storage.py: how each parameter is stored
-place.py: loading parameters onto a mesh
 init.py: adapters and heads, fresh or from folders
 """

@@ -17,8 +17,14 @@ from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.adapters.lora_specs import differing_fields
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.place import (load_param, shard_host_array)
-from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
+from jaxft.weights.param_loading import (
+    ParamReader,
+    load_param,
+    param_readers,
+    read_table_rows,
+    read_whole,
+    shard_host_array,
+)
 from jaxft.weights.peft import peft
 from jaxft.weights.peft.adapters import adapter_folder
 

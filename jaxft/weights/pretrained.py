@@ -24,7 +24,6 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights.place import (load_param, store_as)
 from jaxft.weights.calibrate.calibrated_codes import open_codes
 from jaxft.weights.edit import merge
 from jaxft.weights.gguf import gguf, gguf_config, gguf_header, gguf_tokenizer
@@ -32,7 +31,7 @@ from jaxft.weights.hf import hf, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_limits import OverLimit, check_tokenizer_files
 from jaxft.weights.hub import hub
-from jaxft.weights.param_reader import ParamReader, param_readers, read_quantised
+from jaxft.weights.param_loading import ParamReader, load_param, param_readers, read_quantised, store_as
 from jaxft.weights.peft import peft
 from jaxft.weights.storage import (
     Storage,

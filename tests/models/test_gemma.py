@@ -19,7 +19,7 @@ from jaxft.rl import reward_models
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf, hf_write
 from jaxft.weights.hf.card import Card, write_card
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.param_loading import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
 tiny_vision = pytest.importorskip("tiny_vision")

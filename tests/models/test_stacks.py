@@ -31,7 +31,7 @@ from jaxft.train.logs.watch import make_watch
 from jaxft.train.step import make_train_step
 from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers
 from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.param_reader import param_readers
+from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write
 from jaxft.weights.peft.peft import read_adapter
 from jaxft.weights.tensors import tensors_of

@@ -24,7 +24,7 @@ from jaxft.models.text_part import (
 from jaxft.nn.param import spec_paths
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.param_loading import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
 tiny_vision = pytest.importorskip("tiny_vision")

@@ -23,8 +23,8 @@ from jaxft.nn.quant.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
 from jaxft.weights import pretrained, storage
+from jaxft.weights.param_loading import load_param
 from jaxft.weights.peft import adapters
-from jaxft.weights.place import load_param
 
 
 @pytest.fixture(scope="module")

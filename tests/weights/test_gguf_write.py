@@ -25,7 +25,7 @@ from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import merge_files
 from jaxft.weights.gguf import gguf_metadata, gguf_quantize, gguf_save, gguf_types
 from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.param_reader import param_readers
+from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write
 from jaxft.weights.tensors import FileTensor, ModelFiles
 

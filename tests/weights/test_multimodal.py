@@ -32,7 +32,7 @@ from jaxft.weights.edit import extend
 from jaxft.weights.hf import hf
 from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.hf.safetensors import open_safetensors
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.param_loading import param_readers, read_whole
 from jaxft.weights.peft import peft as peft_layout
 from jaxft.weights.peft import peft_write
 

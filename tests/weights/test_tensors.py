@@ -16,10 +16,9 @@ from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
 from jaxft.nn.quant.quant import quantize
 from jaxft.nn.tensor_names import TensorName
-from jaxft.weights.place import (load_param, read_values)
 from jaxft.weights.edit.merge import lazy_params, merge_files, merge_on_read
 from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.param_loading import load_param, param_readers, read_values, read_whole
 from jaxft.weights.tensors import tensors_of
 
 L, X, D, F = 2, 4, 16, 64

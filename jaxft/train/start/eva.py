@@ -35,7 +35,7 @@ from jaxft.nn.layer_inputs import with_taps
 from jaxft.nn.matmul import outer
 from jaxft.nn.quant.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
-from jaxft.weights.place import (shard_host_array)
+from jaxft.weights.param_loading import shard_host_array
 from jaxft.weights.peft.peft_pairs import with_patterns
 from jaxft.weights.tensors import layer_on_host
 

@@ -34,7 +34,7 @@ from jaxft.weights.calibrate.rounding import (
     inverse_factor,
     quantize_calibrated,
 )
-from jaxft.weights.param_reader import ParamReader, read_values, read_whole
+from jaxft.weights.param_loading import ParamReader, read_values, read_whole
 from jaxft.weights.storage import quantised_paths
 
 BATCH_TOKENS = 2048  # that pass through a layer at once

@@ -37,9 +37,9 @@ from jaxft.nn.quant.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.place import (shard_host_array, store_as)
 from jaxft.weights.calibrate.calibrated_codes import read_correction
 from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair, principal_pair
+from jaxft.weights.param_loading import shard_host_array, store_as
 from jaxft.weights.peft import peft, peft_write
 from jaxft.weights.peft.peft_pairs import Pair, adapter_of
 from jaxft.weights.storage import StoredModel, leaf_shapes

@@ -31,7 +31,7 @@ from jaxft.weights.hub import hub
 from jaxft.weights.hub.cached_folder import cached_folder, folder_damage
 from jaxft.weights.hub.file_hash import cache_folder, files_sha256
 from jaxft.weights.hub.new_folder import check_new_folder, new_folder
-from jaxft.weights.param_reader import ParamReader, param_readers
+from jaxft.weights.param_loading import ParamReader, param_readers
 
 UNTRAINED = "untrained_tokens.json"
 TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all

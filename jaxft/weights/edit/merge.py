@@ -14,7 +14,7 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters import dora, full_modules, lora
 from jaxft.nn.quant.quant import is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.param_reader import ParamReader, read_whole
+from jaxft.weights.param_loading import ParamReader, read_whole
 from jaxft.weights.tensors import Index, Tensor, full_index, layer_on_host
 
 

@@ -21,12 +21,12 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.quant.quant import RESIDUAL_INITS, Quant
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.place import (shard_host_array)
 from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.new_folder import check_new_folder, new_folder
+from jaxft.weights.param_loading import shard_host_array
 from jaxft.weights.peft import peft, peft_write
 from jaxft.weights.peft.peft_refusals import read_adapter_config
 
@@ -83,9 +83,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
     loaded, settings = peft.read_adapter(folder, model, pretrained.open_files(ref))
     dtype = np.promote_types(model.dtype, np.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
-    params = jax.tree.map(
-        lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings
-    )
+    params = jax.tree.map(lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings)
     return params, settings
 
 
