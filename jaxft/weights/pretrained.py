@@ -26,7 +26,7 @@ from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_codes import open_codes
 from jaxft.weights.edit import merge
-from jaxft.weights.gguf import gguf, gguf_config, gguf_header, gguf_tokenizer
+from jaxft.weights.gguf import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
 from jaxft.weights.hf import hf, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_limits import OverLimit, check_tokenizer_files
@@ -134,7 +134,7 @@ def open_files(ref: str) -> ModelFiles:
     """Open the tensors of `ref` under their Hugging Face names; downloads the model if necessary."""
     located = hub.locate(ref)
     if located.kind == "gguf":
-        return gguf.open_gguf(gguf_header.read_gguf_header(located.path))
+        return gguf_tensors.open_gguf(gguf_header.read_gguf_header(located.path))
     return hf.open_folder(located.path)
 
 

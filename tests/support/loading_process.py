@@ -15,7 +15,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant.quant import Quant
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
-from jaxft.weights.gguf import gguf
+from jaxft.weights.gguf import gguf_tensors
 from jaxft.weights.hf import safetensors
 from jaxft.weights.peft import adapters
 from jaxft.weights.quantised import formats
@@ -83,7 +83,7 @@ def count_reads():
         return wrapped
 
     safetensors.read_stored, safetensors.map_array = counting(read_stored), counting(map_array)
-    formats.read_stored, gguf.map_array = safetensors.read_stored, safetensors.map_array
+    formats.read_stored, gguf_tensors.map_array = safetensors.read_stored, safetensors.map_array
     return counted
 
 

@@ -23,7 +23,7 @@ from jaxft.nn.param import init_params
 from jaxft.nn.rope import attention_scaling, frequencies
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import merge_files
-from jaxft.weights.gguf import gguf_metadata, gguf_quantize, gguf_save, gguf_types
+from jaxft.weights.gguf import gguf_metadata, gguf_quantize, gguf_save
 from jaxft.weights.gguf.gguf_header import read_gguf_header
 from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write
@@ -316,11 +316,11 @@ def test_an_existing_file_is_not_overwritten(exported, tmp_path, monkeypatch, ca
 
 def test_the_types_of_a_mixture_are_those_of_llama_quantize():
     """By the rules of src/llama-quant.cpp, worked out by hand."""
-    model = gguf_types.MixtureModel("llama", 32, 32, 8, tied=False)
+    model = gguf_quantize.MixtureModel("llama", 32, 32, 8, tied=False)
 
     def kinds(mixture, module, model=model, width=4096):
         return [
-            gguf_types.tensor_kind(f"blk.{i}.{module}.weight", (4096, width), mixture, model)
+            gguf_quantize.tensor_kind(f"blk.{i}.{module}.weight", (4096, width), mixture, model)
             for i in range(model.layers)
         ]
 
@@ -332,10 +332,10 @@ def test_the_types_of_a_mixture_are_those_of_llama_quantize():
     assert set(kinds("Q4_K_M", "attn_q")) == {"Q4_K"}
     assert kinds("Q4_K_S", "ffn_down") == ["Q5_K"] * 4 + ["Q4_K"] * 28
     assert kinds("Q4_K_M", "ffn_down", width=1536 + 32)[:5] == ["Q8_0"] * 4 + ["Q5_0"]
-    assert gguf_types.tensor_kind("output.weight", (100, 4096), "Q4_0", model) == "Q6_K"
-    assert gguf_types.tensor_kind("token_embd.weight", (100, 4096), "Q4_0", model) == "Q4_0"
-    assert gguf_types.tensor_kind("output.weight", (100, 576), "Q4_K_M", model) == "Q8_0"
-    assert gguf_types.tensor_kind("blk.0.attn_q.weight", (8, 48), "Q4_K_M", model) == "F16"
+    assert gguf_quantize.tensor_kind("output.weight", (100, 4096), "Q4_0", model) == "Q6_K"
+    assert gguf_quantize.tensor_kind("token_embd.weight", (100, 4096), "Q4_0", model) == "Q4_0"
+    assert gguf_quantize.tensor_kind("output.weight", (100, 576), "Q4_K_M", model) == "Q8_0"
+    assert gguf_quantize.tensor_kind("blk.0.attn_q.weight", (8, 48), "Q4_K_M", model) == "F16"
 
 
 def test_the_output_of_an_earlier_export_survives_one_that_fails(exported, tmp_path):

@@ -15,7 +15,7 @@ from jaxft.train.export.export import ExportSource, merged_base
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_save
 from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
-from jaxft.weights.gguf.gguf_types import MIXTURES, mixture_named
+from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
 from jaxft.weights.hf import card, stop_tokens
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.new_folder import parents_of

@@ -17,10 +17,10 @@ from jaxft.models import model_types
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import ModelConfig
 from jaxft.nn.rope import USED, Rope, attention_scaling, frequencies
-from jaxft.weights.gguf.gguf import ROPE_TABLES, read_dequantised
 from jaxft.weights.gguf.gguf_config import gguf_config
 from jaxft.weights.gguf.gguf_header import GgufHeader, read_gguf_header
 from jaxft.weights.gguf.gguf_rope import FREQUENCIES, LONG, SHORT
+from jaxft.weights.gguf.gguf_tensors import ROPE_TABLES, read_dequantised
 
 WINDOW_READ = "attention.sliding_window"
 WINDOW_READS = frozenset({WINDOW_READ, "attention.sliding_window_pattern"})

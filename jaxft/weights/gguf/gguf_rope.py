@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.weights.gguf.gguf import read_dequantised
 from jaxft.weights.gguf.gguf_header import FLOAT_TYPES, GgufHeader
+from jaxft.weights.gguf.gguf_tensors import read_dequantised
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_NUMBERS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # by config.json's names

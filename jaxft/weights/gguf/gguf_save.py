@@ -12,14 +12,13 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import pairs_by_path
 from jaxft.tree import Params
-from jaxft.weights.gguf.gguf import raw_bytes
 from jaxft.weights.gguf.gguf_architectures import ARCHITECTURES, StoredAs, gguf_name, stored_as
 from jaxft.weights.gguf.gguf_header import FLOAT_TYPES, GgufHeader, metadata_bytes
 from jaxft.weights.gguf.gguf_llama_cpp import check_config
 from jaxft.weights.gguf.gguf_metadata import architecture_for, config_fields, context_notes
-from jaxft.weights.gguf.gguf_quantize import WRITTEN_TYPES, tensor_bytes
+from jaxft.weights.gguf.gguf_quantize import MIXTURES, WRITTEN_TYPES, MixtureModel, tensor_bytes, tensor_kind
+from jaxft.weights.gguf.gguf_tensors import raw_bytes
 from jaxft.weights.gguf.gguf_tokenizer_write import tokenizer_fields, tokenizer_notes
-from jaxft.weights.gguf.gguf_types import MIXTURES, MixtureModel, tensor_kind
 from jaxft.weights.gguf.gguf_write import Field, GgufTensorToWrite, write_gguf_file
 from jaxft.weights.hf import hf_write
 from jaxft.weights.hf.safetensors import TensorToWrite

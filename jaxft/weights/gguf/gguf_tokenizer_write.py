@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.gguf.gguf_pre_tokenizers import PRE_TOKENIZERS, UNSTATED, PreTokenizer, apply_pre_tokenizer
 from jaxft.weights.gguf.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
+    PRE_TOKENIZERS,
     SPACE,
     UNKNOWN,
+    UNSTATED,
     UNUSED,
     USER_DEFINED,
+    PreTokenizer,
+    apply_pre_tokenizer,
     build_tokenizer,
 )
 from jaxft.weights.gguf.gguf_write import Field
