@@ -223,7 +223,7 @@ def completions(
     from jaxft.models.adapted import adapted
     from jaxft.serve.constraint import compile_grammar
     from jaxft.weights import pretrained
-    from jaxft.weights.hf.stop_tokens import stop_tokens
+    from jaxft.weights.hf.hf import stop_tokens
 
     check_seed(args.seed, "--seed")
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)

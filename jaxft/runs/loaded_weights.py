@@ -14,7 +14,7 @@ from jaxft.nn.quant.quant import Quant, QuantKind, quant_setting
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.peft import adapters, peft
 
 

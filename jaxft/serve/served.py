@@ -29,7 +29,7 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.serve.served_model import ServedModel
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.peft import adapters
 
 

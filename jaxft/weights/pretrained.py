@@ -29,7 +29,7 @@ from jaxft.weights.edit import merge
 from jaxft.weights.gguf import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
 from jaxft.weights.hf import hf, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
-from jaxft.weights.hf.tokenizer_limits import OverLimit, check_tokenizer_files
+from jaxft.weights.hf.tokenizer_files import OverLimit, check_tokenizer_files
 from jaxft.weights.hub import hub
 from jaxft.weights.param_loading import ParamReader, load_param, param_readers, read_quantised, store_as
 from jaxft.weights.peft import peft

@@ -29,7 +29,7 @@ from jaxft.weights.gguf import gguf_save, gguf_tokenizer_write
 from jaxft.weights.gguf.gguf_header import read_gguf_header
 from jaxft.weights.gguf.gguf_write import Field
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.peft import peft
 
 torch = pytest.importorskip("torch")

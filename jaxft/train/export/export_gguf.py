@@ -16,7 +16,7 @@ from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_save
 from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
-from jaxft.weights.hf import card, stop_tokens
+from jaxft.weights.hf import card, hf
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.new_folder import parents_of
 from jaxft.weights.tensors import tensors_of
@@ -66,7 +66,7 @@ def export_gguf(
         raise ValueError(
             f"{source.ref}: a reward model cannot be written as GGUF; leave --gguf out for a folder"
         )
-    ends = stop_tokens.stop_tokens(source.ref, source.model, source.tokenizer)
+    ends = hf.stop_tokens(source.ref, source.model, source.tokenizer)
     rounded = source.quant is not None and source.quant.kind != CHECKPOINT  # then every value may differ
     if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
         with parents_of(out):

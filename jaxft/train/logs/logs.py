@@ -34,7 +34,7 @@ from jaxft.train.start.jobs import Job
 from jaxft.train.start.teacher import teacher_lines
 from jaxft.weights import pretrained
 from jaxft.weights.edit.extend import extension_notes
-from jaxft.weights.hf.stop_tokens import stop_lines
+from jaxft.weights.hf.hf import stop_lines
 from jaxft.weights.peft.adapters import base_differences, left_out_notes, untying_notes
 
 

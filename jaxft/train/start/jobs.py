@@ -35,7 +35,7 @@ from jaxft.train.start.teacher import check_teacher_files, teacher_fingerprints
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.hub import hub
 from jaxft.weights.init import check_starts
 from jaxft.weights.peft.adapters import adapter_folder

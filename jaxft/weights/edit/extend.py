@@ -25,8 +25,8 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import LazyTensor, lazy_params
 from jaxft.weights.hf import hf, hf_write
+from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
-from jaxft.weights.hf.stop_tokens import stop_tokens
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.cached_folder import cached_folder, folder_damage
 from jaxft.weights.hub.file_hash import cache_folder, files_sha256

@@ -5,7 +5,5 @@ hf.py: Hugging Face folders in
 hf_write.py: Hugging Face folders out
 multimodal.py: multimodal checkpoints with a trained decoder, all else copied byte for byte
 safetensors.py: safetensors files
-stop_tokens.py: the token ids that end a completion
 tokenizer_files.py: tokenizers of folders, in and out, for transformers 4 and 5
-tokenizer_limits.py: limits on other people's tokenizers
 """

@@ -24,9 +24,8 @@ from jaxft.nn.param import is_spec
 from jaxft.nn.quant.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.hf import multimodal
-from jaxft.weights.hf.hf import WEIGHT_INDEX
+from jaxft.weights.hf.hf import WEIGHT_INDEX, joined_eos, tokenizer_ends
 from jaxft.weights.hf.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
-from jaxft.weights.hf.stop_tokens import joined_eos, tokenizer_ends
 from jaxft.weights.hf.tokenizer_files import PROCESSOR_TEMPLATE, is_unchanged, write_tokenizer
 from jaxft.weights.hub.hub import Located, locate
 from jaxft.weights.quantised.formats import quantised_tensors
