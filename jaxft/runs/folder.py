@@ -19,8 +19,7 @@ from jaxft.weights.calibrate import calibrated_codes
 from jaxft.weights.gguf.gguf_header import part_files
 from jaxft.weights.hf import hf
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.cached_folder import adopt_folder, folder_damage
-from jaxft.weights.hub.file_hash import content_sha256, files_sha256
+from jaxft.weights.hub.complete_folders import adopt_folder, content_sha256, files_sha256, folder_damage
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (

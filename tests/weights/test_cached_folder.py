@@ -23,9 +23,15 @@ from jaxft.train.recipes import ModelKnobs
 from jaxft.weights.calibrate import calibrated_codes
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.extend import Extension, extended_ref
-from jaxft.weights.hub import file_hash
-from jaxft.weights.hub.cached_folder import HASHES, cached_folder, folder_damage
-from jaxft.weights.hub.new_folder import new_folder
+from jaxft.weights.hub import complete_folders
+from jaxft.weights.hub.complete_folders import (
+    HASHES,
+    cached_folder,
+    content_sha256,
+    file_sha256,
+    folder_damage,
+    new_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,13 +171,13 @@ def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_
     runfolder.write_durable_json(run / "summary.json", {"steps": 4, "files": runfolder.result_hashes(run)})
     for path in (file, result):
         os.utime(path, (time.time() - 60,) * 2)
-        before = file_hash.file_sha256(path)
+        before = file_sha256(path)
         flip(path)
-        entry = [file_hash._version(path), before]
+        entry = [complete_folders._version(path), before]
         key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
         (cache / "hashes" / f"{key}.json").parent.mkdir(exist_ok=True)
         (cache / "hashes" / f"{key}.json").write_text(json.dumps(entry))
-        assert file_hash.file_sha256(path) == before != file_hash.content_sha256(path)
+        assert file_sha256(path) == before != content_sha256(path)
     assert str(file) in calibrated_codes.codes_damage("some")
     with pytest.raises(ValueError, match="adapter_model.safetensors: the file has changed"):
         runfolder.check_results(run / "adapter")
@@ -215,7 +221,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from jaxft.distributed.temporary import temporary_folder
-from jaxft.weights.hub.new_folder import new_folder
+from jaxft.weights.hub import complete_folders
+from jaxft.weights.hub.complete_folders import new_folder
 path = Path(sys.argv[1])
 with (temporary_folder(path, "jaxft-push-") as folder, new_folder(path / "out") as part,
       temporary_folder(path, ".new-") as other):

@@ -33,7 +33,7 @@ from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
 from jaxft.runs.folder import NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
 from jaxft.runs.store.store import Store, StoreError, check_store_url, open_store
-from jaxft.weights.hub.file_hash import cache_folder
+from jaxft.weights.hub.complete_folders import cache_folder
 
 INDEX = "index.json"
 CHECKPOINTS = "checkpoints"

@@ -43,7 +43,7 @@ from jaxft.weights.hf import hf_write
 from jaxft.weights.hf.card import Card, Relation, base_name, write_card
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder
+from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
 from jaxft.weights.param_loading import ParamReader, param_readers
 from jaxft.weights.peft import peft, peft_write
 from jaxft.weights.quantised.file_format import quantize_layout

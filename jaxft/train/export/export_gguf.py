@@ -18,7 +18,7 @@ from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_hea
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
 from jaxft.weights.hf import card, hf
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import parents_of
+from jaxft.weights.hub.complete_folders import parents_of
 from jaxft.weights.tensors import tensors_of
 
 KEEP = "keep"

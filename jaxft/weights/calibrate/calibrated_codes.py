@@ -23,8 +23,14 @@ from jaxft.weights.hf.safetensors import (
     write_model_json,
 )
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.cached_folder import adopt_folder, cached_folder, folder_damage
-from jaxft.weights.hub.file_hash import cache_folder, content_sha256, files_sha256
+from jaxft.weights.hub.complete_folders import (
+    adopt_folder,
+    cache_folder,
+    cached_folder,
+    content_sha256,
+    files_sha256,
+    folder_damage,
+)
 from jaxft.weights.quantised.formats import open_tensors, quantised_tensors
 from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
 from jaxft.weights.tensors import ModelFiles

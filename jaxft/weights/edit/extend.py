@@ -28,9 +28,14 @@ from jaxft.weights.hf import hf, hf_write
 from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.cached_folder import cached_folder, folder_damage
-from jaxft.weights.hub.file_hash import cache_folder, files_sha256
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder
+from jaxft.weights.hub.complete_folders import (
+    cache_folder,
+    cached_folder,
+    check_new_folder,
+    files_sha256,
+    folder_damage,
+    new_folder,
+)
 from jaxft.weights.param_loading import ParamReader, param_readers
 
 UNTRAINED = "untrained_tokens.json"

@@ -3,7 +3,6 @@
 card.py: model cards in folders of weights
 hf.py: Hugging Face folders in
 hf_write.py: Hugging Face folders out
-multimodal.py: multimodal checkpoints with a trained decoder, all else copied byte for byte
 safetensors.py: safetensors files
 tokenizer_files.py: tokenizers of folders, in and out, for transformers 4 and 5
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxft.distributed.temporary import temporary_folder
 from jaxft.weights.gguf.gguf_header import part_files
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.file_hash import cache_folder, file_sha256
+from jaxft.weights.hub.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 # Of multimodal models; merged ones have copies of them.

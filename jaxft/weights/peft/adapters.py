@@ -25,7 +25,7 @@ from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder
+from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
 from jaxft.weights.param_loading import shard_host_array
 from jaxft.weights.peft import peft, peft_write
 from jaxft.weights.peft.peft_refusals import read_adapter_config
