@@ -18,7 +18,7 @@ from jaxft.weights import init, pretrained
 from jaxft.weights.gguf import gguf_tensors
 from jaxft.weights.hf import safetensors
 from jaxft.weights.peft import adapters
-from jaxft.weights.quantised import formats
+from jaxft.weights.quantised import quantised_checkpoints
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16),
@@ -83,7 +83,7 @@ def count_reads():
         return wrapped
 
     safetensors.read_stored, safetensors.map_array = counting(read_stored), counting(map_array)
-    formats.read_stored, gguf_tensors.map_array = safetensors.read_stored, safetensors.map_array
+    quantised_checkpoints.read_stored, gguf_tensors.map_array = safetensors.read_stored, safetensors.map_array
     return counted
 
 

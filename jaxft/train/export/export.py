@@ -47,7 +47,7 @@ from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
 from jaxft.weights.param_loading import ParamReader, param_readers
 from jaxft.weights.peft import peft, peft_write
 from jaxft.weights.quantised.file_format import quantize_layout
-from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
+from jaxft.weights.quantised.quantised_checkpoints import as_stored, dequantised, exceptions, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tensors import Tensor, tensors_of
 

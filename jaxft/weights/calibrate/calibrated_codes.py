@@ -31,7 +31,7 @@ from jaxft.weights.hub.complete_folders import (
     files_sha256,
     folder_damage,
 )
-from jaxft.weights.quantised.formats import OWN_ARRAYS, open_tensors, quantised_tensors
+from jaxft.weights.quantised.quantised_checkpoints import OWN_ARRAYS, open_tensors, quantised_tensors
 from jaxft.weights.tensors import ModelFiles
 
 VERSION = 1  # of the files; another one if the same settings lead to other codes

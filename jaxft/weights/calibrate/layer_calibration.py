@@ -27,7 +27,7 @@ from jaxft.nn.quant.quant import Quant, dequantize
 from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_codes import CalibratedLayer
-from jaxft.weights.calibrate.rounding import (
+from jaxft.weights.calibrate.calibrated_rounding import (
     InputMoments,
     correction,
     exact_outputs,

@@ -6,7 +6,8 @@ PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular valu
 model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA). LoftQ (Li et al. 2023,
 arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
 missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
-outputs of a base with calibrated rounding, which is computed with its codes (weights/calibrate/rounding.py).
+outputs of a base with calibrated rounding, which is computed with its codes
+(weights/calibrate/calibrated_rounding.py).
 
 A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. Critics and reward
 models on its base see it with the pairs at step 0 (models/heads.py). The exported adapter is for the
@@ -38,7 +39,7 @@ from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate.calibrated_codes import read_correction
-from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair, principal_pair
+from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair
 from jaxft.weights.param_loading import shard_host_array, store_as
 from jaxft.weights.peft import peft, peft_write
 from jaxft.weights.peft.peft_pairs import Pair, adapter_of

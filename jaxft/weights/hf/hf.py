@@ -14,7 +14,7 @@ from jaxft.models.text_part import TextPart, decoder_prefix, text_part, text_ten
 from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights.hf.safetensors import FLOATS, open_safetensors, read_model_json
 from jaxft.weights.hub import hub
-from jaxft.weights.quantised.formats import open_tensors
+from jaxft.weights.quantised.quantised_checkpoints import open_tensors
 from jaxft.weights.tensors import ModelFiles, tensors_of
 
 HEAD = TIED_HEAD.template

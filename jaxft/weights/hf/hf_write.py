@@ -42,7 +42,7 @@ from jaxft.weights.hf.safetensors import (
 )
 from jaxft.weights.hf.tokenizer_files import PROCESSOR_TEMPLATE, is_unchanged, write_tokenizer
 from jaxft.weights.hub.hub import Located, locate
-from jaxft.weights.quantised.formats import quantised_tensors
+from jaxft.weights.quantised.quantised_checkpoints import quantised_tensors
 from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 
 # Files of processors and tokenizers, and custom code; others in a model's folder may be anything.

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxft.distributed import processes
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair
+from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair
 from jaxft.weights.peft.peft_pairs import Pair
 from jaxft.weights.peft.peft_refusals import CONVERT
 from jaxft.weights.tensors import ModelFiles, Tensor, errors_name, require_finite

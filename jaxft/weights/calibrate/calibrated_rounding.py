@@ -24,13 +24,16 @@ from jaxtyping import Array, Float
 
 from jaxft.nn.quant import quant_formats as qf
 from jaxft.nn.quant.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
-from jaxft.weights.calibrate.first_pairs import principal_pair
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
 ROUNDS = 2  # of coordinate descent on codes and scales
 HIGHEST = jax.lax.Precision.HIGHEST
+SMALLEST_VALUE = 1e-30  # of a singular value that is divided by
+
+_Weight = Float[np.ndarray, "I O"]
+FirstPair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
 
 
 class InputMoments(NamedTuple):
@@ -206,22 +209,6 @@ def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array
     return jax.lax.fori_loop(0, ins // size, block, (gradient, scale[::size]))[1]
 
 
-def correction(
-    error: Float[Array, "I O"], own: Float[Array, "I I"], rank: int
-) -> tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]:
-    """Return a [I, R], b [R, O] whose product is the best approximation of a weight's error: it leaves the
-    least error of the outputs (Zhang et al. 2025, QERA, arXiv:2410.06040).
-
-    own: sum of x x^T over its inputs. Columns of a and rows of b have equal norms.
-    """
-    low = jnp.linalg.cholesky(damped(jnp.asarray(own)))
-    a, b = principal_pair(np.asarray(jnp.matmul(low.T, error, precision=HIGHEST)), rank, 1.0)
-    a = np.asarray(jax.scipy.linalg.solve_triangular(low.T, jnp.asarray(a), lower=False))
-    norms = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
-    root = np.sqrt(norms[1] / np.maximum(norms[0], np.float32(1e-30)))
-    return a * root, b / np.maximum(root, np.float32(1e-30))[:, None]
-
-
 # GPTQ: rounding an element changes the outputs; the elements that are rounded later compensate for that as
 # far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
 
@@ -295,7 +282,58 @@ def swept(
 
         start = take(state, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
         _, changes, own_codes = jax.lax.fori_loop(0, size, step, start)
-        state = state - jnp.matmul(rows.T, changes, precision=jax.lax.Precision.HIGHEST)
+        state = state - jnp.matmul(rows.T, changes, precision=HIGHEST)
         return state, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
 
     return jax.lax.fori_loop(0, ins // size, block, (state, codes))[1]
+
+
+# Low-rank pairs: starts of PiSSA and OLoRA, and corrections of rounded weights
+
+
+def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
+    """Return a [in, R], b [R, out] so that `scale a b` has the R largest singular values of a weight.
+
+    Their roots are in both. The vectors are eigenvectors of the smaller Gram matrix, computed in float64.
+    """
+    import scipy.linalg  # not at the top: most runs do not need it
+
+    wide = weight.astype(np.float64)
+    if wide.shape[0] > wide.shape[1]:
+        b, a = principal_pair(weight.T, rank, scale)
+        return a.T, b.T
+    size = wide.shape[0]
+    _, vectors = scipy.linalg.eigh(wide @ wide.T, subset_by_index=[size - rank, size - 1])
+    left = vectors[:, ::-1]
+    right = left.T @ wide  # rows have the singular values as norms
+    values = np.sqrt(np.sum(right**2, 1))
+    root = np.sqrt(values / abs(scale))
+    b = right * (np.copysign(root, scale) / np.maximum(values, SMALLEST_VALUE))[:, None]
+    return (left * root).astype(np.float32), b.astype(np.float32)
+
+
+def qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
+    """Return a [in, R], b [R, out]: the first R columns and rows of the QR decomposition of `weight.T`, as in
+    peft, whatever the scale.
+    """
+    q, r = np.linalg.qr(weight.T)
+    return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
+
+
+FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}  # by the name of the initialisation
+
+
+def correction(
+    error: Float[Array, "I O"], own: Float[Array, "I I"], rank: int
+) -> tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]:
+    """Return a [I, R], b [R, O] whose product is the best approximation of a weight's error: it leaves the
+    least error of the outputs (Zhang et al. 2025, QERA, arXiv:2410.06040).
+
+    own: sum of x x^T over its inputs. Columns of a and rows of b have equal norms.
+    """
+    low = jnp.linalg.cholesky(damped(jnp.asarray(own)))
+    a, b = principal_pair(np.asarray(jnp.matmul(low.T, error, precision=HIGHEST)), rank, 1.0)
+    a = np.asarray(jax.scipy.linalg.solve_triangular(low.T, jnp.asarray(a), lower=False))
+    norms = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+    root = np.sqrt(norms[1] / np.maximum(norms[0], np.float32(1e-30)))
+    return a * root, b / np.maximum(root, np.float32(1e-30))[:, None]
