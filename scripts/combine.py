@@ -48,13 +48,11 @@ def main() -> int:
     """Combine, write, and print a summary."""
     parser = make_parser()
     args = parser.parse_args(_joined(sys.argv[1:]))
-    from jaxft.models.model_types import is_tied
     from jaxft.runs.folder import check_results, earlier_end_notes
     from jaxft.runs.named_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import combine
     from jaxft.weights.peft import adapters, peft
-    from jaxft.weights.peft.adapter_limits import loading_notes
 
     how = combine.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
     folders = [adapters.adapter_folder(str(one)) for one in args.adapters]
@@ -89,7 +87,7 @@ def main() -> int:
     print(
         f"{args.out}: {how.method} of {parts}, rank {made.settings.rank}{lost if how.method == 'svd' else ''}"
     )
-    for line in loading_notes(made.settings, is_tied(model.config), args.out, named.ref):
+    for line in adapters.cached_base_notes(args.out, named.ref):
         print(line)
     return 0
 

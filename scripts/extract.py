@@ -36,13 +36,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Extract, write, and print the errors."""
     args = make_parser().parse_args()
-    from jaxft.models.model_types import is_tied
     from jaxft.weights import pretrained
     from jaxft.weights.edit import extract
     from jaxft.weights.hf.card import base_name
     from jaxft.weights.hub.hub import locate
     from jaxft.weights.peft import adapters
-    from jaxft.weights.peft.adapter_limits import loading_notes
 
     names = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
@@ -63,7 +61,7 @@ def main() -> int:
     width = max(len(one.path) for one in found.errors)
     for one in found.errors:
         print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
-    for line in [*found.others, *loading_notes(found.settings, is_tied(model.config), args.out, args.base)]:
+    for line in [*found.others, *adapters.cached_base_notes(args.out, args.base)]:
         print(line)
     print(f"{args.out}: adapter of rank {args.rank} for {args.base}")
     return 0

@@ -19,7 +19,7 @@ from jaxft.weights.calibrate import calibrated_codes
 from jaxft.weights.gguf.gguf_header import part_files
 from jaxft.weights.hf import hf
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.complete_folders import adopt_folder, content_sha256, files_sha256, folder_damage
+from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, folder_damage
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -490,7 +490,6 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
             f"{folder}: the weights in {ref} have changed since this run was trained; {again}, or use --model"
         )
     if recorded.startswith(HASH) and hub.is_extended(ref):
-        adopt_folder(Path(ref))
         damage = folder_damage(Path(ref))
         if damage is not None:
             raise ValueError(

@@ -143,22 +143,15 @@ def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_pat
         runfolder._base_weights(run, settings)
 
 
-def test_codes_of_an_earlier_version_are_adopted_by_a_run_that_has_recorded_them(cache, tmp_path):
+def test_codes_without_the_hashes_of_their_files_are_refused_and_computed_again(cache):
     write_codes()
     out = cache / "calibrated" / "some"
-    hashes, record = (
-        (out / HASHES).read_bytes(),
-        {"codes": "some", "sha256": calibrated_codes.codes_sha256("some")},
-    )
+    hashes = (out / HASHES).read_bytes()
     (out / HASHES).unlink()
-    assert not calibrated_codes.confirm_codes(record | {"sha256": "0"}) and not (out / HASHES).exists()
-    with pytest.raises(ValueError, match="files.json is missing, as where an earlier version wrote"):
+    with pytest.raises(ValueError, match="files.json is missing"):
         calibrated_codes.open_codes("some")
-    (tmp_path / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
-    assert runfolder._base_weights(tmp_path, {"weights": "base", "weights_path": None}) == "base"
-    assert (out / HASHES).read_bytes() == hashes and len(calibrated_codes.open_codes("some").quantised) == 1
-    (out / HASHES).unlink()
-    assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes  # a new run: made again
+    assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes
+    assert len(calibrated_codes.open_codes("some").quantised) == 1
 
 
 def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_changed(cache, tmp_path):
@@ -200,9 +193,6 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
     assert knobs.weights == str(out)
     said = f"{out / 'model.safetensors'} has changed since it was written; it is written again"
     assert said in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-    (out / HASHES).unlink()  # as an earlier version wrote it
-    assert runfolder._base_weights(tmp_path, settings) == str(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     flip(out / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json has changed .*Start the run's command again"):

@@ -37,7 +37,6 @@ from jaxft.weights.calibrate.calibrated_codes import (
     codes_folder,
     codes_name,
     codes_sha256,
-    confirm_codes,
     write_codes,
 )
 from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers, layer_paths
@@ -276,8 +275,6 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     if plan is None:
         return
     path = folder / CALIBRATED_JSON
-    if path.is_file():
-        confirm_codes(read_model_json(path))
     calibrated_codes(plan, progress)
     found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
     again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"

@@ -24,7 +24,6 @@ from jaxft.weights.hf.safetensors import (
 )
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import (
-    adopt_folder,
     cache_folder,
     cached_folder,
     content_sha256,
@@ -77,15 +76,10 @@ def codes_damage(name: str) -> str | None:
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
     """Whether the cache has the codes of a run, or none of their name. record: the run's, of their name and
-    codes_sha256. Codes that an earlier version wrote without hashes of their files get these.
+    codes_sha256.
     """
     name = str(record.get("codes"))
-    if not codes_folder(name).is_dir():
-        return True
-    if codes_sha256(name) != record.get("sha256"):
-        return False
-    adopt_folder(codes_folder(name))
-    return True
+    return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
 
 
 def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:

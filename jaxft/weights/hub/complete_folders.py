@@ -1,5 +1,7 @@
-"""Folders of the cache that are computed once. They appear complete and on disk, with the hashes of their
-files, which are verified before they are used. Earlier versions wrote no hashes: see adopt_folder.
+"""Folders that appear complete and on disk, and SHA-256 of files.
+
+A folder of the cache has the hashes of its files, which are verified before they are used. The hash of a file
+is cached for each version of the file, or computed from the bytes that are on disk now.
 """
 
 import contextlib
@@ -18,6 +20,9 @@ from jaxft.weights.hf.safetensors import read_model_json
 
 SETTLED_S = 2.0  # a file that is younger may change again without a visible change of its times
 THREADS = 8
+HASHES = "files.json"  # SHA-256 of the other files by path; links lead to files that are verified elsewhere
+
+_Version = tuple[str, int, int, int, int]
 
 
 def cache_folder() -> Path:
@@ -62,9 +67,6 @@ def files_sha256(paths: Sequence[Path], sha256: Callable[[Path], str] = file_sha
         return list(pool.map(sha256, paths))
 
 
-_Version = tuple[str, int, int, int, int]
-
-
 def _version(path: Path) -> _Version:
     stat = path.stat()
     return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
@@ -87,14 +89,11 @@ def _read(version: _Version) -> str:
 _read_once = cache(_read)
 
 
-HASHES = "files.json"  # SHA-256 of the other files by path; links lead to files that are verified elsewhere
-
-
 def folder_damage(folder: Path) -> str | None:
     """Return the problem with a folder of the cache; None if it has the files that were written."""
     try:
         if not (folder / HASHES).is_file():
-            return f"{folder / HASHES} is missing, as where an earlier version wrote the folder"
+            return f"{folder / HASHES} is missing"
         written = read_model_json(folder / HASHES)
         missing = [name for name in written if not (folder / name).is_file()]
         if missing:
@@ -104,15 +103,6 @@ def folder_damage(folder: Path) -> str | None:
         return str(error)
     changed = [name for name, sha256 in zip(written, present, strict=True) if written[name] != sha256]
     return f"{folder / changed[0]} has changed since it was written" if changed else None
-
-
-def adopt_folder(folder: Path) -> None:
-    """Write the hashes of a folder that an earlier version wrote without them, and whose content a run's
-    record has confirmed.
-    """
-    if folder.is_dir() and not (folder / HASHES).is_file():
-        with _naming(folder), locked(folder):
-            _write_hashes(folder)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Adapters in PEFT's layout.
 
-adapter_limits.py: what vLLM, llama.cpp and MLX do not load of an adapter
 adapters.py: the adapter of a run's folder
 peft.py: PEFT adapters in
 peft_modules.py: what an adapter trains in full

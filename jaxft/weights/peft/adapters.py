@@ -1,6 +1,7 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from jaxft.data.rows.shipped import script_command
 from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
@@ -104,6 +106,24 @@ def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
     return [
         f"the adapter changes the {changed} only, and this model's head is tied to its embeddings: merged, "
         "the head is a matrix of its own (tie_word_embeddings=false)"
+    ]
+
+
+def cached_base_notes(folder: Path, ref: str) -> list[str]:
+    """Return a line if an adapter's base is a model of this machine's cache, else nothing."""
+    if not hub.is_extended(ref):
+        return []
+    merged = (
+        f"the merged model ({script_command('export')} --adapter {shlex.quote(str(folder))} --out merged)"
+    )
+    if hub.has_linked_weights(ref):
+        return [
+            f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or name the "
+            "model that it was made of as the base, whose weights are the same"
+        ]
+    return [
+        f"the adapter is for a base with new tokens that is only in this machine's cache ({ref}); elsewhere "
+        f"use {merged}, or copy that folder and name it as the base"
     ]
 
 

@@ -40,8 +40,9 @@ class FileFormat:
     write(name, layout): the tensors of a weight `name`. config(quant, plain, packed): its quantization_config
     without the quant_method. plain: modules that are not quantised, see
     quantised_checkpoints.exceptions. packed: names of quantised modules inside a layer, such as
-    self_attn.q_proj. scale_dtype: of written scales, None for their own. with_head: whether the head can be quantised. whole_blocks: whether blocks must divide a weight's
-    inputs. int4_multiples: numbers that must divide the inputs and the outputs of an int4 weight.
+    self_attn.q_proj. scale_dtype: of written scales, None for their own. with_head: whether the head can be
+    quantised. whole_blocks: whether blocks must divide a weight's inputs. int4_multiples: numbers
+    that must divide the inputs and the outputs of an int4 weight.
     """
 
     name: str
