@@ -16,7 +16,7 @@ from jaxft.runs.environment import environment, environment_changes, versions, w
 from jaxft.runs.settings.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights.calibrate import calibrated_codes
-from jaxft.weights.gguf.gguf_header import part_files
+from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import hf
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, folder_damage

@@ -26,7 +26,7 @@ from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_codes import open_codes
 from jaxft.weights.edit import merge
-from jaxft.weights.gguf import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
+from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
 from jaxft.weights.hf import hf, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import OverLimit, check_tokenizer_files
@@ -54,7 +54,7 @@ def read_config(located: hub.Located) -> dict[str, Any]:
     a multimodal model that of its text decoder. Raises ValueError if it is malformed.
     """
     if located.kind == "gguf":
-        return gguf_config.gguf_config(gguf_header.read_gguf_header(located.path))
+        return gguf_config.gguf_config(gguf_file.read_gguf_header(located.path))
     config = text_config(read_model_json(located.path / "config.json"))
     quantised = config.get("quantization_config")
     if quantised is not None and not isinstance(quantised, dict):
@@ -134,7 +134,7 @@ def open_files(ref: str) -> ModelFiles:
     """Open the tensors of `ref` under their Hugging Face names; downloads the model if necessary."""
     located = hub.locate(ref)
     if located.kind == "gguf":
-        return gguf_tensors.open_gguf(gguf_header.read_gguf_header(located.path))
+        return gguf_tensors.open_gguf(gguf_file.read_gguf_header(located.path))
     return hf.open_folder(located.path)
 
 
@@ -187,7 +187,7 @@ def load_tokenizer(ref: str) -> Any:
     """
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
-        return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
+        return gguf_tokenizer.build_tokenizer(gguf_file.read_gguf_header(located.path))
     try:
         check_tokenizer_files(located.path)
         tokenizer = tokenizer_files.read_tokenizer(located.path)

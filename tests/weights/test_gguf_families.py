@@ -14,8 +14,8 @@ from tiny_llama import our_logits, some_tokens, torch_logits
 from jaxft.models import model_types
 from jaxft.nn.quant.quant import dequantize
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_architectures, gguf_config, gguf_llama_cpp
-from jaxft.weights.gguf.gguf_header import read_gguf_header
+from jaxft.weights.gguf import gguf_architectures, gguf_config
+from jaxft.weights.gguf.gguf_file import read_gguf_header
 from jaxft.weights.gguf.gguf_llama_cpp import check_config
 from jaxft.weights.hf import hf
 
@@ -199,7 +199,7 @@ def test_quantised_tensors_stay_packed(tmp_path, name):
 def test_modules_are_those_of_the_gguf_package():
     names = {value: key for key, value in gguf_package.MODEL_ARCH_NAMES.items()}
     assert gguf_architectures.ARCHITECTURES.keys() == gguf_config.SETTINGS.keys()
-    assert gguf_llama_cpp.LLAMA_CPP_READS.keys() == gguf_config.SETTINGS.keys()
+    assert gguf_architectures.LLAMA_CPP_READS.keys() == gguf_config.SETTINGS.keys()
     assert {architecture for architecture, *_ in FAMILIES.values()} == gguf_config.SETTINGS.keys()
     for name, architecture in gguf_architectures.ARCHITECTURES.items():
         tensors = {

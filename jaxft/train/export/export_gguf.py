@@ -13,8 +13,8 @@ from jaxft.nn.adapters import lora
 from jaxft.nn.quant.quant import CHECKPOINT
 from jaxft.train.export.export import ExportSource, merged_base
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_save
-from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
+from jaxft.weights.gguf import gguf_write
+from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
 from jaxft.weights.hf import card, hf
 from jaxft.weights.hub import hub
@@ -71,7 +71,7 @@ def export_gguf(
     if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
         with parents_of(out):
             return _copy(header.path, out)
-    options = gguf_save.GgufOptions(
+    options = gguf_write.GgufOptions(
         mixture,
         out.stem,
         ends,
@@ -82,7 +82,7 @@ def export_gguf(
         dict(importances or {}),
     )
     with parents_of(out):
-        saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
+        saved = gguf_write.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
         _summary(saved.counts, KEEP if keep else mixture, out),
         *_ends_left_out(source.tokenizer, ends),
@@ -112,7 +112,7 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     header = _gguf_header(source.ref)
     architecture = header.architecture if header else None
     with parents_of(out):
-        count = gguf_save.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
+        count = gguf_write.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
 
 

@@ -14,7 +14,7 @@ from jaxft.runs.folder import (
     read_saved_json,
     recorded_results,
 )
-from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
+from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.hf import hf
 from jaxft.weights.hf.card import USE_SECTION, gguf_card, gguf_metadata
 from jaxft.weights.hf.safetensors import open_safetensors

@@ -1,14 +1,15 @@
-"""The supported architectures of GGUF files: names of their tensors, and how llama.cpp stores these.
+"""The supported architectures of GGUF files: names and storage of their tensors, metadata that llama.cpp
+reads.
 
 Sources are llama.cpp's converter (convert_hf_to_gguf.py and its folder conversion/), its src/llama-model.cpp
 and src/models/.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxft.weights.gguf.gguf_header import GgufHeader
+from jaxft.weights.gguf.gguf_file import GgufHeader
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -55,8 +56,18 @@ class Architecture:
     modules: dict[str, str]
     interleaved: bool = False
     norms_plus_one: bool = False
-    biases: frozenset[str] = field(default_factory=frozenset)
+    biases: frozenset[str] = frozenset()
 
+
+# Tensors of rope: divisors of frequencies.
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TABLES = (FREQUENCIES, LONG, SHORT)
+# Metadata keys, after the name of the architecture.
+WINDOW, LOCAL_THETA = "attention.sliding_window", "rope.freq_base_swa"
+FINAL_CAP = "final_logit_softcapping"
+WINDOWS = frozenset({WINDOW, "attention.sliding_window_pattern"})
+CAPS = frozenset({"attn_logit_softcapping", FINAL_CAP})
+GRANITE_SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 
 LLAMA_MODULES = {**PROJECTIONS, **NORMS_BEFORE}
 QWEN2_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
@@ -79,6 +90,49 @@ ARCHITECTURES = {
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA_MODULES, interleaved=True),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", {**PROJECTIONS, **NORMS_AFTER, **QK_NORMS}),
     "granite": Architecture("granite", "GraniteForCausalLM", LLAMA_MODULES, interleaved=True),
+}
+
+
+# Metadata that llama.cpp reads
+
+ALWAYS_READ = frozenset({  # metadata that llama.cpp reads for every architecture
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
+    "expert_count", "expert_used_count", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Keys and rope tables that llama.cpp uses for one architecture.
+
+    metadata: keys in addition to ALWAYS_READ that change what it computes. tables: tensors of rope that it
+    loads; it refuses a file with others. local_theta: the key of the base of rope in layers with windows,
+    whose frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
+    rope.scaling.attn_factor applies there.
+    """
+
+    metadata: frozenset[str] = frozenset()
+    tables: tuple[str, ...] = ()
+    local_theta: str | None = None
+    local_attn_factor: bool = False
+
+
+YARN_READ = frozenset(f"rope.scaling.yarn_{x}" for x in ("beta_fast", "beta_slow", "log_multiplier"))
+LLAMA_CPP_READS = {  # by general.architecture
+    "llama": Reads(tables=(FREQUENCIES, LONG, SHORT)),  # converted Mistrals have windows, which it ignores
+    "mistral3": Reads(YARN_READ | {"attention.temperature_scale"}, (FREQUENCIES, LONG, SHORT)),
+    "qwen2": Reads(),
+    "qwen3": Reads(),
+    "gemma": Reads(),
+    "gemma2": Reads(WINDOWS | CAPS | {LOCAL_THETA}),
+    "gemma3": Reads(WINDOWS | {LOCAL_THETA, FINAL_CAP}, local_theta=LOCAL_THETA, local_attn_factor=True),
+    "phi3": Reads(tables=(LONG, SHORT)),  # it reads the window, and then sets it to 0
+    "smollm3": Reads(),
+    "olmo2": Reads(WINDOWS, local_theta="rope.freq_base"),
+    "granite": Reads(GRANITE_SCALES | {"rope.scaling.finetuned"}, (FREQUENCIES, LONG, SHORT)),
 }
 
 

@@ -7,66 +7,29 @@ tests/weights/test_gguf_runtime.py compares log-probs of its runtime.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft.models import model_types
-from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import ModelConfig
 from jaxft.nn.rope import USED, Rope, attention_scaling, frequencies
+from jaxft.weights.gguf.gguf_architectures import (
+    ALWAYS_READ,
+    FREQUENCIES,
+    LLAMA_CPP_READS,
+    LONG,
+    ROPE_TABLES,
+    SHORT,
+    WINDOW,
+    Reads,
+)
 from jaxft.weights.gguf.gguf_config import gguf_config
-from jaxft.weights.gguf.gguf_header import GgufHeader, read_gguf_header
-from jaxft.weights.gguf.gguf_rope import FREQUENCIES, LONG, SHORT
-from jaxft.weights.gguf.gguf_tensors import ROPE_TABLES, read_dequantised
+from jaxft.weights.gguf.gguf_file import GgufHeader, read_gguf_header
+from jaxft.weights.gguf.gguf_tensors import read_dequantised
 
-WINDOW_READ = "attention.sliding_window"
-WINDOW_READS = frozenset({WINDOW_READ, "attention.sliding_window_pattern"})
-CAP_READ, LOCAL_THETA_READ = "final_logit_softcapping", "rope.freq_base_swa"
-ALWAYS_READ = frozenset({  # metadata that llama.cpp reads for every architecture
-    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
-    "expert_count", "expert_used_count", "attention.head_count", "attention.head_count_kv",
-    "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
-    "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
-})  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Keys and rope tables that llama.cpp uses for one architecture.
-
-    metadata: keys in addition to ALWAYS_READ that change what it computes. tables: tensors of rope that it
-    loads; it refuses a file with others. local_theta: the key of the base of rope in layers with windows,
-    whose frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
-    rope.scaling.attn_factor applies there.
-    """
-
-    metadata: frozenset[str] = frozenset()
-    tables: tuple[str, ...] = ()
-    local_theta: str | None = None
-    local_attn_factor: bool = False
-
-
-YARN_READS = frozenset(f"rope.scaling.yarn_{x}" for x in ("beta_fast", "beta_slow", "log_multiplier"))
-SCALE_READS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
-LLAMA_CPP_READS = {  # by general.architecture
-    "llama": Reads(tables=(FREQUENCIES, LONG, SHORT)),  # converted Mistrals have windows, which it ignores
-    "mistral3": Reads(YARN_READS | {"attention.temperature_scale"}, (FREQUENCIES, LONG, SHORT)),
-    "qwen2": Reads(),
-    "qwen3": Reads(),
-    "gemma": Reads(),
-    "gemma2": Reads(WINDOW_READS | {LOCAL_THETA_READ, "attn_logit_softcapping", CAP_READ}),
-    "gemma3": Reads(
-        WINDOW_READS | {LOCAL_THETA_READ, CAP_READ}, local_theta=LOCAL_THETA_READ, local_attn_factor=True
-    ),
-    "phi3": Reads(tables=(LONG, SHORT)),  # it reads the window, and then sets it to 0
-    "smollm3": Reads(),
-    "olmo2": Reads(WINDOW_READS, local_theta="rope.freq_base"),
-    "granite": Reads(SCALE_READS | {"rope.scaling.finetuned"}, (FREQUENCIES, LONG, SHORT)),
-}
 ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures whose head llama.cpp expects so
 HEADS_OF_WIDTH = ("phi3", "olmo2")  # architectures whose heads together have the model's width in llama.cpp
 # Metadata that says nothing about the arithmetic, or follows from the tensors. Rope is compared by its
@@ -118,16 +81,6 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
     return [f"warning: llama.cpp ignores {', '.join(lacking)}, in the source file too"] if lacking else []
 
 
-def exact_context(architecture: str, config: DenseConfig) -> int:
-    """Return the length up to which llama.cpp computes what the model does: the window where llama.cpp
-    applies none, else the model's context.
-    """
-    window = model_types.config_to_hf(config).get("sliding_window")
-    if not window or WINDOW_READ in LLAMA_CPP_READS[architecture].metadata:
-        return config.max_positions
-    return min(config.max_positions, window)
-
-
 def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
     """Return the settings of a config that llama.cpp does not compute from a file, as name=value."""
     reads = LLAMA_CPP_READS[header.architecture]
@@ -143,10 +96,7 @@ def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
         {key: value for key, value in model_types.config_to_hf(c).items() if key not in COMPARED_ELSEWHERE}
         for c in (config, model_types.family_of(hf).from_hf(hf))
     )
-    if (
-        WINDOW_READ not in reads.metadata
-        and (ours.get("sliding_window") or 0) >= hf["max_position_embeddings"]
-    ):
+    if WINDOW not in reads.metadata and (ours.get("sliding_window") or 0) >= hf["max_position_embeddings"]:
         ours = {key: value for key, value in ours.items() if key not in WINDOW_SETTINGS}
         theirs = {key: value for key, value in theirs.items() if key not in WINDOW_SETTINGS}
     wrong = []

@@ -12,13 +12,14 @@ import numpy as np
 from jaxft.nn.quant.quant import QTensor
 from jaxft.nn.quant.quant_formats import pack
 from jaxft.weights.gguf.gguf_architectures import (
+    ROPE_TABLES,
     architecture_of,
     head_count,
     hf_name,
     kv_head_count,
     stored_as,
 )
-from jaxft.weights.gguf.gguf_header import FLOAT_TYPES, GgufHeader, GgufTensor, block_size
+from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, GgufHeader, GgufTensor, block_size
 from jaxft.weights.hf.safetensors import map_array
 from jaxft.weights.quantised.file_format import block_layout
 from jaxft.weights.tensors import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
@@ -146,7 +147,6 @@ Q4_0_AMONG_Q4_1 = BlockFormat("affine4", 32, np.float16, q4_0_as_q4_1)
 
 
 CHUNK = 2**22  # elements that are dequantised at a time
-ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # see gguf_rope
 
 
 def open_gguf(header: GgufHeader) -> ModelFiles:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxft.data.rows.dataset_rows import hub_dataset
 from jaxft.data.rows.mixture import parse_sources
-from jaxft.weights.gguf import gguf_header
+from jaxft.weights.gguf import gguf_file
 from jaxft.weights.hub import hub
 
 Relation = Literal["adapter", "finetune", "quantized"]  # to the base, in the hub's words
@@ -92,7 +92,7 @@ def _pipeline(card: Card) -> str:
     return "image-text-to-text" if card.multimodal else "text-generation"
 
 
-def gguf_card(header: gguf_header.GgufHeader, title: str) -> str:
+def gguf_card(header: gguf_file.GgufHeader, title: str) -> str:
     """Return the card of a repository with a GGUF file, from what the file's header states."""
     import huggingface_hub
 
@@ -113,7 +113,7 @@ def gguf_card(header: gguf_header.GgufHeader, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def gguf_metadata(header: gguf_header.GgufHeader) -> dict[str, str]:
+def gguf_metadata(header: gguf_file.GgufHeader) -> dict[str, str]:
     """Return the license and the base_model on the hub, as far as the header of a GGUF file states them."""
     licence, url = (
         str(header.metadata.get(f"general.{key}", "")) for key in ("license", "base_model.0.repo_url")
@@ -142,7 +142,7 @@ def _source_metadata(ref: str) -> dict[str, Any]:
     try:
         located = hub.locate(ref, config_only=True)
         if located.kind == "gguf":
-            found = {"license": gguf_header.read_gguf_header(located.path).metadata.get("general.license")}
+            found = {"license": gguf_file.read_gguf_header(located.path).metadata.get("general.license")}
         elif (located.path / "README.md").is_file():
             found = _front_matter_of(located.path / "README.md")
     except (OSError, ValueError):  # the base is gone by now, and the card is written after all else

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.distributed.temporary import temporary_folder
-from jaxft.weights.gguf.gguf_header import part_files
+from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub.complete_folders import cache_folder, file_sha256
 

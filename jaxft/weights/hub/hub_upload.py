@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.weights.edit.extend import UNTRAINED
-from jaxft.weights.gguf.gguf_header import PART_NAME
+from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub.hub import short_message
 
