@@ -1,4 +1,10 @@
-"""Read a model's parameters from its files in parts, so that host memory never holds a full parameter."""
+"""Read a model's parameters from its files in parts, and load them onto a mesh.
+
+Host memory never holds a full parameter. Each process reads, quantises and places only the parts that its own
+devices store: it reads a part of a tensor, converts it, and writes it into host buffers of the local shards,
+which are copied to the devices at the end. Scales that depend on parts that other processes read are computed
+on the mesh. The result has the same bits as on a single device.
+"""
 
 import contextlib
 import math
@@ -31,6 +37,8 @@ from jaxft.weights.tensors import (
 
 PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
 COPY_COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once
+Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
+Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key
 
 
 @dataclass(frozen=True)
@@ -166,8 +174,7 @@ def copy_into(out: np.ndarray, value: np.ndarray) -> None:
         out[..., start : start + COPY_COLUMNS] = value[..., start : start + COPY_COLUMNS]
 
 
-Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
-Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key
+# Loading onto a mesh
 
 
 def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool) -> Leaf:

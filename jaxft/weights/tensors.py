@@ -1,7 +1,8 @@
-"""The table of a model's tensors in its files: which part of which parameter each of them is.
+"""Tensors in a model's files: read by Hugging Face name from every format, and their table by parameter.
 
-Readers, writers, adapters' files, merging, extraction and calibration iterate over it, so that none of them
-knows how tensors are named, or along which axes the files split a parameter.
+Readers, writers, adapters' files, merging, extraction and calibration use the table (`tensors_of`), so that none
+of them knows how tensors are named, or along which axes the files split a parameter. Values are
+checked to be finite when they are read and written.
 """
 
 import contextlib
@@ -24,6 +25,11 @@ from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 
 Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole
 ReadPart = Callable[[Index], np.ndarray]
+
+# Bits of a 16-bit float without its sign, from which on it is infinite or NaN. NumPy's own isfinite is slow
+# for float16 and unknown to it for bfloat16.
+INFINITE_BITS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
+ADVICE = "repair the file, or download it again"
 
 
 @dataclass(frozen=True)
@@ -216,10 +222,7 @@ def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
     return jax.jit(part, out_shardings=replicated)
 
 
-# Bits of a 16-bit float without its sign, from which on it is infinite or NaN. NumPy's own isfinite is slow
-# for float16 and unknown to it for bfloat16.
-INFINITE_BITS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
-ADVICE = "repair the file, or download it again"
+# Checks that values are finite
 
 
 def is_finite(x: np.ndarray) -> bool:

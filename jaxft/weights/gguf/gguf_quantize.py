@@ -1,4 +1,4 @@
-"""Quantise matrices to GGUF's block types.
+"""Quantise matrices to GGUF's block types, and choose the type of each tensor in a mixture such as Q4_K_M.
 
 Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 have the bytes of llama.cpp's reference (ggml-quants.c): rounded from a
 block's largest value, or from its limits. The scales of the K types, and of the others with importances, are
@@ -11,6 +11,8 @@ sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a m
 scale and the minimum to the codes that they round to, REFITS times, and Q4_K and Q5_K choose the 6-bit scale
 and minimum of a sub-block by its error, for errors below llama.cpp's.
 Compiled with jax for blocks of a fixed number, so it runs on the default device.
+
+Mixtures are those of llama.cpp's llama-quantize (src/llama-quant.cpp), for dense models.
 """
 
 import re
@@ -377,6 +379,7 @@ QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}
 
+# Mixtures
 
 # name -> number in general.file_type, type of most matrices
 MIXTURES = {

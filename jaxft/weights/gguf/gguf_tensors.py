@@ -1,4 +1,8 @@
-"""Tensors of GGUF files, read without torch: the gguf package dequantises blocks."""
+"""Tensors of GGUF files, read without torch, and their quantised blocks as QTensors with the same values.
+
+The layouts of the blocks are those of llama.cpp (ggml-common.h, ggml-quants.c); the gguf package dequantises
+the types that no QTensor represents.
+"""
 
 import math
 import re
@@ -24,6 +28,7 @@ from jaxft.weights.hf.safetensors import map_array
 from jaxft.weights.quantised.file_format import block_layout
 from jaxft.weights.tensors import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 
+CHUNK = 2**22  # elements that are dequantised at a time
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -32,7 +37,12 @@ class BlockFormat:
     """How a GGUF type becomes a QTensor with the same values.
 
     kind: of the QTensor. sub_block: inputs that share a scale. scale_dtype: of scales, and of offsets if
-    kind has them. decode: see above. bits: of a code in the file, where a QTensor takes more for it.
+    kind has them; products of a float16 and a 6 or 8-bit number are exact in float32. bits: of a code in the
+    file, where a QTensor takes more for it.
+
+    decode(raw blocks [R, N, bytes of a block] of R rows): return codes [R, N, elements of a block], scales
+    [R, N, S] and offsets [R, N, S] or None, for S equal sub-blocks. Codes are those of the kind: int8; uint8
+    0 .. 15 of int4, which is 8 more than the number, or of affine4.
     """
 
     kind: str
@@ -146,13 +156,10 @@ BLOCK_FORMATS = {
 Q4_0_AMONG_Q4_1 = BlockFormat("affine4", 32, np.float16, q4_0_as_q4_1)
 
 
-CHUNK = 2**22  # elements that are dequantised at a time
-
-
 def open_gguf(header: GgufHeader) -> ModelFiles:
     """Open the tensors of a GGUF file under their Hugging Face names and in that layout.
 
-    Every type that the gguf package dequantises can be read. Those of gguf_blocks.BLOCK_FORMATS can also be
+    Every type that the gguf package dequantises can be read. The types of BLOCK_FORMATS can also be
     stored as QTensors with the same values.
     """
     architecture = architecture_of(header)

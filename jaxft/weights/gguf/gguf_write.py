@@ -40,7 +40,7 @@ MERGE_INSTEAD = "merge it instead, with --gguf and without --adapter-only"
 class GgufOptions:
     """How a GGUF file is written.
 
-    mixture: a name of gguf_types.MIXTURES. name: of the model, for listings. ends: token ids that end a
+    mixture: a name of gguf_quantize.MIXTURES. name: of the model, for listings. ends: token ids that end a
     completion. license: of the model, "" if unknown. source: the GGUF file that the model comes from, None
     for another model. changed: Hugging Face names of tensors whose values differ from it; of the others the
     bytes are copied where the type is the same. keep: keep the types and the metadata of the source instead

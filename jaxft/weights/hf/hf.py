@@ -1,4 +1,4 @@
-"""Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
+"""Read Hugging Face folders: safetensors files that have a model's tensors, and ids that end a completion."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -202,6 +202,9 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype == b.dtype and a.tobytes() == b.tobytes():
         return True
     return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+
+
+# Token ids that end a completion
 
 
 def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:

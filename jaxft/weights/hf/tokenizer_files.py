@@ -1,4 +1,9 @@
-"""Tokenizer files of folders: read them, and write them so that transformers 4 and 5 load them."""
+"""Tokenizer files of folders: check and read them, and write them so that transformers 4 and 5 load them.
+
+Other people's files are checked against limits before a library loads them: a tokenizer.json has steps that
+rewrite a text, and tables of tokens. Without limits, one of a few kilobytes makes a text 2^40 times as long,
+or fills the memory when it is loaded.
+"""
 
 import base64
 import copy
@@ -133,6 +138,8 @@ def _write_state(folder: Path, tokenizer: Any) -> None:
         config["add_prefix_space"] = first_step["add_prefix_space"]
     write_model_json(folder / "tokenizer_config.json", config)
 
+
+# Limits
 
 FILE_BYTES = 64 << 20  # of one file; Gemma 3's tokenizer.json has 33 MB
 VOCABULARY_TOKENS = 1 << 20  # XLM-V's, the largest published one, has 901,629
