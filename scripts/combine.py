@@ -52,7 +52,7 @@ def main() -> int:
     from jaxft.runs.named_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import combine
-    from jaxft.weights.peft import adapters, peft
+    from jaxft.weights.peft import adapters, peft_read
 
     how = combine.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
     folders = [adapters.adapter_folder(str(one)) for one in args.adapters]
@@ -74,8 +74,8 @@ def main() -> int:
     model = pretrained.model_for(named.ref)
     files, read = pretrained.open_files(named.ref), []
     for given, folder in zip(args.adapters, folders, strict=True):
-        read.append(combine.NamedAdapter(str(given), *peft.read_adapter(folder, model, files)))
-        if peft.has_base_copies(folder):
+        read.append(combine.NamedAdapter(str(given), *peft_read.read_adapter(folder, model, files)))
+        if peft_read.has_base_copies(folder):
             pretrained.check_adapter_base(folder, named.ref)
     made = combine.combine_adapters(read, model, how)
     parts = ", ".join(f"{w:g} {given}" for w, given in zip(how.weights, args.adapters, strict=True))

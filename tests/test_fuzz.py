@@ -28,7 +28,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers import jsonl
 from jaxft.weights import pretrained
 from jaxft.weights.param_loading import read_whole
-from jaxft.weights.peft import adapters, peft, peft_write
+from jaxft.weights.peft import adapters, peft_read, peft_write
 
 CASES, SEED = int(os.environ.get("FUZZ_CASES", "200")), int(os.environ.get("FUZZ_SEED", "0"))
 SHOWN = 20  # failures
@@ -168,7 +168,7 @@ def test_peft_folders(tmp_path):
         (folder / "adapter_model.safetensors").write_bytes(data)
 
     def work():
-        peft.read_parts(folder, model)
+        peft_read.read_parts(folder, model)
         adapters.adapter_settings(str(folder), None, model)
 
     assert run_cases(damage, work, "adapter") > CASES // 3

@@ -37,7 +37,7 @@ from jaxft.tree import Aux, Params
 from jaxft.weights import init, pretrained, storage
 from jaxft.weights.hf import hf_write
 from jaxft.weights.hub import hub
-from jaxft.weights.peft import adapters, peft
+from jaxft.weights.peft import adapters, peft_read
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 
@@ -107,7 +107,7 @@ def load_reward_adapters(
         model = _headless(ref, dtype)
         for name, folder in folders.items():
             pretrained.check_adapter_base(folder, ref)
-            found[name] = peft.read_parts(folder, model, pretrained.open_files(ref))[0]
+            found[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
         pairs = {name: parts["adapter"] for name, parts in found.items()}
         check_stackable(pairs)
         pairs = {name: with_gains(first.params["base"], one) for name, one in pairs.items()}

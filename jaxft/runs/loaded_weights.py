@@ -15,7 +15,7 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf.hf import stop_tokens
-from jaxft.weights.peft import adapters, peft
+from jaxft.weights.peft import adapters, peft_read
 
 
 class LoadedWeights(NamedTuple):
@@ -142,6 +142,6 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Par
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)
     files = pretrained.open_files(ref)
-    found = {name: peft.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
+    found = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(found)
     return {name: with_gains(base, one) for name, one in found.items()}

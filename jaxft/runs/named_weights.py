@@ -16,7 +16,7 @@ from jaxft.runs.store.store_copy import IN_STORE, local_folder
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.weights.hub import hub
 from jaxft.weights.peft import adapters
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft.peft_config import read_adapter_config
 
 FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprint of wrong rows
 

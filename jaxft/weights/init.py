@@ -25,7 +25,7 @@ from jaxft.weights.param_loading import (
     read_whole,
     shard_host_array,
 )
-from jaxft.weights.peft import peft
+from jaxft.weights.peft import peft_read
 from jaxft.weights.peft.adapters import adapter_folder
 
 
@@ -75,7 +75,7 @@ def check_starts(
         if adapter_folder(settings.start).is_dir():
             pretrained.check_adapter_base(adapter_folder(settings.start), ref)
         folder = _start_folder(settings)
-        _check_start(settings, peft.read_declared(folder, model), specs, model)
+        _check_start(settings, peft_read.read_declared(folder, model), specs, model)
 
 
 def _init_parts(
@@ -95,7 +95,7 @@ def _init_parts(
         loaded = _load_classifier(settings.weights, specs, model, mesh)
     if settings.start is not None:
         files = None if ref is None else pretrained.open_files(ref)
-        loaded, found = peft.read_parts(_start_folder(settings), model, files)
+        loaded, found = peft_read.read_parts(_start_folder(settings), model, files)
         _check_start(settings, (tuple(loaded), found), specs, model)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         files = pretrained.open_files(ref)  # a reward model's; a language model has no head

@@ -32,7 +32,7 @@ from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import OverLimit, check_tokenizer_files
 from jaxft.weights.hub import hub
 from jaxft.weights.param_loading import ParamReader, load_param, param_readers, read_quantised, store_as
-from jaxft.weights.peft import peft
+from jaxft.weights.peft import peft_read
 from jaxft.weights.storage import (
     Storage,
     StoredModel,
@@ -289,8 +289,8 @@ def load_base(
     files = open_files(ref)
     readers = param_readers(files, stored.model)
     if adapter is not None:
-        peft.check_base_copies(adapter, files)
-        found, settings = peft.read_adapter(adapter, stored.model, files)
+        peft_read.check_base_copies(adapter, files)
+        found, settings = peft_read.read_adapter(adapter, stored.model, files)
         readers = merge.merge_on_read(readers, stored.model, found, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
@@ -319,7 +319,7 @@ def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, 
 
 def check_adapter_base(folder: Path, ref: str) -> None:
     """Raise ValueError if an adapter has copies of other embeddings than those of the base `ref`."""
-    peft.check_base_copies(folder, open_files(ref))
+    peft_read.check_base_copies(folder, open_files(ref))
 
 
 def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) -> Params:

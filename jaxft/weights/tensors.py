@@ -1,8 +1,8 @@
 """Tensors in a model's files: read by Hugging Face name from every format, and their table by parameter.
 
-Readers, writers, adapters' files, merging, extraction and calibration use the table (`tensors_of`), so that none
-of them knows how tensors are named, or along which axes the files split a parameter. Values are
-checked to be finite when they are read and written.
+Readers, writers, adapters' files, merging, extraction and calibration use the table (`tensors_of`), so that
+none of them knows how tensors are named, or along which axes the files split a parameter. Values are checked
+to be finite when they are read and written.
 """
 
 import contextlib

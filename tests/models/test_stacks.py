@@ -33,7 +33,7 @@ from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate
 from jaxft.weights.hf import hf, hf_write
 from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write
-from jaxft.weights.peft.peft import read_adapter
+from jaxft.weights.peft.peft_read import read_adapter
 from jaxft.weights.tensors import tensors_of
 
 BATCH = rows(random_ids(2, 12), segments=[[1] * 7 + [2] * 5, [1] * 10 + [0] * 2],

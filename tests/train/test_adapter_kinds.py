@@ -30,7 +30,7 @@ from jaxft.train.export import export
 from jaxft.train.programs import abstract
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.weights import init, pretrained
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

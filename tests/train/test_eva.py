@@ -20,7 +20,7 @@ from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.quant.quant import Quant
 from jaxft.train.start import eva
 from jaxft.weights import init, pretrained
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

@@ -29,7 +29,7 @@ from jaxft.weights.gguf import gguf_tokenizer, gguf_write
 from jaxft.weights.gguf.gguf_file import Field, read_gguf_header
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hf.hf import stop_tokens
-from jaxft.weights.peft import peft
+from jaxft.weights.peft import peft_read
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,7 +280,7 @@ def test_an_adapter_with_rows_that_the_base_lacks_is_refused(tmp_path):
     )  # fmt: skip
     save_file({}, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"indices \[258, 259\]; expected ids from 0 to 257") as caught:
-        peft.read_parts(tmp_path / "a", pretrained.model_for(str(small)))
+        peft_read.read_parts(tmp_path / "a", pretrained.model_for(str(small)))
     assert "\n" not in str(caught.value)
 
 

@@ -16,7 +16,7 @@ from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.weights import pretrained
 from jaxft.weights.edit.combine import Combination, NamedAdapter, combine_adapters
 from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

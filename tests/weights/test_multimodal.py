@@ -33,7 +33,7 @@ from jaxft.weights.hf import hf
 from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.param_loading import param_readers, read_whole
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

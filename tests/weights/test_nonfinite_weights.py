@@ -27,7 +27,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors
 from jaxft.weights.hf.safetensors import TensorToWrite
-from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.tensors import is_finite
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -145,7 +145,7 @@ def test_an_adapter_that_is_not_finite_is_named(adapter, model):
     tensors[name][3, 2] = np.nan
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=rf"tensor {name}: 1 of 384 values are NaN .* first at \[3, 2\]"):
-        peft.read_adapter(adapter, model)
+        peft_read.read_adapter(adapter, model)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_an_adapter_that_is_not_finite_is_named(adapter, model):
 def test_settings_of_an_adapter_that_are_not_finite_are_named(adapter, model, changes, message):
     change_adapter(adapter, **changes)
     with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{message}"):
-        peft.read_adapter(adapter, model)
+        peft_read.read_adapter(adapter, model)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from jaxft.nn.param import init_params
 from jaxft.weights import init, pretrained
 from jaxft.weights.edit.merge import merge_on_read
 from jaxft.weights.hf import hf_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
-from jaxft.weights.peft.peft_refusals import check_targets
+from jaxft.weights.peft.peft_config import check_targets
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -21,7 +21,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.train.export import export
 from jaxft.weights import init, pretrained
 from jaxft.weights.edit.merge import merge_on_read, merge_params
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.weights import pretrained
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft.adapters import adapter_folder
 
 torch = pytest.importorskip("torch")

@@ -17,7 +17,7 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.train.export import export
 from jaxft.weights import init, pretrained
 from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.tensors import QuantisedTensor
 
 torch = pytest.importorskip("torch")

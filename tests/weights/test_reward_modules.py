@@ -22,7 +22,7 @@ from jaxft.rl import reward_models
 from jaxft.train.export import export
 from jaxft.weights import init, pretrained
 from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -21,7 +21,7 @@ from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.hf.tokenizer_files import TEMPLATES_FOLDER
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.hub_upload import FileContent, is_uploaded
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft.peft_config import read_adapter_config
 
 UNFINISHED = (".part", ".tmp", ".incomplete")  # ends of names of files that are being written
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)

@@ -36,7 +36,7 @@ from jaxft.nn.matmul import outer
 from jaxft.nn.quant.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights.param_loading import shard_host_array
-from jaxft.weights.peft.peft_pairs import with_patterns
+from jaxft.weights.peft.peft_tensors import with_patterns
 from jaxft.weights.tensors import layer_on_host
 
 EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method

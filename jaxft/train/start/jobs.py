@@ -39,7 +39,7 @@ from jaxft.weights.hf.hf import stop_tokens
 from jaxft.weights.hub import hub
 from jaxft.weights.init import check_starts
 from jaxft.weights.peft.adapters import adapter_folder
-from jaxft.weights.peft.peft import read_adapter
+from jaxft.weights.peft.peft_read import read_adapter
 
 Record = dict[str, Any]  # settings as JSON
 EndedBy = Literal["patience", "callback"]  # what ends a run before its planned steps

@@ -41,8 +41,8 @@ from jaxft.weights import pretrained
 from jaxft.weights.calibrate.calibrated_codes import read_correction
 from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair
 from jaxft.weights.param_loading import shard_host_array, store_as
-from jaxft.weights.peft import peft, peft_write
-from jaxft.weights.peft.peft_pairs import Pair, adapter_of
+from jaxft.weights.peft import peft_read, peft_write
+from jaxft.weights.peft.peft_tensors import Pair, adapter_of
 from jaxft.weights.storage import StoredModel, leaf_shapes
 from jaxft.weights.tensors import tensors_of
 
@@ -131,14 +131,14 @@ def run_pairs(
             peft_write.save_adapter(out, adapter, plain, model, ref)
         if folder is None or not processes.is_multi_process():
             return found
-    return StartPairs(*(peft.read_adapter(one, model)[0] for one in reversed(folders)))
+    return StartPairs(*(peft_read.read_adapter(one, model)[0] for one in reversed(folders)))
 
 
 def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
     """Return the adapter at step 0 that a run's folder stores; None if it didn't change the base."""
     if settings is None or not settings.changes_base:
         return None
-    return peft.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
+    return peft_read.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
 
 
 def place_pairs(pairs: Params, adapter: Params) -> Params:

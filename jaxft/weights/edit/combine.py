@@ -28,7 +28,7 @@ from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
-from jaxft.weights.peft.peft_pairs import Pair, adaptable_tensors, adapter_of
+from jaxft.weights.peft.peft_tensors import Pair, adaptable_tensors, adapter_of
 from jaxft.weights.tensors import Tensor
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]

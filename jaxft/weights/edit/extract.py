@@ -21,8 +21,7 @@ from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf
 from jaxft.weights.hf.hf import EMBEDDING, HEAD
-from jaxft.weights.peft.peft_modules import module_list
-from jaxft.weights.peft.peft_pairs import Pair, adapter_of
+from jaxft.weights.peft.peft_tensors import Pair, adapter_of, module_list
 from jaxft.weights.tensors import ModelFiles, Tensor, TensorTable, stack, tensors_of
 
 FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed

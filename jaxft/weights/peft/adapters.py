@@ -29,8 +29,8 @@ from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
 from jaxft.weights.param_loading import shard_host_array
-from jaxft.weights.peft import peft, peft_write
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft import peft_read, peft_write
+from jaxft.weights.peft.peft_config import read_adapter_config
 
 
 def adapter_folder(start: str) -> Path:
@@ -46,7 +46,7 @@ def adapter_folder(start: str) -> Path:
 
 def read_adapter_settings(start: str, model: Model) -> Adapter:
     """Read the settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
-    return peft.read_declared(adapter_folder(start), model)[1]
+    return peft_read.read_declared(adapter_folder(start), model)[1]
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
@@ -82,7 +82,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
     """Load a PEFT adapter folder for the base `ref` onto the mesh; return it and its settings. Raises
     ValueError if it does not fit the model.
     """
-    loaded, settings = peft.read_adapter(folder, model, pretrained.open_files(ref))
+    loaded, settings = peft_read.read_adapter(folder, model, pretrained.open_files(ref))
     dtype = np.promote_types(model.dtype, np.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
     params = jax.tree.map(lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings)
@@ -131,7 +131,7 @@ def left_out_notes(model: Model, start: str | None) -> list[str]:
     """Return a line if a run of a model with a scalar head starts from an adapter that trained the language
     model head, else nothing.
     """
-    if model.generates or start is None or not peft.has_language_head(adapter_folder(start)):
+    if model.generates or start is None or not peft_read.has_language_head(adapter_folder(start)):
         return []
     return [
         f"the adapter in {start} trained the language model head, which is left out: this run's model has a "

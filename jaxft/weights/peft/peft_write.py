@@ -20,10 +20,17 @@ from jaxft.tree import Params
 from jaxft.weights.hf import hf
 from jaxft.weights.hf.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.hub import hub
-from jaxft.weights.peft.peft import SCORE_TENSOR, SEQ_CLS
-from jaxft.weights.peft.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
-from jaxft.weights.peft.peft_names import PREFIX
-from jaxft.weights.peft.peft_pairs import pair_names, ranked_modules, with_module_names
+from jaxft.weights.peft.peft_config import PREFIX
+from jaxft.weights.peft.peft_read import SCORE_TENSOR, SEQ_CLS
+from jaxft.weights.peft.peft_tensors import (
+    NO_TARGETS,
+    ONLY_TOKENS,
+    module_fields,
+    module_tensors,
+    pair_names,
+    ranked_modules,
+    with_module_names,
+)
 from jaxft.weights.tensors import Tensor, layer_on_host
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them

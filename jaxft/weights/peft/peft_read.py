@@ -2,6 +2,7 @@
 adapter_model.safetensors.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,38 +11,41 @@ from typing import Any
 import numpy as np
 
 from jaxft import tree
+from jaxft.distributed import processes
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
+from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair
 from jaxft.weights.hf.hf import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.hf.safetensors import SafetensorsFiles, open_safetensors, read_tensor
-from jaxft.weights.peft.peft_modules import (
-    ONLY_TOKEN_ROWS,
-    ONLY_TOKENS,
-    read_modules,
-    read_shaped,
-    without_head,
-)
-from jaxft.weights.peft.peft_names import PREFIX, config_of_decoder, of_decoder, with_plain_names
-from jaxft.weights.peft.peft_pairs import adaptable_tensors, adapter_of, pair_names, read_pair
-from jaxft.weights.peft.peft_refusals import (
+from jaxft.weights.peft.peft_config import (
+    CONVERT,
     MERGE,
+    PREFIX,
     check_plain_lora,
     check_targets,
     check_tensor_names,
+    config_of_decoder,
+    of_decoder,
     read_adapter_config,
+    with_plain_names,
 )
-from jaxft.weights.peft.peft_residual import (
-    ReadFirstPair,
-    first_pair,
-    no_first_pair,
-    on_unchanged_base,
-    start_of_unconverted,
+from jaxft.weights.peft.peft_tensors import (
+    ONLY_TOKEN_ROWS,
+    ONLY_TOKENS,
+    Pair,
+    adaptable_tensors,
+    adapter_of,
+    pair_names,
+    read_modules,
+    read_pair,
+    read_shaped,
+    without_head,
 )
-from jaxft.weights.tensors import ModelFiles, errors_name
+from jaxft.weights.tensors import ModelFiles, Tensor, errors_name, require_finite
 
 SCORE_TENSOR = f"{PREFIX}{SCORE.template}"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
@@ -62,6 +66,7 @@ TIED_TENSORS = (
     ("lora_A.weight", "lora_embedding_B", True),
     ("lora_B.weight", "lora_embedding_A", True),
 )
+ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -> a0 [in, R], b0 [R, out]
 
 
 def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
@@ -70,7 +75,7 @@ def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = Non
     Modules of different ranks are padded with zeros to the largest rank of any layer; a layer that the
     configuration leaves out gets a zero pair. The copies of the base's weights that peft adds to an adapter
     on lm_head are not read; see check_base_copies. base: the files of the base, which only unconverted PiSSA
-    and OLoRA adapters need, see peft_residual.py. Raises ValueError for anything but plain LoRA on this
+    and OLoRA adapters need. Raises ValueError for anything but plain LoRA on this
     model's linear layers, and for a reward model's adapter.
     """
     parts, settings = read_parts(folder, model, base)
@@ -307,3 +312,77 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+# PiSSA and OLoRA adapters that PEFT has not converted to plain LoRA
+#
+# PEFT trains their pair A, B of a weight W on `W - s B0 A0`, with the first pair A0, B0 of W. save_pretrained
+# writes A and B alone, and from_pretrained computes A0 and B0 from the base again. jaxft leaves the base
+# unchanged and reads `s (B A - B0 A0)`, one pair of twice the rank, as save_pretrained writes it with
+# path_initial_model_for_weight_conversion. PEFT rounds `W - s B0 A0` to the dtype of the base, and its
+# float32 SVD is inexact where the last singular value of A0 B0 is close to the next one; the pair of twice
+# the rank, from float64, has neither error.
+
+
+def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
+    """Return the key of FIRST_PAIRS that an unconverted adapter's configuration has, None for others."""
+    start = config.get("init_lora_weights")
+    return start if isinstance(start, str) and start in FIRST_PAIRS else None
+
+
+def first_pair(
+    base: ModelFiles | None, where: Path, init: str, tensor: Tensor, rank: int, scale: float
+) -> FirstPair:
+    """Return the first pair of a weight that an unconverted adapter changes, computed from the files of the
+    base as PEFT does in float32.
+
+    where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
+    ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
+    processes, whose libraries may compute other signs.
+    """
+    about, name = f"{where}: init_lora_weights={init!r}", tensor.name
+    if base is None or processes.is_multi_process():
+        needs = "needs the base's weights" if base is None else "is read by one process only"
+        raise ValueError(f"{about} {needs}: {CONVERT}")
+    stored = base.tensors.get(name)
+    if stored is not None and stored.quantised is not None:
+        raise ValueError(
+            f"{about}: {name} of the base in {base.where} is quantised ({stored.quantised.method}); use the "
+            "base in its own precision, which quant=nf4 (--quant nf4) quantises after reading"
+        )
+    if stored is None or stored.shape != tensor.shape:
+        raise ValueError(
+            f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
+            f"{tensor.shape}; is the adapter for another base model?"
+        )
+    with errors_name(f"{base.where}: tensor {name}"):
+        values = tensor.turned(require_finite(base.read(name)).astype(np.float32))
+    return FIRST_PAIRS[init](values, rank, scale)
+
+
+def no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
+    """Return a pair of zeros in place of the first one, which needs no base: for settings alone."""
+    ins, outs = tensor.values
+    return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
+
+
+def on_unchanged_base(
+    pairs: Sequence[Pair | None],
+    tensors: Sequence[Tensor],
+    settings: Adapter,
+    read_first: Callable[[Tensor, int, float], FirstPair],
+) -> list[Pair | None]:
+    """Return the pairs of an unconverted adapter's kernel as `[a, a0] [b; -b0]`, of twice the rank and the
+    same scale, in float32; those of the table, which PEFT initialises as LoRA's, as they are.
+
+    settings: of the adapter, which compute the scale.
+    """
+    out = list(pairs)
+    for i, (tensor, pair) in enumerate(zip(tensors, pairs, strict=True)):
+        if pair is not None and tensor.path != "embed":
+            scale = settings.scale_of(pair.rank, pair.alpha)
+            a0, b0 = read_first(tensor, pair.rank, scale)
+            a = np.concatenate([pair.a.astype(np.float32), a0], 1)
+            b = np.concatenate([pair.b.astype(np.float32), -b0], 0)
+            out[i] = pair._replace(a=a, b=b, alpha=pair.alpha * (2**0.5 if settings.rslora else 2))
+    return out
