@@ -52,17 +52,17 @@ def main() -> int:
     from jaxft.runs.named_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import combine
-    from jaxft.weights.peft import adapters, peft_read
+    from jaxft.weights.peft import adapter_folders, peft_read
 
     how = combine.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
-    folders = [adapters.adapter_folder(str(one)) for one in args.adapters]
-    adapters.check_adapter_output(args.out, folders)
+    folders = [adapter_folders.adapter_folder(str(one)) for one in args.adapters]
+    adapter_folders.check_adapter_output(args.out, folders)
     named = named_weights(None, args.model, args.adapters[0])
     notes = list(named.notes)
     for folder in folders[1:]:
         check_results(folder)
         notes += earlier_end_notes(folder)
-        others = adapters.other_base_name(folder, named.ref)
+        others = adapter_folders.other_base_name(folder, named.ref)
         if others and args.model is None:
             raise ValueError(
                 f"{others[0].removeprefix('warning: ')}, the base of {folders[0]}; adapters of different "
@@ -81,13 +81,13 @@ def main() -> int:
     parts = ", ".join(f"{w:g} {given}" for w, given in zip(how.weights, args.adapters, strict=True))
     text = f"A combination of LoRA adapters ({how.method}: {parts}), written by jaxft."
     tokenizer = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
-    new = adapters.NewAdapter(made.params, made.settings, named.ref, text, tokenizer)
-    adapters.write_adapter(args.out, new, model)
+    new = adapter_folders.NewAdapter(made.params, made.settings, named.ref, text, tokenizer)
+    adapter_folders.write_adapter(args.out, new, model)
     lost = f"; the reduction to this rank dropped {100 * made.dropped:.2f} % of the sum"
     print(
         f"{args.out}: {how.method} of {parts}, rank {made.settings.rank}{lost if how.method == 'svd' else ''}"
     )
-    for line in adapters.cached_base_notes(args.out, named.ref):
+    for line in adapter_folders.cached_base_notes(args.out, named.ref):
         print(line)
     return 0
 

@@ -17,7 +17,7 @@ from jaxft.runs.settings.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights.calibrate import calibrated_codes
 from jaxft.weights.gguf.gguf_file import part_files
-from jaxft.weights.hf import hf
+from jaxft.weights.hf import hf_read
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, folder_damage
 
@@ -515,7 +515,7 @@ def _check_codes(folder: Path) -> None:
 def weights_fingerprint(ref: str) -> str:
     """Return a hash of all bytes of the weights behind `ref`."""
     located = hub.locate(ref)
-    files = part_files(located.path) if located.kind == "gguf" else hf.weight_files(located.path)
+    files = part_files(located.path) if located.kind == "gguf" else hf_read.weight_files(located.path)
     lines = [f"{path.name} {known}\n" for path, known in zip(files, files_sha256(files), strict=True)]
     return HASH + hashlib.sha256("".join(lines).encode()).hexdigest()
 

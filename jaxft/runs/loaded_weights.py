@@ -14,8 +14,8 @@ from jaxft.nn.quant.quant import Quant, QuantKind, quant_setting
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.hf import stop_tokens
-from jaxft.weights.peft import adapters, peft_read
+from jaxft.weights.hf.hf_read import stop_tokens
+from jaxft.weights.peft import adapter_folders, peft_read
 
 
 class LoadedWeights(NamedTuple):
@@ -48,7 +48,7 @@ def load_named(
     params, settings = {"base": pretrained.load_frozen(named.ref, model, mesh, storage)}, None
     if named.adapter:
         pretrained.check_adapter_base(named.adapter, named.ref)
-        params["adapter"], settings = adapters.load_adapter(named.adapter, model, mesh, named.ref)
+        params["adapter"], settings = adapter_folders.load_adapter(named.adapter, model, mesh, named.ref)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     notes = pretrained.file_notes(named.ref, model)
     stop = stop_tokens(named.ref, model, tokenizer)
@@ -130,7 +130,7 @@ def load_equal_adapters(
     """
     loaded = read_adapters(folders, ref, model, base)
     equal = [in_dtype(one, model.dtype) for one in of_equal_shapes(list(loaded.values()))]
-    return adapters.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
+    return adapter_folders.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:

@@ -15,7 +15,7 @@ from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.runs.store.store_copy import IN_STORE, local_folder
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.weights.hub import hub
-from jaxft.weights.peft import adapters
+from jaxft.weights.peft import adapter_folders
 from jaxft.weights.peft.peft_config import read_adapter_config
 
 FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprint of wrong rows
@@ -51,12 +51,12 @@ def named_weights(
         return NamedWeights(ref, trained, record, earlier_end_notes(run) + tools_notes(record))
     if adapter is None:
         return NamedWeights(model or default, None, None, [])
-    folder = adapters.adapter_folder(str(adapter))
+    folder = adapter_folders.adapter_folder(str(adapter))
     check_results(folder)
     notes = earlier_end_notes(folder)
-    own_run = adapters.run_of_adapter(folder)
+    own_run = adapter_folders.run_of_adapter(folder)
     if model is not None:
-        return NamedWeights(model, folder, None, notes + adapters.other_base_name(folder, model))
+        return NamedWeights(model, folder, None, notes + adapter_folders.other_base_name(folder, model))
     if own_run is not None:
         ref, _, record = trained_weights(own_run)
         return NamedWeights(ref, folder, record, notes + tools_notes(record))

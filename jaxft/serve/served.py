@@ -29,8 +29,8 @@ from jaxft.runs.named_weights import NamedWeights
 from jaxft.serve.served_model import ServedModel
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.hf import stop_tokens
-from jaxft.weights.peft import adapters
+from jaxft.weights.hf.hf_read import stop_tokens
+from jaxft.weights.peft import adapter_folders
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def _with_adapters(
     loaded = read_adapters(folders, ref, model, base)
     if any(map(not_stackable, loaded.values())):
         ((name, folder),) = folders.items()
-        params, settings = adapters.load_adapter(folder, model, mesh, ref)
+        params, settings = adapter_folders.load_adapter(folder, model, mesh, ref)
         return adapted(model, settings), {"adapter": params}, {name: BASE}
     stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)
-    stack = adapters.on_every_device(stack, None, mesh)
+    stack = adapter_folders.on_every_device(stack, None, mesh)
     numbers = {name: number for number, name in enumerate(loaded, 1)}
     return adapted_by_row(model), {"stack": stack}, {name: numbers.get(name, BASE) for name in named}
 

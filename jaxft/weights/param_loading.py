@@ -21,7 +21,7 @@ from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant.quant import QTensor, quantize, scales
 from jaxft.nn.quant.quant_formats import encode_scales
-from jaxft.weights.hf import hf
+from jaxft.weights.hf import hf_read
 from jaxft.weights.quantised.file_format import array_index, arrays_of, same_layout
 from jaxft.weights.tensors import (
     Index,
@@ -67,7 +67,7 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
     """Return a reader for every base parameter by path. Raises ValueError if the files do not contain exactly
     the model's.
     """
-    hf.check_tensors(files, model)
+    hf_read.check_tensors(files, model)
     readers = {}
     specs = spec_paths(model.specs.get("base", model.specs))
     for path, tensors in tensors_of(model).items():

@@ -27,7 +27,7 @@ from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_codes import open_codes
 from jaxft.weights.edit import merge
 from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
-from jaxft.weights.hf import hf, tokenizer_files
+from jaxft.weights.hf import hf_read, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import OverLimit, check_tokenizer_files
 from jaxft.weights.hub import hub
@@ -98,7 +98,7 @@ def _has_other_head(located: hub.Located) -> bool:
     if located.kind != "folder":
         return False
     try:
-        return hf.has_other_head(hf.open_folder(located.path))
+        return hf_read.has_other_head(hf_read.open_folder(located.path))
     except (ValueError, FileNotFoundError):  # which loading them reports
         return False
 
@@ -124,7 +124,7 @@ def file_notes(ref: str, model: Model) -> list[str]:
         notes.append(f"{ref}: its config.json has {stated}, which is not applied; adapter.dropout is")
     if "head" in model.weight_names and model_types.is_tied(model_types.family_of(config).from_hf(config)):
         notes.append(
-            f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD} is not the embedding: "
+            f"{ref}: its config.json has tie_word_embeddings=true, but {hf_read.HEAD} is not the embedding: "
             "the head is a matrix of its own"
         )
     return notes
@@ -135,7 +135,7 @@ def open_files(ref: str) -> ModelFiles:
     located = hub.locate(ref)
     if located.kind == "gguf":
         return gguf_tensors.open_gguf(gguf_file.read_gguf_header(located.path))
-    return hf.open_folder(located.path)
+    return hf_read.open_folder(located.path)
 
 
 def check_preset(ref: str, config: ModelConfig) -> None:

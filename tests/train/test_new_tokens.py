@@ -28,7 +28,7 @@ from jaxft.weights.edit.merge import merge_files
 from jaxft.weights.gguf import gguf_tokenizer, gguf_write
 from jaxft.weights.gguf.gguf_file import Field, read_gguf_header
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hf.hf import stop_tokens
+from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.peft import peft_read
 
 torch = pytest.importorskip("torch")

@@ -31,7 +31,7 @@ from jaxft.train.step import accumulate_gradients
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate import lora_start
 from jaxft.weights.edit import merge
-from jaxft.weights.peft import adapters, peft_read
+from jaxft.weights.peft import adapter_folders, peft_read
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -76,7 +76,7 @@ STARTS = {
     "plain LoRA": lambda folder, model: {},
     "an SFT adapter": lambda folder, model: {
         "start": str(folder / "sft"),
-        "adapter": adapters.read_adapter_settings(str(folder / "sft"), model),
+        "adapter": adapter_folders.read_adapter_settings(str(folder / "sft"), model),
     },
     "norms and LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},

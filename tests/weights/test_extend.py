@@ -26,7 +26,7 @@ from jaxft.weights.edit.extend import (
 )
 from jaxft.weights.hub import hub
 from jaxft.weights.peft import peft_write
-from jaxft.weights.peft.adapters import cached_base_notes
+from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 torch = pytest.importorskip("torch")
 NEW = ("<tool>", "</tool>")

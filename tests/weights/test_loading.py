@@ -30,7 +30,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant.quant import Quant, is_qtensor, quantize
 from jaxft.train import partition
 from jaxft.train.export import export
-from jaxft.weights import init, param_loading, pretrained, storage
+from jaxft.weights import initial_params, param_loading, pretrained, storage
 from jaxft.weights.hf import safetensors
 from jaxft.weights.peft import peft_write
 
@@ -165,7 +165,8 @@ def together(folders, tmp_path_factory):
     peft_write.save_adapter(
         adapter,
         jax.tree.map(
-            lambda x: x + 1, init.init_all_but_base(t.model, one_device(), 3, HeadSettings())["adapter"]
+            lambda x: x + 1,
+            initial_params.init_all_but_base(t.model, one_device(), 3, HeadSettings())["adapter"],
         ),
         settings,
         model,

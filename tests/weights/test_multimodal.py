@@ -29,8 +29,8 @@ from jaxft.train import partition
 from jaxft.train.export import export, export_gguf
 from jaxft.weights import pretrained
 from jaxft.weights.edit import extend
-from jaxft.weights.hf import hf
-from jaxft.weights.hf.card import Card, write_card
+from jaxft.weights.hf import hf_read
+from jaxft.weights.hf.model_card import Card, write_card
 from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.param_loading import param_readers, read_whole
 from jaxft.weights.peft import peft_read as peft_layout
@@ -56,7 +56,7 @@ def worlds(tmp_path_factory):
             folder = tmp_path_factory.mktemp("model")
             theirs = tiny_vision.write_tiny(kind, folder)
             model = pretrained.model_for(str(folder), dtype=jnp.float32)
-            readers = param_readers(hf.open_folder(folder), model)
+            readers = param_readers(hf_read.open_folder(folder), model)
             params = {path: jnp.asarray(read_whole(reader)) for path, reader in readers.items()}
             found[kind] = folder, theirs, model, tree.nested(params)
         return found[kind]
@@ -320,7 +320,7 @@ def test_new_tokens_and_a_template_leave_a_multimodal_model_one(worlds, tmp_path
 
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     linked, _ = extend.extended_ref(str(base), extend.Extension(template="chatml"))
-    assert hf.text_part_of(linked) and small - {"chat_template.json"} < set(os.listdir(linked))
+    assert hf_read.text_part_of(linked) and small - {"chat_template.json"} < set(os.listdir(linked))
 
 
 def test_quantised_weights_are_those_of_a_text_model(worlds, tmp_path):

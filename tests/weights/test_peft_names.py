@@ -12,7 +12,7 @@ from tiny_llama import tiny_torch, write_folder
 
 from jaxft.weights import pretrained
 from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights.peft.adapter_folders import adapter_folder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

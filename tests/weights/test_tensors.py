@@ -18,7 +18,7 @@ from jaxft.nn.quant.quant import quantize
 from jaxft.nn.tensor_names import TensorName
 from jaxft.weights import param_loading
 from jaxft.weights.edit.merge import lazy_params, merge_files, merge_on_read
-from jaxft.weights.hf import hf, hf_write
+from jaxft.weights.hf import hf_read, hf_write
 from jaxft.weights.param_loading import load_param, param_readers, read_values, read_whole
 from jaxft.weights.tensors import tensors_of
 
@@ -64,7 +64,7 @@ def written(request, tmp_path):
 
 
 def readers_of(written):
-    return param_readers(hf.open_folder(written[2]), written[0])
+    return param_readers(hf_read.open_folder(written[2]), written[0])
 
 
 def test_files_have_the_experts_as_transformers_names_and_orients_them(tmp_path):

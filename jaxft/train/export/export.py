@@ -40,7 +40,7 @@ from jaxft.weights.calibrate.lora_start import for_unchanged_base
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.hf import hf_write
-from jaxft.weights.hf.card import Card, Relation, base_name, write_card
+from jaxft.weights.hf.model_card import Card, Relation, base_name, write_card
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import check_new_folder, new_folder

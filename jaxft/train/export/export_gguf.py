@@ -16,7 +16,7 @@ from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_write
 from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
-from jaxft.weights.hf import card, hf
+from jaxft.weights.hf import hf_read, model_card
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import parents_of
 from jaxft.weights.tensors import tensors_of
@@ -66,7 +66,7 @@ def export_gguf(
         raise ValueError(
             f"{source.ref}: a reward model cannot be written as GGUF; leave --gguf out for a folder"
         )
-    ends = hf.stop_tokens(source.ref, source.model, source.tokenizer)
+    ends = hf_read.stop_tokens(source.ref, source.model, source.tokenizer)
     rounded = source.quant is not None and source.quant.kind != CHECKPOINT  # then every value may differ
     if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
         with parents_of(out):
@@ -75,7 +75,7 @@ def export_gguf(
         mixture,
         out.stem,
         ends,
-        card.license_of(source.ref),
+        model_card.license_of(source.ref),
         None if rounded and not keep else header,
         _changed(source, rounded),
         keep,

@@ -34,10 +34,10 @@ from jaxft.train.start.jobs import EndedBy, Job, Member
 from jaxft.train.sweep.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights.calibrate.lora_start import read_start
-from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.hf.card import Card, base_name, front_matter, write_card
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.hf.model_card import Card, base_name, front_matter, write_card
 from jaxft.weights.hub import hub
-from jaxft.weights.peft.adapters import cached_base_notes
+from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 
 def report_finished(job: Job, steps: int) -> int:
@@ -231,7 +231,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         kind = (
             f"A {'DoRA' if written.dora else 'LoRA'} adapter (rank {written.rank}, alpha {written.alpha:g})"
         )
-    scores, multimodal = not run.model.generates, hf.text_part_of(run.weights) is not None
+    scores, multimodal = not run.model.generates, hf_read.text_part_of(run.weights) is not None
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
         f"`{source_names(run.data.train)}`. The run's README.md has settings and results."

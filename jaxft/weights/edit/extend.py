@@ -24,8 +24,8 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import LazyTensor, lazy_params
-from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.hf.hf import stop_tokens
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.complete_folders import (
@@ -191,8 +191,8 @@ def _link_model(out: Path, ref: str, extension: Extension) -> bool:
     _, tokenizer, pieces = _extended_model(model, ref, extension)
     if pieces:
         return False
-    weights = hf.weight_files(located.path)
-    index = located.path / hf.WEIGHT_INDEX
+    weights = hf_read.weight_files(located.path)
+    index = located.path / hf_read.WEIGHT_INDEX
     out.mkdir()
     for file in [*weights, *([index] if index.is_file() else [])]:
         _link(out / file.name, file)

@@ -19,8 +19,8 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf
-from jaxft.weights.hf.hf import EMBEDDING, HEAD
+from jaxft.weights.hf import hf_read
+from jaxft.weights.hf.hf_read import EMBEDDING, HEAD
 from jaxft.weights.peft.peft_tensors import Pair, adapter_of, module_list
 from jaxft.weights.tensors import ModelFiles, Tensor, TensorTable, stack, tensors_of
 
@@ -160,7 +160,7 @@ def check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
             f"{tuned_ref}: its settings are not those of the base {base_ref}, and an adapter changes only "
             f"weights: {'; '.join(differing)} (base and tuned); extract from a base with these settings"
         )
-    hf.check_tensors(pretrained.open_files(tuned_ref), theirs)
+    hf_read.check_tensors(pretrained.open_files(tuned_ref), theirs)
 
 
 def _matrices(

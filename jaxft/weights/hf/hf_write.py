@@ -23,7 +23,7 @@ from jaxft.models.text_part import text_config, text_part
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant.quant import QTensor, is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.hf.hf import (
+from jaxft.weights.hf.hf_read import (
     EMBEDDING,
     HEAD,
     WEIGHT_INDEX,

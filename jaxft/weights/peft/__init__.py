@@ -1,6 +1,6 @@
 """Adapters in PEFT's layout.
 
-adapters.py: adapters in folders: their settings, weights, and the base that they were trained on
+adapter_folders.py: adapters in folders: their settings, weights, and the base that they were trained on
 peft_read.py: read an adapter; the adapters of PiSSA and OLoRA that PEFT has not converted
 peft_write.py: write an adapter
 peft_config.py: adapter_config.json, refusals, names of tensors

@@ -19,7 +19,7 @@ from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_listed, is_saved
 from jaxft.nn.tensor_names import HEAD_MODULE
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair
-from jaxft.weights.hf.hf import COMPARED_VALUES, EMBEDDING, HEAD
+from jaxft.weights.hf.hf_read import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.hf.safetensors import SafetensorsFiles, open_safetensors, read_tensor
 from jaxft.weights.peft.peft_config import (
     CONVERT,

@@ -17,7 +17,7 @@ from jaxft.nn.adapters.full_modules import is_replacement
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.tree import Params
-from jaxft.weights.hf import hf
+from jaxft.weights.hf import hf_read
 from jaxft.weights.hf.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.hub import hub
 from jaxft.weights.peft.peft_config import PREFIX
@@ -60,7 +60,7 @@ def save_adapter(
     tensors, ranked = [], ranked_modules({path: layouts[path] for path in pairs}, model)
     for tensor, (rank, alpha) in ranked.items():
         tensors += pair_tensors(tensor, pairs[tensor.path], rank, settings.scale_of(rank, alpha))
-    part = hf.text_part_of(base_ref)
+    part = hf_read.text_part_of(base_ref)
     # ends of names would fit modules of the other parts too, names of the text-only model not even these
     declared = with_module_names(settings, layouts, model, full_names=part is not None)
     prefix = "model." if part is None or score is not None else part.prefix

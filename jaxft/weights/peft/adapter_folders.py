@@ -23,7 +23,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.quant.quant import RESIDUAL_INITS, Quant
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.card import Card, write_card
+from jaxft.weights.hf.model_card import Card, write_card
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub

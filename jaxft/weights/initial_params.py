@@ -26,7 +26,7 @@ from jaxft.weights.param_loading import (
     shard_host_array,
 )
 from jaxft.weights.peft import peft_read
-from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights.peft.adapter_folders import adapter_folder
 
 
 def init_all_but_base(
