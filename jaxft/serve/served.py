@@ -129,7 +129,7 @@ def _served_models(
         chat_template = template_of(tokenizer)
         of_tools = chat_template and (chat_template.tool_use or chat_template)
         own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
-        found[name] = replace(served, plain=plain, tools=tools or own)
+        found[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
     return found
 
 

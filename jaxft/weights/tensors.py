@@ -107,8 +107,7 @@ class Tensor:
     linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
     the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
 
-    >>> tensors_of(model)["layers/attn/q"][3].name
-    'model.layers.3.self_attn.q_proj.weight'
+    `tensors_of(model)["layers/attn/q"][3].name` is "model.layers.3.self_attn.q_proj.weight".
     """
 
     path: str

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
+from jaxft.data.decisions import DecisionPrompts
 from jaxft.distributed import sync
 from jaxft.models import heads, model_types
 from jaxft.models.heads import SCORE
@@ -59,7 +60,8 @@ class ExportSource:
     ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
     base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
     the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
-    from, for the model card. token_ids: the tokens of rows that the adapter replaces.
+    from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the
+    labels and the question of a decision model.
     """
 
     ref: str
@@ -70,6 +72,7 @@ class ExportSource:
     score: Params | None = None
     data: str | None = None
     token_ids: tuple[int, ...] = ()
+    decision: DecisionPrompts = DecisionPrompts()
 
 
 def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
@@ -91,7 +94,8 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
         pretrained.check_adapter_base(folder, ref)
     data = record["data"].get("train") if record else None
     ids, score = settings.trainable_token_indices if settings else (), parts.get("score")
-    return ExportSource(ref, model, tokenizer, parts.get("adapter"), stored, score, data, ids)
+    adapter, decision = parts.get("adapter"), named.decision
+    return ExportSource(ref, model, tokenizer, adapter, stored, score, data, ids, decision)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ def export_model(
     with new_folder(out) as part:
         hf_write.save_folder(part, model, base, source.tokenizer, located, options)
         write_card(part, replace(_card(out.name, source, quantizer), multimodal=whole))
+        source.decision.write(part)
         if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
             untrained = extend.untrained_tokens(ref)
             extend.mark_untrained(part, {t: i for t, i in untrained.items() if i not in source.token_ids})
