@@ -15,7 +15,7 @@ from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.settings.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
-from jaxft.weights.calibrate import calibrated_codes
+from jaxft.weights.calibrate import calibrated_base
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import hf_read
 from jaxft.weights.hub import hub
@@ -505,10 +505,10 @@ def _check_codes(folder: Path) -> None:
     """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
-    if not calibrated_codes.confirm_codes(record):
+    if not calibrated_base.confirm_codes(record):
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {calibrated_codes.codes_folder(name)}, has changed "
-            f"since this run was trained. {calibrated_codes.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {calibrated_base.codes_folder(name)}, has changed "
+            f"since this run was trained. {calibrated_base.AGAIN}"
         )
 
 

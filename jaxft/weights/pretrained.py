@@ -24,7 +24,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.edit import merge
 from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
 from jaxft.weights.hf import hf_read, tokenizer_files

@@ -29,8 +29,8 @@ class Storage:
     quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
     array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
     and scales are stored unchanged. fp8_matmul: see nn.quant.Quant. codes: the name of calibrated codes in
-    the cache (see codes.py), which are loaded in place of the checkpoint's weights; None: those are quantised
-    when they are loaded.
+    the cache (weights/calibrate/calibrated_base.py), which replace the checkpoint's weights; None: these are
+    quantised when they are loaded.
     """
 
     dtype: DTypeLike

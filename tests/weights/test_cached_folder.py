@@ -20,7 +20,7 @@ from jaxft.distributed.temporary import temporary_folder
 from jaxft.nn.quant.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
-from jaxft.weights.calibrate import calibrated_codes
+from jaxft.weights.calibrate import calibrated_base
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.extend import Extension, extended_ref
 from jaxft.weights.hub import complete_folders
@@ -111,30 +111,30 @@ def test_an_error_of_the_cache_names_it_and_one_of_the_content_is_itself(tmp_pat
 def write_codes(number=0):
     weights = np.random.default_rng(number).normal(size=(64, 64)).astype(np.float32)
     q = jax.tree.map(np.asarray, quantize(jnp.asarray(weights), "nf4", 32))
-    layer = calibrated_codes.CalibratedLayer({"model.layers.0.mlp.up_proj.weight": q}, {})
-    return list(calibrated_codes.write_codes("some", Quant("nf4", block=32), lambda: iter([layer])))
+    layer = calibrated_base.CalibratedLayer({"model.layers.0.mlp.up_proj.weight": q}, {})
+    return list(calibrated_base.write_codes("some", Quant("nf4", block=32), lambda: iter([layer])))
 
 
 def test_calibrated_codes_are_verified_when_they_are_opened_and_written_again(cache):
     assert write_codes() == [1] and write_codes(1) == []
     file = cache / "calibrated" / "some" / "layer-00000.safetensors"
-    before, sha256 = file.read_bytes(), calibrated_codes.codes_sha256("some")
-    assert len(calibrated_codes.open_codes("some").quantised) == 1
+    before, sha256 = file.read_bytes(), calibrated_base.codes_sha256("some")
+    assert len(calibrated_base.open_codes("some").quantised) == 1
     for damage in (flip, lambda path: path.write_bytes(b"")):
         damage(file)
         with pytest.raises(ValueError, match="cannot be used: .*layer-00000.*Start the run's command again"):
-            calibrated_codes.open_codes("some")
-        assert str(file) in calibrated_codes.codes_damage("some")
+            calibrated_base.open_codes("some")
+        assert str(file) in calibrated_base.codes_damage("some")
         assert write_codes() == [1]
-        assert file.read_bytes() == before and calibrated_codes.codes_sha256("some") == sha256
-        assert len(calibrated_codes.open_codes("some").quantised) == 1
+        assert file.read_bytes() == before and calibrated_base.codes_sha256("some") == sha256
+        assert len(calibrated_base.open_codes("some").quantised) == 1
 
 
 def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_path):
     write_codes()
     run = tmp_path / "run"
     run.mkdir()
-    record = {"codes": "some", "sha256": calibrated_codes.codes_sha256("some")}
+    record = {"codes": "some", "sha256": calibrated_base.codes_sha256("some")}
     (run / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
     settings = {"weights": "base", "weights_path": None}
     assert runfolder._base_weights(run, settings) == "base"
@@ -149,9 +149,9 @@ def test_codes_without_the_hashes_of_their_files_are_refused_and_computed_again(
     hashes = (out / HASHES).read_bytes()
     (out / HASHES).unlink()
     with pytest.raises(ValueError, match="files.json is missing"):
-        calibrated_codes.open_codes("some")
+        calibrated_base.open_codes("some")
     assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes
-    assert len(calibrated_codes.open_codes("some").quantised) == 1
+    assert len(calibrated_base.open_codes("some").quantised) == 1
 
 
 def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_changed(cache, tmp_path):
@@ -171,7 +171,7 @@ def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_
         (cache / "hashes" / f"{key}.json").parent.mkdir(exist_ok=True)
         (cache / "hashes" / f"{key}.json").write_text(json.dumps(entry))
         assert file_sha256(path) == before != content_sha256(path)
-    assert str(file) in calibrated_codes.codes_damage("some")
+    assert str(file) in calibrated_base.codes_damage("some")
     with pytest.raises(ValueError, match="adapter_model.safetensors: the file has changed"):
         runfolder.check_results(run / "adapter")
 

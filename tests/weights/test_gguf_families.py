@@ -16,7 +16,7 @@ from jaxft.nn.quant.quant import dequantize
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_architectures, gguf_config
 from jaxft.weights.gguf.gguf_file import read_gguf_header
-from jaxft.weights.gguf.gguf_llama_cpp import check_config
+from jaxft.weights.gguf.gguf_write import check_config
 from jaxft.weights.hf import hf_read
 
 torch = pytest.importorskip("torch")

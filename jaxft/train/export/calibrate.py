@@ -31,15 +31,17 @@ from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import (
+from jaxft.weights.calibrate.calibrated_base import (
     CalibratedLayer,
+    CalibrationRows,
+    calibrate_layers,
     codes_damage,
     codes_folder,
     codes_name,
     codes_sha256,
+    layer_paths,
     write_codes,
 )
-from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers, layer_paths
 from jaxft.weights.calibrate.lora_start import check_ranks
 from jaxft.weights.hf.safetensors import read_model_json
 

@@ -36,7 +36,7 @@ from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.calibrate.lora_start import for_unchanged_base
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.merge import LazyTensor, RoundingError, merge_files, merge_params

@@ -38,7 +38,7 @@ from jaxft.nn.quant.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import read_correction
+from jaxft.weights.calibrate.calibrated_base import read_correction
 from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair
 from jaxft.weights.param_loading import shard_host_array, store_as
 from jaxft.weights.peft import peft_read, peft_write

@@ -7,6 +7,5 @@ gguf_config.py: the configuration in metadata, both ways
 gguf_rope.py: rope in metadata and tensors, both ways
 gguf_tokenizer.py: the tokenizer in metadata, both ways
 gguf_quantize.py: values to blocks, with scales fitted by least squares; mixtures such as Q4_K_M
-gguf_write.py: write a model, or an adapter alone
-gguf_llama_cpp.py: check that llama.cpp computes a written file as jaxft does
+gguf_write.py: write a model, or an adapter alone; check that llama.cpp computes it as jaxft does
 """
