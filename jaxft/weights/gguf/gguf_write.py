@@ -1,7 +1,7 @@
 """Write a model, or an adapter alone, as a GGUF file for llama.cpp and what is built on it.
 
-A written file is checked as llama.cpp reads it. jaxft's own reader (gguf_config, gguf_rope) takes every key as
-the value in the model's config.json; llama.cpp ignores some, even some that its converter writes. Sources
+A written file is checked as llama.cpp reads it. jaxft's own reader (gguf_config, gguf_rope) takes every key
+as the value in the model's config.json; llama.cpp ignores some, even some that its converter writes. Sources
 are llama.cpp's src/llama-model.cpp, src/llama-context.cpp and src/models/, and ggml's rope_yarn;
 tests/weights/test_gguf_runtime.py compares log-probs of its runtime.
 """
