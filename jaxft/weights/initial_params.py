@@ -95,8 +95,8 @@ def _init_parts(
         loaded = _load_classifier(settings.weights, specs, model, mesh)
     if settings.start is not None:
         files = None if ref is None else pretrained.open_files(ref)
-        loaded, found = peft_read.read_parts(_start_folder(settings), model, files)
-        _check_start(settings, (tuple(loaded), found), specs, model)
+        loaded, declared = peft_read.read_parts(_start_folder(settings), model, files)
+        _check_start(settings, (tuple(loaded), declared), specs, model)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         files = pretrained.open_files(ref)  # a reward model's; a language model has no head
         if SCORE.template in files.tensors:
@@ -182,14 +182,14 @@ def _check_start(
     """Raise ValueError if the folder that training starts from has another adapter than the run, or a head
     that the run lacks. declared: see peft.read_declared.
     """
-    (parts, found), start = declared, str(settings.start)
+    (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)
     ours = settings.adapter
     if ours is None:
         raise ValueError(f"{start}: an adapter, but the run trains none; leave start out, or set adapter")
-    fields = differing_fields(base, found, ours, model.weight_names)
+    fields = differing_fields(base, theirs, ours, model.weight_names)
     if fields:
-        values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (found, ours)]
+        values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (theirs, ours)]
         raise ValueError(
             f"{start}: its adapter has {values[0]}, but the run's has {values[1]}; use the folder's settings"
         )

@@ -81,8 +81,8 @@ def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
 def _common_layout(files: ModelFiles, tensors: Sequence[Tensor]) -> QTensor | None:
     stored = [files.tensors[tensor.name].quantised for tensor in tensors]
     layouts = [x.layout for x in stored if x is not None and x.layout is not None]
-    own = tensors[0].transposed and tensors[0].offset is None
-    if not own or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
+    alone = tensors[0].transposed and tensors[0].offset is None
+    if not alone or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
         return None
     return layouts[0]
 
@@ -122,8 +122,8 @@ def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: boo
     """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`."""
     rows, (tensor,) = [], reader.tensors
     for number in numbers:
-        one = (slice(number, number + 1),)
-        index = full_index((slice(None), *one) if transposed else one, tensor.values)
+        row = (slice(number, number + 1),)
+        index = full_index((slice(None), *row) if transposed else row, tensor.values)
         with errors_name_tensor(reader, tensor, index):
             rows.append(read_values(reader, tensor, index).reshape(-1))
     return np.stack(rows)
@@ -339,8 +339,8 @@ class Buffers:
         the shards that overlap it.
         """
         for name, x in arrays_by_name(value).items():
-            own = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
-            at = full_index((*(slice(i, i + 1) for i in lead), *own), self.arrays[name].shape)
+            part = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
+            at = full_index((*(slice(i, i + 1) for i in lead), *part), self.arrays[name].shape)
             x = np.asarray(x)
             x = x.reshape((1,) * len(lead) + x.shape)
             for shard, buffer in self.shards[name].items():

@@ -147,8 +147,8 @@ def check_preset(ref: str, config: ModelConfig) -> None:
         return
     located = hub.locate(ref)
     hf_config = read_config(located)
-    found = model_types.family_of(hf_config).from_hf(hf_config)
-    if differing := config_differences(config, found):
+    theirs = model_types.family_of(hf_config).from_hf(hf_config)
+    if differing := config_differences(config, theirs):
         raise ValueError(
             f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "
             f"Use the files' folder as the model: {located.path}"
@@ -163,14 +163,14 @@ def config_differences(one: Any, other: Any, ignored: Collection[str] = NOT_COMP
     """
     if type(one) is not type(other):
         return [f"{type(one).__name__} and {type(other).__name__}"]
-    found: list[str] = []
+    lines: list[str] = []
     for name in (field.name for field in dataclasses.fields(one) if field.name not in ignored):
         a, b = getattr(one, name), getattr(other, name)
         if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            found += [f"{name}.{line}" for line in config_differences(a, b, ())]
+            lines += [f"{name}.{line}" for line in config_differences(a, b, ())]
         elif a != b and not (type(a) is type(b) is float and math.isclose(a, b, rel_tol=1e-6)):
-            found.append(f"{name} {a!r:.60} and {b!r:.60}")
-    return found
+            lines.append(f"{name} {a!r:.60} and {b!r:.60}")
+    return lines
 
 
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
@@ -290,8 +290,8 @@ def load_base(
     readers = param_readers(files, stored.model)
     if adapter is not None:
         peft_read.check_base_copies(adapter, files)
-        found, settings = peft_read.read_adapter(adapter, stored.model, files)
-        readers = merge.merge_on_read(readers, stored.model, found, settings.trainable_token_indices)
+        pairs, settings = peft_read.read_adapter(adapter, stored.model, files)
+        readers = merge.merge_on_read(readers, stored.model, pairs, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
         readers = merge.merge_on_read(readers, stored.model, negated)

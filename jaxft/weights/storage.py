@@ -158,13 +158,13 @@ def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
     """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each
     of its arrays.
     """
-    whole = param.sharding_of(spec, mesh, path)
+    full = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
-        return whole
+        return full
     if leaf.block or is_paired(leaf.kind):
         block = leaf.block if leaf.block and leaf.index is None else 2
-        whole = sharding.shard_between_blocks(whole, spec.axes, spec.shape, block, path)
-    return shardings_of(leaf, whole)
+        full = sharding.shard_between_blocks(full, spec.axes, spec.shape, block, path)
+    return shardings_of(leaf, full)
 
 
 def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:

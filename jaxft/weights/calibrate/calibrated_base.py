@@ -140,9 +140,9 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
     def both(
         params: Params, h: Array, tokens: Tokens, index: Any, names: tuple[str, ...]
     ) -> tuple[Array, dict[str, Array]]:
-        h, found = collected(params, h, tokens, index)
+        h, taps = collected(params, h, tokens, index)
         used = (tokens.segments > 0)[..., None]
-        return h, {name: jnp.where(used, found[name], jnp.zeros((), found[name].dtype)) for name in names}
+        return h, {name: jnp.where(used, taps[name], jnp.zeros((), taps[name].dtype)) for name in names}
 
     @partial(jax.jit, static_argnames="names")
     def inputs(
@@ -168,7 +168,7 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
 @partial(jax.jit, donate_argnums=0)
 def _add(moments: InputMoments, own: Float[Array, "B T I"], exact: Float[Array, "B T I"]) -> InputMoments:
     return InputMoments(
-        moments.own + outer(own, own, jnp.float32), moments.exact + outer(own, exact, jnp.float32)
+        moments.gram + outer(own, own, jnp.float32), moments.cross + outer(own, exact, jnp.float32)
     )
 
 
@@ -216,9 +216,9 @@ def calibrate_layers(
             size = tree.paths(params)[names[0]].shape[0]
             moments = InputMoments(*(jnp.zeros((size, size), jnp.float32) for _ in range(2)))
             for h, batch, y in zip(coded, batches, theirs, strict=True):
-                own = programs.inputs(params, h, batch, number, names[:1])
-                moments = _add(moments, own[names[0]], y[names[0]])
-            factor = inverse_factor(moments.own)
+                x = programs.inputs(params, h, batch, number, names[:1])
+                moments = _add(moments, x[names[0]], y[names[0]])
+            factor = inverse_factor(moments.gram)
             for name in names:
                 path = f"{place.path}/{name}"
                 tensor = readers[path].tensors[place.index]
@@ -226,13 +226,13 @@ def calibrate_layers(
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
                 try:
-                    q = quantize_calibrated(np.asarray(target), moments.own, *form, factor)
+                    q = quantize_calibrated(np.asarray(target), moments.gram, *form, factor)
                 except ValueError as error:
                     raise ValueError(f"{hf_name}: {error}") from error
                 value = dequantize(replace(q, dtype=jnp.dtype(jnp.float32)))
                 layer.weights[hf_name] = q
                 if path in ranks and ranks[path][place.index]:
-                    pair = correction(target - value, moments.own, ranks[path][place.index])
+                    pair = correction(target - value, moments.gram, ranks[path][place.index])
                     value = value + jnp.asarray(pair[0] @ pair[1])
                     layer.pairs[hf_name] = pair
                 params = _with_leaf(params, name, value.astype(model.dtype))
@@ -257,7 +257,7 @@ def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: Layer
 
 
 def _with_leaf(params: Params, path: str, value: Array) -> Params:
-    return tree.map_with_path(lambda own, x: value if own == path else x, params)
+    return tree.map_with_path(lambda leaf_path, x: value if leaf_path == path else x, params)
 
 
 # Calibrated codes in the cache

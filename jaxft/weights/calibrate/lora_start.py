@@ -73,13 +73,13 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
         storage = stored.storage[f"base/{path}"]
         as_stored = partial(_as_stored, leaf_shapes(base[path], storage))
         for tensor, rank, alpha in zip(table[path], *layout, strict=True):
-            found: Any = (None, None)
+            computed: Any = (None, None)
             if rank and settings.init == QERA:
-                found = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
+                computed = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
             elif rank:
                 weight, scale = tensor.read(files).astype(np.float32), settings.scale_of(rank, alpha)
-                found = _layer_pairs(settings.init, weight, rank, scale, as_stored)
-            for of_paths, pair in zip(pairs, found, strict=True):
+                computed = _layer_pairs(settings.init, weight, rank, scale, as_stored)
+            for of_paths, pair in zip(pairs, computed, strict=True):
                 a, b = pair or (None, None)
                 modules = of_paths.setdefault(path, [])
                 modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
@@ -125,13 +125,13 @@ def run_pairs(
     model = stored.model
     folders = [] if folder is None else [folder / INITIAL_ADAPTER / name for name in ("without", "start")]
     if folder is None or not resumed:
-        found = start_pairs(ref, stored, settings)
+        pairs = start_pairs(ref, stored, settings)
         plain = replace(settings, dropout=0.0)
-        for out, adapter in zip(folders, reversed(found), strict=False):
+        for out, adapter in zip(folders, reversed(pairs), strict=False):
             peft_write.save_adapter(out, adapter, plain, model, ref)
         if folder is None or not processes.is_multi_process():
-            return found
-    return StartPairs(*(peft_read.read_adapter(one, model)[0] for one in reversed(folders)))
+            return pairs
+    return StartPairs(*(peft_read.read_adapter(path, model)[0] for path in reversed(folders)))
 
 
 def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
@@ -175,11 +175,12 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
         above, _, name = path.rpartition("/")
         if name != "magnitude":
             return leaf
-        has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
-        return jnp.where(has_pair[..., None], found[above], 0).astype(leaf.dtype)
+        has_pair = jnp.any(nodes[above]["a"] != 0, (-2, -1))
+        return jnp.where(has_pair[..., None], magnitudes[above], 0).astype(leaf.dtype)
 
-    own, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
-    found = map_kernels(norms, base, {path: joined[path] for path in own if "magnitude" in own[path]})
+    nodes, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
+    adapted = {path: joined[path] for path in nodes if "magnitude" in nodes[path]}
+    magnitudes = map_kernels(norms, base, adapted)
     return tree.map_with_path(start, adapter)
 
 
@@ -192,8 +193,8 @@ def with_magnitudes(
     settings: of the policy's adapter, "adapter", and of the further models on the base.
     """
     out = dict(others)
-    for name, one in settings.items():
-        if one.adapter is None or not one.adapter.dora or one.start is not None:
+    for name, head in settings.items():
+        if head.adapter is None or not head.adapter.dora or head.start is not None:
             continue
         adapter = others[name] if name == "adapter" else others[name]["adapter"]
         initial = None if name == "adapter" else others.get(INITIAL_ADAPTER)

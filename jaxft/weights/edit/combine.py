@@ -116,19 +116,19 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
             f"--weights {how.listed_weights}: {len(how.weights)} for {len(adapters)} adapters; give one for "
             "each of at least two adapters"
         )
-    for one in adapters:
-        _check_plain(one)
+    for adapter in adapters:
+        _check_plain(adapter)
     specs = model.specs.get("base", model.specs)
     layouts = [pair_layouts(specs, x.settings, model.weight_names) for x in adapters]
     pairs = [pairs_by_path(x.params) for x in adapters]
     out: dict[str, list[tuple[_A, _B] | None]] = {}
     lost = total = size = terms = 0.0
     for path, tensors in adaptable_tensors(model).items():
-        for number, tensor in enumerate(tensors if any(path in found for found in layouts) else ()):
+        for number, tensor in enumerate(tensors if any(path in layout for layout in layouts) else ()):
             of_path = out.setdefault(path, [])
             parts = [
-                _part(found[path], tensor.index, layout[path].ranks[number], weight)
-                for found, layout, weight in zip(pairs, layouts, how.weights, strict=True)
+                _part(pair[path], tensor.index, layout[path].ranks[number], weight)
+                for pair, layout, weight in zip(pairs, layouts, how.weights, strict=True)
                 if path in layout and layout[path].ranks[number]
             ]
             if not parts:
@@ -153,17 +153,17 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     return _as_adapter(out, adapters, model, math.sqrt(lost / total) if total else 0.0)
 
 
-def _check_plain(one: NamedAdapter) -> None:
-    settings = one.settings
+def _check_plain(adapter: NamedAdapter) -> None:
+    settings = adapter.settings
     if settings.dora:
         raise ValueError(
-            f"{one.name}: a DoRA adapter, whose learned norms have no weighted sum; merge it into the base "
-            "with export and combine adapters on that"
+            f"{adapter.name}: a DoRA adapter, whose learned norms have no weighted sum; merge it into the "
+            "base with export and combine adapters on that"
         )
     if settings.replaces_weights:
         what = "modules_to_save, biases or trainable tokens"
         raise ValueError(
-            f"{one.name}: the adapter has {what}, for which no combination is defined; merge it into the "
+            f"{adapter.name}: the adapter has {what}, for which no combination is defined; merge it into the "
             "base with export and combine adapters on that"
         )
 

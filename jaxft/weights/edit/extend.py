@@ -220,13 +220,13 @@ def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[s
     untrained.
     """
     named = () if extension.template is None else find_template(extension.template).tokens
-    found = {token: known[token] for token in named if token in known}
-    if not found:
+    ids = {token: known[token] for token in named if token in known}
+    if not ids:
         return []
     return [
-        f"{', '.join(map(repr, found))} of the template were in the tokenizer already; if this model was "
+        f"{', '.join(map(repr, ids))} of the template were in the tokenizer already; if this model was "
         "never trained on them, as some base models, train their rows: adapter.trainable_token_indices="
-        f"{','.join(map(str, found.values()))}"
+        f"{','.join(map(str, ids.values()))}"
     ]
 
 
@@ -256,8 +256,8 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
     added_texts = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     for token, number in ids.items():
-        found = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
-        if found.count(number) != 1:
+        encoded = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
+        if encoded.count(number) != 1:
             raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
     if named is not None:
         # llama.cpp would render another token as the BOS of a tokenizer that has none.

@@ -166,8 +166,8 @@ def merge_params(
         table, of_table = leaves["embed"], nodes.get("embed", {})
         head = LazyTensor(table.shape[::-1], np.dtype(table.dtype), lambda _: layer_on_host(table).T)
         head = _merged("head", head, of_table, np.float32, token_ids) if "rows" in of_table else head
-        own = nodes.get("head")
-        merged["head"] = _merged("head", head, own, dtype, token_ids) if own else head.astype(dtype)
+        of_head = nodes.get("head")
+        merged["head"] = _merged("head", head, of_head, dtype, token_ids) if of_head else head.astype(dtype)
     return tree.nested(merged)
 
 

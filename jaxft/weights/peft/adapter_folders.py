@@ -249,5 +249,5 @@ def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant 
     def facts(settings: Any) -> Any:
         return {**settings, "dropout": None} if isinstance(settings, dict) else settings
 
-    own = json.loads(json.dumps([asdict(x) if x else None for x in (adapter, quant)]))
-    return [facts(record.get(name)) for name in ("adapter", "quant")] == list(map(facts, own))
+    ours = json.loads(json.dumps([asdict(x) if x else None for x in (adapter, quant)]))
+    return [facts(record.get(name)) for name in ("adapter", "quant")] == list(map(facts, ours))

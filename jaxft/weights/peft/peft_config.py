@@ -208,21 +208,21 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
     stored, names = dict[str, str](), dict[str | None, str]()
     originals, twice = list[tuple[str, str]](), list[tuple[str, str]]()
     for old in files.tensors:
-        found = WRAPPERS.sub("", old)
-        bare = found
+        plain = WRAPPERS.sub("", old)
+        bare = plain
         while bare.startswith(PREFIX):
             bare = bare.removeprefix(PREFIX)
-        found = PREFIX + bare
-        if match := _ORIGINAL.fullmatch(found):
+        plain = PREFIX + bare
+        if match := _ORIGINAL.fullmatch(plain):
             originals.append((old, f"{match['stem']}.{match['end']}"))
             continue
         for pattern, form in ((_PAIR, "{stem}.weight"), (_VECTOR, "{stem}"), (_SAVED, "{stem}.{end}")):
-            if match := pattern.fullmatch(found):
-                found = form.format(**match.groupdict())
+            if match := pattern.fullmatch(plain):
+                plain = form.format(**match.groupdict())
                 names.setdefault(match["name"], old)
                 break
-        twice += [(stored[found], old)] if found in stored else []
-        stored[found] = old
+        twice += [(stored[plain], old)] if plain in stored else []
+        stored[plain] = old
     if len(names) > 1:
         shown = ", ".join(f"{repr(name) if name else 'none'} ({one})" for name, one in names.items())
         raise ValueError(
@@ -273,7 +273,7 @@ def config_of_decoder(config: dict[str, Any], prefix: str | None, modules: Seque
                 module: [value for pattern, value in values.items() if matches_module(pattern, (name,), key)]
                 for name, module in full.items()
             }
-            out[key] = {module: found[0] for module, found in hits.items() if found}
+            out[key] = {module: hit[0] for module, hit in hits.items() if hit}
     return out
 
 

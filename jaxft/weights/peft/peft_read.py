@@ -120,8 +120,8 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     elif config.get("ensure_weight_tying") and "head" not in model.weight_names:
         config = _with_tied_head(config)
         _check_tied(files)
-    found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
-    pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
+    pairs = {path: [read_pair(files, x, config) for x in tensors] for path, tensors in table.items()}
+    pairs = {path: of_path for path, of_path in pairs.items() if any(of_path)}
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
     present = {tensor.module for tensor in adapted}
     used = {name for tensor in adapted for name in pair_names(tensor, default.dora)}
@@ -161,7 +161,7 @@ def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
     the embeddings.
     """
     saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
-    if isinstance(saved, list) and any(is_saved(str(one), TABLE_MODULE) for one in saved):
+    if isinstance(saved, list) and any(is_saved(str(name), TABLE_MODULE) for name in saved):
         return {**config, "modules_to_save": [*saved, HEAD_MODULE]}
     if isinstance(targets, list) and is_listed(targets, (TABLE_MODULE,), "target_modules"):
         return {**config, "target_modules": [*targets, HEAD_MODULE]}
@@ -266,7 +266,7 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the adapter has a scalar head. Raises ValueError for another task, or a head of another one."""
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(one, str) and one for one in saved):
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(
             f"{folder / 'adapter_config.json'}: modules_to_save={saved!r}; expected a list of names"
         )

@@ -58,8 +58,8 @@ def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], beca
     """Read a float tensor of this shape, as read_float does. because: why it must be there, for the error."""
     stored = files.tensors.get(name)
     if stored is None or stored.shape != shape:
-        found = "is missing" if stored is None else f"has shape {stored.shape}"
-        raise ValueError(f"{files.where}: tensor {name} {found}; this model needs {shape}, because {because}")
+        state = "is missing" if stored is None else f"has shape {stored.shape}"
+        raise ValueError(f"{files.where}: tensor {name} {state}; this model needs {shape}, because {because}")
     return read_float(files, name)
 
 
@@ -143,10 +143,10 @@ def adapter_of(
     settings of everything but ranks and alphas. Pairs are padded with zeros to the largest rank of a kernel.
     """
     nodes, layouts, table = {}, dict[str, PairRanks](), adaptable_tensors(model)
-    for path, found in pairs.items():
-        nodes[path] = _stacked(table[path], found, default)
-        ranks = tuple(0 if pair is None else pair.rank for pair in found)
-        layouts[path] = PairRanks(ranks, tuple(0.0 if pair is None else pair.alpha for pair in found))
+    for path, of_path in pairs.items():
+        nodes[path] = _stacked(table[path], of_path, default)
+        ranks = tuple(0 if pair is None else pair.rank for pair in of_path)
+        layouts[path] = PairRanks(ranks, tuple(0.0 if pair is None else pair.alpha for pair in of_path))
     return nodes, with_patterns(default, layouts, model)
 
 
@@ -184,7 +184,7 @@ def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tenso
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
     """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
     ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
-    targets = tuple(dict.fromkeys(one.path.rpartition("/")[2] for one in ranked))
+    targets = tuple(dict.fromkeys(tensor.path.rpartition("/")[2] for tensor in ranked))
     modules = base_modules(spec_paths(base), model.weight_names)
     paths = target_paths(base, targets) if targets else []
     selected = {module.names: module.layer for path in paths for module in modules[path]}
@@ -200,7 +200,7 @@ def with_module_names(
     ranked, layers = ranked_modules(layouts, model), dict[str, int | None]()
     for tensors in tensors_of(model, tied_head=True).values():
         layers |= {tensor.module: tensor.layer for tensor in tensors}
-    ends = {one.module.rpartition(".")[2] for one in ranked}
+    ends = {tensor.module.rpartition(".")[2] for tensor in ranked}
     selected: dict[ModuleNames, int | None] = {
         (name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends
     }
@@ -208,10 +208,10 @@ def with_module_names(
     # versions of PEFT differ in which one of two numbers in a name is the layer's
     two_numbers = declared.layers_to_transform and any(re.search(r"\.\d+\.", x.in_layer) for x in ranked)
     if full_names or two_numbers or declared.exclude_modules:
-        ends = {one.module for one in ranked}
+        ends = {tensor.module for tensor in ranked}
         declared = replace(declared, layers_to_transform=None)
     elif declared.layers_to_transform:  # PEFT looks for a layer's number in all names but those in full
-        ends = {one.module if one.layer is None else one.module.rpartition(".")[2] for one in ranked}
+        ends = {x.module if x.layer is None else x.module.rpartition(".")[2] for x in ranked}
     return replace(declared, targets=tuple(sorted(ends)), exclude_modules=())
 
 
@@ -225,14 +225,14 @@ def _declared(
 
     selected: the layers of all modules that the targets select, by the names that patterns match.
     """
-    wanted = {one.module: one for one in ranked}
+    wanted = {tensor.module: tensor for tensor in ranked}
     limits = {layer for (name, *_), layer in selected.items() if name in wanted and layer is not None}
     limited = {name for (name, *_), layer in selected.items() if layer is None or layer in limits}
     excluded = [name for name, *_ in selected if name not in wanted]
     in_layers = bool(excluded and limits) and limited == wanted.keys()
     names = {wanted[of[0]]: of for of in selected if of[0] in wanted}
-    ranks = {one: rank for one, (rank, _) in ranked.items()}
-    alphas = {one: alpha for one, (_, alpha) in ranked.items()}
+    ranks = {tensor: rank for tensor, (rank, _) in ranked.items()}
+    alphas = {tensor: alpha for tensor, (_, alpha) in ranked.items()}
     return replace(
         default,
         layers_to_transform=tuple(sorted(limits)) if in_layers else None,
@@ -248,15 +248,15 @@ def _patterns(
     """Yield patterns and values: the shortest ones that match modules of the same value only, for all layers
     and numbers in a module's name, or for all layers; else full names.
     """
-    found = {one: one.module for one, value in values.items() if value != default}
+    patterns = {tensor: tensor.module for tensor, value in values.items() if value != default}
     for number in (r"\g<0>", r".\\d+."):
         done = set[Tensor]()
-        for pattern in dict.fromkeys(re.sub(r"\.\d+\.", number, one.in_layer) for one in found):
-            matched = [one for one in values if matches_module(pattern, names[one], "pattern")]
-            if len({values[one] for one in matched}) == 1 and not done.issuperset(matched):
+        for pattern in dict.fromkeys(re.sub(r"\.\d+\.", number, tensor.in_layer) for tensor in patterns):
+            matched = [tensor for tensor in values if matches_module(pattern, names[tensor], "pattern")]
+            if len({values[tensor] for tensor in matched}) == 1 and not done.issuperset(matched):
                 done.update(matched)
-                found |= dict.fromkeys(matched, pattern)
-    yield from dict.fromkeys((pattern, values[one]) for one, pattern in found.items())
+                patterns |= dict.fromkeys(matched, pattern)
+    yield from dict.fromkeys((pattern, values[tensor]) for tensor, pattern in patterns.items())
 
 
 # Parameters that are trained in full
@@ -285,11 +285,11 @@ def read_modules(
     used = set[str]()
     table = tensors_of(model, tied_head=True)
     modules = {path: [tensor.module for tensor in tensors] for path, tensors in table.items()}
-    saved = [one for one in config.get("modules_to_save") or [] if one not in SCORE_MODULES]
+    saved = [end for end in config.get("modules_to_save") or [] if end not in SCORE_MODULES]
     biases = config.get("bias", "none")
     settings: dict[str, Any] = {}
-    selected = {one: {x for of in modules.values() for x in of if is_saved(one, x)} for one in saved}
-    if missing := [one for one, found in selected.items() if not found]:
+    selected = {end: {x for of in modules.values() for x in of if is_saved(end, x)} for end in saved}
+    if missing := [end for end, found in selected.items() if not found]:
         raise ValueError(
             f"{where}: modules_to_save={saved!r}: this model has no module {min(missing)!r}; is the adapter "
             "for another base model?"
@@ -326,7 +326,7 @@ def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[
     """
 
     def others(names: Any) -> Any:
-        return [one for one in names if not _is_head(one)] if isinstance(names, list) else names
+        return [name for name in names if not _is_head(name)] if isinstance(names, list) else names
 
     fields = {key: others(config.get(key)) for key in ("modules_to_save", "target_modules")}
     tokens = config.get("trainable_token_indices")

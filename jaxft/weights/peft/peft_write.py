@@ -65,7 +65,7 @@ def save_adapter(
     declared = with_module_names(settings, layouts, model, full_names=part is not None)
     prefix = "model." if part is None or score is not None else part.prefix
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
-    tensors += module_tensors(nodes, model, {one.module for one in ranked}, only_tokens)
+    tensors += module_tensors(nodes, model, {tensor.module for tensor in ranked}, only_tokens)
     if score is not None:
         dtype, shape = np.dtype(score.dtype), score.shape[::-1]
         tensors.append(TensorToWrite(SCORE_TENSOR, dtype, shape, lambda: layer_on_host(score).T))
@@ -128,14 +128,14 @@ def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     """Return {"a", "b", "scale"} of each adapted weight by its path. Raises ValueError for other leaves."""
-    found = pairs_by_path(adapter)
-    for path, pair in found.items():
+    pairs = pairs_by_path(adapter)
+    for path, pair in pairs.items():
         if set(pair) - {"magnitude"} != {"a", "b", "scale"} and not is_replacement(pair):
             raise ValueError(
                 f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, or weight, got "
                 f"{sorted(pair)}"
             )
-    return found
+    return pairs
 
 
 def _whole(value: float) -> float:
