@@ -254,8 +254,8 @@ def load_parts(
 ) -> Leaf:
     """Read parts of a parameter, convert them unless they are stored unchanged, and place them.
 
-    unchanged: as for load_param. shared: scales [..., 1, out] that other parts have too; None for those of
-    each part alone.
+    unchanged: as for load_param. shared: scales [..., 1, out] that other parts have too; None computes
+    them for each part alone.
     """
     buffers = Buffers(like, shardings)
     for tensor, part in parts_of_tensors(reader, parts):
@@ -320,9 +320,7 @@ def limits(index: Index, shape: tuple[int, ...]) -> Limits:
 
 
 class Buffers:
-    """Host memory for every distinct shard, of each array of a parameter, that this process's devices
-    store.
-    """
+    """Host memory for every distinct shard of a parameter's arrays that this process's devices store."""
 
     def __init__(self, like: Leaf, shardings: Leaf) -> None:
         self.like, self.arrays, self.shardings = like, arrays_by_name(like), arrays_by_name(shardings)

@@ -50,8 +50,8 @@ DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"
 
 
 def read_config(located: hub.Located) -> dict[str, Any]:
-    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata; of
-    a multimodal model that of its text decoder. Raises ValueError if it is malformed.
+    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata;
+    for a multimodal model, of its text decoder. Raises ValueError if it is malformed.
     """
     if located.kind == "gguf":
         return gguf_config.gguf_config(gguf_file.read_gguf_header(located.path))
@@ -252,9 +252,7 @@ def frozen_model(
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return, from headers, the layouts of those of these base parameters that the files of `ref` store
-    quantised.
-    """
+    """Return, from headers, the layouts of the parameters at `paths` that the files of `ref` quantise."""
     if ref is None:
         raise ValueError(
             f"quant={CHECKPOINT} stores the base as its files do, but no files are given; set model"
@@ -318,7 +316,7 @@ def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, 
 
 
 def check_adapter_base(folder: Path, ref: str) -> None:
-    """Raise ValueError if an adapter has copies of other embeddings than those of the base `ref`."""
+    """Raise ValueError if an adapter has copies of embeddings that differ from the base's."""
     peft_read.check_base_copies(folder, open_files(ref))
 
 
@@ -329,7 +327,7 @@ def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """Return a line for each group of weights that are quantised in the files but stored otherwise, with the
-    reason; before them those of file_notes.
+    reason, after the lines of file_notes.
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}

@@ -150,8 +150,8 @@ TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-
 def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
     """Return the tensors of each parameter of a model's base.
 
-    tied_head: with the "head" of a language model whose head is the embedding. It has no tensor in the
-    model's files, but may have one in an adapter's, and in those of a merged model.
+    tied_head: with the "head" of a language model whose head is the embedding. The model's files
+    have no such tensor, but an adapter's or a merged model's may.
     """
     specs = spec_paths(model.specs.get("base", model.specs))
     names = {path: model.weight_names[path] for path in specs}

@@ -119,7 +119,7 @@ def run_pairs(
 ) -> StartPairs:
     """Return the pairs at step 0 of a run, whose folder stores them: of a resumed run those that are there.
 
-    folder: None stores nothing. Every process calls it and returns those of process 0, because other hosts'
+    folder: None stores nothing. Every process calls it and returns process 0's pairs, because other hosts'
     libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
     """
     model = stored.model
@@ -188,7 +188,7 @@ def with_magnitudes(
     base: Params, others: dict[str, Params], settings: Mapping[str, HeadSettings]
 ) -> dict[str, Params]:
     """Return the parameters outside the base, with the norms of the base's weights as the magnitudes of fresh
-    DoRA adapters; of heads with those of the initial adapter in `others`.
+    DoRA adapters, of heads after adding the initial adapter in `others`.
 
     settings: of the policy's adapter, "adapter", and of the further models on the base.
     """

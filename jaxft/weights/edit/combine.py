@@ -1,6 +1,6 @@
 """Weighted combinations of LoRA adapters, written as one adapter.
 
-The formulas are those of PEFT's `add_weighted_adapter`. With weights w_k, scales s_k and pairs A_k B_k of a
+The formulas are PEFT's (`add_weighted_adapter`). With weights w_k, scales s_k and pairs A_k B_k of a
 module, and c_k = w_k s_k:
 
 - cat: `sum_k c_k A_k B_k`, exactly: the pairs side by side, with the sum of their ranks.
@@ -35,7 +35,7 @@ CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_tie
 PRUNING = ("ties", "dare_linear", "dare_ties")
 RANDOM = ("dare_linear", "dare_ties")
 DEFAULT_DENSITY = 0.5
-ROUNDING = 1e-6  # norm of a sum over that of its terms, below which it is their float32 rounding errors
+ROUNDING = 1e-6  # a sum whose norm is a smaller fraction of its terms' is their rounding errors
 
 _A = Float[np.ndarray, "_ _"]  # [I, R]; sizes differ between weights, ranks between adapters
 _B = Float[np.ndarray, "_ _"]  # [R, O]
@@ -88,7 +88,7 @@ class NamedAdapter(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """A combined adapter. dropped: the Frobenius norm of what svd dropped, divided by that of the sum."""
+    """A combined adapter. dropped: the fraction of the sum's Frobenius norm that svd dropped."""
 
     params: Params
     settings: Adapter
@@ -108,7 +108,7 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     """Combine adapters on a model into one with rank = alpha, which is the largest rank of any module.
 
     A module that some of the adapters lack is combined from the others. Raises ValueError for adapters that
-    are no plain LoRA, ranks that the method cannot combine, a number of weights other than that of the
+    are no plain LoRA, ranks that the method cannot combine, a number of weights other than of
     adapters, and a result that is 0 or has values too large for float32.
     """
     if len(adapters) < 2 or len(how.weights) != len(adapters):

@@ -76,7 +76,7 @@ class Extension:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The new tokens without those of the template."""
+        """The new tokens, without the template's."""
         return (*self.tokens, *self.special_tokens)
 
 
@@ -287,7 +287,7 @@ def _text_with(token: str, added: Sequence[str]) -> str:
 
 
 def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
-    """Return a reader in the dtype of the files, or in that of the computation if they are quantised."""
+    """Return a reader in the dtype of the files, or in the compute dtype if they are quantised."""
     is_quantised = reader.tensors[0].name in reader.files.quantised
     return replace(reader, dtype=np.dtype(model.dtype)) if is_quantised else reader
 

@@ -47,8 +47,8 @@ class Extraction:
 
 
 class KindError(NamedTuple):
-    """The change of a kind of matrix in all layers. change: its norm over that of the base. error: the norm
-    of what the pairs lack over that of the change.
+    """The change of a kind of matrix in all layers. change: its norm divided by the norm of the base. error:
+    the norm of the part that the pairs lack, divided by the norm of the change.
     """
 
     path: str

@@ -49,7 +49,7 @@ class RoundingError:
 
     @property
     def fraction(self) -> float:
-        """Root mean square of the error over that of the weights."""
+        """Root mean square of the error as a fraction of the weights' own."""
         return (self._error / self._total) ** 0.5 if self._total else 0.0
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:

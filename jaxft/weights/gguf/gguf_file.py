@@ -286,7 +286,7 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
 class Field(NamedTuple):
     """A metadata entry.
 
-    kind: its type, of KIND_CODES; that of the items if value is a list; RAW for a value with its type as
+    kind: the type of the value, or of its items if it is a list, of KIND_CODES; RAW for type and value as
     bytes of another file.
     """
 

@@ -12,7 +12,7 @@ scale and the minimum to the codes that they round to, REFITS times, and Q4_K an
 and minimum of a sub-block by its error, for errors below llama.cpp's.
 Compiled with jax for blocks of a fixed number, so it runs on the default device.
 
-Mixtures are those of llama.cpp's llama-quantize (src/llama-quant.cpp), for dense models.
+Mixtures are llama-quantize's of llama.cpp (src/llama-quant.cpp), for dense models.
 """
 
 import re
@@ -34,7 +34,7 @@ from jaxft.weights.tensors import is_finite, require_finite
 QUANTIZED_AT_A_TIME = 2**22  # values that are quantised at a time
 LARGEST_HALF = 65504.0  # of float16, the type of scales
 _BLOCK = 32
-CHUNKS = (2**20, 2**16)  # values of a compiled program: the large size, and that of small tensors
+CHUNKS = (2**20, 2**16)  # values of a compiled program, for large and for small tensors
 SUPER = 256  # values of a block of a K type
 REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that they round to
 
@@ -276,7 +276,7 @@ def _fit_symmetric(
         weighted = w * codes
         two, mixed = (weighted * codes).sum(-1), (weighted * x).sum(-1)
         scale = mixed * _safe(two)
-        gain = mixed * scale  # how much smaller the error is than that of zeros
+        gain = mixed * scale  # how much smaller the error is than with zeros
         better = gain > best[1]
         return jnp.where(better, scale, best[0]), jnp.where(better, gain, best[1])
 
@@ -317,7 +317,7 @@ def pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
 
 
 def _pack_scales(scales: np.ndarray, lows: np.ndarray) -> np.ndarray:
-    """Pack 8 scales and 8 minima of 6 bits into 12 bytes: those of the first four sub-blocks in the low bits
+    """Pack 8 scales and 8 minima of 6 bits into 12 bytes: the first four sub-blocks' in the low bits
     of 4 bytes each, the low four bits of the others in the last 4, their high bits above the first ones.
     """
     top = np.uint8(6)
@@ -432,7 +432,7 @@ def mixture_named(name: str) -> str:
 
 
 def tensor_kind(name: str, shape: tuple[int, ...], mixture: str, model: MixtureModel) -> str:
-    """Return the type of a tensor: F32 for vectors, that of the mixture for matrices, or a fallback where the
+    """Return the type of a tensor: F32 for vectors, the mixture's for matrices, or a fallback where the
     inputs are not a multiple of the type's block.
     """
     if len(shape) < 2:

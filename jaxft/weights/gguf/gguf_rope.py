@@ -1,6 +1,6 @@
 """Rope settings in a GGUF file's metadata and tensors: read as a config.json's rope_scaling, and written.
 
-Keys and defaults are those of llama.cpp (src/llama-model.cpp, src/llama-context.cpp).
+Keys and defaults are llama.cpp's (src/llama-model.cpp, src/llama-context.cpp).
 """
 
 import math
@@ -219,8 +219,8 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
-    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and those of the line on which
-    the frequencies between them are. turns: of each frequency in the original length.
+    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and the limits of the line
+    on which the frequencies between them are. turns: of each frequency in the original length.
     """
     if divisors.shape != turns.shape:
         return []

@@ -1,6 +1,6 @@
 """Tensors of GGUF files, read without torch, and their quantised blocks as QTensors with the same values.
 
-The layouts of the blocks are those of llama.cpp (ggml-common.h, ggml-quants.c); the gguf package dequantises
+Blocks have llama.cpp's layouts (ggml-common.h, ggml-quants.c); the gguf package dequantises
 the types that no QTensor represents.
 """
 
@@ -41,8 +41,8 @@ class BlockFormat:
     file, where a QTensor takes more for it.
 
     decode(raw blocks [R, N, bytes of a block] of R rows): return codes [R, N, elements of a block], scales
-    [R, N, S] and offsets [R, N, S] or None, for S equal sub-blocks. Codes are those of the kind: int8; uint8
-    0 .. 15 of int4, which is 8 more than the number, or of affine4.
+    [R, N, S] and offsets [R, N, S] or None, for S equal sub-blocks. Codes are as the kind stores them: int8;
+    uint8 0 .. 15 of int4, which is 8 more than the number, or of affine4.
     """
 
     kind: str
@@ -213,7 +213,7 @@ def _is_readable(kind: str) -> bool:
 
 
 def _block_format(tensors: dict[str, GgufTensor], name: str) -> BlockFormat | None:
-    """Return the format of a tensor's blocks, for Q4_0 that of Q4_1 if another layer is Q4_1.
+    """Return the format of a tensor's blocks: for Q4_0 the format of Q4_1 if another layer is Q4_1.
 
     llama-quantize stores the first layers of mlp.down_proj of a Q4_0 model as Q4_1.
     """

@@ -4,9 +4,9 @@ SentencePiece BPE (llama).
 transformers' AutoTokenizer(gguf_file=...) needs torch, does not split digits as the published tokenizers do,
 and drops a space at the start of a SentencePiece text, which llama.cpp and SentencePiece keep.
 
-Names of pre-tokenizers (tokenizer.ggml.pre) are llama.cpp's (src/llama-vocab.cpp); their splits are those of
-the models' published tokenizer.json, from which llama.cpp's differ where its regular expressions cannot
-express them. It does not normalise Unicode.
+Names of pre-tokenizers (tokenizer.ggml.pre) are llama.cpp's (src/llama-vocab.cpp); text is split as by
+the models' published tokenizer.json. llama.cpp splits otherwise where its regular expressions cannot express
+that, and does not normalise Unicode.
 """
 
 import json

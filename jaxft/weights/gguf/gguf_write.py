@@ -152,7 +152,7 @@ def save_gguf_adapter(
 ) -> int:
     """Write an adapter's pairs, for llama.cpp's --lora and Ollama's ADAPTER; return the number of weights.
 
-    The layout is that of llama.cpp's convert_lora_to_gguf.py, read by its src/llama-adapter.cpp: for a weight
+    The layout is llama.cpp's (convert_lora_to_gguf.py), read by its src/llama-adapter.cpp: for a weight
     W of the base, W.lora_a [R, in] and W.lora_b [out, R], and W + alpha / R * lora_b @ lora_a.
 
     kind: F32, F16 or BF16. architecture: of the base's GGUF file, None for the one that jaxft writes. Raises
@@ -215,7 +215,7 @@ def _kept_fields(source: GgufHeader) -> list[Field]:
 
 
 def _kept_kind(source: GgufHeader, name: str, changed: bool) -> str:
-    """Return the type of a tensor in a file; of a head that was tied before, that of the embedding."""
+    """Return the type of a tensor in a file; a head that was tied before has the embedding's."""
     tensor = source.tensors.get(name) or source.tensors["token_embd.weight"]
     if changed and tensor.kind not in WRITTEN_TYPES:
         raise ValueError(

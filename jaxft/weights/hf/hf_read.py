@@ -28,7 +28,7 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: those of its index, model.safetensors, or the only one."""
+    """Return the safetensors files of a folder: its index's, model.safetensors, or the only one."""
     index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)

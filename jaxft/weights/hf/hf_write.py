@@ -207,7 +207,7 @@ def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = 
     """Return the tensors of a base tree under their Hugging Face names."""
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
-    parts: dict[str, list[Tensor]] = {}  # by name: one, or those of a tensor that parameters share
+    parts: dict[str, list[Tensor]] = {}  # by name: one, or several of a tensor that parameters share
     for path in leaves:
         for tensor in table[path]:
             parts.setdefault(tensor.name, []).append(tensor)
@@ -237,7 +237,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json in the source's style, without fields that no longer apply, and
-    generation_config.json, whose EOS tokens are its own and those of the config.
+    generation_config.json, with its own EOS tokens and the config's.
 
     A pad_token_id that the model does not have, such as -1, is null: transformers refuses to load others.
     """
@@ -309,7 +309,7 @@ def _write_tokenizer(folder: Path, generation: dict[str, Any], tokenizer: Any) -
 
 
 def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
-    """Turn a language model's config into that of transformers' sequence classifier with one label."""
+    """Make a language model's config one of transformers' sequence classifier with one label."""
     kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     name = kind[0].replace("ForCausalLM", "ForSequenceClassification")
     config["architectures"] = [CLASSIFIERS.get(kind[0], name)]

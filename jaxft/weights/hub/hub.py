@@ -37,8 +37,8 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that contains a model: its file name and hash, those of the .gguf file inside, and the model's
-    name on the hub.
+    """A wheel that contains a model: file name and hash of the wheel and of the .gguf file inside, and the
+    model's name on the hub.
     """
 
     file: str
@@ -134,7 +134,7 @@ def _check_links(folder: Path) -> None:
 
 
 def is_extended(path: str | Path, cache: Path | None = None) -> bool:
-    """Whether a path is that of a model with new tokens or another template in this machine's cache (see
+    """Whether a path leads to a model with new tokens or another template in this machine's cache (see
     weights/edit/extend.py).
     """
     return Path(path).parent == (cache or cache_folder()) / EXTENDED
@@ -218,7 +218,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
         raise FileNotFoundError(
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e
-    except Exception as e:  # the hub's own, or those of the HTTP library that this version of it uses
+    except Exception as e:  # the hub's own, or of the HTTP library that this version of it uses
         raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 

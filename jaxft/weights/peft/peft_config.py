@@ -239,9 +239,9 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
 
 
 def of_decoder(files: SafetensorsFiles) -> tuple[SafetensorsFiles, str | None]:
-    """Return the tensors of an adapter on a multimodal model as those of its text decoder, and the prefix of
-    their names; those of the other parts change nothing about text. Another adapter is returned as it is,
-    with None.
+    """Return an adapter on a multimodal model as one on its text decoder, and the prefix of its tensors'
+    names; tensors of the other parts change nothing about text. Another adapter is returned as it is, with
+    None.
     """
     bare = {name: name.removeprefix(PREFIX) for name in files.tensors}
     prefix = decoder_prefix(bare.values())

@@ -60,7 +60,7 @@ TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 TABLE_MODULE = EMBEDDING.removesuffix(".weight")
 # An adapter with ensure_weight_tying lists the embeddings only; its files have the parameters twice. jaxft
 # reads both, so that logits are PEFT's; a run that starts from the adapter trains them apart.
-# Tensors of the head, those of the table that they equal, and whether one is the other transposed:
+# Tensors of the head, the table's tensors that they equal, and whether one is the other transposed:
 TIED_TENSORS = (
     ("weight", "weight", False),
     ("lora_A.weight", "lora_embedding_B", True),
@@ -92,10 +92,9 @@ def read_parts(
 ) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has
-    for the language model head is left out if `model` has a scalar head in its place. base: as in
-    read_adapter. Raises ValueError as read_adapter does, and if the scalar head is missing or has several
-    labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has for
+    the language model head is left out if `model` has a scalar head in its place. base: as in read_adapter.
+    Raises ValueError as read_adapter does, and if the scalar head is missing or has several labels.
     """
     return _read(Path(folder), model, partial(first_pair, base))
 
@@ -199,8 +198,8 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     """Raise ValueError if an adapter on lm_head has copies of other weights than the base's.
 
     peft saves the head and the embedding with such an adapter, and puts them in the place of the base's. They
-    are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared,
-    nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
+    are equal if rounding one to the other's dtype makes them so. Copies of a quantised base are not
+    compared, nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.tensors else EMBEDDING
@@ -373,7 +372,7 @@ def on_unchanged_base(
     read_first: Callable[[Tensor, int, float], FirstPair],
 ) -> list[Pair | None]:
     """Return the pairs of an unconverted adapter's kernel as `[a, a0] [b; -b0]`, of twice the rank and the
-    same scale, in float32; those of the table, which PEFT initialises as LoRA's, as they are.
+    same scale, in float32; the table's, which PEFT initialises as LoRA's, as they are.
 
     settings: of the adapter, which compute the scale.
     """

@@ -182,7 +182,7 @@ def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tenso
 
 
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
-    """Return the settings that declare these pairs. default: those of everything but ranks and alphas."""
+    """Return the settings that declare these pairs. default: the settings of everything else."""
     ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
     targets = tuple(dict.fromkeys(tensor.path.rpartition("/")[2] for tensor in ranked))
     modules = base_modules(spec_paths(base), model.weight_names)
@@ -321,8 +321,8 @@ def read_modules(
 
 
 def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[str, Any], SafetensorsFiles]:
-    """Return an adapter's configuration and tensors without those of the language model head, for a model
-    with a scalar head in its place.
+    """Return an adapter's configuration and tensors without the language model head's, for a model with a
+    scalar head in its place.
     """
 
     def others(names: Any) -> Any:

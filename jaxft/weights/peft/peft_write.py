@@ -41,8 +41,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    The adapter of a multimodal model's text decoder has the names of transformers' multimodal class, but that
-    of a scorer those of the text-only model, since few of these classes have a classifier. score: a scalar
+    The adapter of a multimodal model's text decoder has the names of transformers' multimodal class; a
+    scorer's has the text-only model's names, since few of these classes have a classifier. score: a scalar
     head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
     pair that does not fit the model. With several processes, all call this, and process 0 writes.
     """

@@ -68,7 +68,7 @@ def read_grouped(
     files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
 ) -> dict[str, Any]:
     """Read the arrays of `(code - zero) * scale`: the offset -zero * scale is exact in float32. Raises
-    ValueError for an int4 layout if the zeros are others than those of int4.
+    ValueError for an int4 layout if the zeros are not int4's.
     """
     grid, rows = layout.scale.shape, ff.array_index(layout, "scale", index)
     codes = read_eights(files, f"{stem}.qweight", layout.shape, how.axis, index, how.order)
