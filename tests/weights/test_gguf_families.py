@@ -199,7 +199,6 @@ def test_quantised_tensors_stay_packed(tmp_path, name):
 def test_modules_are_those_of_the_gguf_package():
     names = {value: key for key, value in gguf_package.MODEL_ARCH_NAMES.items()}
     assert gguf_architectures.ARCHITECTURES.keys() == gguf_config.SETTINGS.keys()
-    assert gguf_architectures.LLAMA_CPP_READS.keys() == gguf_config.SETTINGS.keys()
     assert {architecture for architecture, *_ in FAMILIES.values()} == gguf_config.SETTINGS.keys()
     for name, architecture in gguf_architectures.ARCHITECTURES.items():
         tensors = {

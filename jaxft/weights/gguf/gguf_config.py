@@ -21,7 +21,6 @@ from jaxft.weights.gguf.gguf_architectures import (
     CAPS,
     FINAL_CAP,
     GRANITE_SCALES,
-    LLAMA_CPP_READS,
     LOCAL_THETA,
     WINDOW,
     WINDOWS,
@@ -404,7 +403,7 @@ def _exact_context(architecture: str, config: DenseConfig) -> int:
     applies none, else the model's context.
     """
     window = model_types.config_to_hf(config).get("sliding_window")
-    if not window or WINDOW in LLAMA_CPP_READS[architecture].metadata:
+    if not window or WINDOW in ARCHITECTURES[architecture].reads:
         return config.max_positions
     return min(config.max_positions, window)
 

@@ -25,12 +25,11 @@ from jaxft.weights.gguf.gguf_architectures import (
     ALWAYS_READ,
     ARCHITECTURES,
     FREQUENCIES,
-    LLAMA_CPP_READS,
     LONG,
     ROPE_TABLES,
     SHORT,
     WINDOW,
-    Reads,
+    Architecture,
     StoredAs,
     gguf_name,
     stored_as,
@@ -287,7 +286,7 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
 
 def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
     """Return the settings of a config that llama.cpp does not compute from a file, as name=value."""
-    reads = LLAMA_CPP_READS[header.architecture]
+    architecture = ARCHITECTURES[header.architecture]
     seen = _as_llama_cpp_reads(header)
     hf = gguf_config(  # without scaling of rope, which is compared by its numbers
         replace(
@@ -300,7 +299,10 @@ def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
         {key: value for key, value in model_types.config_to_hf(c).items() if key not in COMPARED_ELSEWHERE}
         for c in (config, model_types.family_of(hf).from_hf(hf))
     )
-    if WINDOW not in reads.metadata and (ours.get("sliding_window") or 0) >= hf["max_position_embeddings"]:
+    if (
+        WINDOW not in architecture.reads
+        and (ours.get("sliding_window") or 0) >= hf["max_position_embeddings"]
+    ):
         ours = {key: value for key, value in ours.items() if key not in WINDOW_SETTINGS}
         theirs = {key: value for key, value in theirs.items() if key not in WINDOW_SETTINGS}
     wrong = []
@@ -310,7 +312,7 @@ def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
         else:
             same = (ours[key] if key in ours else theirs[key]) in NEUTRAL or key == "layer_types"
         wrong += [] if same else [f"{key}={ours.get(key)!r:.60}"]
-    for name, numbers in _ropes(seen, reads, config.head_dim).items():
+    for name, numbers in _ropes(seen, architecture, config.head_dim).items():
         rope = vars(config).get(name)
         if rope is not None and not _same_rope(rope, config.head_dim, numbers):
             settings = [f"{key}={getattr(rope, key)!r:.60}" for key in ("theta", *USED[rope.kind])]
@@ -322,10 +324,10 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
     """Return a header without the metadata of its architecture that llama.cpp ignores, and without tables of
     rope that it does not load.
     """
-    prefix, reads = f"{header.architecture}.", LLAMA_CPP_READS[header.architecture]
-    known = {prefix + key for key in ALWAYS_READ | reads.metadata}
+    prefix, architecture = f"{header.architecture}.", ARCHITECTURES[header.architecture]
+    known = {prefix + key for key in ALWAYS_READ | architecture.reads}
     metadata = {key: x for key, x in header.metadata.items() if not key.startswith(prefix) or key in known}
-    refused = set(ROPE_TABLES) - set(reads.tables)
+    refused = set(ROPE_TABLES) - set(architecture.tables)
     return replace(
         header,
         metadata=metadata,
@@ -333,7 +335,7 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
     )
 
 
-def _ropes(header: GgufHeader, reads: Reads, head_dim: int) -> dict[str, RopeNumbers]:
+def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dict[str, RopeNumbers]:
     """Return the ropes that llama.cpp computes, by the names of a config's fields."""
 
     def number(name: str, default: float) -> float:
@@ -346,7 +348,7 @@ def _ropes(header: GgufHeader, reads: Reads, head_dim: int) -> dict[str, RopeNum
     factor = number("rope.scaling.factor", number("rope.scale_linear", 0.0)) or 1.0
     factor = 1.0 if kind == "none" else factor
     theta, scale = number("rope.freq_base", 10000.0), number("rope.scaling.attn_factor", 1.0)
-    local_scale = scale if reads.local_attn_factor else 1.0
+    local_scale = scale if architecture.local_attn_factor else 1.0
     divided = np.ones(dims // 2)  # how much of each frequency is divided by the factor
     if kind == "yarn":
         turns = (number("rope.scaling.yarn_beta_fast", 32.0), number("rope.scaling.yarn_beta_slow", 1.0))
@@ -357,17 +359,17 @@ def _ropes(header: GgufHeader, reads: Reads, head_dim: int) -> dict[str, RopeNum
         scale *= (1 + growth) / (1 + growth * number("rope.scaling.yarn_log_multiplier", 0.0))
     exponents = -np.arange(0, dims, 2) / dims
     freqs = theta**exponents * (divided / factor + 1 - divided)
-    short, long = (freqs / _divisors(header, table) for table in _tables(reads, kind))
+    short, long = (freqs / _divisors(header, table) for table in _tables(architecture, kind))
     ropes = {"rope": RopeNumbers(short, long, original, scale)}
-    if reads.local_theta:
-        local = number(reads.local_theta, 10000.0) ** exponents
+    if architecture.local_theta:
+        local = number(architecture.local_theta, 10000.0) ** exponents
         ropes["local_rope"] = RopeNumbers(local, local, original, local_scale)
     return ropes
 
 
-def _tables(reads: Reads, kind: str) -> tuple[str, str]:
+def _tables(architecture: Architecture, kind: str) -> tuple[str, str]:
     """Return the tables of divisors for short and for long texts. llama.cpp loads them if a file has them."""
-    longrope = kind == "longrope" or FREQUENCIES not in reads.tables
+    longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
     return (SHORT, LONG) if longrope else (FREQUENCIES, FREQUENCIES)
 
 
