@@ -25,9 +25,9 @@ import numpy as np
 from jaxft.annotations import above, at_least, check_bounds, name_of
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.chat.next_turn import NextPrompt, TurnWording, next_prompt
-from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.chat.tool_calls import CallFormat, call_format, template_tool_format
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Message
 from jaxft.data.rows.invalid import InvalidRow
 from jaxft.distributed import processes

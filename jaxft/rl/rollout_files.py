@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data.inspection import ShownExample, ShownPart
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import processes
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.rl.rollout_rules import ScoredEpisodes

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from jaxft.batch import TrainState
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import sharding
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling

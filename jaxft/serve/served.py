@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft.data.chat.template import template_of
-from jaxft.data.chat.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
+from jaxft.data.row_settings import DATE, TURN, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine
@@ -23,7 +23,7 @@ from jaxft.nn.adapters.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant.quant import QuantKind
+from jaxft.nn.quant import QuantKind
 from jaxft.runs.loaded_weights import common_dtype, common_quant, common_residual, read_adapters
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.serve.served_model import ServedModel

@@ -13,10 +13,9 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.objectives.metrics import LOSS_SPIKES, Sum, add, neutral
 from jaxft.objectives.objective import Objective
-from jaxft.optim.freezable import FreezableState
 from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.spikes import SpikeState
+from jaxft.optim.skipped_updates import FreezableState, SpikeState
 from jaxft.optim.update import StepInfo, to_float32
 from jaxft.train.logs.watch import Watch
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params

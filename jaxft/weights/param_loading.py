@@ -19,8 +19,8 @@ from jax.sharding import Sharding
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
-from jaxft.nn.quant.quant import QTensor, quantize, scales
-from jaxft.nn.quant.quant_formats import encode_scales
+from jaxft.nn.quant import QTensor, quantize, scales
+from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights.hf import hf_read
 from jaxft.weights.quantised.file_format import array_index, arrays_of, same_layout
 from jaxft.weights.tensors import (

@@ -20,7 +20,7 @@ from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_spec
 from jaxft.nn.param import ParamSpec, spec_paths
-from jaxft.nn.quant.quant import QTensor, dequantize, is_qtensor
+from jaxft.nn.quant import QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 
 Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole

@@ -22,8 +22,7 @@ from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.objectives.decision import ACCURACY, decision
 from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY, PerRow, add, as_floats, row_values
-from jaxft.objectives.pair import response_sums
-from jaxft.objectives.preference_metrics import TIE_ROUNDING
+from jaxft.objectives.pair import TIE_ROUNDING, response_sums
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.batch import Tokens
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.pack import round_up
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
-from jaxft.nn.layer_inputs import with_taps
-from jaxft.nn.quant.quant import QERA, Quant
+from jaxft.nn.matmul import with_taps
+from jaxft.nn.quant import QERA, Quant
 from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params

@@ -19,7 +19,7 @@ from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import EVA
-from jaxft.nn.quant.quant import (
+from jaxft.nn.quant import (
     CHECKPOINT,
     QTensor,
     Quant,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxft.distributed.disk import publish
 from jaxft.models.model import Model
 from jaxft.nn.adapters import lora
-from jaxft.nn.quant.quant import CHECKPOINT
+from jaxft.nn.quant import CHECKPOINT
 from jaxft.train.export.export import ExportSource, merged_base
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_write

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.nn.param import Specs, layer_numbers, spec_paths
-from jaxft.nn.quant.quant import QTensor, dequantize
+from jaxft.nn.quant import QTensor, dequantize
 from jaxft.objectives.metrics import PerLayer, Sum
 from jaxft.optim.update import to_float32
 from jaxft.tree import Grads, Metrics, Params

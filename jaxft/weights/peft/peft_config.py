@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxft import tree
 from jaxft.models.text_part import decoder_prefix, full_name, text_tensor
-from jaxft.nn.adapters.lora_patterns import is_listed, matches_module
+from jaxft.nn.tensor_names import is_listed, matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_model_json
 
 MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="

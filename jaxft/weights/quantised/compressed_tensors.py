@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor, Quant
-from jaxft.nn.quant.quant_formats import E4M3, pack, unpack
+from jaxft.nn.quant import QTensor, Quant
+from jaxft.nn.quant_formats import E4M3, pack, unpack
 from jaxft.weights.hf.safetensors import FLOATS, SafetensorsFiles, read_tensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.gptq_awq import pack_eights, read_eights

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor, Quant
-from jaxft.nn.quant.quant_formats import pack, unpack
+from jaxft.nn.quant import QTensor, Quant
+from jaxft.nn.quant_formats import pack, unpack
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.tensors import Index, QuantisedTensor
