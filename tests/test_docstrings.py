@@ -14,7 +14,11 @@ WITH_EXAMPLES = sorted(
     if ">>> " in path.read_text()
 )
 # What READMEs, recipes and notebooks call: each has an example in its docstring.
-ENTRY_POINTS = ["jaxft.nn.param:kernel"]  # module:name
+ENTRY_POINTS = [  # module:name
+    "jaxft.nn.param:kernel",
+    "jaxft.weights.pretrained:model_for",
+    "jaxft.weights.tensors:tensors_of",
+]
 
 
 def object_of(name):

@@ -71,6 +71,9 @@ def model_for(ref: str, **options: Any) -> Model:
     A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
     A config that ties the head to the embedding does not count where the weights are here and have another
     head. Raises ValueError for an architecture that is not implemented.
+
+    >>> model_for("HuggingFaceTB/SmolLM2-135M").config.layers
+    30
     """
     preset = None if Path(ref).is_dir() else model_types.preset(ref, **options)
     if preset is not None:

