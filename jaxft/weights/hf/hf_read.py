@@ -53,8 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     raise FileNotFoundError(
         f"{folder}: no .safetensors file. If the model has pickled weights only (.bin, .pt), convert it "
-        "where torch is: "
-        "transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
+        "where torch is: transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
     )
 
 
@@ -78,11 +77,7 @@ def open_folder(folder: Path) -> ModelFiles:
     tensors = open_safetensors(folder, weight_files(folder))
     path = folder / "config.json"
     config = read_model_json(path) if path.is_file() else {}
-    return _text_part(open_tensors(tensors, config.get("quantization_config")), config)
-
-
-def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
-    """Return a multimodal model's text decoder by the config.json, other models as they are."""
+    files = open_tensors(tensors, config.get("quantization_config"))
     if text_part(config) is None:
         return files
     names = decoder_tensors(files.where, files.tensors)
@@ -123,8 +118,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if model.config.layers > len(files.tensors):  # a corrupt number would make a list of millions of names
         raise ValueError(
             f"{files.where}: its config has {model.config.layers} layers, but the files have only "
-            f"{len(files.tensors)} "
-            "tensors; is the download complete, and does its config.json belong to it?"
+            f"{len(files.tensors)} tensors; is the download complete, and does its config.json belong to it?"
         )
     if SCORE.template in files.tensors and "score" not in model.weight_names:
         raise ValueError(
@@ -135,8 +129,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if missing:
         raise ValueError(
             f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is "
-            f"{missing[0]}; "
-            "is the download complete, and does its config.json belong to it?"
+            f"{missing[0]}; is the download complete, and does its config.json belong to it?"
         )
     allowed = {HEAD} if "head" not in model.weight_names else set()  # some files repeat a tied head
     allowed |= {SCORE.template} if "score" in model.weight_names else set()
@@ -152,8 +145,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if extra:
         raise ValueError(
             f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "
-            f"{extra[0]}; "
-            "is it another architecture, or does it have more layers than its config.json says?"
+            f"{extra[0]}; is it another architecture, or does it have more layers than its config.json says?"
         )
     if model.generates and "head" not in model.weight_names and has_other_head(files):
         raise ValueError(

@@ -60,14 +60,13 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        with _open(path), path.open("rb") as file:  # the library has checked the header
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+        with _open(path):  # the library has checked the header
+            header, begin = _read_header(path)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in tensors:
                 raise ValueError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
-            offset, dtype = 8 + size + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
+            offset, dtype = begin + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
             tensors[name] = StoredTensor(path, name, offset, dtype, tuple(entry["shape"]))
     return SafetensorsFiles(str(where), tensors)
 
@@ -186,7 +185,7 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
     stored_at = fetched = 0
     try:
         if source is not None:
-            stored, stored_at = _stored_entries(source)
+            stored, stored_at = _read_header(source)
         header, starts = _header(stored, tensors)
         with part.open("wb") as file:
             file.write(header)
@@ -216,7 +215,7 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
         part.unlink(missing_ok=True)
 
 
-def _stored_entries(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and the byte at which the tensors begin."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

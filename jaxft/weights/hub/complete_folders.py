@@ -116,7 +116,13 @@ def cached_folder(out: Path) -> Iterator[Path]:
             temporary = stack.enter_context(temporary_folder(out.parent, ".new-"))
         yield temporary / out.name
         with _naming(out):
-            _publish(temporary / out.name, out, temporary / "damaged")
+            _write_hashes(temporary / out.name)
+            with locked(out.parent):
+                if out.exists():
+                    if folder_damage(out) is None:
+                        return
+                    out.rename(temporary / "damaged")
+                publish(temporary / out.name, out)
 
 
 @contextlib.contextmanager
@@ -125,16 +131,6 @@ def _naming(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error}); set JAXFT_CACHE to another folder") from error
-
-
-def _publish(part: Path, out: Path, aside: Path) -> None:
-    _write_hashes(part)
-    with locked(out.parent):
-        if out.exists():
-            if folder_damage(out) is None:
-                return
-            out.rename(aside)
-        publish(part, out)
 
 
 def _write_hashes(folder: Path) -> None:

@@ -273,9 +273,8 @@ def _has_head(folder: Path, config: dict[str, Any]) -> bool:
         return has_head
     raise ValueError(
         f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not "
-        "supported; jaxft reads "
-        "LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
-        f"modules_to_save=['score']; {MERGE}"
+        "supported; jaxft reads LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' "
+        f"and modules_to_save=['score']; {MERGE}"
     )
 
 
