@@ -40,7 +40,12 @@ from jaxft.weights.hf.safetensors import (
     write_model_json,
     write_safetensors,
 )
-from jaxft.weights.hf.tokenizer_files import PROCESSOR_TEMPLATE, is_unchanged, write_tokenizer
+from jaxft.weights.hf.tokenizer_files import (
+    PROCESSOR_TEMPLATE,
+    TEMPLATES_FOLDER,
+    is_unchanged,
+    write_tokenizer,
+)
 from jaxft.weights.hub.hub import Located, locate
 from jaxft.weights.quantised.quantised_checkpoints import quantised_tensors
 from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
@@ -423,7 +428,9 @@ def write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, A
 
 def copy_small_files(folder: Path, source: Path) -> None:
     """Copy the files of a multimodal model's processor and tokenizer."""
-    for path in sorted(source.iterdir()):
+    for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{TEMPLATES_FOLDER}/*.jinja"))):
         skipped = path.name in NOT_COPIED or path.name.endswith(".index.json")
         if path.suffix in SMALL_SUFFIXES and path.is_file() and not skipped:
-            shutil.copyfile(path, folder / path.name)
+            out = folder / path.relative_to(source)
+            out.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out)
