@@ -74,16 +74,16 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 def open_folder(folder: Path) -> ModelFiles:
     """Open the safetensors files of a folder; of a multimodal model the text decoder, under its own names."""
-    tensors = open_safetensors(folder, weight_files(folder))
     path = folder / "config.json"
+    stored = open_safetensors(folder, weight_files(folder))
     config = read_model_json(path) if path.is_file() else {}
-    files = open_tensors(tensors, config.get("quantization_config"))
+    files = open_tensors(stored, config.get("quantization_config"))
     if text_part(config) is None:
         return files
     names = decoder_tensors(files.where, files.tensors)
     tensors = {text: files.tensors[name] for text, name in names.items()}
-    stored = set(names.values())
-    return ModelFiles(files.where, tensors, tuple(name for name in files.tensors if name not in stored))
+    ignored = files.tensors.keys() - names.values()
+    return ModelFiles(files.where, tensors, tuple(name for name in files.tensors if name in ignored))
 
 
 def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
