@@ -49,7 +49,7 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_args(_joined(sys.argv[1:]))
     from jaxft.runs.folder import check_results, earlier_end_notes
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.loaded_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import combine
     from jaxft.weights.peft import adapter_folders, peft_read

@@ -16,7 +16,7 @@ from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import parse_dataset
 from jaxft.data.rows.invalid import InvalidRow
-from jaxft.serve.served_model import ServedModel, decision_prompt
+from jaxft.serve.served_models import ServedModel, decision_prompt
 
 QUESTION = {
     "question": "Which is it?",

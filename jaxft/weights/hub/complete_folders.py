@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from jaxft.distributed.disk import make_folder, publish, write_durably
-from jaxft.distributed.temporary import locked, temporary_folder
+from jaxft.distributed.disk import locked, make_folder, publish, temporary_folder, write_durably
 from jaxft.weights.hf.safetensors import read_model_json
 
 SETTLED_S = 2.0  # a file that is younger may change again without a visible change of its times
