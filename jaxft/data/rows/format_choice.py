@@ -64,11 +64,8 @@ class ChosenFormat(NamedTuple):
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
             return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
-        if self.labels and all(map(str.isdecimal, self.labels)):
-            numbers = f"{self.labels[0]} to {self.labels[-1]}"
-            return [
-                f"the labels are the numbers {numbers}; data.labels=NAME,NAME,... names them in this order"
-            ]
+        if self.labels[:1] == ("0",) and all(map(str.isdecimal, self.labels)):
+            return ["the labels are numbers; data.labels=NAME,NAME,... gives 0, 1, ... names"]
         if not self.columns:
             return []
         read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
@@ -185,7 +182,7 @@ def choose_format(
     if plain and not formats[chosen].plain:
         strings = " and ".join(name for name, found in formats.items() if found.plain)
         raise ValueError(
-            f"data.format={PLAIN} is for {strings} rows, and these rows have format "
+            f"data.format={PLAIN} is for {strings or 'other'} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
         )
     unread = _unread(counts, chosen, formats) if format == "auto" and TEXT in formats else ()
