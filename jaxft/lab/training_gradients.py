@@ -129,10 +129,11 @@ def fit_source_weights(
 def short_training(parts: Prepared, steps: int, lr: float) -> ShortTraining:
     """Return the first steps of a prepared recipe of pairs, evaluated on its first held-out batch.
 
-    parts: from jaxft.prepare, with attention="reference". lr: of differentiable_adam, which replaces the recipe's optimizer. Raises
-    ValueError for a recipe without held-out rows, or one of rollouts.
+    parts: from jaxft.prepare, with attention="reference". lr: of differentiable_adam, which replaces the
+    recipe's optimizer. Raises ValueError for a recipe without held-out rows, or one of rollouts.
 
-        parts = jaxft.prepare("dpo", data=("good.jsonl", "bad.jsonl"), held_out="held_out.jsonl", attention="reference")
+        rows = {"data": ("good.jsonl", "bad.jsonl"), "held_out": "held_out.jsonl"}
+        parts = jaxft.prepare("dpo", attention="reference", **rows)
         fit_source_weights(short_training(parts, steps=8, lr=1e-3), sources=2)[-1]
     """
     if parts.source.info.samples:
