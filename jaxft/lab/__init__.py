@@ -1,7 +1,6 @@
 """Research on losses: declared comparisons, and what is chance in them.
 
 halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
-ledger.py: a log whose lines are chained by digests, so that a changed line is found
 exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
 loss_claims.py: checks on exact toys of what a loss claims
 loss_laws.py: all checks of a loss
