@@ -12,5 +12,6 @@ synthetic_pairs.py: synthetic pairs
 trials.py: trials as arrays in a train state, so that one compiled program trains any of them
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
+verify.py: checks of a record, and a step computed again to the bit
 worlds.py: synthetic preference rows with a known true reward
 """

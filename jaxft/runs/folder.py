@@ -48,6 +48,16 @@ FOLDERS = (*RESULTS, "checkpoints", "tensorboard", "rollouts")
 FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/logs/logs.py
+# Files of a finished run whose digests follow those of metrics.jsonl, see chained_log.
+RECORD = (
+    "config.json",
+    "env.json",
+    PARAMETERS_JSON,
+    DATA_JSON,
+    "held_out.jsonl",
+    "completions.jsonl",
+    SUMMARY,
+)
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 NOT_COMPARED = (
