@@ -19,8 +19,8 @@ from jaxft.runs.checkpoint import Checkpoints, verify
 from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, named_leaves
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.record import recorded_defaults
-from jaxft.runs.store.store_copy import CHECKPOINTS
 from jaxft.runs.trackers.jsonl import METRICS, format_line, read_entries
 from jaxft.train.logs.logs import Logs
 from jaxft.train.logs.meter import Meters

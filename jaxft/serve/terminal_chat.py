@@ -11,10 +11,9 @@ from jaxft.data.rows.example import Message
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import NewTokens, Scheduler
 from jaxft.nn.adapters.lora_rows import BASE
-from jaxft.serve.api_request import ApiError, ChoiceSettings
-from jaxft.serve.api_response import Piece
 from jaxft.serve.generation import choice_texts, token_requests
-from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt
+from jaxft.serve.openai_api import ApiError, ChoiceSettings, Piece
+from jaxft.serve.served_models import ServedModel, chat_prompt, text_prompt
 
 HELP = """\
 /use NAME          chat with this model ("base" is the one without adapter); two names respond side by side

@@ -21,9 +21,8 @@ from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
+from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirrored
 from jaxft.runs.settings.record import describe, differences, recorded_defaults
-from jaxft.runs.store.store import check_stored_name
-from jaxft.runs.store.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
 from jaxft.train.evaluate.scores import check_scoring
