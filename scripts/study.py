@@ -71,11 +71,12 @@ def show_results(folder: Path) -> int:
 
 if __name__ == "__main__":
     from jaxft.cli import cli
-    from jaxft.distributed import exit, xla_flags
+    from jaxft.distributed import xla_flags
+    from jaxft.distributed.exit import accept_interrupts
     from jaxft.runs import terminal
 
     xla_flags.restart()
-    exit.accept_interrupts()
+    accept_interrupts()
     cli.quiet()
     terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -27,6 +27,10 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
+<<<<<<< HEAD
+=======
+from jaxft.lab import ledger
+>>>>>>> int47
 from jaxft.lab.study import LossTrial, Study, check_declared, declare
 from jaxft.lab.trials import make_set_trial, plain_run, run_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
@@ -43,7 +47,7 @@ from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprin
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.train.sweep.sweep_programs import compile_sweep
 from jaxft.tree import Params
-from jaxft.weights.hub.file_hash import files_sha256
+from jaxft.weights.hub.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
 FEW_PROMPTS = 20  # below this number a comparison finds only very large differences

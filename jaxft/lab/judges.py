@@ -26,8 +26,8 @@ from jaxft.runs.settings.parse import load_callable
 from jaxft.runs.terminal import printable_line
 from jaxft.train.evaluate.scores import score_texts
 from jaxft.train.python_api import load_model, source_options
-from jaxft.weights.peft.peft import SEQ_CLS
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft.peft_config import read_adapter_config
+from jaxft.weights.peft.peft_read import SEQ_CLS
 
 KEY = "OPENAI_API_KEY"  # the variable with the key of a server
 REPLY_RETRIES = 5

@@ -31,7 +31,7 @@ from jaxft.report.statistics import Difference, equivalence, holm, paired_differ
 from jaxft.runs import metric_names as names
 from jaxft.runs.chained_log import check_chain, whole_lines
 from jaxft.runs.folder import read_saved_json
-from jaxft.weights.hub.file_hash import files_sha256
+from jaxft.weights.hub.complete_folders import files_sha256
 
 KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
 START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 0 of other metrics
@@ -194,7 +194,7 @@ def read_study(folder: Path) -> StudyResult:
 def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
     """Return the last digest of a study's log. Raises ValueError for a file that is not as it was written."""
     digest = check_chain(folder / LEDGER)
-    newest = {}
+    newest: dict[Path, str] = {}
     for entry in log:
         for label, files in entry.get("files", {}).items():
             own = trial_folder(folder, label, entry["trials"][label], entry["seed"])

@@ -114,7 +114,8 @@ def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[s
     job = continued(job, meta, before)
     logs = Logs([NullLog()])
     job, states, frozen, compiled = load_and_compile(job, states, meta, logs, Watchdog(job.lead.run.hosts))
-    meters, numbers = Meters(job, meta["counters"] if meta else None), [{}]
+    meters = Meters(job, meta["counters"] if meta else None)
+    numbers: list[dict[str, float]] = [{}]
     for number in range(before, step):
         rows, batch, sampled = next_batch(job, number, states, logs.clock, Watchdog(job.lead.run.hosts))
         states, metrics = compiled.step(states, frozen, batch)
