@@ -27,10 +27,6 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-<<<<<<< HEAD
-=======
-from jaxft.lab import ledger
->>>>>>> int47
 from jaxft.lab.study import LossTrial, Study, check_declared, declare
 from jaxft.lab.trials import make_set_trial, plain_run, run_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics

@@ -43,11 +43,11 @@ def write_model(folder: Path, gb: float) -> None:
     """Write random weights of about `gb` GB in files of at most 1 GB, tensor by tensor."""
     import jax.numpy as jnp
     import numpy as np
-    from jaxft.weights.edit.merged_weights import LazyTensor
 
     from jaxft import tree
     from jaxft.models.families.llama import LlamaConfig, llama
     from jaxft.nn import param
+    from jaxft.weights.edit.merge import LazyTensor
     from jaxft.weights.hf import hf_write
 
     wide = 2048 if gb >= 1 else 256

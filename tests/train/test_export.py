@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
-from jaxft.weights.edit.merged_weights import merge_files
 from scripts_in_process import SCRIPTS, call
 from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,6 +22,7 @@ from jaxft.nn.param import init_params
 from jaxft.runs import folder as runfolder
 from jaxft.train.export import export
 from jaxft.weights import pretrained
+from jaxft.weights.edit.merge import merge_files
 from jaxft.weights.hf import hf_write
 from jaxft.weights.hub import hub
 from jaxft.weights.peft import peft_write

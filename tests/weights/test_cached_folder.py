@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxft.weights.edit.extended_model import Extension, extended_ref
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.data.packing import cache as rows_cache
@@ -22,6 +21,8 @@ from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
 from jaxft.weights.calibrate import calibrated_base
+from jaxft.weights.edit import extend
+from jaxft.weights.edit.extend import Extension, extended_ref
 from jaxft.weights.hub import complete_folders
 from jaxft.weights.hub.complete_folders import (
     HASHES,

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
-from jaxft.weights.edit.merged_weights import merge_on_read, merge_params
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 from tiny_model import assert_close
@@ -18,6 +17,7 @@ from jaxft.nn.param import init_params
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.merge import merge_on_read, merge_params
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 

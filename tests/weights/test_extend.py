@@ -7,14 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
-from jaxft.weights.edit.extended_model import (
-    Extension,
-    check_new_tokens,
-    extend_model,
-    extension_notes,
-    untrained_tokens,
-    with_new_tokens,
-)
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
@@ -24,6 +16,14 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.weights import pretrained
+from jaxft.weights.edit.extend import (
+    Extension,
+    check_new_tokens,
+    extend_model,
+    extension_notes,
+    untrained_tokens,
+    with_new_tokens,
+)
 from jaxft.weights.hub import hub
 from jaxft.weights.peft import peft_write
 from jaxft.weights.peft.adapter_folders import cached_base_notes

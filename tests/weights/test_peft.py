@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from host_weights import load_on_host
-from jaxft.weights.edit.merged_weights import merge_on_read
 from merged_arrays import merged_arrays
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
@@ -23,6 +22,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.weights import initial_params, pretrained
+from jaxft.weights.edit.merge import merge_on_read
 from jaxft.weights.hf import hf_write
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write

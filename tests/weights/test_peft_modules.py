@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_weights import load_on_host
-from jaxft.weights.edit.merged_weights import merge_on_read, merge_params
 from merged_arrays import merged_arrays
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_tokenizer, tiny_torch, torch_logits, write_folder
@@ -21,6 +20,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
+from jaxft.weights.edit.merge import merge_on_read, merge_params
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
