@@ -114,7 +114,7 @@ def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
 
 X_AXIS, LOSS = "optimizer step", "Loss"  # titles of an axis and of a chart
 FEWEST_TO_SMOOTH = 16  # points of a curve
-NOISE, SHORTEST_PART = 0.06, 8  # what is left of the noise, over the curve's change; parts of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # noise that smoothing leaves, over the curve's change; parts of a curve
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -279,7 +279,7 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
 
 
 def _metric_names(entries: Iterable[Entry]) -> Set[str]:
-    """Return the names in the order of the entries, those of held-out rows without their prefix."""
+    """Return the names in the order of the entries, without the prefix of held-out rows."""
     return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
 
 
@@ -379,8 +379,8 @@ def smoothed(values: Sequence[float | None], factor: float) -> list[float | None
 
 
 def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str]:
-    """Draw curves.png, what the model learns, and training.png, learning rate, gradient, speed and memory,
-    into `folder`. Return the names of the files; none for a run without a value to draw.
+    """Draw curves.png (what the model learns) and training.png (learning rate, gradient, speed, memory) into
+    `folder`. Return the names of the files; none for a run without a value to draw.
     """
     runs = {name: entries}
     files = {"curves.png": learning_kinds(runs), "training.png": STEP_CHARTS}

@@ -28,8 +28,8 @@ def held_out(name: str) -> str:
 
 
 def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
-    """Return the metrics of a run's first and last evaluation, the latter with those of the last step. A run
-    that was evaluated only before its first step has no last evaluation.
+    """Return the metrics of a run's first and last evaluation, the latter with the metrics of the last step.
+    A run that was evaluated only before its first step has no last evaluation.
     """
     evaluations: list[Logged] = [{}]
     step: Logged = {}
