@@ -403,19 +403,20 @@ def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
     for chart in make_charts(runs, learning_kinds(runs)):
         curves = [(run, curve) for run, own in chart.curves.items() for curve in own]
         for label in dict.fromkeys(curve.label for _, curve in curves):
-            held, trained = (
+            sides: list[dict[str, Points]] = [
                 {run: _known_points(c.steps, smoothed(c.values, smoothing_factor(c)))
                  for run, c in curves if (c.label, c.held_out) == (label, is_held)}
                 for is_held in (True, False)
-            )  # fmt: skip
+            ]  # fmt: skip
             title, unit = ", ".join(filter(None, (chart.kind.title, label))), chart.kind.unit
-            starts = {run: y[0] for run, (_, y) in held.items()}
+            starts = {run: y[0] for run, (_, y) in sides[0].items()}
             if chart.kind.title == LOSS and starts and max(starts.values()) > 3 * min(starts.values()) > 0:
                 title, unit = f"{title} over its value at the start", "ratio"
-                held, trained = (
+                sides = [
                     {run: (x, [v / starts[run] for v in y]) for run, (x, y) in side.items() if run in starts}
-                    for side in (held, trained)
-                )
+                    for side in sides
+                ]
+            held, trained = sides
             panels.append(
                 Panel(f"{title}, held out", X_AXIS, unit, held, trained)
                 if held
