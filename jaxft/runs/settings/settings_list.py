@@ -75,7 +75,9 @@ def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
     name, whose bounds it has.
     """
-    same = {setting.name.rpartition(".")[2]: setting for setting in fields}
+    same: dict[str, Setting] = {}
+    for setting in sorted(fields, key=lambda s: s.name.count(".")):  # seed, not data.seed
+        same.setdefault(setting.name.rpartition(".")[2], setting)
     comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
