@@ -28,8 +28,8 @@ from jaxft.data.packing.prompt_tokens import TokenisedPrompts
 from jaxft.data.prompts import read_prompts
 from jaxft.data.rows.example import Chat
 from jaxft.distributed import processes
-from jaxft.rl.environments.calculator import Calculator
 from jaxft.rl.environments.environment import EnvironmentClass, environment_of, single_turn
+from jaxft.rl.environments.shipped_environments import Calculator
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.rewards import EnvironmentReward, RewardScores, exact
 from jaxft.rl.rollout import Rollouts
