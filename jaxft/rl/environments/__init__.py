@@ -6,6 +6,5 @@ sandbox.py: Python code that a model wrote, in a process with limits
 sandbox_child.py: that process
 calculator.py, search.py, guess_number.py, code_interpreter.py: an environment each, with its rows
 openenv.py: OpenEnv servers through their clients
-by_hand.py: a person in the policy's place
 environment.py: the Environment type; environments from users' functions and classes, also TRL's
 """
