@@ -265,7 +265,7 @@ TOKEN_WEIGHTS = _in(
     "jaxft.rl.token_weights", "token_mean sequence_mean prompt_mean constant_length sequence_sum"
 )
 CORRECTIONS = _in(
-    "jaxft.rl.importance",
+    "jaxft.rl.token_weights",
     "truncated_tokens masked_tokens truncated_completions masked_completions masked_geometric_means",
 )
 ENVIRONMENTS = {

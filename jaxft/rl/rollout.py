@@ -34,7 +34,6 @@ from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
 from jaxft.rl.environments.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
-from jaxft.rl.importance import weight_metrics
 from jaxft.rl.play import EpisodeLimits, Play
 from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
 from jaxft.rl.rollout_files import append_table
@@ -51,7 +50,7 @@ from jaxft.rl.rollout_layout import (
 from jaxft.rl.rollout_metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.rollout_rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
-from jaxft.rl.token_weights import token_mean
+from jaxft.rl.token_weights import token_mean, weight_metrics
 from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Batch, Metrics
 

@@ -12,9 +12,8 @@ from jaxft.annotations import at_least, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
-from jaxft.rl.importance import Correction
 from jaxft.rl.rewards import EnvironmentReward, Faults, Reward, RewardScores, reward_of, unique_names
-from jaxft.rl.token_weights import TokenWeights, token_mean
+from jaxft.rl.token_weights import Correction, TokenWeights, token_mean
 from jaxft.rl.trajectory import Episodes
 
 Combine = Callable[[ScoresPerReward, Sequence[float]], GroupScores]

@@ -7,11 +7,15 @@ sum to 1, except for constant_length and sequence_sum; outside of it they are 0.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores
+from jaxft.objectives.losses.policy_losses import MAX_LOG_RATIO
+from jaxft.objectives.metrics import Max, Min, Sum
+from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Lengths, PerToken, token_mask
+from jaxft.tree import Metrics
 
 TokenWeights = Callable[[GroupLengths, GroupMask, int], GroupScores]
 
@@ -69,3 +73,132 @@ def _with_tokens(lengths: Int[np.ndarray, "..."], mask: np.ndarray) -> np.ndarra
             "Use one entry for each completion."
         )
     return np.asarray(mask, bool) & (np.asarray(lengths) > 0)
+
+
+RATIO_MEAN, RATIO_MIN, RATIO_MAX, EFFECTIVE_SAMPLES = (
+    f"sampling/importance_sampling_ratio/{name}" for name in ("mean", "min", "max", "effective_samples")
+)
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """Weights of tokens [n, S], 0 beyond the lengths; the same as `samples`, one for each token or for each
+    completion, of which the metrics are.
+    """
+
+    tokens: PerToken
+    samples: Float[np.ndarray, " m"]
+
+
+Correction = Callable[[PerToken, Lengths], ImportanceWeights]
+
+
+def truncated_tokens(
+    log_ratio: PerToken, lengths: Lengths, least: float = 0.0, most: float = 3.0
+) -> ImportanceWeights:
+    """`min(max(rho, least), most)`: truncated importance sampling, TIS (Yao et al. 2025,
+    fengyao.notion.site/off-policy-rl; Ionides 2008). TRL's token_truncate.
+    """
+    return _of_tokens(_truncated(log_ratio, least, most), lengths)
+
+
+def masked_tokens(
+    log_ratio: PerToken, lengths: Lengths, least: float = 0.0, most: float = 3.0
+) -> ImportanceWeights:
+    """`rho` if least <= rho <= most, else 0. TRL's token_mask.
+
+    With least=0.5 and most=5 it is IcePop (Ring-1T, arXiv:2510.18855).
+    """
+    return _of_tokens(_masked(log_ratio, least, most), lengths)
+
+
+def truncated_completions(
+    log_ratio: PerToken, lengths: Lengths, least: float = 0.0, most: float = 3.0
+) -> ImportanceWeights:
+    """`min(max(prod_t rho_t, least), most)` for every token of a completion: TIS of completions (Liu et al.
+    2025, richardli.xyz/rl-collapse). TRL's sequence_truncate.
+    """
+    return _of_completions(_truncated(_sums(log_ratio, lengths), least, most), log_ratio, lengths)
+
+
+def masked_completions(
+    log_ratio: PerToken, lengths: Lengths, least: float = 0.0, most: float = 3.0
+) -> ImportanceWeights:
+    """`prod_t rho_t` for every token of a completion if it is in [least, most], else 0: masked importance
+    sampling, MIS (Liu et al. 2025, richardli.xyz/rl-collapse). TRL's sequence_mask, its default.
+    """
+    return _of_completions(_masked(_sums(log_ratio, lengths), least, most), log_ratio, lengths)
+
+
+def masked_geometric_means(
+    log_ratio: PerToken, lengths: Lengths, least: float = 0.999, most: float = 1.001
+) -> ImportanceWeights:
+    """1 for every token of a completion if `(prod_t rho_t)^(1 / |y|)` is in [least, most], else 0 (Liu et al.
+    2025, richardli.xyz/rl-collapse). verl's geometric rejection, with its default bounds.
+
+    Unlike their product, the geometric mean of a completion's ratios does not grow with its length.
+    """
+    means = _sums(log_ratio, lengths) / np.maximum(lengths, 1)
+    return _of_completions((_masked(means, least, most) > 0).astype(float), log_ratio, lengths)
+
+
+def effective_samples(weights: Float[np.ndarray, " m"]) -> float:
+    """`(sum w)^2 / (m sum w^2)`: the effective sample size as a fraction of the samples (Kish 1965); 0 if all
+    weights are 0.
+
+    It is 1 for equal weights and 1 / m if a single sample has all of the weight.
+    """
+    squares = float(np.square(weights).sum())
+    return float(weights.sum()) ** 2 / (len(weights) * squares) if squares else 0.0
+
+
+def weight_metrics(weights: ImportanceWeights) -> Metrics:
+    """Return mean, least and largest weight, with TRL's names, and the effective sample size."""
+    w = weights.samples
+    count = np.float64(len(w))
+    return {
+        RATIO_MEAN: Sum(np.float64(w.sum()), count),
+        RATIO_MIN: Min(np.float64(w.min(initial=np.inf))),
+        RATIO_MAX: Max(np.float64(w.max(initial=-np.inf))),
+        EFFECTIVE_SAMPLES: Sum(effective_samples(w) * count, count),
+    }
+
+
+def _truncated(log_ratio: np.ndarray, least: float, most: float) -> np.ndarray:
+    _check_bounds(least, most)
+    return np.clip(_exp(log_ratio), least, most)
+
+
+def _masked(log_ratio: np.ndarray, least: float, most: float) -> np.ndarray:
+    _check_bounds(least, most)
+    ratio = _exp(log_ratio)
+    return np.where((ratio >= least) & (ratio <= most), ratio, 0.0)
+
+
+def _check_bounds(least: float, most: float) -> None:
+    if not 0 <= least < most:
+        raise ValueError(
+            f"correction: weights from least={least:g} to most={most:g} "
+            f"(correction_bounds={least:g},{most:g}). Use 0 <= least < most."
+        )
+
+
+def _exp(log_ratio: np.ndarray) -> np.ndarray:
+    return np.exp(np.clip(np.asarray(log_ratio, np.float64), -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def _sums(log_ratio: PerToken, lengths: Lengths) -> Float[np.ndarray, " n"]:
+    """log rho of each completion."""
+    return np.where(token_mask(lengths, log_ratio.shape[1]), log_ratio, 0).sum(1, dtype=np.float64)
+
+
+def _of_tokens(weights: PerToken, lengths: Lengths) -> ImportanceWeights:
+    mask = token_mask(lengths, weights.shape[1])
+    return ImportanceWeights(np.where(mask, weights, 0.0), weights[mask])
+
+
+def _of_completions(
+    weights: Float[np.ndarray, " n"], log_ratio: PerToken, lengths: Lengths
+) -> ImportanceWeights:
+    mask = token_mask(lengths, log_ratio.shape[1])
+    return ImportanceWeights(np.where(mask, weights[:, None], 0.0), weights[np.asarray(lengths) > 0])
