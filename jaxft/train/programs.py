@@ -27,12 +27,11 @@ from jaxft.optim.state_sharding import state_shardings
 from jaxft.runs.run_texts import ModelSummary, StepRows
 from jaxft.train import partition
 from jaxft.train.evaluate import evaluate
-from jaxft.train.logs.watch import Watch, make_watch
 from jaxft.train.partition import Partition, trainable_paths
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, eva_adapter
 from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_storage
-from jaxft.train.step import TrainStep, make_train_step
+from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import init, pretrained, storage
 from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes

@@ -4,5 +4,4 @@ clock.py: how long each phase takes
 logs.py: the logs of a run; parameters and data as JSON for its report
 meter.py: metrics between log entries
 nonfinite.py: a record of the first non-finite step
-watch.py: norms per layer
 """

@@ -35,9 +35,8 @@ from jaxft.nn.quant.quant import dequantize, is_qtensor
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs.logs import Logs
-from jaxft.train.logs.watch import make_layer_norms
 from jaxft.train.start.jobs import Job, Member
-from jaxft.train.step import accumulate_gradients, step_keys
+from jaxft.train.step import accumulate_gradients, make_layer_norms, step_keys
 from jaxft.tree import Batch, LayerOutputs, Metrics, Params
 
 ROW_NORMS = "row_norms"

@@ -21,8 +21,7 @@ from jaxft.nn.adapters import lora
 from jaxft.objectives.metrics import neutral
 from jaxft.objectives.objective import Facts, Objective, Outputs
 from jaxft.optim.optimizer import Optimizer
-from jaxft.train.logs.watch import Watch
-from jaxft.train.step import accumulate_gradients, apply_gradients
+from jaxft.train.step import Watch, accumulate_gradients, apply_gradients
 from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
 
