@@ -16,10 +16,10 @@ from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_named
 from jaxft.runs.named_weights import named_weights
 from jaxft.train.evaluate import harness_model
-from jaxft.train.evaluate.harness import HarnessResult
 from jaxft.train.evaluate.harness_model import (
     Continuation,
     HarnessBackend,
+    HarnessResult,
     HarnessSettings,
     batches_of,
     generation_config_notes,

@@ -1,7 +1,6 @@
 """Evaluation: held-out rows, rows of a file, completions, lm-evaluation-harness.
 
 evaluate.py: held-out loss
-harness.py: lm-evaluation-harness: its tasks and results
 harness_model.py: a model as lm-evaluation-harness uses one, with log-probabilities of continuations
 likelihood.py: loss and perplexity, preferences, for `jaxft evaluate`
 samples.py: completions of held-out prompts, and by loaded weights
