@@ -13,7 +13,7 @@ from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.run_texts import Evaluation
-from jaxft.train.evaluate import samples, scores
+from jaxft.train.evaluate import scores
 from jaxft.train.evaluate.evaluate import held_out_floats
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
@@ -128,8 +128,8 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
     decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
     prompts = scores.held_out_prompts(run, source)
     with clock.part("samples"):
-        complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
-    texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
+        complete = scores.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
+    texts = scores.prompt_texts(prompts, job.tokenizer, job.stop)
     score = scores.make_scorer(run.scoring, run.samples, texts)
     with clock.part("train step"):
         train_step = compile_step(p, *source.shapes)

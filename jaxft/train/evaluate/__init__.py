@@ -3,6 +3,5 @@
 evaluate.py: held-out loss
 harness_model.py: a model as lm-evaluation-harness uses one, with log-probabilities of continuations
 likelihood.py: loss and perplexity, preferences, for `jaxft evaluate`
-samples.py: completions of held-out prompts, and by loaded weights
 scores.py: scores of completions, pass@k
 """

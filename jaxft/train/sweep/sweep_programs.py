@@ -22,7 +22,7 @@ from jaxft.train.compiled import (
     microbatch_shape,
     no_losses,
 )
-from jaxft.train.evaluate import evaluate, samples, scores
+from jaxft.train.evaluate import evaluate, scores
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, sharded_batch
 from jaxft.train.start.jobs import Job
@@ -182,9 +182,9 @@ def compile_samplers(
     once per rank. clock: shows the progress.
     """
     run, prompts = job.lead.run, scores.held_out_prompts(job.lead.run, job.sources[0])
-    texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
+    texts = scores.prompt_texts(prompts, job.tokenizer, job.stop)
     score = scores.make_scorer(run.scoring, run.samples, texts)
-    by_shape: dict[str, Callable[[Params], list[samples.Completed]]] = {}
+    by_shape: dict[str, Callable[[Params], list[scores.Completed]]] = {}
     complete = []
     for member in job.members:
         p = member.programs
@@ -192,7 +192,7 @@ def compile_samplers(
         key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
         if key not in by_shape:
             decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
-            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
+            by_shape[key] = scores.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
         complete.append(by_shape[key])
 
     def sample(states: States) -> list[scores.Scored]:
