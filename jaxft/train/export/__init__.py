@@ -2,7 +2,6 @@
 
 calibrate.py: which rows calibrate a base, and its codes; second moments of layers' inputs
 export.py: write a model as a Hugging Face folder
-export_gguf.py: write a model as a GGUF file
 push.py: which files of a run are pushed to the hub, and with which card
 results.py: results of a finished run
 """
