@@ -4,7 +4,6 @@ trajectory.py: episodes as segments of token ids, sampled or given, and their ar
 play.py: the loop that plays episodes; the interface to what samples: rows that can be continued
 rollout.py: the source of rollouts, from prompts to batches
 online_pairs.py: preference pairs of episodes
-sampler.py: episodes sampled with the run's engine
 rewards.py: reward functions
 reward_models.py: reward models
 advantages.py: group advantages
