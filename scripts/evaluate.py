@@ -365,18 +365,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import load_each
     from jaxft.runs.named_weights import check_recorded_rows, named_adapters, prompt_settings
-    from jaxft.train.evaluate import harness_model
-    from jaxft.train.evaluate.harness_model import HarnessSettings, generation_config_notes
+    from jaxft.train.evaluate import harness
+    from jaxft.train.evaluate.harness import HarnessSettings, generation_config_notes
 
     check_seed(args.seed, "--seed")
     Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     functions = score_functions(args)
     if args.way == TASKS:
-        harness_model.require_harness()
+        harness.require_harness()
     named = named_adapters(args.run, args.model, args.adapter, "")
     data = {name: prompt_settings(one.record, args.columns) for name, one in named.items()}
     if args.way == TASKS:
-        tasks = harness_model.load_tasks(args.names, args.include_path)
+        tasks = harness.load_tasks(args.names, args.include_path)
     else:
         record = next(iter(named.values())).record
         args.file, args.split = rows_of(args, record)
@@ -401,7 +401,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             return evaluate_rows(args, loaded, data)
         if args.way == COMPLETIONS:
             return evaluate_completions(args, loaded, data, functions)
-        flags = harness_model.HarnessFlags(
+        flags = harness.HarnessFlags(
             args.num_fewshot, args.limit, args.system_instruction, args.generation, args.unsafe_code
         )
         found = {}
@@ -416,7 +416,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             )
             about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
             about |= {"dtype": str(one.model.dtype.name), "quant": args.quant}
-            found[name] = harness_model.evaluate_tasks(one, tasks, flags, settings, about)
+            found[name] = harness.evaluate_tasks(one, tasks, flags, settings, about)
         return found
 
 
@@ -476,17 +476,17 @@ def comparison_lines(found: dict[str, Any]) -> list[str]:
 
 def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write the results of tasks to --out, or else into the run's folder. Without either, write nothing."""
-    from jaxft.train.evaluate import harness_model
+    from jaxft.train.evaluate import harness
 
     path = args.out
     if path is None and args.run:
         (args.run / "lm_eval").mkdir(exist_ok=True)
-        path = args.run / "lm_eval" / harness_model.report_name()
+        path = args.run / "lm_eval" / harness.report_name()
     if path is None:
         return
     for name, one in found.items():
         own = path.with_name(f"{path.stem}_{name}{path.suffix}") if len(found) > 1 else path
-        harness_model.write_results(one, own)
+        harness.write_results(one, own)
         print(f"wrote {own}", file=sys.stderr)
 
 
