@@ -330,7 +330,7 @@ def evaluate_completions(
     from jaxft.data.rows.mixture import held_out_sources, parse_sources
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.named_weights import held_out_names
-    from jaxft.train.evaluate.scores import Completer, CompletionScorer, scored_prompts
+    from jaxft.train.evaluate.scored_completions import Completer, CompletionScorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)

@@ -13,7 +13,7 @@ from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.run_texts import Evaluation
-from jaxft.train.evaluate import scores
+from jaxft.train.evaluate import scored_completions
 from jaxft.train.evaluate.evaluate import held_out_floats
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
@@ -65,7 +65,7 @@ class Compiled:
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
     evaluate: Callable[[States, bool], list[HeldOut]]
     general: Callable[[States], list[dict[str, float]]]
-    sample: Callable[[States], list[scores.Scored]]
+    sample: Callable[[States], list[scored_completions.Scored]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
@@ -91,7 +91,7 @@ class Compiled:
         """
         states = self.averaged(states)
         found = [own.named_metrics() for own in self.evaluate(states, False)]
-        if not scores:
+        if not scored_completions:
             return found
         return [{**own, **more.metrics} for own, more in zip(found, self.sample(states), strict=True)]
 
@@ -126,11 +126,11 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         general = compile_eval(p, p.text_step, own, job.general, partial(clock.over, EVALUATING_TEXT))
     params = tree.combine(p.state.trainable, p.frozen)
     decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
-    prompts = scores.held_out_prompts(run, source)
+    prompts = scored_completions.held_out_prompts(run, source)
     with clock.part("samples"):
-        complete = scores.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
-    texts = scores.prompt_texts(prompts, job.tokenizer, job.stop)
-    score = scores.make_scorer(run.scoring, run.samples, texts)
+        complete = scored_completions.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
+    texts = scored_completions.prompt_texts(prompts, job.tokenizer, job.stop)
+    score = scored_completions.make_scorer(run.scoring, run.samples, texts)
     with clock.part("train step"):
         train_step = compile_step(p, *source.shapes)
 
@@ -142,7 +142,7 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         found = source.evaluate(states[0])
         return [HeldOut.of(held_out(states[0], with_rows)) if found is None else HeldOut(*found)]
 
-    def sample(states: States) -> list[scores.Scored]:
+    def sample(states: States) -> list[scored_completions.Scored]:
         return [score(complete(tree.combine(states[0].trainable, own)))]
 
     last_loss = no_losses

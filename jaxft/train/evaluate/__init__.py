@@ -3,5 +3,5 @@
 evaluate.py: held-out loss
 harness.py: a model as lm-evaluation-harness uses one, with log-probabilities of continuations
 likelihood.py: loss and perplexity, preferences, for `jaxft evaluate`
-scores.py: scores of completions, pass@k
+scored_completions.py: scores of completions, pass@k
 """

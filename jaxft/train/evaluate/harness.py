@@ -29,7 +29,7 @@ from jaxft.engine.sampling import BUCKET, Sampling, without_stop
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.objectives.read_positions import read_logps
 from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.train.evaluate.scores import Completer
+from jaxft.train.evaluate.scored_completions import Completer
 from jaxft.tree import Params, nearest
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hub import hub

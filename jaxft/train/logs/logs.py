@@ -26,7 +26,7 @@ from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.settings.record import recorded_defaults
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
-from jaxft.train.evaluate.scores import held_out_prompts, position_lines
+from jaxft.train.evaluate.scored_completions import held_out_prompts, position_lines
 from jaxft.train.logs.clock import Clock
 from jaxft.train.partition import parameter_rows
 from jaxft.train.start.attention_kernels import attention_summary, check_attention

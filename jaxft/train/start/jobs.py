@@ -26,7 +26,7 @@ from jaxft.runs.store.store import check_stored_name
 from jaxft.runs.store.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
-from jaxft.train.evaluate.scores import check_scoring
+from jaxft.train.evaluate.scored_completions import check_scoring
 from jaxft.train.export.calibrate import CalibrationPlan, plan_run
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.settings import Run

@@ -22,7 +22,7 @@ from jaxft.train.compiled import (
     microbatch_shape,
     no_losses,
 )
-from jaxft.train.evaluate import evaluate, scores
+from jaxft.train.evaluate import evaluate, scored_completions
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, sharded_batch
 from jaxft.train.start.jobs import Job
@@ -177,14 +177,14 @@ def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
 
 def compile_samplers(
     job: Job, frozen: tuple[Params, ...], clock: Clock
-) -> Callable[[States], list[scores.Scored]]:
+) -> Callable[[States], list[scored_completions.Scored]]:
     """Return `sample(states)`: completions of held-out prompts by each member with their scores, compiled
     once per rank. clock: shows the progress.
     """
-    run, prompts = job.lead.run, scores.held_out_prompts(job.lead.run, job.sources[0])
-    texts = scores.prompt_texts(prompts, job.tokenizer, job.stop)
-    score = scores.make_scorer(run.scoring, run.samples, texts)
-    by_shape: dict[str, Callable[[Params], list[scores.Completed]]] = {}
+    run, prompts = job.lead.run, scored_completions.held_out_prompts(job.lead.run, job.sources[0])
+    texts = scored_completions.prompt_texts(prompts, job.tokenizer, job.stop)
+    score = scored_completions.make_scorer(run.scoring, run.samples, texts)
+    by_shape: dict[str, Callable[[Params], list[scored_completions.Completed]]] = {}
     complete = []
     for member in job.members:
         p = member.programs
@@ -192,10 +192,12 @@ def compile_samplers(
         key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
         if key not in by_shape:
             decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
-            by_shape[key] = scores.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
+            by_shape[key] = scored_completions.compile_sampler(
+                decoding, prompts, job.tokenizer, params, p.mesh, clock
+            )
         complete.append(by_shape[key])
 
-    def sample(states: States) -> list[scores.Scored]:
+    def sample(states: States) -> list[scored_completions.Scored]:
         return [
             score(one(tree.combine(state.trainable, own)))
             for one, state, own in zip(complete, states, frozen, strict=True)
