@@ -58,7 +58,7 @@ from jaxft.data.rows.invalid import DROP  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.steps import SolutionRows  # noqa: E402
 from jaxft.data.summary import token_pieces  # noqa: E402
-from jaxft.rl.rollout_files import inspect_episodes  # noqa: E402
+from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import named_weights  # noqa: E402
 from jaxft.runs.settings.parse import parse_value  # noqa: E402

@@ -16,8 +16,8 @@ from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rollout_files import engine_sizes
 from jaxft.rl.rollout_layout import score_tokens
+from jaxft.rl.rollout_sampler import engine_sizes
 from jaxft.train.evaluate import evaluate
 from jaxft.train.programs import Programs, reference_step, sharded_batch
 from jaxft.train.settings import Run

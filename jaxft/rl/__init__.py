@@ -9,7 +9,7 @@ reward_models.py: reward models
 advantages.py: group advantages
 token_weights.py: token weights
 estimators.py: GAE and REINFORCE++
-rollout_files.py: rollouts in files: to read, and to replay to the bit
+rollout_sampler.py: rollouts in files: to read, and to replay to the bit
 rollout_layout.py: episodes in rows of tokens, passes of a run's model over these, and values of sampled
     tokens back
 rollout_metrics.py: metrics of a rollout

@@ -36,7 +36,6 @@ from jaxft.rl.environments.environment import Environment, EnvironmentClass, env
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.play import EpisodeLimits, Play
 from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
-from jaxft.rl.rollout_files import EVALUATION, SampleEpisodes, append_table, compile_rollout_sampler
 from jaxft.rl.rollout_layout import (
     BoundRun,
     PackedRows,
@@ -49,6 +48,7 @@ from jaxft.rl.rollout_layout import (
 )
 from jaxft.rl.rollout_metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.rollout_rules import Rules, ScoredEpisodes, fault_messages
+from jaxft.rl.rollout_sampler import EVALUATION, SampleEpisodes, append_table, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean, weight_metrics
 from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Batch, Metrics

@@ -16,8 +16,8 @@ from jaxft.data.packing.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
-from jaxft.rl.rollout_files import clear_records
 from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
+from jaxft.rl.rollout_sampler import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
