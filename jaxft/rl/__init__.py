@@ -7,9 +7,9 @@ online_pairs.py: preference pairs of episodes
 rewards.py: reward functions
 reward_models.py: reward models
 advantages.py: group advantages
-token_weights.py: token weights
+token_weights.py: weights of tokens in the loss: GRPO, DAPO, Dr. GRPO; importance weights: TIS, MIS
 estimators.py: GAE and REINFORCE++
-rollout_sampler.py: rollouts in files: to read, and to replay to the bit
+rollout_sampler.py: episodes sampled with the engine; rollouts in files, to read and to replay to the bit
 rollout_layout.py: episodes in rows of tokens, passes of a run's model over these, and values of sampled
     tokens back
 rollout_metrics.py: metrics of a rollout

@@ -1,4 +1,11 @@
-"""The files of a run's rollouts: completions.jsonl, a sample to read, and rollouts/, all of them."""
+"""Sample the episodes of a rollout with the policy of a run, or read them from the record of an earlier one.
+
+All trajectories of a rollout are written to rollouts/NUMBER.npz in the run's folder, some of them as text to
+completions.jsonl. A run that was killed reads the rollouts that it had sampled with the same weights;
+data.replay=runs/NAME reads another run's. A rollout that is read is repeated to the bit: nothing is sampled
+for it and no environment is called. Held-out prompts are not recorded: an evaluation samples them, also in a
+replay.
+"""
 
 import base64
 import io
@@ -37,6 +44,8 @@ from jaxft.tree import Params
 
 TABLE_ROWS, PER_PROMPT = 8, 2  # of completions.jsonl, for each rollout
 RECORDS = "rollouts"  # the folder of recorded rollouts
+EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
+SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
 
 
 def table_indices(count: int, group: int) -> list[int]:
@@ -229,10 +238,6 @@ def from_bytes(content: bytes) -> list[Trajectory]:
         )
         found.append(Trajectory(**own | tuples | {"segments": tuple(segments), "faults": tuple(faults)}))
     return found
-
-
-SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
-EVALUATION = 2**31 - 1  # rollout number from which the sampling key of held-out prompts is derived
 
 
 def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_size: int) -> SampleEpisodes:

@@ -1,9 +1,17 @@
-"""Rules for the weight of a token in the loss of an optimizer batch.
+"""Weights of tokens in the loss: rules for an optimizer batch, and importance weights of sampled tokens.
 
 A rule is a function (lengths, mask, max_new) -> weight of a token of each completion, [G, N]. lengths: tokens
 of each completion, 0 for an empty slot. mask: completions with a loss (with a score, not filtered out, ...).
 max_new: the limit of a completion's length, which most rules ignore. The weights of all tokens in the mask
 sum to 1, except for constant_length and sequence_sum; outside of it they are 0.
+
+A correction is a function (log rho [n, S], lengths [n]) -> ImportanceWeights. rho is pi_old / mu of a token:
+its probability in the training program, which recomputes log-probs, over its probability in the sampler. Both
+have the same parameters, but they round sums in another order, and the sampler's cache may be quantised. A
+correction multiplies each token's advantage by a weight, without gradient, so that the policy loss is an
+expectation under the training program; the KL penalty and the entropy bonus stay as they are. Set its bounds
+with partial, as in partial(masked_tokens, least=0.5, most=5.0). The first four have the values and default
+bounds of TRL 1.16's vllm_importance_sampling_mode.
 """
 
 from collections.abc import Callable

@@ -8,5 +8,5 @@ generation.py: the choices of a request as pieces of text
 served.py: the models of the server and the chat: a base with any number of adapters
 served_model.py: prompts by the name of a model
 server.py: the ASGI application (its page is `chat_page.html`)
-terminal_chat.py: a conversation in the terminal and its commands
+terminal_chat.py: a conversation in the terminal and its commands; episodes that a person plays
 """

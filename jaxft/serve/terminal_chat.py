@@ -1,4 +1,6 @@
-"""A conversation in the terminal: its turns, its models, and the commands that change both."""
+"""In the terminal: a conversation with models and its commands; a person who plays episodes of an
+environment in the policy's place.
+"""
 
 import json
 import queue
@@ -21,6 +23,7 @@ from jaxft.serve.api_response import Piece
 from jaxft.serve.generation import choice_texts, token_requests
 from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt
 
+CALL = "/call"  # of a tool, in a turn that a person types
 HELP = """\
 /use NAME          chat with this model ("base" is the one without adapter); two names respond side by side
 /models            list the models
@@ -244,9 +247,6 @@ def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedMo
             "chat with a larger --max-prompt"
         )
     return prompt
-
-
-CALL = "/call"
 
 
 class TypedTurns:

@@ -4,7 +4,7 @@ python_api.py: `jaxft.train`, `prepare`, `load` and `evaluate`, for notebooks an
 settings.py: Run and Loop
 recipes.py: groups of knobs that recipes share
 loop.py: the train loop
-step.py: the train step
+step.py: the train step; norms by layer
 programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
 partition.py: the trainable mask and the parameter table

@@ -1,4 +1,9 @@
-"""A calculator with two tools: expressions that take both, such as 17 * 23 + 58 and (17 + 23) * 58."""
+"""Environments that ship with jaxft, each with its rows: a calculator, guess a number, a code interpreter,
+and search over a small corpus.
+
+Search is by words, BM25: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15:
+score(d) = sum over words w of the query of idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / mean)).
+"""
 
 import functools
 import math
@@ -14,10 +19,15 @@ from jaxft.rl.environments.sandbox import SandboxLimits, run_python
 from jaxft.rl.rewards import last_number
 
 OPERATORS = {"add": ("+", operator.add), "multiply": ("*", operator.mul)}
+Passages = tuple[str, ...]  # of a corpus
+K1, B = 1.5, 0.75  # of BM25
 
 
 class Calculator:
-    """The reward is 1 if the last number of the final turn is the row's answer. Rows: `calculator_rows`."""
+    """A calculator with two tools, for expressions such as 17 * 23 + 58 and (17 + 23) * 58.
+
+    The reward is 1 if the last number of the final turn is the row's answer. Rows: `calculator_rows`.
+    """
 
     def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
@@ -93,7 +103,10 @@ def _question(rng: random.Random, names: Sequence[str]) -> tuple[RowColumns, lis
 
 
 class GuessNumber:
-    """The reward is 1 for the right number. Rows: `guess_rows`; data.max_turns limits the guesses."""
+    """Guess a number; each guess is answered by "Higher." or "Lower.".
+
+    The reward is 1 for the right number. Rows: `guess_rows`; data.max_turns limits the guesses.
+    """
 
     def reset(self, row: RowColumns) -> None:
         """Begin with the row's own prompt."""
@@ -117,7 +130,9 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 
 
 class CodeInterpreter:
-    """The reward is 1 if the last number of the final turn is that of the row's answer, or if the text is
+    """A Python tool: the model writes programs, which the sandbox runs, and reads their output.
+
+    The reward is 1 if the last number of the final turn is the last of the row's answer, or if the text is
     the answer where that has no number. A subclass may have other `limits`.
     """
 
@@ -148,13 +163,11 @@ class CodeInterpreter:
         return found.output or "[no output; print what you want to read]"
 
 
-Passages = tuple[str, ...]
-K1, B = 1.5, 0.75
-
-
 class Search:
-    """The reward is 1 if the final turn contains the row's answer. Rows: `search_rows`, on the invented
-    villages of `villages`. A subclass may search another corpus:
+    """A search tool over a small corpus, for questions that need one or two searches.
+
+    The reward is 1 if the final turn contains the row's answer. Rows: `search_rows`, on the invented villages
+    of `villages`. A subclass may search another corpus:
 
         class Manual(Search):
             corpus = tuple(open("manual.txt").read().split("\\n\\n"))

@@ -1,5 +1,4 @@
-"""A loaded model as lm-evaluation-harness (EleutherAI, `lm_eval`) uses one: token ids, log-probabilities of
-continuations, completions.
+"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, and a loaded model as it uses one.
 
 Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
 are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
@@ -35,15 +34,11 @@ from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hub import hub
 from jaxft.weights.pretrained import check_token_id
 
+FEW_READS = 32  # read positions of rows with short continuations, such as those of multiple choice
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # its names
 # Arguments of generation that jaxft does not have, with the value that changes nothing
-NO_EFFECT = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1,
-    "use_cache": True,
-}
+NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
 # Settings of generation_config.json that change greedy completions of the hf backend, and not those of jaxft
 UNREAD = (
     "repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_length", "min_new_tokens",
@@ -303,9 +298,6 @@ def make_harness_model(backend: HarnessBackend) -> Any:
             return backend.chat_text(chat_history, add_generation_prompt)
 
     return HarnessModel()
-
-
-FEW_READS = 32  # read positions of rows with short continuations, such as those of multiple choice
 
 
 class Continuation(NamedTuple):

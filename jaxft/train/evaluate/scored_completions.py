@@ -1,5 +1,5 @@
-"""Scores of completions: of a run's held-out prompts, before and after training, against the responses in
-their rows; and of the prompts in a file (`jaxft evaluate --by`). pass@k.
+"""Completions with their scores: of a run's held-out prompts before and after training, and of the prompts
+in a file (`jaxft evaluate --by`). pass@k.
 """
 
 import hashlib
@@ -48,6 +48,8 @@ from jaxft.tree import Params
 from jaxft.weights.pretrained import check_token_id
 
 COMPLETIONS_AT_ONCE = 32  # that are in progress
+ANSWER = "answer"  # the column that score functions compare with
+CORRECT = 1.0  # the least score of a completion that passes, for pass@k
 
 
 class PromptText(NamedTuple):
@@ -207,10 +209,6 @@ class Completer:
                 "--dtype float32, or check the weights of the model"
             )
         return found
-
-
-ANSWER = "answer"  # the column that score functions compare with
-CORRECT = 1.0  # the least score of a completion that passes, for pass@k
 
 
 class FunctionScores(NamedTuple):

@@ -1,5 +1,5 @@
 """Write a model, with an adapter merged into it or not, as a Hugging Face folder of floats or quantised
-weights.
+weights, or as a GGUF file.
 """
 
 import math
@@ -56,6 +56,8 @@ from jaxft.weights.quantised.file_format import quantize_layout
 from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tensors import Tensor, tensors_of
+
+KEEP = "keep"  # as a GGUF mixture: the types of the file that the model comes from
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def export_run(
     return folder / "model"
 
 
-KEEP = "keep"
+# GGUF
 
 
 def check_gguf_output(out: Path, ref: str) -> None:
