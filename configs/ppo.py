@@ -34,11 +34,10 @@ import jax
 from jaxft.models.heads import HeadSettings, scores, view
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.objective import Objective
-from jaxft.objectives.policy import policy, with_target_kl
+from jaxft.objectives.policy import Critic, policy, value_function, with_target_kl
 from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.rollout import Rollouts

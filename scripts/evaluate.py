@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write the result of each pair or completion as JSON Lines, of --tasks as JSON",
+        help="write the result of each pair, decision or completion as JSON Lines, of --tasks as JSON",
     )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
     group.add_argument("--max-length", type=int, help="most tokens of a row (default: the model's positions)")
@@ -226,7 +226,8 @@ def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[st
 
 
 def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Return the loss of SFT rows, or the preferences of pairs, by the name of the adapter.
+    """Return the loss of SFT rows, the preferences of pairs or the probabilities of decisions, by the name of
+    the adapter.
 
     data: settings of the rows of each.
     """
@@ -253,14 +254,13 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if is_decision(row, columns) and not is_text:
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
-        scores, shared = make_decision_scores(model), {**shared, "packing": args.packing}
-        return {
-            name: scores(
-                one,
-                DecisionRows(args.file, held_out=args.file, **decision_settings(args, data[name]), **shared),
-            )
-            for name, one in loaded.items()
-        }
+        scores, found = make_decision_scores(model), {}
+        shared |= {"packing": args.packing, "held_out": args.file}
+        for name, one in loaded.items():
+            settings = {key: x for key, x in data[name].items() if key not in ("loss_on", "format")}
+            settings |= vars(args.decisions[name])
+            found[name] = scores(one, DecisionRows(args.file, **settings, **shared))
+        return found
     names = {theirs: ours for ours, theirs in map(split_column, columns)}
     fields = {names.get(name, name): value for name, value in row.fields.items()}
     has_label = str(fields.get("label", fields.get("kto_tag"))).lower() in ("true", "false", "1", "0")
@@ -282,18 +282,6 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
         settings = {key: value for key, value in data[name].items() if key != "loss_on"}
         found[name] = preferences(one, PairRows(args.file, **settings, **shared))
     return found
-
-
-def decision_settings(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with which the rows of --file become decisions. data: those of a run's prompts."""
-    from jaxft.data.decision_rows import DecisionRows
-    from jaxft.runs.named_weights import recorded_data
-
-    known = {name: value for name, value in data.items() if name not in ("loss_on", "format")}
-    own = recorded_data(args.record) if args.record else None
-    if not isinstance(own, DecisionRows):
-        return known
-    return {**known, "labels": own.with_labels().labels, "question": own.question}
 
 
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
@@ -380,10 +368,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         record = next(iter(named.values())).record
         args.file, args.split = rows_of(args, record)
-        args.record, args.check = (
-            record,
-            partial(check_recorded_rows, record),
-        )  # called where there is a split
+        args.record, args.check = record, partial(check_recorded_rows, record)  # if there is a split
+        args.decisions = {name: weights.decision for name, weights in named.items()}
         for source in held_out_sources(args.file) if args.split is None else ():
             next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
     for name, weights in named.items():

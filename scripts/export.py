@@ -103,7 +103,7 @@ def arguments() -> argparse.Namespace:
 
 def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, Any]:
     """Return the importances of the inputs of the blocks' linear layers of the merged model."""
-    from jaxft.nn.quant.quant import Quant
+    from jaxft.nn.quant import Quant
     from jaxft.train.export.calibrate import Calibration, input_squares
     from jaxft.train.export.export import importances_of
     from jaxft.weights import pretrained
@@ -126,7 +126,7 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
 def main() -> int:
     """Merge, export, and print a summary."""
     args = arguments()
-    from jaxft.nn.quant import quant
+    from jaxft.nn import quant
     from jaxft.runs.named_weights import named_weights
     from jaxft.train.export import export
     from jaxft.weights.hf import hf

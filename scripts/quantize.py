@@ -76,7 +76,7 @@ def calibrate(args: argparse.Namespace, tokenizer: Any, quant: Any) -> Any:
 def main() -> int:
     """Quantise, write, and print a summary."""
     args = make_parser().parse_args()
-    from jaxft.nn.quant.quant import Quant
+    from jaxft.nn.quant import Quant
     from jaxft.train.export import export
     from jaxft.weights import pretrained
 

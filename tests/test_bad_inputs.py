@@ -40,7 +40,7 @@ from jaxft.data.sft import Rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.nn.quant.quant import quant_setting
+from jaxft.nn.quant import quant_setting
 from jaxft.runs import folder as runfolder
 from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors

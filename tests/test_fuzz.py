@@ -22,7 +22,7 @@ from jaxft.data.sft import Rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.nn.quant.quant import quant_setting
+from jaxft.nn.quant import quant_setting
 from jaxft.report import compare
 from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers import jsonl

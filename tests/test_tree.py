@@ -11,7 +11,7 @@ from tiny_model import CONFIG
 from jaxft import tree
 from jaxft.models.families.llama import llama
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import QTensor, quantize
+from jaxft.nn.quant import QTensor, quantize
 from jaxft.train.partition import partition_params, split_params
 from jaxft.tree import combine, mask_by_path, partition, static, struct
 

@@ -1,5 +1,6 @@
 """The settings that every kind of training data has, and their checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -127,6 +128,12 @@ class DataSettings:
         few = self.invalid == FEW
         how = Tokenising(cache, self.allowed_invalid, self.workers, progress=is_first(), names_first=few)
         return Reader(self.task, tokenizer, self.token_settings, how)
+
+    def settled(self, train: Sequence[TokenisedRows]) -> Self:
+        """Return the settings with what the training rows decide, such as the labels of a classifier. train:
+        the rows of each source.
+        """
+        return self
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings for a model with these attention layers, whose rope may depend on the length of

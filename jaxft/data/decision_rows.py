@@ -1,9 +1,9 @@
 """Rows with a question, choices and an answer as batches of Decisions."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,24 +15,22 @@ from jaxft.annotations import one_of
 from jaxft.batch import Decisions, Tokens
 from jaxft.data.chat import loss_mask
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.decisions import LABEL, LETTERS, answer_tokens
+from jaxft.data.decisions import LETTERS, answer_tokens
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan, ranges
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
 from jaxft.data.packing.sft_tokens import remedy_for_too_long, text_columns
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.rows.dataset_rows import read_rows
-from jaxft.data.rows.example import RESPONSE, Decision, DecisionChoice, ParsedRow
-from jaxft.data.rows.format_choice import choose_format, count_columns, parse_dataset, rename_rows
+from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow
+from jaxft.data.rows.format_choice import choose_format, count_columns
 from jaxft.data.rows.formats import DECISIONS, formats_of
 from jaxft.data.rows.invalid import InvalidRow, attempt, valid
-from jaxft.data.rows.mixture import held_out_sources, parse_sources
 from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import PackedBatches, Rows
 from jaxft.data.source import RowSource
 
-CHOICES = "choices"  # an extra: the tokens of all choices
+CHOICES, NAMES = "choices", "names"  # extras: the tokens of all choices, and their values as JSON
 TOO_LONG = ("drop", "error")
 # Settings of Rows without a meaning here, with the values that they have.
 FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
@@ -42,7 +40,8 @@ FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
 
 
 def _extras(settings: RowSettings) -> ColumnTypes:
-    return {**text_columns(settings), **ragged(CHOICES, np.int32), **ragged(PROBABILITIES, np.float32)}
+    more = {**ragged(CHOICES, np.int32), **ragged(PROBABILITIES, np.float32), **ragged(NAMES, np.uint8)}
+    return {**text_columns(settings), **more}
 
 
 def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
@@ -54,7 +53,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
         yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
 
 
-DECISION_TASK = RowTask(DECISIONS, 3, "max_length", _tokenise, _extras, checks=())
+DECISION_TASK = RowTask(DECISIONS, 4, "max_length", _tokenise, _extras, checks=())
 
 
 def _decision(row: ParsedRow) -> Decision:
@@ -76,6 +75,7 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
     extras = {
         MASS: 1.0, TOKEN_WEIGHTS: np.zeros(0, np.float32), CHOICES: np.array(tokens, np.int32),
         PROBABILITIES: np.array(decision.probabilities, np.float32),
+        NAMES: np.frombuffer(json.dumps([x.name for x in decision.choices]).encode(), np.uint8),
     }  # fmt: skip
     learned = np.arange(len(ids)) == len(ids) - 1
     return [TokenisedRow(ids, learned, (len(ids) - 1, 1), False, 1, 1, extras)]
@@ -89,11 +89,11 @@ class DecisionRows(Rows):
     """Questions with choices of which one is right, or a probability of each: the data of decision models.
 
     format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
-    letters; none: those of the training rows, sorted, which later evaluations read there again: name them
-    if these rows may change. question: asked about the text of such rows, or the
-    instruction of a reranker's. too_long: "drop" leaves a row out that has more tokens than max_length,
-    "error" stops; a decision cannot be truncated. packing: whether a row of max_length tokens has several
-    decisions. Other fields: see Rows; loss_on, weighting and sample_by have no meaning here.
+    letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
+    question: asked about the text of such rows, or the instruction of a reranker's. too_long: "drop" leaves a
+    row out that has more tokens than max_length, "error" stops; a decision cannot be truncated. packing:
+    whether a row of max_length tokens has several decisions. Other fields: see Rows; loss_on, weighting and
+    sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()
@@ -116,13 +116,15 @@ class DecisionRows(Rows):
     @property
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        return replace(super().token_settings, labels=self.with_labels().labels, question=self.question)
+        return replace(super().token_settings, labels=self.labels, question=self.question)
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
         """Read, tokenise and plan the batches; see DataSettings.open."""
-        found = super(DecisionRows, self.with_labels()).open(tokenizer, shards, cache)
-        stats = replace(found.info.stats, learned=_learned_line(found.split.rows, found.split.train))
-        return replace(found, info=replace(found.info, learned_ends={}, stats=stats))
+        found = super().open(tokenizer, shards, cache)
+        rows, train = found.split.rows, found.split.train
+        stats = replace(found.info.stats, learned=_learned_line(rows, train))
+        recorded = {"formats": [*rows.formats], "labels": [*rows.labels]}
+        return replace(found, info=replace(found.info, learned_ends={}, stats=stats, recorded=recorded))
 
     @property
     def batches(self) -> Callable[..., PackedBatches]:
@@ -137,43 +139,24 @@ class DecisionRows(Rows):
         """Return the shapes of the largest batch that the settings allow."""
         return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
 
-    def with_labels(self) -> "DecisionRows":
-        """Return the settings with the labels of the training rows, if these have labels and data.labels
-        names none. Raises ValueError for more labels than there are letters.
+    def settled(self, train: Sequence[TokenisedRows]) -> "DecisionRows":
+        """Return the settings with the labels of the training rows, if these have any and data.labels names
+        none. Raises ValueError for sources with different labels.
         """
-        if self.labels:
-            return self
-        found = set[str]()
-        for source in parse_sources(self.train):
-            found |= _labels_of(source.ref, source.adapt(self))
-        if len(found) > len(LETTERS):
+        found = dict.fromkeys(rows.labels for rows in train if rows.labels)
+        if len(found) > 1:
+            sets = " and ".join(",".join(labels)[:80] for labels in found)
             raise ValueError(
-                f"data.train={self.train}: the rows have {len(found)} different labels, and a decision has "
-                f"at most {len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
+                f"data.train={self.train}: the sources have different labels, {sets}; name those that every "
+                "text is to choose from by data.labels, or give rows choices of their own"
             )
-        return replace(self, labels=tuple(sorted(found)))
-
-
-def _labels_of(ref: str, rows: DecisionRows) -> set[str]:
-    """Return the labels of a dataset, none if its first row has no text and label."""
-    own, formats = islice(read_rows(ref), rows.max_samples), formats_of(DECISIONS)
-    first = [*islice(own, 1)]
-    counts = count_columns(first, rows.columns, formats)
-    format = attempt(choose_format, counts, rows.format, rows.columns, formats)
-    if isinstance(format, InvalidRow) or format.name != LABEL:
-        return set()
-    renamed = rename_rows(format, chain(first, own), rows.columns, formats)
-    labels = [row.fields.get("label") for row in renamed if isinstance(row, Row)]
-    each = chain.from_iterable(label if isinstance(label, Mapping) else (label,) for label in labels)
-    found = {DecisionChoice(label).name for label in each if isinstance(label, str | int | float)}
-    return {label for label in found if label.strip()}
+        return replace(self, labels=next(iter(found), ()))
 
 
 def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
-    certain = int(np.count_nonzero(rows.extras[PROBABILITIES].values[:] == 1))
+    soft = len(train) - int(np.count_nonzero(rows.extras[PROBABILITIES].of(train) == 1))
     counts = rows.extras[CHOICES].counts[train]
     most = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
-    soft = len(rows) - certain
     detail = f"; {soft:,} rows have probabilities" if soft else ""
     return f"one token of each row is learned, its choice of {most}{detail}"
 
@@ -188,18 +171,10 @@ def is_decision(row: Row, columns: Sequence[str]) -> bool:
     return True
 
 
-def choice_names(rows: DecisionRows) -> dict[str, tuple[str, ...]]:
-    """Return the values of the choices of every valid row, as text, by the name of the row. rows: with their
-    labels, see with_labels.
-    """
-    held_out = held_out_sources(rows.held_out) if isinstance(rows.held_out, str) and rows.holds_out else []
-    found = dict[str, tuple[str, ...]]()
-    for source in (*parse_sources(rows.train), *held_out):
-        own = list(islice(read_rows(source.ref), rows.max_samples))
-        for row in parse_dataset(own, DECISIONS, source.adapt(rows).token_settings):
-            if isinstance(row, ParsedRow):
-                found[row.name] = tuple(choice.name for choice in _decision(row).choices)
-    return found
+def choice_names(rows: TokenisedRows, example: int) -> list[str]:
+    """Return the values of a row's choices, as text."""
+    names: list[str] = json.loads(rows.extras[NAMES][example].tobytes())
+    return names
 
 
 # ---- batches
@@ -247,10 +222,13 @@ class DecisionBatches(PackedBatches):
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
         """Return the name of the decision at a read position."""
+        return self.split.rows.names[self.example_at(batch, number, position)]
+
+    def example_at(self, batch: Tokens, number: int, position: int) -> int:
+        """Return the index of the decision at a read position of a held-out batch."""
         _, rows, reads = batch.read.shape
         row, decision = divmod(position, reads)
-        row += number * rows
-        return self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0][decision]
+        return int(self.held_plan.members[self.held_plan.offsets[number * rows + row] + decision])
 
     def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
         """Return rows [micro, rows, ...] with the choices of the plan's members, in the order of their read

@@ -8,18 +8,22 @@ Accepted rows (`format="auto"` uses the one whose columns are present):
 
 choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean). answer: a
 value, or its probability by value, {"value": p}, or a list of probabilities in the order of the choices. An
-integer is the index of a choice, from 0, unless the choices' values are numbers. label: a name, or an index
-where the names are not all numbers; of a reranker true or false, yes or no, 1 or 0, or the probability of
-yes. All of them may have "weight" and "chat_template_kwargs".
+integer is the index of a choice, from 0, unless the choices' values are numbers. label: a name, an index
+where the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no,
+1 or 0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
 
 A prompt lists its choices as "choice#A ...", and the response is "choice#" with one letter, which is one
 token, so that the probabilities of the choices are read at one position. The response to a reranker's prompt
 is yes or no, as Qwen3-Reranker was trained (arXiv:2506.05176, section 2).
 """
 
+import json
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jaxft.data.rows.columns import messages_of, template_arguments_of, text_of, with_system
@@ -29,6 +33,7 @@ from jaxft.data.rows.invalid import InvalidRow, similar_names
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
 LETTERS = string.ascii_uppercase
+DECISION_FILE = "decision.json"  # in a folder of weights
 TOLERANCE = 0.01  # by which probabilities may differ from a sum of 1
 LABEL_QUESTION = "Which label fits this text?"
 RELEVANCE = "Given a web search query, retrieve relevant passages that answer the query"  # Qwen3-Reranker's
@@ -74,10 +79,61 @@ def decide(
     return Decision(name, asked, tuple(choices), answers, **more)
 
 
+def relevance(name: str, query: str, document: str, instruction: str | None = None) -> Decision:
+    """Return the decision whether a document is relevant, no or yes. instruction: None for RELEVANCE."""
+    text = f"<Instruct>: {instruction or RELEVANCE}\n<Query>: {query}\n<Document>: {document}"
+    return Decision(
+        name, tuple(user_messages(text, JUDGE)), tuple(map(DecisionChoice, NO_YES)), NO_YES, prefix=""
+    )
+
+
 def user_messages(text: str, system: str | None = None) -> list[Message]:
     """Return a user's message, after a system message if there is one."""
     before = [] if not system else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": text}]
+
+
+@dataclass(frozen=True)
+class DecisionPrompts:
+    """What the prompts of a decision model have besides its rows: the labels of a classifier, in the order of
+    their letters, () of others, and data.question.
+    """
+
+    labels: tuple[str, ...] = ()
+    question: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "DecisionPrompts":
+        """Return those of a folder of weights. Raises ValueError for a file that is not jaxft's."""
+        path = folder / DECISION_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            labels, question = found["labels"], found["question"]
+            if not all(isinstance(x, str) for x in labels) or not isinstance(question, str | None):
+                raise TypeError
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}: not the labels and the question of a jaxft run") from error
+        return cls(tuple(labels), question)
+
+    @property
+    def described(self) -> str:
+        """A sentence about the labels, "" without any."""
+        each = zip(LETTERS, self.labels, strict=False)
+        named = ", ".join(f"{letter} {label}" for letter, label in each)
+        return f" Its labels, in the order of their letters: {named}." if named else ""
+
+    def write(self, folder: Path) -> None:
+        """Write them into a folder of weights, if there are any."""
+        if self.labels or self.question:
+            text = json.dumps({"labels": self.labels, "question": self.question}, indent=2) + "\n"
+            (folder / DECISION_FILE).write_text(text, encoding="utf-8")
+
+
+def paths_of_decisions(formats: Iterable[str]) -> tuple[str, ...]:
+    """Return the server's paths for questions such as rows of these formats have."""
+    return tuple(sorted({"/v1/rerank" if x == RERANKER else "/v1/decisions" for x in formats}))
 
 
 # ---- rows
@@ -91,13 +147,9 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     """
     more: dict[str, Any] = {"arguments": template_arguments_of(row)}
     if format == RERANKER:
-        instruction = row.fields.get("instruction") or question or RELEVANCE
-        query, document = text_of(row, "query"), text_of(row, "document")
-        text = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
-        yes, choices = _relevance(row), tuple(map(DecisionChoice, NO_YES))
-        return Decision(
-            row.name, tuple(user_messages(text, JUDGE)), choices, NO_YES, "", (1 - yes, yes), **more
-        )
+        texts = text_of(row, "query"), text_of(row, "document")
+        found, yes = relevance(row.name, *texts, row.fields.get("instruction") or question), _relevance(row)
+        return replace(found, probabilities=(1 - yes, yes), **more)
     if format == LABEL:
         choices = tuple(map(DecisionChoice, labels))
         text = f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}"
@@ -113,6 +165,31 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     else:
         messages = with_system(row, user_messages(text_of(row, "question")))
     return decide(row.name, messages, choices, probabilities=_answer(row, "answer", choices), **more)
+
+
+def label_names(value: Any) -> Iterable[str]:
+    """Return the labels that the column `label` of a classifier's row names, none for what names none."""
+    each = value if isinstance(value, Mapping) else (value,)
+    names = (DecisionChoice(label).name for label in each if isinstance(label, str | int | float))
+    return [name for name in names if name.strip()]
+
+
+def labels_as_choices(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the labels of rows in the order of their letters: numbers by size, others as text. Raises
+    ValueError for one label, and for more than there are letters.
+    """
+    found = {*labels}
+    if len(found) < 2:
+        raise ValueError(
+            f"all rows have the same label, {', '.join(found)[:60]!r}; name all labels by data.labels"
+        )
+    if len(found) > len(LETTERS):
+        raise ValueError(
+            f"the rows have {len(found)} different labels or more, and a decision has at most {len(LETTERS)} "
+            "choices; name fewer by data.labels, or give each row its own choices"
+        )
+    numbers = all(label.lstrip("-").isdecimal() for label in found)
+    return tuple(sorted(found, key=int if numbers else str))
 
 
 def row_choices(name: str, value: Any) -> tuple[DecisionChoice, ...]:
@@ -234,7 +311,10 @@ def _relevance(row: Row) -> float:
 # ---- tokens
 
 
-def answer_tokens(tokenizer: Any, prefix: str, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+@lru_cache(maxsize=32)
+def answer_tokens(
+    tokenizer: Any, prefix: str, answers: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids of a prefix, and the token of each answer after it.
 
     Raises ValueError for an answer that is not one token of its own there.
@@ -250,7 +330,7 @@ def answer_tokens(tokenizer: Any, prefix: str, answers: Sequence[str]) -> tuple[
             f"the tokenizer does not make {wrong[0]!r} one token {where}, at which the probability of a "
             "choice is read; use a model with another tokenizer, or fewer choices"
         )
-    tokens = [ids[-1] for ids in found]
+    tokens = tuple(ids[-1] for ids in found)
     if len({*tokens}) < len(tokens):
         raise ValueError(f"the tokenizer makes two of {', '.join(answers)} the same token; use another model")
-    return before, tokens
+    return tuple(before), tokens

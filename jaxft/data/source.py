@@ -87,11 +87,11 @@ class SourceInfo:
     steps: optimizer steps of the run's epochs or tokens. fingerprint: a hash of everything that the batches
     depend on. preview: the first training row as text. steps_per_rollout: optimizer steps between two points
     where the run may be saved. samples: whether batches are sampled from the model, which takes as long as an
-    evaluation. dependencies: fingerprints of other models that the batches depend on, by their name in the
-    run's record. eval_cost: the work of evaluating held-out rows, relative to that of training on as many:
-    without gradients a third, of sampled completions their number. learned_ends: token id -> number of
-    training and held-out sequences whose last target it is, without truncated ones. warnings: lines for the
-    start of a run.
+    evaluation. recorded: what the batches depend on in addition to the settings, by its name in the run's
+    record: fingerprints of other models, the labels of a classifier. eval_cost: the work of evaluating
+    held-out rows, relative to that of training on as many: without gradients a third, of sampled completions
+    their number. learned_ends: token id -> number of training and held-out sequences whose last target it is,
+    without truncated ones. warnings: lines for the start of a run.
     """
 
     steps: int
@@ -102,7 +102,7 @@ class SourceInfo:
     steps_per_rollout: int = 1
     samples: bool = False
     eval_cost: float = 1 / 3
-    dependencies: dict[str, str] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)
     learned_ends: dict[int, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -44,13 +44,13 @@ from jaxft.nn.attention.cache import (
     GivenChunk,
     NextToken,
     PromptKeys,
+    RowGroups,
     clear_values,
     insert_prompts,
     select_rows,
     sharded,
     widen_prompts,
 )
-from jaxft.nn.attention.cached_attention import RowGroups
 from jaxft.tree import Params
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for

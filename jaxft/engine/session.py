@@ -109,10 +109,9 @@ class Session:
     Where an engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
     of requests that don't choose, by default the engine's sampling and stop tokens.
 
-    >>> session = Session(engine, params, jax.random.key(0))  # doctest: +SKIP
-    >>> session.start([1, 2, 3], episodes=[0, 1])             # doctest: +SKIP
-    >>> [turn.episode for turn in session.wait()]             # doctest: +SKIP
-    [1]
+        session = Session(engine, params, jax.random.key(0))
+        session.start([1, 2, 3], episodes=[0, 1])
+        turns = session.wait()  # of the episodes that ended first
     """
 
     def __init__(

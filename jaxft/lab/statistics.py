@@ -217,7 +217,7 @@ def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) ->
     """Return the probability that a true difference of `gap` is found by the two-sided test at `level`.
 
     >>> round(power(1.0, 1.0, 1000), 3)
-    0.169
+    0.17
     """
     limit, shift = float(stdtrit(freedom, 1 - level / 2)), gap / error
     other_side = nctdtr(freedom, abs(shift), -limit)  # NaN where it is too small to compute

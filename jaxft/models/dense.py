@@ -33,12 +33,13 @@ from jaxft.nn.layers import (
     biased_linear,
     embed_tokens,
     gated_mlp,
+    head_params,
+    lm_head,
     neftune_noise,
     rms_norm,
     saveable,
     split_keys,
 )
-from jaxft.nn.lm_head import head_params, lm_head
 from jaxft.nn.matmul import gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.stack import (

@@ -27,7 +27,7 @@ from jaxft.nn.tensor_names import TensorName
 from jaxft.tree import Params, static, struct
 
 SCORE = TensorName("score.weight", True)  # its name in a checkpoint
-TEACHER = "teacher"  # the name of the run's second model, see models/teacher.py
+TEACHER = "teacher"  # the name of the run's second model, see models/adapted.py
 INIT = normal(0.02)  # transformers' initialisation of a new head
 
 

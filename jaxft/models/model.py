@@ -98,7 +98,7 @@ class Model:
     generates: whether it generates text; if not, head, logits, prefill, extend and decode
         raise ValueError.
     teacher: a second, frozen language model over the same parameter tree, which an objective may read; None
-        without one (see models/teacher.py).
+        without one (see models/adapted.py).
     """
 
     config: ModelConfig

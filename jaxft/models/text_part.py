@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.families.gemma3 import GEMMA3_DEFAULTS
-from jaxft.models.model_types import FAMILIES
-from jaxft.models.unsupported import refusal
+from jaxft.models.families.gemma import GEMMA3_DEFAULTS
+from jaxft.models.model_types import FAMILIES, refusal
 
 
 @dataclass(frozen=True)

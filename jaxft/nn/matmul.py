@@ -1,6 +1,10 @@
-"""Matmuls with plain, quantised and LoRA-adapted weights, and their backward passes."""
+"""Matmuls with plain, quantised and LoRA-adapted weights, and their backward passes.
+
+A tap on a weight collects its inputs while a layer is traced, which the layer's outputs may then contain.
+"""
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,14 +14,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.adapters import dora
-from jaxft.nn.adapters.lora import Adapted
+from jaxft.nn import fp8
+from jaxft.nn.adapters.lora import Adapted, output_factors, scale_outputs
 from jaxft.nn.adapters.lora_rows import adapters_of_rows
 from jaxft.nn.contractions import accumulation_dtype, concat_bits, wide_dot
-from jaxft.nn.layer_inputs import InputTap
-from jaxft.nn.quant import fp8
-from jaxft.nn.quant.quant import QTensor, dequantize, shardings_of
+from jaxft.nn.quant import QTensor, dequantize, is_qtensor, shardings_of
+from jaxft.tree import Params, static, struct
 
 Weight = Any  # Array | QTensor | Adapted | InputTap
 
@@ -130,7 +134,7 @@ def matmul(
     dtype.
 
     w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
-    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/quant/fp8.py), but not for a `wide`
+    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/fp8.py), but not for a `wide`
     result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the fast path
     of every backend), and the gradient of a weight has the precision of the accumulator.
     """
@@ -299,11 +303,49 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
         w = adapters_of_rows(w, x.dtype)
     fn = multi_lora_matmul if w.over else lora_matmul
     if w.gain is not None:
-        return dora.scale_outputs(fn(x, x, w.weight, w.a, w.b, w.scale), w.gain)
+        return scale_outputs(fn(x, x, w.weight, w.a, w.b, w.scale), w.gain)
     dropped = dropout(x, w.dropout, key)
     if w.magnitude is None:
         return fn(x, dropped, w.weight, w.a, w.b, w.scale)
-    factors = dora.output_factors(w.magnitude, expand_after(w.weight, x), w.a, w.b, w.scale)
-    y = dora.scale_outputs(fn(dropped, dropped, w.weight, w.a, w.b, w.scale), factors)
+    factors = output_factors(w.magnitude, expand_after(w.weight, x), w.a, w.b, w.scale)
+    y = scale_outputs(fn(dropped, dropped, w.weight, w.a, w.b, w.scale), factors)
     # as in PEFT, dropout is applied to the input of `(gain - 1) w`, too
     return y if dropped is x else y + matmul(x - dropped, w.weight, False, False)
+
+
+# Taps
+
+
+class Tapped:
+    """The inputs that taps have collected of the layer that is traced."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Float[Array, "... I"]] = {}
+
+    def take(self) -> dict[str, Float[Array, "... I"]]:
+        """Return the inputs of the layer's tapped weights by the names of the taps, and forget them.
+
+        They are tracers: the function of the layer, or the `observe` of a scan over layers, has to call this
+        and to return what it computes from them.
+        """
+        taken, self.inputs = self.inputs, {}
+        return taken
+
+
+@struct
+class InputTap:
+    """A weight [I, O] of which every matmul puts its input into `tapped` under `name`."""
+
+    weight: Any
+    name: str = static()
+    tapped: Tapped = static()
+
+
+def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
+    """Return parameters with taps, named by path, on the weights at `paths`, and what these collect."""
+    tapped = Tapped()
+
+    def leaf(path: str, w: Any) -> Any:
+        return InputTap(w, path, tapped) if path in paths else w
+
+    return tree.map_with_path(leaf, params, is_leaf=is_qtensor), tapped

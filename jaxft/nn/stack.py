@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft.nn import fused_update
+from jaxft import tree
 from jaxft.nn.attention.cache import Cache, GivenChunk, NextToken
 from jaxft.nn.attention.layer_attention import Extras
 from jaxft.tree import Batch, LayerOutputs, Params, static, struct
@@ -235,12 +236,12 @@ def _scan(
 ) -> tuple[Array, Any]:
     """Run a stack's blocks over rows under a remat policy."""
     block, remat, policy = _block(stack, passes, options), options.remat, REMAT[options.remat]
-    if isinstance(params, fused_update.FusedLayers):
+    if isinstance(params, FusedLayers):
         if remat != "full":
             raise ValueError(
                 f"optim.fused_backward recomputes layers from their inputs: use remat=full, got remat={remat}"
             )
-        return fused_update.fused_scan(block, h, params, xs)
+        return fused_scan(block, h, params, xs)
     xs, count = (params, xs), jax.tree.leaves(params)[0].shape[0]
     if policy.blocks > 1:
         if count % policy.blocks:
@@ -331,3 +332,114 @@ def run_stacks(
         (h, carries), values = jax.lax.scan(block, start, (params[stack.name], [one.xs for one in passes]))
         parts += [one.end(*ended) for one, *ended in zip(passes, carries, values, strict=True)]
     return h, tuple(parts)
+
+
+# Updates inside the backward pass, as in LOMO (Lv et al. 2023, arXiv:2306.09782), for any optimizer that
+# takes each layer alone: only one layer's gradient is in memory at a time.
+
+
+FLOATS_OF_SIZE: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.float32}  # by bytes an element
+
+
+class CallCount:
+    """Counts the uses of FusedLayers in a forward pass: their cotangents are right after exactly one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@struct
+class FusedLayers:
+    """The layers of a model in a train step that updates each layer as soon as its gradient is known.
+
+    The backward pass of `fused_scan` returns results in place of cotangents: for `layers` and `state` their
+    updated values, for `squares` (zero) the gradients' sum of squares.
+
+    layers: a tree with the trainable leaves [L, ...], in which `pick` finds the layers. frozen: the other
+    leaves of the layers, None for a trainable one. state: the optimizer state, [L, ...], integers as
+    `float_bits`, since only floats have cotangents. update: (gradients of a layer of `layers`, their norm,
+    (that layer, its state), i) -> ((layer, state), the norm, NaN for an update that is not finite). calls:
+    counts the uses of these layers.
+    """
+
+    layers: Any
+    frozen: Any
+    state: Any
+    squares: Any  # a float scalar
+    pick: Callable = static()
+    update: Callable = static()
+    calls: CallCount = static()
+
+
+def unfused(params: Any) -> Any:
+    """Replace FusedLayers by plain layers, for a forward pass that doesn't train them."""
+
+    def node(x: Any) -> Any:
+        return tree.combine(x.pick(x.layers), x.frozen) if isinstance(x, FusedLayers) else x
+
+    return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, FusedLayers))
+
+
+def float_bits(x: Array) -> Array:
+    """Return integers as floats with the same bits, which are never computed with; floats unchanged."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jax.lax.bitcast_convert_type(x, FLOATS_OF_SIZE[x.dtype.itemsize])
+
+
+def from_float_bits(x: Array, like: Any) -> Array:
+    """Invert float_bits; like: an array of the original dtype."""
+    return x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
+
+
+def layer_at(x: Any, i: Array) -> Any:
+    """Return layer i of stacked leaves."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x)
+
+
+def put_layer(x: Any, layer: Any, i: Array) -> Any:
+    """Return stacked leaves with layer i replaced, in place where possible."""
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
+
+
+def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> tuple[Array, Any]:
+    """Return `jax.lax.scan(body, h, (layers, more))`; its backward pass recomputes each layer and updates it.
+
+    The forward pass stores the layers' inputs. The backward pass carries parameters and state and updates
+    them in place.
+    """
+    c.calls.count += 1
+    count = jax.tree.leaves(c.layers)[0].shape[0]
+
+    def one(h: Array, layer: Any, i: Array) -> tuple[Array, Any]:
+        return body(h, (tree.combine(c.pick(layer), layer_at(c.frozen, i)), layer_at(more, i)))
+
+    @jax.custom_vjp
+    def through(h, layers, state, squares):
+        return forward(h, layers, state, squares)[0]
+
+    def forward(h, layers, state, squares):
+        def step(h, i):
+            after, outputs = one(h, layer_at(layers, i), i)
+            return after, (outputs, h)
+
+        h, (outputs, inputs) = jax.lax.scan(step, h, jnp.arange(count))
+        return (h, outputs), (layers, state, squares, inputs)
+
+    def backward(saved, cotangents):
+        (dh, of_outputs), (layers, state, squares, inputs) = cotangents, saved
+
+        def step(n, now):
+            i = count - 1 - n
+            dh, layers, state, squares = now
+            layer = layer_at(layers, i)
+            _, pull = jax.vjp(partial(one, i=i), layer_at(inputs, i), layer)
+            dh, grads = pull((dh, layer_at(of_outputs, i)))
+            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(squares.dtype), grads))
+            (layer, own), norm = c.update(grads, norm, (layer, layer_at(state, i)), i)
+            return dh, put_layer(layers, layer, i), put_layer(state, own, i), squares + norm * norm
+
+        return jax.lax.fori_loop(0, count, step, (dh, layers, state, squares))
+
+    through.defvjp(forward, backward)
+    return through(h, c.layers, c.state, c.squares)

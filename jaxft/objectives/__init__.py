@@ -4,12 +4,10 @@ objective.py: the Objective type
 sft.py: cross-entropy
 pair.py: the interface of preference losses: PairBatch, and the facts that a loss declares
 preference.py: the objective around a preference loss: reference (also TR-DPO's moving one), reward, metrics
-preference_metrics.py: metrics of pairs
 reward_model.py: Bradley-Terry reward models
 decision.py: probabilities of given choices, trained by proper scoring rules; metrics
 process_reward.py: process reward models: a score for each step of a solution
 policy.py: the objective around a policy loss
-critic.py: value loss
 kl.py: KL estimators and penalties
 logprobs.py: log-probs without whole logits
 read_positions.py: the positions of a row whose log-probs are needed

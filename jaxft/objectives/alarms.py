@@ -20,7 +20,7 @@ from jaxft.objectives.metrics import (
     SKIPPED,
     FloatMetrics,
 )
-from jaxft.objectives.preference_metrics import (
+from jaxft.objectives.pair import (
     ACCURACY,
     ACCURACY_BY_LENGTH,
     CHOSEN_LOGP,

@@ -16,7 +16,7 @@ from jaxft import tree
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
 from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.param import ParamSpec, Specs, is_spec
-from jaxft.nn.quant.quant import LIKE_WEIGHT
+from jaxft.nn.quant import LIKE_WEIGHT
 from jaxft.objectives.losses.target_loss import CROSS_ENTROPY, TargetLoss
 from jaxft.tree import LayerOutputs, Params, struct
 

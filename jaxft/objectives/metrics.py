@@ -150,7 +150,7 @@ class CalibrationError:
         """
         at = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
         at = jnp.where(where, jnp.clip(at, 0, CALIBRATION_BINS - 1), CALIBRATION_BINS).ravel()
-        columns = jnp.stack([jnp.ones_like(confidence), confidence, correct]).reshape(3, len(at))
+        columns = jnp.stack([jnp.ones_like(confidence), confidence, correct]).reshape(3, -1)
         return CalibrationError(jax.vmap(lambda x: jax.ops.segment_sum(x, at, CALIBRATION_BINS))(columns))
 
     def value(self) -> float | None:

@@ -39,7 +39,7 @@ class Facts:
     reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
         policy, "precomputed" the policy at step 0 with its log-probs in the batch, "teacher" the run's
         teacher.
-    teacher: the loss reads the run's teacher in another way (see models/teacher.py).
+    teacher: the loss reads the run's teacher in another way (see models/adapted.py).
     starts_tied: rewards compare the policy with what it is at step 0, so that the pairs of the first step are
         ties, whatever their rounding.
     dropout: whether the policy may be trained with dropout.

@@ -1,4 +1,5 @@
-"""The policy objective of reinforcement learning: a policy loss, a KL penalty, an entropy bonus and a critic.
+"""The policy objective of reinforcement learning: a policy loss, a KL penalty, an entropy bonus and PPO's
+critic.
 
 `policy(model, partial(clipped, eps_high=0.28))` is linear in the batch's policy weights and in its value
 weights. PPO and the GRPO family are this objective with losses of policy_losses.py and advantages and token
@@ -6,28 +7,106 @@ weights of rl/.
 """
 
 from collections.abc import Callable
-from dataclasses import field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout, without_fields
 from jaxft.objectives.alarms import rollout_alarms
-from jaxft.objectives.critic import VALUE_LOSS, Critic, critic_loss
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.losses.numerics import require
 from jaxft.objectives.losses.policy_losses import PolicyBatch, PolicyLoss
-from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Max, Min, Sum, by_row, layer_metrics
+from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Correlation, Max, Min, Sum, by_row, layer_metrics
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import loss_name
 from jaxft.objectives.preference import reference_head
-from jaxft.objectives.read_positions import read_logps_of_heads
+from jaxft.objectives.read_positions import read_logps_of_heads, read_numbers
 from jaxft.objectives.sft import sft
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
+
+VALUE_LOSS, VALUE_CLIP_FRACTION = "loss/value_avg", "val/clipfrac_avg"
+RETURNS_CORRELATION = "val/returns_correlation"
+
+# (params, batch, h [B, T, D] of the policy) -> the expected return at each read position [B, M]
+ValueFunction = Callable[[Params, Rollout, Array], Array]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value function whose loss is added to the policy's, times `coef`.
+
+    clip: how far from the values at sampling the predictions may move before the loss is clipped, None for no
+    clipping.
+    """
+
+    values: ValueFunction
+    coef: Annotated[float, above(0)] = 0.1
+    clip: Annotated[float | None, above(0)] = 0.2
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "Critic")
+
+
+def value_function(
+    hidden: Callable[[Params, Rollout, Array], Array], head: Callable[[Params, Array], Array]
+) -> ValueFunction:
+    """Return the value function `head(params, h [N, m, D]) -> [N, m]` of hidden states.
+
+    hidden(params, batch, h [B, T, D] of the policy) -> [B, T, D] is a forward pass with another adapter, or
+    returns h.
+    """
+
+    def values(params: Params, batch: Rollout, h_BTD: Float[Array, "B T D"]) -> Float[Array, "B M"]:
+        states = hidden(params, batch, h_BTD)
+        return read_numbers(partial(head, params), states, batch.read, batch.lengths.shape[1])
+
+    return values
+
+
+def value_loss(
+    values: Float[Array, "B M"], old: Float[Array, "B M"], returns: Float[Array, "B M"], clip: float | None
+) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
+    """(`max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2`, where the clipped term is the larger one); as in
+    TRL's PPO.
+
+    With clip=None `(v - R)^2 / 2`.
+    """
+    plain = (values - returns) ** 2
+    if clip is None:
+        return plain / 2, jnp.zeros(values.shape, bool)
+    clipped = (jnp.clip(values, old - clip, old + clip) - returns) ** 2
+    return jnp.maximum(plain, clipped) / 2, clipped > plain
+
+
+def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollout) -> tuple[Array, Metrics]:
+    """Return the critic's weighted loss and its metrics. Raises ValueError if the batch lacks a field."""
+    if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
+        raise ValueError(
+            "a critic needs values, returns and value_weights in the batch. Let the rollout compute them"
+        )
+    chex.assert_equal_shape([values, batch.values, batch.returns, batch.value_weights])
+    weights = batch.value_weights.astype(values.dtype)
+    used = (weights != 0) & (batch.responses < batch.lengths.shape[1])
+
+    def masked(x: Array) -> Array:
+        return jnp.where(used, x.astype(values.dtype), 0)
+
+    predicted, returns = masked(values), masked(batch.returns)
+    losses, clipped = value_loss(predicted, masked(batch.values), returns, critic.clip)
+    cost = jnp.sum(weights * losses)
+    return cost, {
+        VALUE_LOSS: Sum(cost, jnp.sum(weights)),
+        VALUE_CLIP_FRACTION: Sum.of(clipped.astype(values.dtype), used),
+        RETURNS_CORRELATION: Correlation.of(predicted, returns, used),
+    }
+
 
 POLICY_LOSS, APPROX_KL = "loss/policy_avg", "policy/approxkl_avg"
 KL_PER_COMPLETION = "kl_per_completion"

@@ -18,13 +18,15 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.batch import Pairs, without_fields
-from jaxft.nn import fused_update
+from jaxft.nn import stack
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, padded_pair
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.metrics import Sum, by_row, layer_metrics, mean_losses
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import (
+    LOSS_AT_REFERENCE,
+    REFERENCE_RANK_ERROR,
     LossState,
     PairBatch,
     PreferenceLoss,
@@ -34,10 +36,6 @@ from jaxft.objectives.pair import (
     loss_name,
     loss_values,
     pair_batch,
-)
-from jaxft.objectives.preference_metrics import (
-    LOSS_AT_REFERENCE,
-    REFERENCE_RANK_ERROR,
     pair_metrics,
     pair_token_metrics,
     pair_values,
@@ -245,7 +243,7 @@ def reference_params(params: Params, aux: Aux) -> Params:
     one if there is one.
     """
     if "reference" in aux:
-        return tree.combine(aux["reference"], fused_update.unfused(params))
+        return tree.combine(aux["reference"], stack.unfused(params))
     initial = {"adapter": params[INITIAL_ADAPTER]} if INITIAL_ADAPTER in params else {}
     return {"base": params["base"], **initial}
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxft.distributed.sharding import constrain, num_shards
 from jaxft.nn.adapters.lora import Several
-from jaxft.nn.lm_head import head_of_tokens
+from jaxft.nn.layers import head_of_tokens
 from jaxft.objectives.logprobs import (
     Graded,
     HeadInput,

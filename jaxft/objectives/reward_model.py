@@ -42,7 +42,7 @@ from jaxft.objectives.metrics import (
     mean_losses,
 )
 from jaxft.objectives.objective import Objective, Report
-from jaxft.objectives.preference_metrics import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
+from jaxft.objectives.pair import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
 from jaxft.objectives.read_positions import read_scores
 from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 

@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Key
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.nn.fused_update import CallCount, FusedLayers, float_bits, from_float_bits
+from jaxft.nn.stack import CallCount, FusedLayers, float_bits, from_float_bits
 from jaxft.objectives.objective import Objective
 from jaxft.optim.layerwise import joined_states
 from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.transforms import stack_of
+from jaxft.optim.rules import stack_of
 from jaxft.optim.update import StepInfo, Updated, all_finite, to_float32
 from jaxft.tree import Batch, Grads, Metrics, OptState, Params
 

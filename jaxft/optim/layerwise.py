@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Key
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn.fused_update import layer_at, put_layer
 from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
-from jaxft.optim.transforms import stack_of
+from jaxft.nn.stack import layer_at, put_layer
+from jaxft.optim.rules import stack_of
 from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
 from jaxft.tree import Grads, Mask, OptState, Params
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxft import tree
 from jaxft.distributed.sharding import is_multi_device
 from jaxft.nn.param import Specs, lead_shape, spec_paths
-from jaxft.nn.quant.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
+from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
 from jaxft.optim.rules import UpdateRule, check_adam, with_decay
 from jaxft.optim.update import stochastically_rounded
 from jaxft.tree import OptState, Params, struct

@@ -1,15 +1,16 @@
-"""The Optimizer type, its settings, and how an optimizer is built from them."""
+"""The Optimizer type, its settings, how an optimizer is built from them, and the shardings of its state."""
 
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.tree_utils import tree_map_params
 
 from jaxft import tree
 from jaxft.annotations import (
@@ -25,8 +26,8 @@ from jaxft.annotations import (
     check_bounds,
     name_of,
 )
-from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
-from jaxft.optim.averaging import Averaging, ema
+from jaxft.distributed import sharding
+from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, lead_shape, spec_paths
 from jaxft.optim.layerwise import (
     LayerParts,
     init_layerwise,
@@ -36,9 +37,18 @@ from jaxft.optim.layerwise import (
     no_layer_parts,
     update_layerwise,
 )
-from jaxft.optim.rules import UpdateRule, adamw, mask_of_matrices
+from jaxft.optim.rules import (
+    Averaging,
+    UpdateRule,
+    adamw,
+    apply_per_layer,
+    clip_by_global_norm,
+    ema,
+    in_float32,
+    mask_of_matrices,
+    scale_groups,
+)
 from jaxft.optim.schedules import constant_schedule, cosine_schedule, promoting
-from jaxft.optim.transforms import apply_per_layer, clip_by_global_norm, in_float32, scale_groups
 from jaxft.optim.update import StepInfo, UpdateCheck, guarded_update, standard_promotion, stays_finite
 from jaxft.tree import Grads, OptState, Params
 
@@ -337,3 +347,55 @@ def from_optax(
 def _one_layer(s: ParamSpec) -> ParamSpec:
     """Return the spec of one layer of a stacked parameter."""
     return replace(s, shape=s.shape[1:], axes=s.axes[1:]) if "layers" in lead_axes(s) else s
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Path and shape of a state array; not a pytree, so that tree_map_params treats it as a leaf."""
+
+    path: str
+    shape: tuple[int, ...]
+
+
+def state_shardings(
+    optimizer: Optimizer, opt_state: OptState, params: Params, specs: Specs, mesh: jax.sharding.Mesh
+) -> OptState:
+    """Return a tree of shardings like `opt_state`.
+
+    opt_state, params: ShapeDtypeStructs, those of params with shardings. specs: of the parameters.
+
+    State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every
+    device if the optimizer declares its field as `replicated`. State of no parameter (counts: scalars, or one
+    for each parameter of a stack) is replicated. Raises ValueError for anything else, because a full copy on
+    every device would silently cost memory.
+    """
+    everywhere = sharding.replicated(mesh)
+    leads = {(), *map(lead_shape, spec_paths(specs).values())}
+
+    def of_parameter(x: _Array, param: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        if x.shape == param.shape:
+            return param.sharding
+        return of_other(x, f"differs from its parameter's {list(param.shape)}")
+
+    def of_other(x: _Array, problem: str = "belongs to no parameter") -> jax.sharding.Sharding:
+        if mesh.size == 1 or not set(x.path.split("/")).isdisjoint(optimizer.replicated):
+            return everywhere
+        raise ValueError(
+            f"optim.optimizer={optimizer.name}: its state {x.path} of shape {list(x.shape)} {problem}, so no "
+            "sharding can be derived for it. Return UpdateRule(transform, replicated=(FIELD_NAME,)) to "
+            "store it in full on every device."
+        )
+
+    def of_copy(copy: Any, params: Params) -> Any:
+        """Shardings of a copy of the parameter tree; a leaf may be None or a node of several arrays."""
+        return jax.tree.map(
+            lambda param, part: jax.tree.map(lambda x: of_parameter(x, param), part), params, copy
+        )
+
+    def of_rest(x: _Array) -> jax.sharding.Sharding:
+        return everywhere if x.shape in leads else of_other(x)
+
+    arrays = tree.map_with_path(lambda path, x: _Array(path, x.shape), opt_state)
+    return tree_map_params(
+        optimizer.init, of_copy, arrays, params, transform_non_params=of_rest, is_leaf=lambda _: True
+    )

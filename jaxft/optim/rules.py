@@ -1,16 +1,30 @@
-"""Update rules: AdamW, schedule-free AdamW, Adafactor; the type of a rule, and what all of them share."""
+"""Update rules (AdamW, schedule-free AdamW, Adafactor), averages of weights, transformations of updates."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from jaxft import tree
-from jaxft.nn.param import Specs, is_spec, kernel
-from jaxft.optim.averaging import Averaging, schedule_free
-from jaxft.optim.transforms import apply_per_layer
-from jaxft.tree import Mask, Params
+from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
+from jaxft.optim.update import to_float32
+from jaxft.tree import Mask, OptState, Params
+
+
+class Averaging(NamedTuple):
+    """How an optimizer averages the weights.
+
+    wrap(transform) -> a transformation with the same updates that also maintains the average (schedule-free
+    averaging changes the updates too). averaged(opt_state, params) -> the average, with the structure and
+    dtypes of params.
+    """
+
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    averaged: Callable[[OptState, Params], Params]
 
 
 class UpdateRule(NamedTuple):
@@ -109,3 +123,209 @@ def with_decay(
         optax.add_decayed_weights(weight_decay, mask_of_matrices(specs)),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+EARLY = 9  # after t steps the average spans at most about t / 9 steps
+
+
+class EmaState(NamedTuple):
+    """The number of updates, the average, and the state of the wrapped optimizer."""
+
+    updates: Int[Array, ""]
+    average: Params
+    wrapped: OptState
+
+
+class ScheduleFreeState(NamedTuple):
+    """The number of updates, the sum of their weights in the average, the base optimizer's weights (z in the
+    paper) and its state.
+    """
+
+    updates: Int[Array, ""]
+    total: Float[Array, ""]
+    z: Params
+    wrapped: OptState
+
+
+def ema(decay: float) -> Averaging:
+    """Return the averaging `average_t = d average_(t-1) + (1 - d) weights_t`, in float32 or wider.
+
+    It starts from the weights at step 0, with `d = min(decay, t / (t + 9))`, so that they do not dominate the
+    average of a short run.
+    """
+
+    def wrap(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+        wrapped = optax.with_extra_args_support(transform)
+
+        def init(params: Params) -> EmaState:
+            return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), wrapped.init(params))
+
+        def update(
+            grads: Params, state: EmaState, params: Params | None = None, **extra: Any
+        ) -> tuple[Params, OptState]:
+            updates, inner = wrapped.update(grads, state.wrapped, params, **extra)
+            count = optax.safe_increment(state.updates)
+
+            def move(average: Array, p: Array, u: Array) -> Array:
+                t = count.astype(average.dtype)
+                return average + (1 - jnp.minimum(decay, t / (t + EARLY))) * (p + u - average)
+
+            return updates, EmaState(count, jax.tree.map(move, state.average, params, updates), inner)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def averaged(opt_state: OptState, params: Params) -> Params:
+        found = [state.average for state in _states_of(EmaState, opt_state)]
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), tree.combine(*found), params)
+
+    return Averaging(wrap, averaged)
+
+
+def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
+    """Return the averaging of schedule-free learning (Defazio et al. 2024, arXiv:2405.15682, algorithm 1).
+
+    `wrap` gets the base optimizer, which has no momentum. It updates z with the gradient at the trained
+    weights `y = (1 - b1) z + b1 x`, where x is the average of z over the steps, weighted by their squared
+    learning rates.
+    """
+
+    def wrap(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+        wrapped = optax.with_extra_args_support(transform)
+
+        def init(params: Params) -> ScheduleFreeState:
+            zero = jnp.zeros((), jnp.int32)
+            return ScheduleFreeState(
+                zero, zero.astype(jnp.float32), jax.tree.map(jnp.copy, params), wrapped.init(params)
+            )
+
+        def update(
+            grads: Params, state: ScheduleFreeState, params: Params | None = None, **extra: Any
+        ) -> tuple[Params, OptState]:
+            updates, inner = wrapped.update(grads, state.wrapped, params, **extra)
+            weight = jnp.square(jnp.asarray(schedule(state.updates), jnp.float32))
+            total = state.total + weight
+            c = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+
+            def move(y: Array, z: Array, u: Array) -> Array:
+                # x' = (1 - c) x + c z' and y' = (1 - b1) z' + b1 x', with x = (y - (1 - b1) z) / b1
+                share = c.astype(z.dtype)
+                x_b1 = y - (1 - b1) * z
+                return (1 - share) * x_b1 + (b1 * share + (1 - b1)) * (z + u) - y
+
+            moves = jax.tree.map(move, params, state.z, updates)
+            z = jax.tree.map(jnp.add, state.z, updates)
+            return moves, ScheduleFreeState(optax.safe_increment(state.updates), total, z, inner)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def averaged(opt_state: OptState, params: Params) -> Params:
+        z = tree.combine(*(state.z for state in _states_of(ScheduleFreeState, opt_state)))
+
+        def average(z: Array, y: Array) -> Array:
+            return ((y.astype(z.dtype) - (1 - b1) * z) / b1).astype(y.dtype)
+
+        return jax.tree.map(average, z, params)
+
+    return Averaging(wrap, averaged)
+
+
+def _states_of(kind: type, opt_state: OptState) -> list[Any]:
+    """Return the states of a type in an optimizer state.
+
+    There is one, or one for each group of a layerwise or freezable optimizer, with None in place of the other
+    groups' parameters.
+    """
+    is_kind = partial(_is_instance, kind)
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
+
+
+def _is_instance(kind: type, x: Any) -> bool:
+    return isinstance(x, kind)
+
+
+# Transformations that know the layers, path or dtype of a parameter
+
+
+def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
+    """Apply a transformation to each parameter of a stack (over layers, say) as to a separate
+    parameter. Statistics of a full parameter (factored moments, block RMS) would otherwise mix them.
+    """
+    leads = {path: lead_axes(spec) for path, spec in spec_paths(specs).items()}
+    kinds = {path: (lead, stack_of(path) if "layers" in lead else "") for path, lead in leads.items()}
+    own_kinds = {((), ""), *kinds.values()}
+    masks = {
+        kind: tree.map_with_path(lambda path, _, kind=kind: kinds[path] == kind, specs, is_leaf=is_spec)
+        for kind in sorted(own_kinds, key=lambda kind: (-len(kind[0]), kind))
+    }
+
+    def parts(x: Params | None) -> list[Params | None]:
+        return [None if x is None else tree.partition(x, mask)[0] for mask in masks.values()]
+
+    def each(fn: Callable, lead: tuple[str, ...], *args: Any) -> Any:
+        return fn(*args) if not lead else jax.vmap(partial(each, fn, lead[1:]))(*args)
+
+    def init(params: Params) -> OptState:
+        if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
+            return (transform.init(params),) * len(masks)
+        return tuple(
+            each(transform.init, lead if jax.tree.leaves(own) else (), own)
+            for (lead, _), own in zip(masks, parts(params), strict=True)
+        )
+
+    def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
+        found = [
+            each(transform.update, lead if jax.tree.leaves(own[0]) else (), *own)
+            for (lead, _), *own in zip(masks, parts(updates), state, parts(params), strict=True)
+        ]
+        return tree.combine(*(new for new, _ in found)), tuple(state for _, state in found)
+
+    return optax.GradientTransformation(init, update)
+
+
+def stack_of(path: str) -> str:
+    """Return the name of the stack that a stacked parameter is in: "layers" for base/layers/attn/q and for
+    critic/adapter/layers/attn/q/a.
+    """
+    parts = path.split("/")
+    return parts[max((i + 1 for i, part in enumerate(parts) if part in ("base", "adapter")), default=0)]
+
+
+def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:
+    """Multiply each leaf's update by the factor of the first pattern that matches its path."""
+    factors = jax.tree.map(lambda _: 1.0, specs, is_leaf=is_spec)
+    for pattern, factor in reversed(groups):
+        mask = tree.mask_by_path(factors, pattern, "optim.lr_groups")
+        factors = jax.tree.map(lambda hit, old, new=factor: new if hit else old, mask, factors)
+    by_path = tree.paths(factors)
+    return optax.stateless(lambda updates, _: tree.map_with_path(lambda path, u: by_path[path] * u, updates))
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scale updates down to a global norm of at most `limit`. norm: the global norm if it is already
+    computed.
+    """
+
+    def update(
+        updates: Params, state: OptState, params: Params | None = None, *, norm: Array | None = None, **_: Any
+    ) -> tuple[Params, OptState]:
+        norm = optax.tree.norm(updates) if norm is None else norm
+        factor = jnp.minimum(limit / norm, jnp.ones((), norm.dtype))
+        return jax.tree.map(lambda u: u * factor, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Cast 16-bit gradients and parameters to float32 for a transformation.
+
+    Its state and updates are then float32 as well.
+    """
+    transform = optax.with_extra_args_support(transform)
+
+    def update(
+        updates: Params, state: OptState, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, OptState]:
+        params = None if params is None else to_float32(params)
+        return transform.update(to_float32(updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: transform.init(to_float32(params)), update)

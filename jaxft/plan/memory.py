@@ -8,7 +8,7 @@ import jax
 
 from jaxft import tree
 from jaxft.models.heads import TEACHER
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.quant import is_qtensor
 from jaxft.plan import hlo, traffic
 from jaxft.rl.rollout import Rollouts
 from jaxft.train.programs import Programs

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxft.objectives.metrics import CALIBRATION_BINS
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.objectives.metrics import CALIBRATION_BINS, CalibrationError
 from jaxft.report.compare import first_and_last
 from jaxft.report.markup import escaped, folded, html_table, section
 from jaxft.report.run_files import RunFiles
@@ -22,17 +25,10 @@ class Bin(NamedTuple):
 
 def bins_of(rows: Mapping[str, Mapping[str, float]]) -> list[Bin | None]:
     """Return the bins of CalibrationError from the values of held-out rows, None for one without rows."""
-    found: list[list[tuple[float, float]]] = [[] for _ in range(CALIBRATION_BINS)]
-    for values in rows.values():
-        if CONFIDENCE in values and CORRECT in values:
-            at = -int(-values[CONFIDENCE] * CALIBRATION_BINS // 1) - 1  # ceil - 1
-            found[min(max(at, 0), CALIBRATION_BINS - 1)].append((values[CONFIDENCE], values[CORRECT]))
-    return [_bin(pairs) if pairs else None for pairs in found]
-
-
-def _bin(pairs: Sequence[tuple[float, float]]) -> Bin:
-    confidences, correct = zip(*pairs, strict=True)
-    return Bin(len(pairs), sum(confidences) / len(pairs), sum(correct) / len(pairs))
+    values = [(x[CONFIDENCE], x[CORRECT]) for x in rows.values() if CONFIDENCE in x and CORRECT in x]
+    confidence, correct = jnp.asarray(values, jnp.float32).reshape(-1, 2).T
+    sums = np.asarray(CalibrationError.of(confidence, correct, confidence >= 0).sums)
+    return [Bin(int(count), x / count, y / count) if count else None for count, x, y in sums.T.tolist()]
 
 
 def reliability_section(runs: Sequence[RunFiles]) -> str:

@@ -28,7 +28,7 @@ from jaxft.models import heads
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, of_equal_shapes, with_gains
 from jaxft.nn.attention.layer_attention import varies_with_length
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
 from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes

@@ -546,7 +546,7 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         fingerprint=prompts.prompts_fingerprint(data, train, eval_prompts),
         preview=tokenizer.decode(train.token_ids[0], skip_special_tokens=False),
         stats=stats,
-        dependencies={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
+        recorded={f"reward_{name}_fingerprint": x for name, x in fingerprints.items() if x is not None},
         warnings=(*train.split.warnings, *notes),
     )
 

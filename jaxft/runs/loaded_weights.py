@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
-from jaxft.nn.quant.quant import Quant, QuantKind, quant_setting
+from jaxft.nn.quant import Quant, QuantKind, quant_setting
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.tree import Params
 from jaxft.weights import pretrained

@@ -5,7 +5,6 @@ A held-out metric has the prefix HELD_OUT.
 """
 
 from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD, ZERO_STD
-from jaxft.objectives.critic import VALUE_LOSS
 from jaxft.objectives.decision import BRIER, CONFIDENCE, CORRECT, ECE, LOG_LOSS
 from jaxft.objectives.metrics import (
     ENTROPY,
@@ -19,14 +18,8 @@ from jaxft.objectives.metrics import (
     count_of,
     without_count,
 )
-from jaxft.objectives.preference_metrics import (
-    ACCURACY,
-    CHOSEN_LOGP,
-    CHOSEN_REWARD,
-    MARGIN,
-    REJECTED_LOGP,
-    REJECTED_REWARD,
-)
+from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, CHOSEN_REWARD, MARGIN, REJECTED_LOGP, REJECTED_REWARD
+from jaxft.objectives.policy import VALUE_LOSS
 from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxft.data.decision_rows import DecisionRows
+from jaxft.data.decisions import DecisionPrompts
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
@@ -36,6 +37,13 @@ class NamedWeights(NamedTuple):
         """Where the tokenizer is: with the adapter, if it has one, else with the base."""
         has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return str(self.adapter) if has_own else self.ref
+
+    @property
+    def decision(self) -> DecisionPrompts:
+        """The labels and the question of a decision model, by its run's record or else in its folder."""
+        if self.record is None:
+            return DecisionPrompts.read(self.adapter or Path(self.ref))
+        return decision_prompts(self.record)
 
 
 def named_weights(
@@ -74,6 +82,11 @@ def tools_notes(record: dict[str, Any]) -> list[str]:
         f"note: the run {record.get('name')} was trained with data.{used[0]}, whose tools and turns are not "
         "part of prompts here; `jaxft inspect --run` shows its episodes"
     ]
+
+
+def decision_prompts(record: dict[str, Any]) -> DecisionPrompts:
+    """Return the labels and the question of a decision model by the record of its run."""
+    return DecisionPrompts(tuple(record.get("labels", ())), record.get("data", {}).get("question"))
 
 
 def source_options(source: str | Path) -> dict[str, Any]:
@@ -157,6 +170,7 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     if kind is None:
         raise ValueError(f"data of type {data.get('type')}: its held-out rows are not known here; use --file")
     known = {field.name for field in fields(kind)}
+    data = {**data, **vars(decision_prompts(record))}
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name in known}
     return kind(**values)
 

@@ -254,7 +254,8 @@ class ModelCard:
     the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
     id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
     base. curves, completions: sections with pictures and with sampled completions, or "". command: what
-    trains the same run, or "".
+    trains the same run, or "". labels: a sentence about those of a classifier, or "". served: paths of the
+    server for the questions of a decision model.
     """
 
     name: str
@@ -278,6 +279,8 @@ class ModelCard:
     command: str = ""
     pad: int | None = None
     text_decoder: bool = False
+    labels: str = ""
+    served: tuple[str, ...] = ()
 
 
 def model_card(card: ModelCard) -> str:
@@ -313,6 +316,7 @@ def _description(card: ModelCard) -> list[str]:
         text += f" A LoRA adapter (rank {adapter.rank}) that was trained along with it is merged."
     if model.quantised:
         text += f" The frozen weights were quantised: {model.quantised}."
+    text += card.labels
     return [text, *(["\nTrained by:\n", f"    {card.command}"] if card.command else []), ""]
 
 
@@ -346,7 +350,7 @@ def _usage(card: ModelCard) -> list[str]:
     ]
     if HELD_OUT + names.ECE in card.after["metrics"]:
         lines.append("    jaxft evaluate --run PATH_OF_THIS_FOLDER --file ROWS --out PROBABILITIES")
-        lines.append("    jaxft serve --run PATH_OF_THIS_FOLDER    # POST /v1/decisions")
+        lines += [f"    jaxft serve --run PATH_OF_THIS_FOLDER    # POST {path}" for path in card.served]
     elif card.model.generates:
         lines.append('    jaxft generate --run PATH_OF_THIS_FOLDER --prompt "..."')
     else:

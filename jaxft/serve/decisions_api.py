@@ -1,4 +1,5 @@
-"""/v1/decisions: typed questions about an input, answered by the probabilities of their choices.
+"""/v1/decisions: typed questions about an input, answered by the probabilities of their choices; /v1/rerank:
+documents in the order of their relevance to a query.
 
 The contract is OpenAI's Decisions API as vLLM serves it (docs/serving/online_serving/decisions.md of vLLM),
 for text. A question becomes the prompt of a decision row (data/decisions.py), and its probabilities are read
@@ -13,13 +14,14 @@ from the scores of one next token.
 """
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxft.data.decisions import decide, user_messages
+from jaxft.data.decisions import LABEL_QUESTION, DecisionPrompts, decide, relevance, user_messages
 from jaxft.data.rows.example import Decision, DecisionChoice
 from jaxft.data.rows.invalid import InvalidRow, json_type, similar_names
 from jaxft.engine.sampling import Sampling
@@ -29,7 +31,8 @@ from jaxft.engine.state import WORD
 from jaxft.serve.api_request import ApiError
 from jaxft.serve.served_model import ServedModel, decision_prompt
 
-MOST_QUESTIONS, MOST_LEVELS = 64, 10
+MOST_QUESTIONS, MOST_LEVELS, MOST_DOCUMENTS = 64, 10, 1000
+RERANK_FIELDS = ("model", "query", "documents", "top_n", "return_documents")
 BODY_FIELDS = ("model", "input", "questions", "safety_identifier")
 # Fields of a question by its type: the one with its options, and the one that names an option.
 QUESTION_OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
@@ -45,24 +48,31 @@ class Question:
     decision: Decision
 
 
-@dataclass(frozen=True)
-class DecisionBody:
-    """A request of /v1/decisions."""
-
-    model: str | None
-    questions: tuple[Question, ...]
-
-
-def parse_decisions(body: Mapping[str, Any]) -> DecisionBody:
-    """Check a request of /v1/decisions. Raises ApiError."""
-    _check_fields(body, BODY_FIELDS, "")
-    model, items = body.get("model"), body.get("questions")
+def model_name(body: Mapping[str, Any]) -> str | None:
+    """Return the model that a request names, None for the default one. Raises ApiError."""
+    model = body.get("model")
     if not isinstance(model, str | None):
         raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
+    return model
+
+
+def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
+    """Return the questions of a request of /v1/decisions. Raises ApiError.
+
+    known: of the model. A question of type choice without choices and instructions has those of a classifier.
+    """
+    _check_fields(body, BODY_FIELDS, "")
+    items = body.get("questions")
     if not isinstance(items, list) or not 1 <= len(items) <= MOST_QUESTIONS:
         raise ApiError(400, f"questions must be a list of 1 to {MOST_QUESTIONS} questions", "questions")
     text = _input(body.get("input"))
-    return DecisionBody(model, tuple(_question(text, number, item) for number, item in enumerate(items)))
+    own = {"choices": [{"value": x} for x in known.labels], "instructions": known.question or LABEL_QUESTION}
+    found = []
+    for number, item in enumerate(items):
+        is_choice = isinstance(item, dict) and item.get("type") == "choice"
+        is_own = known.labels and is_choice and item.keys() <= {"type", "name"}
+        found.append(_question(text, number, {**item, **own} if is_own else item))
+    return tuple(found)
 
 
 def _check_fields(item: Mapping[str, Any], names: Sequence[str], where: str) -> None:
@@ -131,6 +141,47 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
             raise ApiError(400, f"{place}: description must be a string", "questions")
         found.append(DecisionChoice(item[key], description))
     return tuple(found)
+
+
+# ---- /v1/rerank
+
+
+@dataclass(frozen=True)
+class RerankBody:
+    """A request of /v1/rerank. documents: their texts. decisions: whether each is relevant. most: results."""
+
+    documents: tuple[str, ...]
+    decisions: tuple[Decision, ...]
+    most: int
+
+
+def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
+    """Check a request of /v1/rerank. known: of the model. Raises ApiError."""
+    _check_fields(body, RERANK_FIELDS, "")
+    query, items = body.get("query"), body.get("documents")
+    if not isinstance(query, str) or not query.strip():
+        raise ApiError(400, "query must be a string with text", "query")
+    texts = [x.get("text") if isinstance(x, dict) else x for x in items] if isinstance(items, list) else []
+    if not 1 <= len(texts) <= MOST_DOCUMENTS or not all(isinstance(x, str) and x.strip() for x in texts):
+        raise ApiError(
+            400, f"documents must be a list of 1 to {MOST_DOCUMENTS} strings with text", "documents"
+        )
+    most = body.get("top_n") or len(texts)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+        raise ApiError(400, f"top_n must be a number of documents, got {most!r:.40}", "top_n")
+    documents = tuple(map(str, texts))
+    asked = (relevance(f"documents[{n}]", query, text, known.question) for n, text in enumerate(documents))
+    return RerankBody(documents, tuple(asked), most)
+
+
+def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
+    """Return the response to a request of /v1/rerank. scores: the probability that each is relevant."""
+    order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
+    results = [
+        {"index": i, "document": {"text": body.documents[i]}, "relevance_score": scores[i]} for i in order
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"id": f"rerank-{secrets.token_hex(12)}", "model": model, "usage": usage, "results": results}
 
 
 # ---- reading the probabilities

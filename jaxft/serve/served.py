@@ -23,7 +23,7 @@ from jaxft.nn.adapters.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant.quant import QuantKind
+from jaxft.nn.quant import QuantKind
 from jaxft.runs.loaded_weights import common_dtype, common_quant, common_residual, read_adapters
 from jaxft.runs.named_weights import NamedWeights
 from jaxft.serve.served_model import ServedModel
@@ -129,7 +129,7 @@ def _served_models(
         chat_template = template_of(tokenizer)
         of_tools = chat_template and (chat_template.tool_use or chat_template)
         own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
-        found[name] = replace(served, plain=plain, tools=tools or own)
+        found[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
 from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.chat.tool_calls import ToolFormat
-from jaxft.data.decisions import answer_tokens
+from jaxft.data.decisions import DecisionPrompts, answer_tokens
 from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
@@ -24,6 +24,7 @@ class ServedModel:
 
     adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
     and has no conversations (data.format=plain). vocab: its embeddings. tools: the format of its tool calls.
+    decision: the labels and the question of a decision model.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServedModel:
     template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
     plain: bool = False
     tools: ToolFormat = "none"
+    decision: DecisionPrompts = DecisionPrompts()
 
 
 def chat_prompt(

@@ -1,7 +1,7 @@
 """An HTTP server for OpenAI's API over the scheduler, as a Starlette application.
 
-/v1/chat/completions, /v1/completions, /v1/decisions and /v1/models, a chat page at /, and /health. Starlette
-is imported where the application is made: it comes with the extra `serve`.
+/v1/chat/completions, /v1/completions, /v1/decisions and /v1/models, Jina's and Cohere's /v1/rerank, a chat
+page at /, and /health. Starlette is imported where the application is made: it comes with the extra `serve`.
 """
 
 import asyncio
@@ -15,12 +15,13 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.data.rows.example import Decision
 from jaxft.data.rows.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, Stopped
 from jaxft.serve.api_request import (
@@ -34,7 +35,16 @@ from jaxft.serve.api_request import (
 )
 from jaxft.serve.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.serve.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
-from jaxft.serve.decisions_api import answer, parse_decisions, probabilities_of, read_of, response
+from jaxft.serve.decisions_api import (
+    answer,
+    model_name,
+    parse_decisions,
+    parse_rerank,
+    probabilities_of,
+    ranked,
+    read_of,
+    response,
+)
 from jaxft.serve.generation import Generation, submit_choices
 from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
 
@@ -109,6 +119,7 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
             route("/v1/chat/completions", partial(_complete, _chat_prompts), "POST"),
             route("/v1/completions", partial(_complete, _text_prompts), "POST"),
             route("/v1/decisions", _decide, "POST"),
+            route("/v1/rerank", _rerank, "POST"),
         ],
         lifespan=lifespan,
         exception_handlers=handlers,
@@ -192,7 +203,7 @@ async def _api_error(request: Any, error: ApiError) -> Any:
 
 
 async def _http_error(request: Any, error: Any) -> Any:
-    known = "use /v1/chat/completions, /v1/completions, /v1/decisions or /v1/models"
+    known = "use /v1/chat/completions, /v1/completions, /v1/decisions, /v1/rerank or /v1/models"
     text = f"{request.method[:20]} {request.url.path[:100]}: {error.detail}; {known}"
     return _json(ApiError(error.status_code, text).body(), error.status_code, error.headers)
 
@@ -353,10 +364,31 @@ def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
 async def _decide(service: Service, request: Any) -> Any:
     """Answer the questions of a request by the probabilities of their choices."""
     fields = await _read(service, request)
-    body = parse_decisions(fields)
-    model, most = service.model(body.model), service.scheduler.sizes.prompt
+    model = service.model(model_name(fields))
+    questions = parse_decisions(fields, model.decision)
+    found, tokens = await _probabilities(service, request, model, [x.decision for x in questions])
+    answers = [answer(x, p, confidence) for x, (p, confidence) in zip(questions, found, strict=True)]
+    return _json(response(model.name, answers, tokens))
+
+
+async def _rerank(service: Service, request: Any) -> Any:
+    """Order the documents of a request by the probability that they are relevant."""
+    fields = await _read(service, request)
+    model = service.model(model_name(fields))
+    body = parse_rerank(fields, model.decision)
+    found, tokens = await _probabilities(service, request, model, body.decisions)
+    return _json(ranked(model.name, body, [p[-1] for p, _ in found], tokens))
+
+
+async def _probabilities(
+    service: Service, request: Any, model: ServedModel, decisions: Sequence[Decision]
+) -> tuple[list[tuple[list[float], float]], int]:
+    """Return the probabilities of the choices of each decision, with the confidence, and the tokens of all
+    prompts.
+    """
+    most = service.scheduler.sizes.prompt
     loop = asyncio.get_running_loop()
-    found: list[asyncio.Future[NewTokens]] = [loop.create_future() for _ in body.questions]
+    found: list[asyncio.Future[NewTokens]] = [loop.create_future() for _ in decisions]
 
     def deliver(future: asyncio.Future[NewTokens], progress: NewTokens) -> None:
         def set_result() -> None:
@@ -365,10 +397,8 @@ async def _decide(service: Service, request: Any) -> Any:
 
         loop.call_soon_threadsafe(set_result)
 
-    with _refusals(fields):
-        reads = await asyncio.to_thread(
-            lambda: [read_of(model, question.decision, most) for question in body.questions]
-        )
+    with _refusals({}):
+        reads = await asyncio.to_thread(lambda: [read_of(model, decision, most) for decision in decisions])
         tickets = service.scheduler.submit(
             [(read.request, partial(deliver, future)) for read, future in zip(reads, found, strict=True)]
         )
@@ -378,12 +408,12 @@ async def _decide(service: Service, request: Any) -> Any:
     finally:
         for ticket in tickets:
             ticket.cancel()
-    answers = []
-    for question, read, progress in zip(body.questions, reads, ended, strict=True):
+    for progress in ended:
         if not progress.tokens:
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
-        answers.append(answer(question, *probabilities_of(read, progress.tokens[0])))
-    return _json(response(model.name, answers, sum(len(read.request.prompt) for read in reads)))
+    pairs = zip(reads, ended, strict=True)
+    tokens = sum(len(read.request.prompt) for read in reads)
+    return [probabilities_of(read, progress.tokens[0]) for read, progress in pairs], tokens
 
 
 async def _unless_left(task: "asyncio.Future[Any]", request: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.param import Specs
-from jaxft.nn.quant.quant import QTensor, Quant, bits_per_param
+from jaxft.nn.quant import QTensor, Quant, bits_per_param
 from jaxft.weights import pretrained
 from jaxft.weights.storage import Storage, StoredModel, in_base, leaf_shapes, leaf_sharding
 

@@ -13,17 +13,15 @@ from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import sharding, threads
 from jaxft.models import model_types
+from jaxft.models.adapted import with_teacher
 from jaxft.models.heads import TEACHER, HeadSettings, with_heads
-from jaxft.models.teacher import with_teacher
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
-from jaxft.nn.quant.quant import CHECKPOINT, QERA
+from jaxft.nn.quant import CHECKPOINT, QERA
 from jaxft.objectives.objective import Objective, Outputs
-from jaxft.optim.freezable import freezable
-from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups
-from jaxft.optim.spikes import skip_spikes
-from jaxft.optim.state_sharding import state_shardings
+from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups, state_shardings
+from jaxft.optim.skipped_updates import freezable, skip_spikes
 from jaxft.runs.run_texts import ModelSummary, StepRows
 from jaxft.train import partition
 from jaxft.train.evaluate import evaluate

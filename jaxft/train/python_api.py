@@ -43,7 +43,7 @@ from jaxft.engine.sampling import Sampling, without_stop
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
-from jaxft.nn.quant.quant import QuantKind
+from jaxft.nn.quant import QuantKind
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal
 from jaxft.runs.folder import SUMMARY, read_record, read_saved_json

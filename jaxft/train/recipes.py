@@ -34,11 +34,11 @@ from jaxft.data.rows.dataset_rows import evaluation_split
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
 from jaxft.distributed.temporary import temporary_folder
+from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
-from jaxft.models.teacher import Teacher
 from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
-from jaxft.nn.quant.quant import CHECKPOINT, Quant, QuantKind
+from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.kl import PenaltyReference
 from jaxft.objectives.losses.target_loss import TargetLoss

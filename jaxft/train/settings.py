@@ -10,11 +10,11 @@ from jaxft.annotations import ABOVE_ZERO, REWARDS, ShortNames, above, at_least, 
 from jaxft.data.data_settings import DataSettings, check_seed
 from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
+from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
-from jaxft.models.teacher import Teacher
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches

@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Int, Key
 from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.nn.param import Specs, layer_numbers, spec_paths
-from jaxft.nn.quant.quant import QTensor, dequantize
+from jaxft.nn.quant import QTensor, dequantize
 from jaxft.objectives.metrics import LOSS_SPIKES, PerLayer, Sum, add, neutral
 from jaxft.objectives.objective import Objective
-from jaxft.optim.freezable import FreezableState
 from jaxft.optim.fused_backward import fused_step
 from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.spikes import SpikeState
+from jaxft.optim.skipped_updates import FreezableState, SpikeState
 from jaxft.optim.update import StepInfo, to_float32
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor
+from jaxft.nn.quant import QTensor
 
 # Bits of a 16-bit float without its sign, from which on it is infinite or NaN. NumPy's own isfinite is slow
 # for float16 and unknown to it for bfloat16.

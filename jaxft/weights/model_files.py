@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor
+from jaxft.nn.quant import QTensor
 
 Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole
 ReadPart = Callable[[Index], np.ndarray]

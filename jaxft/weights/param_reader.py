@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft.models.model import Model
 from jaxft.nn.param import spec_paths
-from jaxft.nn.quant.quant import QTensor
+from jaxft.nn.quant import QTensor
 from jaxft.weights import finite
 from jaxft.weights.hf import hf
 from jaxft.weights.model_files import Index, ModelFiles, full_index

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxft.distributed import sharding
-from jaxft.nn.quant.quant import QTensor, quantize, scales
-from jaxft.nn.quant.quant_formats import encode_scales
+from jaxft.nn.quant import QTensor, quantize, scales
+from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights import finite
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import (

@@ -22,7 +22,7 @@ from jaxft.models.text_part import text_config
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, dequantize
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
 from jaxft.weights import place
 from jaxft.weights.calibrate.calibrated_codes import open_codes

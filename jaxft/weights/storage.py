@@ -14,11 +14,10 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.devices import has_fp8_matmuls
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import fp8, param
 from jaxft.nn.adapters.lora import target_paths
 from jaxft.nn.param import ParamSpec
-from jaxft.nn.quant import fp8
-from jaxft.nn.quant.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize, shardings_of
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize, shardings_of
 from jaxft.weights.quantised.file_format import same_layout
 
 

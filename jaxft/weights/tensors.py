@@ -17,7 +17,7 @@ from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_spec
 from jaxft.nn.param import ParamSpec, spec_paths
-from jaxft.nn.quant.quant import dequantize, is_qtensor
+from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 from jaxft.weights.model_files import Index, ModelFiles, full_index
 
@@ -33,8 +33,7 @@ class Tensor:
     linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
     the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
 
-    >>> tensors_of(model)["layers/attn/q"][3].name
-    'model.layers.3.self_attn.q_proj.weight'
+    `tensors_of(model)["layers/attn/q"][3].name` is "model.layers.3.self_attn.q_proj.weight".
     """
 
     path: str

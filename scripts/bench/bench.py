@@ -116,7 +116,7 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
     from jaxft.nn.adapters.lora import Adapter
-    from jaxft.nn.quant.quant import Quant
+    from jaxft.nn.quant import Quant
     from jaxft.objectives.losses.preference_losses import dpo
     from jaxft.objectives.preference import preference
     from jaxft.objectives.sft import sft

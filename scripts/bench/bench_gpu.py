@@ -153,7 +153,7 @@ def make_run(case: Case, tiny: bool, data: Path) -> Any:
     from jaxft.data.sft import Rows
     from jaxft.models import model_types
     from jaxft.nn.adapters.lora import Adapter
-    from jaxft.nn.quant.quant import Quant
+    from jaxft.nn.quant import Quant
     from jaxft.objectives.losses.preference_losses import dpo
     from jaxft.objectives.preference import preference
     from jaxft.objectives.sft import sft
@@ -193,7 +193,7 @@ def random_base(p: Any) -> Any:
     import jax.numpy as jnp
 
     from jaxft import tree
-    from jaxft.nn.quant.quant import is_qtensor
+    from jaxft.nn.quant import is_qtensor
 
     def fill(path: str, x: Any, kind: str = "") -> Any:
         key = jax.random.fold_in(jax.random.key(0), len(path))

@@ -83,7 +83,7 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
 
     from jaxft.distributed import sharding
     from jaxft.nn.adapters.lora import Adapter
-    from jaxft.nn.quant.quant import Quant, is_qtensor
+    from jaxft.nn.quant import Quant, is_qtensor
     from jaxft.train import partition
     from jaxft.weights import pretrained
 

@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 
 def quant_of(kind: str) -> Any:
     """Parse KIND, KIND:BLOCK, KIND+matmul or KIND+calibrated; None for `none`."""
-    from jaxft.nn.quant.quant import Quant
+    from jaxft.nn.quant import Quant
 
     name, _, block = kind.removesuffix(MATMUL).removesuffix(CALIBRATED).partition(":")
     in_fp8 = True if kind.endswith(MATMUL) else None
@@ -89,7 +89,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
 
     from jaxft.data.sft import Rows
     from jaxft.distributed import sharding
-    from jaxft.nn.quant import quant
+    from jaxft.nn import quant
     from jaxft.objectives.sft import sft
     from jaxft.train.evaluate import evaluate
     from jaxft.weights import pretrained

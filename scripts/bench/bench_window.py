@@ -44,10 +44,9 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
     import jax
     import jax.numpy as jnp
 
+    from jaxft.models.dense_config import FULL, SLIDING
     from jaxft.models.families.mistral import MistralConfig, mistral
-    from jaxft.models.layer_types import FULL, SLIDING
-    from jaxft.nn.attention.cache import NextToken
-    from jaxft.nn.attention.cached_attention import RowGroups
+    from jaxft.nn.attention.cache import NextToken, RowGroups
     from jaxft.nn.param import init_params
 
     types = tuple(

@@ -9,7 +9,7 @@ from tiny_tokenizers import CHATML, tiny
 
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.decisions import answer_tokens, parse
-from jaxft.data.inspection import inspect
+from jaxft.data.inspection import inspect, row_problem
 from jaxft.data.packing.lengths import measure
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.invalid import InvalidRow
@@ -126,11 +126,15 @@ def test_a_reranker_s_prompt_is_the_published_one_of_qwen3():
     assert soft.probabilities == (0.75, 0.25) and "<Instruct>: Find it\n" in soft.messages[1]["content"]
 
 
+def labelled(*labels):
+    return [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+
+
 def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_path):
-    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(["pos", "neg", "pos", "other"])]
+    rows = labelled("pos", "neg", "pos", "other")
     source = source_of(tmp_path, rows)
-    assert source.settings.labels == ("neg", "other", "pos")
-    assert choice_names(source.settings)["r.jsonl:1"] == ("neg", "other", "pos")
+    assert source.info.recorded == {"formats": ["label"], "labels": ["neg", "other", "pos"]}
+    assert choice_names(source.split.rows, 0) == ["neg", "other", "pos"]
     data = DecisionRows(str(tmp_path / "r.jsonl"), held_out="none")
     assert len(measure(data, tiny("chatml"), tmp_path / "cache")) == len(
         [*inspect(data, tiny("chatml")).train()]
@@ -174,12 +178,36 @@ def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path
     assert label_of(1, stars) == label_of("1", stars) == (1, 0, 0, 0, 0)
     with pytest.raises(InvalidRow, match="label '0' is none of the 5 choices"):
         label_of(0, stars)
-    soft = [
-        {"text": "t", "label": {"x": 0.3, "y": 0.7}},
-        {"text": "u", "label": " "},
-        {"text": "v", "label": "z"},
-    ]
-    assert DecisionRows(write(tmp_path, soft)).with_labels().labels == ("x", "y", "z")
+    soft = labelled({"x": 0.3, "y": 0.7}, "z", " ")
+    rows = source_of(tmp_path, soft, invalid="drop", invalid_limit=0.5).split.rows
+    assert rows.labels == ("x", "y", "z") and rows.extras["probabilities"][0] == pytest.approx([0.3, 0.7, 0])
+    assert source_of(tmp_path, labelled(10, 9, 1)).split.rows.labels == ("1", "9", "10")
+
+
+def test_labels_are_counted_in_all_readable_rows_whatever_the_format_is_chosen_by(tmp_path):
+    path = write(tmp_path, [{"text": "no label"}, *labelled("b", "a", "b")])
+    (tmp_path / "r.jsonl").write_text((tmp_path / "r.jsonl").read_text() + "{not JSON\n")
+    for options in ({"format": "auto"}, {"format": "label"}, {"workers": 2}, {"columns": ("label=label",)}):
+        data = DecisionRows(path, held_out="none", invalid="drop", invalid_limit=0.5, **options)
+        rows = data.open(tiny("chatml"), cache=tmp_path / "c").split.rows
+        assert rows.labels == ("a", "b") and len(rows) == 3 and len(rows.invalid) == 2
+    one = (tmp_path / "r.jsonl").read_text().splitlines()[1]
+    assert "valid, has" in row_problem(data.settled([rows]), tiny("chatml"), "r.jsonl:2"), one
+
+
+def test_a_held_out_file_and_all_sources_have_the_labels_of_the_training_rows(tmp_path):
+    train, held = write(tmp_path, labelled("a", "b", "c")), write(tmp_path, labelled("c"), "h.jsonl")
+    split = DecisionRows(train, held_out=held).open(tiny("chatml"), cache=tmp_path / "c").split
+    assert choice_names(split.rows, 3) == ["a", "b", "c"]
+    other = write(tmp_path, labelled("x", "y"), "o.jsonl")
+    with pytest.raises(ValueError, match="different labels, a,b,c and x,y; name .* by data.labels"):
+        DecisionRows(f"{train},{other}", held_out="none").open(tiny("chatml"), cache=tmp_path / "c")
+    with pytest.raises(ValueError, match="h.jsonl:1: label 'z' is none of the 3 choices"):
+        write(tmp_path, labelled("z"), "h.jsonl")
+        DecisionRows(train, held_out=held).open(tiny("chatml"), cache=tmp_path / "c")
+    for labels, message in ((("a",), "the same label, 'a'"), (range(30), "30 different labels or more")):
+        with pytest.raises(ValueError, match=f"{message}.*data.labels"):
+            source_of(tmp_path, labelled(*labels))
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,10 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.key_ranges import key_ranges
 from jaxft.nn.param import spec_paths
-from jaxft.nn.quant.quant import is_qtensor, quantize
-from jaxft.objectives.critic import value_function
+from jaxft.nn.quant import is_qtensor, quantize
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses.policy_losses import clipped
-from jaxft.objectives.policy import policy
+from jaxft.objectives.policy import policy, value_function
 from jaxft.objectives.preference import preference
 from jaxft.objectives.read_positions import SPARE_SLOTS, read_sharding
 from jaxft.objectives.sft import sft

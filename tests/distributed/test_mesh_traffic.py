@@ -12,7 +12,7 @@ from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference
 from jaxft.objectives.sft import sft

@@ -18,7 +18,7 @@ from jaxft.distributed.sharding import MESH_AXES, MeshShape, make_mesh
 from jaxft.models.families.llama import PRESETS, LlamaConfig, llama
 from jaxft.nn import matmul, param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import KINDS, Quant, is_qtensor, quantize
+from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.train import partition
 from jaxft.weights import storage
 from jaxft.weights.quantised.file_format import block_layout

@@ -11,9 +11,9 @@ from jaxft.engine.generate import complete
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
+from jaxft.models.dense_config import FULL, SLIDING
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.families.mistral import MistralConfig, mistral
-from jaxft.models.layer_types import FULL, SLIDING
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
 

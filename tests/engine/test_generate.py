@@ -31,7 +31,7 @@ from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.weights import pretrained, storage
 
 KEY = jax.random.key(5)

@@ -11,8 +11,7 @@ from tiny_families import FAMILIES, VOCAB, both, our_model, params_of, random_id
 
 from jaxft.batch import Rollout, Tokens
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn.attention.cache import GivenChunk, NextToken, insert_prompts
-from jaxft.nn.attention.cached_attention import RowGroups
+from jaxft.nn.attention.cache import GivenChunk, NextToken, RowGroups, insert_prompts
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import Rope
 

@@ -21,7 +21,7 @@ from jaxft.nn import param
 from jaxft.nn.adapters import lora, lora_rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 from jaxft.optim import muon, rules, schedules
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.update import StepInfo

@@ -18,7 +18,7 @@ from jaxft.distributed.sharding import make_mesh
 from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
-from jaxft.nn.quant.quant import dequantize, is_qtensor, quantize
+from jaxft.nn.quant import dequantize, is_qtensor, quantize
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.preference import preference
 from jaxft.objectives.sft import sft

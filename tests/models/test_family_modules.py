@@ -8,8 +8,7 @@ import pytest
 from flax import nnx
 from tiny_families import FAMILIES, both, random_ids, rows, torch_model
 
-from jaxft.models.flax_module import FlaxModel
-from jaxft.models.nnx_module import NnxModel
+from jaxft.models.flax_modules import FlaxModel, NnxModel
 from jaxft.nn.param import spec_paths
 from jaxft.tree import paths
 

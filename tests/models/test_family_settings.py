@@ -8,7 +8,7 @@ import pytest
 from tiny_families import FAMILIES, SIZES
 
 from jaxft.models import model_types
-from jaxft.models.layer_types import FULL, SLIDING
+from jaxft.models.dense_config import FULL, SLIDING
 from jaxft.models.model_types import family_of, has_classifier
 
 FIRST = {kind: name for name, (kind, _) in reversed(FAMILIES.items())}

@@ -12,10 +12,10 @@ from tiny_llama import some_tokens
 from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.models.flax_module import FlaxModel
+from jaxft.models.flax_modules import FlaxModel
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
 MODEL = llama(CONFIG, jnp.float32)

@@ -14,7 +14,7 @@ from jaxft.models.families.phi3 import fused_linear
 from jaxft.nn.adapters.lora import ADAPTERS, Adapted
 from jaxft.nn.matmul import gather_layer, linear
 from jaxft.nn.param import ParamSpec, fan_in, sharding_of
-from jaxft.nn.quant.quant import dequantize, is_qtensor, quantize
+from jaxft.nn.quant import dequantize, is_qtensor, quantize
 from jaxft.plan.hlo import parse_hlo
 from jaxft.plan.traffic import collectives
 from jaxft.weights.storage import leaf_sharding

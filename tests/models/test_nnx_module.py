@@ -14,11 +14,10 @@ from tiny_model import CONFIG
 from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import llama
-from jaxft.models.flax_module import FlaxModel
-from jaxft.models.nnx_module import NnxModel, trainable
+from jaxft.models.flax_modules import FlaxModel, NnxModel, trainable
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 
 MODEL = llama(CONFIG, jnp.float32)
 TOKENS = jax.tree.map(jnp.asarray, some_tokens(vocab=40))

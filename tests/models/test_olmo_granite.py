@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxft.models.layer_types import FULL, SLIDING
+from jaxft.models.dense_config import FULL, SLIDING
 from jaxft.models.model_types import family_of
 from jaxft.nn.rope import Rope
 

@@ -17,9 +17,15 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 
 from jaxft.batch import Tokens
 from jaxft.distributed.sharding import MeshShape, make_mesh, shard_batch
-from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import (
+    ConfigFormat,
+    fields_from_hf,
+    fields_to_hf,
+    for_transformers_4,
+    rope_to_hf,
+    ropes_from_hf,
+)
 from jaxft.models.families.llama import LlamaConfig, from_hf, llama
-from jaxft.models.rope_config import for_transformers_4, rope_to_hf, ropes_from_hf
 from jaxft.nn import param
 from jaxft.nn import rope as our_rope
 from jaxft.nn.rope import Rope

@@ -22,7 +22,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.attention import cache
 from jaxft.nn.param import init_params, is_spec, kernel, spec_paths
-from jaxft.nn.quant.quant import Quant, dequantize, quantize
+from jaxft.nn.quant import Quant, dequantize, quantize
 from jaxft.nn.stack import layer_places, run_layer
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft

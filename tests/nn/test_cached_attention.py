@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from jaxft.nn.attention.attention import dense
-from jaxft.nn.attention.cache import GivenChunk, Keys, NextToken, Step, append, append_chunk, attend, store
-from jaxft.nn.attention.cached_attention import RowGroups
+from jaxft.nn.attention.cache import (
+    GivenChunk,
+    Keys,
+    NextToken,
+    RowGroups,
+    Step,
+    append,
+    append_chunk,
+    attend,
+    store,
+)
 from jaxft.nn.attention.key_ranges import key_ranges, within_window
 from jaxft.nn.attention.layer_attention import AttentionRule
 

@@ -13,11 +13,10 @@ from tiny_model import CONFIG, assert_close
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.families.llama import llama
-from jaxft.nn import matmul, param
+from jaxft.nn import fp8, matmul, param
 from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
-from jaxft.nn.lm_head import lm_head
-from jaxft.nn.quant import fp8
-from jaxft.nn.quant.quant import Quant, dequantize, quantize
+from jaxft.nn.layers import lm_head
+from jaxft.nn.quant import Quant, dequantize, quantize
 from jaxft.train import partition
 from jaxft.weights import storage
 

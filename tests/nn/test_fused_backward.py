@@ -14,7 +14,7 @@ from tiny_run import Place, write_place
 from jaxft.batch import TrainState
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.nn.fused_update import float_bits, from_float_bits
+from jaxft.nn.stack import float_bits, from_float_bits
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.sft import sft

@@ -16,7 +16,7 @@ from jaxft.distributed import sharding
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import layers, matmul
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import dequantize, quantize
+from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
 from jaxft.train import partition
 from jaxft.weights import storage

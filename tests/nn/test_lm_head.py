@@ -7,8 +7,8 @@ import pytest
 
 from jaxft.nn.adapters.full_modules import TokenRows
 from jaxft.nn.adapters.lora import Adapted
-from jaxft.nn.lm_head import head_of_tokens, lm_head
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.layers import head_of_tokens, lm_head
+from jaxft.nn.quant import quantize
 
 V, D, R = 24, 16, 2
 IDS = (3, 20, 4, 11)

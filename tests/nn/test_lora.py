@@ -18,7 +18,7 @@ from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapted, Adapter, attach, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear, lora_matmul
-from jaxft.nn.quant.quant import dequantize, quantize
+from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
 
 KERNELS = ["layers/attn/q", "layers/attn/k", "layers/attn/v", "layers/attn/o"]

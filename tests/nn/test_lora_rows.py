@@ -7,8 +7,7 @@ import pytest
 
 from jaxft.nn.adapters import lora_rows
 from jaxft.nn.adapters.lora import Adapted, Several, attach
-from jaxft.nn.layers import embed
-from jaxft.nn.lm_head import head_params, lm_head
+from jaxft.nn.layers import embed, head_params, lm_head
 from jaxft.nn.matmul import linear
 
 RNG = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
-from jaxft.nn.quant import quant, quant_formats
-from jaxft.nn.quant.quant import (
+from jaxft.nn import quant, quant_formats
+from jaxft.nn.quant import (
     KINDS,
     QTensor,
     Quant,

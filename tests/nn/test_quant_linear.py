@@ -17,8 +17,8 @@ from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import layers, matmul
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
-from jaxft.nn.lm_head import lm_head
-from jaxft.nn.quant.quant import KINDS, Quant, dequantize, is_qtensor, quantize
+from jaxft.nn.layers import lm_head
+from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.sft import sft
 from jaxft.train import partition

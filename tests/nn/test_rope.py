@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.models.rope_config import rope_from_hf
+from jaxft.models.dense_config import rope_from_hf
 from jaxft.nn.rope import (
     Rope,
     attention_scaling,

@@ -15,7 +15,7 @@ from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 from jaxft.objectives import logprobs
 from jaxft.objectives.logprobs import HeadInput, logps_of_heads, token_logps, weighted_loss
 from jaxft.objectives.read_positions import gather_read

@@ -30,9 +30,8 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses import reference_free_losses as F
-from jaxft.objectives.pair import PairBatch, PairTokens, Response
+from jaxft.objectives.pair import PairBatch, PairTokens, Response, pair_metrics
 from jaxft.objectives.preference import implicit_reward, mean_logp, preference
-from jaxft.objectives.preference_metrics import pair_metrics
 
 pytestmark = pytest.mark.usefixtures("x64")
 

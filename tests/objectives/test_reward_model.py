@@ -23,7 +23,7 @@ from jaxft.models.families.llama import llama
 from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics
 from jaxft.objectives.reward_model import Outputs, bradley_terry, reward
 from jaxft.rl import reward_models

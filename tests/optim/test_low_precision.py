@@ -14,7 +14,7 @@ from tiny_run import Place, write_place
 
 from jaxft.nn import param
 from jaxft.nn.param import ParamSpec, full, lead_shape
-from jaxft.nn.quant.quant_formats import DYNAMIC
+from jaxft.nn.quant_formats import DYNAMIC
 from jaxft.optim.low_precision import (
     BLOCK,
     POSITIVE,

@@ -10,9 +10,8 @@ from jaxft.batch import TrainState
 from jaxft.nn.param import ParamSpec, full
 from jaxft.objectives.metrics import Sum, as_floats
 from jaxft.objectives.objective import Objective
-from jaxft.optim.freezable import FreezableState, freezable
 from jaxft.optim.optimizer import Optim, make_optimizer
-from jaxft.optim.spikes import skip_spikes
+from jaxft.optim.skipped_updates import FreezableState, freezable, skip_spikes
 from jaxft.train.step import make_train_step
 from jaxft.train.sweep.multi_adapter import stack_metrics
 

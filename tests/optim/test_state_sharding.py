@@ -13,11 +13,10 @@ from jaxft.nn import param
 from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.muon import muon
-from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.optimizer import Optim, make_optimizer, state_shardings
 from jaxft.optim.rules import UpdateRule, adafactor, adamw, schedule_free_adamw
 from jaxft.optim.schedules import constant_schedule
-from jaxft.optim.spikes import skip_spikes
-from jaxft.optim.state_sharding import state_shardings
+from jaxft.optim.skipped_updates import skip_spikes
 from jaxft.optim.update import StepInfo
 
 SPECS = {

@@ -11,7 +11,7 @@ from tiny_plan import made_up
 from jaxft.data.sft import Rows
 from jaxft.distributed.sharding import MeshShape
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.optim import muon
 from jaxft.optim.optimizer import Optim

@@ -10,7 +10,7 @@ from tiny_plan import HAS_CUDA
 from jaxft.distributed import sharding
 from jaxft.nn import matmul
 from jaxft.nn.adapters.lora import Adapted
-from jaxft.nn.quant.quant import QTensor
+from jaxft.nn.quant import QTensor
 from jaxft.plan import hlo, machines
 
 LAYERS, WIDTH, ROWS, RANK = 3, 1024, 512, 8

@@ -18,7 +18,7 @@ from tiny_plan import CHIP, HAS_CUDA, HAS_TPU, TINY, made_up, tiny, tiny_pairs, 
 
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.plan import machines, plan
 from jaxft.plan import programs as plan_programs
 from jaxft.plan import text as plan_text

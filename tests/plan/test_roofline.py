@@ -8,7 +8,7 @@ import pytest
 from tiny_plan import TINY, made_up, tiny
 
 from jaxft.distributed import sharding
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.plan import plan, roofline, traffic
 from jaxft.plan import text as plan_text
 from jaxft.plan.flops import Flops, flops, is_fp8, matmul_flops

@@ -429,9 +429,9 @@ def test_the_fingerprint_of_a_reward_model_is_a_dependency():
     rules = SimpleNamespace(rewards=(reward,), train_on_truncated=True, filter=None)
     data = replace(Rollouts("x", rules=Rules((number,))), rules=rules)
     info = rollouts.rollout_info(data, TOKENIZER, stored_prompts(2), stored_prompts(2))
-    assert info.dependencies == {"reward_judge_fingerprint": "abc"}
+    assert info.recorded == {"reward_judge_fingerprint": "abc"}
     plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[stored_prompts(2)] * 2)
-    assert plain.dependencies == {}
+    assert plain.recorded == {}
 
 
 def test_tools_that_the_template_leaves_out_of_a_prompt_are_a_warning(tmp_path):

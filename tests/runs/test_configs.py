@@ -9,8 +9,8 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft import tree
+from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
-from jaxft.models.teacher import Teacher
 from jaxft.nn import param
 from jaxft.objectives.preference import EMAReference
 from jaxft.runs.settings import config, record

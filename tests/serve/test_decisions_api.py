@@ -1,4 +1,4 @@
-"""/v1/decisions: vLLM's documented request, answered with the probabilities of the model's own logits."""
+"""/v1/decisions and /v1/rerank: answers are the probabilities of the model's own logits."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +7,10 @@ import tiny_served as tiny
 from running_server import Running
 
 from jaxft.batch import Tokens
+from jaxft.data.decisions import DecisionPrompts, parse
+from jaxft.data.rows.dataset_rows import Row
 from jaxft.serve.api_request import ApiError
-from jaxft.serve.decisions_api import parse_decisions
+from jaxft.serve.decisions_api import parse_decisions, parse_rerank, ranked
 
 INPUT = "The rank broke."  # texts are short: the tiny model reads 128 tokens, most of them bytes
 PREDICATE = {
@@ -51,7 +53,7 @@ def read_by_hand(question, choices):
     return p[letters] / p[letters].sum(), p[letters] / p.sum()
 
 
-def test_vllms_documented_request_is_answered_by_the_models_logits(running):
+def test_questions_of_every_type_are_answered_by_the_models_logits(running):
     body = {"model": "base", "input": INPUT, "questions": [PREDICATE, CHOICE, SCORE]}
     status, found, _ = running.send("POST", "/v1/decisions", body)
     assert status == 200 and found["model"] == "base"
@@ -98,6 +100,7 @@ def test_messages_are_read_as_their_text_and_every_choice_has_a_probability(runn
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"questions": [{"type": "choice"}]}, "instructions"),
         ({"input": None}, "input must be a string"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "role user"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_text"),
@@ -115,5 +118,60 @@ def test_messages_are_read_as_their_text_and_every_choice_has_a_probability(runn
 )
 def test_a_wrong_request_is_refused_in_one_line(change, message):
     with pytest.raises(ApiError) as error:
-        parse_decisions({"model": "base", "input": INPUT, "questions": [PREDICATE], **change})
+        body = {"model": "base", "input": INPUT, "questions": [PREDICATE], **change}
+        parse_decisions(body, DecisionPrompts())
     assert error.value.status == 400 and message in error.value.message and "\n" not in error.value.message
+
+
+def test_vllms_documented_request_is_read_as_three_questions():
+    # docs/serving/online_serving/decisions.md of vLLM
+    found = parse_decisions(
+        {
+            "model": "Qwen/Qwen3-0.6B",
+            "input": "The package arrived with a broken screen.",
+            "questions": [
+                {"type": "predicate", "name": "damaged",
+                 "instructions": "Does the customer report a damaged item?"},
+                {"type": "choice", "name": "department",
+                 "instructions": "Which department should handle this complaint?",
+                 "choices": [{"value": "returns"}, {"value": "billing"}]},
+                {"type": "score", "instructions": "How severe is the damage?",
+                 "levels": [{"label": "cosmetic"}, {"label": "broken"}]},
+            ],
+        },
+        DecisionPrompts(),
+    )  # fmt: skip
+    assert [(x.type, x.name) for x in found] == [
+        ("predicate", "damaged"), ("choice", "department"), ("score", None)
+    ]  # fmt: skip
+    assert found[1].decision.messages[-1]["content"] == (
+        "The package arrived with a broken screen.\n\nWhich department should handle this complaint?\n\n"
+        "Answer with one of these choices:\nchoice#A returns\nchoice#B billing"
+    )
+
+
+def test_a_classifier_is_asked_for_its_own_labels():
+    known = DecisionPrompts(("bad", "good"), "Is it good?")
+    own, other = parse_decisions(
+        {"input": "x", "questions": [{"type": "choice", "name": "n"}, CHOICE]}, known
+    )
+    row = parse(Row("r:1", {"text": "x", "label": 0}), "label", *vars(known).values())
+    assert own.decision.messages == row.messages and own.decision.choices == row.choices
+    assert [x.value for x in other.decision.choices] == ["user", "model"]
+
+
+def test_documents_are_ranked_by_the_probability_of_yes(running):
+    body = {"model": "base", "query": "rank", "documents": ["a", {"text": "b"}], "top_n": 1}
+    with pytest.raises(ApiError, match="query"):
+        parse_rerank({**body, "query": ""}, DecisionPrompts())
+    for change in ({"documents": []}, {"documents": ["a", 3]}, {"top_n": "x"}, {"max": 3}):
+        with pytest.raises(ApiError, match=next(iter(change))):
+            parse_rerank({**body, **change}, DecisionPrompts())
+    found = parse_rerank(body, DecisionPrompts(question="Find it"))
+    row = parse(Row("r", {"query": "rank", "document": "b", "label": 1}), "reranker", (), "Find it")
+    assert found.decisions[1].messages == row.messages and found.decisions[1].answers == row.answers
+    answer = ranked("m", found, [0.2, 0.7], 9)
+    assert answer["results"] == [{"index": 1, "document": {"text": "b"}, "relevance_score": 0.7}]
+    assert answer["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
+    refused = running.send("POST", "/v1/rerank", body)  # its tokenizer has no token yes
+    assert refused[0] == 400 and "one token" in refused[1]["error"]["message"]

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from jaxft.engine.programs import Engine, compiler_options, program_tracers
 from jaxft.engine.state import Decoding, slots_for
-from jaxft.nn.attention.cache import NextToken, insert_prompts
-from jaxft.nn.attention.cached_attention import RowGroups
+from jaxft.nn.attention.cache import NextToken, RowGroups, insert_prompts
 
 ENGINES = {}
 

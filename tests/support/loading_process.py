@@ -12,7 +12,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.train import partition
 from jaxft.weights import init, pretrained
 from jaxft.weights.gguf import gguf

@@ -15,7 +15,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.reward_model import reward
 from jaxft.weights.peft.adapters import read_adapter_settings
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
 

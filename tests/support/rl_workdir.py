@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxft.models.heads import HeadSettings, scores, view
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.objectives.critic import Critic, value_function
+from jaxft.objectives.policy import Critic, value_function
 from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward
 from jaxft.objectives.policy import policy, with_target_kl
 from jaxft.objectives.losses.policy_losses import clipped

@@ -13,10 +13,10 @@ from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import policy
-from jaxft.objectives.critic import Critic, value_function
 from jaxft.objectives.kl import FixedKL, KLInReward
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.losses.preference_losses import dpo
+from jaxft.objectives.policy import Critic, value_function
 from jaxft.objectives.preference import preference
 from jaxft.objectives.sft import sft
 from jaxft.plan import machines

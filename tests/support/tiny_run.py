@@ -33,7 +33,7 @@ from jaxft.data.sft import Rows
 from jaxft.engine.sampling import Sampling
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.optim.optimizer import Optim
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.train.recipes import SftKnobs
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for

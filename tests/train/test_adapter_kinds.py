@@ -21,7 +21,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings, with_scalar_head
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.runs.settings.config import knob_names, load_config, resolve_config
 from jaxft.runs.trackers.jsonl import read_entries

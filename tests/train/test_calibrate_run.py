@@ -20,7 +20,7 @@ from jaxft.cli import cli
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
-from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train.export import calibrate
 from jaxft.train.export.calibrate import calibrate_base, rows_of_source

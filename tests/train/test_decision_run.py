@@ -1,6 +1,7 @@
 """The recipe decision on a tiny model: it learns, its numbers agree in log, evaluation, card and report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,22 +38,32 @@ def finished(tmp_path_factory):
     return run
 
 
-def test_a_run_learns_and_its_evaluation_and_report_have_its_calibration(finished, monkeypatch, capsys):
+@pytest.fixture
+def evaluate(finished, monkeypatch, capsys):
+    """Run the command in the folder of the run; return its metrics and the lines of --out."""
+    monkeypatch.setenv("JAXFT_CACHE", str(finished.parents[1] / "cache"))
+    monkeypatch.chdir(finished.parents[1])
+
+    def run(*argv):
+        code, out, err = call(
+            monkeypatch, capsys, "evaluate", *argv, "--json", "--out", "p.jsonl", "--dtype", "float32"
+        )
+        assert code == 0, err
+        return json.loads(out), [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_a_run_learns_and_its_evaluation_and_report_have_its_calibration(finished, evaluate):
     after = json.loads((finished / "summary.json").read_text())["after"]["metrics"]
     assert after["eval_accuracy"] > 0.8 and after["eval_loss"] == pytest.approx(after["eval_log_loss"])
     card = (finished / "README.md").read_text()
     for text in ("| eval_accuracy | 0.5", "| eval_ece | 0.", "# POST /v1/decisions", "jaxft evaluate --run"):
         assert text in card
-    monkeypatch.setenv("JAXFT_CACHE", str(finished.parents[1] / "cache"))
-    monkeypatch.chdir(finished.parents[1])
-    argv = ("--run", finished, "--json", "--out", "p.jsonl", "--dtype", "float32")
-    code, out, err = call(monkeypatch, capsys, "evaluate", *argv)
-    assert code == 0, err
-    found = json.loads(out)
+    found, written = evaluate("--run", finished)
     for name in ("accuracy", "log_loss", "brier", "ece", "entropy"):
         assert found[name] == pytest.approx(after[f"eval_{name}"], abs=1e-4)
     assert found["examples"] == 20 and "accuracy" in found["intervals"]
-    written = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
     assert [row["row"] for row in written] == [f"held.jsonl:{i}" for i in range(1, 21)]
     assert written[0]["probabilities"].keys() == {*LABELS}
     assert written[0]["answer"] == {"few": 1.0, "many": 0.0}
@@ -61,18 +72,48 @@ def test_a_run_learns_and_its_evaluation_and_report_have_its_calibration(finishe
     own = read_run("decision", finished)
     bins = [b for b in bins_of(own.rows) if b]
     assert sum(b.decisions for b in bins) == 20
-    gap = sum(b.decisions * abs(b.accuracy - b.confidence) for b in bins) / 20
-    assert gap == pytest.approx(after["eval_ece"], abs=1e-6)
+    assert bins_of({"r": {"confidence": 0.6, "correct": 1.0}})[8] == (1, pytest.approx(0.6), 1)
     page = reliability_section([own])
     assert page.count("<rect") == len(bins) and f"{after['eval_ece']:.3f} after training" in page
 
 
-def test_other_rows_are_decided_with_the_labels_of_the_run(finished, monkeypatch, capsys):
-    monkeypatch.setenv("JAXFT_CACHE", str(finished.parents[1] / "cache"))
-    monkeypatch.chdir(finished.parents[1])
-    write_rows(finished.parents[1] / "one.jsonl", [row for row in rows(8) if row["label"] == "many"])
-    argv = ("--run", finished, "--file", "one.jsonl", "--json", "--out", "p.jsonl")
-    code, out, err = call(monkeypatch, capsys, "evaluate", *argv)
-    assert code == 0, err
-    assert json.loads(out)["accuracy"] > 0.8
-    assert json.loads(Path("p.jsonl").read_text().splitlines()[0])["probabilities"].keys() == {*LABELS}
+def test_the_labels_of_a_run_are_in_its_record_card_and_weights_and_decide_other_rows(finished, evaluate):
+    folder = finished.parents[1]
+    assert json.loads((finished / "config.json").read_text())["labels"] == [*LABELS]
+    decision = json.loads((finished / "adapter" / "decision.json").read_text())
+    assert decision == {"labels": [*LABELS], "question": None}
+    for card in (finished / "README.md", finished / "adapter" / "README.md"):
+        assert "Its labels, in the order of their letters: A few, B many." in card.read_text()
+    write_rows(folder / "one.jsonl", [row for row in rows(8) if row["label"] == "many"])
+    (folder / "rows.jsonl").rename(folder / "moved.jsonl")  # the training rows are not read again
+    shutil.copytree(finished / "adapter", folder / "alone")
+    try:
+        results = [
+            evaluate(*weights, "--file", "one.jsonl")
+            for weights in (("--run", finished), ("--model", "base", "--adapter", "alone"))
+        ]
+    finally:
+        (folder / "moved.jsonl").rename(folder / "rows.jsonl")
+    assert results[0] == results[1] and results[0][0]["accuracy"] > 0.8
+    assert results[0][1][0]["probabilities"].keys() == {*LABELS}
+
+
+def test_rows_of_files_with_the_same_name_have_a_result_each(finished, evaluate):
+    folder = finished.parents[1]
+    for name, row in (("a", {"choices": ["x", "y"]}), ("b", {"choices": ["u", "v", "w"]})):
+        (folder / name).mkdir()
+        write_rows(folder / name / "t.jsonl", [{"question": "q?", "answer": 0, **row}] * 2)
+    found, written = evaluate("--run", finished, "--file", "a/t.jsonl,b/t.jsonl")
+    assert [[*row["probabilities"]] for row in written] == [["x", "y"]] * 2 + [["u", "v", "w"]] * 2
+    assert found["examples"] == 4
+    assert [sum(row["probabilities"].values()) for row in written] == pytest.approx([1] * 4)
+
+
+def test_rows_with_a_text_and_a_label_are_the_texts_of_an_sft_run(finished, evaluate, monkeypatch, capsys):
+    run = finished_run(
+        finished.parents[1], str(SCRIPTS.parent / "configs" / "sft.py"), "model=base", "data=rows.jsonl",
+        "held_out=none", "max_length=256", "batch=4", "general=none", "samples=0", "loop.steps=1",
+        "dtype=float32",
+    )  # fmt: skip
+    code, out, err = call(monkeypatch, capsys, "evaluate", "--run", run, "--file", "held.jsonl", "--json")
+    assert code == 0 and json.loads(out)["perplexity"] > 1, err

@@ -17,7 +17,7 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.train.start import eva
 from jaxft.weights import init, pretrained
 from jaxft.weights.peft import peft as peft_layout

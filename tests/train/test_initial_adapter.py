@@ -22,7 +22,7 @@ from jaxft import tree
 from jaxft.models import heads
 from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.rl import reward_models
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.trackers.jsonl import read_entries

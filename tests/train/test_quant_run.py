@@ -19,7 +19,7 @@ from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import KINDS, Quant, is_qtensor
+from jaxft.nn.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
 from jaxft.weights import pretrained, storage

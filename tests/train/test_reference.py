@@ -18,7 +18,7 @@ from jaxft import tree
 from jaxft.data.pairs import PairRows
 from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant, dequantize
+from jaxft.nn.quant import Quant, dequantize
 from jaxft.objectives import metrics
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.preference import preference

@@ -17,7 +17,7 @@ from reward_folders import torch_score
 from safetensors.numpy import load_file
 from tiny_llama import some_tokens, tiny_torch, write_folder
 
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.rl.reward_models import load_reward_model
 from jaxft.runs.named_weights import NamedWeights

@@ -19,7 +19,7 @@ from jaxft.nn import matmul, param
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import Adapted, Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 from jaxft.objectives import metrics
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses import reference_free_losses as F

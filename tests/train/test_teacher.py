@@ -17,13 +17,12 @@ from transformers import AutoTokenizer
 from jaxft import tree
 from jaxft.data.pairs import PairRows
 from jaxft.distributed import sharding
-from jaxft.models.adapted import adapted
+from jaxft.models.adapted import Teacher, adapted
 from jaxft.models.families.llama import llama
 from jaxft.models.heads import HeadSettings
-from jaxft.models.teacher import Teacher
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives import metrics
 from jaxft.objectives.kl import FixedKL
 from jaxft.objectives.logprobs import HeadInput

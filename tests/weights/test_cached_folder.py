@@ -17,7 +17,7 @@ from tiny_llama import tiny_torch, write_folder
 from jaxft.data.packing import cache as rows_cache
 from jaxft.distributed import temporary
 from jaxft.distributed.temporary import temporary_folder
-from jaxft.nn.quant.quant import Quant, quantize
+from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
 from jaxft.weights.calibrate import calibrated_codes

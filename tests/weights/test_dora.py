@@ -14,7 +14,7 @@ from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear
 from jaxft.nn.param import init_params
-from jaxft.nn.quant.quant import dequantize, quantize
+from jaxft.nn.quant import dequantize, quantize
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate.lora_start import init_magnitudes
 from jaxft.weights.edit.merge import merge_on_read, merge_params

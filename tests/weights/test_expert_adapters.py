@@ -25,7 +25,7 @@ from jaxft.nn.adapters.full_modules import saved_paths
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs, differing_fields, pair_layouts
 from jaxft.nn.param import ParamSpec, full, init_params, is_spec, spec_paths
-from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TensorName
 from jaxft.train.export.export import ExportSource, merged_base
 from jaxft.train.start.eva import written_adapter

@@ -10,7 +10,7 @@ import tiny_experts
 from safetensors.numpy import save_file
 from test_tensors import expert_model
 
-from jaxft.nn.quant.quant import Quant, quantize, with_defaults
+from jaxft.nn.quant import Quant, quantize, with_defaults
 from jaxft.nn.tensor_names import TensorName
 from jaxft.train.export.export import ExportQuant, layer_quantizer
 from jaxft.weights.edit.merge import RoundingError

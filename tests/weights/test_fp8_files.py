@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
+from jaxft.nn import fp8
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant import fp8
-from jaxft.nn.quant.quant import QTensor, Quant, dequantize
+from jaxft.nn.quant import QTensor, Quant, dequantize
 from jaxft.train import partition
 from jaxft.weights import pretrained
 

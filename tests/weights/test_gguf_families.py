@@ -12,7 +12,7 @@ from host_weights import load_on_host
 from tiny_llama import our_logits, some_tokens, torch_logits
 
 from jaxft.models import model_types
-from jaxft.nn.quant.quant import dequantize
+from jaxft.nn.quant import dequantize
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_architectures, gguf_config, gguf_llama_cpp
 from jaxft.weights.gguf.gguf_header import read_gguf_header

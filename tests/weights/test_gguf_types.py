@@ -13,7 +13,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.distributed import sharding
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import QTensor, Quant, dequantize
+from jaxft.nn.quant import QTensor, Quant, dequantize
 from jaxft.train import partition
 from jaxft.weights import pretrained
 from jaxft.weights.gguf.gguf_architectures import ARCHITECTURES, hf_name

@@ -16,9 +16,9 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import write_rows
 
 from jaxft.cli import cli
-from jaxft.nn.quant import quant
-from jaxft.nn.quant.quant import Quant, quantize
-from jaxft.nn.quant.quant_formats import NF4
+from jaxft.nn import quant
+from jaxft.nn.quant import Quant, quantize
+from jaxft.nn.quant_formats import NF4
 from jaxft.train.export.calibrate import squared_inputs
 from jaxft.weights import pretrained, storage
 from jaxft.weights.calibrate import rounding

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.train.export.export import ExportQuant, ExportSource, export_model
 from jaxft.weights import pretrained
 

@@ -27,7 +27,7 @@ from jaxft import tree
 from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant, is_qtensor, quantize
+from jaxft.nn.quant import Quant, is_qtensor, quantize
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.weights import init, param_reader, pretrained, storage

@@ -12,7 +12,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate import lora_start
 from jaxft.weights.peft import peft as peft_reader

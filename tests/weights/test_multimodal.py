@@ -24,7 +24,7 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.param import is_spec
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.weights import pretrained

@@ -22,7 +22,7 @@ from tiny_run import Place, write_place
 from jaxft.distributed import sharding
 from jaxft.nn import matmul
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.quant.quant import QTensor, Quant, dequantize, quantize, take_rows
+from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
 from jaxft.weights.quantised.formats import FILE_FORMATS, dequantised

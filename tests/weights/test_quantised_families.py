@@ -14,7 +14,7 @@ from tiny_families import FAMILIES, logits_of, random_ids, random_torch, rows
 from tiny_llama import write_folder
 
 from jaxft.nn.adapters.lora import Adapter, target_paths
-from jaxft.nn.quant.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.tree import paths

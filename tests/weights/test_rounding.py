@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn.quant import quant
-from jaxft.nn.quant.quant import quantize
-from jaxft.nn.quant.quant_formats import NF4
+from jaxft.nn import quant
+from jaxft.nn.quant import quantize
+from jaxft.nn.quant_formats import NF4
 from jaxft.weights.calibrate import rounding
 from jaxft.weights.calibrate.rounding import InputMoments
 

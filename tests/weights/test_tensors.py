@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jaxft import tree
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
-from jaxft.nn.quant.quant import quantize
+from jaxft.nn.quant import quantize
 from jaxft.nn.tensor_names import TensorName
 from jaxft.weights import place
 from jaxft.weights.edit.merge import lazy_params, merge_files, merge_on_read

@@ -29,7 +29,7 @@ from tiny_llama import (
 
 from jaxft import tree
 from jaxft.models.families.llama import PRESETS
-from jaxft.nn.quant import quant
+from jaxft.nn import quant
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_write, safetensors
 from jaxft.weights.hub import hub

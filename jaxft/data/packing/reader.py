@@ -27,6 +27,7 @@ import xxhash
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.decisions import LABEL, labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.left_out import has_placeholder
@@ -148,6 +149,7 @@ class Reader:
             partial(_tokenise, ref, listing, self),
         )
         facts, invalid = stored.facts, how.invalid_rows()
+        format = ChosenFormat.of(facts["format"])
         invalid.merge(_tallies(facts["invalid"], listing.folder))
         read = facts["total"] + facts["unreadable"]
         invalid.check(ref, read)
@@ -157,6 +159,8 @@ class Reader:
         columns = stored_columns(stored, settings.kinds, extras, listing.labels)
         return TokenisedRows(
             **columns,
+            formats=(format.name,),
+            labels=format.labels or settings.labels,
             dropped=dropped,
             invalid=invalid.counts(),
             warnings=self._warnings(listing, facts),
@@ -191,7 +195,10 @@ class Reader:
         settings = self.settings
         if not self.formats:
             return ChosenFormat(settings.format)
-        return format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
+        found = format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
+        if found.name != LABEL or settings.labels:
+            return found
+        return found._replace(labels=labels_as_choices(counts.labels))
 
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return the content of each row, or the error that makes it invalid."""
@@ -297,7 +304,8 @@ def _format_of(
 
     The chunks of a small dataset contain its rows, so that the files are read once.
     """
-    fixed = reader.settings.format not in ("auto", PLAIN)
+    settings = reader.settings
+    fixed = settings.format not in ("auto", PLAIN) and (settings.format != LABEL or settings.labels)
     if not reader.formats or (fixed and listing.size > ROW_CHUNK_BYTES):
         return reader.format_of(ColumnCounts()), listing.chunks(), listing.rows
     invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0

@@ -98,9 +98,10 @@ class TokenisedRows:
     whose response is a placeholder (see left_out.py). pieces: number of each example within its row, of a row
     that is several examples (data.too_long=split), which follow one another. extras: further columns by name.
     names: the row of each example. digest: a hash of the columns, see cache.StoredRows. largest_id: the
-    largest token id. dropped: number of rows that were left out as too long. invalid: the invalid rows that
-    were left out. warnings: lines for the start of a run. read, total: rows that were read, and rows of the
-    dataset, None if unknown. cache: whether the cache had the columns, see cache.load_or_make.
+    largest token id. formats: of the datasets. labels: that a classifier chooses from, () without any.
+    dropped: number of rows that were left out as too long. invalid: the invalid rows that were left out.
+    warnings: lines for the start of a run. read, total: rows that were read, and rows of the dataset, None if
+    unknown. cache: whether the cache had the columns, see cache.load_or_make.
     """
 
     kinds: tuple[str, ...]
@@ -122,6 +123,8 @@ class TokenisedRows:
     names: RowNames
     digest: str
     largest_id: int
+    formats: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     dropped: int = 0
     invalid: tuple[InvalidCount, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -213,6 +216,8 @@ class TokenisedRows:
             extras={name: _joined(x, other.extras[name]) for name, x in self.extras.items()},
             digest=hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest(),
             largest_id=max(self.largest_id, other.largest_id),
+            formats=tuple(dict.fromkeys(self.formats + other.formats)),
+            labels=self.labels or other.labels,
             dropped=self.dropped + other.dropped,
             invalid=add_counts(self.invalid, other.invalid),
             warnings=tuple(dict.fromkeys(self.warnings + other.warnings)),

@@ -8,9 +8,10 @@ columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from jaxft.data.decisions import LABEL, label_names
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import (
     COLUMN_SYNONYMS,
@@ -32,24 +33,28 @@ from jaxft.data.rows.published_formats import with_ratings
 
 Formats = Mapping[str, RowFormat]
 TEXT = "text"  # the format, and its column
+MOST_LABELS = 100  # that are counted
 
 
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
     theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
-    the rows have besides a text, or the text besides another format.
+    the rows have besides a text, or the text besides another format. labels: of a classifier's rows, where
+    data.labels names none.
     """
 
     name: str
     plain: bool = False
     columns: tuple[tuple[str, str], ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return a format from its JSON."""
-        name, plain, *columns = stored
-        return cls(name, plain, *(tuple((ours, theirs) for ours, theirs in some) for some in columns))
+        name, plain, *lists = stored
+        columns, unread, *labels = (tuple(map(_as_item, some)) for some in lists)  # no labels in older files
+        return cls(name, plain, columns, unread, *labels)
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
@@ -66,12 +71,17 @@ class ChosenFormat(NamedTuple):
         return [f"columns are read by other names: {read} (data.columns={setting})"]
 
 
+def _as_item(stored: Any) -> Any:
+    return tuple(stored) if isinstance(stored, list) else stored
+
+
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
     """Yield what each row contains, or its error, which calls renamed columns as the file does."""
     formats = formats_of(task, settings.numbers)
     chosen, order_by = formats[format.name], settings.order_by
+    settings = replace(settings, labels=format.labels) if format.labels else settings
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
         row = with_ratings(chosen.rewrite(valid(row), settings), settings)
@@ -113,10 +123,12 @@ class ColumnCounts:
 
     rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
     None for a null column and True for others. first: the dataset's first row in that form, or its error.
+    labels: of a classifier's rows, if there is a format of these; MOST_LABELS of more.
     """
 
     rows: dict[tuple[str, ...], tuple[int, Row]] = field(default_factory=dict)
     first: Row | InvalidRow | None = None
+    labels: set[str] = field(default_factory=set)
 
     def merge(self, later: "ColumnCounts") -> None:
         """Add the counts of later rows."""
@@ -124,6 +136,12 @@ class ColumnCounts:
             known, first = self.rows.get(names, (0, row))
             self.rows[names] = (known + count, first)
         self.first = self.first or later.first
+        self.add_labels(later.labels)
+
+    def add_labels(self, labels: Iterable[str]) -> None:
+        """Add labels of later rows."""
+        if len(self.labels) < MOST_LABELS:
+            self.labels.update(labels)
 
 
 def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats) -> ColumnCounts:
@@ -132,6 +150,8 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats)
     for row in rows:
         renamed = attempt(_rename, row, naming)
         if isinstance(renamed, Row):
+            if LABEL in formats:
+                counts.add_labels(label_names(renamed.fields.get("label")))
             present = {column: None if x is None else True for column, x in renamed.fields.items()}
             renamed = Row(renamed.name, present)
             names = tuple(_present(present))

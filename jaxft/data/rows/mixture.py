@@ -304,6 +304,7 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
 
     sources, held_sources = parse_sources(settings.train), tuple[SourceRef, ...]()
     parts = [read(source) for source in sources]
+    settings = settings.settled(parts)
     masks = [_held_out_mask(settings, x.ref, part) for x, part in zip(sources, parts, strict=True)]
     names = held_names = sources_with_metrics(settings.train)
     if isinstance(settings.held_out, str) and settings.holds_out:

@@ -1,11 +1,9 @@
 """Model families over dense.py: each file has a family's arithmetic, configuration and names of tensors.
 
 exaone.py: EXAONE 4
-gemma.py: Gemma 1, Gemma 2, VaultGemma, their config.json and presets
-gemma3.py: Gemma 3
+gemma.py: Gemma 1, Gemma 2, Gemma 3, VaultGemma
 granite.py: Granite 3
-llama.py: Llama 1 to 3.3 and SmolLM2, their config.json and presets
-llama_relatives.py: Llama's layer under other names: Seed-OSS, CWM, InternLM 3, IQuest-Coder
+llama.py: Llama 1 to 3.3, SmolLM2, and its layer under other names: Seed-OSS, CWM, InternLM 3, IQuest-Coder
 mistral.py: Mistral, Ministral
 olmo.py: OLMo 2, OLMo 3
 phi3.py: Phi-3 to Phi-4-mini with fused projections

@@ -9,9 +9,18 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import dense_model, head_norms, names_of, one_stack
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import (
+    FULL,
+    SLIDING,
+    ConfigFormat,
+    DenseConfig,
+    fields_from_hf,
+    fields_to_hf,
+    read_layer_types,
+    typed_layers,
+    window_from_hf,
+)
 from jaxft.models.families.olmo import POST_NORM_NAMES, postnorm_layer, postnorm_specs
-from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, Extras, LayerKind
 from jaxft.nn.param import ParamSpec, full

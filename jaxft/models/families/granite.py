@@ -20,8 +20,7 @@ from jaxft.models.dense import (
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
-from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
-from jaxft.nn.lm_head import lm_head
+from jaxft.nn.layers import gated_mlp, lm_head, rms_norm, split_keys
 from jaxft.nn.rope import Rope
 from jaxft.tree import Params
 

@@ -1,4 +1,6 @@
-"""Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama": config.json, presets, model."""
+"""Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama": config.json, presets, model.
+Seed-OSS, CWM, InternLM 3 and IQuest-Coder, which have its layer and another model_type.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,14 +9,27 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import (
+    attention_biases,
     dense_model,
     llama_specs,
+    mlp_biases,
     names_of,
     one_stack,
     prenorm_layer,
+    qkv_biases,
     with_biases,
 )
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import (
+    FULL,
+    SLIDING,
+    ConfigFormat,
+    DenseConfig,
+    fields_from_hf,
+    fields_to_hf,
+    read_layer_types,
+    window_from_hf,
+)
+from jaxft.models.families.mistral import MistralConfig
 from jaxft.models.model import Model
 from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.rope import Rope
@@ -98,3 +113,138 @@ def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
     return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
+
+
+_SILU = {"hidden_act": "silu"}
+
+
+@dataclass(frozen=True)
+class SeedOssConfig(LlamaConfig):
+    """Sizes of a Seed-OSS. attention_bias: whether q, k and v have biases; attention_out_bias: whether o has
+    one.
+    """
+
+    attention_out_bias: bool = False
+
+
+def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Seed-OSS config. options: remat and residual of dense_model."""
+    specs, biases = llama_specs(config), attention_biases(config)
+    if config.attention_bias:
+        specs["layers"]["attn"] |= qkv_biases(config)
+    if config.attention_out_bias:
+        specs["layers"]["attn"]["o_bias"] = biases["o_bias"]
+    if config.mlp_bias:
+        specs["layers"]["mlp"] |= mlp_biases(config)
+    attention = uniform(config.layers, config.head_dim, config.rope)
+    arch = one_stack(specs, names_of(specs), prenorm_layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+_SEED_OSS = ConfigFormat(
+    "seed_oss", "SeedOssForCausalLM", _SILU | {"pretraining_tp": 1},
+    {"max_position_embeddings": 524288, "bos_token_id": 0, "head_dim": 128},
+)  # fmt: skip
+_SEED_OSS_BIASES = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+
+
+def seed_oss_from_hf(hf: dict[str, Any]) -> SeedOssConfig:
+    """Parse a Seed-OSS's config.json. Raises ValueError that names a missing or unsupported value."""
+    biases: dict[str, Any] = {name: bool(hf.get(name, usual)) for name, usual in _SEED_OSS_BIASES.items()}
+    return SeedOssConfig(**fields_from_hf(hf, _SEED_OSS), **biases)
+
+
+def seed_oss_to_hf(c: SeedOssConfig) -> dict[str, Any]:
+    """Return the dict of a Seed-OSS's config.json."""
+    return fields_to_hf(c, _SEED_OSS) | {name: getattr(c, name) for name in _SEED_OSS_BIASES}
+
+
+_SEED_OSS_36B = SeedOssConfig(
+    vocab=155136, width=5120, layers=64, heads=80, kv_heads=8, head_dim=128, mlp=27648, rope=Rope(1e7),
+    norm_eps=1e-6, max_positions=524288, bos=0, eos=(2,), attention_bias=True,
+)  # fmt: skip
+SEED_OSS_PRESETS: dict[str, SeedOssConfig] = {
+    f"ByteDance-Seed/Seed-OSS-36B-{kind}": _SEED_OSS_36B for kind in ("Base", "Instruct")
+}
+
+
+@dataclass(frozen=True)
+class CwmConfig(MistralConfig):
+    """Sizes of a CWM, which Mistral's builder builds."""
+
+
+_CWM = ConfigFormat(
+    "cwm", "CwmForCausalLM", _SILU | {"pretraining_tp": 1, "mlp_bias": False},
+    {
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "bos_token_id": 128000, "head_dim": 128,
+        "eos_token_id": [128001, 128008, 128009], "rope_theta": 1e6,
+    },
+)  # fmt: skip
+_CWM_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def cwm_from_hf(hf: dict[str, Any]) -> CwmConfig:
+    """Parse a CWM's config.json. Raises ValueError that names a missing or unsupported value."""
+    if not hf.get("rope_parameters") and not hf.get("rope_scaling"):
+        theta = hf.get("rope_theta") or _CWM_ROPE["rope_theta"]
+        hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
+    fields, window = fields_from_hf(hf, _CWM), window_from_hf({"sliding_window": 8192, **hf})
+    types = read_layer_types(hf, [SLIDING if i % 4 else FULL for i in range(fields["layers"])])
+    if window is None and SLIDING in types:
+        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
+    return CwmConfig(**fields, window=window, layer_types=types)
+
+
+def cwm_to_hf(c: CwmConfig) -> dict[str, Any]:
+    """Return the dict of a CWM's config.json."""
+    return fields_to_hf(c, _CWM) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
+
+
+@dataclass(frozen=True)
+class InternLM3Config(LlamaConfig):
+    """Sizes of an InternLM 3, which Llama's builder builds."""
+
+
+_INTERNLM3 = ConfigFormat(
+    "internlm3", "InternLM3ForCausalLM", _SILU,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "head_dim": 128},
+)  # fmt: skip
+
+
+def internlm3_from_hf(hf: dict[str, Any]) -> InternLM3Config:
+    """Parse an InternLM 3's config.json. Raises ValueError that names a missing or unsupported value."""
+    qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
+    bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
+    if qkv != bias:
+        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; both must be equal")
+    return InternLM3Config(**fields_from_hf(hf, _INTERNLM3), attention_bias=bias, mlp_bias=bias)
+
+
+def internlm3_to_hf(c: InternLM3Config) -> dict[str, Any]:
+    """Return the dict of an InternLM 3's config.json."""
+    return fields_to_hf(c, _INTERNLM3) | {"qkv_bias": c.attention_bias, "bias": c.mlp_bias}
+
+
+@dataclass(frozen=True)
+class IQuestCoderConfig(LlamaConfig):
+    """Sizes of an IQuest-Coder, which Llama's builder builds."""
+
+
+_IQUEST = ConfigFormat(
+    "iquestcoder", "IQuestCoderForCausalLM", _SILU | {"clip_qkv": None, "use_sliding_window": False},
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128},
+)  # fmt: skip
+
+
+def iquestcoder_from_hf(hf: dict[str, Any]) -> IQuestCoderConfig:
+    """Parse an IQuest-Coder's config.json. Raises ValueError that names a missing or unsupported value."""
+    biases: dict[str, Any] = {name: bool(hf.get(name, False)) for name in ("attention_bias", "mlp_bias")}
+    return IQuestCoderConfig(**fields_from_hf(hf, _IQUEST), **biases)
+
+
+def iquestcoder_to_hf(c: IQuestCoderConfig) -> dict[str, Any]:
+    """Return the dict of an IQuest-Coder's config.json."""
+    return fields_to_hf(c, _IQUEST) | {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}

@@ -7,8 +7,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.models.dense import dense_model, llama_specs, names_of, one_stack, prenorm_layer
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.dense_config import (
+    FULL,
+    SLIDING,
+    ConfigFormat,
+    DenseConfig,
+    fields_from_hf,
+    fields_to_hf,
+    read_layer_types,
+    typed_layers,
+    window_from_hf,
+)
 from jaxft.models.model import Model
 from jaxft.nn.attention.layer_attention import LayerKind
 from jaxft.nn.rope import Rope

@@ -19,8 +19,17 @@ from jaxft.models.dense import (
     one_stack,
     self_attention,
 )
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.dense_config import (
+    FULL,
+    SLIDING,
+    ConfigFormat,
+    DenseConfig,
+    fields_from_hf,
+    fields_to_hf,
+    read_layer_types,
+    typed_layers,
+    window_from_hf,
+)
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, Extras, LayerKind, uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys

@@ -17,17 +17,15 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxft.distributed.sharding import constrain, mesh_size
 from jaxft.models.dense import attention_output, dense_model, llama_specs, names_of, one_stack
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.layer_types import window_from_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf, window_from_hf
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.adapters.lora import Adapted
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
-from jaxft.nn.layer_inputs import InputTap
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
-from jaxft.nn.matmul import Weight, linear
+from jaxft.nn.matmul import InputTap, Weight, linear
 from jaxft.nn.param import ParamSpec, fan_in
-from jaxft.nn.quant.quant import QTensor
-from jaxft.nn.quant.quant_formats import decode_scales
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import decode_scales
 from jaxft.nn.rope import Rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.tree import Params

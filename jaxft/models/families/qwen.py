@@ -16,8 +16,17 @@ from jaxft.models.dense import (
     prenorm_layer,
     qkv_biases,
 )
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, typed_layers, window_from_hf
+from jaxft.models.dense_config import (
+    FULL,
+    SLIDING,
+    ConfigFormat,
+    DenseConfig,
+    fields_from_hf,
+    fields_to_hf,
+    read_layer_types,
+    typed_layers,
+    window_from_hf,
+)
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, LayerKind
 from jaxft.nn.param import ParamSpec, full

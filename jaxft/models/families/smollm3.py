@@ -15,8 +15,16 @@ from jaxft.models.dense import (
     prenorm_layer,
     with_biases,
 )
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.layer_types import FULL, SLIDING, read_layer_types, window_from_hf
+from jaxft.models.dense_config import (
+    FULL,
+    SLIDING,
+    ConfigFormat,
+    DenseConfig,
+    fields_from_hf,
+    fields_to_hf,
+    read_layer_types,
+    window_from_hf,
+)
 from jaxft.models.model import Model
 from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind
 from jaxft.nn.rope import Rope

@@ -14,9 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
-from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import ParamSpec, normal
-from jaxft.nn.tensor_names import Module, WeightNames, modules_of
+from jaxft.nn.tensor_names import SCORE_MODULES, Module, WeightNames, is_saved, modules_of, name_ends
 from jaxft.tree import static, struct
 
 

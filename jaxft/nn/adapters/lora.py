@@ -1,9 +1,9 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a separate tree that is attached to the base at trace
-time.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) and DoRA: a separate tree that is attached to the base
+at trace time.
 
-An adapter has the base's paths; each adapted kernel [*L, I, O], stacked along any lead axes L, has `a`
-[*L, I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank; with DoRA also `magnitude` [*L, O], see
-nn/adapters/dora.py. Without attaching it, the model is the base model bit for bit.
+An adapter has the base's paths; each adapted kernel [*L, I, O], stacked along any lead axes L, has `a` [*L,
+I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank; with DoRA also `magnitude` [*L, O]. Without
+attaching it, the model is the base model bit for bit.
 
 Where kernels of a stack have different ranks, R is the largest: the further columns of `a` and rows of `b`
 are zero. Both of their gradients are then zero, so that they stay zero in training; they are not exported.
@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.annotations import BELOW_ONE, at_least, between, check_bounds
-from jaxft.nn.adapters import dora, full_modules
-from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_name
+from jaxft.nn.adapters import full_modules
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
-from jaxft.nn.quant.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
+from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
+from jaxft.nn.tensor_names import SCORE_MODULES, is_name
 from jaxft.tree import Params, static, struct
 
 # Layers that compute several projections by one matrix, and the layers that other models have in their place.
@@ -54,7 +55,7 @@ class Adapter:
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
     one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
-    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/adapters/lora_patterns.py.
+    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/tensor_names.py.
 
     Trained in full in addition, and saved with the adapter (targets may be empty with them).
     modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
@@ -371,7 +372,7 @@ def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array
     a, b, scale = (jnp.asarray(pair[name], wide) for name in ("a", "b", "scale"))
     low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)
     merged = w + low
-    return (dora.rescaled(merged, pair["magnitude"]) if "magnitude" in pair else merged).astype(dtype)
+    return (rescaled(merged, pair["magnitude"]) if "magnitude" in pair else merged).astype(dtype)
 
 
 def merge_node(
@@ -381,3 +382,52 @@ def merge_node(
     if full_modules.is_replacement(node):
         return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)
+
+
+# DoRA (Liu et al. 2024, arXiv:2402.09353): a learned norm for each output of an adapted weight, `W' = m (W +
+# s A B) / ||W + s A B||`. As in PEFT (use_dora), the norm is a constant for gradients (section 4.3 of the
+# paper). It is computed from `||W||^2 + 2 s <W, A B> + s^2 ||A B||^2`, so that no sum `W + s A B` is stored.
+# The leaf `magnitude` [L, O] is m; 0 stands for an output without one, whose factor is 1: of layers that an
+# adapter from a file leaves out, and of outputs whose weights are all 0.
+
+
+def output_norms(
+    w: Float[Array, "I O"], a: Float[Array, "*K I R"], b: Float[Array, "*K R O"], scale: Float[Array, "*K"]
+) -> Float[Array, "*K O"]:
+    """Return the norm over inputs of each output of `w + scale a b`, in float32 or wider."""
+    wide, highest = np.promote_types(w.dtype, np.float32), jax.lax.Precision.HIGHEST
+    a, low = a.astype(wide), b.astype(wide) * scale.astype(wide)[..., None, None]
+    squares = jnp.sum(jnp.square(w.astype(wide)), 0)
+    cross = jnp.einsum("...ir,io->...ro", a.astype(w.dtype), w, preferred_element_type=wide)
+    gram = jnp.einsum("...ir,...is->...rs", a, a, precision=highest)
+    squares_low = jnp.sum(low * (jnp.einsum("...rs,...so->...ro", gram, low, precision=highest)), -2)
+    total = 2 * jnp.sum(low * cross, -2) + squares_low
+    return jnp.sqrt(jnp.maximum(squares.reshape((1,) * (total.ndim - 1) + squares.shape) + total, 0))
+
+
+def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float[Array, "*K O"]:
+    """Return the factor of each output, `magnitude / norms` with constant norms; 1 where magnitude is 0."""
+    none = magnitude == 0
+    norms = jnp.where(none, jnp.ones((), norms.dtype), jax.lax.stop_gradient(norms))
+    return jnp.where(none, jnp.ones((), norms.dtype), magnitude.astype(norms.dtype) / norms)
+
+
+def output_factors(
+    magnitude: Float[Array, "*K O"], w: Float[Array, "I O"], a: Array, b: Array, scale: Array
+) -> Float[Array, "*K O"]:
+    """Return the factor of each output of a base weight w with a pair; only magnitude has a gradient."""
+    return gains(magnitude, output_norms(*jax.lax.stop_gradient((w, a, b)), scale))
+
+
+def scale_outputs(y: Float[Array, "*N O"], gain: Float[Array, "*K O"]) -> Float[Array, "*N O"]:
+    """Return `y * gain` in the dtype of y. With a gain [K, O], the rows of y are K groups of equal size."""
+    *lead, outs = gain.shape
+    groups = y if not lead else y.reshape(*lead, y.shape[0] // lead[0], *y.shape[1:])
+    gain = gain.reshape(*lead, *(1,) * (groups.ndim - gain.ndim), outs)
+    return (groups.astype(gain.dtype) * gain).astype(y.dtype).reshape(y.shape)
+
+
+def rescaled(weight: Float[Array, "*L I O"], magnitude: Float[Array, "*L O"]) -> Float[Array, "*L I O"]:
+    """Return the weight with each output's norm set to its magnitude; a magnitude of 0 leaves it as it is."""
+    norms = jnp.sqrt(jnp.sum(jnp.square(weight), -2))
+    return weight * gains(magnitude.astype(weight.dtype), norms)[..., None, :]

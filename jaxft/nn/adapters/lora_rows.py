@@ -18,9 +18,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxft import tree
-from jaxft.nn.adapters import dora
 from jaxft.nn.adapters.full_modules import base_spec, is_replacement
-from jaxft.nn.adapters.lora import Adapted, adapters_axis, map_kernels, padded_pair, pair_axes, pairs_by_path
+from jaxft.nn.adapters.lora import (
+    Adapted,
+    adapters_axis,
+    map_kernels,
+    output_factors,
+    padded_pair,
+    pair_axes,
+    pairs_by_path,
+)
 from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
 from jaxft.tree import Params
 
@@ -94,7 +101,7 @@ def with_gains(base: Params, adapter: Params) -> Params:
 @jax.jit
 def _gains(base: Params, pairs: dict[str, dict[str, Any]]) -> dict[str, Array]:
     def factors(weight: Array, pair: dict[str, Any]) -> Array:
-        return dora.output_factors(pair["magnitude"], weight, pair["a"], pair["b"], pair["scale"])
+        return output_factors(pair["magnitude"], weight, pair["a"], pair["b"], pair["scale"])
 
     return map_kernels(factors, base, pairs)
 

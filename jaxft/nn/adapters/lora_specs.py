@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from jaxft import tree
 from jaxft.nn.adapters import full_modules
 from jaxft.nn.adapters.lora import EVA, Adapter, pair_axes, target_paths
-from jaxft.nn.adapters.lora_patterns import is_listed, is_name, name_ends, values_by_pattern
 from jaxft.nn.param import (
     Init,
     ParamSpec,
@@ -24,7 +23,7 @@ from jaxft.nn.param import (
     normal,
     spec_paths,
 )
-from jaxft.nn.tensor_names import ModuleNames, WeightNames
+from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, name_ends, values_by_pattern
 
 
 class PairRanks(NamedTuple):

@@ -14,6 +14,7 @@ from jaxft.nn.attention.cache import (
     Cache,
     CacheFormat,
     GivenChunk,
+    Keys,
     LayerKeys,
     NextToken,
     Step,
@@ -26,7 +27,6 @@ from jaxft.nn.attention.cache import (
     row_slots,
     store,
 )
-from jaxft.nn.attention.cached_attention import Keys
 from jaxft.nn.attention.layer_attention import (
     Attend,
     AttentionLayers,

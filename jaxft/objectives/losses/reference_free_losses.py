@@ -14,8 +14,15 @@ from jaxtyping import Array
 
 from jaxft.objectives.losses.numerics import capped, log1mexp, logistic, require, square
 from jaxft.objectives.losses.preference_losses import PairLoss, nll
-from jaxft.objectives.pair import LossState, PairBatch, Response, coupled, reference_free
-from jaxft.objectives.preference_metrics import CHOSEN_REWARD, REJECTED_REWARD
+from jaxft.objectives.pair import (
+    CHOSEN_REWARD,
+    REJECTED_REWARD,
+    LossState,
+    PairBatch,
+    Response,
+    coupled,
+    reference_free,
+)
 from jaxft.tree import Metrics
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxft.batch import Decisions, Pairs
 from jaxft.data.decision_rows import DecisionRows, choice_names
+from jaxft.data.packing.tokenised import PROBABILITIES
 from jaxft.data.pairs import PairRows
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.sft import Rows
@@ -21,8 +22,7 @@ from jaxft.distributed import sharding
 from jaxft.models.model import Model
 from jaxft.objectives.decision import ACCURACY, decision
 from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY, PerRow, add, as_floats, row_values
-from jaxft.objectives.pair import response_sums
-from jaxft.objectives.preference_metrics import TIE_ROUNDING
+from jaxft.objectives.pair import TIE_ROUNDING, response_sums
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import LoadedWeights
@@ -181,7 +181,7 @@ def make_decision_scores(
         return objective.loss(outputs, {})[1], jnp.exp(outputs.log_p)
 
     compiled = jax.jit(forward)
-    return lambda loaded, rows: _decision_scores(compiled, loaded, rows.with_labels(), check)
+    return lambda loaded, rows: _decision_scores(compiled, loaded, rows, check)
 
 
 def _decision_scores(
@@ -190,39 +190,35 @@ def _decision_scores(
     """Return the probabilities of the choices of each held-out row, and the metrics of objectives.decision
     over them, where the loss is the log loss.
     """
-    source = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
+    source: Any = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check(source.info.fingerprint)
     stats = source.info.stats
     check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    names, parts = choice_names(rows), list[Metrics]()
-    results = dict[str, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
-    batches: Any = source.held_out
-    for number, batch in enumerate(batches):
+    found, parts = source.split.rows, list[Metrics]()
+    results = dict[int, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
+    for number, batch in enumerate(source.held_out):
         metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
-        own = row_values(metrics)
         parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
-        _, count, reads = batch.read.shape
-        for at, found in own.items():
-            row, slot = divmod(at, reads)
-            if not math.isfinite(found[LOSS]):
+        for at, own in row_values(metrics).items():
+            if not math.isfinite(own[LOSS]):
                 raise ValueError(
-                    f"{rows.train}: the log loss is {found[LOSS]}; use --dtype float32, or check the weights "
-                    "of the model"
+                    f"{rows.train}: the log loss is {own[LOSS]}; use --dtype float32, or check the "
+                    "weights of the model"
                 )
-            name = source.held_out_name((number * count + row) * reads + slot)
-            choices = names[name]
-            labels = batch.probabilities[0, row, slot, : len(choices)]
+            example = source.layout.example_at(batch, number, at)
+            choices, labels = choice_names(found, example), found.extras[PROBABILITIES][example]
+            predicted = p.reshape(-1, p.shape[-1])[at, : len(choices)]
             line = {
-                "row": name,
-                "probabilities": dict(zip(choices, map(float, p[row, slot]), strict=False)),
+                "row": found.names[example],
+                "probabilities": dict(zip(choices, map(float, predicted), strict=True)),
                 "answer": dict(zip(choices, map(float, labels), strict=True)),
             }
-            results[name] = found[ACCURACY], line
-    found = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
-    metrics = {"examples": stats.held_out, **found}
-    in_order = [results[name] for name in names if name in results]
+            results[example] = own[ACCURACY], line
+    whole = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
+    in_order = [results[example] for example in sorted(results)]
     values = {ACCURACY: [accuracy for accuracy, _ in in_order]}
-    return Evaluated(metrics, [line for _, line in in_order], [*invalid_lines(stats.invalid)], values)
+    lines = [line for _, line in in_order]
+    return Evaluated({"examples": len(lines), **whole}, lines, [*invalid_lines(stats.invalid)], values)
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:

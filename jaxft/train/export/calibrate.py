@@ -25,8 +25,8 @@ from jaxft.data.sft import Rows
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
-from jaxft.nn.layer_inputs import with_taps
-from jaxft.nn.quant.quant import QERA, Quant
+from jaxft.nn.matmul import with_taps
+from jaxft.nn.quant import QERA, Quant
 from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params

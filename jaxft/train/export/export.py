@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft import tree
+from jaxft.data.decisions import DecisionPrompts
 from jaxft.distributed import sync
 from jaxft.distributed.disk import publish
 from jaxft.models import heads, model_types
@@ -21,7 +22,7 @@ from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import EVA
-from jaxft.nn.quant.quant import (
+from jaxft.nn.quant import (
     CHECKPOINT,
     QTensor,
     Quant,
@@ -67,7 +68,8 @@ class ExportSource:
     ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
     base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
     the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
-    from, for the model card. token_ids: the tokens of rows that the adapter replaces.
+    from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the
+    labels and the question of a decision model.
     """
 
     ref: str
@@ -78,6 +80,7 @@ class ExportSource:
     score: Params | None = None
     data: str | None = None
     token_ids: tuple[int, ...] = ()
+    decision: DecisionPrompts = DecisionPrompts()
 
 
 def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
@@ -97,7 +100,8 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
         pretrained.check_adapter_base(folder, ref)
     data = record["data"].get("train") if record else None
     ids, score = settings.trainable_token_indices if settings else (), parts.get("score")
-    return ExportSource(ref, model, tokenizer, parts.get("adapter"), stored, score, data, ids)
+    adapter, decision = parts.get("adapter"), named.decision
+    return ExportSource(ref, model, tokenizer, adapter, stored, score, data, ids, decision)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def export_model(
     with new_folder(out) as part:
         hf_write.save_folder(part, model, base, source.tokenizer, located, options)
         write_card(part, replace(_card(out.name, source, quantizer), multimodal=whole))
+        source.decision.write(part)
         if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
             untrained = extend.untrained_tokens(ref)
             extend.mark_untrained(part, {t: i for t, i in untrained.items() if i not in source.token_ids})

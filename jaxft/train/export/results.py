@@ -11,6 +11,7 @@ import jax
 
 from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.data.decisions import paths_of_decisions
 from jaxft.data.rows.mixture import source_names
 from jaxft.distributed import devices, processes, sync
 from jaxft.distributed.disk import write_durably
@@ -21,6 +22,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.metric_names import TOKENS
+from jaxft.runs.named_weights import decision_prompts
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.terminal import printable_line
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
@@ -236,7 +238,12 @@ def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Pat
     start = read_start(member.folder, member.run.model, member.run.adapter)
     out = export.export_run(member.programs.partition, params, member.run, tokenizer, folder, start)
     card = _weights_card(member, tokenizer, out)
-    sync.exchange_first(sync.gather_texts, lambda: write_card(out, card))
+
+    def describe() -> None:
+        write_card(out, card)
+        decision_prompts(member.record).write(out)
+
+    sync.exchange_first(sync.gather_texts, describe)
     return out
 
 
@@ -253,6 +260,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
         f"`{source_names(run.data.train)}`. The run's README.md has settings and results."
+        f"{decision_prompts(member.record).described}"
     )
     return Card(
         title=run.name,
@@ -295,6 +303,8 @@ def _card(
         model=model,
         adapter=run.adapter,
         merged=weights.name == "model",
+        labels=decision_prompts(member.record).described,
+        served=paths_of_decisions(member.record.get("formats", ())),
         before=ends[0],
         after=ends[1],
         notes=notes,

@@ -31,7 +31,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
 from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.param import layer_numbers, spec_paths
-from jaxft.nn.quant.quant import dequantize, is_qtensor
+from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs.logs import Logs

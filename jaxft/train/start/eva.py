@@ -31,9 +31,8 @@ from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, most_components, pair_layouts
-from jaxft.nn.layer_inputs import with_taps
-from jaxft.nn.matmul import outer
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.matmul import outer, with_taps
+from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
 from jaxft.weights import place
 from jaxft.weights.peft.peft_pairs import with_patterns

@@ -211,7 +211,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
         _check_weights(run, programs)
         sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
-        own = {"data_fingerprint": source.info.fingerprint, **source.info.dependencies}
+        own = {"data_fingerprint": source.info.fingerprint, **source.info.recorded}
         own["chat_template"] = template_fingerprint(tokenizer)
         own |= {} if calibration is None else {"quant": describe(run.quant)}
         settings_ = {**(record or describe(run)), **weights, **sampled, **own}

@@ -1,6 +1,6 @@
 """The second, frozen model of a run, from its name to its weights on the mesh.
 
-models.teacher.Teacher has its settings.
+models.adapted.Teacher has its settings.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
+from jaxft.models.adapted import Teacher
 from jaxft.models.heads import TEACHER
 from jaxft.models.model import Model
-from jaxft.models.teacher import Teacher
 from jaxft.nn import param
-from jaxft.nn.quant.quant import Quant
+from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
 from jaxft.runs.named_weights import named_weights, source_options

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.quant.quant import Quant, with_defaults
+from jaxft.nn.quant import Quant, with_defaults
 from jaxft.weights.hf.safetensors import (
     TensorToWrite,
     open_safetensors,

@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int
 from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
-from jaxft.nn.layer_inputs import with_taps
-from jaxft.nn.matmul import outer
+from jaxft.nn.matmul import outer, with_taps
 from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
-from jaxft.nn.quant.quant import Quant, dequantize
+from jaxft.nn.quant import Quant, dequantize
 from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_codes import CalibratedLayer

@@ -29,11 +29,11 @@ from jaxft import tree
 from jaxft.distributed import processes
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
-from jaxft.nn.adapters import dora
+from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import Specs, spec_paths
-from jaxft.nn.quant.quant import QERA, dequantize, is_qtensor
+from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import place, pretrained
@@ -167,7 +167,7 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
     """
 
     def norms(weight: Array, pair: Params) -> Array:
-        return dora.output_norms(weight, pair["a"], pair["b"], pair["scale"])
+        return lora.output_norms(weight, pair["a"], pair["b"], pair["scale"])
 
     def start(path: str, leaf: Array) -> Array:
         above, _, name = path.rpartition("/")

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.nn.quant import quant_formats as qf
-from jaxft.nn.quant.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
 from jaxft.weights.calibrate.first_pairs import principal_pair
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.models.model import Model
-from jaxft.nn.adapters import dora, full_modules, lora
-from jaxft.nn.quant.quant import is_qtensor
+from jaxft.nn.adapters import full_modules, lora
+from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.model_files import Index, full_index
 from jaxft.weights.param_reader import ParamReader, read_whole
@@ -146,7 +146,7 @@ def _merged_part(
     a, b = leaf("a", *lead, ins), leaf("b", *lead, slice(None), outs)
     value = value + (a * leaf("scale", *lead, None, None)) @ b
     if "magnitude" in node:
-        return np.asarray(dora.rescaled(jnp.asarray(value), jnp.asarray(leaf("magnitude"))))
+        return np.asarray(lora.rescaled(jnp.asarray(value), jnp.asarray(leaf("magnitude"))))
     return value
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor
-from jaxft.nn.quant.quant_formats import pack
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import pack
 from jaxft.weights.gguf.gguf_architectures import (
     architecture_of,
     head_count,

@@ -16,12 +16,12 @@ import numpy as np
 from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models import model_types
+from jaxft.models.dense_config import for_transformers_4
 from jaxft.models.heads import as_checkpoint
 from jaxft.models.model import Model
-from jaxft.models.rope_config import for_transformers_4
 from jaxft.models.text_part import text_config, text_part
 from jaxft.nn.param import is_spec
-from jaxft.nn.quant.quant import QTensor, is_qtensor
+from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
 from jaxft.weights.hf import multimodal
 from jaxft.weights.hf.hf import WEIGHT_INDEX

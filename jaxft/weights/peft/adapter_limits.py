@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxft.data.rows.shipped import script_command
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.adapters.lora_patterns import SCORE_MODULES
+from jaxft.nn.tensor_names import SCORE_MODULES
 from jaxft.weights.hub import hub
 
 VLLM_RANK = 16  # the default of its --max-lora-rank

@@ -18,7 +18,7 @@ from jaxft.nn import param
 from jaxft.nn.adapters.full_modules import unties
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.nn.quant.quant import RESIDUAL_INITS, Quant
+from jaxft.nn.quant import RESIDUAL_INITS, Quant
 from jaxft.tree import Params
 from jaxft.weights import place, pretrained
 from jaxft.weights.hf.card import Card, write_card

@@ -13,8 +13,7 @@ from jaxft import tree
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_listed, is_saved
-from jaxft.nn.tensor_names import HEAD_MODULE
+from jaxft.nn.tensor_names import HEAD_MODULE, SCORE_MODULES, is_listed, is_saved
 from jaxft.tree import Params
 from jaxft.weights import finite
 from jaxft.weights.hf.hf import COMPARED_VALUES, EMBEDDING, HEAD

@@ -11,9 +11,8 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_modules, in_all_layers, selected_modules
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.adapters.lora_patterns import SCORE_MODULES, is_saved, name_ends
 from jaxft.nn.param import spec_paths
-from jaxft.nn.tensor_names import HEAD_MODULE
+from jaxft.nn.tensor_names import HEAD_MODULE, SCORE_MODULES, is_saved, name_ends
 from jaxft.weights import finite
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 from jaxft.weights.peft.peft_names import PREFIX, renamed

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxft import tree
 from jaxft.models.text_part import decoder_prefix, full_name, text_tensor
-from jaxft.nn.adapters.lora_patterns import matches_module
+from jaxft.nn.tensor_names import matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles
 
 PREFIX = "base_model.model."

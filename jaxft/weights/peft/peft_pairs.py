@@ -12,10 +12,9 @@ import numpy as np
 from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_modules
 from jaxft.nn.adapters.lora import Adapter, target_paths
-from jaxft.nn.adapters.lora_patterns import matches_module
 from jaxft.nn.adapters.lora_specs import PairRanks
 from jaxft.nn.param import spec_paths
-from jaxft.nn.tensor_names import ModuleNames
+from jaxft.nn.tensor_names import ModuleNames, matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles
 from jaxft.weights.peft.peft_modules import read_float, read_shaped
 from jaxft.weights.peft.peft_names import PREFIX

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxft.nn.adapters.lora_patterns import is_listed, matches_module
+from jaxft.nn.tensor_names import is_listed, matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_model_json
 
 MERGE = "merge it with peft (merge_and_unload, save_pretrained) and use the merged folder as model="

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxft.nn.quant import quant_formats as qf
-from jaxft.nn.quant.quant import QTensor, Quant
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor, read_view, required
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor, Quant
-from jaxft.nn.quant.quant_formats import unpack
+from jaxft.nn.quant import QTensor, Quant
+from jaxft.nn.quant_formats import unpack
 from jaxft.weights.hf.safetensors import SafetensorsFiles
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.fp8 import NUMBER_DTYPES, NUMBER_NAMES, block_sizes, not_read, scaled_weights

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft.nn.quant.quant import FORMATS, QTensor, Quant, is_paired, quantize
+from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
 from jaxft.weights.hf.safetensors import SafetensorsFiles, required
 from jaxft.weights.model_files import Index, QuantisedTensor, full_index
 

@@ -7,7 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor, dequantize
+from jaxft.nn.quant import QTensor, dequantize
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_stored
 from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 from jaxft.weights.quantised.awq import AWQ

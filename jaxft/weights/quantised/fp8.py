@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.quant.quant_formats import E4M3, pack
+from jaxft.nn.quant_formats import E4M3, pack
 from jaxft.weights.hf.safetensors import FLOATS, SafetensorsFiles, read_tensor
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor, Quant
+from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.nn.quant.quant import QTensor
-from jaxft.nn.quant.quant_formats import pack, unpack
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import pack, unpack
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
 from jaxft.weights.model_files import Index
 from jaxft.weights.quantised import file_format as ff

@@ -3,7 +3,7 @@
 from operator import attrgetter
 from typing import Any
 
-from jaxft.nn.quant.quant import FORMATS, KINDS, QTensor, Quant, is_paired
+from jaxft.nn.quant import FORMATS, KINDS, QTensor, Quant, is_paired
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
 from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff

@@ -15,8 +15,8 @@ from jaxft import tree
 from jaxft.annotations import at_least, check_bounds
 from jaxft.distributed import sharding
 from jaxft.distributed.threads import map_in_threads
-from jaxft.nn.quant import quant_formats as qf
-from jaxft.nn.quant.quant_formats import FORMATS, FormatName
+from jaxft.nn import quant_formats as qf
+from jaxft.nn.quant_formats import FORMATS, FormatName
 from jaxft.tree import static, struct
 
 KINDS = tuple(FORMATS)

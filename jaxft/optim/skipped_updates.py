@@ -1,14 +1,87 @@
-"""Skip steps whose loss or gradient norm is a spike, such as those with broken rows."""
+"""Optimizers that leave parameters unchanged in some steps: at loss spikes, or the policy while heads, such
+as a critic, are updated.
+"""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.update import StepInfo, Updated
+from jaxft.nn.param import is_spec
+from jaxft.optim.optimizer import Optimizer, Specs
+from jaxft.optim.update import StepInfo, Updated, is_updated
 from jaxft.tree import Grads, OptState, Params
+
+POLICY = ("adapter", "base")  # top-level names of the policy's own parameters; the others are heads
+
+
+class FreezableState(NamedTuple):
+    """Optimizer states of the policy and of the heads (None without heads), and how often the policy was
+    updated.
+    """
+
+    policy: OptState
+    heads: OptState
+    policy_updates: Int[Array, ""]
+
+
+def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
+    """Build an optimizer for the policy and one for the heads, so that freezing one touches nothing of the
+    other.
+
+    A step with `info.frozen` leaves the policy's parameters and all of its optimizer state unchanged, counts
+    included. Gradients are clipped by their global norm over policy and heads. make: builds an optimizer of
+    the leaves with a spec. specs: of all trainable leaves by top-level name.
+    """
+    policy_specs, head_specs = _split(specs)
+    policy = make(policy_specs)
+    heads = make(head_specs) if jax.tree.leaves(head_specs, is_leaf=is_spec) else None
+
+    def init(params: Params) -> FreezableState:
+        is_tree = isinstance(params, dict)  # optax.tree.map_params passes one node in place of all parameters
+        own, others = _split(params) if is_tree else (params, params)
+        return FreezableState(
+            policy.init(own), None if heads is None else heads.init(others), jnp.zeros((), jnp.int32)
+        )
+
+    def check(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Bool[Array, ""]:
+        (own_grads, head_grads), (own, others) = _split(grads), _split(params)
+        fine = policy.check(own_grads, opt_state.policy, own, info)
+        if heads is not None:
+            fine &= heads.check(head_grads, opt_state.heads, others, info._replace(frozen=None))
+        return fine
+
+    def update(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Updated:
+        (own_grads, head_grads), (own, others) = _split(grads), _split(params)
+        moves, info = is_updated(info), info._replace(frozen=None)
+        own, policy_state = policy.update(own_grads, opt_state.policy, own, info._replace(finite=moves))
+        head_state = opt_state.heads
+        if heads is not None:
+            others, head_state = heads.update(head_grads, head_state, others, info)
+        updates = opt_state.policy_updates + moves.astype(jnp.int32)
+        return _join(own, others), FreezableState(policy_state, head_state, updates)
+
+    return policy._replace(init=init, check=check, update=update)
+
+
+def _split(params: Params) -> tuple[Params, Params]:
+    """(policy, heads) of a tree by top-level name, each with None in place of the other's leaves."""
+
+    def without(x: Any) -> Any:
+        return jax.tree.map(lambda _: None, x)
+
+    return (
+        {name: x if name in POLICY else without(x) for name, x in params.items()},
+        {name: without(x) if name in POLICY else x for name, x in params.items()},
+    )
+
+
+def _join(policy: Params, heads: Params) -> Params:
+    """Undo _split."""
+    return {name: policy[name] if name in POLICY else heads[name] for name in policy}
+
 
 BUFFERS = ("losses", "norms")  # fields that every device stores in full
 

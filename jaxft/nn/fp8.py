@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 
 from jaxft.distributed.devices import has_fp8_matmuls
 from jaxft.nn.contractions import accumulation_dtype
-from jaxft.nn.quant.quant import QTensor
-from jaxft.nn.quant.quant_formats import E4M3, e4m3
+from jaxft.nn.quant import QTensor
+from jaxft.nn.quant_formats import E4M3, e4m3
 
 # Of cotangents. A scale per row makes E5M2's range unnecessary, and its rounding error is twice that of E4M3:
 # in LoRA SFT of SmolLM2-135M, cotangents in E5M2 cost 0.013 nats of held-out loss (scripts/bench/README.md).
