@@ -85,6 +85,16 @@ def by_group(
     kl_coef, kl: as in actor_critic. With a KL penalty in the rewards, kl_coef times the completion's KL is
     subtracted from its score first, as in TRL's RLOO. Raises ValueError if `advantage` can't be called with
     (scores, lengths).
+
+    >>> rollout = example_rollout(group=2, weights=(1.0,), facts=Facts())
+    >>> rollout.scores
+    array([[0., 1.],
+           [2., 3.]])
+    >>> by_group(rollout, adv.rloo).advantages
+    array([[-1., -1., -1.],
+           [ 1.,  1.,  1.],
+           [-1., -1., -1.],
+           [ 1.,  1.,  1.]])
     """
     require_signature(advantage, "advantage", ("scores", "lengths"))
     coef, scores = _kl_coef(rollout, kl_coef), rollout.scores

@@ -29,13 +29,21 @@ TokenWeights = Callable[[GroupLengths, GroupMask, int], GroupScores]
 
 
 def token_mean(lengths: GroupLengths, mask: GroupMask, max_new: int) -> GroupScores:
-    """Return the same weight for every token: PPO and DAPO (arXiv:2503.14476, eq. 8)."""
+    """Return the same weight for every token: PPO and DAPO (arXiv:2503.14476, eq. 8).
+
+    >>> token_mean(np.array([[1, 3]]), np.array([[True, True]]), max_new=8)
+    array([[0.25, 0.25]])
+    """
     mask = _with_tokens(lengths, mask)
     return mask / max(int((mask * lengths).sum()), 1)
 
 
 def sequence_mean(lengths: GroupLengths, mask: GroupMask, max_new: int) -> GroupScores:
-    """Return the same weight for every completion, shared by its tokens: GRPO (arXiv:2402.03300, eq. 3)."""
+    """Return the same weight for every completion, shared by its tokens: GRPO (arXiv:2402.03300, eq. 3).
+
+    >>> sequence_mean(np.array([[1, 4]]), np.array([[True, True]]), max_new=8)
+    array([[0.5  , 0.125]])
+    """
     mask = _with_tokens(lengths, mask)
     return mask / (np.maximum(lengths, 1) * max(int(mask.sum()), 1))
 
@@ -54,6 +62,9 @@ def constant_length(
 
     All completions count, in the mask or not, so that the divisor is a constant. The weights sum to the mean
     over completions of (tokens with a loss) / length. Raises ValueError for a completion longer than that.
+
+    >>> constant_length(np.array([[1, 4]]), np.array([[True, True]]), max_new=8)
+    array([[0.0625, 0.0625]])
     """
     length = max_new if length is None else length
     longest = np.max(lengths, initial=0)
@@ -106,6 +117,10 @@ def truncated_tokens(
 ) -> ImportanceWeights:
     """`min(max(rho, least), most)`: truncated importance sampling, TIS (Yao et al. 2025,
     fengyao.notion.site/off-policy-rl; Ionides 2008). TRL's token_truncate.
+
+    >>> log_ratio, lengths = np.log([[1.5, 4.0, 1.0]]), np.array([2])
+    >>> truncated_tokens(log_ratio, lengths).tokens
+    array([[1.5, 3. , 0. ]])
     """
     return _of_tokens(_truncated(log_ratio, least, most), lengths)
 
@@ -134,6 +149,11 @@ def masked_completions(
 ) -> ImportanceWeights:
     """`prod_t rho_t` for every token of a completion if it is in [least, most], else 0: masked importance
     sampling, MIS (Liu et al. 2025, richardli.xyz/rl-collapse). TRL's sequence_mask, its default.
+
+    >>> log_ratio, lengths = np.log([[1.5, 1.0], [4.0, 1.0]]), np.array([2, 2])
+    >>> masked_completions(log_ratio, lengths).tokens
+    array([[1.5, 1.5],
+           [0. , 0. ]])
     """
     return _of_completions(_masked(_sums(log_ratio, lengths), least, most), log_ratio, lengths)
 

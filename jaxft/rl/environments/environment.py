@@ -136,6 +136,15 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first
     turn that calls none.
     Raises ValueError for anything else.
+
+    >>> def guess(state, text, row):
+    ...     right = text.strip() == row["answer"]
+    ...     return (None if right else "Wrong, try again."), float(right), right, state
+    >>> environment_of(guess).name, environment_of(guess).continues
+    ('guess', True)
+    >>> from jaxft.rl.environments.shipped_environments import Calculator
+    >>> [schema["function"]["name"] for schema in environment_of(Calculator).schemas]
+    ['add', 'multiply']
     """
     if given is None:
         found = single_turn()

@@ -27,6 +27,9 @@ class Calculator:
     """A calculator with two tools, for expressions such as 17 * 23 + 58 and (17 + 23) * 58.
 
     The reward is 1 if the last number of the final turn is the row's answer. Rows: `calculator_rows`.
+
+    >>> Calculator().multiply(17, 23)
+    391
     """
 
     def reset(self, row: RowColumns) -> None:
@@ -106,6 +109,11 @@ class GuessNumber:
     """Guess a number; each guess is answered by "Higher." or "Lower.".
 
     The reward is 1 for the right number. Rows: `guess_rows`; data.max_turns limits the guesses.
+
+    >>> game = GuessNumber()
+    >>> game.reset({"answer": "7"})
+    >>> game.step(None, "Is it 5?")
+    ('Higher.', 0.0, False, None)
     """
 
     def reset(self, row: RowColumns) -> None:
@@ -198,7 +206,11 @@ class Search:
 
 
 def best_passages(corpus: Passages, query: str, count: int) -> list[str]:
-    """Return the passages that match best by BM25, only those that share a word with the query."""
+    """Return the passages that match best by BM25, only those that share a word with the query.
+
+    >>> best_passages(("The fox sleeps.", "Snow in May."), "Where is the fox?", 1)
+    ['The fox sleeps.']
+    """
     counts, frequency, mean = _index(corpus)
     total = dict[int, float]()
     for word in set(_words(query)):

@@ -494,6 +494,9 @@ def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, li
     prompt's g scored completions, c are correct: 1 - C(g - c, k) / C(g, k), NaN if g < k, whose mean over the
     other prompts is the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374). A k that is too large for
     every prompt is left out.
+
+    >>> pass_at(np.array([[1.0, 0.0, 0.0, 0.0]]), [1, 2])
+    {1: [0.25], 2: [0.5]}
     """
     found = {}
     for k in ks:
