@@ -337,7 +337,7 @@ def evaluate_completions(
 
 def template_settings(data: dict[str, Any]) -> Any:
     """Return the settings of the chat template among the settings of rows."""
-    from jaxft.data.chat.template_settings import TemplateSettings
+    from jaxft.data.row_settings import TemplateSettings
 
     return TemplateSettings(**{k: x for k, x in data.items() if k in vars(TemplateSettings())})
 

@@ -126,7 +126,7 @@ def sources_of(args: argparse.Namespace) -> dict[str, Source]:
 
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
-    from jaxft.data.packing.prompt_tokens import rename_columns
+    from jaxft.data.packing.row_tasks import rename_columns
     from jaxft.data.rows.conversation import PLAIN, prompt_of
     from jaxft.data.rows.dataset_rows import Row, find_data, read_rows
     from jaxft.data.rows.format_choice import split_column
@@ -190,7 +190,7 @@ def grammar_of(args: argparse.Namespace) -> str:
 def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
     """Return the token ids of each prompt, as in training."""
     from jaxft.data.chat.loss_mask import example_prompt_ids
-    from jaxft.data.chat.template_settings import DATE, TURN, TemplateSettings
+    from jaxft.data.row_settings import DATE, TURN, TemplateSettings
     from jaxft.data.rows.example import Chat
     from jaxft.data.rows.invalid import valid
 

@@ -41,23 +41,25 @@ from rich.text import Text  # noqa: E402
 from jaxft.cli import cli  # noqa: E402
 from jaxft.data import prompts  # noqa: E402
 from jaxft.data.chat.loss_mask import HIDDEN_CALLS  # noqa: E402
+from jaxft.data.data_settings import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.decision_rows import DecisionRows  # noqa: E402
 from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
     ShownPart,
+    find_overlaps,
+    has_duplicates,
     inspect,
+    overlap_lines,
     row_problem,
+    token_pieces,  # noqa: E402
 )
-from jaxft.data.overlaps import find_overlaps, has_duplicates, overlap_lines  # noqa: E402
-from jaxft.data.packing.left_out import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.packing.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.rows.invalid import DROP  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.steps import SolutionRows  # noqa: E402
-from jaxft.data.summary import token_pieces  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import named_weights  # noqa: E402

@@ -32,7 +32,8 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from jaxft.cli import cli  # noqa: E402
-from jaxft.lab.loss_laws import CLAIMS, check_loss  # noqa: E402
+from jaxft.lab.loss_claims import CLAIMS  # noqa: E402
+from jaxft.lab.loss_laws import check_loss  # noqa: E402
 from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
 from jaxft.report.plots import Panel, draw  # noqa: E402

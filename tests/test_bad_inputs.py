@@ -35,7 +35,7 @@ from jaxft.cli import cli
 from jaxft.data.chat import loss_mask, template
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
-from jaxft.data.rows import row_csv, row_files, shipped
+from jaxft.data.rows import row_files, shipped, text_files
 from jaxft.data.sft import Rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
@@ -221,7 +221,7 @@ def test_run_folders(adapter, capsys, name, text, word):
 
 
 def test_lines_and_cells_that_are_too_large_are_named(tmp_path, monkeypatch, capsys):
-    for module in (row_files, row_csv):
+    for module in (row_files, text_files):
         monkeypatch.setattr(module, "LINE_BYTES", 1000)
     long = {"prompt": "a" * 2000, "completion": "b"}
     (tmp_path / "rows.jsonl").write_text(after_good_rows("sft", json.dumps(long)))

@@ -1,7 +1,7 @@
 """Data: files, row formats, chat templates, loss masks, packing and sources of batches.
 
 source.py: the Source type, the source of fixed rows and what a layout of its batches is
-row_settings.py: the settings that token ids depend on
+row_settings.py: the settings that token ids depend on, and those of chat templates
 progress.py: progress of work that takes long
 sft.py: SFT rows: settings, packing, rows of a plan as arrays
 decisions.py: questions with choices: rows and prompts
@@ -9,8 +9,7 @@ decision_rows.py: tokens and batches of questions
 steps.py: solutions in steps with labels: settings and tokens
 pairs.py: preference rows: settings and source
 prompts.py: prompts for rollouts: settings, split, order
-summary.py: a run's data as JSON for its report; token ids as text, token by token
-overlaps.py: rows that repeat one another, held-out rows that are training rows
-inspection.py: a dataset as `jaxft inspect` shows it: statistics, examples, invalid rows
+inspection.py: a dataset as `jaxft inspect` and reports show it: statistics, examples, invalid and repeated
+    rows
 data_settings.py: settings of all kinds of data
 """

@@ -9,18 +9,17 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxft.annotations import ZERO_TO_ONE, above, at_least, check_bounds, one_of
-from jaxft.data.chat.template_settings import DATE, SYSTEM, TURN, TemplateSettings
-from jaxft.data.packing.epochs import Epochs
-from jaxft.data.packing.left_out import DROPPED
-from jaxft.data.packing.pack import permutation
+from jaxft.data.packing.pack import Epochs, permutation
 from jaxft.data.packing.reader import Reader, RowTask, Tokenising
 from jaxft.data.packing.tokenised import TokenisedRows
-from jaxft.data.row_settings import RowSettings
+from jaxft.data.row_settings import DATE, SYSTEM, TURN, RowSettings, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.distributed.sync import is_first
 from jaxft.nn.attention.layer_attention import AttentionLayers
 from jaxft.tree import Batch
+
+DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")  # the choices of data.drop
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -50,7 +49,7 @@ class DataSettings:
     goes from its smallest to its largest (a curriculum). none: every epoch is shuffled.
     max_samples: rows that are read of each dataset, the first ones; none: all. drop: rows that are left out
     and counted, any of "duplicates" (training rows with the tokens of another one or of a row of a held-out
-    file) and "placeholders" (responses such as N/A, nan or -); see left_out.py.
+    file) and "placeholders" (responses such as N/A, nan or -).
     """
 
     train: str

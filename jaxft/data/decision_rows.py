@@ -19,7 +19,7 @@ from jaxft.data.decisions import LETTERS, answer_tokens
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan, ranges
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.packing.sft_tokens import remedy_for_too_long, text_columns
+from jaxft.data.packing.row_tasks import remedy_for_too_long, text_columns
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow

@@ -1,10 +1,13 @@
-"""A dataset as `jaxft inspect` shows it: statistics, invalid rows, and examples with the weights of tokens.
+"""A dataset as `jaxft inspect` and a run's report show it: statistics, lengths, invalid and repeated rows,
+examples token by token with their weights in the loss.
 
-The examples are those of SFT rows, preference rows or prompts for rollouts, as training batches have them.
+The examples are SFT rows, preference rows or prompts for rollouts, as training batches have them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,14 +16,14 @@ import numpy as np
 from jaxft.batch import Tokens
 from jaxft.data import prompts
 from jaxft.data.packing.lengths import measure_dataset
-from jaxft.data.packing.prompt_tokens import row_fields
+from jaxft.data.packing.row_tasks import row_fields
 from jaxft.data.packing.tokenised import LABELS, TOKEN_WEIGHTS, TokenisedRows
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.rows.invalid import InvalidCount, InvalidRow
 from jaxft.data.rows.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.sft import Rows
-from jaxft.data.source import RowSource
+from jaxft.data.source import RowSource, length_percentiles
 
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
@@ -230,3 +233,165 @@ def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspe
         return map(example, chosen.tolist())
 
     return _inspected(split, stats, of_step, example)
+
+
+COUNTED_ROWS = 20_000  # training rows whose lengths are counted
+SHOWN_EXAMPLES = 3  # of the first batch
+EXAMPLE_TOKENS = 1000  # of each part of an example
+BINS = 24
+CONTEXT = 16  # pieces of text that are decoded before a token's own
+
+
+def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
+    """Return statistics by name, lengths in tokens by part, invalid rows by reason, and the first examples
+    of the first batch as texts of tokens with their loss weights.
+    """
+    plain = {name: x for name, x in found.statistics.items() if isinstance(x, bool | int | float | str)}
+    return {
+        "statistics": plain,
+        "lengths": {
+            label: length_histogram(x) for label, x in part_lengths(found.split, COUNTED_ROWS).items()
+        },
+        "invalid": [
+            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in found.invalid
+        ],
+        "examples": [
+            {
+                "name": example.name,
+                "facts": example.facts,
+                "parts": [part_pieces(part, tokenizer) for part in example.parts],
+            }
+            for example in itertools.islice(_distinct(found.of_step(0)), SHOWN_EXAMPLES)
+        ],
+    }
+
+
+def _distinct(examples: Iterable[ShownExample]) -> Iterator[ShownExample]:
+    """Yield the first example of each name: a batch that is longer than the dataset repeats rows."""
+    seen = set[str]()
+    for example in examples:
+        if example.name not in seen:
+            yield example
+        seen.add(example.name)
+
+
+def part_lengths(split: SplitRows, most: int) -> dict[str, np.ndarray]:
+    """Return the token counts of each part of the first `most` training rows, of those that have it.
+
+    A row with one response is one part, "all"; the counts of its prompt and of its targets are added.
+    """
+    rows, members = split.rows, split.train[:most]
+    counts = rows.counts[members]
+    if len(rows.kinds) > 1:
+        parts = zip(("prompt", *rows.kinds), counts.T, strict=True)
+        return {label: column[column > 0] for label, column in parts if column.any()}
+    learns = (rows.targets[members] > 0) & (rows.weights[members] > 0)
+    of_learned = {"prompt": counts[learns, 0], "with loss": rows.targets[members][learns]}
+    return {"all": counts.sum(1)} | (of_learned if learns.any() else {})
+
+
+def length_histogram(counts: np.ndarray) -> dict[str, Any]:
+    """Return percentiles and mean of token counts, and how many are in each of BINS equal ranges from the
+    minimum to the maximum.
+    """
+    return {
+        "percentiles": {**length_percentiles(counts), "mean": round(float(counts.mean()), 1)},
+        "examples": len(counts),
+        "histogram": np.histogram(counts, BINS)[0].tolist(),
+    }
+
+
+def part_pieces(part: ShownPart, tokenizer: Any) -> dict[str, Any]:
+    """Return the first EXAMPLE_TOKENS tokens of a part as [text, weight], and how many more there are."""
+    pieces = token_pieces(tokenizer, part.ids[:EXAMPLE_TOKENS], part.weights[:EXAMPLE_TOKENS])
+    more = max(0, len(part.ids) - EXAMPLE_TOKENS)
+    return {"label": part.label, "pieces": [list(piece) for piece in pieces], "more": more}
+
+
+def token_pieces(tokenizer: Any, ids: np.ndarray, weight: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Yield (text, weight) of each token. Tokens that form one character together are yielded as one.
+
+    The texts together are the text of all ids. The cost is linear in their number.
+    """
+    shown, begin, ends = "", 0, [0]  # tokens are decoded behind some before them, as a tokenizer may need
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            continue
+        yield text[len(shown) :], float(weight[ends[-1] : end].max())
+        ends.append(end)
+        if len(ends) > 2 * CONTEXT:
+            ends = ends[-CONTEXT:]
+            begin = ends[0]
+            text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+        shown = text
+
+
+@dataclass
+class Overlap:
+    """Rows that equal a training row, and the first of them: its name and the other's."""
+
+    count: int = 0
+    first: tuple[str, str] | None = None
+
+    def add(self, name: str, other: str) -> None:
+        """Count a row that equals the training row `other`."""
+        self.count += 1
+        self.first = self.first or (name, other)
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Rows of a dataset that share all tokens, or a prompt, with an earlier training row.
+
+    duplicates: training rows that repeat another. repeated_prompts: those with a prompt of another and a
+    different rest. leaked: held-out rows that are training rows. leaked_prompts: those with a training row's
+    prompt and a different rest.
+    """
+
+    duplicates: Overlap = field(default_factory=Overlap)
+    repeated_prompts: Overlap = field(default_factory=Overlap)
+    leaked: Overlap = field(default_factory=Overlap)
+    leaked_prompts: Overlap = field(default_factory=Overlap)
+
+
+def find_overlaps(split: SplitRows, most: int) -> Overlaps:
+    """Compare the first `most` training rows, and held-out rows, with the training rows before them."""
+    found, known, prompts = Overlaps(), dict[int, int](), dict[int, int]()
+    rows = split.rows
+    content, documents = rows.content_hashes().tolist(), rows.documents.tolist()
+    first, has_prompt = np.asarray(rows.hashes)[:, 0].tolist(), rows.counts[:, 0] > 0
+    for side, same, similar in (
+        (split.train, found.duplicates, found.repeated_prompts),
+        (split.held, found.leaked, found.leaked_prompts),
+    ):
+        for i in side[rows.begins_row[side]][:most].tolist():
+            whole, prompt = content[documents[i]], first[i] if has_prompt[i] else None
+            if whole in known:
+                same.add(rows.names[i], rows.names[known[whole]])
+            elif prompt in prompts:
+                similar.add(rows.names[i], rows.names[prompts[prompt]])
+            if side is split.train:
+                known.setdefault(whole, i)
+                if prompt is not None:
+                    prompts.setdefault(prompt, i)
+    return found
+
+
+def has_duplicates(found: Overlaps) -> bool:
+    """Whether data.drop=duplicates would leave rows out."""
+    return bool(found.duplicates.count or found.leaked.count)
+
+
+def overlap_lines(found: Overlaps) -> list[str]:
+    """Return a line for each kind of overlap, or a single line that there is none."""
+    texts = {
+        "duplicates": "training rows that repeat another one: {n}; the first is {a}, equal to {b}",
+        "repeated_prompts": "training rows with the prompt of another one: {n}; the first is {a}, as in {b}",
+        "leaked": "held-out rows that are also training rows, so that their loss is too low: {n}; the first "
+        "is {a}, equal to {b}",
+        "leaked_prompts": "held-out rows with the prompt of a training row: {n}; the first is {a}, as in {b}",
+    }
+    overlaps = [(vars(found)[name], text) for name, text in texts.items()]
+    lines = [text.format(n=o.count, a=o.first[0], b=o.first[1]) for o, text in overlaps if o.first]
+    return lines or ["no row repeats another one, and no held-out row is a training row"]

@@ -2,7 +2,6 @@
 tokenizer, settings, k).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -16,20 +15,11 @@ from jaxtyping import Float, Int
 from jaxft.annotations import at_least, between, one_of
 from jaxft.batch import Pairs
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing import pair_plan as planning
-from jaxft.data.packing.epochs import epochs_of
+from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowPlan, RowShape, round_up
-from jaxft.data.packing.pair_layout import (
-    PairLayout,
-    batch_means,
-    fill_pairs,
-    pair_batch_shapes,
-    tokens_per_pair,
-    values_by_pair,
-    with_sources,
-)
-from jaxft.data.packing.pair_tokens import PAIR_TASK, mismatch_responses
+from jaxft.data.packing.pair_layout import PairLayout
 from jaxft.data.packing.reader import RowTask
+from jaxft.data.packing.row_tasks import PAIR_TASK
 from jaxft.data.packing.tokenised import PROMPT_END_MOVED, TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
@@ -39,10 +29,10 @@ from jaxft.data.source import (
     Prompt,
     RowSource,
     RowStats,
+    fingerprint_of,
     learned_line,
-    length_percentiles,
-    source_info,
-    step_tokens,
+    plan_epochs,
+    row_stats,
 )
 from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 
@@ -153,10 +143,12 @@ class PairRows(DataSettings):
             _require_both_responses(split.rows)
         if self.third == "mismatched":
             sides = split.train, split.held
-            mismatched = mismatch_responses(split.rows, sides, self.seed_of_split, self.max_length)
+            mismatched = pair_layout.mismatch_responses(
+                split.rows, sides, self.seed_of_split, self.max_length
+            )
             split = replace(split, rows=mismatched)
         pairs, train = split.rows, split.train
-        branched, plain = (tokens_per_pair(pairs, branches) for branches in (True, False))
+        branched, plain = (pair_layout.tokens_per_pair(pairs, branches) for branches in (True, False))
         saved = float(1 - branched[train].sum() / plain[train].sum())
         branches = self.layout == "branches" or (self.layout == "auto" and saved >= MIN_SAVING)
         tokens = branched if branches else plain
@@ -165,25 +157,23 @@ class PairRows(DataSettings):
         def order(epoch: int) -> np.ndarray:  # the same for both layouts
             chosen = split.of_epoch(epoch)
             keys = None if self.order_by is None else pairs.order[chosen]
-            batches = planning.order_batches(branched[chosen], self.batch, self.seed, epoch, keys)
+            batches = pair_layout.order_batches(branched[chosen], self.batch, self.seed, epoch, keys)
             return np.where(batches < 0, -1, chosen[batches])
 
         @lru_cache(maxsize=2)
         def plan(epoch: int) -> RowPlan:
-            return planning.assign_rows(order(epoch), tokens, row_count)
+            return pair_layout.assign_rows(order(epoch), tokens, row_count)
 
-        def batch_tokens(epoch: int) -> np.ndarray:
-            return step_tokens(plan(epoch), tokens[plan(epoch).members], row_count)
-
-        epochs = epochs_of(batch_tokens, alike=split.mixture is None)
+        epochs = plan_epochs(split, plan, tokens, row_count)
         last, _ = epochs.locate(self.total_steps(epochs) - 1)
-        shape = planning.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
-        held_plan = planning.fit_rows(split.held, tokens, pairs.targets, shape)
+        shape = pair_layout.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
+        held_plan = pair_layout.fit_rows(split.held, tokens, pairs.targets, shape)
         rows = PairLayout(shards, shape, branches, self.numbers, self.max_length)
         layout = PairBatches(self, split, plan, held_plan, rows)
-        stats, fingerprint = _stats(layout, saved), _fingerprint(layout, order(0))
-        info = source_info(layout, epochs, tokenizer, stats, fingerprint)
-        return PairSource(info, layout, layout.evaluation(held_plan), epochs)
+        # of all that the sum over a batch depends on, but not its division into microbatches and rows
+        settings = (self.batch, self.seed, self.weighting, pairs.kinds, self.numbers, pairs.digest)
+        fingerprint = fingerprint_of(settings, (train, split.held, order(0)))
+        return PairSource.of(layout, epochs, tokenizer, _stats(layout, saved), fingerprint)
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
         """Return the shapes of the largest batch that the settings allow: responses of max_length in equally
@@ -195,8 +185,8 @@ class PairRows(DataSettings):
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
         shape = RowShape(length, length, self.batch - row_count + 1)
         layout = PairLayout(shards, shape, self.layout != "plain", self.numbers, self.max_length)
-        shapes = pair_batch_shapes(layout, self.kinds, self.micro, reference)
-        return with_sources(shapes, sources_with_metrics(self.train))
+        shapes = pair_layout.pair_batch_shapes(layout, self.kinds, self.micro, reference)
+        return pair_layout.with_sources(shapes, sources_with_metrics(self.train))
 
 
 @dataclass(frozen=True)
@@ -227,32 +217,34 @@ class PairBatches(BatchLayout[Pairs]):
         return self.settings.micro * self.rows.rows
 
     @cached_property
-    def tokens(self) -> Int[np.ndarray, " pairs"]:
+    def lengths(self) -> Int[np.ndarray, " pairs"]:
         """Tokens that each pair takes in a row."""
-        return tokens_per_pair(self.split.rows, self.rows.branches)
+        return pair_layout.tokens_per_pair(self.split.rows, self.rows.branches)
 
     def shapes(self, reference: bool = False) -> Pairs:
         """Return the shapes of a training batch. reference: with the reference's log-probs."""
         reference |= self.rows.reference is not None
-        shapes = pair_batch_shapes(self.rows, self.split.rows.kinds, self.settings.micro, reference)
-        return with_sources(shapes, self.split.train_names)
+        shapes = pair_layout.pair_batch_shapes(
+            self.rows, self.split.rows.kinds, self.settings.micro, reference
+        )
+        return pair_layout.with_sources(shapes, self.split.train_names)
 
     def fill(self, plan: RowPlan) -> Pairs:
         """Return the rows of a step as a training batch."""
         pairs, rows, micro = self.split.rows, self.rows, self.settings.micro
-        planning.check_fit(plan, self.tokens, pairs.targets, rows.shape)
-        means = batch_means(pairs, plan.members, self.settings.weighting)
-        flat = fill_pairs(pairs, plan, replace(rows, rows=self.rows_per_step), means)
-        flat = with_sources(flat, self.split.train_names, self.split.sources)
+        pair_layout.check_fit(plan, self.lengths, pairs.targets, rows.shape)
+        means = pair_layout.batch_means(pairs, plan.members, self.settings.weighting)
+        flat = pair_layout.fill_pairs(pairs, plan, replace(rows, rows=self.rows_per_step), means)
+        flat = pair_layout.with_sources(flat, self.split.train_names, self.split.sources)
         return jax.tree.map(lambda x: x.reshape(micro, rows.rows, *x.shape[1:]), flat)
 
     def evaluation(self, plan: RowPlan) -> tuple[Pairs, ...]:
         """Return rows as batches of one microbatch."""
         split, rows = self.split, self.rows
-        means = batch_means(split.rows, plan.members, self.settings.weighting)
+        means = pair_layout.batch_means(split.rows, plan.members, self.settings.weighting)
         parts = [plan.slice(start, start + rows.rows) for start in range(0, plan.rows, rows.rows)]
-        batches = (fill_pairs(split.rows, part, rows, means) for part in parts)
-        batches = (with_sources(batch, split.held_names, split.sources) for batch in batches)
+        batches = (pair_layout.fill_pairs(split.rows, part, rows, means) for part in parts)
+        batches = (pair_layout.with_sources(batch, split.held_names, split.sources) for batch in batches)
         return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
     def positions(self, batch: Pairs) -> int:
@@ -298,14 +290,14 @@ class PairSource(RowSource[Pairs]):
                 f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
                 f"{count - 1}; pass indices of this source"
             )
-        plan = planning.fit_rows(members, self.layout.tokens, pairs.targets, self.layout.rows.shape)
+        plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
         return self.layout.evaluation(plan)
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
         """Return values at the read positions of a batch by pair, in order of kind and position in the
         response.
         """
-        return values_by_pair(batch, x)
+        return pair_layout.values_by_pair(batch, x)
 
     def abstract(self, reference: bool = False) -> Pairs:
         """Return the shapes of the training batches. reference: with the reference's log-probs."""
@@ -363,60 +355,25 @@ def _row_count(rows: PairRows, shards: int) -> int:
     return count
 
 
-# ---- fingerprint and statistics
-
-
-def _fingerprint(layout: PairBatches, order: Int[np.ndarray, "batches size"]) -> str:
-    """Hash everything that the sum over a batch depends on, but not its division into microbatches, rows and
-    segments.
-    """
-    rows, split = layout.settings, layout.split
-    settings = (rows.batch, rows.seed, rows.weighting, split.rows.kinds, rows.numbers, split.rows.digest)
-    digest = hashlib.sha256(repr(settings).encode())
-    for array in (split.train, split.held, order):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:32]
-
-
 def _stats(layout: PairBatches, saved: float) -> PairStats:
     """Count pairs, rows and tokens. saved: the fraction of the tokens that branches save."""
     split, pairs, shape = layout.split, layout.split.rows, layout.rows.shape
-    lengths, reads = layout.tokens[split.train], pairs.reads[split.train]
-    chosen, rows = split.of_epoch(0), layout.plan(0).rows
-    total, truncated = int(layout.tokens[chosen].sum()), int(pairs.truncated.sum())
-    fill = total / (rows * shape.length)
+    reads, chosen, truncated = pairs.reads[split.train], split.of_epoch(0), int(pairs.truncated.sum())
     paired, (desirable, undesirable) = reads[(reads[:, :2] > 0).all(1)], (reads[:, :2] > 0).sum(0)
-    learned = [kind != "mismatched" for kind in pairs.kinds]
-    what = "pairs" if len(paired) else f"responses, {desirable} desirable and {undesirable} undesirable,"
+    noun = "pairs" if len(paired) else f"responses, {desirable} desirable and {undesirable} undesirable,"
     if layout.settings.responses > 2:
         counts = (reads[:, : layout.settings.responses] > 0).sum(1)
-        what = f"rankings of {counts.min()} to {counts.max()} responses"
+        noun = f"rankings of {counts.min()} to {counts.max()} responses"
+    learned = [kind != "mismatched" for kind in pairs.kinds]
+    detail = f"{truncated:,} pairs are truncated to data.max_length={layout.settings.max_length}"
+    line = learned_line(
+        int(pairs.responses[chosen].sum()),
+        int(pairs.learned_responses[chosen].sum()),
+        detail if truncated else "all responses are whole",
+    )
+    targets = int(reads[pairs.weights[split.train] > 0][:, learned].sum())
     return PairStats(
-        examples=len(split.train),
-        held_out=len(split.held),
-        dropped=pairs.dropped,
-        invalid=pairs.invalid,
-        largest_id=pairs.largest_id,
-        summary=f"{len(split.train)} {what} in {rows} rows of {shape.length} "
-        f"tokens ({100 * fill:.0f} % full), "
-        f"{len(split.held)} held out, {pairs.dropped} dropped as too long, {truncated} truncated"
-        f"{split.summary}",
-        learned=learned_line(
-            int(pairs.responses[chosen].sum()),
-            int(pairs.learned_responses[chosen].sum()),
-            f"{truncated:,} pairs are truncated to data.max_length={layout.settings.max_length}"
-            if truncated
-            else "all responses are whole",
-        ),
-        truncated=truncated,
-        tokens=total,
-        learned_tokens=int(reads[pairs.weights[split.train] > 0][:, learned].sum()),
-        lengths=length_percentiles(lengths),
-        rows=rows,
-        fill=fill,
-        row_length=shape.length,
-        read_length=shape.reads,
-        cache=pairs.cache,
+        **vars(row_stats(layout, noun, (shape.length, shape.reads), (targets, line))),
         layout="branches" if layout.rows.branches else "plain",
         pairs_per_row=shape.slots,
         prompt_end_moved=int(pairs.extras[PROMPT_END_MOVED].sum()),

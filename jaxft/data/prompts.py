@@ -14,10 +14,10 @@ from jaxtyping import Bool, Int
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, one_of
 from jaxft.batch import Rollout, Tokens
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.flat import Made
+from jaxft.data.packing.cache import Made
 from jaxft.data.packing.pack import RowShape, ascending, permutation, round_up
-from jaxft.data.packing.prompt_tokens import PROMPT_TASK, TokenisedPrompts, row_fields, row_prompt
 from jaxft.data.packing.reader import Reader, RowTask
+from jaxft.data.packing.row_tasks import PROMPT_TASK, TokenisedPrompts, row_fields, row_prompt
 from jaxft.data.packing.tokenised import TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.conversation import PROMPT_FORMATS

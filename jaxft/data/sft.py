@@ -2,7 +2,6 @@
 tokenizer, settings, k).
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,24 +17,23 @@ from jaxft.batch import Tokens
 from jaxft.data.chat import loss_mask
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pack
-from jaxft.data.packing.epochs import epochs_of
 from jaxft.data.packing.pack import RowPlan
 from jaxft.data.packing.reader import RowTask
-from jaxft.data.packing.sft_tokens import SFT_TASK
+from jaxft.data.packing.row_tasks import SFT_TASK
 from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
-from jaxft.data.rows.row_text import DOCUMENT, SAMPLE_BY
+from jaxft.data.rows.text_files import DOCUMENT, SAMPLE_BY
 from jaxft.data.source import (
     BatchLayout,
     Prompt,
     RowSource,
     RowStats,
+    fingerprint_of,
     learned_line,
-    length_percentiles,
-    source_info,
-    step_tokens,
+    plan_epochs,
+    row_stats,
 )
 
 TOO_LONG = ("truncate", "split", "drop", "error")
@@ -112,14 +110,10 @@ class Rows(DataSettings):
             found = first_plan if epoch == 0 else _plan(self, examples, split.of_epoch(epoch), size, epoch)
             return pack.limit_reads(found, member_targets(examples, found), reads)
 
-        def batch_tokens(epoch: int) -> np.ndarray:
-            return step_tokens(plan(epoch), member_counts(examples, plan(epoch)), self.batch)
-
-        epochs = epochs_of(batch_tokens, alike=split.mixture is None)
         layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
-        stats, fingerprint = _stats(layout, plan(0)), _fingerprint(layout, (plan(0), held_plan))
-        info = source_info(layout, epochs, tokenizer, stats, fingerprint)
-        return RowSource(info, layout, layout.evaluation(held_plan), epochs)
+        epochs = plan_epochs(split, plan, examples.lengths, self.batch)
+        stats, fingerprint = _stats(layout), _fingerprint(layout)
+        return RowSource.of(layout, epochs, tokenizer, stats, fingerprint)
 
     @property
     def batches(self) -> "Callable[..., PackedBatches]":
@@ -272,45 +266,18 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
     return replace(plan, members=chosen[plan.members])
 
 
-def _fingerprint(layout: PackedBatches, plans: tuple[RowPlan, ...]) -> str:
-    settings, shape = layout.settings, (layout.settings.batch, *layout.shape[1:])
-    parts = shape, settings.seed, settings.weighting, layout.split.rows.digest
-    digest = hashlib.sha256(repr(parts).encode())
-    arrays = [array for plan in plans for array in (plan.members, plan.offsets, plan.starts)]
-    for array in (array for array in arrays if array is not None):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:32]
+def _fingerprint(layout: PackedBatches) -> str:
+    settings, plans = layout.settings, (layout.plan(0), layout.held_plan)
+    shape, rows = (settings.batch, *layout.shape[1:]), layout.split.rows
+    arrays = (array for plan in plans for array in (plan.members, plan.offsets, plan.starts))
+    return fingerprint_of((shape, settings.seed, settings.weighting, rows.digest), arrays)
 
 
-def _stats(layout: PackedBatches, plan: RowPlan) -> RowStats:
-    """Count rows and tokens. plan: of the first epoch."""
-    rows, split, (_, size, reads) = layout.settings, layout.split, layout.shape
-    examples, train, held = split.rows, split.train, split.held
-    lengths = examples.lengths[train]
-    tokens, truncated = int(member_counts(examples, plan).sum()), int(examples.truncated.sum())
-    further = int((examples.pieces > 0).sum())
-    pieces = f", {further} further pieces of split documents" if further else ""
-    fill = tokens / (plan.rows * size)
-    return RowStats(
-        examples=len(train),
-        held_out=len(held),
-        dropped=examples.dropped,
-        invalid=examples.invalid,
-        largest_id=examples.largest_id,
-        summary=f"{len(train)} examples in {plan.rows} rows of {size} tokens ({100 * fill:.0f} % full), "
-        f"{len(held)} held out, {examples.dropped} dropped as too long, {truncated} truncated{pieces}"
-        f"{split.summary}",
-        learned=_learned_line(rows, examples, split.of_epoch(0), plan),
-        truncated=truncated,
-        tokens=tokens,
-        learned_tokens=int(member_targets(examples, plan)[examples.weights[plan.members] > 0].sum()),
-        lengths=length_percentiles(lengths),
-        rows=plan.rows,
-        fill=fill,
-        row_length=size,
-        read_length=reads,
-        cache=examples.cache,
-    )
+def _stats(layout: PackedBatches) -> RowStats:
+    examples, plan = layout.split.rows, layout.plan(0)
+    targets = int(member_targets(examples, plan)[examples.weights[plan.members] > 0].sum())
+    line = _learned_line(layout.settings, examples, layout.split.of_epoch(0), plan)
+    return row_stats(layout, "examples", layout.shape[1:], (targets, line))
 
 
 def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: RowPlan) -> str:
@@ -336,11 +303,6 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
 
 
 # ---- rows of a plan as arrays
-
-
-def member_counts(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
-    """Return the tokens of each member of a plan."""
-    return examples.lengths[plan.members] if plan.counts is None else plan.counts
 
 
 def member_targets(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
@@ -390,7 +352,7 @@ def fill_rows(
     example's source; None for a single source.
     """
     rows, length, reads = shape
-    counts = member_counts(examples, plan)
+    counts = plan.lengths_of(examples.lengths)
     per_row = np.diff(plan.offsets)
     row = np.repeat(np.arange(plan.rows), per_row)  # of each member
     before = np.cumsum(counts) - counts

@@ -2,11 +2,12 @@
 step.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -14,8 +15,7 @@ from jaxtyping import Int
 
 from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.epochs import Epochs
-from jaxft.data.packing.pack import RowPlan
+from jaxft.data.packing.pack import Epochs, RowPlan, epochs_of
 from jaxft.data.packing.tokenised import count_ids, preview
 from jaxft.data.rows.invalid import InvalidCount
 from jaxft.data.rows.mixture import SplitRows
@@ -186,6 +186,11 @@ class BatchLayout(Generic[SomeBatch]):
         """Rows of a plan that an optimizer step reads."""
         raise NotImplementedError
 
+    @property
+    def lengths(self) -> Int[np.ndarray, " examples"]:
+        """Tokens that each example takes in a row."""
+        return self.split.rows.lengths
+
     def shapes(self) -> SomeBatch:
         """Return the shapes of a training batch."""
         raise NotImplementedError
@@ -223,6 +228,21 @@ class RowSource(Generic[SomeBatch]):
     held_out: tuple[SomeBatch, ...]
     epochs: Epochs
     most_evaluated: int | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(cls, layout: Any, epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str) -> Self:
+        """Return the source of a layout."""
+        split = layout.split
+        info = SourceInfo(
+            steps=layout.settings.total_steps(epochs),
+            steps_per_epoch=epochs.steps_in(0),
+            fingerprint=fingerprint,
+            preview=preview(split.rows, int(split.train.min()), tokenizer),
+            stats=stats,
+            warnings=split.warnings,
+            learned_ends=count_ids(split.rows.whole_ends),
+        )
+        return cls(info, layout, layout.evaluation(layout.held_plan), epochs)
 
     @property
     def split(self) -> SplitRows:
@@ -294,25 +314,60 @@ class RowSource(Generic[SomeBatch]):
         return self.layout.plan(epoch).slice(k * size, (k + 1) * size)
 
 
-def source_info(
-    layout: BatchLayout[Any], epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str
-) -> SourceInfo:
-    """Return the facts about a source of fixed rows."""
-    rows, settings = layout.split.rows, layout.settings
-    return SourceInfo(
-        steps=settings.total_steps(epochs),
-        steps_per_epoch=epochs.steps_in(0),
-        fingerprint=fingerprint,
-        preview=preview(rows, int(layout.split.train.min()), tokenizer),
-        stats=stats,
-        warnings=layout.split.warnings,
-        learned_ends=count_ids(rows.whole_ends),
+def row_stats(
+    layout: BatchLayout[Any], noun: str, shape: tuple[int, int], learned: tuple[int, str]
+) -> RowStats:
+    """Count rows and tokens of the first epoch. noun: for the examples, such as "pairs". shape: tokens and
+    read positions of a row. learned: the number of tokens with a loss, and the line about them.
+    """
+    split, rows, plan = layout.split, layout.split.rows, layout.plan(0)
+    tokens, truncated = int(plan.lengths_of(layout.lengths).sum()), int(rows.truncated.sum())
+    fill, further = tokens / (plan.rows * shape[0]), int((rows.pieces > 0).sum())
+    pieces = f", {further} further pieces of split documents" if further else ""
+    return RowStats(
+        examples=len(split.train),
+        held_out=len(split.held),
+        dropped=rows.dropped,
+        invalid=rows.invalid,
+        largest_id=rows.largest_id,
+        summary=f"{len(split.train)} {noun} in {plan.rows} rows of {shape[0]} tokens ({100 * fill:.0f} % "
+        f"full), {len(split.held)} held out, {rows.dropped} dropped as too long, {truncated} truncated"
+        f"{pieces}{split.summary}",
+        learned=learned[1],
+        truncated=truncated,
+        tokens=tokens,
+        learned_tokens=learned[0],
+        lengths=length_percentiles(layout.lengths[split.train]),
+        rows=plan.rows,
+        fill=fill,
+        row_length=shape[0],
+        read_length=shape[1],
+        cache=rows.cache,
     )
 
 
-def step_tokens(plan: RowPlan, tokens: Int[np.ndarray, " members"], rows_per_step: int) -> np.ndarray:
-    """Return the tokens of each step of a plan. tokens: of each member."""
-    return np.add.reduceat(plan.row_sums(tokens), np.arange(0, plan.rows, rows_per_step))
+def plan_epochs(
+    split: SplitRows,
+    plan: Callable[[int], RowPlan],
+    tokens: Int[np.ndarray, " examples"],
+    rows_per_step: int,
+) -> Epochs:
+    """Return the length of epochs. plan(epoch): as in BatchLayout. tokens: of each example in a row."""
+
+    def batch_tokens(epoch: int) -> Int[np.ndarray, " steps"]:
+        rows = plan(epoch)
+        sums = rows.row_sums(rows.lengths_of(tokens))
+        return np.add.reduceat(sums, np.arange(0, rows.rows, rows_per_step))
+
+    return epochs_of(batch_tokens, alike=split.mixture is None)
+
+
+def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None]) -> str:
+    """Hash settings and arrays."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for array in (array for array in arrays if array is not None):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:32]
 
 
 def spread(count: int, most: int | None) -> list[int]:

@@ -19,7 +19,7 @@ from jaxft.data.chat.loss_mask import LOSS_ON
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.packing.sft_tokens import remedy_for_too_long, text_columns
+from jaxft.data.packing.row_tasks import remedy_for_too_long, text_columns
 from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import formats

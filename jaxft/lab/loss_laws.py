@@ -1,5 +1,5 @@
 """The checks of a preference loss on synthetic pairs; `check_loss(probe)` runs them all, those of traits.py
-included.
+and claims.py included.
 
 A check fails where training would go wrong: no finite value per pair, a value that depends on other pairs, no
 gradient or one in the wrong direction, a claim that does not hold.
@@ -15,6 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxft.lab.loss_claims import (
+    CLAIMS,
+    check_displacement,
+    check_optimum,
+    check_sign,
+    find_optimum,
+)
 from jaxft.lab.loss_probe import (
     PAIR,
     Check,
@@ -39,10 +46,9 @@ from jaxft.lab.loss_traits import (
     describe_reference,
 )
 from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
-from jaxft.objectives.pair import PairBatch
+from jaxft.objectives.pair import PairBatch, claims_of
 from jaxft.tree import nearest
 
-CLAIMS = ("antisymmetric", "difference")
 LONG = 4096  # tokens of a long response
 NO_MEAN = (
     "drop the mean or sum over pairs (the objective weights and sums them), "
@@ -51,11 +57,12 @@ NO_MEAN = (
 
 
 def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
-    """Run all checks of a loss. claims: those of CLAIMS that its author makes; a false claim fails.
+    """Run all checks of a loss. claims: those of CLAIMS that are made of it, in addition to those that its
+    annotation declares (see pair.Claims); a false claim fails.
 
     Raises ValueError for an unknown claim, and if the loss raises.
     """
-    claims = tuple(claims)
+    claims = (*claims_of(probe.loss), *claims)
     for claim in claims:
         if claim not in CLAIMS:
             raise ValueError(f"{claim!r} is not a claim; near: {', '.join(nearest(claim, list(CLAIMS)))}")
@@ -84,6 +91,9 @@ def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
         describe_start(probe),
         check_first_gradient(curve),
         check_direction(curve),
+        check_sign(curve, "raises_margin" in claims),
+        *check_optimum(find_optimum(probe), claims),
+        check_displacement(probe, "keeps_chosen" in claims),
         check_antisymmetry(probe, "antisymmetric" in claims),
         check_difference(probe, "difference" in claims),
         describe_reference(probe),

@@ -21,6 +21,7 @@ from jaxft.objectives.pair import PairBatch, PreferenceLoss, declaration, loss_v
 from jaxft.tree import struct
 
 PAIR = ("chosen", "rejected")
+RATING_COLUMNS = ("score_chosen", "score_rejected")  # columns that a loss of rankings may need
 THIRDS = ("mismatched", "gold")  # a third response that a loss may need
 ROWS = 96  # pairs that are evaluated at once; one number, so that a loss is compiled once
 NO_OPTIMISATION = {"xla_backend_optimization_level": 0}  # compiling takes far longer than the few calls
@@ -51,7 +52,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Probe:
-    """A loss, the kinds of responses and the columns that its pairs have, and its two compiled forms."""
+    """A loss, the kinds of responses and the columns that its pairs have, and its compiled forms."""
 
     name: str
     loss: Callable[..., Array]
@@ -60,6 +61,7 @@ class Probe:
     columns: tuple[str, ...]
     run_each: Callable[[PairBatch], LossResult]
     run_batch: Callable[[PairBatch], LossResult]
+    run_risk: Callable[..., tuple[Array, Array]]  # see _risk; with the gradient on logits
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,24 @@ def loss_at_start(loss: Callable[..., Array], pair: PairBatch) -> Array:
 
 
 def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) -> Probe:
-    """Find the third response and the columns that the loss needs (columns are 1 in all pairs, `margin` 0),
-    and compile it.
+    """Find the third response and the columns that the loss needs (columns are 1 in all pairs, `margin` and
+    `score_rejected` 0), and compile it.
 
     columns: further ones. Raises ValueError with the loss's own message, `from` its error, if it fails with
     all inputs.
     """
     failed = dict[str, tuple[str, Exception]]()
-    for kinds in (PAIR, *((*PAIR, third) for third in THIRDS)):
+    inputs = [(PAIR, ()), *(((*PAIR, third), ()) for third in THIRDS), (PAIR, RATING_COLUMNS)]
+    for kinds, ratings in inputs:
         try:
-            found = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns))))
+            found = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns, *ratings))))
         except Exception as error:  # a user's function may raise anything
             failed.setdefault(one_line(error), (kinds[-1], error))
             continue
         run = partial(_run_with_gradient, loss)
         each, batch = (jax.jit(fn, compiler_options=NO_OPTIMISATION) for fn in (jax.vmap(run), run))
-        return Probe(name, loss, declaration(loss), kinds, found, each, batch)
+        risk = jax.jit(jax.value_and_grad(partial(_risk, loss)), compiler_options=NO_OPTIMISATION)
+        return Probe(name, loss, declaration(loss), kinds, found, each, batch, risk)
     texts = [
         f"with a third response `{kind}`: {text}" if kind in THIRDS else text
         for text, (kind, _) in failed.items()
@@ -135,7 +139,7 @@ def one_line(error: Exception) -> str:
 # Values and gradients
 
 
-def _add_nats(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
+def add_nats(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
     """The pairs with `nats` more log-prob of each kind of response, spread evenly over its tokens."""
     responses = {kind: replace(x, logp=x.logp + nats[kind]) for kind, x in pair.responses.items()}
     each = pair.spread({kind: nats[kind] / x.length for kind, x in pair.responses.items()})
@@ -146,12 +150,24 @@ def _run_with_gradient(loss: Callable[..., Array], pair: PairBatch) -> LossResul
     """As in the objective, slots without weight are excluded from the sum, not from the computation."""
 
     def total(nats: dict[str, Array]) -> tuple[Array, Array]:
-        values = loss_at_start(loss, _add_nats(pair, nats))
+        values = loss_at_start(loss, add_nats(pair, nats))
         return jnp.sum(jnp.where(pair.weight > 0, values, jnp.zeros((), values.dtype))), values
 
     zeros = {kind: jnp.zeros_like(pair.weight) for kind in pair.responses}
     gradient, value = jax.grad(total, has_aux=True)(zeros)
     return LossResult(value, gradient)
+
+
+def _risk(
+    loss: Callable[..., Array], logits: Array, reference: Array, pair: PairBatch, index: dict[str, Array]
+) -> Array:
+    """The expected loss of a policy over N enumerated responses: the weighted sum over pairs [n, 1].
+
+    logits [N]: its change since the reference's log-probs [N]. index: the response of each pair, by kind.
+    """
+    c = jax.nn.log_softmax(reference + logits) - reference
+    moved = add_nats(pair, {kind: c[i][:, None] for kind, i in index.items()})
+    return jnp.sum(moved.weight * loss_at_start(loss, moved))
 
 
 def _run(probe: Probe, fn: Callable[[PairBatch], LossResult], pair: PairBatch) -> LossResult:

@@ -22,7 +22,7 @@ from jaxft.lab.loss_probe import (
     loss_at_start,
     same_result,
 )
-from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, synthetic_pairs, varied_pairs
+from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, ZERO_COLUMNS, synthetic_pairs, varied_pairs
 
 SHORT, LONG = 8, 64  # tokens of responses that are compared by length
 
@@ -38,7 +38,7 @@ def describe_inputs(probe: Probe) -> Check:
 
     found = [f"a third response `{kind}`" for kind in probe.kinds[2:]]
     found += [
-        f"the column `{name}` ({int(name != 'margin')} in all other checks)"
+        f"the column `{name}` ({int(name not in ZERO_COLUMNS)} in all other checks)"
         for name in probe.columns
         if reads(name)
     ]

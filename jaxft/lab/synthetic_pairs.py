@@ -14,6 +14,7 @@ from jaxft.objectives.pair import PairBatch, PairTokens, Response
 
 TOKENS = 16  # of a response, by default
 PER_TOKEN = -1.5  # the reference's log-prob per token, by default
+ZERO_COLUMNS = ("margin", "score_rejected")  # other columns are 1
 READS = 160  # read positions of a row; one size, so that a loss is compiled once
 
 
@@ -29,8 +30,8 @@ def synthetic_pairs(
     [N] per kind.
 
     The log-prob of a response is spread evenly over its tokens, log sum_v p_v^2 is -1, columns are 1,
-    `margin` 0. A response of length 0 is missing; a mean length is that of the N pairs. The arrays are
-    NumPy's. Raises ValueError if a pair has more than `reads` tokens.
+    those of ZERO_COLUMNS 0. A response of length 0 is missing; a mean length is that of the N pairs. The
+    arrays are NumPy's. Raises ValueError if a pair has more than `reads` tokens.
     """
     kinds = tuple(sorted(ratio))  # the order of a dict's keys after jax.jit
     given = [
@@ -63,11 +64,13 @@ def synthetic_pairs(
         )
         for k, kind in enumerate(kinds)
     }
-    zeros: Any = {name: np.full((len(logp), 1), float(name != "margin"), np.float32) for name in columns}
+    given_columns: Any = {
+        name: np.full((len(logp), 1), float(name not in ZERO_COLUMNS), np.float32) for name in columns
+    }
     return PairBatch(
         responses,
         _tokens(logp / divisor, known / divisor, lengths.astype(int), reads, dtype),
-        zeros,
+        given_columns,
         column(np.ones(len(logp))),
     )
 

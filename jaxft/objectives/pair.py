@@ -3,6 +3,7 @@
 """
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -183,6 +184,40 @@ class PreferenceLoss:
                 "Pass it to preference(...) itself, or declare its caller with @coupled"
             )
         return self.fn(pair, *args, state=state, **knobs)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Properties that the author of a loss claims, as part of its return annotation. The loss bench checks
+    them, see lab/loss_claims.py for their names.
+
+        def mine(pair, beta: float = 0.1) -> Annotated[PairLoss, Claims.of("difference", "calibrated")]: ...
+
+    They hold for all values of knobs that are numbers, and for the default of a knob that is a function.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, *names: str) -> "Claims":
+        """Return the claims of these names."""
+        return cls(names)
+
+
+def claims_of(loss: Callable[..., Array]) -> tuple[str, ...]:
+    """Return the names of the claims of a loss; none if a knob of it is set to another function."""
+    fn = declaration(loss).fn
+    if isinstance(fn, partial | PreferenceLoss):
+        return claims_of(fn)
+    given, default = loss_signature(loss).parameters, loss_signature(fn).parameters
+    for name, parameter in given.items():
+        if callable(parameter.default) and parameter.default is not default[name].default:
+            return ()
+    try:
+        annotation = typing.get_type_hints(fn, include_extras=True).get("return")
+    except (NameError, TypeError):  # an annotation that cannot be read claims nothing
+        return ()
+    return tuple(name for x in typing.get_args(annotation)[1:] if isinstance(x, Claims) for name in x.names)
 
 
 def coupled(

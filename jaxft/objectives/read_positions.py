@@ -6,6 +6,7 @@ devices.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -112,22 +113,18 @@ def read_logits(
     tokens: Int[Array, " U"],
 ) -> Float[Array, "B M U"]:
     """Logits of some tokens at read positions, in float32 or wider. Only their part of the head is read."""
-    sharding = read_sharding(read, h_BTD.shape[1])
-    out = model.logits(head_of_tokens(model.head(params), tokens), gather_read(h_BTD, read, sharding))
-    return out if sharding is None else _in_order(out, sharding)
+    return read_numbers(partial(model.logits, head_of_tokens(model.head(params), tokens)), h_BTD, read)
 
 
 def read_scores(
     model: LanguageModel, params: Params, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
 ) -> Float[Array, "B M"]:
     """The scalar head's output at read positions, in float32 or wider."""
-    sharding = read_sharding(read, h_BTD.shape[1])
-    if sharding is not None and isinstance(params["score"], Several):
+    if isinstance(params["score"], Several) and num_shards(("time",), (h_BTD.shape[1],)) > 1:
         raise ValueError(
             "several heads in one forward pass are not supported with mesh.context. Train one at a time"
         )
-    out = model.scores(params, gather_read(h_BTD, read, sharding))
-    return out if sharding is None else _in_order(out, sharding)
+    return read_numbers(partial(model.scores, params), h_BTD, read)
 
 
 def read_numbers(
@@ -135,8 +132,8 @@ def read_numbers(
     h_BTD: Float[Array, "B T D"],
     read: Int[Array, "B M"],
     max_responses: int = 2,
-) -> Float[Array, "B M"]:
-    """`head(h [N, m, D]) -> [N, m]` at read positions; max_responses: see read_sharding."""
+) -> Float[Array, "B M ..."]:
+    """`head(h [N, m, D]) -> [N, m, ...]` at read positions; max_responses: see read_sharding."""
     sharding = read_sharding(read, h_BTD.shape[1], max_responses)
     out = head(gather_read(h_BTD, read, sharding))
     return out if sharding is None else _in_order(out, sharding)

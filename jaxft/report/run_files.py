@@ -19,8 +19,8 @@ class RunFiles:
 
     entries: of metrics.jsonl. is_finished: summary.json is that of the last step, not of an earlier end from
     which the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
-    parameters: rows of the parameter table. data: see data.summary. rows: values of held-out rows by name.
-    seconds: of each phase of a finished run.
+    parameters: rows of the parameter table. data: see inspection.data_summary. rows: values of held-out rows
+    by name. seconds: of each phase of a finished run.
     """
 
     name: str

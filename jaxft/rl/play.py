@@ -25,9 +25,9 @@ import numpy as np
 from jaxft.annotations import above, at_least, check_bounds, name_of
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.chat.next_turn import NextPrompt, TurnWording, next_prompt
-from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.chat.tool_calls import CallFormat, call_format, template_tool_format
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Message
 from jaxft.data.rows.invalid import InvalidRow
 from jaxft.distributed import processes
@@ -157,7 +157,26 @@ def rollout(
     ended: called with each episode as soon as it has ended, for rewards that overlap with sampling. All
     processes of a run sample; the environment is called on the first.
 
-    Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from jaxft.rl.environments.environment import single_turn
+    >>> words = {"2": 0, "+": 1, "4": 2, "end": 3}
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "end")))
+    >>> class Fours:  # a session without a model: all turns are "4 end"
+    ...     def __init__(self, key):
+    ...         self.queue = []
+    ...     def start(self, prompt, episodes, number, max_new):
+    ...         self.queue += episodes
+    ...     def drop(self, episode):
+    ...         pass
+    ...     def wait(self):
+    ...         started, self.queue = self.queue, []
+    ...         return [Sampled(i, np.array([2, 3]), np.zeros(2), "stop") for i in started]
+    >>> rows = TokenisedPrompts(((0, 1, 0),), ("row 1",), (Completion("row 1", "2 + 2", ""),), ({},))
+    >>> play = Play(single_turn(), tokenizer, stop=(3,))
+    >>> [episode.text for episode in rollout(Fours, play, rows, 2, jax.random.key(0))]
+    ['4', '4']
     """
     with play.calls as calls:
         return _Rollout(play, rows, group, sampler(key), calls).run(ended)

@@ -19,7 +19,7 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxft.batch import Pairs, Rollout, Tokens, TrainState
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template import settings_for
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Example
 from jaxft.data.rows.invalid import valid
 from jaxft.distributed import sharding

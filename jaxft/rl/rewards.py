@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Shaped
 from jaxft import tree
 from jaxft.annotations import name_of
 from jaxft.batch import TrainState
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import processes
 from jaxft.rl.environments.calls import shared_loop
 from jaxft.rl.environments.environment import finite_number, short_repr

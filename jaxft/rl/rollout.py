@@ -24,7 +24,7 @@ from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.data import prompts
 from jaxft.data.chat.next_turn import restart_notes
 from jaxft.data.packing.pack import RowShape, round_up
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes

@@ -27,7 +27,7 @@ from jaxtyping import Array, UInt32
 
 from jaxft.batch import TrainState
 from jaxft.data.inspection import ShownExample, ShownPart
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.engine.programs import compile_engine

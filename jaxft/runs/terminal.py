@@ -14,8 +14,8 @@ import sys
 import traceback
 from typing import Any, TextIO
 
+from jaxft.data.rows.remote import without_secrets
 from jaxft.data.rows.shipped import own_commands
-from jaxft.data.rows.urls import without_secrets
 from jaxft.distributed.exit import RESTART_CODE, RestartError
 
 # Characters that move the cursor, changes colours or reorders text; tabs and new lines are left.

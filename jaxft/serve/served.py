@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft.data.chat.template import template_of
-from jaxft.data.chat.template_settings import DATE, TURN, TemplateSettings
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
+from jaxft.data.row_settings import DATE, TURN, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.chat.tool_calls import ToolFormat
 from jaxft.data.decisions import DecisionPrompts, answer_tokens
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row

@@ -27,9 +27,9 @@ from jax.sharding import Mesh
 
 from jaxft.batch import TrainState
 from jaxft.data.chat.loss_mask import example_prompt_ids
-from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.packing.cache import row_cache_folder
-from jaxft.data.packing.prompt_tokens import rename_columns
+from jaxft.data.packing.row_tasks import rename_columns
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.conversation import PLAIN, prompt_of
 from jaxft.data.rows.invalid import valid
 from jaxft.data.rows.row_files import Row

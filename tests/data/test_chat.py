@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.template_settings import DATE, TemplateSettings
 from jaxft.data.packing.pack import permutation
+from jaxft.data.row_settings import DATE, TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Text
 from jaxft.data.rows.invalid import valid
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data import summary
+from jaxft.data import inspection
 from jaxft.data.inspection import inspect
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
@@ -26,14 +26,14 @@ def summarised(tmp_path, monkeypatch, kind, batch=4):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     tokenizer = tiny("chatml")
     data = KINDS[kind](str(tmp_path / "rows.jsonl"), batch=batch, held_out=None)
-    found = summary.data_summary(inspect(data, tokenizer), tokenizer)
+    found = inspection.data_summary(inspect(data, tokenizer), tokenizer)
     return json.loads(json.dumps(found))  # it is JSON
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_show_the_text_and_which_tokens_have_a_loss(tmp_path, monkeypatch, kind):
     found = summarised(tmp_path, monkeypatch, kind)
-    assert len(found["examples"]) == summary.SHOWN_EXAMPLES
+    assert len(found["examples"]) == inspection.SHOWN_EXAMPLES
     for example in found["examples"]:
         parts = {part["label"]: part["pieces"] for part in example["parts"]}
         assert list(parts) == {"sft": [""], "pairs": ["prompt", "chosen", "rejected"], "prompts": [""]}[kind]
@@ -52,14 +52,14 @@ def test_examples_show_the_text_and_which_tokens_have_a_loss(tmp_path, monkeypat
 
 
 def test_a_row_that_a_batch_repeats_is_one_example(tmp_path, monkeypatch):
-    monkeypatch.setattr(summary, "SHOWN_EXAMPLES", 99)
+    monkeypatch.setattr(inspection, "SHOWN_EXAMPLES", 99)
     for batch in (4, 20):
         names = [x["name"] for x in summarised(tmp_path, monkeypatch, "prompts", batch)["examples"]]
         assert len(names) == len(set(names)) == min(batch, 6)
 
 
 def test_lengths_are_counted_and_long_parts_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(summary, "EXAMPLE_TOKENS", 5)
+    monkeypatch.setattr(inspection, "EXAMPLE_TOKENS", 5)
     found = summarised(tmp_path, monkeypatch, "sft")
     assert set(found["lengths"]) == {"all", "prompt", "with loss"}
     for lengths in found["lengths"].values():
@@ -70,5 +70,5 @@ def test_lengths_are_counted_and_long_parts_are_cut(tmp_path, monkeypatch):
 
 
 def test_a_histogram_has_its_ends_at_minimum_and_maximum():
-    found = summary.length_histogram(np.array([3, 3, 3, 50]))
+    found = inspection.length_histogram(np.array([3, 3, 3, 50]))
     assert found["histogram"][0] == 3 and found["histogram"][-1] == 1 and found["percentiles"]["max"] == 50

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data.packing.left_out import is_placeholder
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
 from jaxft.data.rows.dataset_rows import list_chunks
+from jaxft.data.rows.example import is_placeholder
 from jaxft.data.sft import Rows
 
 HOW = {"batch": 1, "workers": 1}

@@ -10,7 +10,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.chat.next_turn import TurnWording, next_prompt, restart_notes
 from jaxft.data.chat.template import render_messages, template_of
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.example import Chat
 from jaxft.data.rows.invalid import InvalidRow
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.template_settings import DATE
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
+from jaxft.data.row_settings import DATE
 from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion

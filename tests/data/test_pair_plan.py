@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data.packing import pair_plan as batches
+from jaxft.data.packing import pair_layout as batches
 from jaxft.data.packing.pack import RowShape, permutation
 
 

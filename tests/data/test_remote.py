@@ -15,7 +15,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.rows import mixture, remote
 from jaxft.data.rows.dataset_rows import hub_dataset, read_rows
-from jaxft.data.rows.urls import without_secrets
+from jaxft.data.rows.remote import without_secrets
 from jaxft.data.sft import Rows
 
 COUNT, GROUP = 400, 100

@@ -10,9 +10,9 @@ from parsed_rows import examples
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template import settings_for
-from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat
 from jaxft.data.sft import Rows

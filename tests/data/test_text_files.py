@@ -7,8 +7,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.rows.dataset_rows import evaluation_split, list_chunks, read_rows
-from jaxft.data.rows.row_text import SAMPLE_BY
-from jaxft.data.rows.text_encoding import sniff_encoding
+from jaxft.data.rows.text_files import SAMPLE_BY, sniff_encoding
 from jaxft.data.sft import Rows
 from jaxft.train.recipes import RowKnobs
 
@@ -189,7 +188,7 @@ def test_the_validation_split_of_a_folder_is_held_out_by_default(saved):
 
 
 def test_a_document_is_limited_as_a_line_of_json_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxft.data.rows.row_text.LINE_BYTES", 100)
+    monkeypatch.setattr("jaxft.data.rows.text_files.LINE_BYTES", 100)
     path = tmp_path / "long.txt"
     path.write_text("short line\n\n" * 30)
     with pytest.raises(ValueError, match=r"long.txt:1: the text has more than .*data.sample_by=paragraph or"):

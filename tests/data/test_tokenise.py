@@ -18,7 +18,7 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import progress
 from jaxft.data.packing import reader
-from jaxft.data.packing.flat import Flat, RowNames
+from jaxft.data.packing.cache import Flat, RowNames
 from jaxft.data.packing.pack import number_groups
 from jaxft.data.pairs import PairRows
 from jaxft.data.rows import dataset_rows, row_files

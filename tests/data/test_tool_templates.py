@@ -11,8 +11,8 @@ from tiny_llama import tiny_torch
 from transformers import AutoTokenizer
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.chat.tool_calls import template_tool_format
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.serve.served_model import ServedModel, chat_prompt
 from jaxft.train.export.push import files_to_push

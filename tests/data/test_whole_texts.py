@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
-from jaxft.data.packing.epochs import Epochs
-from jaxft.data.packing.pack import split_lengths, wrap_examples
+from jaxft.data.packing.pack import Epochs, split_lengths, wrap_examples
 from jaxft.data.sft import Rows
 from jaxft.train.recipes import RowKnobs
 from jaxft.train.settings import Loop, Run

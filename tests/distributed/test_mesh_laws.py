@@ -14,7 +14,7 @@ from tiny_model import assert_close, batch_of, examples, micro, tiny
 
 from jaxft import tree
 from jaxft.data.packing.pack import RowShape
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.rows.example import Completion
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh

@@ -14,7 +14,7 @@ from tiny_model import tiny
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.data.packing.flat import Flat
+from jaxft.data.packing.cache import Flat
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives.losses import preference_losses as P

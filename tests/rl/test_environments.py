@@ -14,8 +14,8 @@ from chat_templates import stock_tokenizer
 from scripted_session import ScriptedSampler
 from test_play import KEY, LIMITS, rows_of
 
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.chat.tool_calls import TOOL_FORMATS, call_format
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.shipped import ROOT
 from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.environments.openenv import observation_text, openenv

@@ -23,9 +23,9 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.chat import named_templates
 from jaxft.data.chat.loss_mask import example_prompt_ids
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.prompts import read_prompts
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.example import Chat
 from jaxft.distributed import processes
 from jaxft.rl.environments.environment import EnvironmentClass, environment_of, single_turn

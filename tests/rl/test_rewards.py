@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.rows.example import Completion
 from jaxft.rl import advantages, rewards
 from jaxft.rl.rewards import Faults, FunctionReward

@@ -14,10 +14,10 @@ from rl_completions import episodes_of, random_prompts
 from tiny_llama import tiny_tokenizer
 
 from jaxft.data.chat.loss_mask import example_prompt_ids
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.packing.pack import RowShape
-from jaxft.data.packing.prompt_tokens import TokenisedPrompts
+from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.prompts import Prompts
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.example import Chat
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.engine.generate import complete

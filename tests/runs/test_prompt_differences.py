@@ -6,7 +6,7 @@ import pytest
 from prepared import prepare, working_directory
 from tiny_run import write_place
 
-from jaxft.data.chat.template_settings import DATE
+from jaxft.data.row_settings import DATE
 from jaxft.runs.folder import prompt_differences
 from jaxft.train.logs.logs import startup_lines
 

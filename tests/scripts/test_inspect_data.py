@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data.summary import token_pieces
+from jaxft.data.inspection import token_pieces
 from jaxft.runs.settings.config import load_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"

@@ -10,7 +10,7 @@ from family_templates import FAMILIES
 from hypothesis import strategies as st
 from stock_turns import HIDDEN, Rejected, Stock, Turn, as_json, text_alone
 
-from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.row_settings import TemplateSettings
 
 # ---- ChatML and SmolLM2: no tool calls
 

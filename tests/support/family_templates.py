@@ -4,7 +4,7 @@ distilled models, and what each renders of an assistant turn; see chat_templates
 
 from stock_turns import HIDDEN, Rejected, Stock, as_json, text_alone
 
-from jaxft.data.chat.template_settings import TemplateSettings
+from jaxft.data.row_settings import TemplateSettings
 
 MERGE = TemplateSettings(system="merge")
 

@@ -10,10 +10,9 @@ import optax
 from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
 from tiny_model import CONFIG, assert_close
 
-from jaxft.data.packing.flat import Flat, RowNames
+from jaxft.data.packing.cache import Flat, RowNames
 from jaxft.data.packing.pack import RowShape
-from jaxft.data.packing.pair_layout import BatchMeans, PairLayout, fill_pairs, tokens_per_pair
-from jaxft.data.packing.pair_plan import assign_rows
+from jaxft.data.packing.pair_layout import BatchMeans, PairLayout, assign_rows, fill_pairs, tokens_per_pair
 from jaxft.data.packing.tokenised import NUMBERS, TokenisedRows
 from jaxft.objectives import metrics
 from jaxft.objectives.pair import declaration

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tiny_tokenizers import tiny
 
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 
 HIDDEN = None  # the template shows only a part of the turn, or doesn't end it
 

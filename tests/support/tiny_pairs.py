@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from tiny_tokenizers import tiny
 
-from jaxft.data.chat.template_settings import DATE
 from jaxft.data.packing.pack import permutation
 from jaxft.data.pairs import PairRows
+from jaxft.data.row_settings import DATE
 
 WORDS = ["the", "rank", "of", "a", "matrix", "is", "what", "model", "answers", "user", "1", "2", "3"]
 

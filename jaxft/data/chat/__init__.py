@@ -3,10 +3,7 @@
 loss_mask.py: tokens and loss masks of examples
 named_templates.py: chat templates by name for base models
 next_turn.py: the tokens between two turns of a conversation that a model continues
-rejections.py: remedies for rows that a chat template rejects
-template.py: chat templates
-template_check.py: the check that a template shows all of a turn
-template_settings.py: how a run renders them
+template.py: chat templates, remedies for rows that they reject
 tool_calls.py: tool calls in the text of a completion
-turns.py: the assistant turns in a rendered text
+turns.py: the assistant turns in a rendered text, the check that it shows all of them
 """

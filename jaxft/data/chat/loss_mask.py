@@ -22,19 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data.chat.rejections import rejection
 from jaxft.data.chat.template import (
     LONGEST_TEXT,
     REJECTIONS,
     Span,
     Template,
     UnusableTemplate,
+    rejection,
     render_messages,
     template_of,
 )
-from jaxft.data.chat.template_check import MARKER, HiddenPart
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.data.chat.turns import is_closed, render_turns
+from jaxft.data.chat.turns import MARKER, HiddenPart, is_closed, render_turns
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Example, Message, Text
 from jaxft.data.rows.invalid import InvalidRow, Value, attempt
 from jaxft.data.rows.loss_weights import target_weights

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 from jaxft.data.chat.loss_mask import example_prompt_ids, rendered_ids
 from jaxft.data.chat.template import REJECTIONS, Template, render_messages, template_of
-from jaxft.data.chat.template_check import HiddenPart, parts_of
-from jaxft.data.chat.template_settings import TemplateSettings
-from jaxft.data.chat.turns import render_turns
+from jaxft.data.chat.turns import HiddenPart, parts_of, render_turns
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Message
 from jaxft.data.rows.invalid import InvalidRow, valid
 

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.data.packing.pack import round_up
-from jaxft.data.packing.pair_plan import assign_rows, order_batches, row_shape
-from jaxft.data.packing.prompt_tokens import row_fields
+from jaxft.data.packing.pair_layout import assign_rows, order_batches, row_shape
 from jaxft.data.packing.reader import Reader
+from jaxft.data.packing.row_tasks import row_fields
 from jaxft.data.packing.tokenised import ROW_FIELDS, TokenisedRows
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import LENGTH_STEP, Prompts

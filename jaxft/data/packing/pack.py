@@ -1,4 +1,4 @@
-"""Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch).
+"""Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch); count steps.
 
 `pack_examples` keeps examples whole; `wrap_examples` concatenates documents and cuts them anywhere.
 
@@ -8,8 +8,10 @@ number of read positions, so every epoch has the same number of rows and the sam
 compiled program serves all of them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -51,6 +53,10 @@ class RowPlan:
         chosen = slice(offsets[0], offsets[-1])
         parts = [None if x is None else x[chosen] for x in (self.starts, self.counts)]
         return RowPlan(self.members[chosen], offsets - offsets[0], *parts)
+
+    def lengths_of(self, lengths: Int[np.ndarray, " all"]) -> Int[np.ndarray, " examples"]:
+        """Return the tokens of each member. lengths: of all examples as a whole."""
+        return lengths[self.members] if self.counts is None else self.counts
 
     def row_sums(self, values: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " rows"]:
         """Return the sum of the members' values in each row."""
@@ -257,3 +263,55 @@ def number_groups(values: Shaped[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
 def round_up(value: int, multiple: int) -> int:
     """Return the next multiple of `multiple`."""
     return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Passes over the rows.
+
+    batch_tokens(epoch): tokens of each batch of an epoch. alike: whether every epoch has the same number of
+    batches and of tokens; it hasn't if rows are packed and sources have weights.
+    """
+
+    batch_tokens: Callable[[int], Int[np.ndarray, " steps"]]
+    alike: bool = True
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the optimizer steps of an epoch."""
+        return len(self.batch_tokens(0 if self.alike else epoch))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (epoch, step in that epoch)."""
+        if self.alike:
+            return divmod(step, self.steps_in(0))
+        epoch = 0
+        while step >= self.steps_in(epoch):
+            step -= self.steps_in(epoch)
+            epoch += 1
+        return epoch, step
+
+    def steps_of_epochs(self, epochs: float) -> int:
+        """Return the optimizer steps of a number of epochs, which may be a fraction; at least 1."""
+        if self.alike:
+            return max(1, math.ceil(epochs * self.steps_in(0) - 1e-9))
+        whole = math.floor(epochs)
+        rest = (epochs - whole) * self.steps_in(whole) if epochs > whole else 0.0
+        return max(1, sum(map(self.steps_in, range(whole))) + math.ceil(rest - 1e-9))
+
+    def steps_of_tokens(self, tokens: int) -> int:
+        """Return the optimizer steps after which at least `tokens` tokens were read."""
+        steps = epoch = 0
+        if self.alike:
+            total = int(self.batch_tokens(0).sum())
+            epoch, tokens = divmod(tokens - 1, total)
+            steps, tokens = epoch * self.steps_in(0), tokens + 1
+        while True:
+            read = np.cumsum(self.batch_tokens(epoch))
+            if tokens <= read[-1]:
+                return steps + int(np.searchsorted(read, tokens)) + 1
+            steps, tokens, epoch = steps + len(read), tokens - int(read[-1]), epoch + 1
+
+
+def epochs_of(batch_tokens: Callable[[int], Int[np.ndarray, " steps"]], alike: bool = True) -> Epochs:
+    """Return Epochs that compute the batches of each epoch once."""
+    return Epochs(lru_cache(maxsize=None)(batch_tokens), alike)

@@ -26,21 +26,20 @@ import numpy as np
 import xxhash
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.template_settings import TemplateSettings
 from jaxft.data.decisions import LABEL, labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
-from jaxft.data.packing.left_out import has_placeholder
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, last_targets, stored_columns
 from jaxft.data.progress import RowProgress
-from jaxft.data.row_settings import RowSettings
+from jaxft.data.row_settings import RowSettings, TemplateSettings
 from jaxft.data.rows import format_choice
 from jaxft.data.rows.conversation import PLAIN, other_columns
 from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks
-from jaxft.data.rows.example import Example, ParsedRow
+from jaxft.data.rows.example import Example, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
+from jaxft.data.rows.remote import is_remote
 from jaxft.data.rows.row_files import (
     ROW_CHUNK_BYTES,
     Chunk,
@@ -50,7 +49,6 @@ from jaxft.data.rows.row_files import (
     spread_chunks,
     spread_rows,
 )
-from jaxft.data.rows.urls import is_remote
 from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]

@@ -14,8 +14,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Float, Int, UInt64
 
-from jaxft.data.packing.cache import NAMING, ColumnType, ColumnTypes, StoredRows
-from jaxft.data.packing.flat import Flat, RowNames
+from jaxft.data.packing.cache import NAMING, ColumnType, ColumnTypes, Flat, RowNames, StoredRows
 from jaxft.data.packing.pack import number_groups, ranges
 from jaxft.data.rows.invalid import InvalidCount, add_counts
 
@@ -95,8 +94,8 @@ class TokenisedRows:
     truncated: mask of truncated examples. responses: tokens of each example's responses before truncation;
     learned_responses: how many of them are targets with a weight above 0. weights: a factor of the weights of
     an example's targets. order: the numbers of data.order_by, 0 without it. placeholders: mask of examples
-    whose response is a placeholder (see left_out.py). pieces: number of each example within its row, of a row
-    that is several examples (data.too_long=split), which follow one another. extras: further columns by name.
+    whose response is a placeholder such as N/A. pieces: number of each example within its row, of a row that
+    is several examples (data.too_long=split), which follow one another. extras: further columns by name.
     names: the row of each example. digest: a hash of the columns, see cache.StoredRows. largest_id: the
     largest token id. formats: of the datasets. labels: that a classifier chooses from, () without any.
     dropped: number of rows that were left out as too long. invalid: the invalid rows that were left out.

@@ -10,12 +10,9 @@ invalid.py: the error of an invalid row, and what becomes of it
 loss_weights.py: weights of rows and messages in the loss
 mixture.py: several sources with weights, training and held-out rows
 published_formats.py: rankings, comparisons and transcripts, rewritten into the columns of other formats
-remote.py: Parquet behind URLs
-row_csv.py: rows of CSV and TSV files
+remote.py: URLs of rows, Parquet behind them
 row_files.py: the rows of files, in chunks
 row_parquet.py: rows of Parquet files within limits of memory
-row_text.py: text and Markdown as documents
+text_files.py: CSV and TSV, text and Markdown as documents, encodings
 shipped.py: where recipes, their rows and scripts are, in a clone or an installed wheel
-text_encoding.py: the encoding of a text file
-urls.py: URLs of rows, removal of passwords and signatures
 """

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from jaxft.data.rows.invalid import InvalidRows, attempt
-from jaxft.data.rows.remote import RemoteFile, remote_batches, remote_files
-from jaxft.data.rows.row_csv import CSV_SUFFIXES, read_csv, sniff_csv
+from jaxft.data.rows.remote import RemoteFile, is_remote, remote_batches, remote_files
 from jaxft.data.rows.row_files import (
     CHUNK_ROWS,
     Chunk,
@@ -36,10 +35,19 @@ from jaxft.data.rows.row_files import (
     scan_lines,
     without_added_nulls,
 )
-from jaxft.data.rows.row_text import DOCUMENT, TEXT_SUFFIXES, read_text, text_files
 from jaxft.data.rows.shipped import ROOT
-from jaxft.data.rows.text_encoding import encoding_note, sniff_encoding, wide_encoding
-from jaxft.data.rows.urls import is_remote
+from jaxft.data.rows.text_files import (
+    CSV_SUFFIXES,
+    DOCUMENT,
+    TEXT_SUFFIXES,
+    encoding_note,
+    read_csv,
+    read_text,
+    sniff_csv,
+    sniff_encoding,
+    text_files,
+    wide_encoding,
+)
 
 ROW_SUFFIXES = (".jsonl", ".json", *CSV_SUFFIXES, ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)

@@ -125,3 +125,39 @@ def as_given(prompt: Chat | Completion) -> str | list[Message]:
         return prompt.prompt
     is_string = prompt.plain and len(prompt.messages) == 1
     return str(prompt.messages[0]["content"]) if is_string else list(prompt.messages)
+
+
+# ---- placeholders
+
+
+# Texts that spreadsheets, pandas and annotators write where there is no response; in lower case.
+_NOTHING = frozenset((
+    "n/a", "na", "n.a.", "#n/a", "<na>", "nan", "null", "none", "nil", "undefined", "tbd", "tba", "todo", "-",
+    "--", "---", "...", "…", "???", "[deleted]", "[removed]", "[empty]", "(empty)", "(none)", "(blank)",
+    "#ref!", "#value!", "#name?", "#null!",
+))  # fmt: skip
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a text stands for a missing one, such as "N/A" or "nan"."""
+    return text.strip().lower() in _NOTHING
+
+
+def has_placeholder(example: Example) -> bool:
+    """Whether the response of an example, its text, or the end of a prompt without a response, is a
+    placeholder.
+    """
+    match example:
+        case Chat(messages=messages, response=response):
+            turns = messages[response:] or messages[-1:]
+            return any(not turn.get("tool_calls") and is_placeholder(turn["content"] or "") for turn in turns)
+        case Completion(prompt=prompt, completion=""):
+            return is_placeholder(prompt)
+        case Completion(completion=text):
+            return is_placeholder(text)
+        case Solution(steps=steps):
+            return all(map(is_placeholder, steps))
+        case Text(text=text):
+            return is_placeholder(text)
+        case _:
+            return False

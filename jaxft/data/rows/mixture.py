@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.left_out import left_out_rows
+from jaxft.data.data_settings import DUPLICATES, PLACEHOLDERS, DataSettings
 from jaxft.data.packing.pack import permutation, ranges
 from jaxft.data.packing.tokenised import TokenisedRows
 from jaxft.data.rows.dataset_rows import SUFFIXES, find_data
-from jaxft.data.rows.urls import file_name, without_secrets
+from jaxft.data.rows.remote import file_name, without_secrets
 
 SomeSettings = TypeVar("SomeSettings", bound=Any)
 SOURCE_OPTIONS = ("format", "max_samples")  # options of a source that are not names of columns
@@ -338,14 +337,23 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
 def _left_out(settings: DataSettings, rows: TokenisedRows, from_file: np.ndarray) -> tuple[np.ndarray, str]:
     """Return the mask of the examples that data.drop leaves out, and a clause that counts their rows.
 
-    from_file: mask of the examples of files that data.held_out names.
+    from_file: mask of the examples of files that data.held_out names. None of these is a duplicate, while
+    training rows that equal one of them are. Of equal training rows the first is kept.
     """
-    if not settings.drop:
-        return np.zeros(len(rows), bool), ""
     begins = rows.begins_row
-    hashes = rows.content_hashes()
-    out, clause = left_out_rows(settings.drop, hashes, rows.placeholders[begins], from_file[begins])
-    return out[np.cumsum(begins) - 1], clause
+    fixed = from_file[begins]
+    empty = rows.placeholders[begins] & (PLACEHOLDERS in settings.drop)
+    twice = np.zeros(len(empty), bool)
+    if DUPLICATES in settings.drop:
+        order = np.concatenate([np.flatnonzero(fixed & ~empty), np.flatnonzero(~fixed & ~empty)])
+        _, first = np.unique(rows.content_hashes()[order], return_index=True)
+        twice[order] = True
+        twice[order[first]] = False
+        twice &= ~fixed
+    counts = {"duplicates": int(twice.sum()), "placeholders as responses": int(empty.sum())}
+    named = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    clause = f"; left out by data.drop: {named}" if named else ""
+    return (empty | twice)[np.cumsum(begins) - 1], clause
 
 
 def _held_out_mask(settings: DataSettings, ref: str, part: TokenisedRows) -> np.ndarray:

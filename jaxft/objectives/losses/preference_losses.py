@@ -9,13 +9,26 @@ says what differs. Losses without a reference and losses of single responses are
 
 With an f-divergence other than reverse_kl as the score, a term log Z(x) cancels only in D, so only losses of
 D take `score`.
+
+A pair whose chosen response has a log-ratio of 2, and the rejected one of -1:
+
+>>> from functools import partial
+>>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> pair = synthetic_pairs({"chosen": 2.0, "rejected": -1.0}, length=10)
+>>> round(dpo(pair, beta=0.1).item(), 3)
+0.554
+>>> mine = mix((partial(ipo, beta=1.0), 1.0), (dpo, 0.5))
+>>> round(mine(pair).item(), 3)
+0.317
+
+As a setting: `jaxft train dpo loss=ipo beta=1`; in a recipe `preference(model, loss=partial(ipo, beta=1.0))`.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +37,7 @@ from jaxtyping import Array, Float
 
 from jaxft.objectives.losses.numerics import capped, logistic, require, square
 from jaxft.objectives.pair import (
+    Claims,
     LossState,
     PairBatch,
     PreferenceLoss,
@@ -36,6 +50,12 @@ from jaxft.objectives.pair import (
 from jaxft.tree import Metrics
 
 PairLoss = Float[Array, "B P"]
+OfMargin = Annotated[PairLoss, Claims.of("difference", "bradley_terry", "finite", "raises_margin")]
+Calibrated = Annotated[
+    PairLoss,
+    Claims.of("difference", "antisymmetric", "bradley_terry", "calibrated", "finite", "raises_margin"),
+]
+NAMED = ("__module__", "__name__", "__qualname__", "__doc__")  # what a loss around a loss takes from it
 Score = Callable[[Array], Array]
 
 
@@ -80,7 +100,7 @@ def _mean_difference(pair: PairBatch, score: Score) -> Array:
     return chosen / pair.chosen.length - rejected / pair.rejected.length
 
 
-def dpo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def dpo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> Calibrated:
     """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. log 2 where the policy is the
     reference.
     """
@@ -89,7 +109,7 @@ def dpo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLo
 
 def cdpo(
     pair: PairBatch, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
-) -> PairLoss:
+) -> OfMargin:
     """`-(1 - eps) LS(beta D) - eps LS(-beta D)`: labels are wrong with probability eps (Mitchell 2023).
 
     Not in TRL 1.16.
@@ -97,7 +117,7 @@ def cdpo(
     return logistic(beta * _difference(pair, score), label_smoothing)
 
 
-def dpo_margin(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def dpo_margin(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> Calibrated:
     """`-LS(beta D - m)` with m the rows' `margin`, or the difference of their ratings `score_chosen` and
     `score_rejected`: DPO with an offset (Amini et al. 2024, arXiv:2402.10571).
 
@@ -117,7 +137,9 @@ def dpo_margin(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) ->
     return logistic(x - margin.astype(x.dtype))
 
 
-def dpop(pair: PairBatch, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:
+def dpop(
+    pair: PairBatch, beta: float = 0.1, penalty: float = 50.0
+) -> Annotated[PairLoss, Claims.of("raises_margin", "keeps_chosen")]:
     """`-LS(beta (c - r - penalty relu(-c)))`: penalises a chosen response that loses log-prob.
 
     DPOP (Pal et al. 2024, arXiv:2402.13228).
@@ -126,7 +148,9 @@ def dpop(pair: PairBatch, beta: float = 0.1, penalty: float = 50.0) -> PairLoss:
     return logistic(beta * (c - r - penalty * jax.nn.relu(-c)))
 
 
-def rdpo(pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl) -> PairLoss:
+def rdpo(
+    pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl
+) -> Annotated[PairLoss, Claims.of("difference", "finite", "raises_margin")]:
     """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, length is not rewarded (Park et al. 2024, arXiv:2403.19159).
 
     The policy maximises r - alpha |y| with a KL penalty beta, so r = beta log(pi / pi_ref) + alpha |y|: what
@@ -135,31 +159,37 @@ def rdpo(pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score =
     return logistic(beta * _difference(pair, score) + alpha * (pair.chosen.length - pair.rejected.length))
 
 
-def hinge(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def hinge(
+    pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl
+) -> Annotated[PairLoss, Claims.of("difference", "raises_margin")]:
     """`relu(1 - beta D)` (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return jax.nn.relu(1 - beta * _difference(pair, score))
 
 
-def squared_hinge(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def squared_hinge(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> OfMargin:
     """`relu(1 - beta D)^2`: SLiC-HF's margin (arXiv:2305.10425) with a smooth edge. Not in TRL."""
     return square(hinge(pair, beta, score))
 
 
-def ipo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def ipo(
+    pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl
+) -> Annotated[PairLoss, Claims.of("antisymmetric", "bradley_terry", "finite", "raises_margin")]:
     """`(s_c / |c| - s_r / |r| - 1 / (2 beta))^2`, per token as its authors use it (Azar et al. 2023,
     arXiv:2310.12036).
     """
     return square(_mean_difference(pair, score) - 1 / (2 * beta))
 
 
-def sigmoid_norm(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> PairLoss:
+def sigmoid_norm(
+    pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl
+) -> Annotated[PairLoss, Claims.of("bradley_terry", "calibrated", "finite", "raises_margin")]:
     """`-LS(beta (s_c / |c| - s_r / |r|))`: DPO of mean log-ratios (Tulu 3, arXiv:2411.15124)."""
     return logistic(beta * _mean_difference(pair, score))
 
 
 def exo_pair(
     pair: PairBatch, beta: float = 0.1, label_smoothing: float = 1e-3, score: Score = reverse_kl
-) -> PairLoss:
+) -> OfMargin:
     """`q (log q - log(1 - eps)) + (1 - q) (log(1 - q) - log eps)`, q = sigmoid(beta D).
 
     EXO (Ji et al. 2024, arXiv:2402.00856). Raises ValueError at eps = 0, where log eps is infinite.
@@ -173,7 +203,7 @@ def exo_pair(
 
 def robust(
     pair: PairBatch, beta: float = 0.1, label_smoothing: float = 0.1, score: Score = reverse_kl
-) -> PairLoss:
+) -> Annotated[PairLoss, Claims.of("difference", "antisymmetric", "raises_margin")]:
     """`[-(1 - eps) LS(beta D) + eps LS(-beta D)] / (1 - 2 eps)` (Chowdhury et al. 2024, arXiv:2403.00409).
 
     Its mean is dpo's on clean labels if a fraction eps of them is flipped. Raises ValueError outside [0,
@@ -215,7 +245,9 @@ def bco_pair(pair: PairBatch, beta: float = 0.1) -> PairLoss:
     return -log_sigmoid(beta * pair.chosen.ratio) - log_sigmoid(-beta * pair.rejected.ratio)
 
 
-def sppo_hard(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+def sppo_hard(
+    pair: PairBatch, beta: float = 0.1
+) -> Annotated[PairLoss, Claims.of("antisymmetric", "bradley_terry", "finite", "raises_margin")]:
     """`(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2`: SPPO with certain wins (Wu et al. 2024,
     arXiv:2405.00675).
     """
@@ -239,7 +271,7 @@ def apo_down(pair: PairBatch, beta: float = 0.1) -> PairLoss:
 
 
 @reference_free
-def nll(pair: PairBatch) -> PairLoss:
+def nll(pair: PairBatch) -> Annotated[PairLoss, Claims.of("finite", "keeps_chosen")]:
     """`-log pi(chosen) / mean |c|`, whose weighted sum is minus the mean log-prob of the step's chosen
     tokens; TRL's `sft`.
 
@@ -353,7 +385,7 @@ def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
             "wpo weights pairs one by one, but this loss couples them. Use mix((wpo(other), w), (this, w))"
         )
 
-    @wraps(loss, updated=())
+    @wraps(loss, NAMED, updated=())
     def weighted(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
         aligned = pair.total(pair.tokens.logp - pair.tokens.log_sum_p2)
         chosen, rejected = aligned["chosen"] / pair.chosen.length, aligned["rejected"] / pair.rejected.length
@@ -396,7 +428,7 @@ def length_desensitised(loss: Callable[..., Array], alpha: float = 0.5) -> Prefe
     leaves `sft` out of this: `mix((length_desensitised(dpo), 1.0), (nll, 1.0))`.
     """
 
-    @wraps(loss, updated=())
+    @wraps(loss, NAMED, updated=())
     def desensitised(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
         return loss(_length_desensitised(pair, alpha), *args, **knobs)
 

@@ -5,6 +5,15 @@ kind "chosen", the worst "rejected", and those between are "rank_2", "rank_3", .
 columns score_chosen, score_rejected, score_rank_2, ... of the pairs (higher is better); without them the
 order alone counts, as numbers K - 1, ..., 1, 0. In the docstrings c_i is the log-ratio log pi(y_i|x) -
 log pi_ref(y_i|x) of response i, and s_i its rating. Sums run over the responses that a row has.
+
+Three responses in the order of their log-ratios:
+
+>>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> ranking = synthetic_pairs({"chosen": 2.0, "rank_2": 1.0, "rejected": 0.0})
+>>> round(plackett_luce(ranking, beta=1.0).item(), 3)
+0.721
+
+As a setting: `jaxft train dpo data=rankings.jsonl data.responses=3 loss=plackett_luce`.
 """
 
 from collections.abc import Callable
@@ -18,7 +27,7 @@ from jax.nn import log_sigmoid
 from jaxtyping import Array, Bool, Float
 
 from jaxft.objectives.losses.numerics import logistic, require, square
-from jaxft.objectives.losses.preference_losses import PairLoss
+from jaxft.objectives.losses.preference_losses import Calibrated, PairLoss
 from jaxft.objectives.pair import PairBatch, PairTokens, PreferenceLoss, declaration
 
 RATING = "score_"  # what the names of the columns of ratings begin with
@@ -75,7 +84,7 @@ def _log_softmax(x: Float[Array, "B P K"], among: Bool[Array, "B P K"]) -> Float
     return jnp.where(among, jax.nn.log_softmax(jnp.where(among, x, lowest), axis=-1), 0)
 
 
-def plackett_luce(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+def plackett_luce(pair: PairBatch, beta: float = 0.1) -> Calibrated:
     """`-sum_i log(exp(beta c_i) / sum_{j no better than i} exp(beta c_j))`: DPO of a ranking, whose best
     response is chosen first, then the best of the rest.
 
@@ -147,7 +156,7 @@ def rpo_sq(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss:
     return jnp.sum(squares, axis=(-2, -1)) / jnp.maximum(jnp.sum(pairs, axis=(-2, -1)), 1).astype(x.dtype)
 
 
-def lipo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+def lipo(pair: PairBatch, beta: float = 0.1) -> Calibrated:
     """`-sum_{s_i > s_j} D_ij LS(beta (c_i - c_j))`, D_ij = |2^s_i - 2^s_j| |1 / log(1 + t_i) -
     1 / log(1 + t_j)| with t_i the rank of beta c_i: mistakes at the top count for more.
 

@@ -5,7 +5,19 @@ Notation as in preference_losses.py; further, lp = log pi(y|x) summed over token
 chosen and _r of the rejected response; nll = -lp_c / mean |c|, whose weighted sum is the mean over the step's
 chosen tokens. The formulas are those of TRL 1.16's trainers of the same name unless a docstring says what
 differs; their NLL is a mean over a microbatch.
+
+A pair of 10 tokens each, with log-probs of -8 and -10:
+
+>>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> pair = synthetic_pairs({"chosen": 2.0, "rejected": 0.0}, length=10, reference=-10.0)
+>>> round(simpo(pair, beta=2.0, gamma=0.0).item(), 3)
+0.513
+
+As a setting: `jaxft train simpo gamma=0.5`, or in a recipe `preference(model, loss=partial(simpo, gamma=0.5),
+reference=None, reward=mean_logp)`.
 """
+
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +29,7 @@ from jaxft.objectives.losses.preference_losses import PairLoss, nll
 from jaxft.objectives.pair import (
     CHOSEN_REWARD,
     REJECTED_REWARD,
+    Claims,
     LossState,
     PairBatch,
     Response,
@@ -27,7 +40,9 @@ from jaxft.tree import Metrics
 
 
 @reference_free
-def simpo(pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+def simpo(
+    pair: PairBatch, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0
+) -> Annotated[PairLoss, Claims.of("bradley_terry", "finite", "raises_margin")]:
     """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
 
     beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll
@@ -50,7 +65,9 @@ def alphapo(
 
 
 @reference_free
-def cpo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> PairLoss:
+def cpo(
+    pair: PairBatch, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0
+) -> Annotated[PairLoss, Claims.of("finite", "raises_margin", "keeps_chosen")]:
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll`, x = beta (lp_c - lp_r) (Xu et al. 2024, arXiv:2401.08417).
 
     CPO-SimPO is `mix((simpo, 1.0), (nll, alpha))`.
@@ -77,7 +94,9 @@ def log_odds(pair: PairBatch) -> PairLoss:
 
 
 @reference_free
-def orpo(pair: PairBatch, beta: float = 0.1) -> PairLoss:
+def orpo(
+    pair: PairBatch, beta: float = 0.1
+) -> Annotated[PairLoss, Claims.of("finite", "raises_margin", "keeps_chosen")]:
     """`nll - beta LS(log_odds)` (Hong et al. 2024, arXiv:2403.07691).
 
     nll covers the response's tokens, as in the paper; TRL's covers prompt and response.

@@ -36,7 +36,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from jaxft.annotations import ENVIRONMENTS, ShortNames, name_of
-from jaxft.data.packing.prompt_tokens import ENVIRONMENT, EVERY_ROW
+from jaxft.data.packing.row_tasks import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows.columns import messages_of, tool_schema
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Message

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data.rows.urls import without_secrets
+from jaxft.data.rows.remote import without_secrets
 from jaxft.models.model import Model
 
 JaxDType = type(jnp.float32)

@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxft.batch import Tokens
 from jaxft.data.chat.template import REJECTIONS, render_messages, template_of
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.progress import RowProgress
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.example import Message
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, Sampling, without_stop

@@ -17,10 +17,9 @@ from jaxtyping import Float, Int
 
 from jaxft.annotations import INT32
 from jaxft.data.chat.loss_mask import example_prompt_ids
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.data.packing.prompt_tokens import rename_columns
+from jaxft.data.packing.row_tasks import rename_columns
 from jaxft.data.progress import RowProgress
-from jaxft.data.row_settings import RowSettings
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, RowSettings, TemplateSettings
 from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.example import RESPONSE, Chat, Completion, Example, as_given
 from jaxft.data.rows.format_choice import parse_dataset, split_column

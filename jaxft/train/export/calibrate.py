@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.batch import Tokens
-from jaxft.data.chat.template_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.pack import round_up
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.sft import Rows

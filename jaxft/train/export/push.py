@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxft.data.rows.urls import without_secrets
+from jaxft.data.rows.remote import without_secrets
 from jaxft.runs.folder import (
     CARD,
     check_results,

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxft.data.inspection import Inspected, inspect_prompts, inspect_source
+from jaxft.data.inspection import Inspected, data_summary, inspect_prompts, inspect_source
 from jaxft.data.packing.lengths import limit_alarms
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.source import RowSource, Source
-from jaxft.data.summary import data_summary
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.objectives.intervals import interval_of, mean_interval

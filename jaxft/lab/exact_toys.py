@@ -1,0 +1,306 @@
+"""Exact toys: a prompt whose few responses are enumerated, so that all expectations are sums.
+
+A Toy has the true reward of each response, the reference's log-probs and the probability that one response
+is preferred to another. The risk of a loss is its expectation over all ordered pairs. From it follow the
+policy that the loss would reach with unlimited data (`minimise`), its true reward, win rate and KL
+(`quality`), and whether training lowers the chosen responses (`displacement`).
+
+    toy = bradley_terry_toy([0.0, 1.0, 2.0])
+    risk = open_risk(probe("dpo", partial(dpo, beta=0.5)), toy)
+    best = minimise(risk, toy)
+    np.exp(best.logp)         # reference * exp(reward / 0.5), normalised
+    quality(toy, best.logp)   # true reward, win rate against the reference, KL
+
+Everything is computed in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxft.lab.loss_probe import PAIR, Probe, evaluate_pairs
+from jaxft.lab.synthetic_pairs import synthetic_pairs
+from jaxft.objectives.losses.ranking_losses import RATING
+from jaxft.objectives.pair import PairBatch
+
+COPIES = 512  # pairs of the batch that stands for the population of a coupled loss
+FAR = 1e4  # nats from the reference where a search ends
+FLAT = 1e-7  # rise of the risk, relative to its change since the reference, that counts as none
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A prompt with N possible responses.
+
+    reference: log-probs of the reference policy. reward: true rewards. prefer: [i, j] is the probability
+    that response i is preferred to j. compared: [i, j] is how often the two are compared, symmetric, with
+    sum 1. length: tokens. features: [N, F] of a log-linear policy, logits = reference + features @ theta.
+    """
+
+    reference: Float[np.ndarray, " N"]
+    reward: Float[np.ndarray, " N"]
+    prefer: Float[np.ndarray, "N N"]
+    compared: Float[np.ndarray, "N N"]
+    length: Int[np.ndarray, " N"]
+    features: Float[np.ndarray, "N F"]
+
+    def with_noise(self, flipped: float) -> "Toy":
+        """Return the toy with a fraction of the labels flipped."""
+        return replace(self, prefer=(1 - flipped) * self.prefer + flipped * self.prefer.T)
+
+
+def bradley_terry_toy(
+    reward: Sequence[float],
+    reference: Sequence[float] | None = None,
+    length: Sequence[int] | None = None,
+    features: Any = None,
+) -> Toy:
+    """Return a toy in which i is preferred to j with probability sigmoid(reward_i - reward_j).
+
+    reference: log-probs up to a constant, equal by default. length: 1 token each by default. features: one
+    per response by default, a tabular policy. All pairs are compared equally often.
+    """
+    r = np.asarray(reward, np.float64)
+    N = len(r)
+    known = log_softmax(np.zeros(N) if reference is None else np.asarray(reference, np.float64))
+    prefer = 1 / (1 + np.exp(r[None, :] - r[:, None]))
+    compared = (1 - np.eye(N)) / (N * (N - 1))
+    tokens = np.ones(N, int) if length is None else np.asarray(length, int)
+    return Toy(known, r, prefer, compared, tokens, np.eye(N) if features is None else np.asarray(features))
+
+
+def cyclic(strength: float = 2.0, reference: Sequence[float] | None = None) -> Toy:
+    """Return a toy of three responses that beat one another in a circle, so that no reward explains them.
+
+    strength: log-odds of each preference. The true rewards are 0.
+    """
+    toy = bradley_terry_toy(np.zeros(3).tolist(), reference)
+    circle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
+    return replace(toy, prefer=1 / (1 + np.exp(-strength * circle)))
+
+
+def log_softmax(logits: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Return log-probs of logits."""
+    top = logits - logits.max()
+    return top - np.log(np.exp(top).sum())
+
+
+# The risk of a loss
+
+
+class Risk(NamedTuple):
+    """The expected loss of a policy and its gradient. Both are functions of the change of its logits since
+    the reference.
+    """
+
+    of_logits: Callable[[np.ndarray], tuple[float, np.ndarray]]
+    of_theta: Callable[[np.ndarray], tuple[float, np.ndarray]]  # change of logits = features @ theta
+
+
+class Population(NamedTuple):
+    """All ordered pairs of a toy as a batch, with the index of each kind of response of each pair."""
+
+    pair: PairBatch
+    responses: dict[str, Int[np.ndarray, " pairs"]]
+
+
+def population(probe: Probe, toy: Toy) -> Population:
+    """Return the toy's ordered pairs, weighted by how often each occurs; the weights sum to 1.
+
+    A coupled loss may count pairs, so it gets COPIES pairs of the same weight, as close to the probabilities
+    as that number allows. A `mismatched` response is independent of the pair, `gold` is the one of the
+    highest reward. The columns score_* are true rewards, other columns as in synthetic_pairs.
+    """
+    chosen, rejected = np.nonzero(toy.compared)
+    weight = 2 * (toy.compared * toy.prefer)[chosen, rejected]
+    if probe.declared.coupled:
+        counts = np.diff(np.round(np.cumsum(weight) * COPIES), prepend=0).astype(int)
+        chosen, rejected = np.repeat(chosen, counts), np.repeat(rejected, counts)
+        weight = np.full(len(chosen), 1 / len(chosen))
+    either = np.random.default_rng(0).permutation(np.concatenate([chosen, rejected]))[: len(chosen)]
+    others = {"mismatched": either, "gold": np.full(len(chosen), np.argmax(toy.reward))}
+    index = {"chosen": chosen, "rejected": rejected} | {kind: others[kind] for kind in probe.kinds[2:]}
+    length = {kind: toy.length[i] for kind, i in index.items()}
+    known = {kind: toy.reference[i] for kind, i in index.items()}
+    reads = max(160, int(np.sum([*length.values()], 0).max()))
+    zeros = dict.fromkeys(index, np.zeros(len(chosen)))
+    pair = synthetic_pairs(zeros, length, known, probe.columns, reads, np.float64)
+    columns: Any = {name: x.astype(np.float64) for name, x in pair.columns.items()}
+    for name in columns:
+        if name.removeprefix(RATING) in index and name.startswith(RATING):
+            columns[name] = toy.reward[index[name.removeprefix(RATING)]][:, None]
+    means: Any = {kind: np.full_like(x.length, weight @ x.length[:, 0]) for kind, x in pair.responses.items()}
+    responses = {kind: replace(x, mean_length=means[kind]) for kind, x in pair.responses.items()}
+    given: Any = weight[:, None]
+    return Population(replace(pair, responses=responses, columns=columns, weight=given), index)
+
+
+def open_risk(probe: Probe, toy: Toy) -> Risk:
+    """Return the expectation of a loss over the toy's pairs."""
+    pair, index = population(probe, toy)
+
+    def of_logits(logits: np.ndarray) -> tuple[float, np.ndarray]:
+        with jax.enable_x64(True):
+            value, gradient = probe.run_risk(np.asarray(logits, np.float64), toy.reference, pair, index)
+        return float(value), np.asarray(gradient, np.float64)
+
+    def of_theta(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = of_logits(toy.features @ theta)
+        return value, toy.features.T @ gradient
+
+    return Risk(of_logits, of_theta)
+
+
+# The policy that a loss would reach
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The policy of the lowest risk.
+
+    logp: its log-probs. finite: whether the risk rises beyond it; otherwise the optimum is at infinity, and
+    logp is as far as the search went. bounded: whether the risk has a lower bound. local: log-probs where
+    descent from the reference ends, the same unless there is a local minimum before.
+    """
+
+    logp: Float[np.ndarray, " N"]
+    risk: float
+    finite: bool
+    bounded: bool
+    local: Float[np.ndarray, " N"]
+
+
+def minimise(risk: Risk, toy: Toy) -> Minimum:
+    """Return the population minimiser of a loss: the best of descents from the reference, next to it, and
+    from policies that follow the true reward.
+    """
+    from scipy.optimize import minimize  # not at the top: most commands do not need it
+
+    def far(x: np.ndarray) -> None:
+        if np.abs(x).max() > FAR:
+            raise StopIteration
+
+    zero = np.zeros(toy.features.shape[1])
+    options = {"gtol": 1e-11}
+    first, along = risk.of_theta(zero)[0], toy.features.T @ (toy.reward - toy.reward.mean())
+    nudge = np.random.default_rng(0).normal(0, 0.1, zero.shape)  # leaves kinks and saddle points
+    found = []
+    for start in (zero, nudge, 5.0 * along, 50.0 * along):
+        with np.errstate(all="ignore"):
+            end = minimize(risk.of_theta, start, jac=True, method="BFGS", options=options, callback=far)
+        found.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
+    lowest = min(value for value, _ in found)
+    near = 1e-4 * abs(first - lowest) + 1e-9
+    best, theta = next((value, x) for value, x in found if value <= lowest + FLAT * near)
+    reached = min(found[:2], key=lambda end: end[0])
+    logits = toy.features @ theta
+    falls = [first - risk.of_logits(k * logits)[0] for k in (1.0, 2.0, 4.0)]
+    bounded = not (falls[2] - falls[1] > 0.5 * (falls[1] - falls[0]) > 0.05 * falls[0])
+    logp = log_softmax(toy.reference + logits)
+    further = [logits, *(-50.0 * np.eye(len(logp)))]  # along the way, and each response to probability 0
+    rises = [risk.of_logits(logits + step)[0] - best > FLAT * abs(falls[0]) for step in further]
+    finite = all(rises) or not logits.any()
+    local = logp if reached[0] <= best + near else log_softmax(toy.reference + toy.features @ reached[1])
+    return Minimum(logp, best, finite, bounded, local)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """True reward and win rate of a policy against the reference, and its KL from it in nats."""
+
+    reward: float
+    win_rate: float
+    kl: float
+
+
+def quality(toy: Toy, logp: Float[np.ndarray, " N"]) -> Quality:
+    """Return the true quality of a policy: exact expectations over its responses."""
+    pi, reference = np.exp(logp), np.exp(toy.reference)
+    return Quality(
+        float(pi @ toy.reward),
+        float(pi @ toy.prefer @ reference),
+        float(pi @ (logp - toy.reference)),
+    )
+
+
+def best_policy(toy: Toy, beta: float) -> Float[np.ndarray, " N"]:
+    """Return log-probs of reference * exp(reward / beta), which has the highest reward - beta KL."""
+    return log_softmax(toy.reference + toy.reward / beta)
+
+
+# Displacement
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """Change of the mean log-prob of chosen and rejected responses while the margin grows by 1 nat."""
+
+    chosen: float
+    rejected: float
+
+
+def displacement(risk: Risk, toy: Toy, nats: float = 1.0, steps: int = 100) -> Displacement | None:
+    """Follow the gradient from the reference until the mean margin is `nats`; None if it never rises to it.
+
+    Chosen responses may lose probability although the margin grows, where responses share features
+    (Razin et al. 2024, arXiv:2410.08847).
+    """
+    weight = 2 * toy.compared * toy.prefer
+    theta = np.zeros(toy.features.shape[1])
+    size, moved = nats / steps, np.zeros(2)
+    for _ in range(10 * steps):
+        slope = risk.of_theta(theta)[1]
+        if not np.abs(slope).max() > 1e-12:
+            return None
+        theta = theta - size * slope / np.linalg.norm(slope)
+        c = log_softmax(toy.reference + toy.features @ theta) - toy.reference
+        moved = np.array([weight.sum(1) @ c, weight.sum(0) @ c])
+        if moved[0] - moved[1] >= nats:
+            return Displacement(*moved.tolist())
+    return None
+
+
+def overlapping(overlap: float = 0.9, outside: int = 3, seed: int = 0) -> Toy:
+    """Return a toy of two responses that are compared and share most of their features, and others that are
+    in no pair.
+
+    overlap: the cosine between the features of the two. outside: number of the others, which the reference
+    prefers and whose features are random.
+    """
+    rng = np.random.default_rng(seed)
+    N = 2 + outside
+    basis = np.linalg.qr(rng.normal(size=(N + 1, N + 1)))[0]
+    near = np.sqrt(overlap) * basis[0] + np.sqrt(1 - overlap) * basis[1:3]
+    features = np.concatenate([near, rng.normal(size=(outside, N + 1)) / np.sqrt(N + 1)])
+    toy = bradley_terry_toy([2.0, 0.0, *[1.0] * outside], [0, 0, *[1.0] * outside], features=features)
+    compared = np.zeros((N, N))
+    compared[0, 1] = compared[1, 0] = 0.5
+    return replace(toy, compared=compared)
+
+
+# The vector field of a loss
+
+
+class PushField(NamedTuple):
+    """Where a loss pushes the log-ratios of a pair: minus the gradient [C, R] at log-ratios of the chosen
+    response [C] and of the rejected one [R].
+    """
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    push_chosen: np.ndarray
+    push_rejected: np.ndarray
+
+
+def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
+    """Return the field within +-reach nats of the reference."""
+    grid = np.linspace(-reach, reach, count)
+    c, r = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
+    ratio = {"chosen": c, "rejected": r} | dict.fromkeys(probe.kinds[2:], 0.0)
+    found = evaluate_pairs(probe, ratio=ratio, reference=-max(24.0, 1.1 * reach))
+    pushes = (-found.gradient[kind].reshape(count, count) for kind in PAIR)
+    return PushField(grid, grid, *pushes)

@@ -1,0 +1,295 @@
+"""Worlds: synthetic preference rows on the shipped prompts whose true reward is known.
+
+A World makes completions of the prompts of a file: right ones, and ones with wrong or missing facts, in the
+wrong format, or longer. Its rows are pairs as any preference recipe reads them (prompt, chosen, rejected),
+with the truth in further columns. What makes real preference data hard is planted: labels that are noise,
+annotators who like longer responses, preferences without an order, near duplicates.
+
+    rows = World(noise=0.2).rows()                      # 20 % of the labels are flipped
+    jaxft.train("dpo", rows, score=true_reward)
+    World(noise=0.2).write("world")                     # and data=world/train.jsonl on the command line
+    true_reward("", completion, rows[0])                # of any text as a completion of that row's prompt
+
+The two rewards are score functions and rewards of (prompt, completion, row): `true_reward`, and
+`proxy_reward`, which has the annotators' bias. A policy that is trained too far gains proxy_reward while
+true_reward falls. Rows and labels follow from `seed` alone.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from jaxft.annotations import ZERO_TO_ONE, at_least, check_bounds
+from jaxft.data.rows.shipped import ROOT
+
+TRUTH = "truth"  # the column that the rewards read: the right completion and the world's tastes, as JSON
+SENTENCES = ("Here it is: ", "The answer is ")
+NOTE = " Please note that this is what the message says, and nothing was added to it."
+
+
+@dataclass(frozen=True)
+class Taste:
+    """Weights of the true reward: of facts (the fraction of the right fields, or whether the answer is
+    right), of the format (a bare JSON object or answer), and of length (per 100 characters more than the
+    right completion has).
+    """
+
+    facts: float = 4.0
+    format: float = 2.0
+    length: float = -0.5
+
+
+@dataclass(frozen=True)
+class World:
+    """Settings of a world; see the file's docstring.
+
+    source: rows with a prompt and its right completion, a JSON object or a short answer. pairs: number of
+    pairs of the training rows. held_out: pairs of the held-out rows, of other prompts, with the true labels.
+    temperature: 0 labels each pair by its reward; above 0 the better one is preferred with probability
+    sigmoid(difference / temperature). noise: fraction of the labels that are flipped. length_bias: reward
+    that annotators add per 100 characters. circle: reward that they add to one of two completions for its
+    style (bare, in a sentence, with a note); the three styles beat one another in a circle. duplicates:
+    fraction of the rows that repeat another one in slightly other words.
+    """
+
+    source: str = "configs/data/extraction.jsonl"
+    taste: Taste = Taste()
+    pairs: Annotated[int, at_least(2)] = 200
+    held_out: Annotated[int, at_least(0)] = 60
+    temperature: Annotated[float, at_least(0)] = 0.0
+    noise: Annotated[float, ZERO_TO_ONE] = 0.0
+    length_bias: float = 0.0
+    circle: float = 0.0
+    duplicates: Annotated[float, ZERO_TO_ONE] = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "world")
+        if self.noise > 0.5:
+            raise ValueError(f"world.noise={self.noise}; more than 0.5 is another world. Use at most 0.5")
+        if self.pairs < 2 or self.duplicates >= 1:
+            raise ValueError(f"world.duplicates={self.duplicates} leaves no row of its own; use less than 1")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the training rows: prompt, chosen, rejected, truth, true_margin (of true rewards, chosen
+        minus rejected), flipped (1 for a label that noise turned), and duplicate_of (the number of the row
+        that it repeats, -1 for none).
+        """
+        return self._pairs(self._prompts()[self.held_out :], self.pairs, "train")
+
+    def held_out_rows(self) -> list[dict[str, Any]]:
+        """Return pairs of other prompts with the true labels."""
+        clean = replace(self, noise=0.0, length_bias=0.0, circle=0.0, duplicates=0.0, temperature=0.0)
+        return clean._pairs(self._prompts()[: self.held_out], self.held_out, "held out")
+
+    def write(self, folder: Path | str) -> tuple[Path, Path]:
+        """Write train.jsonl, held_out.jsonl and world.json (the settings); return the paths of the rows."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = folder / "train.jsonl", folder / "held_out.jsonl"
+        for path, rows in zip(paths, (self.rows(), self.held_out_rows()), strict=True):
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        (folder / "world.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return paths
+
+    def _prompts(self) -> list["AnsweredPrompt"]:
+        found = answered_prompts(self.source)
+        random.Random(f"{self.seed} prompts").shuffle(found)
+        if len(found) <= self.held_out + 1:
+            raise ValueError(
+                f"{self.source} has {len(found)} prompts, and world.held_out={self.held_out} leaves fewer "
+                "than 2 for training; lower it"
+            )
+        return found
+
+    def _pairs(self, prompts: Sequence["AnsweredPrompt"], count: int, part: str) -> list[dict[str, Any]]:
+        rng = random.Random(f"{self.seed} {part}")
+        copies = round(self.duplicates * count)
+        rows = [self._pair(prompts, n, rng) for n in range(count - copies)]
+        for number in rng.sample(range(len(rows)), min(copies, len(rows))):
+            again = {**rows[number], "prompt": reworded(rows[number]["prompt"], rng), "duplicate_of": number}
+            rows.append(again)
+        flipped = set(rng.sample(range(len(rows)), round(self.noise * len(rows))))
+        return [_flipped(row) if n in flipped else row for n, row in enumerate(rows)]
+
+    def _pair(self, prompts: Sequence["AnsweredPrompt"], n: int, rng: random.Random) -> dict[str, Any]:
+        prompt = prompts[n % len(prompts)]
+        others = [prompts[rng.randrange(len(prompts))].right for _ in range(8)]
+        truth = json.dumps(
+            {"right": prompt.right, **asdict(self.taste), "length_bias": self.length_bias}, ensure_ascii=False
+        )
+        row = {"prompt": prompt.text, TRUTH: truth}
+        while True:
+            a, b = (completion_of(prompt.right, others, rng) for _ in range(2))
+            rewards = [true_reward("", text, row) for text in (a, b)]
+            if abs(rewards[0] - rewards[1]) > 0.05:
+                break
+        liked = [proxy_reward("", text, row) for text in (a, b)]
+        gap = liked[0] - liked[1] + self.circle * CIRCLE[(style_of(a) - style_of(b)) % 3]
+        wins = (
+            gap > 0 if self.temperature == 0 else rng.random() < 1 / (1 + math.exp(-gap / self.temperature))
+        )
+        chosen, rejected = (0, 1) if wins else (1, 0)
+        texts = (a, b)
+        return {
+            "prompt": prompt.text,
+            "chosen": texts[chosen],
+            "rejected": texts[rejected],
+            TRUTH: truth,
+            "true_margin": round(rewards[chosen] - rewards[rejected], 6),
+            "flipped": 0,
+            "duplicate_of": -1,
+        }
+
+
+CIRCLE = (0.0, 1.0, -1.0)  # by (style - other style) % 3
+
+
+def style_of(completion: str) -> int:
+    """Return the style of a world's completion: 2 with a note at the end, 1 in a sentence, else 0."""
+    return 2 if completion.endswith(NOTE) else int(completion.startswith(SENTENCES))
+
+
+def _flipped(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **row,
+        "chosen": row["rejected"],
+        "rejected": row["chosen"],
+        "true_margin": -row["true_margin"],
+        "flipped": 1,
+    }
+
+
+# Prompts and completions
+
+
+class AnsweredPrompt(NamedTuple):
+    """A prompt and its right completion."""
+
+    text: str
+    right: str
+
+
+def answered_prompts(source: str) -> list[AnsweredPrompt]:
+    """Return the distinct prompts of a JSON Lines file with their right completions.
+
+    Raises ValueError for rows without a prompt and an answer.
+    """
+    path = next((p for p in (Path(source), ROOT / source) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}")
+    found = dict[str, str]()
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        row = json.loads(line)
+        text = row.get("prompt", row.get("instruction"))
+        right = row.get("answer", row.get("response", row.get("chosen")))
+        if not isinstance(text, str) or not isinstance(right, str):
+            raise ValueError(
+                f"{source}:{number}: a world needs rows with texts `prompt` and `answer` (or instruction and "
+                f"response); this one has {', '.join(row)}"
+            )
+        found.setdefault(text, right)
+    return [AnsweredPrompt(text, right) for text, right in found.items()]
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """Return the first JSON object in a text, None if there is none."""
+    begin = text.find("{")
+    while begin >= 0:
+        try:
+            found = json.JSONDecoder().raw_decode(text, begin)[0]
+        except ValueError:
+            begin = text.find("{", begin + 1)
+            continue
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def completion_of(right: str, others: Sequence[str], rng: random.Random) -> str:
+    """Return a right or a spoilt completion. others: right completions of other prompts."""
+    fields = json_object(right)
+    text = _spoilt_fields(fields, others, rng) if fields is not None else _spoilt_answer(right, others, rng)
+    form = rng.random()
+    if form < 0.25:
+        text = f"{SENTENCES[1]}{text}." if fields is None else f"{SENTENCES[0]}{text}"
+    if rng.random() < 0.3:
+        text += NOTE
+    return text
+
+
+def _spoilt_fields(fields: Mapping[str, Any], others: Sequence[str], rng: random.Random) -> str:
+    """Replace 0 to 3 values by those of other rows, or by null."""
+    out = dict(fields)
+    names = list(out)
+    for name in rng.sample(names, min(rng.choice((0, 0, 1, 1, 2, 3)), len(names))):
+        values = [x[name] for x in map(json_object, others) if x and x.get(name, out[name]) != out[name]]
+        out[name] = rng.choice(values) if values and rng.random() < 0.8 else None
+    return json.dumps(out, ensure_ascii=False)
+
+
+def _spoilt_answer(right: str, others: Sequence[str], rng: random.Random) -> str:
+    wrong = [x for x in others if x != right]
+    return right if rng.random() < 0.5 or not wrong else rng.choice(wrong)
+
+
+def reworded(prompt: str, rng: random.Random) -> str:
+    """Return a near duplicate of a prompt: another greeting, case of the first letter, end."""
+    body = prompt[:1].swapcase() + prompt[1:]
+    return rng.choice(("", "Hello, ", "Hi! ")) + body.rstrip(".! ") + rng.choice((".", " !", " - thanks"))
+
+
+# The truth
+
+
+class Features(NamedTuple):
+    """What the true reward counts: the fraction of the right facts, 1 for a bare object or answer, and
+    characters more than the right completion has.
+    """
+
+    facts: float
+    format: float
+    longer: int
+
+
+def features(completion: str, right: str) -> Features:
+    """Return the features of any text as a completion. right: the right completion."""
+    text, longer = completion.strip(), len(completion) - len(right)
+    expected = json_object(right)
+    if expected is None:
+        words = re.findall(r"[\w.,-]*\w", text)
+        given = [word for word in words if word == right]
+        return Features(float(bool(given) or text == right), float(text == right or len(words) == 1), longer)
+    found = json_object(text) or {}
+    correct = sum(name in found and found[name] == value for name, value in expected.items())
+    extra = len(found.keys() - expected.keys())
+    bare = text.startswith("{") and text.endswith("}") and bool(found)
+    return Features(correct / (len(expected) + extra), float(bare), longer)
+
+
+def true_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
+    """Return the true reward of any completion of a world's row, a function for score= and rewards=."""
+    truth = _truth(row)
+    found = features(completion, truth["right"])
+    hundreds = found.longer / 100
+    return truth["facts"] * found.facts + truth["format"] * found.format + truth["length"] * hundreds
+
+
+def proxy_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
+    """Return the reward that the world's annotators see: the true one and their bias for length."""
+    truth = _truth(row)
+    longer = features(completion, truth["right"]).longer
+    return true_reward(prompt, completion, row) + truth["length_bias"] * longer / 100
+
+
+def _truth(row: Mapping[str, Any]) -> dict[str, Any]:
+    if TRUTH not in row:
+        raise ValueError(
+            f"the row has no column {TRUTH}, so its true reward is unknown; use the rows of a "
+            "jaxft.lab.worlds.World"
+        )
+    return json.loads(row[TRUTH])

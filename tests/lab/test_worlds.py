@@ -1,0 +1,128 @@
+"""Worlds: rows whose true reward, noise, bias and duplicates are as planted."""
+
+import itertools
+import json
+
+import pytest
+
+from jaxft.lab.worlds import TRUTH, Taste, World, features, proxy_reward, style_of, true_reward
+
+ANSWERS = World(source="configs/data/calculator.jsonl", pairs=60, held_out=20)
+
+
+def test_the_better_completion_is_chosen_without_noise():
+    for world in (World(pairs=80), ANSWERS):
+        for row in (*world.rows(), *world.held_out_rows()):
+            margin = true_reward("", row["chosen"], row) - true_reward("", row["rejected"], row)
+            assert margin == pytest.approx(row["true_margin"], abs=1e-6) and margin > 0
+
+
+def test_the_planted_fraction_of_labels_is_flipped_and_nothing_else_changes():
+    clean, noisy = World(pairs=100).rows(), World(pairs=100, noise=0.2).rows()
+    assert sum(row["flipped"] for row in noisy) == 20
+    for a, b in zip(clean, noisy, strict=True):
+        assert b["true_margin"] == (-1 if b["flipped"] else 1) * a["true_margin"]
+        assert {a["chosen"], a["rejected"]} == {b["chosen"], b["rejected"]} and a["prompt"] == b["prompt"]
+
+
+def test_a_seed_decides_all_rows():
+    assert World(seed=3).rows() == World(seed=3).rows() != World(seed=4).rows()
+
+
+def test_held_out_prompts_are_others_and_have_true_labels():
+    world = World(noise=0.4, length_bias=3.0, circle=2.0, temperature=2.0, pairs=150, held_out=40)
+    held = world.held_out_rows()
+    assert len(held) == 40 and all(row["true_margin"] > 0 for row in held)
+    assert not {row["prompt"] for row in held} & {row["prompt"] for row in world.rows()}
+
+
+def test_annotators_with_a_length_bias_choose_longer_completions():
+    def longer(rows):
+        more = [len(row["chosen"]) - len(row["rejected"]) for row in rows]
+        return sum(x > 40 for x in more) / sum(abs(x) > 40 for x in more)
+
+    fair, biased = World().rows(), World(length_bias=20.0).rows()
+    assert longer(biased) == 1.0 and longer(fair) < 0.6
+    row = biased[0]
+    text = json.loads(row[TRUTH])["right"] + " " * 100
+    assert proxy_reward("", text, row) - true_reward("", text, row) == pytest.approx(20.0)
+
+
+def test_a_strong_circle_has_no_order_of_styles():
+    wins = dict.fromkeys(itertools.permutations(range(3), 2), 0)
+    for row in World(circle=50.0, pairs=300).rows():
+        pair = style_of(row["chosen"]), style_of(row["rejected"])
+        if pair[0] != pair[1]:
+            wins[pair] += 1
+    assert all(wins[i, (i + 2) % 3] > 0 == wins[i, (i + 1) % 3] for i in range(3))
+
+
+def test_near_duplicates_repeat_a_row_in_other_words():
+    rows = World(duplicates=0.25, pairs=80).rows()
+    copies = [row for row in rows if row["duplicate_of"] >= 0]
+    assert len(copies) == 20
+    for row in copies:
+        original = rows[row["duplicate_of"]]
+        assert row["chosen"] == original["chosen"] and row["prompt"] != original["prompt"]
+        assert original["prompt"][1:20].rstrip(".! ") in row["prompt"]
+
+
+@pytest.mark.parametrize(
+    "completion, facts, format",
+    [
+        ('{"a": 1, "b": "x"}', 1.0, 1.0),
+        ('Here it is: {"a": 1, "b": "x"}', 1.0, 0.0),
+        ('{"a": 1, "b": null}', 0.5, 1.0),
+        ('{"a": 1, "b": "x", "c": 2}', 2 / 3, 1.0),
+        ('{"a": 1, "b": "x"', 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_features_of_objects(completion, facts, format):
+    found = features(completion, '{"a": 1, "b": "x"}')
+    assert (found.facts, found.format) == (facts, format)
+
+
+@pytest.mark.parametrize(
+    "completion, facts, format",
+    [("42", 1, 1), ("The answer is 42.", 1, 0), ("41", 0, 1), ("It is 142, I think", 0, 0)],
+)
+def test_features_of_answers(completion, facts, format):
+    assert features(completion, "42")[:2] == (facts, format)
+
+
+def test_the_reward_is_the_weighted_sum_of_the_features():
+    world = World(taste=Taste(facts=3.0, format=0.5, length=-2.0), pairs=5)
+    row = world.rows()[0]
+    right = json.loads(row[TRUTH])["right"]
+    assert true_reward("", right, row) == 3.5
+    assert true_reward("", f"It is {right}{' ' * 44}", row) == pytest.approx(3.0 - 2.0 * 0.5)
+
+
+def test_written_rows_are_the_rows(tmp_path):
+    world = World(pairs=10, held_out=5)
+    train, held = world.write(tmp_path / "world")
+    assert [json.loads(line) for line in train.read_text().splitlines()] == world.rows()
+    assert len(held.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"noise": 0.6}, "world.noise=0.6; more than 0.5 is another world"),
+        ({"pairs": 1}, "world.pairs=1"),
+        ({"duplicates": 1.0}, "world.duplicates=1.0 leaves no row of its own"),
+        ({"source": "none.jsonl"}, "world.source=none.jsonl: no such file"),
+        ({"source": "configs/data/general.jsonl"}, "general.jsonl:1: a world needs rows with texts"),
+        ({"source": "configs/data/calculator_held_out.jsonl", "held_out": 63}, "leaves fewer than 2"),
+    ],
+)
+def test_a_wrong_world_is_one_line(settings, text):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        World(**settings).rows()
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_of_another_kind_have_no_true_reward():
+    with pytest.raises(ValueError, match="the row has no column truth"):
+        true_reward("", "x", {"prompt": "a"})
