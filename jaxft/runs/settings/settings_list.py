@@ -145,7 +145,7 @@ def descriptions(cls: type) -> dict[str, str]:
     """
     name, found = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
     for base in reversed(inspect.getmro(cls)):
-        doc = " ".join((vars(base).get("__doc__") or "").partition(">>> ")[0].split())
+        doc = " ".join((vars(base).get("__doc__") or "").partition(">>>")[0].split())
         parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
         for label, text in zip(parts[1::2], parts[2::2], strict=True):
             found |= dict.fromkeys(label.split(", "), text.strip())
