@@ -77,7 +77,7 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Play:
-    """How episodes are played. stop: token ids that end a turn. rewards: functions that score an episode as
+    """The environment and the limits of episodes. stop: token ids that end a turn. rewards: functions that score an episode as
     TRL calls them, with lists of one: (environments, prompts, completions, **columns) -> [number or None].
     """
 

@@ -121,7 +121,7 @@ class FunctionReward(Reward):
 
     @property
     def is_async(self) -> bool:
-        """Whether the function is async."""
+        """True if the function is async."""
         return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
@@ -332,7 +332,7 @@ def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answ
 def number(
     prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
 ) -> float:
-    """Return 1 if the last number of the completion equals that of the row's answer within a relative
+    """Return 1 if the last numbers of the completion and of the row's answer are equal within a relative
     `tolerance`, else 0.
 
     Raises ValueError for a row whose answer has no number.

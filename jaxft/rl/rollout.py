@@ -79,7 +79,7 @@ class TrainingRollout:
 
 
 class BatchKind(NamedTuple):
-    """How scored rollouts become batches, as functions of the data's settings.
+    """Conversion of scored rollouts to batches, as functions of the data's settings.
 
     shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last.
     rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
@@ -198,7 +198,7 @@ class Rollouts(Prompts):
 
     @property
     def optional_prompts(self) -> bool:
-        """Whether rows need no prompt, as the environment makes them."""
+        """True if rows need no prompt, because the environment makes it."""
         return self.played.prompts
 
     @property
@@ -213,12 +213,12 @@ class Rollouts(Prompts):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches read log-probs of given tokens too."""
+        """True if batches read log-probs of given tokens too."""
         return self.observations
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
+        """Prompts of a row: a group may have different ones if the environment's reset makes them."""
         return self.group if self.played.resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
@@ -489,7 +489,7 @@ class RolloutSource(PromptSource):
         )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
-        """Whether the KL of the policy to the sampling policy exceeds target_kl. Waits for the previous step.
+        """Return whether the KL to the sampling policy exceeds target_kl. Waits for the previous step.
 
         aux has the approximate KL of the last step that trained the policy. That step belongs to this rollout
         if an earlier step of the rollout trained the policy.
@@ -589,7 +589,7 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
-    """Whether log-probs are recomputed with the training program after sampling.
+    """Return whether log-probs are recomputed with the training program after sampling.
 
     That is not necessary for a single on-policy update without reference or critic, as the ratio is 1, nor
     for a ratio to the sampler.

@@ -35,7 +35,7 @@ class ScoredEpisodes:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a rollout is scored and trained on.
+    """Rules by which a rollout is scored and trained on.
 
     rewards: plain functions of (prompt, completion, row), which become FunctionRewards, functions of TRL with
         an argument `environments`, or other Rewards.
@@ -104,7 +104,7 @@ class Rules:
 
     @property
     def freezes_policy(self) -> bool:
-        """Whether an optimizer step may contain no completion to train the policy on."""
+        """True if an optimizer step may contain no completion to train the policy on."""
         return bool(self.warm_up) or self.filter is not None or not self.train_on_truncated
 
     @property

@@ -131,7 +131,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
 
 
 def _check_dropout(run: Run, objective: Objective) -> None:
-    """Raise ValueError for dropout with an objective that compares log-probs with those of sampling."""
+    """Raise ValueError for dropout with an objective that compares log-probs with the sampler's."""
     if run.adapter and not run.start and run.adapter.dropout and not objective.facts.dropout:
         raise ValueError(
             f"adapter.dropout={run.adapter.dropout}: "

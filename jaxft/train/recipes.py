@@ -115,7 +115,7 @@ class ModelKnobs:
 
     @property
     def weights(self) -> str:
-        """Where the base comes from: the model, or a copy in the cache with the new tokens and template."""
+        """The source of the base: the model, or a copy in the cache with the new tokens and template."""
         return _extended(self.model, self.extension)
 
     @property
@@ -177,7 +177,9 @@ class LoraKnobs(ModelKnobs):
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
     rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
-    lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
+    lora_plus: float | None = (
+        None  # learning rate of the matrices b, divided by the rate of a (LoRA+), such as 16
+    )
     general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
 
     def optim(self, lr: float) -> Optim:

@@ -217,8 +217,8 @@ def _of_function(function: Callable[..., Any]) -> Environment:
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
-    """Return the environment whose episodes are those of the part that a row's column `environment` names, as
-    with a dict of TRL's factories. That column is not passed on.
+    """Return the environment that plays each episode in the part that the row's column `environment` names,
+    as with a dict of TRL's factories. That column is not passed on.
     """
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -362,7 +362,7 @@ def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Enviro
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function takes `count` positional arguments, of which it needs one, and no arguments by
+    """Return whether a function takes `count` positional arguments, of which it needs one, and no arguments by
     arbitrary names.
     """
     parameters = inspect.signature(function).parameters.values()

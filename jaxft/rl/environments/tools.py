@@ -82,7 +82,7 @@ def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
 
 
 def _is_like_a_call(text: str) -> bool:
-    """Whether text that is not marked as a call seems to be a failed one, rather than an answer in JSON."""
+    """Return whether text that is not marked as a call seems to be a failed one, rather than an answer in JSON."""
     if not text.lstrip().startswith("{"):
         return False
     try:
@@ -188,7 +188,7 @@ def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) ->
 
 
 def _is_of(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a value of JSON has the type of a schema, which has one type, several, or any."""
+    """Return whether a value of JSON has the type of a schema, which has one type, several, or any."""
     if value is None:
         return bool(schema.get("nullable")) or "type" not in schema
     if "enum" in schema:

@@ -34,12 +34,12 @@ from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hub import hub
 from jaxft.weights.pretrained import check_token_id
 
-FEW_READS = 32  # read positions of rows with short continuations, such as those of multiple choice
+FEW_READS = 32  # read positions of rows with short continuations, such as choices of a question
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # its names
 # Arguments of generation that jaxft does not have, with the value that changes nothing
 NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
-# Settings of generation_config.json that change greedy completions of the hf backend, and not those of jaxft
+# Settings of generation_config.json that change greedy completions of the hf backend, but not of jaxft
 UNREAD = (
     "repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_length", "min_new_tokens",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
@@ -49,7 +49,7 @@ UNREAD = (
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """How a model responds to requests.
+    """Settings of a model that responds to requests.
 
     length: the most tokens that the model reads, None for its positions. batch: rows that are computed
     together. seed: of sampling. cache: how keys and values are stored. chat: whether prompts are rendered
@@ -424,7 +424,7 @@ def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredR
 
 
 def length_bucket(count: int, length: int) -> int:
-    """Return the padded size of a row of `count` tokens: 64 times a power of two, or that of `length`."""
+    """Return the padded size of a row of `count` tokens: 64 times a power of two, at most `length` rounded up."""
     size = BUCKET
     while size < count:
         size *= 2

@@ -138,7 +138,7 @@ def compile_sampler(
     with `decoding.group` completions, one after the other.
 
     Compiled once for `params`, the shapes of the parameters. At most COMPLETIONS_AT_ONCE completions, or
-    those of one prompt, are in progress at the same time. mesh: None for a single device. clock: shows the
+    all of one prompt, are in progress at the same time. mesh: None for a single device. clock: shows the
     progress.
     """
     shown = clock or Clock()
@@ -221,7 +221,7 @@ class FunctionScores(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """How many completions have no score."""
+        """The number of completions without a score, "3 of 96"."""
         return f"{int(np.isnan(self.values).sum())} of {self.values.size}"
 
     def figures(self, ks: Sequence[int]) -> Iterator[tuple[str, float, list[float]]]:
@@ -304,8 +304,9 @@ def position_lines(run: Run, source: Source[Any]) -> list[str]:
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
 ) -> Callable[[Sequence[Completed]], Scored]:
-    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the first
-    one of the first `samples` prompts as text, and scores those of the first `scoring.prompts`, or of all.
+    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the
+    first completion of the first `samples` prompts as text, and scores the first `scoring.prompts` prompts, or
+    all.
 
     texts: the held-out prompts, with their rows' responses. Every function is called with these responses
     first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
@@ -411,7 +412,7 @@ def response_text(example: Example) -> str | None:
 class CompletionScorer:
     """Completes prompts by loaded weights, and scores the completions.
 
-    functions: of (prompt, completion, row), such as those of jaxft.rl.rewards. samples: completions of each
+    functions: of (prompt, completion, row), such as jaxft.rl.rewards.exact. samples: completions of each
     prompt. passes: the k of pass@k. template: how prompts are rendered.
     """
 

@@ -106,7 +106,7 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
 
 @dataclass(frozen=True)
 class ExportQuant:
-    """How written weights are quantised, each rounded once from float32.
+    """Quantisation of written weights, each rounded once from float32.
 
     quant: with calibrated codes, these are written. format: the layout of the files, a key of
     weights.quantised.formats.FILE_FORMATS, by default the usual one of the kind.
@@ -134,8 +134,8 @@ def export_model(
 ) -> str:
     """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16, or
-    that of the files of a multimodal model, of which only changed weights are not copies. text_only: write
+    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16; a
+    multimodal model keeps the dtype of its files, and its unchanged weights are copies. text_only: write
     only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
 
         export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
@@ -444,7 +444,7 @@ def _copy(path: Path, out: Path) -> str:
 
 
 def _changed(source: ExportSource, rounded: bool) -> frozenset[str]:
-    """Return the Hugging Face names of tensors whose values are not those of the source's files."""
+    """Return the Hugging Face names of tensors whose values differ from the source's files."""
     adapted = lora.pairs_by_path(source.adapter).keys()
     return frozenset(
         tensor.name

@@ -6,7 +6,7 @@ the first step where one of them, or the update, is not finite this writes `runs
     batch.npz    the arrays of the batch, [micro, rows, ...]
     rows.json    the names of the dataset rows in each row of the batch
     norms.json   norms of parameters and gradients by path, and of layer outputs
-                 [pass, micro, 1 + layer, row]; the first is the embedding's; those of a second model apart
+                 [pass, micro, 1 + layer, row]; the first is the embedding's; a second model's apart
 
 and logs the first parameter or layer output that is not finite, or if all are finite the layer whose gradient
 is the first that is not: gradients are computed from the last layer to the first. The run continues with the

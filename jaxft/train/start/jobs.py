@@ -64,8 +64,8 @@ class Member:
 class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
-    sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
-    the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
+    sources: batches for all members, or of each member. steps: the number of the last step. planned: the
+    number by the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
     that end a completion. all_general: batches of the general text. sweep: its settings, None for a single
     run. calibration: of the base, None if it is not calibrated. limit: what evaluations read.
     """
@@ -111,7 +111,7 @@ class Job:
 
     @property
     def rollout_steps(self) -> int:
-        """Optimizer steps between two points where the job can be saved: those of a rollout, or 1."""
+        """Optimizer steps between two points where the job can be saved: a rollout's, or 1."""
         return self.info.steps_per_rollout
 
     @property
@@ -175,7 +175,7 @@ class Job:
 def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     """Check the settings, read the rows and build the programs as shapes.
 
-    record: a run's settings as JSON, by default those of `settings`. Raises ValueError or FileNotFoundError
+    record: a run's settings as JSON, by default from `settings`. Raises ValueError or FileNotFoundError
     with one line about the cause and the remedy. Every process calls it.
     """
     sweep = settings if isinstance(settings, Sweep) else None
@@ -346,7 +346,7 @@ def _keep_own_rollouts(job: Job) -> None:
 
 
 def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
-    """Whether a finished job has lost some of its results, which is reported. Folders with files that have
+    """Return whether a finished job has lost some of its results, which is reported. Folders with files that have
     changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from which
     the results could be written again.
     """

@@ -3,7 +3,7 @@
 `lax.map` runs over blocks of `at_once` adapters, so that activations are stored for one block at a time. The
 rows of a block go through the model together. The reference policy runs once for all of them.
 
-Trees of trainable parameters are those of K runs alone. `SharedFrozen` holds the base once.
+Each of the K runs has its own tree of trainable parameters. `SharedFrozen` holds the base once.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,12 +56,12 @@ class MultiAdapter:
 
     @property
     def coupled(self) -> bool:
-        """Whether a loss of one of them couples rows, so that all are computed from whole batches."""
+        """True if a loss of one of them couples rows, so that all are computed from whole batches."""
         return any(o.facts.coupled for o in self.objectives)
 
     @property
     def shares_reference(self) -> bool:
-        """Whether the reference policy is the same for all adapters and runs once."""
+        """True if the reference policy is the same for all adapters and runs once."""
         return self.reference == "start" and not self.separate_rows
 
 
