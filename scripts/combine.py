@@ -50,7 +50,7 @@ def main() -> int:
     args = parser.parse_args(_joined(sys.argv[1:]))
     from jaxft.models.model_types import is_tied
     from jaxft.runs.folder import check_results, earlier_end_notes
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.loaded_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import combine
     from jaxft.weights.peft import adapters, peft

@@ -33,7 +33,7 @@ def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
     from jaxft.report import compare, ranking
     from jaxft.report.run_files import folders_of_runs, runs_among
-    from jaxft.runs.store.store_copy import local_folder
+    from jaxft.runs.object_store import local_folder
     from jaxft.runs.trackers.jsonl import Entry, read_entries
 
     def curve_metrics(entry: Entry) -> Entry:

@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     if args.text_only and (args.gguf or args.pack):
         parser.error("--gguf and --pack write a multimodal model's text decoder alone; leave --text-only out")
     if args.run is not None:
-        from jaxft.runs.store.store_copy import local_folder
+        from jaxft.runs.object_store import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -127,7 +127,7 @@ def main() -> int:
     """Merge, export, and print a summary."""
     args = arguments()
     from jaxft.nn import quant
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.loaded_weights import named_weights
     from jaxft.train.export import export
     from jaxft.weights.hf import hf
 

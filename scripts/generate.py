@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     if args.columns and (not args.file or args.file.endswith(".txt")):
         parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
     if args.run is not None:
-        from jaxft.runs.store.store_copy import local_folder
+        from jaxft.runs.object_store import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -108,9 +108,9 @@ def arguments() -> argparse.Namespace:
 def sources_of(args: argparse.Namespace) -> dict[str, Source]:
     """Resolve the command line to sources by the name of the adapter; for a run, from its config.json."""
     from jaxft.cli.cli import DEFAULT_MODEL
-    from jaxft.runs import loaded_weights, named_weights
+    from jaxft.runs import loaded_weights
 
-    named = named_weights.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
+    named = loaded_weights.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
     for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
     dtype, residual = (

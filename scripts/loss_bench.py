@@ -36,7 +36,7 @@ from jaxft.lab.loss_claims import CLAIMS  # noqa: E402
 from jaxft.lab.loss_laws import check_loss  # noqa: E402
 from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
-from jaxft.report.plots import Panel, draw  # noqa: E402
+from jaxft.report.charts import Panel, draw  # noqa: E402
 from jaxft.runs.settings.parse import find_file, format_error  # noqa: E402
 from jaxft.runs.settings.record import describe, differences  # noqa: E402
 

@@ -97,16 +97,18 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     """Load the models, and serve them at a socket until SIGINT or SIGTERM."""
     from jaxft.cli import cli
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.runs import named_weights
-    from jaxft.serve import served, server
+    from jaxft.runs import loaded_weights
+    from jaxft.serve import served_models, server
 
-    named = named_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    named = loaded_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         log(note)
     tools = None if args.tool_format == "auto" else args.tool_format
-    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools)
+    flags = served_models.ServeFlags(
+        args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools
+    )
     log(f"loading {', '.join(named)}; the first start also compiles the programs")
-    found = served.load_served(named, flags, args.rows)
+    found = served_models.load_served(named, flags, args.rows)
     scheduler = Scheduler(found.engine, found.sizes, found.params, args.queue, log)
     scheduler.start()
     is_local = args.host in server.LOOPBACK

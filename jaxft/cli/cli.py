@@ -60,7 +60,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_served_models(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name several models on one base, see named_weights.named_models."""
+    """Add the options that name several models on one base, see loaded_weights.named_models."""
     parser.add_argument("--run", action="append", default=[], help="[NAME=]FOLDER of a run; can be repeated")
     parser.add_argument("--model", help=f"the base model (default: the adapters' own, or {DEFAULT_MODEL})")
     add_adapters(parser)

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from jaxft.objectives.alarms import Entry
 from jaxft.objectives.intervals import Interval, wilson
-from jaxft.report.plots import Panel, Points, draw
+from jaxft.report.charts import Panel, Points, draw
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
 

@@ -77,8 +77,9 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Play:
-    """The environment and the limits of episodes. stop: token ids that end a turn. rewards: functions that score an episode as
-    TRL calls them, with lists of one: (environments, prompts, completions, **columns) -> [number or None].
+    """The environment and the limits of episodes. stop: token ids that end a turn. rewards: functions that
+    score an episode as TRL calls them, with lists of one: (environments, prompts, completions, **columns) ->
+    [number or None].
     """
 
     environment: Environment

@@ -305,32 +305,52 @@ class ModelReward(Reward):
         arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
-        tokenizer = pretrained.load_tokenizer(self.ref)
-        ends_at_eos = hf_write.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
-        jitted = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
-        empty = {size: left_pad([], self.batch, size) for size in text_lengths(self.max_length)}
-        programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
+        return make_text_scorer(loaded, mesh, self.ref, None, self.max_length, self.batch)
 
-        def score_texts(
-            prompts: Sequence[Chat | Completion],
-            completions: Sequence[str],
-            settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-        ) -> Float[np.ndarray, " n"]:
-            examples = list(map(with_response, prompts, completions))
-            own = settings_for(tokenizer, settings)
-            tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, own))
-            texts = [ids.tolist() for ids, _ in tokenised]
-            texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
-            scores = np.full(len(texts), np.nan)
-            fitting = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]
-            for start in range(0, len(fitting), self.batch):
-                chosen = fitting[start : start + self.batch]
-                size = next(size for size in programs if size >= max(len(texts[i]) for i in chosen))
-                rows = left_pad([texts[i] for i in chosen], self.batch, size)
-                scores[chosen] = np.asarray(programs[size](loaded.params, rows))[: len(chosen)]
-            return scores
 
-        return score_texts
+def make_text_scorer(
+    loaded: LoadedRewardModel,
+    mesh: jax.sharding.Mesh,
+    ref: str,
+    adapter: Path | None,
+    max_length: int = 1024,
+    batch: int = 8,
+) -> Callable[..., Float[np.ndarray, " n"]]:
+    """Compile a loaded reward model for texts, and return `(prompts, completions, settings) -> scores`, NaN
+    for a text of more than max_length tokens.
+
+    ref, adapter: from which it was loaded, and which have its tokenizer. batch: texts of a pass. prompts:
+    without responses. settings: of a run's chat template; the reward model's own gets those of its arguments
+    that it reads.
+    """
+    own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)
+    config = pretrained.read_config(hub.locate(ref, config_only=True))
+    ends_at_eos = adapter is None and hf_write.READ_AT in config
+    jitted = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
+    empty = {size: left_pad([], batch, size) for size in text_lengths(max_length)}
+    programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
+
+    def score_texts(
+        prompts: Sequence[Chat | Completion],
+        completions: Sequence[str],
+        settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+    ) -> Float[np.ndarray, " n"]:
+        examples = list(map(with_response, prompts, completions))
+        own = settings_for(tokenizer, settings)
+        tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, own))
+        texts = [ids.tolist() for ids, _ in tokenised]
+        texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
+        scores = np.full(len(texts), np.nan)
+        fitting = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
+        for start in range(0, len(fitting), batch):
+            chosen = fitting[start : start + batch]
+            size = next(size for size in programs if size >= max(len(texts[i]) for i in chosen))
+            rows = left_pad([texts[i] for i in chosen], batch, size)
+            scores[chosen] = np.asarray(programs[size](loaded.params, rows))[: len(chosen)]
+        return scores
+
+    return score_texts
 
 
 def text_lengths(longest: int) -> list[int]:

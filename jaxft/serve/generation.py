@@ -11,10 +11,9 @@ from jaxft.data.chat.tool_calls import CallStream, call_format
 from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket, TokenRequest
 from jaxft.engine.session import RequestSettings
 from jaxft.engine.text_stream import TextStream, token_decoder
-from jaxft.serve.api_request import ApiError, ChoiceSettings
-from jaxft.serve.api_response import Piece, PlacedToken
 from jaxft.serve.constraint import Grammar
-from jaxft.serve.served_model import ServedModel
+from jaxft.serve.openai_api import ApiError, ChoiceSettings, Piece, PlacedToken
+from jaxft.serve.served_models import ServedModel
 
 
 @dataclass(eq=False)

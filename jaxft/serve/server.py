@@ -24,16 +24,6 @@ from typing import Any
 from jaxft.data.rows.example import Decision
 from jaxft.data.rows.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, Stopped
-from jaxft.serve.api_request import (
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    functions_of,
-    parse_chat,
-    parse_completion,
-    parse_json,
-)
-from jaxft.serve.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.serve.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
 from jaxft.serve.decisions_api import (
     answer,
@@ -46,7 +36,21 @@ from jaxft.serve.decisions_api import (
     response,
 )
 from jaxft.serve.generation import Generation, submit_choices
-from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
+from jaxft.serve.openai_api import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    Envelope,
+    chunk_choice,
+    functions_of,
+    joined,
+    parse_chat,
+    parse_completion,
+    parse_json,
+    usage_of,
+    whole_choice,
+)
+from jaxft.serve.served_models import ServedModel, chat_prompt, text_prompt, token_prompt
 
 PAGE = Path(__file__).with_name("chat_page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -18,10 +18,9 @@ from jaxft.engine.scheduler import NewTokens, Scheduler
 from jaxft.engine.session import Finish, Sampled
 from jaxft.nn.adapters.lora_rows import BASE
 from jaxft.rl.trajectory import Trajectory
-from jaxft.serve.api_request import ApiError, ChoiceSettings
-from jaxft.serve.api_response import Piece
 from jaxft.serve.generation import choice_texts, token_requests
-from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt
+from jaxft.serve.openai_api import ApiError, ChoiceSettings, Piece
+from jaxft.serve.served_models import ServedModel, chat_prompt, text_prompt
 
 CALL = "/call"  # of a tool, in a turn that a person types
 HELP = """\

@@ -122,8 +122,8 @@ def trainable_paths(partition: Partition) -> set[str]:
 
 
 def trains_base(partition: Partition) -> bool:
-    """Return whether any parameter of the base is trainable. If none is, a model with a fresh adapter computes the
-    same as the base.
+    """Return whether any parameter of the base is trainable. If none is, a model with a fresh adapter
+    computes the same as the base.
     """
     return any(jax.tree.leaves(partition.mask["base"]))
 

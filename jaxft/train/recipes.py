@@ -31,9 +31,9 @@ from jaxft.annotations import (
 )
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.rows.dataset_rows import evaluation_split
+from jaxft.distributed.disk import temporary_folder
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
-from jaxft.distributed.temporary import temporary_folder
 from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model

@@ -12,7 +12,7 @@ import pytest
 from foreign_configs import COMMAND, DPO, FACTORY, FACTORY_INFO, GRPO_SCRIPT, QLORA, SFT_SCRIPT
 from scripts_in_process import load
 
-from jaxft.cli.convert import conversion_report, recipe_file, to_recipe
+from jaxft.cli.convert import conversion_text, to_recipe
 from jaxft.optim.optimizer import Optim, make_schedule
 from jaxft.runs.settings.config import describe, differences, load_config
 
@@ -200,9 +200,9 @@ def test_the_recipe_and_the_command_are_the_same_run(converted, name, tmp_path):
     c = converted(name)
     files = ("model=", "chat_template=")
     c = replace(c, settings=tuple(text for text in c.settings if not text.startswith(files)))
-    command = shlex.split(conversion_report.command(c).replace("\\\n", " "))
+    command = shlex.split(conversion_text.command(c).replace("\\\n", " "))
     assert command[:3] == ["jaxft", "train", c.recipe]
-    recipe_file.write_recipe(tmp_path / "mine.py", c, conversion_report.conversion_lines(c))
+    conversion_text.write_recipe(tmp_path / "mine.py", c, conversion_text.conversion_lines(c))
     text = (tmp_path / "mine.py").read_text()
     assert "longest response" not in text  # of the recipe's own rows
     assert text.endswith("\n") and max(map(len, text.splitlines())) <= 110
@@ -266,7 +266,7 @@ def test_any_value_of_any_option_converts_or_is_one_line(converted, value):
             if line[:1] not in (" ", "-"):
                 changed = [*lines[:number], f"{line.partition(':')[0]}: {value}", *lines[number + 1 :]]
                 try:
-                    conversion_report.conversion_lines(converted(name, "\n".join(changed)))
+                    conversion_text.conversion_lines(converted(name, "\n".join(changed)))
                 except ValueError as error:
                     assert "\n" not in str(error) and name in str(error), error
 

@@ -5,15 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from public_rows import TEXTS, public_rows
 from tiny_tokenizers import CHATML, tiny
 
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.decisions import answer_tokens, parse
 from jaxft.data.inspection import inspect, row_problem
 from jaxft.data.packing.lengths import measure
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.format_choice import parse_dataset
 from jaxft.data.rows.invalid import InvalidRow
-from jaxft.serve.served_model import ServedModel, decision_prompt
+from jaxft.serve.served_models import ServedModel, decision_prompt
 
 QUESTION = {
     "question": "Which is it?",
@@ -160,12 +163,39 @@ def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_pa
         (["a", "b"], [0.2, 0.8], (0.2, 0.8)),
         (["a", "b", "c"], {"a": 0.33, "b": 0.33, "c": 0.33}, (1 / 3,) * 3),
         ({"label": ["A", "B"], "text": ["x", "y"]}, "B", (0, 1)),  # ARC's
+        (["x", "y", "z"], "C", (0, 0, 1)),  # RACE's
+        (["A", "C", "B"], "C", (0, 1, 0)),
     ],
     ids=str,
 )
 def test_an_answer_is_a_value_an_index_or_probabilities(choices, answer, expected):
     found = parse(Row("r:1", {"question": "q", "choices": choices, "answer": answer}), "decision")
     assert found.probabilities == pytest.approx(expected)
+
+
+ASKED, GOOD, BAD_ONE = TEXTS[1]
+
+
+@pytest.mark.parametrize(
+    "name, begins, choices, answer",
+    [
+        ("sst2", f"{GOOD}\n\nWhich label", ("bad", "good"), "good"),
+        ("mnli", f"premise: {GOOD}\nhypothesis: {BAD_ONE}\n\nWhich label", ("yes", "maybe", "no"), "maybe"),
+        ("boolq", f"{GOOD}\n\n{ASKED}\n\nAnswer", ("false", "true"), "true"),
+        ("arc", f"{ASKED}\n\nAnswer", (BAD_ONE, GOOD, "None"), GOOD),
+        ("mmlu", f"{ASKED}\n\nAnswer", (GOOD, BAD_ONE, "None of these", "Cannot say"), GOOD),
+        ("mmlu_pro", f"{ASKED}\n\nAnswer", (GOOD, BAD_ONE, "None", "All"), GOOD),
+        ("hellaswag", f"{ASKED}\n\nAnswer", (BAD_ONE, "No.", GOOD, "Yes."), GOOD),
+        ("winogrande", f"{ASKED} _\n\nAnswer", (GOOD, BAD_ONE), GOOD),
+        ("race", f"{GOOD}\n\n{ASKED}\n\nAnswer", (BAD_ONE, GOOD), GOOD),
+    ],
+)
+def test_public_rows_are_read_as_they_are(name, begins, choices, answer):
+    rows = [Row(f"r:{i}", fields) for i, fields in enumerate(public_rows(name))]
+    found = parse_dataset(rows, "decisions", RowSettings(labels=choices))[1].examples["response"]
+    assert found.messages[-1]["content"].startswith(begins)
+    assert tuple(choice.name for choice in found.choices) == choices
+    assert choices[found.probabilities.index(1)] == answer
 
 
 def label_of(label, labels):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_folders import write_run
 
+from jaxft.report.charts import Panel, draw
 from jaxft.report.compare import Table, panels, write
-from jaxft.report.plots import Panel, draw
 
 NAMES = ("eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_logps/rejected", "eval_kl")
 BEFORE = dict(zip(NAMES, (0.69, 0.4, -50.0, -48.0, 0.0), strict=True))

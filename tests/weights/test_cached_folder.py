@@ -15,8 +15,8 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.data.packing import cache as rows_cache
-from jaxft.distributed import temporary
-from jaxft.distributed.temporary import temporary_folder
+from jaxft.distributed import disk
+from jaxft.distributed.disk import temporary_folder
 from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
@@ -214,7 +214,7 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxft.distributed.temporary import temporary_folder
+from jaxft.distributed.disk import temporary_folder
 from jaxft.weights.hub.new_folder import new_folder
 path = Path(sys.argv[1])
 with (temporary_folder(path, "jaxft-push-") as folder, new_folder(path / "out") as part,
@@ -258,18 +258,18 @@ def test_the_next_command_removes_what_a_killed_one_left_and_nothing_of_a_living
 
 def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_day(tmp_path, monkeypatch):
     def present():
-        temporary.remove_leftovers(tmp_path.glob("*.tmp"))
+        disk.remove_leftovers(tmp_path.glob("*.tmp"))
         return sorted(path.name.partition(".")[0] for path in tmp_path.glob("*.tmp"))
 
     def file(name):
-        return tmp_path / f"{name}.{temporary.here()}-1.tmp"
+        return tmp_path / f"{name}.{disk.here()}-1.tmp"
 
     (tmp_path / "linked").write_text("content")
     file("link").symlink_to(tmp_path / "linked")
     file("new").touch()  # is about to be locked
     file("a").write_text("half")
     (tmp_path / "a.other-1.tmp").write_text("half")  # of another machine
-    with temporary.owned(file("a")):
+    with disk.owned(file("a")):
         assert present() == ["a", "a", "link", "new"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
@@ -279,7 +279,7 @@ def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_da
         def without_locks(*args):
             raise OSError("no locks")
 
-        patch.setattr(temporary.fcntl, "flock", without_locks)
+        patch.setattr(disk.fcntl, "flock", without_locks)
         assert len(present()) == 4
         os.utime(file("a"), (time.time() - 25 * 3600,) * 2)
         assert present() == ["a", "link", "new"]
@@ -294,12 +294,12 @@ def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
     path, columns = tmp_path / "rows" / "a.arrow", {"n": rows_cache.ColumnType(np.int32)}
 
     def make(add):
-        temporary.remove_leftovers(path.parent.glob("*.tmp"))
+        disk.remove_leftovers(path.parent.glob("*.tmp"))
         assert len(list(path.parent.glob("*.tmp"))) == 1
         add({"n": np.arange(3)})
         return {}
 
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / f"killed.{temporary.here()}-1.tmp").write_bytes(b"ARROW1")
+    (tmp_path / "rows" / f"killed.{disk.here()}-1.tmp").write_bytes(b"ARROW1")
     _, state = rows_cache.load_or_make(path, columns, make)
     assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.arrow"]

@@ -32,6 +32,7 @@ from jaxft.weights.edit import extend
 from jaxft.weights.hf import hf
 from jaxft.weights.hf.card import Card, write_card
 from jaxft.weights.hf.safetensors import open_safetensors
+from jaxft.weights.hf.tokenizer_files import TEMPLATES_FOLDER
 from jaxft.weights.param_reader import param_readers, read_whole
 from jaxft.weights.peft import peft as peft_layout
 from jaxft.weights.peft import peft_write
@@ -174,7 +175,12 @@ def processor_files(folder):
     (folder / "untrained_tokens.json").write_text('{"tokens": {}}')
     (folder / "optimizer.pt").write_bytes(b"no model")
     (folder / "model.fp16.safetensors.index.json").write_text("{}")
-    return {"preprocessor_config.json", "processor_config.json", "chat_template.json", "modeling_tiny.py"}
+    (folder / TEMPLATES_FOLDER).mkdir()
+    (folder / TEMPLATES_FOLDER / "tool_use.jinja").write_text("{{ messages }}")
+    return {
+        "preprocessor_config.json", "processor_config.json", "chat_template.json", "modeling_tiny.py",
+        f"{TEMPLATES_FOLDER}/tool_use.jinja",
+    }  # fmt: skip
 
 
 def test_all_that_was_not_trained_is_copied_byte_for_byte_into_the_same_files(tmp_path):
@@ -194,7 +200,8 @@ def test_all_that_was_not_trained_is_copied_byte_for_byte_into_the_same_files(tm
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
     assert all(old[name][:2] == new[name][:2] and old[name][3] == new[name][3] for name in changed)
-    files = {path.name for path in folder.iterdir() if path.suffix != ".safetensors"}
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+    files = {str(path.relative_to(folder)) for path in paths}
     others = {"optimizer.pt", "untrained_tokens.json", "model.fp16.safetensors.index.json"}
     assert small < files and "model.safetensors.index.json" in files
     for name in files - others:

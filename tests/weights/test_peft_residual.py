@@ -13,7 +13,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
 from jaxft.runs import loaded_weights
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.export import export
 from jaxft.weights import init, pretrained
 from jaxft.weights.model_files import QuantisedTensor

@@ -4,8 +4,7 @@ import json
 from math import gcd
 from typing import Any
 
-from jaxft.cli.convert.draft import Draft
-from jaxft.cli.convert.source import GivenOption
+from jaxft.cli.convert.draft import Draft, GivenOption
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 BATCH_OPTIONS = (

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxft.cli.convert.draft import Draft, table_rows
-from jaxft.cli.convert.source import LARGEST_FILE, short_value
+from jaxft.cli.convert.draft import LARGEST_FILE, Draft, short_value, table_rows
 from jaxft.data.rows.columns import KNOWN_ROLES, ROLES
 from jaxft.data.rows.dataset_rows import SUFFIXES
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, as_text

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxft.cli.convert.command_lines import read_commands, trainer_of
+from jaxft.cli.convert.draft import Expression, ForeignConfig, GivenOption, check_count
 from jaxft.cli.convert.python_rows import call_name, row_options
-from jaxft.cli.convert.source import Expression, ForeignConfig, GivenOption, check_count
+from jaxft.cli.convert.yaml_and_shell import read_commands, trainer_of
 from jaxft.runs.settings.option_names import TRL, UNSLOTH
 
 CONFIGS = {  # class or function -> the trainer, "" for one of any trainer

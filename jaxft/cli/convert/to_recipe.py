@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.cli.convert import batches, data_sets
-from jaxft.cli.convert.command_lines import read_commands
-from jaxft.cli.convert.draft import Draft, by_table, meant_setting, run_name, table_rows
+from jaxft.cli.convert.draft import (
+    Draft,
+    Expression,
+    ForeignConfig,
+    GivenOption,
+    by_table,
+    meant_setting,
+    option_parts,
+    read_config_text,
+    run_name,
+    table_rows,
+)
 from jaxft.cli.convert.python_files import notebook_code, read_python
-from jaxft.cli.convert.source import Expression, ForeignConfig, GivenOption, option_parts, read_config_text
-from jaxft.cli.convert.yaml_files import read_yaml
+from jaxft.cli.convert.yaml_and_shell import read_commands, read_yaml
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 RECIPES = {  # a tool's name of a method -> the recipe

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from jaxft.distributed.temporary import temporary_file
+from jaxft.distributed.disk import temporary_file
 
 Item = TypeVar("Item")
 

@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.decisions import LABEL, labels_as_choices
+from jaxft.data.decisions import labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, last_targets, stored_columns
@@ -194,7 +194,7 @@ class Reader:
         if not self.formats:
             return ChosenFormat(settings.format)
         found = format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
-        if found.name != LABEL or settings.labels:
+        if settings.labels or not self.formats[found.name].labelled:
             return found
         return found._replace(labels=labels_as_choices(counts.labels))
 
@@ -303,7 +303,9 @@ def _format_of(
     The chunks of a small dataset contain its rows, so that the files are read once.
     """
     settings = reader.settings
-    fixed = settings.format not in ("auto", PLAIN) and (settings.format != LABEL or settings.labels)
+    fixed = settings.format not in ("auto", PLAIN)
+    if fixed and settings.format in reader.formats and reader.formats[settings.format].labelled:
+        fixed = bool(settings.labels)
     if not reader.formats or (fixed and listing.size > ROW_CHUNK_BYTES):
         return reader.format_of(ColumnCounts()), listing.chunks(), listing.rows
     invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0

@@ -64,6 +64,11 @@ class ChosenFormat(NamedTuple):
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
             return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
+        if self.labels and all(map(str.isdecimal, self.labels)):
+            numbers = f"{self.labels[0]} to {self.labels[-1]}"
+            return [
+                f"the labels are the numbers {numbers}; data.labels=NAME,NAME,... names them in this order"
+            ]
         if not self.columns:
             return []
         read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)

@@ -67,8 +67,10 @@ from jaxft.data.rows.published_formats import (
     from_better,
     from_glaive,
     from_openai,
+    from_options,
     from_preference,
     from_ranking,
+    from_texts,
     ranking_note,
 )
 
@@ -295,6 +297,7 @@ class RowFormat:
     plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
     row in the columns of another format, before anything is read from it. note(settings): how the rows are
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
+    labelled: whether its choices are the labels of all rows.
     """
 
     name: str
@@ -307,6 +310,7 @@ class RowFormat:
     rewrite: Rewrite = own_columns
     note: Callable[[RowSettings], str] = _no_note
     listed: bool = True
+    labelled: bool = False
 
     @property
     def columns(self) -> set[str]:
@@ -329,6 +333,23 @@ def _pairs(
 def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
     optional = ("system", "chat_template_kwargs", "weight", *more)
     return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+
+
+def _labelled_texts(name: str, *columns: str) -> RowFormat:
+    """Return a format of several texts with a label."""
+    known, required = _decision_format(LABEL, ()), tuple((column,) for column in (*columns, "label"))
+    rewrite = partial(from_texts, columns=columns)
+    return replace(known, name=name, required=required, rewrite=rewrite, labelled=True, listed=False)
+
+
+def _options(
+    name: str, question: tuple[str, ...], options: tuple[str, ...], answer: str, first: int = 0
+) -> RowFormat:
+    """Return a format of questions with options."""
+    required = tuple((column,) for column in (*question, *options, answer))
+    rewrite = partial(from_options, question=question, options=options, answer=answer, first=first)
+    known = _decision_format(DECISION, ())
+    return replace(known, name=name, required=required, rewrite=rewrite, listed=False)
 
 
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
@@ -412,8 +433,19 @@ ROW_FORMATS = (
               weight=_row_weight),
     RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
     _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
-    _decision_format(LABEL, (("text",), ("label",))),
+    replace(_decision_format(LABEL, (("text",), ("label",))), labelled=True),
     _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
+    _labelled_texts("nli", "premise", "hypothesis"),
+    _labelled_texts("mrpc", "sentence1", "sentence2"),
+    _labelled_texts("qnli", "question", "sentence"),
+    _labelled_texts("qqp", "question1", "question2"),
+    _options("boolq", ("passage", "question"), (), "answer"),
+    _options("race", ("article", "question"), ("options",), "answer"),
+    _options("hellaswag", ("ctx",), ("endings",), "label"),
+    _options("piqa", ("goal",), ("sol1", "sol2"), "label"),
+    _options("medmcqa", ("question",), ("opa", "opb", "opc", "opd"), "cop"),
+    _options("winogrande", ("sentence",), ("option1", "option2"), "answer", first=1),
+    _options("social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", first=1),
 )  # fmt: skip
 # A name for rows of a task, for errors where another one reads them.
 TASKS = {

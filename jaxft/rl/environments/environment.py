@@ -362,8 +362,8 @@ def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Enviro
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Return whether a function takes `count` positional arguments, of which it needs one, and no arguments by
-    arbitrary names.
+    """Return whether a function takes `count` positional arguments, of which it needs one, and no arguments
+    by arbitrary names.
     """
     parameters = inspect.signature(function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -82,7 +82,9 @@ def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
 
 
 def _is_like_a_call(text: str) -> bool:
-    """Return whether text that is not marked as a call seems to be a failed one, rather than an answer in JSON."""
+    """Return whether text that is not marked as a call seems to be a failed one, rather than an answer in
+    JSON.
+    """
     if not text.lstrip().startswith("{"):
         return False
     try:

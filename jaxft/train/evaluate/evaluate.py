@@ -184,8 +184,8 @@ def is_greater_better(name: str) -> bool | None:
 
 
 def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
-    """Return whether none of the last `patience` scores, the lower the better, is better than all before them. None
-    is no score.
+    """Return whether none of the last `patience` scores, the lower the better, is better than all before
+    them. None is no score.
     """
     known = [math.inf if score is None else score for score in scores]
     return len(known) > patience and min(known[-patience:]) >= min(known[:-patience])

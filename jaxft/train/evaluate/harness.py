@@ -424,7 +424,9 @@ def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredR
 
 
 def length_bucket(count: int, length: int) -> int:
-    """Return the padded size of a row of `count` tokens: 64 times a power of two, at most `length` rounded up."""
+    """Return the padded size of a row of `count` tokens: 64 times a power of two, at most `length` rounded
+    up.
+    """
     size = BUCKET
     while size < count:
         size *= 2

@@ -304,9 +304,8 @@ def position_lines(run: Run, source: Source[Any]) -> list[str]:
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
 ) -> Callable[[Sequence[Completed]], Scored]:
-    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the
-    first completion of the first `samples` prompts as text, and scores the first `scoring.prompts` prompts, or
-    all.
+    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the first
+    completion of the first `samples` prompts as text, and scores the first `scoring.prompts` prompts, or all.
 
     texts: the held-out prompts, with their rows' responses. Every function is called with these responses
     first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows

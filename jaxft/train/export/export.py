@@ -33,7 +33,7 @@ from jaxft.nn.quant import (
     with_defaults,
 )
 from jaxft.rl.reward_models import is_classifier
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter

@@ -21,8 +21,8 @@ from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.loaded_weights import decision_prompts
 from jaxft.runs.metric_names import TOKENS
-from jaxft.runs.named_weights import decision_prompts
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.terminal import printable_line
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value

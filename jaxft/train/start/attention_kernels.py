@@ -167,7 +167,8 @@ def kernel_errors(
     parts: int = 1,
 ) -> tuple[float, float]:
     """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
-    explains: four times the error of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for others.
+    explains: four times the error of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for
+    others.
 
     An error is the root mean square of the difference from `flash` in float32, relative to the values';
     infinite if the kernel returns a NaN. q_BTHE: the sample rows have its heads, head dimension and dtype,

@@ -1,7 +1,7 @@
 """A run, or a sweep's members, before weights are loaded: settings checked, rows read, programs traced."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,8 @@ from jaxft.rl.rollout_sampler import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
+from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirrored
 from jaxft.runs.settings.record import describe, differences, recorded_defaults
-from jaxft.runs.store.store import check_stored_name
-from jaxft.runs.store.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
 from jaxft.train.evaluate.scored_completions import check_scoring
@@ -65,9 +64,10 @@ class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
     sources: batches for all members, or of each member. steps: the number of the last step. planned: the
-    number by the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
-    that end a completion. all_general: batches of the general text. sweep: its settings, None for a single
-    run. calibration: of the base, None if it is not calibrated. limit: what evaluations read.
+    number by the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the
+    token ids that end a completion. all_general: batches of the general text. sweep: its settings, None for a
+    single run. calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest:
+    the shape that batches are padded to, None for the smallest one that holds those of every source.
     """
 
     folder: Path
@@ -82,6 +82,7 @@ class Job:
     calibration: CalibrationPlan | None = None
     ended_by: EndedBy | None = None
     limit: EvaluationLimit = EvaluationLimit()
+    widest: Batch | None = None
 
     @property
     def lead(self) -> Member:
@@ -129,7 +130,7 @@ class Job:
         batches = [batch for batch, _ in made]
         if len(batches) == 1:
             return batches, *made[0]
-        shape = self._widest
+        shape = self.padded_shape
         return batches, jax.tree.map(lambda *x: np.concatenate(x), *[widened(b, shape) for b in batches]), {}
 
     @property
@@ -137,18 +138,13 @@ class Job:
         """The shape of the largest batch that the step takes."""
         count = len(self.sources)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype), self._widest
+            lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype), self.padded_shape
         )
 
     @property
-    def _widest(self) -> Batch:
+    def padded_shape(self) -> Batch:
         """A shape that holds a batch of every source."""
-
-        def widest(*shapes: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sizes = zip(*(s.shape for s in shapes), strict=True)
-            return jax.ShapeDtypeStruct(tuple(map(max, sizes)), shapes[0].dtype)
-
-        return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
+        return widest_shape(self.sources) if self.widest is None else self.widest
 
     def to_save(
         self, counters: list[dict[str, Any]], saved: dict[str, Any], logged: list[dict[str, Any]]
@@ -170,6 +166,16 @@ class Job:
             "seconds": saved.get("seconds", {}),  # see clock.Clock
             "evaluation_limit": [*self.limit],
         }
+
+
+def widest_shape(sources: Sequence[Source[Any]]) -> Batch:
+    """Return a shape that holds a batch of every source."""
+
+    def widest(*shapes: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sizes = zip(*(s.shape for s in shapes), strict=True)
+        return jax.ShapeDtypeStruct(tuple(map(max, sizes)), shapes[0].dtype)
+
+    return jax.tree.map(widest, *(source.shapes[-1] for source in sources))
 
 
 def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
@@ -346,9 +352,9 @@ def _keep_own_rollouts(job: Job) -> None:
 
 
 def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
-    """Return whether a finished job has lost some of its results, which is reported. Folders with files that have
-    changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from which
-    the results could be written again.
+    """Return whether a finished job has lost some of its results, which is reported. Folders with files that
+    have changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from
+    which the results could be written again.
     """
     folders = {job.folder, *(member.folder for member in job.members)}
     cards = [folder / runfolder.CARD for folder in folders if (folder / runfolder.SUMMARY).is_file()]

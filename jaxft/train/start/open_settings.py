@@ -31,9 +31,9 @@ from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.folder import read_saved_json
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings import config
 from jaxft.runs.settings.config import Recipe, Resolved
-from jaxft.runs.store.store_copy import CHECKPOINTS
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
 from jaxft.weights.hub import hub
@@ -447,8 +447,8 @@ def activation_bytes(model: Model, remat: RematPolicy) -> int:
 
 
 def _mlp_widths(model: Model) -> tuple[int, int]:
-    """Return the outputs of all kernels into hidden layers of MLPs, and the inputs of all kernels out of them,
-    each summed.
+    """Return the outputs of all kernels into hidden layers of MLPs, and the inputs of all kernels out of
+    them, each summed.
     """
     into = out = 0
     for spec in spec_paths(model.specs).values():

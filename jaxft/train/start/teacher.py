@@ -16,7 +16,7 @@ from jaxft.nn import param
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
-from jaxft.runs.named_weights import named_weights, source_options
+from jaxft.runs.loaded_weights import named_weights, source_options
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params

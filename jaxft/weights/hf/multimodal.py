@@ -17,6 +17,7 @@ from jaxft.weights.hf.safetensors import (
     write_model_json,
     write_safetensors,
 )
+from jaxft.weights.hf.tokenizer_files import TEMPLATES_FOLDER
 
 # Files of processors and tokenizers, and custom code; others in a model's folder may be anything.
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -99,7 +100,9 @@ def write_config(folder: Path, source: Path, settings: Mapping[str, Any]) -> Non
 
 def copy_small_files(folder: Path, source: Path) -> None:
     """Copy the files of a multimodal model's processor and tokenizer."""
-    for path in sorted(source.iterdir()):
+    for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{TEMPLATES_FOLDER}/*.jinja"))):
         skipped = path.name in NOT_COPIED or path.name.endswith(".index.json")
         if path.suffix in SMALL_SUFFIXES and path.is_file() and not skipped:
-            shutil.copyfile(path, folder / path.name)
+            out = folder / path.relative_to(source)
+            out.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out)

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxft.distributed.disk import make_folder, publish, write_durably
-from jaxft.distributed.temporary import locked, temporary_folder
+from jaxft.distributed.disk import locked, make_folder, publish, temporary_folder, write_durably
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hub.file_hash import content_sha256, files_sha256
 

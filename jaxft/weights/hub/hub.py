@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.distributed.temporary import temporary_folder
+from jaxft.distributed.disk import temporary_folder
 from jaxft.weights.gguf.gguf_header import part_files
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub.file_hash import cache_folder, file_sha256

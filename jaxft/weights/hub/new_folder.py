@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxft.distributed.disk import make_folder, publish
-from jaxft.distributed.temporary import temporary_folder
+from jaxft.distributed.disk import make_folder, publish, temporary_folder
 
 
 def check_new_folder(out: Path) -> None:

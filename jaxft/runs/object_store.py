@@ -1,5 +1,8 @@
-"""A copy of a run's folder in an object store: sent at every checkpoint and at the end, fetched elsewhere
-and by commands that name it.
+"""Runs in object stores, gs://bucket/path or s3://bucket/path, through TensorStore: a copy of a run's folder,
+sent at every checkpoint and at the end, fetched elsewhere and by commands that name it.
+
+Credentials are those of the clouds' own tools: GOOGLE_APPLICATION_CREDENTIALS or gcloud's for gs://, AWS_*
+variables or ~/.aws for s3://. AWS_ENDPOINT_URL is the address of another store with the interface of S3.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
 Verified checkpoints are copied in the background, each with the other files of the folder that have changed;
@@ -20,20 +23,131 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tensorstore
 import xxhash
 
 from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
 from jaxft.runs.folder import NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
-from jaxft.runs.store.store import Store, StoreError, check_store_url, open_store
 from jaxft.weights.hub.file_hash import cache_folder
+
+URL = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/([\w.=/-]*))?")
+SENT_AT_ONCE = 256 << 20  # of files that are sent at a time; each is in memory
+RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+
+
+class StoreError(OSError):
+    """A store that does not respond, or refuses a request."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder in an object store. Names are paths in it; an object appears as a whole or not at all.
+
+    Every method raises StoreError, with the address and the reason in one line, if the store does not
+    respond.
+    """
+
+    url: str
+    kv: tensorstore.KvStore
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of all objects in a folder of it."""
+        keys = self._call(lambda: self.kv.list(_keys_in(folder)).result())
+        return sorted(key.decode() for key in keys)
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object, None if there is none of this name."""
+        found = self._call(lambda: self.kv.read(name).result())
+        return found.value if found.state == "value" else None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object, in place of an earlier one."""
+        self._call(lambda: self.kv.write(name, content).result())
+
+    def write_files(self, files: Iterable[tuple[str, Path]]) -> None:
+        """Write files under their names; several at a time, as far as they fit into SENT_AT_ONCE."""
+        writing: list[Any] = []
+        size = 0
+        for name, path in files:
+            content = path.read_bytes()
+            if size and size + len(content) > SENT_AT_ONCE:
+                self._wait(writing)
+                writing, size = [], 0
+            writing.append(self.kv.write(name, content))
+            size += len(content)
+        self._wait(writing)
+
+    def delete(self, name: str) -> None:
+        """Delete an object; of a name that ends in a slash all objects in that folder."""
+        if name.endswith("/"):
+            self._call(lambda: self.kv.delete_range(_keys_in(name)).result())
+        else:
+            self._call(lambda: self.kv.write(name, None).result())
+
+    def _wait(self, writing: list[Any]) -> None:
+        self._call(lambda: [one.result() for one in writing])
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:  # TensorStore's, which have no common type
+            reason = " ".join(str(error).split(" [")[0].split())[:300]
+            raise StoreError(f"{self.url}: {reason or type(error).__name__}") from error
+
+
+def _keys_in(folder: str) -> tensorstore.KvStore.KeyRange:
+    """The keys that begin with the name of a folder and its slash; all for ""."""
+    return tensorstore.KvStore.KeyRange(folder, folder and f"{folder[:-1]}0")  # 0 comes after the slash
+
+
+def check_store_url(url: str, name: str) -> None:
+    """Raise ValueError if `url`, the value of the setting `name`, is not a folder in an object store."""
+    found = URL.fullmatch(url)
+    if found is None or ".." in url or "//" in (found[3] or ""):
+        raise ValueError(f"{name}={url} is not a folder in an object store; use gs://bucket/path or s3://...")
+
+
+def check_stored_name(name: str, store: str | None) -> None:
+    """Raise ValueError if the folder of a run of this name cannot be in the store at that address."""
+    if store is not None and URL.fullmatch(f"{store.rstrip('/')}/{name}") is None:
+        raise ValueError(
+            f"name={name} cannot be a folder in loop.store={store}; use letters, digits, and . _ - = only"
+        )
+
+
+def open_store(url: str) -> Store:
+    """Open a folder in an object store; nothing is read yet.
+
+    Raises ValueError for another address, and OSError for credentials that cannot be read.
+    """
+    check_store_url(url, "store")
+    found = URL.fullmatch(url)
+    assert found is not None
+    path = f"{found[3].strip('/')}/" if found[3] else ""
+    spec: dict[str, Any] = {"driver": "gcs" if found[1] == "gs" else "s3", "bucket": found[2], "path": path}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if found[1] == "s3" and endpoint:
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    elif found[1] == "s3" and region:
+        spec |= {"aws_region": region}
+    if found[1] == "s3" and os.environ.get("AWS_ACCESS_KEY_ID"):  # else AWS logs that there are no profiles
+        spec |= {"aws_credentials": {"type": "environment"}}
+    context = tensorstore.Context({"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES})
+    try:
+        return Store(url.rstrip("/"), tensorstore.KvStore.open(spec, context=context).result())
+    except Exception as error:
+        raise OSError(f"{url}: {' '.join(str(error).split(' [')[0].split())[:300]}") from error
+
 
 INDEX = "index.json"
 CHECKPOINTS = "checkpoints"
