@@ -261,7 +261,7 @@ def _token_rewards(
 
 
 def _with_turn_rewards(rollout: RolloutScores, rewards: PerToken) -> PerToken:
-    """Add the rewards of turns at their last tokens, and the rest of the score at the episode's last token."""
+    """Add the rewards of turns at their last tokens, and the rest of the score at the episode's last one."""
     of_turns = np.zeros(1) if rollout.turn_rewards is None else rollout.turn_rewards
     of_turns = np.where(rollout.token_mask, of_turns, 0)
     rest = rollout.scores.ravel() - of_turns.sum(1)

@@ -180,7 +180,7 @@ def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
 
 
 def due(every: float | None, done: int, job: Job) -> bool:
-    """Return whether a multiple of `every` was reached since the last step at which the run could be saved."""
+    """Return whether a multiple of `every` was reached since the run could last be saved."""
     if every is None:
         return False
     steps = steps_between(every, job.steps)
