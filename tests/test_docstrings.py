@@ -53,6 +53,8 @@ ENTRY_POINTS = [  # module:name
     "jaxft.train.settings:Run",
     "jaxft.tree:mask_by_path",
     "jaxft.tree:partition",
+    "jaxft.weights.pretrained:model_for",
+    "jaxft.weights.tensors:tensors_of",
 ]
 
 

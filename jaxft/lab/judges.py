@@ -21,13 +21,13 @@ from jaxft.data.rows.remote import without_secrets
 from jaxft.distributed import sharding
 from jaxft.lab.judging import Judge, Match, Verdicts, in_both_orders, values_of, values_of_scores
 from jaxft.rl.reward_models import is_classifier, load_reward_model, make_text_scorer
-from jaxft.runs.named_weights import named_weights
+from jaxft.runs.loaded_weights import named_weights
 from jaxft.runs.settings.parse import load_callable
 from jaxft.runs.terminal import printable_line
 from jaxft.train.evaluate.scores import score_texts
 from jaxft.train.python_api import load_model, source_options
-from jaxft.weights.peft.peft import SEQ_CLS
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft.peft_config import read_adapter_config
+from jaxft.weights.peft.peft_read import SEQ_CLS
 
 KEY = "OPENAI_API_KEY"  # the variable with the key of a server
 REPLY_RETRIES = 5

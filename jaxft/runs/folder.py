@@ -15,12 +15,11 @@ from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.settings.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
-from jaxft.weights.calibrate import calibrated_codes
-from jaxft.weights.gguf.gguf_header import part_files
-from jaxft.weights.hf import hf
+from jaxft.weights.calibrate import calibrated_base
+from jaxft.weights.gguf.gguf_file import part_files
+from jaxft.weights.hf import hf_read
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.cached_folder import adopt_folder, folder_damage
-from jaxft.weights.hub.file_hash import content_sha256, files_sha256
+from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, folder_damage
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -491,7 +490,6 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
             f"{folder}: the weights in {ref} have changed since this run was trained; {again}, or use --model"
         )
     if recorded.startswith(HASH) and hub.is_extended(ref):
-        adopt_folder(Path(ref))
         damage = folder_damage(Path(ref))
         if damage is not None:
             raise ValueError(
@@ -507,17 +505,17 @@ def _check_codes(folder: Path) -> None:
     """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
-    if not calibrated_codes.confirm_codes(record):
+    if not calibrated_base.confirm_codes(record):
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {calibrated_codes.codes_folder(name)}, has changed "
-            f"since this run was trained. {calibrated_codes.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {calibrated_base.codes_folder(name)}, has changed "
+            f"since this run was trained. {calibrated_base.AGAIN}"
         )
 
 
 def weights_fingerprint(ref: str) -> str:
     """Return a hash of all bytes of the weights behind `ref`."""
     located = hub.locate(ref)
-    files = part_files(located.path) if located.kind == "gguf" else hf.weight_files(located.path)
+    files = part_files(located.path) if located.kind == "gguf" else hf_read.weight_files(located.path)
     lines = [f"{path.name} {known}\n" for path, known in zip(files, files_sha256(files), strict=True)]
     return HASH + hashlib.sha256("".join(lines).encode()).hexdigest()
 

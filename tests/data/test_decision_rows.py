@@ -87,6 +87,13 @@ def test_batches_have_every_decision_with_its_choices_and_weights_that_sum_to_on
         assert found[number] == pytest.approx(expected)
 
 
+def test_held_out_decisions_have_the_same_weight(tmp_path):
+    held = write(tmp_path, [{**row, "weight": i} for i, row in enumerate(questions(4))], "h.jsonl")
+    weights = [x.token_weights for x in source_of(tmp_path, questions(4), held_out=held).held_out]
+    assert sorted(np.concatenate(weights, axis=None).tolist())[-4:] == pytest.approx([0.25] * 4)
+    assert sum(x.sum() for x in weights) == pytest.approx(1)
+
+
 def test_a_prompt_lists_its_choices_and_is_the_one_that_the_server_reads(tmp_path):
     tokenizer = tiny("chatml")
     decision = parse(Row("r:1", QUESTION), "decision")
@@ -212,6 +219,8 @@ def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path
     rows = source_of(tmp_path, soft, invalid="drop", invalid_limit=0.5).split.rows
     assert rows.labels == ("x", "y", "z") and rows.extras["probabilities"][0] == pytest.approx([0.3, 0.7, 0])
     assert source_of(tmp_path, labelled(10, 9, 1)).split.rows.labels == ("1", "9", "10")
+    (note,) = source_of(tmp_path, labelled(0, 1)).info.warnings
+    assert note.endswith("data.labels=NAME,NAME,... gives 0, 1, ... names")
 
 
 def test_labels_are_counted_in_all_readable_rows_whatever_the_format_is_chosen_by(tmp_path):

@@ -18,7 +18,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.plan import plan, program_bytes
 from jaxft.train import programs
 from jaxft.train.settings import Run
-from jaxft.weights.calibrate.layer_calibration import calibrate_layers
+from jaxft.weights.calibrate.calibrated_base import calibrate_layers
 
 EXPERTS = "layers/mlp/experts"
 MODEL = tiny_experts.experts(replace(CONFIG, vocab=512, max_positions=256), jnp.float32)

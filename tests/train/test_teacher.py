@@ -43,7 +43,7 @@ from jaxft.train.start.jobs import weight_fingerprints
 from jaxft.train.start.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.weights import pretrained
-from jaxft.weights.peft import adapters
+from jaxft.weights.peft import adapter_folders
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -88,7 +88,7 @@ def started(run, folder):
 
 
 def adapter_of(folder):
-    settings = adapters.read_adapter_settings(str(folder / "sft"), model_of(folder / "base"))
+    settings = adapter_folders.read_adapter_settings(str(folder / "sft"), model_of(folder / "base"))
     return {"start": str(folder / "sft"), "adapter": settings}
 
 
@@ -110,7 +110,7 @@ def alone(teacher, run, mesh):
     ref, model = teacher.weights or run.weights, teacher.model or run.model
     params = {"base": pretrained.load_frozen(ref, model, mesh, teacher.quant)}
     if teacher.start:
-        params["adapter"], _ = adapters.load_adapter(f"{teacher.start}/adapter", model, mesh, ref)
+        params["adapter"], _ = adapter_folders.load_adapter(f"{teacher.start}/adapter", model, mesh, ref)
     return adapted(model, teacher.adapter), params
 
 

@@ -39,22 +39,22 @@ from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.calibrate.lora_start import for_unchanged_base
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.merge import LazyTensor, RoundingError, merge_files, merge_params
-from jaxft.weights.gguf import gguf_save
-from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
-from jaxft.weights.gguf.gguf_types import MIXTURES, mixture_named
-from jaxft.weights.hf import card, hf_write, stop_tokens
-from jaxft.weights.hf.card import Card, Relation, base_name, write_card
+from jaxft.weights.gguf import gguf_write
+from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
+from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
+from jaxft.weights.hf import hf_read, hf_write, model_card
+from jaxft.weights.hf.model_card import Card, Relation, base_name, write_card
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder, parents_of
-from jaxft.weights.param_reader import ParamReader, param_readers
-from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.hub.complete_folders import check_new_folder, new_folder, parents_of
+from jaxft.weights.param_loading import ParamReader, param_readers
+from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.quantised.file_format import quantize_layout
-from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
+from jaxft.weights.quantised.quantised_checkpoints import as_stored, dequantised, exceptions, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tensors import Tensor, tensors_of
 
@@ -92,7 +92,9 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
     ref, folder, record, _ = named
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     stored = quant_setting(quant, record if folder else None)
-    parts, settings = peft.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
+    parts, settings = (
+        peft_read.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
+    )
     if "score" in parts or is_classifier(ref):
         model = heads.with_scalar_head(model)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
@@ -366,23 +368,23 @@ def export_gguf(
         raise ValueError(
             f"{source.ref}: a reward model cannot be written as GGUF; leave --gguf out for a folder"
         )
-    ends = stop_tokens.stop_tokens(source.ref, source.model, source.tokenizer)
+    ends = hf_read.stop_tokens(source.ref, source.model, source.tokenizer)
     rounded = source.quant is not None and source.quant.kind != CHECKPOINT  # then every value may differ
     if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
         with parents_of(out):
             return _copy(header.path, out)
-    options = gguf_save.GgufOptions(
+    options = gguf_write.GgufOptions(
         mixture,
         out.stem,
         ends,
-        card.license_of(source.ref),
+        model_card.license_of(source.ref),
         None if rounded and not keep else header,
         _changed(source, rounded),
         keep,
         dict(importances or {}),
     )
     with parents_of(out):
-        saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
+        saved = gguf_write.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
         _summary(saved.counts, KEEP if keep else mixture, out),
         *_ends_left_out(source.tokenizer, ends),
@@ -412,7 +414,7 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     header = _gguf_header(source.ref)
     architecture = header.architecture if header else None
     with parents_of(out):
-        count = gguf_save.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
+        count = gguf_write.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
 
 

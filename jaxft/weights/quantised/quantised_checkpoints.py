@@ -3,20 +3,60 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.nn.quant import QTensor, dequantize
-from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_stored
-from jaxft.weights.model_files import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
-from jaxft.weights.quantised.awq import AWQ
+from jaxft.nn.quant import FORMATS, KINDS, QTensor, Quant, dequantize, is_paired
+from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_stored, read_tensor
+from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
-from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS
-from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights
-from jaxft.weights.quantised.fp8 import FINE_GRAINED_FP8
-from jaxft.weights.quantised.gptq import GPTQ
-from jaxft.weights.quantised.own_arrays import OWN_ARRAYS
+from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS, FINE_GRAINED_FP8
+from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights, WrittenTensor
+from jaxft.weights.quantised.gptq_awq import AWQ, GPTQ
+from jaxft.weights.tensors import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
+
+# jaxft's own format: the arrays of a QTensor as NAME.codes, NAME.scale and so on.
+
+
+def _open_arrays(files: SafetensorsFiles, settings: QuantConfig) -> Weights:
+    try:
+        quant = Quant(settings["kind"], settings["block"], settings["double"])
+    except (KeyError, ValueError, TypeError) as e:
+        raise ValueError(f"{files.where}: its quantization_config is not a format of jaxft ({e})") from e
+
+    def weight(name: str) -> QuantisedTensor:
+        rows, outs = ff.matrix_shape(files, f"{name}.codes", FORMATS[quant.kind].code_dtype)
+        layout = ff.quantize_layout((rows * (2 if is_paired(quant.kind) else 1), outs), quant)
+        arrays = ff.arrays_of(layout)
+
+        def decode(index: Index) -> dict[str, Any]:
+            return {
+                array: read_tensor(files, f"{name}.{array}", ff.array_index(layout, array, index), x.shape)
+                for array, x in arrays.items()
+            }
+
+        return ff.quantised_tensor("jaxft", [f"{name}.{array}" for array in arrays], layout, decode)
+
+    return {name: weight(name) for name in ff.stems(files, ".codes")}
+
+
+def _write_arrays(name: str, layout: QTensor) -> list[WrittenTensor]:
+    arrays = ff.arrays_of(layout).items()
+    return [WrittenTensor(f"{name}.{array}", x.dtype, x.shape, attrgetter(array)) for array, x in arrays]
+
+
+OWN_ARRAYS = FileFormat(
+    "jaxft",
+    _open_arrays,
+    kinds=KINDS,
+    summary="jaxft's own layout (quant=checkpoint reads it; transformers and vLLM do not)",
+    write=_write_arrays,
+    config=lambda quant, plain, packed: {"kind": quant.kind, "block": quant.block, "double": quant.double},
+    whole_blocks=False,
+)
 
 FILE_FORMATS = {
     x.name: x for x in (BITSANDBYTES, GPTQ, AWQ, FINE_GRAINED_FP8, COMPRESSED_TENSORS, OWN_ARRAYS)

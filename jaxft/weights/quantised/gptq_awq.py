@@ -1,17 +1,21 @@
-"""4-bit codes, eight in an int32, and their groups of inputs with a scale and a zero: what GPTQ, AWQ and
-compressed-tensors share.
+"""GPTQ and AWQ: 4-bit codes, eight in an int32, with a scale and a zero per group; read and written.
+
+GPTQ packs codes along the inputs and is written with symmetric codes only; AWQ packs them along the outputs
+in an order of its own.
 """
 
+import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.nn.quant import QTensor
+from jaxft.nn.quant import QTensor, Quant
 from jaxft.nn.quant_formats import pack, unpack
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
-from jaxft.weights.model_files import Index
 from jaxft.weights.quantised import file_format as ff
+from jaxft.weights.tensors import Index, QuantisedTensor
 
 IN_ORDER = tuple(range(8))
 ZERO = 8  # the code of 0.0 in int4
@@ -64,7 +68,7 @@ def read_grouped(
     files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
 ) -> dict[str, Any]:
     """Read the arrays of `(code - zero) * scale`: the offset -zero * scale is exact in float32. Raises
-    ValueError for an int4 layout if the zeros are others than those of int4.
+    ValueError for an int4 layout if the zeros are not int4's.
     """
     grid, rows = layout.scale.shape, ff.array_index(layout, "scale", index)
     codes = read_eights(files, f"{stem}.qweight", layout.shape, how.axis, index, how.order)
@@ -130,3 +134,125 @@ def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readabl
             f"reads {' and '.join(readable)}"
         )
     return names.pop()
+
+
+# GPTQ
+
+ZEROS_LESS_1 = Grouping(axis=0, shift=1)
+
+
+def _open_gptq(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
+    """Zeros are stored less 1, except in gptq_v2. With sym=true all of them are 8, which is int4; others are
+    affine4. With desc_act the files have the group of each input.
+    """
+    version = variant(files.where, settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"))
+    how = ZEROS_LESS_1 if version == "gptq" else Grouping(axis=0)
+    group = group_size(files.where, settings)
+    kind, offset_dtype = ("int4", None) if settings.get("sym", True) else ("affine4", np.float32)
+    indexed = bool(settings.get("desc_act", False) and group)
+
+    def weight(stem: str) -> QuantisedTensor:
+        rows, outs = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
+        layout = ff.block_layout(kind, (8 * rows, outs), group, np.float16, offset_dtype, indexed)
+        tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales", "g_idx")]
+        return ff.quantised_tensor("gptq", tensors, layout, partial(_decode_gptq, files, stem, layout, how))
+
+    return {f"{stem}.weight": weight(stem) for stem in ff.stems(files, ".qweight")}
+
+
+def _decode_gptq(
+    files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
+) -> dict[str, Any]:
+    ins, blocks, name = layout.shape[0], layout.scale.shape[0], f"{stem}.g_idx"
+    in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
+    groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
+    if groups.min() < 0 or groups.max() >= blocks:
+        raise ValueError(
+            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}"
+        )
+    if layout.index is None and not np.array_equal(groups, in_order):
+        raise ValueError(
+            f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config"
+        )
+    arrays = read_grouped(files, stem, layout, how, index)
+    return arrays if layout.index is None else {**arrays, "index": groups}
+
+
+def _write_gptq(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
+    ins, index = layout.shape[0], f"{name.removesuffix('weight')}g_idx"
+    groups = ff.WrittenTensor(
+        index, np.int32, (ins,), lambda q: np.arange(ins, dtype=np.int32) // (q.block or ins)
+    )
+    return [*write_grouped(name, layout, ZEROS_LESS_1), groups]
+
+
+def _config_gptq(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
+    """GPTQModel and vLLM read the exceptions in `dynamic`, transformers (optimum) in
+    modules_in_block_to_quantize.
+    """
+    names = [name for name in plain if name != "lm_head"]
+    skipped: dict[str, Any] = {
+        f"-:{re.escape(name)}$" if "." in name else f"-:.*\\.{name}$": {} for name in names
+    }
+    return {
+        "bits": 4,
+        "group_size": quant.block or -1,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": "lm_head" not in plain,
+        "checkpoint_format": "gptq",
+        **({"dynamic": skipped, "modules_in_block_to_quantize": [packed]} if skipped else {}),
+    }
+
+
+GPTQ = ff.FileFormat(
+    "gptq",
+    _open_gptq,
+    kinds=("int4",),
+    summary="GPTQ's layout, which vLLM loads, and transformers with gptqmodel and optimum installed",
+    head_summary="GPTQ's layout, which vLLM loads, but transformers not: it leaves out a quantised head",
+    write=_write_gptq,
+    config=_config_gptq,
+    scale_dtype=np.float16,
+    int4_multiples=(8, 8),
+)
+
+
+# AWQ
+
+AWQ_GROUPING = Grouping(axis=1, order=(0, 2, 4, 6, 1, 3, 5, 7))
+
+
+def _open_awq(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
+    variant(files.where, settings, ("version", "format", "checkpoint_format"), ("gemm",))
+    group = group_size(files.where, settings)
+
+    def weight(stem: str) -> QuantisedTensor:
+        ins, columns = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
+        layout = ff.block_layout("affine4", (ins, 8 * columns), group, np.float16, np.float32)
+        tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales")]
+        return ff.quantised_tensor(
+            "awq", tensors, layout, partial(read_grouped, files, stem, layout, AWQ_GROUPING)
+        )
+
+    return {f"{stem}.weight": weight(stem) for stem in ff.stems(files, ".qweight")}
+
+
+AWQ = ff.FileFormat(
+    "awq",
+    _open_awq,
+    kinds=("int4",),
+    summary="AWQ's layout, which vLLM loads, and transformers with gptqmodel (autoawq before transformers 5) "
+    "installed",
+    write=partial(write_grouped, how=AWQ_GROUPING),
+    config=lambda quant, plain, packed: {
+        "bits": 4,
+        "group_size": quant.block or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": plain,
+    },
+    scale_dtype=np.float16,
+    with_head=False,
+    int4_multiples=(8, 8),
+)

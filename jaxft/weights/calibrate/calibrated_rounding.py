@@ -8,8 +8,8 @@ arXiv:2504.02692).
 
 Scales: of each block the best of some fractions of the plain scale, each input weighted by its mean square.
 Codes: GPTQ (Frantar et al. 2023, arXiv:2210.17323), then coordinate descent on codes and scales by turns
-(Behdin et al. 2023, QuantEase, arXiv:2309.01885), which lowers this error at every step. The number of bits
-is that of plain rounding.
+(Behdin et al. 2023, QuantEase, arXiv:2309.01885), which lowers this error at every step. It takes as
+many bits as plain rounding.
 """
 
 from collections.abc import Callable
@@ -24,23 +24,26 @@ from jaxtyping import Array, Float
 
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
-from jaxft.weights.calibrate.first_pairs import principal_pair
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
 ROUNDS = 2  # of coordinate descent on codes and scales
 HIGHEST = jax.lax.Precision.HIGHEST
+SMALLEST_VALUE = 1e-30  # of a singular value that is divided by
+
+_Weight = Float[np.ndarray, "I O"]
+FirstPair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
 
 
 class InputMoments(NamedTuple):
-    """Sums over the inputs x of a layer and those of the same layer of the exact model, y: float32 [I, I].
+    """Sums over the inputs x of a layer, and over the inputs y of the exact model's layer: float32 [I, I].
 
-    own: of x x^T. exact: of x y^T.
+    gram: of x x^T. cross: of x y^T.
     """
 
-    own: Any
-    exact: Any
+    gram: Any
+    cross: Any
 
 
 class InverseFactor(NamedTuple):
@@ -68,7 +71,7 @@ def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
 
 def quantize_calibrated(
     target: Float[np.ndarray, "I O"],
-    own: Float[Array, "I I"],
+    gram: Float[Array, "I I"],
     kind: str,
     block: int | None = None,
     double: bool | None = None,
@@ -76,26 +79,26 @@ def quantize_calibrated(
 ) -> QTensor:
     """Quantise a weight as nn.quant.quantize does, in as many bits, with a smaller error of its outputs.
 
-    own: sum of x x^T over its inputs. factor: inverse_factor of it, if it is known. The error is never
-    above that of rounding to nearest. Raises ValueError for a target or inputs that are not finite.
+    gram: sum of x x^T over its inputs. factor: inverse_factor of it, if it is known. The error is never
+    above the error of rounding to nearest. Raises ValueError for a target or inputs that are not finite.
     """
-    if not all(np.isfinite(np.asarray(x)).all() for x in (target, own)):
+    if not all(np.isfinite(np.asarray(x)).all() for x in (target, gram)):
         raise ValueError(
             "calibration: a layer's weights, its inputs on the calibration rows or the solution for its "
             "outputs are not finite; round to nearest (quant.calibrate=none, or no --calibrate)"
         )
     plain = quantize(np.asarray(target), kind, block, double)
-    weight, moment = jnp.asarray(target, jnp.float32), damped(jnp.asarray(own))
-    found = _with_searched_scales(plain, weight, jnp.diagonal(moment))
-    factor = inverse_factor(jnp.asarray(own)) if factor is None else factor
-    found = with_codes(found, gptq_codes(weight, factor, found, kind))
-    candidates = [plain, found]
+    weight, moment = jnp.asarray(target, jnp.float32), damped(jnp.asarray(gram))
+    rounded = _with_searched_scales(plain, weight, jnp.diagonal(moment))
+    factor = inverse_factor(jnp.asarray(gram)) if factor is None else factor
+    rounded = with_codes(rounded, gptq_codes(weight, factor, rounded, kind))
+    candidates = [plain, rounded]
     size = with_defaults(kind, block, double)[0]
     for _ in range(ROUNDS):
         if size and weight.shape[0] % size == 0:
-            found = _with_scales(found, _fitted_scales(found, weight, moment, size))
-        found = with_codes(found, _descended_codes(found, weight, moment))
-        candidates.append(found)
+            rounded = _with_scales(rounded, _fitted_scales(rounded, weight, moment, size))
+        rounded = with_codes(rounded, _descended_codes(rounded, weight, moment))
+        candidates.append(rounded)
     errors = np.array([float(_output_error(q, weight, moment)) for q in candidates])
     return candidates[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
 
@@ -106,10 +109,10 @@ def exact_outputs(
 ) -> Float[Array, "I O"]:
     """Return the weight that maps a layer's inputs to the outputs of the exact model with the least error.
 
-    factor: inverse_factor of moments.own.
+    factor: inverse_factor of moments.gram.
     """
     order, upper, mean = factor
-    change = jnp.matmul((moments.exact - moments.own)[order], weight, precision=HIGHEST)
+    change = jnp.matmul((moments.cross - moments.gram)[order], weight, precision=HIGHEST)
     change = jnp.matmul(upper.T, jnp.matmul(upper, change, precision=HIGHEST), precision=HIGHEST) / mean
     return weight.at[order].add(change)
 
@@ -135,8 +138,8 @@ def _with_searched_scales(plain: QTensor, weight: Array, squares: Array) -> QTen
         return plain
     scale, offset = _searched_scales(weight, squares, plain.kind, plain.block)
     dtype = FORMATS[plain.kind].scale_dtype
-    found = plain if offset is None else replace(plain, offset=np.asarray(offset).astype(dtype))
-    return _with_scales(found, scale)
+    rounded = plain if offset is None else replace(plain, offset=np.asarray(offset).astype(dtype))
+    return _with_scales(rounded, scale)
 
 
 @partial(jax.jit, static_argnames=("kind", "block"))
@@ -171,14 +174,14 @@ def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
     value = value if offset is None else value + offset
     gradient = jnp.matmul(moment, weight - value, precision=HIGHEST)
 
-    def one(j: Array, row: Array, arrays: tuple, own: Array) -> tuple[Array, Array]:
+    def choose(j: Array, row: Array, arrays: tuple, block: Array) -> tuple[Array, Array]:
         values, scale, offset = arrays
         s, o = scale[j], None if offset is None else offset[j]
-        code = format.nearest(values[j] + row / own[j, j], s, o)
+        code = format.nearest(values[j] + row / block[j, j], s, o)
         after = format.decode(code) * s
         return (after if o is None else after + o) - values[j], code
 
-    return swept(moment, gradient, codes, (value, scale, offset), one)
+    return swept(moment, gradient, codes, (value, scale, offset), choose)
 
 
 @partial(jax.jit, static_argnames="size")
@@ -193,10 +196,10 @@ def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array
     def block(b: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         gradient, scales = now
         rows = jax.lax.dynamic_slice_in_dim(moment, b * size, size, 0)
-        own = jax.lax.dynamic_slice_in_dim(rows, b * size, size, 1)
+        inside = jax.lax.dynamic_slice_in_dim(rows, b * size, size, 1)
         unit = jax.lax.dynamic_slice_in_dim(units, b * size, size, 0)
         part = jax.lax.dynamic_slice_in_dim(gradient, b * size, size, 0)
-        square = jnp.sum(unit * jnp.matmul(own, unit, precision=HIGHEST), 0)
+        square = jnp.sum(unit * jnp.matmul(inside, unit, precision=HIGHEST), 0)
         before = scales[b]
         after = before + jnp.sum(unit * part, 0) / jnp.maximum(square, jnp.float32(1e-30))
         after = jnp.where((after > before / 2) & (after < before * 2), after, before)
@@ -206,30 +209,14 @@ def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array
     return jax.lax.fori_loop(0, ins // size, block, (gradient, scale[::size]))[1]
 
 
-def correction(
-    error: Float[Array, "I O"], own: Float[Array, "I I"], rank: int
-) -> tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]:
-    """Return a [I, R], b [R, O] whose product is the best approximation of a weight's error: it leaves the
-    least error of the outputs (Zhang et al. 2025, QERA, arXiv:2410.06040).
-
-    own: sum of x x^T over its inputs. Columns of a and rows of b have equal norms.
-    """
-    low = jnp.linalg.cholesky(damped(jnp.asarray(own)))
-    a, b = principal_pair(np.asarray(jnp.matmul(low.T, error, precision=HIGHEST)), rank, 1.0)
-    a = np.asarray(jax.scipy.linalg.solve_triangular(low.T, jnp.asarray(a), lower=False))
-    norms = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
-    root = np.sqrt(norms[1] / np.maximum(norms[0], np.float32(1e-30)))
-    return a * root, b / np.maximum(root, np.float32(1e-30))[:, None]
-
-
 # GPTQ: rounding an element changes the outputs; the elements that are rounded later compensate for that as
-# far as their inputs are correlated. Scales are those of plain rounding, so files and kernels are the same.
+# far as their inputs are correlated. Scales equal plain rounding's, so files and kernels are the same.
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:
     """Return a weight on the host with other codes [I, O], not packed."""
-    found: Any = np.asarray(codes)
-    return replace(q, codes=qf.pack(found) if is_paired(q.kind) else found)
+    on_host: Any = np.asarray(codes)
+    return replace(q, codes=qf.pack(on_host) if is_paired(q.kind) else on_host)
 
 
 def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
@@ -254,7 +241,7 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
     scale, offset = plain_scale[order], None if plain_offset is None else plain_offset[order]
     format = FORMATS[kind]
 
-    def one(j: Array, row: Array, arrays: tuple, factor: Array) -> tuple[Array, Array]:
+    def choose(j: Array, row: Array, arrays: tuple, factor: Array) -> tuple[Array, Array]:
         scale, offset = arrays
         s, o = scale[j], None if offset is None else offset[j]
         code = format.nearest(row, s, o)
@@ -262,12 +249,12 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
         return (row - value) / factor[j, j], code
 
     zeros = jnp.zeros(weight.shape, format.code_dtype)
-    codes = swept(upper, weight[order], zeros, (scale, offset), one)
+    codes = swept(upper, weight[order], zeros, (scale, offset), choose)
     return codes[jnp.argsort(order)]
 
 
 def swept(
-    matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, one: Callable
+    matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, choose: Callable
 ) -> Array:
     """Return codes [I, O] that are chosen input by input, in blocks.
 
@@ -284,18 +271,69 @@ def swept(
         state, codes = now
         at = b * size
         rows = take(matrix, at)
-        own = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
+        diagonal = jax.lax.dynamic_slice_in_dim(rows, at, size, 1)
         inside = jax.tree.map(partial(take, at=at), arrays)
 
         def step(j: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             part, changes, codes = now
-            change, code = one(j, part[j], inside, own)
-            part = part - own[j][:, None] * change[None]
+            change, code = choose(j, part[j], inside, diagonal)
+            part = part - diagonal[j][:, None] * change[None]
             return part, changes.at[j].set(change), codes.at[j].set(code)
 
         start = take(state, at), jnp.zeros((size, outs), jnp.float32), take(codes, at)
         _, changes, own_codes = jax.lax.fori_loop(0, size, step, start)
-        state = state - jnp.matmul(rows.T, changes, precision=jax.lax.Precision.HIGHEST)
+        state = state - jnp.matmul(rows.T, changes, precision=HIGHEST)
         return state, jax.lax.dynamic_update_slice_in_dim(codes, own_codes, at, 0)
 
     return jax.lax.fori_loop(0, ins // size, block, (state, codes))[1]
+
+
+# Low-rank pairs: starts of PiSSA and OLoRA, and corrections of rounded weights
+
+
+def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
+    """Return a [in, R], b [R, out] so that `scale a b` has the R largest singular values of a weight.
+
+    Their roots are in both. The vectors are eigenvectors of the smaller Gram matrix, computed in float64.
+    """
+    import scipy.linalg  # not at the top: most runs do not need it
+
+    wide = weight.astype(np.float64)
+    if wide.shape[0] > wide.shape[1]:
+        b, a = principal_pair(weight.T, rank, scale)
+        return a.T, b.T
+    size = wide.shape[0]
+    _, vectors = scipy.linalg.eigh(wide @ wide.T, subset_by_index=[size - rank, size - 1])
+    left = vectors[:, ::-1]
+    right = left.T @ wide  # rows have the singular values as norms
+    values = np.sqrt(np.sum(right**2, 1))
+    root = np.sqrt(values / abs(scale))
+    b = right * (np.copysign(root, scale) / np.maximum(values, SMALLEST_VALUE))[:, None]
+    return (left * root).astype(np.float32), b.astype(np.float32)
+
+
+def qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
+    """Return a [in, R], b [R, out]: the first R columns and rows of the QR decomposition of `weight.T`, as in
+    peft, whatever the scale.
+    """
+    q, r = np.linalg.qr(weight.T)
+    return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
+
+
+FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}  # by the name of the initialisation
+
+
+def correction(
+    error: Float[Array, "I O"], gram: Float[Array, "I I"], rank: int
+) -> tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]:
+    """Return a [I, R], b [R, O] whose product is the best approximation of a weight's error: it leaves the
+    least error of the outputs (Zhang et al. 2025, QERA, arXiv:2410.06040).
+
+    gram: sum of x x^T over its inputs. Columns of a and rows of b have equal norms.
+    """
+    low = jnp.linalg.cholesky(damped(jnp.asarray(gram)))
+    a, b = principal_pair(np.asarray(jnp.matmul(low.T, error, precision=HIGHEST)), rank, 1.0)
+    a = np.asarray(jax.scipy.linalg.solve_triangular(low.T, jnp.asarray(a), lower=False))
+    norms = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+    root = np.sqrt(norms[1] / np.maximum(norms[0], np.float32(1e-30)))
+    return a * root, b / np.maximum(root, np.float32(1e-30))[:, None]

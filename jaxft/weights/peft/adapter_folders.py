@@ -1,6 +1,7 @@
 """Adapters in folders: their settings, their weights, and the base that they were trained on."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from jaxft.data.rows.shipped import script_command
 from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
@@ -20,14 +22,15 @@ from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.quant import RESIDUAL_INITS, Quant
 from jaxft.tree import Params
-from jaxft.weights import place, pretrained
-from jaxft.weights.hf.card import Card, write_card
+from jaxft.weights import pretrained
+from jaxft.weights.hf.model_card import Card, write_card
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder
-from jaxft.weights.peft import peft, peft_write
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
+from jaxft.weights.param_loading import shard_host_array
+from jaxft.weights.peft import peft_read, peft_write
+from jaxft.weights.peft.peft_config import read_adapter_config
 
 
 def adapter_folder(start: str) -> Path:
@@ -43,7 +46,7 @@ def adapter_folder(start: str) -> Path:
 
 def read_adapter_settings(start: str, model: Model) -> Adapter:
     """Read the settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
-    return peft.read_declared(adapter_folder(start), model)[1]
+    return peft_read.read_declared(adapter_folder(start), model)[1]
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
@@ -79,19 +82,17 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
     """Load a PEFT adapter folder for the base `ref` onto the mesh; return it and its settings. Raises
     ValueError if it does not fit the model.
     """
-    loaded, settings = peft.read_adapter(folder, model, pretrained.open_files(ref))
+    loaded, settings = peft_read.read_adapter(folder, model, pretrained.open_files(ref))
     dtype = np.promote_types(model.dtype, np.float32)
     shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
-    params = jax.tree.map(
-        lambda x, sharding: place.shard_host_array(x.astype(dtype), sharding), loaded, shardings
-    )
+    params = jax.tree.map(lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings)
     return params, settings
 
 
 def on_every_device(tree: Params, dtype: DTypeLike | None, mesh: Mesh) -> Params:
     """Put host arrays on all devices of the mesh in this dtype; None: as they are."""
     everywhere = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: place.shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
+    return jax.tree.map(lambda x: shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
 
 
 def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
@@ -108,11 +109,29 @@ def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
     ]
 
 
+def cached_base_notes(folder: Path, ref: str) -> list[str]:
+    """Return a line if an adapter's base is a model of this machine's cache, else nothing."""
+    if not hub.is_extended(ref):
+        return []
+    merged = (
+        f"the merged model ({script_command('export')} --adapter {shlex.quote(str(folder))} --out merged)"
+    )
+    if hub.has_linked_weights(ref):
+        return [
+            f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or name the "
+            "model that it was made of as the base, whose weights are the same"
+        ]
+    return [
+        f"the adapter is for a base with new tokens that is only in this machine's cache ({ref}); elsewhere "
+        f"use {merged}, or copy that folder and name it as the base"
+    ]
+
+
 def left_out_notes(model: Model, start: str | None) -> list[str]:
     """Return a line if a run of a model with a scalar head starts from an adapter that trained the language
     model head, else nothing.
     """
-    if model.generates or start is None or not peft.has_language_head(adapter_folder(start)):
+    if model.generates or start is None or not peft_read.has_language_head(adapter_folder(start)):
         return []
     return [
         f"the adapter in {start} trained the language model head, which is left out: this run's model has a "
@@ -230,5 +249,5 @@ def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant 
     def facts(settings: Any) -> Any:
         return {**settings, "dropout": None} if isinstance(settings, dict) else settings
 
-    own = json.loads(json.dumps([asdict(x) if x else None for x in (adapter, quant)]))
-    return [facts(record.get(name)) for name in ("adapter", "quant")] == list(map(facts, own))
+    ours = json.loads(json.dumps([asdict(x) if x else None for x in (adapter, quant)]))
+    return [facts(record.get(name)) for name in ("adapter", "quant")] == list(map(facts, ours))

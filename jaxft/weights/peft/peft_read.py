@@ -2,6 +2,7 @@
 adapter_model.safetensors.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,38 +11,40 @@ from typing import Any
 import numpy as np
 
 from jaxft import tree
+from jaxft.distributed import processes
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.tensor_names import HEAD_MODULE, SCORE_MODULES, is_listed, is_saved
 from jaxft.tree import Params
-from jaxft.weights import finite
-from jaxft.weights.hf.hf import COMPARED_VALUES, EMBEDDING, HEAD
+from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair
+from jaxft.weights.hf.hf_read import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.hf.safetensors import SafetensorsFiles, open_safetensors, read_tensor
-from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft.peft_modules import (
-    ONLY_TOKEN_ROWS,
-    ONLY_TOKENS,
-    read_modules,
-    read_shaped,
-    without_head,
-)
-from jaxft.weights.peft.peft_names import PREFIX, config_of_decoder, of_decoder, with_plain_names
-from jaxft.weights.peft.peft_pairs import adaptable_tensors, adapter_of, pair_names, read_pair
-from jaxft.weights.peft.peft_refusals import (
+from jaxft.weights.peft.peft_config import (
+    CONVERT,
     MERGE,
+    PREFIX,
     check_plain_lora,
     check_targets,
     check_tensor_names,
+    config_of_decoder,
+    of_decoder,
     read_adapter_config,
+    with_plain_names,
 )
-from jaxft.weights.peft.peft_residual import (
-    ReadFirstPair,
-    first_pair,
-    no_first_pair,
-    on_unchanged_base,
-    start_of_unconverted,
+from jaxft.weights.peft.peft_tensors import (
+    ONLY_TOKEN_ROWS,
+    ONLY_TOKENS,
+    Pair,
+    adaptable_tensors,
+    adapter_of,
+    pair_names,
+    read_modules,
+    read_pair,
+    read_shaped,
+    without_head,
 )
+from jaxft.weights.tensors import ModelFiles, Tensor, errors_name, require_finite
 
 SCORE_TENSOR = f"{PREFIX}{SCORE.template}"  # of a sequence classification adapter, [1, D]
 SEQ_CLS = "SEQ_CLS"
@@ -56,12 +59,13 @@ TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 TABLE_MODULE = EMBEDDING.removesuffix(".weight")
 # An adapter with ensure_weight_tying lists the embeddings only; its files have the parameters twice. jaxft
 # reads both, so that logits are PEFT's; a run that starts from the adapter trains them apart.
-# Tensors of the head, those of the table that they equal, and whether one is the other transposed:
+# Tensors of the head, the table's tensors that they equal, and whether one is the other transposed:
 TIED_TENSORS = (
     ("weight", "weight", False),
     ("lora_A.weight", "lora_embedding_B", True),
     ("lora_B.weight", "lora_embedding_A", True),
 )
+ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -> a0 [in, R], b0 [R, out]
 
 
 def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
@@ -70,7 +74,7 @@ def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = Non
     Modules of different ranks are padded with zeros to the largest rank of any layer; a layer that the
     configuration leaves out gets a zero pair. The copies of the base's weights that peft adds to an adapter
     on lm_head are not read; see check_base_copies. base: the files of the base, which only unconverted PiSSA
-    and OLoRA adapters need, see peft_residual.py. Raises ValueError for anything but plain LoRA on this
+    and OLoRA adapters need. Raises ValueError for anything but plain LoRA on this
     model's linear layers, and for a reward model's adapter.
     """
     parts, settings = read_parts(folder, model, base)
@@ -87,10 +91,9 @@ def read_parts(
 ) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has
-    for the language model head is left out if `model` has a scalar head in its place. base: as in
-    read_adapter. Raises ValueError as read_adapter does, and if the scalar head is missing or has several
-    labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has for
+    the language model head is left out if `model` has a scalar head in its place. base: as in read_adapter.
+    Raises ValueError as read_adapter does, and if the scalar head is missing or has several labels.
     """
     return _read(Path(folder), model, partial(first_pair, base))
 
@@ -115,8 +118,8 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     elif config.get("ensure_weight_tying") and "head" not in model.weight_names:
         config = _with_tied_head(config)
         _check_tied(files)
-    found = {path: [read_pair(files, one, config) for one in tensors] for path, tensors in table.items()}
-    pairs = {path: of_path for path, of_path in found.items() if any(of_path)}
+    pairs = {path: [read_pair(files, x, config) for x in tensors] for path, tensors in table.items()}
+    pairs = {path: of_path for path, of_path in pairs.items() if any(of_path)}
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
     present = {tensor.module for tensor in adapted}
     used = {name for tensor in adapted for name in pair_names(tensor, default.dora)}
@@ -156,7 +159,7 @@ def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
     the embeddings.
     """
     saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
-    if isinstance(saved, list) and any(is_saved(str(one), TABLE_MODULE) for one in saved):
+    if isinstance(saved, list) and any(is_saved(str(name), TABLE_MODULE) for name in saved):
         return {**config, "modules_to_save": [*saved, HEAD_MODULE]}
     if isinstance(targets, list) and is_listed(targets, (TABLE_MODULE,), "target_modules"):
         return {**config, "target_modules": [*targets, HEAD_MODULE]}
@@ -194,8 +197,8 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     """Raise ValueError if an adapter on lm_head has copies of other weights than the base's.
 
     peft saves the head and the embedding with such an adapter, and puts them in the place of the base's. They
-    are equal if rounding one to the other's dtype makes them so; those of a quantised base are not compared,
-    nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
+    are equal if rounding one to the other's dtype makes them so. Copies of a quantised base are not
+    compared, nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.tensors else EMBEDDING
@@ -261,7 +264,7 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the adapter has a scalar head. Raises ValueError for another task, or a head of another one."""
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(one, str) and one for one in saved):
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(
             f"{folder / 'adapter_config.json'}: modules_to_save={saved!r}; expected a list of names"
         )
@@ -270,9 +273,8 @@ def _has_head(folder: Path, config: dict[str, Any]) -> bool:
         return has_head
     raise ValueError(
         f"{folder / 'adapter_config.json'}: task_type={task!r} with modules_to_save={saved!r} is not "
-        "supported; jaxft reads "
-        "LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' and "
-        f"modules_to_save=['score']; {MERGE}"
+        "supported; jaxft reads LoRA with task_type='CAUSAL_LM', and reward models with task_type='SEQ_CLS' "
+        f"and modules_to_save=['score']; {MERGE}"
     )
 
 
@@ -300,10 +302,84 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
                 0 < value < 2**16 if type(value) is int else key == "alpha_pattern" and _is_finite(value)
             ):
                 raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
-    with finite.errors_name(str(where)):
+    with errors_name(str(where)):
         plain = Adapter(rank, float(alpha), float(dropout))
         return replace(plain, rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+# PiSSA and OLoRA adapters that PEFT has not converted to plain LoRA
+#
+# PEFT trains their pair A, B of a weight W on `W - s B0 A0`, with the first pair A0, B0 of W. save_pretrained
+# writes A and B alone, and from_pretrained computes A0 and B0 from the base again. jaxft leaves the base
+# unchanged and reads `s (B A - B0 A0)`, one pair of twice the rank, as save_pretrained writes it with
+# path_initial_model_for_weight_conversion. PEFT rounds `W - s B0 A0` to the dtype of the base, and its
+# float32 SVD is inexact where the last singular value of A0 B0 is close to the next one; the pair of twice
+# the rank, from float64, has neither error.
+
+
+def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
+    """Return the key of FIRST_PAIRS that an unconverted adapter's configuration has, None for others."""
+    start = config.get("init_lora_weights")
+    return start if isinstance(start, str) and start in FIRST_PAIRS else None
+
+
+def first_pair(
+    base: ModelFiles | None, where: Path, init: str, tensor: Tensor, rank: int, scale: float
+) -> FirstPair:
+    """Return the first pair of a weight that an unconverted adapter changes, computed from the files of the
+    base as PEFT does in float32.
+
+    where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
+    ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
+    processes, whose libraries may compute other signs.
+    """
+    about, name = f"{where}: init_lora_weights={init!r}", tensor.name
+    if base is None or processes.is_multi_process():
+        needs = "needs the base's weights" if base is None else "is read by one process only"
+        raise ValueError(f"{about} {needs}: {CONVERT}")
+    stored = base.tensors.get(name)
+    if stored is not None and stored.quantised is not None:
+        raise ValueError(
+            f"{about}: {name} of the base in {base.where} is quantised ({stored.quantised.method}); use the "
+            "base in its own precision, which quant=nf4 (--quant nf4) quantises after reading"
+        )
+    if stored is None or stored.shape != tensor.shape:
+        raise ValueError(
+            f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
+            f"{tensor.shape}; is the adapter for another base model?"
+        )
+    with errors_name(f"{base.where}: tensor {name}"):
+        values = tensor.turned(require_finite(base.read(name)).astype(np.float32))
+    return FIRST_PAIRS[init](values, rank, scale)
+
+
+def no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
+    """Return a pair of zeros in place of the first one, which needs no base: for settings alone."""
+    ins, outs = tensor.values
+    return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
+
+
+def on_unchanged_base(
+    pairs: Sequence[Pair | None],
+    tensors: Sequence[Tensor],
+    settings: Adapter,
+    read_first: Callable[[Tensor, int, float], FirstPair],
+) -> list[Pair | None]:
+    """Return the pairs of an unconverted adapter's kernel as `[a, a0] [b; -b0]`, of twice the rank and the
+    same scale, in float32; the table's, which PEFT initialises as LoRA's, as they are.
+
+    settings: of the adapter, which compute the scale.
+    """
+    out = list(pairs)
+    for i, (tensor, pair) in enumerate(zip(tensors, pairs, strict=True)):
+        if pair is not None and tensor.path != "embed":
+            scale = settings.scale_of(pair.rank, pair.alpha)
+            a0, b0 = read_first(tensor, pair.rank, scale)
+            a = np.concatenate([pair.a.astype(np.float32), a0], 1)
+            b = np.concatenate([pair.b.astype(np.float32), -b0], 0)
+            out[i] = pair._replace(a=a, b=b, alpha=pair.alpha * (2**0.5 if settings.rslora else 2))
+    return out

@@ -1,4 +1,4 @@
-"""Hugging Face folders: their safetensors files, and whether these contain a model's tensors."""
+"""Read Hugging Face folders: safetensors files that have a model's tensors, and ids that end a completion."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.chat.template import template_of
+from jaxft.models.dense_config import token_ids
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.text_part import TextPart, decoder_prefix, text_part, text_tensor
 from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights.hf.safetensors import FLOATS, open_safetensors, read_model_json
 from jaxft.weights.hub import hub
-from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.quantised.formats import open_tensors
-from jaxft.weights.tensors import tensors_of
+from jaxft.weights.quantised.quantised_checkpoints import open_tensors
+from jaxft.weights.tensors import ModelFiles, tensors_of
 
 HEAD = TIED_HEAD.template
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -27,21 +28,21 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: those of its index, model.safetensors, or the only one."""
+    """Return the safetensors files of a folder: its index's, model.safetensors, or the only one."""
     index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)
-    found = sorted(
+    files = sorted(
         p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated"))
     )
-    if len(found) > 1:
-        found = [p for p in found if p.name == "model.safetensors"] or found
-    if len(found) > 1:
+    if len(files) > 1:
+        files = [p for p in files if p.name == "model.safetensors"] or files
+    if len(files) > 1:
         raise ValueError(
-            f"{folder}: {len(found)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
+            f"{folder}: {len(files)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
         )
-    if found:
-        return found
+    if files:
+        return files
     pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in sorted(folder.glob(kind))]
     if pickled:
         raise ValueError(
@@ -52,8 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     raise FileNotFoundError(
         f"{folder}: no .safetensors file. If the model has pickled weights only (.bin, .pt), convert it "
-        "where torch is: "
-        "transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
+        "where torch is: transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)"
     )
 
 
@@ -74,20 +74,16 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 def open_folder(folder: Path) -> ModelFiles:
     """Open the safetensors files of a folder; of a multimodal model the text decoder, under its own names."""
-    tensors = open_safetensors(folder, weight_files(folder))
     path = folder / "config.json"
+    stored = open_safetensors(folder, weight_files(folder))
     config = read_model_json(path) if path.is_file() else {}
-    return _text_part(open_tensors(tensors, config.get("quantization_config")), config)
-
-
-def _text_part(files: ModelFiles, config: dict[str, Any]) -> ModelFiles:
-    """Return a multimodal model's text decoder by the config.json, other models as they are."""
+    files = open_tensors(stored, config.get("quantization_config"))
     if text_part(config) is None:
         return files
     names = decoder_tensors(files.where, files.tensors)
     tensors = {text: files.tensors[name] for text, name in names.items()}
-    stored = set(names.values())
-    return ModelFiles(files.where, tensors, tuple(name for name in files.tensors if name not in stored))
+    ignored = files.tensors.keys() - names.values()
+    return ModelFiles(files.where, tensors, tuple(name for name in files.tensors if name in ignored))
 
 
 def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
@@ -122,8 +118,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if model.config.layers > len(files.tensors):  # a corrupt number would make a list of millions of names
         raise ValueError(
             f"{files.where}: its config has {model.config.layers} layers, but the files have only "
-            f"{len(files.tensors)} "
-            "tensors; is the download complete, and does its config.json belong to it?"
+            f"{len(files.tensors)} tensors; is the download complete, and does its config.json belong to it?"
         )
     if SCORE.template in files.tensors and "score" not in model.weight_names:
         raise ValueError(
@@ -134,8 +129,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if missing:
         raise ValueError(
             f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is "
-            f"{missing[0]}; "
-            "is the download complete, and does its config.json belong to it?"
+            f"{missing[0]}; is the download complete, and does its config.json belong to it?"
         )
     allowed = {HEAD} if "head" not in model.weight_names else set()  # some files repeat a tied head
     allowed |= {SCORE.template} if "score" in model.weight_names else set()
@@ -151,8 +145,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if extra:
         raise ValueError(
             f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "
-            f"{extra[0]}; "
-            "is it another architecture, or does it have more layers than its config.json says?"
+            f"{extra[0]}; is it another architecture, or does it have more layers than its config.json says?"
         )
     if model.generates and "head" not in model.weight_names and has_other_head(files):
         raise ValueError(
@@ -201,3 +194,63 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype == b.dtype and a.tobytes() == b.tobytes():
         return True
     return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+
+
+# Token ids that end a completion
+
+
+def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids that end a completion, in ascending order.
+
+    They are the EOS tokens of the model's config, of generation_config.json of `ref` and of the tokenizer,
+    and those that end an assistant turn in its chat template. Raises ValueError if generation_config.json is
+    malformed or names an id that the model does not have.
+    """
+    config = model.config
+    return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *tokenizer_ends(tokenizer)}))
+
+
+def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
+    """Return an eos_token_id with further token ids, as a list if it has several."""
+    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    ids = list(dict.fromkeys([*ids, *more]))
+    return ids[0] if len(ids) == 1 else ids or None
+
+
+def tokenizer_ends(tokenizer: Any) -> list[int]:
+    """Return the tokenizer's EOS, and what ends an assistant turn in its chat template."""
+    template = template_of(tokenizer)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*eos, *(template.stop_tokens if template else ())]
+
+
+def _generation_eos(ref: str, vocab: int) -> list[int]:
+    """Return the EOS token ids of the model's generation_config.json, [] without one."""
+    located = hub.locate(ref, config_only=True)
+    path = located.path / "generation_config.json"
+    if located.kind != "folder" or not path.is_file():
+        return []
+    return token_ids(read_model_json(path).get("eos_token_id"), f"{path}: eos_token_id", vocab)
+
+
+def stop_lines(stop: tuple[int, ...], learned_ends: dict[int, int], tokenizer: Any) -> list[str]:
+    """Return lines for the start of a run: where completions end, and training sequences that end otherwise.
+
+    learned_ends: see SourceInfo.
+    """
+
+    def named(token: int) -> str:
+        return f"{tokenizer.decode([token])!r} ({token})"
+
+    lines = [f"completions end at {', '.join(map(named, stop)) or 'the maximum length alone'}"]
+    other = {token: count for token, count in learned_ends.items() if token not in stop}
+    if other:
+        count, total = sum(other.values()), sum(learned_ends.values())
+        most = max(other, key=other.__getitem__)
+        lines.append(
+            f"warning: {count:,} of {total:,} responses ({100 * count / total:.0f} %) end otherwise, most "
+            f"often with {named(most)}: the model learns to end there, but its completions go on; add the "
+            "token to eos_token_id in generation_config.json, or use a chat template that ends turns with a "
+            "special token"
+        )
+    return lines

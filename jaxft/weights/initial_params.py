@@ -16,10 +16,17 @@ from jaxft.nn import param
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.adapters.lora_specs import differing_fields
 from jaxft.tree import Params
-from jaxft.weights import place, pretrained
-from jaxft.weights.param_reader import ParamReader, param_readers, read_table_rows, read_whole
-from jaxft.weights.peft import peft
-from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights import pretrained
+from jaxft.weights.param_loading import (
+    ParamReader,
+    load_param,
+    param_readers,
+    read_table_rows,
+    read_whole,
+    shard_host_array,
+)
+from jaxft.weights.peft import peft_read
+from jaxft.weights.peft.adapter_folders import adapter_folder
 
 
 def init_all_but_base(
@@ -68,7 +75,7 @@ def check_starts(
         if adapter_folder(settings.start).is_dir():
             pretrained.check_adapter_base(adapter_folder(settings.start), ref)
         folder = _start_folder(settings)
-        _check_start(settings, peft.read_declared(folder, model), specs, model)
+        _check_start(settings, peft_read.read_declared(folder, model), specs, model)
 
 
 def _init_parts(
@@ -88,8 +95,8 @@ def _init_parts(
         loaded = _load_classifier(settings.weights, specs, model, mesh)
     if settings.start is not None:
         files = None if ref is None else pretrained.open_files(ref)
-        loaded, found = peft.read_parts(_start_folder(settings), model, files)
-        _check_start(settings, (tuple(loaded), found), specs, model)
+        loaded, declared = peft_read.read_parts(_start_folder(settings), model, files)
+        _check_start(settings, (tuple(loaded), declared), specs, model)
     elif "score" in specs and ref is not None and model.heads.keys() == {"score"}:
         files = pretrained.open_files(ref)  # a reward model's; a language model has no head
         if SCORE.template in files.tensors:
@@ -109,7 +116,7 @@ def _init_parts(
             out[name] = loaded[name]
         elif name in loaded:
             out[name] = jax.tree.map(
-                lambda x, to: place.shard_host_array(x.astype(dtype), to), loaded[name], shardings
+                lambda x, to: shard_host_array(x.astype(dtype), to), loaded[name], shardings
             )
         else:
             out[name] = jax.jit(
@@ -143,9 +150,9 @@ def _with_base_weights(
             rows = read_table_rows(
                 readers[above], settings.trainable_token_indices, transposed=above == "head"
             )
-            return place.shard_host_array(rows.astype(dtype), to)
+            return shard_host_array(rows.astype(dtype), to)
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
-        return place.load_param(readers[above], like, to, unchanged=False)
+        return load_param(readers[above], like, to, unchanged=False)
 
     return tree.map_with_path(start, specs, params, is_leaf=param.is_spec)
 
@@ -175,14 +182,14 @@ def _check_start(
     """Raise ValueError if the folder that training starts from has another adapter than the run, or a head
     that the run lacks. declared: see peft.read_declared.
     """
-    (parts, found), start = declared, str(settings.start)
+    (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)
     ours = settings.adapter
     if ours is None:
         raise ValueError(f"{start}: an adapter, but the run trains none; leave start out, or set adapter")
-    fields = differing_fields(base, found, ours, model.weight_names)
+    fields = differing_fields(base, theirs, ours, model.weight_names)
     if fields:
-        values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (found, ours)]
+        values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (theirs, ours)]
         raise ValueError(
             f"{start}: its adapter has {values[0]}, but the run's has {values[1]}; use the folder's settings"
         )
@@ -205,7 +212,7 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
 
     def load(path: str, spec: param.ParamSpec) -> jax.Array:
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
-        return place.load_param(readers[path], like, param.sharding_of(spec, mesh, path), unchanged=False)
+        return load_param(readers[path], like, param.sharding_of(spec, mesh, path), unchanged=False)
 
     base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
     return {"base": base, **({"score": read_whole(readers["score"])} if "score" in in_both else {})}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxft.data.rows.dataset_rows import hub_dataset
 from jaxft.data.rows.mixture import parse_sources
-from jaxft.weights.gguf import gguf_header
+from jaxft.weights.gguf import gguf_file
 from jaxft.weights.hub import hub
 
 Relation = Literal["adapter", "finetune", "quantized"]  # to the base, in the hub's words
@@ -92,7 +92,7 @@ def _pipeline(card: Card) -> str:
     return "image-text-to-text" if card.multimodal else "text-generation"
 
 
-def gguf_card(header: gguf_header.GgufHeader, title: str) -> str:
+def gguf_card(header: gguf_file.GgufHeader, title: str) -> str:
     """Return the card of a repository with a GGUF file, from what the file's header states."""
     import huggingface_hub
 
@@ -113,7 +113,7 @@ def gguf_card(header: gguf_header.GgufHeader, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def gguf_metadata(header: gguf_header.GgufHeader) -> dict[str, str]:
+def gguf_metadata(header: gguf_file.GgufHeader) -> dict[str, str]:
     """Return the license and the base_model on the hub, as far as the header of a GGUF file states them."""
     licence, url = (
         str(header.metadata.get(f"general.{key}", "")) for key in ("license", "base_model.0.repo_url")
@@ -138,19 +138,19 @@ def base_name(ref: str) -> str:
 
 def _source_metadata(ref: str) -> dict[str, Any]:
     """Return the license fields, and a base_model on the hub, that the base's own files state."""
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     try:
         located = hub.locate(ref, config_only=True)
         if located.kind == "gguf":
-            found = {"license": gguf_header.read_gguf_header(located.path).metadata.get("general.license")}
+            metadata = {"license": gguf_file.read_gguf_header(located.path).metadata.get("general.license")}
         elif (located.path / "README.md").is_file():
-            found = _front_matter_of(located.path / "README.md")
+            metadata = _front_matter_of(located.path / "README.md")
     except (OSError, ValueError):  # the base is gone by now, and the card is written after all else
         return {}
-    texts = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
+    texts = {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str)}
     if not LICENSE_NAME.fullmatch(texts.get("license", "")):
         texts = {}
-    base = found.get("base_model")
+    base = metadata.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     is_name = isinstance(base, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base)
     return {**texts, **({"base_model": base} if is_name else {})}
@@ -160,10 +160,10 @@ def _front_matter_of(path: Path) -> dict[str, Any]:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.metadata_load(path)
+        metadata = huggingface_hub.metadata_load(path)
     except Exception:  # a card by others; the parser of YAML raises many kinds
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _usage(card: Card) -> list[str]:

@@ -1,35 +1,33 @@
-"""The header of a GGUF file: metadata and tensor table.
+"""The GGUF file format: headers (metadata and tensor table) read, files written one tensor at a time.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is parsed here because the gguf
-package's reader takes seconds for a vocabulary.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package's reader takes seconds for
+a vocabulary; its writer keeps all tensors in memory, or writes them twice.
 """
 
 import math
 import mmap
+import os
 import re
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import ml_dtypes
 import numpy as np
 
+from jaxft.distributed.disk import publish
+from jaxft.weights.tensors import errors_name
+
 LENGTH = struct.Struct("<Q")
-SCALARS = {
-    0: "u1",
-    1: "i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
+SCALARS = {  # by the code of a metadata value's type
+    0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
     12: "<f8",
-}
+}  # fmt: skip
 STRING, ARRAY = 8, 9
+KIND_CODES = {"UINT32": 4, "INT32": 5, "FLOAT32": 6, "BOOL": 7, "STRING": STRING}  # of written metadata
+ALIGNMENT = 32  # of tensors, bytes; the format's default
 # Types of tensors without blocks.
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -129,15 +127,15 @@ class _Cursor:
 
     def texts(self, count: int) -> list[str]:
         """Read strings, of which a tokenizer has a hundred thousand: without a call for each value."""
-        data, at, end, found = self.data, self.at, len(self.data), []
+        data, at, end, texts = self.data, self.at, len(self.data), []
         for _ in range(count):
             start = at + 8
             at = start + (LENGTH.unpack_from(data, at)[0] if start <= end else 1)
             if at > end:
                 raise ValueError("it ends inside its header")
-            found.append(data[start:at].decode("utf-8"))
+            texts.append(data[start:at].decode("utf-8"))
         self.at = at
-        return found
+        return texts
 
     def name(self) -> str:
         """Read the name of a metadata entry or a tensor."""
@@ -205,13 +203,13 @@ def part_files(path: Path) -> list[Path]:
 def metadata_bytes(path: Path) -> dict[str, bytes]:
     """Return type and value of each metadata entry of a GGUF file, as its bytes."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor, found = _Cursor(data), {}
+        cursor, entries = _Cursor(data), {}
         cursor.take(16)  # GGUF, version, count of tensors
         for _ in range(cursor.number("<Q")):
             key, start = cursor.name(), cursor.at
             cursor.value(cursor.number("<I"))
-            found[key] = bytes(data[start : cursor.at])
-    return found
+            entries[key] = bytes(data[start : cursor.at])
+    return entries
 
 
 def _read_part(path: Path, number: int, count: int) -> GgufHeader:
@@ -280,3 +278,117 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
             raise ValueError(f"tensor {name} is in it twice")
         tensors[name] = info
     return metadata, tensors
+
+
+# Writing
+
+
+class Field(NamedTuple):
+    """A metadata entry.
+
+    kind: the type of the value, or of its items if it is a list, of KIND_CODES; RAW for type and value as
+    bytes of another file.
+    """
+
+    key: str
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class GgufTensorToWrite:
+    """A tensor of a file to be written.
+
+    kind: name of its type, such as Q8_0. shape: rows first. fetch() returns its bytes as a uint8 array, row
+    by row, when they are needed.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        elements, size = block_size(self.kind)
+        return int(np.prod(self.shape)) // elements * size
+
+
+def write_gguf_file(
+    path: Path,
+    architecture: str,
+    fields: Sequence[Field],
+    tensors: Sequence[GgufTensorToWrite],
+    check: Callable[[Path], None],
+) -> None:
+    """Write a GGUF file and rename it into place when it is complete; on an error no file is left.
+
+    check(part): called with the unfinished file, whose header and 1-D tensors are complete, before the
+    matrices are fetched; what it raises ends the writing. Raises ValueError for a tensor whose values are not
+    finite.
+    """
+    tensors = sorted(tensors, key=lambda tensor: len(tensor.shape) > 1)  # 1-D ones first
+    part = path.with_name(path.name + ".part")
+    try:
+        _write_header(part, architecture, fields, tensors)
+        with part.open("r+b") as file:
+            start = file.seek(0, os.SEEK_END)
+            start += -start % ALIGNMENT
+            ends = np.cumsum([start] + [tensor.size + -tensor.size % ALIGNMENT for tensor in tensors])
+            file.truncate(int(ends[-1]))
+            checked = False
+            for tensor, at in zip(tensors, ends[:-1], strict=True):
+                if len(tensor.shape) > 1 and not checked:
+                    file.flush()
+                    check(part)
+                    checked = True
+                with errors_name(f"{path}: not written: tensor {tensor.name}"):
+                    raw = np.ascontiguousarray(tensor.fetch())
+                if raw.dtype != np.uint8 or raw.size != tensor.size:
+                    raise ValueError(f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}")
+                file.seek(int(at))
+                file.write(raw.reshape(-1).data)
+        publish(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_header(
+    path: Path, architecture: str, fields: Sequence[Field], tensors: Sequence[GgufTensorToWrite]
+) -> None:
+    """Write magic, version 3, the counts, metadata and the tensor table."""
+    from gguf.constants import GGMLQuantizationType
+
+    fields = [Field("general.architecture", "STRING", architecture), *fields]
+    fields = [field for field in fields if field.value != []]  # readers take a missing array as empty
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)))
+        for field in fields:
+            file.write(_text(field.key) + _value(field))
+        at = 0
+        for tensor in tensors:
+            shape = tensor.shape[::-1]
+            kind = GGMLQuantizationType[tensor.kind]
+            file.write(_text(tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, at))
+            at += tensor.size + -tensor.size % ALIGNMENT
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(field: Field) -> bytes:
+    """Pack a metadata value with its type; RAW is packed already."""
+    if field.kind == "RAW":
+        return field.value
+    code = KIND_CODES[field.kind]
+    items = field.value if isinstance(field.value, list) else [field.value]
+    if field.kind == "STRING":
+        packed = b"".join(map(_text, items))
+    else:
+        packed = np.asarray(items, SCALARS[code]).tobytes()
+    if isinstance(field.value, list):
+        return struct.pack("<IIQ", ARRAY, code, len(items)) + packed
+    return struct.pack("<I", code) + packed

@@ -1,15 +1,20 @@
-"""Calibrate a model's quantised layers one after the other: memory holds the weights of one layer, and the
-activations between two layers.
+"""The calibrated base of a run: calibrate a model's quantised layers one by one, and cache their codes.
 
-Two streams of activations pass through the layers: of the exact model, and of the quantised one. The weights
-of a layer are rounded in the order in which the layer uses them (q, k and v; o; gate and up; down), each on
-inputs computed with the weights that are quantised already.
+Memory holds the weights of one layer, and the activations between two layers. Two streams of activations pass
+through the layers: of the exact model, and of the quantised one. The weights of a layer are rounded in the
+order in which the layer uses them (q, k and v; o; gate and up; down), each on inputs computed with the
+weights that are quantised already.
+
+The folder in the cache is named by a hash of the model's files, the rows and all settings that the codes
+depend on. A run stores this name in its record, and every command that uses the run reads the same codes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,21 +27,52 @@ from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn.matmul import outer, with_taps
 from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
-from jaxft.nn.quant import Quant, dequantize
+from jaxft.nn.quant import Quant, dequantize, with_defaults
 from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
-from jaxft.weights.calibrate.calibrated_codes import CalibratedLayer
-from jaxft.weights.calibrate.rounding import (
+from jaxft.weights.calibrate.calibrated_rounding import (
     InputMoments,
     correction,
     exact_outputs,
     inverse_factor,
     quantize_calibrated,
 )
-from jaxft.weights.param_reader import ParamReader, read_values, read_whole
+from jaxft.weights.hf.safetensors import (
+    TensorToWrite,
+    open_safetensors,
+    read_model_json,
+    write_here,
+    write_model_json,
+)
+from jaxft.weights.hub import hub
+from jaxft.weights.hub.complete_folders import (
+    cache_folder,
+    cached_folder,
+    content_sha256,
+    files_sha256,
+    folder_damage,
+)
+from jaxft.weights.param_loading import ParamReader, read_values, read_whole
+from jaxft.weights.quantised.quantised_checkpoints import OWN_ARRAYS, open_tensors, quantised_tensors
 from jaxft.weights.storage import quantised_paths
+from jaxft.weights.tensors import ModelFiles
 
 BATCH_TOKENS = 2048  # that pass through a layer at once
+VERSION = 1  # of the files; another one if the same settings lead to other codes
+CALIBRATED = "calibrated"  # the folder in the cache
+_SETTINGS = "calibration.json"
+_SIDES = ("pair_a", "pair_b")  # the tensors of a low-rank correction
+AGAIN = "Start the run's command again, which computes it, or set --quant (nf4 rounds to nearest)"
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """Codes of the weights of a layer by Hugging Face name, QTensors [in, out] on the host, and low-rank
+    corrections (a [in, R], b [R, out]) of some of them: `a b` is to be added to the weight.
+    """
+
+    weights: dict[str, Any]
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -103,9 +139,9 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
     def both(
         params: Params, h: Array, tokens: Tokens, index: Any, names: tuple[str, ...]
     ) -> tuple[Array, dict[str, Array]]:
-        h, found = collected(params, h, tokens, index)
+        h, taps = collected(params, h, tokens, index)
         used = (tokens.segments > 0)[..., None]
-        return h, {name: jnp.where(used, found[name], jnp.zeros((), found[name].dtype)) for name in names}
+        return h, {name: jnp.where(used, taps[name], jnp.zeros((), taps[name].dtype)) for name in names}
 
     @partial(jax.jit, static_argnames="names")
     def inputs(
@@ -131,7 +167,7 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
 @partial(jax.jit, donate_argnums=0)
 def _add(moments: InputMoments, own: Float[Array, "B T I"], exact: Float[Array, "B T I"]) -> InputMoments:
     return InputMoments(
-        moments.own + outer(own, own, jnp.float32), moments.exact + outer(own, exact, jnp.float32)
+        moments.gram + outer(own, own, jnp.float32), moments.cross + outer(own, exact, jnp.float32)
     )
 
 
@@ -179,9 +215,9 @@ def calibrate_layers(
             size = tree.paths(params)[names[0]].shape[0]
             moments = InputMoments(*(jnp.zeros((size, size), jnp.float32) for _ in range(2)))
             for h, batch, y in zip(coded, batches, theirs, strict=True):
-                own = programs.inputs(params, h, batch, number, names[:1])
-                moments = _add(moments, own[names[0]], y[names[0]])
-            factor = inverse_factor(moments.own)
+                x = programs.inputs(params, h, batch, number, names[:1])
+                moments = _add(moments, x[names[0]], y[names[0]])
+            factor = inverse_factor(moments.gram)
             for name in names:
                 path = f"{place.path}/{name}"
                 tensor = readers[path].tensors[place.index]
@@ -189,13 +225,13 @@ def calibrate_layers(
                 target = exact_outputs(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
                 try:
-                    q = quantize_calibrated(np.asarray(target), moments.own, *form, factor)
+                    q = quantize_calibrated(np.asarray(target), moments.gram, *form, factor)
                 except ValueError as error:
                     raise ValueError(f"{hf_name}: {error}") from error
                 value = dequantize(replace(q, dtype=jnp.dtype(jnp.float32)))
                 layer.weights[hf_name] = q
                 if path in ranks and ranks[path][place.index]:
-                    pair = correction(target - value, moments.own, ranks[path][place.index])
+                    pair = correction(target - value, moments.gram, ranks[path][place.index])
                     value = value + jnp.asarray(pair[0] @ pair[1])
                     layer.pairs[hf_name] = pair
                 params = _with_leaf(params, name, value.astype(model.dtype))
@@ -220,4 +256,106 @@ def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: Layer
 
 
 def _with_leaf(params: Params, path: str, value: Array) -> Params:
-    return tree.map_with_path(lambda own, x: value if own == path else x, params)
+    return tree.map_with_path(lambda leaf_path, x: value if leaf_path == path else x, params)
+
+
+# Calibrated codes in the cache
+
+
+def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> str:
+    """Return the name of a model's calibrated codes. rows: a hash of the calibration rows. ranks: of the
+    corrections, by path.
+    """
+    located = hub.locate(ref)
+    files = hub.files_of(located)
+    names = [[path.name, sha256] for path, sha256 in zip(files, files_sha256(files), strict=True)]
+    format = quant.kind, *with_defaults(quant.kind, quant.block, quant.double)
+    key = json.dumps([VERSION, names, format, quant.targets, rows, dict(ranks)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return f"{Path((hub.hub_name(ref) or (str(located.path), None))[0]).name}-{digest}"
+
+
+def codes_folder(name: str) -> Path:
+    """Return the folder of calibrated codes in the cache, which may not exist."""
+    return cache_folder() / CALIBRATED / name
+
+
+def codes_damage(name: str) -> str | None:
+    """Return the problem with calibrated codes in the cache; None if they are complete, or not there."""
+    folder = codes_folder(name)
+    return folder_damage(folder) if folder.is_dir() else None
+
+
+def confirm_codes(record: Mapping[str, Any]) -> bool:
+    """Whether the cache has the codes of a run, or none of their name. record: the run's, of their name and
+    codes_sha256.
+    """
+    name = str(record.get("codes"))
+    return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
+
+
+def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
+    """Compute and write calibrated codes unless the cache has them; yield the number of each layer, from 1,
+    when it is written.
+
+    layers: computes them one after the other. The folder appears when it is complete; another process may be
+    faster. Damaged codes are replaced. Raises OSError if the cache cannot be written.
+    """
+    out = codes_folder(name)
+    if out.is_dir() and codes_damage(name) is None:
+        return
+    with cached_folder(out) as part:
+        part.mkdir()
+        for number, layer in enumerate(layers()):
+            _write_layer(part / f"layer-{number:05}.safetensors", layer)
+            yield number + 1
+        block, double = with_defaults(quant.kind, quant.block, quant.double)
+        write_model_json(part / _SETTINGS, {"kind": quant.kind, "block": block, "double": double})
+
+
+def _write_layer(path: Path, layer: CalibratedLayer) -> None:
+    tensors: list[TensorToWrite] = []
+    for name, q in layer.weights.items():
+        tensors += quantised_tensors(name, q, _returning(q), OWN_ARRAYS.name)
+    for name, pair in layer.pairs.items():
+        for side, x in zip(_SIDES, pair, strict=True):
+            fetch = np.asarray(x, np.float32)
+            tensors.append(TensorToWrite(f"{name}.{side}", fetch.dtype, fetch.shape, _returning(fetch)))
+    write_here(path, tensors)
+
+
+def _returning(x: Any) -> Callable[[], Any]:
+    return lambda: x
+
+
+def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low-rank correction (a [in, R], b [R, out]) of a weight by its Hugging Face name."""
+    a, b = (open_codes(name).read(f"{weight}.{side}") for side in _SIDES)
+    return a, b
+
+
+def open_codes(name: str) -> ModelFiles:
+    """Open calibrated codes in the cache, weights by Hugging Face name; each process verifies them once.
+
+    Raises FileNotFoundError if the cache does not have them, ValueError if they are damaged.
+    """
+    folder = codes_folder(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: the calibrated base of this run is not in the cache. {AGAIN}")
+    files = [path.stat() for path in sorted(folder.iterdir())]
+    return _open(folder, tuple((x.st_ino, x.st_size, x.st_mtime_ns) for x in files))
+
+
+@cache
+def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> ModelFiles:
+    damage = folder_damage(folder)
+    if damage is not None:
+        raise ValueError(f"the calibrated base of this run cannot be used: {damage}. {AGAIN}")
+    files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
+    return open_tensors(files, {"quant_method": OWN_ARRAYS.name, **read_model_json(folder / _SETTINGS)})
+
+
+def codes_sha256(name: str) -> str:
+    """Return a hash of all bytes of calibrated codes in the cache."""
+    files = sorted(codes_folder(name).glob("layer-*.safetensors"))
+    return hashlib.sha256("".join(files_sha256(files, content_sha256)).encode()).hexdigest()

@@ -1,14 +1,15 @@
-"""Load a parameter from a model's files onto a mesh.
+"""Read a model's parameters from its files in parts, and load them onto a mesh.
 
-Each process reads, quantises and places only the parts that its own devices store: it reads a part of a
-tensor, converts it, and writes it into host buffers of the local shards, which are copied to the devices at
-the end. Scales that depend on parts that other processes read are computed on the mesh. The result has the
-same bits as on a single device.
+Host memory never holds a full parameter. Each process reads, quantises and places only the parts that its own
+devices store: it reads a part of a tensor, converts it, and writes it into host buffers of the local shards,
+which are copied to the devices at the end. Scales that depend on parts that other processes read are computed
+on the mesh. The result has the same bits as on a single device.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,23 +17,164 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxft.distributed import sharding
+from jaxft.models.model import Model
+from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
-from jaxft.weights import finite
-from jaxft.weights.model_files import Index, full_index
-from jaxft.weights.param_reader import (
-    ParamReader,
-    copy_into,
-    errors_name_tensor,
-    read_quantised,
-    read_values,
-    small_parts,
+from jaxft.weights.hf import hf_read
+from jaxft.weights.quantised.file_format import array_index, arrays_of, same_layout
+from jaxft.weights.tensors import (
+    Index,
+    ModelFiles,
+    Tensor,
+    cast_finite,
+    full_index,
+    layer_on_host,
+    require_finite,
+    require_finite_scales,
+    tensors_of,
 )
-from jaxft.weights.quantised.file_format import array_index, arrays_of
-from jaxft.weights.tensors import Tensor, layer_on_host
 
+PIECE_BYTES = 1 << 22  # bytes that are read and cast at a time, so that they stay in cache
+COPY_COLUMNS = 16  # columns per transposing copy: 4 times as fast as all at once
 Leaf = Any  # an array or a QTensor of arrays; or of ShapeDtypeStructs or shardings, one for each array
 Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an index that can be a dict's key
+
+
+@dataclass(frozen=True)
+class ParamReader:
+    """A parameter in a model's files, of which `read_values` and `read_quantised` read parts.
+
+    tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
+    differ. layout: in which the files store all of its tensors quantised, None if there is not one, or if
+    other parameters share them. changed(tensor, index): returns values in place of those in the files, None
+    for the same.
+    """
+
+    files: ModelFiles
+    tensors: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layout: QTensor | None
+    changed: Callable[[Tensor, Index], np.ndarray] | None = None
+
+    def read(self, tensor: Tensor, index: Index = ()) -> np.ndarray:
+        """Return the part of a tensor's values [in, out] at `index`, dequantised, in the files' dtype."""
+        return self.changed(tensor, index) if self.changed else tensor.read(self.files, index)
+
+
+def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
+    """Return a reader for every base parameter by path. Raises ValueError if the files do not contain exactly
+    the model's.
+    """
+    hf_read.check_tensors(files, model)
+    readers = {}
+    specs = spec_paths(model.specs.get("base", model.specs))
+    for path, tensors in tensors_of(model).items():
+        dtypes = {files.tensors[tensor.name].dtype for tensor in tensors}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        layout = _common_layout(files, tensors)
+        readers[path] = ParamReader(files, tensors, specs[path].shape, dtype, layout)
+    return readers
+
+
+def _common_layout(files: ModelFiles, tensors: Sequence[Tensor]) -> QTensor | None:
+    stored = [files.tensors[tensor.name].quantised for tensor in tensors]
+    layouts = [x.layout for x in stored if x is not None and x.layout is not None]
+    alone = tensors[0].transposed and tensors[0].offset is None
+    if not alone or len(layouts) < len(tensors) or not all(same_layout(x, layouts[0]) for x in layouts):
+        return None
+    return layouts[0]
+
+
+def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.ndarray:
+    """Read the part of a tensor's values [in, out] at `index` in the reader's dtype, dequantised if the files
+    store it quantised. Raises ValueError for values that are not finite.
+    """
+    in_file = require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
+    return tensor.turned(in_file.astype(reader.dtype, copy=False))
+
+
+def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QTensor:
+    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, whose limits are
+    limits of blocks.
+
+    Only for a reader with a layout. Raises ValueError for scales that are not finite.
+    """
+    stored = reader.files.tensors[tensor.name].quantised
+    value = stored and require_finite_scales(stored.read(index))
+    assert isinstance(value, QTensor)
+    return value
+
+
+def read_whole(reader: ParamReader) -> np.ndarray:
+    """Read a whole parameter in the reader's dtype."""
+    out = np.empty(reader.shape, reader.dtype)
+    for tensor in reader.tensors:
+        for index in small_parts(reader, tensor, full_index((), tensor.values)):
+            with errors_name_tensor(reader, tensor, index):
+                value = read_values(reader, tensor, index)
+            copy_into(out[tensor.index][index], value)
+    return out
+
+
+def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: bool) -> np.ndarray:
+    """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`."""
+    rows, (tensor,) = [], reader.tensors
+    for number in numbers:
+        row = (slice(number, number + 1),)
+        index = full_index((slice(None), *row) if transposed else row, tensor.values)
+        with errors_name_tensor(reader, tensor, index):
+            rows.append(read_values(reader, tensor, index).reshape(-1))
+    return np.stack(rows)
+
+
+def small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index]:
+    """Split a part of a tensor into parts of at most PIECE_BYTES bytes that are contiguous in the files.
+
+    Quantised tensors are not split, because some are dequantised whole.
+    """
+    if not index or reader.files.tensors[tensor.name].quantised:
+        return [index]
+    axis = len(index) - 1 if tensor.transposed else 0
+    others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis)
+    step = max(1, PIECE_BYTES // max(1, others * reader.dtype.itemsize) // COPY_COLUMNS) * COPY_COLUMNS
+    first, last = index[axis].start, index[axis].stop
+    return [
+        (*index[:axis], slice(start, min(start + step, last)), *index[axis + 1 :])
+        for start in range(first, last, step)
+    ]
+
+
+@contextlib.contextmanager
+def errors_name_tensor(reader: ParamReader, tensor: Tensor, index: Index) -> Iterator[None]:
+    """Add the file, the tensor and the part of it to the message of a ValueError."""
+    try:
+        yield
+    except ValueError as e:
+        is_part = full_index(index, tensor.values) != full_index((), tensor.values)
+        part = ", ".join(f"{s.start}:{s.stop}" for s in index)
+        where = reader.files.where
+        named = str(e).startswith((f"{where}:", f"{where}/"))
+        message = str(e) if named else f"{where}: {tensor.name}: {e}"
+        raise ValueError(f"{message} (in its part [{part}])" if is_part else message) from e
+
+
+def copy_into(out: np.ndarray, value: np.ndarray) -> None:
+    """Set `out[...] = value` fast: transposed values some columns at a time, dtypes unknown to NumPy as
+    unsigned integers.
+    """
+    if out.dtype == value.dtype and out.dtype.itemsize in (1, 2, 4, 8):
+        bits = np.dtype(f"u{out.dtype.itemsize}")
+        out, value = out.view(bits), value.view(bits)
+    if list(value.strides[-2:]) == sorted(value.strides[-2:], reverse=True):  # not transposed
+        out[...] = value
+        return
+    for start in range(0, value.shape[-1], COPY_COLUMNS):
+        out[..., start : start + COPY_COLUMNS] = value[..., start : start + COPY_COLUMNS]
+
+
+# Loading onto a mesh
 
 
 def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool) -> Leaf:
@@ -112,8 +254,8 @@ def load_parts(
 ) -> Leaf:
     """Read parts of a parameter, convert them unless they are stored unchanged, and place them.
 
-    unchanged: as for load_param. shared: scales [..., 1, out] that other parts have too; None for those of
-    each part alone.
+    unchanged: as for load_param. shared: scales [..., 1, out] that other parts have too; None computes
+    them for each part alone.
     """
     buffers = Buffers(like, shardings)
     for tensor, part in parts_of_tensors(reader, parts):
@@ -178,9 +320,7 @@ def limits(index: Index, shape: tuple[int, ...]) -> Limits:
 
 
 class Buffers:
-    """Host memory for every distinct shard, of each array of a parameter, that this process's devices
-    store.
-    """
+    """Host memory for every distinct shard of a parameter's arrays that this process's devices store."""
 
     def __init__(self, like: Leaf, shardings: Leaf) -> None:
         self.like, self.arrays, self.shardings = like, arrays_by_name(like), arrays_by_name(shardings)
@@ -197,8 +337,8 @@ class Buffers:
         the shards that overlap it.
         """
         for name, x in arrays_by_name(value).items():
-            own = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
-            at = full_index((*(slice(i, i + 1) for i in lead), *own), self.arrays[name].shape)
+            part = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
+            at = full_index((*(slice(i, i + 1) for i in lead), *part), self.arrays[name].shape)
             x = np.asarray(x)
             x = x.reshape((1,) * len(lead) + x.shape)
             for shard, buffer in self.shards[name].items():
@@ -254,11 +394,11 @@ def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> 
     Raises ValueError for values or scales that are too large for their dtype.
     """
     if not isinstance(like, QTensor):
-        return finite.cast_finite(value, like.dtype)
+        return cast_finite(value, like.dtype)
     if like.kind == "bits":
-        return quantize(finite.cast_finite(value, like.dtype), "bits")
+        return quantize(cast_finite(value, like.dtype), "bits")
     packed: Any = quantize(value, like.kind, like.block, like.outer is not None, scale)
-    return replace(finite.require_finite_scales(packed), dtype=like.dtype)
+    return replace(require_finite_scales(packed), dtype=like.dtype)
 
 
 def shard_host_array(array: np.ndarray, to: Sharding) -> jax.Array:
