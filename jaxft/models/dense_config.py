@@ -66,7 +66,7 @@ SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 @dataclass(frozen=True)
 class ConfigFormat:
-    """How one family's config.json differs from other dense families'.
+    """Differences of one family's config.json from other dense families'.
 
     fixed: settings that would change the arithmetic, each with the only supported value; exports write them.
     defaults: the family's defaults where they differ from DEFAULTS; rope_theta may have one value per layer
