@@ -52,42 +52,48 @@ FAMILIES: dict[str, Family] = {
         mistral.write_mistral,
     ),
     "qwen2": Family(
-        qwen.QwenConfig, qwen.QWEN2_FORMAT, qwen.qwen2, qwen.QWEN2_PRESETS, qwen.read_qwen, qwen.write_qwen
+        qwen.QwenConfig, qwen.QWEN2_FORMAT, qwen.qwen2, qwen.QWEN2_PRESETS, qwen.read_qwen, qwen.write_qwen,
     ),
     "qwen3": Family(
-        qwen.Qwen3Config, qwen.QWEN3_FORMAT, qwen.qwen3, qwen.QWEN3_PRESETS, qwen.read_qwen, qwen.write_qwen
+        qwen.Qwen3Config, qwen.QWEN3_FORMAT, qwen.qwen3, qwen.QWEN3_PRESETS, qwen.read_qwen, qwen.write_qwen,
     ),
     "olmo2": Family(olmo.Olmo2Config, olmo.OLMO2_FORMAT, olmo.olmo2, olmo.OLMO2_PRESETS),
     "olmo3": Family(
-        olmo.Olmo3Config, olmo.OLMO3_FORMAT, olmo.olmo3, olmo.OLMO3_PRESETS, olmo.read_olmo3, olmo.write_olmo3
+        olmo.Olmo3Config, olmo.OLMO3_FORMAT, olmo.olmo3, olmo.OLMO3_PRESETS, olmo.read_olmo3,
+        olmo.write_olmo3,
     ),
-    "granite": Family(granite.GraniteConfig, granite.GRANITE_FORMAT, granite.granite, granite.GRANITE_PRESETS),
+    "granite": Family(
+        granite.GraniteConfig, granite.GRANITE_FORMAT, granite.granite, granite.GRANITE_PRESETS,
+    ),
     "exaone4": Family(
-        exaone.Exaone4Config, exaone.EXAONE4_FORMAT, exaone.exaone4, exaone.EXAONE4_PRESETS, exaone.read_exaone4,
-        exaone.write_exaone4,
+        exaone.Exaone4Config, exaone.EXAONE4_FORMAT, exaone.exaone4, exaone.EXAONE4_PRESETS,
+        exaone.read_exaone4, exaone.write_exaone4,
     ),
     "seed_oss": Family(llama.SeedOssConfig, llama.SEED_OSS_FORMAT, llama.seed_oss, llama.SEED_OSS_PRESETS),
     "cwm": Family(llama.CwmConfig, llama.CWM_FORMAT, mistral.mistral, {}, llama.read_cwm, llama.write_cwm),
     "internlm3": Family(
-        llama.InternLM3Config, llama.INTERNLM3_FORMAT, llama.llama, {}, llama.read_internlm3, llama.write_internlm3
+        llama.InternLM3Config, llama.INTERNLM3_FORMAT, llama.llama, {}, llama.read_internlm3,
+        llama.write_internlm3,
     ),
     "iquestcoder": Family(llama.IQuestCoderConfig, llama.IQUEST_CODER_FORMAT, llama.llama, {}),
     "gemma": Family(
-        gemma.GemmaConfig, gemma.GEMMA_FORMAT, gemma.gemma, gemma.GEMMA_PRESETS, gemma.read_gemma, gemma.write_gemma
+        gemma.GemmaConfig, gemma.GEMMA_FORMAT, gemma.gemma, gemma.GEMMA_PRESETS, gemma.read_gemma,
+        gemma.write_gemma,
     ),
     "gemma2": Family(
         gemma.Gemma2Config, gemma.GEMMA2_FORMAT, gemma.gemma2, gemma.GEMMA2_PRESETS, gemma.read_gemma2,
         gemma.write_gemma2,
     ),
     "vaultgemma": Family(
-        gemma.VaultGemmaConfig, gemma.VAULT_GEMMA_FORMAT, gemma.vaultgemma, {}, gemma.read_gemma2, gemma.write_gemma2
+        gemma.VaultGemmaConfig, gemma.VAULT_GEMMA_FORMAT, gemma.vaultgemma, {}, gemma.read_gemma2,
+        gemma.write_gemma2,
     ),
     "gemma3_text": Family(
         gemma.Gemma3Config, gemma.GEMMA3_FORMAT, gemma.gemma3, gemma.GEMMA3_PRESETS, gemma.read_gemma3,
         gemma.write_gemma3,
     ),
     "phi3": Family(
-        phi3.Phi3Config, phi3.PHI3_FORMAT, phi3.phi3, phi3.PHI3_PRESETS, phi3.read_phi3, phi3.write_phi3
+        phi3.Phi3Config, phi3.PHI3_FORMAT, phi3.phi3, phi3.PHI3_PRESETS, phi3.read_phi3, phi3.write_phi3,
     ),
     "smollm3": Family(
         smollm3.SmolLM3Config, smollm3.SMOLLM3_FORMAT, smollm3.smollm3, smollm3.SMOLLM3_PRESETS,

@@ -1,5 +1,5 @@
 """Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama": config.json, presets, model.
-Seed-OSS, CWM_FORMAT, InternLM 3 and IQuest-Coder, which have its layer and another model_type.
+Seed-OSS, CWM, InternLM 3 and IQuest-Coder, which have its layer and another model_type.
 """
 
 from dataclasses import dataclass, replace
@@ -150,7 +150,7 @@ SEED_OSS_PRESETS: dict[str, SeedOssConfig] = {
 
 @dataclass(frozen=True)
 class CwmConfig(MistralConfig):
-    """Sizes of a CWM_FORMAT, which Mistral's builder builds."""
+    """Sizes of a CWM, which Mistral's builder builds."""
 
 
 CWM_FORMAT = ConfigFormat(
@@ -179,7 +179,7 @@ def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
 
 
 def write_cwm(c: CwmConfig, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a CWM_FORMAT's config.json."""
+    """Return the dict of a CWM's config.json."""
     return fields_to_hf(c, form) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
 
 
