@@ -52,7 +52,7 @@ class NamedWeights(NamedTuple):
     def decision(self) -> DecisionPrompts:
         """The labels and the question of a decision model, by its run's record or else in its folder."""
         if self.record is None:
-            return DecisionPrompts.read(self.adapter or Path(self.ref))
+            return DecisionPrompts.read(self.adapter or hub.locate(self.ref, config_only=True).path)
         return decision_prompts(self.record)
 
 

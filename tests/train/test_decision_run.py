@@ -13,6 +13,8 @@ from tiny_run import write_rows
 
 from jaxft.report.reliability import bins_of, reliability_section
 from jaxft.report.run_files import read_run
+from jaxft.runs.loaded_weights import named_weights
+from jaxft.weights.hub.hub_upload import is_uploaded
 
 RECIPE = str(SCRIPTS.parent / "configs" / "decision.py")
 LABELS = ("few", "many")
@@ -81,7 +83,7 @@ def test_the_labels_of_a_run_are_in_its_record_card_and_weights_and_decide_other
     folder = finished.parents[1]
     assert json.loads((finished / "config.json").read_text())["labels"] == [*LABELS]
     decision = json.loads((finished / "adapter" / "decision.json").read_text())
-    assert decision == {"labels": [*LABELS], "question": None}
+    assert decision == {"labels": [*LABELS], "question": None} and is_uploaded("decision.json")
     for card in (finished / "README.md", finished / "adapter" / "README.md"):
         assert "Its labels, in the order of their letters: A few, B many." in card.read_text()
     write_rows(folder / "one.jsonl", [row for row in rows(8) if row["label"] == "many"])
@@ -92,6 +94,7 @@ def test_the_labels_of_a_run_are_in_its_record_card_and_weights_and_decide_other
             evaluate(*weights, "--file", "one.jsonl")
             for weights in (("--run", finished), ("--model", "base", "--adapter", "alone"))
         ]
+        assert named_weights(None, str(folder / "base"), None).decision.labels == ()
     finally:
         (folder / "moved.jsonl").rename(folder / "rows.jsonl")
     assert results[0] == results[1] and results[0][0]["accuracy"] > 0.8

@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft.data.decisions import DECISION_FILE
 from jaxft.distributed.disk import temporary_folder
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
@@ -197,7 +198,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
     from huggingface_hub import constants, errors
 
     repo, _, revision = ref.partition("@")
-    patterns = [*SMALL_FILES, *PROCESSOR_FILES, *(() if config_only else WEIGHT_FILES)]
+    patterns = [*SMALL_FILES, *PROCESSOR_FILES, DECISION_FILE, *(() if config_only else WEIGHT_FILES)]
     where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         folder = huggingface_hub.snapshot_download(

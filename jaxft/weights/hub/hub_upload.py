@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxft.data.decisions import DECISION_FILE
 from jaxft.weights.edit.extend import UNTRAINED
 from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
@@ -18,7 +19,7 @@ from jaxft.weights.hub.hub import short_message
 
 WEIGHTS_OR_CONFIG = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json",
-    "*.safetensors", "*.safetensors.index.json", "*.gguf", UNTRAINED, *tokenizer_files.FILES,
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", UNTRAINED, DECISION_FILE, *tokenizer_files.FILES,
 )  # fmt: skip
 UPLOADED = (*WEIGHTS_OR_CONFIG, "README.md", "LICENSE*", "NOTICE*", "*.png")  # other files stay here
 MAIN = "main"  # the branch of a new repository
