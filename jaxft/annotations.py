@@ -183,6 +183,15 @@ def check_bounds(settings: Any, section: str = "") -> None:
     """Raise ValueError for the first field of a dataclass whose value its annotation does not allow.
 
     section: the section's name, such as "optim", or the file that has them, "config:"; "" for none.
+
+    >>> @dataclass(frozen=True)
+    ... class Batches:
+    ...     rows: typing.Annotated[int, at_least(1)] = 8
+    ...     def __post_init__(self):
+    ...         check_bounds(self, "data")
+    >>> Batches(rows=0)
+    Traceback (most recent call last):
+    ValueError: data.rows=0; expected at least 1
     """
     for field, kind in _kinds(settings.__class__).items():
         value = getattr(settings, field)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxft.annotations import FUNCTION_TABLES
+
 REPO = Path(__file__).parents[1]
 WITH_EXAMPLES = sorted(
     ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
@@ -14,7 +16,25 @@ WITH_EXAMPLES = sorted(
     if ">>> " in path.read_text()
 )
 # What READMEs, recipes and notebooks call: each has an example in its docstring.
-ENTRY_POINTS = ["jaxft.nn.param:kernel"]  # module:name
+ENTRY_POINTS = [  # module:name
+    "jaxft.annotations:check_bounds",
+    "jaxft.nn.adapters.lora:attach",
+    "jaxft.nn.adapters.lora_specs:adapter_specs",
+    "jaxft.nn.param:ParamSpec",
+    "jaxft.nn.param:init_params",
+    "jaxft.nn.param:kernel",
+    "jaxft.nn.quant:quantize",
+    "jaxft.objectives.decision:decision",
+    "jaxft.objectives.objective:Objective",
+    "jaxft.objectives.policy:policy",
+    "jaxft.objectives.preference:preference",
+    "jaxft.objectives.process_reward:process_reward",
+    "jaxft.objectives.sft:sft",
+    "jaxft.optim.optimizer:make_optimizer",
+    "jaxft.optim.rules:adamw",
+    "jaxft.tree:mask_by_path",
+    "jaxft.tree:partition",
+]
 
 
 def object_of(name):
@@ -31,3 +51,9 @@ def test_examples_in_docstrings_print_what_they_show(module):
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_a_public_entry_point_has_an_example(name):
     assert ">>> " in inspect.getdoc(object_of(name))
+
+
+def test_a_file_of_functions_with_short_names_has_an_example():
+    modules = {name.partition(":")[0] for table in FUNCTION_TABLES.values() for name in table.values()}
+    own = [name for name in modules if name.startswith(("jaxft.objectives.", "jaxft.optim."))]
+    assert not {*own} - {*WITH_EXAMPLES}

@@ -57,6 +57,11 @@ def generate(session: Session, prompts: Sequence[Sequence[int]]) -> list[list[in
     """Complete every prompt once: token ids, up to and including a stop token.
 
     Raises ValueError for an empty prompt, and where logits are not finite.
+
+    With `params` of a `model` whose stop token is 2, and prompts of at most 3 tokens:
+
+        engine = compile_engine(Decoding(model, Sampling(max_new=16), stop=(2,)), params, slots_for(1, 1, 3))
+        generate(Session(engine, params), [[1, 2, 3]])
     """
     for number, prompt in enumerate(prompts, 1):
         if not prompt:

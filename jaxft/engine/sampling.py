@@ -104,6 +104,11 @@ def sample_rows(
 
     uniform: the settings of all rows, if they are known when the program is compiled. What no row needs is
     not computed.
+
+    >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
+    >>> greedy = jax.tree.map(lambda x: jnp.asarray(x)[None], row_sampling(Sampling(), vocab=3))
+    >>> sample_rows(logits, greedy, jax.random.split(jax.random.key(0), 1)).tolist()
+    [1]
     """
     vocab = logits.shape[1]
     known = None if uniform is None else row_sampling(uniform, vocab)

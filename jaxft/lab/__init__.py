@@ -1,12 +1,17 @@
 """Research on losses: declared comparisons, and what is chance in them.
 
-statistics.py: paired differences over held-out prompts and seeds, with intervals, tests and sample sizes.
+halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
+ledger.py: a log whose lines are chained by digests, so that a changed line is found
 exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
 loss_claims.py: checks on exact toys of what a loss claims
 loss_laws.py: all checks of a loss
 loss_probe.py: values and gradients of a loss on synthetic pairs
 loss_traits.py: properties of a loss
 named_losses.py: losses that a command line names
+study.py: the declaration of a study, decided before training
 synthetic_pairs.py: synthetic pairs
+trials.py: trials as arrays in a train state, so that one compiled program trains any of them
+appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
+results.py: the results of a study: comparisons, curves, sensitivity
 worlds.py: synthetic preference rows with a known true reward
 """

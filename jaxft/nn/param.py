@@ -57,6 +57,10 @@ class ParamSpec:
     heads: number of heads along its "heads" or "kv_heads" axis; a mesh shards that axis between heads only.
     For the outputs of fused projections: the number that tensor parallelism must divide. numbers: which
     layers of the model are along its "layers" axis, see layer_numbers.
+
+    >>> up = ParamSpec((2, 8, 32), ("layers", "width", "mlp"), fan_in(8))
+    >>> count_params({"up": up}), kernel(up).lead
+    (512, ('layers',))
     """
 
     shape: tuple[int, ...]
@@ -129,7 +133,12 @@ def spec_paths(specs: Specs) -> dict[str, ParamSpec]:
 
 
 def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Initialise all parameters. The key of a leaf depends on its path only: adding one changes no other."""
+    """Initialise all parameters. The key of a leaf depends on its path only: adding one changes no other.
+
+    >>> specs = {"norm": ParamSpec((4,), ("width",), full(1.0))}
+    >>> init_params(specs, jax.random.key(0))["norm"].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
 
     def start(path, spec):
         return spec.init(jax.random.fold_in(key, path_hash(path)), spec.shape, dtype)

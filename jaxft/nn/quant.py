@@ -193,6 +193,12 @@ def quantize(
     block, double: see Quant. scale: the result of `scales` for the full weight, if this is a part of it.
     Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and
     (outside jit) for NaN, infinities and magnitudes of 2^80 and above.
+
+    >>> q = quantize(np.linspace(-1, 1, 128, dtype=np.float32).reshape(64, 2), "nf4")
+    >>> q.codes.shape, q.codes.dtype, q.scale.shape
+    ((32, 2), dtype('uint8'), (1, 2))
+    >>> float(np.abs(np.asarray(dequantize(q)) - np.linspace(-1, 1, 128).reshape(64, 2)).max()) < 0.16
+    True
     """
     if kind == "bits":
         if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize != 2:

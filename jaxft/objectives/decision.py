@@ -57,6 +57,9 @@ def brier(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
     probability").
 
     It is bounded, so that a wrong label costs less than with cross_entropy.
+
+    >>> round(float(brier(jnp.log(jnp.array([0.75, 0.25])), jnp.array([1.0, 0.0]))), 3)
+    0.125
     """
     return jnp.sum(jnp.square(jnp.exp(log_p) - q), -1)
 
@@ -94,8 +97,12 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
     one), log_loss (cross_entropy), brier, ece (see metrics.CalibrationError; a prediction is as right as the
     row's probability of the predicted choice) and entropy of p in nats.
 
-    Example:
-        decision(model, loss=brier)
+    The loss of a decision between two choices, of which the first is right; only `forward` reads the model:
+
+    >>> p, q = jnp.array([[[0.75, 0.25]]]), jnp.array([[[1.0, 0.0]]])
+    >>> loss, metrics = decision(model=None, loss=brier).loss(Outputs(jnp.log(p), q, jnp.ones((1, 1))), {})
+    >>> round(float(loss), 3)
+    0.125
     """
 
     def forward(params: Params, batch: Decisions, key: Array | None, aux: Aux) -> Outputs:

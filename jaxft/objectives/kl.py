@@ -31,7 +31,11 @@ def k2(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array
 
 
 def k3(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`exp(d) - 1 - d` with d = log pi_ref - log pi, exponent capped: unbiased and never negative; GRPO's."""
+    """`exp(d) - 1 - d` with d = log pi_ref - log pi, exponent capped: unbiased and never negative; GRPO's.
+
+    >>> round(float(k3(jnp.asarray(-1.0), jnp.asarray(-2.0))), 3)
+    0.368
+    """
     d = reference - logp
     return jnp.expm1(capped(d)) - d
 
@@ -58,6 +62,9 @@ class AdaptiveKL:
 
     Ziegler et al. 2019 (arXiv:1909.08593, section 2.2). target: nats per completion. horizon: the number of
     completions in which the coefficient can change by a factor of about e^0.2.
+
+    >>> round(float(AdaptiveKL(coef=0.1, target=6.0).update(0.1, kl=12.0, count=500)), 4)
+    0.101
     """
 
     coef: Annotated[float, above(0)] = 0.2

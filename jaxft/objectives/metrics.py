@@ -27,7 +27,11 @@ Stored: TypeAlias = (
 
 @struct
 class Sum:
-    """A weighted mean as its two sums; `total / weight` is computed once, by the log."""
+    """A weighted mean as its two sums; `total / weight` is computed once, by the log.
+
+    >>> Sum.of(jnp.array([1.0, 2.0, 6.0]), jnp.array([True, True, False])).total.item()
+    3.0
+    """
 
     total: Stored
     weight: Stored

@@ -125,6 +125,18 @@ class Objective(NamedTuple):
         `loss`; eval_one_pass: the same as `one_pass` is of `loss`. text: the objective that evaluates general
         text, None for this one. one_pass(params, batch, key, aux) -> (loss, metrics): the same result as
         loss(forward(...)) at less cost; None to compute it so.
+
+    A forward pass of a linear model and its squared error, summed with the weights of the batch:
+
+    >>> def forward(params, batch, key, aux):
+    ...     return params["w"] * batch["x"], batch
+    >>> def loss(outputs, aux):
+    ...     prediction, batch = outputs
+    ...     return jnp.sum(batch["weight"] * (prediction - batch["y"]) ** 2), {}
+    >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([1.0, 1.0]), "weight": jnp.array([0.5, 0.5])}
+    >>> value, metrics = Objective(forward, loss)({"w": jnp.asarray(1.0)}, batch, None, {})
+    >>> float(value)
+    0.5
     """
 
     forward: Callable[[Params, Batch, Array | None, Aux], Outputs]

@@ -151,6 +151,12 @@ def policy(
     Metrics have the names of TRL's GRPO, and those of TRL's PPO where GRPO has none. A logged loss is divided
         by the sum of its
     weights, which is 1 unless the weight rule says otherwise.
+
+    >>> from functools import partial
+    >>> from jaxft.objectives.losses.policy_losses import clipped
+    >>> grpo = policy(model=None, loss=partial(clipped, eps_high=0.28), beta=0.04)
+    >>> grpo.facts.reference, grpo.facts.critic
+    ('start', False)
     """
     require(entropy >= 0, f"policy: entropy must be at least 0, got {entropy}")
     require(

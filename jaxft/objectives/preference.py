@@ -129,6 +129,17 @@ def preference(
         the policy; with None there is no reference.
     beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
     extra(pair): additional metrics by name, each [B, P], logged as means over the pairs.
+
+    >>> from functools import partial
+    >>> from jaxft.objectives.losses.preference_losses import dpo
+    >>> from jaxft.objectives.losses.reference_free_losses import simpo
+    >>> preference(model=None, loss=partial(dpo, beta=0.3), beta=0.3).facts.reference
+    'start'
+    >>> preference(model=None, loss=simpo, reference=None, reward=mean_logp).facts.reference
+    'none'
+    >>> preference(model=None, loss=partial(dpo, betta=0.3))
+    Traceback (most recent call last):
+    ValueError: loss dpo: got an unexpected keyword argument 'betta'. Its knobs: beta, score
     """
     check_knobs(loss)
     declared = declaration(loss)

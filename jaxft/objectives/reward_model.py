@@ -63,6 +63,10 @@ def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Reward
 
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the margin is that of Touvron et al. 2023, arXiv:2307.09288,
     eq. 2.
+
+    >>> one = jnp.ones((1, 1))
+    >>> round(bradley_terry(2 * one, one, margin=0 * one).item(), 3)
+    0.313
     """
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
@@ -106,6 +110,11 @@ def reward(
     center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244), as the rest of the loss depends
         on differences alone; 0.01 is usual.
     Metrics, TRL's names: loss, accuracy, margin and the smallest, mean and largest reward.
+
+    With a model for which `with_scalar_head` has made a head:
+
+        objective = reward(with_scalar_head(model), margin="score", center=0.01)
+        loss, metrics = objective(params, batch, None, {})
     """
     if not 0 <= center < float("inf"):
         raise ValueError(f"center={center}: expected a finite number of at least 0")

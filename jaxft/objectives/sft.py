@@ -67,6 +67,15 @@ def sft(
     Held-out rows are evaluated by their cross-entropy, without noise. Metrics, by TRL's names: loss, entropy
     and mean_token_accuracy, as means over the tokens with a weight; nll_loss, the cross-entropy, if the loss
     differs from it; loss/NAME, the cross-entropy of each source, if there are several.
+
+    The loss of two tokens with probabilities 1/2 and 1/4; only `forward` reads the model:
+
+    >>> p, half = jnp.array([[0.5, 0.25]]), jnp.full((1, 2), 0.5)
+    >>> example = jnp.ones((1, 2), jnp.int32)
+    >>> outputs = Outputs(jnp.log(p), entropy=p, top1=p, weight=half, segments=example)
+    >>> loss, metrics = sft(model=None).loss(outputs, {})
+    >>> round(float(loss), 4)
+    1.0397
     """
     token_loss = TargetLoss(label_smoothing, z_loss, dft)
     if not 0 <= neftune < float("inf"):

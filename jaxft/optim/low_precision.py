@@ -53,6 +53,9 @@ def _rows(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
 def encode_blocks(x: Float[Array, "..."], stacked: int, signed: bool) -> Codes:
     """Return the nearest codes. stacked: number of parameters in the array, which share no block. signed:
     whether values may be negative.
+
+    >>> encode_blocks(jnp.ones((2, 256)), stacked=1, signed=True).absmax.tolist()
+    [[1.0], [1.0]]
     """
     rows, size = _rows(x.shape, stacked)
     padding = -size % BLOCK

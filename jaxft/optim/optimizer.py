@@ -210,6 +210,15 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     """Build the optimizer of the trainable leaves for a run of `steps` steps.
 
     specs: ParamSpecs of the trainable leaves, None elsewhere.
+
+    >>> from jaxft.nn.param import full
+    >>> specs = {"w": ParamSpec((2, 3), ("width", "mlp"), full(1.0))}
+    >>> optimizer = make_optimizer(Optim(lr=0.1, clip=None, weight_decay=0.0), specs, steps=10)
+    >>> params = {"w": jnp.ones((2, 3))}
+    >>> info = StepInfo(norm=jnp.asarray(1.0), finite=jnp.asarray(True))
+    >>> moved, _ = optimizer.update({"w": jnp.ones((2, 3))}, optimizer.init(params), params, info)
+    >>> round(float(moved["w"][0, 0]), 3)
+    0.9
     """
     layerwise = o.layerwise or o.fused_backward
     rule_specs = jax.tree.map(_one_layer, specs, is_leaf=is_spec) if layerwise else specs

@@ -51,7 +51,15 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> UpdateRule:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; only matrices are decayed."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; only matrices are decayed.
+
+    >>> from jaxft.nn.param import ParamSpec, full
+    >>> norm = ParamSpec((2,), ("width",), full(1.0))
+    >>> specs = {"kernel": ParamSpec((2, 3), ("width", "mlp"), full(0.0)), "norm": norm}
+    >>> rule = adamw(optax.constant_schedule(1e-3), specs, weight_decay=0.1, b2=0.95)
+    >>> rule.rowwise, decay_mask(specs)
+    (True, {'kernel': True, 'norm': False})
+    """
     check_adam(b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps)
     return UpdateRule(with_decay(adam, schedule, specs, weight_decay), rowwise=True)

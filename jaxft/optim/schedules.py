@@ -20,7 +20,12 @@ def constant_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.S
 
 
 def linear_schedule(lr: float, end: float, warmup: int, steps: int) -> optax.Schedule:
-    """Linear warm-up to lr, then linear decay to `end * lr` at the last step."""
+    """Linear warm-up to lr, then linear decay to `end * lr` at the last step.
+
+    >>> rate = linear_schedule(lr=1.0, end=0.0, warmup=2, steps=6)
+    >>> [round(float(rate(step)), 2) for step in range(6)]
+    [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
     return _after_warmup(lr, warmup, optax.linear_schedule(lr, end * lr, _steps_after_peak(warmup, steps)))
 
 
@@ -35,6 +40,10 @@ def wsd_schedule(lr: float, end: float, warmup: int, steps: int, *, decay: float
     decay to `end * lr` at the last step.
 
     decay: fraction of the steps with a falling rate, above 0 and at most 1.
+
+    >>> rate = wsd_schedule(lr=1.0, end=0.0, warmup=1, steps=6, decay=0.5)
+    >>> [round(float(rate(step)), 2) for step in range(6)]
+    [1.0, 1.0, 1.0, 0.67, 0.33, 0.0]
     """
     if not 0 < decay <= 1:
         raise ValueError(

@@ -9,4 +9,5 @@ ranking.py: which of several runs is best: seeds together, differences on the sa
 reliability.py: the reliability diagram of decisions
 run_files.py: the files of a run's folder that it shows
 sections.py: sections of the page
+statistics.py: paired comparisons over seeds and prompts: intervals, tests, sample sizes
 """

@@ -106,10 +106,23 @@ def write_report(paths: list[Path], out: Path, title: str = "") -> int:
 def report_page(runs: Sequence[RunFiles], title: str) -> str:
     """Return the page with all sections of the runs."""
     shown = {name: text for name in SECTIONS if (text := shown_section(name, runs))}
-    links = "".join(f'<a href="#{name}">{SECTIONS[name].link}</a>' for name in shown)
-    body = "\n".join(shown.values())
     count = f"{len(runs)} runs" if len(runs) > 1 else "a run"
     curves = curves_json({run.name: run.entries for run in runs})
+    scripts = f"""<script type="application/json" id="curves-data">{script_json(curves)}</script>
+<script type="text/plain" id="plotly-gzip">{packed_plotly()}</script>
+<script>{page_file("page.js")}</script>
+"""
+    titled = {SECTIONS[name].link: (name, text) for name, text in shown.items()}
+    return html_page(title, f"Report of {count}, written by jaxft {__version__}", titled, scripts)
+
+
+def html_page(title: str, note: str, shown: Mapping[str, tuple[str, str]], scripts: str = "") -> str:
+    """Return a page. note: the line below its title. shown: (anchor, HTML) of its sections by the text of the
+    link to them. scripts: further elements, and a button that changes between light and dark.
+    """
+    links = "".join(f'<a href="#{anchor}">{link}</a>' for link, (anchor, _) in shown.items())
+    button = '<button id="theme" type="button">Light or dark</button>' if scripts else ""
+    body = "\n".join(text for _, text in shown.values())
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -124,16 +137,13 @@ def report_page(runs: Sequence[RunFiles], title: str) -> str:
 <body>
 <header>
 <h1>{escaped(title, 200)}</h1>
-<p class="note">Report of {count}, written by jaxft {__version__}</p>
-<nav>{links}<button id="theme" type="button">Light or dark</button></nav>
+<p class="note">{escaped(note)}</p>
+<nav>{links}{button}</nav>
 </header>
 <main>
 {body}
 </main>
-<script type="application/json" id="curves-data">{script_json(curves)}</script>
-<script type="text/plain" id="plotly-gzip">{packed_plotly()}</script>
-<script>{page_file("page.js")}</script>
-</body>
+{scripts}</body>
 </html>
 """
 

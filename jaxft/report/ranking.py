@@ -27,6 +27,7 @@ from jaxft.objectives.intervals import (
 from jaxft.objectives.metrics import WEIGHT
 from jaxft.report import compare
 from jaxft.report.compare import Logged, first_and_last, held_out
+from jaxft.report.statistics import paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import read_saved_json
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
@@ -389,23 +390,31 @@ def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: C
 def _difference_over_seeds(
     best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion, unit: str
 ) -> str:
-    """Two settings with several seeds differ if both the seeds and the held-out rows say so: seeds alone
-    don't tell how much depends on which rows are held out, and rows alone not how much on luck in training.
+    """Two settings with several seeds are compared over their common seeds and rows (statistics.py);
+    without values of the same rows, over the seeds alone.
     """
     runs = [{result.seed: result for result in group} for group in (best, other)]
     common = [seed for seed in runs[0] if seed in runs[1]]
-    difference = f"{_mean(other, by) - _mean(best, by):+.3f}"
     if len(common) < 2:
-        return f"{difference}; run both with the same seeds for an interval"
+        return f"{_mean(other, by) - _mean(best, by):+.3f}; run both with the same seeds for an interval"
     first, second = ([group[seed] for seed in common] for group in runs)
-    over_seeds = paired_means(*([result.after[by.metric] for result in group] for group in (first, second)))
-    over_rows = paired_rows(first, second, by)
-    text = f"{difference} {over_seeds.interval.text()} over {len(common)} seeds"
-    if over_rows is not None:
-        text += f", {over_rows.interval.text()} over the same {over_rows.rows:,} {unit}"
-    if over_seeds.distinguishable and (over_rows is None or over_rows.distinguishable):
-        return f"{text}: different"
-    return f"{text}: not distinguishable"
+    rows = _common_rows([*first, *second], by)
+    if len(rows) < 2:
+        over_seeds = paired_means(*([r.after[by.metric] for r in group] for group in (first, second)))
+        verdict = "different" if over_seeds.distinguishable else "not distinguishable"
+        interval = over_seeds.interval.text()
+        return f"{over_seeds.difference:+.3f} {interval} over {len(common)} seeds: {verdict}"
+    one, two = (
+        np.array([[run.rows[row][by.key] for row in rows] for run in group]) for group in (first, second)
+    )
+    d = paired_difference(one, two, np.array([first[0].rows[row].get(WEIGHT, 1.0) for row in rows]))
+    over = f"over {len(common)} seeds and the same {len(rows):,} {unit}"
+    return f"{d.mean:+.3f} {d.interval.text()} {over}: {d.verdict(unit=unit)}"
+
+
+def _common_rows(runs: Sequence[RankedRun], by: Criterion) -> list[str]:
+    """The names of the rows that all runs hold out."""
+    return [row for row in runs[0].rows if all(by.key in run.rows.get(row, {}) for run in runs)]
 
 
 def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> Paired | None:
@@ -413,7 +422,7 @@ def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criter
     fewer than two rows.
     """
     every, key = [*one, *other], by.key
-    common = [row for row in one[0].rows if all(key in run.rows.get(row, {}) for run in every)]
+    common = _common_rows(every, by)
     if len(common) < 2:
         return None
     first, second = (

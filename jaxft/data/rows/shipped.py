@@ -29,7 +29,7 @@ COMMAND_GROUPS = {
         "extract": "extract",
         "extend": "extend",
     },
-    "Study": {"report": "report", "compare": "compare", "loss-bench": "loss_bench"},
+    "Study": {"report": "report", "compare": "compare", "loss-bench": "loss_bench", "study": "study"},
     "Help": {"help": "help", "env": "env", "completion": "completion"},
 }
 COMMANDS = {command: script for group in COMMAND_GROUPS.values() for command, script in group.items()}

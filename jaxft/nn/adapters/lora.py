@@ -261,6 +261,14 @@ def attach(
 
     adapter: a tree, None, or Several. token_ids: the tokens of replaced rows. rows [B]: row i of the
     activations has adapter rows[i] of Several.
+
+    >>> base = {"q": jnp.zeros((8, 6)), "norm": jnp.ones(8)}
+    >>> pair = {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 6)), "scale": jnp.asarray(0.5)}
+    >>> attached = attach(base, {"q": pair})
+    >>> type(attached["q"]).__name__, attached["norm"] is base["norm"]
+    ('Adapted', True)
+    >>> merge_leaf(base["q"], pair, jnp.float32)[0].tolist()
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     over = (ADAPTERS,) if isinstance(adapter, Several) else ()
 

@@ -163,6 +163,11 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
     and get the norms of the base's weights by weights.lora_start.init_magnitudes.
 
     names: the model's weight_names; without them patterns match names of paths only.
+
+    >>> base = {"layers": {"q": ParamSpec((2, 8, 6), ("layers", "width", "heads"), full(0.0))}}
+    >>> adapter = adapter_specs(base, Adapter(rank=4, targets=("q",)))
+    >>> {name: spec.shape for name, spec in adapter["layers"]["q"].items()}
+    {'a': (2, 8, 4), 'b': (2, 4, 6), 'scale': (2,)}
     """
     base, names = spec_paths(specs), names or {}
     layouts = pair_layouts(specs, settings, names)

@@ -47,6 +47,9 @@ def log1mexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     expm1 near 0 and log1p far below lose no digits; they change over at -log 2, and each sees only arguments
     in its own range.
+
+    >>> round(float(log1mexp(jnp.log(jnp.asarray(0.25)))), 3) == round(float(jnp.log(jnp.asarray(0.75))), 3)
+    True
     """
     x = jnp.minimum(x, -max(1e-12, float(jnp.finfo(x.dtype).tiny)))
     near = x > -0.6931471805599453

@@ -14,6 +14,17 @@ DPPO: centred, constant_length, dppo_tv or dppo_kl. MaxRL: maxrl, token_mean, cl
 clipped. GDPO: by_each, token_mean, clipped.
 Values and gradients equal those in TRL 1.16's GRPOTrainer and verl where they have the loss, unless a
 docstring says what differs.
+
+One completion of two tokens, of advantage 1, whose probabilities rose by a factor of 1.1 and of 1.5:
+
+>>> new = jnp.log(jnp.array([[0.55, 0.3]]))
+>>> old = jnp.log(jnp.array([[0.5, 0.2]]))
+>>> one, number = jnp.ones((1, 2)), jnp.zeros((1, 2), jnp.int32)
+>>> batch = PolicyBatch(new, old, one, one, None, number, mask=one, lengths=jnp.full((1, 1), 2.0))
+>>> [round(x, 2) for x in clipped(batch, eps_high=0.28)[0].tolist()]
+[-1.1, -1.28]
+
+As a setting: `jaxft train grpo loss=gspo`, or in a recipe `policy(model, partial(clipped, eps_high=0.28))`.
 """
 
 from collections.abc import Callable

@@ -9,6 +9,19 @@ says what differs. Losses without a reference and losses of single responses are
 
 With an f-divergence other than reverse_kl as the score, a term log Z(x) cancels only in D, so only losses of
 D take `score`.
+
+A pair whose chosen response has a log-ratio of 2, and the rejected one of -1:
+
+>>> from functools import partial
+>>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> pair = synthetic_pairs({"chosen": 2.0, "rejected": -1.0}, length=10)
+>>> round(dpo(pair, beta=0.1).item(), 3)
+0.554
+>>> mine = mix((partial(ipo, beta=1.0), 1.0), (dpo, 0.5))
+>>> round(mine(pair).item(), 3)
+0.317
+
+As a setting: `jaxft train dpo loss=ipo beta=1`; in a recipe `preference(model, loss=partial(ipo, beta=1.0))`.
 """
 
 import math

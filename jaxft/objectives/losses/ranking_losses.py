@@ -5,6 +5,15 @@ kind "chosen", the worst "rejected", and those between are "rank_2", "rank_3", .
 columns score_chosen, score_rejected, score_rank_2, ... of the pairs (higher is better); without them the
 order alone counts, as numbers K - 1, ..., 1, 0. In the docstrings c_i is the log-ratio log pi(y_i|x) -
 log pi_ref(y_i|x) of response i, and s_i its rating. Sums run over the responses that a row has.
+
+Three responses in the order of their log-ratios:
+
+>>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> ranking = synthetic_pairs({"chosen": 2.0, "rank_2": 1.0, "rejected": 0.0})
+>>> round(plackett_luce(ranking, beta=1.0).item(), 3)
+0.721
+
+As a setting: `jaxft train dpo data=rankings.jsonl data.responses=3 loss=plackett_luce`.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,16 @@ Notation as in preference_losses.py; further, lp = log pi(y|x) summed over token
 chosen and _r of the rejected response; nll = -lp_c / mean |c|, whose weighted sum is the mean over the step's
 chosen tokens. The formulas are those of TRL 1.16's trainers of the same name unless a docstring says what
 differs; their NLL is a mean over a microbatch.
+
+A pair of 10 tokens each, with log-probs of -8 and -10:
+
+>>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> pair = synthetic_pairs({"chosen": 2.0, "rejected": 0.0}, length=10, reference=-10.0)
+>>> round(simpo(pair, beta=2.0, gamma=0.0).item(), 3)
+0.513
+
+As a setting: `jaxft train simpo gamma=0.5`, or in a recipe `preference(model, loss=partial(simpo, gamma=0.5),
+reference=None, reward=mean_logp)`.
 """
 
 from typing import Annotated

@@ -35,6 +35,12 @@ class TargetLoss:
     near 0 (1e-4 in PaLM, Chowdhery et al. 2022, arXiv:2204.02311). dft: dynamic fine-tuning (Wu et al. 2025,
     arXiv:2508.05629), which weights a token's cross-entropy by its probability: `-sg(p) log p`, where sg
     stops the gradient.
+
+    >>> from types import SimpleNamespace
+    >>> token = SimpleNamespace(logp=jnp.log(jnp.array([0.5])), lse=jnp.array([3.0]), mean_logit=None)
+    >>> losses = CROSS_ENTROPY, TargetLoss(z_loss=0.01), TargetLoss(dft=True)
+    >>> [round(loss.value(token).item(), 3) for loss in losses]
+    [0.693, 0.783, 0.347]
     """
 
     label_smoothing: Annotated[float, BELOW_ONE] = 0.0

@@ -1,7 +1,7 @@
 """A run, or a sweep's members, before weights are loaded: settings checked, rows read, programs traced."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,8 @@ class Job:
     sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
     the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
     that end a completion. all_general: batches of the general text. sweep: its settings, None for a single
-    run. calibration: of the base, None if it is not calibrated. limit: what evaluations read.
+    run. calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest: the
+    shape that batches are padded to, None for the smallest one that holds those of every source.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Job:
     calibration: CalibrationPlan | None = None
     ended_by: EndedBy | None = None
     limit: EvaluationLimit = EvaluationLimit()
+    widest: Batch | None = None
 
     @property
     def lead(self) -> Member:
@@ -129,7 +131,7 @@ class Job:
         batches = [batch for batch, _ in made]
         if len(batches) == 1:
             return batches, *made[0]
-        shape = self._widest
+        shape = self.padded_shape
         return batches, jax.tree.map(lambda *x: np.concatenate(x), *[widened(b, shape) for b in batches]), {}
 
     @property
@@ -137,18 +139,13 @@ class Job:
         """The shape of the largest batch that the step takes."""
         count = len(self.sources)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype), self._widest
+            lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype), self.padded_shape
         )
 
     @property
-    def _widest(self) -> Batch:
+    def padded_shape(self) -> Batch:
         """A shape that holds a batch of every source."""
-
-        def widest(*shapes: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sizes = zip(*(s.shape for s in shapes), strict=True)
-            return jax.ShapeDtypeStruct(tuple(map(max, sizes)), shapes[0].dtype)
-
-        return jax.tree.map(widest, *(source.shapes[-1] for source in self.sources))
+        return widest_shape(self.sources) if self.widest is None else self.widest
 
     def to_save(
         self, counters: list[dict[str, Any]], saved: dict[str, Any], logged: list[dict[str, Any]]
@@ -170,6 +167,16 @@ class Job:
             "seconds": saved.get("seconds", {}),  # see clock.Clock
             "evaluation_limit": [*self.limit],
         }
+
+
+def widest_shape(sources: Sequence[Source[Any]]) -> Batch:
+    """Return a shape that holds a batch of every source."""
+
+    def widest(*shapes: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sizes = zip(*(s.shape for s in shapes), strict=True)
+        return jax.ShapeDtypeStruct(tuple(map(max, sizes)), shapes[0].dtype)
+
+    return jax.tree.map(widest, *(source.shapes[-1] for source in sources))
 
 
 def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:

@@ -25,6 +25,8 @@ from jaxft.train.logs.watch import Watch
 from jaxft.train.step import accumulate_gradients, apply_gradients
 from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
+LOSS_KNOBS = "knobs"  # name in aux of the knobs of a loss that are arrays, as in a study
+
 
 class SharedFrozen(NamedTuple):
     """Frozen parameters: the shared base, and the other frozen leaves of each adapter (its scales)."""

@@ -27,6 +27,7 @@ from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, sharded_batch
 from jaxft.train.start.jobs import Job
 from jaxft.train.sweep.multi_adapter import (
+    LOSS_KNOBS,
     MultiAdapter,
     SharedFrozen,
     combine_objectives,
@@ -172,7 +173,7 @@ def compile_sweep_metrics(
 
 def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
     """The part of the members' aux that their losses read."""
-    return [{"loss": s.aux["loss"]} if "loss" in s.aux else {} for s in states]
+    return [{name: s.aux[name] for name in ("loss", LOSS_KNOBS) if name in s.aux} for s in states]
 
 
 def compile_samplers(

@@ -5,9 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from jaxft.lab import statistics
-from jaxft.lab.statistics import Components, compare, components, equivalence, holm, needed, power
 from jaxft.objectives.intervals import Interval
+from jaxft.report import statistics
+from jaxft.report.statistics import (
+    Components,
+    components,
+    equivalence,
+    holm,
+    needed,
+    paired_difference,
+    power,
+)
 
 SEEDS, PROMPTS = 3, 60
 
@@ -29,7 +37,7 @@ def study(key, gap=0.0, spread=(0.0, 0.3, 0.5), shared=2.0, shape=(SEEDS, PROMPT
     "spread", [(0.0, 0.3, 0.5), (0.2, 0.3, 0.5), (0.3, 0.0, 0.2), (0.0, 0.0, 1.0)], ids=str
 )
 def test_at_most_one_in_twenty_duels_of_a_loss_with_itself_is_called_different(spread):
-    found = [compare(*study(key, spread=spread)).different() for key in range(200)]
+    found = [paired_difference(*study(key, spread=spread)).different() for key in range(200)]
     assert sum(found) <= 10
 
 
@@ -39,7 +47,7 @@ def test_duels_of_accuracies_are_called_different_no_more_often():
     def duel(key):
         random = np.random.default_rng(key)
         chance = random.beta(2, 1, size=(1, PROMPTS))
-        return compare(*(1.0 * (random.random((SEEDS, PROMPTS)) < chance) for _ in "ab"))
+        return paired_difference(*(1.0 * (random.random((SEEDS, PROMPTS)) < chance) for _ in "ab"))
 
     assert sum(duel(key).different() for key in range(200)) <= 10
 
@@ -50,7 +58,7 @@ def test_a_gap_of_one_standard_error_is_found_as_often_as_its_power(monkeypatch)
     monkeypatch.setattr(
         statistics, "bootstrap", lambda d, key: Interval(1.0, 2.0)
     )  # it takes most of the time
-    found = [compare(*study(key, error, spread)).different() for key in range(2000)]
+    found = [paired_difference(*study(key, error, spread)).different() for key in range(2000)]
     assert np.mean(found) == pytest.approx(power(error, error, PROMPTS - 1), abs=0.02)
 
 
@@ -61,7 +69,7 @@ def test_power_is_the_level_without_a_gap_and_grows_to_one():
 
 
 def test_common_seeds_and_prompts_at_least_halve_the_error():
-    d = compare(*study(1))
+    d = paired_difference(*study(1))
     assert d.error <= 0.5 * d.unpaired_error
 
 
@@ -74,14 +82,14 @@ def test_the_parts_of_the_variance_are_those_that_were_planted():
 
 
 def test_the_interval_covers_a_planted_gap():
-    ends = [compare(*study(key, 0.2, (0.2, 0.3, 0.5))).interval for key in range(200)]
+    ends = [paired_difference(*study(key, 0.2, (0.2, 0.3, 0.5))).interval for key in range(200)]
     assert sum(one.has(0.2) for one in ends) >= 188
 
 
 def test_one_seed_is_compared_by_students_test_of_its_prompts():
     a, b = study(3, 0.1, shape=(1, 5))
     x = (b - a)[0]
-    d = compare(a, b)
+    d = paired_difference(a, b)
     assert d.error == pytest.approx(x.std(ddof=1) / math.sqrt(5))
     t = 2.776445105  # 97.5 % of Student's distribution with 4 degrees of freedom, from a table
     assert d.interval.high - d.mean == pytest.approx(t * d.error)
@@ -93,13 +101,13 @@ def test_holm_multiplies_the_smallest_by_the_number_of_comparisons():
 
 
 def test_a_small_difference_of_many_prompts_is_equivalent_and_not_different():
-    d = compare(*study(0, 0.0, (0.0, 0.1, 0.1), shape=(3, 2000)))
+    d = paired_difference(*study(0, 0.0, (0.0, 0.1, 0.1), shape=(3, 2000)))
     assert d.verdict(margin=0.05) == "equivalent within 0.05"
-    assert equivalence(d, 0.05) < 1e-6 < 0.5 < equivalence(compare(*study(0, 0.2)), 0.05)
+    assert equivalence(d, 0.05) < 1e-6 < 0.5 < equivalence(paired_difference(*study(0, 0.2)), 0.05)
 
 
 def test_no_difference_at_all_is_none():
-    d = compare(*study(0, spread=(0, 0, 0)))
+    d = paired_difference(*study(0, spread=(0, 0, 0)))
     assert (d.mean, d.p, d.effect, d.wins, d.interval) == (0, 1, 0, 0.5, (0, 0))
     assert not d.different()
     assert "no feasible number" in d.verdict()
@@ -114,15 +122,15 @@ def test_as_many_prompts_as_are_said_to_be_needed_have_the_power():
 
 
 def test_the_verdict_names_what_would_be_needed():
-    text = compare(*study(4, 0.02)).verdict()
+    text = paired_difference(*study(4, 0.02)).verdict()
     assert text.startswith("not distinguishable; about ") and " more prompts" in text
-    one_seed = compare(*study(4, 0.02, shape=(1, 20))).verdict()
+    one_seed = paired_difference(*study(4, 0.02, shape=(1, 20))).verdict()
     assert "at least 2 more seeds" in one_seed
 
 
 def test_prompts_without_a_value_are_left_out_and_too_few_are_refused():
     a, b = study(0)
     b[1, 5] = np.nan
-    assert compare(a, b).prompts == PROMPTS - 1
+    assert paired_difference(a, b).prompts == PROMPTS - 1
     with pytest.raises(ValueError, match="1 prompts have values of both settings"):
-        compare(a[:, :1], b[:, :1])
+        paired_difference(a[:, :1], b[:, :1])

@@ -19,7 +19,7 @@ from scipy.special import nctdtr, ndtri, stdtr, stdtrit
 from jaxft.objectives.intervals import LEVEL, Interval
 
 POWER = 0.8  # probability of finding a difference for which sample sizes are computed
-MOST_OBSERVATIONS = 1_000_000  # a number of prompts or seeds that nobody can have
+UNFEASIBLE = 1_000_000  # a number of prompts or seeds that nobody can have
 RESAMPLES = 4000
 
 
@@ -64,34 +64,42 @@ class Difference:
         """Whether both the test and the bootstrap exclude 0. p: adjusted for several comparisons."""
         return (self.p if p is None else p) < level and not self.bootstrap.has(0)
 
-    def verdict(self, p: float | None = None, margin: float | None = None) -> str:
+    def verdict(self, p: float | None = None, margin: float | None = None, unit: str = "prompts") -> str:
         """Return the result in words. p: adjusted for several comparisons (see holm). margin: the largest
-        difference that does not matter.
+        difference that does not matter. unit: what the values are of.
         """
         if self.different(p=p):
             return "different"
         if margin is not None and equivalence(self, margin) < 1 - LEVEL:
             return f"equivalent within {margin:g}"
-        return f"not distinguishable; {needed_text(self, margin)}"
+        return f"not distinguishable; {needed_text(self, margin, unit)}"
 
 
-def compare(one: Float[np.ndarray, "S P"], other: Float[np.ndarray, "S P"], key: int = 0) -> Difference:
+def paired_difference(
+    one: Float[np.ndarray, "S P"],
+    other: Float[np.ndarray, "S P"],
+    weights: Float[np.ndarray, " P"] | None = None,
+    key: int = 0,
+) -> Difference:
     """Compare two settings by their values of the same seeds and prompts.
 
-    A prompt with a NaN is left out. With a single seed the result is about this seed alone. key: of the
-    bootstrap's random numbers. Raises ValueError for fewer than two prompts.
+    A prompt with a NaN is left out. With a single seed the result is about this seed alone. weights: of the
+    prompts in a weighted mean m, which is linearised: w (d - m) / mean(w) + m takes the place of d (Cochran
+    1977, Sampling Techniques, 6.3). key: of the bootstrap's random numbers. Raises ValueError for fewer than
+    two prompts.
 
-    >>> same = compare(np.zeros((3, 10)), np.zeros((3, 10)))
+    >>> same = paired_difference(np.zeros((3, 10)), np.zeros((3, 10)))
     >>> same.mean, same.p
     (0.0, 1.0)
     """
     first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
     whole = np.isfinite(first).all(0) & np.isfinite(second).all(0)
     first, second = first[:, whole], second[:, whole]
+    w = np.ones(first.shape[1]) if weights is None else np.asarray(weights, np.float64)[whole]
     seeds, prompts = first.shape
     if prompts < 2:
         raise ValueError(f"{prompts} prompts have values of both settings; a comparison needs at least 2")
-    d = second - first
+    d, first, second = (_linearised(x, w / w.mean()) for x in (second - first, first, second))
     mean, (error, freedom), by_prompt = float(d.mean()), _error(d), d.mean(0)
     half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
     spread = float(by_prompt.std(ddof=1))
@@ -109,6 +117,12 @@ def compare(one: Float[np.ndarray, "S P"], other: Float[np.ndarray, "S P"], key:
         unpaired_error=math.hypot(_error(first)[0], _error(second)[0]),
         components=components(d),
     )
+
+
+def _linearised(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Values whose plain mean, and its error, are those of the weighted mean; weights of mean 1."""
+    mean = (w * x).mean()
+    return mean + w * (x - mean)
 
 
 def components(d: Float[np.ndarray, "S P"]) -> Components:
@@ -242,7 +256,7 @@ def _least(variance: float, allowed: float) -> int | None:
     return None if allowed <= 0 else math.ceil(variance / allowed)
 
 
-def needed_text(d: Difference, margin: float | None = None) -> str:
+def needed_text(d: Difference, margin: float | None = None, unit: str = "prompts") -> str:
     """Return how many more prompts or seeds would be needed to find the difference.
 
     It is taken as estimated, or as `margin` where that is larger.
@@ -251,11 +265,11 @@ def needed_text(d: Difference, margin: float | None = None) -> str:
     counts = needed(d.components, gap, d.seeds, d.prompts)
     choices = [
         f"about {more:,} more {name}"
-        for name, count, known in zip(("prompts", "seeds"), counts, (d.prompts, d.seeds), strict=True)
-        if count is not None and 0 < (more := count - known) <= MOST_OBSERVATIONS
+        for name, count, known in zip((unit, "seeds"), counts, (d.prompts, d.seeds), strict=True)
+        if count is not None and 0 < (more := count - known) <= UNFEASIBLE
     ]
     if d.seeds == 1:
-        choices = [text for text in choices if text.endswith("prompts")] + ["at least 2 more seeds"]
+        choices = [text for text in choices if text.endswith(unit)] + ["at least 2 more seeds"]
     if not choices:
-        return "no feasible number of prompts or seeds would find a difference as small as this"
+        return f"no feasible number of {unit} or seeds would find a difference as small as this"
     return f"{' or '.join(choices)} would be needed to find a difference of {gap:.3g}"

@@ -1,0 +1,321 @@
+"""A study as the appendix of a paper: one HTML page, and its tables as LaTeX and CSV.
+
+The page has the declaration, the comparisons with their intervals, curves, the sensitivity of each loss,
+every trial that was tried, settings, versions and hashes. It loads nothing from any network.
+"""
+
+import base64
+import csv
+import io
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxft import __version__
+from jaxft.distributed.disk import make_folder, write_durably
+from jaxft.lab.ledger import DIGEST
+from jaxft.lab.results import Duel, LossOutcome, StudyResult
+from jaxft.objectives.metrics import HELD_OUT
+from jaxft.report.document import html_page
+from jaxft.report.markup import escaped, flat_values, folded, html_table, record_table, section
+from jaxft.report.plots import Panel, draw
+from jaxft.report.statistics import paired_difference
+from jaxft.runs import metric_names as names
+
+REPORT, TABLES = "report.html", "tables"
+PICTURE = "curves.png"
+LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the appendix. name: of its files. head: titles of the columns. rows: texts."""
+
+    name: str
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def html(self) -> str:
+        """Return the table and its caption for the page."""
+        rows = [[escaped(cell) for cell in row] for row in self.rows]
+        return html_table(self.head, rows, numeric=True) + f'<p class="note">{escaped(self.caption)}</p>'
+
+    def csv(self) -> str:
+        """Return the table as CSV."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.head, *self.rows])
+        return text.getvalue()
+
+    def latex(self) -> str:
+        r"""Return the table in LaTeX, with the rules of the package booktabs."""
+        lines = [" & ".join(map(_latex, row)) + r" \\" for row in (self.head, *self.rows)]
+        columns = "l" + "r" * (len(self.head) - 1)
+        return "\n".join(
+            [
+                r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+                lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}",
+                rf"\caption{{{_latex(self.caption)}}}", r"\end{table}", "",
+            ]
+        )  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return re.sub("[&%_#±]", lambda sign: LATEX[sign[0]], text)
+
+
+def write_appendix(study: StudyResult) -> list[Path]:
+    """Write the page, the picture and the tables into the study's folder; return their paths."""
+    tables = tables_of(study)
+    files = {study.folder / REPORT: study_page(study, tables).encode()}
+    for table in tables:
+        files[study.folder / TABLES / f"{table.name}.csv"] = table.csv().encode()
+        files[study.folder / TABLES / f"{table.name}.tex"] = table.latex().encode()
+    for path, content in files.items():
+        make_folder(path.parent)
+        write_durably(path, content)
+    return [*files]
+
+
+# Tables
+
+
+def tables_of(study: StudyResult) -> list[PaperTable]:
+    """Return all tables of a study."""
+    return [
+        losses_table(study),
+        duels_table(study),
+        same_kl_table(study),
+        sensitivity_table(study),
+        trials_table(study),
+    ]
+
+
+def losses_table(study: StudyResult) -> PaperTable:
+    """The losses with their best settings, the highest mean first."""
+    seeds = len(study.losses[0].curves)
+    rows = []
+    for loss in study.order:
+        values = loss.final
+        interval = paired_difference(np.zeros_like(values), values).interval
+        rows.append(
+            (
+                loss.label,
+                f"{values.mean():.4f} {interval.text(4)}",
+                ", ".join(f"{x:.4f}" for x in values.mean(1)),
+                _mean_metric(loss, names.REWARD_MARGIN),
+                _mean_metric(loss, names.KL),
+                _mean_metric(loss, names.CHOSEN_LOGP),
+                loss.winner,
+            )
+        )
+    head = (
+        "",
+        study.metric,
+        "of each seed",
+        "margin, nats",
+        "KL per token",
+        "chosen log-prob",
+        "best setting",
+    )
+    return PaperTable(
+        "losses",
+        f"Means over {study.losses[0].final.shape[1]} held-out prompts that selected nothing and {seeds} "
+        "seeds, with 95 % intervals over both. Margin: growth of the log-prob difference of a pair's "
+        "responses since step 0. Setting: the best of the trials on other held-out prompts.",
+        head,
+        tuple(rows),
+    )
+
+
+def _mean_metric(loss: LossOutcome, name: str) -> str:
+    values = [curve.metrics[-1].get(HELD_OUT + name, math.nan) for curve in loss.curves]
+    return f"{float(np.mean(values)):.4g}"
+
+
+def duels_table(study: StudyResult) -> PaperTable:
+    """Every two losses after the last step."""
+    rows = [
+        (
+            f"{d.other} - {d.one}",
+            f"{d.difference.mean:+.4f}",
+            d.difference.interval.text(4),
+            d.difference.bootstrap.text(4),
+            f"{d.difference.p:.2g}",
+            f"{d.p:.2g}",
+            f"{d.difference.effect:+.2f}",
+            f"{d.difference.wins:.2f}",
+            _error_ratio(d),
+            d.verdict,
+        )
+        for d in study.duels
+    ]
+    return PaperTable(
+        "duels",
+        f"Paired differences of {study.metric}: the same prompts, seeds, rows and their order. Interval: "
+        "95 %, Student's with Satterthwaite's degrees of freedom over seeds and prompts; bootstrap: by "
+        "resampling both. p (Holm): adjusted for all rows. d: mean over the standard deviation of the "
+        "prompts. wins: fraction of prompts. error: standard error over that of unpaired runs.",
+        ("", "difference", "interval", "bootstrap", "p", "p (Holm)", "d", "wins", "error", "result"),
+        tuple(rows),
+    )
+
+
+def _error_ratio(duel: Duel) -> str:
+    unpaired = duel.difference.unpaired_error
+    return f"{duel.difference.error / unpaired:.2f}" if unpaired else "-"
+
+
+def same_kl_table(study: StudyResult) -> PaperTable:
+    """Every two losses where their policies have the same KL to the reference."""
+    rows = [
+        (
+            f"{d.other} - {d.one}",
+            f"{point.kl:.4g}",
+            f"{point.difference.mean:+.4f}",
+            point.difference.interval.text(4),
+            f"{point.p:.2g}",
+            {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[point.winner],
+        )
+        for d in study.duels
+        for point in d.matched
+    ]
+    return PaperTable(
+        "same_kl",
+        f"Paired differences of {study.metric} at the same KL per token to the reference, interpolated "
+        "between evaluations. The KL is estimated on the tokens of chosen responses.",
+        ("", "KL", "difference", "interval", "p (Holm)", "result"),
+        tuple(rows),
+    )
+
+
+def sensitivity_table(study: StudyResult) -> PaperTable:
+    """How much a loss depends on its setting."""
+    rows = [
+        (loss.label, *(f"{x:.4f}" for x in (known.best, known.median, known.worst)), f"{len(loss.trials)}")
+        for loss in study.losses
+        if (known := loss.sensitivity) is not None
+    ]
+    steps = {loss.sensitivity.step for loss in study.losses if loss.sensitivity}
+    at = f"step {min(steps)}" if steps else "no step"
+    return PaperTable(
+        "sensitivity",
+        f"The trials of each loss at {at}, which all of them have reached: {study.metric} on the prompts "
+        "that select settings.",
+        ("", "best", "median", "worst", "trials"),
+        tuple(rows),
+    )
+
+
+def trials_table(study: StudyResult) -> PaperTable:
+    """Every trial that was tried, also those that lost."""
+    rows = [
+        (loss.label, setting, f"{step}", "not finite" if value is None else f"{value:.4f}")
+        for loss in study.losses
+        for setting, step, value in loss.trials
+    ]
+    return PaperTable(
+        "trials",
+        f"All trials: {study.metric} on the prompts that select settings, at the last step that the trial "
+        "has reached.",
+        ("", "setting", "last step", study.metric),
+        tuple(rows),
+    )
+
+
+# Curves
+
+
+def curve_panels(study: StudyResult) -> list[Panel]:
+    """Return the curves of the final runs, means over seeds: the metric over steps and against the KL, and
+    how the log-probs of chosen responses move.
+    """
+    steps, against_kl, chosen, margin = {}, {}, {}, {}
+    for loss in study.losses:
+        x = loss.curves[0].steps
+        mean = np.mean([curve.values.mean(1) for curve in loss.curves], 0)
+        kl = np.mean([curve.kl for curve in loss.curves], 0)
+        steps[loss.label] = (x, mean.tolist())
+        order = np.argsort(kl, kind="stable")
+        against_kl[loss.label] = (kl[order].tolist(), mean[order].tolist())
+        chosen[loss.label] = (x[1:], _means_by_step(loss, names.CHOSEN_LOGP))
+        margin[loss.label] = (x[1:], _means_by_step(loss, names.REWARD_MARGIN))
+    return [
+        Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps),
+        Panel(f"{study.metric} against KL", "KL per token to the reference", "mean over prompts", against_kl),
+        Panel("margin since step 0", "optimizer step", "nats per pair", margin),
+        Panel("log-prob of chosen responses", "optimizer step", "nats per response", chosen),
+    ]
+
+
+def _means_by_step(loss: LossOutcome, name: str) -> list[float]:
+    values = [[m.get(HELD_OUT + name, math.nan) for m in curve.metrics[1:]] for curve in loss.curves]
+    return np.mean(values, 0).tolist()
+
+
+def picture_html(study: StudyResult) -> str:
+    """Return the curves as a picture that is part of the page."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PICTURE
+        draw(path, curve_panels(study), "", columns=2)
+        encoded = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="Curves of the losses" style="max-width:100%" src="data:image/png;base64,{encoded}">'
+
+
+# The page
+
+
+def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
+    """Return the page."""
+    named = {table.name: table.html() for table in tables}
+    declared = study.declaration
+    conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())
+    tuning, compared = study.pairs.prompt_counts()
+    facts = {
+        "declaration": declared[DIGEST],
+        "file": declared["file_sha256"],
+        "log, last digest": study.log[-1][DIGEST],
+        "losses": ", ".join(loss.label for loss in study.losses),
+        "seeds": declared["study"]["seeds"],
+        "trials of each loss": declared["study"]["trials"],
+        "stages": _stages(study),
+        "prompts": f"{tuning} select settings, {compared} are compared",
+        "equivalence margin": declared["study"]["margin"],
+        "rows": {f"seed {seed}": digest for seed, digest in declared["facts"]["rows"].items()},
+        "weights": {name: x for name, x in declared["facts"].items() if name not in ("rows", "held_out")},
+        "loss sources": {name: x["fn"] for name, x in declared["study"]["losses"].items()},
+        "versions": declared["versions"],
+    }
+    shown = {
+        "Results": section("results", "Results", f"<ul>{conclusions}</ul>{named['losses']}"),
+        "Comparisons": section("comparisons", "Comparisons", named["duels"] + named["same_kl"]),
+        "Curves": section("curves", "Curves", picture_html(study)),
+        "Sensitivity": section(
+            "sensitivity", "Sensitivity", named["sensitivity"] + folded("All trials", named["trials"])
+        ),
+        "Declaration": section("declaration", "Declaration", record_table({"": facts})),
+        "Settings": section(
+            "settings", "Settings", folded("The recipe", record_table({"": _recipe(declared["study"])}))
+        ),
+    }
+    note = f"A study declared before training, written by jaxft {__version__}"
+    titled = {link: (link.lower(), text) for link, text in shown.items()}
+    return html_page(study.folder.resolve().name, note, titled)
+
+
+def _stages(study: StudyResult) -> list[str]:
+    counts: dict[tuple[int, int], int] = {}
+    for entry in study.log:
+        if "wave" in entry:
+            key = entry["steps"][1], entry["seed"]
+            counts[key] = counts.get(key, 0) + 1
+    return [f"{count} to step {step} with seed {seed}" for (step, seed), count in counts.items()]
+
+
+def _recipe(declared: dict) -> dict:
+    return {name: value for name, value in flat_values(declared["recipe"]).items() if value is not None}

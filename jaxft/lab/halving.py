@@ -1,0 +1,411 @@
+"""Run a study: successive halving of each loss's trials, then its best setting with every seed.
+
+One compiled program trains a trial of every loss at once, each in its own slot: an adapter on the base that
+all share, with the learning rate and the knobs as arrays. When a trial ends, the next one starts in its slot
+and nothing is compiled. Trials of a wave see the same rows in the same order.
+
+runs/<study>/ has declaration.json, the log study.jsonl, and trials/<loss>-<number>-seed<seed>/ in the form of
+a run's folder, so that `jaxft compare` and `jaxft report` read them. A wave is written when it is complete: a
+study that is killed repeats the wave that it was in, and has the same results to the bit.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import tree
+from jaxft.batch import TrainState, widened
+from jaxft.data.source import Source
+from jaxft.distributed import processes, sharding
+from jaxft.distributed.disk import write_durably
+from jaxft.lab import ledger
+from jaxft.lab.study import LossTrial, Study, check_declared, declare
+from jaxft.lab.trials import make_set_trial, plain_run, run_of
+from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
+from jaxft.runs import folder as runfolder
+from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.interrupt import Interrupt, signal_name
+from jaxft.runs.settings.record import describe
+from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_value
+from jaxft.train.compiled import Compiled, States
+from jaxft.train.logs.clock import Clock
+from jaxft.train.programs import start
+from jaxft.train.settings import steps_between
+from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
+from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep.sweep_programs import compile_sweep
+from jaxft.tree import Params
+
+DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
+FEW_PROMPTS = 20  # below this number a comparison finds only very large differences
+
+PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, in the order of HeldOutPairs
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """The held-out pairs of a study: their names, the prompts that they belong to, and whether they select
+    settings (True) or are compared.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[int, ...]
+    tuning: tuple[bool, ...]
+
+    @staticmethod
+    def of(source: Any, fraction: float) -> "HeldOutPairs":
+        """Divide the held-out prompts of a source at random, the same in every study of these rows."""
+        held, rows = np.asarray(source.split.held), source.split.rows
+        groups = np.unique(rows.group_by(0)[held], return_inverse=True)[1]
+        count = int(groups.max()) + 1
+        chosen = np.random.default_rng(0).permutation(count)[: round(fraction * count)]
+        return HeldOutPairs(
+            tuple(rows.names[i] for i in held),
+            tuple(groups.tolist()),
+            tuple(np.isin(groups, chosen).tolist()),
+        )
+
+    def prompt_counts(self) -> tuple[int, int]:
+        """Return the numbers of prompts that select settings and that are compared."""
+        known = dict(zip(self.prompts, self.tuning, strict=True))
+        return sum(known.values()), len(known) - sum(known.values())
+
+    def by_prompt(self, values: Sequence[float], tuning: bool) -> np.ndarray:
+        """Return the mean of each prompt's pairs, of the prompts that select settings or of the others."""
+        x, prompts = np.asarray(values, np.float64), np.asarray(self.prompts)
+        chosen = np.asarray(self.tuning) == tuning
+        numbers, inverse = np.unique(prompts[chosen], return_inverse=True)
+        return np.bincount(inverse, x[chosen], len(numbers)) / np.bincount(inverse)
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A trial of each loss, trained together from step `first` to `last` with one seed."""
+
+    seed: int
+    trials: Mapping[str, LossTrial]
+    first: int
+    last: int
+
+    @property
+    def key(self) -> str:
+        """The wave's identity in the log."""
+        numbers = ",".join(f"{label}-{trial.number}" for label, trial in self.trials.items())
+        return f"seed {self.seed}, steps {self.first}-{self.last}: {numbers}"
+
+    def folder(self, root: Path, label: str) -> Path:
+        """The folder of a loss's trial."""
+        return root / "trials" / f"{label}-{self.trials[label].number}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Everything that the waves of a study share: the compiled programs, the rows and the states at step 0 of
+    every seed, and the frozen parameters.
+    """
+
+    study: Study
+    job: Job
+    sources: Mapping[int, Source[Any]]
+    pairs: HeldOutPairs
+    compiled: Compiled
+    initial: Mapping[int, States]
+    frozen: tuple[Params, ...]
+
+
+def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock | None = None) -> int:
+    """Run a study, or continue it; return the exit code: 0 if it is finished, 128 + n if signal n stopped it.
+
+    Raises ValueError with one line before anything is trained.
+    """
+    folder, clock = runfolder.folder_of(root, study.name), clock or Clock()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runfolder.lock(folder))
+        stack.enter_context(jax.set_mesh(sharding.make_mesh(study.recipe.mesh)))
+        job, sources = prepare_study(study, folder)
+        pairs = HeldOutPairs.of(job.sources[0], study.tuning)
+        lines = plan_lines(study, pairs)
+        check_losses(study, job)
+        now = declare(study, file, declared_facts(job, sources, pairs))
+        path = folder / DECLARATION
+        if path.exists():
+            check_declared(folder, runfolder.read_saved_json(path), now)
+        else:
+            runfolder.write_durable_json(path, now)
+            runfolder.write_durable_json(folder / PAIRS, json_pairs(pairs))
+        print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
+        done = ledger.read_chain(folder / LEDGER)
+        if not done:
+            done = ledger.append_entry(folder / LEDGER, done, {"declared": now["digest"]})
+        elif done[0].get("declared") != now["digest"]:
+            raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
+        if done[-1].get("finished"):
+            print(f"{folder}: this study is finished", flush=True)
+            return 0
+        lab = open_lab(study, job, sources, pairs, clock)
+        with Interrupt() as interrupt:
+            if train_waves(lab, folder, done, interrupt) is None:
+                print(f"stopped by {signal_name(interrupt.signal)}; the same command continues", flush=True)
+                return 128 + interrupt.signal
+    return 0
+
+
+# Before training
+
+
+def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any]]]:
+    """Read the rows and build the programs as shapes: a member of each loss with the first seed, and a source
+    for every seed, whose batches fit into one shape.
+    """
+    first = study.seeds[0]
+    runs = {label: run_of(study, label, first) for label in study.losses}
+    job = prepare(Sweep(study.name, runs), None, folder)
+    shards = sharding.row_shards(job.lead.programs.mesh)
+    sources = {first: job.sources[0]}
+    for seed in study.seeds[1:]:
+        data = run_of(study, next(iter(study.losses)), seed).data
+        sources[seed] = processes.first_then_others(partial(data.open, job.tokenizer, shards))
+    return replace(job, widest=widest_shape([*sources.values()])), sources
+
+
+def declared_facts(job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs) -> dict[str, Any]:
+    """Return hashes of the rows and the weights, which are part of the declaration."""
+    rows = {str(seed): source.info.fingerprint for seed, source in sources.items()}
+    return {"rows": rows, "held_out": json_pairs(pairs), **weight_fingerprints(job.lead.run)}
+
+
+def json_pairs(pairs: HeldOutPairs) -> dict[str, Any]:
+    """Return the held-out pairs as JSON."""
+    return {"names": list(pairs.names), "prompts": list(pairs.prompts), "tuning": list(pairs.tuning)}
+
+
+def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
+    """Return lines about the budget and the prompts. Raises ValueError for prompts that no comparison can be
+    made of.
+    """
+    tuning, compared = pairs.prompt_counts()
+    if tuning < 1 or compared < 2:
+        raise ValueError(
+            f"the recipe holds out {tuning + compared} prompts, of which {tuning} select settings and "
+            f"{compared} are compared; too few for any conclusion. Hold out more with data.held_out"
+        )
+    stages = ", then ".join(f"{r.trials} to step {r.steps}" for r in study.rungs)
+    lines = [
+        f"each of {len(study.losses)} losses: {study.trials} trials on seed {study.seeds[0]} ({stages}), the "
+        f"best one on {len(study.seeds)} seeds; {study.steps_per_loss} optimizer steps",
+        f"{tuning} held-out prompts select settings, {compared} are compared",
+    ]
+    if compared < FEW_PROMPTS:
+        lines.append(f"warning: {compared} prompts are few: only very large differences can be found")
+    if len(study.seeds) < 2:
+        lines.append("warning: with one seed the results are about that seed alone")
+    return lines
+
+
+def check_losses(study: Study, job: Job) -> None:
+    """Trace every loss on the shape of the rows. Raises ValueError for one that needs other rows, such as a
+    column or a response that they lack.
+    """
+    for label, member in zip(study.losses, job.members, strict=True):
+        p = member.programs
+
+        def loss(state: TrainState, frozen: Params, batch: Any, objective: Any = p.objective) -> Any:
+            rows = jax.tree.map(lambda x: x[0], batch)
+            return objective(tree.combine(state.trainable, frozen), rows, None, state.aux)
+
+        try:
+            jax.eval_shape(loss, p.state, p.frozen, job.sources[0].shapes[-1])
+        except ValueError as error:
+            raise ValueError(f"study.losses[{label}]: {error}") from error
+
+
+def open_lab(
+    study: Study, job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs, clock: Clock
+) -> Lab:
+    """Load the base, make the states of every seed at step 0, and compile the programs."""
+    states, frozen = load_members(job, None, print)
+    initial = {study.seeds[0]: states}
+    for seed in study.seeds[1:]:
+        runs = [run_of(study, label, seed) for label in study.losses]
+        initial[seed] = tuple(
+            start(run, member.programs, None, frozen[0]["base"])[0]
+            for run, member in zip(runs, job.members, strict=True)
+        )
+    compiled = compile_sweep(job, frozen, clock)
+    return Lab(study, job, sources, pairs, compiled, initial, frozen)
+
+
+# Waves
+
+
+def train_waves(
+    lab: Lab, folder: Path, done: list[dict[str, Any]], interrupt: Interrupt
+) -> list[dict[str, Any]] | None:
+    """Train all waves that the log does not have yet; return the log, None if a signal stopped the study."""
+    study, seed = lab.study, lab.study.seeds[0]
+    alive = {label: study.trials_of(label) for label in study.losses}
+    first = 0
+    for number, rung in enumerate(study.rungs):
+        waves = [
+            Wave(seed, {label: own[i] for label, own in alive.items()}, first, rung.steps)
+            for i in range(rung.trials)
+        ]
+        for wave in waves:
+            if interrupt.signal:
+                return None
+            done = train_wave(lab, folder, wave, done)
+        last = number + 1 == len(study.rungs)
+        keep = 1 if last else study.rungs[number + 1].trials
+        alive = {label: best_trials(done, label, waves)[:keep] for label in alive}
+        first = rung.steps
+    winners = {label: own[0] for label, own in alive.items()}
+    for other in study.seeds[1:]:
+        if interrupt.signal:
+            return None
+        done = train_wave(lab, folder, Wave(other, winners, 0, first), done)
+    winner = {label: {"trial": trial.number, "setting": str(trial)} for label, trial in winners.items()}
+    return ledger.append_entry(folder / LEDGER, done, {"finished": True, "winners": winner})
+
+
+def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[Wave]) -> list[LossTrial]:
+    """Return the trials of a loss in a stage, the best first; of equal ones the earlier. A trial without a
+    finite value is last.
+    """
+    scores = {entry["wave"]: entry["scores"][label] for entry in done if "wave" in entry}
+
+    def rank(wave: Wave) -> tuple[float, int]:
+        score = scores[wave.key]
+        return (math.inf if score is None else -score), wave.trials[label].number
+
+    return [wave.trials[label] for wave in sorted(waves, key=rank)]
+
+
+def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train a wave unless the log has it; write the results of its trials, then its line of the log."""
+    if any(entry.get("wave") == wave.key for entry in done):
+        return done
+    states = start_states(lab, folder, wave)
+    source, steps = lab.sources[wave.seed], lab.study.recipe.loop.steps or wave.last
+    every = steps_between(1 / lab.study.evaluations, steps)
+    shape = lab.job.padded_shape
+    evaluations: list[list[PairsEvaluation]] = [[] for _ in wave.trials]
+    for step in range(wave.first, wave.last):
+        batch = widened(source.batch(step, states[0])[0], shape)
+        states, metrics = lab.compiled.step(states, lab.frozen, batch)
+        if (step + 1) % every == 0 or step + 1 == wave.last:
+            now = evaluate_states(lab, states, step + 1, metrics)
+            for earlier, newest in zip(evaluations, now, strict=True):
+                earlier.append(newest)
+    files: dict[str, dict[str, str]] = {}
+    scores: dict[str, float | None] = {}
+    for label, state, found in zip(wave.trials, states, evaluations, strict=True):
+        files[label] = write_trial(lab, folder, wave, label, (state, found))
+        scores[label] = tuning_score(lab, found[-1])
+    texts = ", ".join(f"{label} {'-' if x is None else f'{x:.4f}'}" for label, x in scores.items())
+    print(f"{wave.key}: {lab.study.metric} on the tuning prompts: {texts}", flush=True)
+    entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
+    entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
+    return ledger.append_entry(folder / LEDGER, done, {**entry, "files": files})
+
+
+@dataclass(frozen=True)
+class PairsEvaluation:
+    """The held-out pairs after a step: metrics under their names in the log, and values of single pairs."""
+
+    step: int
+    metrics: FloatMetrics
+    rows: PairValues
+
+
+def start_states(lab: Lab, folder: Path, wave: Wave) -> States:
+    """Return the states of a wave's trials: of their checkpoints, or at step 0 with the trials' numbers."""
+    set_trial = make_set_trial(lab.study)
+    states = []
+    for number, (label, trial) in enumerate(wave.trials.items()):
+        if wave.first == 0:
+            own = jax.tree.map(lambda x: x.copy(), lab.initial[wave.seed][number])  # the step donates it
+            states.append(set_trial(own, trial))
+            continue
+        with contextlib.closing(checkpoints_of(wave.folder(folder, label))) as saved:
+            restored = saved.restore(lab.job.abstract_states[number], wave.first)
+        assert restored is not None
+        states.append(restored[0])
+    return tuple(states)
+
+
+def checkpoints_of(trial: Path) -> Checkpoints:
+    """The checkpoints of a trial's folder."""
+    return Checkpoints(trial / "checkpoints", keep_last=1, keep_best=0)
+
+
+def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
+    """Evaluate the held-out pairs; metrics: of the step before."""
+    name_of, position = lab.job.sources[0].held_out_name, {n: i for i, n in enumerate(lab.pairs.names)}
+    trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
+    found = []
+    for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
+        values: dict[str, list[float]] = {}
+        for at, row in rows.items():
+            for name, value in row.items():
+                values.setdefault(name, [math.nan] * len(position))[position[name_of(at)]] = value
+        logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
+        named = {HELD_OUT + name: value for name, value in own.items()}
+        found.append(PairsEvaluation(step, {**logged, **named}, values))
+    return found
+
+
+def tuning_score(lab: Lab, found: PairsEvaluation) -> float | None:
+    """Return the study's metric on the prompts that select settings, None if it is not finite."""
+    score = float(lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True).mean())
+    return score if math.isfinite(score) else None
+
+
+def write_trial(
+    lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
+) -> dict[str, str]:
+    """Write a trial's folder after a wave; return the hashes of its files. result: state and evaluations."""
+    own, (state, found) = wave.folder(folder, label), result
+    (own / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(checkpoints_of(own)) as saved:
+        saved.save(wave.last, state, {})
+    earlier = read_evaluations(own / EVALUATIONS) if wave.first else []
+    every = [*(e for e in earlier if e.step <= wave.first), *found]
+    run = plain_run(lab.study, label, wave.trials[label], wave.seed)
+    runfolder.write_durable_json(own / "config.json", describe(run))
+    lines = [
+        json.dumps({"step": e.step, "metrics": json_value(e.metrics), "rows": json_value(e.rows)})
+        for e in every
+    ]
+    write_durably(own / EVALUATIONS, "".join(f"{line}\n" for line in lines).encode())
+    logged = [format_line(e.step, e.metrics, {}) for e in every]
+    write_durably(own / METRICS, "".join(f"{line}\n" for line in logged).encode())
+    rows = [
+        json.dumps({"row": name, **json_value({key: x[i] for key, x in every[-1].rows.items()})})
+        for i, name in enumerate(lab.pairs.names)
+    ]
+    write_durably(own / HELD_OUT_ROWS, "".join(f"{row}\n" for row in rows).encode())
+    names = ("config.json", EVALUATIONS, METRICS, HELD_OUT_ROWS)
+    return {name: ledger.file_digest(own / name) for name in names}
+
+
+def read_evaluations(path: Path) -> list[PairsEvaluation]:
+    """Read a trial's evaluations; a value that was not finite is NaN."""
+
+    def number(x: float | None) -> float:
+        return math.nan if x is None else x
+
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        rows = {name: [number(x) for x in values] for name, values in entry["rows"].items()}
+        metrics = {name: number(x) for name, x in entry["metrics"].items()}
+        found.append(PairsEvaluation(entry["step"], metrics, rows))
+    return found

@@ -1,0 +1,249 @@
+"""The results of a study: paired comparisons at the end and at the same KL, curves, and sensitivity to knobs.
+
+Values are means over the pairs of each held-out prompt that selected nothing. A loss that has moved further
+from the reference is likely to have a higher accuracy, whatever its loss, so that losses are also compared
+where their policies have the same KL, along the whole curve.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxft.lab import ledger
+from jaxft.lab.halving import (
+    DECLARATION,
+    EVALUATIONS,
+    LEDGER,
+    PAIRS,
+    HeldOutPairs,
+    PairsEvaluation,
+    read_evaluations,
+)
+from jaxft.objectives.intervals import LEVEL
+from jaxft.objectives.metrics import HELD_OUT
+from jaxft.objectives.pair import ACCURACY
+from jaxft.report.statistics import Difference, equivalence, holm, paired_difference
+from jaxft.runs import metric_names as names
+from jaxft.runs.folder import read_saved_json
+
+KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
+START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 0 of other metrics
+
+
+@dataclass(frozen=True)
+class FinalCurve:
+    """A final run of a loss by evaluation: steps, KL per token to the reference, and values [evaluations, P]
+    of the compared prompts. The first one is step 0.
+    """
+
+    steps: tuple[int, ...]
+    kl: Float[np.ndarray, " E"]
+    values: Float[np.ndarray, "E P"]
+    metrics: tuple[Mapping[str, float], ...]
+
+    def at_kl(self, kl: float) -> Float[np.ndarray, " P"]:
+        """Return the values where the KL is `kl`, interpolated between evaluations in order of their KL."""
+        order = np.argsort(self.kl, kind="stable")
+        weights = [np.interp(kl, self.kl[order], row) for row in np.eye(len(order))]
+        return np.asarray(weights) @ self.values[order]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The values of a loss's trials on the tuning prompts at one step, which all of them have reached."""
+
+    step: int
+    best: float
+    median: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class LossOutcome:
+    """The results of one loss. trials: (setting, last step, value on the tuning prompts or None) of each.
+    curves: of the final run of each seed.
+    """
+
+    label: str
+    winner: str
+    trials: tuple[tuple[str, int, float | None], ...]
+    sensitivity: Sensitivity | None
+    curves: tuple[FinalCurve, ...]
+
+    @property
+    def final(self) -> Float[np.ndarray, "S P"]:
+        """Values after the last step, of each seed and compared prompt."""
+        return np.stack([curve.values[-1] for curve in self.curves])
+
+    @property
+    def largest_kl(self) -> float:
+        """The largest KL that the runs of all seeds reach."""
+        return min(float(curve.kl.max()) for curve in self.curves)
+
+    def at_kl(self, kl: float) -> Float[np.ndarray, "S P"]:
+        """Values where the KL is `kl`, of each seed and compared prompt."""
+        return np.stack([curve.at_kl(kl) for curve in self.curves])
+
+
+@dataclass(frozen=True)
+class MatchedKL:
+    """A comparison where both policies have the same KL, with its p-value adjusted for all comparisons."""
+
+    kl: float
+    difference: Difference
+    p: float
+
+    @property
+    def winner(self) -> int:
+        """1 if the second loss is better, -1 if the first one is, 0 if neither can be told."""
+        return int(np.sign(self.difference.mean)) if self.difference.different(p=self.p) else 0
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two losses: the second minus the first. p: adjusted for the duels of the study (Holm). matched: along
+    the curve, from low to high KL.
+    """
+
+    one: str
+    other: str
+    difference: Difference
+    p: float
+    matched: tuple[MatchedKL, ...]
+    margin: float | None
+
+    @property
+    def verdict(self) -> str:
+        """The result in words. A loss wins only where its curve does."""
+        text = self.difference.verdict(self.p, self.margin)
+        if text != "different":
+            return text
+        sign = int(np.sign(self.difference.mean))
+        better = self.other if sign > 0 else self.one
+        winners = [point.winner for point in self.matched]
+        if not winners or all(w == sign for w in winners):
+            where = " and at every KL that both reach" if winners else ""
+            return f"{better} is better at the end{where}"
+        if winners[-1] == sign:
+            return f"{better} is better at the end and at the largest KL that both reach, not along the curve"
+        if -sign in winners:
+            return f"{better} is better at the end, but worse at some KL that both reach"
+        return f"{better} is better at the end; at the same KL they are not distinguishable"
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A finished study. declaration: as it was written before training."""
+
+    folder: Path
+    declaration: Mapping[str, Any]
+    metric: str
+    losses: tuple[LossOutcome, ...]
+    duels: tuple[Duel, ...]
+    pairs: HeldOutPairs
+    log: tuple[Mapping[str, Any], ...]
+
+    @property
+    def order(self) -> list[LossOutcome]:
+        """The losses, the highest mean first."""
+        return sorted(self.losses, key=lambda loss: -float(np.nanmean(loss.final)))
+
+    def lines(self) -> list[str]:
+        """Return the conclusions as sentences."""
+        found = [
+            f"{d.other} against {d.one}, {self.metric}: {d.difference.mean:+.4f} "
+            f"{d.difference.interval.text(4)}, p = {d.p:.2g} (Holm): {d.verdict}"
+            for d in self.duels
+        ]
+        first = self.losses[0].final
+        if len(self.losses[0].curves) < 2:
+            found.append("with one seed, all of this is about that seed alone")
+        if not any(d.difference.different(p=d.p) for d in self.duels):
+            size = f"{first.shape[1]} prompts and {len(first)} seeds"
+            found.append(f"no loss is better than another with {size}")
+        return found
+
+
+def read_study(folder: Path) -> StudyResult:
+    """Read a finished study. Raises ValueError for one that is not finished, or whose files have changed."""
+    log = ledger.read_chain(folder / LEDGER)
+    if not log or not log[-1].get("finished"):
+        raise ValueError(f"{folder} is not a finished study; run its command again, which continues it")
+    declaration = read_saved_json(folder / DECLARATION)
+    saved = read_saved_json(folder / PAIRS)
+    pairs = HeldOutPairs(*(tuple(saved[name]) for name in ("names", "prompts", "tuning")))
+    metric, margin = declaration["study"]["metric"], declaration["study"]["margin"]
+    waves = [entry for entry in log if "wave" in entry]
+    losses = tuple(
+        _loss_outcome(folder, label, log, waves, (metric, pairs)) for label in declaration["study"]["losses"]
+    )
+    return StudyResult(folder, declaration, metric, losses, duels_of(losses, margin), pairs, tuple(log))
+
+
+def _loss_outcome(
+    folder: Path,
+    label: str,
+    log: Sequence[Mapping[str, Any]],
+    waves: Sequence[Mapping[str, Any]],
+    compared: tuple[str, HeldOutPairs],
+) -> LossOutcome:
+    """Read the results of a loss. compared: the metric and the held-out pairs."""
+    declared = read_saved_json(folder / DECLARATION)
+    winner, seeds = log[-1]["winners"][label], declared["study"]["seeds"]
+    last: dict[int, tuple[int, float | None]] = {}
+    stages: dict[int, list[float | None]] = {}
+    for wave in waves:
+        if wave["seed"] == seeds[0]:
+            step, score = wave["steps"][1], wave["scores"][label]
+            last[wave["trials"][label]] = step, score
+            stages.setdefault(step, []).append(score)
+    settings = declared["trials"][label]
+    trials = tuple((setting, *last[number]) for number, setting in enumerate(settings))
+    step, scores = next(iter(stages.items()))
+    finite = sorted(x for x in scores if x is not None)
+    sensitivity = Sensitivity(step, finite[-1], float(np.median(finite)), finite[0]) if finite else None
+    finals = [trial_folder(folder, label, winner["trial"], seed) for seed in seeds]
+    curves = tuple(final_curve(read_evaluations(final / EVALUATIONS), *compared) for final in finals)
+    return LossOutcome(label, winner["setting"], trials, sensitivity, curves)
+
+
+def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
+    """The folder of a trial."""
+    return folder / "trials" / f"{label}-{number}-seed{seed}"
+
+
+def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: HeldOutPairs) -> FinalCurve:
+    """Return the curve of a run, which begins at step 0 with the reference."""
+    values = [pairs.by_prompt(e.rows[metric], tuning=False) for e in evaluations]
+    first = np.full_like(values[0], START.get(metric, 0.0))
+    kl = [0.0, *(e.metrics[HELD_OUT + names.KL] for e in evaluations)]
+    steps = (0, *(e.step for e in evaluations))
+    return FinalCurve(
+        steps, np.asarray(kl), np.stack([first, *values]), ({}, *(e.metrics for e in evaluations))
+    )
+
+
+def duels_of(losses: Sequence[LossOutcome], margin: float | None) -> tuple[Duel, ...]:
+    """Compare every two losses, at the end and at the same KL."""
+    two = list(combinations(losses, 2))
+    ends = [paired_difference(one.final, other.final) for one, other in two]
+    points = []
+    for one, other in two:
+        largest = min(one.largest_kl, other.largest_kl)
+        levels = [fraction * largest for fraction in KL_LEVELS] if largest > 0 else []
+        points.append([(kl, paired_difference(one.at_kl(kl), other.at_kl(kl))) for kl in levels])
+    adjusted = iter(holm([d.p for own in points for _, d in own]))
+    return tuple(
+        Duel(one.label, other.label, end, p, tuple(MatchedKL(kl, d, next(adjusted)) for kl, d in own), margin)
+        for (one, other), end, p, own in zip(two, ends, holm([d.p for d in ends]), points, strict=True)
+    )
+
+
+def is_equivalent(duel: Duel) -> bool:
+    """Whether two losses are equivalent within the study's margin."""
+    return duel.margin is not None and equivalence(duel.difference, duel.margin) < 1 - LEVEL

@@ -1,0 +1,285 @@
+"""The declaration of a study: losses, how their knobs are searched, seeds and rows, decided before training.
+
+A study's file has a function `study() -> Study`:
+
+    from jaxft.lab.study import LogRange, SearchedLoss, Study
+    from jaxft.objectives.losses.preference_losses import dpo, ipo
+    from jaxft.runs.settings.config import load_config
+
+    def study() -> Study:
+        return Study(
+            name="dpo-or-ipo",
+            recipe=load_config("dpo", ["epochs=1"]),
+            losses={
+                "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
+                "ipo": SearchedLoss(ipo, {"beta": LogRange(0.03, 0.3)}),
+            },
+            lr=LogRange(2e-5, 2e-4),
+            trials=6,
+            seeds=(0, 1, 2),
+        )
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Array
+
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
+from jaxft.lab.named_losses import loss_knobs
+from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, declaration, loss_name
+from jaxft.runs.environment import versions
+from jaxft.runs.settings.parse import find_file, run_file
+from jaxft.runs.settings.record import describe, differences
+from jaxft.train.settings import Run
+from jaxft.tree import nearest
+
+METRICS_OF_PAIRS = (ACCURACY, MARGIN)  # of single held-out pairs, comparable between losses
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)  # bases of Halton's sequence, one for each knob
+
+
+@dataclass(frozen=True)
+class LogRange:
+    """Numbers from `low` to `high`, spread evenly by their logarithm."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high < math.inf:
+            raise ValueError(f"LogRange({self.low}, {self.high}): use numbers above 0, the lower one first")
+
+    def at(self, fraction: float) -> float:
+        """Return the number at a fraction of the range, with 4 digits."""
+        return float(f"{self.low * (self.high / self.low) ** fraction:.4g}")
+
+
+Values = tuple[float, ...] | LogRange  # of a knob that is searched
+
+
+@dataclass(frozen=True)
+class SearchedLoss:
+    """A loss `(pair, **knobs) -> [B, P]`, and the values of its knobs that are searched.
+
+    Other knobs keep their defaults; fix one with `partial(ipo, beta=0.1)`.
+    """
+
+    fn: Callable[..., Array]
+    knobs: Mapping[str, Values] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossTrial:
+    """One setting of a loss: its number among the loss's trials, learning rate and knobs."""
+
+    number: int
+    lr: float
+    knobs: Mapping[str, float]
+
+    def __str__(self) -> str:
+        knobs = {"lr": self.lr, **self.knobs}
+        return ", ".join(f"{name}={value:g}" for name, value in knobs.items())
+
+
+class Rung:
+    """A stage of the search: how many trials of each loss train on, and up to which step."""
+
+    def __init__(self, trials: int, steps: int):
+        self.trials, self.steps = trials, steps
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of preference losses with the same budget for each.
+
+    name: results are in runs/NAME. recipe: a run on pairs with a fresh adapter; each of `losses` replaces its
+    loss, and its loop.steps is the length of a full run. losses: by label. lr: learning rates that are
+    searched, the same for every loss. trials: settings of each loss that are tried, with the first seed.
+    keep: fraction of the trials that train on after each stage of successive halving; 1 trains all to the
+    end. seeds: of the final runs of each loss with its best setting; a seed determines the adapter at step 0
+    and the order of the rows. metric: of single held-out pairs, which selects a setting and is compared:
+    rewards/accuracies, or rewards/margins in nats. margin: the largest difference in it that does not matter,
+    for tests of equivalence; None for none. tuning: fraction of the held-out prompts that select settings;
+    the comparison reads the others. evaluations: of the held-out pairs during a full run.
+    """
+
+    name: str
+    recipe: Run
+    losses: Mapping[str, SearchedLoss]
+    lr: Values
+    trials: Annotated[int, count_from(1)] = 6
+    keep: Annotated[float, ABOVE_ZERO_TO_ONE] = 1 / 3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    metric: str = ACCURACY
+    margin: Annotated[float | None, above(0)] = None
+    tuning: Annotated[float, ABOVE_ZERO_TO_ONE] = 0.5
+    evaluations: Annotated[int, at_least(1)] = 4
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "study")
+        if len(self.losses) < 2:
+            raise ValueError(f"study.losses has {len(self.losses)} losses; a comparison needs at least 2")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"study.seeds={self.seeds}: name at least one seed, and each once")
+        if self.metric not in METRICS_OF_PAIRS:
+            raise ValueError(f"study.metric={self.metric!r}; use {' or '.join(METRICS_OF_PAIRS)}")
+        if self.tuning == 1:
+            raise ValueError("study.tuning=1 leaves no held-out prompts for the comparison; use 0.5")
+        if not self.recipe.loop.steps:
+            raise ValueError(
+                "study.recipe has no number of steps, on which stages and the schedule depend; set loop.steps"
+            )
+        if self.recipe.adapter is None or self.recipe.start or self.recipe.data.unit != "pairs":
+            raise ValueError(
+                "study.recipe must train a fresh adapter on pairs, such as configs/dpo.py; "
+                "leave out full=true and start"
+            )
+        if not self.recipe.data.holds_out:
+            raise ValueError(
+                "study.recipe holds out no pairs, which the losses are compared on; set held_out"
+            )
+        for label, loss in self.losses.items():
+            _check_loss(label, loss)
+            self.trials_of(label)
+
+    def trials_of(self, label: str) -> list[LossTrial]:
+        """Return the trials of a loss.
+
+        Where all values are listed they are combinations in a fixed random order, else points of Halton's
+        sequence, which fill the ranges evenly. Every loss has the same learning rates as far as possible.
+        """
+        searched = {"lr": self.lr, **self.losses[label].knobs}
+        if all(isinstance(values, tuple) for values in searched.values()):
+            grid = list(product(*(values for values in searched.values() if isinstance(values, tuple))))
+            if len(set(grid)) < self.trials:
+                raise ValueError(
+                    f"study.trials={self.trials}, but {label} has only {len(set(grid))} settings; "
+                    "list more values, or use a LogRange"
+                )
+            order = np.random.default_rng(0).permutation(len(grid))[: self.trials]
+            points = [grid[i] for i in sorted(order)]
+        else:
+            points = [
+                tuple(
+                    _value(values, _halton(number, base))
+                    for values, base in zip(searched.values(), PRIMES, strict=False)
+                )
+                for number in range(self.trials)
+            ]
+        return [
+            LossTrial(number, lr, dict(zip(self.losses[label].knobs, knobs, strict=True)))
+            for number, (lr, *knobs) in enumerate(points)
+        ]
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """The stages of successive halving: of n trials, n * keep train on, in 1 / keep as many steps."""
+        counts = [self.trials]
+        while counts[-1] > 1 and self.keep < 1:
+            counts.append(max(1, math.floor(counts[-1] * self.keep)))
+        steps, last = self.recipe.loop.steps or 0, len(counts) - 1
+        return [
+            Rung(count, max(1, math.ceil(steps * self.keep ** (last - number))))
+            for number, count in enumerate(counts)
+        ]
+
+    @property
+    def steps_per_loss(self) -> int:
+        """Optimizer steps of each loss: of its trials, and of the final runs of the other seeds."""
+        done = [0, *(rung.steps for rung in self.rungs)]
+        search = sum(r.trials * (r.steps - before) for r, before in zip(self.rungs, done, strict=False))
+        return search + (len(self.seeds) - 1) * (self.recipe.loop.steps or 0)
+
+
+def _check_loss(label: str, loss: SearchedLoss) -> None:
+    """Raise ValueError for knobs that the loss does not have, or values that are none."""
+    if not label or any(sign in label for sign in "/\\,= "):
+        raise ValueError(f"study.losses has the label {label!r}; use letters, digits, - and _")
+    known = loss_knobs(loss.fn)
+    for name, values in loss.knobs.items():
+        if name not in known:
+            near = ", ".join(nearest(name, list(known), 5)) or "none, it has no knobs"
+            raise ValueError(
+                f"study.losses[{label}]: {loss_name(loss.fn)} has no knob {name!r}; near: {near}"
+            )
+        if isinstance(values, tuple) and not values:
+            raise ValueError(f"study.losses[{label}]: {name} has no values")
+    if declaration(loss.fn).init:
+        raise ValueError(
+            f"study.losses[{label}]: {loss_name(loss.fn)} carries a state from step to step, which a study "
+            "doesn't reset between trials; leave it out"
+        )
+    if len(loss.knobs) >= len(PRIMES):
+        raise ValueError(f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched")
+    check_knobs(loss.fn)
+
+
+def _value(values: Values, fraction: float) -> float:
+    return values.at(fraction) if isinstance(values, LogRange) else values[int(fraction * len(values))]
+
+
+def _halton(number: int, base: int) -> float:
+    """Number `number` of van der Corput's sequence in a base (Halton 1960), after the first, which is 0."""
+    number, found, scale = number + 1, 0.0, 1.0
+    while number:
+        scale /= base
+        number, digit = divmod(number, base)
+        found += digit * scale
+    return found
+
+
+def load_study(path: str) -> tuple[Study, Path]:
+    """Return the study that a file declares, and the file. Raises ValueError or FileNotFoundError."""
+    file = find_file(path)
+    make = vars(run_file(file)).get("study")
+    if not callable(make):
+        raise ValueError(f"{path} has no function study() -> Study")
+    made = make()
+    if not isinstance(made, Study):
+        raise ValueError(f"{path}: study() returned type {type(made).__name__}; expected a Study")
+    return made, file
+
+
+def declare(study: Study, file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the declaration: everything that is decided before training, as JSON, with its digest.
+
+    facts: hashes of rows and weights.
+    """
+    trials = {label: [str(trial) for trial in study.trials_of(label)] for label in study.losses}
+    body = {
+        "study": describe(replace(study, name="")),
+        "trials": trials,
+        "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "facts": dict(facts),
+        "versions": versions(),
+    }
+    body = json.loads(json.dumps(body))
+    return {**body, "digest": digest_of(body)}
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_declared(folder: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError if a study is not what was declared before its first trial."""
+    body = {name: value for name, value in known.items() if name != "digest"}
+    if known.get("digest") != digest_of(body):
+        raise ValueError(f"{folder}: the declaration was edited after it was written; choose another name=")
+    if known["digest"] == now["digest"]:
+        return
+    lines = [line for line in differences(known, now) if not line.startswith(("digest", "file_sha256"))]
+    shown = "; ".join(lines[:3]) or "only text of its file that changes no setting"
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise ValueError(
+        f"{folder}: the study has changed since it was declared: {shown}{more}. Undo that, or choose another "
+        "name="
+    )

@@ -1,0 +1,242 @@
+"""Studies on a tiny model: declared, halved, killed and continued; what a declaration refuses."""
+
+import random
+import shutil
+from contextlib import chdir
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from dpo_place import write_pair_place
+from prepared import working_directory
+
+from jaxft.lab import halving, ledger
+from jaxft.lab.appendix import REPORT, write_appendix
+from jaxft.lab.results import read_study
+from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
+from jaxft.objectives.losses.preference_losses import dpo, ipo
+from jaxft.objectives.losses.reference_free_losses import bco
+from jaxft.runs.settings.config import load_config
+
+FILE = '''"""A study of two losses."""
+
+from jaxft.lab.study import LogRange, SearchedLoss, Study
+from jaxft.objectives.losses.preference_losses import dpo, ipo
+from jaxft.runs.settings.config import load_config
+
+
+def study() -> Study:
+    return Study(
+        name="tiny",
+        recipe=load_config("config.py", ["steps=9", "held_out=0.5", "micro=2"]),
+        losses={
+            "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
+            "ipo": SearchedLoss(ipo, {"beta": (0.05, 0.1)}),
+        },
+        lr=LogRange(1e-3, 2e-2),
+        trials=3,
+        seeds=(0, 1),
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    write_pair_place(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(place):
+    with chdir(place):
+        return load_config("config.py", ["steps=9", "held_out=0.5"])
+
+
+def run(place, text=FILE, name="study.py"):
+    (place / name).write_text(text)
+    with working_directory(place):
+        return halving.run_study(*load_study(name))
+
+
+class Killed(Exception):
+    pass
+
+
+def die_at(step):
+    """A step program that dies at a call."""
+    calls = 0
+
+    def wrap(compiled):
+        def step_or_die(*args):
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                raise Killed
+            return compiled.step(*args)
+
+        return replace(compiled, step=step_or_die)
+
+    return wrap
+
+
+def files_of(folder):
+    kept = (p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".jsonl", ".csv"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept if "checkpoints" not in p.parts}
+
+
+@pytest.mark.slow
+def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_trials(
+    place, monkeypatch, capsys
+):
+    compile_sweep, compiles = halving.compile_sweep, []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiles.append(name) if "backend_compile" in name else None
+    )
+    monkeypatch.setattr(halving, "compile_sweep", lambda *args: die_at(12)(compile_sweep(*args)))
+    with pytest.raises(Killed):
+        run(place)
+    done = ledger.read_chain(place / "runs/tiny/study.jsonl")
+    monkeypatch.setattr(halving, "compile_sweep", compile_sweep)
+    train_wave = halving.train_wave
+    after_first = []
+
+    def counted(*args):
+        found = train_wave(*args)
+        after_first.append(len(compiles))
+        return found
+
+    monkeypatch.setattr(halving, "train_wave", counted)
+    assert run(place) == 0
+    assert len(set(after_first[-3:])) == 1  # later waves compile nothing
+    out = capsys.readouterr().out
+    assert "each of 2 losses: 3 trials on seed 0 (3 to step 3, then 1 to step 9)" in out
+    entries = ledger.read_chain(place / "runs/tiny/study.jsonl")
+    assert entries[: len(done)] == done and len(done) > 2  # no finished trial is lost
+    continued = files_of(place / "runs/tiny")
+    shutil.move(place / "runs/tiny", place / "continued")
+    assert run(place) == 0
+    assert files_of(place / "runs/tiny") == continued
+
+    study = read_study(place / "runs/tiny")
+    assert [len(e["trials"]) for e in entries if "wave" in e] == [2] * 5
+    assert {p.name for p in write_appendix(study)} >= {REPORT, "duels.csv", "losses.tex"}
+    page = (place / "runs/tiny" / REPORT).read_text()
+    for text in (study.declaration["digest"], "Comparisons", "not distinguishable", "data:image/png"):
+        assert text in page
+    assert run(place) == 0 and "this study is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the study has changed since it was declared: study.trials: 3 -> 2"):
+        run(place, FILE.replace("trials=3", "trials=2"))
+
+
+def test_every_changed_line_of_the_log_is_found(tmp_path):
+    path, entries = tmp_path / "study.jsonl", []
+    for number in range(10):
+        entries = ledger.append_entry(path, entries, {"wave": number, "scores": {"dpo": number / 7}})
+    assert ledger.read_chain(path) == entries
+    content, rng = path.read_bytes(), random.Random(0)
+    lines = content.splitlines(keepends=True)
+    for _ in range(100):
+        at = rng.randrange(len(content) - 1)
+        changed = bytes([(content[at] + rng.randrange(1, 255)) % 256])
+        path.write_bytes(content[:at] + changed + content[at + 1 :])
+        with pytest.raises(ValueError, match="study.jsonl:"):
+            ledger.read_chain(path)
+    for wrong in (
+        lines[:3] + lines[4:],
+        lines[:2] + [lines[3], lines[2]] + lines[4:],
+        [*lines[:2], *lines[1:]],
+    ):
+        path.write_bytes(b"".join(wrong))
+        with pytest.raises(ValueError, match="was changed after it was written"):
+            ledger.read_chain(path)
+
+
+def test_a_line_that_a_killed_process_left_half_written_is_replaced(tmp_path):
+    path = tmp_path / "study.jsonl"
+    entries = ledger.append_entry(path, [], {"wave": 0})
+    path.write_bytes(path.read_bytes() + b'{"wave": 1, "sc')
+    assert ledger.read_chain(path) == entries
+    entries = ledger.append_entry(path, entries, {"wave": 1})
+    assert ledger.read_chain(path) == entries and len(entries) == 2
+
+
+def make(recipe, **more):
+    losses = {"dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}), "ipo": SearchedLoss(ipo)}
+    return Study(**{"name": "x", "recipe": recipe, "losses": losses, "lr": LogRange(1e-5, 1e-3), **more})
+
+
+def test_a_third_of_the_trials_trains_on_for_three_times_as_long(recipe):
+    study = make(recipe, trials=9)
+    assert [(r.trials, r.steps) for r in study.rungs] == [(9, 1), (3, 3), (1, 9)]
+    assert study.steps_per_loss == 9 * 1 + 3 * 2 + 1 * 6 + 2 * 9
+    assert [(r.trials, r.steps) for r in make(recipe, trials=4, keep=1.0).rungs] == [(4, 9)]
+    assert make(recipe, trials=1).steps_per_loss == 3 * 9
+
+
+def test_every_loss_has_the_same_number_of_trials_and_the_same_learning_rates(recipe):
+    study = make(recipe, trials=6)
+    trials = {label: study.trials_of(label) for label in study.losses}
+    assert [t.lr for t in trials["dpo"]] == [t.lr for t in trials["ipo"]] and len(trials["dpo"]) == 6
+    logs = np.log10([t.lr for t in trials["dpo"]])
+    assert logs.min() >= -5 and logs.max() <= -3 and np.histogram(logs, 2)[0].tolist() == [3, 3]
+    betas = {t.knobs["beta"] for t in trials["dpo"]}
+    assert len(betas) == 6 and not trials["ipo"][0].knobs
+    listed = make(recipe, lr=(1e-4, 1e-3), losses={"a": SearchedLoss(dpo), "b": SearchedLoss(ipo)}, trials=2)
+    assert [t.lr for t in listed.trials_of("a")] == [1e-4, 1e-3]
+
+
+WRONG = {
+    "no trial": (dict(trials=0), "study.trials=0"),
+    "one loss": (dict(losses={"dpo": SearchedLoss(dpo)}), "has 1 losses; a comparison needs at least 2"),
+    "knob": (dict(losses={"a": SearchedLoss(dpo, {"bta": (1.0,)}), "b": SearchedLoss(ipo)}), "no knob 'bta'"),
+    "seed twice": (dict(seeds=(0, 0)), "name at least one seed, and each once"),
+    "metric": (dict(metric="loss"), "study.metric='loss'; use rewards/accuracies or rewards/margins"),
+    "few values": (
+        dict(lr=(1e-4,), losses={"a": SearchedLoss(dpo), "b": SearchedLoss(ipo)}),
+        "study.trials=6, but a has only 1 settings",
+    ),
+    "range": (dict(lr=(0.1,), tuning=1.0), "leaves no held-out prompts"),
+    "state": (dict(losses={"a": SearchedLoss(dpo), "b": SearchedLoss(bco)}), "carries a state"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_study_that_cannot_be_compared_is_refused_in_one_line(recipe, kind):
+    settings, message = WRONG[kind]
+    with pytest.raises(ValueError) as error:
+        make(recipe, **settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_without_pairs_steps_or_held_out_rows_is_refused(place):
+    with chdir(place):
+        for settings, message in (
+            (["steps=none", "held_out=0.5"], "has no number of steps"),
+            (["held_out=none"], "holds out no pairs"),
+            (["full=true"], "must train a fresh adapter on pairs"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                make(load_config("config.py", settings))
+    with pytest.raises(ValueError, match="use numbers above 0, the lower one first"):
+        LogRange(1.0, 0.1)
+
+
+def gold_only(pair, beta=0.1):
+    return beta * (pair.responses["gold"].logp - pair.chosen.logp)
+
+
+def test_losses_that_need_other_rows_and_too_few_prompts_are_refused_before_anything_is_loaded(
+    place, recipe, monkeypatch
+):
+    monkeypatch.setattr(halving, "open_lab", lambda *_: pytest.fail("weights are loaded"))
+    other = make(recipe, name="gold", losses={"dpo": SearchedLoss(dpo), "gold": SearchedLoss(gold_only)})
+    few = make(replace(recipe, data=replace(recipe.data, held_out=0.04)), name="few")
+    for study, message in (
+        (other, r"study.losses\[gold\]: loss gold_only: the pairs have no field 'gold' "),
+        (few, "too few for any conclusion. Hold out more with data.held_out"),
+    ):
+        with working_directory(place), pytest.raises(ValueError, match=message):
+            halving.run_study(study, place / "config.py")
+        assert not (place / "runs" / study.name / "declaration.json").exists()
