@@ -1,5 +1,5 @@
-"""Influence of training rows on held-out rows, from gradients of the adapter: which rows are mislabelled, which
-are duplicates, and which are worth training on.
+"""Influence of training rows on held-out rows, from gradients of the adapter: which rows are mislabelled,
+which are duplicates, and which are worth training on.
 
 The gradient of each row's loss with respect to the trainable parameters is projected at random onto a few
 thousand numbers, in the same pass as it is computed. The influence of a row is the cosine between its
@@ -68,8 +68,8 @@ class Influence:
         return np.argsort(self.cosine, kind="stable")
 
     def duplicates(self, same: float = SAME) -> list[tuple[int, int, float]]:
-        """Return pairs of rows whose gradients have a cosine of at least `same`, in absolute value: below 0 for
-        rows that repeat one another with opposite labels.
+        """Return pairs of rows whose gradients have a cosine of at least `same`, in absolute value: below 0
+        for rows that repeat one another with opposite labels.
         """
         unit = self.gradients / (np.linalg.norm(self.gradients, axis=1, keepdims=True) + 1e-30)
         found = list[tuple[int, int, float]]()
@@ -131,7 +131,9 @@ def influence_of_rows(
 
 
 def _single_rows(source: PairSource, members: Sequence[int]) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """Yield batches [rows, 1, ...] of one pair per row, in the order of `members`, and which rows are used."""
+    """Yield batches [rows, 1, ...] of one pair per row, in the order of `members`, and which rows are
+    used.
+    """
     pairs, layout = source.split.rows, source.layout
     members = np.asarray(members, np.int64)
     length = round_up(int(layout.lengths[members].max()), 64)

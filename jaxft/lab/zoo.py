@@ -8,6 +8,7 @@ KL for values of beta, what flipped labels cost, whether the chosen response los
 the loss itself: its value and gradients over the margin, and its vector field. No model is needed.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,12 +34,14 @@ from jaxft.lab.loss_claims import find_displacement
 from jaxft.lab.loss_laws import check_loss
 from jaxft.lab.loss_probe import Check, Curve, Probe, format_number, margin_curve, margin_span, probe
 from jaxft.lab.named_losses import NamedLoss, loss_knobs
+from jaxft.objectives.pair import declaration
 from jaxft.report.document import html_page
 from jaxft.report.markup import escaped, folded, html_table, section
 from jaxft.report.plots import COLOURS
 
 BETAS = tuple(10.0 ** (k / 2) for k in range(-3, 4))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
+MOST_KL = 2.0  # nats that the picture of reward against KL shows
 SAME_KL = 0.3  # nats at which losses are compared
 ZOO_REWARD = (0.0, 0.4, 0.9, 1.3, 2.0, 0.7)
 ZOO_REFERENCE = (0.5, -0.4, 0.8, 0.0, -1.2, 0.3)
@@ -49,8 +52,9 @@ ZOO_LENGTH = (8, 12, 7, 15, 10, 20)
 class Specimen:
     """What the page shows of a loss.
 
-    by_beta: quality of the policy that it would reach, for values of its beta in ascending order of KL; one
-    entry for a loss without beta. by_flips: true reward for fractions of flipped labels.
+    own: quality of the policy that it would reach with its own beta; by_beta: for other values of beta, in
+    ascending order of KL, empty for a loss without one. same_kl: its true reward where beta leads to a KL of
+    SAME_KL, None if none does. by_flips: true reward for fractions of flipped labels.
     """
 
     label: str
@@ -58,7 +62,9 @@ class Specimen:
     checks: tuple[Check, ...]
     curve: Curve
     field: PushField
+    own: Quality
     by_beta: tuple[tuple[float, Quality], ...]
+    same_kl: float | None
     by_flips: tuple[float, ...]
     displacement: Displacement | None
 
@@ -71,17 +77,19 @@ def zoo_toy() -> Toy:
 def describe_loss(loss: NamedLoss) -> Specimen:
     """Compute what the page shows of a loss. Raises ValueError if the loss fails."""
     seen, toy = probe(loss.label, loss.fn), zoo_toy()
-    own = loss_knobs(loss.fn).get("beta", (None, None))[1]
-    betas = [own * factor for factor in BETAS] if isinstance(own, float) and own > 0 else []
-    reached = [(beta, _quality(seen, toy, beta=beta)) for beta in betas] or [(math.nan, _quality(seen, toy))]
+    beta = loss_knobs(loss.fn).get("beta", (None, None))[1]
+    betas = [beta * factor for factor in BETAS] if isinstance(beta, float) and beta > 0 else []
+    by_beta = sorted(((x, _quality(seen, toy, beta=x)) for x in betas), key=lambda pair: pair[1].kl)
     reach = margin_span(seen)
     return Specimen(
         loss.label,
-        (loss.fn.__doc__ or "").strip(),
+        inspect.cleandoc(declaration(loss.fn).fn.__doc__ or ""),
         check_loss(seen),
         margin_curve(seen, reach),
         vector_field(seen, min(reach, 30.0), 7),
-        tuple(sorted(reached, key=lambda pair: pair[1].kl)),
+        _quality(seen, toy),
+        tuple(by_beta),
+        reward_at_same_kl(seen, toy, by_beta),
         tuple(_quality(seen, toy.with_noise(flips)).reward for flips in FLIPS),
         find_displacement(seen),
     )
@@ -91,14 +99,23 @@ def _quality(seen: Probe, toy: Toy, **knobs: float) -> Quality:
     return quality(toy, minimise(open_risk(seen, toy, **knobs), toy).logp)
 
 
-def reward_at(by_beta: Sequence[tuple[float, Quality]], kl: float = SAME_KL) -> float | None:
-    """Return the true reward where the KL is `kl`, between values of beta; None where none goes so far, or so
-    near.
+def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Quality]]) -> float | None:
+    """Return the true reward of the loss with the beta that leads to a KL of SAME_KL; None if no beta between
+    those given does.
     """
-    kls, rewards = ([getattr(q, name) for _, q in by_beta] for name in ("kl", "reward"))
-    if len(kls) < 2 or not kls[0] <= kl <= kls[-1]:
+    near = [pair for pair in by_beta if pair[1].kl <= SAME_KL]
+    far = [pair for pair in by_beta if pair[1].kl > SAME_KL]
+    if not near or not far:
         return None
-    return float(np.interp(kl, kls, rewards))
+    (low, start), (high, end) = near[-1], far[0]
+    for _ in range(8):
+        middle = math.sqrt(low * high)
+        found = _quality(seen, toy, beta=middle)
+        if found.kl <= SAME_KL:
+            low, start = middle, found
+        else:
+            high, end = middle, found
+    return float(np.interp(SAME_KL, [start.kl, end.kl], [start.reward, end.reward]))
 
 
 def best_rewards(toy: Toy) -> list[Quality]:
@@ -111,26 +128,31 @@ def best_rewards(toy: Toy) -> list[Quality]:
 
 @dataclass(frozen=True)
 class Plot:
-    """Curves in a small picture. curves: (x, y, colour); x_label, y_label: of the axes."""
+    """Curves in a small picture. curves: (x, y, colour); x_label, y_label: of the axes; dots: further points,
+    with no line through them.
+    """
 
     title: str
     x_label: str
     y_label: str
     curves: Sequence[tuple[Sequence[float], Sequence[float], str]]
+    dots: Sequence[tuple[Sequence[float], Sequence[float], str]] = ()
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 190, 46, 34, 8
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 190, 58, 34, 8  # of a picture and its margins
 
 
 def svg_plot(plot: Plot) -> str:
     """Return a plot as an SVG picture with its title."""
-    points = [(x, y) for xs, ys, _ in plot.curves for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+    drawn = [*plot.curves, *plot.dots]
+    points = [(x, y) for xs, ys, _ in drawn for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     place, axes = _axes(points, plot.x_label, plot.y_label)
     lines = []
-    for xs, ys, colour in plot.curves:
+    for number, (xs, ys, colour) in enumerate(drawn):
         known = [place(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in known)
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
+        if number < len(plot.curves):
+            lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
         if len(known) < 12:
             lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in known]
     return _figure(plot.title, axes + "".join(lines))
@@ -185,7 +207,7 @@ def _axes(
 
 
 def _figure(title: str, content: str) -> str:
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="100%"'
     style = 'font-size="10" fill="currentColor" font-family="sans-serif" role="img"'
     picture = f'<svg {size} {style} aria-label="{escaped(title)}">{content}</svg>'
     return f"<figure><figcaption>{escaped(title)}</figcaption>{picture}</figure>"
@@ -229,30 +251,29 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
     start, best = quality(toy, toy.reference), best_rewards(toy)
     at_kl = float(np.interp(SAME_KL, [q.kl for q in best], [q.reward for q in best]))
     head = (
-        "loss", "orders by reward", "calibrated", "finite optimum", "sign at start", "reward at the same KL",
-        "best of its betas", "with 20 % flipped", "chosen moves", "rejected moves",
+        "loss", "orders by reward", "calibrated", "finite optimum", "sign at start", "reward", "KL",
+        "gain at the same KL", "reward, 20 % flipped", "chosen moves", "rejected moves",
     )  # fmt: skip
     rows = [[_link(x.label), *_cells(x, start.reward, at_kl)] for x in specimens]
     text = (
-        f"<p>Six responses to one prompt have known rewards, from {min(toy.reward):g} to {max(toy.reward):g}; "
-        f"the reference's expected reward is {start.reward:.3f}. Each loss is minimised exactly, with "
-        "unlimited data whose labels follow Bradley and Terry. <b>Reward at the same KL</b> is the gain over "
-        f"the reference at a KL of {SAME_KL:g} nats, in per cent of the most that any policy can gain there; "
-        "a loss has none if no beta leads to that KL. <b>Moves</b> are the log-probs of two similar "
-        "responses while their margin grows by 1 nat.</p>"
+        "<p>Six responses to one prompt have known rewards, from "
+        f"{min(toy.reward):g} to {max(toy.reward):g}; the reference's expected reward is {start.reward:.3f}. "
+        "Each loss is minimised exactly, with unlimited data whose labels follow Bradley and Terry. "
+        "<b>Reward</b> and <b>KL</b> are those of the policy that it reaches with its own knobs. "
+        "<b>Gain at the same KL</b> is that over the reference with the beta that leads to a KL of "
+        f"{SAME_KL:g} nats, in per cent of the most that any policy can gain there; a loss has none if no "
+        "beta leads to that KL. "
+        "<b>Moves</b> are the changes of the log-probs of two similar responses while their margin grows by "
+        "1 nat.</p>"
     )
-    curves = [
-        ([q.kl for _, q in x.by_beta], [q.reward for _, q in x.by_beta], COLOURS[n % len(COLOURS)])
-        for n, x in enumerate(specimens)
-    ]
-    limit = 2.0
-    shown = [([a for a in kls if a <= limit], rewards[: sum(a <= limit for a in kls)], colour)
-             for kls, rewards, colour in curves]  # fmt: skip
-    frontier = [q for q in best if q.kl <= limit]
-    shown.append(([q.kl for q in frontier], [q.reward for q in frontier], "currentColor"))
-    picture = svg_plot(
-        Plot("true reward against KL (black: the best possible)", "KL, nats", "true reward", shown)
-    )
+    dots = []
+    for n, x in enumerate(specimens):
+        near = [q for _, q in x.by_beta if q.kl <= MOST_KL]
+        dots.append(([q.kl for q in near], [q.reward for q in near], COLOURS[n % len(COLOURS)]))
+    frontier = [q for q in best if q.kl <= MOST_KL]
+    line = ([q.kl for q in frontier], [q.reward for q in frontier], "currentColor")
+    title = "true reward against KL: losses with several betas, and the most possible"
+    picture = svg_plot(Plot(title, "KL, nats", "true reward", [line], dots))
     return text + f'<div class="charts">{picture}</div>' + html_table(head, rows, numeric=True)
 
 
@@ -266,8 +287,7 @@ def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
         holds = check.ok is not False and not any(text in check.message for text in bad)
         return "yes" if holds else '<span class="differs">no</span>'
 
-    same = reward_at(x.by_beta)
-    gain = "-" if same is None else f"{100 * (same - start) / (at_kl - start):.0f} %"
+    gain = "-" if x.same_kl is None else f"{100 * (x.same_kl - start) / (at_kl - start):.0f} %"
     moved = ["-", "-"] if x.displacement is None else [
         f"{v:+.2f}" if v > 0 else f'<span class="differs">{v:+.2f}</span>' for v in (x.displacement.chosen,)
     ] + [f"{x.displacement.rejected:+.2f}"]  # fmt: skip
@@ -276,8 +296,9 @@ def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
         mark("calibrated", ("no multiple",)),
         mark("optimum", ("infinite", "without bound")),
         mark("sign", ("lowers", "leaves")),
+        f"{x.own.reward:.3f}",
+        f"{x.own.kl:.2f}",
         gain,
-        f"{max(q.reward for _, q in x.by_beta):.3f}",
         f"{x.by_flips[FLIPS.index(0.2)]:.3f}",
         *moved,
     ]
