@@ -3,6 +3,7 @@
 halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
 ledger.py: a log whose lines are chained by digests, so that a changed line is found
 exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
+influence.py: influence of training pairs on held-out pairs
 loss_claims.py: checks on exact toys of what a loss claims
 loss_laws.py: all checks of a loss
 loss_probe.py: values and gradients of a loss on synthetic pairs
@@ -14,4 +15,5 @@ trials.py: trials as arrays in a train state, so that one compiled program train
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
 worlds.py: synthetic preference rows with a known true reward
+zoo.py: losses side by side on exact toys, as one page
 """

@@ -29,7 +29,13 @@ COMMAND_GROUPS = {
         "extract": "extract",
         "extend": "extend",
     },
-    "Study": {"report": "report", "compare": "compare", "loss-bench": "loss_bench", "study": "study"},
+    "Study": {
+        "report": "report",
+        "compare": "compare",
+        "loss-bench": "loss_bench",
+        "study": "study",
+        "influence": "influence",
+    },
     "Help": {"help": "help", "env": "env", "completion": "completion"},
 }
 COMMANDS = {command: script for group in COMMAND_GROUPS.values() for command, script in group.items()}
