@@ -181,7 +181,7 @@ def chat_loop(scheduler: Any, chat: Any) -> None:
     """Read messages and commands until /exit or the end of the input."""
     from jaxft.runs.terminal import printable_line, printable_text
     from jaxft.serve import terminal_chat as chats
-    from jaxft.serve.api_request import ApiError
+    from jaxft.serve.openai_api import ApiError
 
     interactive = sys.stdin.isatty()
     while not chat.done:
@@ -232,21 +232,21 @@ def main() -> int:
     from jaxft.data.data_settings import check_seed
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.runs import named_weights
-    from jaxft.serve import served
+    from jaxft.runs import loaded_weights
+    from jaxft.serve import served_models
     from jaxft.serve import terminal_chat as chats
-    from jaxft.serve.api_request import ChoiceSettings
+    from jaxft.serve.openai_api import ChoiceSettings
 
     if args.seed is not None:
         check_seed(args.seed, "--seed")
     given = args.temperature, args.top_k, args.top_p, args.min_p
     Sampling(1, *given)  # errors before anything is loaded
-    named = named_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    named = loaded_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         print(note, file=sys.stderr)
-    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
+    flags = served_models.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
     print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
-    found = served.load_served(named, flags, rows=2, continues=True)
+    found = served_models.load_served(named, flags, rows=2, continues=True)
     new = found.sizes.new
     choice = ChoiceSettings(Sampling(new, *given), args.seed, (), 1, None)
     chat = chats.Conversation(found.models, (next(iter(found.models)),), choice, new, args.system)

@@ -48,23 +48,21 @@ def main() -> int:
     """Combine, write, and print a summary."""
     parser = make_parser()
     args = parser.parse_args(_joined(sys.argv[1:]))
-    from jaxft.models.model_types import is_tied
     from jaxft.runs.folder import check_results, earlier_end_notes
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.loaded_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import combine
-    from jaxft.weights.peft import adapters, peft
-    from jaxft.weights.peft.adapter_limits import loading_notes
+    from jaxft.weights.peft import adapter_folders, peft_read
 
     how = combine.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
-    folders = [adapters.adapter_folder(str(one)) for one in args.adapters]
-    adapters.check_adapter_output(args.out, folders)
+    folders = [adapter_folders.adapter_folder(str(one)) for one in args.adapters]
+    adapter_folders.check_adapter_output(args.out, folders)
     named = named_weights(None, args.model, args.adapters[0])
     notes = list(named.notes)
     for folder in folders[1:]:
         check_results(folder)
         notes += earlier_end_notes(folder)
-        others = adapters.other_base_name(folder, named.ref)
+        others = adapter_folders.other_base_name(folder, named.ref)
         if others and args.model is None:
             raise ValueError(
                 f"{others[0].removeprefix('warning: ')}, the base of {folders[0]}; adapters of different "
@@ -76,20 +74,20 @@ def main() -> int:
     model = pretrained.model_for(named.ref)
     files, read = pretrained.open_files(named.ref), []
     for given, folder in zip(args.adapters, folders, strict=True):
-        read.append(combine.NamedAdapter(str(given), *peft.read_adapter(folder, model, files)))
-        if peft.has_base_copies(folder):
+        read.append(combine.NamedAdapter(str(given), *peft_read.read_adapter(folder, model, files)))
+        if peft_read.has_base_copies(folder):
             pretrained.check_adapter_base(folder, named.ref)
     made = combine.combine_adapters(read, model, how)
     parts = ", ".join(f"{w:g} {given}" for w, given in zip(how.weights, args.adapters, strict=True))
     text = f"A combination of LoRA adapters ({how.method}: {parts}), written by jaxft."
     tokenizer = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
-    new = adapters.NewAdapter(made.params, made.settings, named.ref, text, tokenizer)
-    adapters.write_adapter(args.out, new, model)
+    new = adapter_folders.NewAdapter(made.params, made.settings, named.ref, text, tokenizer)
+    adapter_folders.write_adapter(args.out, new, model)
     lost = f"; the reduction to this rank dropped {100 * made.dropped:.2f} % of the sum"
     print(
         f"{args.out}: {how.method} of {parts}, rank {made.settings.rank}{lost if how.method == 'svd' else ''}"
     )
-    for line in loading_notes(made.settings, is_tied(model.config), args.out, named.ref):
+    for line in adapter_folders.cached_base_notes(args.out, named.ref):
         print(line)
     return 0
 

@@ -32,20 +32,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Convert the file; print the command or write the recipe, and report on stderr."""
-    from jaxft.cli.convert import conversion_report, to_recipe
+    from jaxft.cli.convert import conversion_text, to_recipe
 
     parser = make_parser()
     args = parser.parse_args()
     if args.devices is not None and args.devices < 1:
         parser.error(f"--devices must be at least 1, got {args.devices}")
     conversion = to_recipe.convert(to_recipe.read(Path(args.file)), args.devices)
-    lines = conversion_report.conversion_lines(conversion)
+    lines = conversion_text.conversion_lines(conversion)
     if args.out is None:
-        print(conversion_report.command(conversion), flush=True)
+        print(conversion_text.command(conversion), flush=True)
     else:
-        from jaxft.cli.convert import recipe_file
+        from jaxft.cli.convert import conversion_text
 
-        recipe_file.write_recipe(Path(args.out), conversion, lines)
+        conversion_text.write_recipe(Path(args.out), conversion, lines)
         lines.append(f"wrote {args.out}; jaxft train {args.out}")
     print("\n".join(lines), file=sys.stderr)
     return 0

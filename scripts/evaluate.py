@@ -144,7 +144,7 @@ def arguments(
     if way == TASKS and not args.names:
         parser.error("--tasks names no task; use names such as arc_easy,mmlu")
     if args.run is not None:
-        from jaxft.runs.store.store_copy import local_folder
+        from jaxft.runs.object_store import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -220,7 +220,7 @@ def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[st
             f"--{name.replace('_', '-')} applies only to --file; the rows that the run held out "
             f"(data.held_out={held_out}) are read as in its training"
         )
-    from jaxft.runs.named_weights import recorded_data
+    from jaxft.runs.loaded_weights import recorded_data
 
     return record["data"]["train"], recorded_data(record)
 
@@ -237,7 +237,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     from jaxft.data.rows.format_choice import split_column
     from jaxft.data.rows.mixture import held_out_sources
     from jaxft.data.sft import Rows
-    from jaxft.runs.named_weights import recorded_data
+    from jaxft.runs.loaded_weights import recorded_data
     from jaxft.train.evaluate.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
@@ -317,7 +317,7 @@ def evaluate_completions(
     from jaxft.data.rows.dataset_rows import read_rows
     from jaxft.data.rows.mixture import held_out_sources, parse_sources
     from jaxft.engine.sampling import Sampling
-    from jaxft.runs.named_weights import held_out_names
+    from jaxft.runs.loaded_weights import held_out_names
     from jaxft.train.evaluate.samples import Completer
     from jaxft.train.evaluate.scores import CompletionScorer, scored_prompts
 
@@ -352,8 +352,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.data.rows.mixture import held_out_sources
     from jaxft.distributed import sharding
     from jaxft.engine.sampling import Sampling
-    from jaxft.runs.loaded_weights import load_each
-    from jaxft.runs.named_weights import check_recorded_rows, named_adapters, prompt_settings
+    from jaxft.runs.loaded_weights import check_recorded_rows, load_each, named_adapters, prompt_settings
     from jaxft.train.evaluate import harness
     from jaxft.train.evaluate.harness_model import HarnessSettings, generation_config_notes
 

@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     if args.text_only and (args.gguf or args.pack):
         parser.error("--gguf and --pack write a multimodal model's text decoder alone; leave --text-only out")
     if args.run is not None:
-        from jaxft.runs.store.store_copy import local_folder
+        from jaxft.runs.object_store import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -107,7 +107,7 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
     from jaxft.train.export.calibrate import Calibration, input_squares
     from jaxft.train.export.export_gguf import importances_of
     from jaxft.weights import pretrained
-    from jaxft.weights.calibrate.layer_calibration import layer_paths
+    from jaxft.weights.calibrate.calibrated_base import layer_paths
 
     model, ref = source.model, source.ref
     paths = layer_paths(model.specs, Quant("int8"))
@@ -127,9 +127,9 @@ def main() -> int:
     """Merge, export, and print a summary."""
     args = arguments()
     from jaxft.nn import quant
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.loaded_weights import named_weights
     from jaxft.train.export import export, export_gguf
-    from jaxft.weights.hf import hf
+    from jaxft.weights.hf import hf_read
 
     named = named_weights(args.run, args.model, args.adapter)
     for line in named.notes:
@@ -153,7 +153,7 @@ def main() -> int:
     how = export.ExportQuant(quant.Quant(args.pack), format=args.format) if args.pack else None
     summary = export.export_model(args.out, source, args.dtype, how, args.text_only)
     kind = args.pack or args.dtype or "bfloat16"
-    if not (args.pack or args.dtype or args.text_only) and hf.text_part_of(named.ref):
+    if not (args.pack or args.dtype or args.text_only) and hf_read.text_part_of(named.ref):
         kind = "a multimodal model"
     size = f"{export.weights_gib(args.out):.2f} GiB"
     print(f"{args.out}: {merged} as {kind}, {size}{f'; {summary}' if summary else ''}")

@@ -36,19 +36,17 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Extract, write, and print the errors."""
     args = make_parser().parse_args()
-    from jaxft.models.model_types import is_tied
     from jaxft.weights import pretrained
     from jaxft.weights.edit import extract
-    from jaxft.weights.hf.card import base_name
+    from jaxft.weights.hf.model_card import base_name
     from jaxft.weights.hub.hub import locate
-    from jaxft.weights.peft import adapters
-    from jaxft.weights.peft.adapter_limits import loading_notes
+    from jaxft.weights.peft import adapter_folders
 
     names = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
     what = extract.Extraction(args.rank, targets, args.save_others)
     inputs = [locate(ref).path for ref in (args.base, args.tuned)]
-    adapters.check_adapter_output(args.out, inputs)
+    adapter_folders.check_adapter_output(args.out, inputs)
     model = pretrained.model_for(args.base)
     found = extract.extract_adapter(
         args.base, args.tuned, model, what, lambda line: print(line, file=sys.stderr, flush=True)
@@ -58,12 +56,12 @@ def main() -> int:
         f"`{base_name(args.tuned)}` and `{base_name(args.base)}`, written by jaxft."
     )
     tokenizer = inputs[1] if (inputs[1] / "tokenizer_config.json").is_file() else None
-    new = adapters.NewAdapter(found.params, found.settings, args.base, text, tokenizer)
-    adapters.write_adapter(args.out, new, model)
+    new = adapter_folders.NewAdapter(found.params, found.settings, args.base, text, tokenizer)
+    adapter_folders.write_adapter(args.out, new, model)
     width = max(len(one.path) for one in found.errors)
     for one in found.errors:
         print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
-    for line in [*found.others, *loading_notes(found.settings, is_tied(model.config), args.out, args.base)]:
+    for line in [*found.others, *adapter_folders.cached_base_notes(args.out, args.base)]:
         print(line)
     print(f"{args.out}: adapter of rank {args.rank} for {args.base}")
     return 0

@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     if args.columns and (not args.file or args.file.endswith(".txt")):
         parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
     if args.run is not None:
-        from jaxft.runs.store.store_copy import local_folder
+        from jaxft.runs.object_store import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -108,9 +108,9 @@ def arguments() -> argparse.Namespace:
 def sources_of(args: argparse.Namespace) -> dict[str, Source]:
     """Resolve the command line to sources by the name of the adapter; for a run, from its config.json."""
     from jaxft.cli.cli import DEFAULT_MODEL
-    from jaxft.runs import loaded_weights, named_weights
+    from jaxft.runs import loaded_weights
 
-    named = named_weights.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
+    named = loaded_weights.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
     for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
     dtype, residual = (
@@ -223,7 +223,7 @@ def completions(
     from jaxft.models.adapted import adapted
     from jaxft.serve.constraint import compile_grammar
     from jaxft.weights import pretrained
-    from jaxft.weights.hf.stop_tokens import stop_tokens
+    from jaxft.weights.hf.hf_read import stop_tokens
 
     check_seed(args.seed, "--seed")
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
@@ -279,14 +279,14 @@ def load_adapters(
     """
     from jaxft.runs import loaded_weights
     from jaxft.weights import pretrained
-    from jaxft.weights.peft import adapters
+    from jaxft.weights.peft import adapter_folders
 
     if len(sources) == 1:
         ((name, source),) = sources.items()
         if source.adapter is None:
             return {name: {}}, None
         pretrained.check_adapter_base(source.adapter, source.ref)
-        params, settings = adapters.load_adapter(source.adapter, model, mesh, source.ref)
+        params, settings = adapter_folders.load_adapter(source.adapter, model, mesh, source.ref)
         return {name: {"adapter": params}}, settings
     folders = {name: source.adapter for name, source in sources.items() if source.adapter is not None}
     ref = next(iter(sources.values())).ref

@@ -62,7 +62,7 @@ from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.steps import SolutionRows  # noqa: E402
 from jaxft.rl.rollout_files import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
-from jaxft.runs import named_weights  # noqa: E402
+from jaxft.runs import loaded_weights  # noqa: E402
 from jaxft.runs.settings.parse import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
@@ -317,7 +317,7 @@ def chosen_examples(
 def show_episodes(folder: Path, args: argparse.Namespace) -> int:
     """Print episodes of the rollout that a run used at --step."""
     record = runfolder.read_saved_json(folder / "config.json")
-    data = named_weights.recorded_data(record)
+    data = loaded_weights.recorded_data(record)
     if not isinstance(data, Prompts):
         raise ValueError(f"{folder} has no episodes to show: only runs of reinforcement learning sample them")
     number = args.step // data.steps_per_rollout

@@ -41,7 +41,7 @@ from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span,
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
 from jaxft.lab.worlds import World, proxy_reward, true_reward  # noqa: E402
 from jaxft.lab.zoo import write_zoo  # noqa: E402
-from jaxft.report.plots import Panel, draw  # noqa: E402
+from jaxft.report.charts import Panel, draw  # noqa: E402
 from jaxft.runs.settings.config import with_fields  # noqa: E402
 from jaxft.runs.settings.parse import find_file, format_error  # noqa: E402
 from jaxft.runs.settings.record import describe, differences  # noqa: E402

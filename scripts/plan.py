@@ -91,8 +91,7 @@ def main() -> int:
 def print_plans(args: argparse.Namespace) -> int:
     """Compile and print what the command line names; return the exit code."""
     from jaxft.cli import cli
-    from jaxft.plan import costs, machines, plan, programs, search
-    from jaxft.plan import text as plan_text
+    from jaxft.plan import machines, plan, plan_report, search
     from jaxft.runs.settings import config
     from jaxft.train.start import open_settings
 
@@ -126,25 +125,25 @@ def print_plans(args: argparse.Namespace) -> int:
             code = code if search.any_fits(tried) else 1
             continue
         train_only = args.train_only or len(names) > 1
-        select = programs.train_programs if train_only else programs.all_programs
+        select = plan.train_programs if train_only else plan.all_programs
         run = config.load_config(recipe, given)
         each = plan.plans(run, machine, select)
         found.append(next(one for one in each if one.flops is not None))  # the largest train step
         cost = run_cost(run, found[-1], args.price) if args.hours or args.price is not None else None
-        record = {**plan_text.record(found[-1], each), **(cost.json() if cost else {})}
-        print(json.dumps(record) if args.json else plan_text.plan_report(found[-1]), flush=True)
+        record = {**plan_report.record(found[-1], each), **(cost.json() if cost else {})}
+        print(json.dumps(record) if args.json else plan_report.plan_report(found[-1]), flush=True)
         if (args.hours or args.price is not None) and not args.json:
-            print("\n".join(cost.lines() if cost else costs.unknown_lines(found[-1])), flush=True)
+            print("\n".join(cost.lines() if cost else plan_report.unknown_lines(found[-1])), flush=True)
         if len(each) > 1 and not args.json:
-            print(plan_text.programs_report(each), flush=True)
+            print(plan_report.programs_report(each), flush=True)
     if len(found) > 1 and not args.json:
-        print(plan_text.scaling_report(found))
+        print(plan_report.scaling_report(found))
     return code
 
 
 def run_cost(run: Any, step: Any, price: float | None) -> Any:
     """Return the cost of a run whose train step is planned, None if its time is unknown."""
-    from jaxft.plan import costs
+    from jaxft.plan import plan_report
     from jaxft.weights import pretrained
     from jaxft.weights.hub import hub
 
@@ -156,8 +155,8 @@ def run_cost(run: Any, step: Any, price: float | None) -> Any:
             raise OSError(f"{run.weights} is not on this machine")  # a plan downloads nothing
         return pretrained.load_tokenizer(run.weights)
 
-    steps = costs.steps_of(run, tokenizer)
-    return costs.Cost(steps, step.estimate.step, step.devices, price)
+    steps = plan_report.steps_of(run, tokenizer)
+    return plan_report.Cost(steps, step.estimate.step, step.devices, price)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dtype and not args.merged:
         parser.error("--dtype is for the weights of --merged; other weights are pushed as they are")
-    from jaxft.runs.store.store_copy import local_folder
+    from jaxft.runs.object_store import local_folder
 
     args.source = local_folder(args.source)
     return args
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 def adapter_to_merge(source: Path) -> Any:
     """Return the NamedWeights of a finished run, or of an adapter's folder. Raises ValueError for others."""
-    from jaxft.runs.named_weights import named_weights
+    from jaxft.runs.loaded_weights import named_weights
     from jaxft.train.export.push import finished_run
 
     run = finished_run(source)
@@ -99,7 +99,7 @@ def print_deletions(files: dict[str, Any], target: Any) -> None:
 def main() -> int:
     """Upload, and print the address and the commit."""
     args = arguments()
-    from jaxft.distributed.temporary import temporary_folder
+    from jaxft.distributed.disk import temporary_folder
     from jaxft.runs.terminal import printable_line
     from jaxft.train.export.push import files_to_push
     from jaxft.weights.hub.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files

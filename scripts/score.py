@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
     if args.run is not None:
-        from jaxft.runs.store.store_copy import local_folder
+        from jaxft.runs.object_store import local_folder
 
         args.run = local_folder(args.run)
     return args
@@ -90,10 +90,10 @@ def step_scores(args: argparse.Namespace) -> StepScores:
     from jaxft.distributed import sharding
     from jaxft.objectives.process_reward import process_reward
     from jaxft.rl import reward_models
-    from jaxft.runs import loaded_weights, named_weights
+    from jaxft.runs import loaded_weights
     from jaxft.weights import pretrained
 
-    named = named_weights.named_adapters(args.run, args.model, args.adapter, "")
+    named = loaded_weights.named_adapters(args.run, args.model, args.adapter, "")
     (weights,), mesh = named.values(), sharding.make_mesh(sharding.MeshShape())
     columns = () if args.columns is None else tuple(args.columns.split(","))
     trained_on = weights.record["data"] if weights.record else {}
@@ -154,11 +154,11 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
     from jaxft.distributed import sharding
     from jaxft.objectives.reward_model import reward
     from jaxft.rl import reward_models
-    from jaxft.runs import loaded_weights, named_weights
-    from jaxft.runs.named_weights import prompt_settings
+    from jaxft.runs import loaded_weights
+    from jaxft.runs.loaded_weights import prompt_settings
     from jaxft.weights import pretrained
 
-    named = named_weights.named_adapters(args.run, args.model, args.adapter, "")
+    named = loaded_weights.named_adapters(args.run, args.model, args.adapter, "")
     for line in (line for weights in named.values() for line in weights.notes):
         print(line, file=sys.stderr)
     mesh = sharding.make_mesh(sharding.MeshShape())

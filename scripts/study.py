@@ -72,10 +72,11 @@ def show_results(folder: Path) -> int:
 if __name__ == "__main__":
     from jaxft.cli import cli
     from jaxft.distributed import xla_flags
-    from jaxft.runs import interrupt, terminal
+    from jaxft.distributed.exit import accept_interrupts
+    from jaxft.runs import terminal
 
     xla_flags.restart()
-    interrupt.accept_interrupts()
+    accept_interrupts()
     cli.quiet()
     terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

@@ -146,11 +146,11 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.cli import cli
-    from jaxft.distributed import xla_flags
-    from jaxft.runs import interrupt, terminal
+    from jaxft.distributed import exit, xla_flags
+    from jaxft.runs import terminal
 
     xla_flags.restart()
-    interrupt.accept_interrupts()
+    exit.accept_interrupts()
     cli.quiet()
     terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

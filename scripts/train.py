@@ -58,7 +58,7 @@ def main() -> int:
     from jaxft.train.start import open_settings
 
     if args.dry_run:
-        from jaxft.plan import dry_run
+        from jaxft.plan import plan_report
         from jaxft.runs.settings import config
         from jaxft.runs.trackers.tracker import check_trackers
         from jaxft.train.recipes import without_model_weights
@@ -69,8 +69,8 @@ def main() -> int:
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
             check_trackers(run.trackers)
-            found = dry_run.dry_run(settings, config.recipe_defaults(recipe), lines)
-            print(dry_run.dry_run_json(found) if args.json else dry_run.dry_run_text(found))
+            found = plan_report.dry_run(settings, config.recipe_defaults(recipe), lines)
+            print(plan_report.dry_run_json(found) if args.json else plan_report.dry_run_text(found))
         return 0
     if args.json:
         parser.error("--json is the format of --dry-run; add that, or leave --json out")
@@ -84,11 +84,11 @@ def main() -> int:
 
 if __name__ == "__main__":
     from jaxft.cli import cli
-    from jaxft.distributed import xla_flags
-    from jaxft.runs import interrupt, terminal
+    from jaxft.distributed import exit, xla_flags
+    from jaxft.runs import terminal
 
     xla_flags.restart()
-    interrupt.accept_interrupts()
+    exit.accept_interrupts()
     cli.quiet()
     terminal.outlive_console()
     sys.exit(cli.one_line_errors(main))

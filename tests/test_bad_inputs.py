@@ -44,7 +44,7 @@ from jaxft.nn.quant import quant_setting
 from jaxft.runs import folder as runfolder
 from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors
-from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 
 def name_of(*parts, most=100):
@@ -199,7 +199,7 @@ def test_peft_folders(adapter, capsys, changes, word):
     sound = path.read_text()
     path.write_text(json.dumps(json.loads(sound) | changes))
     try:
-        refused(capsys, lambda: peft.read_parts(folder, found), word)
+        refused(capsys, lambda: peft_read.read_parts(folder, found), word)
     finally:
         path.write_text(sound)
 

@@ -34,6 +34,8 @@ ENTRY_POINTS = [  # module:name
     "jaxft.optim.rules:adamw",
     "jaxft.tree:mask_by_path",
     "jaxft.tree:partition",
+    "jaxft.weights.pretrained:model_for",
+    "jaxft.weights.tensors:tensors_of",
 ]
 
 

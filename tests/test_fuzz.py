@@ -23,12 +23,12 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import quant_setting
-from jaxft.report import compare
+from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers import jsonl
 from jaxft.weights import pretrained
-from jaxft.weights.param_reader import read_whole
-from jaxft.weights.peft import adapters, peft, peft_write
+from jaxft.weights.param_loading import read_whole
+from jaxft.weights.peft import adapter_folders, peft_read, peft_write
 
 CASES, SEED = int(os.environ.get("FUZZ_CASES", "200")), int(os.environ.get("FUZZ_SEED", "0"))
 SHOWN = 20  # failures
@@ -168,8 +168,8 @@ def test_peft_folders(tmp_path):
         (folder / "adapter_model.safetensors").write_bytes(data)
 
     def work():
-        peft.read_parts(folder, model)
-        adapters.adapter_settings(str(folder), None, model)
+        peft_read.read_parts(folder, model)
+        adapter_folders.adapter_settings(str(folder), None, model)
 
     assert run_cases(damage, work, "adapter") > CASES // 3
 
@@ -211,11 +211,11 @@ def test_run_folders(tmp_path, monkeypatch):
 
     def work():
         runfolder.finished_steps(folder)
-        adapters.base_differences(str(folder), "base", "sha256:0", None)
+        adapter_folders.base_differences(str(folder), "base", "sha256:0", None)
         found = runfolder.trained_weights(folder)[2]
         quant_setting(None, found)
         runfolder.write_record(folder, found, 2)
-        compare.panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
+        charts.comparison_panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
         jsonl.truncate(folder / "metrics.jsonl", 1)
         runfolder.changes_since_start(folder, record, {})
 

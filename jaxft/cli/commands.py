@@ -1,14 +1,149 @@
-"""The command `jaxft`: `jaxft train sft lr=1e-3` runs scripts/train.py with the same arguments."""
+"""The command `jaxft`, which runs the scripts, and its shell completion.
 
+`jaxft train sft lr=1e-3` runs scripts/train.py with the same arguments. Completions of commands, options,
+recipes, their settings and values are found without jax.
+"""
+
+import argparse
 import ast
 import difflib
+import glob
 import os
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-from jaxft.cli import cli, completion
+from jaxft.cli import cli, documentation
 from jaxft.data.rows.shipped import COMMAND_GROUPS, COMMANDS, ROOT
+from jaxft.runs.settings import setting_sources
+
+RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
+
+
+def complete_command_line() -> None:
+    """Print the completions of the command line in COMP_LINE, and exit."""
+    import argcomplete
+
+    words = os.environ.get("COMP_LINE", "").split()
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for name in COMMANDS:
+        chosen = name == next(iter(words[1:]), None)  # only this command's script is loaded
+        own = [command_parser(name)] if chosen else []
+        commands.add_parser(name, parents=own, add_help=not own, conflict_handler="resolve")
+    argcomplete.autocomplete(parser, always_complete_options=False)
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command's script, with completions for recipes, settings and runs."""
+    path = ROOT / "scripts" / f"{COMMANDS[command]}.py"
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    source = ast.parse(path.read_bytes())
+    light = ast.Module([node for node in source.body if _is_of_parser(node)], [])
+    vars(module).update(cli=cli, __doc__=ast.get_docstring(source, clean=False))
+    exec(compile(light, str(path), "exec"), module.__dict__)
+    try:
+        parser: argparse.ArgumentParser = module.make_parser()
+    except NameError:  # it uses more of its file
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        parser = module.make_parser()
+    for action in parser._actions:
+        if action.dest in RECIPE:
+            completer: Any = recipes_and_settings
+        elif action.dest in ("run", "runs"):
+            completer = run_folders
+        elif action.dest == "topic":
+            completer = topics_settings_and_commands
+        elif action.dest == "words":
+            completer = names_of_settings
+        else:
+            continue
+        vars(action)["completer"] = completer  # argcomplete's interface
+    return parser
+
+
+def _is_of_parser(node: ast.stmt) -> bool:
+    """Whether a script's parser may need a statement: an import of a standard module, a constant, or the
+    parser itself. Other statements import jax, which takes seconds.
+    """
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        named = (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+        )
+        return all(name.partition(".")[0] in sys.stdlib_module_names for name in named)
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return all(isinstance(x, ast.Constant | ast.Tuple | ast.Load) for x in ast.walk(node.value))
+    return isinstance(node, ast.FunctionDef) and node.name == "make_parser"
+
+
+def run_folders(prefix: str, **_: Any) -> list[str]:
+    """Return the folders in runs/ that begin with `prefix`."""
+    found = [str(file.parent) for file in Path("runs").glob("*/config.json")]
+    return [folder for folder in found if folder.startswith(prefix)]
+
+
+def topics_settings_and_commands(**_: Any) -> list[str]:
+    """Return the words that `jaxft help` takes."""
+    names = setting_sources.knobs(ROOT / "configs/sft.py") + setting_sources.dotted_fields(
+        ROOT / "configs/sft.py"
+    )
+    return [
+        *COMMANDS,
+        *(topic.name for topic in documentation.topics()),
+        *(setting.name for setting in names),
+    ]
+
+
+def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the words that `jaxft settings` takes: recipes, then the names of settings."""
+    recipe = next(iter(parsed_args.words or ()), parsed_args.config)
+    path = ROOT / "configs" / f"{recipe or 'sft'}.py"
+    recipes = [] if parsed_args.words else [file.stem for file in path.parent.glob("*.py")]
+    return [*recipes, *(s.name for s in (*setting_sources.knobs(path), *setting_sources.dotted_fields(path)))]
+
+
+def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs and dotted
+    fields, and after one of these and `=` its values.
+    """
+    given = [parsed_args.config, *(parsed_args.overrides or ())]
+    recipe = next((item for item in given if item and "=" not in item and item != prefix), None)
+    name, equals, value = prefix.partition("=")
+    if recipe is None and not equals:
+        names = [path.stem for path in (ROOT / "configs").glob("*.py")]
+        return [*names, *(path for path in files(prefix) if path.endswith((".py", "/")))]
+    shipped = ROOT / "configs" / f"{recipe}.py"
+    path = shipped if shipped.is_file() else Path(recipe or "")
+    if equals:
+        return [f"{name}={text}" for text in values(name, value, path)]
+    if not path.is_file():
+        return []
+    knobs, fields = setting_sources.knobs(path), setting_sources.dotted_fields(path)
+    if prefix:
+        return list(dict.fromkeys(f"{setting.name}=" for setting in (*knobs, *fields)))
+    sections = dict.fromkeys(f"{field.name.partition('.')[0]}." for field in fields if "." in field.name)
+    return [*(f"{knob.name}=" for knob in knobs), *sections]
+
+
+def values(name: str, prefix: str, recipe: Path) -> list[str]:
+    """Return the values of a setting that begin with `prefix`; files too, where it takes any text."""
+    known = (*setting_sources.knobs(recipe), *setting_sources.dotted_fields(recipe))
+    kind = next((setting.kind for setting in known if setting.name == name), None)
+    if kind is None:
+        return files(prefix)
+    before, comma, last = prefix.rpartition(",")
+    found = [f"{before}{comma}{choice}" for choice in setting_sources.choices(kind)]
+    return [*found, *(files(prefix) if setting_sources.takes_text(kind) else [])]
+
+
+def files(prefix: str) -> list[str]:
+    """Return the files and folders whose path begins with `prefix`, folders with a slash."""
+    return [path + "/" * os.path.isdir(path) for path in glob.glob(glob.escape(prefix) + "*")]
+
 
 USAGE = """usage: jaxft COMMAND [argument ...]
 
@@ -25,7 +160,7 @@ COMMANDS_ELSEWHERE = {"merge": "export, which merges an adapter", "finetune": "t
 def main() -> int:
     """Run the command that the command line names, and return its exit code."""
     if "_ARGCOMPLETE" in os.environ:
-        completion.complete_command_line()
+        complete_command_line()
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         return cli.one_line_errors(print_usage)

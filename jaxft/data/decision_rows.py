@@ -212,9 +212,11 @@ class DecisionBatches(PackedBatches):
 
     def evaluation(self, plan: RowPlan) -> tuple[Decisions, ...]:
         """Return rows as batches of one microbatch, in which every decision has the same weight."""
-        size = self.shape[0]
+        size, rows = self.shape[0], self.split.rows
         parts = (plan.slice(start, start + size) for start in range(0, plan.rows, size))
-        return tuple(map(self._with_choices, super().evaluation(plan), parts))
+        equal = replace(self.split, rows=replace(rows, weights=np.ones(len(rows))))
+        filled = super(DecisionBatches, replace(self, split=equal)).evaluation(plan)
+        return tuple(map(self._with_choices, filled, parts))
 
     def positions(self, batch: Tokens) -> int:
         """Return how many values metrics.PerRow has: one of each read position."""

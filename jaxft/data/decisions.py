@@ -6,9 +6,10 @@ Accepted rows (`format="auto"` uses the one whose columns are present):
     label      {"text", "label"}: a classifier; its labels are data.labels, or those of the rows
     reranker   {"query", "document", "label"}: whether the document is relevant, yes or no
 
-choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean). answer: a
-value, or its probability by value, {"value": p}, or a list of probabilities in the order of the choices. An
-integer is the index of a choice, from 0, unless the choices' values are numbers. label: a name, an index
+choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean), or ARC's two
+lists {"label", "text"}. answer: a value, or its probability by value, {"value": p}, or a list of
+probabilities in the order of the choices. An integer is the index of a choice, from 0, unless the choices'
+values are numbers, and A, B, ... that of a choice too, unless the values are letters. label: a name, an index
 where the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no,
 1 or 0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
 
@@ -155,6 +156,7 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
         text = f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}"
         messages = with_system(row, user_messages(text))
         return decide(row.name, messages, choices, probabilities=_answer(row, "label", choices), **more)
+    row = _with_texts_as_choices(row)
     choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
         if row.fields.get("question") is not None:
@@ -193,14 +195,7 @@ def labels_as_choices(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def row_choices(name: str, value: Any) -> tuple[DecisionChoice, ...]:
-    """Return the choices of a row, or of a request: strings or {"value", "description"} objects, or ARC's
-    {"label": [...], "text": [...]}.
-    """
-    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-        labels = value.get("label")
-        if not isinstance(labels, list) or len(labels) != len(value["text"]):
-            raise InvalidRow(name, "choices of a wrong type", "choices: label and text differ in length")
-        value = [{"value": a, "description": b} for a, b in zip(labels, value["text"], strict=True)]
+    """Return the choices of a row: strings or {"value", "description"} objects."""
     if not isinstance(value, list | tuple):
         raise InvalidRow(
             name,
@@ -223,6 +218,18 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
             name, "description that is no text", f"choices[{number}]: the description must be a string"
         )
     return DecisionChoice(value, (text or "").strip())
+
+
+def _with_texts_as_choices(row: Row) -> Row:
+    """Return a row whose choices are ARC's {"label": [...], "text": [...]} with the texts as its choices."""
+    choices, answer = row.fields["choices"], row.fields["answer"]
+    if not isinstance(choices, Mapping):
+        return row
+    labels, texts = choices.get("label"), choices.get("text")
+    if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
+        raise row.invalid("choices of a wrong type", "choices: label and text must be lists of one length")
+    answer = labels.index(answer) if answer in labels else answer
+    return Row(row.name, {**row.fields, "choices": texts, "answer": answer})
 
 
 def _answer(row: Row, column: str, choices: Sequence[DecisionChoice]) -> tuple[float, ...]:
@@ -253,6 +260,8 @@ def _index(value: Any, choices: Sequence[DecisionChoice], column: str) -> int | 
         by_value |= all(name.strip().lstrip("-").isdecimal() for name in names)
     if by_value or isinstance(value, bool) or value in names:
         return None
+    if value in [*LETTERS[: len(names)]] and not {*LETTERS} & {*names}:  # of RACE and MMLU-Pro
+        return LETTERS.index(value)
     try:
         number = int(value) if isinstance(value, str) else value
     except ValueError:

@@ -8,8 +8,7 @@ threads.py: work on parts of host arrays, and compilation, in several threads; f
 launch.py: rank and coordinator from SLURM, Kubernetes, torchrun and others
 processes.py: start and stop of `jax.distributed`; votes, barriers and shared errors
 sync.py: exchanges between processes: all continue, or all raise the same error
-exit.py: exit codes, and the last message of a process that dies
-temporary.py: temporary files of a process that may be killed
-disk.py: files that are written in one step and are on disk before they are announced
+exit.py: exit codes, signals, and the last message of a process that dies
+disk.py: files that survive a power cut, temporary files of processes that may be killed
 watchdog.py: ends a run that has stalled
 """

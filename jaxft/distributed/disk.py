@@ -1,13 +1,27 @@
-"""Write files in one step, and so that a power cut leaves the old one or the new one.
+"""Files and folders that survive a power cut or a killed process.
 
-Written data reaches the disk up to 30 s later, and an empty file may get its final name before its
-content: so everything is synced before it is renamed, and the folder of the new name after.
+Durable: everything is synced before it gets its final name, and the folder of that name after. Written data
+reaches the disk up to 30 s later, and an empty file may get its final name before its content.
+
+Temporary: the owner locks the file or the folder, which ends with the process, so that the next command
+removes the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
+none: there, files older than a day have no owner.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot sync folders
 
@@ -61,3 +75,92 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         fsync(path.parent)
+
+
+STALE_S = 24 * 3600.0
+STARTED_S = 10.0  # a younger empty one may be about to be locked
+
+
+def here() -> str:
+    """Return this machine's name, which is part of the names of temporary files."""
+    return re.sub(r"\W", "", platform.node())[:16] or "localhost"
+
+
+def owned(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Own a temporary file or folder until the block ends."""
+    return locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Lock a file or folder, if its file system has locks, until the block ends. how: see fcntl.flock."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent` that is removed at the end; first remove folders of the same prefix
+    whose processes were killed. prefix: one that nobody else uses in this folder.
+    """
+    with contextlib.suppress(OSError):  # a folder that may be written and not read
+        remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))
+    own = f"{prefix}{here()}-"
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix=own, ignore_cleanup_errors=True) as folder,
+        owned(Path(folder)),
+    ):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file in the folder of `path`, to be renamed; it is removed at the end if it was not. First
+    remove the folder's .tmp files whose processes were killed.
+    """
+    remove_leftovers(path.parent.glob("*.tmp"))
+    part = path.with_suffix(f".{here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with part.open("w+b") as file, owned(part):
+            yield file
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove this user's files and folders that no process owns. Links and undeletable files stay."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if _has_owner(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _has_owner(path: Path) -> bool:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(handle)
+        age = time.time() - found.st_mtime
+        is_old = age > STALE_S
+        is_empty = not (os.listdir(handle) if stat.S_ISDIR(found.st_mode) else found.st_size)
+        if found.st_uid != os.getuid() or (is_empty and age < STARTED_S):
+            return True
+        if f"{here()}-" not in path.name:
+            return not is_old
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return not is_old
+        return False
+    finally:
+        os.close(handle)

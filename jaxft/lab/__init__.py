@@ -11,9 +11,13 @@ loss_traits.py: properties of a loss
 named_losses.py: losses that a command line names
 study.py: the declaration of a study, decided before training
 synthetic_pairs.py: synthetic pairs
+judging.py: which of two models answers better: verdicts, win rates, lengths, agreement of judges
+judges.py: functions, reward models, models and servers as judges
+judge_files.py: prompts and answers from files of jaxft, AlpacaEval, Arena-Hard and RewardBench 2
 trials.py: trials as arrays in a train state, so that one compiled program trains any of them
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
 worlds.py: synthetic preference rows with a known true reward
 zoo.py: losses side by side on exact toys, as one page
+training_gradients.py: gradients of a held-out loss through training, weights of sources that follow them
 """

@@ -21,9 +21,9 @@ from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.lab.ledger import DIGEST
 from jaxft.lab.results import Duel, LossOutcome, StudyResult
 from jaxft.objectives.metrics import HELD_OUT
+from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
 from jaxft.report.markup import escaped, flat_values, folded, html_table, record_table, section
-from jaxft.report.plots import Panel, draw
 from jaxft.report.statistics import paired_difference
 from jaxft.runs import metric_names as names
 

@@ -26,13 +26,13 @@ from jaxft.batch import TrainState, widened
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
+from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.lab import ledger
 from jaxft.lab.study import LossTrial, Study, check_declared, declare
 from jaxft.lab.trials import make_set_trial, plain_run, run_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.interrupt import Interrupt, signal_name
 from jaxft.runs.settings.record import describe
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_value
 from jaxft.train.compiled import Compiled, States

@@ -62,7 +62,7 @@ class World:
     taste: Taste = Taste()
     pairs: Annotated[int, at_least(2)] = 200
     held_out: Annotated[int, at_least(0)] = 60
-    gap: Annotated[float, between(0.0, 2.0)] = 0.5
+    gap: Annotated[float, between(0.0, 10.0)] = 0.5
     temperature: Annotated[float, at_least(0)] = 0.0
     noise: Annotated[float, ZERO_TO_ONE] = 0.0
     length_bias: float = 0.0

@@ -35,9 +35,9 @@ from jaxft.lab.loss_laws import check_loss
 from jaxft.lab.loss_probe import Check, Curve, Probe, format_number, margin_curve, margin_span, probe
 from jaxft.lab.named_losses import NamedLoss, loss_knobs
 from jaxft.objectives.pair import declaration
+from jaxft.report.charts import COLOURS
 from jaxft.report.document import html_page
 from jaxft.report.markup import escaped, folded, html_table, section
-from jaxft.report.plots import COLOURS
 
 BETAS = tuple(10.0 ** (k / 2) for k in range(-3, 4))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)

@@ -23,7 +23,7 @@ KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
 QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
 QERA = "qera"
-# Initialisations of an adapter (nn.lora.Adapter) whose pairs at step 0 belong to the base.
+# Initialisations of an adapter (nn.adapters.lora.Adapter) whose pairs at step 0 belong to the base.
 RESIDUAL_INITS = ("pissa", "olora", "loftq", QERA)
 HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
 
@@ -42,7 +42,7 @@ class Quant:
     dequantises the weights on all.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see
-    layer_calibration.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
+    calibrated_base.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
     calibrate_tokens: how many tokens of these rows. codes: the name of the calibrated codes in the cache,
     which a run sets.
     """

@@ -1,16 +1,11 @@
 """Compile a run for a machine without that machine, and estimate its memory and step time.
 
 machines.py: chips and topologies; targets/ has their descriptions
-dry_run.py: `jaxft train RECIPE --dry-run`: settings by section, parameters, planned bytes
-costs.py: steps, hours and money of a run
 fits.py: which models fit which hardware (from `fits.json`)
-programs.py: compile a run's programs
-plan.py: the plan of a run
+plan.py: compile a run's programs: the plan of each
 search.py: search for the fastest settings that fit
-text.py: a plan as text
-memory.py: resident arrays, largest arrays, out-of-memory errors
+plan_report.py: plans, costs and dry runs as text
 hlo.py: instructions of a compiled program
-traffic.py: bytes that it moves
-flops.py: its FLOPs
-roofline.py: an estimate of its time
+program_bytes.py: bytes in memory, and bytes that a step moves
+roofline.py: FLOPs, and an estimate of the time of a step
 """

@@ -1,4 +1,7 @@
-"""Compile a run's programs for a machine and return their memory, FLOPs, traffic and estimated time."""
+"""Compile a run's programs for a machine and return their memory, FLOPs, traffic and estimated time.
+
+The programs are traced for abstract arrays of the largest shapes that the run's settings allow.
+"""
 
 import math
 import os
@@ -11,22 +14,131 @@ from typing import Any
 
 import jax
 
-from jaxft.data.pairs import PairSource
+from jaxft import tree
+from jaxft.data.pairs import PairRows, PairSource
+from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding, threads, xla_flags
+from jaxft.engine.programs import program_tracers
+from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
 from jaxft.models.heads import TEACHER
-from jaxft.plan import hlo, memory, traffic
-from jaxft.plan.flops import Flops, flops
+from jaxft.plan import hlo, program_bytes
 from jaxft.plan.machines import Machine
-from jaxft.plan.programs import Program, all_programs, train_programs
-from jaxft.plan.roofline import ASSUMED, Estimate, by_kind, estimate
+from jaxft.plan.roofline import ASSUMED, Estimate, Flops, by_kind, estimate, flops
+from jaxft.rl.online_pairs import OnlinePairs
+from jaxft.rl.reward_models import HeadReward, head_scores
+from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout_layout import score_tokens
+from jaxft.rl.sampler import engine_sizes
 from jaxft.runs.run_texts import empty_slot_lines
-from jaxft.train.programs import Programs, abstract, step_rows
+from jaxft.train.evaluate import evaluate
+from jaxft.train.programs import Programs, abstract, reference_step, sharded_batch, step_rows
 from jaxft.train.settings import Run
 from jaxft.train.start.attention_kernels import attention_summary
+from jaxft.tree import Batch, Params
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    trace() returns jax.stages.Traced. batch: of a train step, otherwise None. state: shapes of a sampler's
+    state, which is not part of the run's, otherwise None.
+    """
+
+    name: str
+    trace: Callable[[], jax.stages.Traced]
+    batch: Batch = None
+    state: Any = None
+
+
+def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> list[Program]:
+    """Return the train step of a run. pairs: the source of its preference rows, whose batches are smaller
+    than the largest ones that the settings allow.
+    """
+    batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
+    if pairs is not None:
+        batch = pairs.abstract(_precomputed(run, p))
+    elif _precomputed(run, p) and isinstance(run.data, PairRows):
+        batch = run.data.abstract(sharding.row_shards(p.mesh), reference=True)
+    batch = sharded_batch(p, p.objective.batch_spec(batch))
+    return [Program("train step", lambda: p.train_step.trace(p.state, p.frozen, batch), batch)]
+
+
+def all_programs(run: Run, p: Programs) -> list[Program]:
+    """Return the train step and all other programs of a run.
+
+    These are evaluation, sample completions, general text, precomputed reference log-probs, and for rollouts
+    sampling, log-probs and reward heads.
+    """
+    shards, params = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
+    (first,) = found = train_programs(run, p)
+    held_out = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
+    args = (p.state.trainable, p.frozen)
+    if isinstance(run.data, Rollouts):
+        found += _rollout_programs(run, p, params, first.batch)
+    elif run.data.holds_out:
+        found.append(
+            Program("evaluation", lambda: p.eval_step.trace(*args, sharded_batch(p, held_out), p.state.aux))
+        )
+        if run.samples:
+            stop = tuple(run.model.config.eos)
+            decoding = Decoding(p.partition.model, run.sampling, stop)
+            slots = slots_for(run.samples, 1, run.data.max_length)
+            found += _sampling("sample completions", p, params, decoding, slots)
+    if run.general is not None and p.objective.text is not None:  # otherwise it is the evaluation program
+        text = evaluate.general_rows(run.data, run.general).abstract(shards)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
+        found.append(
+            Program("general text", lambda: p.text_step.trace(*args, sharded_batch(p, batch), p.state.aux))
+        )
+    if _precomputed(run, p):
+        plain = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards)
+        )
+        found.append(
+            Program("reference log-probs", lambda: reference_step(p).trace(params, sharded_batch(p, plain)))
+        )
+    return found
+
+
+def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
+    """Return the programs of rollouts: sampling, log-probs with the training program, and reward heads."""
+    data: Any = run.data
+    size, stop = padded_length(data.max_prompt), tuple(run.model.config.eos)
+    d, slots = engine_sizes(data, p.partition.model, stop, data.group, size, p.mesh)
+    found = _sampling("rollout sampling", p, params, d, slots)
+    if not isinstance(data, OnlinePairs):
+        logps: Any = jax.jit(partial(score_tokens, p.objective))
+        found.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
+    else:  # it samples groups and trains on pairs
+        shape = data.group_row_shape(data.max_prompt)
+        batch = sharded_batch(p, rollout_batch_shapes(data, shape, sharding.row_shards(p.mesh)))
+    for reward in data.rules.rewards:
+        if isinstance(reward, HeadReward):
+            score: Any = jax.jit(partial(head_scores, p.partition.model, reward))
+            found.append(
+                Program(f"reward head {reward.name}", partial(score.trace, params, p.state.aux, batch))
+            )
+    return found
+
+
+def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
+    """Return the programs of sampling with the largest state: prefill, and decoding that reads all keys."""
+    tracers = program_tracers(d, params, slots, p.mesh)
+    start = max((key for key in tracers if key[0] == "start"), key=lambda key: key[3])
+    decode = max(key for key in tracers if key[0] == "decode")
+    state = state_shapes(d, slots, slots.rows, p.mesh)
+    prefill = Program(f"{name}: prefill", tracers[start], state=state)
+    return [prefill, Program(name, tracers[decode], state=state)]
+
+
+def _precomputed(run: Run, p: Programs) -> bool:
+    return p.objective.facts.reference == "precomputed" and isinstance(run.data, PairRows)
+
 
 EFFORT = "jax_exec_time_optimization_effort"  # -1 to 1
 SAMPLER = "key/value cache and tokens"
-PROGRAM_PARTS = (  # in addition to memory.resident
+PROGRAM_PARTS = (  # in addition to program_bytes.resident
     SAMPLER,
     "batch and counters",
     "activations and temporaries",
@@ -113,21 +225,21 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
         "notes": (
             *([] if program.batch is None else [attention_summary(p, program.batch)]),
             *empty_slot_lines(step_rows(run.data, sharding.row_shards(p.mesh))),
-            *memory.replicated_weights(p),
+            *program_bytes.replicated_weights(p),
             *quick_notes(machine),
             *machine.notes,
         ),
         "gpu": machine.platform == xla_flags.CUDA,
     }
-    resident = memory.resident(p, run)
+    resident = program_bytes.resident(p, run)
     if program.state is not None:
-        resident[SAMPLER] = memory.device_bytes(program.state)
+        resident[SAMPLER] = program_bytes.device_bytes(program.state)
     with _cache_hits() as hits:
         begin = time.perf_counter()
         try:
             compiled = _compile(traced, machine.platform)
         except RuntimeError as error:  # libtpu's compiler refuses programs that do not fit
-            needed = memory.parse_out_of_memory(str(error))
+            needed = program_bytes.parse_out_of_memory(str(error))
             if needed is None:
                 raise
             seconds = time.perf_counter() - begin
@@ -195,8 +307,8 @@ def _compiled_plan(
     parts = {**resident, **dict(zip(PROGRAM_PARTS[1:], sizes, strict=True))}
     total, limit, counts = sum(parts.values()), common["limit"], common["flops"]
     module = hlo.parse_hlo(compiled.as_text() or "")
-    moves = traffic.collectives(module, machine.domains())
-    moved = traffic.memory_bytes(module)
+    moves = program_bytes.collectives(module, machine.domains())
+    moved = program_bytes.memory_bytes(module)
     time_estimate = None
     if machine.chip is not None and counts is not None:
         peak, fp8 = machine.peak, machine.peak_fp8
@@ -208,7 +320,7 @@ def _compiled_plan(
         host=analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
         collectives=by_kind(moves), memory_traffic=moved, unknown_loops=len(module.unknown_loops),
         estimate=time_estimate, compile_seconds=compilation[0], from_cache=compilation[1],
-        largest_arrays=memory.largest_arrays(module),
+        largest_arrays=program_bytes.largest_arrays(module),
     )  # fmt: skip
 
 

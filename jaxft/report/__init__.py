@@ -1,10 +1,9 @@
 """Pages and pictures of runs, and their comparison.
 
-charts.py: which metrics are drawn together, with titles and units; a run's pictures
+charts.py: which metrics are drawn together, with titles and units; a run's PNG pictures
 compare.py: comparison of runs
 document.py: `jaxft report`, one HTML page, its curves as JSON
 markup.py: pieces of HTML
-plots.py: plots of metrics
 ranking.py: which of several runs is best: seeds together, differences on the same held-out rows
 reliability.py: the reliability diagram of decisions
 run_files.py: the files of a run's folder that it shows

@@ -1,24 +1,120 @@
 """The charts of runs: which metrics are drawn together, with titles, units and the curves of metrics.jsonl.
 
-A run's pictures and its report show the same charts.
+A run's PNG pictures and its report show the same charts.
 """
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.objectives.alarms import Entry
 from jaxft.objectives.intervals import Interval, wilson
-from jaxft.report.plots import Panel, Points, draw
 from jaxft.runs import metric_names as names
 from jaxft.runs.trackers.jsonl import read_entries
 
-X_AXIS = "optimizer step"
+Points = tuple[Sequence[float], Sequence[float]]  # x, y
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f3c8d",
+    "#444444",
+)  # distinguishable with any colour vision
+STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes with a curve a label. dashed: further curves in the label's colour; level: a horizontal line to
+    compare with. faint: values behind a smoothed curve.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, Points]
+    dashed: Mapping[str, Points] = field(default_factory=dict)
+    level: float | None = None
+    faint: Mapping[str, Points] = field(default_factory=dict)
+
+
+def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
+    """Write a PNG with the panels that have a curve, `columns` in a row, and one legend below. Raises
+    ValueError without any.
+    """
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # drawn without a display and without pyplot's globals
+    from matplotlib.figure import Figure
+
+    panels = [
+        panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))
+    ]
+    if not panels:
+        raise ValueError(f"{path}: no curve to draw")
+    labels = list(dict.fromkeys(label for panel in panels for label in (*panel.curves, *panel.dashed)))
+    wide = min(columns, len(panels))
+    high = -(-len(panels) // wide)
+    legend_rows = -(-len(labels) // (2 * wide))
+    figure = Figure(
+        figsize=(4.2 * wide, 3.1 * high + 0.4 + 0.22 * legend_rows), dpi=130, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(high, wide, squeeze=False).ravel()
+    for panel, ax in zip(panels, axes, strict=False):
+        _panel(ax, panel, labels)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    handles = [axes[0].plot([], [], label=label, **_look(labels.index(label)))[0] for label in labels]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(labels), 2 * wide),
+        fontsize=8,
+        frameon=False,
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    make_folder(path.parent)
+    write_durably(path, picture.getvalue())
+
+
+def _look(number: int) -> dict[str, Any]:
+    style = STYLES[number // len(COLOURS) % len(STYLES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 1.6 if number else 2.2}
+
+
+def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
+    if panel.level is not None:
+        ax.axhline(panel.level, color="#999999", linewidth=0.8, linestyle=":")
+    for label, (x, y) in panel.curves.items():
+        marker = {"marker": "o", "markersize": 3.5} if len(x) < 12 else {}
+        number = labels.index(label)
+        ax.plot(x, y, **_look(number), **marker, zorder=3 + 1 / (1 + number))  # the first one on top
+    for label, (x, y) in panel.faint.items():
+        ax.plot(x, y, color=_look(labels.index(label))["color"], linewidth=0.7, alpha=0.3, zorder=2)
+    for label, (x, y) in panel.dashed.items():
+        ax.plot(x, y, **{**_look(labels.index(label)), "linestyle": "--", "linewidth": 1.0, "alpha": 0.7})
+    ax.set_title(panel.title, fontsize=9)
+    ax.set_xlabel(panel.x, fontsize=8)
+    ax.set_ylabel(panel.y, fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.25, linewidth=0.5)
+
+
+X_AXIS, LOSS = "optimizer step", "Loss"  # titles of an axis and of a chart
 FEWEST_TO_SMOOTH = 16  # points of a curve
-NOISE, SHORTEST_PART = 0.06, 8  # what is left of the noise, over the curve's change; parts of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # noise that smoothing leaves, over the curve's change; parts of a curve
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -166,7 +262,7 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
         for name in known
         if name.startswith(names.SCORES)
     ]
-    found.append(single_chart("Loss", unit, names.LOSS))
+    found.append(single_chart(LOSS, unit, names.LOSS))
     functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
     rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
     if has_rollouts:
@@ -183,7 +279,7 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
 
 
 def _metric_names(entries: Iterable[Entry]) -> Set[str]:
-    """Return the names in the order of the entries, those of held-out rows without their prefix."""
+    """Return the names in the order of the entries, without the prefix of held-out rows."""
     return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
 
 
@@ -283,8 +379,8 @@ def smoothed(values: Sequence[float | None], factor: float) -> list[float | None
 
 
 def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str]:
-    """Draw curves.png, what the model learns, and training.png, learning rate, gradient, speed and memory,
-    into `folder`. Return the names of the files; none for a run without a value to draw.
+    """Draw curves.png (what the model learns) and training.png (learning rate, gradient, speed, memory) into
+    `folder`. Return the names of the files; none for a run without a value to draw.
     """
     runs = {name: entries}
     files = {"curves.png": learning_kinds(runs), "training.png": STEP_CHARTS}
@@ -295,6 +391,43 @@ def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str
             draw(folder / file, [chart_panel(chart, name) for chart in charts], name)
             drawn.append(file)
     return drawn
+
+
+def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    """Return the charts of what the models learn with a curve a run: on held-out rows, and dashed on training
+    rows, which stand alone where no run holds out rows.
+
+    runs: entries of metrics.jsonl by label.
+    """
+    panels = []
+    for chart in make_charts(runs, learning_kinds(runs)):
+        curves = [(run, curve) for run, own in chart.curves.items() for curve in own]
+        for label in dict.fromkeys(curve.label for _, curve in curves):
+            sides: list[dict[str, Points]] = [
+                {run: _known_points(c.steps, smoothed(c.values, smoothing_factor(c)))
+                 for run, c in curves if (c.label, c.held_out) == (label, is_held)}
+                for is_held in (True, False)
+            ]  # fmt: skip
+            title, unit = ", ".join(filter(None, (chart.kind.title, label))), chart.kind.unit
+            starts = {run: y[0] for run, (_, y) in sides[0].items()}
+            if chart.kind.title == LOSS and starts and max(starts.values()) > 3 * min(starts.values()) > 0:
+                title, unit = f"{title} over its value at the start", "ratio"
+                sides = [
+                    {run: (x, [v / starts[run] for v in y]) for run, (x, y) in side.items() if run in starts}
+                    for side in sides
+                ]
+            held, trained = sides
+            panels.append(
+                Panel(f"{title}, held out", X_AXIS, unit, held, trained)
+                if held
+                else Panel(title, X_AXIS, unit, trained)
+            )
+    return panels
+
+
+def compared_metrics(runs: Mapping[str, Sequence[Entry]]) -> set[str]:
+    """Return the metrics that comparison_panels draws, without the prefix of held-out rows."""
+    return {line.metric for kind in learning_kinds(runs) for line in kind.lines}
 
 
 def chart_panel(chart: Chart, run: str) -> Panel:

@@ -16,6 +16,7 @@ from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.objectives.alarms import Entry
 from jaxft.report import sections
 from jaxft.report.charts import (
+    COLOURS,
     STEP_CHARTS,
     X_AXIS,
     Chart,
@@ -26,7 +27,6 @@ from jaxft.report.charts import (
     smoothing_factor,
 )
 from jaxft.report.markup import escaped
-from jaxft.report.plots import COLOURS
 from jaxft.report.reliability import reliability_section
 from jaxft.report.run_files import RunFiles, folders_of_runs, read_run
 from jaxft.runs.folder import SUMMARY

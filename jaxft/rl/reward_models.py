@@ -34,10 +34,10 @@ from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
-from jaxft.weights import init, pretrained, storage
+from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.hf import hf_write
 from jaxft.weights.hub import hub
-from jaxft.weights.peft import adapters, peft
+from jaxft.weights.peft import adapter_folders, peft_read
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 
@@ -76,12 +76,12 @@ def load_reward_model(
             require_classifier(ref)
             head = heads.HeadSettings(trained=False)
         else:
-            settings = adapters.read_adapter_settings(str(adapter), model)
+            settings = adapter_folders.read_adapter_settings(str(adapter), model)
             head = heads.HeadSettings(settings, str(adapter), trained=False)
         stored = pretrained.frozen_model(model, quant, ref, head.adapter)
         params = {
             "base": pretrained.load_base(ref, stored, mesh),
-            **init.init_all_but_base(stored.model, mesh, 0, head, ref),
+            **initial_params.init_all_but_base(stored.model, mesh, 0, head, ref),
         }
     pad = pad_token_of(ref, adapter)
     return LoadedRewardModel(partial(score_rows, stored.model, pad=pad), params, stored.model, pad)
@@ -107,13 +107,13 @@ def load_reward_adapters(
         model = _headless(ref, dtype)
         for name, folder in folders.items():
             pretrained.check_adapter_base(folder, ref)
-            found[name] = peft.read_parts(folder, model, pretrained.open_files(ref))[0]
+            found[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
         pairs = {name: parts["adapter"] for name, parts in found.items()}
         check_stackable(pairs)
         pairs = {name: with_gains(first.params["base"], one) for name, one in pairs.items()}
         out, wide = {}, np.promote_types(model.dtype, np.float32)
         for (name, parts), equal in zip(found.items(), of_equal_shapes(list(pairs.values())), strict=True):
-            own = adapters.on_every_device({**parts, "adapter": equal}, wide, mesh)
+            own = adapter_folders.on_every_device({**parts, "adapter": equal}, wide, mesh)
             pad, params = pad_token_of(ref, folders[name]), {**first.params, **own}
             score = partial(score_rows, first.model, pad=pad)
             out[name] = LoadedRewardModel(score, params, first.model, pad)
@@ -305,32 +305,52 @@ class ModelReward(Reward):
         arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
-        tokenizer = pretrained.load_tokenizer(self.ref)
-        ends_at_eos = hf_write.READ_AT in pretrained.read_config(hub.locate(self.ref, config_only=True))
-        jitted = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
-        empty = {size: left_pad([], self.batch, size) for size in text_lengths(self.max_length)}
-        programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
+        return make_text_scorer(loaded, mesh, self.ref, None, self.max_length, self.batch)
 
-        def score_texts(
-            prompts: Sequence[Chat | Completion],
-            completions: Sequence[str],
-            settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-        ) -> Float[np.ndarray, " n"]:
-            examples = list(map(with_response, prompts, completions))
-            own = settings_for(tokenizer, settings)
-            tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, own))
-            texts = [ids.tolist() for ids, _ in tokenised]
-            texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
-            scores = np.full(len(texts), np.nan)
-            fitting = [i for i, ids in enumerate(texts) if len(ids) <= self.max_length]
-            for start in range(0, len(fitting), self.batch):
-                chosen = fitting[start : start + self.batch]
-                size = next(size for size in programs if size >= max(len(texts[i]) for i in chosen))
-                rows = left_pad([texts[i] for i in chosen], self.batch, size)
-                scores[chosen] = np.asarray(programs[size](loaded.params, rows))[: len(chosen)]
-            return scores
 
-        return score_texts
+def make_text_scorer(
+    loaded: LoadedRewardModel,
+    mesh: jax.sharding.Mesh,
+    ref: str,
+    adapter: Path | None,
+    max_length: int = 1024,
+    batch: int = 8,
+) -> Callable[..., Float[np.ndarray, " n"]]:
+    """Compile a loaded reward model for texts, and return `(prompts, completions, settings) -> scores`, NaN
+    for a text of more than max_length tokens.
+
+    ref, adapter: from which it was loaded, and which have its tokenizer. batch: texts of a pass. prompts:
+    without responses. settings: of a run's chat template; the reward model's own gets those of its arguments
+    that it reads.
+    """
+    own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)
+    config = pretrained.read_config(hub.locate(ref, config_only=True))
+    ends_at_eos = adapter is None and hf_write.READ_AT in config
+    jitted = jax.jit(loaded.score, out_shardings=sharding.replicated(mesh))
+    empty = {size: left_pad([], batch, size) for size in text_lengths(max_length)}
+    programs = {size: jitted.lower(loaded.params, rows).compile() for size, rows in empty.items()}
+
+    def score_texts(
+        prompts: Sequence[Chat | Completion],
+        completions: Sequence[str],
+        settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+    ) -> Float[np.ndarray, " n"]:
+        examples = list(map(with_response, prompts, completions))
+        own = settings_for(tokenizer, settings)
+        tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, own))
+        texts = [ids.tolist() for ids, _ in tokenised]
+        texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
+        scores = np.full(len(texts), np.nan)
+        fitting = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
+        for start in range(0, len(fitting), batch):
+            chosen = fitting[start : start + batch]
+            size = next(size for size in programs if size >= max(len(texts[i]) for i in chosen))
+            rows = left_pad([texts[i] for i in chosen], batch, size)
+            scores[chosen] = np.asarray(programs[size](loaded.params, rows))[: len(chosen)]
+        return scores
+
+    return score_texts
 
 
 def text_lengths(longest: int) -> list[int]:
@@ -369,11 +389,11 @@ def find_reward_model(
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.trained_weights(Path(ref))  # raises an error that names a run which isn't finished
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
-    adapter = adapters.adapter_folder(ref)
+    adapter = adapter_folders.adapter_folder(ref)
     has_adapter = (adapter / "adapter_config.json").is_file()
     if "@" in ref or ((folder / "config.json").is_file() and not has_adapter):
         classifier = ref if "@" in ref else str(folder)
         require_classifier(classifier)
         return {}, ModelReward(classifier, quant, max(1024, 2 * longest))
     pad = pad_token_of(ref, adapter) if (adapter / "tokenizer_config.json").is_file() else None
-    return {"reward": adapters.reward_head_settings(ref, model)}, HeadReward("reward", pad)
+    return {"reward": adapter_folders.reward_head_settings(ref, model)}, HeadReward("reward", pad)

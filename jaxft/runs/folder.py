@@ -15,12 +15,11 @@ from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.settings.record import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
-from jaxft.weights.calibrate import calibrated_codes
-from jaxft.weights.gguf.gguf_header import part_files
-from jaxft.weights.hf import hf
+from jaxft.weights.calibrate import calibrated_base
+from jaxft.weights.gguf.gguf_file import part_files
+from jaxft.weights.hf import hf_read
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.cached_folder import adopt_folder, folder_damage
-from jaxft.weights.hub.file_hash import content_sha256, files_sha256
+from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, folder_damage
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
@@ -45,9 +44,9 @@ HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 FOLDERS = (*RESULTS, "checkpoints", "tensorboard", "rollouts")
-FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
+FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of files that a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
-PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/logs/logs.py
+PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # for the report, see train/logs/logs.py
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 NOT_COMPARED = (
@@ -247,7 +246,7 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Return differences with those of fingerprints as the files that have changed.
+    """Return differences; those of fingerprints name the files that have changed.
 
     A fingerprint whose setting has changed too is left out. record: of today's settings.
     """
@@ -351,8 +350,8 @@ class ChangedResult(NamedTuple):
 
 
 def changed_results(folder: Path) -> list[ChangedResult]:
-    """Return the files of a run's results that are not what the finished run wrote, from their bytes on disk.
-    folder: see recorded_results; what it has not recorded passes.
+    """Return the files of a run's results that differ from the recorded hashes, by their bytes on disk.
+    folder: see recorded_results; files without a hash pass.
     """
     recorded = recorded_results(folder) or {}
     present = [path for path in recorded if path.is_file()]
@@ -364,8 +363,8 @@ def changed_results(folder: Path) -> list[ChangedResult]:
 
 
 def earlier_end(folder: Path) -> str | None:
-    """Return a line if a run's weights are those of an earlier end: it was continued after it had finished,
-    and has not finished again. folder: see recorded_results; None for a folder that is no run's.
+    """Return a line if a run's weights are from an earlier end: it was continued after it had finished, and
+    has not finished again. folder: see recorded_results; None for a folder that is no run's.
     """
     run = _run_of(folder)
     entries = [] if run is None else read_entries(run / METRICS)
@@ -392,7 +391,7 @@ def earlier_end_notes(ref: str | Path) -> list[str]:
 
 
 def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
-    """Lines that say how prompts of this run differ from those that the weights `ref` were trained on.
+    """Lines about how this run's prompts differ from the prompts that the weights `ref` were trained on.
 
     ref: a run's folder, or one of its adapter or model; nothing is known about others. record: this run's
     settings with the fingerprint of its chat template.
@@ -491,7 +490,6 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
             f"{folder}: the weights in {ref} have changed since this run was trained; {again}, or use --model"
         )
     if recorded.startswith(HASH) and hub.is_extended(ref):
-        adopt_folder(Path(ref))
         damage = folder_damage(Path(ref))
         if damage is not None:
             raise ValueError(
@@ -504,20 +502,20 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
 
 
 def _check_codes(folder: Path) -> None:
-    """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
+    """Raise ValueError if the calibrated codes in the cache have changed since the run was trained."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
-    if not calibrated_codes.confirm_codes(record):
+    if not calibrated_base.confirm_codes(record):
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {calibrated_codes.codes_folder(name)}, has changed "
-            f"since this run was trained. {calibrated_codes.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {calibrated_base.codes_folder(name)}, has changed "
+            f"since this run was trained. {calibrated_base.AGAIN}"
         )
 
 
 def weights_fingerprint(ref: str) -> str:
     """Return a hash of all bytes of the weights behind `ref`."""
     located = hub.locate(ref)
-    files = part_files(located.path) if located.kind == "gguf" else hf.weight_files(located.path)
+    files = part_files(located.path) if located.kind == "gguf" else hf_read.weight_files(located.path)
     lines = [f"{path.name} {known}\n" for path, known in zip(files, files_sha256(files), strict=True)]
     return HASH + hashlib.sha256("".join(lines).encode()).hexdigest()
 

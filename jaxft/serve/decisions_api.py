@@ -28,8 +28,8 @@ from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import SampledToken, TokenRequest
 from jaxft.engine.session import RequestSettings
 from jaxft.engine.state import WORD
-from jaxft.serve.api_request import ApiError
-from jaxft.serve.served_model import ServedModel, decision_prompt
+from jaxft.serve.openai_api import ApiError
+from jaxft.serve.served_models import ServedModel, decision_prompt
 
 MOST_QUESTIONS, MOST_LEVELS, MOST_DOCUMENTS = 64, 10, 1000
 RERANK_FIELDS = ("model", "query", "documents", "top_n", "return_documents")

@@ -24,16 +24,6 @@ from typing import Any
 from jaxft.data.rows.example import Decision
 from jaxft.data.rows.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, Stopped
-from jaxft.serve.api_request import (
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    functions_of,
-    parse_chat,
-    parse_completion,
-    parse_json,
-)
-from jaxft.serve.api_response import Envelope, chunk_choice, joined, usage_of, whole_choice
 from jaxft.serve.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
 from jaxft.serve.decisions_api import (
     answer,
@@ -46,14 +36,28 @@ from jaxft.serve.decisions_api import (
     response,
 )
 from jaxft.serve.generation import Generation, submit_choices
-from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt, token_prompt
+from jaxft.serve.openai_api import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    Envelope,
+    chunk_choice,
+    functions_of,
+    joined,
+    parse_chat,
+    parse_completion,
+    parse_json,
+    usage_of,
+    whole_choice,
+)
+from jaxft.serve.served_models import ServedModel, chat_prompt, text_prompt, token_prompt
 
 PAGE = Path(__file__).with_name("chat_page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_SECONDS = 30.0
 HEADER_SECONDS = 10.0  # for the header of a request, and between requests
 MOST_WAITING = 256  # connections without a request, and bodies that arrive; one more ends the oldest
-SPARE_REQUESTS = 512  # at once, in addition to accepted ones: those of clients that get status 429
+SPARE_REQUESTS = 512  # at once, in addition to accepted ones: from clients that get status 429
 KEY_VARIABLE = "JAXFT_API_KEY"
 
 
@@ -273,7 +277,7 @@ async def _read(service: Service, request: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _arriving(bodies: dict[asyncio.Timeout, None], limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """Count a body among those that arrive; if these are too many, the time of the oldest is over."""
+    """Count an arriving body; if too many arrive, the oldest times out."""
     bodies[limit] = None
     if len(bodies) > MOST_WAITING:
         oldest = next(iter(bodies))
@@ -349,7 +353,7 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
 @contextlib.contextmanager
 def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Raise ApiError for what the scheduler, or a prompt, raises. fields: of the body."""
+    """Turn errors of the scheduler and of prompts into ApiError. fields: of the body."""
     try:
         yield
     except ValueError as error:
@@ -505,8 +509,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(app: Any, grace: int) -> Any:
-    """Return the settings of uvicorn. Limits of connections and requests are those of this file, because
-    uvicorn's response to one above its limit is no JSON. Its idle timer never ends first.
+    """Return the settings of uvicorn. This file limits connections and requests, because uvicorn's response
+    to one above its limit is no JSON. Its idle timer never ends first.
     """
     import uvicorn
 

@@ -11,10 +11,9 @@ from jaxft.data.rows.example import Message
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import NewTokens, Scheduler
 from jaxft.nn.adapters.lora_rows import BASE
-from jaxft.serve.api_request import ApiError, ChoiceSettings
-from jaxft.serve.api_response import Piece
 from jaxft.serve.generation import choice_texts, token_requests
-from jaxft.serve.served_model import ServedModel, chat_prompt, text_prompt
+from jaxft.serve.openai_api import ApiError, ChoiceSettings, Piece
+from jaxft.serve.served_models import ServedModel, chat_prompt, text_prompt
 
 HELP = """\
 /use NAME          chat with this model ("base" is the one without adapter); two names respond side by side
@@ -78,7 +77,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """The terminal's action after a command. text: what it prints. again: whether the models respond to the
+    """The terminal's action after a command. text: to print. again: whether the models respond to the
     last message.
     """
 
@@ -126,7 +125,7 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
 
 
 def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
-    """Return one or two names of models; "base" is also that of the one without an adapter. Raises
+    """Return one or two names of models; "base" is the model without an adapter. Raises
     ValueError for others.
     """
     if not 1 <= len(names) <= 2:
@@ -229,7 +228,7 @@ def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Pi
 
 
 def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
-    """Return the prompt. Raises ValueError if it is too long, with what helps in a chat."""
+    """Return the prompt. Raises ValueError if it is too long, with the remedy in a chat."""
     limit = scheduler.sizes.prompt
     if len(prompt) > limit:
         what = "message" if model.plain else "conversation"

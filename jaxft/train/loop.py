@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.distributed.watchdog import Watchdog
 from jaxft.runs import folder as runfolder
-from jaxft.runs.interrupt import Interrupt, signal_name
-from jaxft.runs.store.store_copy import Copies
+from jaxft.runs.object_store import Copies
 from jaxft.runs.trackers.tracker import Tracker
 from jaxft.train.compiled import Compiled, compile_run
 from jaxft.train.export.results import export_best, export_members, report_finished, write_reports

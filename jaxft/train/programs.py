@@ -32,10 +32,10 @@ from jaxft.train.start.eva import FirstRows, eva_adapter
 from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_storage
 from jaxft.train.step import TrainStep, make_train_step
 from jaxft.tree import Aux, Batch, Metrics, Params
-from jaxft.weights import init, pretrained, storage
+from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
 from jaxft.weights.edit.extend import check_new_tokens
-from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights.peft.adapter_folders import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,9 @@ def start(
         without = pairs.without if pairs else None
         base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged, without)
     own = HeadSettings(run.adapter, run.start if run.adapter else None)
-    others = init.init_all_but_base(p.partition.model, p.mesh, run.seed, own, run.weights, run.heads)
+    others = initial_params.init_all_but_base(
+        p.partition.model, p.mesh, run.seed, own, run.weights, run.heads
+    )
     if pairs:
         others["adapter"] = place_pairs(pairs.start, others["adapter"])
         if INITIAL_ADAPTER in p.frozen:

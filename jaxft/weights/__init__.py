@@ -1,12 +1,8 @@
 """Model weights in and out of files.
 
 pretrained.py: load a model, its base and its tokenizer from anywhere
-tensors.py: the table of a model's tensors: which part of which parameter each of them is; these parts back on
-    the host
-model_files.py: tensors by Hugging Face name
-param_reader.py: parameters, read part by part
+tensors.py: tensors in a model's files, and the table of them by parameter; values are finite
+param_loading.py: parameters, read part by part and loaded onto a mesh
 storage.py: how each parameter is stored
-place.py: loading parameters onto a mesh
-init.py: adapters and heads, fresh or from folders
-finite.py: checks of what is read and written
+initial_params.py: adapters and heads, fresh or from folders
 """

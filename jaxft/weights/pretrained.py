@@ -24,17 +24,15 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights import place
-from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.edit import merge
-from jaxft.weights.gguf import gguf, gguf_config, gguf_header, gguf_tokenizer
-from jaxft.weights.hf import hf, tokenizer_files
+from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
+from jaxft.weights.hf import hf_read, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
-from jaxft.weights.hf.tokenizer_limits import OverLimit, check_tokenizer_files
+from jaxft.weights.hf.tokenizer_files import OverLimit, check_tokenizer_files
 from jaxft.weights.hub import hub
-from jaxft.weights.model_files import Index, ModelFiles, QuantisedTensor
-from jaxft.weights.param_reader import ParamReader, param_readers, read_quantised
-from jaxft.weights.peft import peft
+from jaxft.weights.param_loading import ParamReader, load_param, param_readers, read_quantised, store_as
+from jaxft.weights.peft import peft_read
 from jaxft.weights.storage import (
     Storage,
     StoredModel,
@@ -44,7 +42,7 @@ from jaxft.weights.storage import (
     leaf_sharding,
     quantised_paths,
 )
-from jaxft.weights.tensors import Tensor
+from jaxft.weights.tensors import Index, ModelFiles, QuantisedTensor, Tensor
 
 NOT_COMPUTED = ("bos", "eos", "max_positions")  # fields of a config that change no value of the model
 # Settings of transformers for dropout inside the model, which its pretraining may have used.
@@ -52,11 +50,11 @@ DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"
 
 
 def read_config(located: hub.Located) -> dict[str, Any]:
-    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata; of
-    a multimodal model that of its text decoder. Raises ValueError if it is malformed.
+    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata;
+    for a multimodal model, of its text decoder. Raises ValueError if it is malformed.
     """
     if located.kind == "gguf":
-        return gguf_config.gguf_config(gguf_header.read_gguf_header(located.path))
+        return gguf_config.gguf_config(gguf_file.read_gguf_header(located.path))
     config = text_config(read_model_json(located.path / "config.json"))
     quantised = config.get("quantization_config")
     if quantised is not None and not isinstance(quantised, dict):
@@ -73,6 +71,9 @@ def model_for(ref: str, **options: Any) -> Model:
     A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
     A config that ties the head to the embedding does not count where the weights are here and have another
     head. Raises ValueError for an architecture that is not implemented.
+
+    >>> model_for("HuggingFaceTB/SmolLM2-135M").config.layers
+    30
     """
     preset = None if Path(ref).is_dir() else model_types.preset(ref, **options)
     if preset is not None:
@@ -100,7 +101,7 @@ def _has_other_head(located: hub.Located) -> bool:
     if located.kind != "folder":
         return False
     try:
-        return hf.has_other_head(hf.open_folder(located.path))
+        return hf_read.has_other_head(hf_read.open_folder(located.path))
     except (ValueError, FileNotFoundError):  # which loading them reports
         return False
 
@@ -126,7 +127,7 @@ def file_notes(ref: str, model: Model) -> list[str]:
         notes.append(f"{ref}: its config.json has {stated}, which is not applied; adapter.dropout is")
     if "head" in model.weight_names and model_types.is_tied(model_types.family_of(config).from_hf(config)):
         notes.append(
-            f"{ref}: its config.json has tie_word_embeddings=true, but {hf.HEAD} is not the embedding: "
+            f"{ref}: its config.json has tie_word_embeddings=true, but {hf_read.HEAD} is not the embedding: "
             "the head is a matrix of its own"
         )
     return notes
@@ -136,8 +137,8 @@ def open_files(ref: str) -> ModelFiles:
     """Open the tensors of `ref` under their Hugging Face names; downloads the model if necessary."""
     located = hub.locate(ref)
     if located.kind == "gguf":
-        return gguf.open_gguf(gguf_header.read_gguf_header(located.path))
-    return hf.open_folder(located.path)
+        return gguf_tensors.open_gguf(gguf_file.read_gguf_header(located.path))
+    return hf_read.open_folder(located.path)
 
 
 def check_preset(ref: str, config: ModelConfig) -> None:
@@ -149,8 +150,8 @@ def check_preset(ref: str, config: ModelConfig) -> None:
         return
     located = hub.locate(ref)
     hf_config = read_config(located)
-    found = model_types.family_of(hf_config).from_hf(hf_config)
-    if differing := config_differences(config, found):
+    theirs = model_types.family_of(hf_config).from_hf(hf_config)
+    if differing := config_differences(config, theirs):
         raise ValueError(
             f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "
             f"Use the files' folder as the model: {located.path}"
@@ -165,14 +166,14 @@ def config_differences(one: Any, other: Any, ignored: Collection[str] = NOT_COMP
     """
     if type(one) is not type(other):
         return [f"{type(one).__name__} and {type(other).__name__}"]
-    found: list[str] = []
+    lines: list[str] = []
     for name in (field.name for field in dataclasses.fields(one) if field.name not in ignored):
         a, b = getattr(one, name), getattr(other, name)
         if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            found += [f"{name}.{line}" for line in config_differences(a, b, ())]
+            lines += [f"{name}.{line}" for line in config_differences(a, b, ())]
         elif a != b and not (type(a) is type(b) is float and math.isclose(a, b, rel_tol=1e-6)):
-            found.append(f"{name} {a!r:.60} and {b!r:.60}")
-    return found
+            lines.append(f"{name} {a!r:.60} and {b!r:.60}")
+    return lines
 
 
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
@@ -189,7 +190,7 @@ def load_tokenizer(ref: str) -> Any:
     """
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
-        return gguf_tokenizer.build_tokenizer(gguf_header.read_gguf_header(located.path))
+        return gguf_tokenizer.build_tokenizer(gguf_file.read_gguf_header(located.path))
     try:
         check_tokenizer_files(located.path)
         tokenizer = tokenizer_files.read_tokenizer(located.path)
@@ -254,9 +255,7 @@ def frozen_model(
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return, from headers, the layouts of those of these base parameters that the files of `ref` store
-    quantised.
-    """
+    """Return, from headers, the layouts of the parameters at `paths` that the files of `ref` quantise."""
     if ref is None:
         raise ValueError(
             f"quant={CHECKPOINT} stores the base as its files do, but no files are given; set model"
@@ -291,9 +290,9 @@ def load_base(
     files = open_files(ref)
     readers = param_readers(files, stored.model)
     if adapter is not None:
-        peft.check_base_copies(adapter, files)
-        found, settings = peft.read_adapter(adapter, stored.model, files)
-        readers = merge.merge_on_read(readers, stored.model, found, settings.trainable_token_indices)
+        peft_read.check_base_copies(adapter, files)
+        pairs, settings = peft_read.read_adapter(adapter, stored.model, files)
+        readers = merge.merge_on_read(readers, stored.model, pairs, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
         readers = merge.merge_on_read(readers, stored.model, negated)
@@ -305,7 +304,7 @@ def load_base(
         storage = stored.storage[full]
         like = leaf_shapes(spec, storage)
         reader, unchanged = _stored_reader(reader, storage)
-        return place.load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
+        return load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
     return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
 
@@ -320,8 +319,8 @@ def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, 
 
 
 def check_adapter_base(folder: Path, ref: str) -> None:
-    """Raise ValueError if an adapter has copies of other embeddings than those of the base `ref`."""
-    peft.check_base_copies(folder, open_files(ref))
+    """Raise ValueError if an adapter has copies of embeddings that differ from the base's."""
+    peft_read.check_base_copies(folder, open_files(ref))
 
 
 def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) -> Params:
@@ -331,7 +330,7 @@ def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
     """Return a line for each group of weights that are quantised in the files but stored otherwise, with the
-    reason; before them those of file_notes.
+    reason, after the lines of file_notes.
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
@@ -379,7 +378,7 @@ def _rounded(reader: ParamReader, spec: ParamSpec, storage: Storage) -> ParamRea
         if unchanged:
             packed = replace(read_quantised(source, tensor), dtype=like.dtype)
         else:
-            packed = place.store_as(reader.read(tensor), like)
+            packed = store_as(reader.read(tensor), like)
         return np.asarray(dequantize(packed))[index]
 
     return replace(reader, changed=changed)

@@ -28,8 +28,8 @@ class Storage:
     quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
     array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
     and scales are stored unchanged. fp8_matmul: see nn.quant.Quant. codes: the name of calibrated codes in
-    the cache (see codes.py), which are loaded in place of the checkpoint's weights; None: those are quantised
-    when they are loaded.
+    the cache (weights/calibrate/calibrated_base.py), which replace the checkpoint's weights; None: these are
+    quantised when they are loaded.
     """
 
     dtype: DTypeLike
@@ -157,13 +157,13 @@ def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
     """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each
     of its arrays.
     """
-    whole = param.sharding_of(spec, mesh, path)
+    full = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
-        return whole
+        return full
     if leaf.block or is_paired(leaf.kind):
         block = leaf.block if leaf.block and leaf.index is None else 2
-        whole = sharding.shard_between_blocks(whole, spec.axes, spec.shape, block, path)
-    return shardings_of(leaf, whole)
+        full = sharding.shard_between_blocks(full, spec.axes, spec.shape, block, path)
+    return shardings_of(leaf, full)
 
 
 def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:

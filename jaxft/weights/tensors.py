@@ -1,15 +1,18 @@
-"""The table of a model's tensors in its files: which part of which parameter each of them is.
+"""Tensors in a model's files: read by Hugging Face name from every format, and their table by parameter.
 
-Readers, writers, adapters' files, merging, extraction and calibration iterate over it, so that none of them
-knows how tensors are named, or along which axes the files split a parameter.
+Readers, writers, adapters' files, merging, extraction and calibration use the table (`tensors_of`), so that
+none of them knows how tensors are named, or along which axes the files split a parameter. Values are checked
+to be finite when they are read and written.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
@@ -17,9 +20,80 @@ from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_spec
 from jaxft.nn.param import ParamSpec, spec_paths
-from jaxft.nn.quant import dequantize, is_qtensor
+from jaxft.nn.quant import QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
-from jaxft.weights.model_files import Index, ModelFiles, full_index
+
+Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole
+ReadPart = Callable[[Index], np.ndarray]
+
+# Bits of a 16-bit float without its sign, from which on it is infinite or NaN. NumPy's own isfinite is slow
+# for float16 and unknown to it for bfloat16.
+INFINITE_BITS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
+ADVICE = "repair the file, or download it again"
+
+
+@dataclass(frozen=True)
+class QuantisedTensor:
+    """A weight [in, out] that the files store quantised.
+
+    method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
+    exactly the values in the files; None if there is none. read(index): returns the weight, or the part of it
+    at `index` [in, out], whose limits are limits of blocks: a QTensor of NumPy arrays in that layout, or
+    without one the values in float32. reason: why there is no layout, or not the smallest one. tensors: in
+    the files that it consists of, if these have other names.
+    """
+
+    method: str
+    shape: tuple[int, ...]
+    layout: QTensor | None
+    read: Callable[..., QTensor | np.ndarray]
+    reason: str = ""
+    tensors: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a model's files, which is read when it is needed.
+
+    shape, dtype, read(index): of its values, dequantised if it is quantised; read returns a part of them in
+    fresh memory. quantised: the weight as the files store it, None if that is as it is read.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: ReadPart
+    quantised: QuantisedTensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The tensors of a model by name. where: the file or folder, for messages. ignored: tensors in the files
+    that belong to other parts of a multimodal model than its text decoder.
+    """
+
+    where: str
+    tensors: Mapping[str, FileTensor]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def quantised(self) -> dict[str, QuantisedTensor]:
+        """The weights that the files store quantised."""
+        return {name: x.quantised for name, x in self.tensors.items() if x.quantised is not None}
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """Read the values of a tensor, or the part of them at `index`."""
+        return self.tensors[name].read(index)
+
+
+def full_index(index: Index, shape: Sequence[int]) -> Index:
+    """Return the index with slice(start, stop) for every dimension of `shape`."""
+    slices = (*index, *(slice(None),) * (len(shape) - len(index)))
+    return tuple(slice(*s.indices(size)[:2]) for s, size in zip(slices, shape, strict=True))
+
+
+def lengths(index: Index) -> tuple[int, ...]:
+    """Return the shape of the part at a full index."""
+    return tuple(s.stop - s.start for s in index)
 
 
 @dataclass(frozen=True)
@@ -32,8 +106,6 @@ class Tensor:
     tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
     linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
     the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
-
-    `tensors_of(model)["layers/attn/q"][3].name` is "model.layers.3.self_attn.q_proj.weight".
     """
 
     path: str
@@ -76,8 +148,12 @@ TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-
 def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
     """Return the tensors of each parameter of a model's base.
 
-    tied_head: with the "head" of a language model whose head is the embedding. It has no tensor in the
-    model's files, but may have one in an adapter's, and in those of a merged model.
+    tied_head: with the "head" of a language model whose head is the embedding. The model's files have no such
+    tensor, but an adapter's or a merged model's may.
+
+    >>> from jaxft.weights.pretrained import model_for
+    >>> tensors_of(model_for("HuggingFaceTB/SmolLM2-135M"))["layers/attn/q"][3].name
+    'model.layers.3.self_attn.q_proj.weight'
     """
     specs = spec_paths(model.specs.get("base", model.specs))
     names = {path: model.weight_names[path] for path in specs}
@@ -145,3 +221,58 @@ def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
         return x
 
     return jax.jit(part, out_shardings=replicated)
+
+
+# Checks that values are finite
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether no value of an array is infinite or NaN. True for integers."""
+    if x.dtype in INFINITE_BITS:
+        positive, negative = x.view(np.int16).max(initial=0), x.view(np.uint16).max(initial=0)
+        return int(positive) < INFINITE_BITS[x.dtype] and int(negative) < 0x8000 + INFINITE_BITS[x.dtype]
+    if x.dtype in (np.float32, np.float64):
+        return bool(np.isfinite(x).all())
+    if np.issubdtype(x.dtype, np.integer) or x.dtype == bool:
+        return True
+    return bool(np.isfinite(x.astype(np.float32)).all())  # 8-bit floats
+
+
+def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
+    """Return the array. Raises ValueError with the number and the place of values that are not finite."""
+    if not is_finite(x):
+        bad = ~np.isfinite(x.astype(np.float32))
+        first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{int(bad.sum())} of {x.size} values are NaN or infinite, the first at [{first}]; {advice}"
+        )
+    return x
+
+
+def require_finite_scales(x: Any) -> Any:
+    """Return a QTensor of NumPy arrays. Raises ValueError that names a scale that is not finite."""
+    if isinstance(x, QTensor):
+        for name in ("scale", "offset", "outer", "mean"):
+            array = getattr(x, name)
+            if array is not None and not is_finite(np.asarray(array)):
+                raise ValueError(f"its quantisation array {name!r} has NaN or infinite values; {ADVICE}")
+    return x
+
+
+def cast_finite(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Cast finite floats. Raises ValueError where a value is too large for `dtype`."""
+    with np.errstate(over="ignore"):
+        out = x.astype(dtype, copy=False)
+    narrower = float(ml_dtypes.finfo(out.dtype).max) < float(ml_dtypes.finfo(x.dtype).max)
+    if narrower and not is_finite(out):
+        raise ValueError(f"some values are too large for {out.dtype}; use dtype=float32, or another model")
+    return out
+
+
+@contextlib.contextmanager
+def errors_name(where: str) -> Iterator[None]:
+    """Put the file and the tensor in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -98,7 +98,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.models.adapted import adapted, adapted_by_row
     from jaxft.nn.adapters.lora_rows import stack_by_row, stored_stack
     from jaxft.weights import pretrained
-    from jaxft.weights.peft import adapters
+    from jaxft.weights.peft import adapter_folders
 
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     sizes = ServeSizes(args.adapters, args.prompt, args.new)
@@ -117,7 +117,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
         if args.base:
             cases.append(("base", adapted(model, None), {}))
         for name, whole, own in cases:
-            params = {**base, **adapters.on_every_device(own, None, mesh)}
+            params = {**base, **adapter_folders.on_every_device(own, None, mesh)}
             found[name] = Scheduler(compile_server(whole, sizes, params, mesh), sizes, params, args.adapters)
             found[name].start()
     return found

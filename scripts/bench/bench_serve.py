@@ -42,12 +42,12 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
     import uvicorn
 
     from jaxft.engine.scheduler import Scheduler
-    from jaxft.runs import named_weights
-    from jaxft.serve import served, server
+    from jaxft.runs import loaded_weights
+    from jaxft.serve import served_models, server
 
-    named = named_weights.named_models([], args.model, [], "")
-    flags = served.ServeFlags(args.dtype, prompt=args.prompt, new=args.new)
-    found = served.load_served(named, flags, args.rows)
+    named = loaded_weights.named_models([], args.model, [], "")
+    flags = served_models.ServeFlags(args.dtype, prompt=args.prompt, new=args.new)
+    found = served_models.load_served(named, flags, args.rows)
     scheduler = Scheduler(found.engine, found.sizes, found.params, 256)
     scheduler.start()
     endless = {name: replace(model, stop=()) for name, model in found.models.items()}

@@ -101,12 +101,12 @@ def source_hash() -> str:
 
 def planned(run: Any, machine: Any) -> dict[str, Any]:
     """Return the stored fields of a plan, or its error. Nothing is compiled if resident arrays do not fit."""
-    from jaxft.plan import machines, memory, plan
+    from jaxft.plan import machines, plan, program_bytes
     from jaxft.train import programs
 
     none = {"fits": False, "total": None, "devices": len(machine.devices)}
     try:
-        resident = sum(memory.resident(programs.abstract(run, machine.devices)[0]).values())
+        resident = sum(program_bytes.resident(programs.abstract(run, machine.devices)[0]).values())
         if resident + 0.4 * machines.GIB > machine.chip.memory - machine.chip.reserved:
             return {**none, "resident": resident}
         one = plan.plan(run, machine).json()

@@ -271,7 +271,7 @@ INSTALLED = """
 import sys
 from pathlib import Path
 from jaxft.data.rows.shipped import IS_CLONE, ROOT, own_commands
-from jaxft.runs import bug_report, environment
+from jaxft.runs import environment as bug_report, environment
 from jaxft.cli import commands, documentation
 from jaxft.runs.settings import config
 from jaxft.data.rows.dataset_rows import read_rows

@@ -12,7 +12,7 @@ import pytest
 from foreign_configs import COMMAND, DPO, FACTORY, FACTORY_INFO, GRPO_SCRIPT, QLORA, SFT_SCRIPT
 from scripts_in_process import load
 
-from jaxft.cli.convert import conversion_report, recipe_file, to_recipe
+from jaxft.cli.convert import conversion_text, to_recipe
 from jaxft.optim.optimizer import Optim, make_schedule
 from jaxft.runs.settings.config import describe, differences, load_config
 
@@ -65,6 +65,32 @@ def test_axolotl_dpo_with_columns_of_its_own(converted):
     assert c.recipe == "dpo" and expected <= set(c.settings)
     assert "narrator" in remarks(c.otherwise)["datasets"]
     assert set(remarks(c.lost)) == {"fsdp_config.fsdp_offload_params"}
+
+
+PRM = """base_model: org/base
+process_reward_model: true
+datasets:
+  - path: steps.jsonl
+    type: stepwise_supervised
+    step_separator: "\\n\\n"
+    max_completion_length: 99
+    train_on_last_step_only: true
+"""
+PRM_SCRIPT = """from trl.experimental.prm import PRMConfig, PRMTrainer
+config = PRMConfig(step_separator="\\n", train_on_last_step_only=True, max_length=99, learning_rate=1e-5)
+PRMTrainer(model="org/base", args=config)
+"""
+
+
+def test_a_process_reward_model_keeps_its_separator_and_the_steps_that_are_trained_on(converted):
+    c = converted("prm.yml", PRM)
+    assert c.recipe == "process_reward" and {
+        "full=true", "data=steps.jsonl", r"data.separator=\n\n", "data.last_step_only=true",
+    } <= {*c.settings}  # fmt: skip
+    assert "max_length is for prompt and steps together" in remarks(c.otherwise)["datasets"]
+    c = converted("prm.py", PRM_SCRIPT)
+    assert c.recipe == "process_reward" and {"data.last_step_only=true", "max_length=99"} <= {*c.settings}
+    assert not any("separator" in setting for setting in c.settings)
 
 
 def test_a_mix_of_losses_has_the_files_weights(converted):
@@ -200,9 +226,9 @@ def test_the_recipe_and_the_command_are_the_same_run(converted, name, tmp_path):
     c = converted(name)
     files = ("model=", "chat_template=")
     c = replace(c, settings=tuple(text for text in c.settings if not text.startswith(files)))
-    command = shlex.split(conversion_report.command(c).replace("\\\n", " "))
+    command = shlex.split(conversion_text.command(c).replace("\\\n", " "))
     assert command[:3] == ["jaxft", "train", c.recipe]
-    recipe_file.write_recipe(tmp_path / "mine.py", c, conversion_report.conversion_lines(c))
+    conversion_text.write_recipe(tmp_path / "mine.py", c, conversion_text.conversion_lines(c))
     text = (tmp_path / "mine.py").read_text()
     assert "longest response" not in text  # of the recipe's own rows
     assert text.endswith("\n") and max(map(len, text.splitlines())) <= 110
@@ -266,7 +292,7 @@ def test_any_value_of_any_option_converts_or_is_one_line(converted, value):
             if line[:1] not in (" ", "-"):
                 changed = [*lines[:number], f"{line.partition(':')[0]}: {value}", *lines[number + 1 :]]
                 try:
-                    conversion_report.conversion_lines(converted(name, "\n".join(changed)))
+                    conversion_text.conversion_lines(converted(name, "\n".join(changed)))
                 except ValueError as error:
                     assert "\n" not in str(error) and name in str(error), error
 

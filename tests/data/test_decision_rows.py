@@ -5,15 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from public_rows import TEXTS, public_rows
 from tiny_tokenizers import CHATML, tiny
 
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.decisions import answer_tokens, parse
 from jaxft.data.inspection import inspect, row_problem
 from jaxft.data.packing.lengths import measure
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.format_choice import parse_dataset
 from jaxft.data.rows.invalid import InvalidRow
-from jaxft.serve.served_model import ServedModel, decision_prompt
+from jaxft.serve.served_models import ServedModel, decision_prompt
 
 QUESTION = {
     "question": "Which is it?",
@@ -82,6 +85,13 @@ def test_batches_have_every_decision_with_its_choices_and_weights_that_sum_to_on
         answer = row["answer"] if isinstance(row["answer"], dict) else {row["answer"]: 1.0}
         expected = {letter: answer.get(name, 0.0) for letter, name in zip("ABCD", row["choices"])}
         assert found[number] == pytest.approx(expected)
+
+
+def test_held_out_decisions_have_the_same_weight(tmp_path):
+    held = write(tmp_path, [{**row, "weight": i} for i, row in enumerate(questions(4))], "h.jsonl")
+    weights = [x.token_weights for x in source_of(tmp_path, questions(4), held_out=held).held_out]
+    assert sorted(np.concatenate(weights, axis=None).tolist())[-4:] == pytest.approx([0.25] * 4)
+    assert sum(x.sum() for x in weights) == pytest.approx(1)
 
 
 def test_a_prompt_lists_its_choices_and_is_the_one_that_the_server_reads(tmp_path):
@@ -160,12 +170,39 @@ def test_labels_are_those_of_the_training_rows_in_order_or_the_given_ones(tmp_pa
         (["a", "b"], [0.2, 0.8], (0.2, 0.8)),
         (["a", "b", "c"], {"a": 0.33, "b": 0.33, "c": 0.33}, (1 / 3,) * 3),
         ({"label": ["A", "B"], "text": ["x", "y"]}, "B", (0, 1)),  # ARC's
+        (["x", "y", "z"], "C", (0, 0, 1)),  # RACE's
+        (["A", "C", "B"], "C", (0, 1, 0)),
     ],
     ids=str,
 )
 def test_an_answer_is_a_value_an_index_or_probabilities(choices, answer, expected):
     found = parse(Row("r:1", {"question": "q", "choices": choices, "answer": answer}), "decision")
     assert found.probabilities == pytest.approx(expected)
+
+
+ASKED, GOOD, BAD_ONE = TEXTS[1]
+
+
+@pytest.mark.parametrize(
+    "name, begins, choices, answer",
+    [
+        ("sst2", f"{GOOD}\n\nWhich label", ("bad", "good"), "good"),
+        ("mnli", f"premise: {GOOD}\nhypothesis: {BAD_ONE}\n\nWhich label", ("yes", "maybe", "no"), "maybe"),
+        ("boolq", f"{GOOD}\n\n{ASKED}\n\nAnswer", ("false", "true"), "true"),
+        ("arc", f"{ASKED}\n\nAnswer", (BAD_ONE, GOOD, "None"), GOOD),
+        ("mmlu", f"{ASKED}\n\nAnswer", (GOOD, BAD_ONE, "None of these", "Cannot say"), GOOD),
+        ("mmlu_pro", f"{ASKED}\n\nAnswer", (GOOD, BAD_ONE, "None", "All"), GOOD),
+        ("hellaswag", f"{ASKED}\n\nAnswer", (BAD_ONE, "No.", GOOD, "Yes."), GOOD),
+        ("winogrande", f"{ASKED} _\n\nAnswer", (GOOD, BAD_ONE), GOOD),
+        ("race", f"{GOOD}\n\n{ASKED}\n\nAnswer", (BAD_ONE, GOOD), GOOD),
+    ],
+)
+def test_public_rows_are_read_as_they_are(name, begins, choices, answer):
+    rows = [Row(f"r:{i}", fields) for i, fields in enumerate(public_rows(name))]
+    found = parse_dataset(rows, "decisions", RowSettings(labels=choices))[1].examples["response"]
+    assert found.messages[-1]["content"].startswith(begins)
+    assert tuple(choice.name for choice in found.choices) == choices
+    assert choices[found.probabilities.index(1)] == answer
 
 
 def label_of(label, labels):
@@ -182,6 +219,8 @@ def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path
     rows = source_of(tmp_path, soft, invalid="drop", invalid_limit=0.5).split.rows
     assert rows.labels == ("x", "y", "z") and rows.extras["probabilities"][0] == pytest.approx([0.3, 0.7, 0])
     assert source_of(tmp_path, labelled(10, 9, 1)).split.rows.labels == ("1", "9", "10")
+    (note,) = source_of(tmp_path, labelled(0, 1)).info.warnings
+    assert note.endswith("data.labels=NAME,NAME,... gives 0, 1, ... names")
 
 
 def test_labels_are_counted_in_all_readable_rows_whatever_the_format_is_chosen_by(tmp_path):

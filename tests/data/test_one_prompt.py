@@ -24,7 +24,7 @@ from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
-from jaxft.runs.named_weights import prompt_settings
+from jaxft.runs.loaded_weights import prompt_settings
 
 SHOWS_ALL = (  # a template that renders the system message, tools, tool calls and an argument of its own
     "{% if mood is defined %}{{ '<|im_start|>mood\n' + mood + '<|im_end|>\n' }}{% endif %}"

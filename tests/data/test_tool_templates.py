@@ -14,11 +14,11 @@ from jaxft.data.chat import loss_mask
 from jaxft.data.chat.tool_calls import template_tool_format
 from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.serve.served_model import ServedModel, chat_prompt
+from jaxft.serve.served_models import ServedModel, chat_prompt
 from jaxft.train.export.push import files_to_push
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_tokenizer, gguf_tokenizer_write
-from jaxft.weights.gguf.gguf_header import GgufHeader
+from jaxft.weights.gguf import gguf_tokenizer
+from jaxft.weights.gguf.gguf_file import GgufHeader
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub import hub, hub_upload
 
@@ -141,7 +141,7 @@ def test_gguf_files_have_the_templates_under_the_keys_of_llama_cpp(tmp_path, tok
     writer = gguf_package.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_chat_template([{"name": name, "template": text} for name, text in BOTH.items()])
     theirs = {key: part.value for key, part in writer.kv_data[0].items() if "chat_template" in key}
-    fields = gguf_tokenizer_write._special_fields(tokenizer, (), len(tokenizer))
+    fields = gguf_tokenizer._special_fields(tokenizer, (), len(tokenizer))
     ours = {field.key: field.value for field in fields if "chat_template" in field.key}
     names = "tokenizer.chat_templates"
     assert {**ours, names: sorted(ours[names])} == {**theirs, names: sorted(theirs[names])}

@@ -15,8 +15,8 @@ from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.models.model_types import config_to_hf, family_of
 from jaxft.tree import paths
-from jaxft.weights import param_reader, pretrained
-from jaxft.weights.hf import hf, hf_write
+from jaxft.weights import param_loading, pretrained
+from jaxft.weights.hf import hf_read, hf_write
 
 torch = pytest.importorskip("torch")
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -109,9 +109,11 @@ def test_an_exported_folder_has_the_same_logits_in_transformers_and_loads_with_t
     np.testing.assert_allclose(found, logits, atol=1e-4)
     again = pretrained.model_for(str(tmp_path), dtype=jnp.float32)
     assert again.config == ours.config
-    readers = param_reader.param_readers(hf.open_folder(tmp_path), again)
+    readers = param_loading.param_readers(hf_read.open_folder(tmp_path), again)
     for path, value in paths(params).items():
-        np.testing.assert_array_equal(param_reader.read_whole(readers[path]), np.asarray(value), err_msg=path)
+        np.testing.assert_array_equal(
+            param_loading.read_whole(readers[path]), np.asarray(value), err_msg=path
+        )
 
 
 def padded_left(ids, count):

@@ -13,7 +13,7 @@ from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.param import init_params
 from jaxft.tree import paths
 from jaxft.weights.edit.merge import merge_params
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

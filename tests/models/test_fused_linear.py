@@ -16,7 +16,7 @@ from jaxft.nn.matmul import gather_layer, linear
 from jaxft.nn.param import ParamSpec, fan_in, sharding_of
 from jaxft.nn.quant import dequantize, is_qtensor, quantize
 from jaxft.plan.hlo import parse_hlo
-from jaxft.plan.traffic import collectives
+from jaxft.plan.program_bytes import collectives
 from jaxft.weights.storage import leaf_sharding
 
 WIDTHS = (12, 4, 4)

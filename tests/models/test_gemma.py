@@ -17,9 +17,9 @@ from jaxft.nn.param import spec_paths
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.hf.card import Card, write_card
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.hf.model_card import Card, write_card
+from jaxft.weights.param_loading import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
 tiny_vision = pytest.importorskip("tiny_vision")
@@ -129,7 +129,7 @@ def loaded(folder):
     """(the jaxft model of a folder, its parameters)."""
     model = pretrained.model_for(str(folder), dtype=jnp.float32)
     params = {}
-    for path, reader in param_readers(hf.open_folder(folder), model).items():
+    for path, reader in param_readers(hf_read.open_folder(folder), model).items():
         node = params
         *above, last = path.split("/")
         for key in above:

@@ -29,11 +29,11 @@ from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.logs.watch import make_watch
 from jaxft.train.step import make_train_step
-from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers
-from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.param_reader import param_readers
+from jaxft.weights.calibrate.calibrated_base import CalibrationRows, calibrate_layers
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write
-from jaxft.weights.peft.peft import read_adapter
+from jaxft.weights.peft.peft_read import read_adapter
 from jaxft.weights.tensors import tensors_of
 
 BATCH = rows(random_ids(2, 12), segments=[[1] * 7 + [2] * 5, [1] * 10 + [0] * 2],
@@ -189,7 +189,7 @@ def test_a_quantised_base_with_adapters_computes_the_same_from_a_cache(params):
 def test_calibration_rounds_the_layers_of_all_stacks_in_their_order(tmp_path, params):
     model, base = two_stacks(jnp.float32), jax.tree.map(np.float32, params)
     hf_write.save_folder(tmp_path, model, base, None)
-    readers = param_readers(hf.open_folder(tmp_path), model)
+    readers = param_readers(hf_read.open_folder(tmp_path), model)
     rows = CalibrationRows(*(np.asarray(x) for x in (BATCH.ids, BATCH.segments, BATCH.positions)))
     found = list(calibrate_layers(model, readers, Quant("int8"), rows, {}))
     assert [len(layer.weights) for layer in found] == [7, 3, 7, 3, 7]

@@ -23,8 +23,8 @@ from jaxft.models.text_part import (
 )  # fmt: skip
 from jaxft.nn.param import spec_paths
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.hf import hf_read
+from jaxft.weights.param_loading import param_readers, read_whole
 
 torch = pytest.importorskip("torch")
 tiny_vision = pytest.importorskip("tiny_vision")
@@ -34,7 +34,7 @@ IDS = np.random.default_rng(0).integers(20, 96, (2, 30))  # none of them of an i
 def loaded(folder):
     """(the jaxft model of a folder, its parameters)."""
     model = pretrained.model_for(str(folder), dtype=jnp.float32)
-    readers = param_readers(hf.open_folder(folder), model)
+    readers = param_readers(hf_read.open_folder(folder), model)
     return model, tree.nested({path: jnp.asarray(read_whole(reader)) for path, reader in readers.items()})
 
 
@@ -188,5 +188,5 @@ def test_files_without_the_decoder_are_refused_in_one_line(tmp_path):
     tiny_vision.write_tiny("mistral3", tmp_path)
     save_file({"vision_tower.ln_pre.weight": np.ones(4, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no tensor of the text decoder of this multimodal model") as caught:
-        hf.open_folder(tmp_path)
+        hf_read.open_folder(tmp_path)
     assert "\n" not in str(caught.value)

@@ -28,7 +28,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives.reward_model import Outputs, bradley_terry, reward
 from jaxft.rl import reward_models
 from jaxft.train import partition
-from jaxft.weights import init, pretrained
+from jaxft.weights import initial_params, pretrained
 
 SETTINGS = Adapter(rank=2, alpha=4.0, targets=("q", "v", "down"))
 TRAINED = "adapter/.*/[ab]|score"
@@ -405,15 +405,17 @@ def test_fresh_heads_do_not_change_the_policys_initialisation():
     plain = partition.partition_params(model, SETTINGS, None)
     other_heads = {"critic": HeadSettings(SETTINGS)}
     with_critic = partition.partition_params(heads.with_heads(model, other_heads), SETTINGS, None)
-    alone = init.init_all_but_base(plain.model, mesh, 3, HeadSettings(SETTINGS))
-    both = init.init_all_but_base(with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=other_heads)
+    alone = initial_params.init_all_but_base(plain.model, mesh, 3, HeadSettings(SETTINGS))
+    both = initial_params.init_all_but_base(
+        with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=other_heads
+    )
     jax.tree.map(np.testing.assert_array_equal, both["adapter"], alone["adapter"])
     a = lambda x: np.asarray(x["layers"]["attn"]["q"]["a"])  # noqa: E731
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": HeadSettings(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer needs the folder of a reward model"):
         frozen = partition.partition_params(heads.with_heads(model, judge), SETTINGS, None)
-        init.init_all_but_base(frozen.model, mesh, 3, HeadSettings(SETTINGS), scorers=judge)
+        initial_params.init_all_but_base(frozen.model, mesh, 3, HeadSettings(SETTINGS), scorers=judge)
 
 
 # ---- folders that are no reward model

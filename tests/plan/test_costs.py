@@ -13,7 +13,7 @@ from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
 from jaxft.plan import fits, machines
 from jaxft.plan import plan as planner
-from jaxft.plan.costs import Cost, RunSteps, steps_of, unknown_lines
+from jaxft.plan.plan_report import Cost, RunSteps, steps_of, unknown_lines
 
 TEXT = "x" * 60  # with the column's other text 64 characters, or 16 tokens
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from scripts_in_process import call
 
-from jaxft.plan import dry_run
+from jaxft.plan import plan_report
 from jaxft.plan.plan import Plan
 
 RECIPE = """
@@ -27,7 +27,7 @@ MADE_UP = Plan(
 
 @pytest.fixture
 def printed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(dry_run, "plan", lambda run, machine, pairs: MADE_UP)
+    monkeypatch.setattr(plan_report, "plan", lambda run, machine, pairs: MADE_UP)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(RECIPE)
 

@@ -15,10 +15,10 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.optim import muon
 from jaxft.optim.optimizer import Optim
-from jaxft.plan import memory, plan
+from jaxft.plan import plan, program_bytes
 from jaxft.train import programs
 from jaxft.train.settings import Run
-from jaxft.weights.calibrate.layer_calibration import calibrate_layers
+from jaxft.weights.calibrate.calibrated_base import calibrate_layers
 
 EXPERTS = "layers/mlp/experts"
 MODEL = tiny_experts.experts(replace(CONFIG, vocab=512, max_positions=256), jnp.float32)
@@ -33,7 +33,7 @@ def a_run(mesh=REPLICATED, **changes):
 
 
 def test_memory_counts_every_expert_and_a_mesh_shards_them():
-    split, whole = (memory.resident(programs.build(a_run(mesh), 10)) for mesh in (SHARDED, REPLICATED))
+    split, whole = (program_bytes.resident(programs.build(a_run(mesh), 10)) for mesh in (SHARDED, REPLICATED))
     values, stacks = 3 * 2 * 3 * 32 * 48, 3 * 2
     assert whole["quantised base"] == values // 2 + 4 * values // 8  # codes, and float32 scales of blocks
     assert whole["adapters"] == 4 * stacks * 3 * (4 * (32 + 48) + 1)  # a, b and scale of three kernels
@@ -48,7 +48,8 @@ def test_the_programs_of_a_run_compile_for_a_mesh_that_shards_experts(full):
     run = a_run(SHARDED, **changes)
     found = plan.plan(run, made_up())
     assert (
-        found.fits and found.parts.get("adapters", 0) == memory.resident(programs.build(run, 10))["adapters"]
+        found.fits
+        and found.parts.get("adapters", 0) == program_bytes.resident(programs.build(run, 10))["adapters"]
     )
 
 

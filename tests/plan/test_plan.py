@@ -20,8 +20,8 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.nn.quant import Quant
 from jaxft.plan import machines, plan
-from jaxft.plan import programs as plan_programs
-from jaxft.plan import text as plan_text
+from jaxft.plan import plan as plan_programs
+from jaxft.plan import plan_report as plan_text
 from jaxft.train import programs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from tiny_plan import TINY, made_up, tiny
 
 from jaxft.distributed import sharding
 from jaxft.nn.quant import Quant
-from jaxft.plan import plan, roofline, traffic
-from jaxft.plan import text as plan_text
-from jaxft.plan.flops import Flops, flops, is_fp8, matmul_flops
+from jaxft.plan import plan, program_bytes, roofline
+from jaxft.plan import plan_report as plan_text
+from jaxft.plan.roofline import Flops, flops, is_fp8, matmul_flops
 from jaxft.train import programs
 
 
@@ -85,7 +85,7 @@ def test_fp8_matmuls_are_counted_and_take_less_time():
 
 
 def collective(kind, overlapped, groups=((0, 1),), span=1, size=1000):
-    return traffic.Collective("x", kind, size, 2, span, 10, ("f32",), groups, overlapped)
+    return program_bytes.Collective("x", kind, size, 2, span, 10, ("f32",), groups, overlapped)
 
 
 def test_a_step_takes_its_largest_overlapped_part_plus_exposed_collectives():

@@ -8,7 +8,7 @@ from tiny_plan import CHIP, TINY, made_up, tiny
 
 from jaxft.distributed import sharding
 from jaxft.plan import machines, plan, roofline, search
-from jaxft.plan.flops import Flops
+from jaxft.plan.roofline import Flops
 
 
 def test_the_search_recommends_the_fastest_choice_that_fits(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.distributed import sharding
-from jaxft.plan import hlo, roofline, traffic
+from jaxft.plan import hlo, program_bytes, roofline
 
 N = 8
 MESH = dict(data=1, fsdp=8)
@@ -17,7 +17,7 @@ MESH = dict(data=1, fsdp=8)
 def compiled(program, *shapes, domains=None, **kwargs):
     text = jax.jit(program, **kwargs).lower(*shapes).compile().as_text()
     module = hlo.parse_hlo(text)
-    return module, traffic.collectives(module, domains or [0] * N)
+    return module, program_bytes.collectives(module, domains or [0] * N)
 
 
 def on(mesh, shape, *axes):
@@ -61,10 +61,10 @@ def test_traffic_across_hosts_is_divided_over_their_devices():
     with jax.set_mesh(mesh):
         text = jax.jit(jnp.sin, out_shardings=sharding.replicated(mesh)).lower(w).compile().as_text()
     size = 64 * 32 * 4
-    (one,) = traffic.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
+    (one,) = program_bytes.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
     # half is on the other host, and four devices receive it
     assert one.span == 2 and one.across == size / 2 / 4
-    (alone,) = traffic.collectives(hlo.parse_hlo(text), list(range(8)))
+    (alone,) = program_bytes.collectives(hlo.parse_hlo(text), list(range(8)))
     assert alone.across == alone.moved == size * 7 / 8
 
 
@@ -85,7 +85,7 @@ def test_traffic_across_hosts_is_divided_over_their_devices():
     ],
 )
 def test_every_format_of_replica_groups_is_parsed(text, groups):
-    found = traffic.replica_groups(text, 4)
+    found = program_bytes.replica_groups(text, 4)
     assert {frozenset(g) for g in found} == {frozenset(g) for g in groups}
 
 
@@ -150,7 +150,7 @@ HAND = HAND.replace(
 
 def test_chained_pieces_count_once_and_trip_counts_follow_from_start_step_and_limit():
     program = hlo.parse_hlo(HAND)
-    found = {c.name: c for c in traffic.collectives(program, [0, 0, 1, 1])}
+    found = {c.name: c for c in program_bytes.collectives(program, [0, 0, 1, 1])}
     assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
     assert all(found[name].times == 4 for name in ("all-gather.1", "all-reduce.3", "start"))  # 2, 4, 6, 8
     assert found["all-gather.1"].size == 8 * 16 * 2 and found["wait"].size == 64 * 4 + 12
@@ -172,12 +172,12 @@ def test_loops_without_a_known_trip_count_are_reported():
     threaded = HAND.replace(body_end, '}, execution_thread="sparsecore"\n\nENTRY')
     for text in (HAND, copied, threaded):
         program = hlo.parse_hlo(text)
-        found = {c.name: c.times for c in traffic.collectives(program, [0, 0, 1, 1])}
+        found = {c.name: c.times for c in program_bytes.collectives(program, [0, 0, 1, 1])}
         assert found["all-gather.1"] == 4 and program.unknown_loops == ["free"]
     for old, new in ((start, "  %two.1 = s32[] parameter(1)\n"), ("add(%at.1, %two)", "add(%at.1, %x)")):
         assert old in HAND
         program = hlo.parse_hlo(HAND.replace(old, new))
-        traffic.collectives(program, [0, 0, 1, 1])
+        program_bytes.collectives(program, [0, 0, 1, 1])
         assert program.unknown_loops == ["loop", "free"]
     for truncated in (HAND[: HAND.rindex("}")], HAND.replace("ENTRY ", "")):
         with pytest.raises(ValueError, match="no complete entry computation"):
@@ -197,7 +197,7 @@ ENTRY %main (a: f32[128]) -> f32[128] {
 def test_bytes_across_hosts_of_an_all_to_all_and_a_ring():
     """In an all-to-all a device sends half of its data; in a ring over two hosts two devices send."""
     text = EXCHANGED.replace("PAIRS", ",".join(f"{{{i},{(i + 1) % 8}}}" for i in range(8)))
-    each, ring = traffic.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
+    each, ring = program_bytes.collectives(hlo.parse_hlo(text), [0] * 4 + [1] * 4)
     assert (each.kind, each.moved, each.across) == ("all-to-all", 512 * 7 / 8, 512 / 2)
     assert (ring.kind, ring.moved, ring.across) == ("collective-permute", 512, 512 / 4)
     machine = SimpleNamespace(chip=SimpleNamespace(within=1e4, across=1e3), axes=lambda group: 1)
@@ -261,7 +261,7 @@ ENTRY %main (a: bf16[3,2,16], b: f32[8,16], at.2: u32[], n: s32[]) -> f32[2,16] 
 
 
 def test_an_all_reduce_that_gathers_or_scatters_is_recognised_and_counts_twice():
-    found = {c.name: c for c in traffic.collectives(hlo.parse_hlo(SUMMED), [0, 0, 1, 1])}
+    found = {c.name: c for c in program_bytes.collectives(hlo.parse_hlo(SUMMED), [0, 0, 1, 1])}
     kinds = {name: (c.kind, c.as_all_reduce) for name, c in found.items() if "gather-" not in name}
     assert kinds == {
         "gathered": ("all-gather", True), "scattered": ("reduce-scatter", True),
@@ -290,7 +290,7 @@ def test_memory_traffic_of_a_slice_or_in_place_update_is_its_size():
         return jax.lax.fori_loop(0, 256, step, x)
 
     x = jax.ShapeDtypeStruct((256, 4096), jnp.float32)
-    found = traffic.memory_bytes(
+    found = program_bytes.memory_bytes(
         hlo.parse_hlo(jax.jit(program, donate_argnums=0).lower(x).compile().as_text())
     )
     size = 256 * 4096 * 4
@@ -299,7 +299,7 @@ def test_memory_traffic_of_a_slice_or_in_place_update_is_its_size():
 
 def test_memory_traffic_of_a_matmul_is_its_operands_and_result():
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 128)))
-    found = traffic.memory_bytes(hlo.parse_hlo(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
+    found = program_bytes.memory_bytes(hlo.parse_hlo(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
     exact = 4 * (256 * 512 + 512 * 128 + 256 * 128)
     np.testing.assert_allclose(found, exact, rtol=0.01)
 

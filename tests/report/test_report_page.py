@@ -14,9 +14,9 @@ from scripts_in_process import call
 
 from jaxft.objectives.intervals import wilson
 from jaxft.report import charts, document, sections
+from jaxft.report.charts import COLOURS
 from jaxft.report.document import DARK_COLOURS, curves_json, thinned, write_report
 from jaxft.report.markup import record_table, token_view
-from jaxft.report.plots import COLOURS
 from jaxft.report.run_files import folders_of_runs
 from jaxft.runs.run_texts import joint_alarms
 

@@ -39,7 +39,7 @@ from jaxft.rl.advantages import scale_scores, update_moments
 from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.rl.rollout_layout import pack_episodes
 from jaxft.train import partition
-from jaxft.weights import init, pretrained
+from jaxft.weights import initial_params, pretrained
 from jaxft.weights.calibrate.lora_start import init_magnitudes
 
 torch = pytest.importorskip("torch")
@@ -280,7 +280,9 @@ def test_a_reward_model_is_found_by_what_its_folder_has(workdir, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"
     ):
-        init.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(Adapter(rank=2)), scorers=further)
+        initial_params.init_all_but_base(
+            frozen.model, one_device(), 0, HeadSettings(Adapter(rank=2)), scorers=further
+        )
 
 
 SCORE = """
@@ -332,7 +334,7 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
     patterns = partition.trainable_patterns(model, None, None, settings)
     t, mesh = partition.partition_params(model, None, patterns), one_device()
     with jax.set_mesh(mesh):
-        critic = init.init_all_but_base(t.model, mesh, 0, HeadSettings(), base, settings)["critic"]
+        critic = initial_params.init_all_but_base(t.model, mesh, 0, HeadSettings(), base, settings)["critic"]
     loaded = None
     if kind == "classifier":
         loaded = reward_models.load_reward_model(folder, mesh, dtype=jnp.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.runs import bug_report, environment, folder
+from jaxft.runs import environment, folder
 
 
 def test_env_json_has_every_start_and_changes_are_reported(tmp_path, monkeypatch):
@@ -69,11 +69,11 @@ def test_a_bug_report_has_versions_devices_memory_and_kernels_even_if_no_backend
         raise RuntimeError("Unable to initialize backend 'cuda':\nno driver")
 
     if broken:
-        monkeypatch.setattr(bug_report.jax, "devices", fail)
-    found = bug_report.bug_report()
+        monkeypatch.setattr(environment.jax, "devices", fail)
+    found = environment.bug_report()
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["jaxft"] and found["memory_gib"]["total"] > 0.5 and found["cpu"]["cores"] > 0
-    lines = "\n".join(bug_report.report_lines(found))
+    lines = "\n".join(environment.report_lines(found))
     assert f"jax {metadata.version('jax')}" in lines and re.search("XLA_FLAGS .*--xla_force", lines)
     if broken:
         assert "Unable to initialize backend 'cuda': no driver" in lines
@@ -85,7 +85,7 @@ def test_a_bug_report_has_versions_devices_memory_and_kernels_even_if_no_backend
 def test_a_gpu_that_jax_does_not_see_is_one_line():
     code = """
 import jax
-from jaxft.runs import bug_report
+from jaxft.runs import environment as bug_report
 from jaxft.cli import cli
 print(bug_report.bug_report()["device_error"])
 raise SystemExit(cli.one_line_errors(jax.devices))

@@ -13,10 +13,9 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import Place, write_place
 
 from jaxft.report import document
-from jaxft.runs import named_weights
-from jaxft.runs.store import store as stores
-from jaxft.runs.store import store_copy
-from jaxft.runs.store.store_copy import mirrored
+from jaxft.runs import loaded_weights, object_store
+from jaxft.runs import object_store as stores
+from jaxft.runs.object_store import mirrored
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key",
@@ -78,9 +77,9 @@ def test_a_sweep_and_its_members_are_fetched_together(store, tmp_path, monkeypat
     send(write_sweep(tmp_path / "away" / "sweep", 2, steps=5), url)
     code, out, err = call(monkeypatch, capsys, "report", url)
     assert code == 0 and "lr=2e-4" in Path("report.html").read_text(), err
-    member = store_copy.local_folder(f"{url}/lr=1e-4")
+    member = object_store.local_folder(f"{url}/lr=1e-4")
     assert member.name == "lr=1e-4" and (member / "metrics.jsonl").is_file()
-    assert store_copy.is_fetched(member) and not store_copy.is_fetched(tmp_path)
+    assert object_store.is_fetched(member) and not object_store.is_fetched(tmp_path)
     assert capsys.readouterr().err == ""  # nothing was fetched again
 
 
@@ -94,8 +93,8 @@ def test_weights_of_a_run_in_a_store_are_pushed_and_served(store, tmp_path, monk
     for url in ("s3://bucket/runs/sft", "s3://bucket/runs/sft/model"):
         code, out, err = call(monkeypatch, capsys, "push", url, "org/name", "--dry-run")
         assert code == 0 and "model.safetensors" in out and "metrics.jsonl" not in out, err
-    found = named_weights.named_models(["s3://bucket/runs/sft"], None, [], "")
-    named = named_weights.named_models(["mine=s3://bucket/runs/sft"], None, [], "")
+    found = loaded_weights.named_models(["s3://bucket/runs/sft"], None, [], "")
+    named = loaded_weights.named_models(["mine=s3://bucket/runs/sft"], None, [], "")
     assert (
         list(found) == ["sft"]
         and list(named) == ["mine"]

@@ -10,7 +10,8 @@ import pytest
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.cli import cli
-from jaxft.runs import interrupt, terminal
+from jaxft.distributed import exit
+from jaxft.runs import terminal
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_hangup_saves_and_the_same_command_resumes(place, expected):
 def test_a_hangup_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with interrupt.Interrupt() as found:
+        with exit.Interrupt() as found:
             os.kill(os.getpid(), signal.SIGHUP)
             assert found.signal == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

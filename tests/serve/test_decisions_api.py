@@ -9,8 +9,8 @@ from running_server import Running
 from jaxft.batch import Tokens
 from jaxft.data.decisions import DecisionPrompts, parse
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.serve.api_request import ApiError
 from jaxft.serve.decisions_api import parse_decisions, parse_rerank, ranked
+from jaxft.serve.openai_api import ApiError
 
 INPUT = "The rank broke."  # texts are short: the tiny model reads 128 tokens, most of them bytes
 PREDICATE = {

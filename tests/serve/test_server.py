@@ -25,7 +25,7 @@ from tokenizers import Regex, normalizers
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import RequestSettings
 from jaxft.serve import server
-from jaxft.serve.served_model import chat_prompt, text_prompt
+from jaxft.serve.served_models import chat_prompt, text_prompt
 from jaxft.serve.server import ServerLimits
 
 

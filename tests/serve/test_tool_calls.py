@@ -13,9 +13,9 @@ from jaxft.data.chat.template import template_of
 from jaxft.data.chat.tool_calls import CallStream, call_format, template_tool_format
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import NewTokens, SampledToken, Ticket
-from jaxft.serve.api_request import ChoiceSettings
 from jaxft.serve.generation import choice_texts
-from jaxft.serve.served_model import ServedModel
+from jaxft.serve.openai_api import ChoiceSettings
+from jaxft.serve.served_models import ServedModel
 
 CALLS = (("weather", {"city": "Zürich", "days": [1, 2]}), ("send", {}))
 FAMILIES = {

@@ -16,7 +16,7 @@ from jaxft.engine.sampling import Sampling
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.preference import EMAReference, implicit_reward, preference
 from jaxft.objectives.losses.preference_losses import dpo
-from jaxft.weights.peft.adapters import read_adapter_settings
+from jaxft.weights.peft.adapter_folders import read_adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.train.start.teacher import find_teacher

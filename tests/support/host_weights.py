@@ -2,7 +2,7 @@
 
 from jaxft import tree
 from jaxft.nn.param import is_spec
-from jaxft.weights import param_reader, pretrained
+from jaxft.weights import param_loading, pretrained
 
 
 def load_on_host(ref, model, store=lambda path, array: array):
@@ -12,5 +12,5 @@ def load_on_host(ref, model, store=lambda path, array: array):
     leaves = pretrained.open_params(str(ref), model)
     specs = model.specs.get("base", model.specs)
     return tree.map_with_path(
-        lambda path, _: store(path, param_reader.read_whole(leaves[path])), specs, is_leaf=is_spec
+        lambda path, _: store(path, param_loading.read_whole(leaves[path])), specs, is_leaf=is_spec
     )

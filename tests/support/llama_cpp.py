@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import quant_shape_to_byte_shape
 
-from jaxft.weights.gguf.gguf_types import MIXTURES
+from jaxft.weights.gguf.gguf_quantize import MIXTURES
 
 
 def package():

@@ -14,11 +14,11 @@ from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.train import partition
-from jaxft.weights import init, pretrained
-from jaxft.weights.gguf import gguf
+from jaxft.weights import initial_params, pretrained
+from jaxft.weights.gguf import gguf_tensors
 from jaxft.weights.hf import safetensors
-from jaxft.weights.peft import adapters
-from jaxft.weights.quantised import formats
+from jaxft.weights.peft import adapter_folders
+from jaxft.weights.quantised import quantised_checkpoints
 
 FORMS = {
     "float32": None, "bits": None, "trained": None, "int8": Quant("int8"), "int4": Quant("int4", 16),
@@ -83,7 +83,7 @@ def count_reads():
         return wrapped
 
     safetensors.read_stored, safetensors.map_array = counting(read_stored), counting(map_array)
-    formats.read_stored, gguf.map_array = safetensors.read_stored, safetensors.map_array
+    quantised_checkpoints.read_stored, gguf_tensors.map_array = safetensors.read_stored, safetensors.map_array
     return counted
 
 
@@ -113,10 +113,10 @@ def main(port, count, process, cases, adapter):
             fractions.append([folder, form, name, some / all_bytes])
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):
-        settings = adapters.read_adapter_settings(start, t.model) if start else Adapter(rank=2)
+        settings = adapter_folders.read_adapter_settings(start, t.model) if start else Adapter(rank=2)
         t = partition.partition_params(pretrained.model_for(cases[0][0]), settings, None)
         one, many = (
-            init.init_all_but_base(t.model, mesh, 7, HeadSettings(settings, start))
+            initial_params.init_all_but_base(t.model, mesh, 7, HeadSettings(settings, start))
             for mesh in (one_device(), meshes["1x8"])
         )
         assert_has_the_bits_of(many, one)

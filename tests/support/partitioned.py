@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxft.plan import hlo, traffic
+from jaxft.plan import hlo, program_bytes
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def moved(lowered, folder):
     (text,) = (path.read_text() for path in folder.glob("*after_spmd-partitioning*"))
     found = []
     for one in (one for inside in hlo.parse_hlo(text).computations.values() for one in inside.values()):
-        groups = traffic.replica_groups(one.attributes, jax.device_count())
+        groups = program_bytes.replica_groups(one.attributes, jax.device_count())
         alone = (
             one.opcode != "collective-permute" and max(map(len, groups)) == 1
         )  # groups of one device: nothing moves
-        if one.opcode in traffic.COLLECTIVES and not alone:
+        if one.opcode in program_bytes.COLLECTIVES and not alone:
             name = re.search(r'op_name="([^"]*)"', one.attributes)
             found += [Moved(one.opcode, x.dtype, x.shape, name[1] if name else "") for x in one.arrays]
     return found

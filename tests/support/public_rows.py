@@ -140,6 +140,25 @@ PUBLIC = {
         "prompt": q, "completions": ["Step one.", "Step two."], "labels": [True, bool(i % 2)],
     },
     "imdb": lambda i, q, a, b: {"text": f"{a} A {'great' if i % 2 else 'dull'} film.", "label": i % 2},
+    "sst2": lambda i, q, a, b: {"idx": i, "sentence": a if i % 2 else b, "label": i % 2},
+    "mnli": lambda i, q, a, b: {"premise": a, "hypothesis": b, "label": i % 3, "idx": i},
+    "boolq": lambda i, q, a, b: {"question": q, "answer": bool(i % 2), "passage": a},
+    "arc": lambda i, q, a, b: {
+        "id": f"M{i}", "question": q, "choices": {"text": [b, a, "None"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    },
+    "mmlu_pro": lambda i, q, a, b: {
+        "question_id": i, "question": q, "options": [a, b, "None", "All"], "answer": "A", "answer_index": 0,
+        "cot_content": "", "category": "misc",
+    },
+    "hellaswag": lambda i, q, a, b: {
+        "ind": i, "activity_label": "x", "ctx_a": q, "ctx_b": "", "ctx": q, "endings": [b, "No.", a, "Yes."],
+        "source_id": "s", "label": "2",
+    },
+    "winogrande": lambda i, q, a, b: {"sentence": f"{q} _", "option1": a, "option2": b, "answer": "1"},
+    "race": lambda i, q, a, b: {
+        "example_id": f"r{i}", "article": a, "question": q, "options": [b, a], "answer": "B",
+    },
     "mmlu": lambda i, q, a, b: {
         "question": q, "subject": "misc", "choices": [a, b, "None of these", "Cannot say"], "answer": 0,
     },

@@ -7,7 +7,7 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.heads import HeadSettings
 from jaxft.train import partition
-from jaxft.weights import init
+from jaxft.weights import initial_params
 from jaxft.weights.peft import peft_write
 
 
@@ -15,7 +15,7 @@ def save_random_adapter(folder, model, settings, heads=None):
     """Write an adapter of a model with these settings and a random b."""
     whole = partition.partition_params(model, settings, None).model
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    fresh = init.init_all_but_base(whole, mesh, 7, heads or HeadSettings())["adapter"]
+    fresh = initial_params.init_all_but_base(whole, mesh, 7, heads or HeadSettings())["adapter"]
     rng = np.random.default_rng(0)
     adapter = tree.map_with_path(
         lambda p, x: rng.normal(0, 0.1, x.shape) if p.endswith("/b") else np.asarray(x), fresh

@@ -13,7 +13,7 @@ from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
 from jaxft.train.export import export
-from jaxft.weights import init, pretrained
+from jaxft.weights import initial_params, pretrained
 
 SETTINGS = Adapter(rank=3, alpha=6.0, targets=("q", "down"))
 
@@ -33,7 +33,7 @@ def begun(folder, adapter=SETTINGS, start=None, seed=1):
     whole = pretrained.load_base(str(folder), t.stored, mesh)
     whole = {
         "base": whole,
-        **init.init_all_but_base(t.model, mesh, seed, HeadSettings(adapter, start), str(folder)),
+        **initial_params.init_all_but_base(t.model, mesh, seed, HeadSettings(adapter, start), str(folder)),
     }
     if adapter and start is None:
 

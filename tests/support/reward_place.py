@@ -14,7 +14,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.models.heads import with_scalar_head
 from jaxft.objectives.reward_model import reward
-from jaxft.weights.peft.adapters import read_adapter_settings
+from jaxft.weights.peft.adapter_folders import read_adapter_settings
 from jaxft.nn.quant import Quant
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for

@@ -83,7 +83,7 @@ def write_place(folder, model=None):
 
 
 LOOP = """
-from jaxft.runs import interrupt
+from jaxft.distributed import exit as interrupt
 begin_loop = interrupt.Interrupt.__enter__
 def enter(self):
     found = begin_loop(self)
@@ -104,7 +104,7 @@ meter.Meter.add = slow
 """
 COUNT_COMPILES = """
 import jax, traceback
-from jaxft.runs import interrupt
+from jaxft.distributed import exit as interrupt
 from jaxft.train.export import export
 seen = []
 def listen(name, *_, **__):

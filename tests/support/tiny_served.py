@@ -18,7 +18,7 @@ from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_rows import stack_by_row, with_gains
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.serve.served_model import ServedModel
+from jaxft.serve.served_models import ServedModel
 from jaxft.weights.calibrate.lora_start import init_magnitudes
 
 TOKENIZER = tiny_tokenizers.tiny("chatml")

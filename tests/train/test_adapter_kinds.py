@@ -29,8 +29,8 @@ from jaxft.train import loop
 from jaxft.train.export import export
 from jaxft.train.programs import abstract
 from jaxft.train.sweep.sweep import Sweep
-from jaxft.weights import init, pretrained
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights import initial_params, pretrained
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -310,6 +310,8 @@ def test_other_objectives_train_every_part_of_an_adapter_in_two_steps_of_a_run(p
     found = tree.paths(peft_layout.read_parts(folder / "adapter", model)[0]["adapter"])
     head = HeadSettings(run.adapter)
     whole = adapted(model, run.adapter)
-    fresh = init.init_all_but_base(whole, one_device(), run.seed, head, str(place.folder / place.base(kind)))
+    fresh = initial_params.init_all_but_base(
+        whole, one_device(), run.seed, head, str(place.folder / place.base(kind))
+    )
     for name, before in tree.paths(fresh["adapter"]).items():
         assert name.endswith("/scale") or np.any(found[name] != before), name

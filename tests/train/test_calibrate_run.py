@@ -26,7 +26,7 @@ from jaxft.train.export import calibrate
 from jaxft.train.export.calibrate import calibrate_base, rows_of_source
 from jaxft.train.start import jobs
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate import calibrated_codes
+from jaxft.weights.calibrate import calibrated_base
 
 SHORT = ["samples=0", "quant=nf4", "quant.block=32"]
 NF4 = [*SHORT, "quant.calibrate_tokens=640"]
@@ -76,7 +76,7 @@ def test_the_base_of_a_run_has_the_bits_that_quantize_py_writes_for_the_same_row
     monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
     main = runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]
     assert cli.one_line_errors(main) == 0, capsys.readouterr().err
-    shutil.rmtree(place.folder / "cache" / calibrated_codes.CALIBRATED)  # computed again
+    shutil.rmtree(place.folder / "cache" / calibrated_base.CALIBRATED)  # computed again
     lines = []
     job, _, frozen = loaded(place, "quant.calibrate=texts.jsonl", "name=file", lines=lines)
     assert lines[0] == "calibrated layer 1 of 3" and "computed in" in lines[-1]
@@ -102,7 +102,7 @@ def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(pl
     jax.tree.map(np.testing.assert_array_equal, frozen, same)
     other = prepare(place.folder, *NF4, "quant.calibrate=run", "quant.double=false", "name=other")
     assert other.calibration.name != first.calibration.name
-    file = calibrated_codes.codes_folder(first.calibration.name) / "layer-00001.safetensors"
+    file = calibrated_base.codes_folder(first.calibration.name) / "layer-00001.safetensors"
     before = file.read_bytes()
     file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     lines.clear()
@@ -183,7 +183,7 @@ def test_qera_starts_from_the_corrections_and_is_closer_to_the_exact_model_than_
         a, b, scale = (np.asarray(pairs[f"{path}/{name}"]) for name in ("a", "b", "scale"))
         for layer in range(3):
             name = model.weight_names[path][0].format(i=layer)
-            first, second = calibrated_codes.read_correction(job.calibration.name, name)
+            first, second = calibrated_base.read_correction(job.calibration.name, name)
             assert np.abs(first @ second).max() > 1e-3
             np.testing.assert_allclose(scale[layer] * a[layer] @ b[layer], first @ second, atol=1e-5)
     full = job.lead.programs.partition.model
@@ -213,13 +213,13 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
     monkeypatch.chdir(place.folder)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     base = pretrained.load_frozen(ref, model, one_device(), Quant(**record["quant"]))
-    stored = calibrated_codes.open_codes(record["quant"]["codes"])["model.layers.1.mlp.up_proj.weight"].read()
+    stored = calibrated_base.open_codes(record["quant"]["codes"])["model.layers.1.mlp.up_proj.weight"].read()
     np.testing.assert_array_equal(base["layers"]["mlp"]["up"].codes[1], stored.codes)
     out = place.folder / "merged"
     code, text, err = call(monkeypatch, capsys, "export", "--run", place.runs("whole"), "--out", out)
     assert code == 0 and "base as nf4 with" in text, err
     generate = ("generate", "--run", place.runs("whole"), "--prompt", "x", "--max-new", "2")
-    file = calibrated_codes.codes_folder(record["quant"]["codes"]) / "layer-00001.safetensors"
+    file = calibrated_base.codes_folder(record["quant"]["codes"]) / "layer-00001.safetensors"
     before = file.read_bytes()
     file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     for command in (generate, ("export", "--run", place.runs("whole"), "--out", place.folder / "damaged")):
@@ -227,7 +227,7 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
         assert code == 1 and "has changed since this run was trained. Start the run's command" in err
     assert place.run(*argv, "steps=3", **environment) == 0 and "is finished" in place.out()
     assert "is damaged" in place.out() and file.read_bytes() == before
-    shutil.rmtree(place.folder / "cache" / calibrated_codes.CALIBRATED)
+    shutil.rmtree(place.folder / "cache" / calibrated_base.CALIBRATED)
     code, _, err = call(monkeypatch, capsys, *generate)
     assert code == 1 and "the calibrated base of this run is not in the cache" in err
     assert dequantize(stored).shape == (64, 96)

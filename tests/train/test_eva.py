@@ -19,8 +19,8 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.quant import Quant
 from jaxft.train.start import eva
-from jaxft.weights import init, pretrained
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights import initial_params, pretrained
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
@@ -67,7 +67,9 @@ def begin(world, settings=SETTINGS, batches=None, shape=MeshShape(), devices=1, 
     rows = eva.FirstRows(lambda: [jax.tree.map(lambda x: x[None], b) for b in batches], lines.append)
     with jax.set_mesh(mesh):
         base = pretrained.load_frozen(ref, model, mesh, quant)
-        fresh = init.init_all_but_base(whole, mesh, 0, init.HeadSettings(settings), ref)["adapter"]
+        fresh = initial_params.init_all_but_base(whole, mesh, 0, initial_params.HeadSettings(settings), ref)[
+            "adapter"
+        ]
         found = eva.eva_adapter(whole, base, fresh, settings, rows, mesh)
         return whole, base, jax.device_get(found), lines
 

@@ -13,8 +13,7 @@ from scripts_in_process import call, load
 
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
-from jaxft.runs.loaded_weights import load_named
-from jaxft.runs.named_weights import named_weights
+from jaxft.runs.loaded_weights import load_named, named_weights
 from jaxft.train.evaluate import harness_model
 from jaxft.train.evaluate.harness import HarnessResult
 from jaxft.train.evaluate.harness_model import (

@@ -25,12 +25,11 @@ from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit.extend import UNTRAINED, untrained_tokens
 from jaxft.weights.edit.merge import merge_files
-from jaxft.weights.gguf import gguf_save, gguf_tokenizer_write
-from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.gguf.gguf_write import Field
+from jaxft.weights.gguf import gguf_tokenizer, gguf_write
+from jaxft.weights.gguf.gguf_file import Field, read_gguf_header
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hf.stop_tokens import stop_tokens
-from jaxft.weights.peft import peft
+from jaxft.weights.hf.hf_read import stop_tokens
+from jaxft.weights.peft import peft_read
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,7 +280,7 @@ def test_an_adapter_with_rows_that_the_base_lacks_is_refused(tmp_path):
     )  # fmt: skip
     save_file({}, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"indices \[258, 259\]; expected ids from 0 to 257") as caught:
-        peft.read_parts(tmp_path / "a", pretrained.model_for(str(small)))
+        peft_read.read_parts(tmp_path / "a", pretrained.model_for(str(small)))
     assert "\n" not in str(caught.value)
 
 
@@ -312,7 +311,7 @@ def test_a_gguf_file_whose_tokens_have_other_ids_is_an_error_and_is_not_written(
     first = tokenizer.convert_tokens_to_ids(NEW[0])
 
     def damaged(*args):
-        for field in gguf_tokenizer_write.tokenizer_fields(*args):
+        for field in gguf_tokenizer.tokenizer_fields(*args):
             value = list(field.value) if isinstance(field.value, list) else field.value
             if damage == "order" and field.key.endswith(".tokens"):
                 value[first], value[first + 1] = value[first + 1], value[first]
@@ -320,7 +319,7 @@ def test_a_gguf_file_whose_tokens_have_other_ids_is_an_error_and_is_not_written(
                 value[first] = 1
             yield Field(field.key, field.kind, value)
 
-    monkeypatch.setattr(gguf_save, "tokenizer_fields", damaged)
+    monkeypatch.setattr(gguf_write, "tokenizer_fields", damaged)
     model = pretrained.model_for(str(tmp_path / "in"), dtype=jnp.float32)
     base = merge_files(pretrained.open_params(str(tmp_path / "in"), model), model, None, jnp.float32)
     (tmp_path / "out").mkdir()
@@ -328,8 +327,8 @@ def test_a_gguf_file_whose_tokens_have_other_ids_is_an_error_and_is_not_written(
         rf"'<tool>' has id {first}, and in" if damage == "order" else r"'<tool>' \(id \d+\) would be split"
     )
     with pytest.raises(ValueError, match=words) as caught:
-        gguf_save.save_gguf(
-            tmp_path / "out" / "x.gguf", model, base, tokenizer, gguf_save.GgufOptions("F32", "x")
+        gguf_write.save_gguf(
+            tmp_path / "out" / "x.gguf", model, base, tokenizer, gguf_write.GgufOptions("F32", "x")
         )
     assert "\n" not in str(caught.value) and not list((tmp_path / "out").iterdir())
 

@@ -19,7 +19,7 @@ from prepared import resume
 from tiny_run import Place, write_place
 
 from jaxft.distributed import disk
-from jaxft.weights.hub import new_folder
+from jaxft.weights.hub import complete_folders
 
 WORST = ["loop.best_metric=eval_loss", "loop.greater_is_better=true"]  # so that best/ is written, from step 1
 ARGV = ["steps=3", "samples=0", "full=true", "loop.eval_every=1", *WORST]
@@ -145,7 +145,7 @@ def test_a_new_folder_and_a_file_are_on_disk_before_they_have_their_name(tmp_pat
         monkeypatch.setattr(os, name, getattr(os, name))  # undone at the end
     out, file, lines = tmp_path / "a" / "b" / "out", tmp_path / "model.gguf", []
     log = disk_log.record((str(out), str(file)), lines.append)
-    with new_folder.new_folder(out) as part:
+    with complete_folders.new_folder(out) as part:
         (part / "inner").mkdir(parents=True)
         (part / "inner" / "weights").write_bytes(b"1")
         (part / "config").write_text("2")

@@ -24,8 +24,10 @@ RECIPES = {  # the recipe of a dataset, and what it needs besides
     "ultrafeedback": ("reward", {"data.responses": 4, "margin": "score"}),
     "lf_kto_demo": ("kto", {}),
     "math_shepherd": ("process_reward", {}),
-    "imdb": ("decision", {}),
-    "mmlu": ("decision", {}),
+    **dict.fromkeys(
+        ("imdb", "sst2", "mnli", "boolq", "arc", "mmlu", "mmlu_pro", "hellaswag", "winogrande", "race"),
+        ("decision", {}),
+    ),
     "openai_rft": ("grpo", {"data.columns": ("answer=reference_answer",), "max_new": 4, "group": 2}),
 }  # fmt: skip
 REFUSED = {

@@ -90,7 +90,7 @@ def test_a_finished_run_has_its_time_tokens_and_hardware_in_summary_and_card(pla
     assert (
         facts["time in total"].startswith(time_in_words(sum(seconds.values()))) and facts["tokens"] == "554"
     )
-    assert "mlx-lm" in card and "for 554 tokens on 1 x cpu" in card
+    assert "for 554 tokens on 1 x cpu" in card
 
 
 def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(place, trained):

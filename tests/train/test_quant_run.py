@@ -23,8 +23,8 @@ from jaxft.nn.quant import KINDS, Quant, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train import partition
 from jaxft.weights import pretrained, storage
-from jaxft.weights.peft import adapters
-from jaxft.weights.place import load_param
+from jaxft.weights.param_loading import load_param
+from jaxft.weights.peft import adapter_folders
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
     ref, adapter, record = runfolder.trained_weights(run)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
-    loaded, settings = adapters.load_adapter(adapter, model, mesh, ref)
+    loaded, settings = adapter_folders.load_adapter(adapter, model, mesh, ref)
     quantised = {
         "base": pretrained.load_frozen(ref, model, mesh, Quant(**record["quant"])),
         "adapter": loaded,
@@ -172,27 +172,27 @@ def test_the_embedding_table_and_the_head_are_quantised_while_loading(tmp_path):
 def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
     start, identity = str(tmp_path / "first"), {"files": "one"}
     (tmp_path / "first" / "adapter").mkdir(parents=True)
-    assert adapters.base_differences(start, "here", identity, Quant()) == []  # no record
+    assert adapter_folders.base_differences(start, "here", identity, Quant()) == []  # no record
     record = {"weights": "there", "weights_fingerprint": identity, "quant": {"kind": "nf4"}}
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
-    assert adapters.base_differences(start, "here", identity, Quant()) == []
-    lines = adapters.base_differences(start, "here", {"files": "two"}, None)
+    assert adapter_folders.base_differences(start, "here", identity, Quant()) == []
+    lines = adapter_folders.base_differences(start, "here", {"files": "two"}, None)
     assert [line.split(" was trained on ")[1] for line in lines] == [
         "there, whose weights differ from this run's", "a base with quant=nf4, but this run has quant=none",
     ]  # fmt: skip
     changed = json.dumps({**record, "adapter": {"init": "loftq"}})  # exported for the unquantised base
     (tmp_path / "first" / "config.json").write_text(changed)
-    assert adapters.base_differences(start, "here", identity, None) == []
-    (line,) = adapters.base_differences(start, "here", identity, Quant())
+    assert adapter_folders.base_differences(start, "here", identity, None) == []
+    (line,) = adapter_folders.base_differences(start, "here", identity, Quant())
     assert "(adapter.init=loftq) is for the base in its own precision, but this run has quant=nf4" in line
     loftq, other = Adapter(rank=4, init="loftq"), Adapter(rank=5, init="loftq")  # of a policy, for its heads
     stored = {**record, "adapter": asdict(replace(loftq, dropout=0.1)), "quant": asdict(Quant())}
     (tmp_path / "first" / "config.json").write_text(json.dumps(stored))
-    assert adapters.base_differences(start, "here", identity, Quant(), loftq) == []  # the same weights
-    (line,) = adapters.base_differences(start, "here", identity, Quant(), other)
+    assert adapter_folders.base_differences(start, "here", identity, Quant(), loftq) == []  # the same weights
+    (line,) = adapter_folders.base_differences(start, "here", identity, Quant(), other)
     assert line.endswith("write the merged model with scripts/export.py and use that")
     (tmp_path / "first" / "config.json").write_text(json.dumps({**record, "adapter": asdict(Adapter())}))
-    (line,) = adapters.base_differences(start, "here", identity, Quant(), loftq)
+    (line,) = adapter_folders.base_differences(start, "here", identity, Quant(), loftq)
     assert "a base with quant=nf4, but this run has quant=nf4 with adapter.init=loftq, whose" in line
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
     config = tmp_path / "first" / "adapter" / "adapter_config.json"
@@ -203,7 +203,7 @@ def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
         ("HuggingFaceTB/SmolLM2-135M", True),
         (str(tmp_path), True),
     ]:
-        lines = adapters.base_differences(f"{start}/adapter", ref, identity, None)
+        lines = adapter_folders.base_differences(f"{start}/adapter", ref, identity, None)
         assert len(lines) == differs and all(ref in line and "135M-Instruct" in line for line in lines)
 
 

@@ -31,7 +31,7 @@ from jaxft.train.step import accumulate_gradients
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate import lora_start
 from jaxft.weights.edit import merge
-from jaxft.weights.peft import adapters, peft
+from jaxft.weights.peft import adapter_folders, peft_read
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -76,7 +76,7 @@ STARTS = {
     "plain LoRA": lambda folder, model: {},
     "an SFT adapter": lambda folder, model: {
         "start": str(folder / "sft"),
-        "adapter": adapters.read_adapter_settings(str(folder / "sft"), model),
+        "adapter": adapter_folders.read_adapter_settings(str(folder / "sft"), model),
     },
     "norms and LoRA": lambda folder, model: {"train": "adapter/.*|base/.*norm"},
     "LoRA on the head": lambda folder, model: {"adapter": Adapter(rank=4, targets=("v", "head"))},
@@ -281,7 +281,7 @@ def test_a_run_resumes_with_its_first_pairs_and_exports_for_the_unchanged_base(
     params = {"base": frozen["base"], "adapter": adapter}
     tokenizer = pretrained.load_tokenizer(run.weights)
     out = export.export_run(p.partition, params, run, tokenizer, tmp_path, start_pairs)
-    written, settings = peft.read_adapter(out, run.model)
+    written, settings = peft_read.read_adapter(out, run.model)
     assert settings == run.adapter.exported
     readers = pretrained.open_params(run.weights, run.model)
     whole, found = (merge.merge_files(readers, run.model, x, np.float64) for x in (None, written))

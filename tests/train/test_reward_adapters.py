@@ -20,7 +20,7 @@ from tiny_llama import some_tokens, tiny_torch, write_folder
 from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.rl.reward_models import load_reward_model
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import loop

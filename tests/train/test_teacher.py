@@ -33,7 +33,7 @@ from jaxft.objectives.policy import policy
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.read_positions import read_logps
 from jaxft.optim.optimizer import Optim
-from jaxft.plan import flops, memory
+from jaxft.plan import program_bytes, roofline
 from jaxft.runs.terminal import error_line
 from jaxft.train import programs
 from jaxft.train.logs.nonfinite import first_output, make_layer_outputs
@@ -43,7 +43,7 @@ from jaxft.train.start.jobs import weight_fingerprints
 from jaxft.train.start.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.weights import pretrained
-from jaxft.weights.peft import adapters
+from jaxft.weights.peft import adapter_folders
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -88,7 +88,7 @@ def started(run, folder):
 
 
 def adapter_of(folder):
-    settings = adapters.read_adapter_settings(str(folder / "sft"), model_of(folder / "base"))
+    settings = adapter_folders.read_adapter_settings(str(folder / "sft"), model_of(folder / "base"))
     return {"start": str(folder / "sft"), "adapter": settings}
 
 
@@ -110,7 +110,7 @@ def alone(teacher, run, mesh):
     ref, model = teacher.weights or run.weights, teacher.model or run.model
     params = {"base": pretrained.load_frozen(ref, model, mesh, teacher.quant)}
     if teacher.start:
-        params["adapter"], _ = adapters.load_adapter(f"{teacher.start}/adapter", model, mesh, ref)
+        params["adapter"], _ = adapter_folders.load_adapter(f"{teacher.start}/adapter", model, mesh, ref)
     return adapted(model, teacher.adapter), params
 
 
@@ -162,9 +162,9 @@ def test_a_teacher_that_is_the_base_is_the_reference_of_a_fresh_adapter(folder):
 
 def test_the_base_as_a_teacher_takes_no_memory_and_other_weights_what_they_are_stored_in(folder):
     def resident(teacher):
-        return memory.resident(build(run_of(folder, teacher=teacher), 10, jax.devices()[:1]))
+        return program_bytes.resident(build(run_of(folder, teacher=teacher), 10, jax.devices()[:1]))
 
-    without = memory.resident(
+    without = program_bytes.resident(
         build(run_of(folder, teacher=None, objective=partial(preference, loss=dpo)), 10, jax.devices()[:1])
     )
     assert resident(Teacher()) == {**without, "teacher": 0}
@@ -347,7 +347,7 @@ def test_the_plan_counts_the_teachers_forward_pass(folder):
         p, batch = programs.abstract(run, jax.devices()[:1])
         with jax.set_mesh(p.mesh):
             traced = p.train_step.trace(p.state, p.frozen, batch)
-            return flops.flops(run, p, batch, traced), batch
+            return roofline.flops(run, p, batch, traced), batch
 
     alone = partial(preference, loss=simpo, reference=None, reward=mean_logp)
     without, batch = counted(run_of(folder, teacher=None, objective=alone))

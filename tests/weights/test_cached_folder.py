@@ -15,17 +15,23 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.data.packing import cache as rows_cache
-from jaxft.distributed import temporary
-from jaxft.distributed.temporary import temporary_folder
+from jaxft.distributed import disk
+from jaxft.distributed.disk import temporary_folder
 from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
-from jaxft.weights.calibrate import calibrated_codes
+from jaxft.weights.calibrate import calibrated_base
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.extend import Extension, extended_ref
-from jaxft.weights.hub import file_hash
-from jaxft.weights.hub.cached_folder import HASHES, cached_folder, folder_damage
-from jaxft.weights.hub.new_folder import new_folder
+from jaxft.weights.hub import complete_folders
+from jaxft.weights.hub.complete_folders import (
+    HASHES,
+    cached_folder,
+    content_sha256,
+    file_sha256,
+    folder_damage,
+    new_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,30 +111,30 @@ def test_an_error_of_the_cache_names_it_and_one_of_the_content_is_itself(tmp_pat
 def write_codes(number=0):
     weights = np.random.default_rng(number).normal(size=(64, 64)).astype(np.float32)
     q = jax.tree.map(np.asarray, quantize(jnp.asarray(weights), "nf4", 32))
-    layer = calibrated_codes.CalibratedLayer({"model.layers.0.mlp.up_proj.weight": q}, {})
-    return list(calibrated_codes.write_codes("some", Quant("nf4", block=32), lambda: iter([layer])))
+    layer = calibrated_base.CalibratedLayer({"model.layers.0.mlp.up_proj.weight": q}, {})
+    return list(calibrated_base.write_codes("some", Quant("nf4", block=32), lambda: iter([layer])))
 
 
 def test_calibrated_codes_are_verified_when_they_are_opened_and_written_again(cache):
     assert write_codes() == [1] and write_codes(1) == []
     file = cache / "calibrated" / "some" / "layer-00000.safetensors"
-    before, sha256 = file.read_bytes(), calibrated_codes.codes_sha256("some")
-    assert len(calibrated_codes.open_codes("some").quantised) == 1
+    before, sha256 = file.read_bytes(), calibrated_base.codes_sha256("some")
+    assert len(calibrated_base.open_codes("some").quantised) == 1
     for damage in (flip, lambda path: path.write_bytes(b"")):
         damage(file)
         with pytest.raises(ValueError, match="cannot be used: .*layer-00000.*Start the run's command again"):
-            calibrated_codes.open_codes("some")
-        assert str(file) in calibrated_codes.codes_damage("some")
+            calibrated_base.open_codes("some")
+        assert str(file) in calibrated_base.codes_damage("some")
         assert write_codes() == [1]
-        assert file.read_bytes() == before and calibrated_codes.codes_sha256("some") == sha256
-        assert len(calibrated_codes.open_codes("some").quantised) == 1
+        assert file.read_bytes() == before and calibrated_base.codes_sha256("some") == sha256
+        assert len(calibrated_base.open_codes("some").quantised) == 1
 
 
 def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_path):
     write_codes()
     run = tmp_path / "run"
     run.mkdir()
-    record = {"codes": "some", "sha256": calibrated_codes.codes_sha256("some")}
+    record = {"codes": "some", "sha256": calibrated_base.codes_sha256("some")}
     (run / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
     settings = {"weights": "base", "weights_path": None}
     assert runfolder._base_weights(run, settings) == "base"
@@ -137,22 +143,15 @@ def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_pat
         runfolder._base_weights(run, settings)
 
 
-def test_codes_of_an_earlier_version_are_adopted_by_a_run_that_has_recorded_them(cache, tmp_path):
+def test_codes_without_the_hashes_of_their_files_are_refused_and_computed_again(cache):
     write_codes()
     out = cache / "calibrated" / "some"
-    hashes, record = (
-        (out / HASHES).read_bytes(),
-        {"codes": "some", "sha256": calibrated_codes.codes_sha256("some")},
-    )
+    hashes = (out / HASHES).read_bytes()
     (out / HASHES).unlink()
-    assert not calibrated_codes.confirm_codes(record | {"sha256": "0"}) and not (out / HASHES).exists()
-    with pytest.raises(ValueError, match="files.json is missing, as where an earlier version wrote"):
-        calibrated_codes.open_codes("some")
-    (tmp_path / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
-    assert runfolder._base_weights(tmp_path, {"weights": "base", "weights_path": None}) == "base"
-    assert (out / HASHES).read_bytes() == hashes and len(calibrated_codes.open_codes("some").quantised) == 1
-    (out / HASHES).unlink()
-    assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes  # a new run: made again
+    with pytest.raises(ValueError, match="files.json is missing"):
+        calibrated_base.open_codes("some")
+    assert write_codes() == [1] and (out / HASHES).read_bytes() == hashes
+    assert len(calibrated_base.open_codes("some").quantised) == 1
 
 
 def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_changed(cache, tmp_path):
@@ -165,14 +164,14 @@ def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_
     runfolder.write_durable_json(run / "summary.json", {"steps": 4, "files": runfolder.result_hashes(run)})
     for path in (file, result):
         os.utime(path, (time.time() - 60,) * 2)
-        before = file_hash.file_sha256(path)
+        before = file_sha256(path)
         flip(path)
-        entry = [file_hash._version(path), before]
+        entry = [complete_folders._version(path), before]
         key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
         (cache / "hashes" / f"{key}.json").parent.mkdir(exist_ok=True)
         (cache / "hashes" / f"{key}.json").write_text(json.dumps(entry))
-        assert file_hash.file_sha256(path) == before != file_hash.content_sha256(path)
-    assert str(file) in calibrated_codes.codes_damage("some")
+        assert file_sha256(path) == before != content_sha256(path)
+    assert str(file) in calibrated_base.codes_damage("some")
     with pytest.raises(ValueError, match="adapter_model.safetensors: the file has changed"):
         runfolder.check_results(run / "adapter")
 
@@ -195,9 +194,6 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
     said = f"{out / 'model.safetensors'} has changed since it was written; it is written again"
     assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-    (out / HASHES).unlink()  # as an earlier version wrote it
-    assert runfolder._base_weights(tmp_path, settings) == str(out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     flip(out / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json has changed .*Start the run's command again"):
         runfolder._base_weights(tmp_path, settings)
@@ -214,8 +210,9 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxft.distributed.temporary import temporary_folder
-from jaxft.weights.hub.new_folder import new_folder
+from jaxft.distributed.disk import temporary_folder
+from jaxft.weights.hub import complete_folders
+from jaxft.weights.hub.complete_folders import new_folder
 path = Path(sys.argv[1])
 with (temporary_folder(path, "jaxft-push-") as folder, new_folder(path / "out") as part,
       temporary_folder(path, ".new-") as other):
@@ -258,18 +255,18 @@ def test_the_next_command_removes_what_a_killed_one_left_and_nothing_of_a_living
 
 def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_day(tmp_path, monkeypatch):
     def present():
-        temporary.remove_leftovers(tmp_path.glob("*.tmp"))
+        disk.remove_leftovers(tmp_path.glob("*.tmp"))
         return sorted(path.name.partition(".")[0] for path in tmp_path.glob("*.tmp"))
 
     def file(name):
-        return tmp_path / f"{name}.{temporary.here()}-1.tmp"
+        return tmp_path / f"{name}.{disk.here()}-1.tmp"
 
     (tmp_path / "linked").write_text("content")
     file("link").symlink_to(tmp_path / "linked")
     file("new").touch()  # is about to be locked
     file("a").write_text("half")
     (tmp_path / "a.other-1.tmp").write_text("half")  # of another machine
-    with temporary.owned(file("a")):
+    with disk.owned(file("a")):
         assert present() == ["a", "a", "link", "new"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
@@ -279,7 +276,7 @@ def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_da
         def without_locks(*args):
             raise OSError("no locks")
 
-        patch.setattr(temporary.fcntl, "flock", without_locks)
+        patch.setattr(disk.fcntl, "flock", without_locks)
         assert len(present()) == 4
         os.utime(file("a"), (time.time() - 25 * 3600,) * 2)
         assert present() == ["a", "link", "new"]
@@ -291,15 +288,15 @@ def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_da
 
 def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
     """Another process may tokenise rows into the same folder."""
-    path, columns = tmp_path / "rows" / "a.arrow", {"n": rows_cache.ColumnType(np.int32)}
+    path, columns = tmp_path / "rows" / "a.rows", {"n": rows_cache.ColumnType(np.int32)}
 
     def make(add):
-        temporary.remove_leftovers(path.parent.glob("*.tmp"))
+        disk.remove_leftovers(path.parent.glob("*.tmp"))
         assert len(list(path.parent.glob("*.tmp"))) == 1
         add({"n": np.arange(3)})
         return {}
 
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / f"killed.{temporary.here()}-1.tmp").write_bytes(b"ARROW1")
+    (tmp_path / "rows" / f"killed.{disk.here()}-1.tmp").write_bytes(b"ARROW1")
     _, state = rows_cache.load_or_make(path, columns, make)
-    assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.arrow"]
+    assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.rows"]

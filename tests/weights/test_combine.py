@@ -15,8 +15,8 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.weights import pretrained
 from jaxft.weights.edit.combine import Combination, NamedAdapter, combine_adapters
-from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import adapter_folders, peft_write
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -239,7 +239,7 @@ def test_an_adapter_for_another_base_is_refused_without_model(world, monkeypatch
 
 def test_an_adapter_is_written_to_a_new_folder_at_once(world, monkeypatch, tmp_path):
     (one,) = read(world, "left")
-    new = adapters.NewAdapter(one.params, one.settings, str(world[0]), "A test.")
+    new = adapter_folders.NewAdapter(one.params, one.settings, str(world[0]), "A test.")
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "mine").write_text("a file of the user")
 
@@ -247,18 +247,18 @@ def test_an_adapter_is_written_to_a_new_folder_at_once(world, monkeypatch, tmp_p
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "write_card", fail)  # after the weights are written
+        patch.setattr(adapter_folders, "write_card", fail)  # after the weights are written
         with pytest.raises(OSError, match="disk full"):
-            adapters.write_adapter(tmp_path / "out", new, world[1])
+            adapter_folders.write_adapter(tmp_path / "out", new, world[1])
     assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     with pytest.raises(ValueError, match="^--out . is the working directory"):
-        adapters.write_adapter(Path("."), new, world[1])
+        adapter_folders.write_adapter(Path("."), new, world[1])
     monkeypatch.chdir(tmp_path)
-    adapters.write_adapter(Path("out"), new, world[1])
+    adapter_folders.write_adapter(Path("out"), new, world[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "out.part").stat().st_mode
     assert (tmp_path / "out.part" / "mine").is_file() and "# out" in Path("out/README.md").read_text()
     with pytest.raises(ValueError, match="^--out out exists and is not empty"):
-        adapters.write_adapter(Path("out"), new, world[1])
+        adapter_folders.write_adapter(Path("out"), new, world[1])

@@ -32,9 +32,9 @@ from jaxft.train.start.eva import written_adapter
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate.lora_start import init_magnitudes
 from jaxft.weights.hf import hf_write
-from jaxft.weights.peft import peft as peft_files
+from jaxft.weights.peft import peft_read as peft_files
 from jaxft.weights.peft import peft_write
-from jaxft.weights.peft.adapters import load_adapter
+from jaxft.weights.peft.adapter_folders import load_adapter
 from jaxft.weights.tensors import tensors_of
 
 SETTINGS = Adapter(

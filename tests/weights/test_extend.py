@@ -24,7 +24,9 @@ from jaxft.weights.edit.extend import (
     untrained_tokens,
     with_new_tokens,
 )
+from jaxft.weights.hub import hub
 from jaxft.weights.peft import peft_write
+from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 torch = pytest.importorskip("torch")
 NEW = ("<tool>", "</tool>")
@@ -233,3 +235,13 @@ def test_white_space_around_the_tokens_of_a_command_line_is_no_part_of_them(tmp_
         monkeypatch, capsys, "extend", *options[:2], "--out", tmp_path / "b", "--tokens", "</s> "
     )
     assert code == 1 and "new token '</s>' is a token already" in err and not (tmp_path / "b").exists()
+
+
+def test_an_adapter_on_a_base_that_only_this_machines_cache_has_is_named_with_the_merged_model(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    ref = str(tmp_path / hub.EXTENDED / "SmolLM2-0123456789abcdef")
+    (line,) = cached_base_notes(tmp_path / "out", ref)
+    assert "only in this machine's cache" in line and f"--adapter {tmp_path / 'out'} --out merged" in line
+    assert not cached_base_notes(tmp_path / "out", "org/base")

@@ -26,7 +26,7 @@ from jaxft.nn.param import init_params
 from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit import extract
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ from jaxft.nn.tensor_names import TensorName
 from jaxft.train.export.export import ExportQuant, layer_quantizer
 from jaxft.weights.edit.merge import RoundingError
 from jaxft.weights.hf.safetensors import open_safetensors, write_safetensors
-from jaxft.weights.quantised.formats import (
+from jaxft.weights.quantised.quantised_checkpoints import (
     FILE_FORMATS,
     as_stored,
     dequantised,

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from jaxft.runs import folder
-from jaxft.weights.hub import file_hash, hub
+from jaxft.weights.hub import complete_folders, hub
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """A file that is old enough to be cached, and a cache of its own."""
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(file_hash, "SETTLED_S", -1.0)
+    monkeypatch.setattr(complete_folders, "SETTLED_S", -1.0)
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 100)
     return path
@@ -28,7 +28,7 @@ def test_the_hash_is_read_once_and_again_where_anything_of_the_file_has_changed(
     monkeypatch.setattr(hashlib, "file_digest", lambda f, name: reads.append(f.name) or digest(f, name))
 
     def checked():
-        assert file_hash.file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert complete_folders.file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
         return len(reads)
 
     assert checked() == checked() == 1
@@ -49,15 +49,15 @@ def test_the_hash_is_read_once_and_again_where_anything_of_the_file_has_changed(
 
 @pytest.mark.parametrize("content", [b"", b"[", b"[[1,2],3]", b"{}", b"\xff"])
 def test_a_damaged_cache_is_computed_again(file, content):
-    expected = file_hash.file_sha256(file)
-    (entry,) = (file_hash.cache_folder() / "hashes").iterdir()
+    expected = complete_folders.file_sha256(file)
+    (entry,) = (complete_folders.cache_folder() / "hashes").iterdir()
     entry.write_bytes(content)
-    assert file_hash.file_sha256(file) == expected
+    assert complete_folders.file_sha256(file) == expected
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(file, monkeypatch):
     monkeypatch.setenv("JAXFT_CACHE", str(file))  # a file, not a folder
-    assert file_hash.file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert complete_folders.file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(file, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(file, monkeypatch):
 
     monkeypatch.setattr(hashlib, "file_digest", read_and_append)
     with pytest.raises(OSError, match="changed while it was read"):
-        file_hash.file_sha256(file)
+        complete_folders.file_sha256(file)
 
 
 def test_every_bit_of_a_run_s_weights_counts(file, tmp_path):

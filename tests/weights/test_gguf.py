@@ -14,7 +14,7 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 from jaxft.nn import rope as our_rope
 from jaxft.runs.folder import weights_fingerprint
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf
+from jaxft.weights.gguf import gguf_tensors
 from jaxft.weights.hf import hf_write
 from jaxft.weights.hub import hub
 
@@ -110,7 +110,7 @@ def load(path):
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_type_is_what_the_gguf_package_dequantises(tmp_path, kind, tied, monkeypatch):
-    monkeypatch.setattr(gguf, "CHUNK", 300)  # several pieces a tensor
+    monkeypatch.setattr(gguf_tensors, "CHUNK", 300)  # several pieces a tensor
     reference = tiny_torch(tie_word_embeddings=tied)
     model, base = load(write_gguf(tmp_path / "tiny.gguf", reference, kind))
     assert model.config.tied == tied and model.config.norm_eps == reference.config.rms_norm_eps

@@ -22,7 +22,7 @@ from gguf_text import (
 )
 
 from jaxft.weights import pretrained
-from jaxft.weights.gguf.gguf_header import read_gguf_header
+from jaxft.weights.gguf.gguf_file import read_gguf_header
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [

@@ -14,10 +14,10 @@ from tiny_llama import our_logits, some_tokens, torch_logits
 from jaxft.models import model_types
 from jaxft.nn.quant import dequantize
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_architectures, gguf_config, gguf_llama_cpp
-from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.gguf.gguf_llama_cpp import check_config
-from jaxft.weights.hf import hf
+from jaxft.weights.gguf import gguf_architectures, gguf_config
+from jaxft.weights.gguf.gguf_file import read_gguf_header
+from jaxft.weights.gguf.gguf_write import check_config
+from jaxft.weights.hf import hf_read
 
 torch = pytest.importorskip("torch")
 TOKENS = some_tokens(time=24, vocab=96)  # longer than windows (5) and lengths before scaling (16)
@@ -98,7 +98,7 @@ def test_the_file_is_the_family_of_the_models_config_json(family):
         pytest.skip("jaxft has no such family")
     ours = pretrained.model_for(str(path))
     assert ours.config == model_types.FAMILIES[model.config.model_type].from_hf(model.config.to_dict())
-    hf.check_tensors(pretrained.open_files(str(path)), ours)
+    hf_read.check_tensors(pretrained.open_files(str(path)), ours)
 
 
 def test_llama_cpp_computes_what_the_converters_file_states_but_for_ignored_windows(family):
@@ -199,7 +199,6 @@ def test_quantised_tensors_stay_packed(tmp_path, name):
 def test_modules_are_those_of_the_gguf_package():
     names = {value: key for key, value in gguf_package.MODEL_ARCH_NAMES.items()}
     assert gguf_architectures.ARCHITECTURES.keys() == gguf_config.SETTINGS.keys()
-    assert gguf_llama_cpp.LLAMA_CPP_READS.keys() == gguf_config.SETTINGS.keys()
     assert {architecture for architecture, *_ in FAMILIES.values()} == gguf_config.SETTINGS.keys()
     for name, architecture in gguf_architectures.ARCHITECTURES.items():
         tensors = {

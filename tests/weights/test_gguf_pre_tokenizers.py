@@ -5,7 +5,7 @@ from gguf_families import write_family
 from gguf_files import byte_level, toy_vocabulary
 
 from jaxft.weights import pretrained
-from jaxft.weights.gguf.gguf_pre_tokenizers import PRE_TOKENIZERS
+from jaxft.weights.gguf.gguf_tokenizer import PRE_TOKENIZERS
 
 pytest.importorskip("torch")
 CORPUS = [

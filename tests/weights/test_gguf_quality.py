@@ -24,9 +24,8 @@ from gguf_text import (
 from jaxft.train.export.export import ExportSource
 from jaxft.train.export.export_gguf import export_gguf
 from jaxft.weights import pretrained
-from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.gguf.gguf_quantize import tensor_bytes
-from jaxft.weights.gguf.gguf_types import MIXTURES, MixtureModel, tensor_kind
+from jaxft.weights.gguf.gguf_file import read_gguf_header
+from jaxft.weights.gguf.gguf_quantize import MIXTURES, MixtureModel, tensor_bytes, tensor_kind
 from jaxft.weights.hub.hub import locate
 
 PROMPTS = (

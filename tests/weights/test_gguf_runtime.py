@@ -15,7 +15,7 @@ from test_gguf_write import ROWS, adapted_folder, mistral3_adapter, plain_tokeni
 from tiny_tokenizers import tiny as chat_tokenizer
 
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_metadata
+from jaxft.weights.gguf import gguf_config
 
 torch = pytest.importorskip("torch")
 IDS = [0, 40, 7, 301, 22, 90, 15]
@@ -145,7 +145,7 @@ def largest_differences(path, name, rope, **changes):
 def test_log_probs_of_a_written_file_are_those_of_transformers(tmp_path, monkeypatch, name, rope):
     """Or the model is refused. Only a file that is kept has architecture mistral3 with other ropes."""
     if name == "mistral small":
-        monkeypatch.setitem(gguf_metadata.ARCHITECTURE_OF, "mistral", "mistral3")
+        monkeypatch.setitem(gguf_config.ARCHITECTURE_OF, "mistral", "mistral3")
     if name.startswith("phi") and rope not in WRITTEN[name]:
         pytest.skip("transformers refuses this rope in a Phi-3")
     if rope not in WRITTEN[name]:

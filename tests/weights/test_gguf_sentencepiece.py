@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_llama import tiny_torch
 
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_config, gguf_header
+from jaxft.weights.gguf import gguf_config, gguf_file
 
 pytest.importorskip("torch")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)
@@ -170,7 +170,7 @@ def test_ids_that_are_not_in_the_metadata_are_llama_cpps(tmp_path):
     write_gguf(path, model, fields=[x for x in fields(*vocabulary()) if not x[0].endswith("_token_id")])
     ours = pretrained.load_tokenizer(str(path))
     assert (ours.unk_token_id, ours.bos_token_id, ours.eos_token_id) == (0, 1, 2)
-    config = gguf_config.gguf_config(gguf_header.read_gguf_header(path))
+    config = gguf_config.gguf_config(gguf_file.read_gguf_header(path))
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
 

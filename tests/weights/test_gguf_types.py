@@ -17,8 +17,8 @@ from jaxft.nn.quant import QTensor, Quant, dequantize
 from jaxft.train import partition
 from jaxft.weights import pretrained
 from jaxft.weights.gguf.gguf_architectures import ARCHITECTURES, hf_name
-from jaxft.weights.model_files import full_index
-from jaxft.weights.quantised.formats import dequantised_part
+from jaxft.weights.quantised.quantised_checkpoints import dequantised_part
+from jaxft.weights.tensors import full_index
 
 torch = pytest.importorskip("torch")
 PACKED = {  # the kind of QTensor with the same values, its block and its bits per parameter

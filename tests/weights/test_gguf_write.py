@@ -23,11 +23,11 @@ from jaxft.nn.param import init_params
 from jaxft.nn.rope import attention_scaling, frequencies
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import merge_files
-from jaxft.weights.gguf import gguf_metadata, gguf_quantize, gguf_save, gguf_types
-from jaxft.weights.gguf.gguf_header import read_gguf_header
-from jaxft.weights.model_files import FileTensor, ModelFiles
-from jaxft.weights.param_reader import param_readers
+from jaxft.weights.gguf import gguf_config, gguf_quantize, gguf_write
+from jaxft.weights.gguf.gguf_file import read_gguf_header
+from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write
+from jaxft.weights.tensors import FileTensor, ModelFiles
 
 torch = pytest.importorskip("torch")
 ROWS = 416  # of embeddings: the tiny tokenizers have up to 400 tokens
@@ -57,8 +57,8 @@ def save(path, reference, mixture="F32", tokenizer=None, ends=(), name="tiny"):
     family = model_types.family_of(config)
     model = family.build(family.from_hf(config), dtype=jnp.float32)
     base = merge_files(param_readers(files_of(reference), model), model, None, jnp.float32)
-    options = gguf_save.GgufOptions(mixture, name, ends)
-    gguf_save.save_gguf(path, model, base, tokenizer or plain_tokenizer(), options)
+    options = gguf_write.GgufOptions(mixture, name, ends)
+    gguf_write.save_gguf(path, model, base, tokenizer or plain_tokenizer(), options)
     return model
 
 
@@ -214,14 +214,14 @@ def test_a_window_that_llama_cpp_ignores_is_the_context_length_of_the_file(tmp_p
     config = save(tmp_path / "tiny.gguf", tiny_family(name, vocab_size=ROWS, **changes)).config
     header = read_gguf_header(tmp_path / "tiny.gguf")
     assert header.metadata[header.key("context_length")] == 5
-    (note,) = gguf_metadata.context_notes(config)
+    (note,) = gguf_config.context_notes(config)
     assert note.startswith(f"warning: llama.cpp's architecture {header.architecture} ignores the sliding")
     assert "context length is set to 5, up to" in note and "(the model has 64)" in note
     changes = {**changes, "sliding_window": CONTEXT}
     config = save(tmp_path / "tiny.gguf", tiny_family(name, vocab_size=ROWS, **changes)).config
     header = read_gguf_header(tmp_path / "tiny.gguf")
     assert header.metadata[header.key("context_length")] == CONTEXT
-    assert not gguf_metadata.context_notes(config)
+    assert not gguf_config.context_notes(config)
 
 
 def rope_metadata(path, name, rope):
@@ -235,7 +235,7 @@ def rope_metadata(path, name, rope):
     assert attention_scaling(again.rope) == pytest.approx(attention_scaling(model.config.rope), rel=1e-6)
     start = header.key("rope.scaling.")
     stated = {key.removeprefix(start): x for key, x in header.metadata.items() if key.startswith(start)}
-    return header.architecture, stated, gguf_metadata.context_notes(model.config)
+    return header.architecture, stated, gguf_config.context_notes(model.config)
 
 
 def test_ropes_are_stated_as_llama_cpp_reads_them(tmp_path):
@@ -316,11 +316,11 @@ def test_an_existing_file_is_not_overwritten(exported, tmp_path, monkeypatch, ca
 
 def test_the_types_of_a_mixture_are_those_of_llama_quantize():
     """By the rules of src/llama-quant.cpp, worked out by hand."""
-    model = gguf_types.MixtureModel("llama", 32, 32, 8, tied=False)
+    model = gguf_quantize.MixtureModel("llama", 32, 32, 8, tied=False)
 
     def kinds(mixture, module, model=model, width=4096):
         return [
-            gguf_types.tensor_kind(f"blk.{i}.{module}.weight", (4096, width), mixture, model)
+            gguf_quantize.tensor_kind(f"blk.{i}.{module}.weight", (4096, width), mixture, model)
             for i in range(model.layers)
         ]
 
@@ -332,10 +332,10 @@ def test_the_types_of_a_mixture_are_those_of_llama_quantize():
     assert set(kinds("Q4_K_M", "attn_q")) == {"Q4_K"}
     assert kinds("Q4_K_S", "ffn_down") == ["Q5_K"] * 4 + ["Q4_K"] * 28
     assert kinds("Q4_K_M", "ffn_down", width=1536 + 32)[:5] == ["Q8_0"] * 4 + ["Q5_0"]
-    assert gguf_types.tensor_kind("output.weight", (100, 4096), "Q4_0", model) == "Q6_K"
-    assert gguf_types.tensor_kind("token_embd.weight", (100, 4096), "Q4_0", model) == "Q4_0"
-    assert gguf_types.tensor_kind("output.weight", (100, 576), "Q4_K_M", model) == "Q8_0"
-    assert gguf_types.tensor_kind("blk.0.attn_q.weight", (8, 48), "Q4_K_M", model) == "F16"
+    assert gguf_quantize.tensor_kind("output.weight", (100, 4096), "Q4_0", model) == "Q6_K"
+    assert gguf_quantize.tensor_kind("token_embd.weight", (100, 4096), "Q4_0", model) == "Q4_0"
+    assert gguf_quantize.tensor_kind("output.weight", (100, 576), "Q4_K_M", model) == "Q8_0"
+    assert gguf_quantize.tensor_kind("blk.0.attn_q.weight", (8, 48), "Q4_K_M", model) == "F16"
 
 
 def test_the_output_of_an_earlier_export_survives_one_that_fails(exported, tmp_path):
@@ -487,7 +487,7 @@ def mistral3_adapter(tmp_path, monkeypatch, capsys):
     """A base of architecture mistral3, as llama.cpp's converter writes Ministral's, and an adapter alone."""
     base, alone = tmp_path / "base.gguf", tmp_path / "alone.gguf"
     with monkeypatch.context() as patched:
-        patched.setitem(gguf_metadata.ARCHITECTURE_OF, "mistral", "mistral3")
+        patched.setitem(gguf_config.ARCHITECTURE_OF, "mistral", "mistral3")
         save(base, tiny_family("mistral small", vocab_size=ROWS))
     adapted_folder(tmp_path / "adapter", pretrained.model_for(str(base), dtype=jnp.float32), base)
     common = ("--model", base, "--adapter", tmp_path / "adapter", "--gguf", "F32")

@@ -21,7 +21,7 @@ from jaxft.nn.quant import Quant, quantize
 from jaxft.nn.quant_formats import NF4
 from jaxft.train.export.calibrate import squared_inputs
 from jaxft.weights import pretrained, storage
-from jaxft.weights.calibrate import rounding
+from jaxft.weights.calibrate import calibrated_rounding
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),
@@ -49,8 +49,10 @@ def value(q):
 def by_gptq(w, moment, *form):
     """A weight with the scales of plain rounding and GPTQ's codes."""
     plain = quantize(w, *form)
-    factor = rounding.inverse_factor(jnp.asarray(moment))
-    return rounding.with_codes(plain, rounding.gptq_codes(jnp.asarray(w), factor, plain, form[0]))
+    factor = calibrated_rounding.inverse_factor(jnp.asarray(moment))
+    return calibrated_rounding.with_codes(
+        plain, calibrated_rounding.gptq_codes(jnp.asarray(w), factor, plain, form[0])
+    )
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids=lambda f: f[0])
@@ -78,7 +80,7 @@ def by_solving(w, moment, scale, levels):
     """
     w, done = w.astype(np.float64).copy(), []
     own = np.diag(moment).astype(np.float64)
-    h = moment.astype(np.float64) + np.diag(np.full(len(w), rounding.DAMPING * own.mean()))
+    h = moment.astype(np.float64) + np.diag(np.full(len(w), calibrated_rounding.DAMPING * own.mean()))
     order = list(np.argsort(-np.diag(moment), kind="stable"))
     out = np.zeros_like(w)
     for n, j in enumerate(order):

@@ -30,7 +30,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
 from jaxft.train import partition
 from jaxft.train.export import export
-from jaxft.weights import init, param_reader, pretrained, storage
+from jaxft.weights import initial_params, param_loading, pretrained, storage
 from jaxft.weights.hf import safetensors
 from jaxft.weights.peft import peft_write
 
@@ -165,7 +165,8 @@ def together(folders, tmp_path_factory):
     peft_write.save_adapter(
         adapter,
         jax.tree.map(
-            lambda x: x + 1, init.init_all_but_base(t.model, one_device(), 3, HeadSettings())["adapter"]
+            lambda x: x + 1,
+            initial_params.init_all_but_base(t.model, one_device(), 3, HeadSettings())["adapter"],
         ),
         settings,
         model,
@@ -290,8 +291,8 @@ def test_a_value_that_cannot_be_quantised_is_reported_with_its_tensor_and_part(f
     tensor = reader.tensors[1]
     half = (slice(0, 64), slice(0, 256))
     message = r"1 of 16384 values .* the first at .5, 3.; .*in its part .0:64, 0:256..$"
-    with pytest.raises(ValueError, match=message), param_reader.errors_name_tensor(reader, tensor, half):
-        quantize(param_reader.read_values(reader, tensor, half), form)
+    with pytest.raises(ValueError, match=message), param_loading.errors_name_tensor(reader, tensor, half):
+        quantize(param_loading.read_values(reader, tensor, half), form)
 
 
 def bench(*argv):

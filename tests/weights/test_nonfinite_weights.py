@@ -24,10 +24,11 @@ from jaxft.nn.param import init_params
 from jaxft.nn.quant import Quant
 from jaxft.nn.rope import Rope
 from jaxft.optim.optimizer import Optim
-from jaxft.weights import finite, pretrained
+from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors
 from jaxft.weights.hf.safetensors import TensorToWrite
-from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.peft import peft_read, peft_write
+from jaxft.weights.tensors import is_finite
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -144,7 +145,7 @@ def test_an_adapter_that_is_not_finite_is_named(adapter, model):
     tensors[name][3, 2] = np.nan
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=rf"tensor {name}: 1 of 384 values are NaN .* first at \[3, 2\]"):
-        peft.read_adapter(adapter, model)
+        peft_read.read_adapter(adapter, model)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_an_adapter_that_is_not_finite_is_named(adapter, model):
 def test_settings_of_an_adapter_that_are_not_finite_are_named(adapter, model, changes, message):
     change_adapter(adapter, **changes)
     with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{message}"):
-        peft.read_adapter(adapter, model)
+        peft_read.read_adapter(adapter, model)
 
 
 @pytest.mark.parametrize(
@@ -268,9 +269,9 @@ def test_is_finite_is_that_of_numpy_for_every_float(dtype):
     bits = np.arange(256**size, dtype=f"u{size}")
     x = bits.view(dtype) if np.dtype(dtype).itemsize == size else bits.astype(dtype)
     for value in x if size == 1 else [*x[:: 256 // 16], *x[0x7BF0:0x7C10], *x[0x7F70:0x7F90], *x[-3:]]:
-        assert finite.is_finite(np.array([value])) == np.isfinite(np.float64(value))
-    assert finite.is_finite(x[:0])
+        assert is_finite(np.array([value])) == np.isfinite(np.float64(value))
+    assert is_finite(x[:0])
     for value in (np.nan, np.inf, -np.inf):
-        assert not finite.is_finite(np.array([[1.0, value]], dtype).T)
+        assert not is_finite(np.array([[1.0, value]], dtype).T)
     wide = np.array([[1.0, float(ml_dtypes.finfo(dtype).max)]], dtype)
-    assert finite.is_finite(wide) and finite.is_finite(np.arange(3))
+    assert is_finite(wide) and is_finite(np.arange(3))

@@ -21,12 +21,12 @@ from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
-from jaxft.weights import init, pretrained
+from jaxft.weights import initial_params, pretrained
 from jaxft.weights.edit.merge import merge_on_read
 from jaxft.weights.hf import hf_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
-from jaxft.weights.peft.peft_refusals import check_targets
+from jaxft.weights.peft.peft_config import check_targets
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -234,7 +234,7 @@ def test_targets_of_a_start_are_compared_as_the_layers_that_they_name(world, tmp
     for targets in ("all-linear", ALL, ALL[::-1], "layers/.*"):
         same = Adapter(rank=2, alpha=4.0, targets=targets)
         start = HeadSettings(same, str(tmp_path))
-        loaded = init.init_all_but_base(adapted(world[1], same), mesh, 0, start)
+        loaded = initial_params.init_all_but_base(adapted(world[1], same), mesh, 0, start)
         assert set(loaded["adapter"]["layers"]["attn"]) == {"q", "k", "v", "o"}
     for changes, differing in [
         (dict(targets=ALL[1:]), r"its adapter has targets=\(.*\), but the run's has targets=\('k_proj', "),
@@ -243,7 +243,9 @@ def test_targets_of_a_start_are_compared_as_the_layers_that_they_name(world, tmp
     ]:
         other = replace(settings, **changes)
         with pytest.raises(ValueError, match=f"{differing}.*use the folder's settings"):
-            init.init_all_but_base(adapted(world[1], other), mesh, 0, HeadSettings(other, str(tmp_path)))
+            initial_params.init_all_but_base(
+                adapted(world[1], other), mesh, 0, HeadSettings(other, str(tmp_path))
+            )
 
 
 def test_an_adapter_is_merged_into_weights_as_they_are_read(world, tmp_path):
@@ -341,7 +343,7 @@ def test_copies_of_the_bases_embeddings_are_compared_with_the_base(world, tmp_pa
             with pytest.raises(ValueError, match=message):
                 peft_layout.check_base_copies(tmp_path, files)
             with pytest.raises(ValueError, match=message):
-                init.init_all_but_base(model, mesh, 0, head, str(world[0]))
+                initial_params.init_all_but_base(model, mesh, 0, head, str(world[0]))
 
 
 class TestRefusals:

@@ -19,9 +19,9 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.train.export import export
-from jaxft.weights import init, pretrained
+from jaxft.weights import initial_params, pretrained
 from jaxft.weights.edit.merge import merge_on_read, merge_params
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")
@@ -56,8 +56,8 @@ def trained(world, settings):
     """A fresh adapter, started from the base's files, with noise on all that is trained."""
     model = adapted(world[1], settings)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    head = init.HeadSettings(settings)
-    fresh = init.init_all_but_base(model, mesh, 0, head, str(world[0]))["adapter"]
+    head = initial_params.HeadSettings(settings)
+    fresh = initial_params.init_all_but_base(model, mesh, 0, head, str(world[0]))["adapter"]
     key = jax.random.key(1)
 
     def move(path, x):

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.weights import pretrained
-from jaxft.weights.peft import peft as peft_layout
-from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft.adapter_folders import adapter_folder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -15,7 +15,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
 from jaxft.nn.matmul import lora_matmul
 from jaxft.nn.param import init_params
 from jaxft.weights import pretrained
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

@@ -13,12 +13,12 @@ from jaxft.distributed import processes, sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.heads import HeadSettings
 from jaxft.runs import loaded_weights
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.export import export
-from jaxft.weights import init, pretrained
-from jaxft.weights.model_files import QuantisedTensor
-from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights import initial_params, pretrained
+from jaxft.weights.peft import adapter_folders, peft_write
+from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.tensors import QuantisedTensor
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -120,16 +120,16 @@ def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp
     def same(found):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-    same(adapters.load_adapter(tmp_path, model, mesh, ref)[0])
+    same(adapter_folders.load_adapter(tmp_path, model, mesh, ref)[0])
     same(loaded_weights.read_adapters({"a": tmp_path}, ref, model, base)["a"])
     same(export.named_source(NamedWeights(ref, tmp_path, None, [])).adapter)
-    assert adapters.read_adapter_settings(str(tmp_path), model) == settings
+    assert adapter_folders.read_adapter_settings(str(tmp_path), model) == settings
     whole = adapted(model, settings)
     own = HeadSettings(settings, str(tmp_path))
-    init.check_starts(whole, own, ref)
-    same(init.init_all_but_base(whole, mesh, 0, own, ref)["adapter"])
+    initial_params.check_starts(whole, own, ref)
+    same(initial_params.init_all_but_base(whole, mesh, 0, own, ref)["adapter"])
     with pytest.raises(ValueError, match="rank=8"):
-        init.check_starts(whole, replace(own, adapter=replace(settings, rank=4)), ref)
+        initial_params.check_starts(whole, replace(own, adapter=replace(settings, rank=4)), ref)
 
 
 def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path, monkeypatch):

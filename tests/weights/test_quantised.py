@@ -25,7 +25,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import QTensor, Quant, dequantize, quantize, take_rows
 from jaxft.train import partition
 from jaxft.weights import pretrained
-from jaxft.weights.quantised.formats import FILE_FORMATS, dequantised
+from jaxft.weights.quantised.quantised_checkpoints import FILE_FORMATS, dequantised
 
 torch = pytest.importorskip("torch")
 

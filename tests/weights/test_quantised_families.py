@@ -19,8 +19,7 @@ from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.tree import paths
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import write_codes
-from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers
+from jaxft.weights.calibrate.calibrated_base import CalibrationRows, calibrate_layers, write_codes
 
 torch = pytest.importorskip("torch")
 

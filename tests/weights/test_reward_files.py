@@ -19,9 +19,9 @@ from jaxft.models.heads import HeadSettings
 from jaxft.rl import reward_models
 from jaxft.train import partition
 from jaxft.train.export import export
-from jaxft.weights import init, pretrained
-from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights import initial_params, pretrained
+from jaxft.weights.peft import adapter_folders, peft_write
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -59,7 +59,7 @@ def test_our_adapter_with_a_head_has_the_same_scores_in_peft_and_round_trips(bas
     np.testing.assert_allclose(by_torch(theirs, tokens), expected, rtol=1e-5, atol=1e-4)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
-    again, whole_again = begun(base, adapters.read_adapter_settings(str(folder), t.model), str(folder))
+    again, whole_again = begun(base, adapter_folders.read_adapter_settings(str(folder), t.model), str(folder))
     jax.tree.map(np.testing.assert_array_equal, parts(whole_again), parts(whole))
     loaded = reward_models.load_reward_model(str(base), one_device(), folder, dtype=jnp.float32)
     np.testing.assert_allclose(loaded.score(loaded.params, tokens), expected, rtol=1e-6, atol=1e-6)
@@ -143,7 +143,7 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
     t, whole = begun(base)
     language = pretrained.model_for(str(base), dtype=jnp.float32)
     peft_write.save_adapter(tmp_path / "sft", whole["adapter"], SETTINGS, language, str(base))
-    settings = adapters.read_adapter_settings(str(tmp_path / "sft"), t.model)
+    settings = adapter_folders.read_adapter_settings(str(tmp_path / "sft"), t.model)
     _, fresh = begun(base, settings, str(tmp_path / "sft"))
     np.testing.assert_array_equal(
         fresh["adapter"]["layers"]["attn"]["q"]["b"], whole["adapter"]["layers"]["attn"]["q"]["b"]
@@ -159,11 +159,13 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
         None,
         partition.trainable_patterns(language, None, None, other_heads),
     )
-    found = init.init_all_but_base(policy.model, one_device(), 0, HeadSettings(), str(base), other_heads)
+    found = initial_params.init_all_but_base(
+        policy.model, one_device(), 0, HeadSettings(), str(base), other_heads
+    )
     for name in other_heads:
         jax.tree.map(np.testing.assert_array_equal, found[name], parts(whole))
     with pytest.raises(ValueError, match="a reward model's adapter, but this run has no scalar head"):
-        init.init_all_but_base(
+        initial_params.init_all_but_base(
             partition.partition_params(language, settings, None).model,
             one_device(),
             0,
@@ -172,7 +174,7 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
     with pytest.raises(ValueError, match="sft is not a reward model: it has no scalar head; give the folder"):
         judge = {"judge": HeadSettings(settings, str(tmp_path / "sft"), trained=False)}
         frozen = partition.partition_params(heads.with_heads(language, judge), None, None)
-        init.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
+        initial_params.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
 
 
 def test_an_adapter_that_is_not_a_reward_model_is_refused(base, tmp_path):

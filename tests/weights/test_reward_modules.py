@@ -20,9 +20,9 @@ from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train.export import export
-from jaxft.weights import init, pretrained
-from jaxft.weights.peft import adapters, peft_write
-from jaxft.weights.peft import peft as peft_layout
+from jaxft.weights import initial_params, pretrained
+from jaxft.weights.peft import adapter_folders, peft_write
+from jaxft.weights.peft import peft_read as peft_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -80,7 +80,7 @@ def test_ours_has_the_same_scores_in_peft_merged_and_read_again(bases, tmp_path,
     theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1).eval()
     np.testing.assert_allclose(by_torch(theirs), expected, atol=1e-4)
 
-    found = adapters.read_adapter_settings(str(folder), t.model)
+    found = adapter_folders.read_adapter_settings(str(folder), t.model)
     assert found.trainable_token_indices == settings.trainable_token_indices
     _, again = begun(base, found, str(folder))
     jax.tree.map(np.testing.assert_array_equal, again["adapter"], whole["adapter"])
@@ -151,19 +151,21 @@ def test_a_reward_model_starts_from_a_language_models_adapter_without_its_head(
     base, settings = bases[kind], Adapter(**{"rank": 4, "targets": ("q",), **changes})
     language = pretrained.model_for(str(base), dtype=jnp.float32)
     whole = adapted(language, settings)
-    fresh = init.init_all_but_base(whole, one_device(), 0, HeadSettings(settings), str(base))["adapter"]
+    fresh = initial_params.init_all_but_base(whole, one_device(), 0, HeadSettings(settings), str(base))[
+        "adapter"
+    ]
     moved = tree.map_with_path(lambda path, x: np.asarray(x) + 0.1 * (not path.endswith("scale")), fresh)
     moved = jax.tree.map(np.float32, moved)
     peft_write.save_adapter(tmp_path, moved, settings, language, str(base))
-    found = adapters.adapter_settings(str(tmp_path), None, scorer(base))
+    found = adapter_folders.adapter_settings(str(tmp_path), None, scorer(base))
     _, started = begun(base, found, str(tmp_path))
     head = moved.pop("head")
     assert head and started["adapter"].keys() == moved.keys() and started["score"].std() > 0.01
     for path in ("layers", *(["embed"] if "embed" in moved else [])):
         jax.tree.map(np.testing.assert_array_equal, started["adapter"][path], moved[path])
-    (note,) = adapters.left_out_notes(scorer(base), str(tmp_path))
+    (note,) = adapter_folders.left_out_notes(scorer(base), str(tmp_path))
     assert "trained the language model head, which is left out" in note
-    assert not adapters.left_out_notes(language, str(tmp_path))
+    assert not adapter_folders.left_out_notes(language, str(tmp_path))
     stored = pretrained.frozen_model(scorer(base), None, str(base))
     pretrained.load_base(str(base), stored, one_device(), adapter=tmp_path)  # as full=true starts
 
@@ -182,4 +184,4 @@ def test_an_adapter_without_pairs_is_written_for_pefts_lora_and_has_no_settings_
     np.testing.assert_array_equal(theirs.model.norm.weight.detach().numpy(), weight)
     found, again = peft_layout.read_adapter(tmp_path, model)
     np.testing.assert_array_equal(found["final_norm"]["weight"], weight)
-    assert again.targets == () and not adapters.left_out_notes(scorer(bases["tied"]), str(tmp_path))
+    assert again.targets == () and not adapter_folders.left_out_notes(scorer(bases["tied"]), str(tmp_path))

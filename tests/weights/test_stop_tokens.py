@@ -19,7 +19,7 @@ from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.train.logs.logs import startup_lines
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_write
-from jaxft.weights.hf.stop_tokens import stop_lines, stop_tokens
+from jaxft.weights.hf.hf_read import stop_lines, stop_tokens
 
 ENDS = {  # what ends the last turn of text, and of tool calls where it is another token
     "chatml": "<|im_end|>",

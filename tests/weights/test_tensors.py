@@ -16,10 +16,10 @@ from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
 from jaxft.nn.quant import quantize
 from jaxft.nn.tensor_names import TensorName
-from jaxft.weights import place
+from jaxft.weights import param_loading
 from jaxft.weights.edit.merge import lazy_params, merge_files, merge_on_read
-from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.param_reader import param_readers, read_whole
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.param_loading import load_param, param_readers, read_values, read_whole
 from jaxft.weights.tensors import tensors_of
 
 L, X, D, F = 2, 4, 16, 64
@@ -64,7 +64,7 @@ def written(request, tmp_path):
 
 
 def readers_of(written):
-    return param_readers(hf.open_folder(written[2]), written[0])
+    return param_readers(hf_read.open_folder(written[2]), written[0])
 
 
 def test_files_have_the_experts_as_transformers_names_and_orients_them(tmp_path):
@@ -133,8 +133,8 @@ def test_experts_on_several_devices_have_the_bits_of_the_whole_parameter(written
     expected = whole if kind is None else quantize(whole, kind)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
     shardings = jax.tree.map(lambda x: sharding, like)
-    monkeypatch.setattr(place, "read_values", recording(place.read_values, read))
-    loaded = place.load_param(reader, like, shardings, unchanged=False)
+    monkeypatch.setattr(param_loading, "read_values", recording(read_values, read))
+    loaded = load_param(reader, like, shardings, unchanged=False)
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
     assert {tensor.index for tensor in read} == {tensor.index for tensor in reader.tensors}
 

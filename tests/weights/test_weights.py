@@ -391,7 +391,7 @@ def test_presets_touch_neither_disk_nor_network(monkeypatch):
 HUB_CLIENT = """
 import sys
 from jaxft.weights.hub import hub
-from jaxft.weights import param_reader, pretrained
+from jaxft.weights import param_loading as param_reader, pretrained
 for ref in sys.argv[1:]:
     try:
         model = pretrained.model_for(ref)

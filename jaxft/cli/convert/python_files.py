@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxft.cli.convert.command_lines import read_commands, trainer_of
+from jaxft.cli.convert.draft import Expression, ForeignConfig, GivenOption, check_count
 from jaxft.cli.convert.python_rows import call_name, row_options
-from jaxft.cli.convert.source import Expression, ForeignConfig, GivenOption, check_count
+from jaxft.cli.convert.yaml_and_shell import read_commands, trainer_of
 from jaxft.runs.settings.option_names import TRL, UNSLOTH
 
 CONFIGS = {  # class or function -> the trainer, "" for one of any trainer
     "SFTConfig": "sft", "DPOConfig": "dpo", "GRPOConfig": "grpo", "RLOOConfig": "rloo", "KTOConfig": "kto",
     "RewardConfig": "reward", "ORPOConfig": "orpo", "CPOConfig": "cpo", "OnlineDPOConfig": "online_dpo",
-    "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "TrainingArguments": "",
+    "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "PRMConfig": "prm", "TrainingArguments": "",
     "UnslothTrainingArguments": "", "LoraConfig": "", "BitsAndBytesConfig": "", "ModelConfig": "",
     "ScriptArguments": "", "get_peft_model": "", "Seq2SeqTrainingArguments": "",
 }  # fmt: skip
@@ -29,6 +29,7 @@ TRAINER_CLASSES = {
     "SFTTrainer": "sft", "DPOTrainer": "dpo", "GRPOTrainer": "grpo", "RLOOTrainer": "rloo",
     "KTOTrainer": "kto", "RewardTrainer": "reward", "ORPOTrainer": "orpo", "CPOTrainer": "cpo",
     "OnlineDPOTrainer": "online_dpo", "PPOTrainer": "ppo", "GKDTrainer": "gkd", "BCOTrainer": "bco",
+    "PRMTrainer": "prm",
 }  # fmt: skip
 PASSED_ON = (  # arguments of trainers that are objects of the file
     "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",
@@ -128,8 +129,8 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             options += _keywords(node, names)
         elif name in TRAINER_CLASSES:
             trainers.append(TRAINER_CLASSES[name])
-            told = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
-            options += [option for option in _keywords(node, names) if option.name not in told]
+            known = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
+            options += [option for option in _keywords(node, names) if option.name not in known]
             options += _model(node, names)
         elif name == "get_chat_template":  # Unsloth's
             options += (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from os.path import normpath
 from typing import Any
 
-from jaxft.cli.convert.source import GivenOption
+from jaxft.cli.convert.draft import GivenOption
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # load_dataset's names of kinds of files
 UNSEEN = ("map", "filter", "select", "train_test_split", "rename_column", "rename_columns",

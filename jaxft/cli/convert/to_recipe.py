@@ -6,17 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.cli.convert import batches, data_sets
-from jaxft.cli.convert.command_lines import read_commands
-from jaxft.cli.convert.draft import Draft, by_table, meant_setting, run_name, table_rows
+from jaxft.cli.convert.draft import (
+    Draft,
+    Expression,
+    ForeignConfig,
+    GivenOption,
+    by_table,
+    meant_setting,
+    option_parts,
+    read_config_text,
+    run_name,
+    table_rows,
+)
 from jaxft.cli.convert.python_files import notebook_code, read_python
-from jaxft.cli.convert.source import Expression, ForeignConfig, GivenOption, option_parts, read_config_text
-from jaxft.cli.convert.yaml_files import read_yaml
+from jaxft.cli.convert.yaml_and_shell import read_commands, read_yaml
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 RECIPES = {  # a tool's name of a method -> the recipe
     "sft": "sft", "pt": "pretrain", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo",
     "simpo": "simpo",
-    "cpo": "dpo", "bco": "kto", "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
+    "cpo": "dpo", "bco": "kto", **dict.fromkeys(("prm", "process_reward_model"), "process_reward"),
+    "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
     "rloo": "grpo", "ppo": "ppo", "online_dpo": "online_dpo",
 }  # fmt: skip
 METHOD_SETTINGS = {  # methods that are a recipe with further settings
@@ -26,11 +36,11 @@ METHOD_SETTINGS = {  # methods that are a recipe with further settings
     "rloo": ("advantage=rloo", "token_weights=sequence_sum"),
 }  # fmt: skip
 FULL = {  # how a recipe trains all weights
-    **dict.fromkeys(("dpo", "reward", "pretrain"), "full=true"),
+    **dict.fromkeys(("dpo", "reward", "process_reward", "pretrain"), "full=true"),
     **dict.fromkeys(("kto", "orpo", "simpo", "grpo", "ppo", "online_dpo"), "adapter=none"),
 }  # fmt: skip
 LEARNING_RATES = {  # of TRL's configurations
-    "sft": "2e-5", "reward": "1e-4", "online_dpo": "5e-7",
+    "sft": "2e-5", "reward": "1e-4", "process_reward": "1e-5", "online_dpo": "5e-7",
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "grpo", "ppo"), "1e-6"),
 }  # fmt: skip
 PROJECTS = {"wandb_project": "wandb", "mlflow_experiment_name": "mlflow", "trackio_project_name": "trackio"}
@@ -53,7 +63,7 @@ EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # the tools' default
 
 @dataclass(frozen=True)
 class Conversion:
-    """A recipe with settings, and what the reader should know about it.
+    """A recipe with settings, and remarks for the reader.
 
     settings: `name=value`, in the order of a command line. same, unneeded, empty: options that are expressed
     as they are, need no setting, or have no value. otherwise, lost: (option, how or why). defaults: settings
@@ -94,7 +104,7 @@ def read(file: Path) -> ForeignConfig:
 def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     """Return the recipe and settings of a configuration.
 
-    devices: how many the tool used, for the rows of a step; by default what the file says, or 1. Raises
+    devices: how many the tool used, for the rows of a step; by default as in the file, or 1. Raises
     ValueError for a method without a recipe.
     """
     empty = tuple(option for option in source.options if option.empty)
@@ -176,7 +186,15 @@ def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
 def _choose_training(draft: Draft) -> None:
     """Choose between an adapter and all weights, and the recipe for it."""
     source = draft.source
-    for name in ("stage", "rl", "reward_model", "pref_loss", "do_train", "num_labels"):
+    for name in (
+        "stage",
+        "rl",
+        "reward_model",
+        "process_reward_model",
+        "pref_loss",
+        "do_train",
+        "num_labels",
+    ):
         if source.tool in (AXOLOTL, FACTORY) and name in draft.options and (
             name != "pref_loss" or draft.recipe != "dpo"
         ):  # fmt: skip
@@ -343,7 +361,7 @@ def _preferences(draft: Draft) -> None:
 
 
 def _machine(draft: Draft) -> None:
-    """Sharding over devices, plugins, and what depends on the machine."""
+    """Sharding over devices, plugins, and options of the machine."""
     draft.drop("dataset_num_proc", "preprocessing_num_workers", "dataset_processes")
     plugins = draft.take("plugins")
     if plugins is not None and re.fullmatch("((.*[Ll]iger.*|.*[Cc]ut_?[Cc]ross_?[Ee]ntropy.*),?)+",

@@ -40,8 +40,13 @@ COLUMN_SYNONYMS = {
     "response": ("answer", "completion", "solution"),
     "system": ("system_prompt",),
     "input": ("context",),
+    "text": ("sentence",),
+    "question": ("question_stem",),
+    "choices": ("options",),
+    "answer": ("answerkey",),
+    "document": ("passage",),
 }
-FURTHER = ("system", "input")  # those of them that a row may lack
+FURTHER = ("system", "input")  # columns with synonyms that a row may lack
 # Names that are proposed and not read, as only a convention says which response is the better one.
 PROPOSED_SYNONYMS = {
     "chosen": ("response_j", "chosen_response", "better", "preferred", "accepted", "good", "winner"),

@@ -38,7 +38,7 @@ MOST_LABELS = 100  # that are counted
 
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
-    theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
+    theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
     the rows have besides a text, or the text besides another format. labels: of a classifier's rows, where
     data.labels names none.
     """
@@ -64,6 +64,8 @@ class ChosenFormat(NamedTuple):
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
             return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
+        if self.labels[:1] == ("0",) and all(map(str.isdecimal, self.labels)):
+            return ["the labels are numbers; data.labels=NAME,NAME,... gives 0, 1, ... names"]
         if not self.columns:
             return []
         read = ", ".join(f"{theirs.strip()} as {ours}" for ours, theirs in self.columns)
@@ -84,7 +86,8 @@ def parse_rows(
     settings = replace(settings, labels=format.labels) if format.labels else settings
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
-        row = with_ratings(chosen.rewrite(valid(row), settings), settings)
+        row = chosen.rewrite(valid(row), settings)
+        row = with_ratings(row, settings) if "rank_2" in settings.kinds else row
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
         numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
         order = 0.0 if order_by is None else number_of(row, order_by, "data.order_by")
@@ -179,7 +182,7 @@ def choose_format(
     if plain and not formats[chosen].plain:
         strings = " and ".join(name for name, found in formats.items() if found.plain)
         raise ValueError(
-            f"data.format={PLAIN} is for {strings} rows, and these rows have format "
+            f"data.format={PLAIN} is for {strings or 'other'} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
         )
     unread = _unread(counts, chosen, formats) if format == "auto" and TEXT in formats else ()

@@ -16,7 +16,7 @@
     ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
     instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
     rated                   {"prompt", "responses": [...]}: rankings with ranks or ratings, see
-                            published_formats.py, which also has those of single datasets
+                            published_formats.py, which also has formats of single datasets
     unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
     unpaired-messages       {"messages", "label"}: the response is the last turn
     unpaired-conversations  {"conversations", "label"} (ShareGPT)
@@ -29,8 +29,8 @@
 
 "label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
 without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
-"chat_template_kwargs"; those of SFT "weight" (see loss_weights.py); those of pairs "reference", from which a
-third response, "gold" (data.third), is read. Which format a dataset has, and columns with other names:
+"chat_template_kwargs"; SFT rows also "weight" (see loss_weights.py); pairs also "reference", a third response
+("gold", data.third). Which format a dataset has, and columns with other names:
 format_choice.py. Prompts without responses are read from the columns of all formats, see conversation.py.
 """
 
@@ -45,21 +45,17 @@ from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.columns import list_of, text_of
 from jaxft.data.rows.conversation import (
     Columns,
-    SplitRow,
-    Turns,
     chat_of,
     chats_of,
-    holds_responses,
-    other_prompt,
+    compared_chats,
     plain_texts,
     require_difference,
     response_index,
     split_row,
-    with_prompt,
 )
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import RESPONSE, Example, Solution, Text
-from jaxft.data.rows.loss_weights import row_weight, without_weights
+from jaxft.data.rows.loss_weights import row_weight
 from jaxft.data.rows.published_formats import (
     PROMPT,
     RANKED,
@@ -67,8 +63,10 @@ from jaxft.data.rows.published_formats import (
     from_better,
     from_glaive,
     from_openai,
+    from_options,
     from_preference,
     from_ranking,
+    from_texts,
     ranking_note,
 )
 
@@ -161,7 +159,7 @@ def _label(row: Row, where: str, value: Any) -> bool:
 
 
 def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Columns) -> dict[str, Example]:
-    """Return the prompt with each response, those of settings.kinds. columns: of the responses by kind."""
+    """Return the prompt with each response of settings.kinds. columns: of the responses by kind."""
     if "gold" in settings.kinds:
         if row.fields.get("reference") is None:
             raise row.invalid(
@@ -174,43 +172,8 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
         texts = plain_texts(row, columns)
         require_difference(row, texts)
         return {**texts}
-    chats = chats_of(row, _split_pair(row, prompt, columns))
-    return {kind: without_weights(chats[kind]) for kind in settings.kinds if kind in chats}
-
-
-def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitRow:
-    """Return the row's prompt and responses, which are checked."""
-    if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
-        row, prompt_column = with_prompt(row), "prompt"
-    require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
-    split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
-    ending = [kind for kind, column in columns.items() if column == prompt_column]
-    if ending:  # the conversation ends with the response
-        at = response_index(split.prompt)
-        split = SplitRow(split.prompt[:at], {ending[0]: split.prompt[at:], **split.responses})
-    require_difference(row, split.responses)
-    for kind, turns in split.responses.items():
-        _check_response(row, columns[kind], turns)
-    if split.prompt and split.prompt[-1]["role"] == "assistant":
-        raise row.invalid(
-            "prompt that ends with an assistant turn",
-            "the prompt ends with an assistant turn; move that turn into the responses",
-        )
-    return split
-
-
-def _check_response(row: Row, column: str, turns: Turns) -> None:
-    if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
-        raise row.invalid(
-            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
-        )
-    for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
-        if turn["role"] != "assistant":
-            raise row.invalid(
-                "response that is no assistant turn",
-                f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
-                "an assistant turn",
-            )
+    chats = compared_chats(row, prompt, columns)
+    return {kind: chats[kind] for kind in settings.kinds if kind in chats}
 
 
 # ---- steps
@@ -295,6 +258,7 @@ class RowFormat:
     plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
     row in the columns of another format, before anything is read from it. note(settings): how the rows are
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
+    labelled: whether its choices are the labels of all rows.
     """
 
     name: str
@@ -307,6 +271,7 @@ class RowFormat:
     rewrite: Rewrite = own_columns
     note: Callable[[RowSettings], str] = _no_note
     listed: bool = True
+    labelled: bool = False
 
     @property
     def columns(self) -> set[str]:
@@ -329,6 +294,23 @@ def _pairs(
 def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
     optional = ("system", "chat_template_kwargs", "weight", *more)
     return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+
+
+def _labelled_texts(name: str, *columns: str) -> RowFormat:
+    """Return a format of several texts with a label."""
+    known, required = _decision_format(LABEL, ()), tuple((column,) for column in (*columns, "label"))
+    rewrite = partial(from_texts, columns=columns)
+    return replace(known, name=name, required=required, rewrite=rewrite, labelled=True, listed=False)
+
+
+def _options(
+    name: str, question: tuple[str, ...], options: tuple[str, ...], answer: str, first: int = 0
+) -> RowFormat:
+    """Return a format of questions with options."""
+    required = tuple((column,) for column in (*question, *options, answer))
+    rewrite = partial(from_options, question=question, options=options, answer=answer, first=first)
+    known = _decision_format(DECISION, ())
+    return replace(known, name=name, required=required, rewrite=rewrite, listed=False)
 
 
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
@@ -412,8 +394,19 @@ ROW_FORMATS = (
               weight=_row_weight),
     RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
     _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
-    _decision_format(LABEL, (("text",), ("label",))),
+    replace(_decision_format(LABEL, (("text",), ("label",))), labelled=True),
     _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
+    _labelled_texts("nli", "premise", "hypothesis"),
+    _labelled_texts("mrpc", "sentence1", "sentence2"),
+    _labelled_texts("qnli", "question", "sentence"),
+    _labelled_texts("qqp", "question1", "question2"),
+    _options("boolq", ("passage", "question"), (), "answer"),
+    _options("race", ("article", "question"), ("options",), "answer"),
+    _options("hellaswag", ("ctx",), ("endings",), "label"),
+    _options("piqa", ("goal",), ("sol1", "sol2"), "label"),
+    _options("medmcqa", ("question",), ("opa", "opb", "opc", "opd"), "cop"),
+    _options("winogrande", ("sentence",), ("option1", "option2"), "answer", first=1),
+    _options("social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", first=1),
 )  # fmt: skip
 # A name for rows of a task, for errors where another one reads them.
 TASKS = {

@@ -1,5 +1,5 @@
-"""Formats whose rows are rewritten into the columns of another one: rankings, comparisons of two responses,
-and transcripts, as public datasets have them.
+"""Formats whose rows are rewritten into the columns of another one: questions with options, rankings,
+comparisons of two responses, and transcripts, as public datasets have them.
 
 A ranking becomes "prompt", "chosen" (the best response), "rejected" (the worst) and "rank_2", "rank_3", ...
 (those between, in order), with the ratings "score_chosen", "score_rejected", "score_rank_2", ...: higher is
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.rows.columns import list_of
+from jaxft.data.rows.columns import list_of, text_of
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Message
 
@@ -23,6 +23,33 @@ RATINGS = ("ratings", "scores", "ranks")
 _RATING = "score_"  # what the names of the columns of ratings begin with
 _TEXTS = ("answer", "response", "completion", "text")
 _NUMBERS = ("score", "rating", "overall_score", "rank")
+
+
+# ---- decisions
+
+
+def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
+    """Return a row with a label of several texts as one with one text, which has a line for each."""
+    text = "\n".join(f"{column}: {text_of(row, column)}" for column in columns)
+    return Row(row.name, {**row.fields, "text": text})
+
+
+def from_options(
+    row: Row, settings: RowSettings, question: Sequence[str], options: Sequence[str], answer: str, first: int
+) -> Row:
+    """Return a question with the texts, the choices and the answer of some columns.
+
+    options: a column with a list, one for each choice, or () for false and true. first: the index of the
+    first choice.
+    """
+    choices: list[Any] = [row.fields[column] for column in options] or [False, True]
+    value: Any = row.fields[answer]
+    fields = {
+        "question": "\n\n".join(text_of(row, column) for column in question),
+        "choices": list_of(row, options[0]) if len(options) == 1 else choices,
+        "answer": int(value) - first if first and str(value).isdecimal() else value,
+    }
+    return Row(row.name, {**row.fields, **fields})
 
 
 # ---- rankings
@@ -44,12 +71,10 @@ def rating_columns(responses: int) -> tuple[str, ...]:
 
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
-    """Return a pair, if rankings are read (data.responses), with a number in each column of ratings: those of
-    the row, or minus the ranks, 0 where a response is missing.
+    """Return a ranking with a number in each column of ratings: the row's rating, or minus the rank; 0 where
+    the response is missing.
     """
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
-    if not further:
-        return row
     fields = {_RATING + kind: 0.0 for kind in further}
     if all(row.fields.get(_RATING + kind) is None for kind in ("chosen", "rejected")):
         fields |= {_RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
@@ -131,7 +156,7 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
 
 
 def _ratings(row: Row, column: str, own: list[float | None]) -> list[float]:
-    """Return the rating of each response: its own, those of a parallel column, or minus its place."""
+    """Return the rating of each response: its own, the one in a parallel column, or minus its place."""
     parallel = next((name for name in RATINGS if row.fields.get(name) is not None), None)
     if parallel is not None:
         values = list_of(row, parallel)

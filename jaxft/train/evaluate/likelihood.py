@@ -25,8 +25,7 @@ from jaxft.objectives.metrics import LOSS, TOKEN_ACCURACY, PerRow, add, as_float
 from jaxft.objectives.pair import TIE_ROUNDING, response_sums
 from jaxft.objectives.read_positions import read_logps
 from jaxft.objectives.sft import sft
-from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.runs.named_weights import FingerprintCheck, any_rows
+from jaxft.runs.loaded_weights import FingerprintCheck, LoadedWeights, any_rows
 from jaxft.train.evaluate.evaluate import evaluate, make_eval_step
 from jaxft.tree import Metrics, Params
 from jaxft.weights.pretrained import check_token_id

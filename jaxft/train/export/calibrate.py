@@ -31,16 +31,17 @@ from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import (
+from jaxft.weights.calibrate.calibrated_base import (
     CalibratedLayer,
+    CalibrationRows,
+    calibrate_layers,
     codes_damage,
     codes_folder,
     codes_name,
     codes_sha256,
-    confirm_codes,
+    layer_paths,
     write_codes,
 )
-from jaxft.weights.calibrate.layer_calibration import CalibrationRows, calibrate_layers, layer_paths
 from jaxft.weights.calibrate.lora_start import check_ranks
 from jaxft.weights.hf.safetensors import read_model_json
 
@@ -276,8 +277,6 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     if plan is None:
         return
     path = folder / CALIBRATED_JSON
-    if path.is_file():
-        confirm_codes(read_model_json(path))
     calibrated_codes(plan, progress)
     found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
     again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"

@@ -30,25 +30,25 @@ from jaxft.nn.quant import (
     with_defaults,
 )
 from jaxft.rl.reward_models import is_classifier
-from jaxft.runs.named_weights import NamedWeights
+from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_codes import open_codes
+from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.calibrate.lora_start import for_unchanged_base
 from jaxft.weights.edit import extend
 from jaxft.weights.edit.merge import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.hf import hf_write
-from jaxft.weights.hf.card import Card, Relation, base_name, write_card
+from jaxft.weights.hf.model_card import Card, Relation, base_name, write_card
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder
-from jaxft.weights.param_reader import ParamReader, param_readers
-from jaxft.weights.peft import peft, peft_write
+from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
+from jaxft.weights.param_loading import ParamReader, param_readers
+from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.quantised.file_format import quantize_layout
-from jaxft.weights.quantised.formats import as_stored, dequantised, exceptions, written_format
+from jaxft.weights.quantised.quantised_checkpoints import as_stored, dequantised, exceptions, written_format
 from jaxft.weights.storage import quantised_paths
 from jaxft.weights.tensors import Tensor, tensors_of
 
@@ -84,7 +84,9 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
     ref, folder, record, _ = named
     model = pretrained.model_for(ref, dtype=jnp.dtype(record["model"]["dtype"] if record else "bfloat16"))
     stored = quant_setting(quant, record if folder else None)
-    parts, settings = peft.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
+    parts, settings = (
+        peft_read.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
+    )
     if "score" in parts or is_classifier(ref):
         model = heads.with_scalar_head(model)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)

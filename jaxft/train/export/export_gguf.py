@@ -13,12 +13,12 @@ from jaxft.nn.adapters import lora
 from jaxft.nn.quant import CHECKPOINT
 from jaxft.train.export.export import ExportSource, merged_base
 from jaxft.weights import pretrained
-from jaxft.weights.gguf import gguf_save
-from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
-from jaxft.weights.gguf.gguf_types import MIXTURES, mixture_named
-from jaxft.weights.hf import card, stop_tokens
+from jaxft.weights.gguf import gguf_write
+from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
+from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
+from jaxft.weights.hf import hf_read, model_card
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.new_folder import parents_of
+from jaxft.weights.hub.complete_folders import parents_of
 from jaxft.weights.tensors import tensors_of
 
 KEEP = "keep"
@@ -66,23 +66,23 @@ def export_gguf(
         raise ValueError(
             f"{source.ref}: a reward model cannot be written as GGUF; leave --gguf out for a folder"
         )
-    ends = stop_tokens.stop_tokens(source.ref, source.model, source.tokenizer)
+    ends = hf_read.stop_tokens(source.ref, source.model, source.tokenizer)
     rounded = source.quant is not None and source.quant.kind != CHECKPOINT  # then every value may differ
     if header and keep and not source.adapter and not rounded and len(part_files(header.path)) == 1:
         with parents_of(out):
             return _copy(header.path, out)
-    options = gguf_save.GgufOptions(
+    options = gguf_write.GgufOptions(
         mixture,
         out.stem,
         ends,
-        card.license_of(source.ref),
+        model_card.license_of(source.ref),
         None if rounded and not keep else header,
         _changed(source, rounded),
         keep,
         dict(importances or {}),
     )
     with parents_of(out):
-        saved = gguf_save.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
+        saved = gguf_write.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
         _summary(saved.counts, KEEP if keep else mixture, out),
         *_ends_left_out(source.tokenizer, ends),
@@ -112,7 +112,7 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     header = _gguf_header(source.ref)
     architecture = header.architecture if header else None
     with parents_of(out):
-        count = gguf_save.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
+        count = gguf_write.save_gguf_adapter(out, source.model, source.adapter, kind.upper(), architecture)
     return f"{count} adapted weights as {kind}, for the base {source.ref}"
 
 

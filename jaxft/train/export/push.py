@@ -14,14 +14,14 @@ from jaxft.runs.folder import (
     read_saved_json,
     recorded_results,
 )
-from jaxft.weights.gguf.gguf_header import GgufHeader, part_files, read_gguf_header
-from jaxft.weights.hf import hf
-from jaxft.weights.hf.card import USE_SECTION, gguf_card, gguf_metadata
+from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
+from jaxft.weights.hf import hf_read
+from jaxft.weights.hf.model_card import USE_SECTION, gguf_card, gguf_metadata
 from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.hf.tokenizer_files import TEMPLATES_FOLDER
 from jaxft.weights.hub import hub
 from jaxft.weights.hub.hub_upload import FileContent, is_uploaded
-from jaxft.weights.peft.peft_refusals import read_adapter_config
+from jaxft.weights.peft.peft_config import read_adapter_config
 
 UNFINISHED = (".part", ".tmp", ".incomplete")  # ends of names of files that are being written
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -150,7 +150,7 @@ def _complete(folder: Path) -> str:
         open_safetensors(folder, [folder / "adapter_model.safetensors"])
         return "adapter"
     if (folder / "config.json").is_file():
-        open_safetensors(folder, hf.weight_files(folder))
+        open_safetensors(folder, hf_read.weight_files(folder))
         return "model"
     if not ggufs:
         raise FileNotFoundError(

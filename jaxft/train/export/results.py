@@ -16,13 +16,12 @@ from jaxft.data.rows.mixture import source_names
 from jaxft.distributed import devices, processes, sync
 from jaxft.distributed.disk import write_durably
 from jaxft.models import model_types
-from jaxft.nn.adapters.lora import EVA
 from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.loaded_weights import decision_prompts
 from jaxft.runs.metric_names import TOKENS
-from jaxft.runs.named_weights import decision_prompts
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.terminal import printable_line
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
@@ -37,11 +36,10 @@ from jaxft.train.start.jobs import EndedBy, Job, Member
 from jaxft.train.sweep.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights.calibrate.lora_start import read_start
-from jaxft.weights.hf import hf, hf_write
-from jaxft.weights.hf.card import Card, base_name, front_matter, write_card
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.hf.model_card import Card, base_name, front_matter, write_card
 from jaxft.weights.hub import hub
-from jaxft.weights.peft.adapter_limits import loading_notes, mlx_note
-from jaxft.weights.peft.adapters import read_adapter_settings
+from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 
 def report_finished(job: Job, steps: int) -> int:
@@ -133,7 +131,7 @@ def write_reports(
             *_averages(m),
             *([end["part_note"]] if "part_note" in end else []),
             *end["score_faults"],
-            *_loading(m, folder),
+            *(cached_base_notes(folder, m.run.weights) if folder and folder.name == "adapter" else []),
             *log.alarms,
         ]
         for m, folder, log, end in zip(job.members, weights, logs.members, after, strict=True)
@@ -143,7 +141,7 @@ def write_reports(
         for number, member in enumerate(job.members):
             folder = weights[number]
             if folder is not None:
-                own = [*notes[number], *_card_notes(member, folder), f"Training {time_line(perf[number])}."]
+                own = [*notes[number], f"Training {time_line(perf[number])}."]
                 card = _card(job, number, folder, (before[number], after[number]), own)
                 (member.folder / runfolder.CARD).write_text(run_texts.model_card(card), encoding="utf-8")
             summary = {
@@ -185,22 +183,6 @@ def _perf(logs: Logs, number: int) -> dict[str, Any]:
         "memory_gib": round(devices.memory_gib(jax.local_devices()[0]), 3),
         "hardware": hardware(),
     }
-
-
-def _card_notes(member: Member, folder: Path) -> list[str]:
-    """Return a line about a program that loads no adapter at all, for the model card of one."""
-    return [] if folder.name != "adapter" or member.run.adapter is None else [mlx_note(folder)]
-
-
-def _loading(member: Member, folder: Path | None) -> list[str]:
-    """Return lines about programs that do not load a member's adapter as it is."""
-    run = member.run
-    if folder is None or folder.name != "adapter" or run.adapter is None:
-        return []
-    written = run.adapter.exported
-    if run.adapter.init == EVA:
-        written = read_adapter_settings(str(folder), run.model)
-    return loading_notes(written, model_types.is_tied(run.model.config), folder, run.weights)
 
 
 def _averages(member: Member) -> list[str]:
@@ -256,7 +238,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         kind = (
             f"A {'DoRA' if written.dora else 'LoRA'} adapter (rank {written.rank}, alpha {written.alpha:g})"
         )
-    scores, multimodal = not run.model.generates, hf.text_part_of(run.weights) is not None
+    scores, multimodal = not run.model.generates, hf_read.text_part_of(run.weights) is not None
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
         f"`{source_names(run.data.train)}`. The run's README.md has settings and results."

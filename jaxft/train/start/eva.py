@@ -34,8 +34,8 @@ from jaxft.nn.adapters.lora_specs import PairRanks, most_components, pair_layout
 from jaxft.nn.matmul import outer, with_taps
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Batch, Params, struct
-from jaxft.weights import place
-from jaxft.weights.peft.peft_pairs import with_patterns
+from jaxft.weights.param_loading import shard_host_array
+from jaxft.weights.peft.peft_tensors import with_patterns
 from jaxft.weights.tensors import layer_on_host
 
 EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method
@@ -124,7 +124,7 @@ def eva_adapter(
         above, _, name = path.rpartition("/")
         if name != "a" or above not in first:
             return x
-        return place.shard_host_array(first[above].astype(x.dtype), x.sharding)
+        return shard_host_array(first[above].astype(x.dtype), x.sharding)
 
     return tree.map_with_path(leaf, adapter)
 

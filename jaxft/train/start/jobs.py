@@ -21,9 +21,8 @@ from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
+from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirrored
 from jaxft.runs.settings.record import describe, differences, recorded_defaults
-from jaxft.runs.store.store import check_stored_name
-from jaxft.runs.store.store_copy import CHECKPOINTS, Copies, mirrored
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
 from jaxft.train.evaluate.scores import check_scoring
@@ -35,11 +34,11 @@ from jaxft.train.start.teacher import check_teacher_files, teacher_fingerprints
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf.stop_tokens import stop_tokens
+from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hub import hub
-from jaxft.weights.init import check_starts
-from jaxft.weights.peft.adapters import adapter_folder
-from jaxft.weights.peft.peft import read_adapter
+from jaxft.weights.initial_params import check_starts
+from jaxft.weights.peft.adapter_folders import adapter_folder
+from jaxft.weights.peft.peft_read import read_adapter
 
 Record = dict[str, Any]  # settings as JSON
 EndedBy = Literal["patience", "callback"]  # what ends a run before its planned steps

@@ -31,9 +31,9 @@ from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.folder import read_saved_json
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings import config
 from jaxft.runs.settings.config import Recipe, Resolved
-from jaxft.runs.store.store_copy import CHECKPOINTS
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
 from jaxft.weights.hub import hub

@@ -16,14 +16,14 @@ from jaxft.nn import param
 from jaxft.nn.quant import Quant
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
-from jaxft.runs.named_weights import named_weights, source_options
+from jaxft.runs.loaded_weights import named_weights, source_options
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hub import hub
-from jaxft.weights.peft import adapters
-from jaxft.weights.peft.adapters import adapter_folder
+from jaxft.weights.peft import adapter_folders
+from jaxft.weights.peft.adapter_folders import adapter_folder
 from jaxft.weights.storage import StoredModel, quantisation_summary
 
 
@@ -44,7 +44,7 @@ def find_teacher(
         raise ValueError(f"{ref} shares the run's base, which quant stores; leave out {quant.kind} for it")
     if named.adapter is None:
         return teacher
-    settings = adapters.read_adapter_settings(str(named.adapter), model)
+    settings = adapter_folders.read_adapter_settings(str(named.adapter), model)
     return replace(teacher, start=str(named.adapter), adapter=replace(settings, dropout=0.0))
 
 
@@ -157,7 +157,7 @@ def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
             ) from error
     if teacher.start is not None:
         ref, model = teacher.weights or run.weights, teacher.model or run.model
-        params["adapter"], _ = adapters.load_adapter(adapter_folder(teacher.start), model, mesh, ref)
+        params["adapter"], _ = adapter_folders.load_adapter(adapter_folder(teacher.start), model, mesh, ref)
     return params
 
 

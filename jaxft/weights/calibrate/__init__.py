@@ -1,10 +1,6 @@
-"""Weights from data or from other weights: calibrated codes, starts of adapters.
+"""Weights computed from data or from other weights: calibrated codes, starts of adapters.
 
-calibrated_codes.py: calibrated codes in the cache
-first_pairs.py: the pairs from which PiSSA and OLoRA start
-layer_calibration.py: calibration of a model layer by layer
-lora_start.py: PiSSA, OLoRA and LoftQ: pairs from the base's weights, and the base without them; QERA: pairs
-    that correct a calibrated base
-rounding.py: calibrated rounding of a weight: GPTQ; codes and scales by coordinate descent, low-rank
-    corrections
+calibrated_base.py: calibrate a model layer by layer; its codes in the cache
+calibrated_rounding.py: round one weight by GPTQ, and codes and scales by coordinate descent; low-rank pairs
+lora_start.py: starts of PiSSA, OLoRA and LoftQ with the base without them; QERA corrects a calibrated base
 """

@@ -6,7 +6,8 @@ PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular valu
 model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA). LoftQ (Li et al. 2023,
 arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
 missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
-outputs of a base with calibrated rounding, which is computed with its codes (weights/calibrate/rounding.py).
+outputs of a base with calibrated rounding, which is computed with its codes
+(weights/calibrate/calibrated_rounding.py).
 
 A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. Critics and reward
 models on its base see it with the pairs at step 0 (models/heads.py). The exported adapter is for the
@@ -36,11 +37,12 @@ from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
-from jaxft.weights import place, pretrained
-from jaxft.weights.calibrate.calibrated_codes import read_correction
-from jaxft.weights.calibrate.first_pairs import FIRST_PAIRS, FirstPair, principal_pair
-from jaxft.weights.peft import peft, peft_write
-from jaxft.weights.peft.peft_pairs import Pair, adapter_of
+from jaxft.weights import pretrained
+from jaxft.weights.calibrate.calibrated_base import read_correction
+from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair
+from jaxft.weights.param_loading import shard_host_array, store_as
+from jaxft.weights.peft import peft_read, peft_write
+from jaxft.weights.peft.peft_tensors import Pair, adapter_of
 from jaxft.weights.storage import StoredModel, leaf_shapes
 from jaxft.weights.tensors import tensors_of
 
@@ -71,13 +73,13 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
         storage = stored.storage[f"base/{path}"]
         as_stored = partial(_as_stored, leaf_shapes(base[path], storage))
         for tensor, rank, alpha in zip(table[path], *layout, strict=True):
-            found: Any = (None, None)
+            computed: Any = (None, None)
             if rank and settings.init == QERA:
-                found = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
+                computed = _correcting(storage.codes, tensor.name, settings.scale_of(rank, alpha))
             elif rank:
                 weight, scale = tensor.read(files).astype(np.float32), settings.scale_of(rank, alpha)
-                found = _layer_pairs(settings.init, weight, rank, scale, as_stored)
-            for of_paths, pair in zip(pairs, found, strict=True):
+                computed = _layer_pairs(settings.init, weight, rank, scale, as_stored)
+            for of_paths, pair in zip(pairs, computed, strict=True):
                 a, b = pair or (None, None)
                 modules = of_paths.setdefault(path, [])
                 modules.append(pair and Pair(np.asarray(a, np.float32), np.asarray(b, np.float32), alpha))
@@ -117,32 +119,32 @@ def run_pairs(
 ) -> StartPairs:
     """Return the pairs at step 0 of a run, whose folder stores them: of a resumed run those that are there.
 
-    folder: None stores nothing. Every process calls it and returns those of process 0, because other hosts'
+    folder: None stores nothing. Every process calls it and returns process 0's pairs, because other hosts'
     libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
     """
     model = stored.model
     folders = [] if folder is None else [folder / INITIAL_ADAPTER / name for name in ("without", "start")]
     if folder is None or not resumed:
-        found = start_pairs(ref, stored, settings)
+        pairs = start_pairs(ref, stored, settings)
         plain = replace(settings, dropout=0.0)
-        for out, adapter in zip(folders, reversed(found), strict=False):
+        for out, adapter in zip(folders, reversed(pairs), strict=False):
             peft_write.save_adapter(out, adapter, plain, model, ref)
         if folder is None or not processes.is_multi_process():
-            return found
-    return StartPairs(*(peft.read_adapter(one, model)[0] for one in reversed(folders)))
+            return pairs
+    return StartPairs(*(peft_read.read_adapter(path, model)[0] for path in reversed(folders)))
 
 
 def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
     """Return the adapter at step 0 that a run's folder stores; None if it didn't change the base."""
     if settings is None or not settings.changes_base:
         return None
-    return peft.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
+    return peft_read.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
 
 
 def place_pairs(pairs: Params, adapter: Params) -> Params:
     """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
     return jax.tree.map(
-        lambda x, like: place.shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
+        lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
         pairs,
         adapter,
     )
@@ -173,11 +175,12 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
         above, _, name = path.rpartition("/")
         if name != "magnitude":
             return leaf
-        has_pair = jnp.any(own[above]["a"] != 0, (-2, -1))
-        return jnp.where(has_pair[..., None], found[above], 0).astype(leaf.dtype)
+        has_pair = jnp.any(nodes[above]["a"] != 0, (-2, -1))
+        return jnp.where(has_pair[..., None], magnitudes[above], 0).astype(leaf.dtype)
 
-    own, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
-    found = map_kernels(norms, base, {path: joined[path] for path in own if "magnitude" in own[path]})
+    nodes, joined = pairs_by_path(adapter), pairs_by_path(join_adapters(adapter, initial))
+    adapted = {path: joined[path] for path in nodes if "magnitude" in nodes[path]}
+    magnitudes = map_kernels(norms, base, adapted)
     return tree.map_with_path(start, adapter)
 
 
@@ -185,13 +188,13 @@ def with_magnitudes(
     base: Params, others: dict[str, Params], settings: Mapping[str, HeadSettings]
 ) -> dict[str, Params]:
     """Return the parameters outside the base, with the norms of the base's weights as the magnitudes of fresh
-    DoRA adapters; of heads with those of the initial adapter in `others`.
+    DoRA adapters, of heads after adding the initial adapter in `others`.
 
     settings: of the policy's adapter, "adapter", and of the further models on the base.
     """
     out = dict(others)
-    for name, one in settings.items():
-        if one.adapter is None or not one.adapter.dora or one.start is not None:
+    for name, head in settings.items():
+        if head.adapter is None or not head.adapter.dora or head.start is not None:
             continue
         adapter = others[name] if name == "adapter" else others[name]["adapter"]
         initial = None if name == "adapter" else others.get(INITIAL_ADAPTER)
@@ -202,7 +205,7 @@ def with_magnitudes(
 
 
 def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
-    value = place.store_as(weight, like)
+    value = store_as(weight, like)
     return np.asarray(dequantize(value) if is_qtensor(value) else value).astype(np.float32)
 
 

@@ -1,6 +1,6 @@
 """Weighted combinations of LoRA adapters, written as one adapter.
 
-The formulas are those of PEFT's `add_weighted_adapter`. With weights w_k, scales s_k and pairs A_k B_k of a
+The formulas are PEFT's (`add_weighted_adapter`). With weights w_k, scales s_k and pairs A_k B_k of a
 module, and c_k = w_k s_k:
 
 - cat: `sum_k c_k A_k B_k`, exactly: the pairs side by side, with the sum of their ranks.
@@ -28,14 +28,14 @@ from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
-from jaxft.weights.peft.peft_pairs import Pair, adaptable_tensors, adapter_of
+from jaxft.weights.peft.peft_tensors import Pair, adaptable_tensors, adapter_of
 from jaxft.weights.tensors import Tensor
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 PRUNING = ("ties", "dare_linear", "dare_ties")
 RANDOM = ("dare_linear", "dare_ties")
 DEFAULT_DENSITY = 0.5
-ROUNDING = 1e-6  # norm of a sum over that of its terms, below which it is their float32 rounding errors
+ROUNDING = 1e-6  # a sum whose norm is a smaller fraction of its terms' is their rounding errors
 
 _A = Float[np.ndarray, "_ _"]  # [I, R]; sizes differ between weights, ranks between adapters
 _B = Float[np.ndarray, "_ _"]  # [R, O]
@@ -88,7 +88,7 @@ class NamedAdapter(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """A combined adapter. dropped: the Frobenius norm of what svd dropped, divided by that of the sum."""
+    """A combined adapter. dropped: the fraction of the sum's Frobenius norm that svd dropped."""
 
     params: Params
     settings: Adapter
@@ -108,7 +108,7 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     """Combine adapters on a model into one with rank = alpha, which is the largest rank of any module.
 
     A module that some of the adapters lack is combined from the others. Raises ValueError for adapters that
-    are no plain LoRA, ranks that the method cannot combine, a number of weights other than that of the
+    are no plain LoRA, ranks that the method cannot combine, a number of weights other than of
     adapters, and a result that is 0 or has values too large for float32.
     """
     if len(adapters) < 2 or len(how.weights) != len(adapters):
@@ -116,19 +116,19 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
             f"--weights {how.listed_weights}: {len(how.weights)} for {len(adapters)} adapters; give one for "
             "each of at least two adapters"
         )
-    for one in adapters:
-        _check_plain(one)
+    for adapter in adapters:
+        _check_plain(adapter)
     specs = model.specs.get("base", model.specs)
     layouts = [pair_layouts(specs, x.settings, model.weight_names) for x in adapters]
     pairs = [pairs_by_path(x.params) for x in adapters]
     out: dict[str, list[tuple[_A, _B] | None]] = {}
     lost = total = size = terms = 0.0
     for path, tensors in adaptable_tensors(model).items():
-        for number, tensor in enumerate(tensors if any(path in found for found in layouts) else ()):
+        for number, tensor in enumerate(tensors if any(path in layout for layout in layouts) else ()):
             of_path = out.setdefault(path, [])
             parts = [
-                _part(found[path], tensor.index, layout[path].ranks[number], weight)
-                for found, layout, weight in zip(pairs, layouts, how.weights, strict=True)
+                _part(pair[path], tensor.index, layout[path].ranks[number], weight)
+                for pair, layout, weight in zip(pairs, layouts, how.weights, strict=True)
                 if path in layout and layout[path].ranks[number]
             ]
             if not parts:
@@ -153,17 +153,17 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     return _as_adapter(out, adapters, model, math.sqrt(lost / total) if total else 0.0)
 
 
-def _check_plain(one: NamedAdapter) -> None:
-    settings = one.settings
+def _check_plain(adapter: NamedAdapter) -> None:
+    settings = adapter.settings
     if settings.dora:
         raise ValueError(
-            f"{one.name}: a DoRA adapter, whose learned norms have no weighted sum; merge it into the base "
-            "with export and combine adapters on that"
+            f"{adapter.name}: a DoRA adapter, whose learned norms have no weighted sum; merge it into the "
+            "base with export and combine adapters on that"
         )
     if settings.replaces_weights:
         what = "modules_to_save, biases or trainable tokens"
         raise ValueError(
-            f"{one.name}: the adapter has {what}, for which no combination is defined; merge it into the "
+            f"{adapter.name}: the adapter has {what}, for which no combination is defined; merge it into the "
             "base with export and combine adapters on that"
         )
 

@@ -24,14 +24,19 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merge import LazyTensor, lazy_params
-from jaxft.weights.hf import hf, hf_write
+from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
-from jaxft.weights.hf.stop_tokens import stop_tokens
 from jaxft.weights.hub import hub
-from jaxft.weights.hub.cached_folder import cached_folder, folder_damage
-from jaxft.weights.hub.file_hash import cache_folder, files_sha256
-from jaxft.weights.hub.new_folder import check_new_folder, new_folder
-from jaxft.weights.param_reader import ParamReader, param_readers
+from jaxft.weights.hub.complete_folders import (
+    cache_folder,
+    cached_folder,
+    check_new_folder,
+    files_sha256,
+    folder_damage,
+    new_folder,
+)
+from jaxft.weights.param_loading import ParamReader, param_readers
 
 UNTRAINED = "untrained_tokens.json"
 TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all
@@ -71,7 +76,7 @@ class Extension:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The new tokens without those of the template."""
+        """The new tokens, without the template's."""
         return (*self.tokens, *self.special_tokens)
 
 
@@ -186,8 +191,8 @@ def _link_model(out: Path, ref: str, extension: Extension) -> bool:
     _, tokenizer, pieces = _extended_model(model, ref, extension)
     if pieces:
         return False
-    weights = hf.weight_files(located.path)
-    index = located.path / hf.WEIGHT_INDEX
+    weights = hf_read.weight_files(located.path)
+    index = located.path / hf_read.WEIGHT_INDEX
     out.mkdir()
     for file in [*weights, *([index] if index.is_file() else [])]:
         _link(out / file.name, file)
@@ -215,13 +220,13 @@ def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[s
     untrained.
     """
     named = () if extension.template is None else find_template(extension.template).tokens
-    found = {token: known[token] for token in named if token in known}
-    if not found:
+    ids = {token: known[token] for token in named if token in known}
+    if not ids:
         return []
     return [
-        f"{', '.join(map(repr, found))} of the template were in the tokenizer already; if this model was "
+        f"{', '.join(map(repr, ids))} of the template were in the tokenizer already; if this model was "
         "never trained on them, as some base models, train their rows: adapter.trainable_token_indices="
-        f"{','.join(map(str, found.values()))}"
+        f"{','.join(map(str, ids.values()))}"
     ]
 
 
@@ -251,8 +256,8 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
     added_texts = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     for token, number in ids.items():
-        found = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
-        if found.count(number) != 1:
+        encoded = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
+        if encoded.count(number) != 1:
             raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
     if named is not None:
         # llama.cpp would render another token as the BOS of a tokenizer that has none.
@@ -282,7 +287,7 @@ def _text_with(token: str, added: Sequence[str]) -> str:
 
 
 def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
-    """Return a reader in the dtype of the files, or in that of the computation if they are quantised."""
+    """Return a reader in the dtype of the files, or in the compute dtype if they are quantised."""
     is_quantised = reader.tensors[0].name in reader.files.quantised
     return replace(reader, dtype=np.dtype(model.dtype)) if is_quantised else reader
 

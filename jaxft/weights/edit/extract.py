@@ -19,12 +19,10 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import path_hash
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf
-from jaxft.weights.hf.hf import EMBEDDING, HEAD
-from jaxft.weights.model_files import ModelFiles
-from jaxft.weights.peft.peft_modules import module_list
-from jaxft.weights.peft.peft_pairs import Pair, adapter_of
-from jaxft.weights.tensors import Tensor, TensorTable, stack, tensors_of
+from jaxft.weights.hf import hf_read
+from jaxft.weights.hf.hf_read import EMBEDDING, HEAD
+from jaxft.weights.peft.peft_tensors import Pair, adapter_of, module_list
+from jaxft.weights.tensors import ModelFiles, Tensor, TensorTable, stack, tensors_of
 
 FULL_SVD = 1024  # inputs or outputs, up to which all singular values are computed
 OVERSAMPLING = 16  # further directions of the randomised SVD
@@ -49,8 +47,8 @@ class Extraction:
 
 
 class KindError(NamedTuple):
-    """The change of a kind of matrix in all layers. change: its norm over that of the base. error: the norm
-    of what the pairs lack over that of the change.
+    """The change of a kind of matrix in all layers. change: its norm divided by the norm of the base. error:
+    the norm of the part that the pairs lack, divided by the norm of the change.
     """
 
     path: str
@@ -129,22 +127,22 @@ def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None
     """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
     before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
     for tensors in tensors_of(model).values():
-        for one in (tensor.name for tensor in tensors):
-            if one == HEAD and one not in before | after:
+        for name in (tensor.name for tensor in tensors):
+            if name == HEAD and name not in before | after:
                 continue
-            found = [shapes.get(one, shapes.get(EMBEDDING)) for shapes in (before, after)]
-            if found[0] == found[1] and (one in after or one == HEAD):
+            ours, theirs = (shapes.get(name, shapes.get(EMBEDDING)) for shapes in (before, after))
+            if ours == theirs and (name in after or name == HEAD):
                 continue
             advice = "is the model tuned from this base?"
-            if one in (EMBEDDING, HEAD) and one in after:
+            if name in (EMBEDDING, HEAD) and name in after:
                 advice = (
                     "their vocabularies differ; add the tokens to the base with scripts/extend.py first, and "
                     "extract from that"
                 )
-            shape = after.get(one)
+            shape = after.get(name)
             got = "is missing" if shape is None else f"has shape {shape}"
             raise ValueError(
-                f"{tuned.where}: tensor {one} {got}, and the base in {base.where} has {found[0]}: {advice}"
+                f"{tuned.where}: tensor {name} {got}, and the base in {base.where} has {ours}: {advice}"
             )
 
 
@@ -162,7 +160,7 @@ def check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
             f"{tuned_ref}: its settings are not those of the base {base_ref}, and an adapter changes only "
             f"weights: {'; '.join(differing)} (base and tuned); extract from a base with these settings"
         )
-    hf.check_tensors(pretrained.open_files(tuned_ref), theirs)
+    hf_read.check_tensors(pretrained.open_files(tuned_ref), theirs)
 
 
 def _matrices(
@@ -170,12 +168,12 @@ def _matrices(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the values of a parameter's tensors in both models, in float32, [in, out] of a kernel."""
     for tensor in tensors:
-        found = []
+        values = []
         for files in (base, tuned):
             tied = tensor.name not in files.tensors  # then the head is the table
             stored = replace(tensor, name=EMBEDDING) if tied else tensor
-            found.append(stored.read(files).astype(np.float32))
-        yield found[0], found[1]
+            values.append(stored.read(files).astype(np.float32))
+        yield values[0], values[1]
 
 
 def low_rank(matrix: _Matrix, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:

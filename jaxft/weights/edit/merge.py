@@ -14,9 +14,8 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters import full_modules, lora
 from jaxft.nn.quant import is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.model_files import Index, full_index
-from jaxft.weights.param_reader import ParamReader, read_whole
-from jaxft.weights.tensors import Tensor, layer_on_host
+from jaxft.weights.param_loading import ParamReader, read_whole
+from jaxft.weights.tensors import Index, Tensor, full_index, layer_on_host
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class RoundingError:
 
     @property
     def fraction(self) -> float:
-        """Root mean square of the error over that of the weights."""
+        """Root mean square of the error as a fraction of the weights' own."""
         return (self._error / self._total) ** 0.5 if self._total else 0.0
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
@@ -167,8 +166,8 @@ def merge_params(
         table, of_table = leaves["embed"], nodes.get("embed", {})
         head = LazyTensor(table.shape[::-1], np.dtype(table.dtype), lambda _: layer_on_host(table).T)
         head = _merged("head", head, of_table, np.float32, token_ids) if "rows" in of_table else head
-        own = nodes.get("head")
-        merged["head"] = _merged("head", head, own, dtype, token_ids) if own else head.astype(dtype)
+        of_head = nodes.get("head")
+        merged["head"] = _merged("head", head, of_head, dtype, token_ids) if of_head else head.astype(dtype)
     return tree.nested(merged)
 
 

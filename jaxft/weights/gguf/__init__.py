@@ -1,18 +1,11 @@
 """GGUF files, read and written.
 
-gguf.py: GGUF files: tensors
-gguf_architectures.py: names and storage of the tensors of each architecture in GGUF files
-gguf_blocks.py: quantised blocks of GGUF files as codes and scales
-gguf_config.py: configuration in GGUF metadata
-gguf_header.py: GGUF metadata and split files
-gguf_llama_cpp.py: what llama.cpp reads of a GGUF file; check of written files
-gguf_metadata.py: configuration as GGUF metadata
-gguf_pre_tokenizers.py: how tokenizers in GGUF files split text before merging
-gguf_quantize.py: values to blocks, with scales fitted by least squares
-gguf_rope.py: rope in GGUF metadata
-gguf_save.py: a model, or an adapter alone, as a GGUF file
-gguf_tokenizer.py: tokenizers in GGUF files
-gguf_tokenizer_write.py: a tokenizer as GGUF metadata
-gguf_types.py: types of a mixture such as Q4_K_M
-gguf_write.py: tensors and metadata into a file
+gguf_file.py: the file format: metadata, tensor table, split files
+gguf_architectures.py: names and storage of tensors per architecture; metadata that llama.cpp reads
+gguf_tensors.py: tensors under their Hugging Face names, quantised blocks as codes and scales
+gguf_config.py: the configuration in metadata, both ways
+gguf_rope.py: rope in metadata and tensors, both ways
+gguf_tokenizer.py: the tokenizer in metadata, both ways
+gguf_quantize.py: values to blocks, with scales fitted by least squares; mixtures such as Q4_K_M
+gguf_write.py: write a model, or an adapter alone; check that llama.cpp computes it as jaxft does
 """

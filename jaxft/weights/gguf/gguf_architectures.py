@@ -1,14 +1,15 @@
-"""The supported architectures of GGUF files: names of their tensors, and how llama.cpp stores these.
+"""The supported architectures of GGUF files: names and storage of their tensors, metadata that llama.cpp
+reads.
 
 Sources are llama.cpp's converter (convert_hf_to_gguf.py and its folder conversion/), its src/llama-model.cpp
 and src/models/.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jaxft.weights.gguf.gguf_header import GgufHeader
+from jaxft.weights.gguf.gguf_file import GgufHeader
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -39,15 +40,42 @@ FUSED = {  # Phi-3's q, k, v and gate, up are one tensor each, in this order, as
 }
 
 
+# Tensors of rope: divisors of frequencies.
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TABLES = (FREQUENCIES, LONG, SHORT)
+# Metadata keys, after the name of the architecture.
+WINDOW, LOCAL_THETA = "attention.sliding_window", "rope.freq_base_swa"
+FINAL_CAP = "final_logit_softcapping"
+WINDOWS = frozenset({WINDOW, "attention.sliding_window_pattern"})
+CAPS = frozenset({"attn_logit_softcapping", FINAL_CAP})
+GRANITE_SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+MISTRAL_READS = frozenset({"attention.temperature_scale", "rope.scaling.yarn_log_multiplier",
+                           "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"})  # fmt: skip
+GEMMA2_READS, GEMMA3_READS = WINDOWS | CAPS | {LOCAL_THETA}, WINDOWS | {FINAL_CAP, LOCAL_THETA}
+GRANITE_READS = GRANITE_SCALES | {"rope.scaling.finetuned"}
+ALWAYS_READ = frozenset({  # keys that llama.cpp reads for every architecture
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
+    "expert_count", "expert_used_count", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """How GGUF files store the tensors of one architecture.
+    """How GGUF files store the tensors of one architecture, and the metadata that llama.cpp reads for it.
 
     model_type, model_class: the model's in Hugging Face files. modules: a layer's modules, GGUF name to
     Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over neighbouring
     dimensions (LlamaModel.permute of the converter). norms_plus_one: whether 1 is added to the weights of all
     norms, as for Gemma, which multiplies by 1 + weight where llama.cpp multiplies by the weight. biases:
     modules that have a bias.
+
+    reads: keys in addition to ALWAYS_READ that change what llama.cpp computes. tables: tensors of rope that
+    it loads; it refuses a file with others. local_theta: the key of the base of rope in layers with windows,
+    whose frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
+    rope.scaling.attn_factor applies there.
     """
 
     model_type: str
@@ -55,30 +83,43 @@ class Architecture:
     modules: dict[str, str]
     interleaved: bool = False
     norms_plus_one: bool = False
-    biases: frozenset[str] = field(default_factory=frozenset)
+    biases: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    tables: tuple[str, ...] = ()
+    local_theta: str | None = None
+    local_attn_factor: bool = False
 
 
 LLAMA_MODULES = {**PROJECTIONS, **NORMS_BEFORE}
+GEMMA_MODULES = {**PROJECTIONS, **NORMS_AROUND}
+OLMO_MODULES = {**PROJECTIONS, **NORMS_AFTER, **QK_NORMS}
 QWEN2_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
+LLAMA = Architecture("llama", "LlamaForCausalLM", LLAMA_MODULES, interleaved=True, tables=ROPE_TABLES)
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", LLAMA_MODULES, interleaved=True),
-    "mistral3": Architecture("mistral", "MistralForCausalLM", LLAMA_MODULES, interleaved=True),
+    "llama": LLAMA,  # converted Mistrals have windows, which llama.cpp ignores
+    "mistral3": replace(LLAMA, model_type="mistral", model_class="MistralForCausalLM", reads=MISTRAL_READS),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", LLAMA_MODULES, biases=QWEN2_BIASES),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**LLAMA_MODULES, **QK_NORMS}),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", LLAMA_MODULES | QK_NORMS),
     "gemma": Architecture("gemma", "GemmaForCausalLM", LLAMA_MODULES, norms_plus_one=True),
     "gemma2": Architecture(
-        "gemma2", "Gemma2ForCausalLM", {**PROJECTIONS, **NORMS_AROUND}, norms_plus_one=True
+        "gemma2", "Gemma2ForCausalLM", GEMMA_MODULES, norms_plus_one=True, reads=GEMMA2_READS
     ),
     "gemma3": Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        {**PROJECTIONS, **NORMS_AROUND, **QK_NORMS},
+        GEMMA_MODULES | QK_NORMS,
         norms_plus_one=True,
-    ),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", {**FUSED, **NORMS_BEFORE}),
+        reads=GEMMA3_READS,
+        local_theta=LOCAL_THETA,
+        local_attn_factor=True,
+    ),  # fmt: skip
+    # llama.cpp reads Phi-3's window, and then sets it to 0
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", FUSED | NORMS_BEFORE, tables=(LONG, SHORT)),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA_MODULES, interleaved=True),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", {**PROJECTIONS, **NORMS_AFTER, **QK_NORMS}),
-    "granite": Architecture("granite", "GraniteForCausalLM", LLAMA_MODULES, interleaved=True),
+    "olmo2": Architecture(
+        "olmo2", "Olmo2ForCausalLM", OLMO_MODULES, reads=WINDOWS, local_theta="rope.freq_base"
+    ),
+    "granite": replace(LLAMA, model_type="granite", model_class="GraniteForCausalLM", reads=GRANITE_READS),
 }
 
 

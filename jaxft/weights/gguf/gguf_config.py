@@ -1,4 +1,4 @@
-"""The configuration in a GGUF file's metadata, as the dict of a config.json.
+"""The configuration in a GGUF file's metadata, read as the dict of a config.json, and written.
 
 A value that a file does not state is the one that llama.cpp assumes for its architecture (src/models/), next
 to the line that uses it.
@@ -9,9 +9,35 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxft.weights.gguf.gguf_architectures import architecture_of, head_count, kv_head_count
-from jaxft.weights.gguf.gguf_header import GgufHeader
-from jaxft.weights.gguf.gguf_rope import ROPE_METADATA, rope_parameters, rope_scaling, rope_theta, shortest
+import numpy as np
+
+from jaxft.models import model_types
+from jaxft.models.dense_config import DenseConfig
+from jaxft.models.families.mistral import MistralConfig
+from jaxft.models.model import ModelConfig
+from jaxft.nn.rope import Rope, rotated_dims
+from jaxft.weights.gguf.gguf_architectures import (
+    ARCHITECTURES,
+    CAPS,
+    FINAL_CAP,
+    GRANITE_SCALES,
+    LOCAL_THETA,
+    WINDOW,
+    WINDOWS,
+    architecture_of,
+    head_count,
+    kv_head_count,
+)
+from jaxft.weights.gguf.gguf_file import Field, GgufHeader
+from jaxft.weights.gguf.gguf_rope import (
+    ROPE_METADATA,
+    float_field,
+    rope_fields,
+    rope_parameters,
+    rope_scaling,
+    rope_theta,
+    shortest,
+)
 from jaxft.weights.gguf.gguf_tokenizer import special_token_id
 
 # Metadata of every architecture: what is read here or says nothing about the arithmetic. Others are refused,
@@ -25,11 +51,16 @@ NEUTRAL_METADATA: dict[str, Any] = {  # values with which the model is the plain
     "expert_count": 0,
     "expert_used_count": 0,
     "attention.causal": True,
-    "attention.sliding_window": 0,
+    WINDOW: 0,
     "logit_scale": 1.0,
     "residual_scale": 1.0,
     "embedding_scale": 1.0,
     "use_parallel_residual": False,
+}
+
+ARCHITECTURE_OF = {spec.model_type: name for name, spec in ARCHITECTURES.items() if name != "mistral3"} | {
+    "mistral": "llama",
+    "olmo3": "olmo2",
 }
 
 
@@ -49,12 +80,13 @@ class GgufSettings:
     """The metadata that an architecture reads besides KNOWN_METADATA.
 
     read: returns its settings for config.json. metadata: the keys of that. partial_rope: whether rope may
-    turn some of a head's dimensions only.
+    turn some of a head's dimensions only. write(architecture, config.json): return their metadata.
     """
 
     read: Callable[[GgufHeader, Sizes], dict[str, Any]]
     metadata: frozenset[str] = frozenset()
     partial_rope: bool = False
+    write: tuple[Callable[[str, dict[str, Any]], list[Field]], ...] = ()
 
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
@@ -127,7 +159,7 @@ def _one_rope(header: GgufHeader, sizes: Sizes, **others: Any) -> dict[str, Any]
 
 def _window(header: GgufHeader, default: int = 0) -> int | None:
     """Return how many keys a windowed layer sees, None without windows, which some files state as 0."""
-    return header.optional(header.key("attention.sliding_window"), default) or None
+    return header.optional(header.key(WINDOW), default) or None
 
 
 def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
@@ -188,7 +220,7 @@ def _gemma3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
         "layer_types": _layer_types(header, sizes, period),
         "rope_parameters": {
             "full_attention": rope_parameters(header, sizes.rotated),
-            "sliding_attention": _default_rope(rope_theta(header, "rope.freq_base_swa")),
+            "sliding_attention": _default_rope(rope_theta(header, LOCAL_THETA)),
         },
         "attn_logit_softcapping": None,
         "final_logit_softcapping": _number(header, "final_logit_softcapping", 0.0) or None,
@@ -240,7 +272,7 @@ def _olmo2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
         "layer_types": _layer_types(header, sizes, period=4),
         "rope_parameters": {
             "full_attention": rope_parameters(header, sizes.rotated),
-            "sliding_attention": _default_rope(rope_theta(header, "rope.freq_base_swa", theta)),
+            "sliding_attention": _default_rope(rope_theta(header, LOCAL_THETA, theta)),
         },
     }
 
@@ -261,20 +293,137 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-WINDOWS = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
-LOCAL_ROPE = frozenset({"rope.freq_base_swa"})
-CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
-GRANITE_SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+# Writing
+
+
+def architecture_for(config: ModelConfig) -> str:
+    """Return the GGUF architecture of a model. Raises ValueError if jaxft writes none for its family."""
+    kind = model_types.config_to_hf(config)["model_type"]
+    if kind not in ARCHITECTURE_OF:
+        raise ValueError(
+            f"{kind} models cannot be written as GGUF; jaxft writes {', '.join(sorted(ARCHITECTURE_OF))}. "
+            "Write a Hugging Face folder, without --gguf, and convert it with llama.cpp's converter"
+        )
+    rope = config.rope if isinstance(config, MistralConfig) else Rope()
+    if (rope.beta_fast, rope.beta_slow) != (Rope.beta_fast, Rope.beta_slow):
+        return "mistral3"  # which alone reads YaRN's betas
+    return ARCHITECTURE_OF[kind]
+
+
+def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
+    """Return the metadata of a model's architecture, and the tables of its rope by tensor name."""
+    if not isinstance(config, DenseConfig):
+        raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
+    name, hf = architecture_for(config), model_types.config_to_hf(config)
+    sizes = {
+        "vocab_size": config.vocab,
+        "context_length": _exact_context(name, config),
+        "embedding_length": config.width,
+        "block_count": config.layers,
+        "feed_forward_length": config.mlp,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": rotated_dims(config.rope, config.head_dim),
+    }
+    fields = [Field(f"{name}.{key}", "UINT32", value) for key, value in sizes.items()]
+    fields.append(float_field(name, "attention.layer_norm_rms_epsilon", config.norm_eps))
+    rope, tables = rope_fields(name, config)
+    special = [field for part in SETTINGS[name].write for field in part(name, hf)]
+    return [*fields, *rope, *special], tables
+
+
+def context_notes(config: ModelConfig) -> list[str]:
+    """Return warnings about the lengths up to which llama.cpp computes what the model does."""
+    assert isinstance(config, DenseConfig)  # checked by config_fields
+    name, rope, notes = architecture_for(config), config.rope, []
+    exact, original = _exact_context(name, config), rope.original_max_positions or 0
+    if exact < config.max_positions:
+        notes.append(
+            f"warning: llama.cpp's architecture {name} ignores the sliding window: the file's context length "
+            f"is set to {exact}, up to which log-probs are right (the model has {config.max_positions})"
+        )
+    if rope.kind == "longrope" and exact > original:
+        notes.append(
+            f"warning: llama.cpp chooses LongRoPE's factors by its context size: run it with -c {original} "
+            f"for texts up to {original} tokens, and with a larger one for longer texts"
+        )
+    return notes
+
+
+def _window_fields(name: str, hf: dict[str, Any]) -> list[Field]:
+    window = hf.get("sliding_window")
+    return [Field(f"{name}.attention.sliding_window", "UINT32", window)] if window else []
+
+
+def _pattern_fields(name: str, hf: dict[str, Any], period: int) -> list[Field]:
+    """State which layers have windows, if it is not every layer but each period's last."""
+    windowed = [kind == "sliding_attention" for kind in hf["layer_types"]]
+    if not hf.get("sliding_window") or windowed == [i % period < period - 1 for i in range(len(windowed))]:
+        return []
+    return [Field(f"{name}.attention.sliding_window_pattern", "BOOL", windowed)]
+
+
+def _local_theta_fields(name: str, hf: dict[str, Any]) -> list[Field]:
+    theta = hf["rope_parameters"]["sliding_attention"]["rope_theta"]
+    return [float_field(name, LOCAL_THETA, theta)]
+
+
+def _caps_fields(name: str, hf: dict[str, Any]) -> list[Field]:
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    return [float_field(name, cap, hf[cap]) for cap in caps if hf.get(cap)]
+
+
+def _phi3_fields(name: str, hf: dict[str, Any]) -> list[Field]:
+    fields = [Field(f"{name}.attention.sliding_window", "UINT32", hf.get("sliding_window") or 0)]
+    if not hf.get("rope_scaling"):
+        key = f"{name}.rope.scaling.original_context_length"
+        fields.append(Field(key, "UINT32", hf["max_position_embeddings"]))
+    return fields
+
+
+def _olmo2_fields(name: str, hf: dict[str, Any]) -> list[Field]:
+    if hf["model_type"] != "olmo3":
+        return []
+    return [*_window_fields(name, hf), *_pattern_fields(name, hf, 4), *_local_theta_fields(name, hf)]
+
+
+def _granite_fields(name: str, hf: dict[str, Any]) -> list[Field]:
+    return [
+        float_field(name, "attention.scale", hf["attention_multiplier"]),
+        float_field(name, "embedding_scale", hf["embedding_multiplier"]),
+        float_field(name, "residual_scale", hf["residual_multiplier"]),
+        float_field(name, "logit_scale", hf["logits_scaling"]),
+    ]
+
+
+def _exact_context(architecture: str, config: DenseConfig) -> int:
+    """Return the length up to which llama.cpp computes what the model does: the window where llama.cpp
+    applies none, else the model's context.
+    """
+    window = model_types.config_to_hf(config).get("sliding_window")
+    if not window or WINDOW in ARCHITECTURES[architecture].reads:
+        return config.max_positions
+    return min(config.max_positions, window)
+
+
 SETTINGS = {  # by general.architecture
-    "llama": GgufSettings(_llama, frozenset({"attention.sliding_window"})),
+    "llama": GgufSettings(_llama, frozenset({WINDOW}), write=(_window_fields,)),
     "mistral3": GgufSettings(partial(_one_rope, sliding_window=None)),
     "qwen2": GgufSettings(partial(_one_rope, use_sliding_window=False)),
     "qwen3": GgufSettings(partial(_one_rope, use_sliding_window=False)),
     "gemma": GgufSettings(partial(_one_rope, hidden_act="gelu_pytorch_tanh")),
-    "gemma2": GgufSettings(_gemma2, WINDOWS | CAPS),
-    "gemma3": GgufSettings(_gemma3, WINDOWS | LOCAL_ROPE | {"final_logit_softcapping"}),
-    "phi3": GgufSettings(_phi3, frozenset({"attention.sliding_window"}), partial_rope=True),
+    "gemma2": GgufSettings(
+        _gemma2, WINDOWS | CAPS, write=(_window_fields, partial(_pattern_fields, period=2), _caps_fields)
+    ),
+    "gemma3": GgufSettings(
+        _gemma3,
+        WINDOWS | {LOCAL_THETA, FINAL_CAP},
+        write=(_window_fields, partial(_pattern_fields, period=6), _local_theta_fields, _caps_fields),
+    ),
+    "phi3": GgufSettings(_phi3, frozenset({WINDOW}), partial_rope=True, write=(_phi3_fields,)),
     "smollm3": GgufSettings(_smollm3),
-    "olmo2": GgufSettings(_olmo2, WINDOWS | LOCAL_ROPE),
-    "granite": GgufSettings(_granite, GRANITE_SCALES),
+    "olmo2": GgufSettings(_olmo2, WINDOWS | {LOCAL_THETA}, write=(_olmo2_fields,)),
+    "granite": GgufSettings(_granite, GRANITE_SCALES, write=(_granite_fields,)),
 }

@@ -1,4 +1,4 @@
-"""Quantise matrices to GGUF's block types.
+"""Quantise matrices to GGUF's block types, and choose the type of each tensor in a mixture such as Q4_K_M.
 
 Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 have the bytes of llama.cpp's reference (ggml-quants.c): rounded from a
 block's largest value, or from its limits. The scales of the K types, and of the others with importances, are
@@ -11,8 +11,11 @@ sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a m
 scale and the minimum to the codes that they round to, REFITS times, and Q4_K and Q5_K choose the 6-bit scale
 and minimum of a sub-block by its error, for errors below llama.cpp's.
 Compiled with jax for blocks of a fixed number, so it runs on the default device.
+
+Mixtures are llama-quantize's of llama.cpp (src/llama-quant.cpp), for dense models.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.weights import finite
-from jaxft.weights.gguf.gguf_header import FLOAT_TYPES
+from jaxft.tree import nearest
+from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, block_size
 from jaxft.weights.hf.safetensors import WRITE_ADVICE
+from jaxft.weights.tensors import is_finite, require_finite
 
 QUANTIZED_AT_A_TIME = 2**22  # values that are quantised at a time
 LARGEST_HALF = 65504.0  # of float16, the type of scales
 _BLOCK = 32
-CHUNKS = (2**20, 2**16)  # values of a compiled program: the large size, and that of small tensors
+CHUNKS = (2**20, 2**16)  # values of a compiled program, for large and for small tensors
 SUPER = 256  # values of a block of a K type
 REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that they round to
 
@@ -41,11 +45,11 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
     importance: of each input, by which rounding errors are weighted; types without blocks and Q8_0 take none.
     Raises ValueError for values that are not finite or too large.
     """
-    finite.require_finite(values, WRITE_ADVICE)
+    require_finite(values, WRITE_ADVICE)
     if kind in FLOAT_TYPES:
         with np.errstate(over="ignore"):
             cast = np.ascontiguousarray(values.astype(FLOAT_TYPES[kind]))
-        if not finite.is_finite(cast):
+        if not is_finite(cast):
             raise ValueError(
                 f"some values are too large for {kind}; use --gguf BF16, F32 or a quantised type"
             )
@@ -272,7 +276,7 @@ def _fit_symmetric(
         weighted = w * codes
         two, mixed = (weighted * codes).sum(-1), (weighted * x).sum(-1)
         scale = mixed * _safe(two)
-        gain = mixed * scale  # how much smaller the error is than that of zeros
+        gain = mixed * scale  # how much smaller the error is than with zeros
         better = gain > best[1]
         return jnp.where(better, scale, best[0]), jnp.where(better, gain, best[1])
 
@@ -313,7 +317,7 @@ def pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
 
 
 def _pack_scales(scales: np.ndarray, lows: np.ndarray) -> np.ndarray:
-    """Pack 8 scales and 8 minima of 6 bits into 12 bytes: those of the first four sub-blocks in the low bits
+    """Pack 8 scales and 8 minima of 6 bits into 12 bytes: the first four sub-blocks' in the low bits
     of 4 bytes each, the low four bits of the others in the last 4, their high bits above the first ones.
     """
     top = np.uint8(6)
@@ -374,3 +378,99 @@ QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q5_1": partial(_with_minimum, levels=31, pack=pack_5_bits),
 }
 WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}
+
+# Mixtures
+
+# name -> number in general.file_type, type of most matrices
+MIXTURES = {
+    "F32": (0, "F32"),
+    "F16": (1, "F16"),
+    "BF16": (32, "BF16"),
+    "Q8_0": (7, "Q8_0"),
+    "Q6_K": (18, "Q6_K"),
+    "Q5_K_M": (17, "Q5_K"),
+    "Q5_K_S": (16, "Q5_K"),
+    "Q5_1": (9, "Q5_1"),
+    "Q5_0": (8, "Q5_0"),
+    "Q4_K_M": (15, "Q4_K"),
+    "Q4_K_S": (14, "Q4_K"),
+    "Q4_1": (3, "Q4_1"),
+    "Q4_0": (2, "Q4_0"),
+}
+ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+# Types for a matrix whose inputs are not a multiple of 256, and the last resort.
+FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+LAST_FALLBACK = "F16"
+
+
+@dataclass(frozen=True)
+class MixtureModel:
+    """The facts that the choice of types depends on besides a tensor's name and shape. weighted: whether
+    inputs have importances; tied: whether the embedding is the head too; layers, heads and kv_heads of an
+    architecture.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+    weighted: bool = False
+
+
+def mixture_named(name: str) -> str:
+    """Return the mixture of a name as users write it (q4_k_m, Q4_K). Raises ValueError for an unknown one."""
+    mixture = name.upper().replace("-", "_")
+    mixture = ALIASES.get(mixture, mixture)
+    if mixture not in MIXTURES:
+        near = ", ".join(nearest(mixture, list(MIXTURES)))
+        raise ValueError(
+            f"--gguf {name[:40]}: not a type of GGUF files that jaxft writes; near: {near}; all: "
+            f"{', '.join(MIXTURES)}"
+        )
+    return mixture
+
+
+def tensor_kind(name: str, shape: tuple[int, ...], mixture: str, model: MixtureModel) -> str:
+    """Return the type of a tensor: F32 for vectors, the mixture's for matrices, or a fallback where the
+    inputs are not a multiple of the type's block.
+    """
+    if len(shape) < 2:
+        return "F32"
+    default = MIXTURES[mixture][1]
+    if default in FLOAT_TYPES:
+        return default
+    chosen = _mixed(name, shape[-1], mixture, model)
+    if shape[-1] % block_size(chosen)[0]:
+        chosen = FALLBACKS.get(chosen, LAST_FALLBACK)
+    return chosen if shape[-1] % block_size(chosen)[0] == 0 else LAST_FALLBACK
+
+
+def _mixed(name: str, inputs: int, mixture: str, model: MixtureModel) -> str:
+    default = MIXTURES[mixture][1]
+    if name == "output.weight" or (model.tied and name == "token_embd.weight"):
+        if inputs % block_size(default)[0] or default == "Q8_0":
+            return "Q8_0"
+        return "Q6_K"
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None:
+        return default
+    layer, module, layers = int(match[1]), match[2], model.layers
+    few = layer < layers // 8
+    many = few or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    if module in ("attn_v", "attn_qkv"):
+        chosen = default
+        if mixture in ("Q4_K_M", "Q5_K_M") and many:
+            chosen = "Q6_K"
+        elif mixture == "Q4_K_S" and layer < 4:
+            chosen = "Q5_K"
+        is_70b = model.architecture == "llama" and layers == 80 and model.heads != model.kv_heads
+        return "Q5_K" if is_70b and chosen == "Q4_K" else chosen
+    if module == "ffn_down":
+        if mixture in ("Q4_K_M", "Q5_K_M"):
+            return "Q6_K" if many else default
+        if few and mixture == "Q4_K_S":
+            return "Q5_K"
+        if few and model.weighted and mixture in ("Q4_0", "Q5_0"):
+            return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[mixture]
+    return default

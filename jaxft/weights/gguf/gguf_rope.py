@@ -1,6 +1,6 @@
-"""Rope settings in a GGUF file's metadata and tensors, read as the rope_scaling of a config.json.
+"""Rope settings in a GGUF file's metadata and tensors: read as a config.json's rope_scaling, and written.
 
-Keys and defaults are those of llama.cpp (src/llama-model.cpp, src/llama-context.cpp).
+Keys and defaults are llama.cpp's (src/llama-model.cpp, src/llama-context.cpp).
 """
 
 import math
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.weights.gguf.gguf import read_dequantised
-from jaxft.weights.gguf.gguf_header import FLOAT_TYPES, GgufHeader
+from jaxft.models.dense_config import DenseConfig
+from jaxft.nn.rope import Rope, attention_scaling, frequencies
+from jaxft.weights.gguf.gguf_architectures import FREQUENCIES, LONG, SHORT
+from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, Field, GgufHeader
+from jaxft.weights.gguf.gguf_tensors import read_dequantised
 
-FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_NUMBERS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # by config.json's names
 YARN_KEYS = {*YARN_NUMBERS, "yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"}
 ROPE_METADATA = {
@@ -217,8 +219,8 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
-    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and those of the line on which
-    the frequencies between them are. turns: of each frequency in the original length.
+    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and the limits of the line
+    on which the frequencies between them are. turns: of each frequency in the original length.
     """
     if divisors.shape != turns.shape:
         return []
@@ -229,3 +231,44 @@ def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> li
     slope, offset = np.polyfit(turns[between], undivided[between], 1)
     low, high = (float(f"{(share - offset) / slope:.6g}") if slope > 0 else 0.0 for share in (0, 1))
     return [(1.0, 4.0), (low, high)] if 0 < low < high else [(1.0, 4.0)]
+
+
+# Writing
+
+
+def float_field(architecture: str, key: str, value: float) -> Field:
+    """Return the metadata entry of a number, with the key after the name of the architecture."""
+    return Field(f"{architecture}.{key}", "FLOAT32", float(value))
+
+
+def rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
+    """Return the metadata of a model's rope, and its tables by tensor name. name: of the architecture."""
+    rope = config.rope
+    tables: dict[str, np.ndarray] = {}
+    fields = [float_field(name, "rope.freq_base", rope.theta)]
+    if rope.kind in ("linear", "yarn"):
+        fields += [
+            Field(f"{name}.rope.scaling.type", "STRING", rope.kind),
+            float_field(name, "rope.scaling.factor", rope.factor),
+        ]
+    if rope.kind in ("yarn", "longrope"):
+        key = f"{name}.rope.scaling.original_context_length"
+        fields.append(Field(key, "UINT32", rope.original_max_positions))
+    attention = attention_scaling(rope)
+    if rope.kind == "yarn":
+        for key in ("beta_fast", "beta_slow"):
+            fields.append(float_field(name, f"rope.scaling.yarn_{key}", getattr(rope, key)))
+        attention /= 1 + 0.1 * math.log(max(rope.factor, 1.0))  # llama.cpp multiplies by its default
+    if rope.kind == "longrope" or not math.isclose(attention, 1, rel_tol=1e-6):
+        fields.append(float_field(name, "rope.scaling.attn_factor", attention))
+    if rope.kind == "longrope":
+        if name != "phi3":  # whose converter states no type
+            fields.append(Field(f"{name}.rope.scaling.type", "STRING", "longrope"))
+        for table, divisors in ((LONG, rope.long_factor), (SHORT, rope.short_factor)):
+            tables[table] = np.array(divisors, np.float32)
+    if rope.kind == "llama3":
+        plain = frequencies(Rope(rope.theta, rotated=rope.rotated), config.head_dim)
+        tables[FREQUENCIES] = (plain / frequencies(rope, config.head_dim)).astype(np.float32)
+    if rope.kind not in ("default", "linear", "yarn", "longrope", "llama3"):
+        raise ValueError(f"rope type {rope.kind!r} cannot be written as GGUF; llama.cpp does not have it")
+    return fields, tables

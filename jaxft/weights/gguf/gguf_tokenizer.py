@@ -1,14 +1,22 @@
-"""The tokenizer in a GGUF file's metadata, built with `tokenizers`: byte-level BPE (tokenizer.ggml.model is
-gpt2) or SentencePiece BPE (llama).
+"""The tokenizer in a GGUF file's metadata, read and written: byte-level BPE (tokenizer.ggml.model is gpt2) or
+SentencePiece BPE (llama).
 
 transformers' AutoTokenizer(gguf_file=...) needs torch, does not split digits as the published tokenizers do,
 and drops a space at the start of a SentencePiece text, which llama.cpp and SentencePiece keep.
+
+Names of pre-tokenizers (tokenizer.ggml.pre) are llama.cpp's (src/llama-vocab.cpp); text is split as by
+the models' published tokenizer.json. llama.cpp splits otherwise where its regular expressions cannot express
+that, and does not normalise Unicode.
 """
 
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jaxft.weights.gguf.gguf_header import GgufHeader
-from jaxft.weights.gguf.gguf_pre_tokenizers import apply_pre_tokenizer, pre_tokenizer_of
+from jaxft.weights.gguf.gguf_file import Field, GgufHeader, read_gguf_header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
@@ -16,6 +24,104 @@ SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has non
 SPACE = "\u2581"  # SentencePiece's mark of a space
 SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that do not swallow them
 LONGEST_PIECE = 512  # characters of a token that can be the result of merges
+# Texts that every pre-tokenizer of llama.cpp splits in another way, or into other tokens.
+SPLIT_PROBES = (
+    "It's 3 o'clock; we'll see, THEY'VE said 'twas I'd. 1234567890 3.14159",
+    "HelloWorld camelCase getHTTPResponse ÄÖÜber ŽLUŤ kůň Съешь ещё İstanbul",
+    "   leading,  spaces\t\ttabs \n\n \n  mixed\r\nlines   end  ",
+    "for (int i = 0; i < 10; ++i) { s += a[i] * 0x1F; } // path/to/file\n/etc/x\n",
+    "你好，世界。こんにちは 안녕하세요 สวัสดี नमस्ते 12十2十 a² ½ ٣٤",
+    "e\u0301 A\u030a \u1100\u1161 ﬁ ① \u00a0\u2003\u200b 😀 👩‍👩‍👧‍👦 🇩🇪",
+    "x",
+    "",
+)
+PAD = "[PAD{}]"  # llama.cpp's name of rows of the embedding without a token
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# The end of most patterns: punctuation (followed by characters of `{also}`), line ends, spaces.
+REST = r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n{also}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+LLAMA3_PATTERN = WORDS + r"|\p{N}{1,3}" + REST.format(also="")  # also OpenAI's cl100k
+QWEN2_PATTERN = WORDS + r"|\p{N}" + REST.format(also="")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# Words split at capital letters: HelloWorld is two words.
+CASED = r"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{end}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{end}"
+TEKKEN_PATTERN = CASED.format(upper=UPPER, lower=LOWER, end="") + r"|\p{N}" + REST.format(also="/")
+GPT4O_PATTERN = (
+    CASED.format(upper=UPPER, lower=LOWER, end=CONTRACTIONS + "?") + r"|\p{N}{1,3}" + REST.format(also="/")
+)
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is split into pieces before merging.
+
+    pattern: the regular expression of a piece; None for GPT-2's. single_digits: every digit is a piece of its
+    own. whole_words: a piece that is in the vocabulary becomes that token without merging. bos: whether texts
+    begin with the BOS token by default, if the metadata lacks add_bos_token. nfc: whether text is
+    NFC-normalised first.
+    """
+
+    pattern: str | None = None
+    single_digits: bool = False
+    whole_words: bool = False
+    bos: bool = False
+    nfc: bool = False
+
+
+GPT2 = PreTokenizer()
+DIGITS = PreTokenizer(single_digits=True)
+LLAMA3 = PreTokenizer(LLAMA3_PATTERN, whole_words=True, bos=True)
+QWEN2 = PreTokenizer(QWEN2_PATTERN, nfc=True)
+PRE_TOKENIZERS = {
+    "gpt-2": GPT2,
+    "default": GPT2,
+    "olmo": PreTokenizer(nfc=True),  # OLMo 1, of GPT-NeoX
+    "smollm": DIGITS,
+    "starcoder": DIGITS,
+    "refact": DIGITS,  # Granite 3
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "smaug-bpe": PreTokenizer(LLAMA3_PATTERN, whole_words=True),  # SmolLM3: Llama 3's without BOS
+    "dbrx": PreTokenizer(LLAMA3_PATTERN),  # Phi-4, OLMo 2 and 3, Granite 4
+    "gpt-4o": PreTokenizer(GPT4O_PATTERN),  # Phi-4-mini
+    "tekken": PreTokenizer(TEKKEN_PATTERN, whole_words=True, bos=True),  # Mistral since Nemo
+    "qwen2": QWEN2,  # Qwen 2, 2.5 and 3
+    "deepseek-r1-qwen": QWEN2,  # DeepSeek-R1's distilled Qwens
+}
+UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.ggml.pre is missing
+
+
+def pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
+    """Return how the file's tokenizer splits text. Raises ValueError for an unknown name, and for a missing
+    one unless the architecture is llama, whose first files had none.
+    """
+    name = header.optional("tokenizer.ggml.pre", UNSTATED)
+    if name == UNSTATED and header.architecture != "llama":
+        raise ValueError(
+            f"{header.path}: metadata tokenizer.ggml.pre is missing, so it is unknown how to split "
+            "text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
+        )
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{header.path}: pre-tokenizer {name[:60]!r} (tokenizer.ggml.pre) is not supported; use the "
+            "model's Hugging Face folder"
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def apply_pre_tokenizer(tokenizer: Any, pre: PreTokenizer) -> None:
+    """Set the normaliser and the pre-tokenizer of a tokenizers.Tokenizer."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.single_digits else []
+    if pre.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
 
 
 def build_tokenizer(header: GgufHeader) -> Any:
@@ -196,3 +302,191 @@ def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list
         )
     except Exception as e:  # tokenizers raises plain Exception
         raise ValueError(f"{header.path}: its start or end token cannot be added to texts: {e}") from e
+
+
+# Writing
+
+
+def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Field]:
+    """Return a tokenizer's metadata. rows: of the embedding. ends: token ids that end a completion.
+
+    Raises ValueError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE, that splits text
+    as no pre-tokenizer of llama.cpp does, or that has more tokens than rows.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise ValueError(
+            f"a tokenizer of type {model['type']!r} cannot be written as GGUF; jaxft writes byte-level and "
+            "SentencePiece BPE"
+        )
+    tokens, types = _tokens(tokenizer, state, rows)
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    prefix = "tokenizer.ggml"
+    if not merges:
+        raise ValueError("a byte-level tokenizer without merges cannot be written as GGUF")
+    if model.get("byte_fallback"):
+        of_model = [
+            Field(f"{prefix}.model", "STRING", "llama"),
+            Field(f"{prefix}.pre", "STRING", "default"),
+            Field(f"{prefix}.scores", "FLOAT32", _scores(tokens, merges)),
+            Field(f"{prefix}.add_space_prefix", "BOOL", _begins_with_space(tokenizer)),
+        ]
+    else:
+        of_model = [
+            Field(f"{prefix}.model", "STRING", "gpt2"),
+            Field(f"{prefix}.pre", "STRING", _pre_name(tokenizer, bool(model.get("ignore_merges")))),
+            Field(f"{prefix}.merges", "STRING", [" ".join(merge) for merge in merges]),
+        ]
+    return [
+        *of_model,
+        Field(f"{prefix}.tokens", "STRING", tokens),
+        Field(f"{prefix}.token_type", "INT32", types),
+        *_special_fields(tokenizer, ends, rows),
+    ]
+
+
+def _tokens(tokenizer: Any, state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Return the token and its type of every row of the embedding."""
+    by_id = {index: token for token, index in state["model"]["vocab"].items()}
+    added = {token["id"]: token for token in state["added_tokens"]}
+    by_id |= {index: token["content"] for index, token in added.items()}
+    if max(by_id) >= rows:
+        raise ValueError(
+            f"the tokenizer has token id {max(by_id)} ({by_id[max(by_id)][:40]!r}), but the model has only "
+            f"{rows} embeddings; use the tokenizer that belongs to the model"
+        )
+    unknown, fallback = state["model"].get("unk_token"), bool(state["model"].get("byte_fallback"))
+
+    def kind(index: int) -> int:
+        token = by_id.get(index)
+        if token is None:
+            return UNUSED
+        if fallback and token == unknown:
+            return UNKNOWN
+        if index in added:
+            return CONTROL if added[index]["special"] else USER_DEFINED
+        byte = fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return BYTE if byte else NORMAL
+
+    return [by_id.get(i, PAD.format(i)) for i in range(rows)], [kind(i) for i in range(rows)]
+
+
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+    """Return scores with which SentencePiece merges in the order of `merges`: tokens that are merged earlier
+    have higher ones, as in the files of SentencePiece, whose BPE scores are 0, -1, -2, ...
+    """
+    rank: dict[str, int] = {}
+    for merge in merges:
+        rank.setdefault("".join(merge), len(rank))
+    return [-float(rank.get(token, len(rank))) for token in tokens]
+
+
+def _begins_with_space(tokenizer: Any) -> bool:
+    """Whether a space is put in front of texts."""
+    ids = tokenizer("x", add_special_tokens=False).input_ids
+    return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
+
+
+def _pre_name(tokenizer: Any, whole_words: bool) -> str:
+    """Return the name of the pre-tokenizer that normalises and splits the probes as this tokenizer does."""
+    from tokenizers import Tokenizer, models
+
+    def pieces(core: Any) -> list[list[str]]:
+        normalised = [core.normalizer.normalize_str(t) if core.normalizer else t for t in SPLIT_PROBES]
+        split = core.pre_tokenizer.pre_tokenize_str if core.pre_tokenizer else None
+        return [[piece for piece, _ in split(text)] if split else [text] for text in normalised]
+
+    expected = pieces(tokenizer.backend_tokenizer)
+    tried: list[PreTokenizer] = []
+    for name, pre in PRE_TOKENIZERS.items():
+        if name == UNSTATED or pre in tried or pre.whole_words != whole_words:
+            continue
+        tried.append(pre)
+        core = Tokenizer(models.BPE())
+        apply_pre_tokenizer(core, pre)
+        if pieces(core) == expected:
+            return name
+    raise ValueError(
+        "this tokenizer splits text as none of llama.cpp's pre-tokenizers that jaxft knows "
+        f"({', '.join(PRE_TOKENIZERS)}), so it cannot be written as GGUF; write a Hugging Face folder, "
+        "without --gguf"
+    )
+
+
+def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Field]:
+    """Return ids of special tokens, whether texts begin and end with them, and the chat template."""
+    eos = tokenizer.eos_token_id
+    others = [end for end in ends if end != eos and end < rows]
+    eos = others.pop(0) if eos is None and others else eos
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": eos,
+        "eot": others[0] if others else None,
+        "eom": others[1] if len(others) > 1 else None,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    whole = tokenizer("x").input_ids
+    plain = tokenizer("x", add_special_tokens=False).input_ids
+    starts = whole[: len(whole) - len(plain)] if whole[-len(plain) :] == plain else whole[:1]
+    fields = [
+        Field(f"tokenizer.ggml.{name}_token_id", "UINT32", index)
+        for name, index in ids.items()
+        if index is not None
+    ]
+    adds_bos = bool(starts) and starts[0] == tokenizer.bos_token_id
+    adds_eos = len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id
+    fields.append(Field("tokenizer.ggml.add_bos_token", "BOOL", adds_bos))
+    fields.append(Field("tokenizer.ggml.add_eos_token", "BOOL", adds_eos))
+    template = tokenizer.chat_template
+    templates = dict(template) if isinstance(template, dict) else {"default": template} if template else {}
+    if "default" in templates:
+        fields.append(Field("tokenizer.chat_template", "STRING", templates.pop("default")))
+    named = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items()}
+    if named:  # under the keys of gguf's add_chat_template
+        fields.append(Field("tokenizer.chat_templates", "STRING", list(named)))
+    return [*fields, *(Field(f"tokenizer.chat_template.{name}", "STRING", x) for name, x in named.items())]
+
+
+def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
+    """Return a line if a GGUF file's tokenizer has other ids for some text, as SentencePiece has for leading
+    spaces if tokenizer.json does not put another one in front.
+
+    Raises ValueError if a token of the file has another id, if an added token is split, or if the ids of most
+    texts differ: the file would be of no use.
+    """
+    read = build_tokenizer(read_gguf_header(path))
+    _check_tokens(read, tokenizer)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    texts = [*SPLIT_PROBES, "".join(special)]
+    wrong = [text for text in texts if _ids(read, text) != _ids(tokenizer, text)]
+    if 2 * len(wrong) > len(texts):
+        raise ValueError(
+            f"this tokenizer cannot be written as GGUF: the text {wrong[0][:40]!r} would have other token "
+            "ids; write a Hugging Face folder, without --gguf"
+        )
+    shown = f"{wrong[0][:40]!r}" if wrong else ""
+    return [f"warning: texts such as {shown} have other token ids in GGUF"] if wrong else []
+
+
+def _check_tokens(read: Any, tokenizer: Any) -> None:
+    """Raise ValueError if a tokenizer read from a file has other ids for its tokens, or splits added ones."""
+    ids = read.get_vocab()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if ids.get(token) != number:
+            raise ValueError(
+                f"this tokenizer cannot be written as GGUF: its token {token[:40]!r} has id {number}, and in "
+                f"the file {ids.get(token)}; write a Hugging Face folder, without --gguf"
+            )
+    for number, token in tokenizer.added_tokens_decoder.items():
+        text = f"a{token.content}b"
+        if _ids(read, text).count(number) != _ids(tokenizer, text).count(number):
+            raise ValueError(
+                f"this tokenizer cannot be written as GGUF: its token {token.content[:40]!r} (id {number}) "
+                "would be split; write a Hugging Face folder, without --gguf"
+            )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, verbose=False).input_ids

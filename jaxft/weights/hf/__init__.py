@@ -1,11 +1,8 @@
 """Models in the layout of Hugging Face: safetensors, tokenizers, model cards.
 
-card.py: model cards in folders of weights
-hf.py: Hugging Face folders in
-hf_write.py: Hugging Face folders out
-multimodal.py: multimodal checkpoints with a trained decoder, all else copied byte for byte
+hf_read.py: read folders; ids that end a completion
+hf_write.py: write folders, also of multimodal models with a trained decoder
 safetensors.py: safetensors files
-stop_tokens.py: the token ids that end a completion
-tokenizer_files.py: tokenizers of folders, in and out, for transformers 4 and 5
-tokenizer_limits.py: limits on other people's tokenizers
+tokenizer_files.py: tokenizers of folders, in and out, for transformers 4 and 5; limits on others' tokenizers
+model_card.py: model cards in folders of weights
 """

@@ -3,8 +3,8 @@
 import copy
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,36 @@ from jaxft.models.text_part import text_config, text_part
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
-from jaxft.weights.hf import multimodal
-from jaxft.weights.hf.hf import WEIGHT_INDEX
-from jaxft.weights.hf.safetensors import TensorToWrite, read_model_json, write_model_json, write_safetensors
-from jaxft.weights.hf.stop_tokens import joined_eos, tokenizer_ends
-from jaxft.weights.hf.tokenizer_files import PROCESSOR_TEMPLATE, is_unchanged, write_tokenizer
+from jaxft.weights.hf.hf_read import (
+    EMBEDDING,
+    HEAD,
+    WEIGHT_INDEX,
+    decoder_tensors,
+    joined_eos,
+    tokenizer_ends,
+    weight_files,
+)
+from jaxft.weights.hf.safetensors import (
+    SafetensorsFiles,
+    TensorToWrite,
+    open_safetensors,
+    read_model_json,
+    write_model_json,
+    write_safetensors,
+)
+from jaxft.weights.hf.tokenizer_files import (
+    PROCESSOR_TEMPLATE,
+    TEMPLATES_FOLDER,
+    is_unchanged,
+    write_tokenizer,
+)
 from jaxft.weights.hub.hub import Located, locate
-from jaxft.weights.quantised.formats import quantised_tensors
+from jaxft.weights.quantised.quantised_checkpoints import quantised_tensors
 from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 
+# Files of processors and tokenizers, and custom code; others in a model's folder may be anything.
+SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+NOT_COPIED = ("config.json", "untrained_tokens.json", "adapter_config.json", "trainer_state.json")
 MAX_SHARD = 5_000_000_000  # bytes
 # In config.json: our classifiers are read at the end token, not at what a template adds after it.
 READ_AT = "reward_read_at"
@@ -140,11 +161,11 @@ def _save_multimodal(
     ]
     names = {tensor.name for path in paths for tensor in table[path]}
     tensors = [tensor for tensor in tensors_to_write(base, model) if tensor.name in names]
-    multimodal.write_weights(folder, source, tensors, tied="head" not in base)
+    write_multimodal_weights(folder, source, tensors, tied="head" not in base)
 
     def write_others() -> None:
-        multimodal.write_config(folder, source, _changed_settings(model, base, located, tensors))
-        multimodal.copy_small_files(folder, source)
+        write_multimodal_config(folder, source, _changed_settings(model, base, located, tensors))
+        copy_small_files(folder, source)
         if tokenizer is not None and not is_unchanged(tokenizer, source):
             (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)  # processors prefer it to the new file
             _write_tokenizer(folder, _source_configs(model, located)[1], tokenizer)
@@ -182,7 +203,7 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
     its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
     """
     if multimodal_config(ref):
-        multimodal.copy_small_files(folder, ref.path)
+        copy_small_files(folder, ref.path)
     shutil.copyfile(ref.path / "config.json", folder / "config.json")
     _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
 
@@ -191,7 +212,7 @@ def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = 
     """Return the tensors of a base tree under their Hugging Face names."""
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
-    parts: dict[str, list[Tensor]] = {}  # by name: one, or those of a tensor that parameters share
+    parts: dict[str, list[Tensor]] = {}  # by name: one, or several of a tensor that parameters share
     for path in leaves:
         for tensor in table[path]:
             parts.setdefault(tensor.name, []).append(tensor)
@@ -221,7 +242,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json in the source's style, without fields that no longer apply, and
-    generation_config.json, whose EOS tokens are its own and those of the config.
+    generation_config.json, with its own EOS tokens and the config's.
 
     A pad_token_id that the model does not have, such as -1, is null: transformers refuses to load others.
     """
@@ -293,7 +314,7 @@ def _write_tokenizer(folder: Path, generation: dict[str, Any], tokenizer: Any) -
 
 
 def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
-    """Turn a language model's config into that of transformers' sequence classifier with one label."""
+    """Make a language model's config one of transformers' sequence classifier with one label."""
     kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     name = kind[0].replace("ForCausalLM", "ForSequenceClassification")
     config["architectures"] = [CLASSIFIERS.get(kind[0], name)]
@@ -320,3 +341,96 @@ def with_distinct_pad_token(tokenizer: Any) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.pad_token = changed.convert_ids_to_tokens(pad)
     return changed
+
+
+# Multimodal models: everything but the trained decoder is copied byte for byte
+
+
+def write_multimodal_weights(
+    folder: Path, source: Path, tensors: Iterable[TensorToWrite], tied: bool
+) -> None:
+    """Write the weights of the multimodal model in the folder `source` with other values of some of its
+    decoder's tensors, divided into the same files. With several processes, all call this, and process 0
+    writes.
+
+    tensors: under their names in the text-only model. A head that `source` lacks is added. tied: whether the
+    head is the embedding. Raises ValueError for another tensor that `source` lacks.
+    """
+    files, new = weight_files(source), {tensor.name: tensor for tensor in tensors}
+    opened = open_safetensors(source, files)
+    stored = decoder_tensors(opened.where, opened.tensors)
+    if tied and HEAD in stored and EMBEDDING in new:  # some files repeat a tied head
+        new[HEAD] = new[EMBEDDING]
+    changed = _with_stored_names(opened.where, stored, new)
+    home = opened.tensors[stored[EMBEDDING]].path
+    of_files: dict[Path, list[TensorToWrite]] = {path: [] for path in files}
+    for tensor in changed:
+        of_files[opened.tensors[tensor.name].path if tensor.name in opened.tensors else home].append(tensor)
+    for path, of_file in of_files.items():
+        write_safetensors(folder / path.name, of_file, path)
+    sync.exchange_first(
+        sync.gather_texts, lambda: _write_multimodal_index(folder, opened, changed, home.name)
+    )
+
+
+def _with_stored_names(
+    where: str, stored: Mapping[str, str], tensors: Mapping[str, TensorToWrite]
+) -> list[TensorToWrite]:
+    """Return the tensors under their names in the files."""
+    in_old_files = stored[EMBEDDING].startswith("language_model.")
+    names = {HEAD: f"language_model.{HEAD}" if in_old_files else HEAD, **stored}
+    if missing := [name for name in tensors if name not in names]:
+        raise ValueError(
+            f"{where}: {missing[0]} of the text decoder is missing; has this folder changed since the "
+            "decoder was trained?"
+        )
+    return [replace(tensor, name=names[name]) for name, tensor in tensors.items()]
+
+
+def _write_multimodal_index(
+    folder: Path, opened: SafetensorsFiles, changed: list[TensorToWrite], home: str
+) -> None:
+    """Write the index of several files, with new tensors in the file `home`: a copy if there are none, and
+    none has another size.
+    """
+    path = Path(opened.where) / WEIGHT_INDEX
+    if not path.is_file():
+        return
+    new = [tensor.name for tensor in changed if tensor.name not in opened.tensors]
+    sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in opened.tensors.items()}
+    grown = sum(tensor.size - sizes.get(tensor.name, 0) for tensor in changed)
+    if not new and not grown:
+        shutil.copyfile(path, folder / path.name)
+        return
+    index = read_model_json(path)
+    index["weight_map"] |= dict.fromkeys(new, home)
+    if isinstance(index.get("metadata"), dict) and isinstance(index["metadata"].get("total_size"), int):
+        index["metadata"]["total_size"] += grown
+    write_model_json(folder / path.name, index)
+
+
+def write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, Any]) -> None:
+    """Write config.json of the multimodal model in the folder `source` with other settings of its decoder:
+    any of vocab_size, tie_word_embeddings and dtype. Without any, the file is copied.
+    """
+    if not settings:
+        shutil.copyfile(source / "config.json", folder / "config.json")
+        return
+    config = read_model_json(source / "config.json")
+    text = config.get("text_config", config)
+    for name, value in settings.items():
+        key = "torch_dtype" if name == "dtype" and "torch_dtype" in config else name
+        for group, needed in ((config, name != "vocab_size"), (text, name == "vocab_size")):
+            if needed or key in group:
+                group[key] = value
+    write_model_json(folder / "config.json", config)
+
+
+def copy_small_files(folder: Path, source: Path) -> None:
+    """Copy the files of a multimodal model's processor and tokenizer."""
+    for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{TEMPLATES_FOLDER}/*.jinja"))):
+        skipped = path.name in NOT_COPIED or path.name.endswith(".index.json")
+        if path.suffix in SMALL_SUFFIXES and path.is_file() and not skipped:
+            out = folder / path.relative_to(source)
+            out.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out)

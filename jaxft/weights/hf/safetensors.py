@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxft.distributed import sync
-from jaxft.weights import finite
-from jaxft.weights.model_files import Index, full_index, lengths
+from jaxft.weights.tensors import Index, errors_name, full_index, lengths, require_finite
 
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 FLOATS = {
@@ -61,14 +60,13 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        with _open(path), path.open("rb") as file:  # the library has checked the header
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+        with _open(path):  # the library has checked the header
+            header, begin = _read_header(path)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in tensors:
                 raise ValueError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
-            offset, dtype = 8 + size + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
+            offset, dtype = begin + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
             tensors[name] = StoredTensor(path, name, offset, dtype, tuple(entry["shape"]))
     return SafetensorsFiles(str(where), tensors)
 
@@ -187,7 +185,7 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
     stored_at = fetched = 0
     try:
         if source is not None:
-            stored, stored_at = _stored_entries(source)
+            stored, stored_at = _read_header(source)
         header, starts = _header(stored, tensors)
         with part.open("wb") as file:
             file.write(header)
@@ -204,8 +202,8 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
                         f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got "
                         f"{value.dtype}{value.shape}"
                     )
-                with finite.errors_name(f"{path}: not written: tensor {tensor.name}"):
-                    finite.require_finite(value, WRITE_ADVICE)
+                with errors_name(f"{path}: not written: tensor {tensor.name}"):
+                    require_finite(value, WRITE_ADVICE)
                 # not tofile, whose error for a full disk has no errno
                 file.write(value.reshape(-1).view(np.uint8).data)
         os.replace(part, path)
@@ -217,7 +215,7 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
         part.unlink(missing_ok=True)
 
 
-def _stored_entries(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and the byte at which the tensors begin."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

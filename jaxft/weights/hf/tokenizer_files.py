@@ -1,8 +1,16 @@
-"""Tokenizer files of folders: read them, and write them so that transformers 4 and 5 load them."""
+"""Tokenizer files of folders: check and read them, and write them so that transformers 4 and 5 load them.
 
+Other people's files are checked against limits before a library loads them: a tokenizer.json has steps that
+rewrite a text, and tables of tokens. Without limits, one of a few kilobytes makes a text 2^40 times as long,
+or fills the memory when it is loaded.
+"""
+
+import base64
 import copy
+import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +137,176 @@ def _write_state(folder: Path, tokenizer: Any) -> None:
     if "add_prefix_space" in first_step:  # 4.57 would set it to its own default, False
         config["add_prefix_space"] = first_step["add_prefix_space"]
     write_model_json(folder / "tokenizer_config.json", config)
+
+
+# Limits
+
+FILE_BYTES = 64 << 20  # of one file; Gemma 3's tokenizer.json has 33 MB
+VOCABULARY_TOKENS = 1 << 20  # XLM-V's, the largest published one, has 901,629
+ADDED_TOKENS = 1 << 17  # models of speech have 65,536
+UNUSED_IDS = 1 << 17  # below the largest id; tokenizers lists them when it writes a tokenizer
+TOKEN_CHARACTERS = 1 << 13
+SHORT_CHARACTERS = 1 << 10  # of a word (WordPiece's time is quadratic in it), of a template's special token
+STEPS = 64  # of a part
+GROWTH = 40.0  # factor by which the steps of a part may lengthen a text; T5's do by 36
+OPTION_CHARACTERS = 128  # of what a step may add to each piece of a text
+PATTERN_CHARACTERS = 1 << 16
+TEMPLATE_ITEMS = 64  # of a post-processor's template
+
+TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")  # where a part has several steps
+CHARSMAP = "precompiled_charsmap"  # SentencePiece's table of normalized characters
+ADDED = ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+JSON_FILES = (
+    "tokenizer.json", "tokenizer.*.json", "vocab.json", "added_tokens.json", "tokenizer_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+SIZED_FILES = ("*.model", "*.tiktoken", "tekken.json", "vocab.txt", "merges.txt", "*.jinja")
+
+
+class OverLimit(ValueError):
+    """Raised for a tokenizer that exceeds a limit."""
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check the files of a tokenizer against all limits. Raises OverLimit; ValueError or RecursionError for a
+    file that is not JSON.
+    """
+    for pattern in (*JSON_FILES, *SIZED_FILES):
+        for path in folder.glob(pattern):
+            if not path.is_file():
+                continue
+            _check(path.name, "size in bytes", path.stat().st_size, FILE_BYTES)
+            if pattern in JSON_FILES:
+                value = _read_json(path)
+                value = {path.stem: value} if path.name in ("vocab.json", "added_tokens.json") else value
+                if isinstance(value, dict):
+                    _check_tables(path.name, value)
+                if isinstance(value, dict) and path.name.startswith("tokenizer."):
+                    _check_parts(path.name, value)
+
+
+def _read_json(path: Path) -> Any:
+    """Read a JSON file without garbage collections: these take two thirds of the time for Gemma's merges."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(path.read_bytes())
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _check(where: str, what: str, count: float, limit: float) -> None:
+    if count > limit:
+        raise OverLimit(
+            f"{where}: {what} is {count:,.0f}, above the limit of {limit:,.0f}; use another tokenizer"
+        )
+
+
+def _check_tables(name: str, value: dict[str, Any]) -> None:
+    for key in ADDED:
+        tokens = value.get(key)
+        _check(name, f"number of {key}", len(tokens) if isinstance(tokens, list | dict) else 0, ADDED_TOKENS)
+    model, added = value.get("model", value), value.get("added_tokens")
+    if isinstance(model, dict) and isinstance(model.get("vocab"), dict | list):
+        _check_model(name, model, [x for x in added if isinstance(x, dict)] if added else [])
+
+
+def _check_parts(name: str, value: dict[str, Any]) -> None:
+    for part in TOKENIZER_PARTS:
+        where = f"{name}: {part}"
+        steps = [] if value.get(part) is None else list(_steps(where, value[part]))
+        _check(where, "number of steps", len(steps), STEPS)
+        _check(where, "the factor by which it lengthens a text", _total_growth(steps), GROWTH)
+        for step in steps:
+            _check_step(where, step)
+
+
+def _check_model(name: str, model: dict[str, Any], added: list[dict[str, Any]]) -> None:
+    """Check the vocabulary and options of a tokenizer.json, and the tokens added to it."""
+    vocab = model["vocab"]
+    _check(name, "number of tokens", len(vocab), VOCABULARY_TOKENS)
+    texts = [*(x.get("content") for x in added)]
+    texts += vocab if isinstance(vocab, dict) else [x[0] for x in vocab if isinstance(x, list) and x]
+    lengths = (len(text) for text in texts if isinstance(text, str))
+    _check(name, "length of the longest token", max(lengths, default=0), TOKEN_CHARACTERS)
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(x.get("id") for x in added)]
+    largest = max((x for x in ids if isinstance(x, int)), default=0)
+    _check(name, "largest token id", largest, len(texts) + UNUSED_IDS)
+    for key, option in model.items():
+        if key not in ("vocab", "merges"):
+            _check(name, f"length of {key}", len(str(option)), OPTION_CHARACTERS)
+    longest = model.get("max_input_chars_per_word")
+    _check(name, "max_input_chars_per_word", longest if isinstance(longest, int) else 0, SHORT_CHARACTERS)
+
+
+def _steps(where: str, part: Any) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a part one by one."""
+    if not isinstance(part, dict):
+        raise OverLimit(f"{where} has a step that is not a JSON object; use another tokenizer")
+    nested = [part[key] for key in SEQUENCES if isinstance(part.get(key), list)]
+    for item in (item for items in nested for item in items):
+        yield from _steps(where, item)
+    if not nested:
+        yield part
+
+
+def _total_growth(steps: list[dict[str, Any]]) -> float:
+    """Return a bound of the factor by which all steps together lengthen a text.
+
+    Factors multiply, but for steps in a row that each replace one character which no earlier of them has
+    written: a character of the text is replaced by one of them at most.
+    """
+    total, largest, written = 1.0, 1.0, ""
+    for step in steps:
+        literal, content = _literal(step), step.get("content")
+        if len(literal) == 1 and isinstance(content, str) and literal not in written:
+            largest, written = max(largest, _growth(step)), written + content
+        else:
+            total, largest, written = total * largest * _growth(step), 1.0, ""
+    return total * largest
+
+
+def _literal(step: dict[str, Any]) -> str:
+    """Return the text that a step replaces; "" for a regular expression, and for other steps."""
+    pattern = step.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    return literal if isinstance(literal, str) else ""
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Return a bound of the factor by which a step lengthens a text."""
+    content, template, literal = step.get("content"), step.get("single"), _literal(step)
+    if isinstance(step.get("pattern"), dict) and isinstance(content, str):  # Replace
+        if literal:
+            return max(1.0, len(content) / len(literal))
+        return 1.0 + len(content)  # a regular expression may match between all characters
+    if CHARSMAP in step:
+        return _longest_replacement(step[CHARSMAP])
+    if isinstance(template, list):
+        return max(1.0, sum("SpecialToken" not in item for item in template))
+    return 2.0 if step.get("type") == "ByteLevel" else 1.0  # a character of two bytes becomes two
+
+
+def _longest_replacement(charsmap: Any) -> float:
+    """Return the length of the longest text in a SentencePiece table of normalized characters."""
+    try:
+        table = base64.b64decode(charsmap)
+    except (ValueError, TypeError):  # which tokenizers refuses
+        return 1.0
+    texts = table[4 + int.from_bytes(table[:4], "little") :]  # behind a trie and its size
+    return float(max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0"))))
+
+
+def _check_step(where: str, step: dict[str, Any]) -> None:
+    for key, option in step.items():
+        if key in ("single", "pair") and isinstance(option, list):
+            _check(where, f"number of items in {key}", len(option), TEMPLATE_ITEMS)
+        elif key == "special_tokens" and isinstance(option, dict):
+            longest = max((len(str(token)) for token in option.values()), default=0)
+            _check(where, "length of a special token", longest, SHORT_CHARACTERS)
+        elif key == "pattern":
+            _check(where, "length of a pattern", len(str(option)), PATTERN_CHARACTERS)
+        elif key != CHARSMAP:
+            _check(where, f"length of {key}", len(str(option)), OPTION_CHARACTERS)

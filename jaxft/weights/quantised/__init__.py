@@ -1,9 +1,10 @@
-"""Quantised weights in files, one file per format: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors, jaxft's.
+"""Quantised weights in files: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors and jaxft's own format.
 
-To add one, write a file here with a FileFormat, and add it to the table in formats.py.
+To add a format, write a FileFormat here, and add it to FILE_FORMATS in quantised_checkpoints.py.
 
-formats.py: quantised checkpoints, read without rounding again, and written: the table of their formats
+quantised_checkpoints.py: the table of formats, and jaxft's own; reading and writing without rounding again
 file_format.py: the type of a format, and layouts of quantised weights
-bitsandbytes.py, gptq.py, awq.py, fp8.py, compressed_tensors.py, own_arrays.py: a format each
-grouped_int4.py: the parts that GPTQ and AWQ share
+bitsandbytes.py: nf4, fp4 and int8
+gptq_awq.py: GPTQ and AWQ, int4
+compressed_tensors.py: compressed-tensors and DeepSeek's FP8
 """

@@ -17,8 +17,8 @@ import numpy as np
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import QTensor, Quant
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor, read_view, required
-from jaxft.weights.model_files import Index, QuantisedTensor
 from jaxft.weights.quantised import file_format as ff
+from jaxft.weights.tensors import Index, QuantisedTensor
 
 _NAME = "bitsandbytes"
 TABLES = {"nf4": qf.NF4, "fp4": qf.FP4}

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
 from jaxft.weights.hf.safetensors import SafetensorsFiles, required
-from jaxft.weights.model_files import Index, QuantisedTensor, full_index
+from jaxft.weights.tensors import Index, QuantisedTensor, full_index
 
 QuantConfig = dict[str, Any]  # quantization_config of a config.json
 Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain model
@@ -38,10 +38,11 @@ class FileFormat:
     The others are for writing. kinds: of weights (see nn.quant) that it stores; () if it is only read.
     summary: what it is and who loads it, for the user; head_summary: the same if the head is quantised.
     write(name, layout): the tensors of a weight `name`. config(quant, plain, packed): its quantization_config
-    without the quant_method. plain: modules that are not quantised, see formats.exceptions. packed: names of
-    those that are, inside a layer, such as self_attn.q_proj. scale_dtype: of written scales, None for their
-    own. with_head: whether the head can be quantised. whole_blocks: whether blocks must divide a weight's
-    inputs. int4_multiples: numbers that must divide the inputs and the outputs of an int4 weight.
+    without the quant_method. plain: modules that are not quantised, see
+    quantised_checkpoints.exceptions. packed: names of quantised modules inside a layer, such as
+    self_attn.q_proj. scale_dtype: of written scales, None for their own. with_head: whether the head can be
+    quantised. whole_blocks: whether blocks must divide a weight's inputs. int4_multiples: numbers
+    that must divide the inputs and the outputs of an int4 weight.
     """
 
     name: str

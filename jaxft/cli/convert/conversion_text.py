@@ -1,0 +1,229 @@
+"""A conversion as text: the command, lines about it, and a recipe.
+
+The recipe is the shipped one with other defaults of its knobs, and with fields set.
+"""
+
+import ast
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.cli.convert.draft import GivenOption, short
+from jaxft.cli.convert.to_recipe import Conversion
+from jaxft.data.rows.shipped import ROOT
+from jaxft.runs.settings.config import Knob, recipe_knobs
+from jaxft.runs.settings.parse import parse_value
+from jaxft.runs.settings.record import describe
+from jaxft.runs.terminal import printable_line
+
+UNKNOWN_HARDWARE = "not known; not measured"  # the line that jaxft list reads
+
+
+class Edit(NamedTuple):
+    """A replacement in a text: bytes from start to end."""
+
+    start: int
+    end: int
+    text: str
+
+
+def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
+    """Write a recipe with comments. Raises ValueError for a file that exists, or is not called .py."""
+    if path.suffix != ".py":
+        raise ValueError(f"--out {path}: a recipe is a Python file; write --out {path.stem or 'mine'}.py")
+    if path.exists():
+        raise ValueError(f"--out {path}: the file exists; remove it, or write another name")
+    path.write_text(recipe_text(conversion, lines), encoding="utf-8")
+
+
+def recipe_text(conversion: Conversion, lines: list[str]) -> str:
+    """Return the source of a recipe whose Run has a conversion's settings. lines: its comments."""
+    source = _without_remarks((ROOT / "configs" / f"{conversion.recipe}.py").read_bytes())
+    tree = ast.parse(source)
+    knobs = recipe_knobs(conversion.recipe)
+    given = dict(setting.partition("=")[::2] for setting in conversion.settings)
+    values = {name: _Code.of(knobs[name], text) for name, text in given.items() if name in knobs}
+    fields = [f"{name}={text}" for name, text in given.items() if name not in knobs]
+    config = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "config")
+    edits = [_docstring(source, tree, conversion, lines), *_defaults(source, config, knobs, values)]
+    imports = sorted({line for code in values.values() for line in code.imports})
+    if fields:
+        edits.append(_returned(source, config, fields))
+        imports.append("from jaxft.runs.settings.config import with_fields")
+    last = max(n.end_lineno or 0 for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom))
+    at = _offset(source, last + 1, 0)
+    edits.append(Edit(at, at, "".join(f"{line}\n" for line in imports)))
+    for edit in sorted(edits, reverse=True):
+        source = source[: edit.start] + edit.text.encode() + source[edit.end :]
+    compile(source, "recipe", "exec")
+    return source.decode()
+
+
+def _without_remarks(source: bytes) -> bytes:
+    """Return a recipe without the comments in its return statement, which are about its own rows."""
+    head, returned, tail = source.rpartition(b"\n    return ")
+    return head + returned + re.sub(rb"  # .*", b"", tail)
+
+
+class _Code(NamedTuple):
+    """A value as Python source, and the imports that it needs."""
+
+    text: str
+    imports: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, knob: Knob, text: str) -> "_Code":
+        """Return the source of a knob's value, whose text is as on the command line."""
+        parsed = parse_value(text, knob.kind)
+        if callable(parsed):
+            return cls._function(parsed)
+        if isinstance(parsed, tuple) and parsed and all(map(callable, parsed)):
+            parts = [cls._function(item) for item in parsed]
+            imports = tuple(line for part in parts for line in part.imports)
+            return cls(f"({''.join(f'{part.text}, ' for part in parts).rstrip()})", imports)
+        return cls(_literal(parsed))
+
+    @classmethod
+    def _function(cls, function: Any) -> "_Code":
+        module, _, name = str(describe(function)["callable"]).rpartition(":")
+        return cls(name, (f"from {module} import {name}",))
+
+
+def _literal(value: Any) -> str:
+    """Return a value as Python source, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"({''.join(f'{_literal(item)}, ' for item in value).rstrip()})"
+    return repr(value)
+
+
+def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: list[str]) -> Edit:
+    """Replace the docstring by one about the conversion, and comments with its lines."""
+    name = re.sub(r"[^\w .-]", "_", conversion.source.file.name)
+    comments = [
+        part
+        for line in map(printable_line, lines)
+        for part in textwrap.wrap(line, 108, initial_indent="# ", subsequent_indent="#     ")
+    ]
+    text = (
+        f'"""The settings of {name}, a configuration of {conversion.source.tool}, by jaxft convert.\n\n'
+        f'Hardware: {UNKNOWN_HARDWARE}.\n"""\n\n' + "\n".join(comments)
+    )
+    first = tree.body[0]
+    return Edit(0, _offset(source, first.end_lineno or 1, first.end_col_offset or 0), text)
+
+
+def _defaults(
+    source: bytes, config: ast.FunctionDef, knobs: dict[str, Knob], values: dict[str, _Code]
+) -> list[Edit]:
+    """Replace the defaults of parameters, and of the groups that knobs belong to."""
+    arguments = config.args.args
+    first = len(arguments) - len(config.args.defaults)
+    edits = []
+    for argument, default in zip(arguments[first:], config.args.defaults, strict=True):
+        inside = {name: code for name, code in values.items() if knobs[name].group == argument.arg}
+        if inside:
+            edits.append(_replacement(source, default, _group(source, default, knobs, inside)))
+        elif argument.arg in values:
+            edits.append(_replacement(source, default, values[argument.arg].text))
+    return edits
+
+
+def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dict[str, _Code]) -> str:
+    """Return the call of a group of knobs with these values, such as RowKnobs(data="rows.jsonl")."""
+    assert isinstance(default, ast.Call)
+    names = [name for name, knob in knobs.items() if knob.group == knobs[next(iter(values))].group]
+    texts = dict(zip(names, (_text(source, argument) for argument in default.args)))
+    texts |= {keyword.arg or "": _text(source, keyword.value) for keyword in default.keywords}
+    texts |= {name: code.text for name, code in values.items()}
+    body = "".join(f"        {name}={text},\n" for name, text in texts.items())
+    return f"{_text(source, default.func)}(\n{body}    )"
+
+
+def _returned(source: bytes, config: ast.FunctionDef, fields: list[str]) -> Edit:
+    """Apply fields to the value that the recipe returns."""
+    returned = next(n for n in ast.walk(config) if isinstance(n, ast.Return))
+    assert returned.value is not None
+    written = "".join(f"        {_literal(field)},\n" for field in fields)
+    text = f"run = {_text(source, returned.value)}\n    return with_fields(\n        run,\n{written}    )"
+    return _replacement(source, returned, text)
+
+
+def _replacement(source: bytes, node: Any, text: str) -> Edit:
+    start, end = _span(source, node)
+    return Edit(start, end, text)
+
+
+def _text(source: bytes, node: Any) -> str:
+    start, end = _span(source, node)
+    return source[start:end].decode()
+
+
+def _span(source: bytes, node: Any) -> tuple[int, int]:
+    return _offset(source, node.lineno, node.col_offset), _offset(
+        source, node.end_lineno, node.end_col_offset
+    )
+
+
+def _offset(source: bytes, line: int, column: int) -> int:
+    """Return the byte offset of a place in a text; ast counts columns in bytes."""
+    return sum(map(len, source.splitlines(keepends=True)[: line - 1])) + column
+
+
+LINE = 100  # characters of a line of the command
+METHOD = {"sft": "SFT", "sft_full": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO",
+          "reward": "a reward model", "grpo": "GRPO", "ppo": "PPO", "online_dpo": "online DPO",
+          "pretrain": "continued pre-training"}  # fmt: skip
+
+
+def command(conversion: Conversion) -> str:
+    """Return the command of a conversion, over several lines."""
+    lines, line = [], f"jaxft train {conversion.recipe}"
+    for setting in map(shlex.quote, conversion.settings):
+        if len(line) + len(setting) + 3 > LINE:
+            lines.append(line)
+            line = "   "
+        line += f" {setting}"
+    return " \\\n".join([*lines, line])
+
+
+def conversion_lines(conversion: Conversion) -> list[str]:
+    """Return lines: the tool, how many options are expressed how, and each that is not as it was."""
+    c, lines = conversion, list[str]()
+    counts = [
+        (len(c.same), "expressed as they are"),
+        (len({option.name for option, _ in c.otherwise}), "otherwise"),
+        (len({option.name for option, _ in c.lost}), "not"),
+        (len(c.unneeded), "with nothing to set"),
+        (len(c.empty), "empty"),
+    ]
+    listed = ", ".join(f"{count} {how}" for count, how in counts if count)
+    lines.append(f"{c.source.file}: {METHOD[c.recipe]} of {c.source.tool}; options: {listed}")
+    lines += _section("expressed otherwise", c.otherwise)
+    lines += _section("not expressed", c.lost)
+    if c.unneeded:
+        lines.append(f"nothing to set: {', '.join(option.name for option in c.unneeded)}")
+    if c.empty:
+        lines.append(f"empty, so the tool's default: {', '.join(option.name for option in c.empty)}")
+    if c.defaults:
+        lines.append(f"set because {c.source.tool}'s defaults differ: {' '.join(c.defaults)}")
+    lines += [f"note: {note}" for note in c.notes]
+    return [" " * (len(line) - len(line.lstrip())) + printable_line(line) for line in lines]
+
+
+def _section(title: str, pairs: Iterable[tuple[GivenOption, str]]) -> list[str]:
+    """Lines of one list; options with the same remark share a line."""
+    by_remark: dict[str, list[GivenOption]] = {}
+    for option, remark in pairs:
+        by_remark.setdefault(remark, []).append(option)
+    lines = []
+    for remark, options in by_remark.items():
+        where = [str(option.line) for option in options if option.line is not None]
+        at = f"line {', '.join(dict.fromkeys(where))} " if where else ""
+        lines.append(f"  {at}{'; '.join(map(short, options))} -> {remark}")
+    return [f"{title}:", *lines] if lines else []

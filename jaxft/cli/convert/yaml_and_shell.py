@@ -1,0 +1,313 @@
+"""YAML of Axolotl, LLaMA-Factory and TRL, and command lines and shell scripts that start them, as options."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jaxft.cli.convert.draft import (
+    Expression,
+    ForeignConfig,
+    GivenOption,
+    check_count,
+    option_parts,
+    read_config_text,
+)
+from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH
+
+MOST_NODES = 20_000  # counting nodes that aliases repeat
+DEEPEST = 20
+FACTORY_KEYS = {"stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset"}
+TRL_KEYS = {"dataset_name", "datasets", "dataset_train_split"}
+UNREAD_FILES = {  # keys of files that are not read -> whose they are
+    "compute_environment": "accelerate's; convert the file or the command that it is started with",
+    "distributed_type": "accelerate's; convert the file or the command that it is started with",
+    "train_micro_batch_size_per_gpu": "DeepSpeed's; convert the file or the command that it is started with",
+}
+
+
+def read_yaml(file: Path, text: str) -> ForeignConfig:
+    """Return the options of a YAML file. Nothing in it is executed.
+
+    Raises ValueError with one line for a file that is no YAML, or of no tool that is known.
+    """
+    options = yaml_options(file, text)
+    keys = {option.name.partition(".")[0] for option in options}
+    if "_component_:" in text:
+        raise ValueError(
+            f"{file}: torchtune's configurations are not read; `jaxft settings` lists what to write"
+        )
+    for key, what in UNREAD_FILES.items():
+        if key in keys:
+            raise ValueError(f"{file}: the file is {what}")
+    if "base_model" in keys:
+        return ForeignConfig(file, AXOLOTL, options)
+    if "model_name_or_path" in keys and keys & FACTORY_KEYS:
+        return ForeignConfig(file, FACTORY, options)
+    if "model_name_or_path" in keys or keys & TRL_KEYS:
+        return ForeignConfig(file, TRL, options)
+    raise ValueError(
+        f"{file}: neither Axolotl's (base_model), LLaMA-Factory's (model_name_or_path and stage) nor TRL's "
+        "(model_name_or_path and dataset_name) configuration"
+    )
+
+
+def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
+    """Return all options of a YAML file, sections in NESTED with dotted names."""
+    content, lines = _load(file, text)
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{file}: a list of options `name: value` was expected, not a {type(content).__name__}"
+        )
+    options: list[GivenOption] = []
+    for key, value in content.items():
+        name = str(key)
+        options += option_parts(GivenOption(name, value, lines.get(name)), lines)
+    check_count(file, tuple(options))
+    return tuple(options)
+
+
+def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
+    """Return (content, line of every dotted name)."""
+    loader, lines = yaml.SafeLoader(text), dict[str, int]()
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            _number(node, "", lines, [0])
+        content = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        where = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{file}{where}: not YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # such as a date with a 13th month
+        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+    if content is None:
+        raise ValueError(f"{file}: the file is empty")
+    return content, lines
+
+
+def _number(node: yaml.Node, name: str, lines: dict[str, int], count: list[int]) -> None:
+    """Fill in `lines`, and raise ValueError for more nodes than a configuration has. count: so far."""
+    count[0] += 1
+    if count[0] > MOST_NODES or name.count(".") > DEEPEST:
+        raise ValueError("more values, aliases or levels than a configuration has")
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = f"{name}.{key.value}" if name else str(key.value)
+            lines.setdefault(inner, key.start_mark.line + 1)
+            _number(value, inner, lines, count)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _number(item, f"{name}.", lines, count)
+
+
+DEVICE_OPTIONS = ("num_processes", "nproc_per_node", "num_gpus")  # of launchers
+ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
+SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+TRAINERS = (
+    "sft", "dpo", "kto", "grpo", "rloo", "reward", "orpo", "cpo", "online_dpo", "ppo", "gkd", "bco",
+    "prm",
+)  # fmt: skip
+COMMANDS_OF = {"trl": TRAINERS, "llamafactory-cli": ("train",), "lmf": ("train",), "axolotl": ("train",)}
+
+
+class Started(NamedTuple):
+    """A command of a script. line: of its first word. variables: of the shell, as far as they are known."""
+
+    words: list[str]
+    line: int
+    variables: dict[str, str]
+
+
+def read_commands(file: Path, text: str, first_line: int = 1) -> ForeignConfig:
+    """Return the options of the first command in a text that starts a trainer.
+
+    first_line: the line of the file where the text begins. Raises ValueError for a text without one.
+    """
+    trainers = [
+        (command, at) for command in _commands(text, first_line) if (at := _trainer(command.words)) >= 0
+    ]
+    if not trainers:
+        raise ValueError(
+            f"{file}: no command that starts a trainer, such as trl sft, llamafactory-cli train, axolotl "
+            "train or python sft.py --model_name_or_path org/name"
+        )
+    command, at = trainers[0]
+    source = _source(file, command, at)
+    if len(trainers) > 1:
+        rest = ", ".join(str(other.line) for other, _ in trainers[1:8])
+        note = f"the command of line {command.line} is converted; others begin in lines {rest}"
+        source = replace(source, notes=(*source.notes, note))
+    check_count(file, source.options)
+    return source
+
+
+def _commands(text: str, first_line: int) -> list[Started]:
+    """Split a text into commands; lines that continue with a backslash are one."""
+    commands: list[Started] = []
+    variables: dict[str, str] = {}
+    joined, start = "", first_line
+    for number, line in enumerate(text.splitlines(), first_line):
+        start = start if joined else number
+        stripped = line.rstrip()
+        if stripped.endswith("\\") and not stripped.lstrip().startswith("#"):
+            joined += stripped[:-1] + " "
+            continue
+        joined += stripped
+        try:
+            words = shlex.split(joined.lstrip("$> "), comments=True)
+        except ValueError:  # an apostrophe in a text around the command
+            words = []
+        joined = ""
+        while words and (match := ASSIGNMENT.fullmatch(words[0])) and not words[0].startswith("-"):
+            if len(words) == 1:
+                variables[match[1]] = _expanded(match[2], variables)
+            words = words[1:]
+        if words and words[0] == "export":
+            for word in words[1:]:
+                if match := ASSIGNMENT.fullmatch(word):
+                    variables[match[1]] = _expanded(match[2], variables)
+            continue
+        if words:
+            commands.append(Started(words, start, dict(variables)))
+    return commands
+
+
+def _expanded(text: str, variables: Mapping[str, str]) -> str:
+    """Replace the variables that the script sets; others stay as they are."""
+
+    def value(match: re.Match) -> str:
+        return variables.get(match[1] or match[3], match[2] if match[2] is not None else match[0])
+
+    return SHELL_VARIABLE.sub(value, text)
+
+
+def _trainer(words: Sequence[str]) -> int:
+    """Return the position of the word that names the trainer, or -1."""
+    for at, word in enumerate(words):
+        name = Path(word).name
+        further = words[at + 1 : at + 2]
+        if further and further[0] in COMMANDS_OF.get(name, ()):
+            return at
+        if word in ("axolotl.cli.train", "trl.scripts.sft"):
+            return at
+        if name.endswith(".py") and any(other.startswith("--") for other in words[at + 1 :]):
+            return at
+    return -1
+
+
+def _source(file: Path, command: Started, at: int) -> ForeignConfig:
+    words = [_expanded(word, command.variables) for word in command.words]
+    launcher, name, rest = words[:at], Path(words[at]).name, words[at + 1 :]
+    launched = dict(_arguments(launcher))
+    devices = next(
+        (int(str(launched[n])) for n in DEVICE_OPTIONS if str(launched.get(n, "")).isdigit()), None
+    )
+    options = [
+        GivenOption("deepspeed" if "deepspeed" in str(launched[n]) or "zero" in str(launched[n]) else "fsdp",
+              launched[n], command.line)
+        for n in ("config_file",) if n in launched and re.search("fsdp|deepspeed|zero", str(launched[n]))
+    ]  # fmt: skip
+    trainer, tool = "", TRL
+    if name == "trl":
+        trainer, rest = rest[0], rest[1:]
+    elif name in ("llamafactory-cli", "lmf"):
+        tool, rest = FACTORY, rest[1:]
+    elif name == "axolotl":
+        tool, rest = AXOLOTL, rest[1:]
+    elif name == "axolotl.cli.train":
+        tool = AXOLOTL
+    else:
+        trainer, tool = trainer_of(name), UNSLOTH if "unsloth" in name else TRL
+    given: list[GivenOption] = []
+    configured: ForeignConfig | None = None
+    if rest and not rest[0].startswith("-") and rest[0].endswith((".yml", ".yaml")):
+        configured = _config(file, rest[0], tool)
+        rest = rest[1:]
+    for key, value in _arguments(rest):
+        if key == "config" and isinstance(value, str) and value.endswith((".yml", ".yaml")):
+            configured = _config(file, value, tool)
+        elif tool == TRL and key == "accelerate_config":
+            options.append(GivenOption("fsdp", value, command.line))
+        else:
+            given.append(GivenOption(key, value, command.line))
+    tool = _tool_of(given, tool) if configured is None else configured.tool
+    before = () if configured is None else configured.options
+    names = {option.name for option in given}
+    kept = [option for option in before if option.name not in names]
+    return ForeignConfig(file, tool, (*kept, *given, *options), trainer, None, devices)
+
+
+def trainer_of(name: str) -> str:
+    """Return the trainer that a script's name has, such as dpo for run_dpo.py; sft for others."""
+    stem = Path(name).stem.lower()
+    if "reward" in stem:
+        return "reward"
+    return next((trainer for trainer in sorted(TRAINERS, key=len, reverse=True) if trainer in stem), "sft")
+
+
+def _tool_of(given: Sequence[GivenOption], tool: str) -> str:
+    """LLaMA-Factory's scripts are started by other names too; its options tell."""
+    return FACTORY if {"stage", "finetuning_type"} & {option.name for option in given} else tool
+
+
+def _config(file: Path, name: str, tool: str) -> ForeignConfig:
+    """Read the YAML file that a command names, from the working directory or next to the script."""
+    for folder in (Path.cwd(), file.parent, *list(file.resolve().parents)[:4]):
+        if (folder / name).is_file():
+            path = folder / name
+            text = read_config_text(path)
+            if tool == AXOLOTL:
+                return ForeignConfig(path, tool, yaml_options(path, text))
+            return read_yaml(path, text)
+    raise ValueError(f"{file}: its command reads {name}, which is not here; convert that file")
+
+
+def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return (name, value) of `--name value ...`, `--name=value`, `name=value` and `--flag`."""
+    arguments: list[tuple[str, Any]] = []
+    values: list[str] | None = None
+    for word in words:
+        if word in ("&&", "||", ";", "|", "&", ">", ">>", "2>&1"):
+            break
+        if word.startswith("-") and not _is_number(word):
+            name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            values = [value] if equals else []
+            arguments.append((name, values))
+        elif values is None:
+            key, equals, value = word.partition("=")
+            if equals and key.replace("_", "").isalnum():
+                arguments.append((key, [value]))
+        else:
+            values.append(word)
+    return [_argument(name, values) for name, values in arguments]
+
+
+def _argument(name: str, values: list[str]) -> tuple[str, Any]:
+    values = [value.rstrip(",") for value in values]  # "q_proj", "v_proj"
+    if not values:
+        off = re.match(r"no_(.+)", name)
+        return (off[1], False) if off else (name, True)
+    parsed = [Expression(value) if SHELL_VARIABLE.search(value) else _value(value) for value in values]
+    return name, parsed[0] if len(parsed) == 1 else parsed
+
+
+def _value(text: str) -> Any:
+    known = {"true": True, "false": False, "none": None, "null": None}
+    return known.get(text.lower(), text)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

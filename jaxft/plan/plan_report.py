@@ -1,0 +1,461 @@
+"""Plans as text: one in detail, several as a table, the hours and cost of a run, and `jaxft train RECIPE
+--dry-run`.
+"""
+
+import json
+import math
+import os
+import shlex
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.data.pairs import PairRows, PairSource
+from jaxft.data.progress import time_in_words
+from jaxft.data.prompts import Prompts
+from jaxft.data.rows.dataset_rows import check_rows, list_chunks
+from jaxft.data.rows.invalid import InvalidRow, InvalidRows
+from jaxft.data.rows.mixture import parse_sources
+from jaxft.data.sft import Rows
+from jaxft.distributed import sharding, xla_flags
+from jaxft.plan import machines
+from jaxft.plan.machines import GIB
+from jaxft.plan.plan import PROGRAM_PARTS, Plan, plan
+from jaxft.plan.roofline import ASSUMED, Estimate, Flops
+from jaxft.rl.rollout import Rollouts
+from jaxft.runs.settings.config import Resolved, as_written, recipe_knobs
+from jaxft.runs.settings.settings_list import Setting, settings_of
+from jaxft.train import partition, programs
+from jaxft.train.settings import Run
+from jaxft.train.start import open_settings
+from jaxft.weights.pretrained import load_tokenizer
+
+
+def plan_report(p: Plan) -> str:
+    """Return the full report of a plan."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:9.3f} GiB"
+
+    lines = [f"{p.program} on {p.machine}, {p.devices} device{'s' * (p.devices > 1)}; per device:"]
+    lines += [f"  {name:32s} {gib(size)}" for name, size in p.parts.items()]
+    if p.total is not None:
+        lines.append(f"  {'total':32s} {gib(p.total)}")
+    lines += [f"  {'host memory':32s} {gib(p.host)}"] if p.host else []
+    lines += [_verdict(p), *p.notes]
+    lines += [] if p.flops is None else [_flops_line(p.flops)]
+    for kind, row in p.collectives.items():
+        moved = f"{gib(row['within'])} within, {gib(row['across'])} across hosts or slices"
+        count = row.get("as_all_reduce")
+        twice = f", {count:.0f} as all-reduces, which move twice as much" if count else ""
+        lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}{twice}")
+    lines += [] if p.estimate is None or p.flops is None else _time_lines(p.flops, p.estimate)
+    lines += (
+        [
+            "largest arrays, GiB: "
+            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest_arrays.items())
+        ]
+        if p.largest_arrays
+        else []
+    )
+    lines.append(
+        f"compiled in {time_in_words(p.compile_seconds)}" + (" (from the cache)" if p.from_cache else "")
+    )
+    lines += (
+        [f"{p.unknown_loops} loops of unknown length are counted as one iteration"] if p.unknown_loops else []
+    )
+    return "\n".join(lines)
+
+
+def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Return a train step's plan as plain values, with the bytes of all programs; all of them must fit."""
+    programs_ = {
+        p.program: {"total": p.total, "program_bytes": _program_bytes(p), "fits": p.fits} for p in plans
+    }
+    return {**step.json(), "programs": programs_, "fits": all(p.fits for p in plans)}
+
+
+def programs_report(plans: Sequence[Plan]) -> str:
+    """Return the bytes of each program in addition to resident arrays, and whether the largest fits."""
+    resident = min(
+        p.total - _program_bytes(p) if p.total is not None else sum(p.parts.values()) for p in plans
+    )
+    sizes = (
+        f"{p.program} {_program_bytes(p) / GIB:.3f}" if p.total is not None else f"{p.program} out of memory"
+        for p in plans
+    )
+    most = max(plans, key=lambda p: math.inf if p.total is None else p.total)
+    return (
+        f"resident in all programs: {resident / GIB:.3f} GiB per device; in addition: {', '.join(sizes)}\n"
+        f"the largest is {most.program}: {_verdict(most)}"
+    )
+
+
+def _program_bytes(p: Plan) -> int:
+    """Return the bytes per device of a program, without the resident arrays."""
+    return sum(p.parts.get(name, 0) for name in PROGRAM_PARTS)
+
+
+def _flops_line(f: Flops) -> str:
+    empty = (
+        f" and on the {100 * f.empty_fraction:.0f} % of its {f.slots:,} token slots that are empty"
+        if f.slots > f.tokens
+        else ""
+    )
+    return (
+        f"FLOPs: {f.model / f.tokens:.3e} per token, {f.model:.3e} per step of {f.tokens:,} tokens (forward "
+        f"and backward by the model's formula); the program runs {f.program:.3e}, "
+        f"{100 * (f.program / f.model - 1):.0f} % more for recomputation, adapters{empty}"
+    )
+
+
+def _time_lines(f: Flops, e: Estimate) -> list[str]:
+    parts = (
+        f"seconds of matmuls {e.compute:.3f}, memory {e.memory:.3f}, overlapped collectives "
+        f"{e.overlapped:.3f}, exposed collectives {e.exposed:.3f}; without overlap {e.serial:.3f}"
+    )
+    rate = f"MFU {100 * e.mfu:.0f} %, HFU {100 * e.hfu:.0f} %, {f.tokens / e.step:,.0f} tokens/s"
+    lines = [f"step: {e.step:.3f} s, {rate}; limited by {e.bottleneck} ({parts})"]
+    if f.fp8:
+        lines.append(
+            f"FP8: {100 * f.fp8 / f.program:.0f} % of the program's FLOPs; in bfloat16 its matmuls would "
+            f"take {e.without_fp8:.3f} s instead of {e.compute:.3f}"
+        )
+    return [*lines, f"assumed: {ASSUMED}"]
+
+
+def _verdict(p: Plan) -> str:
+    if p.limit is None and p.missing is None:
+        return "the device's memory is unknown"
+    if not p.fits:
+        limit = f" the limit of {p.limit / GIB:.2f} GiB" if p.limit else " the limit"
+        error = f" ({p.why})" if p.why else ""
+        return f"does not fit: exceeds{limit} by {(p.missing or 0) / GIB:.2f} GiB{error}"
+    assert p.limit is not None and p.total is not None
+    text = f"fits, {(p.limit - p.total) / GIB:.2f} of {p.limit / GIB:.2f} GiB are free"
+    fraction = xla_flags.planned_memory_fraction(os.environ)
+    if p.gpu and p.total > fraction * p.limit:
+        text += f"; set {xla_flags.FRACTION}=0.99, a run allocates {fraction:g} of a GPU's memory"
+    return text
+
+
+def scaling_report(plans: Sequence[Plan]) -> str:
+    """Return a table with a row per machine, then the number of devices beyond which more do not help.
+
+    A device gathers the same weights on any number of devices, while its matmuls shrink with its tokens. So
+    overlapped gathers are hidden while a device has enough tokens, and exposed gathers take more than half
+    of a step below that number of tokens.
+    """
+    lines = [
+        f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} "
+        f"{'step s':>7s} {'MFU %':>6s} {'tokens/s':>11s} {'/device':>8s}  limited by"
+    ]
+    for p in plans:
+        within, across = (
+            sum(row[side] for row in p.collectives.values()) / GIB for side in ("within", "across")
+        )
+        size = f"{p.total / GIB:7.2f}" if p.total is not None else "      ?"
+        tokens = p.flops.tokens if p.flops else 0
+        start = f"{p.machine:14s} {p.devices:7d} {tokens:10,d} {size} {within:8.2f} {across:8.2f}"
+        e = p.estimate
+        if e is None or not p.fits:
+            lines.append(f"{start}  does not fit" if not p.fits else start)
+            continue
+        rate = tokens / e.step
+        lines.append(
+            f"{start} {e.step:7.3f} {100 * e.mfu:6.1f} {rate:11,.0f} {rate / p.devices:8,.0f}  {e.bottleneck}"
+        )
+    lines += [scaling_limit(p) for p in plans if p.estimate is not None and p.fits]
+    return "\n".join(lines)
+
+
+def scaling_limit(p: Plan) -> str:
+    """Return a line with the tokens per device at which matmuls take as long as weight gathers."""
+    e = p.estimate
+    assert e is not None and p.flops is not None
+    per_device = p.flops.tokens / p.devices
+    if not e.weights:
+        return f"{p.machine}: {per_device:,.0f} tokens per device; the program gathers no weights"
+    enough = per_device * e.weights / e.compute
+    times = f"weight gathers take {e.weights:.3f} s and matmuls {e.compute:.3f} s"
+    if e.overlapped > e.weights / 2:
+        effect = f"Below {enough:,.0f} tokens per device gathers limit a step: B tokens are not faster"
+    else:
+        effect = (
+            f"Gathers are exposed: below {enough:,.0f} tokens per device they take more than half of a step, "
+            "and B tokens are at most twice as fast"
+        )
+    return (
+        f"{p.machine}: {per_device:,.0f} tokens per device; {times}. {effect} on more than "
+        f"B / {enough:,.0f} devices with fsdp alone (mesh.tensor or mesh.context shard rows further and "
+        "communicate activations; mesh.data gathers over fewer devices)"
+    )
+
+
+CHARACTERS = 4  # of a token, where the rows cannot be tokenised
+
+
+@dataclass(frozen=True)
+class RunSteps:
+    """Optimizer steps of a run, and where their number comes from. samples: they train on rollouts."""
+
+    count: int
+    source: str
+    samples: bool = False
+
+
+def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
+    """Return the steps of a run. tokenizer: loads the model's tokenizer, for the lengths of the rows.
+
+    Without a tokenizer that can be loaded, tokens are estimated from characters. Raises ValueError or
+    FileNotFoundError if there are no rows.
+    """
+    data, samples = run.data, isinstance(run.data, Prompts)
+    if run.loop.steps is not None:
+        return RunSteps(run.loop.steps, "loop.steps", samples)
+    if not isinstance(data, Rows | PairRows | Prompts):
+        return RunSteps(data.open(tokenizer()).info.steps, "the run's data")
+    length = f"{data.tokens or 0:,} tokens"
+    if data.epochs is not None:
+        length = f"{data.epochs:g} epoch{'s' * (data.epochs != 1)}"
+    try:
+        loaded = tokenizer()
+    except OSError:  # the model's files are not here
+        return _estimated(data, length)
+    info = data.open(loaded).info
+    return RunSteps(info.steps, f"{length} of {info.stats.examples:,} {data.unit}", samples)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours and money of a run.
+
+    seconds: of a step. price: of a device and hour, in any currency; None for an unknown one.
+    """
+
+    steps: RunSteps
+    seconds: float
+    devices: int
+    price: float | None = None
+
+    @property
+    def hours(self) -> float:
+        """Hours of all steps."""
+        return self.steps.count * self.seconds / 3600
+
+    @property
+    def money(self) -> float | None:
+        """The price of the hours on all devices."""
+        return None if self.price is None else self.hours * self.devices * self.price
+
+    def lines(self) -> list[str]:
+        """Return lines of a report."""
+        lines = [
+            f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
+            f"{time_in_words(3600 * self.hours)}, without loading, compiling, evaluation and sampling"
+        ]
+        if self.steps.samples:
+            lines.append("the rollouts are sampled in addition, which often takes longer than the steps")
+        if self.money is not None:
+            each = f"{self.devices} device{'s' * (self.devices > 1)} x {self.price:g} an hour"
+            lines.append(f"cost: {self.money:.2f} ({time_in_words(3600 * self.hours)} x {each})")
+        return lines
+
+    def json(self) -> dict[str, Any]:
+        """Return the same as plain values."""
+        return {
+            "steps": self.steps.count,
+            "steps_from": self.steps.source,
+            "hours": self.hours,
+            "cost": self.money,
+        }
+
+
+def unknown_lines(step: Plan) -> list[str]:
+    """Return the lines in place of a cost, for a train step without an estimate of its time."""
+    why = f"no speed of {step.machine} is known" if step.fits else "the train step does not fit"
+    return [f"time and cost: unknown, because {why}"]
+
+
+class _Counted(NamedTuple):
+    """Rows of a dataset that can be read, and their characters."""
+
+    rows: int
+    characters: int
+
+
+def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
+    """Count the rows of a dataset that the run reads. Raises ValueError if too many are invalid."""
+    invalid = InvalidRows(data.allowed_invalid, names_first=True)
+    rows = characters = 0
+    listing = list_chunks(ref).first(data.max_samples)
+    for row in chain.from_iterable(chunk.rows() for chunk in listing.chunks()):
+        if isinstance(row, InvalidRow):
+            invalid.add(row)
+        else:
+            rows, characters = rows + 1, characters + sum(len(str(x)) for x in row.fields.values())
+    check_rows(ref, rows, invalid.total, invalid)
+    return _Counted(rows, characters)
+
+
+def _estimated(data: Rows | PairRows | Prompts, length: str) -> RunSteps:
+    """Return the steps of rows that are not tokenised."""
+    parts = [_count(source.adapt(data), source.ref) for source in parse_sources(data.train)]
+    rows, characters = (sum(values) for values in zip(*parts, strict=True))
+    is_fraction = isinstance(data.held_out, int | float) and data.held_out > 0
+    trained = rows - (data.held_out_count(rows) if is_fraction else 0)
+    source = f"{length} of {trained:,} {data.unit}, at {CHARACTERS} characters per token"
+    source += f", with those that data.drop={','.join(data.drop)} leaves out" if data.drop else ""
+    tokens, epochs = characters / CHARACTERS * trained / rows, data.epochs or 1.0
+    if data.tokens is not None:
+        steps = math.ceil(data.tokens / (data.batch * data.max_length))
+    elif isinstance(data, Rows) and data.packing:
+        steps = math.ceil(epochs * tokens / (data.batch * data.max_length))
+    else:
+        steps = math.ceil(epochs * trained / data.batch)
+    each = data.passes * data.minibatches if isinstance(data, Prompts) else 1
+    return RunSteps(max(1, steps) * each, source, isinstance(data, Prompts))
+
+
+WIDTH = 110
+EXPLAINED = "Settings (* differs from the default of its section; `jaxft settings NAME` explains one)"
+
+Change = tuple[str, str | None, str | None]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A run that is not started: its settings and their record, parameters, settings of XLA, and plan.
+
+    changed: settings that differ from the recipe's own defaults, as (name, default, value). notes: lines
+    about settings that follow from the rows.
+    """
+
+    name: str
+    record: dict[str, Any]
+    settings: list[Setting]
+    defaults: dict[str, str | None]
+    changed: list[Change]
+    parameters: list[partition.ParameterRow]
+    table: str
+    xla: Sequence[str]
+    plan: Plan
+    notes: Sequence[str] = ()
+
+
+def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -> DryRun:
+    """Plan a run for the devices of this machine. recipe: the same recipe without any setting, None if it
+    cannot be called so.
+    """
+    run: Run = settings.value
+    mesh = sharding.make_mesh(run.mesh)
+    pairs, bound = planned_pairs(run, sharding.row_shards(mesh))
+    with jax.set_mesh(mesh):
+        parts = programs.abstract(run)[0].partition
+        table, rows = partition.parameter_table(parts, mesh), partition.parameter_rows(parts, mesh)
+    kinds = [*settings_of(Run), *settings_of(type(run.data), "data.")]
+    listed = current_settings(run)
+    changed = [] if recipe is None else changes(current_settings(recipe), listed)
+    values = {(old, new) for _, old, new in changed}  # a knob that is a field too is listed as the field
+    changed += [knob for knob in changed_knobs(settings) if recipe is not None and knob[1:] not in values]
+    return DryRun(
+        name=run.name,
+        record=settings.describe(),
+        settings=listed,
+        defaults={setting.name: setting.default for setting in kinds},
+        changed=changed,
+        parameters=rows,
+        table=table,
+        xla=xla_flags.settings_lines(os.environ),
+        plan=plan(run, machines.local(), pairs),
+        notes=(*notes, *bound),
+    )
+
+
+def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
+    """Return the source of a run's preference rows, and no lines; or else None, and a line that says that the
+    plan is an upper bound. Other rows need neither: their plan has the shape of the run's batches. Of prompts
+    there are the warnings of the run's first lines. Raises ValueError for rows that a run would refuse.
+    """
+    if not isinstance(run.data, PairRows | Rollouts):
+        return None, []
+    reason = open_settings.not_here(run)
+    try:
+        if not reason:
+            source = run.data.open(load_tokenizer(run.weights), shards)
+            return (source, []) if isinstance(source, PairSource) else (None, list(source.info.warnings))
+    except OSError as error:
+        reason = str(error)
+    if not isinstance(run.data, PairRows):
+        return None, []
+    bound = f"all responses have {run.data.max_length} tokens"
+    return None, [f"the planned memory is an upper bound, as if {bound}: {reason}"]
+
+
+def current_settings(run: Run) -> list[Setting]:
+    """Return the settings of a run; of a section that is none, only that."""
+    none = {field.name for field in fields(run) if getattr(run, field.name) is None}
+    found = [setting for setting in settings_of(run) if setting.name.partition(".")[0] not in none]
+    return [*found, *(Setting(name, "", "none", "") for name in sorted(none))]
+
+
+def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
+    """Return (name, old value, new value) of the settings that differ; None where a run lacks one. Of a
+    section that is none in the new ones, only that.
+    """
+    before, after = ({s.name: s.default for s in settings} for settings in (old, new))
+    sections = {name.partition(".")[0] for name in after if "." in name}
+    names = [n for n in dict.fromkeys([*after, *before]) if n in after or n.partition(".")[0] in sections]
+    return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+
+
+def changed_knobs(settings: Resolved) -> list[Change]:
+    """Return the changes of the recipe's knobs, some of which, such as loss=ipo, are no field of the run."""
+    return [
+        (name, as_written(knob.default, knob.kind), as_written(settings.knobs[name], knob.kind))
+        for name, knob in recipe_knobs(settings.line[0]).items()
+        if settings.knobs[name] != knob.default
+    ]
+
+
+def dry_run_text(d: DryRun) -> str:
+    """Return a page: counts and bytes, changed settings, all settings by section, the parameter table and the
+    plan.
+    """
+    fits = "" if d.plan.fits else ", which does NOT fit"
+    size = "more than the device has" if d.plan.total is None else f"{d.plan.total / GIB:.2f} GiB"
+    lines = [f"{d.name}: {d.table.splitlines()[-1]}", f"planned: {size} per device on {d.plan.machine}{fits}"]
+    lines.append(f"command: {shlex.join(d.record['command']['line'])}")
+    lines += d.notes
+    if d.changed:
+        lines += ["", "Changed from the recipe's defaults"]
+        lines += [f"  {name}: {old or 'unset'} -> {new or 'unset'}" for name, old, new in d.changed]
+    lines += ["", EXPLAINED]
+    sections: dict[str, list[Setting]] = {}
+    for setting in d.settings:
+        sections.setdefault(setting.name.rpartition(".")[0] or "run", []).append(setting)
+    for section, settings in sections.items():
+        marked = [setting for setting in settings if d.defaults.get(setting.name) != setting.default]
+        rest = [setting for setting in settings if setting not in marked]
+        items = [f"*{s.name.rpartition('.')[2]}={s.default}" for s in marked]
+        items += [f"{s.name.rpartition('.')[2]}={s.default}" for s in rest]
+        lines += [section, *wrapped(items)]
+    return "\n".join([*lines, "", d.table, *d.xla, "", plan_report(d.plan)])
+
+
+def wrapped(items: Sequence[str]) -> list[str]:
+    """Return items as indented lines with two spaces between them; none is broken."""
+    text = "  ".join(item.replace(" ", "\0") for item in items)
+    lines = textwrap.wrap(text, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return [f"  {line}".replace("\0", " ") for line in lines]
+
+
+def dry_run_json(d: DryRun) -> str:
+    """Return the record of the settings with the parameter table and the plan, as one JSON object."""
+    parameters = [row._asdict() for row in d.parameters]
+    facts = {"parameters": parameters, "plan": d.plan.json(), "notes": [*d.notes]}
+    return json.dumps({**d.record, **facts}, indent=2)

@@ -1,0 +1,477 @@
+"""Bytes of a run's compiled programs: in the memory of a device, and moved by a step.
+
+Memory: resident arrays, the largest arrays of a program, out-of-memory errors. Traffic: collectives within
+and across hosts or slices, and main memory.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import tree
+from jaxft.models.heads import TEACHER
+from jaxft.nn.quant import is_qtensor
+from jaxft.plan import hlo
+from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk
+from jaxft.rl.rollout import Rollouts
+from jaxft.train.programs import Programs
+from jaxft.train.settings import Run
+from jaxft.weights import storage
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # libtpu's send to other slices
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation of a step.
+
+    size: bytes of the full array: after a gather, before a scatter, or reduced.
+    group: devices per replica group. span: hosts or slices per group. times: executions per step.
+    overlapped: it runs during matmuls, because the program starts it before them or splits both into
+    interleaved pieces.
+    as_all_reduce: an all-gather or reduce-scatter that the compiler implements as an all-reduce of the full
+    array, zero-padded or sliced (as libtpu does on large slices); it moves twice as many bytes.
+    crossing: fraction of a permutation's pairs that connect different hosts or slices.
+    """
+
+    name: str
+    kind: str
+    size: int
+    group: int
+    span: int
+    times: float
+    dtypes: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+    overlapped: bool = False
+    as_all_reduce: bool = False
+    crossing: float = 1.0
+
+    @property
+    def moved(self) -> float:
+        """Bytes sent per device and execution: (n - 1) / n of the array in a ring, twice for all-reduce."""
+        if self.kind == "collective-permute":
+            return float(self.size)
+        return self._passes * self.size * (self.group - 1) / self.group
+
+    @property
+    def across(self) -> float:
+        """Bytes per device and execution that leave a host or slice, divided evenly over its devices."""
+        if self.span == 1:
+            return 0.0
+        if self.kind == "collective-permute":
+            return self.size * self.crossing
+        # devices of a host split the traffic of a ring; in an all-to-all every device sends different data
+        senders = 1 if self.kind == "all-to-all" else self.group / self.span
+        return self._passes * self.size * (self.span - 1) / self.span / senders
+
+    @property
+    def gathers_or_scatters(self) -> bool:
+        """Whether it gathers shards or scatters sums, as for weights and their gradients."""
+        return self.kind in ("all-gather", "reduce-scatter") or self.overlapped
+
+    @property
+    def _passes(self) -> int:
+        return 2 if self.kind == "all-reduce" or self.as_all_reduce else 1
+
+
+def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]:
+    """Return the collectives of a step. domains: the host or slice of each device, in mesh order.
+
+    An asynchronous collective counts at its start, one between TPU slices at its send. The fused pieces of a
+    collective that libtpu splits into a chain count once.
+    """
+    found: dict[object, Collective] = {}
+    for one, where, times, fused in walk(program):
+        kind = one.opcode.removesuffix("-start")
+        between = _BETWEEN.search(one.attributes) if kind == "send" else None
+        if between:
+            kind = between[1].lower().replace("_", "-")
+            slices, size = len(set(domains)), one.arrays[0].bytes
+            kind = kind if kind in COLLECTIVES else "collective-permute"
+            made = Collective(one.name, kind, size, slices, slices, times, (one.arrays[0].dtype,), ())
+            found[where, one.name] = made
+        if kind not in COLLECTIVES or between:
+            continue
+        chain, channel = (re.search(p, one.attributes) for p in (r'chain_id="?(\d+)', r"channel_id=(\d+)"))
+        key: object = (channel[1], chain[1]) if chain and channel else (where, one.name)
+        if key in found:
+            if not chain:
+                found[key] = replace(found[key], times=found[key].times + times)
+            continue
+        made = _collective(one, kind, len(domains))
+        if made.group > 1:
+            scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
+            spans = [len({domains[i] for i in group}) for group in made.groups]
+            span, crossing = max(spans, default=1), sum(n > 1 for n in spans) / max(1, len(spans))
+            purpose = (
+                "reduce-scatter"
+                if scattered
+                else _purpose(program, where, one)
+                if kind == "all-reduce"
+                else kind
+            )
+            asynchronous = purpose in ("all-gather", "reduce-scatter") and (fused or _asynchronous(one))
+            overlapped = asynchronous or "windowed_dot_general" in where
+            as_all_reduce = purpose != kind and not scattered
+            found[key] = replace(
+                made,
+                times=times,
+                span=span,
+                crossing=crossing,
+                kind=purpose,
+                overlapped=overlapped,
+                as_all_reduce=as_all_reduce,
+            )
+    return list(found.values())
+
+
+def _asynchronous(one: Instruction) -> bool:
+    """Whether other work can run between the start and the end of a collective."""
+    return one.opcode.endswith("-start") and '"is_sync":true' not in one.attributes
+
+
+def _purpose(program: HloProgram, where: str, one: Instruction) -> str:
+    """Classify an all-reduce by its purpose.
+
+    It is an all-gather if most bytes of its operands are zero-padded shards, and a reduce-scatter if most of
+    its results are only sliced.
+    """
+    inside = program.computations[where]
+    operands = [inside[name] for name in one.operands if name in inside]
+    total = sum(sum(x.bytes for x in o.arrays) for o in operands) or 1
+    if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > total / 2:
+        return "all-gather"
+    users = _users(inside)
+    results = (
+        [one]
+        if not one.type.startswith("(")
+        else [x for x in users.get(one.name, []) if x.opcode == "get-tuple-element"]
+    )
+    parts = sum(sum(x.bytes for x in r.arrays) for r in results if _sliced(program, r, users))
+    return "reduce-scatter" if parts > total / 2 else "all-reduce"
+
+
+def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instruction) -> bool:
+    """Whether an array is a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
+    given = [inside[name] for name in one.operands if name in inside]
+    if one.opcode == "fusion" and called_computations(one):
+        inner = program.computations.get(called_computations(one)[0], {})
+        root = next((x for x in inner.values() if x.root), None)
+        source = _through(root, inner) if root else None
+        if source is None or source.opcode != "dynamic-update-slice":
+            return False
+        into = inner.get(source.operands[0])
+        if (
+            into is not None
+            and into.opcode == "parameter"
+            and into.literal.isdigit()
+            and int(into.literal) < len(given)
+        ):
+            return given[int(into.literal)].opcode in ("broadcast", "constant")
+        return into is not None and into.opcode in ("broadcast", "constant")
+    if one.opcode in ("copy", "copy-done", "copy-start", "bitcast") and given:
+        return _padded(program, inside, given[0])
+    return (
+        one.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
+    )
+
+
+def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
+    """Whether every instruction that reads an array reads only a slice of it."""
+    size, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
+    for user in readers:
+        if user.opcode in ("bitcast", "copy", "convert", "reshape"):
+            if not _sliced(program, user, users):
+                return False
+        elif user.opcode == "fusion" and called_computations(user):
+            inner = program.computations.get(called_computations(user)[0], {})
+            within = _users(inner)
+            at = [i for i, name in enumerate(user.operands) if name == one.name]
+            read = [x for x in inner.values() if x.opcode == "parameter" and x.literal in map(str, at)]
+            if any(_bytes_read(x, within, size) >= size for x in read):
+                return False
+        elif user.opcode not in ("dynamic-slice", "slice"):
+            return False
+    return bool(readers)
+
+
+def _users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+    """Return the instructions that read each array of a computation, by its name."""
+    users: dict[str, list[Instruction]] = {}
+    for x in inside.values():
+        for name in x.operands:
+            users.setdefault(name, []).append(x)
+    return users
+
+
+def _collective(one: Instruction, kind: str, devices: int) -> Collective:
+    arrays = _results(one, kind)
+    groups: tuple[tuple[int, ...], ...]
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.attributes)
+        groups = tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else ""))
+    else:
+        groups = replica_groups(one.attributes, devices)
+    group = max((len(g) for g in groups), default=1)
+    size = sum(x.bytes for x in arrays) * (group if kind == "reduce-scatter" else 1)
+    return Collective(one.name, kind, size, group, 1, 0.0, tuple(sorted({x.dtype for x in arrays})), groups)
+
+
+def _results(one: Instruction, kind: str) -> list[Array]:
+    """Return the result arrays of a collective; the type of a `-start` is (operands, results, ...)."""
+    if not one.opcode.endswith("-start") or kind == "all-reduce":
+        return one.arrays
+    parts = _parts(one.type)
+    return replace(one, type=parts[1] if len(parts) > 1 else one.type).arrays
+
+
+def _parts(text: str) -> list[str]:
+    """Split the type of a tuple into the types of its elements."""
+    parts, depth, start = [], 0, 1
+    for i, c in enumerate(text):
+        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(c, 0)
+        if (c == "," and depth == 1) or (depth == 0 and i):
+            parts.append(text[start:i].strip())
+            start = i + 1
+    return parts
+
+
+def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Parse the devices of each replica group. An empty list means one group of all devices.
+
+    XLA has three formats: {{0,1},{2,3}}, [groups,size]<=[a,b]T(1,0), and
+    mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}.
+    """
+    listed = re.search(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}", attributes)
+    if listed:
+        groups = tuple(
+            tuple(int(n) for n in re.findall(r"\d+", g)) for g in re.findall(r"\{([\d, ]*)\}", listed[1])
+        )
+        return groups or (tuple(range(devices)),)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+    if iota:
+        return _rows(_order(iota[3], devices).reshape(int(iota[1]), int(iota[2])))
+    named = re.search(
+        r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}",
+        attributes,
+    )
+    if named:
+        return _along(named[1], _order(named[2], devices), named[3])
+    return (tuple(range(devices)),)
+
+
+def _order(text: str | None, devices: int) -> np.ndarray:
+    """Return device numbers in order: `[4,2]T(1,0)` is an iota of shape [4, 2], transposed; or a list."""
+    if not text:
+        return np.arange(devices)
+    shaped = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if shaped is None:
+        return np.array([int(n) for n in re.findall(r"\d+", text)])
+    shape = [int(n) for n in shaped[1].split(",")]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return (numbers.transpose([int(n) for n in shaped[2].split(",")]) if shaped[2] else numbers).reshape(-1)
+
+
+def _along(mesh: str, order: np.ndarray, axes: str) -> tuple[tuple[int, ...], ...]:
+    """Return the groups along axes of a named mesh; 'x':(2)4 is the sub-axis of size 4 after a major 2."""
+    sizes: list[tuple[str, int]] = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)]
+    selected: list[tuple[str, int, int]] = []
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        selected.append((name, int(before or 1), int(size or dict(sizes)[name])))
+    shape, inside = [], []
+    for name, full_size in sizes:
+        sub_axes = sorted((before, size) for n, before, size in selected if n == name)
+        done = 1
+        for before, size in sub_axes:
+            shape += [before // done, size]
+            inside += [False, True]
+            done = before * size
+        shape.append(full_size // done)
+        inside.append(False)
+    last = [i for i, x in enumerate(inside) if x]
+    first = [i for i, x in enumerate(inside) if not x]
+    count = math.prod(shape[i] for i in last)
+    return _rows(order.reshape(shape).transpose([*first, *last]).reshape(-1, count))
+
+
+def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(n) for n in group) for group in groups)
+
+
+NO_TRAFFIC = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+    "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
+)  # fmt: skip
+
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # updates in place -> the operand that is written
+
+
+def memory_bytes(program: HloProgram) -> float:
+    """Return the bytes of main memory that a step reads and writes, per device.
+
+    These are the operands and results of all instructions outside fusions. Of an array that is only sliced,
+    the slice counts, and of one updated in place, the update. Arrays whose layout is in another memory (a
+    TPU's VMEM, the host's) do not count.
+    """
+    total = 0.0
+    for one, where, times, fused in walk(program):
+        if fused or one.opcode in NO_TRAFFIC or one.opcode.endswith("-done"):
+            continue
+        inside = program.computations[where]
+        operands = [inside[name] for name in one.operands if name in inside]
+        if one.opcode == "fusion":
+            total += times * _fusion_bytes(program, one, operands)
+        elif one.opcode in ("dynamic-slice", "slice", "gather"):
+            total += times * 2 * _main(one.arrays)
+        elif one.opcode in ("slice-start", "dynamic-slice-start"):
+            total += times * 2 * _main(_results(one, one.opcode))
+        elif one.opcode == "dynamic-update-slice":
+            total += times * 2 * _main(operands[1].arrays if len(operands) > 1 else [])
+        else:
+            # the s8 result of a library call is its workspace
+            made = [x for x in one.arrays if not (one.opcode == "custom-call" and x.dtype == "s8")]
+            start = one.opcode.endswith("-start")  # its type repeats the operands
+            total += times * (sum(_main(x.arrays) for x in operands) + _main(made) / (2 if start else 1))
+    return total
+
+
+def _main(arrays: list[Array]) -> int:
+    """Return the bytes of the arrays that are in main memory."""
+    return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
+
+
+def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruction]) -> float:
+    inner = program.computations.get(called_computations(one)[0], {}) if called_computations(one) else {}
+    users = _users(inner)
+    total = 0.0
+    for x in inner.values():
+        if x.opcode == "parameter" and x.literal.isdigit() and int(x.literal) < len(operands):
+            size = _main(operands[int(x.literal)].arrays)
+            total += min(size, _bytes_read(x, users, size))
+    root = next((x for x in inner.values() if x.root), None)
+    if root is None:
+        return total + _main(one.arrays)
+    made = one.arrays
+    roots = [inner[n] for n in root.operands if n in inner] if root.opcode == "tuple" else [root]
+    if len(made) != len(roots):
+        return total + _main(made)
+    for x, array in zip(roots, made, strict=True):
+        source = _through(x, inner)
+        changed = inner.get(source.operands[UPDATES[source.opcode]]) if source.opcode in UPDATES else None
+        total += min(_main([array]), sum(a.bytes for a in changed.arrays) if changed else math.inf)
+    return total
+
+
+def _bytes_read(x: Instruction, users: dict[str, list[Instruction]], size: int) -> float:
+    """Return the bytes that a fusion reads of its parameter `x`, which has `size` bytes."""
+    total = 0.0
+    for user in users.get(x.name, []):
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += sum(a.bytes for a in user.arrays)
+        elif user.opcode in ("bitcast", "reshape"):
+            total += _bytes_read(user, users, size)
+        elif not (user.opcode in UPDATES and user.operands[0] == x.name):
+            return size
+    return total
+
+
+def _through(x: Instruction, inner: dict[str, Instruction]) -> Instruction:
+    """Follow bitcasts, reshapes, copies and conversions to the instruction that they read."""
+    while x.opcode in ("bitcast", "reshape", "copy", "convert") and x.operands and x.operands[0] in inner:
+        x = inner[x.operands[0]]
+    return x
+
+
+LARGE_WEIGHT = 2**24  # elements
+
+
+def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
+    """Return the bytes per device of the arrays that are in memory during every program, by kind.
+
+    These are unquantised weights, quantised weights, adapters, the teacher's parameters, optimizer state,
+    auxiliary state such as references, and separate reward models of `run`.
+    """
+    sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
+    sizes |= {} if p.partition.model.teacher is None else {TEACHER: 0}  # 0 if it is the base
+    for side in (p.state.trainable, p.frozen):
+        for path, leaf in tree.paths(side, is_qtensor).items():
+            kind = "quantised base" if p.partition.storage[path].quantised else "weights"
+            in_base = storage.in_base(path) or "/base/" in path  # a critic may have a separate base
+            own = TEACHER if path.startswith(f"{TEACHER}/") else kind if in_base else "adapters"
+            sizes[own] += device_bytes(leaf)
+    rewards = run.data.rules.rewards if run is not None and isinstance(run.data, Rollouts) else ()
+    reward_models = sum(device_bytes(reward.resident(p.mesh)) for reward in rewards)
+    sizes |= {"reward models": reward_models} if reward_models else {}
+    return {**sizes, "optimizer": device_bytes(p.state.opt_state), "references": device_bytes(p.state.aux)}
+
+
+def replicated_weights(p: Programs) -> list[str]:
+    """Return a line that lists large weights which are replicated because the mesh does not divide them."""
+    ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
+    leaves = tree.paths(tree.combine(p.state.trainable, p.frozen))
+    replicated = {
+        path: x
+        for path, x in leaves.items()
+        if ways > 1 and x.sharding.is_fully_replicated and x.size >= LARGE_WEIGHT
+    }
+    if not replicated:
+        return []
+    weights = ", ".join(f"{path} {list(x.shape)}" for path, x in replicated.items())
+    return [f"replicated, as no axis is divisible into {ways} shards: {weights}"]
+
+
+def device_bytes(arrays: Any) -> int:
+    """Return the bytes per device of arrays with shardings; 4-bit elements take half a byte."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * hlo.bits(_hlo_dtype(x.dtype)) // 8 for x in leaves
+    )
+
+
+def _hlo_dtype(dtype: Any) -> str:
+    """Return a dtype in the spelling of hlo.bits; numpy's itemsize of int4 and uint4 is a full byte."""
+    return "s4" if dtype.name in ("int4", "uint4") else f"u{8 * dtype.itemsize}"
+
+
+def parse_out_of_memory(text: str) -> tuple[int | None, int | None] | None:
+    """Parse (bytes needed, bytes missing) from a compiler's out-of-memory error; None for other errors.
+
+    libtpu: "Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded hbm capacity by
+    8.75G."
+    """
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
+    by = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([KMGT]?)", text)
+    return _size(used[1], used[2]) if used else None, _size(by[1], by[2]) if by else None
+
+
+def _size(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def largest_arrays(program: hlo.HloProgram, count: int = 5) -> dict[str, int]:
+    """Return the bytes of the largest arrays that a compiled program allocates, by dtype and shape.
+
+    Arguments do not count, nor values inside fusions, which are never in memory, nor views such as bitcasts.
+    """
+    made: dict[str, int] = {}
+    arguments: set[str] = set()
+    for one, where, _, fused in hlo.walk(program):
+        if fused:
+            continue
+        names = {f"{x.dtype}[{','.join(map(str, x.shape))}]": x.bytes for x in one.arrays}
+        if one.opcode == "parameter" and where == program.entry:
+            arguments |= names.keys()
+        # the type of a `-start` repeats its operands
+        elif one.opcode not in NO_TRAFFIC and not one.opcode.endswith("-start"):
+            made |= names
+    return dict(
+        sorted(((n, s) for n, s in made.items() if n not in arguments), key=lambda item: -item[1])[:count]
+    )

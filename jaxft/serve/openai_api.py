@@ -1,0 +1,466 @@
+"""OpenAI's API: requests as checked dataclasses, responses and chunks as JSON objects.
+
+Every error of a request is one line with a status.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+from jaxft.data.chat.tool_calls import ToolCall
+from jaxft.data.rows.invalid import json_type, similar_names
+from jaxft.engine.sampling import Sampling
+from jaxft.engine.scheduler import SampledToken
+from jaxft.engine.state import MOST_TOP
+from jaxft.engine.text_stream import token_decoder
+from jaxft.serve.served_models import ServedModel, token_text
+
+MOST_CHOICES = 64  # choices of a request, over all of its prompts
+MOST_STOPS = 4
+LONGEST_STOP = 256
+LONGEST_MESSAGE = 500
+
+ALL_FIELDS = (
+    "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "stream",
+    "stream_options", "logprobs", "response_format",
+)  # fmt: skip
+CHAT_FIELDS = (
+    *ALL_FIELDS, "messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens",
+    "top_logprobs", "chat_template_kwargs",
+)  # fmt: skip
+COMPLETION_FIELDS = (*ALL_FIELDS, "prompt")
+# Fields that do not change the completion.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+# Fields that would change the completion, with the values that do not.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "function_call": ("auto", "none"),
+}
+
+
+class ApiError(Exception):
+    """An error of a request: HTTP status, one line, and the field that is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        line = " ".join(message.split())
+        self.message = line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 4]} ..."
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as OpenAI's API shows it."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ChoiceSettings(NamedTuple):
+    """How the completions of a request are sampled and returned.
+
+    seed: None for a random one. stop: strings. top: the number of most likely tokens in logprobs, None
+    without logprobs. schema: the JSON schema that the text fits, None for any text.
+    """
+
+    sampling: Sampling
+    seed: int | None
+    stop: tuple[str, ...]
+    n: int
+    top: int | None
+    schema: Mapping[str, Any] | None = None
+
+
+class RequiredCall(NamedTuple):
+    """A response that must be calls of tools. tools: that it may call, as {"name", "parameters"}. is_single:
+    whether it is exactly one call.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    is_single: bool
+
+
+class Streaming(NamedTuple):
+    """Whether the response is streamed, and whether the last chunk has the usage."""
+
+    on: bool
+    usage: bool
+
+
+@dataclass(frozen=True)
+class ChatBody:
+    """A request of /v1/chat/completions. messages, tools, arguments: see columns.py. required: None if
+    the model chooses whether to call a tool.
+    """
+
+    model: str | None
+    choice: ChoiceSettings
+    streaming: Streaming
+    messages: list[Any]
+    tools: list[Any] | None
+    arguments: dict[str, Any]
+    required: RequiredCall | None = None
+
+
+@dataclass(frozen=True)
+class CompletionBody:
+    """A request of /v1/completions. prompts: texts, or token ids."""
+
+    model: str | None
+    choice: ChoiceSettings
+    streaming: Streaming
+    prompts: tuple[str | tuple[int, ...], ...]
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Return the object that a body has. Raises ApiError."""
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        found = json.loads(body.decode("utf-8"), parse_constant=no_constant)
+        _encodable(found)
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, f"the body is not JSON in UTF-8: {detail}") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {json_type(found)}")
+    return found
+
+
+def _encodable(value: Any) -> None:
+    """Raise ValueError for a string with half a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a string has an unpaired surrogate") from error
+
+
+def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
+    """Check a request of /v1/chat/completions. most_new: the default of max_tokens. Raises ApiError."""
+    _check_names(body, CHAT_FIELDS)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        found = {type(None): "is missing", list: "is empty"}.get(type(messages), f"is {json_type(messages)}")
+        raise ApiError(400, f"messages {found}; give a list with at least one message", "messages")
+    tools = body.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise ApiError(400, "tools must be a list of JSON schemas", "tools")
+    arguments = body.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, dict):
+        raise ApiError(400, "chat_template_kwargs must be an object", "chat_template_kwargs")
+    limits = [_integer(body, name, 1, 2**31 - 1) for name in ("max_completion_tokens", "max_tokens")]
+    top = None
+    if _boolean(body, "logprobs"):
+        top = _integer(body, "top_logprobs", 0, MOST_TOP) or 0
+    elif body.get("top_logprobs"):
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+    new = next((limit for limit in limits if limit is not None), most_new)
+    return ChatBody(
+        _text(body, "model"), _choice(body, new, 1, top), _streaming(body), messages,
+        None if body.get("tool_choice") == "none" or not tools else tools, arguments,
+        _required_call(body, tools or []),
+    )  # fmt: skip
+
+
+def parse_completion(body: Mapping[str, Any], most_new: int) -> CompletionBody:
+    """Check a request of /v1/completions. most_new: the default of max_tokens. Raises ApiError."""
+    _check_names(body, COMPLETION_FIELDS)
+    prompts = _prompts(body.get("prompt"))
+    new = _integer(body, "max_tokens", 1, 2**31 - 1)
+    top = _integer(body, "logprobs", 0, MOST_TOP)
+    choice = _choice(body, most_new if new is None else new, len(prompts), top)
+    return CompletionBody(_text(body, "model"), choice, _streaming(body), prompts)
+
+
+def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCall | None:
+    """Return the call that tool_choice requires. Raises ApiError."""
+    _boolean(body, "parallel_tool_calls")
+    choice, is_single = body.get("tool_choice") or "auto", body.get("parallel_tool_calls") is False
+    if choice in ("auto", "none"):
+        return None
+    if choice == "required":
+        if not tools:
+            raise ApiError(400, "tool_choice is required, but there are no tools", "tool_choice")
+        return RequiredCall(functions_of(tools), is_single)
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise ApiError(
+            400, 'tool_choice must be auto, none, required or {"type": "function", "function": '
+            '{"name": ...}}', "tool_choice",
+        )  # fmt: skip
+    chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
+    if not chosen:
+        raise ApiError(400, f"tool_choice names {name!r:.60}, which is none of the tools", "tool_choice")
+    return RequiredCall(chosen[:1], True)
+
+
+def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return tools as {"name", "parameters"}, with any object for missing parameters. Raises ApiError."""
+    found = []
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ApiError(400, f"tools[{number}] must be a function with a name", "tools")
+        parameters = function.get("parameters") or {"type": "object"}
+        if not isinstance(parameters, dict):
+            raise ApiError(400, f"tools[{number}]: parameters must be a JSON schema", "tools")
+        found.append({"name": name, "parameters": {"type": "object", **parameters}})
+    return tuple(found)
+
+
+def _schema(value: Any) -> Mapping[str, Any] | None:
+    """Return the JSON schema of a response_format, None for text. Raises ApiError."""
+    kind = value.get("type") if isinstance(value, dict) else value
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise ApiError(
+            400, 'response_format must be {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}', "response_format",
+        )  # fmt: skip
+    named = value.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise ApiError(400, "response_format.json_schema.schema must be a JSON schema", "response_format")
+    return schema
+
+
+def _check_names(body: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name, value in body.items():
+        if value is None or name in names or name in IGNORED:
+            continue
+        if name not in ONLY:
+            known = [*names, *IGNORED, *ONLY]
+            near = ", ".join(similar_names(name, known))
+            raise ApiError(400, f"unknown field {name!r:.60}; near: {near}", name[:60])
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in ONLY[name]):
+            shown = " or ".join(json.dumps(one) for one in ONLY[name])
+            raise ApiError(400, f"{name} is not supported; omit it or use {shown}", name)
+
+
+def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) -> ChoiceSettings:
+    temperature = _number(body, "temperature", 0.0, 2.0)
+    top_p, min_p = _number(body, "top_p", 0.0, 1.0), _number(body, "min_p", 0.0, 1.0)
+    n = _integer(body, "n", 1, MOST_CHOICES) or 1
+    if n * prompts > MOST_CHOICES:
+        raise ApiError(400, f"{prompts} prompts with n={n} are more than {MOST_CHOICES} choices", "n")
+    top_k = _integer(body, "top_k", -1, 2**31 - 1)
+    try:
+        temperature = 1.0 if temperature is None else temperature
+        sampling = Sampling(new, temperature, top_k if top_k and top_k > 0 else None, top_p, min_p)
+    except ValueError as error:
+        name = str(error).partition(" ")[0].partition("=")[0]
+        raise ApiError(400, str(error), name) from error
+    seed, schema = _integer(body, "seed", 0, 2**63 - 1), _schema(body.get("response_format"))
+    return ChoiceSettings(sampling, seed, _stops(body.get("stop")), n, top, schema)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value or []
+    if not isinstance(found, list) or len(found) > MOST_STOPS:
+        raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS}", "stop")
+    if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in found):
+        raise ApiError(400, f"stop: strings must have 1 to {LONGEST_STOP} characters", "stop")
+    return tuple(found)
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    def is_ids(x: Any) -> bool:
+        return isinstance(x, list) and bool(x) and all(type(token) is int for token in x)
+
+    items = [value] if isinstance(value, str) or is_ids(value) else value
+    if not isinstance(items, list) or not items or not all(isinstance(x, str) or is_ids(x) for x in items):
+        raise ApiError(
+            400, "prompt must be a string, a list of strings, token ids, or a list of token ids", "prompt"
+        )
+    return tuple(x if isinstance(x, str) else tuple(x) for x in items)
+
+
+def _streaming(body: Mapping[str, Any]) -> Streaming:
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise ApiError(400, "stream_options must be an object", "stream_options")
+    usage = (options or {}).get("include_usage")
+    if usage is not None and not isinstance(usage, bool):
+        raise ApiError(400, "stream_options.include_usage must be true or false", "stream_options")
+    return Streaming(_boolean(body, "stream"), bool(usage))
+
+
+def _text(body: Mapping[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ApiError(400, f"{name} must be a string, got {json_type(value)}", name)
+    return value
+
+
+def _boolean(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ApiError(400, f"{name} must be true or false, got {json_type(value)}", name)
+    return bool(value)
+
+
+def _integer(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or not least <= value <= most:
+        shown = json_type(value) if type(value) is not int else f"{value}"[:40]
+        raise ApiError(400, f"{name} must be a whole number from {least} to {most}, got {shown}", name)
+    return value
+
+
+def _number(body: Mapping[str, Any], name: str, least: float, most: float) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:  # also NaN
+        shown = f"{value}"[:40] if is_number else json_type(value)
+        raise ApiError(400, f"{name} must be a number from {least:g} to {most:g}, got {shown}", name)
+    return float(value)
+
+
+LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
+
+
+@dataclass(frozen=True)
+class PlacedToken:
+    """A sampled token and its position. first: no earlier token has text. offset: index of the character in
+    which it begins.
+    """
+
+    sampled: SampledToken
+    first: bool
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of choice `index`: text, the tokens that it is from, why the choice ended, if it has, and tool
+    calls.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[PlacedToken, ...] = ()
+    finish: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The fields that all chunks of a response share. top: as in api_request.ChoiceSettings."""
+
+    id: str
+    created: int
+    model: ServedModel
+    chat: bool
+    top: int | None
+
+    def response(self, choices: list[dict[str, Any]], usage: Any = None, chunk: bool = False) -> dict:
+        """Return the response, or a chunk of it, with these choices."""
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+        return {**head, "choices": choices, "usage": usage}
+
+
+def usage_of(prompt: int, completion: int) -> dict[str, int]:
+    """Return the numbers of tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
+    """Return a piece as the choice of a chunk. first: of its choice."""
+    choice = {"index": piece.index, "logprobs": _logprobs(e, piece), "finish_reason": piece.finish}
+    if not e.chat:
+        return {**choice, "text": piece.text}
+    delta: dict[str, Any] = {"role": "assistant"} if first else {}
+    if piece.text or first:
+        delta["content"] = _content(piece)
+    if piece.calls:
+        delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in piece.calls]
+    return {**choice, "delta": delta}
+
+
+def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
+    """Return all pieces of a choice together as a choice."""
+    choice = {"index": whole.index, "logprobs": _logprobs(e, whole), "finish_reason": whole.finish}
+    if not e.chat:
+        return {**choice, "text": whole.text}
+    message: dict[str, Any] = {"role": "assistant", "content": _content(whole), "refusal": None}
+    if whole.calls:
+        message["tool_calls"] = [_call(call) for call in whole.calls]
+    return {**choice, "message": message}
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Return all pieces of a choice as one."""
+    text = "".join(piece.text for piece in pieces)
+    tokens = tuple(chain.from_iterable(piece.tokens for piece in pieces))
+    calls = tuple(chain.from_iterable(piece.calls for piece in pieces))
+    return Piece(pieces[-1].index, text, tokens, pieces[-1].finish, calls)
+
+
+def _content(piece: Piece) -> str | None:
+    return piece.text or (None if piece.calls else "")
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _logprobs(e: Envelope, piece: Piece) -> dict[str, Any] | None:
+    if e.top is None:
+        return None
+    if e.chat:
+        return {"content": [_chat_token(e, token) for token in piece.tokens], "refusal": None}
+    sampled = [token.sampled for token in piece.tokens]
+    return {
+        "tokens": [token_text(e.model, token.token) for token in sampled],
+        "token_logprobs": [_finite(token.logp) for token in sampled],
+        "top_logprobs": [_by_text(e, token) for token in sampled],
+        "text_offset": [token.offset for token in piece.tokens],
+    }
+
+
+def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
+    """Return the most likely tokens and the sampled one by their texts; of tokens with the same text the most
+    likely one.
+    """
+    found: dict[str, float] = {}
+    for token, logp in (*sampled.top[: e.top], (sampled.token, sampled.logp)):
+        found.setdefault(token_text(e.model, token), _finite(logp))
+    return found
+
+
+def _chat_token(e: Envelope, token: PlacedToken) -> dict[str, Any]:
+    def shown(number: int, logp: float) -> dict[str, Any]:
+        found = token_decoder(e.model.tokenizer).bytes_of(number, token.first)
+        as_list = None if found is None else list(found)
+        return {"token": token_text(e.model, number), "logprob": _finite(logp), "bytes": as_list}
+
+    sampled = token.sampled
+    top = [shown(number, logp) for number, logp in sampled.top[: e.top]]
+    return {**shown(sampled.token, sampled.logp), "top_logprobs": top}
+
+
+def _finite(logp: float) -> float:
+    return max(logp, LEAST_LOGP)

@@ -1,0 +1,278 @@
+"""The models of the server and the chat, one base with any number of adapters: loaded, and by their names.
+
+A model by its name turns a request into token ids, as in training, and tokens into text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
+from jaxft.data.chat.template import template_of
+from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
+from jaxft.data.decisions import DecisionPrompts, answer_tokens
+from jaxft.data.row_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
+from jaxft.data.rows.columns import messages_of
+from jaxft.data.rows.conversation import PLAIN, prompt_of
+from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.example import Chat, Completion, Decision
+from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.distributed import sharding
+from jaxft.engine.programs import Engine
+from jaxft.engine.scheduler import ServeSizes, compile_server
+from jaxft.models.adapted import adapted, adapted_by_row
+from jaxft.models.model import Model
+from jaxft.nn.adapters.lora_rows import (
+    BASE,
+    not_stackable,
+    stack_by_row,
+    stored_stack,
+)
+from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.quant import QuantKind
+from jaxft.runs.loaded_weights import NamedWeights, common_dtype, common_quant, common_residual, read_adapters
+from jaxft.tree import Params
+from jaxft.weights import pretrained
+from jaxft.weights.hf.hf_read import stop_tokens
+from jaxft.weights.peft import adapter_folders
+
+ONE_INSTRUCTION = (["user"], ["system", "user"])
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model by its name.
+
+    adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
+    and has no conversations (data.format=plain). vocab: its embeddings. tools: the format of its tool calls.
+    decision: the labels and the question of a decision model.
+    """
+
+    name: str
+    tokenizer: Any
+    stop: tuple[int, ...]
+    vocab: int
+    adapter: int = BASE
+    template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
+    plain: bool = False
+    tools: ToolFormat = "none"
+    decision: DecisionPrompts = DecisionPrompts()
+
+
+def chat_prompt(
+    model: ServedModel,
+    messages: Sequence[Any],
+    tools: Any = None,
+    arguments: Mapping[str, Any] | None = None,
+    most: int | None = None,
+) -> tuple[int, ...]:
+    """Return the token ids of a conversation that ends before an assistant turn.
+
+    Raises ValueError for messages that are wrong, or that the model's chat template rejects, for tools that
+    it does not render, and for a text of more tokens than `most`, of which only the beginning is tokenised.
+    """
+    _require_chats(model)
+    fields: dict[str, Any] = {"messages": list(messages)}
+    fields |= {"tools": tools} if tools else {}
+    fields |= {"chat_template_kwargs": dict(arguments)} if arguments else {}
+    row = Row("messages", fields)
+    try:
+        roles = [turn["role"] for turn in messages_of(row, "messages")]
+        if roles[-1] == "assistant":
+            raise ValueError("the last message is an assistant message; end with a user or tool message")
+        chat = prompt_of(row, "messages")
+        assert isinstance(chat, Chat)
+        chat = replace(chat, plain=roles in ONE_INSTRUCTION)
+        ids = _prompt(model, chat, most)
+    except InvalidRow as error:
+        raise ValueError(error.problem) from error
+    if chat.tools and ids == _without_tools(model, chat):
+        raise ValueError(
+            f"the chat template of {model.name} drops tools, so the model would not see them; omit tools, or "
+            "train and serve a run with a template that renders them, such as chat_template=qwen"
+        )
+    return ids
+
+
+def _require_chats(model: ServedModel) -> None:
+    if model.plain:
+        raise ValueError(
+            f"{model.name} was trained on plain text (data.format=plain) and has no chat template; use "
+            "/v1/completions"
+        )
+
+
+def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
+    """Return the token ids of a conversation without its tools, None if the template rejects that."""
+    try:
+        return _prompt(model, replace(chat, tools=None), None)
+    except (InvalidRow, ValueError):
+        return None
+
+
+def decision_prompt(
+    model: ServedModel, decision: Decision, most: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids after which the answer to a decision is read, as in training, and the token of
+    each choice. Raises ValueError as chat_prompt does.
+    """
+    _require_chats(model)
+    try:
+        before, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
+        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
+    except InvalidRow as error:
+        raise ValueError(error.problem) from error
+
+
+def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:
+    """Return the token ids of plain text that is continued. Raises ValueError if it has none, and as
+    chat_prompt does.
+    """
+    return _prompt(model, Completion("prompt", text, ""), most)
+
+
+def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) -> tuple[int, ...]:
+    (ids,) = example_prompt_ids([example], model.tokenizer, model.template, most)
+    if isinstance(ids, InvalidRow) and ids.reason == TOO_MANY:
+        raise ValueError(
+            f"the prompt is longer than the {most} tokens of this server; shorten it, or start the server "
+            "with a larger --max-prompt"
+        )
+    return _checked(model, valid(ids))
+
+
+def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
+    """Return token ids that are continued. Raises ValueError for ids that the model does not have."""
+    return _checked(model, ids)
+
+
+def _checked(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    if not 0 <= min(ids) <= max(ids) < model.vocab:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(
+            f"token id {wrong} is not one of the model's 0 to {model.vocab - 1}; use the tokenizer that "
+            "belongs to the model"
+        )
+    return tuple(ids)
+
+
+def token_text(model: ServedModel, token: int) -> str:
+    """Return the text of one token, special or not."""
+    return model.tokenizer.decode([token])
+
+
+@dataclass(frozen=True)
+class ServeFlags:
+    """Options of the command line, None for the defaults of the weights.
+
+    tools: the format of tool calls, None for the chat template's.
+    """
+
+    dtype: str | None = None
+    quant: QuantKind | None = None
+    kv_cache: CacheFormat = "compute"
+    prompt: int | None = None
+    new: int | None = None
+    tools: ToolFormat | None = None
+
+    def __post_init__(self):
+        for option, value in (("--max-prompt", self.prompt), ("--max-new", self.new)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """Loaded models with their compiled programs. models: by name, the default one first."""
+
+    engine: Engine
+    sizes: ServeSizes
+    params: Params
+    models: dict[str, ServedModel]
+
+
+def load_served(
+    named: dict[str, NamedWeights], flags: ServeFlags, rows: int, continues: bool = False
+) -> Served:
+    """Load the base and all adapters, and compile the programs for `rows` requests at the same time.
+
+    continues: whether requests may go on where an earlier one ended, see engine/scheduler.py.
+
+    Raises ValueError for adapters that cannot share a program, and for sizes that the model does not have.
+    """
+    first = next(iter(named.values()))
+    dtype, quant = common_dtype(named, flags.dtype), common_quant(named, flags.quant)
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        residual = common_residual(named, flags.dtype)
+        model = pretrained.model_for(first.ref, dtype=jnp.dtype(dtype), residual=residual)
+        params: Params = {"base": pretrained.load_frozen(first.ref, model, mesh, quant)}
+        whole, own, numbers = _with_adapters(model, params["base"], named, mesh)
+        models = _served_models(model, named, numbers, flags.tools)
+        sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
+        sizes = replace(sizes, continues=continues)
+        params |= own
+        return Served(compile_server(whole, sizes, params, mesh, flags.kv_cache), sizes, params, models)
+
+
+def _with_adapters(
+    model: Model, base: Params, named: dict[str, NamedWeights], mesh: Mesh
+) -> tuple[Model, Params, dict[str, int]]:
+    """Return the model with its adapters, their parameters, and the number of each name's adapter.
+
+    An adapter that cannot be stacked is attached alone, if it is the only one.
+    """
+    if all(n.adapter is None for n in named.values()):
+        return adapted(model, None), {}, dict.fromkeys(named, BASE)
+    folders = {name: n.adapter for name, n in named.items() if n.adapter is not None}
+    ref = next(iter(named.values())).ref
+    loaded = read_adapters(folders, ref, model, base)
+    if any(map(not_stackable, loaded.values())):
+        ((name, folder),) = folders.items()
+        params, settings = adapter_folders.load_adapter(folder, model, mesh, ref)
+        return adapted(model, settings), {"adapter": params}, {name: BASE}
+    stack = stored_stack(stack_by_row(list(loaded.values())), model.dtype)
+    stack = adapter_folders.on_every_device(stack, None, mesh)
+    numbers = {name: number for number, name in enumerate(loaded, 1)}
+    return adapted_by_row(model), {"stack": stack}, {name: numbers.get(name, BASE) for name in named}
+
+
+def _served_models(
+    model: Model, named: dict[str, NamedWeights], numbers: dict[str, int], tools: ToolFormat | None
+) -> dict[str, ServedModel]:
+    tokenizers: dict[str, Any] = {}
+    found = {}
+    for name, number in numbers.items():
+        weights = named[name]
+        if weights.tokenizer not in tokenizers:
+            tokenizers[weights.tokenizer] = pretrained.load_tokenizer(weights.tokenizer)
+        tokenizer = tokenizers[weights.tokenizer]
+        data = weights.record["data"] if weights.record else {}
+        template = TemplateSettings(
+            data.get("date", DATE), tuple(data.get("chat_template_kwargs", ())), data.get("system", TURN)
+        )
+        stop = stop_tokens(weights.ref, model, tokenizer)
+        served = ServedModel(name, tokenizer, stop, model.config.vocab, number, template)
+        plain = data.get("format") == PLAIN
+        chat_template = template_of(tokenizer)
+        of_tools = chat_template and (chat_template.tool_use or chat_template)
+        own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
+        found[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
+    return found
+
+
+def _sizes(model: Model, flags: ServeFlags, rows: int, stops: int) -> ServeSizes:
+    limit = model.config.max_positions
+    new = flags.new or min(512, max(limit // 2, 1), max(1, limit - (flags.prompt or 0)))
+    prompt = flags.prompt or min(1024, limit - new)
+    if prompt < 1 or prompt + new > limit:
+        raise ValueError(
+            f"--max-prompt {prompt} plus --max-new {new} exceeds the model's {limit} positions; lower one"
+        )
+    return ServeSizes(rows, prompt, new, max(stops, 1))

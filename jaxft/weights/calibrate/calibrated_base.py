@@ -1,0 +1,361 @@
+"""The calibrated base of a run: calibrate a model's quantised layers one by one, and cache their codes.
+
+Memory holds the weights of one layer, and the activations between two layers. Two streams of activations pass
+through the layers: of the exact model, and of the quantised one. The weights of a layer are rounded in the
+order in which the layer uses them (q, k and v; o; gate and up; down), each on inputs computed with the
+weights that are quantised already.
+
+The folder in the cache is named by a hash of the model's files, the rows and all settings that the codes
+depend on. A run stores this name in its record, and every command that uses the run reads the same codes.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxft import tree
+from jaxft.batch import Tokens
+from jaxft.models.model import Model
+from jaxft.nn.matmul import outer, with_taps
+from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
+from jaxft.nn.quant import Quant, dequantize, with_defaults
+from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
+from jaxft.tree import Params
+from jaxft.weights.calibrate.calibrated_rounding import (
+    InputMoments,
+    correction,
+    exact_outputs,
+    inverse_factor,
+    quantize_calibrated,
+)
+from jaxft.weights.hf.safetensors import (
+    TensorToWrite,
+    open_safetensors,
+    read_model_json,
+    write_here,
+    write_model_json,
+)
+from jaxft.weights.hub import hub
+from jaxft.weights.hub.complete_folders import (
+    cache_folder,
+    cached_folder,
+    content_sha256,
+    files_sha256,
+    folder_damage,
+)
+from jaxft.weights.param_loading import ParamReader, read_values, read_whole
+from jaxft.weights.quantised.quantised_checkpoints import OWN_ARRAYS, open_tensors, quantised_tensors
+from jaxft.weights.storage import quantised_paths
+from jaxft.weights.tensors import ModelFiles
+
+BATCH_TOKENS = 2048  # that pass through a layer at once
+VERSION = 1  # of the files; another one if the same settings lead to other codes
+CALIBRATED = "calibrated"  # the folder in the cache
+_SETTINGS = "calibration.json"
+_SIDES = ("pair_a", "pair_b")  # the tensors of a low-rank correction
+AGAIN = "Start the run's command again, which computes it, or set --quant (nf4 rounds to nearest)"
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """Codes of the weights of a layer by Hugging Face name, QTensors [in, out] on the host, and low-rank
+    corrections (a [in, R], b [R, out]) of some of them: `a b` is to be added to the weight.
+    """
+
+    weights: dict[str, Any]
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Rows of tokens whose activations calibration looks at, int32 [N, T]; see batch.Tokens."""
+
+    ids: Int[np.ndarray, "N T"]
+    segments: Int[np.ndarray, "N T"]
+    positions: Int[np.ndarray, "N T"]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens without padding."""
+        return int((self.segments > 0).sum())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all arrays."""
+        arrays = (self.ids, self.segments, self.positions)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()
+
+    def batches(self) -> list[Tokens]:
+        """The rows in batches of the same shape; the last is filled up with padding."""
+        count, length = self.ids.shape
+        size = min(count, max(1, BATCH_TOKENS // length))
+
+        def part(x: np.ndarray, at: int) -> np.ndarray:
+            return np.pad(x[at : at + size], [(0, max(0, at + size - count)), (0, 0)])
+
+        none = np.zeros((size, 1), np.int32)
+        return [
+            Tokens(
+                part(self.ids, at), part(self.segments, at), part(self.positions, at), none, none,
+                none.astype(np.float32),
+            )
+            for at in range(0, count, size)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """The programs of a layer.
+
+    forward(params, h, tokens, index) -> h; index: of the layer's block. inputs(params, h, tokens, index,
+    names) -> the inputs [B, T, I] of these weights, 0 at padding. both(...) -> (h, inputs). groups(params, h,
+    tokens, index) -> names of weights with the same input, in the order of their use.
+    """
+
+    forward: Callable[..., Array]
+    inputs: Callable[..., dict[str, Array]]
+    both: Callable[..., tuple[Array, dict[str, Array]]]
+    groups: Callable[..., list[tuple[str, ...]]]
+
+
+def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
+    def forward(params: Params, h: Array, tokens: Tokens, index: Any) -> Array:
+        return run_layer(layer, h, params, tokens, index)[0]
+
+    def collected(params: Params, h: Array, tokens: Tokens, index: Any) -> tuple[Array, dict[str, Array]]:
+        params, tapped = with_taps(params, paths)
+        return forward(params, h, tokens, index), tapped.take()
+
+    @partial(jax.jit, static_argnames="names")
+    def both(
+        params: Params, h: Array, tokens: Tokens, index: Any, names: tuple[str, ...]
+    ) -> tuple[Array, dict[str, Array]]:
+        h, taps = collected(params, h, tokens, index)
+        used = (tokens.segments > 0)[..., None]
+        return h, {name: jnp.where(used, taps[name], jnp.zeros((), taps[name].dtype)) for name in names}
+
+    @partial(jax.jit, static_argnames="names")
+    def inputs(
+        params: Params, h: Array, tokens: Tokens, index: Any, names: tuple[str, ...]
+    ) -> dict[str, Array]:
+        return both(params, h, tokens, index, names)[1]
+
+    def groups(params: Params, h: Array, tokens: Tokens, index: Any) -> list[tuple[str, ...]]:
+        """Names of weights with the same input, in the order of their use."""
+        by_input = dict[int, tuple[str, ...]]()
+
+        def trace(params: Params, h: Array) -> Array:
+            for name, x in collected(params, h, tokens, index)[1].items():
+                by_input[id(x)] = (*by_input.get(id(x), ()), name)
+            return h
+
+        jax.eval_shape(trace, params, h)
+        return list(by_input.values())
+
+    return _Programs(jax.jit(forward), inputs, both, groups)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(moments: InputMoments, own: Float[Array, "B T I"], exact: Float[Array, "B T I"]) -> InputMoments:
+    return InputMoments(
+        moments.gram + outer(own, own, jnp.float32), moments.cross + outer(own, exact, jnp.float32)
+    )
+
+
+def calibrate_layers(
+    model: Model,
+    readers: Mapping[str, ParamReader],
+    quant: Quant,
+    rows: CalibrationRows,
+    ranks: Mapping[str, tuple[int, ...]],
+) -> Iterator[CalibratedLayer]:
+    """Yield the calibrated weights of each layer of a model.
+
+    readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
+    one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
+    """
+    specs, paths = spec_paths(model.specs), layer_paths(model.specs, quant)
+    for path in paths:
+        if lead_axes(specs[path]) != ("layers",):
+            raise ValueError(
+                f"quant.calibrate={quant.calibrate}: {path} has kernels with inputs of their own along "
+                f"{lead_axes(specs[path])[-1]}, which are not read; leave it out of quant.targets"
+            )
+    batches, by_path = rows.batches(), dict[str, _Programs]()
+    table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
+    embed = jax.jit(model.embed)
+    exact = [np.asarray(embed(table, batch.ids)) for batch in batches]
+    del table
+    coded = list(exact)
+    groups = dict[str, list[tuple[str, ...]]]()
+    for place in layer_places(model.stacks):
+        within, number = f"{place.path}/", jnp.int32(place.index)
+        if place.path not in by_path:
+            inside = [path.removeprefix(within) for path in paths if path.startswith(within)]
+            by_path[place.path] = _programs(place.layer, inside)
+        programs = by_path[place.path]
+        params = _layer_params(model, readers, place)
+        if place.path not in groups:
+            groups[place.path] = programs.groups(params, exact[0], batches[0], number)
+        firsts = tuple(names[0] for names in groups[place.path])
+        both = list(zip(exact, batches, strict=True))
+        passed = [jax.device_get(programs.both(params, h, b, number, firsts)) for h, b in both]
+        exact, theirs = [after for after, _ in passed], [inputs for _, inputs in passed]
+        layer = CalibratedLayer({}, {})
+        for names in groups[place.path]:
+            size = tree.paths(params)[names[0]].shape[0]
+            moments = InputMoments(*(jnp.zeros((size, size), jnp.float32) for _ in range(2)))
+            for h, batch, y in zip(coded, batches, theirs, strict=True):
+                x = programs.inputs(params, h, batch, number, names[:1])
+                moments = _add(moments, x[names[0]], y[names[0]])
+            factor = inverse_factor(moments.gram)
+            for name in names:
+                path = f"{place.path}/{name}"
+                tensor = readers[path].tensors[place.index]
+                hf_name, weight = tensor.name, read_values(readers[path], tensor).astype(np.float32)
+                target = exact_outputs(jnp.asarray(weight), moments, factor)
+                form = quant.kind, quant.block, quant.double
+                try:
+                    q = quantize_calibrated(np.asarray(target), moments.gram, *form, factor)
+                except ValueError as error:
+                    raise ValueError(f"{hf_name}: {error}") from error
+                value = dequantize(replace(q, dtype=jnp.dtype(jnp.float32)))
+                layer.weights[hf_name] = q
+                if path in ranks and ranks[path][place.index]:
+                    pair = correction(target - value, moments.gram, ranks[path][place.index])
+                    value = value + jnp.asarray(pair[0] @ pair[1])
+                    layer.pairs[hf_name] = pair
+                params = _with_leaf(params, name, value.astype(model.dtype))
+        both = list(zip(coded, batches, strict=True))
+        coded = [np.asarray(programs.forward(params, h, b, number)) for h, b in both]
+        yield layer
+
+
+def layer_paths(specs: Specs, quant: Quant) -> list[str]:
+    """Return the paths of the quantised parameters of layers."""
+    of_layers = {path for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
+    return [path for path in quantised_paths(specs, quant) if path in of_layers]
+
+
+def _layer_params(model: Model, readers: Mapping[str, ParamReader], place: LayerPlace) -> Params:
+    def leaf(path: str, spec: ParamSpec) -> Array:
+        reader = readers[f"{place.path}/{path}"]
+        values = [read_values(reader, tensor) for tensor in reader.tensors if tensor.index[0] == place.index]
+        return jnp.asarray(np.stack(values).reshape(reader.shape[1:])).astype(model.dtype)
+
+    return tree.map_with_path(leaf, place.specs(model.specs), is_leaf=is_spec)
+
+
+def _with_leaf(params: Params, path: str, value: Array) -> Params:
+    return tree.map_with_path(lambda leaf_path, x: value if leaf_path == path else x, params)
+
+
+# Calibrated codes in the cache
+
+
+def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> str:
+    """Return the name of a model's calibrated codes. rows: a hash of the calibration rows. ranks: of the
+    corrections, by path.
+    """
+    located = hub.locate(ref)
+    files = hub.files_of(located)
+    names = [[path.name, sha256] for path, sha256 in zip(files, files_sha256(files), strict=True)]
+    format = quant.kind, *with_defaults(quant.kind, quant.block, quant.double)
+    key = json.dumps([VERSION, names, format, quant.targets, rows, dict(ranks)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return f"{Path((hub.hub_name(ref) or (str(located.path), None))[0]).name}-{digest}"
+
+
+def codes_folder(name: str) -> Path:
+    """Return the folder of calibrated codes in the cache, which may not exist."""
+    return cache_folder() / CALIBRATED / name
+
+
+def codes_damage(name: str) -> str | None:
+    """Return the problem with calibrated codes in the cache; None if they are complete, or not there."""
+    folder = codes_folder(name)
+    return folder_damage(folder) if folder.is_dir() else None
+
+
+def confirm_codes(record: Mapping[str, Any]) -> bool:
+    """Whether the cache has the codes of a run, or none of their name. record: the run's, of their name and
+    codes_sha256.
+    """
+    name = str(record.get("codes"))
+    return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
+
+
+def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
+    """Compute and write calibrated codes unless the cache has them; yield the number of each layer, from 1,
+    when it is written.
+
+    layers: computes them one after the other. The folder appears when it is complete; another process may be
+    faster. Damaged codes are replaced. Raises OSError if the cache cannot be written.
+    """
+    out = codes_folder(name)
+    if out.is_dir() and codes_damage(name) is None:
+        return
+    with cached_folder(out) as part:
+        part.mkdir()
+        for number, layer in enumerate(layers()):
+            _write_layer(part / f"layer-{number:05}.safetensors", layer)
+            yield number + 1
+        block, double = with_defaults(quant.kind, quant.block, quant.double)
+        write_model_json(part / _SETTINGS, {"kind": quant.kind, "block": block, "double": double})
+
+
+def _write_layer(path: Path, layer: CalibratedLayer) -> None:
+    tensors: list[TensorToWrite] = []
+    for name, q in layer.weights.items():
+        tensors += quantised_tensors(name, q, _returning(q), OWN_ARRAYS.name)
+    for name, pair in layer.pairs.items():
+        for side, x in zip(_SIDES, pair, strict=True):
+            fetch = np.asarray(x, np.float32)
+            tensors.append(TensorToWrite(f"{name}.{side}", fetch.dtype, fetch.shape, _returning(fetch)))
+    write_here(path, tensors)
+
+
+def _returning(x: Any) -> Callable[[], Any]:
+    return lambda: x
+
+
+def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low-rank correction (a [in, R], b [R, out]) of a weight by its Hugging Face name."""
+    a, b = (open_codes(name).read(f"{weight}.{side}") for side in _SIDES)
+    return a, b
+
+
+def open_codes(name: str) -> ModelFiles:
+    """Open calibrated codes in the cache, weights by Hugging Face name; each process verifies them once.
+
+    Raises FileNotFoundError if the cache does not have them, ValueError if they are damaged.
+    """
+    folder = codes_folder(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: the calibrated base of this run is not in the cache. {AGAIN}")
+    files = [path.stat() for path in sorted(folder.iterdir())]
+    return _open(folder, tuple((x.st_ino, x.st_size, x.st_mtime_ns) for x in files))
+
+
+@cache
+def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> ModelFiles:
+    damage = folder_damage(folder)
+    if damage is not None:
+        raise ValueError(f"the calibrated base of this run cannot be used: {damage}. {AGAIN}")
+    files = open_safetensors(folder, sorted(folder.glob("layer-*.safetensors")))
+    return open_tensors(files, {"quant_method": OWN_ARRAYS.name, **read_model_json(folder / _SETTINGS)})
+
+
+def codes_sha256(name: str) -> str:
+    """Return a hash of all bytes of calibrated codes in the cache."""
+    files = sorted(codes_folder(name).glob("layer-*.safetensors"))
+    return hashlib.sha256("".join(files_sha256(files, content_sha256)).encode()).hexdigest()

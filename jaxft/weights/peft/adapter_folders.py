@@ -1,0 +1,253 @@
+"""Adapters in folders: their settings, their weights, and the base that they were trained on."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import DTypeLike
+
+from jaxft.data.rows.shipped import script_command
+from jaxft.distributed import sharding
+from jaxft.models.heads import HeadSettings
+from jaxft.models.model import Model
+from jaxft.nn import param
+from jaxft.nn.adapters.full_modules import unties
+from jaxft.nn.adapters.lora import Adapter, pairs_by_path
+from jaxft.nn.adapters.lora_specs import adapter_specs
+from jaxft.nn.quant import RESIDUAL_INITS, Quant
+from jaxft.tree import Params
+from jaxft.weights import pretrained
+from jaxft.weights.hf.model_card import Card, write_card
+from jaxft.weights.hf.safetensors import read_model_json
+from jaxft.weights.hf.tokenizer_files import write_tokenizer
+from jaxft.weights.hub import hub
+from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
+from jaxft.weights.param_loading import shard_host_array
+from jaxft.weights.peft import peft_read, peft_write
+from jaxft.weights.peft.peft_config import read_adapter_config
+
+
+def adapter_folder(start: str) -> Path:
+    """Return the PEFT folder that `start` names: the folder itself, `adapter` in a run's folder, or the only
+    subfolder with an adapter, as peft saves one with a name.
+    """
+    folder, inner = Path(start), Path(start) / "adapter"
+    if inner.is_dir() or not folder.is_dir() or (folder / "adapter_config.json").is_file():
+        return inner if inner.is_dir() else folder
+    named = [path.parent for path in folder.glob("*/adapter_config.json")]
+    return named[0] if len(named) == 1 else folder
+
+
+def read_adapter_settings(start: str, model: Model) -> Adapter:
+    """Read the settings of the adapter in a PEFT folder, or in the folder of a run that wrote one."""
+    return peft_read.read_declared(adapter_folder(start), model)[1]
+
+
+def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
+    """Return the settings of a fresh adapter (rank 16 if None), or of the adapter that `start` names.
+
+    A fresh adapter has the same alpha for every rank, so that the best learning rate is about the same too
+    (https://thinkingmachines.ai/blog/lora).
+    """
+    if start is None:
+        return Adapter() if rank is None else Adapter(rank=rank)
+    if rank is not None:
+        raise ValueError(
+            f"rank={rank} is for a fresh adapter, and the adapter in {start} has its own rank; set "
+            "only one of them"
+        )
+    return read_adapter_settings(start, model)
+
+
+def reward_head_settings(start: str, model: Model) -> HeadSettings:
+    """Return the settings of a frozen reward model on the run's base, from a run's folder or a PEFT folder
+    with a head.
+
+    Without such a folder they are the defaults of configs/reward.py, because a plan needs no weights; a run
+    without it ends with an error when it starts.
+    """
+    settings = (
+        read_adapter_settings(start, model) if Path(start).exists() else adapter_settings(None, None, model)
+    )
+    return HeadSettings(settings, start, trained=False)
+
+
+def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tuple[Params, Adapter]:
+    """Load a PEFT adapter folder for the base `ref` onto the mesh; return it and its settings. Raises
+    ValueError if it does not fit the model.
+    """
+    loaded, settings = peft_read.read_adapter(folder, model, pretrained.open_files(ref))
+    dtype = np.promote_types(model.dtype, np.float32)
+    shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
+    params = jax.tree.map(lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings)
+    return params, settings
+
+
+def on_every_device(tree: Params, dtype: DTypeLike | None, mesh: Mesh) -> Params:
+    """Put host arrays on all devices of the mesh in this dtype; None: as they are."""
+    everywhere = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
+
+
+def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
+    """Return a line if merging an adapter gives a tied head a matrix of its own, else nothing."""
+    if settings is None or not model.generates or "head" in model.specs:
+        return []
+    nodes = pairs_by_path(adapter_specs(model.specs, settings, model.weight_names))
+    if not unties(nodes):
+        return []
+    changed = "head" if "head" in nodes else "embedding table"
+    return [
+        f"the adapter changes the {changed} only, and this model's head is tied to its embeddings: merged, "
+        "the head is a matrix of its own (tie_word_embeddings=false)"
+    ]
+
+
+def cached_base_notes(folder: Path, ref: str) -> list[str]:
+    """Return a line if an adapter's base is a model of this machine's cache, else nothing."""
+    if not hub.is_extended(ref):
+        return []
+    merged = (
+        f"the merged model ({script_command('export')} --adapter {shlex.quote(str(folder))} --out merged)"
+    )
+    if hub.has_linked_weights(ref):
+        return [
+            f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or name the "
+            "model that it was made of as the base, whose weights are the same"
+        ]
+    return [
+        f"the adapter is for a base with new tokens that is only in this machine's cache ({ref}); elsewhere "
+        f"use {merged}, or copy that folder and name it as the base"
+    ]
+
+
+def left_out_notes(model: Model, start: str | None) -> list[str]:
+    """Return a line if a run of a model with a scalar head starts from an adapter that trained the language
+    model head, else nothing.
+    """
+    if model.generates or start is None or not peft_read.has_language_head(adapter_folder(start)):
+        return []
+    return [
+        f"the adapter in {start} trained the language model head, which is left out: this run's model has a "
+        "score head in its place"
+    ]
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """An adapter to be written: arrays, settings, and the base `ref` that it is for. description: for its
+    card. tokenizer_from: a folder whose tokenizer is written with it, None for none.
+    """
+
+    params: Params
+    settings: Adapter
+    ref: str
+    description: str
+    tokenizer_from: Path | None = None
+
+
+def write_adapter(out: Path, adapter: NewAdapter, model: Model) -> None:
+    """Write an adapter in PEFT's layout with its card to a new folder, all files or none.
+
+    Raises ValueError if `out` is a file or a folder that is not empty.
+    """
+    with new_folder(out) as part:
+        peft_write.save_adapter(part, adapter.params, adapter.settings, model, adapter.ref)
+        write_card(part, Card(part.name, adapter.ref, "adapter", "peft", adapter.description))
+        if adapter.tokenizer_from is not None:
+            write_tokenizer(part, pretrained.load_tokenizer(str(adapter.tokenizer_from)))
+
+
+def check_adapter_output(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise ValueError if an adapter cannot be written to `out`: a folder that is read, or one that is not
+    new.
+    """
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"--out {out} is a folder that is read; choose another folder")
+    check_new_folder(out)
+
+
+def run_of_adapter(folder: Path) -> Path | None:
+    """Return the folder of the run that wrote an adapter (`RUN/adapter` or `RUN/best/adapter`), else None."""
+    above = folder.resolve().parent
+    run = above.parent if above.name == "best" else above
+    if folder.resolve().name != "adapter" or not (run / "config.json").is_file():
+        return None
+    is_record = isinstance(read_model_json(run / "config.json").get("weights"), str)  # else a model's
+    return run if is_record else None
+
+
+def other_base_name(folder: Path, ref: str) -> list[str]:
+    """Return a line if an adapter's configuration names another base than `ref`, else nothing."""
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or name in ("", ref):
+        return []
+    theirs, ours = hub.hub_name(name), hub.hub_name(ref)
+    if theirs and ours and theirs[0].casefold() == ours[0].casefold():
+        return []
+    if hub.is_same_file(name, ref):
+        return []
+    shown = hub.short_message(repr(name))
+    return [f"warning: the adapter in {folder} is for the base {shown}, but it is used with {ref}"]
+
+
+def base_differences(
+    start: str, ref: str, fingerprint: str, quant: Quant | None, adapter: Adapter | None = None
+) -> list[str]:
+    """Return a line for each way in which the base differs from the one that the adapter in `start` was
+    trained on.
+
+    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. adapter: settings of
+    its policy's adapter, which a quantised base depends on if they have one of RESIDUAL_INITS. A folder that
+    is not a run's has only the name of its base.
+    """
+    path = Path(start) / "config.json"
+    if not path.is_file() or adapter_folder(start) == Path(start):
+        config = adapter_folder(start) / "adapter_config.json"
+        return other_base_name(config.parent, ref) if config.is_file() else []
+    record, lines = read_model_json(path), []
+    if record.get("weights_fingerprint", fingerprint) != fingerprint:
+        lines.append(
+            f"the adapter in {start} was trained on {record.get('weights')}, whose weights differ from this "
+            "run's"
+        )
+    before, now = (
+        settings.get("kind") if isinstance(settings, dict) else "none"
+        for settings in (record.get("quant"), asdict(quant) if quant else None)
+    )
+    init, own_init = (record.get("adapter") or {}).get("init"), adapter.init if adapter else "default"
+    here = f"this run has quant={now}"
+    if own_init in RESIDUAL_INITS and _stored_alike(record, adapter, quant):
+        return lines
+    if init in RESIDUAL_INITS:
+        if now != "none":
+            lines.append(
+                f"the adapter in {start} (adapter.init={init}) is for the base in its own precision, but "
+                f"{here}: write the merged model with scripts/export.py and use that"
+            )
+    elif before != now:
+        lines.append(f"the adapter in {start} was trained on a base with quant={before}, but {here}")
+    elif now != "none" and own_init in RESIDUAL_INITS:
+        lines.append(
+            f"the adapter in {start} was trained on a base with quant={before}, but {here} with "
+            f"adapter.init={own_init}, whose rounding is another"
+        )
+    return lines
+
+
+def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant | None) -> bool:
+    """Whether a run's record has a base that is stored exactly as with these settings of adapter and quant:
+    the adapter of a reward model then adds up to the same weights as in its own run.
+    """
+
+    def facts(settings: Any) -> Any:
+        return {**settings, "dropout": None} if isinstance(settings, dict) else settings
+
+    ours = json.loads(json.dumps([asdict(x) if x else None for x in (adapter, quant)]))
+    return [facts(record.get(name)) for name in ("adapter", "quant")] == list(map(facts, ours))

@@ -1,0 +1,258 @@
+"""GPTQ and AWQ: 4-bit codes, eight in an int32, with a scale and a zero per group; read and written.
+
+GPTQ packs codes along the inputs and is written with symmetric codes only; AWQ packs them along the outputs
+in an order of its own.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.nn.quant import QTensor, Quant
+from jaxft.nn.quant_formats import pack, unpack
+from jaxft.weights.hf.safetensors import SafetensorsFiles, read_tensor
+from jaxft.weights.quantised import file_format as ff
+from jaxft.weights.tensors import Index, QuantisedTensor
+
+IN_ORDER = tuple(range(8))
+ZERO = 8  # the code of 0.0 in int4
+
+
+def read_eights(
+    files: SafetensorsFiles,
+    name: str,
+    shape: tuple[int, ...],
+    axis: int,
+    index: Index,
+    order: Iterable[int] = IN_ORDER,
+) -> Any:
+    """Read the part at `index` of codes of this shape, of which `axis` has eight in each int32.
+
+    order[i]: which of its eight codes has the i-th lowest four bits.
+    """
+    part, stored, at = index[axis], [*shape], [*index]
+    stored[axis], at[axis] = shape[axis] // 8, slice(part.start // 8, -(-part.stop // 8))
+    words = np.moveaxis(read_tensor(files, name, tuple(at), tuple(stored)).view(np.uint32), axis, -1)
+    codes = np.empty((*words.shape, 8), np.uint8)
+    for i, position in enumerate(order):
+        codes[..., position] = words >> np.uint32(4 * i) & np.uint32(15)
+    first, (rows, columns) = part.start % 8, words.shape
+    codes = codes.reshape(rows, 8 * columns)[:, first : first + part.stop - part.start]
+    return np.moveaxis(codes, -1, axis)
+
+
+def pack_eights(codes: Any, axis: int, order: Iterable[int] = IN_ORDER) -> np.ndarray:
+    """Pack codes along `axis`, whose size is a multiple of eight, into int32: the inverse of read_eights."""
+    codes = np.moveaxis(np.asarray(codes), axis, -1)
+    eights = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8).astype(np.uint32)
+    words = np.zeros(eights.shape[:-1], np.uint32)
+    for i, position in enumerate(order):
+        words |= eights[..., position] << np.uint32(4 * i)
+    return np.moveaxis(words, -1, axis).view(np.int32)
+
+
+class Grouping(NamedTuple):
+    """How GPTQ or AWQ packs a weight [in, out]. axis: of the codes that has eight in an int32; zeros have
+    them along the outputs. order: see read_eights. shift: what is added to zeros in the files.
+    """
+
+    axis: int
+    order: tuple[int, ...] = IN_ORDER
+    shift: int = 0
+
+
+def read_grouped(
+    files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
+) -> dict[str, Any]:
+    """Read the arrays of `(code - zero) * scale`: the offset -zero * scale is exact in float32. Raises
+    ValueError for an int4 layout if the zeros are not int4's.
+    """
+    grid, rows = layout.scale.shape, ff.array_index(layout, "scale", index)
+    codes = read_eights(files, f"{stem}.qweight", layout.shape, how.axis, index, how.order)
+    zeros = read_eights(files, f"{stem}.qzeros", grid, 1, rows, how.order) + np.uint8(how.shift)
+    zeros, scale = zeros & np.uint8(15), read_tensor(files, f"{stem}.scales", rows, grid)
+    arrays = {"codes": pack(codes), "scale": scale}
+    if layout.offset is not None:
+        return arrays | {"offset": -zeros.astype(np.float32) * scale.astype(np.float32)}
+    if not (zeros == ZERO).all():
+        raise ValueError(
+            f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config"
+        )
+    return arrays
+
+
+def write_grouped(name: str, layout: QTensor, how: Grouping) -> list[ff.WrittenTensor]:
+    """Return the tensors of an int4 weight `name`."""
+    grid, stem, packed = layout.scale.shape, name.removesuffix("weight"), [*layout.shape]
+    packed[how.axis] //= 8
+
+    def codes(q: QTensor) -> np.ndarray:
+        return pack_eights(unpack(q.codes), how.axis, how.order)
+
+    def zeros(q: QTensor) -> np.ndarray:
+        return pack_eights(np.full(grid, ZERO - how.shift), 1, how.order)
+
+    return [
+        ff.WrittenTensor(f"{stem}qweight", np.int32, tuple(packed), codes),
+        ff.WrittenTensor(f"{stem}qzeros", np.int32, (grid[0], grid[1] // 8), zeros),
+        ff.WrittenTensor(f"{stem}scales", np.float16, grid, lambda q: q.scale),
+    ]
+
+
+def group_size(where: str, settings: ff.QuantConfig) -> int | None:
+    """Return how many inputs share a scale, None for all. Raises ValueError unless codes have 4 bits."""
+    bits = settings.get("bits", settings.get("w_bit"))
+    group = settings.get("group_size", settings.get("q_group_size", -1))
+    if bits != 4:
+        raise ValueError(
+            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4"
+        )
+    if type(group) is not int or group == 0 or group < -1:
+        raise ValueError(
+            f"{where}: quantization_config.group_size is {group!r}, expected a number of inputs or -1"
+        )
+    return None if group == -1 else group
+
+
+def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readable: tuple[str, ...]) -> str:
+    """Return the layout of the packed weights, which tools name under several keys; by default the first of
+    `readable`. Raises ValueError for one that is not readable, and for keys that disagree.
+    """
+    given = {key: settings[key] for key in keys if settings.get(key) is not None}
+    names = {str(value).lower() for value in given.values()} or {readable[0]}
+    stated = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    if len(names) > 1:
+        raise ValueError(
+            f"{where}: quantization_config has {stated}, which are different layouts; remove the wrong one"
+        )
+    if not names <= set(readable):
+        raise ValueError(
+            f"{where}: {settings['quant_method']} weights with {stated} in quantization_config, but jaxft "
+            f"reads {' and '.join(readable)}"
+        )
+    return names.pop()
+
+
+# GPTQ
+
+ZEROS_LESS_1 = Grouping(axis=0, shift=1)
+
+
+def _open_gptq(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
+    """Zeros are stored less 1, except in gptq_v2. With sym=true all of them are 8, which is int4; others are
+    affine4. With desc_act the files have the group of each input.
+    """
+    version = variant(files.where, settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"))
+    how = ZEROS_LESS_1 if version == "gptq" else Grouping(axis=0)
+    group = group_size(files.where, settings)
+    kind, offset_dtype = ("int4", None) if settings.get("sym", True) else ("affine4", np.float32)
+    indexed = bool(settings.get("desc_act", False) and group)
+
+    def weight(stem: str) -> QuantisedTensor:
+        rows, outs = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
+        layout = ff.block_layout(kind, (8 * rows, outs), group, np.float16, offset_dtype, indexed)
+        tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales", "g_idx")]
+        return ff.quantised_tensor("gptq", tensors, layout, partial(_decode_gptq, files, stem, layout, how))
+
+    return {f"{stem}.weight": weight(stem) for stem in ff.stems(files, ".qweight")}
+
+
+def _decode_gptq(
+    files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
+) -> dict[str, Any]:
+    ins, blocks, name = layout.shape[0], layout.scale.shape[0], f"{stem}.g_idx"
+    in_order = np.arange(ins, dtype=np.int32) // (layout.block or ins)
+    groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
+    if groups.min() < 0 or groups.max() >= blocks:
+        raise ValueError(
+            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}"
+        )
+    if layout.index is None and not np.array_equal(groups, in_order):
+        raise ValueError(
+            f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config"
+        )
+    arrays = read_grouped(files, stem, layout, how, index)
+    return arrays if layout.index is None else {**arrays, "index": groups}
+
+
+def _write_gptq(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
+    ins, index = layout.shape[0], f"{name.removesuffix('weight')}g_idx"
+    groups = ff.WrittenTensor(
+        index, np.int32, (ins,), lambda q: np.arange(ins, dtype=np.int32) // (q.block or ins)
+    )
+    return [*write_grouped(name, layout, ZEROS_LESS_1), groups]
+
+
+def _config_gptq(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
+    """GPTQModel and vLLM read the exceptions in `dynamic`, transformers (optimum) in
+    modules_in_block_to_quantize.
+    """
+    names = [name for name in plain if name != "lm_head"]
+    skipped: dict[str, Any] = {
+        f"-:{re.escape(name)}$" if "." in name else f"-:.*\\.{name}$": {} for name in names
+    }
+    return {
+        "bits": 4,
+        "group_size": quant.block or -1,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": "lm_head" not in plain,
+        "checkpoint_format": "gptq",
+        **({"dynamic": skipped, "modules_in_block_to_quantize": [packed]} if skipped else {}),
+    }
+
+
+GPTQ = ff.FileFormat(
+    "gptq",
+    _open_gptq,
+    kinds=("int4",),
+    summary="GPTQ's layout, which vLLM loads, and transformers with gptqmodel and optimum installed",
+    head_summary="GPTQ's layout, which vLLM loads, but transformers not: it leaves out a quantised head",
+    write=_write_gptq,
+    config=_config_gptq,
+    scale_dtype=np.float16,
+    int4_multiples=(8, 8),
+)
+
+
+# AWQ
+
+AWQ_GROUPING = Grouping(axis=1, order=(0, 2, 4, 6, 1, 3, 5, 7))
+
+
+def _open_awq(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
+    variant(files.where, settings, ("version", "format", "checkpoint_format"), ("gemm",))
+    group = group_size(files.where, settings)
+
+    def weight(stem: str) -> QuantisedTensor:
+        ins, columns = ff.matrix_shape(files, f"{stem}.qweight", np.int32)
+        layout = ff.block_layout("affine4", (ins, 8 * columns), group, np.float16, np.float32)
+        tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales")]
+        return ff.quantised_tensor(
+            "awq", tensors, layout, partial(read_grouped, files, stem, layout, AWQ_GROUPING)
+        )
+
+    return {f"{stem}.weight": weight(stem) for stem in ff.stems(files, ".qweight")}
+
+
+AWQ = ff.FileFormat(
+    "awq",
+    _open_awq,
+    kinds=("int4",),
+    summary="AWQ's layout, which vLLM loads, and transformers with gptqmodel (autoawq before transformers 5) "
+    "installed",
+    write=partial(write_grouped, how=AWQ_GROUPING),
+    config=lambda quant, plain, packed: {
+        "bits": 4,
+        "group_size": quant.block or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": plain,
+    },
+    scale_dtype=np.float16,
+    with_head=False,
+    int4_multiples=(8, 8),
+)

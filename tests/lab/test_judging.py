@@ -1,0 +1,274 @@
+"""Judges: orders, lengths, agreement, servers, files."""
+
+import json
+import math
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from scripts_in_process import call
+
+from jaxft.lab import judge_files, judges, judging
+from jaxft.lab.judging import Judged, Match, Verdicts
+
+
+def judged(values, one=None, other=None, name="judge"):
+    """A judge's values that are the same in both orders."""
+    values = np.asarray(values, float)
+    lengths = [np.full(len(values), 10.0) if x is None else np.asarray(x, float) for x in (one, other)]
+    return Judged(name, Verdicts(values, values), *lengths)
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("A is shorter, but B is right. [[B]]", 0.0),
+        ("[[A]] seemed better at first; on reflection [[C]]", 0.5),
+        ("My verdict is [[A>>B]]", 1.0),
+        ("[[B>A]]", 0.0),
+        ("[[A=B]]", 0.5),
+        (" a. ", 1.0),
+        ("**B**", 0.0),
+        ("tie", 0.5),
+        ("Both are fine, although B is longer.", math.nan),
+        ("", math.nan),
+    ],
+)
+def test_a_verdict_is_the_last_mark_of_a_reply(reply, value):
+    assert judging.verdict(reply) == pytest.approx(value, nan_ok=True)
+
+
+def test_a_judge_that_always_prefers_the_first_answer_finds_no_difference():
+    matches = [Match(f"{i}", "q", "x", "y", {}) for i in range(6)]
+    values = judging.values_of(["[[A]]"] * len(judging.in_both_orders(matches)), "biased")
+    found = Judged("biased", values, np.ones(6), np.ones(6)).as_json()
+    assert found["win_rate"] == 0.5 and found["ties"] == 6
+    assert found["orders_disagree"] == 1.0 and found["first_shown_wins"] == 1.0
+
+
+def test_answers_are_shown_in_both_orders():
+    (first, second) = judging.in_both_orders([Match("1", "q", "mine", "theirs", {})])
+    texts = [messages[-1]["content"] for messages in (first, second)]
+    assert [text.index("mine") < text.index("theirs") for text in texts] == [True, False]
+
+
+def test_a_judge_whose_replies_name_no_answer_is_refused():
+    with pytest.raises(ValueError, match=r"judge tiny: 4 of 4 replies name neither answer A nor B"):
+        judging.values_of(["I cannot say"] * 4, "tiny")
+    values = judging.values_of(["[[A]]", "hm", "[[A]]", "[[B]]"], "some")  # one reply of four
+    np.testing.assert_array_equal(Judged("j", values, np.ones(2), np.ones(2)).by_prompt, [1.0, 1.0])
+
+
+def test_a_preference_for_length_alone_is_no_win_at_equal_length():
+    random = np.random.default_rng(0)
+    d = random.normal(40, 60, 4000)
+    likes_length = 1 / (1 + np.exp(-2.5 * np.tanh(d / d.std())))
+    values = (random.random(4000) < likes_length).astype(float)
+    rate, interval = judging.length_controlled(judged(values, d, 0 * d), resamples=50)
+    assert values.mean() > 0.65 and interval.has(0.5) and abs(rate - 0.5) < 0.05
+    better = (random.random(4000) < 1 / (1 + np.exp(-1 - 2.5 * np.tanh(d / d.std())))).astype(float)
+    rate, _ = judging.length_controlled(judged(better, d, 0 * d), resamples=2)
+    assert rate == pytest.approx(1 / (1 + math.exp(-1)), abs=0.05)  # the planted advantage
+
+
+def test_equal_lengths_leave_the_win_rate_as_it_is():
+    values = [1.0] * 30 + [0.0] * 10
+    assert judging.length_controlled(judged(values), resamples=2)[0] == pytest.approx(0.75, abs=1e-3)
+
+
+def test_kappa_of_a_table_of_three_categories():
+    """By hand: p_o = (88 + 40 + 12) / 200 = 0.70; margins 0.6, 0.3, 0.1 and 0.5, 0.3, 0.2 have p_e = 0.41."""
+    table = {(1, 1): 88, (1, -1): 14, (1, 0): 18, (-1, 1): 10, (-1, -1): 40, (-1, 0): 10}
+    table |= {(0, 1): 2, (0, -1): 6, (0, 0): 12}
+    pairs = [kinds for kinds, count in table.items() for _ in range(count)]
+    one, other = (judged([(kind + 1) / 2 for kind in kinds]) for kinds in zip(*pairs, strict=True))
+    assert judging.kappa(one, other) == pytest.approx(0.29 / 0.59, abs=1e-12)
+    assert math.isnan(judging.kappa(judged([1.0]), judged([math.nan])))
+
+
+def test_a_result_says_who_is_better_or_how_many_prompts_it_would_take():
+    assert "a is better" in "\n".join(judging.verdict_lines(judged([1.0] * 30 + [0.0] * 5), "a", "b"))
+    assert "b is better" in "\n".join(judging.verdict_lines(judged([0.0] * 30 + [1.0] * 5), "a", "b"))
+    unclear = "\n".join(judging.verdict_lines(judged([1.0] * 11 + [0.0] * 9), "a", "b"))
+    assert "not distinguishable; a difference of this size would need about 8" in unclear
+    assert judging.verdict_lines(judged([math.nan]), "a", "b") == ["judge: no prompt has a verdict"]
+
+
+# Servers
+
+
+class Server:
+    """An OpenAI-compatible server that prefers the longer answer; `fails` statuses come first."""
+
+    def __init__(self, fails=()):
+        self.bodies, self.keys, self.fails = [], set(), list(fails)
+
+    def reply(self, body):
+        text = body["messages"][-1]["content"]
+        a, b = (text.partition(f"<answer {x}>\n")[2].partition("\n</answer")[0] for x in "AB")
+        return f"Longer is better. [[{'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'C'}]]"
+
+
+@contextmanager
+def running(server):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status = server.fails.pop(0) if server.fails else 200
+            if status == 200:
+                server.bodies.append(body)
+                server.keys.add(self.headers.get("Authorization"))
+            found = {"choices": [{"message": {"content": server.reply(body)}}]}
+            data = json.dumps(found if status == 200 else {"error": "no"}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}/v1"
+    finally:
+        listening.shutdown()
+        listening.server_close()
+        thread.join()
+
+
+MATCHES = [Match("1", "q", "a long answer", "short", {}), Match("2", "r", "x", "longer", {})]
+
+
+def test_replies_of_a_server_are_asked_once_and_a_key_is_stored_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv(judges.KEY, "sk-secret")
+    cache, server = tmp_path / "replies.jsonl", Server(fails=[429, 503])
+    with running(server) as url:
+        judge = judges.ServerJudge(url, "m", judges.Replies(cache=cache), pause=0.01)
+        for _ in range(2):
+            np.testing.assert_array_equal(judge.compare(MATCHES).first, [1.0, 0.0])
+    assert len(server.bodies) == 4 and server.keys == {"Bearer sk-secret"}
+    assert "secret" not in cache.read_text() and server.bodies[0]["temperature"] == 0
+    with cache.open("a") as file:
+        file.write('{"request": "half')  # a judgement that was killed
+    assert len(judges.ReplyCache(cache).replies) == 4
+
+
+def test_a_budget_is_checked_before_anything_is_asked(tmp_path):
+    server = Server()
+    with running(server) as url:
+        cache = tmp_path / "replies.jsonl"
+        judges.ServerJudge(url, "m", judges.Replies(cache=cache)).compare(MATCHES[:1])
+        judge = judges.ServerJudge(url, "m", judges.Replies(budget=1, cache=cache))
+        with pytest.raises(ValueError, match=r"--budget 1: 2 requests to m are needed \(2 are in"):
+            judge.compare(MATCHES)
+    assert len(server.bodies) == 2
+
+
+def test_a_server_that_refuses_is_one_line():
+    with (
+        running(Server(fails=[401])) as url,
+        pytest.raises(ValueError, match=r"/v1/chat/completions: error 401: .*no"),
+    ):
+        judges.ServerJudge(url, "m").compare(MATCHES)
+    server = Server()
+    server.reply = lambda body: "I like both"
+    with running(server) as url, pytest.raises(ValueError, match="judge m: 4 of 4 replies name neither"):
+        judges.ServerJudge(url, "m").compare(MATCHES)
+
+
+# Files
+
+
+def write(path, rows):
+    text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    return str(path)
+
+
+def test_files_of_alpaca_eval_and_arena_hard_are_read(tmp_path):
+    alpaca = write(tmp_path / "a.json", [{"instruction": "Hi?", "output": "Hello.", "generator": "m"}])
+    assert list(judge_files.read_judged_prompts(alpaca).texts.values()) == ["Hi?"]
+    assert list(judge_files.read_answers(alpaca).texts.values()) == ["Hello."]
+    questions = write(
+        tmp_path / "question.jsonl",
+        [{"uid": "u1", "prompt": "One?"}, {"question_id": "q", "uid": "u2", "turns": [{"content": "Two?"}]}],
+    )
+    now = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": {"answer": "2"}}]
+    answers = write(
+        tmp_path / "model.jsonl",
+        [{"uid": "u2", "messages": now}, {"uid": "u1", "choices": [{"turns": [{"content": "1"}]}]}],
+    )
+    prompts, found = judge_files.read_judged_prompts(questions), judge_files.read_answers(answers)
+    assert prompts.texts == {"u1": "One?", "u2": "Two?"}
+    (first, second) = judge_files.matches_of(prompts, found, found, (answers, answers))
+    assert (first.one, second.one) == ("1", "2")  # by name, not by order
+
+
+def test_reward_bench_rows_are_right_only_if_every_chosen_answer_wins(tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": ["good"], "rejected": ["bad", "worse"], "subset": "Math"},
+        {"prompt": "q", "chosen": ["good"], "rejected": ["better than good"], "subset": "Math"},
+        {"prompt": "r", "chosen": ["good", "fine"], "rejected": ["bad"], "subset": "Ties"},
+    ]
+    read = judge_files.read_preferences(write(tmp_path / "bench.jsonl", rows))
+    matches = judge_files.preference_matches(read)
+    values = [1.0 if match.other in ("bad", "worse") else 0.0 for match in matches]
+    assert judge_files.accuracy_by_subset(read, values) == {"Math": (1, 2), "Ties": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "line"),
+    [
+        ([{"prompt": "a"}, {"prompt": "b"}], [{"output": "x"}], "has 1 answers for 2 prompts"),
+        ([{"id": 1, "prompt": "a"}], [{"id": 2, "output": "x"}], "1 of 1 prompts have no answer, such as 1"),
+        ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], [{"output": "x"}] * 2, "is also that of"),
+        ([{"text": "a"}], [{"output": "x"}], "no prompt; expected prompt"),
+        ([{"prompt": "a"}], [{"output": 3}], "no answer; expected completion"),
+    ],
+    ids=["fewer answers", "another name", "a name twice", "no prompt", "no answer"],
+)
+def test_files_that_do_not_belong_together_are_one_line(tmp_path, prompts, answers, line):
+    files = write(tmp_path / "prompts.jsonl", prompts), write(tmp_path / "answers.jsonl", answers)
+    with pytest.raises(ValueError, match=line):
+        found = judge_files.read_answers(files[1])
+        judge_files.matches_of(judge_files.read_judged_prompts(files[0]), found, found, (files[1], files[1]))
+
+
+def test_the_command_judges_two_files_by_functions_and_a_server(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "one.jsonl", [{"prompt": f"{i}?", "completion": "long enough"} for i in range(8)])
+    write(
+        tmp_path / "other.jsonl", [{"prompt": f"{i}?", "completion": "x" * (20 * (i > 5))} for i in range(8)]
+    )
+    (tmp_path / "mine.py").write_text("def brief(prompt, completion, row):\n    return -len(completion)\n")
+    with running(Server()) as url:
+        judged_by = ("--by", "mine.py:brief", "--by", f"{url}#m")
+        code, out, _ = call(
+            monkeypatch, capsys, "judge", "one.jsonl", "other.jsonl", *judged_by, "--out", "r.json"
+        )
+    assert code == 0
+    assert "mine.py:brief: one wins 2, ties 0, loses 6 of 8 prompts against other" in out
+    assert "m: one wins 6, ties 0, loses 2 of 8" in out and "agree with kappa -0.60" in out
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [judge["wins"] for judge in found["judges"]] == [2, 6] and len(found["values"]["m"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("a.jsonl", "b.jsonl", "--by", "http://localhost/v1"), "expected http(s)://HOST/v1#MODEL"),
+        (("a.jsonl", "--by", "exact"), "give two models or files of answers"),
+        (("a.jsonl", "b.jsonl", "--by", "exact", "--preferences", "c"), "--preferences judges the judges"),
+        (("a.jsonl", "b.jsonl", "--by", "exact", "--budget", "0"), "--budget must be at least 1"),
+    ],
+    ids=["no model", "one model", "preferences", "budget"],
+)
+def test_command_lines_that_cannot_be_judged_are_one_line(monkeypatch, capsys, options, line):
+    code, _, err = call(monkeypatch, capsys, "judge", *options)
+    assert code != 0 and line in err and err.count("\n") == 1
