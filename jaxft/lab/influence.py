@@ -17,7 +17,7 @@ a step back, instead of a backward pass for each row. Below 0, the label is prob
 The first takes about half as long as an epoch of training, the second about as long as one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -127,9 +127,9 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
         raise ValueError("no rows are held out; set held_out=FILE or a fraction, which the influence is on")
     state, device = parts.state if state is None else state, jax.devices()[0]
     arrays = state.trainable, parts.frozen, state.aux
-    placed = jax.tree.map(lambda x: jax.device_put(x, device), arrays)
+    trainable, frozen, aux = jax.tree.map(lambda x: jax.device_put(x, device), arrays)
     names = np.asarray([source.split.rows.names[i] for i in source.split.train])
-    return _Opened(source, sharding.make_mesh(sharding.MeshShape(), [device]), *placed, names)
+    return _Opened(source, sharding.make_mesh(sharding.MeshShape(), [device]), trainable, frozen, aux, names)
 
 
 # Slopes of margins
@@ -167,12 +167,14 @@ def slopes_of_rows(parts: Prepared, state: TrainState | None = None) -> Influenc
     values = dict[int, float]()
     with jax.set_mesh(run.mesh):
         grad, add = jax.jit(jax.grad(held_out)), jax.jit(partial(jax.tree.map, jnp.add))
-        slope = reduce(add, (grad(run.trainable, *rest, _on_rows(b)) for b in run.source.cover(chosen)))
+        slope = reduce(
+            add, (grad(run.trainable, *rest, _on_rows(b)) for b in run.source.cover(chosen.tolist()))
+        )
         squares = float(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(slope)))
         size = NATS * len(chosen) / max(squares, 1e-30)  # raises the mean held-out margin by NATS
         step = jax.tree.map(lambda x: (size * x.astype(jnp.float32)).astype(x.dtype), slope)
         forward = jax.jit(along)
-        for batch in map(_on_rows, run.source.cover(rows.train)):
+        for batch in map(_on_rows, run.source.cover(rows.train.tolist())):
             found = np.asarray(forward(run.trainable, step, *rest, batch))
             values |= {int(i): float(x) for i, x in zip(batch.index.flat, found.flat, strict=True) if i >= 0}
     return Influence(run.names, np.asarray([values[i] for i in rows.train]) / (2 * NATS))
@@ -224,12 +226,11 @@ def rows_by_name(train: str) -> dict[str, dict[str, Any]]:
     return {row.name: row.fields for rows in parts for row in rows}
 
 
-def _single_rows(source: PairSource, members: Sequence[int]) -> Iterator[tuple[Pairs, np.ndarray]]:
+def _single_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> Iterator[tuple[Pairs, np.ndarray]]:
     """Yield batches [rows, 1, ...] of one pair per row, in the order of `members`, and which rows are
     used.
     """
     pairs, layout = source.split.rows, source.layout
-    members = np.asarray(members, np.int64)
     length = round_up(int(layout.lengths[members].max()), 64)
     shape = RowShape(length, min(round_up(int(pairs.targets[members].max()), 8), length), 1)
     single = replace(layout, rows=replace(layout.rows, rows=ROWS_AT_ONCE, shape=shape))
