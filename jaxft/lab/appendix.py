@@ -105,8 +105,8 @@ def losses_table(study: StudyResult) -> PaperTable:
         rows.append(
             (
                 loss.label,
-                f"{values.mean():.4f} {interval.text(4)}",
-                ", ".join(f"{x:.4f}" for x in values.mean(1)),
+                f"{np.nanmean(values):.4f} {interval.text(4)}",
+                ", ".join(f"{x:.4f}" for x in np.nanmean(values, 1)),
                 _mean_metric(loss, names.REWARD_MARGIN),
                 _mean_metric(loss, names.KL),
                 _mean_metric(loss, names.CHOSEN_LOGP),
@@ -237,7 +237,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
     steps, against_kl, chosen, margin = {}, {}, {}, {}
     for loss in study.losses:
         x = loss.curves[0].steps
-        mean = np.mean([curve.values.mean(1) for curve in loss.curves], 0)
+        mean = np.mean([np.nanmean(curve.values, 1) for curve in loss.curves], 0)
         kl = np.mean([curve.kl for curve in loss.curves], 0)
         steps[loss.label] = (x, mean.tolist())
         order = np.argsort(kl, kind="stable")
