@@ -20,6 +20,7 @@ from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.lab.results import Duel, LossOutcome, StudyResult
 from jaxft.objectives.metrics import HELD_OUT
+from jaxft.objectives.pair import MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
 from jaxft.report.markup import escaped, flat_values, folded, html_table, record_table, section
@@ -107,7 +108,7 @@ def losses_table(study: StudyResult) -> PaperTable:
                 loss.label,
                 f"{np.nanmean(values):.4f} {interval.text(4)}",
                 ", ".join(f"{x:.4f}" for x in np.nanmean(values, 1)),
-                _mean_metric(loss, names.REWARD_MARGIN),
+                _mean_metric(loss, MARGIN),
                 _mean_metric(loss, names.KL),
                 _mean_metric(loss, names.CHOSEN_LOGP),
                 loss.winner,
@@ -243,7 +244,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         order = np.argsort(kl, kind="stable")
         against_kl[loss.label] = (kl[order].tolist(), mean[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(loss, names.CHOSEN_LOGP))
-        margin[loss.label] = (x[1:], _means_by_step(loss, names.REWARD_MARGIN))
+        margin[loss.label] = (x[1:], _means_by_step(loss, MARGIN))
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps),
         Panel(f"{study.metric} against KL", "KL per token to the reference", "mean over prompts", against_kl),

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import chdir
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from jaxft.runs.settings.config import load_config
 from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import loop
 
+EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""
 
 from jaxft.lab.trials import plain_run
@@ -243,3 +245,16 @@ def test_losses_that_need_other_rows_and_too_few_prompts_are_refused_before_anyt
         with working_directory(place), pytest.raises(ValueError, match=message):
             halving.run_study(study, place / "config.py")
         assert not (place / "runs" / study.name / "declaration.json").exists()
+
+
+@pytest.mark.slow
+def test_the_example_study_is_declared_on_the_shipped_pairs(tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(halving, "open_lab", stop)
+    with working_directory(tmp_path), pytest.raises(KeyboardInterrupt):
+        halving.run_study(*load_study(str(EXAMPLE)))
+    out = capsys.readouterr().out
+    assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 9, then 1 to step 26)" in out
+    assert "24 held-out prompts select settings, 36 are compared" in out
