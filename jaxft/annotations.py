@@ -1,4 +1,4 @@
-"""What the annotation of a setting says: bounds of a number, choices of a text, and short names of functions.
+"""Annotations of settings: bounds of numbers, choices of texts, and short names of functions.
 
 `batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
 `optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`.
@@ -74,7 +74,7 @@ def between(least: float, most: float) -> Bounds:
 
 
 def count_from(least: int) -> Bounds:
-    """Numbers from `least` on that 32 bits hold."""
+    """Whole numbers from `least` on that fit into 32 bits."""
     return Bounds(least, INT32)
 
 
@@ -88,7 +88,7 @@ POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smal
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts that a setting takes; None among them is written none."""
+    """The texts that a setting accepts; None is written none."""
 
     known: tuple[str | None, ...]
 
