@@ -28,7 +28,7 @@ from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_layout import score_tokens
-from jaxft.rl.sampler import engine_sizes
+from jaxft.rl.rollout_sampler import engine_sizes
 from jaxft.runs.run_texts import empty_slot_lines
 from jaxft.train.evaluate import evaluate
 from jaxft.train.programs import Programs, abstract, reference_step, sharded_batch, step_rows

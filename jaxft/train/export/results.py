@@ -77,7 +77,7 @@ def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """
     if not processes.is_first():
         return
-    name = job.sources[0].held_out_name  # those of a sweep have the same held-out rows
+    name = job.sources[0].held_out_name  # all of a sweep have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
         named = [*((name(at), own) for at, own in rows.items()), *prompts.items()]
         lines = [json.dumps({"row": row, **json_value(own)}) + "\n" for row, own in named]
