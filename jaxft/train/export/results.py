@@ -57,7 +57,7 @@ def report_finished(job: Job, steps: int) -> int:
     more = "loop.steps, data.epochs or data.tokens"
     if steps < job.steps:
         more = "loop.patience or set it to none"
-        more = more if runfolder.planned_at_end(job.folder) is None else "loop.steps"
+        more = more if runfolder.early_end(job.folder, "planned") is None else "loop.steps"
     print(f"to continue it, raise {more}; to start again, choose another {name}")
     for member in job.members:
         record, log = member.folder / "config.json", member.folder / METRICS
