@@ -43,12 +43,11 @@ from jaxft.data import prompts  # noqa: E402
 from jaxft.data.chat.loss_mask import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.data_settings import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.decision_rows import DecisionRows  # noqa: E402
-from jaxft.data.inspection import (  # noqa: E402  # noqa: E402
+from jaxft.data.inspection import (  # noqa: E402
     Inspected,
     ShownExample,
     ShownPart,
     find_overlaps,
-    has_duplicates,
     inspect,
     overlap_lines,
     row_problem,
@@ -60,7 +59,7 @@ from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.rows.invalid import DROP  # noqa: E402
 from jaxft.data.sft import Rows  # noqa: E402
 from jaxft.data.steps import SolutionRows  # noqa: E402
-from jaxft.rl.rollout_files import inspect_episodes  # noqa: E402
+from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import loaded_weights  # noqa: E402
 from jaxft.runs.settings.parse import parse_value  # noqa: E402
@@ -242,10 +241,10 @@ def repetition_lines(found: Inspected) -> tuple[list[str], str]:
     these out, "" for none.
     """
     overlaps, names = find_overlaps(found.split, COMPARED), found.placeholders
-    lines = overlap_lines(overlaps)
+    lines = overlap_lines(found.split, overlaps)
     if names:
         lines.append(f"responses that are placeholders, such as N/A: {len(names)}; the first is {names[0]}")
-    kinds = [DUPLICATES] * has_duplicates(overlaps) + [PLACEHOLDERS] * bool(names)
+    kinds = [DUPLICATES] * bool(overlaps["duplicates"] or overlaps["leaked"]) + [PLACEHOLDERS] * bool(names)
     return lines, f"data.drop={','.join(kinds)}" if kinds else ""
 
 

@@ -34,6 +34,7 @@ COMMAND_GROUPS = {
         "compare": "compare",
         "loss-bench": "loss_bench",
         "study": "study",
+        "verify": "verify",
         "influence": "influence",
         "judge": "judge",
     },

@@ -75,7 +75,9 @@ def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
     name, whose bounds it has.
     """
-    same = {setting.name.rpartition(".")[2]: setting for setting in fields}
+    same: dict[str, Setting] = {}
+    for setting in sorted(fields, key=lambda s: s.name.count(".")):  # seed, not data.seed
+        same.setdefault(setting.name.rpartition(".")[2], setting)
     comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
@@ -142,11 +144,11 @@ def _has_model(kind: Any) -> bool:
 def descriptions(cls: type) -> dict[str, str]:
     """Return field -> its description in the docstrings of a dataclass and its bases.
 
-    Docstrings describe fields as `name: text. other, third: text.`
+    Docstrings describe fields as `name: text. other, third: text.`, before their examples.
     """
     name, found = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
     for base in reversed(inspect.getmro(cls)):
-        doc = " ".join((vars(base).get("__doc__") or "").split())
+        doc = " ".join((vars(base).get("__doc__") or "").partition(">>>")[0].split())
         parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
         for label, text in zip(parts[1::2], parts[2::2], strict=True):
             found |= dict.fromkeys(label.split(", "), text.strip())
