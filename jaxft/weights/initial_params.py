@@ -130,7 +130,7 @@ def _init_parts(
 def _with_base_weights(
     params: Params, specs: param.Specs, model: Model, mesh: Mesh, source: tuple[Adapter, str | None]
 ) -> Params:
-    """Return an adapter whose replaced parameters and rows are those in the files of the base.
+    """Return an adapter with the parameters and rows that it replaces set to the base's, read from its files.
 
     source: the adapter's settings, and where the base comes from.
     """

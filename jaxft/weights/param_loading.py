@@ -43,10 +43,10 @@ Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an inde
 
 @dataclass(frozen=True)
 class ParamReader:
-    """A parameter in a model's files, of which `read_values` and `read_quantised` read parts.
+    """A parameter in a model's files; `read_values` and `read_quantised` read parts of it.
 
     tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
-    differ. layout: in which the files store all of its tensors quantised, None if there is not one, or if
+    differ. layout: the quantised layout of all of its tensors in the files, None if they differ, or if
     other parameters share them. changed(tensor, index): returns values in place of those in the files, None
     for the same.
     """
@@ -91,13 +91,13 @@ def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.nd
     """Read the part of a tensor's values [in, out] at `index` in the reader's dtype, dequantised if the files
     store it quantised. Raises ValueError for values that are not finite.
     """
-    in_file = require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
+    in_file = require_finite(tensor.turned(reader.read(tensor, index)))  # the error names the place
     return tensor.turned(in_file.astype(reader.dtype, copy=False))
 
 
 def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QTensor:
-    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, whose limits are
-    limits of blocks.
+    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, which begins and ends
+    at blocks.
 
     Only for a reader with a layout. Raises ValueError for scales that are not finite.
     """
@@ -181,7 +181,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     """Load a parameter onto the mesh of `shardings`. All processes of the mesh call this together.
 
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
-    codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
+    codes and scales in the files, which have the layout of `like`; otherwise the values are cast or quantised
     from the files' own precision. Host memory holds the local shards of the parameter and one part of a
     tensor.
     """

@@ -107,8 +107,8 @@ def _has_other_head(located: hub.Located) -> bool:
 
 
 def file_notes(ref: str, model: Model) -> list[str]:
-    """Return lines about what of the files of `ref` is loaded: only the text decoder of a multimodal model; a
-    head of its own although its config.json ties it to the embedding; dropout that is not applied.
+    """Return lines about files of `ref` that are loaded in part or otherwise than their config.json states:
+    only the text decoder of a multimodal model; a head that is not tied; dropout that is not applied.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind != "folder":
@@ -238,8 +238,7 @@ def stored_model(
     """Choose how each parameter of `model`, a model over the whole tree, is stored (see
     storage.choose_storage).
 
-    ref: whose files contain the layouts for a quant that stores weights as they do. Raises ValueError if they
-    contain none.
+    ref: the model whose files have the layouts for quant=checkpoint. Raises ValueError if they have none.
     """
     layouts = {}
     if quant and quant.kind == CHECKPOINT:

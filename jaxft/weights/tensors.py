@@ -38,7 +38,7 @@ class QuantisedTensor:
 
     method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
     exactly the values in the files; None if there is none. read(index): returns the weight, or the part of it
-    at `index` [in, out], whose limits are limits of blocks: a QTensor of NumPy arrays in that layout, or
+    at `index` [in, out], which begins and ends at blocks: a QTensor of NumPy arrays in that layout, or
     without one the values in float32. reason: why there is no layout, or not the smallest one. tensors: in
     the files that it consists of, if these have other names.
     """

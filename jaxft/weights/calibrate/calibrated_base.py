@@ -77,7 +77,7 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Rows of tokens whose activations calibration looks at, int32 [N, T]; see batch.Tokens."""
+    """Rows of tokens for calibration, int32 [N, T]; see batch.Tokens."""
 
     ids: Int[np.ndarray, "N T"]
     segments: Int[np.ndarray, "N T"]

@@ -81,7 +81,7 @@ class Extension:
 
 
 def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
-    """Write the model `ref` with an extension to the folder `out`; return lines about what was added.
+    """Write the model `ref` with an extension to the folder `out`; return lines about the additions.
 
     Raises ValueError for tokens that exist already or that the tokenizer would split.
     """
@@ -278,7 +278,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return a text with a token between characters with which it is no other added token."""
+    """Return a text in which a token's neighbours make no other added token of it."""
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):
@@ -312,7 +312,7 @@ def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int,
 
 
 def untrained_tokens(ref: str) -> dict[str, int]:
-    """Return the ids of new tokens whose rows are still to be trained, by token; {} for most models."""
+    """Return the ids of new tokens with untrained rows, by token; {} for most models."""
     path = Path(ref) / UNTRAINED
     return read_model_json(path).get("tokens", {}) if path.is_file() else {}
 

@@ -90,7 +90,7 @@ def extract_adapter(
         raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
     pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
     errors = dict[str, KindError]()
-    total = np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+    total = np.zeros(3)  # squared norms of the base, of the change, of the part that the pairs lack
     for path in (*paths, *(path for path in table if path not in pairs)):
         if path in pairs:
             progress(f"{path}: {what.rank} singular values of each layer")

@@ -42,7 +42,7 @@ REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that
 def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
     """Return a tensor [rows, inputs], or a vector in a type without blocks, as the bytes of a GGUF type.
 
-    importance: of each input, by which rounding errors are weighted; types without blocks and Q8_0 take none.
+    importance: weights of the inputs' rounding errors; types without blocks and Q8_0 take none.
     Raises ValueError for values that are not finite or too large.
     """
     require_finite(values, WRITE_ADVICE)
@@ -405,7 +405,7 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """The facts that the choice of types depends on besides a tensor's name and shape. weighted: whether
+    """The facts that determine a tensor's type, in addition to its name and shape. weighted: whether
     inputs have importances; tied: whether the embedding is the head too; layers, heads and kv_heads of an
     architecture.
     """

@@ -276,8 +276,8 @@ def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
 
 
 def read_dequantised(tensor: GgufTensor, index: Index = (), heads: int | None = None) -> np.ndarray:
-    """Read part of a tensor, dequantised a few rows at a time; all of one that is not 2-D. heads: of q or k,
-    whose rows are returned in the order of Hugging Face.
+    """Read part of a tensor, dequantised a few rows at a time; all of one that is not 2-D. heads: of q or k;
+    their rows are returned in the order of Hugging Face.
     """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

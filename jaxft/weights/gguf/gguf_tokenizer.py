@@ -95,7 +95,7 @@ UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.gg
 
 def pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
     """Return how the file's tokenizer splits text. Raises ValueError for an unknown name, and for a missing
-    one unless the architecture is llama, whose first files had none.
+    one unless the architecture is llama, since its first files had none.
     """
     name = header.optional("tokenizer.ggml.pre", UNSTATED)
     if name == UNSTATED and header.architecture != "llama":
@@ -284,7 +284,7 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Add the start and end tokens that the metadata says, by default as llama.cpp does."""
+    """Add the start and end tokens that the metadata states, by default as llama.cpp does."""
     from tokenizers import processors
 
     starts = header.required("tokenizer.ggml.model", str) == "llama" or pre_tokenizer_of(header).bos

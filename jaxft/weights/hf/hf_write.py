@@ -54,7 +54,7 @@ from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = ("config.json", "untrained_tokens.json", "adapter_config.json", "trainer_state.json")
 MAX_SHARD = 5_000_000_000  # bytes
-# In config.json: our classifiers are read at the end token, not at what a template adds after it.
+# In config.json: our classifiers are read at the end token, not at text that a template adds after it.
 READ_AT = "reward_read_at"
 # Names of transformers' classifiers that are not the language model's with another ending.
 CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
@@ -190,7 +190,7 @@ def _changed_settings(
 
 
 def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
-    """Write what save_folder writes, but for the weights, of a model that comes from `ref`."""
+    """Write the files of save_folder, except for the weights, for a model that comes from `ref`."""
     config, generation = _source_configs(model, ref)
     base = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, model.dtype), model.specs, is_leaf=is_spec
@@ -282,7 +282,7 @@ def _write_configs(
     base: Params,
     quant: LayerQuantizer | None,
 ) -> None:
-    """Write config.json for what is in `base`, the tokenizer's files and generation_config.json."""
+    """Write config.json for the parameters in `base`, the tokenizer's files and generation_config.json."""
     if "score" in base:
         tokenizer = with_distinct_pad_token(tokenizer)
         _make_classifier(config, tokenizer)

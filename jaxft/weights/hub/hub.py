@@ -227,7 +227,7 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
 
 
 def _all_folders_but(name: str) -> list[str]:
-    """Return patterns of fnmatch, in which * matches slashes too, for the files in all folders but one."""
+    """Return patterns of fnmatch (where * matches slashes too) for the files in all folders but one."""
     begins = [name[:size] for size in range(len(name))]
     others = [f"{begin}[!{name[len(begin)]}]*/*" for begin in begins] + [f"{begin}/*" for begin in begins]
     return [*others, f"{name}[!/]*/*", f"{name}/*/*"]

@@ -335,7 +335,7 @@ def first_pair(
 
     where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
     ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
-    processes, whose libraries may compute other signs.
+    processes, since their libraries may compute other signs.
     """
     about, name = f"{where}: init_lora_weights={init!r}", tensor.name
     if base is None or processes.is_multi_process():

@@ -204,7 +204,7 @@ def with_module_names(
         (name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends
     }
     declared = _declared(default, ranked, selected)
-    # versions of PEFT differ in which one of two numbers in a name is the layer's
+    # of two numbers in a name, versions of PEFT take the first or the second as the layer
     two_numbers = declared.layers_to_transform and any(re.search(r"\.\d+\.", x.in_layer) for x in ranked)
     if full_names or two_numbers or declared.exclude_modules:
         ends = {tensor.module for tensor in ranked}

@@ -29,7 +29,7 @@ def read_eights(
     index: Index,
     order: Iterable[int] = IN_ORDER,
 ) -> Any:
-    """Read the part at `index` of codes of this shape, of which `axis` has eight in each int32.
+    """Read the part at `index` of codes of this shape; along `axis`, an int32 has eight.
 
     order[i]: which of its eight codes has the i-th lowest four bits.
     """
@@ -56,7 +56,7 @@ def pack_eights(codes: Any, axis: int, order: Iterable[int] = IN_ORDER) -> np.nd
 
 class Grouping(NamedTuple):
     """How GPTQ or AWQ packs a weight [in, out]. axis: of the codes that has eight in an int32; zeros have
-    them along the outputs. order: see read_eights. shift: what is added to zeros in the files.
+    them along the outputs. order: see read_eights. shift: a number that is added to zeros in the files.
     """
 
     axis: int
