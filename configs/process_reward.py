@@ -7,11 +7,14 @@
 SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each step, on
 configs/data/calculator_steps.jsonl: expressions in two steps, of which some take the wrong operation. Rows of
 your own are {"prompt", "completions": [steps], "labels": [true or false]}, with the tokens of TRL's
-PRMTrainer. The loss is the cross-entropy of the labels (Lightman et al. 2023, arXiv:2305.20050); the first
-one is near log 2 = 0.69. The log has the accuracy, also of the right and of the wrong steps alone, as most
-steps of a dataset are right.
+PRMTrainer. The loss is the cross-entropy of the labels (Lightman et al. 2023, arXiv:2305.20050). Solutions
+are not packed, since packing puts solutions of one length, and here often of one label, into a row.
 
-Hardware: 2 CPU cores, 2 GB; a few minutes, not measured.
+60 steps: expect the accuracy over 128 held-out steps, of which 51 % are right, to rise from 0.51 to 0.8 after
+20 steps and to 1.0 after 60, and the held-out loss to fall from 0.70 to less than 0.01. The log has the
+accuracy of the right and of the wrong steps too, as most steps of a dataset are right.
+
+Hardware: 2 CPU cores, 2 GB; 4 minutes.
 """
 
 from jaxft.data.steps import SolutionRows
@@ -23,18 +26,18 @@ from jaxft.train.settings import Loop, Run
 
 def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
-    rows: RowKnobs = RowKnobs(CALCULATOR_STEPS, batch=1, epochs=3.0),
+    rows: RowKnobs = RowKnobs(CALCULATOR_STEPS, batch=16, epochs=3.0),
     name: str = "process_reward",
-    lr: float = 2e-4,  # auto: by the model's width, and the default with another model
+    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
 ) -> Run:
     """Process reward modelling."""
     return Run(
         name=name,
         **base.sections(head=with_scalar_head),
         objective=process_reward,
-        data=SolutionRows(**rows.settings()),
+        data=SolutionRows(**rows.settings(), packing=False),
         optim=base.optim(lr),
-        loop=Loop(eval_every=10, save_every=10),
+        loop=Loop(eval_every=20, save_every=20),
         samples=0,
         seed=rows.seed,
     )

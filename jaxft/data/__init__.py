@@ -1,7 +1,7 @@
 """Data: files, row formats, chat templates, loss masks, packing and sources of batches.
 
 source.py: the Source type, the source of fixed rows and what a layout of its batches is
-row_settings.py: the settings that token ids depend on, and those of chat templates
+row_settings.py: the settings that token ids depend on, also of chat templates
 progress.py: progress of work that takes long
 sft.py: SFT rows: settings, packing, rows of a plan as arrays
 decisions.py: questions with choices: rows and prompts

@@ -38,16 +38,15 @@ class Prompts(DataSettings):
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
     of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
     environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
-    prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts
-    out, "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group:
-    completions of each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows:
-    completions that are sampled at the same time; the next prompts take the rows of completions that
-    ended. None: all on a CPU, at most 256 per GPU or TPU over which rows are divided. Another number may
-    round sums differently, and change a token where two are almost equally likely, but not in bfloat16 on a
-    CPU that multiplies it itself. kv_cache: how the
-    sampler stores keys and values, "compute" for the compute dtype. passes: how often the policy is
-    trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each pass, of
-    `micro` microbatches each. Other fields: see DataSettings.
+    prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts out,
+    "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group: completions of
+    each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows: completions that are
+    sampled at the same time; the next prompts take the rows of completions that ended. None: all on a CPU, at
+    most 256 per GPU or TPU over which rows are divided. Another number may round sums differently, and change
+    a token where two are almost equally likely, but not in bfloat16 on a CPU that multiplies it itself.
+    kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes: how often the
+    policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each
+    pass, of `micro` microbatches each. Other fields: see DataSettings.
     """
 
     format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"
@@ -123,7 +122,7 @@ class Prompts(DataSettings):
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have in addition to those of their rows; see RowSettings."""
+        """Tools of prompts, in addition to the tools of their rows; see RowSettings."""
         return ""
 
     @property
@@ -274,7 +273,7 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
 def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np.ndarray, " batch"]:
     """Return the indices of the training prompts of a rollout.
 
-    Rollouts take the prompts of one epoch after the other. An epoch is in random order, or in that of
+    Rollouts take the prompts of one epoch after the other. An epoch is in random order, or sorted by
     data.order_by.
     """
     count = len(train)

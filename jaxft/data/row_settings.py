@@ -70,8 +70,8 @@ class RowSettings:
     kinds: of the responses that are read. max_length: tokens of a prompt with a response, of a prompt alone
     where no response is read. extras: columns of numbers. loss_on, sample_by: see sft.Rows. weight_column:
     see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
-    column "environment" is this name, or of "", every row; "" for those of the rows themselves. optional:
-    whether a row without a prompt has an empty one, to which an environment adds. separator: see
+    column "environment" is this name, or of "", every row; "" for the rows' own tools. optional:
+    whether a row without a prompt has an empty one, to which an environment adds. separator, last_step: see
     steps.SolutionRows. labels, question: see decision_rows.DecisionRows. Others: see DataSettings.
     """
 
@@ -90,6 +90,7 @@ class RowSettings:
     tools: str = ""
     optional: bool = False
     separator: str = "\n"
+    last_step: bool = False
     labels: tuple[str, ...] = ()
     question: str | None = None
 

@@ -186,7 +186,7 @@ class PackedBatches(BatchLayout[Tokens]):
         return rows * (length + 1)
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
-        """Return the name of an example; of wrapped rows, which have no single examples, those of the row."""
+        """Return the name of an example, in wrapped rows of all examples of the row."""
         _, rows, length = batch.ids.shape
         row, example = divmod(position, length + 1)
         row += number * rows

@@ -63,8 +63,8 @@ class SourceStats:
 class RowStats(SourceStats):
     """Statistics of tokenised rows.
 
-    truncated: number of truncated examples. tokens, learned_tokens: of the first epoch, and those of them
-    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
+    truncated: number of truncated examples. tokens: of the first epoch. learned_tokens: tokens of the first
+    epoch with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
     batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
     slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
     """
@@ -110,8 +110,8 @@ class SourceInfo:
 class Source(Protocol[BoundTo]):
     """Batches by step.
 
-    Arrays of a training batch are [micro, rows, ...], those of a held-out batch [1, rows, ...]; each kind of
-    weights sums to 1 over a training batch and over all held-out batches together. All are NumPy arrays.
+    Arrays are NumPy's: [micro, rows, ...] in a training batch, [1, rows, ...] in a held-out batch. Each kind
+    of weights sums to 1 over a training batch, and over all held-out batches together.
     """
 
     @property

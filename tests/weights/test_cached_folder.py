@@ -288,7 +288,7 @@ def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_da
 
 def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
     """Another process may tokenise rows into the same folder."""
-    path, columns = tmp_path / "rows" / "a.arrow", {"n": rows_cache.ColumnType(np.int32)}
+    path, columns = tmp_path / "rows" / "a.rows", {"n": rows_cache.ColumnType(np.int32)}
 
     def make(add):
         disk.remove_leftovers(path.parent.glob("*.tmp"))
@@ -299,4 +299,4 @@ def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / f"killed.{disk.here()}-1.tmp").write_bytes(b"ARROW1")
     _, state = rows_cache.load_or_make(path, columns, make)
-    assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.arrow"]
+    assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.rows"]

@@ -17,7 +17,7 @@ AXOLOTL_TYPES = {  # a type of rows, or its last part -> our columns=theirs
     "alpaca_instruct": "", "alpaca_w_system": "", "load": "", "load_open_orca": "prompt=question",
     "default": "", "intel": "prompt=question", "icr": "prompt=input", "argilla": "prompt=instruction",
     "bradley_terry.chat_template": "prompt=input", "chat_template.argilla": "", "ultra": "",
-    "prompt_pairs": "", "argilla_chat": "", "load_concise": "",
+    "prompt_pairs": "", "argilla_chat": "", "load_concise": "", "stepwise_supervised": "",
 }  # fmt: skip
 DATASET_FIELDS = {  # an option of an Axolotl dataset -> our column
     "field_messages": "messages", "field_instruction": "instruction", "field_input": "input",
@@ -125,6 +125,12 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
                            "without Alpaca's preamble")  # fmt: skip
         if words[0] in ("chatml", "llama3", "zephyr") and "chat_template" not in draft.options:
             draft.put(f"chat_template={words[0]}")
+    for name in ("step_separator", "train_on_last_step_only") if draft.recipe == "process_reward" else ():
+        (row,) = table_rows(AXOLOTL, name, draft.recipe)
+        for override in row.overrides(options[name]) if options.get(name) is not None else ():
+            draft.put(override)
+    if options.get("max_completion_length") is not None:
+        remarks.append("max_completion_length is not a setting; max_length is for prompt and steps together")
     trained = options.get("roles_to_train") or []
     trained = [trained] if isinstance(trained, str) else trained
     if not {*trained} <= {"assistant", "gpt", "model"}:

@@ -21,7 +21,7 @@ from jaxft.runs.settings.option_names import TRL, UNSLOTH
 CONFIGS = {  # class or function -> the trainer, "" for one of any trainer
     "SFTConfig": "sft", "DPOConfig": "dpo", "GRPOConfig": "grpo", "RLOOConfig": "rloo", "KTOConfig": "kto",
     "RewardConfig": "reward", "ORPOConfig": "orpo", "CPOConfig": "cpo", "OnlineDPOConfig": "online_dpo",
-    "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "TrainingArguments": "",
+    "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "PRMConfig": "prm", "TrainingArguments": "",
     "UnslothTrainingArguments": "", "LoraConfig": "", "BitsAndBytesConfig": "", "ModelConfig": "",
     "ScriptArguments": "", "get_peft_model": "", "Seq2SeqTrainingArguments": "",
 }  # fmt: skip
@@ -29,6 +29,7 @@ TRAINER_CLASSES = {
     "SFTTrainer": "sft", "DPOTrainer": "dpo", "GRPOTrainer": "grpo", "RLOOTrainer": "rloo",
     "KTOTrainer": "kto", "RewardTrainer": "reward", "ORPOTrainer": "orpo", "CPOTrainer": "cpo",
     "OnlineDPOTrainer": "online_dpo", "PPOTrainer": "ppo", "GKDTrainer": "gkd", "BCOTrainer": "bco",
+    "PRMTrainer": "prm",
 }  # fmt: skip
 PASSED_ON = (  # arguments of trainers that are objects of the file
     "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",

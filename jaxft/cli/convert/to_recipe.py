@@ -25,7 +25,8 @@ from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_
 RECIPES = {  # a tool's name of a method -> the recipe
     "sft": "sft", "pt": "pretrain", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo",
     "simpo": "simpo",
-    "cpo": "dpo", "bco": "kto", "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
+    "cpo": "dpo", "bco": "kto", **dict.fromkeys(("prm", "process_reward_model"), "process_reward"),
+    "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
     "rloo": "grpo", "ppo": "ppo", "online_dpo": "online_dpo",
 }  # fmt: skip
 METHOD_SETTINGS = {  # methods that are a recipe with further settings
@@ -35,11 +36,11 @@ METHOD_SETTINGS = {  # methods that are a recipe with further settings
     "rloo": ("advantage=rloo", "token_weights=sequence_sum"),
 }  # fmt: skip
 FULL = {  # how a recipe trains all weights
-    **dict.fromkeys(("dpo", "reward", "pretrain"), "full=true"),
+    **dict.fromkeys(("dpo", "reward", "process_reward", "pretrain"), "full=true"),
     **dict.fromkeys(("kto", "orpo", "simpo", "grpo", "ppo", "online_dpo"), "adapter=none"),
 }  # fmt: skip
 LEARNING_RATES = {  # of TRL's configurations
-    "sft": "2e-5", "reward": "1e-4", "online_dpo": "5e-7",
+    "sft": "2e-5", "reward": "1e-4", "process_reward": "1e-5", "online_dpo": "5e-7",
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "grpo", "ppo"), "1e-6"),
 }  # fmt: skip
 PROJECTS = {"wandb_project": "wandb", "mlflow_experiment_name": "mlflow", "trackio_project_name": "trackio"}
@@ -185,7 +186,15 @@ def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
 def _choose_training(draft: Draft) -> None:
     """Choose between an adapter and all weights, and the recipe for it."""
     source = draft.source
-    for name in ("stage", "rl", "reward_model", "pref_loss", "do_train", "num_labels"):
+    for name in (
+        "stage",
+        "rl",
+        "reward_model",
+        "process_reward_model",
+        "pref_loss",
+        "do_train",
+        "num_labels",
+    ):
         if source.tool in (AXOLOTL, FACTORY) and name in draft.options and (
             name != "pref_loss" or draft.recipe != "dpo"
         ):  # fmt: skip

@@ -113,6 +113,7 @@ ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 TRAINERS = (
     "sft", "dpo", "kto", "grpo", "rloo", "reward", "orpo", "cpo", "online_dpo", "ppo", "gkd", "bco",
+    "prm",
 )  # fmt: skip
 COMMANDS_OF = {"trl": TRAINERS, "llamafactory-cli": ("train",), "lmf": ("train",), "axolotl": ("train",)}
 

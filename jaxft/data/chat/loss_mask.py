@@ -67,7 +67,7 @@ class Rendered:
 
     learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
     whether that EOS is a target. weights: of ranges whose targets have another weight than 1. prompt: length
-    of a prompt whose tokens are to be those of the prompt alone, 0 for none.
+    of a prompt that keeps the tokens it has alone, 0 for none.
     """
 
     name: str
@@ -396,8 +396,7 @@ def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[in
 def _from_prompt(
     r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
 ) -> tuple[list[int], list[Span]]:
-    """Return the tokens of a text that begins with a prompt, such that they begin with those of the prompt
-    alone.
+    """Return the tokens of a text that begins with a prompt. They begin with the prompt's own tokens.
 
     ids, offsets: of the text as a whole. They are returned as they are unless a token spans the end of the
     prompt. What follows the prompt is then tokenised after one of ANCHORS, because a tokenizer may put a

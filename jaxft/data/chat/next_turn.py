@@ -58,7 +58,7 @@ def next_prompt(
     token is among the ids. Raises InvalidRow if the template rejects all ways.
 
     Example: with ChatML, a sampled turn "4<|im_end|>" and the answer {"role": "user", "content": "Why?"}, the
-    ids are those of "\\n<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n".
+    ids encode "\\n<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n".
     """
     template = template_of(tokenizer, settings)
     if template is None:

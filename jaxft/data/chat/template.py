@@ -53,12 +53,12 @@ class Template:
     generation prompt. header: without a generation prompt, what comes before a response. earlier_header: what
     comes before a response that others follow; None if the template renders the prompt of such a response in
     another way. ends: the texts that end an assistant turn, such as "<|im_end|>"; () if no special token
-    does. last_ends: those of them that end the last turn of a conversation. arguments: further arguments that
+    does. last_ends: the ends of a conversation's last turn. arguments: further arguments that
     it is rendered with. merges: whether a system message is put in front of the first user turn. failure: why
     it renders not even a question with a response, "" if it does. last_tokens: ids of the tokens that end the
     last turn. tool_use: the template of conversations with tools, None if it is this one. needs_content: it
-    rejects a content that is null, as that of a turn of tool calls is, or renders it as the word None, and
-    gets an empty text in its place. needs_parts: it reads a content as a list of parts, as the templates of
+    rejects a content that is null, as turns of tool calls have, or renders it as the word None, and gets an
+    empty text in its place. needs_parts: it reads a content as a list of parts, as the templates of
     vision models do, and gets a text as a list of one.
     """
 
@@ -98,8 +98,8 @@ class Template:
         return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
     def of_chat(self, chat: Chat) -> "Template":
-        """Return the template that a conversation is rendered with: that of tools if it has some, as
-        transformers' apply_chat_template chooses, with its own arguments, which override those of the run.
+        """Return the template for a conversation with its own arguments, which override the run's: the one
+        for tools if the conversation has some, as transformers' apply_chat_template chooses.
         """
         own = self.tool_use if chat.tools and self.tool_use else self
         return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own
@@ -111,8 +111,7 @@ def name_of_template(tokenizer: Any) -> str:
 
 
 def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS) -> Template | None:
-    """Return the tokenizer's template, with today's date replaced by that of the settings; None if it has
-    none.
+    """Return the tokenizer's template, None if it has none. The date of the settings replaces today's.
 
     Raises ValueError for an argument that the template does not read.
     """

@@ -1,8 +1,8 @@
-"""Tokenised rows on disk: Arrow files of columns, named by a hash of everything that the columns depend on.
+"""Tokenised rows on disk: files of columns, named by a hash of everything that the columns depend on.
 
-A file is an Arrow IPC file with a record batch for each chunk of the dataset, then JSON with facts about the
-dataset, the length of the JSON, and a checksum of all of these. It is written under a temporary name and
-renamed when it is complete. Its columns are memory-mapped: see Flat.
+A file has the arrays of the columns of each chunk of the dataset, one after the other, then JSON with their
+places and facts about the dataset, the length of the JSON, and a checksum of all of these. It is written
+under a temporary name and renamed when it is complete. Its columns are memory-mapped: see Flat.
 """
 
 import contextlib
@@ -130,12 +130,13 @@ class RowNames(Made[str]):
         )
 
 
-CORRUPT_FILE = (  # what zipfile, numpy and pyarrow raise for flipped bits
+CORRUPT_FILE = (  # what zipfile, numpy and json raise for flipped bits
     OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, OverflowError, AttributeError,
     TypeError, zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 NAMING = ("source", "number")  # the columns of a row's name
 _NO_TOKENS = (*NAMING, "placeholders")  # columns that say nothing about the tokens
+_ALIGN = 64  # bytes: each array begins at a multiple of it
 _TAIL = struct.Struct("<Q16s")  # bytes of the JSON, checksum
 
 
@@ -243,22 +244,22 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def _parse(data: Any, columns: ColumnTypes, releases: Sequence[Callable[[], object]] = ()) -> StoredRows:
-    """Return the table in the bytes of a file, without copying the columns. releases: see Flat."""
-    import pyarrow
-
+    """Return the columns in the bytes of a file, without copying them. releases: see Flat."""
     end = len(data) - _TAIL.size
-    begin = end - _TAIL.unpack_from(data, end)[0]
-    facts = json.loads(bytes(data[begin:end]))
-    reader = pyarrow.ipc.open_file(pyarrow.py_buffer(data).slice(0, begin))
-    if not reader.schema.equals(_schema(columns)):
+    facts = json.loads(bytes(data[end - _TAIL.unpack_from(data, end)[0] : end]))
+    places = facts.pop("places")
+    if facts.pop("types") != _types(columns):
         raise ValueError("the file has other columns")
-    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     found = {}
-    for name, column in columns.items():
-        parts = [_values(batch.column(name), column) for batch in batches]
-        shape = (0,) if column.width is None else (0, column.width)
-        found[name] = Flat(parts or [np.empty(shape, column.dtype)], releases)
+    for name, (dtype, _, width) in columns.items():
+        shape = () if width is None else (width,)
+        parts = [np.ndarray((count, *shape), dtype, data, offset) for offset, count in places[name]]
+        found[name] = Flat(parts or [np.empty((0, *shape), dtype)], releases)
     return StoredRows(found, facts)
+
+
+def _types(columns: ColumnTypes) -> list[list[Any]]:
+    return [[name, np.dtype(c.dtype).str, c.along, c.width] for name, c in columns.items()]
 
 
 @contextlib.contextmanager
@@ -282,87 +283,25 @@ def _write_file(path: Path, columns: ColumnTypes, make: Make) -> None:
 
 
 def _write(file: BinaryIO, columns: ColumnTypes, make: Make) -> None:
-    import pyarrow
-
     digests = {name: hashlib.sha256() for name in columns if name not in _NO_TOKENS}
-    with _writing():
-        writer = pyarrow.ipc.new_file(file, _schema(columns))
+    places: dict[str, list[tuple[int, int]]] = {name: [] for name in columns}  # offset, length of each array
 
     def add(part: ChunkColumns) -> None:
-        arrays = {name: np.ascontiguousarray(part[name], c.dtype) for name, c in columns.items()}
-        for name, digest in digests.items():
-            digest.update(arrays[name].data)
-        with _writing():
-            writer.write_batch(_batch(arrays, columns))
+        for name, column in columns.items():
+            array = np.ascontiguousarray(part[name], column.dtype)
+            if name in digests:
+                digests[name].update(array.data)
+            with _writing():
+                file.write(bytes(-file.tell() % _ALIGN))
+                places[name].append((file.tell(), len(array)))
+                file.write(array.data)
 
     facts = make(add)
     whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in digests.items())
     facts = facts | {"digest": hashlib.sha256(whole.encode()).hexdigest()}
-    text = json.dumps(facts, default=str).encode()
+    text = json.dumps(facts | {"places": places, "types": _types(columns)}, default=str).encode()
     with _writing():
-        writer.close()
         file.write(text + len(text).to_bytes(8, "little"))
         file.flush()
         checksum = _checksum(file, file.tell())
         file.write(checksum)
-
-
-# ---- Arrow. pyarrow's own conversions of arrays import pandas where it is installed, which takes 0.4 s.
-
-
-def _schema(columns: ColumnTypes) -> Any:
-    import pyarrow
-
-    def kind(column: ColumnType) -> Any:
-        value = pyarrow.from_numpy_dtype(_stored_dtype(column))
-        if column.along is not None:
-            return pyarrow.list_(value)
-        return value if column.width is None else pyarrow.list_(value, column.width)
-
-    return pyarrow.schema([(name, kind(column)) for name, column in columns.items()])
-
-
-def _stored_dtype(column: ColumnType) -> Any:
-    """Return the dtype in the file: Arrow has 8 booleans in a byte, which cannot be mapped as an array."""
-    return np.dtype(np.uint8) if column.dtype is np.bool_ else np.dtype(column.dtype)
-
-
-def _batch(part: ChunkColumns, columns: ColumnTypes) -> Any:
-    import pyarrow
-
-    arrays = []
-    for name, column in columns.items():
-        values = _to_arrow(part[name].view(_stored_dtype(column)).ravel())
-        if column.along is not None:
-            counts = part[column.along]
-            ends = np.cumsum(counts.reshape(len(counts), -1).sum(1))
-            offsets = _to_arrow(np.concatenate([[0], ends]).astype(np.int32))
-            values = pyarrow.ListArray.from_arrays(offsets, values)
-        elif column.width is not None:
-            values = pyarrow.FixedSizeListArray.from_arrays(values, column.width)
-        arrays.append(values)
-    return pyarrow.RecordBatch.from_arrays(arrays, schema=_schema(columns))
-
-
-def _to_arrow(values: np.ndarray) -> Any:
-    """Return an Arrow array of the same memory."""
-    import pyarrow
-
-    buffers = [None, pyarrow.py_buffer(values)]
-    return pyarrow.Array.from_buffers(pyarrow.from_numpy_dtype(values.dtype), len(values), buffers)
-
-
-def _from_arrow(array: Any, dtype: Any) -> np.ndarray:
-    """Return a one-dimensional array of the same memory. dtype: of the size of the Arrow array's."""
-    memory, size = array.buffers()[-1], np.dtype(dtype).itemsize
-    if array.null_count:
-        raise ValueError("a column has missing values")
-    return np.ndarray((len(array),), dtype, memory or b"", array.offset * size)
-
-
-def _values(array: Any, column: ColumnType) -> np.ndarray:
-    """Return the values of a stored column without copying them."""
-    if column.along is None and column.width is None:
-        return _from_arrow(array, column.dtype)
-    values = _from_arrow(array.values, column.dtype)
-    return values if column.width is None else values.reshape(len(array), column.width)

@@ -212,8 +212,7 @@ def tokens_per_pair(pairs: TokenisedRows, branches: bool) -> Int[np.ndarray, " p
 def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
     """Return pair weights and mean response lengths of a batch of these members.
 
-    Weights sum to 1, or are all 0 if those of the weight column are. Pairs of weight 0 are not counted in the
-    means.
+    Weights sum to 1, or are all 0 if the weight column is. The means leave out pairs of weight 0.
     """
     weights = np.zeros(len(pairs))
     weights[members] = pairs.weights[members] * (pairs.targets[members] if weighting == "token" else 1)

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from jaxtyping import Bool, Int
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.decisions import labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
-from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, last_targets, stored_columns
+from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, stored_columns
 from jaxft.data.progress import RowProgress
 from jaxft.data.row_settings import RowSettings, TemplateSettings
 from jaxft.data.rows import format_choice
@@ -142,7 +143,7 @@ class Reader:
         version, extras = (self.task.name, self.task.version), self.task.extras(settings)
         key = files.content_key(content, self.tokenizer, version, astuple(settings))
         stored, state = files.load_or_make(
-            files.row_cache_folder(how.cache) / f"{key}.arrow",
+            files.row_cache_folder(how.cache) / f"{key}.rows",
             column_types(len(settings.kinds), extras),
             partial(_tokenise, ref, listing, self),
         )
@@ -460,7 +461,7 @@ class _Columns:
             part["reads"] = part["reads"].reshape(counts.shape)[:, 1:]
             part["ends"] = np.full(part["reads"].shape, -1, np.int32)  # of a missing continuation
             present = counts[:, 1:] > 0
-            part["ends"][present] = last_targets(ids, learned, after[:, 1:][present], self.tokenizer)
+            part["ends"][present] = _last_targets(ids, learned, after[:, 1:][present], self.tokenizer)
         return part
 
 
@@ -481,6 +482,27 @@ def _hashes(
         whole.update(b"" if further is None else further[row].data)
         content[row] = whole.intdigest()
     return {"hashes": np.fromiter(hashes, np.uint64, ends.size).reshape(ends.shape), "content": content}
+
+
+def _last_targets(
+    ids: Int[np.ndarray, " tokens"],
+    learned: Bool[np.ndarray, " tokens"],
+    ends: Int[np.ndarray, " sequences"],
+    tokenizer: Any,
+) -> Int[np.ndarray, " sequences"]:
+    """Return the last target of each sequence that is not whitespace.
+
+    ends: index after the last token of each sequence.
+    """
+    if not len(ends):
+        return np.zeros(0, np.int32)
+    targets = np.flatnonzero(learned)
+    last = np.searchsorted(targets, ends) - 1
+    for _ in range(2):  # a template that ends turns with a line break learns it
+        found = ids[targets[last]]
+        blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
+        last = np.maximum(last - np.isin(found, blank), 0)
+    return ids[targets[last]]
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:

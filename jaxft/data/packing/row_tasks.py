@@ -1,10 +1,9 @@
 """Rows of SFT, preferences and rollouts as token ids: their loss masks, and rows that are too long.
 
-A pair is split where TRL splits it (TRL 1.16, dpo_trainer.py, tokenize_fn): its prompt ends at the first
-difference between the tokens of the prompt alone (with the generation prompt) and those of prompt and
-response, and all responses of a pair share the shortest of these prompts. A token that spans the end of the
-prompt belongs to the response, and such pairs are counted. A row whose prompt differs in more than its last
-token is an error.
+A pair is split where TRL splits it (TRL 1.16, dpo_trainer.py, tokenize_fn). The prompt is tokenised alone,
+with the generation prompt, and again with each response. It ends where these token ids first differ, and all
+responses of a pair share the shortest prompt. A token that spans the end of the prompt belongs to the
+response; such pairs are counted. A row whose prompt differs in more than its last token is an error.
 """
 
 import base64

@@ -271,27 +271,6 @@ def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
     return "\n".join(lines)
 
 
-def last_targets(
-    ids: Int[np.ndarray, " tokens"],
-    learned: Bool[np.ndarray, " tokens"],
-    ends: Int[np.ndarray, " sequences"],
-    tokenizer: Any,
-) -> Int[np.ndarray, " sequences"]:
-    """Return the last target of each sequence that is not whitespace.
-
-    ends: index after the last token of each sequence.
-    """
-    if not len(ends):
-        return np.zeros(0, np.int32)
-    targets = np.flatnonzero(learned)
-    last = np.searchsorted(targets, ends) - 1
-    for _ in range(2):  # a template that ends turns with a line break learns it
-        found = ids[targets[last]]
-        blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
-        last = np.maximum(last - np.isin(found, blank), 0)
-    return ids[targets[last]]
-
-
 def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
     """Return how often each token id occurs."""
     found, counts = np.unique(ids, return_counts=True)

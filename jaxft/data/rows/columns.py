@@ -46,7 +46,7 @@ COLUMN_SYNONYMS = {
     "answer": ("answerkey",),
     "document": ("passage",),
 }
-FURTHER = ("system", "input")  # those of them that a row may lack
+FURTHER = ("system", "input")  # columns with synonyms that a row may lack
 # Names that are proposed and not read, as only a convention says which response is the better one.
 PROPOSED_SYNONYMS = {
     "chosen": ("response_j", "chosen_response", "better", "preferred", "accepted", "good", "winner"),

@@ -29,7 +29,7 @@ from jaxft.data.rows.columns import (
 )
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion, Message
-from jaxft.data.rows.loss_weights import split_weights
+from jaxft.data.rows.loss_weights import split_weights, without_weights
 
 PLAIN = "plain"  # the value of data.format for which strings are plain text
 NO_PROMPT = "no prompt"  # the reason of an invalid row
@@ -106,6 +106,43 @@ def chat_of(
     tools, arguments = tools_of(row), template_arguments_of(row)
     messages, weights = split_weights(turns)
     return Chat(row.name, messages, response, instruction, tools, arguments, given, weights)
+
+
+def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dict[str, Chat]:
+    """Return the prompt with each response of a pair or ranking, by kind. prompt_column: None for the common
+    beginning of the responses. Raises InvalidRow, also for responses that are no assistant turns.
+    """
+    if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
+        row, prompt_column = with_prompt(row), "prompt"
+    require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
+    split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
+    ending = [kind for kind, column in columns.items() if column == prompt_column]
+    if ending:  # the conversation ends with the response
+        at = response_index(split.prompt)
+        split = SplitRow(split.prompt[:at], {ending[0]: split.prompt[at:], **split.responses})
+    require_difference(row, split.responses)
+    for kind, turns in split.responses.items():
+        _check_response(row, columns[kind], turns)
+    if split.prompt and split.prompt[-1]["role"] == "assistant":
+        raise row.invalid(
+            "prompt that ends with an assistant turn",
+            "the prompt ends with an assistant turn; move that turn into the responses",
+        )
+    return {kind: without_weights(chat) for kind, chat in chats_of(row, split).items()}
+
+
+def _check_response(row: Row, column: str, turns: Turns) -> None:
+    if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
+        raise row.invalid(
+            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
+        )
+    for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
+        if turn["role"] != "assistant":
+            raise row.invalid(
+                "response that is no assistant turn",
+                f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
+                "an assistant turn",
+            )
 
 
 def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:

@@ -38,7 +38,7 @@ MOST_LABELS = 100  # that are counted
 
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
-    theirs) of columns with other names, in addition to data.columns. unread: those of another format, which
+    theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
     the rows have besides a text, or the text besides another format. labels: of a classifier's rows, where
     data.labels names none.
     """
@@ -86,7 +86,8 @@ def parse_rows(
     settings = replace(settings, labels=format.labels) if format.labels else settings
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
-        row = with_ratings(chosen.rewrite(valid(row), settings), settings)
+        row = chosen.rewrite(valid(row), settings)
+        row = with_ratings(row, settings) if "rank_2" in settings.kinds else row
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
         numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
         order = 0.0 if order_by is None else number_of(row, order_by, "data.order_by")

@@ -16,7 +16,7 @@
     ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
     instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
     rated                   {"prompt", "responses": [...]}: rankings with ranks or ratings, see
-                            published_formats.py, which also has those of single datasets
+                            published_formats.py, which also has formats of single datasets
     unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
     unpaired-messages       {"messages", "label"}: the response is the last turn
     unpaired-conversations  {"conversations", "label"} (ShareGPT)
@@ -29,8 +29,8 @@
 
 "label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
 without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
-"chat_template_kwargs"; those of SFT "weight" (see loss_weights.py); those of pairs "reference", from which a
-third response, "gold" (data.third), is read. Which format a dataset has, and columns with other names:
+"chat_template_kwargs"; SFT rows also "weight" (see loss_weights.py); pairs also "reference", a third response
+("gold", data.third). Which format a dataset has, and columns with other names:
 format_choice.py. Prompts without responses are read from the columns of all formats, see conversation.py.
 """
 
@@ -45,21 +45,17 @@ from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.columns import list_of, text_of
 from jaxft.data.rows.conversation import (
     Columns,
-    SplitRow,
-    Turns,
     chat_of,
     chats_of,
-    holds_responses,
-    other_prompt,
+    compared_chats,
     plain_texts,
     require_difference,
     response_index,
     split_row,
-    with_prompt,
 )
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import RESPONSE, Example, Solution, Text
-from jaxft.data.rows.loss_weights import row_weight, without_weights
+from jaxft.data.rows.loss_weights import row_weight
 from jaxft.data.rows.published_formats import (
     PROMPT,
     RANKED,
@@ -163,7 +159,7 @@ def _label(row: Row, where: str, value: Any) -> bool:
 
 
 def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Columns) -> dict[str, Example]:
-    """Return the prompt with each response, those of settings.kinds. columns: of the responses by kind."""
+    """Return the prompt with each response of settings.kinds. columns: of the responses by kind."""
     if "gold" in settings.kinds:
         if row.fields.get("reference") is None:
             raise row.invalid(
@@ -176,43 +172,8 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
         texts = plain_texts(row, columns)
         require_difference(row, texts)
         return {**texts}
-    chats = chats_of(row, _split_pair(row, prompt, columns))
-    return {kind: without_weights(chats[kind]) for kind in settings.kinds if kind in chats}
-
-
-def _split_pair(row: Row, prompt_column: str | None, columns: Columns) -> SplitRow:
-    """Return the row's prompt and responses, which are checked."""
-    if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
-        row, prompt_column = with_prompt(row), "prompt"
-    require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
-    split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
-    ending = [kind for kind, column in columns.items() if column == prompt_column]
-    if ending:  # the conversation ends with the response
-        at = response_index(split.prompt)
-        split = SplitRow(split.prompt[:at], {ending[0]: split.prompt[at:], **split.responses})
-    require_difference(row, split.responses)
-    for kind, turns in split.responses.items():
-        _check_response(row, columns[kind], turns)
-    if split.prompt and split.prompt[-1]["role"] == "assistant":
-        raise row.invalid(
-            "prompt that ends with an assistant turn",
-            "the prompt ends with an assistant turn; move that turn into the responses",
-        )
-    return split
-
-
-def _check_response(row: Row, column: str, turns: Turns) -> None:
-    if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
-        raise row.invalid(
-            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
-        )
-    for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
-        if turn["role"] != "assistant":
-            raise row.invalid(
-                "response that is no assistant turn",
-                f"the response in column {column!r} {end} with a {turn['role']} turn; it must be "
-                "an assistant turn",
-            )
+    chats = compared_chats(row, prompt, columns)
+    return {kind: chats[kind] for kind in settings.kinds if kind in chats}
 
 
 # ---- steps

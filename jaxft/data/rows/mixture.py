@@ -37,7 +37,7 @@ class SourceRef:
     """A dataset, see rows.read_rows.
 
     share: its fraction of an epoch's rows; None: every row once. name: the last part of its metrics' names.
-    options: settings of its rows in place of those of the run, of SOURCE_OPTIONS and "columns".
+    options: settings of its rows that replace the run's: SOURCE_OPTIONS and "columns".
     """
 
     ref: str
@@ -178,7 +178,7 @@ def _shares(
 
 
 def _name(ref: str) -> str:
-    """Return a dataset's name in metrics: that of a file without suffix, of a folder, or of a hub dataset."""
+    """Return a dataset's name in metrics: the file's without suffix, the folder's, or the hub dataset's."""
     path, parts = Path(file_name(ref)), ref.partition(":")[0].split("/")
     if _find(ref) is None and path.suffix not in SUFFIXES:
         return parts[min(1, len(parts) - 1)]
@@ -212,7 +212,7 @@ class Mixture:
     seed: int
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
-        """Return the rows of an epoch, those of each source one after the other."""
+        """Return the rows of an epoch, one source after the other."""
         return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
 
     def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:

@@ -71,12 +71,10 @@ def rating_columns(responses: int) -> tuple[str, ...]:
 
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
-    """Return a pair, if rankings are read (data.responses), with a number in each column of ratings: those of
-    the row, or minus the ranks, 0 where a response is missing.
+    """Return a ranking with a number in each column of ratings: the row's rating, or minus the rank; 0 where
+    the response is missing.
     """
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
-    if not further:
-        return row
     fields = {_RATING + kind: 0.0 for kind in further}
     if all(row.fields.get(_RATING + kind) is None for kind in ("chosen", "rejected")):
         fields |= {_RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
@@ -158,7 +156,7 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
 
 
 def _ratings(row: Row, column: str, own: list[float | None]) -> list[float]:
-    """Return the rating of each response: its own, those of a parallel column, or minus its place."""
+    """Return the rating of each response: its own, the one in a parallel column, or minus its place."""
     parallel = next((name for name in RATINGS if row.fields.get(name) is not None), None)
     if parallel is not None:
         values = list_of(row, parallel)

@@ -611,6 +611,12 @@ OPTIONS: tuple[Option, ...] = tuple(
         _same("orpo_alpha:a", "beta", 0.1, "", "orpo"),
         _together("cpo_alpha:ta", "loss", "loss=cpo", "dpo"),
         _same("center_rewards_coefficient:ta", "center", 0.01, "", "reward"),
+        _options("step_separator:ta", setting="data.separator", example="\n\n", note="\\n is a line break",
+                 values={"\n": "", "\n\n": "data.separator=\\n\\n"}, recipe="process_reward"),
+        _mapped("train_on_last_step_only:ta", "data.last_step_only",
+                {"true": "data.last_step_only=true", "false": ""}, "", "process_reward"),
+        _together("max_completion_length:ta", "max_length",
+                  "max_length is for the prompt and all steps together", "process_reward"),
         # Rollouts
         _same("num_generations:ta", "group", 8, "", "grpo"),
         _same("max_completion_length:ta max_new_tokens:ta", "max_new", 256, "", "grpo"),
