@@ -25,7 +25,7 @@ from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_base import open_codes
-from jaxft.weights.edit import merge
+from jaxft.weights.edit import merged_weights
 from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
 from jaxft.weights.hf import hf_read, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
@@ -291,10 +291,10 @@ def load_base(
     if adapter is not None:
         peft_read.check_base_copies(adapter, files)
         pairs, settings = peft_read.read_adapter(adapter, stored.model, files)
-        readers = merge.merge_on_read(readers, stored.model, pairs, settings.trainable_token_indices)
+        readers = merged_weights.merge_on_read(readers, stored.model, pairs, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
-        readers = merge.merge_on_read(readers, stored.model, negated)
+        readers = merged_weights.merge_on_read(readers, stored.model, negated)
 
     def load(path: str, spec: ParamSpec) -> Any:
         full, reader = f"base/{path}", readers[path]

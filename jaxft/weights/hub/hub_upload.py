@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxft.weights.edit.extend import UNTRAINED
+from jaxft.weights.edit.extended_model import UNTRAINED
 from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub.hub import short_message

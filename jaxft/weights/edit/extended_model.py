@@ -23,7 +23,7 @@ from jaxft.models import model_types
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.weights import pretrained
-from jaxft.weights.edit.merge import LazyTensor, lazy_params
+from jaxft.weights.edit.merged_weights import LazyTensor, lazy_params
 from jaxft.weights.hf import hf_read, hf_write
 from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
