@@ -101,8 +101,8 @@ def one_of(known: Iterable[str | None]) -> Choices:
 def choices_of(kind: Any) -> tuple[str, ...]:
     """Return the texts that an annotation declares as its choices, () for none."""
     marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
-    found = next((mark.known for mark in marks if isinstance(mark, Choices)), ())
-    return tuple("none" if text is None else text for text in found)
+    texts = next((mark.known for mark in marks if isinstance(mark, Choices)), ())
+    return tuple("none" if text is None else text for text in texts)
 
 
 def bounds_of(kind: Any) -> Bounds | None:

@@ -47,7 +47,7 @@ class Decisions(Tokens):
 
     `targets[b, m]` is the token of the most probable choice. `choices[b, m, c]` is the token of choice c as
     an index of `tokens`, -1 for none; `probabilities[b, m, c]` is its probability in the row, which sums to 1
-    over the choices. `token_weights` are those of the decisions.
+    over the choices. `token_weights` are the decisions'.
     """
 
     choices: Int[Any, "B M C"] = None
@@ -105,7 +105,7 @@ class Rollout:
     read: Int[Any, "B M"]  # as in Tokens
     targets: Int[Any, "B M"]
     responses: Int[Any, "B M"]  # completion id of a read position, 0 .. A-1; A marks padding
-    logps: Float[Any, "B M"] | None  # the policy's at sampling; None: those of the current policy
+    logps: Float[Any, "B M"] | None  # the policy's at sampling; None: the current policy's
     advantages: Float[Any, "B M"]
     policy_weights: Float[Any, "B M"]
     lengths: Int[Any, "B A"]  # sampled tokens of each completion, 0 for an empty slot

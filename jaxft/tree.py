@@ -110,8 +110,8 @@ def regex(pattern: str, name: str, dotall: bool = False) -> BoundedPattern:
 
 
 def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
-    """Return True for each leaf whose path, or that of one of its parent nodes, matches the whole regular
-    expression.
+    """Return a mask: True for each leaf whose path, or the path of a node above it, matches the regular
+    expression as a whole.
 
     setting: what errors call the pattern. Raises ValueError if nothing matches, with the nearest paths: a
     mask is never silently empty.

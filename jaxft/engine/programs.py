@@ -73,8 +73,8 @@ def next_tokens(
 ) -> _Sampled:
     """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
 
-    Log-probs are those of the model also in a constrained row, at the temperature of the sampling unless the
-    engine serves. A token whose logits are not finite is NONFINITE.
+    Log-probs are the model's, also in a constrained row, at the temperature of the sampling unless the engine
+    serves. A token whose logits are not finite is NONFINITE.
     """
     rows, (keys, numbers) = len(h_RD), at
     if rows < MIN_MATMUL_ROWS:
@@ -94,7 +94,7 @@ def next_tokens(
         )
     else:
         tokens = sample(logits)
-    largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as those of fast_argmax
+    largest = jnp.abs(logits).max(-1)  # one more reduction that vectorises, as in fast_argmax
     if not d.serving:
         heat = settings.sampling.heat[:, None].astype(logits.dtype)
         logits = logits * jnp.where(heat > 0, heat, 1)
@@ -129,13 +129,13 @@ def _put(rows: Array, old: Any, new: Any) -> Any:
     return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
 
 
-def _with_tokens(state: State, rows: Array, found: _Sampled, counts: Array) -> State:
+def _with_tokens(state: State, rows: Array, sampled: _Sampled, counts: Array) -> State:
     """Return the state with sampled tokens of rows. counts: tokens of these rows before."""
 
     def at(columns: Array, old: Array, x: Array) -> Array:
         return old.at[rows, columns].set(x, mode="drop")
 
-    tokens, logps, top_tokens, top_logps = found
+    tokens, logps, top_tokens, top_logps = sampled
     settings = jax.tree.map(lambda x: x[rows], state.settings)
     stops = (tokens[:, None] == settings.stops).any(-1) | (tokens == NONFINITE)
     return replace(
@@ -169,7 +169,7 @@ def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) ->
 
     settings, none = spread(new.settings), jnp.zeros(count * group, jnp.int32)
     of_rows, h_RD = {**params, "rows": settings.adapter}, spread(h_PTD[:, -1])
-    found = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
+    sampled = next_tokens(d, of_rows, h_RD, settings, (keys, none), spread(new.allowed))
     fresh = replace(
         state,
         cache=replace(stored, rows=clear_values(stored.rows, rows)),
@@ -182,7 +182,7 @@ def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) ->
         keys=state.keys.at[rows].set(keys, mode="drop"),
         firsts=_put(rows, state.firsts, none),
     )
-    return _with_tokens(fresh, rows, found, none)
+    return _with_tokens(fresh, rows, sampled, none)
 
 
 def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
@@ -197,7 +197,7 @@ def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> 
     h_RD = jnp.where(last, h_RCD, 0).sum(1)
     counts = new.counts + new.lengths
     keys = jnp.where(new.firsts == counts, jax.random.wrap_key_data(new.keys), state.keys[rows])
-    found = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
+    sampled = next_tokens(d, of_rows, h_RD, new.settings, (keys, counts - new.firsts), new.allowed)
     fresh = replace(
         state,
         cache=replace(stored, rows=sharded(stored.rows)),
@@ -205,7 +205,7 @@ def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> 
         keys=state.keys.at[rows].set(keys, mode="drop"),
         firsts=_put(rows, state.firsts, new.firsts),
     )
-    return _with_tokens(fresh, rows, found, counts)
+    return _with_tokens(fresh, rows, sampled, counts)
 
 
 def decode_rows(
@@ -234,9 +234,9 @@ def decode_rows(
         i, s = carry
         at = NextToken(s.lengths + s.counts - 1, s.counts, groups, *read)
         h_RD, stored = d.model.decode(params, s.cache, s.last, at)
-        found = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
+        sampled = next_tokens(d, params, h_RD, s.settings, (s.keys, s.counts - s.firsts), allowed)
         s = replace(s, cache=replace(stored, rows=sharded(stored.rows)))
-        return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), found, s.counts)
+        return i + 1, _with_tokens(s, jnp.where(s.live, every, len(used)), sampled, s.counts)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
@@ -256,17 +256,17 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
     """
     old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
-    own = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
-    found = State(cache=own, **jax.tree.map(lambda x: x[rows], others))
-    return replace(found, live=found.live & used, prompts=slots)
+    cache = Cache(prompt_keys, select_rows(old.rows, rows), old.new)
+    kept = State(cache=cache, **jax.tree.map(lambda x: x[rows], others))
+    return replace(kept, live=kept.live & used, prompts=slots)
 
 
 @dataclass(frozen=True)
 class Engine:
     """Compiled programs for one Decoding and one size, by their sizes.
 
-    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots of rows' keys that are read,
-    those of prompts). keep: (rows, rows of the next state).
+    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots that are read of rows' keys,
+    and of prompts' keys). keep: (rows, rows of the next state).
     """
 
     decoding: Decoding
@@ -283,12 +283,12 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
     tracers = program_tracers(d, params, slots, mesh)
     options = compiler_options(first_device(mesh).platform)
     lowered = {name: trace().lower() for name, trace in tracers.items()}
-    found = threads.compile_all(lowered, first_device(mesh).platform, options)
+    programs = threads.compile_all(lowered, first_device(mesh).platform, options)
     by_size = [
-        {key[1:]: program for key, program in found.items() if key[0] == name}
+        {key[1:]: program for key, program in programs.items() if key[0] == name}
         for name in ("start", "extend", "decode", "keep")
     ]
-    return Engine(d, slots, found[("empty",)], *by_size)
+    return Engine(d, slots, programs[("empty",)], *by_size)
 
 
 @cache

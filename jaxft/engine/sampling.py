@@ -168,10 +168,10 @@ LOGITS_PER_BLOCK = 256  # successive ones
 def from_softmax(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
     """Sample an index of each row with its probability softmax(logits), from a random key per row.
 
-    The index is that of the largest logit with Gumbel noise. So logits that differ by rounding give the same
-    index unless two candidates are as close; with a search in running sums any difference would move it. On
-    a CPU, where a random number costs more than an exponential, a block of successive logits is sampled
-    first, then a logit in it. Elsewhere that would move logits of a vocabulary that is sharded.
+    It is the index of the largest logit with Gumbel noise. So logits that differ by rounding give the same
+    index unless two candidates are as close; with a search in running sums any difference would move it. On a
+    CPU, where a random number costs more than an exponential, a block of successive logits is sampled first,
+    then a logit in it. Elsewhere that would move logits of a vocabulary that is sharded.
     """
     return jax.lax.platform_dependent(logits, keys, cpu=_block_first, default=_by_noise)
 
@@ -215,5 +215,5 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = 
 
 def nonfinite_logits(tokens: np.ndarray) -> tuple[int, int] | None:
     """Return (row, index) of the first token [B, N] whose logits were not finite, None without any."""
-    found = np.argwhere(tokens == NONFINITE)
-    return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
+    where = np.argwhere(tokens == NONFINITE)
+    return (int(where[0, 0]), int(where[0, 1])) if len(where) else None

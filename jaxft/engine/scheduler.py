@@ -68,7 +68,7 @@ def compile_server(
 class TokenRequest:
     """A prompt to complete, as token ids, and how.
 
-    seed, number: the random key is that of prompt `number` of generate.py with this seed.
+    seed, number: the random key is the same as for prompt `number` of generate.py with this seed.
     """
 
     prompt: tuple[int, ...]

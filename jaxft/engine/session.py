@@ -37,9 +37,9 @@ class RequestSettings:
     """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
-    log-probs of the most likely tokens are needed; among_allowed: of those that the grammar allows. grammar:
-    what the completion must match, a Grammar of serve/constraint.py. key: data of the random key, None
-    for the session's.
+    log-probs of the most likely tokens are needed; among_allowed: of the tokens that the grammar allows.
+    grammar: what the completion must match, a Grammar of serve/constraint.py. key: data of the random key,
+    None for the session's.
     """
 
     sampling: Sampling
@@ -101,10 +101,10 @@ class _Waiting(NamedTuple):
 class Session:
     """Completes prompts with the rows of an engine, and goes on with rows after given tokens.
 
-    The random key of completion i of a prompt is derived from `key`, the prompt's number and i, that of its
-    token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the engine,
-    but for rounding: kernels of other shapes may add in another order, which can swap a token for one that is
-    about as likely.
+    The random key of completion i of a prompt is derived from `key`, the prompt's number and i; the key of
+    its token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the
+    engine, but for rounding: kernels of other shapes may add in another order, which can swap a token for one
+    that is about as likely.
 
     Where an engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
     of requests that don't choose, by default the engine's sampling and stop tokens.
@@ -151,8 +151,8 @@ class Session:
     ) -> None:
         """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
 
-        choice: new settings. With a key, which is then that of the row, the next token has random number 0.
-        Raises ValueError if the row has no slots for the tokens and one more.
+        choice: new settings. A key in it becomes the row's, and the next token has random number 0. Raises
+        ValueError if the row has no slots for the tokens and one more.
         """
         it, space = self.running[episode], self.space(episode)
         if it.finish not in ("stop", "length"):
@@ -208,7 +208,7 @@ class Session:
 
     def step(self, steps: int | None = None) -> list[Running]:
         """Run one program: extend rows, start prompts, or decode up to `steps` steps. Return the rows that
-        have new tokens, of which `tokens` and `logps` are those of all rows.
+        have new tokens; `tokens` and `logps` then have the tokens of all rows.
         """
         self._fit()
         if not (self._extend() or self._start()):
@@ -302,8 +302,8 @@ class Session:
         limit = min(read - most + 1, steps or read)
         stop = max((to for rows, to in self.engine.keep if rows == self.rows and to < rows), default=0)
         if self.waiting:
-            wanted = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
-            stop = len(live) + self.rows - len(self.running) - wanted
+            needed = sum(len(item.episodes) for item in self.waiting[: self._level()[0]])
+            stop = len(live) + self.rows - len(self.running) - needed
         if self.engine.decoding.extends:
             limit, stop = min(limit, STEPS_BETWEEN_LOOKS), len(live) - self.rows // 8
         allowed = all_allowed(self.engine.decoding, self.rows)
@@ -320,7 +320,7 @@ class Session:
 
     def _collect(self) -> list[Running]:
         """Return the rows that have new tokens. Rows that ended are free, unless they may be extended."""
-        s, found = self.state, []
+        s, changed = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
         if any(it.choice.top for it in self.running.values()):
             self.top = jax.device_get((s.top_tokens, s.top_logps))
@@ -340,8 +340,8 @@ class Session:
                 it.finish = "error" if it.error else it.finish
             if it.finish and not self.engine.decoding.extends:
                 self.drop(it.episode)
-            found.append(it)
-        return found
+            changed.append(it)
+        return changed
 
     def top_of(self, it: Running) -> list[tuple[tuple[int, float], ...]]:
         """Return the most likely tokens with their log-probs, for each new token of a row."""

@@ -23,7 +23,7 @@ from jaxft.tree import struct
 
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
-TOP = 26  # the log-probs that are computed of the most likely tokens: also those of a decision's letters
+TOP = 26  # most likely tokens whose log-probs are computed, enough for a decision's letters
 # Which tokens these are the most likely of: RowChoices.top.
 NO_TOP, OF_ALL, OF_ALLOWED = range(3)
 TOP_STEPS = 4  # the most decoding steps between two looks at the most likely tokens
@@ -52,12 +52,12 @@ class Decoding:
     """The static arguments of a compiled engine.
 
     sampling, stop: of rows that have no settings of their own. sampling.max_new: the most tokens of a row's
-    completion, with those that are appended to it. group: completions of a prompt. cache: how keys and values
-    are stored. stops: the most stop tokens of a row, at least those of `stop`.
+    completion, appended tokens included. group: completions of a prompt. cache: how keys and values are
+    stored. stops: the most stop tokens of a row, at least len(stop).
 
     extends: rows go on after given tokens. constrained: completions match a grammar. serving: rows have their
-    own settings, log-probs are at temperature 1 instead of that of the sampling and also of the most likely
-    tokens, and requests come and go.
+    own settings, log-probs are at temperature 1 instead of the sampling temperature and include the most
+    likely tokens, and requests come and go.
     """
 
     model: Model
@@ -92,9 +92,9 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress, but never fewer than those of a prompt; None for all. If these are
-    not all, there are slots for twice as many prompts, because a prompt keeps its slot until its last
-    completion has ended, and at most a quarter of the rows is refilled at a time, for which the others wait.
+    rows: the most completions in progress, at least one prompt's; None for all. If not all are in progress,
+    there are slots for twice as many prompts, because a prompt keeps its slot until its last completion has
+    ended, and at most a quarter of the rows is refilled at a time, for which the others wait.
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group

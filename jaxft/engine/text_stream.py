@@ -44,8 +44,8 @@ class TokenDecoder:
     def bytes_of(self, token: int, first: bool) -> bytes | None:
         """Return the bytes that a token adds to a text; None for one that is skipped.
 
-        first: whether it begins the text, where a tokenizer may omit a space. The bytes of all tokens
-        together are those of the text.
+        first: whether it begins the text, where a tokenizer may omit a space. The bytes of all tokens,
+        joined, are the text.
         """
         if not self.adds_text(token):
             return None
@@ -70,9 +70,9 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
         and not tokenizer.decode([token], skip_special_tokens=True)
     )
 
-    known = set(tokenizer.get_vocab().values())
-    size = 1 + max(known)
-    skipped |= set(range(size)) - known
+    in_vocabulary = set(tokenizer.get_vocab().values())
+    size = 1 + max(in_vocabulary)
+    skipped |= set(range(size)) - in_vocabulary
 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -86,8 +86,8 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
     if not is_euro(EURO):
         return TokenDecoder(decode, skipped, size=size)
     ids = {tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
-    found = {token: byte for token, byte in ids.items() if token not in (None, tokenizer.unk_token_id)}
-    return TokenDecoder(decode, skipped, frozenset(found), found.get, size)
+    of_bytes = {token: byte for token, byte in ids.items() if token not in (None, tokenizer.unk_token_id)}
+    return TokenDecoder(decode, skipped, frozenset(of_bytes), of_bytes.get, size)
 
 
 @cache
@@ -195,9 +195,9 @@ class TextStream:
         `stops`.
         """
         text = self._waiting + new
-        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-        if found:
-            self.stopped, end = True, min(found)
+        places = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+        if places:
+            self.stopped, end = True, min(places)
         else:
             end = len(text) - max((_begun(text, stop) for stop in stops), default=0)
         piece, self._waiting = text[:end], text[end:]

@@ -2,7 +2,7 @@
 time; and a run's second, frozen model.
 
 The second model is a teacher, or a reference policy with weights of its own. Its parameters are named
-"teacher" in the run's tree: {"base", "adapter"}, without "base" if it shares that of the run. The run's base
+"teacher" in the run's tree: {"base", "adapter"}, without "base" if it shares the run's. The run's base
 without an adapter has no parameters there and takes no memory. An objective reads it as it reads the run's
 model, with the same parameters and log-probs of both in one pass over the heads:
 
@@ -34,8 +34,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
     """
 
     def attached(params: Any) -> Any:
-        own = model.head_adapters.get(params["viewed"].name, settings) if "viewed" in params else settings
-        dropout, token_ids = (own.dropout, own.trainable_token_indices) if own else (0.0, ())
+        chosen = model.head_adapters.get(params["viewed"].name, settings) if "viewed" in params else settings
+        dropout, token_ids = (chosen.dropout, chosen.trainable_token_indices) if chosen else (0.0, ())
         return attach(params["base"], params.get("adapter"), dropout, token_ids)
 
     specs = {"base": model.specs}
@@ -77,7 +77,7 @@ def adapted_like(model: Model, adapter: Params) -> Model:
 def adapted_by_row(model: Model) -> Model:
     """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
 
-    See lora_rows.py. Parameters without a stack are those of the base model. Its specs are the base's.
+    See lora_rows.py. Without a stack it is the base model. Its specs are the base's.
     """
 
     def attached(params: Params) -> Params:
@@ -127,6 +127,6 @@ def with_teacher(model: Model, teacher: Teacher | None) -> Model:
     """Return the model with a second one, whose parameters are named "teacher"; itself without a teacher."""
     if teacher is None:
         return model
-    own = adapted(teacher.model or model, teacher.adapter)
-    specs = {name: x for name, x in own.specs.items() if name == "adapter" or not teacher.shares_base}
-    return replace(model, heads={**model.heads, TEACHER: specs}, teacher=own)
+    second = adapted(teacher.model or model, teacher.adapter)
+    specs = {name: x for name, x in second.specs.items() if name == "adapter" or not teacher.shares_base}
+    return replace(model, heads={**model.heads, TEACHER: specs}, teacher=second)

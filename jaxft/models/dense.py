@@ -192,8 +192,8 @@ def _numbered(specs: Specs, stacks: Stacks) -> Specs:
     numbers = {place.path: place.layer.numbers for place in layer_places(stacks)}
 
     def of(path: str, spec: ParamSpec) -> ParamSpec:
-        found = [x for above, x in numbers.items() if path.startswith(f"{above}/")]
-        return replace(spec, numbers=found[0]) if found else spec
+        stacked = [x for above, x in numbers.items() if path.startswith(f"{above}/")]
+        return replace(spec, numbers=stacked[0]) if stacked else spec
 
     return tree.map_with_path(of, specs, is_leaf=is_spec)
 
@@ -443,5 +443,5 @@ def names_of(specs: Specs, others: WeightNames | None = None) -> WeightNames:
     """Return the Hugging Face name of every parameter in `specs`. others: names that the family adds to
     Llama's, or has in place of them.
     """
-    known = LLAMA_NAMES | (others or {})
-    return {path: known[path] for path in spec_paths(specs)}
+    names = LLAMA_NAMES | (others or {})
+    return {path: names[path] for path in spec_paths(specs)}

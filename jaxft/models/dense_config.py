@@ -66,7 +66,7 @@ SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 @dataclass(frozen=True)
 class ConfigFormat:
-    """How one family's config.json differs from that of other dense families.
+    """How one family's config.json differs from other dense families'.
 
     fixed: settings that would change the arithmetic, each with the only supported value; exports write them.
     defaults: the family's defaults where they differ from DEFAULTS; rope_theta may have one value per layer
@@ -393,8 +393,8 @@ def _rope(groups: dict[str, Settings], max_positions: int, theta: float) -> Rope
 
 
 def _merged(groups: dict[str, Settings], theta: float) -> Settings:
-    """Return the settings in effect: those of the first non-empty group, then those at the top level of
-    config.json (the last group), then the defaults.
+    """Return the settings in effect: first the first non-empty group's, then the top level of config.json
+    (the last group), then the defaults.
 
     Raises ValueError if another group contradicts them, or if a value has a wrong type.
     """

@@ -128,8 +128,8 @@ def trainable(module: NnxModel, pattern: str) -> Callable[[tuple, Any], bool]:
     selected = {path for path, chosen in tree.paths(mask).items() if chosen}
 
     def is_trainable(path: tuple, _: Any) -> bool:
-        _, found, name = "/".join(map(str, path)).rpartition("params/")
-        return bool(found) and name in selected
+        _, prefix, name = "/".join(map(str, path)).rpartition("params/")
+        return bool(prefix) and name in selected
 
     return is_trainable
 

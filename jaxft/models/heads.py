@@ -152,14 +152,14 @@ def view(params: Params, name: str) -> Params:
 
     Its adapter then contains the pairs of "initial_adapter", if there are any.
     """
-    own = {"base": params["base"], **params[name], "viewed": Viewed(name)}
+    viewed = {"base": params["base"], **params[name], "viewed": Viewed(name)}
     if "base" in params[name] or INITIAL_ADAPTER not in params:
-        return own
-    return {**own, "adapter": join_adapters(own.get("adapter"), params[INITIAL_ADAPTER])}
+        return viewed
+    return {**viewed, "adapter": join_adapters(viewed.get("adapter"), params[INITIAL_ADAPTER])}
 
 
 def shares_base(head: Any) -> bool:
-    """Whether the specs under a head's name are those of a further model on the policy's base.
+    """Whether the specs under a head's name are of a further model on the policy's base.
 
     The head of the model itself is one leaf.
     """
@@ -167,6 +167,6 @@ def shares_base(head: Any) -> bool:
 
 
 def as_checkpoint(model: Model) -> Model:
-    """Return a model with a scalar head whose specs are those of a checkpoint, base and head in one tree."""
+    """Return a model with a scalar head whose specs are one tree of base and head, as in a checkpoint."""
     specs = {**model.specs.get("base", model.specs), "score": model.heads["score"]}
     return replace(model, specs=specs, heads={})

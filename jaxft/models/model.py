@@ -79,8 +79,8 @@ class Model:
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
         of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and for the embeddings' noise of
-        NEFTune's alpha; None disables both. outputs: by name, [L, B, ...], {} for dense models; and those of
-        observe(h before, h after a layer) -> {name: value}, [L, ...].
+        NEFTune's alpha; None disables both. outputs: by name, [L, B, ...], {} for dense models; with the
+        values [L, ...] of observe(h before, h after a layer) -> {name: value}.
     embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.

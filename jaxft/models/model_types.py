@@ -158,8 +158,8 @@ WITHOUT_CLASSIFIER = ("granite", "cwm", "internlm3", "iquestcoder", "vaultgemma"
 
 def has_classifier(config: ModelConfig) -> bool:
     """Whether transformers has a sequence classifier for this family, to load its reward models."""
-    known = any(type(config) is family.config for family in FAMILIES.values())
-    return not known or config_to_hf(config)["model_type"] not in WITHOUT_CLASSIFIER
+    has_family = any(type(config) is family.config for family in FAMILIES.values())
+    return not has_family or config_to_hf(config)["model_type"] not in WITHOUT_CLASSIFIER
 
 
 def with_vocab(model: Model, vocab: int) -> Model:
@@ -222,29 +222,29 @@ def missing_parts(hf: Mapping[str, Any]) -> list[str]:
     """
     kind = str(hf.get("model_type"))
     shown = [name for name, value in _flat(hf) if value not in (None, False, 0, "", [], {})]
-    found = [
+    missing = [
         part
         for part, (settings, types) in PARTS.items()
         if re.fullmatch(types, kind) or any(re.fullmatch(settings, name) for name in shown)
     ]
     types = hf.get("layer_types")
     if (
-        RECURRENT not in found
+        RECURRENT not in missing
         and isinstance(types, list)
         and any(LAYER_KINDS.fullmatch(str(t)) for t in types)
     ):
-        found.append(RECURRENT)
-    return found or _other(hf, kind, shown)
+        missing.append(RECURRENT)
+    return missing or _other(hf, kind, shown)
 
 
 def _other(hf: Mapping[str, Any], kind: str, shown: list[str]) -> list[str]:
-    known = [part for types, part in OTHER_TYPES.items() if re.fullmatch(types, kind)]
-    if not known and any(map(LAYER_NORMS.fullmatch, shown)):
-        known = [LAYER_NORM]
+    parts = [part for types, part in OTHER_TYPES.items() if re.fullmatch(types, kind)]
+    if not parts and any(map(LAYER_NORMS.fullmatch, shown)):
+        parts = [LAYER_NORM]
     activation = hf.get("hidden_act")
-    if not known and isinstance(activation, str) and activation not in ACTIVATIONS:
-        known = [f"the activation {activation}"]
-    return known
+    if not parts and isinstance(activation, str) and activation not in ACTIVATIONS:
+        parts = [f"the activation {activation}"]
+    return parts
 
 
 def _flat(hf: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -12,8 +12,8 @@ from jaxft.models.model_types import FAMILIES, refusal
 class TextPart:
     """The text decoder of one multimodal model_type.
 
-    decoders: model_types that text_config may have, and those of the text-only models that they are; the
-    first one is that of a text_config without a model_type. prefix: of the names of the decoder's modules in
+    decoders: model_types that text_config may have, each with the model_type of the equal text-only model;
+    the first is for a text_config without a model_type. prefix: of the names of the decoder's modules in
     transformers' class. tied: whether the head is the embedding if the config.json does not state it. flat:
     whether older files have the decoder's settings at the top level. ignored: settings that transformers
     applies in the text-only model but not in the multimodal one.

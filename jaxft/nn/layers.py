@@ -263,12 +263,12 @@ def head_of_tokens(head: dict[str, Weight], ids: Int[Array, " U"]) -> dict[str, 
     head: what lm_head reads. Only these tokens' rows of a table, and columns of a matrix, are read. ids: each
     token once.
     """
-    found = {}
+    part = {}
     if "embed" in head:
-        found["embed"] = _rows(head["embed"], ids)
+        part["embed"] = _rows(head["embed"], ids)
     if "head" in head:
-        found["head"] = _columns(head["head"], ids)
-    return found
+        part["head"] = _columns(head["head"], ids)
+    return part
 
 
 def _rows(table: Weight, ids: Int[Array, " U"]) -> Float[Array, "U D"]:

@@ -75,7 +75,7 @@ class ParamSpec:
 
 
 class KernelAxes(NamedTuple):
-    """The names of a kernel's axes: those that it is stacked along, its inputs and its outputs."""
+    """The names of a kernel's axes: `lead` that it is stacked along, inputs and outputs."""
 
     lead: tuple[str, ...]
     ins: str
@@ -105,8 +105,8 @@ def kernel(spec: ParamSpec) -> KernelAxes | None:
     KernelAxes(lead=('layers', 'experts'), ins='width', outs='mlp')
     """
     lead = lead_axes(spec)
-    own = spec.axes[len(lead) :]
-    return None if len(own) != 2 or own[-1] in PER_CHANNEL else KernelAxes(lead, *own)
+    axes = spec.axes[len(lead) :]
+    return None if len(axes) != 2 or axes[-1] in PER_CHANNEL else KernelAxes(lead, *axes)
 
 
 def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:

@@ -23,7 +23,7 @@ KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
 QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
 QERA = "qera"
-# Initialisations of an adapter (nn.lora.Adapter) whose pairs at step 0 belong to the base.
+# Initialisations of an adapter (nn.adapters.lora.Adapter) whose pairs at step 0 belong to the base.
 RESIDUAL_INITS = ("pissa", "olora", "loftq", QERA)
 HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
 

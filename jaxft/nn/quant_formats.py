@@ -203,7 +203,7 @@ def encode_scales(
     """Quantise scales: subtract their mean, then the dynamic code in groups of 256 with a scale each.
 
     This is bitsandbytes' nested quantisation. Groups follow its order: all blocks of an output channel, then
-    those of the next. Returns (codes, group scales, mean).
+    all blocks of the next. Returns (codes, group scales, mean).
     """
     xp = absmax.__array_namespace__()
     flat = absmax.swapaxes(-1, -2).reshape(*absmax.shape[:-2], -1)

@@ -6,9 +6,9 @@ The types `dynamic` and `longrope` use other frequencies for texts longer than t
   the angles that transformers computes for it alone. A prompt with several responses is one example, as long
   as with its longest response; rows of preferences that may exceed the original length don't share prompts.
 - In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus
-  most new tokens, just as vLLM decides by max_model_len. transformers decides again
-  for each token, so it changes frequencies in the middle of a text. Training on sampled completions takes the
-  same length, so that their log-probs are those of sampling.
+  most new tokens, just as vLLM decides by max_model_len. transformers decides again for each token, so it
+  changes frequencies in the middle of a text. Training on sampled completions takes the same length, so that
+  their log-probs equal the sampled ones.
 """
 
 import math
@@ -153,7 +153,7 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Return the frequencies, angles per position, as [d/2] in float64.
 
-    For dynamic and longrope they are those of examples up to the original length. kind none: zeros.
+    For dynamic and longrope these are for examples up to the original length. kind none: zeros.
     """
     dims = rotated_dims(rope, head_dim)
     freqs = rope.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)

@@ -72,7 +72,7 @@ class Mixer(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """A layer of a block. name: of its parameters in those of the block; "" if it is the only one. numbers:
+    """A layer of a block. name: the key of its parameters in the block's; "" if it is the only one. numbers:
     which layers of the model it is in the stack's blocks.
     """
 
@@ -124,13 +124,13 @@ class LayerPlace:
 
 def layer_places(stacks: Stacks) -> list[LayerPlace]:
     """Return the place of every layer of a model, in their order."""
-    found = {
+    places = {
         number: LayerPlace("/".join(filter(None, (stack.name, layer.name))), layer, index)
         for stack in stacks
         for layer in stack.layers
         for index, number in enumerate(layer.numbers)
     }
-    return [found[number] for number in sorted(found)]
+    return [places[number] for number in sorted(places)]
 
 
 # Rows
@@ -201,17 +201,17 @@ def scan_stacks(
     """Return the residual stream after all layers, and their outputs, each stacked over the layers that have
     it [L, ...]; differentiable under the remat policy.
 
-    params: the model's; those of a stack may be FusedLayers, which the backward pass updates. tokens: Tokens,
-    Pairs or Rollout. keys: a random key per layer for dropout, or None.
+    params: the model's; a stack's may be FusedLayers, which the backward pass updates. tokens: Tokens, Pairs
+    or Rollout. keys: a random key per layer for dropout, or None.
     """
-    found: list[tuple[range, LayerOutputs]] = []
+    by_layer: list[tuple[range, LayerOutputs]] = []
     for stack in stacks:
         passes = [layer.mixer.rows(tokens, h_BTD.dtype) for layer in stack.layers]
         own_keys = [None if keys is None else _of_layers(keys, layer.numbers) for layer in stack.layers]
         xs = own_keys, [one.xs for one in passes]
         h_BTD, outputs = _scan(stack, passes, options, h_BTD, params[stack.name], xs)
-        found += [(layer.numbers, own) for layer, own in zip(stack.layers, outputs, strict=True)]
-    return h_BTD, _joined(found)
+        by_layer += [(layer.numbers, extras) for layer, extras in zip(stack.layers, outputs, strict=True)]
+    return h_BTD, _joined(by_layer)
 
 
 def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callable:
@@ -222,9 +222,9 @@ def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callabl
         p, (keys, xs) = x
         outputs = []
         h = checkpoint_name(h, "layer_in") if offload else h
-        for layer, one, key, own in zip(stack.layers, passes, keys, xs, strict=True):
+        for layer, layer_pass, key, x_of_layer in zip(stack.layers, passes, keys, xs, strict=True):
             before = h
-            h, extras = layer.layer(layer.of(p), h, one.mix(own, None), key)
+            h, extras = layer.layer(layer.of(p), h, layer_pass.mix(x_of_layer, None), key)
             outputs.append(extras.outputs | (options.observe(before, h) if options.observe else {}))
         return h, outputs
 
@@ -277,13 +277,13 @@ def _of_layers(x: Array, numbers: range) -> Array:
     return x if len(x) == len(numbers) else x[numbers.start : numbers.stop : numbers.step]
 
 
-def _joined(found: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
-    """Return the outputs of all layers by name, those of several stacks or layers of a block in the order of
-    the model's layers.
+def _joined(by_layer: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
+    """Return the outputs of all layers by name, joined over stacks and layers of a block in the order of the
+    model's layers.
     """
     joined: LayerOutputs = {}
-    for name in dict.fromkeys(name for _, outputs in found for name in outputs):
-        parts = [(numbers, outputs[name]) for numbers, outputs in found if name in outputs]
+    for name in dict.fromkeys(name for _, outputs in by_layer for name in outputs):
+        parts = [(numbers, outputs[name]) for numbers, outputs in by_layer if name in outputs]
         value, numbers = parts[0][1], np.concatenate([numbers for numbers, _ in parts])
         if len(parts) > 1:
             order = np.argsort(numbers)
@@ -301,8 +301,8 @@ def run_layer(
     params: its parameters, without the stacked axis. index: of its block in the stack.
     """
     rows = layer.mixer.rows(tokens, h_BTD.dtype)
-    own = jax.tree.map(lambda x: jnp.asarray(x)[index], rows.xs)
-    h_BTD, extras = layer.layer(params, h_BTD, rows.mix(own, None), None)
+    xs = jax.tree.map(lambda x: jnp.asarray(x)[index], rows.xs)
+    h_BTD, extras = layer.layer(params, h_BTD, rows.mix(xs, None), None)
     return h_BTD, extras.outputs
 
 
@@ -411,7 +411,7 @@ def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any
     c.calls.count += 1
     count = jax.tree.leaves(c.layers)[0].shape[0]
 
-    def one(h: Array, layer: Any, i: Array) -> tuple[Array, Any]:
+    def run(h: Array, layer: Any, i: Array) -> tuple[Array, Any]:
         return body(h, (tree.combine(c.pick(layer), layer_at(c.frozen, i)), layer_at(more, i)))
 
     @jax.custom_vjp
@@ -420,7 +420,7 @@ def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any
 
     def forward(h, layers, state, squares):
         def step(h, i):
-            after, outputs = one(h, layer_at(layers, i), i)
+            after, outputs = run(h, layer_at(layers, i), i)
             return after, (outputs, h)
 
         h, (outputs, inputs) = jax.lax.scan(step, h, jnp.arange(count))
@@ -433,11 +433,11 @@ def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any
             i = count - 1 - n
             dh, layers, state, squares = now
             layer = layer_at(layers, i)
-            _, pull = jax.vjp(partial(one, i=i), layer_at(inputs, i), layer)
+            _, pull = jax.vjp(partial(run, i=i), layer_at(inputs, i), layer)
             dh, grads = pull((dh, layer_at(of_outputs, i)))
             norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(squares.dtype), grads))
-            (layer, own), norm = c.update(grads, norm, (layer, layer_at(state, i)), i)
-            return dh, put_layer(layers, layer, i), put_layer(state, own, i), squares + norm * norm
+            (layer, new_state), norm = c.update(grads, norm, (layer, layer_at(state, i)), i)
+            return dh, put_layer(layers, layer, i), put_layer(state, new_state, i), squares + norm * norm
 
         return jax.lax.fori_loop(0, count, step, (dh, layers, state, squares))
 

@@ -2,8 +2,8 @@
 select modules.
 
 A family declares one template for each parameter, such as `model.layers.{i}.mlp.gate_proj.weight`: {i} is the
-number of the layer, {x} that of the expert. Along an axis without a field in the template, the files have one
-tensor for all. No other code fills in templates; see weights/tensors.py for a model's tensors.
+number of the layer, {x} the number of the expert. Along an axis without a field in the template, the files
+have one tensor for all. No other code fills in templates; see weights/tensors.py for a model's tensors.
 
 A module has two full names: in Hugging Face files (model.layers.3.self_attn.q_proj), and by its path
 (layers.3.attn.q). A pattern of an adapter's settings selects a module by either, as in PEFT.
@@ -27,8 +27,8 @@ ModuleNames = tuple[str, ...]  # of one module, by any of which a setting may na
 class TensorName(NamedTuple):
     """How a parameter is named in Hugging Face files.
 
-    transposed: whether they store [out, in]. part: the parameter's number among those that share the tensor,
-    side by side along their outputs; None for a tensor of its own.
+    transposed: whether they store [out, in]. part: the parameter's number among the parameters that share the
+    tensor, side by side along their outputs; None for a tensor of its own.
     """
 
     template: str
@@ -61,8 +61,8 @@ TIED_HEAD = TensorName(f"{HEAD_MODULE}.weight", True)  # of a model whose names 
 class Module(NamedTuple):
     """A module that a parameter belongs to, or its part at an index along the parameter's leading axes.
 
-    name: in Hugging Face files, such as model.layers.3.mlp.gate_proj. path_name: that of the parameter's
-    path, such as layers.3.mlp.gate. Both have the number of the layer in the model. layer: this number, None
+    name: in Hugging Face files, such as model.layers.3.mlp.gate_proj. path_name: from the parameter's path,
+    such as layers.3.mlp.gate. Both have the number of the layer in the model. layer: this number, None
     outside layers.
     """
 
@@ -80,17 +80,18 @@ def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
     """Return the module of a parameter at each index along its leading axes, in row-major order. A parameter
     without a tensor in the files is named like its path.
     """
-    own = _path_template(path, spec)
-    template = names[path].module if path in names else HEAD_MODULE if path == "head" else own
+    path_template = _path_template(path, spec)
+    template = names[path].module if path in names else HEAD_MODULE if path == "head" else path_template
     return [
-        Module(template.format(**numbers), own.format(**numbers), numbers.get("i"))
+        Module(template.format(**numbers), path_template.format(**numbers), numbers.get("i"))
         for numbers in numbers_at(spec, lead_axes(spec)).values()
     ]
 
 
 def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], dict[str, int]]:
     """Return the numbers that fill in a template, by its fields, at each index along some of a parameter's
-    leading axes, in row-major order: i, the number of the layer in the model, and x, that of the expert.
+    leading axes, in row-major order: i, the number of the layer in the model, and x, the number of the
+    expert.
     """
     fields = [(NAME_FIELDS[axis], layer_numbers(spec) if axis == "layers" else None) for axis in axes]
     return {
@@ -103,8 +104,8 @@ def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], 
 
 
 def _path_template(path: str, spec: ParamSpec) -> str:
-    """Return a path as the template of a name: the layer's number follows the name of the stack, an
-    expert's that of its module.
+    """Return a path as the template of a name: the layer's number follows the name of the stack, an expert's
+    number the name of its module.
     """
     axes, (*above, last) = lead_axes(spec), path.split("/")
     stack = [*above[:1], *(["{i}"] if "layers" in axes else [])]
@@ -160,7 +161,7 @@ def values_by_pattern(
 
     Raises ValueError for a pattern that matches no module, or only modules that an earlier one matches.
     """
-    found: list[float | None] = [None] * len(modules)
+    values: list[float | None] = [None] * len(modules)
     for number, (pattern, value) in enumerate(patterns):
         hits = [i for i, names in enumerate(modules) if matches_module(pattern, names, setting)]
         if not hits:
@@ -168,7 +169,7 @@ def values_by_pattern(
                 pattern, list(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
             )
             raise ValueError(f"{setting}: {pattern!r} matches no adapted module; near: {', '.join(near)}")
-        new = [i for i in hits if found[i] is None]
+        new = [i for i in hits if values[i] is None]
         if not new:
             earlier = next(p for p, _ in patterns[:number] if matches_module(p, modules[hits[0]], setting))
             raise ValueError(
@@ -176,5 +177,5 @@ def values_by_pattern(
                 "modules; remove one of them, or write the narrower pattern first"
             )
         for i in new:
-            found[i] = value
-    return found
+            values[i] = value
+    return values

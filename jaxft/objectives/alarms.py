@@ -116,10 +116,10 @@ def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, l
         if name in entry and entry[name] is None
     ]
     for name, check in {**checks, "spikes": check_loss_spikes}.items():
-        found = check(memory.get(name, {}), numbers, last)
-        memory[name] = found.memory
-        messages += found.messages
-        alarms += found.alarms
+        result = check(memory.get(name, {}), numbers, last)
+        memory[name] = result.memory
+        messages += result.messages
+        alarms += result.alarms
     return Alarms(memory, messages, alarms)
 
 
@@ -222,14 +222,12 @@ def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare held-out accuracy at the end with that of always preferring one length. accuracy: the metric's
-    name.
-    """
-    found, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
-    if not last or found is None or guess is None or found > guess[0]:
+    """Compare held-out accuracy at the end with always preferring one length. accuracy: the metric's name."""
+    reached, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
+    if not last or reached is None or guess is None or reached > guess[0]:
         return Alarms(memory, [], [])
     alarm = (
-        f"held-out accuracy is {found:.2f}, and always preferring the {guess[1]} response gives "
+        f"held-out accuracy is {reached:.2f}, and always preferring the {guess[1]} response gives "
         f"{guess[0]:.2f}: the model may have learned nothing but length. Train longer or with a higher "
         "optim.lr, or check the pairs for flipped labels"
     )

@@ -47,7 +47,7 @@ def cross_entropy(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
 def log_score(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
     """`sum_c q_c log(q_c / p_c)`: cross_entropy minus its least value, so that it is 0 where p = q.
 
-    Its gradient is that of cross_entropy; where one choice is certain, the two are equal.
+    It has the gradient of cross_entropy; where one choice is certain, the two are equal.
     """
     return jnp.sum(q * (jnp.log(jnp.where(q > 0, q, 1)) - log_p), -1)
 
@@ -68,13 +68,13 @@ def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]
     """Return the log-softmax over the choices of each decision. choices: indices of U, -1 for none, which
     gets NONE.
     """
-    found = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
-    return jax.nn.log_softmax(jnp.where(choices >= 0, found, jnp.asarray(NONE, found.dtype)), -1)
+    of_choices = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
+    return jax.nn.log_softmax(jnp.where(choices >= 0, of_choices, jnp.asarray(NONE, of_choices.dtype)), -1)
 
 
 @struct
 class Outputs:
-    """The forward pass of a batch: log-probabilities of the choices, and those of the rows.
+    """The forward pass of a batch: log-probabilities of the choices, and the probabilities in the rows.
 
     weight: of each decision; 0 marks padding.
     """

@@ -95,8 +95,8 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
     deviation and t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom.
 
     weights: of a weighted mean m = sum w x / sum w, such as losses of rows weighted by their tokens. Then s
-    is that of the linearised values w (x - m) / mean(w) (Cochran 1977, Sampling Techniques, 6.3). Infinite
-    for fewer than two values.
+    is the deviation of the linearised values w (x - m) / mean(w) (Cochran 1977, Sampling Techniques, 6.3).
+    Infinite for fewer than two values.
     """
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
@@ -120,15 +120,15 @@ def interval_of(values: Sequence[float]) -> Interval:
 
 def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
     """Return the mean score of each prompt's completions that have one (not NaN); NaN if none has."""
-    return [math.nan if np.isnan(own).all() else float(np.nanmean(own)) for own in scores]
+    return [math.nan if np.isnan(group).all() else float(np.nanmean(group)) for group in scores]
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> Paired:
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Compare values of the same rows: paired_fractions if all are 0, 1 or 1/2, else paired_means. Rows where
     one of them is NaN are left out.
     """
-    known = [(x, y) for x, y in zip(one, other, strict=True) if not math.isnan(x + y)]
-    first, second = [x for x, _ in known], [y for _, y in known]
+    pairs = [(x, y) for x, y in zip(first, second, strict=True) if not math.isnan(x + y)]
+    first, second = [x for x, _ in pairs], [y for _, y in pairs]
     compare = paired_fractions if _are_wins(first + second) else paired_means
     return compare(first, second)
 
@@ -138,16 +138,16 @@ def _are_wins(values: Sequence[float]) -> bool:
 
 
 def paired_means(
-    one: Sequence[float], other: Sequence[float], weights: Sequence[float] | None = None
+    first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Paired:
-    """Return mean(other) - mean(one) of values of the same rows, with mean_interval of their differences."""
-    differences = np.asarray(other, np.float64) - np.asarray(one, np.float64)
+    """Return mean(second) - mean(first) over the same rows, with mean_interval of their differences."""
+    differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     w = np.ones_like(differences) if weights is None else np.asarray(weights, np.float64)
     mean = float((w * differences).sum() / w.sum())
     return Paired(len(differences), mean, mean_interval(differences.tolist(), w.tolist()), None)
 
 
-def paired_fractions(one: Sequence[float], other: Sequence[float]) -> Paired:
+def paired_fractions(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Return the difference of two models' accuracies on the same rows; values are 1 for right, 0 for wrong
     and 1/2 for a tie.
 
@@ -155,7 +155,7 @@ def paired_fractions(one: Sequence[float], other: Sequence[float]) -> Paired:
     (n + 2)) / (n + 2) for differences d, the Wald interval with 1/2 added to each cell of the table of right
     and wrong (Agresti & Min 2005, Statistics in Medicine 24, 729-740, "Wald+2").
     """
-    differences = np.asarray(other, np.float64) - np.asarray(one, np.float64)
+    differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     n, total = len(differences) + 2, float(differences.sum())
     half = NORMAL * math.sqrt(max(0.0, 1 + float(np.square(differences).sum()) - total**2 / n)) / n
     interval = Interval(max(-1.0, total / n - half), min(1.0, total / n + half))

@@ -185,8 +185,8 @@ def _axes(specs: Specs, head: Params) -> Axes:
     def axes_of(spec: ParamSpec, leaf: Any) -> list[tuple[str, ...]]:
         return [spec.axes if name in ("", *LIKE_WEIGHT) else () for name in tree.paths(leaf)]
 
-    found = jax.tree.map(axes_of, specs, head, is_leaf=is_spec)
-    lists = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, list))
+    by_leaf = jax.tree.map(axes_of, specs, head, is_leaf=is_spec)
+    lists = jax.tree.leaves(by_leaf, is_leaf=lambda x: isinstance(x, list))
     return tuple(axes for leaf_axes in lists for axes in leaf_axes)
 
 

@@ -93,7 +93,7 @@ class PerLayer:
         """Return the layers' Sums by the names that they are logged with."""
         digits, weight = len(str(max(self.numbers))), np.broadcast_to(self.weight, self.total.shape)
         sums = zip(self.numbers, self.total, weight, strict=True)
-        return {f"{name}/{number:0{digits}d}": Sum(total, own) for number, total, own in sums}
+        return {f"{name}/{number:0{digits}d}": Sum(total, w) for number, total, w in sums}
 
 
 @struct
@@ -234,9 +234,10 @@ def losses_by_source(
     """
     if sources is None:
         return {}
-    own = {name: jnp.where(sources == number, weights, 0) for number, name in enumerate(names)}
+    weight_of = {name: jnp.where(sources == number, weights, 0) for number, name in enumerate(names)}
     return {
-        f"{LOSS}/{name}": Sum(jnp.sum(jnp.where(w > 0, w * values, 0)), jnp.sum(w)) for name, w in own.items()
+        f"{LOSS}/{name}": Sum(jnp.sum(jnp.where(w > 0, w * values, 0)), jnp.sum(w))
+        for name, w in weight_of.items()
     }
 
 
@@ -271,7 +272,7 @@ def _add(a: Any, b: Any) -> Metric:
 
 def join_rows(parts: Sequence[Metrics]) -> Metrics:
     """Return the values of single rows of all parts, which have nothing else, in their order."""
-    # the last axis, as those of a sweep have one of members
+    # the last axis: in a sweep the first one is over members
     return jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
 
 
@@ -318,8 +319,8 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
             if m.weight != 0:
                 out[name] = float(m.total) / float(m.weight)
         elif isinstance(m, WinRate | Correlation | CalibrationError | LabelNoise):
-            found = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, LabelNoise) else {})
-            out.update({key: value for key, value in found.items() if value is not None})
+            values = {name: m.value()} | ({f"{name}_error": m.error()} if isinstance(m, LabelNoise) else {})
+            out.update({key: value for key, value in values.items() if value is not None})
         elif not isinstance(m, PerRow):
             out[name] = float(m.value)
     return out
@@ -353,15 +354,15 @@ def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
     """Return the values of each row that evaluation computes, by the position of the row; with WEIGHT, that
     of its loss among all rows.
     """
-    found: dict[int, FloatMetrics] = {}
+    rows: dict[int, FloatMetrics] = {}
     for name, m in jax.device_get(metrics).items():
         if isinstance(m, PerRow):
             for at in np.flatnonzero(m.weights).tolist():
-                row = found.setdefault(at, {})
+                row = rows.setdefault(at, {})
                 row[name.removeprefix(ROWS)] = float(m.values[at])
                 if name == ROWS + LOSS:
                     row[WEIGHT] = float(m.weights[at])
-    return dict(sorted(found.items()))
+    return dict(sorted(rows.items()))
 
 
 def to_json(metrics: Metrics) -> dict[str, list[Any]]:

@@ -318,8 +318,8 @@ def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metric
     length.
 
     An accuracy counts a tie as 1/2, and does not exist where all pairs are ties (see WinRate), as before the
-    first step, when the policy is the reference. A tie has equal rewards, or log-probs of both responses that
-    are those of the reference up to rounding.
+    first step, when the policy is the reference. A tie has equal rewards, or both responses have the
+    reference's log-probs up to rounding.
     """
     chosen, rejected = pair.chosen, pair.rejected
     used = pair.weight > 0

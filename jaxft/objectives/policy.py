@@ -148,9 +148,9 @@ def policy(
         AdaptiveKL's are aux["kl_coef"].
     entropy: the coefficient of an entropy bonus, 0 for none.
     temperature: the sampling temperature; logits of policy and reference are divided by it.
-    Metrics have the names of TRL's GRPO, and those of TRL's PPO where GRPO has none. A logged loss is divided
-        by the sum of its
-    weights, which is 1 unless the weight rule says otherwise.
+
+    Metrics have the names of TRL's GRPO, or of TRL's PPO where GRPO has none. A logged loss is divided by the
+    sum of its weights, which is 1 unless the weight rule says otherwise.
 
     >>> from functools import partial
     >>> from jaxft.objectives.losses.policy_losses import clipped
@@ -266,10 +266,10 @@ def echo(
     counts as given. The loss is logged as loss/observation_avg.
     """
     require(coef > 0, f"echo={coef} must be above 0, such as 0.1. Leave it out instead")
-    own = objective(model)
+    inner = objective(model)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        value, metrics = own.loss(outputs, aux)
+        value, metrics = inner.loss(outputs, aux)
         if outputs.batch.observation_weights is None:
             raise ValueError(
                 "ECHO needs observation_weights in the batch. Let the rollout compute them "
@@ -282,13 +282,13 @@ def echo(
         return value, metrics | jax.lax.stop_gradient(added)
 
     def frozen_policy(batch: Rollout) -> Bool[Array, ""]:
-        return own.frozen_policy(batch) & jnp.all(batch.observation_weights == 0)
+        return inner.frozen_policy(batch) & jnp.all(batch.observation_weights == 0)
 
     def batch_spec(batch: Rollout) -> Rollout:
-        return replace(own.batch_spec(batch), observation_weights=batch.policy_weights)
+        return replace(inner.batch_spec(batch), observation_weights=batch.policy_weights)
 
-    facts = replace(own.facts, observations=True)
-    return own._replace(loss=loss, frozen_policy=frozen_policy, batch_spec=batch_spec, facts=facts)
+    facts = replace(inner.facts, observations=True)
+    return inner._replace(loss=loss, frozen_policy=frozen_policy, batch_spec=batch_spec, facts=facts)
 
 
 def _has_no_policy_weight(batch: Rollout) -> Bool[Array, ""]:
@@ -387,9 +387,9 @@ def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> 
     """Distance to the sampling policy and clipped fractions over the tokens with a policy weight; the entropy
     of all.
 
-    clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no
-    gradient although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and
-    high_max are those of a completion. val/ratio_var is the mean of (r - 1)^2, as the mean of r should be 1.
+    clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no gradient
+    although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and high_max
+    are of single completions. val/ratio_var is the mean of (r - 1)^2, as the mean of r should be 1.
     """
     batch, used = jax.lax.stop_gradient(batch), used & (batch.mask > 0)
     slope = jax.grad(lambda logp: jnp.sum(jnp.where(used, loss(replace(batch, logp=logp)), 0)))(batch.logp)
@@ -421,11 +421,11 @@ def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
     """
     aux: dict[str, Any] = {}
     if penalty and penalty.reference == "start" and not at_base:
-        own = {
+        policy_leaves = {
             name: x if name in ("adapter", "base") else jax.tree.map(lambda _: None, x)
             for name, x in trainable.items()
         }
-        aux["reference"] = jax.tree.map(jnp.copy, own)
+        aux["reference"] = jax.tree.map(jnp.copy, policy_leaves)
     if isinstance(penalty, AdaptiveKL | KLInReward):
         aux[KL_COEF] = jnp.asarray(penalty.coef, jnp.float32)
     return aux

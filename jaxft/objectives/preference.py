@@ -153,8 +153,8 @@ def preference(
     def logprobs(
         params: Params, batch: Pairs, key: Array | None, aux: Aux
     ) -> tuple[LogProbs, Array | None, LayerOutputs]:
-        """Log-probs of the policy, those of the reference if it is a model that runs now, and the policy's
-        layer outputs.
+        """Return log-probs of the policy and, if the reference is a model that runs now, of the reference;
+        and the policy's layer outputs.
         """
         h, layers = model.hidden(params, batch, key)
         heads = [HeadInput(model, params, h)]
@@ -373,8 +373,8 @@ def blend(new: Params, old: Params, alpha: float) -> tuple[Params, Float[Array, 
     """Return `alpha new + (1 - alpha) old`, of products where both sides of a pair are there, and the
     relative error.
 
-    old: a tree of widened_pairs, whose ranks the result has. The error is the Frobenius norm of what all
-    reductions of the rank dropped, divided by that of all blended products; float32, 0 without pairs.
+    old: a tree of widened_pairs, whose ranks the result has. The error is the Frobenius norm of the parts
+    that all rank reductions dropped, divided by the norm of all blended products; float32, 0 without pairs.
     """
     squares: list[tuple[Array, Array]] = []
 

@@ -1,7 +1,7 @@
-"""Process reward models: a scalar head says of each step of a solution whether it is right.
+"""Process reward models: a scalar head scores each step of a solution, above 0 if it is right.
 
-Lightman et al. 2023, arXiv:2305.20050. Data and loss are those of TRL's PRMTrainer, whose two logits of a
-token are one score here, the difference of them.
+Lightman et al. 2023, arXiv:2305.20050. Data and loss are as in TRL's PRMTrainer, whose two logits of a token
+are one score here, their difference.
 """
 
 from dataclasses import field

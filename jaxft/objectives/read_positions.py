@@ -79,14 +79,14 @@ def gather_read(
     local = T // count
     at = _to_slots(read, sharding).reshape(B, count, sharding.read_of.shape[1] // count) % local
     split = constrain(h_BTD.reshape(B, count, local, D), "rows", "time", "whole_time", "act_width")
-    found = jnp.take_along_axis(split, constrain(at, "rows", "time", "whole_time")[..., None], axis=2)
-    return _by_shard(found.reshape(B, count * at.shape[2], D), sharding)
+    gathered = jnp.take_along_axis(split, constrain(at, "rows", "time", "whole_time")[..., None], axis=2)
+    return _by_shard(gathered.reshape(B, count * at.shape[2], D), sharding)
 
 
 def _to_slots(x: Shaped[Array, "B M"], sharding: ReadSharding) -> Shaped[Array, "B Cm"]:
     """Move a value per read to its slot; 0 in empty slots."""
-    found = jnp.take_along_axis(x, jnp.maximum(sharding.read_of, 0), axis=1)
-    return jnp.where(sharding.read_of >= 0, found, jnp.zeros((), x.dtype))
+    gathered = jnp.take_along_axis(x, jnp.maximum(sharding.read_of, 0), axis=1)
+    return jnp.where(sharding.read_of >= 0, gathered, jnp.zeros((), x.dtype))
 
 
 def _by_shard(x: Shaped[Array, "B Cm ..."], sharding: ReadSharding) -> Shaped[Array, "CB m ..."]:
@@ -120,7 +120,7 @@ def read_scores(
     model: LanguageModel, params: Params, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
 ) -> Float[Array, "B M"]:
     """The scalar head's output at read positions, in float32 or wider."""
-    if isinstance(params["score"], Several) and num_shards(("time",), (h_BTD.shape[1],)) > 1:
+    if num_shards(("time",), (h_BTD.shape[1],)) > 1 and isinstance(params["score"], Several):
         raise ValueError(
             "several heads in one forward pass are not supported with mesh.context. Train one at a time"
         )

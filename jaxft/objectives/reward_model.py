@@ -61,8 +61,8 @@ UNUSED = (
 def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Rewards:
     """-log sigmoid(r_chosen - r_rejected - margin), a value per pair.
 
-    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the margin is that of Touvron et al. 2023, arXiv:2307.09288,
-    eq. 2.
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; with the margin of Touvron et al. 2023, arXiv:2307.09288, eq.
+    2.
 
     >>> one = jnp.ones((1, 1))
     >>> round(bradley_terry(2 * one, one, margin=0 * one).item(), 3)
@@ -101,9 +101,8 @@ def reward(
     """`sum_p w_p (loss(r_chosen, r_rejected, margin) + center (r_chosen + r_rejected)^2)`, linear in the
     pairs' weights.
 
-    model: with a scalar head, models.heads.with_scalar_head's.
-    A row with a ranking of K responses has the mean of this over its pairs, without those of equal ratings
-    (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+    model: with a scalar head, models.heads.with_scalar_head's. A row with a ranking of K responses has the
+    mean of this over its pairs of unequal ratings (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     margin: a column of the pairs, by how much the chosen response should be ahead; "score" for the
         difference of their ratings, the columns score_chosen, score_rejected, ...; None for 0.
@@ -215,8 +214,8 @@ def _metrics(outputs: Outputs) -> Metrics:
 def _values(outputs: Outputs, losses: Rewards) -> Metrics:
     """Return loss and margin of each pair, and 1 if it is won, 0 if it is lost and 1/2 for a tie."""
     weight, margin = outputs.batch.pair_weights, outputs.chosen - outputs.rejected
-    found = {LOSS: losses, MARGIN: margin, ACCURACY: wins(margin, margin == 0)}
-    return {ROWS + name: PerRow.of(values, weight) for name, values in found.items()}
+    by_name = {LOSS: losses, MARGIN: margin, ACCURACY: wins(margin, margin == 0)}
+    return {ROWS + name: PerRow.of(values, weight) for name, values in by_name.items()}
 
 
 def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:

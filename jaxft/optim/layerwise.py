@@ -81,7 +81,7 @@ def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
 def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
-    """Return the optimizer state of each group; that of stacked leaves is stacked too."""
+    """Return the optimizer state of each group; the state of stacked leaves is stacked too."""
     if not jax.tree.leaves(
         params
     ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
@@ -213,7 +213,7 @@ def _split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Par
 
 
 def joined_states(states: list[OptState]) -> OptState:
-    """Return the optimizer states of all stacks as one: that of a single stack itself, None for no stack."""
+    """Join the optimizer states of all stacks: a tuple, a single state as it is, None for no stack."""
     return states[0] if len(states) == 1 else tuple(states) or None
 
 

@@ -33,8 +33,8 @@ POSITIVE_BOUNDS = (POSITIVE[:-1] + POSITIVE[1:]) * np.float32(0.5)
 class Codes:
     """A float32 array in blocks of 8 bits: `table[codes] * absmax of the block`.
 
-    The format is that of Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, so that
-    they are sharded as it is; absmax: float32 [rows, blocks].
+    The format is from Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, so that they
+    are sharded as it is; absmax: float32 [rows, blocks].
     """
 
     codes: UInt8[Array, "..."]
@@ -120,7 +120,7 @@ def _adam(
 
 
 def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformation:
-    """optax.scale_by_adam with moments stored as Codes between steps, except those of small leaves.
+    """optax.scale_by_adam with moments stored as Codes between steps, except for small leaves.
 
     Each parameter of a stack has separate blocks. A step computes in float32; only the stored moments are
     rounded.

@@ -99,12 +99,12 @@ class Optim:
     decay:0.1. warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end:
     the schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
     lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
-    pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of that of the
-    matrices a (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of
-    lr_groups matches. As in PEFT, it applies to an adapter's vectors (DoRA's magnitudes, norms, biases),
-    and a pair on the embedding table has 1e-6. ema: decay of a moving average of the trained weights, which
-    is evaluated and exported in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is
-    more than D standard deviations above the mean of the N steps before it, see spikes.py. layerwise: update
+    pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of the matrices a's
+    (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups
+    matches. As in PEFT, it applies to an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on
+    the embedding table has 1e-6. ema: decay of a moving average of the trained weights, which is evaluated
+    and exported in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D
+    standard deviations above the mean of the N steps before it, see skipped_updates.py. layerwise: update
     stacked layers one after the other, so that only one layer's updates are in memory; results are the same,
     except for the random bits of stochastic rounding. fused_backward: update layers inside the backward pass,
     so that only one layer's gradient is in memory. It needs one microbatch per step and clip=none, since the
@@ -371,7 +371,7 @@ def state_shardings(
 ) -> OptState:
     """Return a tree of shardings like `opt_state`.
 
-    opt_state, params: ShapeDtypeStructs, those of params with shardings. specs: of the parameters.
+    opt_state, params: ShapeDtypeStructs, params' with shardings. specs: of the parameters.
 
     State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every
     device if the optimizer declares its field as `replicated`. State of no parameter (counts: scalars, or one

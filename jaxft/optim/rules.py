@@ -33,7 +33,7 @@ class UpdateRule(NamedTuple):
     rowwise: the update of a row depends on no other row, so that a large matrix may be updated in blocks of
     rows. replicated: fields of its state that every device stores in full if their shape differs from their
     parameter's (factored moments, scales); other fields of another shape are an error on a mesh, see
-    state_sharding. averaging: the average of a schedule-free optimizer; None for other optimizers.
+    state_shardings. averaging: the average of a schedule-free optimizer; None for other optimizers.
     """
 
     transform: optax.GradientTransformation
@@ -183,8 +183,8 @@ def ema(decay: float) -> Averaging:
         return optax.GradientTransformationExtraArgs(init, update)
 
     def averaged(opt_state: OptState, params: Params) -> Params:
-        found = [state.average for state in _states_of(EmaState, opt_state)]
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), tree.combine(*found), params)
+        averages = [state.average for state in _states_of(EmaState, opt_state)]
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), tree.combine(*averages), params)
 
     return Averaging(wrap, averaged)
 
@@ -281,11 +281,11 @@ def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> op
         )
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        found = [
+        updated = [
             each(transform.update, lead if jax.tree.leaves(own[0]) else (), *own)
             for (lead, _), *own in zip(masks, parts(updates), state, parts(params), strict=True)
         ]
-        return tree.combine(*(new for new, _ in found)), tuple(state for _, state in found)
+        return tree.combine(*(new for new, _ in updated)), tuple(state for _, state in updated)
 
     return optax.GradientTransformation(init, update)
 

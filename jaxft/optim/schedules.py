@@ -70,8 +70,8 @@ def cosine_with_restarts_schedule(
             f"optim.schedule_kwargs=cycles:{cycles}: every cycle needs a step, and the run has {steps} steps "
             f"with {warmup} of warm-up; use fewer cycles"
         )
-    each = [optax.cosine_decay_schedule(lr, max(1, int(n) - 1), alpha=end) for n in lengths]
-    return _after_warmup(lr, warmup, optax.join_schedules(each, starts[1:-1].tolist()))
+    decays = [optax.cosine_decay_schedule(lr, max(1, int(n) - 1), alpha=end) for n in lengths]
+    return _after_warmup(lr, warmup, optax.join_schedules(decays, starts[1:-1].tolist()))
 
 
 def promoting(schedule: optax.Schedule) -> optax.Schedule:

@@ -41,27 +41,31 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
 
     def init(params: Params) -> FreezableState:
         is_tree = isinstance(params, dict)  # optax.tree.map_params passes one node in place of all parameters
-        own, others = _split(params) if is_tree else (params, params)
+        policy_params, head_params = _split(params) if is_tree else (params, params)
         return FreezableState(
-            policy.init(own), None if heads is None else heads.init(others), jnp.zeros((), jnp.int32)
+            policy.init(policy_params),
+            None if heads is None else heads.init(head_params),
+            jnp.zeros((), jnp.int32),
         )
 
     def check(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Bool[Array, ""]:
-        (own_grads, head_grads), (own, others) = _split(grads), _split(params)
-        fine = policy.check(own_grads, opt_state.policy, own, info)
+        (policy_grads, head_grads), (policy_params, head_params) = _split(grads), _split(params)
+        fine = policy.check(policy_grads, opt_state.policy, policy_params, info)
         if heads is not None:
-            fine &= heads.check(head_grads, opt_state.heads, others, info._replace(frozen=None))
+            fine &= heads.check(head_grads, opt_state.heads, head_params, info._replace(frozen=None))
         return fine
 
     def update(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Updated:
-        (own_grads, head_grads), (own, others) = _split(grads), _split(params)
+        (policy_grads, head_grads), (policy_params, head_params) = _split(grads), _split(params)
         moves, info = is_updated(info), info._replace(frozen=None)
-        own, policy_state = policy.update(own_grads, opt_state.policy, own, info._replace(finite=moves))
+        policy_params, policy_state = policy.update(
+            policy_grads, opt_state.policy, policy_params, info._replace(finite=moves)
+        )
         head_state = opt_state.heads
         if heads is not None:
-            others, head_state = heads.update(head_grads, head_state, others, info)
+            head_params, head_state = heads.update(head_grads, head_state, head_params, info)
         updates = opt_state.policy_updates + moves.astype(jnp.int32)
-        return _join(own, others), FreezableState(policy_state, head_state, updates)
+        return _join(policy_params, head_params), FreezableState(policy_state, head_state, updates)
 
     return policy._replace(init=init, check=check, update=update)
 
@@ -115,14 +119,16 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
         return optimizer.check(grads, opt_state.wrapped, params, info)
 
     def update(grads: Grads, opt_state: SpikeState, params: Params, info: StepInfo) -> Updated:
-        seen, now = (opt_state.losses, opt_state.norms), _of_step(info)
-        jumps = [_is_above(x, past, opt_state.finite, deviations) for x, past in zip(now, seen, strict=True)]
+        past_values, now = (opt_state.losses, opt_state.norms), _of_step(info)
+        jumps = [
+            _is_above(x, past, opt_state.finite, deviations) for x, past in zip(now, past_values, strict=True)
+        ]
         spike = info.finite & (jumps[0] | jumps[1])
         moves = info._replace(finite=info.finite & ~spike)
         params, wrapped = optimizer.update(grads, opt_state.wrapped, params, moves)
         at = opt_state.finite % steps
         losses, norms = (
-            jnp.where(info.finite, past.at[at].set(x), past) for x, past in zip(now, seen, strict=True)
+            jnp.where(info.finite, past.at[at].set(x), past) for x, past in zip(now, past_values, strict=True)
         )
         count = opt_state.finite + info.finite.astype(jnp.int32)
         skipped = opt_state.skipped + spike.astype(jnp.int32)
@@ -144,9 +150,9 @@ def _is_above(
 ) -> Bool[Array, ""]:
     """Whether x is more than `deviations` sample standard deviations above the mean of the past values."""
     size = past.shape[0]
-    known = jnp.minimum(count, size)
-    is_known = jnp.arange(size, dtype=known.dtype) < known
-    n = jnp.maximum(known, 2).astype(jnp.float32)
+    used = jnp.minimum(count, size)
+    is_known = jnp.arange(size, dtype=used.dtype) < used
+    n = jnp.maximum(used, 2).astype(jnp.float32)
     mean = jnp.sum(jnp.where(is_known, past, 0.0)) / n
     variance = jnp.sum(jnp.where(is_known, jax.lax.square(past - mean), 0.0)) / (n - 1)
-    return (known >= size // 2) & (x - mean > deviations * jnp.sqrt(variance))
+    return (used >= size // 2) & (x - mean > deviations * jnp.sqrt(variance))

@@ -89,18 +89,18 @@ def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: Wei
     of the base, may be named too. Raises ValueError for a name that selects nothing, or only some layers.
     """
     modules = base_modules(base, names) if listed else {}
-    of_base = [one for one in listed if one not in SCORE_MODULES or "score" not in names]
-    selected = {one: selected_modules(one, modules) for one in of_base}
-    for one, found in selected.items():
-        if not found:
+    of_base = [name for name in listed if name not in SCORE_MODULES or "score" not in names]
+    selected = {name: selected_modules(name, modules) for name in of_base}
+    for name, full_names in selected.items():
+        if not full_names:
             ends = dict.fromkeys(of_path[0].name.rpartition(".")[2] for of_path in modules.values())
             raise ValueError(
-                f"adapter.modules_to_save: {one!r} is not a module of this model; near: "
-                f"{', '.join(tree.nearest(one, list(ends)))}"
+                f"adapter.modules_to_save: {name!r} is not a module of this model; near: "
+                f"{', '.join(tree.nearest(name, list(ends)))}"
             )
     return in_all_layers(
         set().union(*selected.values()),
-        {path: [one.name for one in found] for path, found in modules.items()},
+        {path: [module.name for module in of_path] for path, of_path in modules.items()},
         f"adapter.modules_to_save={','.join(listed)}",
         "and a module is saved in all layers or in none; name it without the layer's number",
     )
@@ -109,10 +109,10 @@ def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: Wei
 def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> set[str]:
     """Return the full Hugging Face names of the modules that a name of modules_to_save selects."""
     return {
-        one.name
+        module.name
         for of_path in modules.values()
-        for one in of_path
-        if is_saved(listed, one.name) or listed in name_ends((one.path_name,))
+        for module in of_path
+        if is_saved(listed, module.name) or listed in name_ends((module.path_name,))
     }
 
 
@@ -138,18 +138,18 @@ def bias_paths(
     """
     if bias == "none":
         return []
-    modules = {path: [one.name for one in found] for path, found in base_modules(base, names).items()}
-    found = [path for path in base if path.endswith("_bias")]
+    modules = {path: [module.name for module in of] for path, of in base_modules(base, names).items()}
+    biases = [path for path in base if path.endswith("_bias")]
     if bias == "lora_only":
         ranks = [(modules[path][i], rank) for path, of in adapted.items() for i, rank in enumerate(of)]
         why = "and its biases are trained in all layers or in none; use bias=all, or adapt all layers"
         with_pair = {module for module, rank in ranks if rank}
-        of_biases = {path: modules[path] for path in found}
-        found = in_all_layers(with_pair, of_biases, "adapter.bias=lora_only", why)
-    if not found:
+        of_biases = {path: modules[path] for path in biases}
+        biases = in_all_layers(with_pair, of_biases, "adapter.bias=lora_only", why)
+    if not biases:
         where = "the model has" if bias == "all" else "the adapted layers have"
         raise ValueError(f"adapter.bias={bias}: {where} no biases; use bias=none")
-    return found
+    return biases
 
 
 def token_specs(

@@ -222,20 +222,20 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
             _refuse_part(name, end_by_name.keys())
             near = ", ".join(tree.nearest(name, list(end_by_name)))
             raise ValueError(f"adapter.targets: {name!r} is not a linear layer; near: {near}")
-    wanted = {end_by_name[name] for name in targets}
-    return [path for path, end in ends.items() if end in wanted]
+    chosen = {end_by_name[name] for name in targets}
+    return [path for path, end in ends.items() if end in chosen]
 
 
 def _refuse_part(name: str, known: AbstractSet[str]) -> None:
     """Raise ValueError for a part of a fused layer of the model, or a fused layer that it has in parts."""
-    asked = name.removesuffix("_proj")
+    kernel_name = name.removesuffix("_proj")
     for fused, parts in FUSED_PARTS.items():
-        if asked in parts and fused in known:
+        if kernel_name in parts and fused in known:
             raise ValueError(
                 f"adapter.targets: {name!r} is a part of the layer {fused!r} ({fused}_proj) of this model, "
                 f"which has one adapter; use {fused!r}"
             )
-        if asked == fused and known & set(parts):
+        if kernel_name == fused and known & set(parts):
             raise ValueError(
                 f"adapter.targets: {name!r} is {len(parts)} layers in this model; use {', '.join(parts)}"
             )
@@ -275,8 +275,8 @@ def attach(
     def walk(name: str, base: Any, node: Any) -> Any:
         if is_pair(node):
             pair = node["a"], node["b"], node["scale"]
-            own = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
-            return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), own, over)
+            of_rows = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
+            return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), of_rows, over)
         if full_modules.is_replacement(node):
             return full_modules.attach_replacement(name, base, node, token_ids)
         if not node:
@@ -318,8 +318,8 @@ def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
 def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
     """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
     xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
-    *lead, _, own = pair["a"].shape
-    same, more = [(0, 0)] * len(lead), (0, rank - own)
+    *lead, _, size = pair["a"].shape
+    same, more = [(0, 0)] * len(lead), (0, rank - size)
     a, b = xp.pad(pair["a"], [*same, (0, 0), more]), xp.pad(pair["b"], [*same, more, (0, 0)])
     return {**pair, "a": a, "b": b}
 

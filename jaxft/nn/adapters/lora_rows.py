@@ -58,19 +58,19 @@ def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
     gains of 1 where others have some. Leaves may be NumPy's.
     """
     nodes = [pairs_by_path(adapter) for adapter in adapters]
-    found: list[dict[str, Any]] = [{} for _ in adapters]
-    for path in {path: None for own in nodes for path in own}:
-        pairs = [own.get(path) for own in nodes]
+    trees: list[dict[str, Any]] = [{} for _ in adapters]
+    for path in {path: None for node in nodes for path in node}:
+        pairs = [node.get(path) for node in nodes]
         present = [pair for pair in pairs if pair is not None]
         rank = max(pair["a"].shape[-1] for pair in present)
         zero = {name: np.zeros_like(present[0][name]) for name in ("a", "b", "scale")}
         ones = next((np.ones_like(pair["gain"]) for pair in present if "gain" in pair), None)
-        for out, pair in zip(found, pairs, strict=True):
+        for out, pair in zip(trees, pairs, strict=True):
             plain = zero if pair is None else pair
             out[path] = padded_pair({name: np.asarray(plain[name]) for name in zero}, rank)
             if ones is not None:
                 out[path]["gain"] = ones if pair is None else np.asarray(pair.get("gain", ones))
-    return [tree.nested(out) for out in found]
+    return [tree.nested(out) for out in trees]
 
 
 def specs_like(base: Specs, adapter: Params) -> Specs:
@@ -141,8 +141,8 @@ def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
 
 def chosen(stored: Array, at: Any, dtype: DTypeLike) -> Array:
     """Return the elements of a stack's matrix at an index. dtype: of the values that raw bits stand for."""
-    own = stored[at]
-    return jax.lax.bitcast_convert_type(own, dtype) if stored.dtype == jnp.uint16 else own
+    values = stored[at]
+    return jax.lax.bitcast_convert_type(values, dtype) if stored.dtype == jnp.uint16 else values
 
 
 def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:

@@ -50,13 +50,13 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
     is_list = isinstance(settings.targets, tuple) or is_name(settings.targets)
     of_base = full_modules.base_modules(base, names)
     modules = {path: of_base[path] for path in targets}
-    _check_layers(settings, list(targets), {x.layer for found in modules.values() for x in found})
+    _check_layers(settings, list(targets), {x.layer for of_path in modules.values() for x in of_path})
     numbers = settings.layers_to_transform
     selected = {
         (path, i): module
-        for path, found in modules.items()
+        for path, of_path in modules.items()
         if is_list or path not in saved
-        for i, module in enumerate(found)
+        for i, module in enumerate(of_path)
         if numbers is None or module.layer is None or module.layer in numbers
     }
     listed, setting = settings.exclude_modules, "adapter.exclude_modules"
@@ -76,9 +76,9 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
                 "one of them, or in exclude_modules"
             )
         _check_own_tensor(path, base, names)
-    found = list(kept.values())
-    ranks = values_by_pattern(settings.rank_pattern, found, "adapter.rank_pattern")
-    alphas = values_by_pattern(settings.alpha_pattern, found, "adapter.alpha_pattern")
+    adapted = list(kept.values())
+    ranks = values_by_pattern(settings.rank_pattern, adapted, "adapter.rank_pattern")
+    alphas = values_by_pattern(settings.alpha_pattern, adapted, "adapter.alpha_pattern")
     pairs = {
         at: (int(settings.rank if rank is None else rank), settings.alpha if alpha is None else alpha)
         for at, rank, alpha in zip(kept, ranks, alphas, strict=True)
@@ -147,7 +147,7 @@ def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNa
     layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
     present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]
     declared = [spec_paths(adapter_specs(specs, settings, names)) for settings in (one, other)]
-    in_full = [{path for path in found if path.endswith(("/weight", "/rows"))} for found in declared]
+    in_full = [{path for path in tree if path.endswith(("/weight", "/rows"))} for tree in declared]
     same = {"dropout"} if EVA in (one.init, other.init) else {"dropout", "init"}  # EVA's has other ranks
     if present[0] == present[1]:
         same |= {"targets", "exclude_modules", "layers_to_transform"}

@@ -292,7 +292,7 @@ def attention_line(
 ) -> str:
     """Return which kernel runs for rows of this shape on the ambient mesh, and why.
 
-    windows: those of the model's layers; layers of one scan have one kernel.
+    windows: of the model's layers; layers of one scan have one kernel.
     """
     shown = sorted({w for w in windows if w is not None and needed_window(w, q_BTHE.shape[1])})
     features = {

@@ -91,7 +91,7 @@ def cached_attention(
     groups: RowGroups,
     softcap: float | None = None,
 ) -> Float[Array, "R H E"]:
-    """Return softmax(q k^T / sqrt(E)) v over a row's visible keys: those of its prompt and its own.
+    """Return softmax(q k^T / sqrt(E)) v over a row's visible keys, of its prompt and of its own tokens.
 
     prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
     attention.dense. A row without visible keys is 0.
@@ -192,8 +192,7 @@ SCALE_AXES = ("layers", "rows", "kv_heads", "whole_time")
 
 @struct
 class LayerKeys:
-    """Keys of all layers: full, of those that attend to all tokens, and window, of those with a window.
-
+    """Keys of all layers: full, of layers that attend to all tokens; window, of layers with a sliding window.
     Either is None if the model has no such layers.
     """
 
@@ -448,19 +447,19 @@ def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
 
 
 def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
-    """Return the rows' keys with those of a chunk, which are as `store` returns them, with all layers."""
+    """Append a chunk's keys to the rows' keys. new: of all layers, as `store` returns them."""
 
     def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
         if keys is None:
             return None
-        own = new if layers.all() else jax.tree.map(lambda x: x[np.flatnonzero(layers)], new)
-        return append_chunk(keys, own, chunk)
+        of_layers = new if layers.all() else jax.tree.map(lambda x: x[np.flatnonzero(layers)], new)
+        return append_chunk(keys, of_layers, chunk)
 
     return LayerKeys(of(rows.full, ~a.windowed), of(rows.window, a.windowed))
 
 
 def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
-    """Return keys with those of a chunk: k [L, r, K, E, C] and v [L, r, K, C, E]."""
+    """Append a chunk's keys, k [L, r, K, E, C] and v [L, r, K, C, E], to keys."""
     rows, size, C = keys.k.shape[1], keys.k.shape[4], new.k.shape[4]
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
     slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)

@@ -43,7 +43,8 @@ def flash(
 
 
 def default_block() -> int:
-    """Return the tokens of a block on the devices of the ambient mesh, without one on those that jax uses.
+    """Return the number of tokens in a block for the devices of the ambient mesh, or without a mesh for jax's
+    default device.
 
     Matmuls of small blocks run at a CPU's full rate, and small blocks skip more of the keys that a query
     doesn't see: with three examples of 160 tokens in a row of 512, blocks of 64 compute 0.35 times as
@@ -165,7 +166,7 @@ def _scores(q_KME, k_KNE, ranges: KeyRanges, j: jax.Array, softcap: float | None
     """Return the masked scores of a query block and key block j, in float32 or wider; and the derivative of
     the soft cap, also of masked scores, or None.
 
-    ranges: those of the block's queries.
+    ranges: of the block's queries.
     """
     (K, M, E), N = q_KME.shape, k_KNE.shape[1]
     seen_NN = visible(ranges, j * N + jnp.arange(N, dtype=jnp.int32))

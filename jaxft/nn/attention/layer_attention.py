@@ -33,7 +33,7 @@ Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 class Extras(NamedTuple):
     """The outputs of a layer in addition to the residual stream.
 
-    cached: what attention returned for a cache, see scan.Pass. outputs: values by name, which scans stack.
+    cached: what attention returned for a cache, see stack.Pass. outputs: values by name, which scans stack.
     """
 
     cached: Any = None
@@ -142,7 +142,7 @@ def batch_ranges(tokens: Batch) -> KeyRanges:
 
 
 def layer_ranges(a: AttentionLayers, kind: Array | None, ranges: KeyRanges) -> KeyRanges:
-    """Return the key ranges of a layer: those of the batch, shortened by the layer's window."""
+    """Return the batch's key ranges, shortened by the layer's window."""
     return within_window(ranges, window_of(a, kind, ranges.own_start.shape[1]))
 
 
@@ -206,7 +206,7 @@ def attend_rows(
     """Return the attention of rows in one layer, and the keys, with rope, and values that it attends to.
 
     qkv: queries, keys and values before rope. kind: the index of the layer's LayerKind; None if there is only
-    one. angles: those of each LayerKind. ranges: those of the batch. packed: as in attention.attention.
+    one. angles: of each LayerKind. ranges: of the batch. packed: as in attention.attention.
     """
     q, k, v = qkv
     needs = attention_needs(a, q.shape[1], packed, ranges.prompt_start is not None)
@@ -221,7 +221,7 @@ def attend_rows(
 
 def query_factor(a: AttentionLayers) -> float:
     """Return the factor on queries that makes the total scale the model's where scores are divided by
-    sqrt(E), as in all kernels but those of scaled queries, and in cached_attention.
+    sqrt(E), as in cached_attention and in all kernels that do not take scaled queries.
     """
     return 1.0 if a.scale is None else a.scale * a.head_dim**0.5
 

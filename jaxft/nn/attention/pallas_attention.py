@@ -1,9 +1,9 @@
 """Attention by key ranges for NVIDIA GPUs: FlashAttention-2 (arXiv 2307.08691) as Pallas kernels for Triton.
 
 Each program visits only blocks of keys (or, for the gradients of keys and values, of queries) in which
-something is visible: of a block of queries, first the blocks of the shared prompts, then those of the own
-ranges. Query heads read the keys of their key head where they are. A block is a power of two, and a head is
-padded to one while it is in a kernel.
+something is visible: of a block of queries, first the blocks of the shared prompts, then those of the
+queries' own ranges. Query heads read the keys of their key head where they are. A block is a power of two,
+and a head is padded to one while it is in a kernel.
 
 Pallas is imported by the functions that use it, since it takes a fifth of a second.
 """
@@ -174,7 +174,7 @@ def _padded(head_dim: int) -> int:
 
 
 def _hulls(ranges: KeyRanges, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return the key blocks [from, to) of each query block's prompts, and those of its own ranges: [B, C].
+    """Return the key blocks [from, to) of each query block's prompts, then of its own ranges: [B, C].
 
     They cover every visible key. No block is in both, and the prompts' come first.
     """
@@ -369,8 +369,8 @@ def _result(x: jax.Array, settings: _Settings) -> jax.ShapeDtypeStruct:
 
 
 def _by_query(q: jax.Array, k: jax.Array, rows: jax.Array, tile: Tile) -> tuple[tuple, list, Any, Any]:
-    """Return the grid of a kernel over blocks of queries, its specs of visits, q, k, v and rows, and those of
-    other arrays [B, T, H, E] and [B, H, T].
+    """Return the grid of a kernel over blocks of queries, its block specs of visits, q, k, v and rows, and
+    the block specs of other arrays [B, T, H, E] and [B, H, T].
 
     The last queries of a row, which see the most keys, start first.
     """

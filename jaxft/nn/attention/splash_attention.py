@@ -57,7 +57,8 @@ def splash(
     """Splash attention with scores divided by sqrt(E), as attention.dense; see splash_of_scaled.
 
     For head sizes that are not 4^n the scaled queries are rounded once more than in attention.dense. With
-    bfloat16, the root mean square errors of gradients are then 2.0 to 2.3 times those of attention.dense.
+    bfloat16, the root mean square errors of gradients are then 2.0 to 2.3 times as large as in
+    attention.dense.
     """
     return splash_of_scaled(scaled(q_BTHE), k_BTKE, v_BTKE, ranges, softcap, interpret)
 

@@ -127,7 +127,7 @@ def nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
 
 
 def rpo_bwd_kl(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss:
-    """`KL(softmax(eta s) || softmax(beta c))`: differences of implicit rewards should be those of the
+    """`KL(softmax(eta s) || softmax(beta c))`: differences of implicit rewards should equal differences of
     ratings.
 
     Reward-aware preference optimisation (Adler et al. 2024, arXiv:2406.11704, section 3.3.2; Sun et al. 2025,
@@ -204,7 +204,7 @@ def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
 
 
 def _tokens_of(pair: PairBatch, better: str, worse: str) -> PairTokens:
-    """The tokens of two kinds of responses as those of a pair, all others as padding."""
+    """Return the tokens of two kinds of responses as a pair's, all others as padding."""
     kinds, padding = tuple(pair.responses), 2 * pair.weight.shape[1]
     slot, kind = jnp.divmod(pair.tokens.response, len(kinds))
     chosen, rejected = kind == kinds.index(better), kind == kinds.index(worse)

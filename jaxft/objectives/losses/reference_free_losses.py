@@ -3,8 +3,8 @@
 
 Notation as in preference_losses.py; further, lp = log pi(y|x) summed over tokens and a = lp / |y|, _c of the
 chosen and _r of the rejected response; nll = -lp_c / mean |c|, whose weighted sum is the mean over the step's
-chosen tokens. The formulas are those of TRL 1.16's trainers of the same name unless a docstring says what
-differs; their NLL is a mean over a microbatch.
+chosen tokens. The formulas equal TRL 1.16's trainers of the same name unless a docstring says what differs;
+their NLL is a mean over a microbatch.
 
 A pair of 10 tokens each, with log-probs of -8 and -10:
 

@@ -83,7 +83,7 @@ class TargetLoss:
 
 
 def _given(x: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    """Return x. Raises ValueError for None: the forward pass of a sweep is that of its first member."""
+    """Return x. Raises ValueError for None: a sweep's forward pass follows its first member."""
     if x is None:
         raise ValueError(
             "label_smoothing or z_loss of a member of a sweep needs the first member to have it too; list "
