@@ -161,11 +161,11 @@ def _save_multimodal(
     ]
     names = {tensor.name for path in paths for tensor in table[path]}
     tensors = [tensor for tensor in tensors_to_write(base, model) if tensor.name in names]
-    write_multimodal_weights(folder, source, tensors, tied="head" not in base)
+    _write_multimodal_weights(folder, source, tensors, tied="head" not in base)
 
     def write_others() -> None:
-        write_multimodal_config(folder, source, _changed_settings(model, base, located, tensors))
-        copy_small_files(folder, source)
+        _write_multimodal_config(folder, source, _changed_settings(model, base, located, tensors))
+        _copy_small_files(folder, source)
         if tokenizer is not None and not is_unchanged(tokenizer, source):
             (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)  # processors prefer it to the new file
             _write_tokenizer(folder, _source_configs(model, located)[1], tokenizer)
@@ -203,7 +203,7 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
     its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
     """
     if multimodal_config(ref):
-        copy_small_files(folder, ref.path)
+        _copy_small_files(folder, ref.path)
     shutil.copyfile(ref.path / "config.json", folder / "config.json")
     _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
 
@@ -346,7 +346,7 @@ def with_distinct_pad_token(tokenizer: Any) -> Any:
 # Multimodal models: everything but the trained decoder is copied byte for byte
 
 
-def write_multimodal_weights(
+def _write_multimodal_weights(
     folder: Path, source: Path, tensors: Iterable[TensorToWrite], tied: bool
 ) -> None:
     """Write the weights of the multimodal model in the folder `source` with other values of some of its
@@ -409,7 +409,7 @@ def _write_multimodal_index(
     write_model_json(folder / path.name, index)
 
 
-def write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, Any]) -> None:
+def _write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, Any]) -> None:
     """Write config.json of the multimodal model in the folder `source` with other settings of its decoder:
     any of vocab_size, tie_word_embeddings and dtype. Without any, the file is copied.
     """
@@ -426,7 +426,7 @@ def write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, A
     write_model_json(folder / "config.json", config)
 
 
-def copy_small_files(folder: Path, source: Path) -> None:
+def _copy_small_files(folder: Path, source: Path) -> None:
     """Copy the files of a multimodal model's processor and tokenizer."""
     for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{TEMPLATES_FOLDER}/*.jinja"))):
         skipped = path.name in NOT_COPIED or path.name.endswith(".index.json")
