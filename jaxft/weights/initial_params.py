@@ -180,7 +180,7 @@ def _check_start(
     settings: HeadSettings, declared: tuple[tuple[str, ...], Adapter], specs: dict[str, Any], model: Model
 ) -> None:
     """Raise ValueError if the folder that training starts from has another adapter than the run, or a head
-    that the run lacks. declared: see peft.read_declared.
+    that the run lacks. declared: see peft_read.read_declared.
     """
     (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)

@@ -69,8 +69,8 @@ def model_for(ref: str, **options: Any) -> Model:
     attention_settings).
 
     A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
-    A config that ties the head to the embedding does not count where the weights are here and have another
-    head. Raises ValueError for an architecture that is not implemented.
+    If the weights are on this machine and have a head that is not the embedding, the head is untied,
+    whatever the config states. Raises ValueError for an architecture that is not implemented.
 
     >>> model_for("HuggingFaceTB/SmolLM2-135M").config.layers
     30
@@ -186,7 +186,7 @@ def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
 
 def load_tokenizer(ref: str) -> Any:
     """Load the model's tokenizer, a transformers PreTrainedTokenizerFast. Code in the model's folder is never
-    run. Raises ValueError for one that cannot be read or exceeds a limit of tokenizer_limits.
+    run. Raises ValueError for one that cannot be read or exceeds a limit of tokenizer_files.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
@@ -359,7 +359,7 @@ def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedT
 def with_storage_rounding(
     readers: Mapping[str, ParamReader], model: Model, quant: Quant, ref: str
 ) -> dict[str, ParamReader]:
-    """Return the readers of `ref` with values rounded as by a run that stores them quantised."""
+    """Return the readers of `ref` with values rounded as in a run with this quant."""
     stored = frozen_model(model, quant, ref)
     specs = param.spec_paths(stored.specs["base"])
     return {

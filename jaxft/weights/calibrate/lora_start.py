@@ -213,9 +213,8 @@ def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
 def _layer_pairs(
     init: str, weight: _Weight, rank: int, scale: float, stored: _Stored
 ) -> tuple[FirstPair, FirstPair]:
-    """Return ((a, b) at step 0, (a, b) that the base is stored without) of a layer's weight [in, out].
-
-    stored: returns a weight as it is stored.
+    """Return a weight's pair (a, b) at step 0, and the pair without which the base is stored. weight: [in,
+    out] of a layer. stored: rounds a weight as the base's storage does.
     """
     if init == "loftq":
         ins, outs = weight.shape

@@ -144,9 +144,9 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
 
 
 def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = None) -> tuple[str, list[str]]:
-    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged one that
-    it replaces; for None `ref`. drafts: return a folder in this one instead, with configuration and tokenizer
-    alone, for plans, which need no weights.
+    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged folder
+    that it replaces. Without an extension, return `ref`. drafts: a folder for configuration and tokenizer
+    alone, in place of the cache, for plans, which need no weights.
 
     The folder is written once for these files and this extension, also if several processes call this. If
     the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to

@@ -214,7 +214,7 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 def _with_others(
     settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return nodes of the changed parameters as they are in the tuned model, and the settings with them."""
+    """Return nodes of the changed parameters with the tuned model's values, and the settings with them."""
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model

@@ -61,7 +61,7 @@ class RoundingError:
             self._total += float(np.square(exact, dtype=np.float64).sum())
 
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
-        """Return the parameter in `dtype`; its error is added when it is made."""
+        """Return the parameter in `dtype`; its rounding error is added when it is computed."""
 
         def rounded(exact: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):
@@ -81,8 +81,8 @@ def merge_files(
 ) -> Params:
     """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
-    token_ids: the tokens of replaced rows. A tied head becomes a head of its own where the adapter changes
-    it, or the table alone.
+    token_ids: the tokens of replaced rows. A tied head is untied if the adapter changes it, or the
+    embedding table alone.
     """
     merged = tree.paths(merge_params(lazy_params(readers), adapter, dtype, token_ids))
     paths = [path for path in merged if path != "head" or model.generates]
@@ -157,7 +157,7 @@ def merge_params(
     """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
 
     The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. A
-    tied head becomes a head of its own where the adapter changes it, or the table alone.
+    tied head is untied if the adapter changes it, or the embedding table alone.
     """
     leaves, nodes = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
     merged = dict(leaves)

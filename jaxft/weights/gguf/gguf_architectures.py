@@ -170,7 +170,7 @@ def gguf_name(architecture: str, name: str) -> str:
 
 class StoredAs(NamedTuple):
     """The changes that llama.cpp makes to a tensor's values. heads: the number by which it orders rows of q
-    or k (see gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    or k (see gguf_write.permute_heads), None for rows in their order. plus_one: whether it adds 1.
     """
 
     heads: int | None

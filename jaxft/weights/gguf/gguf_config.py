@@ -77,10 +77,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GgufSettings:
-    """The metadata that an architecture reads besides KNOWN_METADATA.
+    """The metadata of an architecture in addition to KNOWN_METADATA.
 
-    read: returns its settings for config.json. metadata: the keys of that. partial_rope: whether rope may
-    turn some of a head's dimensions only. write(architecture, config.json): return their metadata.
+    read: returns the settings for config.json. metadata: the keys that it reads. partial_rope: whether rope
+    may rotate a part of a head's dimensions. write: functions of (architecture, config.json) that return
+    metadata.
     """
 
     read: Callable[[GgufHeader, Sizes], dict[str, Any]]

@@ -267,8 +267,8 @@ def _read_bytes(tensor: GgufTensor, rows: Any, columns: slice) -> np.ndarray:
 
 
 def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
-    """Return the number in the file of each row of Hugging Face's. Of q and k, llama.cpp interleaves the two
-    halves of each head that rope rotates together.
+    """Return the number that each row of the Hugging Face tensor has in the file. In q and k, llama.cpp
+    interleaves the two halves of each head, which rope rotates together.
     """
     count = math.prod(tensor.shape[:-1])
     rows = np.arange(count)

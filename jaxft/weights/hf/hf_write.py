@@ -66,8 +66,7 @@ class LayerQuantizer:
 
     layouts: the layout of each tensor [in, out] of a parameter, by path. quantize(tensor, values [in, out]):
     returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
-    about the layout of the files. notes: lines for the user about the first weight that the layout rounds,
-    added while weights are quantised.
+    about the layout of the files. notes: lines for the user, added while weights are quantised.
     """
 
     layouts: Mapping[str, QTensor]
@@ -264,7 +263,8 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
 
 
 def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json with rope's settings also where transformers 4 and llama.cpp's converter look.
+    """Return config.json with rope's settings also under the keys of transformers 4 and llama.cpp's
+    converter.
 
     A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
     """

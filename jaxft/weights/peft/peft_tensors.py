@@ -54,7 +54,7 @@ def _read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
-    """Read a float tensor of this shape, as _read_float does. because: why it must be there, for the error."""
+    """Read a float tensor of this shape, as _read_float does. because: a reason for the error message."""
     stored = files.tensors.get(name)
     if stored is None or stored.shape != shape:
         state = "is missing" if stored is None else f"has shape {stored.shape}"

@@ -97,8 +97,8 @@ def dequantised(x: QTensor | np.ndarray) -> np.ndarray:
 
 
 def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
-    """Return the part of a quantised weight [out, in] at `index`; only its blocks are read where no array is
-    for all of it.
+    """Return the part of a quantised weight [out, in] at `index`. Only its blocks are read, unless an array
+    belongs to the whole weight.
     """
     layout = tensor.layout
     if layout is None or layout.outer is not None or layout.index is not None:
@@ -116,7 +116,7 @@ def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
 def written_format(layouts: Mapping[str, QTensor], requested: str | None = None) -> tuple[FileFormat, str]:
     """Return the format for writing weights, and one sentence for the user.
 
-    Without a requested one it is the usual one of their kind if all of them fit into it, else jaxft's own.
+    Without a request it is the usual format of the weights' kind if all of them fit, else jaxft's own.
     layouts: by parameter path. Raises ValueError if the weights do not fit into the requested format.
     """
     if requested is not None:
