@@ -17,4 +17,5 @@ trials.py: trials as arrays in a train state, so that one compiled program train
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
 worlds.py: synthetic preference rows with a known true reward
+training_gradients.py: gradients of a held-out loss through training, weights of sources that follow them
 """

@@ -94,9 +94,10 @@ class AttentionNeeds:
 
 # How a device gets the keys of its part of each row. "auto": by heads, or by the length of rows.
 ContextKeys = Literal["auto", "gathered", "ring"]
-# "flash" is blockwise XLA, on any device; "auto": the device's own kernel where there is one.
-AttentionKernel = Literal["auto", "flash"]
-VARIABLE = "JAXFT_ATTENTION"  # of the environment: flash, for all models of any command
+# "auto": the device's own kernel where there is one. "flash": blockwise XLA, on any device. "reference": all
+# scores in memory, the only one that can be differentiated twice.
+AttentionKernel = Literal["auto", "flash", "reference"]
+VARIABLE = "JAXFT_ATTENTION"  # of the environment: a kernel for all models of any command
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class AttentionSettings:
 
 
 def asked_for(settings: AttentionSettings) -> str:
-    """Return the setting that asks for `flash`, as users write it; "" if none does.
+    """Return the setting that asks for a kernel, as users write it; "" if none does.
 
     Raises ValueError for an unknown value of JAXFT_ATTENTION.
     """
@@ -123,7 +124,7 @@ def asked_for(settings: AttentionSettings) -> str:
         return f"attention={settings.kernel}"
     everywhere = os.environ.get(VARIABLE) or "auto"
     if everywhere not in get_args(AttentionKernel):
-        raise ValueError(f"{VARIABLE}={everywhere} is unknown; use auto or flash")
+        raise ValueError(f"{VARIABLE}={everywhere} is unknown; use {', '.join(get_args(AttentionKernel))}")
     return "" if everywhere == "auto" else f"{VARIABLE}={everywhere}"
 
 
@@ -265,9 +266,12 @@ def chosen_kernel(
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
     elif context_keys != "auto" or not divides:
-        long: Layout = "ring" if T // mesh_size("context") >= RING_LEAST else "gathered"
+        is_long = T // mesh_size("context") >= RING_LEAST
+        long: Layout = "ring" if is_long and not asked_for(settings).endswith("=reference") else "gathered"
         layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)
+    if asked_for(settings).endswith("=reference"):
+        return layout, dense
     if asked_for(settings) or mesh.empty:
         return layout, flash
     return layout, kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
@@ -279,7 +283,13 @@ LAYOUT_NAMES: dict[Layout, str] = {
     "gathered": ", keys gathered over mesh.context",
     "ring": ", keys in a ring over mesh.context",
 }
-KERNEL_NAMES = {pallas: "Pallas", splash: "splash", cudnn: "cuDNN", flash: "blockwise XLA (flash)"}
+KERNEL_NAMES = {
+    pallas: "Pallas",
+    splash: "splash",
+    cudnn: "cuDNN",
+    flash: "blockwise XLA (flash)",
+    dense: "reference",
+}
 
 
 def attention_line(
