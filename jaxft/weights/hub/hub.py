@@ -139,11 +139,6 @@ def is_extended(path: str | Path) -> bool:
     return Path(path).parent == cache_folder() / EXTENDED
 
 
-def has_linked_weights(folder: str | Path) -> bool:
-    """Whether a folder's weights are links to another model's files."""
-    return any(file.is_symlink() for file in Path(folder).glob("*.safetensors"))
-
-
 def files_of(located: Located) -> list[Path]:
     """Return the files of weights, configuration and tokenizer of a model on this machine."""
     if located.kind == "gguf":

@@ -116,7 +116,7 @@ def cached_base_notes(folder: Path, ref: str) -> list[str]:
     merged = (
         f"the merged model ({script_command('export')} --adapter {shlex.quote(str(folder))} --out merged)"
     )
-    if hub.has_linked_weights(ref):
+    if any(file.is_symlink() for file in Path(ref).glob("*.safetensors")):  # the weights of another model
         return [
             f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or name the "
             "model that it was made of as the base, whose weights are the same"
