@@ -24,7 +24,7 @@ def config(
     name: str = "decision",
     lr: float = 1e-3,  # auto: by the model's width, and the default with another model
     loss: DecisionLossFunction = cross_entropy,  # of the probabilities of the choices
-    labels: tuple[str, ...] = (),  # of rows with a text and a label, in the order of their letters
+    labels: tuple[str, ...] = (),
 ) -> Run:
     """Decisions between given choices, with calibrated probabilities."""
     return Run(

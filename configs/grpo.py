@@ -78,16 +78,16 @@ def config(
     advantage: AdvantageFunction | None = None,  # grpo by default
     estimate: EstimatorFunction | None = None,  # an advantage estimator, instead of advantage
     token_weights: TokenWeightsFunction = token_mean,
-    filter: FilterFunction | None = None,  # which completions to train on
-    train_on_truncated: bool = True,  # whether to train on completions without an end token
+    filter: FilterFunction | None = None,
+    train_on_truncated: bool = True,
     loss: PolicyLossFunction = clipped,  # of a sampled token
     eps_low: float | None = None,  # clipping bounds, the loss's own by default
     eps_high: float | None = None,  # the upper one, such as DAPO's 0.28
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
     kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is
-    correction: CorrectionFunction | None = None,  # importance weights between sampler and training program
+    correction: CorrectionFunction | None = None,
     correction_bounds: tuple[float, float] | None = None,  # of these weights, the function's own by default
-    ratio_to_sampler: bool = False,  # the loss's ratio is to the sampler, not to the training program
+    ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Group-relative policy optimisation."""

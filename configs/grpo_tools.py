@@ -57,7 +57,7 @@ def config(
         max_new=48,
         environment=Calculator,
         max_turns=3,
-        max_episode=144,  # the longest with two calls has 141 tokens
+        max_episode=144,
         epochs=0.175,
     ),
     name: str = "grpo_tools",

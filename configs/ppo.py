@@ -116,7 +116,7 @@ def config(
     value_coef: float = 0.1,  # of the critic's loss
     value_clip: float | None = 0.2,  # most change of a value from the one at sampling
     entropy: float = 0.0,  # of a bonus for the policy's entropy
-    warm_up: int = 0,  # rollouts at the start that train the critic alone
+    warm_up: int = 0,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Proximal policy optimisation."""

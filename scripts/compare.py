@@ -31,14 +31,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
-    from jaxft.report import compare, ranking
+    from jaxft.report import charts, ranking
     from jaxft.report.run_files import folders_of_runs, runs_among
+    from jaxft.runs.metric_names import HELD_OUT
     from jaxft.runs.object_store import local_folder
-    from jaxft.runs.trackers.jsonl import Entry, read_entries
-
-    def curve_metrics(entry: Entry) -> Entry:
-        """Return an entry with only the metrics that the curves show."""
-        return {name: value for name, value in entry.items() if name == "step" or compare.is_drawn(name)}
+    from jaxft.runs.trackers.jsonl import read_entries
 
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])
@@ -53,8 +50,12 @@ def main() -> int:
     table = ranking.table_of(results)
     print("\n\n".join(ranking.texts(results)))
     if args.out:
-        compare.draw(args.out.with_suffix(".png"), compare.panels(entries), args.title)
-        curves = {name: [curve_metrics(entry) for entry in lines] for name, lines in entries.items()}
+        charts.draw(args.out.with_suffix(".png"), charts.comparison_panels(entries), args.title)
+        drawn = {"step", *charts.compared_metrics(entries)}
+        curves = {
+            name: [{key: x for key, x in e.items() if key.removeprefix(HELD_OUT) in drawn} for e in lines]
+            for name, lines in entries.items()
+        }
         found = {"runs": table.as_json(), "ranking": ranking.ranking_lines(results), "curves": curves}
         text = json.dumps(found, indent=1)
         args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")

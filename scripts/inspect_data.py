@@ -48,7 +48,6 @@ from jaxft.data.inspection import (  # noqa: E402  # noqa: E402
     ShownExample,
     ShownPart,
     find_overlaps,
-    has_duplicates,
     inspect,
     overlap_lines,
     row_problem,
@@ -242,10 +241,10 @@ def repetition_lines(found: Inspected) -> tuple[list[str], str]:
     these out, "" for none.
     """
     overlaps, names = find_overlaps(found.split, COMPARED), found.placeholders
-    lines = overlap_lines(overlaps)
+    lines = overlap_lines(found.split, overlaps)
     if names:
         lines.append(f"responses that are placeholders, such as N/A: {len(names)}; the first is {names[0]}")
-    kinds = [DUPLICATES] * has_duplicates(overlaps) + [PLACEHOLDERS] * bool(names)
+    kinds = [DUPLICATES] * bool(overlaps["duplicates"] or overlaps["leaked"]) + [PLACEHOLDERS] * bool(names)
     return lines, f"data.drop={','.join(kinds)}" if kinds else ""
 
 

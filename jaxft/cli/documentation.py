@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jaxft.data.rows.shipped import IS_CLONE, PACKAGE, ROOT
 
-# File, from the root of the clone -> what it is about. The wheel has README.md as its description.
+# File, from the root of the clone -> its subject. The wheel has README.md as its description.
 DOCUMENTS = {
     "README.md": "Overview",
     "configs/README.md": "Recipes and settings",
@@ -79,8 +79,8 @@ def with_topics(text: str) -> str:
 
 
 def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
-    """Return the topic of this name; else those that have all words in their titles, the shortest title
-    first; else in their texts, those first that are most about them. A word is the beginning of one there.
+    """Return the topic of this name; else the topics with all words in their titles, the shortest title
+    first; else in their texts, the densest first. A word matches the beginning of words.
     """
     named = [topic for topic in known if topic.name == link_name(" ".join(words))]
     if named:

@@ -7,13 +7,12 @@ The examples are SFT rows, preference rows or prompts for rollouts, as training 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.batch import Tokens
+from jaxft.batch import Decisions, Tokens
 from jaxft.data import prompts
 from jaxft.data.packing.lengths import measure_dataset
 from jaxft.data.packing.row_tasks import row_fields
@@ -121,7 +120,8 @@ def inspect_source(source: RowSource[Any]) -> Inspected:
             found = source.batch(step)[0]
             if LABELS in rows.extras:  # a label is shown at the token where it is read
                 found = dataclasses.replace(found, read=found.read - 1)
-            return examples_of(found, source.member_names(step))
+            examples = examples_of(found, source.member_names(step))
+            return _with_probabilities(examples, found) if isinstance(found, Decisions) else examples
 
         example = partial(_text, rows)
     return _inspected(split, stats, of_step, example)
@@ -202,6 +202,15 @@ def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]
             facts = f"{here.sum()} tokens, {(weights > 0).sum()} with loss"
             facts += f", weight {weights.sum():.4f} of the batch"
             yield ShownExample(labels[number - 1], facts, [ShownPart("", ids[here], weights)])
+
+
+def _with_probabilities(examples: Iterator[ShownExample], batch: Decisions) -> Iterator[ShownExample]:
+    """Yield decisions with the probabilities of their choices, where these are not 0 and 1."""
+    decisions = batch.choices[..., 0] >= 0
+    each = zip(examples, batch.choices[decisions], batch.probabilities[decisions], strict=True)
+    for example, choices, p in each:
+        soft = ", ".join(f"{x:.3g}" for x in p[choices >= 0])
+        yield example if p.max() == 1 else example._replace(facts=f"{example.facts}, probabilities {soft}")
 
 
 def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspected:
@@ -327,50 +336,31 @@ def token_pieces(tokenizer: Any, ids: np.ndarray, weight: np.ndarray) -> Iterato
         shown = text
 
 
-@dataclass
-class Overlap:
-    """Rows that equal a training row, and the first of them: its name and the other's."""
-
-    count: int = 0
-    first: tuple[str, str] | None = None
-
-    def add(self, name: str, other: str) -> None:
-        """Count a row that equals the training row `other`."""
-        self.count += 1
-        self.first = self.first or (name, other)
+OVERLAPS = {  # kind of overlap of a row with an earlier training row -> the line about such rows
+    "duplicates": "training rows that repeat another one: {n}; the first is {a}, equal to {b}",
+    "repeated prompts": "training rows with the prompt of another one: {n}; the first is {a}, as in {b}",
+    "leaked": "held-out rows that are also training rows, so that their loss is too low: {n}; the first "
+    "is {a}, equal to {b}",
+    "leaked prompts": "held-out rows with the prompt of a training row: {n}; the first is {a}, as in {b}",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Overlaps:
-    """Rows of a dataset that share all tokens, or a prompt, with an earlier training row.
-
-    duplicates: training rows that repeat another. repeated_prompts: those with a prompt of another and a
-    different rest. leaked: held-out rows that are training rows. leaked_prompts: those with a training row's
-    prompt and a different rest.
+def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]]]:
+    """Return (a row, the earlier training row that it repeats) by kind of OVERLAPS, of the first `most`
+    training rows and held-out rows. Rows that share a prompt alone have another rest.
     """
-
-    duplicates: Overlap = field(default_factory=Overlap)
-    repeated_prompts: Overlap = field(default_factory=Overlap)
-    leaked: Overlap = field(default_factory=Overlap)
-    leaked_prompts: Overlap = field(default_factory=Overlap)
-
-
-def find_overlaps(split: SplitRows, most: int) -> Overlaps:
-    """Compare the first `most` training rows, and held-out rows, with the training rows before them."""
-    found, known, prompts = Overlaps(), dict[int, int](), dict[int, int]()
-    rows = split.rows
+    found = {kind: list[tuple[int, int]]() for kind in OVERLAPS}
+    rows, known, prompts = split.rows, dict[int, int](), dict[int, int]()
     content, documents = rows.content_hashes().tolist(), rows.documents.tolist()
     first, has_prompt = np.asarray(rows.hashes)[:, 0].tolist(), rows.counts[:, 0] > 0
-    for side, same, similar in (
-        (split.train, found.duplicates, found.repeated_prompts),
-        (split.held, found.leaked, found.leaked_prompts),
-    ):
+    for side, same in ((split.train, "duplicates"), (split.held, "leaked")):
+        similar = "repeated prompts" if same == "duplicates" else "leaked prompts"
         for i in side[rows.begins_row[side]][:most].tolist():
             whole, prompt = content[documents[i]], first[i] if has_prompt[i] else None
             if whole in known:
-                same.add(rows.names[i], rows.names[known[whole]])
+                found[same].append((i, known[whole]))
             elif prompt in prompts:
-                similar.add(rows.names[i], rows.names[prompts[prompt]])
+                found[similar].append((i, prompts[prompt]))
             if side is split.train:
                 known.setdefault(whole, i)
                 if prompt is not None:
@@ -378,20 +368,12 @@ def find_overlaps(split: SplitRows, most: int) -> Overlaps:
     return found
 
 
-def has_duplicates(found: Overlaps) -> bool:
-    """Whether data.drop=duplicates would leave rows out."""
-    return bool(found.duplicates.count or found.leaked.count)
-
-
-def overlap_lines(found: Overlaps) -> list[str]:
+def overlap_lines(split: SplitRows, found: dict[str, list[tuple[int, int]]]) -> list[str]:
     """Return a line for each kind of overlap, or a single line that there is none."""
-    texts = {
-        "duplicates": "training rows that repeat another one: {n}; the first is {a}, equal to {b}",
-        "repeated_prompts": "training rows with the prompt of another one: {n}; the first is {a}, as in {b}",
-        "leaked": "held-out rows that are also training rows, so that their loss is too low: {n}; the first "
-        "is {a}, equal to {b}",
-        "leaked_prompts": "held-out rows with the prompt of a training row: {n}; the first is {a}, as in {b}",
-    }
-    overlaps = [(vars(found)[name], text) for name, text in texts.items()]
-    lines = [text.format(n=o.count, a=o.first[0], b=o.first[1]) for o, text in overlaps if o.first]
+    names = split.rows.names
+    lines = [
+        text.format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
+        for text, pairs in ((text, found[kind]) for kind, text in OVERLAPS.items())
+        if pairs
+    ]
     return lines or ["no row repeats another one, and no held-out row is a training row"]

@@ -4,8 +4,8 @@ Durable: everything is synced before it gets its final name, and the folder of t
 reaches the disk up to 30 s later, and an empty file may get its final name before its content.
 
 Temporary: the owner locks the file or the folder, which ends with the process, so that the next command
-removes what killed processes have left. Another machine's locks may not be seen, and some file systems have
-none: there, what is older than a day has no owner.
+removes the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
+none: there, files older than a day have no owner.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove this user's files and folders that no process owns. Links and what cannot be removed stay."""
+    """Remove this user's files and folders that no process owns. Links and undeletable files stay."""
     for path in paths:
         with contextlib.suppress(OSError):
             if _has_owner(path):

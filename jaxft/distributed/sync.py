@@ -52,7 +52,7 @@ def gather_texts(text: str) -> list[str]:
     """Return every process's text, by process index, with an all-gather over the devices.
 
     Call it from the main thread only, at the same point of the program on every process: collectives issued
-    from another thread could be ordered differently relative to those of a training step, which deadlocks.
+    from another thread could be ordered differently relative to a training step's, which deadlocks.
     """
     wait_for_all()
     data = np.frombuffer(text.encode(), np.uint8)

@@ -25,9 +25,9 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
     """Return `[fn(item) for item in items]`, computed in one thread per core.
 
     For NumPy code: NumPy releases Python's lock while it computes on an array. After an error no further call
-    begins, and once those that have begun are done, the first error in the order of the items is raised. The
-    caller's context variables, such as NumPy's error state, have their values in fn. What the threads have
-    freed is returned to the system.
+    begins, and once the begun calls are done, the first error in the order of the items is raised. The
+    caller's context variables, such as NumPy's error state, have their values in fn. Freed memory is returned
+    to the system.
     """
     items = list(items)
     threads = min(cores(), MOST_THREADS, len(items))
@@ -40,7 +40,7 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
         finally:
             for call in calls:
                 call.cancel()
-    trim_heap()  # glibc keeps what each thread has freed: 45 MB of two that quantise to 4 bits
+    trim_heap()  # glibc keeps memory that a thread has freed: 45 MB of two that quantise to 4 bits
     return [call.result() for call in calls]
 
 

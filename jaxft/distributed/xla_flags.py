@@ -205,7 +205,7 @@ def split_flags(variable: str, text: str) -> list[str]:
 def with_settings(
     platform: str, environ: Mapping[str, str], knows: Callable[[str, str], bool]
 ) -> dict[str, str]:
-    """Return the environment variables to set for a platform; they contain what the user has set.
+    """Return the environment variables to set for a platform, with the flags that the user has set.
 
     knows(variable, flag): whether the libraries that read the variable know a flag. XLA and libtpu end the
     process at one that they don't know.

@@ -1,7 +1,6 @@
 """Research on losses: declared comparisons, and what is chance in them.
 
 halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
-ledger.py: a log whose lines are chained by digests, so that a changed line is found
 exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
 loss_claims.py: checks on exact toys of what a loss claims
 loss_laws.py: all checks of a loss
@@ -16,6 +15,7 @@ judge_files.py: prompts and answers from files of jaxft, AlpacaEval, Arena-Hard 
 trials.py: trials as arrays in a train state, so that one compiled program trains any of them
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
+verify.py: checks of a record, and a step computed again to the bit
 worlds.py: synthetic preference rows with a known true reward
 training_gradients.py: gradients of a held-out loss through training, weights of sources that follow them
 """

@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.ledger import DIGEST
 from jaxft.lab.results import Duel, LossOutcome, StudyResult
 from jaxft.objectives.metrics import HELD_OUT
 from jaxft.report.charts import Panel, draw
@@ -277,9 +276,9 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())
     tuning, compared = study.pairs.prompt_counts()
     facts = {
-        "declaration": declared[DIGEST],
+        "declaration": declared["digest"],
         "file": declared["file_sha256"],
-        "log, last digest": study.log[-1][DIGEST],
+        "log, last digest": study.digest,
         "losses": ", ".join(loss.label for loss in study.losses),
         "seeds": declared["study"]["seeds"],
         "trials of each loss": declared["study"]["trials"],

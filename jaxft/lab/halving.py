@@ -27,11 +27,11 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.lab import ledger
 from jaxft.lab.study import LossTrial, Study, check_declared, declare
 from jaxft.lab.trials import make_set_trial, plain_run, run_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.runs import folder as runfolder
+from jaxft.runs.chained_log import append_entry, read_unfinished
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.settings.record import describe
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_value
@@ -43,6 +43,7 @@ from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprin
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.train.sweep.sweep_programs import compile_sweep
 from jaxft.tree import Params
+from jaxft.weights.hub.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
 FEW_PROMPTS = 20  # below this number a comparison finds only very large differences
@@ -142,9 +143,9 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
             runfolder.write_durable_json(path, now)
             runfolder.write_durable_json(folder / PAIRS, json_pairs(pairs))
         print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
-        done = ledger.read_chain(folder / LEDGER)
+        done = read_unfinished(folder / LEDGER)
         if not done:
-            done = ledger.append_entry(folder / LEDGER, done, {"declared": now["digest"]})
+            done = logged(folder, done, {"declared": now["digest"]})
         elif done[0].get("declared") != now["digest"]:
             raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
         if done[-1].get("finished"):
@@ -272,7 +273,7 @@ def train_waves(
             return None
         done = train_wave(lab, folder, Wave(other, winners, 0, first), done)
     winner = {label: {"trial": trial.number, "setting": str(trial)} for label, trial in winners.items()}
-    return ledger.append_entry(folder / LEDGER, done, {"finished": True, "winners": winner})
+    return logged(folder, done, {"finished": True, "winners": winner})
 
 
 def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[Wave]) -> list[LossTrial]:
@@ -286,6 +287,12 @@ def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[W
         return (math.inf if score is None else -score), wave.trials[label].number
 
     return [wave.trials[label] for wave in sorted(waves, key=rank)]
+
+
+def logged(folder: Path, done: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Append an entry to the study's log, which has `done`; return all."""
+    append_entry(folder / LEDGER, entry)
+    return [*done, entry]
 
 
 def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -313,7 +320,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     print(f"{wave.key}: {lab.study.metric} on the tuning prompts: {texts}", flush=True)
     entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
     entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
-    return ledger.append_entry(folder / LEDGER, done, {**entry, "files": files})
+    return logged(folder, done, {**entry, "files": files})
 
 
 @dataclass(frozen=True)
@@ -393,7 +400,7 @@ def write_trial(
     ]
     write_durably(own / HELD_OUT_ROWS, "".join(f"{row}\n" for row in rows).encode())
     names = ("config.json", EVALUATIONS, METRICS, HELD_OUT_ROWS)
-    return {name: ledger.file_digest(own / name) for name in names}
+    return dict(zip(names, files_sha256([own / name for name in names]), strict=True))
 
 
 def read_evaluations(path: Path) -> list[PairsEvaluation]:

@@ -5,6 +5,7 @@ from the reference is likely to have a higher accuracy, whatever its loss, so th
 where their policies have the same KL, along the whole curve.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.lab import ledger
 from jaxft.lab.halving import (
     DECLARATION,
     EVALUATIONS,
@@ -29,7 +29,9 @@ from jaxft.objectives.metrics import HELD_OUT
 from jaxft.objectives.pair import ACCURACY
 from jaxft.report.statistics import Difference, equivalence, holm, paired_difference
 from jaxft.runs import metric_names as names
+from jaxft.runs.chained_log import check_chain, whole_lines
 from jaxft.runs.folder import read_saved_json
+from jaxft.weights.hub.complete_folders import files_sha256
 
 KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
 START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 0 of other metrics
@@ -138,7 +140,7 @@ class Duel:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A finished study. declaration: as it was written before training."""
+    """A finished study. declaration: as it was written before training. digest: the last one of its log."""
 
     folder: Path
     declaration: Mapping[str, Any]
@@ -147,6 +149,7 @@ class StudyResult:
     duels: tuple[Duel, ...]
     pairs: HeldOutPairs
     log: tuple[Mapping[str, Any], ...]
+    digest: str
 
     @property
     def order(self) -> list[LossOutcome]:
@@ -171,9 +174,10 @@ class StudyResult:
 
 def read_study(folder: Path) -> StudyResult:
     """Read a finished study. Raises ValueError for one that is not finished, or whose files have changed."""
-    log = ledger.read_chain(folder / LEDGER)
+    log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
     if not log or not log[-1].get("finished"):
         raise ValueError(f"{folder} is not a finished study; run its command again, which continues it")
+    digest = check_study(folder, log)
     declaration = read_saved_json(folder / DECLARATION)
     saved = read_saved_json(folder / PAIRS)
     pairs = HeldOutPairs(*(tuple(saved[name]) for name in ("names", "prompts", "tuning")))
@@ -182,7 +186,23 @@ def read_study(folder: Path) -> StudyResult:
     losses = tuple(
         _loss_outcome(folder, label, log, waves, (metric, pairs)) for label in declaration["study"]["losses"]
     )
-    return StudyResult(folder, declaration, metric, losses, duels_of(losses, margin), pairs, tuple(log))
+    return StudyResult(
+        folder, declaration, metric, losses, duels_of(losses, margin), pairs, tuple(log), digest
+    )
+
+
+def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
+    """Return the last digest of a study's log. Raises ValueError for a file that is not as it was written."""
+    digest = check_chain(folder / LEDGER)
+    newest: dict[Path, str] = {}
+    for entry in log:
+        for label, files in entry.get("files", {}).items():
+            own = trial_folder(folder, label, entry["trials"][label], entry["seed"])
+            newest |= {own / name: sha256 for name, sha256 in files.items()}
+    for path, sha256 in newest.items():
+        if not path.is_file() or files_sha256([path]) != [sha256]:
+            raise ValueError(f"{path}: the file was changed after it was written")
+    return digest
 
 
 def _loss_outcome(

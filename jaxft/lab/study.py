@@ -2,14 +2,13 @@
 
 A study's file has a function `study() -> Study`:
 
-    from jaxft.lab.study import LogRange, SearchedLoss, Study
+    from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe
     from jaxft.objectives.losses.preference_losses import dpo, ipo
-    from jaxft.runs.settings.config import load_config
 
     def study() -> Study:
         return Study(
             name="dpo-or-ipo",
-            recipe=load_config("dpo", ["epochs=1"]),
+            recipe=study_recipe("dpo", "loop.steps=26"),
             losses={
                 "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
                 "ipo": SearchedLoss(ipo, {"beta": LogRange(0.03, 0.3)}),
@@ -39,6 +38,7 @@ from jaxft.runs.environment import versions
 from jaxft.runs.settings.parse import find_file, run_file
 from jaxft.runs.settings.record import describe, differences
 from jaxft.train.settings import Run
+from jaxft.train.start import open_settings
 from jaxft.tree import nearest
 
 METRICS_OF_PAIRS = (ACCURACY, MARGIN)  # of single held-out pairs, comparable between losses
@@ -233,6 +233,13 @@ def _halton(number: int, base: int) -> float:
         number, digit = divmod(number, base)
         found += digit * scale
     return found
+
+
+def study_recipe(recipe: str, *overrides: str) -> Run:
+    """Return the run of a recipe with the settings of a command line, as `jaxft train` has it: lengths and
+    batches follow from the rows where they are left open.
+    """
+    return open_settings.fitted(open_settings.resolve(recipe, list(overrides)))[0].value
 
 
 def load_study(path: str) -> tuple[Study, Path]:

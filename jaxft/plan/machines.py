@@ -45,7 +45,7 @@ class Chip:
 # reserved, NVIDIA: CUDA context, cuBLAS, cuDNN and NCCL buffers; 1 GiB is an allowance (contexts alone take
 # 0.4 to 0.7 GiB).
 # reserved, TPU: the chip's memory minus the limit that libtpu's compiler reports for a program.
-# memory, NVIDIA: what CUDA reports of a card (torch.cuda.get_device_properties), less than on its data sheet.
+# memory, NVIDIA: as CUDA reports it (torch.cuda.get_device_properties), less than on the data sheet.
 # links, GPUs: NVLink (MI300X: Infinity Fabric) in one direction, and a 400 or 200 Gb/s port per GPU. Cards
 # without NVLink: PCIe x16 of their generation (3.0: 16 GB/s, 4.0: 32, 5.0: 64) and 10 Gb/s Ethernet, or the
 # network of the usual cloud host divided by its GPUs (L40S 100 Gb/s, A10G and L4 12.5).
@@ -133,7 +133,7 @@ class Machine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines about what a plan for it does not show."""
+        """Lines about differences between a plan for it and the machine."""
         if self.chip is None or self.chip.compiled_for is None:
             return ()
         used = f"compiled for {self.chip.compiled_for}, with the memory and the speed of {self.chip.kind}"

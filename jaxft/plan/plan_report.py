@@ -423,8 +423,8 @@ def changed_knobs(settings: Resolved) -> list[Change]:
 
 
 def dry_run_text(d: DryRun) -> str:
-    """Return a page: counts and bytes, what the command changes, all settings by section, the parameter
-    table and the plan.
+    """Return a page: counts and bytes, changed settings, all settings by section, the parameter table and the
+    plan.
     """
     fits = "" if d.plan.fits else ", which does NOT fit"
     size = "more than the device has" if d.plan.total is None else f"{d.plan.total / GIB:.2f} GiB"

@@ -309,7 +309,7 @@ NO_TRAFFIC = (
     "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
 )  # fmt: skip
 
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # updates in place -> the operand with what is written
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # updates in place -> the operand that is written
 
 
 def memory_bytes(program: HloProgram) -> float:

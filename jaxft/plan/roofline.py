@@ -61,7 +61,7 @@ def estimate(
     """Estimate the time of a step.
 
     flops: of the model and of the program, on all devices; moved: bytes of main memory traffic per device;
-    peak: FLOP/s per device. fp8: those of the program's FLOPs that are in FP8, and their peak FLOP/s. Raises
+    peak: FLOP/s per device. fp8: the program's FLOPs in FP8, and their peak FLOP/s. Raises
     ValueError for a machine whose chip is not in machines.CHIPS.
     """
     if machine.chip is None:
@@ -130,7 +130,7 @@ class Flops:
     model: FLOPs that the algorithm needs, which MFU counts: forward passes times 2 (frozen base) or 3
     (trained base), plus the forward pass of a live reference, for filled rows only.
     program: FLOPs of all matmuls that run, including recomputation and empty rows, which HFU counts.
-    fp8: those of `program` in FP8.
+    fp8: the part of `program` in FP8.
     Attention kernels skip masked blocks and are not in the jaxpr. Both counts use the model's formula for
     them: causal attention over the full row.
     """

@@ -85,7 +85,7 @@ class Trial:
 
 
 def search(command: Command, machine: Machine, most: int, log: Callable[[str], None]) -> list[Trial]:
-    """Plan the most promising choices, and return the trials: fastest first, those that do not fit last.
+    """Plan the most promising choices, and return the trials: fastest first, misfits last.
 
     Choices are compiled in the order of `rough_estimate`, at most `most` of them; those whose estimate is 1.3
     times slower than the best plan are skipped. The batch size never changes, only how it is split. All other

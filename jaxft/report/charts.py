@@ -112,9 +112,9 @@ def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
     ax.grid(alpha=0.25, linewidth=0.5)
 
 
-X_AXIS = "optimizer step"
+X_AXIS, LOSS = "optimizer step", "Loss"  # titles of an axis and of a chart
 FEWEST_TO_SMOOTH = 16  # points of a curve
-NOISE, SHORTEST_PART = 0.06, 8  # what is left of the noise, over the curve's change; parts of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # noise that smoothing leaves, over the curve's change; parts of a curve
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -262,7 +262,7 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
         for name in known
         if name.startswith(names.SCORES)
     ]
-    found.append(single_chart("Loss", unit, names.LOSS))
+    found.append(single_chart(LOSS, unit, names.LOSS))
     functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
     rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
     if has_rollouts:
@@ -279,7 +279,7 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
 
 
 def _metric_names(entries: Iterable[Entry]) -> Set[str]:
-    """Return the names in the order of the entries, those of held-out rows without their prefix."""
+    """Return the names in the order of the entries, without the prefix of held-out rows."""
     return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
 
 
@@ -379,8 +379,8 @@ def smoothed(values: Sequence[float | None], factor: float) -> list[float | None
 
 
 def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str]:
-    """Draw curves.png, what the model learns, and training.png, learning rate, gradient, speed and memory,
-    into `folder`. Return the names of the files; none for a run without a value to draw.
+    """Draw curves.png (what the model learns) and training.png (learning rate, gradient, speed, memory) into
+    `folder`. Return the names of the files; none for a run without a value to draw.
     """
     runs = {name: entries}
     files = {"curves.png": learning_kinds(runs), "training.png": STEP_CHARTS}
@@ -391,6 +391,43 @@ def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str
             draw(folder / file, [chart_panel(chart, name) for chart in charts], name)
             drawn.append(file)
     return drawn
+
+
+def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
+    """Return the charts of what the models learn with a curve a run: on held-out rows, and dashed on training
+    rows, which stand alone where no run holds out rows.
+
+    runs: entries of metrics.jsonl by label.
+    """
+    panels = []
+    for chart in make_charts(runs, learning_kinds(runs)):
+        curves = [(run, curve) for run, own in chart.curves.items() for curve in own]
+        for label in dict.fromkeys(curve.label for _, curve in curves):
+            sides: list[dict[str, Points]] = [
+                {run: _known_points(c.steps, smoothed(c.values, smoothing_factor(c)))
+                 for run, c in curves if (c.label, c.held_out) == (label, is_held)}
+                for is_held in (True, False)
+            ]  # fmt: skip
+            title, unit = ", ".join(filter(None, (chart.kind.title, label))), chart.kind.unit
+            starts = {run: y[0] for run, (_, y) in sides[0].items()}
+            if chart.kind.title == LOSS and starts and max(starts.values()) > 3 * min(starts.values()) > 0:
+                title, unit = f"{title} over its value at the start", "ratio"
+                sides = [
+                    {run: (x, [v / starts[run] for v in y]) for run, (x, y) in side.items() if run in starts}
+                    for side in sides
+                ]
+            held, trained = sides
+            panels.append(
+                Panel(f"{title}, held out", X_AXIS, unit, held, trained)
+                if held
+                else Panel(title, X_AXIS, unit, trained)
+            )
+    return panels
+
+
+def compared_metrics(runs: Mapping[str, Sequence[Entry]]) -> set[str]:
+    """Return the metrics that comparison_panels draws, without the prefix of held-out rows."""
+    return {line.metric for kind in learning_kinds(runs) for line in kind.lines}
 
 
 def chart_panel(chart: Chart, run: str) -> Panel:

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from jaxft.objectives.alarms import Entry
 from jaxft.objectives.intervals import Interval, wilson
-from jaxft.report.charts import Panel, Points, draw
+from jaxft.report.charts import comparison_panels, draw
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
 
@@ -28,8 +28,8 @@ def held_out(name: str) -> str:
 
 
 def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
-    """Return the metrics of a run's first and last evaluation, the latter with those of the last step. A run
-    that was evaluated only before its first step has no last evaluation.
+    """Return the metrics of a run's first and last evaluation, the latter with the metrics of the last step.
+    A run that was evaluated only before its first step has no last evaluation.
     """
     evaluations: list[Logged] = [{}]
     step: Logged = {}
@@ -290,127 +290,6 @@ def short_number(x: float | None) -> str:
     return f"{x:.3g}" if abs(x) < 1e-3 and x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
 
 
-# The curves
-
-
-@dataclass(frozen=True)
-class CurveKind:
-    """A panel of the picture: the metric, or its difference to `minus`, on held-out rows or else of the
-    training steps.
-    """
-
-    title: str
-    unit: str
-    metric: str
-    minus: str | None = None
-
-
-CURVES = (
-    CurveKind("loss", "nats", names.LOSS),
-    CurveKind("accuracy", "fraction of pairs", names.ACCURACY),
-    CurveKind("accuracy", "fraction of pairs", names.REWARD_ACCURACY),
-    CurveKind("margin of the rewards", "per pair", names.REWARD_MARGIN),
-    CurveKind("margin since step 0", "nats per pair", names.CHOSEN_LOGP, names.REJECTED_LOGP),
-    CurveKind("chosen log-prob since step 0", "nats per completion", names.CHOSEN_LOGP),
-    CurveKind("KL to the reference", "nats per token", names.KL),
-    CurveKind("token accuracy", "fraction of tokens", names.TOKEN_ACCURACY),
-)
-ROLLOUT_CURVES = (  # of runs that sample completions
-    CurveKind("reward", "per completion", names.REWARD),
-    CurveKind("KL to the reference", "nats per completion", names.COMPLETION_KL),
-    CurveKind("length", "tokens per completion", names.COMPLETION_LENGTH),
-    CurveKind("entropy", "nats per token", names.ENTROPY),
-)
-_CURVE_METRICS = {
-    name for kind in (*CURVES, *ROLLOUT_CURVES) for name in (kind.metric, kind.minus) if name is not None
-}
-HELD_OUT_ONLY = (names.CHOSEN_LOGP, names.TOKEN_ACCURACY)  # not drawn for training rows, which differ by step
-
-
-def is_drawn(name: str) -> bool:
-    """Whether the curves show a metric."""
-    return name.removeprefix(names.HELD_OUT) in _CURVE_METRICS or bool(score_names({name: 0.0}))
-
-
-def _held_out_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
-    """Steps and values on held-out rows. Of log-probs the change since the first evaluation, as their level
-    means nothing.
-    """
-    metrics = [held_out(name) for name in (kind.metric, kind.minus) if name is not None]
-    known = [e for e in entries if all(e.get(name) is not None for name in metrics)]
-    values = [e[metrics[0]] - sum(e[name] for name in metrics[1:]) for e in known]
-    start = values[0] if values and kind.metric == names.CHOSEN_LOGP else 0.0
-    return [e["step"] for e in known], [v - start for v in values]
-
-
-def _training_curve(entries: Sequence[Entry], kind: CurveKind) -> Points:
-    known = [e for e in entries if e.get(kind.metric) is not None]
-    return [e["step"] for e in known], [e[kind.metric] for e in known]
-
-
-def _loss_panel(held: dict[str, Points], training: dict[str, Points]) -> Panel:
-    """Held-out losses and, dashed, training losses; relative to step 0 where losses of different kinds are
-    compared.
-    """
-    starts = {label: y[0] for label, (_, y) in held.items()}
-    if min(starts.values()) <= 0 or max(starts.values()) <= 3 * min(starts.values()):
-        return Panel("loss, held out", "step", "nats", held, training)
-
-    def relative(curves: dict[str, Points]) -> dict[str, Points]:
-        return {k: (x, [v / starts[k] for v in y]) for k, (x, y) in curves.items() if k in starts}
-
-    title = "loss over its value at step 0, held out"
-    return Panel(title, "step", "ratio", relative(held), relative(training))
-
-
-def _rollout_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
-    panels = []
-    for kind in ROLLOUT_CURVES:
-        held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
-        training = {label: _training_curve(entries, kind) for label, entries in curves.items()}
-        if any(x for x, _ in held.values()):
-            panels.append(Panel(f"{kind.title}, held out", "step", kind.unit, held, training))
-        else:
-            panels.append(Panel(kind.title, "step", kind.unit, training))
-    return panels
-
-
-def _score_panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
-    """One panel per function that scored held-out completions."""
-    known = dict.fromkeys(
-        name for entries in curves.values() for entry in entries for name in score_names(entry)
-    )
-    found = []
-    for name in known:
-        points = {label: [e for e in entries if name in e] for label, entries in curves.items()}
-        title = f"{name.removeprefix(held_out(names.SCORES))}, held out"
-        held = {label: ([e["step"] for e in es], [e[name] for e in es]) for label, es in points.items() if es}
-        found.append(Panel(title, "step", "mean score", held))
-    return found
-
-
-def panels(curves: Mapping[str, Sequence[Entry]]) -> list[Panel]:
-    """One panel per metric that the runs have. curves: entries of metrics.jsonl by label. Dashed: training
-    rows.
-    """
-    if any(names.REWARD in entry for entries in curves.values() for entry in entries):
-        return _rollout_panels(curves)
-    found = _score_panels(curves)
-    for kind in CURVES:
-        held = {label: _held_out_curve(entries, kind) for label, entries in curves.items()}
-        training = {label: _training_curve(entries, kind) for label, entries in curves.items()}
-        held = {label: curve for label, curve in held.items() if curve[0]}
-        if held and kind.metric == names.LOSS:
-            found.append(_loss_panel(held, training))
-        elif held:
-            found.append(Panel(f"{kind.title}, held out", "step", kind.unit, held))
-        elif kind.metric not in HELD_OUT_ONLY and any(x for x, _ in training.values()):
-            found.append(Panel(kind.title, "step", kind.unit, training))
-    if any(panel.title.startswith("accuracy") for panel in found):
-        found = [panel for panel in found if not panel.title.startswith("token accuracy")]
-    return found
-
-
 # Files
 
 
@@ -418,7 +297,7 @@ def write(
     folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Entry]], text: str | None = None
 ) -> None:
     """Write README.md with the table, or `text` in place of it, and curves.png."""
-    draw(folder / "curves.png", panels(curves), name)
+    draw(folder / "curves.png", comparison_panels(curves), name)
     links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
     picture = "![Curves of all runs](curves.png)"
     content = table.markdown() if text is None else text

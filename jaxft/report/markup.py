@@ -76,7 +76,7 @@ def flat_values(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def record_table(records: Mapping[str, Mapping[str, Any]], only_differences: bool = False) -> str:
     """Return the dotted values of records side by side, or below each other if they are more than
-    MOST_COLUMNS; those that differ are marked. "" for no value.
+    MOST_COLUMNS; differing values are marked. "" for no value.
 
     records: by their title. only_differences: leave out values that all records have alike.
     """
@@ -108,7 +108,7 @@ def value_text(value: Any) -> str:
 
 
 def token_view(pieces: Sequence[Sequence[Any]], more: int = 0) -> str:
-    """Return tokens with those that have a loss on a coloured ground, deeper for a larger weight.
+    """Return tokens; tokens with a loss have a coloured ground, deeper for a larger weight.
 
     pieces: (text, weight) of each token. more: number of tokens that are not shown.
     """

@@ -1,5 +1,5 @@
-"""Which of several runs is best: repetitions with other seeds together, differences on the same held-out
-rows, and sentences that say what is chance.
+"""Which of several runs is best: repetitions with other seeds are grouped, and differences on the same
+held-out rows have intervals and a verdict.
 """
 
 import json
@@ -34,7 +34,7 @@ from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
 
 ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
 SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition
-# Parts of config.json that follow from other settings, or that change nothing in what a run computes.
+# Parts of config.json that follow from other settings, or that do not change a run's computation.
 NOT_SETTINGS = ("name", "seed", "command", "data_fingerprint", "loop", "samples", "trackers", "tracking")
 MOST_DIFFERENCES = 8  # runs that are compared with the best one
 
@@ -203,7 +203,7 @@ def intervals_of(result: RankedRun) -> dict[str, Interval]:
 
 
 def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
-    """Return the summary of several runs: their table, that of repetitions, and which one is best."""
+    """Return the summary of several runs: their table, the table of repetitions, and which one is best."""
     table = table_of(results)
     lines = ranking_lines(results)
     if markdown:
@@ -287,7 +287,7 @@ def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
 
 
 def best_labels(results: Sequence[RankedRun]) -> set[str]:
-    """Return the label of the best of several runs, or those of the runs of the best setting over seeds."""
+    """Return the label of the best of several runs, or all labels of the best setting over seeds."""
     results = have_last_evaluation(results)
     by, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
     if by is None or len(groups) == 1 or not share_held_out(results, by):
@@ -297,7 +297,7 @@ def best_labels(results: Sequence[RankedRun]) -> set[str]:
 
 
 def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
-    """Return how the accuracy of each setting differs from that of the setting with the label `baseline`."""
+    """Return how the accuracy of each setting differs from the setting with the label `baseline`."""
     name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
     groups = repetitions(results)
     if name is None or baseline not in groups:

@@ -17,8 +17,8 @@ from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
 class RunFiles:
     """A run as its folder has it; {} and [] for a file that is not there (yet).
 
-    entries: of metrics.jsonl. is_finished: summary.json is that of the last step, not of an earlier end from
-    which the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
+    entries: of metrics.jsonl. is_finished: summary.json is of the last step, not of an earlier end from which
+    the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
     parameters: rows of the parameter table. data: see inspection.data_summary. rows: values of held-out rows
     by name. seconds: of each phase of a finished run.
     """
@@ -53,7 +53,7 @@ def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
-    """Return the folders of runs by name; that of a sweep is replaced by those of its members.
+    """Return the folders of runs by name; a sweep's folder is replaced by its members' folders.
 
     Raises ValueError for a folder that is no run's, a run without any logged step and two runs of one name.
     """

@@ -55,12 +55,12 @@ def overview_section(runs: Runs) -> str:
 
 
 def result_of(run: RunFiles) -> ranking.RankedRun:
-    """Return the metric that ranks runs."""
+    """Return a run for the ranking."""
     return ranking.RankedRun(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
 
 
 def facts_of_runs(runs: Runs) -> str:
-    """The facts of a run; of several, those that they share, and then those in which they differ."""
+    """The facts of a run; of several runs the shared facts, then the differences."""
     facts = {run.name: run_facts(run) for run in runs}
     if len(runs) == 1:
         return record_table(facts)
@@ -75,7 +75,7 @@ def facts_of_runs(runs: Runs) -> str:
 
 
 def end_table(results: Sequence[ranking.RankedRun]) -> str:
-    """The metrics before and after training, the best run marked; those over seeds; what is chance."""
+    """The metrics before and after training with the best run marked, means over seeds, and the ranking."""
     table = ranking.table_of(results)
     if not table.titles:
         return ""
@@ -221,7 +221,7 @@ def plain_value(value: Any) -> Any:
 
 
 def samples_section(runs: Runs) -> str:
-    """Completions of held-out prompts before and after training, those of one prompt below each other."""
+    """Completions of held-out prompts before and after training, grouped by prompt."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for run in runs:
         of = f" ({run.name})" if len(runs) > 1 else ""
@@ -300,7 +300,7 @@ def last_message(prompt: Any) -> str:
     return str(prompt)
 
 
-# Names of statistics that would not say what they are.
+# Descriptions of statistics whose names are unclear.
 STATISTICS = {
     "chosen_longer": "fraction of pairs whose chosen response is longer",
     "fill": "fraction of the places in rows that have a token",
@@ -428,7 +428,7 @@ def parameter_count(row: Mapping[str, Any]) -> int:
 
 
 def environment_section(runs: Runs) -> str:
-    """Versions, flags and devices of the last start, those that differ marked; and all starts."""
+    """Versions, flags and devices of the last start, with differences marked, and all starts."""
     known = {run.name: run.environment for run in runs if run.environment}
     if not known:
         return ""

@@ -83,7 +83,7 @@ class Checkpoints:
         return [step for step in self._steps() if (self.folder / str(step) / manifest.NAME).is_file()]
 
     def _steps(self) -> list[int]:
-        """Steps of all checkpoints, ascending, also of those that have lost their manifest."""
+        """Steps of all checkpoints, ascending, also without a manifest."""
         if not self.folder.is_dir():
             return []
         is_step = re.compile(r"0|[1-9]\d*").fullmatch
@@ -347,7 +347,7 @@ class Checkpoints:
             if step is not None:
                 limit = -1  # none
             elif candidate in fetched:
-                limit = candidate - 1  # that of the store is damaged too
+                limit = candidate - 1  # the store's is damaged too
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
@@ -409,8 +409,8 @@ def _my_part(work: list[Any]) -> list[Any]:
 
 
 def verify(folder: Path) -> None:
-    """Compare the arrays on disk with those that were in memory, each process a part of the shards. Raises
-    Corrupt.
+    """Check the arrays on disk against the hashes of the arrays in memory, each process a part of the shards.
+    Raises Corrupt.
     """
     entries = manifest.read_manifest(folder)["leaves"]
     shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]

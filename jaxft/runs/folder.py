@@ -44,9 +44,12 @@ HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = ("adapter", "model", "best")  # folders of weights in a run's folder
 FOLDERS = (*RESULTS, "checkpoints", "tensorboard", "rollouts")
-FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of what a run writes into its folder
+FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of files that a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
-PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # what a report shows, see train/logs/logs.py
+PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # for the report, see train/logs/logs.py
+RECORD = (  # files of a finished run whose digests follow those of metrics.jsonl, see chained_log
+    "config.json", "env.json", PARAMETERS_JSON, DATA_JSON, "held_out.jsonl", "completions.jsonl", SUMMARY,
+)  # fmt: skip
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 NOT_COMPARED = (
@@ -246,7 +249,7 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Return differences with those of fingerprints as the files that have changed.
+    """Return differences; those of fingerprints name the files that have changed.
 
     A fingerprint whose setting has changed too is left out. record: of today's settings.
     """
@@ -350,8 +353,8 @@ class ChangedResult(NamedTuple):
 
 
 def changed_results(folder: Path) -> list[ChangedResult]:
-    """Return the files of a run's results that are not what the finished run wrote, from their bytes on disk.
-    folder: see recorded_results; what it has not recorded passes.
+    """Return the files of a run's results that differ from the recorded hashes, by their bytes on disk.
+    folder: see recorded_results; files without a hash pass.
     """
     recorded = recorded_results(folder) or {}
     present = [path for path in recorded if path.is_file()]
@@ -363,8 +366,8 @@ def changed_results(folder: Path) -> list[ChangedResult]:
 
 
 def earlier_end(folder: Path) -> str | None:
-    """Return a line if a run's weights are those of an earlier end: it was continued after it had finished,
-    and has not finished again. folder: see recorded_results; None for a folder that is no run's.
+    """Return a line if a run's weights are from an earlier end: it was continued after it had finished, and
+    has not finished again. folder: see recorded_results; None for a folder that is no run's.
     """
     run = _run_of(folder)
     entries = [] if run is None else read_entries(run / METRICS)
@@ -391,7 +394,7 @@ def earlier_end_notes(ref: str | Path) -> list[str]:
 
 
 def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
-    """Lines that say how prompts of this run differ from those that the weights `ref` were trained on.
+    """Lines about how this run's prompts differ from the prompts that the weights `ref` were trained on.
 
     ref: a run's folder, or one of its adapter or model; nothing is known about others. record: this run's
     settings with the fingerprint of its chat template.
@@ -502,7 +505,7 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
 
 
 def _check_codes(folder: Path) -> None:
-    """Raise ValueError if the cache has other calibrated codes than those that the run was trained on."""
+    """Raise ValueError if the calibrated codes in the cache have changed since the run was trained."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
     if not calibrated_base.confirm_codes(record):

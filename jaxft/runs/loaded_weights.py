@@ -190,10 +190,10 @@ def any_rows(fingerprint: str) -> None:
 
 
 def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise ValueError if rows that are read with recorded_data are others than those of the run, since of
-    others it may have trained on some that the same fraction now holds out.
+    """Raise ValueError if the rows of a run have changed: it may have trained on rows that the same fraction
+    now holds out.
 
-    record: its settings; None and one without a fingerprint pass. fingerprint: of the source of the rows.
+    record: its settings; None and one without a fingerprint pass. fingerprint: of the rows read now.
     """
     if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]
@@ -263,7 +263,7 @@ def named_adapters(
 ) -> dict[str, NamedWeights]:
     """Resolve --run, or --model with any number of --adapter [NAME=]FOLDER, to weights by the adapter's name.
 
-    Without adapters, or with one that has no name, the name is "". Errors are those of named_models.
+    Without adapters, or with one that has no name, the name is "". Raises as named_models does.
     """
     if len(items) > 1:
         found = named_models([], model, items, default)
@@ -312,7 +312,7 @@ def load_named(
 ) -> LoadedWeights:
     """Load named weights onto a mesh.
 
-    dtype: of the computation; None is that of the run, or bfloat16. kind: how the base is quantised; None is
+    dtype: of the computation; None: the run's, or bfloat16. kind: how the base is quantised; None is
     as in the run, or not at all. Raises ValueError for an adapter that doesn't fit the base.
     """
     record = named.record
@@ -409,7 +409,7 @@ def load_equal_adapters(
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:
-    """Read adapters by name, those of DoRA with the gains of their outputs.
+    """Read adapters by name, DoRA adapters with the gains of their outputs.
 
     base: the parameters of `ref`, as they are stored. Raises ValueError for an adapter that does not fit the
     base or, of several, that cannot share a program with others.

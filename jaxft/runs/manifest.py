@@ -19,7 +19,7 @@ from jaxft import tree
 
 NAME = "manifest.json"
 LAYOUT = 2
-SET_ASIDE = ".bad"  # the suffix of what is damaged, see set_aside
+SET_ASIDE = ".bad"  # the suffix of damaged folders, see set_aside
 SLAB_BYTES = 256 << 20  # a shard is read back in slabs of about this size
 
 

@@ -1,7 +1,7 @@
 """Runs in object stores, gs://bucket/path or s3://bucket/path, through TensorStore: a copy of a run's folder,
 sent at every checkpoint and at the end, fetched elsewhere and by commands that name it.
 
-Credentials are those of the clouds' own tools: GOOGLE_APPLICATION_CREDENTIALS or gcloud's for gs://, AWS_*
+Credentials come from the clouds' own tools: GOOGLE_APPLICATION_CREDENTIALS or gcloud's for gs://, AWS_*
 variables or ~/.aws for s3://. AWS_ENDPOINT_URL is the address of another store with the interface of S3.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
@@ -10,7 +10,7 @@ one that a newer one has overtaken is left out. `index.json` has their sizes and
 them: the last one that was accepted. The checkpoint's manifest is sent after all of these: a checkpoint
 without one is incomplete, and one with it has its logs. A start that finds a newer checkpoint in the store
 than on disk fetches the folder first, and one whose checkpoint on disk is damaged fetches that.
-A start with other settings than those of the run in the store is refused and leaves the store as it is.
+A start whose settings differ from the run in the store is refused and leaves the store as it is.
 """
 
 import contextlib
@@ -210,14 +210,14 @@ class Mirror:
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._newest: float = -1  # the checkpoint to be copied; infinite when no more are
         self._fails_since = ""
-        self._sent: dict[str, list[Any]] = {}  # size and hash of what the store has
-        self._damaged: set[str] = set()  # what the store has, and does not match its entry
+        self._sent: dict[str, list[Any]] = {}  # size and hash of the store's files
+        self._damaged: set[str] = set()  # files in the store that do not match their entry
         self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
 
     # From the store
 
     def open(self, records: Records) -> None:
-        """Fetch what the store has of a later step; the store stays as it is.
+        """Fetch the run if the store has a later step; the store stays as it is.
 
         records: settings of this start. Raises ValueError, before anything is fetched, if the store has a
         checkpoint or results of a run with other settings, or of another run than the folder; OSError if the
@@ -269,7 +269,7 @@ class Mirror:
         return [int(path.parent.name) for path in found if path.parent.name.isdecimal()]
 
     def _check_settings(self, records: Records) -> None:
-        """Raise ValueError if the settings are not those of the run in the store."""
+        """Raise ValueError if the run in the store has other settings."""
         for name, record in records.items():
             place, content = f"{self.store.url}/{name}", self.store.read(name)
             if content is None:
@@ -336,7 +336,7 @@ class Mirror:
         return list(self._sent)
 
     def _fetch_file(self, name: str) -> None:
-        """Write a file of the store into the folder. Raises Damaged for a result that is not that of the
+        """Write a file of the store into the folder. Raises Damaged for a result that does not match the
         index; a log may be newer, because the index is sent after it.
         """
         path, content = self._path_of(name), self._read_object(name)
@@ -404,8 +404,7 @@ class Mirror:
         """Send a new checkpoint and the other files that have changed; delete older ones that are not here.
 
         A store that has later ones stays as it is: the run has begun again because those on disk are damaged.
-        Any error is only reported, because the checkpoint is on disk; the next call sends what the store
-        lacks.
+        Any error is only reported, because the checkpoint is on disk; the next call sends missing files.
         """
         if step < self._newest:
             return
@@ -471,14 +470,14 @@ class Mirror:
         self.is_stopped = True
 
     def _is_behind(self, stored: list[str], step: int) -> bool:
-        """Whether the store has a later checkpoint than that of `step`; it is reported."""
+        """Whether the store has a checkpoint later than `step`; it is reported."""
         latest = max(_complete_steps(stored), default=step)
         if latest > step:
             self.report(f"{self.store.url} has step {latest}: nothing is copied before the run has passed it")
         return latest > step
 
     def _check_owner(self) -> None:
-        """Raise OSError if another start sends this run by now."""
+        """Raise OSError if another start now sends this run."""
         owner = self._read_index()["owner"]
         if owner.get("id", self.owner["id"]) != self.owner["id"]:
             where = "process {} on {} since {}".format(*(owner.get(k, "?") for k in ("pid", "host", "since")))
@@ -488,7 +487,7 @@ class Mirror:
         """Send the states of checkpoints, then the logs of the run, then the manifests. Results, which may be
         written meanwhile, are sent at the end.
 
-        stored: names of what the store has of checkpoints.
+        stored: names of the objects of checkpoints.
         """
         for step in steps:
             folder, prefix = self.folder / CHECKPOINTS / str(step), f"{CHECKPOINTS}/{step}/"
@@ -563,7 +562,7 @@ def _entry_of(content: bytes) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """An error in words; those of a store have them already."""
+    """The text of an error, with the type of errors that are no user's."""
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -575,7 +574,7 @@ def mirrored(
     report: Callable[[str], None] = print,
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> Iterator[Copies]:
-    """Fetch a run's folder from the store at `url`; yield the functions that copy it there; copy what is left
+    """Fetch a run's folder from the store at `url`; yield the functions that copy it there; copy the rest
     at the end. Without a store it does nothing.
 
     records: settings of this start. defaults: see permitted_changes. A start that fails before it is accepted
@@ -610,7 +609,7 @@ def mirrored(
 
 IN_STORE = re.compile(r"(gs|s3)://")
 LEVELS = 3  # of a run, a member of a sweep, and its adapter/ or model/
-FETCHED = "fetched.json"  # the names of the files that were fetched, beside the folder
+FETCHED = "fetched.json"  # in the folder above: names of the fetched files
 
 
 def local_folder(place: str) -> Path:
@@ -619,15 +618,15 @@ def local_folder(place: str) -> Path:
 
 
 def is_fetched(folder: Path) -> bool:
-    """Whether a folder is one that local_folder has fetched."""
+    """Whether local_folder has fetched a folder."""
     return folder.is_relative_to(cache_folder() / "runs")
 
 
 def fetch_run(url: str) -> Path:
-    """Fetch a run's folder, or that of a sweep, without its checkpoints into the cache; return it there.
+    """Fetch the folder of a run or a sweep, without checkpoints, into the cache; return its path there.
 
-    url: that of the folder, or of a folder in it. Files that are there already are not fetched again, and
-    those that the store has no longer are deleted. Raises ValueError for a wrong address, FileNotFoundError
+    url: of the folder, or of a folder in it. Files in the cache are not fetched again, and files that are
+    gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError
     if the store has no run there, and OSError if the store fails.
     """
     check_store_url(url, "run")

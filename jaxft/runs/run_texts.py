@@ -139,7 +139,7 @@ def header_lines(
 
 
 def resumed_lines(step: int, changes: list[str]) -> list[str]:
-    """Where a run resumes, and which settings differ from those that it was started with."""
+    """Where a run resumes, and which settings have changed since its start."""
     return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
 
 
@@ -199,7 +199,7 @@ def metric_cell(evaluation: Evaluation, name: str) -> str:
 
 
 def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
-    """Return each alarm once, with the runs that raised it. Of those that differ in numbers alone the first
+    """Return each alarm once, with the runs that raised it. Of alarms that differ in numbers alone the first
     is returned, with a note.
 
     alarms: of each run, by name.

@@ -1,4 +1,4 @@
-"""What commands print: text made safe, without control characters and secrets, and output that may be lost.
+"""Output of commands: text without control characters and secrets, and streams that may be lost.
 
 A run records everything in its folder, so it continues when its standard output and error are closed or
 cannot be written: the reader may end (`| head`), the shell may close it (`>&-`), the terminal may hang up, or
@@ -31,13 +31,13 @@ def printable_text(text: str) -> str:
 
 
 def printable_message(text: str) -> str:
-    """Return a message as printable_text does; URLs lose what urls.without_secrets removes."""
+    """Return a message as printable_text does; URLs lose their secrets."""
     return without_secrets(printable_text(text))
 
 
 def printable_line(text: str) -> str:
     """Return text as one line of printable characters, at most LONGEST_LINE; others are written as \\x1b.
-    URLs lose what urls.without_secrets removes.
+    URLs lose their secrets.
     """
     line = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
@@ -59,7 +59,7 @@ class LastingFile(io.FileIO):
     """A file descriptor that is replaced by /dev/null when a write to it fails."""
 
     def write(self, data: Any) -> int:
-        """Write what the descriptor takes, or drop all of it; return the number of bytes."""
+        """Write, or drop the data if the descriptor refuses it; return the number of bytes."""
         try:
             count = super().write(data)
             if count is None:  # non-blocking and full
@@ -102,7 +102,7 @@ def outlive_console() -> None:
 
 
 def _text_file(raw: io.FileIO, like: TextIO | None) -> TextIO:
-    """A text file on `raw` with the encoding of `like`, escaping what it lacks; stderr is not buffered."""
+    """A text file on `raw` with the encoding of `like`, escaping other characters; stderr is not buffered."""
     is_error = raw.fileno() == 2
     encoding = like.encoding if like is not None else "utf-8"
     buffered = io.BufferedWriter(raw)

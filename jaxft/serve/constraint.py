@@ -1,5 +1,5 @@
 """Constrained sampling: which tokens may come next for a completion to be JSON that fits a schema, to match a
-regular expression, or to call a tool. The grammars are those of llguidance, in its dialect of Lark.
+regular expression, or to call a tool. Grammars are llguidance's, in its dialect of Lark.
 
 llguidance comes with the extra `serve` and is imported where a grammar is compiled.
 """
@@ -115,7 +115,7 @@ def call_grammar(
 
 
 def either(first: str, second: str) -> str:
-    """Return the grammar of what one of two grammars matches: a Lark grammar, and one of a single rule."""
+    """Return the union of two grammars: a Lark grammar, and one of a single rule."""
     renamed = re.sub(r"^start:", "first:", first)
     return f"{renamed}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
 
@@ -123,8 +123,8 @@ def either(first: str, second: str) -> str:
 def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Grammar:
     """Compile a grammar over the tokens of a tokenizer, which a stop token ends.
 
-    Raises ValueError for a grammar that is wrong, or has what llguidance does not support, such as some
-    keywords of JSON schemas, and ImportError without llguidance.
+    Raises ValueError for a grammar that is wrong, or that llguidance does not support, such as some keywords
+    of JSON schemas, and ImportError without llguidance.
     """
     if not stop:
         raise ValueError("constrained sampling needs a stop token, and the model has none")

@@ -1,4 +1,4 @@
-"""The choices of one request as pieces of text: what the server streams and the chat prints."""
+"""The choices of one request as pieces of text, which the server streams and the chat prints."""
 
 import asyncio
 import codecs
@@ -20,7 +20,7 @@ from jaxft.serve.served_models import ServedModel
 class ChoiceText:
     """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
 
-    calls: what takes tool calls out of the text, None for plain text. places: whether pieces have their
+    calls: takes tool calls out of the text; None for plain text. places: whether pieces have their
     tokens, for log-probs. tokens: their number so far. characters: complete characters so far.
     """
 
@@ -112,7 +112,7 @@ class Generation:
                 yield piece
 
     def cancel(self) -> None:
-        """Free the rows of what has not ended."""
+        """Free the rows of choices that have not ended."""
         for ticket in self.tickets:
             ticket.cancel()
 
@@ -123,10 +123,10 @@ def token_requests(
     prompts: Sequence[tuple[int, ...]],
     grammar: Grammar | None = None,
 ) -> list[TokenRequest]:
-    """Return the request of each choice, those of a prompt together. grammar: what each must match.
+    """Return the request of each choice, in the order of the prompts. grammar: for the text of each.
 
     Choice i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
-    completions equal those of generate.py with the same prompts and seed.
+    completions equal generate.py's with the same prompts and seed.
     """
     seed = secrets.randbits(31) if choice.seed is None else choice.seed
     settings = RequestSettings(choice.sampling, model.stop, model.adapter, bool(choice.top), grammar)

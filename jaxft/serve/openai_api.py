@@ -78,8 +78,8 @@ class ChoiceSettings(NamedTuple):
 
 
 class RequiredCall(NamedTuple):
-    """That the response must be calls of tools. tools: those that it may call, as {"name", "parameters"}.
-    is_single: whether it is exactly one call.
+    """A response that must be calls of tools. tools: that it may call, as {"name", "parameters"}. is_single:
+    whether it is exactly one call.
     """
 
     tools: tuple[Mapping[str, Any], ...]

@@ -117,8 +117,8 @@ def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
 def decision_prompt(
     model: ServedModel, decision: Decision, most: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the token ids after which the answer to a decision is read, those of its row in training, and
-    the token of each choice. Raises ValueError as chat_prompt does.
+    """Return the token ids after which the answer to a decision is read, as in training, and the token of
+    each choice. Raises ValueError as chat_prompt does.
     """
     _require_chats(model)
     try:
@@ -169,9 +169,9 @@ def token_text(model: ServedModel, token: int) -> str:
 
 @dataclass(frozen=True)
 class ServeFlags:
-    """The command line's choices that differ from those of the weights; None for theirs.
+    """Options of the command line, None for the defaults of the weights.
 
-    tools: the format of tool calls, None for that of the chat template.
+    tools: the format of tool calls, None for the chat template's.
     """
 
     dtype: str | None = None

@@ -57,7 +57,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_SECONDS = 30.0
 HEADER_SECONDS = 10.0  # for the header of a request, and between requests
 MOST_WAITING = 256  # connections without a request, and bodies that arrive; one more ends the oldest
-SPARE_REQUESTS = 512  # at once, in addition to accepted ones: those of clients that get status 429
+SPARE_REQUESTS = 512  # at once, in addition to accepted ones: from clients that get status 429
 KEY_VARIABLE = "JAXFT_API_KEY"
 
 
@@ -277,7 +277,7 @@ async def _read(service: Service, request: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _arriving(bodies: dict[asyncio.Timeout, None], limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """Count a body among those that arrive; if these are too many, the time of the oldest is over."""
+    """Count an arriving body; if too many arrive, the oldest times out."""
     bodies[limit] = None
     if len(bodies) > MOST_WAITING:
         oldest = next(iter(bodies))
@@ -353,7 +353,7 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
 @contextlib.contextmanager
 def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Raise ApiError for what the scheduler, or a prompt, raises. fields: of the body."""
+    """Turn errors of the scheduler and of prompts into ApiError. fields: of the body."""
     try:
         yield
     except ValueError as error:
@@ -509,8 +509,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(app: Any, grace: int) -> Any:
-    """Return the settings of uvicorn. Limits of connections and requests are those of this file, because
-    uvicorn's response to one above its limit is no JSON. Its idle timer never ends first.
+    """Return the settings of uvicorn. This file limits connections and requests, because uvicorn's response
+    to one above its limit is no JSON. Its idle timer never ends first.
     """
     import uvicorn
 

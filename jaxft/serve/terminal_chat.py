@@ -77,7 +77,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """The terminal's action after a command. text: what it prints. again: whether the models respond to the
+    """The terminal's action after a command. text: to print. again: whether the models respond to the
     last message.
     """
 
@@ -125,7 +125,7 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
 
 
 def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
-    """Return one or two names of models; "base" is also that of the one without an adapter. Raises
+    """Return one or two names of models; "base" is the model without an adapter. Raises
     ValueError for others.
     """
     if not 1 <= len(names) <= 2:
@@ -228,7 +228,7 @@ def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Pi
 
 
 def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
-    """Return the prompt. Raises ValueError if it is too long, with what helps in a chat."""
+    """Return the prompt. Raises ValueError if it is too long, with the remedy in a chat."""
     limit = scheduler.sizes.prompt
     if len(prompt) > limit:
         what = "message" if model.plain else "conversation"

@@ -169,7 +169,7 @@ class LoraKnobs(ModelKnobs):
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
     rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
     lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
-    general: str | None = GENERAL  # a text file whose loss before and after shows what the model forgets
+    general: str | None = GENERAL
 
     def optim(self, lr: float) -> Optim:
         """AdamW with this learning rate."""
@@ -355,9 +355,9 @@ class SourceKnobs:
         "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
     )
     batch: int = 8  # with rows of your own from their number: about 100 steps
-    micro: int = 1  # microbatches of a step (gradient accumulation steps)
+    micro: int = 1
     epochs: float | None = 1.0
-    tokens: int | None = None  # the length of the run in tokens, with epochs=none
+    tokens: int | None = None
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
@@ -405,7 +405,7 @@ class ScoredRowKnobs(RowKnobs):
 class PromptKnobs(SourceKnobs):
     """Prompts that the policy completes in groups while it trains."""
 
-    group: int = 8  # completions of each prompt
+    group: int = 8
     max_prompt: int = 64  # tokens; with rows of your own from their lengths
     max_new: int = 8  # tokens of a completion; with rows of your own at least 256
     temperature: float = 1.0
@@ -420,12 +420,12 @@ class PromptKnobs(SourceKnobs):
 class RolloutKnobs(PromptKnobs):
     """Prompts whose completions are trained on in several optimizer steps."""
 
-    passes: int = 1  # over the completions of a rollout
-    minibatches: int = 1  # optimizer steps of a pass
-    environment: EnvironmentClass | None = None  # answers the policy's turns, and may score episodes
+    passes: int = 1
+    minibatches: int = 1
+    environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()  # functions that the policy may call, my_tools.py:add,my_tools.py:search
-    max_turns: int = 1  # completions of an episode
-    max_episode: int | None = None  # tokens of an episode of several turns, after its prompt
+    max_turns: int = 1
+    max_episode: int | None = None
 
     @property
     def most_sampled(self) -> int:

@@ -1,6 +1,5 @@
 """Studies on a tiny model: declared, halved, killed and continued; what a declaration refuses."""
 
-import random
 import shutil
 from contextlib import chdir
 from dataclasses import replace
@@ -11,18 +10,20 @@ import pytest
 from dpo_place import write_pair_place
 from prepared import working_directory
 
-from jaxft.lab import halving, ledger
+from jaxft.lab import halving
 from jaxft.lab.appendix import REPORT, write_appendix
 from jaxft.lab.results import read_study
 from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
+from jaxft.runs.chained_log import read_unfinished
 from jaxft.runs.settings.config import load_config
 
 FILE = '''"""A study of two losses."""
 
 from jaxft.lab.study import LogRange, SearchedLoss, Study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
+from jaxft.runs.chained_log import read_unfinished
 from jaxft.runs.settings.config import load_config
 
 
@@ -97,7 +98,7 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     monkeypatch.setattr(halving, "compile_sweep", lambda *args: die_at(12)(compile_sweep(*args)))
     with pytest.raises(Killed):
         run(place)
-    done = ledger.read_chain(place / "runs/tiny/study.jsonl")
+    done = read_unfinished(place / "runs/tiny/study.jsonl")
     monkeypatch.setattr(halving, "compile_sweep", compile_sweep)
     train_wave = halving.train_wave
     after_first = []
@@ -112,7 +113,7 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     assert len(set(after_first[-3:])) == 1  # later waves compile nothing
     out = capsys.readouterr().out
     assert "each of 2 losses: 3 trials on seed 0 (3 to step 3, then 1 to step 9)" in out
-    entries = ledger.read_chain(place / "runs/tiny/study.jsonl")
+    entries = read_unfinished(place / "runs/tiny/study.jsonl")
     assert entries[: len(done)] == done and len(done) > 2  # no finished trial is lost
     continued = files_of(place / "runs/tiny")
     shutil.move(place / "runs/tiny", place / "continued")
@@ -128,38 +129,6 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     assert run(place) == 0 and "this study is finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the study has changed since it was declared: study.trials: 3 -> 2"):
         run(place, FILE.replace("trials=3", "trials=2"))
-
-
-def test_every_changed_line_of_the_log_is_found(tmp_path):
-    path, entries = tmp_path / "study.jsonl", []
-    for number in range(10):
-        entries = ledger.append_entry(path, entries, {"wave": number, "scores": {"dpo": number / 7}})
-    assert ledger.read_chain(path) == entries
-    content, rng = path.read_bytes(), random.Random(0)
-    lines = content.splitlines(keepends=True)
-    for _ in range(100):
-        at = rng.randrange(len(content) - 1)
-        changed = bytes([(content[at] + rng.randrange(1, 255)) % 256])
-        path.write_bytes(content[:at] + changed + content[at + 1 :])
-        with pytest.raises(ValueError, match="study.jsonl:"):
-            ledger.read_chain(path)
-    for wrong in (
-        lines[:3] + lines[4:],
-        lines[:2] + [lines[3], lines[2]] + lines[4:],
-        [*lines[:2], *lines[1:]],
-    ):
-        path.write_bytes(b"".join(wrong))
-        with pytest.raises(ValueError, match="was changed after it was written"):
-            ledger.read_chain(path)
-
-
-def test_a_line_that_a_killed_process_left_half_written_is_replaced(tmp_path):
-    path = tmp_path / "study.jsonl"
-    entries = ledger.append_entry(path, [], {"wave": 0})
-    path.write_bytes(path.read_bytes() + b'{"wave": 1, "sc')
-    assert ledger.read_chain(path) == entries
-    entries = ledger.append_entry(path, entries, {"wave": 1})
-    assert ledger.read_chain(path) == entries and len(entries) == 2
 
 
 def make(recipe, **more):

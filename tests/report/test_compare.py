@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_folders import write_run
 
-from jaxft.report.charts import Panel, draw
-from jaxft.report.compare import Table, panels, write
+from jaxft.report.charts import Panel, comparison_panels, draw
+from jaxft.report.compare import Table, write
 
 NAMES = ("eval_loss", "eval_rewards/accuracies", "eval_logps/chosen", "eval_logps/rejected", "eval_kl")
 BEFORE = dict(zip(NAMES, (0.69, 0.4, -50.0, -48.0, 0.0), strict=True))
@@ -34,8 +34,9 @@ def test_scores_of_held_out_completions_have_a_column_and_a_panel():
         "score": 0.9, "held-out loss": 1.0, "score before": 0.0, "held-out loss before": 2.0,
     }  # fmt: skip
     entries = [{"step": 0, **before}, {"step": 1, "loss": 1.5}, {"step": 4, **after}]
-    first = panels({"a": entries, "b": [{"step": 0, "eval_loss": 2.0}]})[0]
-    assert first.title == "mine, held out" and first.curves == {"a": ([0, 4], [0.0, 0.9])}
+    first = comparison_panels({"a": entries, "b": [{"step": 0, "eval_loss": 2.0}]})[0]
+    assert first.title == "Score of held-out completions: mine, held out"
+    assert first.curves == {"a": ([0, 4], [0.0, 0.9])}
 
 
 def test_a_column_is_there_if_one_run_has_its_number_and_the_others_show_a_dash():
@@ -75,16 +76,16 @@ def test_curves_prefer_held_out_rows_and_skip_non_finite_values():
         {"step": 2, **AFTER},
         {"step": 2, "eval_loss": None},
     ]
-    found = {panel.title: panel for panel in panels({"a": held})}
-    assert found["loss, held out"].curves["a"] == ([0, 2], [0.69, 0.5]) and found["loss, held out"].dashed[
-        "a"
-    ] == ([1], [0.6])
+    found = {panel.title: panel for panel in comparison_panels({"a": held})}
+    loss = found["Loss, held out"]
+    assert loss.curves["a"] == ([0, 2], [0.69, 0.5]) and loss.dashed["a"] == ([1], [0.6])
     other = [{"step": 0, "eval_loss": 20.0}, {"step": 2, "loss": 30.0, "eval_loss": 10.0}]
-    ratio = panels({"a": held, "b": other})[0]
-    assert ratio.title == "loss over its value at step 0, held out"
+    ratio = comparison_panels({"a": held, "b": other})[0]
+    assert ratio.title == "Loss over its value at the start, held out"
     assert ratio.curves["b"] == ([0, 2], [1.0, 0.5]) and ratio.dashed["b"] == ([2], [1.5])
-    assert found["margin since step 0, held out"].curves["a"] == ([0, 2], [0.0, 15.0])
-    assert [panel.title for panel in panels({"a": lines(1, 2)})] == ["loss"]
+    chosen = found["Log-probability of the responses, chosen, held out"]
+    assert chosen.curves["a"] == ([0, 2], [-50.0, -47.0]) and not chosen.dashed
+    assert [panel.title for panel in comparison_panels({"a": lines(1, 2)})] == ["Loss"]
 
 
 def test_a_folder_gets_a_table_and_a_picture(tmp_path):
@@ -123,11 +124,14 @@ ENTRIES = [
 
 
 def test_rollouts_have_curves_of_reward_kl_length_and_entropy():
-    found = {panel.title: panel for panel in panels({"a": ENTRIES})}
-    assert list(found) == ["reward, held out", "KL to the reference, held out", "length, held out", "entropy"]
-    assert found["reward, held out"].curves["a"] == ([0, 2], [0.1, 0.6])
-    assert found["reward, held out"].dashed["a"] == ([1, 2], [0.2, 0.4])
-    assert found["entropy"].curves["a"] == ([1, 2], [2.0, 1.0]) and not found["entropy"].dashed
+    found = {panel.title: panel for panel in comparison_panels({"a": ENTRIES})}
+    reward, entropy = found["Reward, held out"], found["Entropy of the next token"]
+    assert list(found) == [
+        "Reward, held out", "KL to the reference, held out", "Length of completions, held out",
+        "Entropy of the next token",
+    ]  # fmt: skip
+    assert reward.curves["a"] == ([0, 2], [0.1, 0.6]) and reward.dashed["a"] == ([1, 2], [0.2, 0.4])
+    assert entropy.curves["a"] == ([1, 2], [2.0, 1.0]) and not entropy.dashed
 
 
 @pytest.fixture

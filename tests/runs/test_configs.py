@@ -191,7 +191,7 @@ LOSSES = ["preference_losses:ipo", "reference_free_losses:kto", "reference_free_
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_dpo_with_a_loss_that_reads_the_reference_runs_one(loss):
-    assert dpo(f"loss=jaxft.objectives.{loss}")["reference"] == "start"
+    assert dpo(f"loss=jaxft.objectives.losses.{loss}")["reference"] == "start"
 
 
 def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base():

@@ -27,7 +27,7 @@ def length_of_run(draft: Draft) -> None:
 
 
 def schedule(draft: Draft) -> None:
-    """The learning rate over the steps. Theirs end at 0, and so does what is set here."""
+    """The learning rate over the steps; it ends at 0, as in the other tools."""
     kind = draft.take("lr_scheduler_type", "lr_scheduler")
     further = draft.take("lr_scheduler_kwargs")
     kwargs = _mapping(None if further is None else further.value)

@@ -64,7 +64,7 @@ def recipe_text(conversion: Conversion, lines: list[str]) -> str:
 
 
 def _without_remarks(source: bytes) -> bytes:
-    """Return a recipe without the comments in what it returns, which are about its own rows."""
+    """Return a recipe without the comments in its return statement, which are about its own rows."""
     head, returned, tail = source.rpartition(b"\n    return ")
     return head + returned + re.sub(rb"  # .*", b"", tail)
 
@@ -146,7 +146,7 @@ def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dic
 
 
 def _returned(source: bytes, config: ast.FunctionDef, fields: list[str]) -> Edit:
-    """Apply fields to what the recipe returns."""
+    """Apply fields to the value that the recipe returns."""
     returned = next(n for n in ast.walk(config) if isinstance(n, ast.Return))
     assert returned.value is not None
     written = "".join(f"        {_literal(field)},\n" for field in fields)

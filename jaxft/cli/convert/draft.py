@@ -66,8 +66,8 @@ class GivenOption(NamedTuple):
 class ForeignConfig:
     """A configuration of another tool.
 
-    file: where it was read. tool: one of option_names.py. trainer: what it trains by, as the tool names
-    it ("dpo", "kto", ...), "" where the options must tell. lora: whether an adapter is trained, None where
+    file: where it was read. tool: one of option_names.py. trainer: the method, in the tool's word ("dpo",
+    "kto", ...), "" where the options must tell. lora: whether an adapter is trained, None where
     the options must tell. devices: how many, None if the file doesn't tell. notes: lines about the file.
     """
 
@@ -136,10 +136,10 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 class Draft:
     """A conversion under way.
 
-    method: what the file trains by, in its tool's word. recipe: of jaxft. full: whether all weights are
-    trained. all: the options of the file. options: those that no rule has taken yet, by name. settings: knob
-    or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or
-    not at all (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
+    method: of training, in the tool's word. recipe: of jaxft. full: whether all weights are trained. all: the
+    options of the file. options: the options that no rule has taken yet, by name. settings: knob or field ->
+    text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or not at all
+    (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
     """
 
     source: ForeignConfig
@@ -180,7 +180,7 @@ class Draft:
         self.settings[name] = text
 
     def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
-        """Set what an option becomes. note: how it differs; without one it is the same."""
+        """Express an option by settings. note: how they differ; without one they are the same."""
         overrides = list(overrides)
         for override in overrides:
             self.put(override)
@@ -208,9 +208,9 @@ class Draft:
 
     def missing(self) -> list[GivenOption]:
         """Return the options of the file that no list has."""
-        told = {option.name for option in (*self.same, *self.unneeded)}
-        told |= {option.name for option, _ in (*self.otherwise, *self.lost)}
-        return [option for option in self.all if option.name not in told]
+        listed = [*self.same, *self.unneeded, *(option for option, _ in (*self.otherwise, *self.lost))]
+        names = {option.name for option in listed}
+        return [option for option in self.all if option.name not in names]
 
 
 def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:

@@ -129,8 +129,8 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             options += _keywords(node, names)
         elif name in TRAINER_CLASSES:
             trainers.append(TRAINER_CLASSES[name])
-            told = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
-            options += [option for option in _keywords(node, names) if option.name not in told]
+            known = {*PASSED_ON, *(["callbacks"] if _stops_early(node, stoppers) else [])}
+            options += [option for option in _keywords(node, names) if option.name not in known]
             options += _model(node, names)
         elif name == "get_chat_template":  # Unsloth's
             options += (

@@ -63,7 +63,7 @@ EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # the tools' default
 
 @dataclass(frozen=True)
 class Conversion:
-    """A recipe with settings, and what the reader should know about it.
+    """A recipe with settings, and remarks for the reader.
 
     settings: `name=value`, in the order of a command line. same, unneeded, empty: options that are expressed
     as they are, need no setting, or have no value. otherwise, lost: (option, how or why). defaults: settings
@@ -104,7 +104,7 @@ def read(file: Path) -> ForeignConfig:
 def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     """Return the recipe and settings of a configuration.
 
-    devices: how many the tool used, for the rows of a step; by default what the file says, or 1. Raises
+    devices: how many the tool used, for the rows of a step; by default as in the file, or 1. Raises
     ValueError for a method without a recipe.
     """
     empty = tuple(option for option in source.options if option.empty)
@@ -361,7 +361,7 @@ def _preferences(draft: Draft) -> None:
 
 
 def _machine(draft: Draft) -> None:
-    """Sharding over devices, plugins, and what depends on the machine."""
+    """Sharding over devices, plugins, and options of the machine."""
     draft.drop("dataset_num_proc", "preprocessing_num_workers", "dataset_processes")
     plugins = draft.take("plugins")
     if plugins is not None and re.fullmatch("((.*[Ll]iger.*|.*[Cc]ut_?[Cc]ross_?[Ee]ntropy.*),?)+",

@@ -19,11 +19,11 @@ from jaxft.cli.convert.draft import (
 )
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH
 
-MOST_NODES = 20_000  # with those that aliases repeat
+MOST_NODES = 20_000  # counting nodes that aliases repeat
 DEEPEST = 20
 FACTORY_KEYS = {"stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset"}
 TRL_KEYS = {"dataset_name", "datasets", "dataset_train_split"}
-UNREAD_FILES = {  # keys of files that are not read -> what they are
+UNREAD_FILES = {  # keys of files that are not read -> whose they are
     "compute_environment": "accelerate's; convert the file or the command that it is started with",
     "distributed_type": "accelerate's; convert the file or the command that it is started with",
     "train_micro_batch_size_per_gpu": "DeepSpeed's; convert the file or the command that it is started with",

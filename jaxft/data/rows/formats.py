@@ -1,37 +1,14 @@
-"""The formats of rows: one table of the columns of each, and how its rows are read.
+"""The formats of rows: one table of the columns of each, ROW_FORMATS, and how its rows are read.
 
-`data.format=auto` uses the one whose columns are present, of those for the kind of data that a run reads:
+`data.format=auto` uses the format whose columns are present, of those for the kind of data that a run reads.
+configs/README.md has examples: Rows for SFT, Preferences, Rankings and ratings. `format="plain"` takes the
+strings of formats that may be plain as text without a chat template. All formats but text may have the
+columns "tools" (JSON schemas) and "chat_template_kwargs"; SFT rows also "weight" (see loss_weights.py); pairs
+also "reference", a third response ("gold", data.third).
 
-    SFT
-    text                    {"text"}
-    messages                {"messages": [{"role", "content"}, ...]} and optionally "system"
-    prompt-completion       {"prompt", "completion"}: strings or messages, see conversation.py
-    instruction             {"instruction", "response" or "output"}, optionally "input", "history" (Alpaca)
-    conversations           {"conversations": [{"from", "value"}, ...]} and optionally "system" (ShareGPT)
-
-    pairs
-    preference              {"prompt", "chosen", "rejected"}
-    implicit                {"chosen", "rejected"}, whole conversations: their common beginning is the prompt;
-                            or responses to a prompt of another name, such as "question"
-    ranking                 {"conversations": [{"from", "value"}], "chosen", "rejected"} (ShareGPT)
-    instruction             {"instruction", "chosen", "rejected"}, optionally "input" and "history" (Alpaca)
-    rated                   {"prompt", "responses": [...]}: rankings with ranks or ratings, see
-                            published_formats.py, which also has formats of single datasets
-    unpaired                {"prompt", "completion", "label"}: one response, chosen if the label is true
-    unpaired-messages       {"messages", "label"}: the response is the last turn
-    unpaired-conversations  {"conversations", "label"} (ShareGPT)
-    unpaired-instruction    {"instruction", "response" or "output", "label"} (Alpaca)
-
-    steps
-    steps                   {"prompt", "completions": [steps], "labels": [true or false]}
-
-    decisions               see decisions.py
-
-"label" may be called "kto_tag". `format="plain"` takes the strings of formats that may be plain as text
-without a chat template. All formats but text may have the columns "tools" (JSON schemas) and
-"chat_template_kwargs"; SFT rows also "weight" (see loss_weights.py); pairs also "reference", a third response
-("gold", data.third). Which format a dataset has, and columns with other names:
-format_choice.py. Prompts without responses are read from the columns of all formats, see conversation.py.
+Which format a dataset has, and columns with other names: format_choice.py. Formats of single datasets and
+rankings: published_formats.py. Decisions: decisions.py. Prompts without responses are read from the columns
+of all formats: conversation.py.
 """
 
 import math

@@ -34,6 +34,7 @@ COMMAND_GROUPS = {
         "compare": "compare",
         "loss-bench": "loss_bench",
         "study": "study",
+        "verify": "verify",
         "judge": "judge",
     },
     "Help": {"help": "help", "env": "env", "completion": "completion"},

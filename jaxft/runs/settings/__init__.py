@@ -6,5 +6,5 @@ parse.py: parse settings
 record.py: settings as JSON, for a run's record
 setting_sources.py: settings read from source, without importing jax
 settings_list.py: all settings as `jaxft settings` lists them
-unknown_names.py: what to write for an unknown name or file of other tools
+unknown_names.py: advice for options and files of other tools, and for misspelled settings
 """

@@ -65,7 +65,7 @@ class ObjectText(str):
 
     @classmethod
     def of(cls, value: Any, key: str = "") -> "ObjectText":
-        """Return `key=NAME`, or without a key the object's own name or that of its type."""
+        """Return `key=NAME`, or NAME alone: of the object, or of its type."""
         named = inspect.isroutine(value) or isinstance(value, type)
         name = value.__qualname__ if named else type(value).__qualname__
         text = cls(f"{key}={name}" if key else name)
@@ -372,7 +372,7 @@ def _get(node: Any, steps: Steps) -> Any:
 
 
 def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
-    """The node with fields replaced; those of one dataclass together, so that it checks them together."""
+    """The node with fields replaced, all fields of a dataclass at once, so that it checks them together."""
     values: dict[str, Any] = {}
     for name in dict.fromkeys(steps[0] for steps in fields):
         now = getattr(node, name)

@@ -74,8 +74,8 @@ def short_path(file: Path) -> str:
 
 
 def may_define(file: Path, function: str) -> bool:
-    """Whether the source of a Python file defines or imports a function of this name: not so if the name is
-    only that of an object, `config = DPOConfig(...)`. True for a file that cannot be read as Python.
+    """Whether the source of a Python file defines or imports a function of this name; False for an object,
+    `config = DPOConfig(...)`, True for a file that cannot be read as Python.
     """
     try:
         tree = ast.parse(file.read_bytes())
@@ -221,7 +221,7 @@ def _marks(kind: Any) -> list[ShortNames]:
 
 
 def is_callable(kind: Any) -> bool:
-    """Whether an annotation, or a member of a union, is that of a function."""
+    """Whether an annotation, or a member of a union, is Callable."""
     members = union_members(kind)
     return collections.abc.Callable in (*members, *map(typing.get_origin, members))
 

@@ -1,6 +1,6 @@
 """The settings of a recipe read from source, for the shell's completion: without jax, in a few milliseconds.
 
-Names are those that `jaxft settings` lists, values those of booleans, literals and short names of functions.
+Names are as `jaxft settings` lists them; values are of booleans, literals and short names of functions.
 """
 
 import ast
@@ -234,9 +234,7 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
 
 
 def constant_texts(node: ast.AST, file: Path) -> Iterator[str]:
-    """Yield the constants of a tuple, or one constant, as they are written, and those that names stand for;
-    nothing for other expressions.
-    """
+    """Yield the constants of a tuple, or one constant, as written; names are looked up, others skipped."""
     if found := defined_as(node, file):
         node, file = found
     if isinstance(node, ast.Constant):

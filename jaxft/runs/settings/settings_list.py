@@ -1,5 +1,5 @@
-"""The settings of a run as `jaxft settings` lists them: name, default, type, and what the docstring of their
-section says.
+"""The settings of a run as `jaxft settings` lists them: name, default, type, and their description in the
+docstring of their section.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ LONGEST_KIND = 60  # characters in a recipe's table; a longer entry moves only i
 @dataclass(frozen=True)
 class Setting:
     """A knob or a dotted field. kind: how its values are written. default: as written, None where a recipe
-    must set it. text: what it does. section: what its section is. names: of functions, if they are too many
-    for `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: of its numbers.
+    must set it. text: its description. section: the description of its section. names: of functions, if they
+    are too many for `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: of its
+    numbers.
     """
 
     name: str
@@ -74,7 +75,9 @@ def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
     name, whose bounds it has.
     """
-    same = {setting.name.rpartition(".")[2]: setting for setting in fields}
+    same: dict[str, Setting] = {}
+    for setting in sorted(fields, key=lambda s: s.name.count(".")):  # seed, not data.seed
+        same.setdefault(setting.name.rpartition(".")[2], setting)
     comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
@@ -99,7 +102,7 @@ def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
 
 
 def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:
-    """Yield settings with what recipes, as name -> run, set in place of their defaults."""
+    """Yield settings with the other defaults that recipes have. recipes: name -> run."""
     values = {recipe: {s.name: s.default for s in settings_of(run)} for recipe, run in recipes.items()}
     for setting in settings:
         found: dict[str, list[str]] = {}

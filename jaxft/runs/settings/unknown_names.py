@@ -22,8 +22,8 @@ ALL_WEIGHTS = {  # how recipes without the knob `full` train them; the others: a
 
 
 def advice(name: str, text: str | None = None, recipe: str | None = None) -> str | None:
-    """Return in one line what to write for an option of another tool; None for an unknown name, and for one
-    that is a setting of the recipe too.
+    """Return one line of advice for an option of another tool; None for an unknown name, and for a name that
+    is a setting of the recipe too.
 
     text: its value on the command line, None for any. recipe: the recipe's name.
 
@@ -115,7 +115,7 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Return advice about several options in one line, what holds for options beside one another once.
+    """Join advice about several options in one line; the same remark about neighbours is written once.
 
     >>> join_lines(["a is x here; see x", "b is x here; see x"])
     'a is x here, b is x here; see x'

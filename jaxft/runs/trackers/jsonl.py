@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxft.distributed.disk import write_durably
 from jaxft.objectives.alarms import Entry
+from jaxft.runs.chained_log import DigestWriter, whole_lines
 from jaxft.runs.trackers.tracker import RunEnd
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -124,13 +125,17 @@ class EntrySteps:
 
 
 class Jsonl:
-    """Appends to a metrics.jsonl that was truncated at `start_step`. steps: of its entries."""
+    """Appends to a metrics.jsonl that was truncated at `start_step`, with digests (see chained_log).
+
+    steps: of its entries.
+    """
 
     def __init__(self, path: Path, start_step: int = 0):
         entries = truncate(path, start_step)
         self._repeated = [_without_perf(entry) for entry in entries if entry["step"] == start_step]
         self.steps = EntrySteps(entries)
-        self._file = path.open("a", encoding="utf-8")
+        self._digests = DigestWriter(path, whole_lines(path))
+        self._file = path.open("ab")
 
     def has(self, entry: Entry) -> bool:
         """Whether the file had this entry before the restart."""
@@ -138,13 +143,16 @@ class Jsonl:
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """Append a line and flush it."""
-        self._file.write(format_line(step, metrics, perf) + "\n")
+        line = (format_line(step, metrics, perf) + "\n").encode()
+        self._file.write(line)
         self._file.flush()
+        self._digests.add(line)
         self.steps.add(step)
 
     def close(self, end: RunEnd) -> None:
-        """Close the file."""
+        """Close the file and that of its digests."""
         self._file.close()
+        self._digests.close()
 
 
 def _without_perf(entry: Entry) -> Entry:

@@ -31,7 +31,7 @@ from jaxft.runs.trackers.tracker import (
 PACKAGES = ("mlflow",)
 STATUS: dict[RunEnd, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 BATCH = 1000  # metrics of one request, MLflow's limit
-PARAMS_BATCH, LONGEST_PARAM = 100, 500  # MLflow's limits, the second that of servers before 2.8
+PARAMS_BATCH, LONGEST_PARAM = 100, 500  # MLflow's limits; the second, of servers before 2.8
 
 
 class MLflow:

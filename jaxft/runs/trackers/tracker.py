@@ -26,8 +26,8 @@ RunEnd: TypeAlias = Literal["finished", "stopped", "failed"]  # stopped: by a si
 class Tracking:
     """How optional trackers file a run.
 
-    project: of W&B and Trackio, experiment of MLflow; None for that of WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
-    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
+    project: of W&B and Trackio, experiment of MLflow; None for WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or
+    MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
     run is a member of. tags: words to filter runs by. artifact: upload the adapter at the end; full weights
     are never uploaded.
     """
@@ -69,7 +69,7 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool | None:
         """Record the metrics after `step` optimizer steps. One step may have several calls, with different
-        metrics: those of training, and of an evaluation as eval_*. True ends the run after this step.
+        metrics: of training, and of an evaluation as eval_*. True ends the run after this step.
         """
 
     def close(self, end: RunEnd) -> None:
@@ -77,7 +77,7 @@ class Tracker(Protocol):
 
 
 class Callback:
-    """A function (step, metrics), or the methods of an object that has those of a Tracker, as a tracker.
+    """A function (step, metrics), or an object with the methods of a Tracker, as a tracker.
 
     Metrics contain timings and memory as perf/name. An error that it raises becomes a RuntimeError, which
     keeps its traceback. Raises ValueError for anything else than these two.
@@ -130,7 +130,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names, as on the command line, without those that are None."""
+    """Return nested settings by dotted names, as on the command line, without None."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -160,8 +160,8 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[ModuleT
 def open_trackers(
     trackers_or_names: tuple[str | Tracker, ...], folder: Path, start_step: int
 ) -> list[Tracker]:
-    """Return trackers, and open those that are given by name, without those that every run has. Errors are
-    those of check_trackers, raised before any is open.
+    """Open the optional trackers that are given by name; return them and the given objects. Raises as
+    check_trackers does, before any is open.
     """
     opened = [module.open_tracker(folder, start_step) for module in check_trackers(trackers_or_names)]
     return opened + [one for one in trackers_or_names if not isinstance(one, str)]

@@ -66,7 +66,7 @@ def open_tracker(folder: Path, start_step: int) -> Tracker:
         id=path.read_text().strip(),
         dir=str(folder),
         resume="allow",
-        reinit="create_new" if sweep else None,  # does not end those of the other members
+        reinit="create_new" if sweep else None,  # does not end the other members' runs
     )
     run.define_metric("*", step_metric="step")  # W&B's own step cannot go back to a checkpoint's
     return WandB(wandb, run, folder, tracking.artifact)

@@ -19,6 +19,7 @@ from jaxft.models import model_types
 from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
+from jaxft.runs.chained_log import add_files
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.loaded_weights import decision_prompts
 from jaxft.runs.metric_names import TOKENS
@@ -159,6 +160,7 @@ def write_reports(
             content: dict[str, Any] = {"steps": job.steps, **early.get(job.ended_by, {}), **summary}
             runfolder.sync_results(member.folder)
             runfolder.write_durable_json(member.folder / runfolder.SUMMARY, content)
+            add_files(member.folder / METRICS, [member.folder / name for name in runfolder.RECORD])
         if job.sweep is not None:
             first, last = (
                 {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}

@@ -1,0 +1,142 @@
+"""Check that a run's record is what the run wrote, and that a step can be computed again to the bit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.distributed import sharding
+from jaxft.distributed.watchdog import Watchdog
+from jaxft.lab.halving import DECLARATION, LEDGER
+from jaxft.lab.results import check_study
+from jaxft.lab.study import check_declared
+from jaxft.runs import folder as runfolder
+from jaxft.runs.chained_log import check_chain, whole_lines
+from jaxft.runs.checkpoint import Checkpoints, verify
+from jaxft.runs.environment import environment, environment_changes
+from jaxft.runs.log import NullLog
+from jaxft.runs.manifest import NAME, Corrupt, named_leaves
+from jaxft.runs.object_store import CHECKPOINTS
+from jaxft.runs.settings.record import recorded_defaults
+from jaxft.runs.trackers.jsonl import METRICS, format_line, read_entries
+from jaxft.train.logs.logs import Logs
+from jaxft.train.logs.meter import Meters
+from jaxft.train.loop import load_and_compile, next_batch
+from jaxft.train.start import open_settings
+from jaxft.train.start.jobs import Job, prepare
+from jaxft.train.start_and_end import continued
+
+
+def record_problems(folder: Path) -> Iterator[str]:
+    """Yield a line for each part of a record that is not as the run wrote it: the log, the files that its
+    digests name, weights, and checkpoints. Raises FileNotFoundError for a folder without a log.
+    """
+    if (folder / DECLARATION).is_file():
+        yield from _study_problems(folder)
+        return
+    if not (folder / METRICS).is_file():
+        raise FileNotFoundError(f"{folder / METRICS}: no such file; name the folder of a run or a study")
+    try:
+        check_chain(folder / METRICS)
+    except ValueError as error:
+        yield str(error)
+    yield from (changed.line for changed in runfolder.changed_results(folder))
+    for checkpoint in sorted((folder / CHECKPOINTS).glob("*/" + NAME)):
+        try:
+            verify(checkpoint.parent)
+        except (Corrupt, ValueError, OSError) as error:
+            yield f"{checkpoint.parent}: {error}"
+
+
+def _study_problems(folder: Path) -> Iterator[str]:
+    try:
+        known = runfolder.read_saved_json(folder / DECLARATION)
+        check_declared(folder, known, known)
+        log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
+        check_study(folder, log)
+        if log and log[0].get("declared") != known["digest"]:
+            yield f"{folder / LEDGER}: the log is of another declaration"
+    except ValueError as error:
+        yield str(error)
+
+
+def recompute_step(folder: Path, step: int) -> list[str]:
+    """Compute a step of a run again from the checkpoint before it, or from the start, and return lines about
+    the comparison with the log and the checkpoint of that step.
+
+    Nothing is written. Raises ValueError if a bit differs, and for a run whose settings have changed, whose
+    batches are sampled, or whose log has no entry of that step.
+    """
+    logged = [_without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
+    if not logged:
+        raise ValueError(f"{folder / METRICS}: has no training metrics of step {step}; choose a logged step")
+    line = runfolder.read_record(folder).get("command", {}).get("line") or []
+    if not line:
+        raise ValueError(f"{folder}: its record has no command line; only runs of `jaxft train` have one")
+    settings, _ = open_settings.fitted(open_settings.resolve(line[0], line[1:]))
+    run = settings.value
+    with jax.set_mesh(sharding.make_mesh(run.mesh)):
+        job = prepare(run, settings.describe(), folder)
+        changes = runfolder.changes_since_start(folder, job.lead.record, recorded_defaults(run))
+        if job.info.samples:
+            raise ValueError(f"{folder}: its batches are sampled; --step takes runs on fixed rows")
+        saved = Checkpoints(folder / CHECKPOINTS)
+        before = max((number for number in saved.steps() if number < step), default=0)
+        for number in {before, step} & {*saved.steps()}:
+            verify(folder / CHECKPOINTS / str(number))  # a restore would rename a corrupt one
+        metrics, state = _steps(job, saved, before, step)
+        after = saved.restore(job.abstract_states, step) if step in saved.steps() else None
+    origin = f"the checkpoint of step {before}" if before else "the start"
+    where = f"step {step}, computed again from {origin}"
+    reasons = [*changes, *_environment_changes(folder)]
+    because = f" (since then: {'; '.join(reasons[:4])})" if reasons else ""
+    if metrics not in logged:
+        names = [name for name, value in logged[-1].items() if metrics.get(name) != value]
+        shown = ", ".join(f"{name} {logged[-1][name]} -> {metrics.get(name)}" for name in names[:4])
+        raise ValueError(f"{folder}: {where}, has other metrics than the log: {shown}{because}")
+    lines = [f"{where}: its {len(metrics) - 1} metrics are those of the log, to the bit"]
+    if after is not None:
+        wrong = differing_leaves(state, after[0])
+        if wrong:
+            more = f"{wrong[0]} and {len(wrong) - 1} more"
+            raise ValueError(f"{folder}: {where}, has another state than its checkpoint: {more}{because}")
+        lines.append(f"{where}: its state is that of the checkpoint, to the bit")
+    return lines
+
+
+def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[str, Any], Any]:
+    """Train from the checkpoint of step `before` to `step`; return its log entry and the states."""
+    restored = saved.restore(job.abstract_states, before) if before else None
+    states, meta = (restored[0], restored[1]) if restored else (None, None)
+    job = continued(job, meta, before)
+    logs = Logs([NullLog()])
+    job, states, frozen, compiled = load_and_compile(job, states, meta, logs, Watchdog(job.lead.run.hosts))
+    meters = Meters(job, meta["counters"] if meta else None)
+    numbers: list[dict[str, float]] = [{}]
+    for number in range(before, step):
+        rows, batch, sampled = next_batch(job, number, states, logs.clock, Watchdog(job.lead.run.hosts))
+        states, metrics = compiled.step(states, frozen, batch)
+        meters.add(number, rows, {**metrics, **sampled})
+        if (number + 1) % job.lead.run.loop.log_every == 0 or number + 1 == job.steps:
+            numbers, _ = meters.read()
+    return json.loads(format_line(step, numbers[0], {})), states
+
+
+def _without_perf(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "perf"}
+
+
+def differing_leaves(one: Any, other: Any) -> list[str]:
+    """Return the paths of the arrays that differ in a bit."""
+    first, second = (
+        {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()} for tree in (one, other)
+    )
+    return [name for name, x in first.items() if x.tobytes() != second[name].tobytes()]
+
+
+def _environment_changes(folder: Path) -> list[str]:
+    path = folder / "env.json"
+    return environment_changes(runfolder.read_saved_json(path), environment()) if path.is_file() else []

@@ -1,0 +1,65 @@
+"""`jaxft verify`: a run is verified, a step is computed again, and what has changed is named."""
+
+import json
+
+import pytest
+from prepared import finished_run, working_directory
+from scripts_in_process import call
+from tiny_run import write_place
+
+from jaxft.runs.chained_log import check_chain, digests_path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("verify")
+    write_place(place)
+    with working_directory(place):
+        return finished_run(place, "config.py", "steps=4", "samples=0", "loop.save_every=2")
+
+
+def run(folder, monkeypatch, capsys, *argv):
+    with working_directory(folder.parents[1]):
+        return call(monkeypatch, capsys, "verify", folder, *argv)
+
+
+@pytest.mark.slow
+def test_a_run_is_verified_and_its_steps_are_computed_again_to_the_bit(folder, monkeypatch, capsys):
+    code, out, _ = run(folder, monkeypatch, capsys)
+    assert code == 0 and f"last digest {check_chain(folder / 'metrics.jsonl')}" in out
+    names = {json.loads(line).get("file") for line in digests_path(folder / "metrics.jsonl").open()}
+    assert names >= {"config.json", "env.json", "summary.json", "held_out.jsonl"}
+    for step, origin in ((2, "the start"), (4, "the checkpoint of step 2")):
+        code, out, err = run(folder, monkeypatch, capsys, "--step", step)
+        assert code == 0, err
+        assert f"step {step}, computed again from {origin}: its " in out
+        assert "are those of the log, to the bit" in out and "state is that of the checkpoint" in out
+    code, _, err = run(folder, monkeypatch, capsys, "--step", 9)
+    assert code == 1 and "has no training metrics of step 9; choose a logged step" in err
+
+
+@pytest.mark.slow
+def test_changes_of_a_run_are_named(folder, monkeypatch, capsys):
+    for name, old, new in (
+        ("metrics.jsonl", b'"step": 3', b'"step": 5'),
+        ("summary.json", b'"steps": 4', b'"steps": 5'),
+        ("config.json", b'"seed": 0', b'"seed": 1'),
+    ):
+        path = folder / name
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new, 1))
+        code, out, _ = run(folder, monkeypatch, capsys)
+        assert code == 1 and out.startswith("changed: ") and name in out
+        path.write_bytes(content)
+    weights = next((folder / "adapter").glob("*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, out, _ = run(folder, monkeypatch, capsys)
+    assert code == 1 and f"{weights.name}: the file has changed since the run was finished" in out
+    weights.write_bytes(content)
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "verify", tmp_path)
+    assert code == 1 and "no such file; name the folder of a run or a study" in err and err.count("\n") == 1
