@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxft.models.dense_config import ACTIVATIONS, DenseConfig
+from jaxft.models.dense_config import ACTIVATIONS, ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
 from jaxft.models.families import exaone, gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
 from jaxft.models.model import Model, ModelConfig
 from jaxft.tree import nearest
@@ -19,109 +19,87 @@ from jaxft.tree import nearest
 class Family:
     """A family's functions and data.
 
-    config: the class of its configs. from_hf, to_hf: parse the dict of a config.json and return one; from_hf
-    raises ValueError for unsupported settings. build(config, **options of dense_model) -> Model. presets:
-    configs by checkpoint name.
+    config: the class of its configs. form: of its config.json. build(config, **options of dense_model) ->
+    Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a config, from the dict of a
+    config.json; it raises ValueError that names a missing or unsupported setting. write(config, form) -> the
+    dict of a config.json.
     """
 
     config: type
-    from_hf: Callable[[dict[str, Any]], ModelConfig]
-    to_hf: Callable[[Any], dict[str, Any]]
+    form: ConfigFormat
     build: Callable[..., Model]
     presets: Mapping[str, ModelConfig]
+    read: Callable[[dict[str, Any], ConfigFormat], dict[str, Any]] = fields_from_hf
+    write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
+
+    def from_hf(self, hf: dict[str, Any]) -> ModelConfig:
+        """Parse the dict of a config.json."""
+        return self.config(**self.read(hf, self.form))
+
+    def to_hf(self, config: Any) -> dict[str, Any]:
+        """Return the dict of a config.json."""
+        return self.write(config, self.form)
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        llama.LlamaConfig,
-        llama.from_hf,
-        llama.to_hf,
-        llama.llama,
-        llama.PRESETS,
-    ),
+    "llama": Family(llama.LlamaConfig, llama.LLAMA_FORMAT, llama.llama, llama.PRESETS),
     "mistral": Family(
-        mistral.MistralConfig,
-        mistral.mistral_from_hf,
-        mistral.mistral_to_hf,
-        mistral.mistral,
-        mistral.MISTRAL_PRESETS,
+        mistral.MistralConfig, mistral.MISTRAL_FORMAT, mistral.mistral, mistral.MISTRAL_PRESETS,
+        mistral.read_mistral, mistral.write_mistral,
     ),
     "ministral": Family(
-        mistral.MistralConfig, mistral.ministral_from_hf, mistral.mistral_to_hf, mistral.mistral, {}
+        mistral.MistralConfig, mistral.MINISTRAL_FORMAT, mistral.mistral, {}, mistral.read_mistral,
+        mistral.write_mistral,
     ),
-    "qwen2": Family(qwen.QwenConfig, qwen.qwen2_from_hf, qwen.qwen2_to_hf, qwen.qwen2, qwen.QWEN2_PRESETS),
-    "qwen3": Family(qwen.Qwen3Config, qwen.qwen3_from_hf, qwen.qwen3_to_hf, qwen.qwen3, qwen.QWEN3_PRESETS),
-    "olmo2": Family(olmo.Olmo2Config, olmo.olmo2_from_hf, olmo.olmo2_to_hf, olmo.olmo2, olmo.OLMO2_PRESETS),
-    "olmo3": Family(olmo.Olmo3Config, olmo.olmo3_from_hf, olmo.olmo3_to_hf, olmo.olmo3, olmo.OLMO3_PRESETS),
+    "qwen2": Family(
+        qwen.QwenConfig, qwen.QWEN2_FORMAT, qwen.qwen2, qwen.QWEN2_PRESETS, qwen.read_qwen, qwen.write_qwen,
+    ),
+    "qwen3": Family(
+        qwen.Qwen3Config, qwen.QWEN3_FORMAT, qwen.qwen3, qwen.QWEN3_PRESETS, qwen.read_qwen, qwen.write_qwen,
+    ),
+    "olmo2": Family(olmo.Olmo2Config, olmo.OLMO2_FORMAT, olmo.olmo2, olmo.OLMO2_PRESETS),
+    "olmo3": Family(
+        olmo.Olmo3Config, olmo.OLMO3_FORMAT, olmo.olmo3, olmo.OLMO3_PRESETS, olmo.read_olmo3,
+        olmo.write_olmo3,
+    ),
     "granite": Family(
-        granite.GraniteConfig,
-        granite.granite_from_hf,
-        granite.granite_to_hf,
-        granite.granite,
-        granite.GRANITE_PRESETS,
+        granite.GraniteConfig, granite.GRANITE_FORMAT, granite.granite, granite.GRANITE_PRESETS,
     ),
     "exaone4": Family(
-        exaone.Exaone4Config,
-        exaone.exaone4_from_hf,
-        exaone.exaone4_to_hf,
-        exaone.exaone4,
-        exaone.EXAONE4_PRESETS,
+        exaone.Exaone4Config, exaone.EXAONE4_FORMAT, exaone.exaone4, exaone.EXAONE4_PRESETS,
+        exaone.read_exaone4, exaone.write_exaone4,
     ),
-    "seed_oss": Family(
-        llama.SeedOssConfig,
-        llama.seed_oss_from_hf,
-        llama.seed_oss_to_hf,
-        llama.seed_oss,
-        llama.SEED_OSS_PRESETS,
-    ),
-    "cwm": Family(llama.CwmConfig, llama.cwm_from_hf, llama.cwm_to_hf, mistral.mistral, {}),
+    "seed_oss": Family(llama.SeedOssConfig, llama.SEED_OSS_FORMAT, llama.seed_oss, llama.SEED_OSS_PRESETS),
+    "cwm": Family(llama.CwmConfig, llama.CWM_FORMAT, mistral.mistral, {}, llama.read_cwm, llama.write_cwm),
     "internlm3": Family(
-        llama.InternLM3Config,
-        llama.internlm3_from_hf,
-        llama.internlm3_to_hf,
-        llama.llama,
-        {},
+        llama.InternLM3Config, llama.INTERNLM3_FORMAT, llama.llama, {}, llama.read_internlm3,
+        llama.write_internlm3,
     ),
-    "iquestcoder": Family(
-        llama.IQuestCoderConfig,
-        llama.iquestcoder_from_hf,
-        llama.iquestcoder_to_hf,
-        llama.llama,
-        {},
-    ),
+    "iquestcoder": Family(llama.IQuestCoderConfig, llama.IQUEST_CODER_FORMAT, llama.llama, {}),
     "gemma": Family(
-        gemma.GemmaConfig,
-        gemma.gemma_from_hf,
-        gemma.gemma_to_hf,
-        gemma.gemma,
-        gemma.GEMMA_PRESETS,
+        gemma.GemmaConfig, gemma.GEMMA_FORMAT, gemma.gemma, gemma.GEMMA_PRESETS, gemma.read_gemma,
+        gemma.write_gemma,
     ),
     "gemma2": Family(
-        gemma.Gemma2Config,
-        gemma.gemma2_from_hf,
-        gemma.gemma2_to_hf,
-        gemma.gemma2,
-        gemma.GEMMA2_PRESETS,
+        gemma.Gemma2Config, gemma.GEMMA2_FORMAT, gemma.gemma2, gemma.GEMMA2_PRESETS, gemma.read_gemma2,
+        gemma.write_gemma2,
     ),
     "vaultgemma": Family(
-        gemma.VaultGemmaConfig,
-        gemma.vaultgemma_from_hf,
-        gemma.vaultgemma_to_hf,
-        gemma.vaultgemma,
-        {},
+        gemma.VaultGemmaConfig, gemma.VAULT_GEMMA_FORMAT, gemma.vaultgemma, {}, gemma.read_gemma2,
+        gemma.write_gemma2,
     ),
     "gemma3_text": Family(
-        gemma.Gemma3Config, gemma.gemma3_from_hf, gemma.gemma3_to_hf, gemma.gemma3, gemma.GEMMA3_PRESETS
+        gemma.Gemma3Config, gemma.GEMMA3_FORMAT, gemma.gemma3, gemma.GEMMA3_PRESETS, gemma.read_gemma3,
+        gemma.write_gemma3,
     ),
-    "phi3": Family(phi3.Phi3Config, phi3.phi3_from_hf, phi3.phi3_to_hf, phi3.phi3, phi3.PHI3_PRESETS),
+    "phi3": Family(
+        phi3.Phi3Config, phi3.PHI3_FORMAT, phi3.phi3, phi3.PHI3_PRESETS, phi3.read_phi3, phi3.write_phi3,
+    ),
     "smollm3": Family(
-        smollm3.SmolLM3Config,
-        smollm3.smollm3_from_hf,
-        smollm3.smollm3_to_hf,
-        smollm3.smollm3,
-        smollm3.SMOLLM3_PRESETS,
+        smollm3.SmolLM3Config, smollm3.SMOLLM3_FORMAT, smollm3.smollm3, smollm3.SMOLLM3_PRESETS,
+        smollm3.read_smollm3, smollm3.write_smollm3,
     ),
-}
+}  # fmt: skip
 
 
 def preset_config(ref: str) -> ModelConfig | None:

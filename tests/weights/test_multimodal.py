@@ -26,7 +26,7 @@ from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import Quant
 from jaxft.train import partition
-from jaxft.train.export import export, export_gguf
+from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit import extended_model
 from jaxft.weights.hf import hf_read
@@ -279,7 +279,7 @@ def read_params(ref, model):
 def test_the_gguf_file_of_a_decoder_is_the_same_text_model(worlds, tmp_path, kind):
     folder, theirs, model, _ = worlds(kind)
     source = export.ExportSource(str(folder), model, tiny("chatml"))
-    summary = export_gguf.export_gguf(tmp_path / "m.gguf", source, "F32")
+    summary = export.export_gguf(tmp_path / "m.gguf", source, "F32")
     assert "images are not supported" in summary
     read = pretrained.model_for(str(tmp_path / "m.gguf"), dtype=jnp.float32)
     found = logits_of(read, read_params(tmp_path / "m.gguf", read), rows(IDS))

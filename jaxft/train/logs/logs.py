@@ -25,7 +25,7 @@ from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.settings.record import recorded_defaults
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
-from jaxft.train.evaluate.scores import held_out_prompts, position_lines
+from jaxft.train.evaluate.scored_completions import held_out_prompts, position_lines
 from jaxft.train.logs.clock import Clock
 from jaxft.train.partition import parameter_rows
 from jaxft.train.start.attention_kernels import attention_summary, check_attention
@@ -101,7 +101,7 @@ class Logs:
         self.mark("stopped")
 
     def alarm(self, number: int, step: int, text: str) -> None:
-        """Print an alarm about a member after `step` steps, and store it with those of its metrics."""
+        """Print an alarm about a member after `step` steps, and store it with the other alarms."""
         text = f"alarm after step {step}: {text}"
         self.members[number].add_alarms([text])
         if self._overview is None:
@@ -139,8 +139,8 @@ def open_logs(
     """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
     first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since
-    the run began. callbacks: trackers in addition to those of the settings. Raises ValueError if the settings
-    differ from those of the checkpoint, or allow fewer steps than are done. clock: of the run, which goes on
+    the run began. callbacks: further trackers. Raises ValueError if the settings
+    differ from the checkpoint's, or allow fewer steps than are done. clock: of the run, which goes on
     with the seconds of the checkpoint.
     """
     if first > job.steps:
