@@ -52,7 +52,7 @@ from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.start.teacher import find_teacher
-from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens
+from jaxft.weights.edit.extended_model import Extension, extended_ref, with_new_tokens
 from jaxft.weights.peft.adapter_folders import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
