@@ -274,14 +274,14 @@ TOKEN_WEIGHTS = _in(
     "jaxft.rl.token_weights", "token_mean sequence_mean prompt_mean constant_length sequence_sum"
 )
 CORRECTIONS = _in(
-    "jaxft.rl.importance",
+    "jaxft.rl.token_weights",
     "truncated_tokens masked_tokens truncated_completions masked_completions masked_geometric_means",
 )
 ENVIRONMENTS = {
-    "calculator": "jaxft.rl.environments.calculator:Calculator",
-    "code_interpreter": "jaxft.rl.environments.code_interpreter:CodeInterpreter",
-    "guess_number": "jaxft.rl.environments.guess_number:GuessNumber",
-    "search": "jaxft.rl.environments.search:Search",
+    "calculator": "jaxft.rl.environments.shipped_environments:Calculator",
+    "code_interpreter": "jaxft.rl.environments.shipped_environments:CodeInterpreter",
+    "guess_number": "jaxft.rl.environments.shipped_environments:GuessNumber",
+    "search": "jaxft.rl.environments.shipped_environments:Search",
 }
 FILTERS = _in("jaxft.rl.advantages", "nonconstant_groups")
 

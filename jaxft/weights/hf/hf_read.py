@@ -218,7 +218,7 @@ def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[i
 
 
 def tokenizer_ends(tokenizer: Any) -> list[int]:
-    """Return the tokenizer's EOS, and what ends an assistant turn in its chat template."""
+    """Return the tokenizer's EOS, and the tokens that end an assistant turn in its chat template."""
     template = template_of(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*eos, *(template.stop_tokens if template else ())]

@@ -155,7 +155,7 @@ def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> No
 def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: float) -> list[TensorToWrite]:
     """Return lora_A [R, in] and lora_B [out, R] of one module, with DoRA lora_magnitude_vector [out].
 
-    pair: leaves of the kernel; what is beyond `rank` in them is zero. exact: the scale that PEFT computes
+    pair: leaves of the kernel, with zeros beyond `rank`. exact: the scale that PEFT computes
     from its settings; another one is folded into B.
     """
 
