@@ -41,7 +41,7 @@ from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, Con
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.kl import PenaltyReference
-from jaxft.objectives.losses.target_loss import TargetLoss
+from jaxft.objectives.logprobs import TargetLoss
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference

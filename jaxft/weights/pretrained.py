@@ -18,7 +18,7 @@ from jaxft import tree
 from jaxft.models import model_types
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model, ModelConfig
-from jaxft.models.text_part import text_config
+from jaxft.models.model_types import text_config
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec

@@ -19,7 +19,7 @@ from jaxft.models import model_types
 from jaxft.models.dense_config import for_transformers_4
 from jaxft.models.heads import as_checkpoint
 from jaxft.models.model import Model
-from jaxft.models.text_part import text_config, text_part
+from jaxft.models.model_types import text_config, text_part
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params

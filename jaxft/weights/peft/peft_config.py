@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import tree
-from jaxft.models.text_part import decoder_prefix, full_name, text_tensor
+from jaxft.models.model_types import decoder_prefix, full_name, text_tensor
 from jaxft.nn.tensor_names import is_listed, matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_model_json
 

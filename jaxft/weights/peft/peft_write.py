@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.distributed import sync
 from jaxft.models.model import Model
-from jaxft.models.text_part import full_name
+from jaxft.models.model_types import full_name
 from jaxft.nn.adapters.full_modules import is_replacement
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
