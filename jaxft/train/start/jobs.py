@@ -333,9 +333,9 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
         for m in job.members
         for line in runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
     ]
-    patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
+    patience, ended_by = job.lead.run.loop.patience, runfolder.early_end(job.lead.folder, "patience")
     stalled = patience is not None and ended_by is not None and patience <= ended_by
-    planned = runfolder.planned_at_end(job.lead.folder)  # of a run that a callback ended
+    planned = runfolder.early_end(job.lead.folder, "planned")  # of a run that a callback ended
     is_finished = steps >= job.steps or stalled or (planned is not None and job.steps <= planned)
     if is_finished:
         is_finished = not _damaged_results(job, checkpoints)
