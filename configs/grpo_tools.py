@@ -28,7 +28,7 @@ from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import echo as with_echo
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo
-from jaxft.rl.environments.calculator import Calculator
+from jaxft.rl.environments.shipped_environments import Calculator
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts

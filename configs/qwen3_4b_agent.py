@@ -22,8 +22,7 @@ from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import echo as with_echo
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, nonconstant_groups
-from jaxft.rl.environments.code_interpreter import CodeInterpreter
-from jaxft.rl.environments.search import Search
+from jaxft.rl.environments.shipped_environments import CodeInterpreter, Search
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts

@@ -1,4 +1,4 @@
-"""What the annotation of a setting says: bounds of a number, choices of a text, and short names of functions.
+"""Annotations of settings: bounds of numbers, choices of texts, and short names of functions.
 
 `batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
 `optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`.
@@ -74,7 +74,7 @@ def between(least: float, most: float) -> Bounds:
 
 
 def count_from(least: int) -> Bounds:
-    """Numbers from `least` on that 32 bits hold."""
+    """Whole numbers from `least` on that fit into 32 bits."""
     return Bounds(least, INT32)
 
 
@@ -88,7 +88,7 @@ POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smal
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts that a setting takes; None among them is written none."""
+    """The texts that a setting accepts; None is written none."""
 
     known: tuple[str | None, ...]
 
@@ -274,14 +274,14 @@ TOKEN_WEIGHTS = _in(
     "jaxft.rl.token_weights", "token_mean sequence_mean prompt_mean constant_length sequence_sum"
 )
 CORRECTIONS = _in(
-    "jaxft.rl.importance",
+    "jaxft.rl.token_weights",
     "truncated_tokens masked_tokens truncated_completions masked_completions masked_geometric_means",
 )
 ENVIRONMENTS = {
-    "calculator": "jaxft.rl.environments.calculator:Calculator",
-    "code_interpreter": "jaxft.rl.environments.code_interpreter:CodeInterpreter",
-    "guess_number": "jaxft.rl.environments.guess_number:GuessNumber",
-    "search": "jaxft.rl.environments.search:Search",
+    "calculator": "jaxft.rl.environments.shipped_environments:Calculator",
+    "code_interpreter": "jaxft.rl.environments.shipped_environments:CodeInterpreter",
+    "guess_number": "jaxft.rl.environments.shipped_environments:GuessNumber",
+    "search": "jaxft.rl.environments.shipped_environments:Search",
 }
 FILTERS = _in("jaxft.rl.advantages", "nonconstant_groups")
 

@@ -74,11 +74,11 @@ def play(args: argparse.Namespace) -> int:
     from jaxft.cli.cli import DEFAULT_MODEL
     from jaxft.data.chat.named_templates import find_template
     from jaxft.data.prompts import Prompts, read_prompts
-    from jaxft.rl.environments.by_hand import TypedTurns, result_line
     from jaxft.rl.environments.environment import EnvironmentClass, environment_of
     from jaxft.rl.play import EpisodeLimits, Play, rollout
     from jaxft.runs.settings.parse import parse_value
     from jaxft.runs.terminal import printable_text
+    from jaxft.serve.terminal_chat import TypedTurns, result_line
     from jaxft.weights.pretrained import load_tokenizer
 
     if not args.rows:

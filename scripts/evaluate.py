@@ -318,8 +318,7 @@ def evaluate_completions(
     from jaxft.data.rows.mixture import held_out_sources, parse_sources
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import held_out_names
-    from jaxft.train.evaluate.samples import Completer
-    from jaxft.train.evaluate.scores import CompletionScorer, scored_prompts
+    from jaxft.train.evaluate.scored_completions import Completer, CompletionScorer, scored_prompts
 
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     sources = held_out_sources(args.file) if args.split is None else parse_sources(args.file)
@@ -354,7 +353,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import check_recorded_rows, load_each, named_adapters, prompt_settings
     from jaxft.train.evaluate import harness
-    from jaxft.train.evaluate.harness_model import HarnessSettings, generation_config_notes
+    from jaxft.train.evaluate.harness import HarnessSettings, generation_config_notes
 
     check_seed(args.seed, "--seed")
     Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)

@@ -105,7 +105,7 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
     """Return the importances of the inputs of the blocks' linear layers of the merged model."""
     from jaxft.nn.quant import Quant
     from jaxft.train.export.calibrate import Calibration, input_squares
-    from jaxft.train.export.export_gguf import importances_of
+    from jaxft.train.export.export import importances_of
     from jaxft.weights import pretrained
     from jaxft.weights.calibrate.calibrated_base import layer_paths
 
@@ -128,7 +128,7 @@ def main() -> int:
     args = arguments()
     from jaxft.nn import quant
     from jaxft.runs.loaded_weights import named_weights
-    from jaxft.train.export import export, export_gguf
+    from jaxft.train.export import export
     from jaxft.weights.hf import hf_read
 
     named = named_weights(args.run, args.model, args.adapter)
@@ -141,13 +141,13 @@ def main() -> int:
     base = f"{named.ref} as {source.quant.kind}" if source.quant else named.ref
     merged = f"{base} with {adapter_folder}" if source.adapter else base
     if args.adapter_only:
-        print(f"{args.out}: {export_gguf.export_gguf_adapter(args.out, source, args.gguf)}")
+        print(f"{args.out}: {export.export_gguf_adapter(args.out, source, args.gguf)}")
         return 0
     if args.gguf:
         calibrated = bool(args.calibrate)
-        export_gguf.check_gguf(args.out, named.ref, args.gguf, calibrated)  # before minutes
+        export.check_gguf(args.out, named.ref, args.gguf, calibrated)  # before minutes
         importances = calibrate(args.calibrate, source, adapter_folder) if args.calibrate else {}
-        summary = export_gguf.export_gguf(args.out, source, args.gguf, importances)
+        summary = export.export_gguf(args.out, source, args.gguf, importances)
         print(f"{args.out}: {merged} as {args.gguf}, {summary}")
         return 0
     how = export.ExportQuant(quant.Quant(args.pack), format=args.format) if args.pack else None

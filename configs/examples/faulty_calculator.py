@@ -10,7 +10,7 @@ unless it is an error in the policy's call (ValueError, TypeError, ...), of whic
 import functools
 import random
 
-from jaxft.rl.environments.calculator import Calculator
+from jaxft.rl.environments.shipped_environments import Calculator
 
 
 def faulty(tool):

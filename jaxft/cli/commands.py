@@ -18,6 +18,7 @@ from typing import Any
 from jaxft.cli import cli, documentation
 from jaxft.data.rows.shipped import COMMAND_GROUPS, COMMANDS, ROOT
 from jaxft.runs.settings import setting_sources
+from jaxft.runs.settings.unknown_names import setting_names
 
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
@@ -88,22 +89,14 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
     """Return the words that `jaxft help` takes."""
-    names = setting_sources.knobs(ROOT / "configs/sft.py") + setting_sources.dotted_fields(
-        ROOT / "configs/sft.py"
-    )
-    return [
-        *COMMANDS,
-        *(topic.name for topic in documentation.topics()),
-        *(setting.name for setting in names),
-    ]
+    return [*COMMANDS, *(topic.name for topic in documentation.topics()), *setting_names("sft")]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Return the words that `jaxft settings` takes: recipes, then the names of settings."""
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
-    path = ROOT / "configs" / f"{recipe or 'sft'}.py"
-    recipes = [] if parsed_args.words else [file.stem for file in path.parent.glob("*.py")]
-    return [*recipes, *(s.name for s in (*setting_sources.knobs(path), *setting_sources.dotted_fields(path)))]
+    recipes = [] if parsed_args.words else [file.stem for file in (ROOT / "configs").glob("*.py")]
+    return [*recipes, *setting_names(recipe or "sft")]
 
 
 def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:

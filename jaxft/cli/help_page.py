@@ -33,12 +33,8 @@ from jaxft.runs.settings.unknown_names import settings_called
 from jaxft.train.recipes import without_model_weights
 from jaxft.train.settings import Run
 
-COMPARED_RECIPES = (
-    "sft",
-    "dpo",
-    "reward",
-    "grpo",
-)  # whose defaults are listed where they differ from their section's
+# Recipes whose defaults are listed where they differ from their section's.
+COMPARED_RECIPES = ("sft", "dpo", "reward", "grpo")
 DATA_KINDS = {
     "SFT": Rows,
     "decisions": DecisionRows,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.batch import Tokens
+from jaxft.batch import Decisions, Tokens
 from jaxft.data import prompts
 from jaxft.data.packing.lengths import measure_datasets
 from jaxft.data.packing.row_tasks import row_fields
@@ -120,7 +120,8 @@ def inspect_source(source: RowSource[Any]) -> Inspected:
             found = source.batch(step)[0]
             if LABELS in rows.extras:  # a label is shown at the token where it is read
                 found = dataclasses.replace(found, read=found.read - 1)
-            return examples_of(found, source.member_names(step))
+            examples = examples_of(found, source.member_names(step))
+            return _with_probabilities(examples, found) if isinstance(found, Decisions) else examples
 
         example = partial(_text, rows)
     return _inspected(split, stats, of_step, example)
@@ -201,6 +202,15 @@ def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]
             facts = f"{here.sum()} tokens, {(weights > 0).sum()} with loss"
             facts += f", weight {weights.sum():.4f} of the batch"
             yield ShownExample(labels[number - 1], facts, [ShownPart("", ids[here], weights)])
+
+
+def _with_probabilities(examples: Iterator[ShownExample], batch: Decisions) -> Iterator[ShownExample]:
+    """Yield decisions with the probabilities of their choices, where these are not 0 and 1."""
+    decisions = batch.choices[..., 0] >= 0
+    each = zip(examples, batch.choices[decisions], batch.probabilities[decisions], strict=True)
+    for example, choices, p in each:
+        soft = ", ".join(f"{x:.3g}" for x in p[choices >= 0])
+        yield example if p.max() == 1 else example._replace(facts=f"{example.facts}, probabilities {soft}")
 
 
 def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspected:

@@ -1,4 +1,4 @@
-"""How the next token is sampled, and prompts as padded batches."""
+"""Sampling of the next token, and prompts as padded batches."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NONFINITE = -2  # in place of a token whose logits are not finite; the completio
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled.
+    """Sampling settings.
 
     max_new: the largest number of tokens of a completion. temperature: 0 is greedy. top_k: sample from this
     many of the likeliest tokens; None for all. top_p: sample from the likeliest tokens whose probabilities
@@ -41,7 +41,7 @@ class Sampling:
 
 @struct
 class RowSampling:
-    """How the next token of each row is sampled, as arrays [B], so that one program serves all settings.
+    """Sampling settings of each row as arrays [B], so that one program serves all settings.
 
     heat: 1 / temperature, 0 for greedy. top_k: at least the vocabulary's size for no truncation. top_p: 1 for
     none. min_p: 0 for none.

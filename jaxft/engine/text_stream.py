@@ -21,7 +21,7 @@ def _no_bytes(token: int) -> bytes | None:
 
 @dataclass(frozen=True)
 class TokenDecoder:
-    """How a tokenizer turns the tokens of a completion into text.
+    """A tokenizer's decoding of a completion's tokens into text.
 
     decode: token ids -> text. skipped: ids that add no text, such as special tokens; those from `size` on
     are of no token: a model may have more than its tokenizer. byte_ids: ids of single

@@ -370,9 +370,10 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
 
 
 def tuning_score(lab: Lab, found: PairsEvaluation) -> float | None:
-    """Return the study's metric on the prompts that select settings, None if it is not finite."""
-    score = float(lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True).mean())
-    return score if math.isfinite(score) else None
+    """Return the study's metric on the prompts that select settings, None if none of them has a value."""
+    values = lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True)
+    finite = values[np.isfinite(values)]  # others have no pair with a weight, or a loss that diverged
+    return float(finite.mean()) if len(finite) else None
 
 
 def write_trial(

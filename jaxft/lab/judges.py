@@ -24,7 +24,7 @@ from jaxft.rl.reward_models import is_classifier, load_reward_model, make_text_s
 from jaxft.runs.loaded_weights import named_weights
 from jaxft.runs.settings.parse import load_callable
 from jaxft.runs.terminal import printable_line
-from jaxft.train.evaluate.scores import score_texts
+from jaxft.train.evaluate.scored_completions import score_texts
 from jaxft.train.python_api import load_model, source_options
 from jaxft.weights.peft.peft_config import read_adapter_config
 from jaxft.weights.peft.peft_read import SEQ_CLS

@@ -66,11 +66,12 @@ SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 @dataclass(frozen=True)
 class ConfigFormat:
-    """How one family's config.json differs from other dense families'.
+    """Differences of one family's config.json from other dense families'.
 
     fixed: settings that would change the arithmetic, each with the only supported value; exports write them.
     defaults: the family's defaults where they differ from DEFAULTS; rope_theta may have one value per layer
-    type. activation: the name of the setting for the MLP's activation. partial_rope: whether rope may rotate
+    type. more: further settings with their defaults, each a field of the family's config by the same name.
+    activation: the name of the setting for the MLP's activation. partial_rope: whether rope may rotate
     only a part of each head. local_theta: for families with one rope per layer type, the setting in which
     transformers 4 has the theta of sliding attention (see ropes_from_hf).
     """
@@ -79,6 +80,7 @@ class ConfigFormat:
     architecture: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, bool | float] = field(default_factory=dict)
     activation: str = "hidden_act"
     partial_rope: bool = False
     local_theta: str | None = None
@@ -105,7 +107,8 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
         return hf.get(name, form.defaults.get(name, DEFAULTS.get(name)))
 
     width, heads, eos = hf["hidden_size"], hf["num_attention_heads"], get("eos_token_id")
-    kv_heads, head_dim = hf.get("num_key_value_heads"), get("head_dim")
+    kv_heads, head_dim = get("num_key_value_heads"), get("head_dim")
+    more = {name: hf.get(name, usual) for name, usual in form.more.items()}
     for name in ("bos_token_id", "eos_token_id"):
         token_ids(hf.get(name), f"config: {name}", hf["vocab_size"])
     ropes = _ropes(hf, form, get("max_position_embeddings"))
@@ -124,6 +127,7 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
         "eos": tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
         "activation": _activation(hf.get(form.activation, DEFAULTS["hidden_act"]), form.activation),
         **ropes,
+        **{name: bool(x) if isinstance(form.more[name], bool) else x for name, x in more.items()},
     }
 
 
@@ -204,6 +208,7 @@ def fields_to_hf(c: DenseConfig, form: ConfigFormat, local_rope: Rope | None = N
         "eos_token_id": c.eos[0] if len(c.eos) == 1 else list(c.eos) or None,
         "initializer_range": 0.02,
         "use_cache": True,
+        **{name: getattr(c, name) for name in form.more},
     }
 
 

@@ -129,7 +129,7 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 @dataclass(frozen=True)
 class ForwardOptions(Generic[Config]):
-    """How a family's functions compute a forward pass.
+    """The compute options of a family's forward pass.
 
     dtype: of activations and matmuls. residual: of the residual stream between layers. remat: a key of
     nn.scan.REMAT.

@@ -30,7 +30,7 @@ HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
 
 @dataclass(frozen=True)
 class Quant:
-    """How the frozen base is stored: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
+    """Storage of the frozen base: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
     kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
     for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,

@@ -38,7 +38,7 @@ def _nothing(carry: Any, values: Any) -> None:
 
 
 class Pass(NamedTuple):
-    """How some layers mix tokens in one pass over a model.
+    """The token mixing of some layers in one pass over a model.
 
     mix(x, carry): returns the Mix of a layer. xs: [L, ...], of which each layer gets its x. carry: goes from
     layer to layer; in generation `Extras.cached` of a layer is (carry, value), and end(carry, values
@@ -52,8 +52,7 @@ class Pass(NamedTuple):
 
 
 class Mixer(NamedTuple):
-    """How layers mix the tokens of a text, and what they cache of it: attention (attention_mixer.py), or a
-    recurrence.
+    """The token mixing of layers and their part of a cache: attention (attention_mixer.py), or a recurrence.
 
     rows(tokens, dtype) -> Pass over rows of texts, in training. prompts(tokens, new, dtype) -> Pass over
     left-padded prompts (segment 0 is padding) whose end returns their part of a cache; new: the most tokens
@@ -109,7 +108,9 @@ def layers_of(stacks: Stacks) -> list[BlockLayer]:
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer of a model is: the path of its stacked parameters, its part of a block, which block."""
+    """The place of a layer in a model: the path of its stacked parameters, its part of a block, the block's
+    number.
+    """
 
     path: str
     layer: BlockLayer
@@ -166,7 +167,7 @@ REMAT: dict[RematPolicy, Remat] = {
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How layers run over rows: what is stored for the backward pass, and what is observed."""
+    """Options of a pass over rows: the remat policy, and values to observe between layers."""
 
     remat: RematPolicy
     observe: Observe | None = None

@@ -25,7 +25,7 @@ ModuleNames = tuple[str, ...]  # of one module, by any of which a setting may na
 
 
 class TensorName(NamedTuple):
-    """How a parameter is named in Hugging Face files.
+    """The name of a parameter in Hugging Face files.
 
     transposed: whether they store [out, in]. part: the parameter's number among the parameters that share the
     tensor, side by side along their outputs; None for a tensor of its own.

@@ -237,7 +237,7 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
 
 
 def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report a finished run of whose held-out pairs all are ties. accuracy: the metric's name."""
+    """Report a finished run in which all held-out pairs are ties. accuracy: the metric's name."""
     pairs = n.get(HELD_OUT + accuracy + PAIR_COUNT)
     if not last or not pairs or HELD_OUT + accuracy in n:
         return Alarms(memory, [], [])

@@ -20,17 +20,17 @@ from jaxft.objectives.logprobs import (
     HeadInput,
     LanguageModel,
     LogProbs,
+    TargetLoss,
     logps_of_heads,
     weighted_loss,
 )
-from jaxft.objectives.losses.target_loss import TargetLoss
 from jaxft.tree import Params, static, struct
 
 
 @struct
 class ReadSharding:
-    """Where the read positions of B rows are on a mesh that shards their time axis into C parts, of m slots
-    each.
+    """The places of the read positions of B rows on a mesh that shards their time axis into C parts, of m
+    slots each.
 
     read_of: for each slot the number of its read, -1 for none. slot_of: for each read the number of its slot.
     """

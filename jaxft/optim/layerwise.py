@@ -56,7 +56,7 @@ class LayerwiseState(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """Which trainable leaves a layerwise optimizer updates together.
+    """The groups of trainable leaves that a layerwise optimizer updates together.
 
     stacks: a mask of the leaves of each stack of layers. large: paths of matrices without a layers axis that
     are updated in blocks of rows.

@@ -16,7 +16,7 @@ from jaxft.tree import Mask, OptState, Params
 
 
 class Averaging(NamedTuple):
-    """How an optimizer averages the weights.
+    """An average of the weights that an optimizer maintains.
 
     wrap(transform) -> a transformation with the same updates that also maintains the average (schedule-free
     averaging changes the updates too). averaged(opt_state, params) -> the average, with the structure and

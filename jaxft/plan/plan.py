@@ -28,7 +28,7 @@ from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_layout import score_tokens
-from jaxft.rl.sampler import engine_sizes
+from jaxft.rl.rollout_sampler import engine_sizes
 from jaxft.runs.run_texts import empty_slot_lines
 from jaxft.train.evaluate import evaluate
 from jaxft.train.programs import Programs, abstract, reference_step, sharded_batch, step_rows
@@ -285,7 +285,7 @@ def _oom_plan(
         **{**common, "limit": limit}, parts=resident, total=total, missing=missing or 0, host=0,
         collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None, compile_seconds=seconds,
         from_cache=False,
-        largest_arrays={}, why=_first_line(error),
+        largest_arrays={}, why=" ".join(error.split("\n\n")[0].split())[:300],
     )  # fmt: skip
 
 
@@ -339,7 +339,3 @@ def _cache_hits() -> Iterator[list[str]]:
     finally:
         if hasattr(jax.monitoring, "unregister_event_listener"):
             jax.monitoring.unregister_event_listener(listen)
-
-
-def _first_line(text: str) -> str:
-    return " ".join(text.split("\n\n")[0].split())[:300]

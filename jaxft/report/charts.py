@@ -19,16 +19,10 @@ from jaxft.runs import metric_names as names
 from jaxft.runs.trackers.jsonl import read_entries
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
+# distinguishable with any colour vision
 COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#7f3c8d",
-    "#444444",
-)  # distinguishable with any colour vision
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#444444",
+)  # fmt: skip
 STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 

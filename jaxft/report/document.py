@@ -173,15 +173,8 @@ POINTS = 48_000  # of all curves together, some 800 kB
 FEWEST, MOST = 40, 2000  # points of a curve
 # On a dark ground, in the order of COLOURS; distinguishable with any colour vision.
 DARK_COLOURS = (
-    "#4197ab",
-    "#ff8138",
-    "#28cb91",
-    "#fb90e8",
-    "#e0e277",
-    "#91fbff",
-    "#cc7afa",
-    "#f0b6cd",
-)
+    "#4197ab", "#ff8138", "#28cb91", "#fb90e8", "#e0e277", "#91fbff", "#cc7afa", "#f0b6cd",
+)  # fmt: skip
 
 
 def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:

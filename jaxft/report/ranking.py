@@ -29,7 +29,7 @@ from jaxft.report import compare
 from jaxft.report.compare import Logged, first_and_last, held_out
 from jaxft.report.statistics import paired_difference
 from jaxft.runs import metric_names as names
-from jaxft.runs.folder import read_saved_json
+from jaxft.runs.folder import part_of, read_saved_json
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
 
 ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
@@ -54,7 +54,7 @@ class RankedRun:
     @property
     def seed(self) -> tuple[Any, Any]:
         """The seeds of the run and of its data."""
-        return self.settings.get("seed"), _part(self.settings, "data").get("seed")
+        return self.settings.get("seed"), part_of(self.settings, "data").get("seed")
 
 
 class Criterion(NamedTuple):
@@ -103,7 +103,7 @@ def have_same_loss(results: Sequence[RankedRun]) -> bool:
 
 
 def _loss_function(settings: Mapping[str, Any]) -> str:
-    objective = _part(settings, "objective")
+    objective = part_of(settings, "objective")
     if objective.get("callable") == "jaxft.objectives.sft:sft":
         return "sft"
     return json.dumps(objective, sort_keys=True)
@@ -144,7 +144,7 @@ def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
 
 def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
     """The identity of a run's held-out rows: their dataset, and the names of the rows that have a value."""
-    data = _part(run.settings, "data")
+    data = part_of(run.settings, "data")
     held_out = data.get("held_out")
     dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
     files = tuple(sorted(os.path.abspath(source.ref) for source in parse_sources(dataset)))
@@ -173,7 +173,7 @@ def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
 
 def _without_seeds(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
-    data = {name: value for name, value in _part(settings, "data").items() if name != "seed"}
+    data = {name: value for name, value in part_of(settings, "data").items() if name != "seed"}
     return {**kept, "data": data}
 
 
@@ -431,8 +431,3 @@ def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criter
     if len(every) == 2 and (key in ACCURACIES or by.of_prompts):
         return paired(first, second)  # fractions, unless a score or a reward is none
     return paired_means(first, second, [one[0].rows[row].get(WEIGHT, 1.0) for row in common])
-
-
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = record.get(name)
-    return part if isinstance(part, dict) else {}

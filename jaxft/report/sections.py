@@ -22,6 +22,7 @@ from jaxft.report.markup import (
 from jaxft.report.run_files import RunFiles
 from jaxft.runs import metric_names
 from jaxft.runs.environment import device_counts
+from jaxft.runs.folder import part_of
 from jaxft.runs.run_texts import joint_alarms, same_prompts
 from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
@@ -121,10 +122,10 @@ def _number(metrics: Mapping[str, float], name: str) -> str:
 def run_facts(run: RunFiles) -> dict[str, Any]:
     """Return the facts about a run that a reader looks for first."""
     settings, last = run.settings, run.entries[-1]["step"]
-    data, optim = (_part(settings, name) for name in ("data", "optim"))
-    loss = _part(settings, "objective")
-    inner = _part(_part(loss, "args"), "loss") or loss
-    adapter = _part(settings, "adapter")
+    data, optim = (part_of(settings, name) for name in ("data", "optim"))
+    loss = part_of(settings, "objective")
+    inner = part_of(part_of(loss, "args"), "loss") or loss
+    adapter = part_of(settings, "adapter")
     trained = [f"LoRA of rank {adapter['rank']}" if "rank" in adapter else "no adapter"]
     if run.parameters:
         total, own = parameter_totals(run.parameters)
@@ -146,7 +147,7 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
 
 def effort(run: RunFiles) -> dict[str, Any]:
     """Return the cost of a run: tokens, time in total and of its steps, speed, hardware."""
-    perf = [_part(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
+    perf = [part_of(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
     seconds = sum(x for x in perf if isinstance(x, int | float))
     counts = [entry[metric_names.TOKENS] for entry in run.entries if metric_names.TOKENS in entry]
     tokens, devices = (counts or [None])[-1], run.environment.get("devices")
@@ -163,12 +164,6 @@ def effort(run: RunFiles) -> dict[str, Any]:
         hosts = f", {count} processes" if count != 1 else ""
         facts["hardware"] = f"{device_counts(devices)}{hosts}"
     return facts
-
-
-def _part(record: Any, name: str) -> dict[str, Any]:
-    """The dict called `name` in a record, {} where there is none."""
-    found = record.get(name) if isinstance(record, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def alarms_section(runs: Runs) -> str:
@@ -199,7 +194,7 @@ def settings_section(runs: Runs) -> str:
     shown = dict(list(known.items())[:MOST_COLUMNS])
     more = f" of the first {len(shown)} runs" if len(shown) < len(known) else ""
     parts.append(folded(f"All settings{more}", record_table(shown)))
-    given = {name: _part(_part(run.settings, "command"), "fields") for name, run in zip(records, runs)}
+    given = {name: part_of(part_of(run.settings, "command"), "fields") for name, run in zip(records, runs)}
     if any(given.values()):
         parts.append(folded("Settings of the command line other than knobs", record_table(given)))
     return section("settings", "Settings", "\n".join(parts))
@@ -261,14 +256,14 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
     count = min(COMPLETION_STEPS, len(steps))
     chosen = [steps[round(number * (len(steps) - 1) / max(1, count - 1))] for number in range(count)]
     shown = [e for step in chosen for e in [e for e in entries if e["step"] == step][:each]]
-    names = list(dict.fromkeys(name for entry in shown for name in _part(entry, "rewards")))
+    names = list(dict.fromkeys(name for entry in shown for name in part_of(entry, "rewards")))
     rows = [
         [
             number_text(entry["step"]),
             f'<div class="text">{escaped(last_message(entry.get("prompt")), 1000)}</div>',
             turns_html(entry.get("turns"))
             or f'<div class="text">{escaped(entry.get("completion", ""), 1500)}</div>',
-            *(number_text(_part(entry, "rewards").get(name)) for name in names),
+            *(number_text(part_of(entry, "rewards").get(name)) for name in names),
             f"<strong>{number_text(entry.get('reward'))}</strong>",
         ]
         for entry in shown
@@ -336,13 +331,13 @@ def data_of_runs(data: Mapping[str, Any]) -> str:
     """Return the statistics, lengths, invalid rows and examples of a dataset."""
     statistics = [
         [escaped(STATISTICS.get(name, name.replace("_", " "))), number_text(value)]
-        for name, value in _part(data, "statistics").items()
+        for name, value in part_of(data, "statistics").items()
     ]
     parts = [html_table(["", ""], statistics) if statistics else ""]
     lengths = []
     columns = ("min", "p10", "p50", "p90", "p99", "max", "mean")
-    for label, found in _part(data, "lengths").items():
-        cells = [number_text(_part(found, "percentiles").get(name)) for name in columns]
+    for label, found in part_of(data, "lengths").items():
+        cells = [number_text(part_of(found, "percentiles").get(name)) for name in columns]
         counts = [float(x) for x in found.get("histogram", []) if isinstance(x, int | float)]
         lengths.append([escaped(label), *cells, histogram_picture(counts)])
     if lengths:

@@ -4,14 +4,12 @@ trajectory.py: episodes as segments of token ids, sampled or given, and their ar
 play.py: the loop that plays episodes; the interface to what samples: rows that can be continued
 rollout.py: the source of rollouts, from prompts to batches
 online_pairs.py: preference pairs of episodes
-sampler.py: episodes sampled with the run's engine
 rewards.py: reward functions
 reward_models.py: reward models
 advantages.py: group advantages
-token_weights.py: token weights
+token_weights.py: weights of tokens in the loss: GRPO, DAPO, Dr. GRPO; importance weights: TIS, MIS
 estimators.py: GAE and REINFORCE++
-importance.py: importance weights between the sampler and the training program: TIS, MIS
-rollout_files.py: rollouts in files: to read, and to replay to the bit
+rollout_sampler.py: episodes sampled with the engine; rollouts in files, to read and to replay to the bit
 rollout_layout.py: episodes in rows of tokens, passes of a run's model over these, and values of sampled
     tokens back
 rollout_metrics.py: metrics of a rollout

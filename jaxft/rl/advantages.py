@@ -43,7 +43,12 @@ def has_score(scores: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
 
 
 def nonconstant_groups(scores: GroupScores) -> GroupMask:
-    """Return the mask of completions whose group has different scores: DAPO (arXiv:2503.14476, eq. 11)."""
+    """Return the mask of completions whose group has different scores: DAPO (arXiv:2503.14476, eq. 11).
+
+    >>> nonconstant_groups(np.array([[1.0, 1.0], [1.0, 0.0]]))
+    array([[False, False],
+           [ True,  True]])
+    """
     return np.broadcast_to(~_all_equal(scores), np.shape(scores))
 
 
@@ -61,6 +66,9 @@ def overlong(lengths: GroupLengths, max_new: int, soft: int) -> GroupScores:
 
     It is 0 up to max_new - soft tokens and falls linearly from there to -1. Raises ValueError if soft is not
     in 1 .. max_new.
+
+    >>> overlong(np.array([[50, 90, 100]]), max_new=100, soft=20)
+    array([[-0. , -0.5, -1. ]])
     """
     if not 0 < soft <= max_new:
         raise ValueError(f"overlong={soft} is not between 1 and max_new={max_new} tokens.")
@@ -100,7 +108,11 @@ def scale_scores(scores: GroupScores, moments: Moments) -> GroupScores:
 
 
 def weighted_sum(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupScores:
-    """Return `sum_k w_k r_k`, NaN if one of them is. With any advantage it is TRL's sum_then_normalize."""
+    """Return `sum_k w_k r_k`, NaN if one of them is. With any advantage it is TRL's sum_then_normalize.
+
+    >>> weighted_sum(np.array([[[1.0, 0.5]]]), (1.0, 0.2))
+    array([[1.1]])
+    """
     x, w = _checked_weights(rewards, weights)
     return (w * x).sum(-1)
 
@@ -120,6 +132,9 @@ def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: floa
 
     GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. These are no
     scores: the estimator by_each uses them, while by_group would divide by each group's deviation once more.
+
+    >>> normalised_sum(np.array([[[1.0, 20.0], [0.0, 0.0]]]), (1.0, 1.0)).round(2)
+    array([[ 0.71, -0.71]])
     """
     x, w = _checked_weights(rewards, weights)
     each = np.stack(
@@ -132,7 +147,11 @@ def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: floa
 
 
 def centred(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
-    """`r - mean of the group`: Dr. GRPO (Liu et al. 2025, arXiv:2503.20783). TRL's scale_rewards=none."""
+    """`r - mean of the group`: Dr. GRPO (Liu et al. 2025, arXiv:2503.20783). TRL's scale_rewards=none.
+
+    >>> centred(np.array([[1.0, 0.0, 0.0, np.nan]])).round(2)
+    array([[ 0.67, -0.33, -0.33,  0.  ]])
+    """
     return _zero_without_score(_centred(scores), scores)
 
 
@@ -140,6 +159,10 @@ def grpo(scores: GroupScores, lengths: GroupLengths | None = None, eps: float = 
     """`(r - mean) / (std + eps)` of the group, std unbiased (Shao et al. 2024, arXiv:2402.03300).
 
     TRL's scale_rewards=group.
+
+    >>> grpo(np.array([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]])).round(2)
+    array([[ 0.87, -0.87, -0.87,  0.87],
+           [ 0.  ,  0.  ,  0.  ,  0.  ]])
     """
     delta = _centred(scores)
     free = np.maximum(has_score(scores).sum(1, keepdims=True) - 1, 1)
@@ -153,13 +176,21 @@ def grpo_batch(scores: GroupScores, lengths: GroupLengths | None = None, eps: fl
 
 
 def rloo(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
-    """`r - mean of the others in the group` (Ahmadian et al. 2024, arXiv:2402.14740); 0 in a group of one."""
+    """`r - mean of the others in the group` (Ahmadian et al. 2024, arXiv:2402.14740); 0 in a group of one.
+
+    >>> rloo(np.array([[1.0, 0.0, 0.0, 1.0]])).round(2)
+    array([[ 0.67, -0.67, -0.67,  0.67]])
+    """
     n = has_score(scores).sum(1, keepdims=True)
     return _zero_without_score(_centred(scores) * n / np.maximum(n - 1, 1), scores)
 
 
 def opo(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """`r - sum |y| r / sum |y|` of the group: the optimal baseline (Hao et al. 2025, arXiv:2505.23585)."""
+    """`r - sum |y| r / sum |y|` of the group: the optimal baseline (Hao et al. 2025, arXiv:2505.23585).
+
+    >>> opo(np.array([[1.0, 0.0]]), np.array([[10, 30]]))
+    array([[ 0.75, -0.25]])
+    """
     x, n = _float64(scores), np.where(has_score(scores), np.asarray(lengths, np.float64), 0)
     base = np.nansum(n * x, 1, keepdims=True) / np.maximum(n.sum(1, keepdims=True), 1)
     return _zero_without_score(np.where(_all_equal(scores), x * 0, x - base), scores)
@@ -171,6 +202,9 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
     With binary scores, N of them in a group and p the probability of success, its gradient is in expectation
     the gradient of `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a
     negative score, as a negative mean would turn the gradient around.
+
+    >>> maxrl(np.array([[1.0, 0.0, 0.0, 0.0]]))
+    array([[ 3., -1., -1., -1.]])
     """
     x = _float64(scores)
     if (x < 0).any():
@@ -206,6 +240,10 @@ def gfpo(
     function of (scores, lengths). The first of equal completions is retained. Token weights count all
     completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError if the
     group has no more than `retain` completions.
+
+    >>> scores, lengths = np.array([[1.0, 0.0, 1.0, 0.0]]), np.array([[10, 20, 40, 30]])
+    >>> gfpo(scores, lengths, retain=2, advantage=centred)
+    array([[ 0.5, -0.5,  0. ,  0. ]])
     """
     group = np.shape(scores)[1]
     retain = max(1, group // 2) if retain is None else retain
@@ -261,6 +299,9 @@ def token_rewards(
 
     A completion without a score has reward 0 at every token, so that everything computed from it stays
     finite; its weight must be 0. TRL adds the score one position later if padding follows the last token.
+
+    >>> token_rewards(np.array([[0.1, 0.2, 0.0]]), np.array([1.0]), np.array([2]), kl_coef=0.5)
+    array([[-0.05,  0.9 ,  0.  ]])
     """
     lengths, valid = np.asarray(lengths), has_score(scores) & (np.asarray(lengths) > 0)
     rewards = np.where(token_mask(lengths * valid, kl.shape[1]), -kl_coef * _float64(kl), 0)
@@ -277,6 +318,10 @@ def gae(
     Schulman et al. 2015 (arXiv:1506.02438, eq. 16). The value after the last token is 0, also for a truncated
     completion. Whiten the advantages afterwards, so that returns stay returns. Raises ValueError if gamma or
     lam is not in [0, 1].
+
+    >>> advantages, returns = gae(np.array([[0.0, 1.0]]), np.array([[0.5, 0.5]]), np.array([2]), lam=1.0)
+    >>> advantages, returns
+    (array([[0.5, 0.5]]), array([[1., 1.]]))
     """
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1].")

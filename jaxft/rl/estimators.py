@@ -85,6 +85,16 @@ def by_group(
     kl_coef, kl: as in actor_critic. With a KL penalty in the rewards, kl_coef times the completion's KL is
     subtracted from its score first, as in TRL's RLOO. Raises ValueError if `advantage` can't be called with
     (scores, lengths).
+
+    >>> rollout = example_rollout(group=2, weights=(1.0,), facts=Facts())
+    >>> rollout.scores
+    array([[0., 1.],
+           [2., 3.]])
+    >>> by_group(rollout, adv.rloo).advantages
+    array([[-1., -1., -1.],
+           [ 1.,  1.,  1.],
+           [-1., -1., -1.],
+           [ 1.,  1.,  1.]])
     """
     require_signature(advantage, "advantage", ("scores", "lengths"))
     coef, scores = _kl_coef(rollout, kl_coef), rollout.scores
@@ -99,8 +109,8 @@ def by_group(
 def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: float = 1.0) -> AdvantageEstimate:
     """Give every token its turn's return-to-go within the group: `R_k = r_k + gamma R_(k+1)`.
 
-    The baseline and the deviation are those of the same turn of the group's other episodes. The score that is
-    not of a turn is a reward of the last one. With one turn it is `by_group`. Options: see by_group.
+    Baseline and deviation are over the same turn of the group's episodes. The score that is not of a turn is
+    a reward of the last one. With one turn it is `by_group`. Options: see by_group.
     """
     _require_no_kl(rollout, "by_turn")
     mask = rollout.token_mask
@@ -251,7 +261,7 @@ def _token_rewards(
 
 
 def _with_turn_rewards(rollout: RolloutScores, rewards: PerToken) -> PerToken:
-    """Add the rewards of turns at their last tokens, and the rest of the score at that of the episode."""
+    """Add the rewards of turns at their last tokens, and the rest of the score at the episode's last one."""
     of_turns = np.zeros(1) if rollout.turn_rewards is None else rollout.turn_rewards
     of_turns = np.where(rollout.token_mask, of_turns, 0)
     rest = rollout.scores.ravel() - of_turns.sum(1)

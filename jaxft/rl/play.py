@@ -77,8 +77,9 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Play:
-    """How episodes are played. stop: token ids that end a turn. rewards: functions that score an episode as
-    TRL calls them, with lists of one: (environments, prompts, completions, **columns) -> [number or None].
+    """The environment and the limits of episodes. stop: token ids that end a turn. rewards: functions that
+    score an episode as TRL calls them, with lists of one: (environments, prompts, completions, **columns) ->
+    [number or None].
     """
 
     environment: Environment
@@ -157,7 +158,26 @@ def rollout(
     ended: called with each episode as soon as it has ended, for rewards that overlap with sampling. All
     processes of a run sample; the environment is called on the first.
 
-    Example: trajectories = rollout(sampler, Play(environment_of(Guess), tokenizer, stop), rows, 8, key)
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from jaxft.rl.environments.environment import single_turn
+    >>> words = {"2": 0, "+": 1, "4": 2, "end": 3}
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "end")))
+    >>> class Fours:  # a session without a model: all turns are "4 end"
+    ...     def __init__(self, key):
+    ...         self.queue = []
+    ...     def start(self, prompt, episodes, number, max_new):
+    ...         self.queue += episodes
+    ...     def drop(self, episode):
+    ...         pass
+    ...     def wait(self):
+    ...         started, self.queue = self.queue, []
+    ...         return [Sampled(i, np.array([2, 3]), np.zeros(2), "stop") for i in started]
+    >>> rows = TokenisedPrompts(((0, 1, 0),), ("row 1",), (Completion("row 1", "2 + 2", ""),), ({},))
+    >>> play = Play(single_turn(), tokenizer, stop=(3,))
+    >>> [episode.text for episode in rollout(Fours, play, rows, 2, jax.random.key(0))]
+    ['4', '4']
     """
     with play.calls as calls:
         return _Rollout(play, rows, group, sampler(key), calls).run(ended)

@@ -187,7 +187,7 @@ def require_classifier(ref: str) -> None:
 
 
 def is_classifier(ref: str) -> bool:
-    """Whether the files of `ref` have a classifier's head."""
+    """Return whether the files of `ref` have a classifier's head."""
     return heads.SCORE[0] in pretrained.open_files(ref).tensors
 
 
@@ -301,7 +301,7 @@ class ModelReward(Reward):
         """Load the weights and return `(prompts, completions, settings) -> scores`, NaN for a text that is
         too long.
 
-        prompts: without responses. settings: of the run's chat template; the model's own gets those of its
+        prompts: without responses. settings: of the run's chat template; the model's own template gets the
         arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)

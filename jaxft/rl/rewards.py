@@ -121,7 +121,7 @@ class FunctionReward(Reward):
 
     @property
     def is_async(self) -> bool:
-        """Whether the function is async."""
+        """True if the function is async."""
         return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
@@ -217,7 +217,13 @@ class ObjectReward(Reward):
 
 
 def reward_of(given: Any) -> Reward:
-    """Return a user's function as a reward; a Reward unchanged."""
+    """Return a user's function as a reward; a Reward unchanged.
+
+    >>> def short(prompt, completion, row):
+    ...     return float(len(completion) < 80)
+    >>> reward_of(short).name
+    'short'
+    """
     if isinstance(given, Reward):
         return given
     try:
@@ -273,6 +279,10 @@ def call_reward(
 ) -> RewardScores:
     """Call a reward function for each completion, with copies that it may change. rows: names and columns.
     begun: calls that have begun, if any has.
+
+    >>> rows = [("row 1", {"answer": "4"})] * 2
+    >>> call_reward(FunctionReward(exact), ["2 + 2?"] * 2, ["4", "5"], rows).scores
+    array([1., 0.])
     """
     scores, faults = np.full(len(completions), np.nan), Faults()
     given = zip(begun or [None] * len(rows), prompts, completions, rows, strict=True)
@@ -311,17 +321,24 @@ def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
 
 
 def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
-    """Return 1 if the completion equals the row's answer up to white space and case, else 0."""
+    """Return 1 if the completion equals the row's answer up to white space and case, else 0.
+
+    >>> exact("Capital of France?", " paris ", {"answer": "Paris"})
+    1.0
+    """
     return float(_normalised(completion) == _normalised(row[column]))
 
 
 def number(
     prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
 ) -> float:
-    """Return 1 if the last number of the completion equals that of the row's answer within a relative
+    """Return 1 if the last numbers of the completion and of the row's answer are equal within a relative
     `tolerance`, else 0.
 
     Raises ValueError for a row whose answer has no number.
+
+    >>> number("6 * 7?", "6 * 7 = 42.", {"answer": "#### 42"})
+    1.0
     """
     expected, got = last_number(row[column]), last_number(completion)
     if expected is None:
@@ -335,6 +352,9 @@ def json_match(prompt: Any, completion: str, row: dict[str, Any], column: str = 
     White space, the order of keys and the notation of numbers (3 and 3.0) make no difference. Everything else
     does: a missing or an additional key, true in place of 1, text around the JSON, a repeated key. The answer
     is JSON text or a JSON value; ValueError is raised for any other.
+
+    >>> json_match("", '{"b": 2, "a": 1.0}', {"answer": {"a": 1, "b": 2}})
+    1.0
     """
     answer = row[column] if isinstance(row[column], str) else json.dumps(row[column])
     try:
@@ -351,6 +371,9 @@ def matches(prompt: Any, completion: str, row: dict[str, Any], pattern: str) -> 
     """Return 1 if the whole completion, stripped of white space, matches a regular expression, else 0.
 
     Raises ValueError if that takes more than tree.MATCH_SECONDS.
+
+    >>> matches("", "Yes, 3.", {}, pattern=r"(Yes|No), [0-9]+[.]")
+    1.0
     """
     return float(tree.regex(pattern, "pattern", dotall=True).fullmatch(completion.strip()))
 
@@ -385,6 +408,9 @@ def last_number(text: Any) -> float | None:
     """Return the last number of a text, after GSM8K's #### if it has one; None without a number.
 
     Thousands separators are allowed.
+
+    >>> last_number("12 boxes hold 1,440 eggs")
+    1440.0
     """
     numbers = NUMBER.findall(str(text).rpartition("####")[2].replace("\u2212", "-"))  # a typeset minus
     return float(numbers[-1].replace(",", "")) if numbers else None

@@ -34,10 +34,8 @@ from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
 from jaxft.rl.environments.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
-from jaxft.rl.importance import weight_metrics
 from jaxft.rl.play import EpisodeLimits, Play
 from jaxft.rl.rewards import ObjectReward, ScoreEpisodes
-from jaxft.rl.rollout_files import append_table
 from jaxft.rl.rollout_layout import (
     BoundRun,
     PackedRows,
@@ -50,8 +48,8 @@ from jaxft.rl.rollout_layout import (
 )
 from jaxft.rl.rollout_metrics import as_sums, evaluation_metrics, rollout_metrics
 from jaxft.rl.rollout_rules import Rules, ScoredEpisodes, fault_messages
-from jaxft.rl.sampler import EVALUATION, SampleEpisodes, compile_rollout_sampler
-from jaxft.rl.token_weights import token_mean
+from jaxft.rl.rollout_sampler import EVALUATION, SampleEpisodes, append_table, compile_rollout_sampler
+from jaxft.rl.token_weights import token_mean, weight_metrics
 from jaxft.runs.metric_names import REWARD
 from jaxft.tree import Batch, Metrics
 
@@ -81,7 +79,7 @@ class TrainingRollout:
 
 
 class BatchKind(NamedTuple):
-    """How scored rollouts become batches, as functions of the data's settings.
+    """Conversion of scored rollouts to batches, as functions of the data's settings.
 
     shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last.
     rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
@@ -200,7 +198,7 @@ class Rollouts(Prompts):
 
     @property
     def optional_prompts(self) -> bool:
-        """Whether rows need no prompt, as the environment makes them."""
+        """True if rows need no prompt, because the environment makes it."""
         return self.played.prompts
 
     @property
@@ -215,12 +213,12 @@ class Rollouts(Prompts):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches read log-probs of given tokens too."""
+        """True if batches read log-probs of given tokens too."""
         return self.observations
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has: those of a group may differ if the environment's reset makes them."""
+        """Prompts of a row: a group may have different ones if the environment's reset makes them."""
         return self.group if self.played.resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
@@ -491,7 +489,7 @@ class RolloutSource(PromptSource):
         )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
-        """Whether the KL of the policy to the sampling policy exceeds target_kl. Waits for the previous step.
+        """Return whether the KL to the sampling policy exceeds target_kl. Waits for the previous step.
 
         aux has the approximate KL of the last step that trained the policy. That step belongs to this rollout
         if an earlier step of the rollout trained the policy.
@@ -591,7 +589,7 @@ def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> N
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
-    """Whether log-probs are recomputed with the training program after sampling.
+    """Return whether log-probs are recomputed with the training program after sampling.
 
     That is not necessary for a single on-policy update without reference or critic, as the ratio is 1, nor
     for a ratio to the sampler.

@@ -2,9 +2,9 @@
 
 A row has a prompt once, then its episodes, which do not attend to one another. Later training rows of an
 episode (see Trajectory.rows) are after the others, each as a segment with its own start, and so is an episode
-whose prompt differs from that of the first one of its group. Given tokens are in the rows, but have no read
+whose prompt differs from the first one of its group. Given tokens are in the rows, but have no read
 position: no loss, entropy or KL is ever computed there. ECHO alone predicts them: its read positions follow
-those of sampled tokens and are padding to everything else.
+the ones of sampled tokens and are padding to everything else.
 """
 
 import math
@@ -80,8 +80,8 @@ class _Piece(NamedTuple):
 
 
 def _groups(episodes: Episodes) -> list[tuple[tuple[int, ...], list[_Piece]]]:
-    """Return the prompt that each row begins with, that of the first episode of a group that has one, and the
-    training rows of the group's episodes, those that share its tokens first.
+    """Return, for each group, the prompt of its row (of the first episode that has one) and the training rows
+    of its episodes. Rows that share the prompt come first.
     """
     found = []
     for first in range(0, len(episodes.trajectories), episodes.group):
@@ -113,7 +113,7 @@ def pack_episodes(
 
     size: (rows, episode slots of a row), None for those that the episodes need; the others stay empty.
     reads_given: whether tokens that an episode was given before its last turn have read positions too, after
-    those of all sampled tokens, as padding with an observation weight of 1.
+    all sampled tokens, as padding with an observation weight of 1.
     """
     rows, slots = size or episodes.lengths.shape
     groups = _groups(episodes)
@@ -251,7 +251,7 @@ class RolloutPrograms:
         }
         programs = threads.compile_all(lowered, run.mesh.devices.flat[0].platform)
 
-        def own_rows(x: jax.Array) -> np.ndarray:  # [rows, ...] without those of the padding
+        def own_rows(x: jax.Array) -> np.ndarray:  # [rows, ...] without padding
             return np.asarray(x)[:, : self.rows // len(x)].reshape(self.rows, x.shape[-1])
 
         def over_rollout(packed: PackedRows, state: TrainState) -> Any:

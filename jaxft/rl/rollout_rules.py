@@ -12,9 +12,8 @@ from jaxft.annotations import at_least, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
-from jaxft.rl.importance import Correction
 from jaxft.rl.rewards import EnvironmentReward, Faults, Reward, RewardScores, reward_of, unique_names
-from jaxft.rl.token_weights import TokenWeights, token_mean
+from jaxft.rl.token_weights import Correction, TokenWeights, token_mean
 from jaxft.rl.trajectory import Episodes
 
 Combine = Callable[[ScoresPerReward, Sequence[float]], GroupScores]
@@ -36,7 +35,7 @@ class ScoredEpisodes:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a rollout is scored and trained on.
+    """Rules by which a rollout is scored and trained on.
 
     rewards: plain functions of (prompt, completion, row), which become FunctionRewards, functions of TRL with
         an argument `environments`, or other Rewards.
@@ -105,7 +104,7 @@ class Rules:
 
     @property
     def freezes_policy(self) -> bool:
-        """Whether an optimizer step may contain no completion to train the policy on."""
+        """True if an optimizer step may contain no completion to train the policy on."""
         return bool(self.warm_up) or self.filter is not None or not self.train_on_truncated
 
     @property

@@ -48,7 +48,7 @@ class Segment:
 
     @property
     def sampled(self) -> bool:
-        """Whether the model sampled these tokens."""
+        """True if the model sampled these tokens."""
         return self.logps is not None
 
 
@@ -142,7 +142,7 @@ class Episodes:
 
     def per_token(self, value: Callable[[int, Segment], Any], dtype: Any) -> Shaped[np.ndarray, "n S"]:
         """Return values of each sampled token; 0 beyond an episode's length. value: (number of a turn, the
-        turn) -> those of its tokens.
+        turn) -> values of its tokens.
         """
         stacked = np.zeros((len(self.trajectories), self.size), dtype)
         for row, trajectory in zip(stacked, self.trajectories, strict=True):
@@ -160,12 +160,12 @@ class Episodes:
 
     @cached_property
     def ended(self) -> Bool[np.ndarray, "G N"]:
-        """Which episodes ended by a stop token or by the environment rather than by a limit."""
+        """Mask of episodes that ended by a stop token or the environment rather than by a limit."""
         return self.by_prompt([t.ended for t in self.trajectories])
 
     @cached_property
     def valid(self) -> Bool[np.ndarray, "G N"]:
-        """Which episodes have no fault."""
+        """Mask of episodes without a fault."""
         return self.by_prompt([not t.fault for t in self.trajectories])
 
     @cached_property

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
@@ -23,21 +23,9 @@ from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, fol
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (
-    "weights_path",
-    "weights_revision",
-    "loop",
-    "data.epochs",
-    "data.workers",
-    "data.tokens",
-    "trackers",
-    "tracking",
-    "samples",
-    "scoring",
-    "sampling",
-    "general",
-    "mesh",
-    "hosts",
-)
+    "weights_path", "weights_revision", "loop", "data.epochs", "data.workers", "data.tokens",
+    "trackers", "tracking", "samples", "scoring", "sampling", "general", "mesh", "hosts",
+)  # fmt: skip
 # Settings among them that may not, as the scores of all checkpoints are compared, and of the same rows.
 MUST_STAY = ("loop.best_metric", "loop.greater_is_better", "loop.eval_fraction")
 HASH = "sha256:"
@@ -140,6 +128,12 @@ def read_saved_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def part_of(record: Any, name: str) -> dict[str, Any]:
+    """Return the dict called `name` in a record, {} where there is none."""
+    found = record.get(name) if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def write_record(
     folder: Path, record: dict[str, Any], step: int = 0, attention: str | None = None
 ) -> list[str]:
@@ -194,17 +188,12 @@ def finished_steps(folder: Path) -> int:
     return steps
 
 
-def patience_at_end(folder: Path) -> int | None:
-    """The loop.patience that ended a finished run before its planned steps; None if none did."""
+def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
+    """Why a finished run ended before its planned steps: the loop.patience that ended it, or the planned
+    steps of a run that a callback ended; None if it did not end so.
+    """
     path = folder / SUMMARY
-    found = read_saved_json(path).get("patience") if path.exists() else None
-    return found if type(found) is int else None
-
-
-def planned_at_end(folder: Path) -> int | None:
-    """The planned steps of a finished run that a callback ended before them; None if none did."""
-    path = folder / SUMMARY
-    found = read_saved_json(path).get("planned") if path.exists() else None
+    found = read_saved_json(path).get(by) if path.exists() else None
     return found if type(found) is int else None
 
 

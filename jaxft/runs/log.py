@@ -46,30 +46,14 @@ class NullLog:
         """Do nothing."""
         return {}
 
-    def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
-        """Do nothing."""
-
-    def ends_at(self, step: int) -> None:
-        """Do nothing."""
-
-    def mark(self, end: RunEnd) -> None:
-        """Do nothing."""
-
     def add_alarms(self, texts: list[str]) -> None:
         """Append the alarms."""
         self.alarms += texts
 
-    def message(self, text: str) -> None:
+    def message(self, *_: Any) -> None:
         """Do nothing."""
 
-    def progress(self, text: str) -> None:
-        """Do nothing."""
-
-    def tabulate(self, labels: Sequence[str]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
+    listen = ends_at = mark = progress = tabulate = close = message
 
 
 class Log:

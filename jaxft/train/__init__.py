@@ -4,7 +4,7 @@ python_api.py: `jaxft.train`, `prepare`, `load` and `evaluate`, for notebooks an
 settings.py: Run and Loop
 recipes.py: groups of knobs that recipes share
 loop.py: the train loop
-step.py: the train step
+step.py: the train step; norms by layer
 programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
 partition.py: the trainable mask and the parameter table
@@ -46,6 +46,12 @@ class _Train(types.ModuleType):
 
             result = jaxft.train("sft", rows, name="mine", lr=5e-4, loss_on="completion")
             result = jaxft.train("dpo", pairs, loss=my_loss, callbacks=[lambda step, metrics: print(step)])
+
+        >>> import jaxft
+        >>> jaxft.train("sft", [{"prompt": "2 + 2?", "completion": "4"}], learning_rate=1e-4)
+        Traceback (most recent call last):
+            ...
+        jaxft.Error: learning_rate=0.0001: learning_rate is lr here; write lr=0.0001
         """
         importlib.import_module("jaxft.cli.cli").quiet()  # before jax is imported
         api = importlib.import_module("jaxft.train.python_api")

@@ -1,26 +1,35 @@
 """The compiled programs of a run: step, evaluation of held-out rows and general text, sampling of prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxft import tree
 from jaxft.batch import TrainState, widened
+from jaxft.data.source import Source
 from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.run_texts import Evaluation
-from jaxft.train.evaluate import samples, scores
 from jaxft.train.evaluate.evaluate import held_out_floats
+from jaxft.train.evaluate.scored_completions import (
+    Completed,
+    Scored,
+    compile_sampler,
+    held_out_prompts,
+    make_scorer,
+    prompt_texts,
+)
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
 from jaxft.train.start.jobs import Job
 from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job
+RowMetrics = Callable[[States, Iterable[Batch], bool], list[Metrics]]  # see programs.compile_metrics
 RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
 LAST_LOSS = "last_loss"
 EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of general text evaluated"
@@ -65,7 +74,7 @@ class Compiled:
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
     evaluate: Callable[[States, bool], list[HeldOut]]
     general: Callable[[States], list[dict[str, float]]]
-    sample: Callable[[States], list[scores.Scored]]
+    sample: Callable[[States], list[Scored]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
@@ -120,17 +129,12 @@ class Compiled:
 
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
     """Compile the programs of a run alone. clock: shows the progress of evaluation and sampling."""
-    p, run, source, (own,) = job.lead.programs, job.lead.run, job.sources[0], frozen
+    p, source, (own,) = job.lead.programs, job.sources[0], frozen
     with clock.part("evaluation"):
         held_out = compile_eval(p, p.eval_step, own, job.held_out, partial(clock.over, EVALUATING))
         general = compile_eval(p, p.text_step, own, job.general, partial(clock.over, EVALUATING_TEXT))
-    params = tree.combine(p.state.trainable, p.frozen)
-    decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
-    prompts = scores.held_out_prompts(run, source)
     with clock.part("samples"):
-        complete = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
-    texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
-    score = scores.make_scorer(run.scoring, run.samples, texts)
+        sample = compile_samples(job, frozen, clock)
     with clock.part("train step"):
         train_step = compile_step(p, *source.shapes)
 
@@ -142,49 +146,66 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         found = source.evaluate(states[0])
         return [HeldOut.of(held_out(states[0], with_rows)) if found is None else HeldOut(*found)]
 
-    def sample(states: States) -> list[scores.Scored]:
-        return [score(complete(tree.combine(states[0].trainable, own)))]
-
-    last_loss = no_losses
-    if not source.held_out:
-        of_rows = compile_metrics(p, p.eval_step, own, *microbatch_shape(source.shapes[-1]))
-        last_loss = partial(
-            losses_of_batch,
-            lambda states, rows: [as_floats(of_rows(states[0], rows, False))],
-            source.shapes[-1],
-        )
-    average = compile_averaged(p)
-
-    def averaged(states: States) -> States:
-        return (average(states[0]),)
-
     def general_text(states: States) -> list[FloatMetrics]:
         return [as_floats(general(states[0], False))]
 
-    return Compiled(step, evaluate, general_text, sample, last_loss, averaged)
+    def compile_rows(shape: Batch, count: int) -> RowMetrics:
+        metrics = compile_metrics(p, p.eval_step, own, shape, count)
+        return lambda states, batches, with_rows: [metrics(states[0], batches, with_rows)]
+
+    last_loss = compile_last_loss(source, compile_rows)
+    return Compiled(step, evaluate, general_text, sample, last_loss, compile_averages(job))
 
 
-def no_losses(states: States, batch: Batch) -> list[FloatMetrics]:
-    """Return no loss for any member."""
-    return [{} for _ in states]
+def compile_averages(job: Job) -> Callable[[States], States]:
+    """Return `averaged(states)`, see Compiled."""
+    averages = [compile_averaged(member.programs) for member in job.members]
+    return lambda states: tuple(average(state) for average, state in zip(averages, states, strict=True))
 
 
-def microbatch_shape(largest: Batch) -> tuple[Batch, int]:
-    """Return the shape [1, rows, ...] of a microbatch of the largest batch, and their number."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), largest)
-    return one, jax.tree.leaves(largest)[0].shape[0]
-
-
-def losses_of_batch(
-    metrics: Callable[[States, Sequence[Batch]], list[FloatMetrics]],
-    largest: Batch,
-    states: States,
-    batch: Batch,
-) -> list[FloatMetrics]:
-    """Return {"last_loss"} of each member on the microbatches of `batch`, which is padded to `largest`.
-
-    metrics(states, microbatches) is compiled for those of `largest`.
+def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Callable[[States], list[Scored]]:
+    """Return `sample(states)`: completions of held-out prompts by each member with their scores, compiled
+    once for members of one rank. clock: shows the progress.
     """
-    wide = widened(batch, largest)
-    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], wide) for i in range(jax.tree.leaves(wide)[0].shape[0])]
-    return [{LAST_LOSS: own[LOSS]} if LOSS in own else {} for own in metrics(states, rows)]
+    run, prompts = job.lead.run, held_out_prompts(job.lead.run, job.sources[0])
+    texts = prompt_texts(prompts, job.tokenizer, job.stop)
+    score = make_scorer(run.scoring, run.samples, texts)
+    by_shape: dict[str, Callable[[Params], list[Completed]]] = {}
+    complete = []
+    for member in job.members:
+        p = member.programs
+        params = tree.combine(p.state.trainable, p.frozen)
+        key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
+        if key not in by_shape:
+            decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
+            by_shape[key] = compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
+        complete.append(by_shape[key])
+
+    def sample(states: States) -> list[Scored]:
+        return [
+            score(one(tree.combine(state.trainable, own)))
+            for one, state, own in zip(complete, states, frozen, strict=True)
+        ]
+
+    return sample
+
+
+def compile_last_loss(
+    source: Source[Any], compile_rows: Callable[[Batch, int], RowMetrics]
+) -> Callable[[States, Batch], list[FloatMetrics]]:
+    """Return `last_loss(states, batch)`, see Compiled. compile_rows: compiles RowMetrics for batches of one
+    shape, and the number of them that are evaluated together.
+    """
+    if source.held_out:
+        return lambda states, batch: [{} for _ in states]
+    largest: Any = source.shapes[-1]
+    microbatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), largest)
+    metrics = compile_rows(microbatch, largest.ids.shape[0])
+
+    def last_loss(states: States, batch: Batch) -> list[FloatMetrics]:
+        wide = widened(batch, largest)
+        rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], wide) for i in range(wide.ids.shape[0])]
+        found = map(as_floats, metrics(states, rows, False))
+        return [{LAST_LOSS: own[LOSS]} if LOSS in own else {} for own in found]
+
+    return last_loss

@@ -56,8 +56,8 @@ def run(
 ) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: trackers in addition
-    to those of the settings. clock: of what was done before, such as measuring lengths. Returns 0 if
+    settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: further
+    trackers. clock: with the time of earlier work, such as measuring lengths. Returns 0 if
     finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
     with a remedy.
     """
@@ -180,7 +180,7 @@ def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
 
 
 def due(every: float | None, done: int, job: Job) -> bool:
-    """Whether a multiple of `every` was reached since the last step at which the run could be saved."""
+    """Return whether a multiple of `every` was reached since the run could last be saved."""
     if every is None:
         return False
     steps = steps_between(every, job.steps)

@@ -1,4 +1,4 @@
-"""Which parameters are trainable and which are frozen: the mask, the split that it makes, and the table that
+"""The trainable and the frozen parameters of a run: the mask, the split that it makes, and the table that
 shows it.
 """
 
@@ -49,7 +49,7 @@ class Partition:
 
     @property
     def storage(self) -> dict[str, Storage]:
-        """How each parameter is stored, by path."""
+        """The storage of each parameter, by path."""
         return self.stored.storage
 
 
@@ -91,7 +91,7 @@ def partition_params(
 
 
 def _always_frozen(path: str) -> bool:
-    """Whether no pattern makes the parameter at a path of the whole tree trainable."""
+    """Return whether no pattern makes the parameter at a path of the whole tree trainable."""
     frozen = path.startswith((f"{INITIAL_ADAPTER}/", f"{TEACHER}/"))
     return frozen or path.endswith("/scale") and not in_base(path)
 
@@ -122,8 +122,8 @@ def trainable_paths(partition: Partition) -> set[str]:
 
 
 def trains_base(partition: Partition) -> bool:
-    """Whether any parameter of the base is trainable. If none is, a model with a fresh adapter computes the
-    same as the base.
+    """Return whether any parameter of the base is trainable. If none is, a model with a fresh adapter
+    computes the same as the base.
     """
     return any(jax.tree.leaves(partition.mask["base"]))
 

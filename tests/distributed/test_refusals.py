@@ -11,7 +11,8 @@ from tiny_model import CONFIG
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.engine.sampling import Sampling
-from jaxft.models.families.llama import from_hf, llama
+from jaxft.models.families.llama import llama
+from jaxft.models.model_types import FAMILIES
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.optim.optimizer import Optim
 from jaxft.train import partition
@@ -38,8 +39,8 @@ LLAMA3 = dict(
 )
 def test_unsupported_rope_scaling_is_an_error(rope, text):
     with pytest.raises(ValueError, match=text):
-        from_hf({**HF, "rope_scaling": rope})
-    assert from_hf({**HF, "rope_scaling": LLAMA3}).rope.factor == 8.0
+        FAMILIES["llama"].from_hf({**HF, "rope_scaling": rope})
+    assert FAMILIES["llama"].from_hf({**HF, "rope_scaling": LLAMA3}).rope.factor == 8.0
 
 
 def test_dtype_of_trainable_base_weights_needs_some():

@@ -7,7 +7,8 @@ import pytest
 from engines import decoded, prefilled
 
 from jaxft.batch import Tokens
-from jaxft.models.families.llama import from_hf, llama
+from jaxft.models.families.llama import llama
+from jaxft.models.model_types import FAMILIES
 
 torch = pytest.importorskip("torch")
 
@@ -81,7 +82,7 @@ def tokens_of(ids):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(shape):
     hf = tiny_hf(**SHAPES[shape])
-    model = llama(from_hf(hf.config.to_dict()), jnp.float32)
+    model = llama(FAMILIES["llama"].from_hf(hf.config.to_dict()), jnp.float32)
     params = base_of(hf, model)
     ids = np.random.default_rng(0).integers(0, 97, (2, 70)).astype(np.int32)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def test_logits_equal_transformers(shape):
 
 def test_decoding_with_a_cache_equals_the_full_forward_pass():
     hf = tiny_hf(**SHAPES["gqa"])
-    model = llama(from_hf(hf.config.to_dict()), jnp.float32)
+    model = llama(FAMILIES["llama"].from_hf(hf.config.to_dict()), jnp.float32)
     params = base_of(hf, model)
     ids = np.random.default_rng(1).integers(0, 97, (2, 12)).astype(np.int32)
     pad = 3  # row 1 is 3 tokens shorter, padded on the left

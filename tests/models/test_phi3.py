@@ -3,7 +3,7 @@
 import pytest
 from tiny_families import SIZES
 
-from jaxft.models.families.phi3 import PHI3_PRESETS, phi3, phi3_from_hf
+from jaxft.models.families.phi3 import PHI3_PRESETS, phi3
 from jaxft.models.model_types import FAMILIES, preset
 from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs
@@ -16,7 +16,9 @@ FACTORS = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
 def test_older_names_of_longrope_are_read(key, name):
-    c = phi3_from_hf({**TINY, "max_position_embeddings": 8192, "rope_scaling": {key: name, **FACTORS}})
+    c = FAMILIES["phi3"].from_hf(
+        {**TINY, "max_position_embeddings": 8192, "rope_scaling": {key: name, **FACTORS}}
+    )
     assert c.rope.kind == "longrope"
     assert c.rope.original_max_positions == 4096 and c.rope.factor == 2.0  # transformers' default
 
@@ -35,7 +37,7 @@ def test_older_names_of_longrope_are_read(key, name):
 )
 def test_unsupported_settings_are_one_line(changes, says):
     with pytest.raises(ValueError, match=says) as e:
-        phi3_from_hf({**TINY, **changes})
+        FAMILIES["phi3"].from_hf({**TINY, **changes})
     assert "\n" not in str(e.value)
 
 
@@ -54,10 +56,10 @@ def test_presets_have_the_parameters_of_the_files_and_survive_config_json(name):
     model = preset(name)
     assert count_params(model.specs) == PARAMETERS[name]
     written = FAMILIES["phi3"].to_hf(model.config)
-    assert phi3_from_hf(written) == model.config
+    assert FAMILIES["phi3"].from_hf(written) == model.config
 
 
-SPECS = phi3(phi3_from_hf(TINY)).specs
+SPECS = phi3(FAMILIES["phi3"].from_hf(TINY)).specs
 
 
 def test_a_fused_layer_has_one_adapter():

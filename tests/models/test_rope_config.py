@@ -25,7 +25,8 @@ from jaxft.models.dense_config import (
     rope_to_hf,
     ropes_from_hf,
 )
-from jaxft.models.families.llama import LlamaConfig, from_hf, llama
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.models.model_types import FAMILIES
 from jaxft.nn import param
 from jaxft.nn import rope as our_rope
 from jaxft.nn.rope import Rope
@@ -49,7 +50,7 @@ LONG = {
 
 
 def frequencies(**rope):
-    config = from_hf({**SIZES, **rope})
+    config = FAMILIES["llama"].from_hf({**SIZES, **rope})
     return our_rope.frequencies(config.rope, config.head_dim)
 
 
@@ -215,7 +216,7 @@ ROPES = {
     ),
     "proportional": Rope(kind="proportional", rotated=0.5),
 }  # fmt: skip
-FAMILIES = {
+FORMS = {
     "LlamaConfig": ConfigFormat("llama", "LlamaForCausalLM"),
     "Phi3Config": ConfigFormat("phi3", "Phi3ForCausalLM", partial_rope=True),
     "Qwen3Config": ConfigFormat("qwen3", "Qwen3ForCausalLM", {"attention_bias": False}),
@@ -242,13 +243,13 @@ def some_config(rope, **changes):
     ("family", "name"),
     [
         (family, name)
-        for family in FAMILIES
+        for family in FORMS
         for name, rope in ROPES.items()
         if family != "Phi3Config" or rope.kind in ("default", "longrope")  # Phi-3 has no other kind
     ],
 )
 def test_what_is_written_is_read_again_by_us_and_through_transformers(family, name):
-    form = FAMILIES[family]
+    form = FORMS[family]
     part = 0.5 if form.partial_rope and ROPES[name].kind == "default" else ROPES[name].rotated
     config = some_config(replace(ROPES[name], rotated=part))
     form = replace(form, partial_rope=part != 1)
@@ -323,8 +324,8 @@ def test_contradictions_between_layer_types_are_one_line(changes, words):
 def test_what_yarn_and_dynamic_extend_may_be_used():
     """max_position_embeddings is the original length in files whose user added rope_scaling."""
     for file in ({"type": "dynamic", "factor": 4.0}, {**YARN, "original_max_position_embeddings": 16384}):
-        assert from_hf({**SIZES, "rope_scaling": file}).max_positions == 65536
-    assert from_hf({**SIZES, "rope_scaling": LINEAR}).max_positions == 16384
+        assert FAMILIES["llama"].from_hf({**SIZES, "rope_scaling": file}).max_positions == 65536
+    assert FAMILIES["llama"].from_hf({**SIZES, "rope_scaling": LINEAR}).max_positions == 16384
 
 
 @pytest.mark.quick_cases("dynamic")

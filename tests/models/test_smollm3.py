@@ -3,7 +3,7 @@
 import pytest
 from tiny_families import SIZES
 
-from jaxft.models.families.smollm3 import SMOLLM3_PRESETS, smollm3, smollm3_from_hf
+from jaxft.models.families.smollm3 import SMOLLM3_PRESETS, smollm3
 from jaxft.models.model_types import FAMILIES, preset
 from jaxft.nn.param import count_params
 
@@ -22,14 +22,14 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 7}
     ],
 )
 def test_layers_with_rope_are_those_of_config_json(changes, has_rope):
-    c = smollm3_from_hf({**TINY, **changes})
+    c = FAMILIES["smollm3"].from_hf({**TINY, **changes})
     assert c.has_rope == has_rope
     a = smollm3(c).attention
     assert tuple(a.kinds[kind].rope.kind != "none" for kind in a.layout) == has_rope
 
 
 def test_layers_without_rope_have_the_window_by_default():
-    c = smollm3_from_hf({**TINY, **WINDOW, "no_rope_layer_interval": 2})
+    c = FAMILIES["smollm3"].from_hf({**TINY, **WINDOW, "no_rope_layer_interval": 2})
     a = smollm3(c).attention
     assert [a.kinds[kind].window for kind in a.layout] == [None, 7, None, 7] and c.window == 7
 
@@ -52,7 +52,7 @@ def test_layers_without_rope_have_the_window_by_default():
 )
 def test_unsupported_settings_are_one_line(changes, says):
     with pytest.raises(ValueError, match=says) as e:
-        smollm3_from_hf({**TINY, **changes})
+        FAMILIES["smollm3"].from_hf({**TINY, **changes})
     assert "\n" not in str(e.value)
 
 
@@ -61,4 +61,4 @@ def test_presets_have_the_parameters_of_the_files_and_survive_config_json(name):
     model = preset(name)
     assert count_params(model.specs) == 3_075_098_624
     written = FAMILIES["smollm3"].to_hf(model.config)
-    assert smollm3_from_hf(written) == model.config
+    assert FAMILIES["smollm3"].from_hf(written) == model.config

@@ -27,8 +27,7 @@ from jaxft.nn.stack import layer_places, run_layer
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
-from jaxft.train.logs.watch import make_watch
-from jaxft.train.step import make_train_step
+from jaxft.train.step import make_train_step, make_watch
 from jaxft.weights.calibrate.calibrated_base import CalibrationRows, calibrate_layers
 from jaxft.weights.hf import hf_read, hf_write
 from jaxft.weights.param_loading import param_readers

@@ -14,6 +14,7 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.models.model_types import FAMILIES
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapted, Adapter, attach, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs
@@ -57,11 +58,9 @@ def test_initialisation_and_sizes_equal_peft():
     peft = pytest.importorskip("peft")
     from tiny_llama import tiny_torch
 
-    from jaxft.models.families.llama import from_hf
-
     for names in (["q_proj", "v_proj"], "all-linear", ["k_proj", "down_proj", "lm_head"]):
         theirs = tiny_torch()
-        specs = llama(from_hf(theirs.config.to_dict())).specs
+        specs = llama(FAMILIES["llama"].from_hf(theirs.config.to_dict())).specs
         wrapped = peft.get_peft_model(
             theirs, peft.LoraConfig(r=64, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
         )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from tiny_plan import TINY, tiny, tiny_ppo
 
 from jaxft.distributed import sharding
-from jaxft.models.families.llama import to_hf
 from jaxft.models.heads import HeadSettings
+from jaxft.models.model_types import config_to_hf
 from jaxft.plan import hlo, program_bytes
 from jaxft.rl.reward_models import ModelReward
 from jaxft.train import programs
@@ -32,7 +32,7 @@ def test_separate_critic_and_reward_models_are_resident(tmp_path):
 def write_config(folder, config):
     folder.mkdir()
     (folder / "config.json").write_text(
-        json.dumps({**to_hf(config), "architectures": ["LlamaForSequenceClassification"]})
+        json.dumps({**config_to_hf(config), "architectures": ["LlamaForSequenceClassification"]})
     )
 
 

@@ -17,15 +17,23 @@ from test_play import KEY, LIMITS, rows_of
 from jaxft.data.chat.tool_calls import TOOL_FORMATS, call_format
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.shipped import ROOT
-from jaxft.rl.environments.by_hand import TypedTurns, result_line, written_call
-from jaxft.rl.environments.calculator import Calculator, calculator_demonstrations, calculator_rows
-from jaxft.rl.environments.code_interpreter import CodeInterpreter
 from jaxft.rl.environments.environment import environment_of
-from jaxft.rl.environments.guess_number import GuessNumber, guess_rows
 from jaxft.rl.environments.openenv import observation_text, openenv
-from jaxft.rl.environments.search import Search, best_passages, search_rows, villages
+from jaxft.rl.environments.shipped_environments import (
+    Calculator,
+    CodeInterpreter,
+    GuessNumber,
+    Search,
+    best_passages,
+    calculator_demonstrations,
+    calculator_rows,
+    guess_rows,
+    search_rows,
+    villages,
+)
 from jaxft.rl.environments.tools import parse_turn
 from jaxft.rl.play import Play, rollout
+from jaxft.serve.terminal_chat import TypedTurns, result_line, written_call
 
 
 def test_a_tool_that_the_environment_has_too_is_refused_with_the_setting_that_leaves_it_out():

@@ -15,7 +15,9 @@ from jaxft.rl import token_weights
 from jaxft.rl.advantages import centred, grpo
 from jaxft.rl.estimators import RolloutScores, actor_critic, by_group, by_turn, reinforce
 from jaxft.rl.rewards import EnvironmentReward, RewardScores
-from jaxft.rl.rollout_files import (
+from jaxft.rl.rollout_metrics import episode_metrics, rollout_metrics
+from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_sampler import (
     RolloutRecord,
     append_table,
     from_bytes,
@@ -23,8 +25,6 @@ from jaxft.rl.rollout_files import (
     prompts_hash,
     to_bytes,
 )
-from jaxft.rl.rollout_metrics import episode_metrics, rollout_metrics
-from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import Fault, Segment, Trajectory, collect
 
 CALL = {

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxft.rl import importance as I
+from jaxft.rl import token_weights as I
 
 NAN = float("nan")
 RATIOS = np.array([[0.5, 2.0, 4.0], [0.25, NAN, NAN], [NAN, NAN, NAN]])  # beyond the lengths: anything

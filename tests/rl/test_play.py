@@ -28,8 +28,8 @@ from jaxft.data.prompts import read_prompts
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.example import Chat
 from jaxft.distributed import processes
-from jaxft.rl.environments.calculator import Calculator
 from jaxft.rl.environments.environment import EnvironmentClass, environment_of, single_turn
+from jaxft.rl.environments.shipped_environments import Calculator
 from jaxft.rl.play import EpisodeLimits, Play, rollout
 from jaxft.rl.rewards import EnvironmentReward, RewardScores, exact
 from jaxft.rl.rollout import Rollouts
@@ -405,30 +405,25 @@ def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch
 
 
 def test_scores_arrive_while_other_rows_are_sampled():
-    """The first turn of one episode is answered only when another's second has been sampled."""
-    second = threading.Event()
+    """The first turn of one episode is answered only when another episode has ended."""
+    other_ended = threading.Event()
     tokenizer, how = stock_tokenizer("qwen2.5"), TEMPLATES["qwen2.5"].settings
 
     def patient(state, text, row):
         if row["number"] == 0:
-            assert second.wait(5)
+            assert other_ended.wait(5)
         return "next", 1.0, state == 1, 1
 
-    said = say(tokenizer, ["a"])
-    turns = []
+    ended = []
 
-    def write(ids, episode):
-        turns.append(episode)
-        if turns.count(1) == 2:
-            second.set()
-        return said(ids, episode)
+    def end(number, trajectory):
+        ended.append(number)
+        other_ended.set()
 
     play = Play(environment_of(patient), tokenizer, stop_of(tokenizer), LIMITS)
-    ended = {}
-    found = rollout(
-        ScriptedSampler(write), play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, ended.__setitem__
-    )
-    assert [part.fault for part in found] == ["", ""] and [*ended] == [1, 0]
+    sampler = ScriptedSampler(say(tokenizer, ["a"]))
+    found = rollout(sampler, play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, end)
+    assert [part.fault for part in found] == ["", ""] and ended == [1, 0]
 
 
 # ---- faults

@@ -24,12 +24,12 @@ from jaxft.objectives.policy import with_target_kl
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, scale_scores, update_moments
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
-from jaxft.rl.importance import masked_completions, truncated_tokens
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import History, PromptSource, Rollouts, RolloutSource
 from jaxft.rl.rollout_layout import BoundRun, rollout_shapes
 from jaxft.rl.rollout_rules import Rules, shape_scores
+from jaxft.rl.token_weights import masked_completions, truncated_tokens
 
 
 def word_length(prompt, completion, row):

@@ -16,7 +16,7 @@ from tiny_run import Place, write_rows
 from jaxft.data.rows.shipped import ROOT
 from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.losses.policy_losses import clipped, dppo_tv, gspo, policy_gradient
-from jaxft.rl import advantages, estimators, importance, token_weights
+from jaxft.rl import advantages, estimators, token_weights
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.parse import find_file, run_file
 from jaxft.runs.settings.record import differences
@@ -76,7 +76,7 @@ PARTS = {  # advantage, weights of tokens, loss and KL penalty of each method's 
     "with masked importance sampling, MIS": (advantages.grpo, token_weights.token_mean, clipped, 0.0),
 }  # fmt: skip
 ESTIMATORS = (estimators.reinforce, estimators.group_whitened, estimators.by_each)
-CORRECTIONS = {"TIS": importance.truncated_tokens, "MIS": importance.masked_completions}
+CORRECTIONS = {"TIS": token_weights.truncated_tokens, "MIS": token_weights.masked_completions}
 
 
 def test_every_named_method_has_the_parts_of_its_paper(monkeypatch):
@@ -112,7 +112,7 @@ def test_the_overlong_penalty_begins_before_the_limit_of_all_turns(monkeypatch):
 def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
     monkeypatch.chdir(ROOT)
     run = load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=0.5,5"])
-    assert called(run.data.rules.correction) == (importance.masked_tokens, {"least": 0.5, "most": 5.0})
+    assert called(run.data.rules.correction) == (token_weights.masked_tokens, {"least": 0.5, "most": 5.0})
     with pytest.raises(ValueError, match="correction_bounds needs a correction, such as"):
         load_config("configs/grpo.py", ["correction_bounds=0.5,5"])
     with pytest.raises(ValueError, match=r"correction_bounds=3,1\). Use 0 <= least < most"):

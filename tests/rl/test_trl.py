@@ -17,8 +17,8 @@ from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.play import Play, rollout
 from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout import Rollouts
-from jaxft.rl.rollout_files import from_bytes, to_bytes
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_sampler import from_bytes, to_bytes
 from jaxft.rl.trajectory import collect
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from tiny_llama import tiny_tokenizer
 
 from jaxft.distributed import sharding
-from jaxft.models.families.llama import LlamaConfig, llama, to_hf
+from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.models.model_types import config_to_hf
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
@@ -26,7 +27,7 @@ def mesh():
 def write_base(folder):
     """What the export reads of the base's folder."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(to_hf(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG)))
     return folder
 
 

@@ -25,6 +25,7 @@ from jaxft.models.dense import (
     self_attention,
     with_attention,
 )
+from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
 from jaxft.models.families import llama
 from jaxft.models.model_types import Family
 from jaxft.nn.attention.layer_attention import uniform
@@ -94,15 +95,16 @@ def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> A
     return dense_model(config, one_stack(specs, names_of(specs, NAMES), layer, attention), dtype, **options)
 
 
-def from_hf(hf: dict[str, Any]) -> ExpertConfig:
-    return ExpertConfig(**vars(llama.from_hf({**hf, "model_type": "llama"})), experts=hf["num_experts"])
+def read(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    return fields_from_hf(hf, form) | {"experts": hf["num_experts"]}
 
 
-def to_hf(config: ExpertConfig) -> dict[str, Any]:
-    return {**llama.to_hf(config), "model_type": "tiny_experts", "num_experts": config.experts}
+def write(config: ExpertConfig, form: ConfigFormat) -> dict[str, Any]:
+    return fields_to_hf(config, form) | {"num_experts": config.experts}
 
 
-FAMILY = Family(ExpertConfig, from_hf, to_hf, experts, {})
+FORMAT = replace(llama.LLAMA_FORMAT, model_type="tiny_experts")
+FAMILY = Family(ExpertConfig, FORMAT, experts, {}, read, write)
 
 
 def three_stacks(dtype=jnp.float32):

@@ -12,8 +12,7 @@ from scripts_in_process import call, load
 
 from jaxft.objectives.intervals import mean_interval, wilson
 from jaxft.train.evaluate.likelihood import Evaluated, PairScore, preference_metrics
-from jaxft.train.evaluate.samples import decode_completion
-from jaxft.train.evaluate.scores import pass_at
+from jaxft.train.evaluate.scored_completions import decode_completion, pass_at
 
 torch = pytest.importorskip("torch")
 

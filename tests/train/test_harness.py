@@ -14,11 +14,11 @@ from scripts_in_process import call, load
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_named, named_weights
-from jaxft.train.evaluate import harness_model
-from jaxft.train.evaluate.harness import HarnessResult
-from jaxft.train.evaluate.harness_model import (
+from jaxft.train.evaluate import harness
+from jaxft.train.evaluate.harness import (
     Continuation,
     HarnessBackend,
+    HarnessResult,
     HarnessSettings,
     batches_of,
     generation_config_notes,
@@ -269,7 +269,7 @@ def test_log_probabilities_are_those_of_transformers(place, loaded):
     greedy = rng.integers(0, 256, 4).tolist()
     with torch.no_grad():
         pairs.append(Continuation(greedy, [int(place[1](torch.tensor([greedy])).logits[0, -1].argmax())]))
-    scorer = harness_model.make_token_scorer(loaded, 2, 100)
+    scorer = harness.make_token_scorer(loaded, 2, 100)
     found = scorer.scores(pairs)
     for (context, tokens), score in zip(pairs, found, strict=True):
         ids = [*context, *tokens][-101:]

@@ -11,8 +11,7 @@ from tiny_run import Place, write_place
 
 from jaxft import tree
 from jaxft.batch import TrainState
-from jaxft.train import start_and_end
-from jaxft.train.logs import watch
+from jaxft.train import start_and_end, step
 from jaxft.train.logs.nonfinite import Diagnosis, first_nonfinite
 
 CHANGE_A_LAYER = """
@@ -163,14 +162,14 @@ def test_the_first_non_finite_gradient_is_that_of_the_last_such_layer():
 
 def test_norms_per_layer_and_kind_equal_those_of_the_leaves():
     model, params = tiny(jnp.float32)
-    norms = watch.make_layer_norms(model.specs)(params)
+    norms = step.make_layer_norms(model.specs)(params)
     leaves = tree.paths(params)
     for path, leaf in leaves.items():
-        kind = watch.kind_of(path)
+        kind = step.kind_of(path)
         expected = [jnp.linalg.norm(x) for x in leaf] if "layers" in path else jnp.linalg.norm(leaf)
         np.testing.assert_allclose(norms[kind], expected, rtol=1e-6, err_msg=path)
     kinds = [
-        watch.kind_of(path)
+        step.kind_of(path)
         for path in ("adapter/layers/attn/q/a", "base/layers/attn/q", "critic/adapter/layers/mlp/up/b")
     ]
     assert kinds == ["attn/q", "attn/q", "critic/mlp/up"]
@@ -182,7 +181,7 @@ def test_watched_norms_sum_to_grad_norm_and_no_other_metric_changes(place):
     for more in (("name=watched", "loop.watch=layers"), ("name=plain",)):
         assert place.run(*more, "steps=2", "samples=0", XLA_FLAGS=flags) == 0, place.err()
     for one, other in zip(place.metrics("watched"), place.metrics("plain"), strict=True):
-        prefixes = (f"{watch.GRAD_NORM}/", f"{watch.UPDATE_NORM}/")
+        prefixes = (f"{step.GRAD_NORM}/", f"{step.UPDATE_NORM}/")
         assert {name: x for name, x in one.items() if not name.startswith(prefixes)} == other
         if "loss" in one:
             squares = [x**2 for name, x in one.items() if name.startswith(prefixes[0])]

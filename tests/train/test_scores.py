@@ -15,9 +15,15 @@ from jaxft.data.source import Prompt
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.state import Decoding
 from jaxft.objectives.intervals import mean_interval
-from jaxft.train.evaluate import samples
-from jaxft.train.evaluate.samples import Completed, PromptText
-from jaxft.train.evaluate.scores import check_scoring, held_out_prompts, make_scorer, position_lines
+from jaxft.train.evaluate import scored_completions
+from jaxft.train.evaluate.scored_completions import (
+    Completed,
+    PromptText,
+    check_scoring,
+    held_out_prompts,
+    make_scorer,
+    position_lines,
+)
 from jaxft.train.settings import Run, Scoring
 
 TEXTS = [PromptText(f"question {i}", f"reference {i}") for i in range(4)]
@@ -137,17 +143,19 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
     decoding = Decoding(model, Sampling(max_new=4), (7,))
     shapes = jax.eval_shape(lambda: params)
-    whole = samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params)
-    monkeypatch.setattr(samples, "COMPLETIONS_AT_ONCE", 2)
-    assert samples.compile_sampler(decoding, prompts, tokenizer, shapes)(params) == whole
+    whole = scored_completions.compile_sampler(decoding, prompts, tokenizer, shapes)(params)
+    monkeypatch.setattr(scored_completions, "COMPLETIONS_AT_ONCE", 2)
+    assert scored_completions.compile_sampler(decoding, prompts, tokenizer, shapes)(params) == whole
     assert [one.prompt for one in whole] == [" ".join(map(str, p.ids)) for p in prompts]
     sampled = Sampling(max_new=4, temperature=1.0)
-    twice = samples.compile_sampler(Decoding(model, sampled, (7,), 2), prompts, tokenizer, shapes)(params)
+    twice = scored_completions.compile_sampler(Decoding(model, sampled, (7,), 2), prompts, tokenizer, shapes)(
+        params
+    )
     one, two = twice[::2], twice[1::2]
     assert [x.prompt for x in one] == [x.prompt for x in two] == [x.prompt for x in whole] and one != two
     assert len({one.completion for one in whole}) > 1
     first = int(whole[0].completion.split()[0])  # as if the chat template ended turns with it
-    ended = samples.compile_sampler(
+    ended = scored_completions.compile_sampler(
         Decoding(model, Sampling(max_new=4), (first,)), prompts, tokenizer, shapes
     )
     assert ended(params)[0][1:] == ("", "1 2 7", "stop")

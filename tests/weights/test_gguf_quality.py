@@ -21,8 +21,7 @@ from gguf_text import (
     perplexity,
 )
 
-from jaxft.train.export.export import ExportSource
-from jaxft.train.export.export_gguf import export_gguf
+from jaxft.train.export.export import ExportSource, export_gguf
 from jaxft.weights import pretrained
 from jaxft.weights.gguf.gguf_file import read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, MixtureModel, tensor_bytes, tensor_kind

@@ -8,11 +8,8 @@ from jaxft.cli.convert.draft import Draft, GivenOption
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 BATCH_OPTIONS = (
-    "per_device_train_batch_size",
-    "micro_batch_size",
-    "batch_size",
-    "gradient_accumulation_steps",
-)
+    "per_device_train_batch_size", "micro_batch_size", "batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 PER_DEVICE = {TRL: 8, FACTORY: 8, UNSLOTH: 8, AXOLOTL: 1}  # the tools' default
 
 

@@ -23,6 +23,7 @@ from jaxft.runs.settings.option_names import (
     find_options,
     normalised,
 )
+from jaxft.runs.terminal import short_text
 
 LARGEST_FILE = 2**20  # bytes of a file
 MOST_OPTIONS = 2000
@@ -82,8 +83,7 @@ class ForeignConfig:
 
 def short_value(value: Any) -> str:
     """A value in one line for messages."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+    return short_text(" ".join(str(value).split()), LONGEST_VALUE)
 
 
 def read_config_text(file: Path) -> str:

@@ -56,14 +56,14 @@ def _layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tu
     return postnorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
 
 
-_EXAONE4 = ConfigFormat(
+EXAONE4_FORMAT = ConfigFormat(
     "exaone4", "Exaone4ForCausalLM", {"hidden_act": "silu"}, {"rms_norm_eps": 1e-5, "bos_token_id": 0}
 )
 
 
-def exaone4_from_hf(hf: dict[str, Any]) -> Exaone4Config:
-    """Parse an EXAONE 4's config.json. Raises ValueError that names a missing or unsupported value."""
-    fields, window = fields_from_hf(hf, _EXAONE4), window_from_hf({"sliding_window": 4096, **hf})
+def read_exaone4(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of an Exaone4Config."""
+    fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     pattern, L = hf.get("sliding_window_pattern", 4), fields["layers"]
     if window is None:
         default = [FULL] * L
@@ -79,13 +79,13 @@ def exaone4_from_hf(hf: dict[str, Any]) -> Exaone4Config:
     types = read_layer_types(hf, default)
     if window is None and SLIDING in types:
         raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
-    return Exaone4Config(**fields, window=window, layer_types=types)
+    return fields | {"window": window, "layer_types": types}
 
 
-def exaone4_to_hf(c: Exaone4Config) -> dict[str, Any]:
+def write_exaone4(c: Exaone4Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of an EXAONE 4's config.json."""
     types = list(c.layer_types or (FULL,) * c.layers)
-    return fields_to_hf(c, _EXAONE4) | {
+    return fields_to_hf(c, form) | {
         "sliding_window": c.window,
         "sliding_window_pattern": None if c.window is None else 4,
         "layer_types": types,

@@ -90,9 +90,11 @@ GEMMA2_DEFAULTS = {
     "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 _FIXED = {"attention_bias": False}
-_GEMMA = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
-_GEMMA2 = ConfigFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
-_VAULT = ConfigFormat("vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation")
+GEMMA_FORMAT = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
+GEMMA2_FORMAT = ConfigFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
+VAULT_GEMMA_FORMAT = ConfigFormat(
+    "vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation"
+)
 
 
 def check_causal(hf: dict[str, Any]) -> None:
@@ -104,8 +106,8 @@ def check_causal(hf: dict[str, Any]) -> None:
         )
 
 
-def gemma_from_hf(hf: dict[str, Any]) -> GemmaConfig:
-    """Parse a Gemma 1's config.json. Raises ValueError that names a missing or unsupported value."""
+def read_gemma(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a GemmaConfig."""
     check_causal(hf)
     act = hf.get("hidden_act", TANH)
     act = TANH if act == "gelu" else act  # the first files call the approximation gelu
@@ -115,12 +117,12 @@ def gemma_from_hf(hf: dict[str, Any]) -> GemmaConfig:
             f"hidden_act, which transformers 5 reads as {act!r:.60}; set both to {TANH!r}, Google's value"
         )
     defaults = COMMON | {"num_key_value_heads": 16}
-    return GemmaConfig(**fields_from_hf({**defaults, **hf, "hidden_act": act}, _GEMMA))
+    return fields_from_hf({**defaults, **hf, "hidden_act": act}, form)
 
 
-def gemma_to_hf(c: GemmaConfig) -> dict[str, Any]:
+def write_gemma(c: GemmaConfig, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a Gemma 1's config.json."""
-    hf = fields_to_hf(c, _GEMMA)
+    hf = fields_to_hf(c, form)
     return hf | {"hidden_activation": hf["hidden_act"]}
 
 
@@ -150,24 +152,14 @@ def capped_settings(c: Gemma2Config) -> dict[str, Any]:
     }
 
 
-def gemma2_from_hf(hf: dict[str, Any]) -> Gemma2Config:
-    """Parse a Gemma 2's config.json. Raises ValueError that names a missing or unsupported value."""
-    return Gemma2Config(**capped_fields({**GEMMA2_DEFAULTS, **hf}, _GEMMA2, 2))
+def read_gemma2(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a Gemma2Config or VaultGemmaConfig."""
+    return capped_fields({**GEMMA2_DEFAULTS, **hf}, form, 2)
 
 
-def gemma2_to_hf(c: Gemma2Config) -> dict[str, Any]:
-    """Return the dict of a Gemma 2's config.json."""
-    return fields_to_hf(c, _GEMMA2) | capped_settings(c)
-
-
-def vaultgemma_from_hf(hf: dict[str, Any]) -> VaultGemmaConfig:
-    """Parse a VaultGemma's config.json. Raises ValueError that names a missing or unsupported value."""
-    return VaultGemmaConfig(**capped_fields({**GEMMA2_DEFAULTS, **hf}, _VAULT, 2))
-
-
-def vaultgemma_to_hf(c: VaultGemmaConfig) -> dict[str, Any]:
-    """Return the dict of a VaultGemma's config.json."""
-    return fields_to_hf(c, _VAULT) | capped_settings(c)
+def write_gemma2(c: Gemma2Config, form: ConfigFormat) -> dict[str, Any]:
+    """Return the dict of a Gemma 2's or VaultGemma's config.json."""
+    return fields_to_hf(c, form) | capped_settings(c)
 
 
 _END_OF_TURN = 107
@@ -342,7 +334,7 @@ GEMMA3_DEFAULTS: dict[str, Any] = {
     **GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }  # fmt: skip
-_FORMAT = ConfigFormat(
+GEMMA3_FORMAT = ConfigFormat(
     "gemma3_text",
     "Gemma3ForCausalLM",
     # transformers ignores a soft cap of Gemma 3's scores
@@ -353,21 +345,19 @@ _FORMAT = ConfigFormat(
 )
 
 
-def gemma3_from_hf(hf: dict[str, Any]) -> Gemma3Config:
-    """Parse the config.json of a text-only Gemma 3. Raises ValueError that names a missing or unsupported
-    value.
-    """
+def read_gemma3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a Gemma3Config."""
     period = hf.get("sliding_window_pattern", 6)
     if type(period) is not int or period < 1:
         raise ValueError(
             f"config: sliding_window_pattern must be a positive whole number, got {period!r:.60}"
         )
-    return Gemma3Config(**capped_fields({**GEMMA3_DEFAULTS, **hf}, _FORMAT, period))
+    return capped_fields({**GEMMA3_DEFAULTS, **hf}, form, period)
 
 
-def gemma3_to_hf(c: Gemma3Config) -> dict[str, Any]:
+def write_gemma3(c: Gemma3Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a text-only Gemma 3's config.json."""
-    return fields_to_hf(c, _FORMAT, c.local_rope) | capped_settings(c)
+    return fields_to_hf(c, form, c.local_rope) | capped_settings(c)
 
 
 _GEMMA3_END_OF_TURN = 106

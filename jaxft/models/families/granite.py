@@ -17,7 +17,7 @@ from jaxft.models.dense import (
     self_attention,
     with_biases,
 )
-from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.dense_config import ConfigFormat, DenseConfig
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import gated_mlp, lm_head, rms_norm, split_keys
@@ -83,20 +83,10 @@ def _logits(c: GraniteConfig, head: Params, h: Float[Array, "... D"]) -> Float[A
     return logits / jnp.asarray(c.logits_scaling, logits.dtype)
 
 
-_GRANITE = ConfigFormat("granite", "GraniteForCausalLM", {"hidden_act": "silu"})
-
-
-def granite_from_hf(hf: dict[str, Any]) -> GraniteConfig:
-    """Parse a Granite's config.json. Raises ValueError that names a missing or unsupported value."""
-    multipliers: dict[str, Any] = {name: hf.get(name, 1.0) for name in MULTIPLIERS}
-    biases: dict[str, Any] = {name: bool(hf.get(name, False)) for name in ("attention_bias", "mlp_bias")}
-    return GraniteConfig(**fields_from_hf(hf, _GRANITE), **multipliers, **biases)
-
-
-def granite_to_hf(c: GraniteConfig) -> dict[str, Any]:
-    """Return the dict of a Granite's config.json."""
-    own = (*MULTIPLIERS, "attention_bias", "mlp_bias")
-    return fields_to_hf(c, _GRANITE) | {name: getattr(c, name) for name in own}
+GRANITE_FORMAT = ConfigFormat(
+    "granite", "GraniteForCausalLM", {"hidden_act": "silu"},
+    more={**dict.fromkeys(MULTIPLIERS, 1.0), "attention_bias": False, "mlp_bias": False},
+)  # fmt: skip
 
 
 _2B: dict[str, Any] = dict(

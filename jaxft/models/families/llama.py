@@ -43,22 +43,13 @@ class LlamaConfig(DenseConfig):
     mlp_bias: bool = False
 
 
-FORMAT = ConfigFormat(
+BIASES = {"attention_bias": False, "mlp_bias": False}  # settings of config.json with their defaults
+LLAMA_FORMAT = ConfigFormat(
     "llama",
     "LlamaForCausalLM",
     fixed={"hidden_act": "silu", "pretraining_tp": 1},
+    more=BIASES,
 )
-
-
-def from_hf(hf: dict[str, Any]) -> LlamaConfig:
-    """Parse a Llama's config.json. Raises ValueError that names a missing or unsupported value."""
-    biases: dict[str, Any] = {name: bool(hf.get(name, False)) for name in ("attention_bias", "mlp_bias")}
-    return LlamaConfig(**fields_from_hf(hf, FORMAT), **biases)
-
-
-def to_hf(c: LlamaConfig) -> dict[str, Any]:
-    """Return the dict of a Llama's config.json."""
-    return fields_to_hf(c, FORMAT) | {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
 
 
 _LLAMA3: dict[str, Any] = {
@@ -141,22 +132,11 @@ def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: 
     return dense_model(config, arch, dtype, **options)
 
 
-_SEED_OSS = ConfigFormat(
+SEED_OSS_FORMAT = ConfigFormat(
     "seed_oss", "SeedOssForCausalLM", _SILU | {"pretraining_tp": 1},
     {"max_position_embeddings": 524288, "bos_token_id": 0, "head_dim": 128},
+    {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
 )  # fmt: skip
-_SEED_OSS_BIASES = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
-
-
-def seed_oss_from_hf(hf: dict[str, Any]) -> SeedOssConfig:
-    """Parse a Seed-OSS's config.json. Raises ValueError that names a missing or unsupported value."""
-    biases: dict[str, Any] = {name: bool(hf.get(name, usual)) for name, usual in _SEED_OSS_BIASES.items()}
-    return SeedOssConfig(**fields_from_hf(hf, _SEED_OSS), **biases)
-
-
-def seed_oss_to_hf(c: SeedOssConfig) -> dict[str, Any]:
-    """Return the dict of a Seed-OSS's config.json."""
-    return fields_to_hf(c, _SEED_OSS) | {name: getattr(c, name) for name in _SEED_OSS_BIASES}
 
 
 _SEED_OSS_36B = SeedOssConfig(
@@ -173,7 +153,7 @@ class CwmConfig(MistralConfig):
     """Sizes of a CWM, which Mistral's builder builds."""
 
 
-_CWM = ConfigFormat(
+CWM_FORMAT = ConfigFormat(
     "cwm", "CwmForCausalLM", _SILU | {"pretraining_tp": 1, "mlp_bias": False},
     {
         "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "bos_token_id": 128000, "head_dim": 128,
@@ -186,21 +166,21 @@ _CWM_ROPE = {
 }  # fmt: skip
 
 
-def cwm_from_hf(hf: dict[str, Any]) -> CwmConfig:
-    """Parse a CWM's config.json. Raises ValueError that names a missing or unsupported value."""
+def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a CwmConfig."""
     if not hf.get("rope_parameters") and not hf.get("rope_scaling"):
         theta = hf.get("rope_theta") or _CWM_ROPE["rope_theta"]
         hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
-    fields, window = fields_from_hf(hf, _CWM), window_from_hf({"sliding_window": 8192, **hf})
+    fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 8192, **hf})
     types = read_layer_types(hf, [SLIDING if i % 4 else FULL for i in range(fields["layers"])])
     if window is None and SLIDING in types:
         raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
-    return CwmConfig(**fields, window=window, layer_types=types)
+    return fields | {"window": window, "layer_types": types}
 
 
-def cwm_to_hf(c: CwmConfig) -> dict[str, Any]:
+def write_cwm(c: CwmConfig, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a CWM's config.json."""
-    return fields_to_hf(c, _CWM) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
+    return fields_to_hf(c, form) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
 
 
 @dataclass(frozen=True)
@@ -208,24 +188,24 @@ class InternLM3Config(LlamaConfig):
     """Sizes of an InternLM 3, which Llama's builder builds."""
 
 
-_INTERNLM3 = ConfigFormat(
+INTERNLM3_FORMAT = ConfigFormat(
     "internlm3", "InternLM3ForCausalLM", _SILU,
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "head_dim": 128},
 )  # fmt: skip
 
 
-def internlm3_from_hf(hf: dict[str, Any]) -> InternLM3Config:
-    """Parse an InternLM 3's config.json. Raises ValueError that names a missing or unsupported value."""
+def read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of an InternLM3Config."""
     qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     if qkv != bias:
         raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; both must be equal")
-    return InternLM3Config(**fields_from_hf(hf, _INTERNLM3), attention_bias=bias, mlp_bias=bias)
+    return fields_from_hf(hf, form) | {"attention_bias": bias, "mlp_bias": bias}
 
 
-def internlm3_to_hf(c: InternLM3Config) -> dict[str, Any]:
+def write_internlm3(c: InternLM3Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of an InternLM 3's config.json."""
-    return fields_to_hf(c, _INTERNLM3) | {"qkv_bias": c.attention_bias, "bias": c.mlp_bias}
+    return fields_to_hf(c, form) | {"qkv_bias": c.attention_bias, "bias": c.mlp_bias}
 
 
 @dataclass(frozen=True)
@@ -233,18 +213,7 @@ class IQuestCoderConfig(LlamaConfig):
     """Sizes of an IQuest-Coder, which Llama's builder builds."""
 
 
-_IQUEST = ConfigFormat(
+IQUEST_CODER_FORMAT = ConfigFormat(
     "iquestcoder", "IQuestCoderForCausalLM", _SILU | {"clip_qkv": None, "use_sliding_window": False},
-    {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128},
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128}, BIASES,
 )  # fmt: skip
-
-
-def iquestcoder_from_hf(hf: dict[str, Any]) -> IQuestCoderConfig:
-    """Parse an IQuest-Coder's config.json. Raises ValueError that names a missing or unsupported value."""
-    biases: dict[str, Any] = {name: bool(hf.get(name, False)) for name in ("attention_bias", "mlp_bias")}
-    return IQuestCoderConfig(**fields_from_hf(hf, _IQUEST), **biases)
-
-
-def iquestcoder_to_hf(c: IQuestCoderConfig) -> dict[str, Any]:
-    """Return the dict of an IQuest-Coder's config.json."""
-    return fields_to_hf(c, _IQUEST) | {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}

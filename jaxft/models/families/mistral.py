@@ -42,36 +42,30 @@ def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: A
 
 
 _DEFAULTS = {"max_position_embeddings": 4096 * 32}
-_MISTRAL = ConfigFormat("mistral", "MistralForCausalLM", defaults=_DEFAULTS)
-_MINISTRAL = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
+MISTRAL_FORMAT = ConfigFormat("mistral", "MistralForCausalLM", defaults=_DEFAULTS)
+MINISTRAL_FORMAT = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_DEFAULTS)
 
 
-def _from_hf(hf: dict[str, Any], form: ConfigFormat) -> MistralConfig:
+def read_mistral(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a MistralConfig."""
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     # transformers reads a config.json of model_type mistral that has layer_types as a ministral's.
     types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
     if SLIDING not in types:
-        return MistralConfig(**fields)
+        return fields
     if window is None:
         raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
-    return MistralConfig(**fields, window=window, layer_types=types)
+    return fields | {"window": window, "layer_types": types}
 
 
-def mistral_from_hf(hf: dict[str, Any]) -> MistralConfig:
-    """Parse a Mistral's config.json. Raises ValueError that names a missing or unsupported value."""
-    return _from_hf(hf, _MISTRAL)
-
-
-def ministral_from_hf(hf: dict[str, Any]) -> MistralConfig:
-    """Parse a Ministral's config.json. Raises ValueError that names a missing or unsupported value."""
-    return _from_hf(hf, _MINISTRAL)
-
-
-def mistral_to_hf(c: MistralConfig) -> dict[str, Any]:
+def write_mistral(c: MistralConfig, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a config.json, of model_type "ministral" if only some layers have a window."""
     if len(set(c.layer_types)) == 2:
-        return fields_to_hf(c, _MINISTRAL) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
-    return fields_to_hf(c, _MISTRAL) | {"sliding_window": c.window}
+        return fields_to_hf(c, MINISTRAL_FORMAT) | {
+            "sliding_window": c.window,
+            "layer_types": list(c.layer_types),
+        }
+    return fields_to_hf(c, MISTRAL_FORMAT) | {"sliding_window": c.window}
 
 
 _7B: dict[str, Any] = dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)

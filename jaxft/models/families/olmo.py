@@ -121,40 +121,29 @@ def postnorm_layer(
 
 
 _DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
-_OLMO2 = ConfigFormat("olmo2", "Olmo2ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS)
-_OLMO3 = ConfigFormat(
-    "olmo3", "Olmo3ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS | {"rope_theta": 500000.0},
+_BIAS = {"attention_bias": False}
+OLMO2_FORMAT = ConfigFormat("olmo2", "Olmo2ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS, _BIAS)
+OLMO3_FORMAT = ConfigFormat(
+    "olmo3", "Olmo3ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS | {"rope_theta": 500000.0}, _BIAS,
     local_theta="rope_theta",
 )  # fmt: skip
 
 
-def olmo2_from_hf(hf: dict[str, Any]) -> Olmo2Config:
-    """Parse an OLMo 2's config.json. Raises ValueError that names a missing or unsupported value."""
-    return Olmo2Config(**fields_from_hf(hf, _OLMO2), attention_bias=bool(hf.get("attention_bias", False)))
-
-
-def olmo3_from_hf(hf: dict[str, Any]) -> Olmo3Config:
-    """Parse an OLMo 3's config.json. Raises ValueError that names a missing or unsupported value."""
-    fields, window = fields_from_hf(hf, _OLMO3), window_from_hf({"sliding_window": 4096, **hf})
+def read_olmo3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of an Olmo3Config."""
+    fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     types = read_layer_types(hf, _every_fourth_full(fields["layers"]))
     if window is None and SLIDING in types:
         raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
-    bias = bool(hf.get("attention_bias", False))
-    return Olmo3Config(**fields, attention_bias=bias, window=window, layer_types=types)
+    return fields | {"window": window, "layer_types": types}
 
 
-def olmo2_to_hf(c: Olmo2Config) -> dict[str, Any]:
-    """Return the dict of an OLMo 2's config.json."""
-    return fields_to_hf(c, _OLMO2) | {"attention_bias": c.attention_bias}
-
-
-def olmo3_to_hf(c: Olmo3Config) -> dict[str, Any]:
+def write_olmo3(c: Olmo3Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of an OLMo 3's config.json."""
-    out = fields_to_hf(c, _OLMO3, c.local_rope)
+    out = fields_to_hf(c, form, c.local_rope)
     if c.rope.theta != c.local_rope.theta:  # transformers 4 cannot express that; 5 reads rope_parameters
         del out["rope_theta"]
-    own = {"sliding_window": c.window, "layer_types": list(c.layer_types)}
-    return out | {"attention_bias": c.attention_bias} | own
+    return out | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
 
 
 def _every_fourth_full(count: int) -> tuple[str, ...]:

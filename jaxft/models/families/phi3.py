@@ -159,7 +159,7 @@ def _by_device(
     return x.reshape(*above, x.shape[-1] * x.shape[-2])
 
 
-_FORMAT = ConfigFormat(
+PHI3_FORMAT = ConfigFormat(
     "phi3",
     "Phi3ForCausalLM",
     fixed={"hidden_act": "silu"},
@@ -169,25 +169,25 @@ _FORMAT = ConfigFormat(
 _OLD_LONGROPE = ("su", "yarn")  # in a Phi-3's config.json, transformers reads both as longrope
 
 
-def phi3_from_hf(hf: dict[str, Any]) -> Phi3Config:
-    """Parse a Phi-3's config.json. Raises ValueError that names a missing or unsupported value."""
+def read_phi3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a Phi3Config."""
     for group in ("rope_scaling", "rope_parameters"):
         rope = hf.get(group)
         if isinstance(rope, dict):
             renamed = {key: "longrope" for key in ("type", "rope_type") if rope.get(key) in _OLD_LONGROPE}
             hf = {**hf, group: {**rope, **renamed}}
-    fields = fields_from_hf({"original_max_position_embeddings": 4096, **hf}, _FORMAT)
+    fields = fields_from_hf({"original_max_position_embeddings": 4096, **hf}, form)
     kind = fields["rope"].kind
     if kind not in ("default", "longrope"):
         raise ValueError(
             f"config: rope type {kind!r} is not supported for model_type 'phi3'; use default or longrope"
         )
-    return Phi3Config(**fields, window=window_from_hf(hf))
+    return fields | {"window": window_from_hf(hf)}
 
 
-def phi3_to_hf(c: Phi3Config) -> dict[str, Any]:
+def write_phi3(c: Phi3Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a Phi-3's config.json, with pad_token_id null; transformers' default is 32000."""
-    return fields_to_hf(c, _FORMAT) | {"sliding_window": c.window, "pad_token_id": None}
+    return fields_to_hf(c, form) | {"sliding_window": c.window, "pad_token_id": None}
 
 
 # Factors of longrope from the checkpoints' config.json files.

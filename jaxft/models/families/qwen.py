@@ -84,11 +84,14 @@ def _attention(c: QwenConfig) -> AttentionLayers:
 
 
 _DEFAULTS = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
-_QWEN2 = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
-_QWEN3 = ConfigFormat("qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128})
+QWEN2_FORMAT = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
+QWEN3_FORMAT = ConfigFormat(
+    "qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128}, more={"attention_bias": False}
+)
 
 
-def _fields(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a QwenConfig or Qwen3Config."""
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
         if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):
@@ -106,17 +109,8 @@ def _fields(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     return fields | {"window": window, "layer_types": types}
 
 
-def qwen2_from_hf(hf: dict[str, Any]) -> QwenConfig:
-    """Parse a Qwen2's config.json. Raises ValueError that names a missing or unsupported value."""
-    return QwenConfig(**_fields(hf, _QWEN2))
-
-
-def qwen3_from_hf(hf: dict[str, Any]) -> Qwen3Config:
-    """Parse a Qwen3's config.json. Raises ValueError that names a missing or unsupported value."""
-    return Qwen3Config(**_fields(hf, _QWEN3), attention_bias=bool(hf.get("attention_bias", False)))
-
-
-def _to_hf(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
+def write_qwen(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
+    """Return the dict of a Qwen2's or Qwen3's config.json."""
     types = list(c.layer_types or (FULL,) * c.layers)
     return fields_to_hf(c, form) | {
         "use_sliding_window": SLIDING in types,
@@ -124,16 +118,6 @@ def _to_hf(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
         "max_window_layers": types.index(SLIDING) if SLIDING in types else c.layers,
         "layer_types": types,
     }
-
-
-def qwen2_to_hf(c: QwenConfig) -> dict[str, Any]:
-    """Return the dict of a Qwen2's config.json."""
-    return _to_hf(c, _QWEN2)
-
-
-def qwen3_to_hf(c: Qwen3Config) -> dict[str, Any]:
-    """Return the dict of a Qwen3's config.json."""
-    return _to_hf(c, _QWEN3) | {"attention_bias": c.attention_bias}
 
 
 _IM_END, _ENDOFTEXT = 151645, 151643

@@ -63,14 +63,15 @@ def _attention(c: SmolLM3Config) -> AttentionLayers:
     return AttentionLayers(tuple(kinds), tuple(map(kinds.index, layers)), c.head_dim)
 
 
-_FORMAT = ConfigFormat(
+SMOLLM3_FORMAT = ConfigFormat(
     "smollm3",
     "SmolLM3ForCausalLM",
     fixed={"hidden_act": "silu"},
     defaults={
         "max_position_embeddings": 32768, "rope_theta": 2000000.0, "tie_word_embeddings": True,
-        "bos_token_id": 128000, "eos_token_id": 128001,
+        "bos_token_id": 128000, "eos_token_id": 128001, "num_key_value_heads": 4,
     },
+    more={"attention_bias": False, "mlp_bias": False},
 )  # fmt: skip
 
 
@@ -109,23 +110,20 @@ def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
     return {"window": window, "layer_types": types}
 
 
-def smollm3_from_hf(hf: dict[str, Any]) -> SmolLM3Config:
-    """Parse a SmolLM3's config.json. Raises ValueError that names a missing or unsupported value."""
-    fields = fields_from_hf({"num_key_value_heads": 4, **hf}, _FORMAT)
+def read_smollm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a SmolLM3Config."""
+    fields = fields_from_hf(hf, form)
     has_rope = _rope_layers(hf, fields["layers"])
-    biases: dict[str, Any] = {name: bool(hf.get(name, False)) for name in ("attention_bias", "mlp_bias")}
-    return SmolLM3Config(**fields, **_sliding(hf, has_rope), **biases, has_rope=has_rope)
+    return fields | _sliding(hf, has_rope) | {"has_rope": has_rope}
 
 
-def smollm3_to_hf(c: SmolLM3Config) -> dict[str, Any]:
+def write_smollm3(c: SmolLM3Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a SmolLM3's config.json, with pad_token_id null; transformers' default is 128004."""
-    return fields_to_hf(c, _FORMAT) | {
+    return fields_to_hf(c, form) | {
         "no_rope_layers": [int(rotated) for rotated in c.has_rope or (True,) * c.layers],
         "use_sliding_window": SLIDING in c.layer_types,
         "sliding_window": c.window,
         "layer_types": list(c.layer_types or (FULL,) * c.layers),
-        "attention_bias": c.attention_bias,
-        "mlp_bias": c.mlp_bias,
         "pad_token_id": None,
     }
 

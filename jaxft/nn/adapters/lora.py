@@ -146,7 +146,7 @@ class Adapter:
 
     @property
     def replaces_weights(self) -> bool:
-        """Whether parameters of the base are trained in full, beside the pairs."""
+        """Whether parameters of the base are trained in full, in addition to the pairs."""
         saved = set(self.modules_to_save) - set(SCORE_MODULES)
         return bool(saved or self.trainable_token_indices or self.bias != "none")
 

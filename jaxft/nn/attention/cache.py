@@ -66,7 +66,7 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 
 @struct
 class RowGroups:
-    """Which rows complete which prompt.
+    """The assignment of rows to the prompts that they complete.
 
     rows: the row of each completion of each prompt, int32 [P, G]. places: the index of each row in
     `rows.ravel()`, int32 [R]. A place without a row may name any row; its result is not used.

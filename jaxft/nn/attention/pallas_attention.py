@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)  # the kernels' scores are in units of log 2, since e
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is divided: queries and keys of a block, warps of a program, stages of its pipeline."""
+    """Sizes of one kernel: queries and keys of a block, warps of a program, stages of its pipeline."""
 
     queries: int
     keys: int
@@ -57,7 +57,7 @@ def tiles_for(head_dim: int) -> Tiles:
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """How kernels run. tiles: None for tiles_for. interpret: as JAX operations, on any device."""
+    """Options of kernels. tiles: None for tiles_for. interpret: run as JAX operations, on any device."""
 
     tiles: Tiles | None = None
     interpret: bool = False

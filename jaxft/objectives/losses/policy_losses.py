@@ -51,7 +51,7 @@ class PolicyBatch:
 
     A loss may rely on `completion` alone, never on the order of positions. Its values at padding are ignored,
     but they and their gradients must be finite. It is proportional to |advantages|, which importance weights
-    multiply (rl/importance.py).
+    multiply (rl/token_weights.py).
     """
 
     logp: Float[Array, "B M"]

@@ -4,8 +4,7 @@ calls.py: a thread and an event loop per episode, which call users' functions wi
 tools.py: functions as tools: JSON schemas, calls in a turn's text and their results
 sandbox.py: Python code that a model wrote, in a process with limits
 sandbox_child.py: that process
-calculator.py, search.py, guess_number.py, code_interpreter.py: an environment each, with its rows
+shipped_environments.py: a calculator, a code interpreter, search, guess a number, with their rows
 openenv.py: OpenEnv servers through their clients
-by_hand.py: a person in the policy's place
 environment.py: the Environment type; environments from users' functions and classes, also TRL's
 """

@@ -136,6 +136,15 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first
     turn that calls none.
     Raises ValueError for anything else.
+
+    >>> def guess(state, text, row):
+    ...     right = text.strip() == row["answer"]
+    ...     return (None if right else "Wrong, try again."), float(right), right, state
+    >>> environment_of(guess).name, environment_of(guess).continues
+    ('guess', True)
+    >>> from jaxft.rl.environments.shipped_environments import Calculator
+    >>> [schema["function"]["name"] for schema in environment_of(Calculator).schemas]
+    ['add', 'multiply']
     """
     if given is None:
         found = single_turn()
@@ -208,8 +217,8 @@ def _of_function(function: Callable[..., Any]) -> Environment:
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
-    """Return the environment whose episodes are those of the part that a row's column `environment` names, as
-    with a dict of TRL's factories. That column is not passed on.
+    """Return the environment that plays each episode in the part that the row's column `environment` names,
+    as with a dict of TRL's factories. That column is not passed on.
     """
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -353,8 +362,8 @@ def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Enviro
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function takes `count` positional arguments, of which it needs one, and no arguments by
-    arbitrary names.
+    """Return whether a function takes `count` positional arguments, of which it needs one, and no arguments
+    by arbitrary names.
     """
     parameters = inspect.signature(function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

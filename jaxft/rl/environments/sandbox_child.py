@@ -44,8 +44,8 @@ def run_limited() -> None:
 
 
 def _isolate(work: str, files: int) -> bool:
-    """Leave the network, and make all files read-only but those of a new file system in `work`. Return
-    whether the system permits all of it.
+    """Leave the network, and make all files read-only except in a new file system in `work`. Return whether
+    the system permits all of it.
     """
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if libc.unshare(NEW_USER | NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK) != 0:

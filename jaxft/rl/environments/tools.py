@@ -49,7 +49,11 @@ class ParsedTurn(NamedTuple):
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
-    """Return tools by their names. Raises ValueError for two of one name."""
+    """Return tools by their names. Raises ValueError for two of one name.
+
+    >>> by_name([max, min]).keys()
+    dict_keys(['max', 'min'])
+    """
     names = [name_of(tool) for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -60,6 +64,11 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
     """Take the tool calls out of a turn's text. number: of the turn, from which the calls' ids derive: they
     are the same in each run.
+
+    >>> from jaxft.data.chat.tool_calls import call_format
+    >>> text = '<tool_call>\\n{"name": "add", "arguments": {"a": 1, "b": 2}}\\n</tool_call>'
+    >>> parse_turn(text, call_format("hermes"), 0).calls[0].name
+    'add'
     """
     if format is None:
         return ParsedTurn(text, (), 0)
@@ -73,7 +82,9 @@ def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
 
 
 def _is_like_a_call(text: str) -> bool:
-    """Whether text that is not marked as a call seems to be a failed one, rather than an answer in JSON."""
+    """Return whether text that is not marked as a call seems to be a failed one, rather than an answer in
+    JSON.
+    """
     if not text.lstrip().startswith("{"):
         return False
     try:
@@ -179,7 +190,7 @@ def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) ->
 
 
 def _is_of(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a value of JSON has the type of a schema, which has one type, several, or any."""
+    """Return whether a value of JSON has the type of a schema, which has one type, several, or any."""
     if value is None:
         return bool(schema.get("nullable")) or "type" not in schema
     if "enum" in schema:
@@ -194,6 +205,10 @@ def _is_of(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def result_text(value: Any) -> str:
-    """Return a tool's result as text: a string unchanged, other values as JSON."""
+    """Return a tool's result as text: a string unchanged, other values as JSON.
+
+    >>> result_text("as it is"), result_text({"degrees": 7})
+    ('as it is', '{"degrees": 7}')
+    """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return valid_text(text)

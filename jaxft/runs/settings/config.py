@@ -35,24 +35,10 @@ from jaxft.runs.settings.parse import (
     short_names,
     short_path,
 )
-from jaxft.runs.settings.record import describe, differences, union_members
+from jaxft.runs.settings.record import describe, union_members
 from jaxft.runs.settings.unknown_names import advice, join_lines, meant_options
 from jaxft.runs.terminal import short_text
 from jaxft.tree import nearest
-
-__all__ = [
-    "Knob",
-    "ObjectText",
-    "Resolved",
-    "describe",
-    "differences",
-    "knob_comments",
-    "knob_names",
-    "load_config",
-    "recipe_knobs",
-    "resolve_config",
-    "with_fields",
-]
 
 Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
 Steps = tuple[str, ...]  # the field names that lead to a setting

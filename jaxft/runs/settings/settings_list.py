@@ -144,11 +144,11 @@ def _has_model(kind: Any) -> bool:
 def descriptions(cls: type) -> dict[str, str]:
     """Return field -> its description in the docstrings of a dataclass and its bases.
 
-    Docstrings describe fields as `name: text. other, third: text.`
+    Docstrings describe fields as `name: text. other, third: text.`, before their examples.
     """
     name, found = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
     for base in reversed(inspect.getmro(cls)):
-        doc = " ".join((vars(base).get("__doc__") or "").split())
+        doc = " ".join((vars(base).get("__doc__") or "").partition(">>>")[0].split())
         parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
         for label, text in zip(parts[1::2], parts[2::2], strict=True):
             found |= dict.fromkeys(label.split(", "), text.strip())

@@ -35,23 +35,11 @@ SHORT_NAMES = {
 # These come first, the others in the order that they are logged in. A held-out metric counts by its name
 # without eval_.
 FIRST = (
-    names.LOSS,
-    names.GENERAL_LOSS,
-    names.REWARD,
-    names.REWARD_STD,
-    names.COMPLETION_LENGTH,
-    names.CLIPPED_RATIO,
-    names.ZERO_STD,
-    names.COMPLETION_KL,
-    names.ACCURACY,
-    names.MARGIN,
-    names.CHOSEN_REWARD,
-    names.REJECTED_REWARD,
-    names.CHOSEN_LOGP,
-    names.KL,
-    names.LEARNING_RATE,
+    names.LOSS, names.GENERAL_LOSS, names.REWARD, names.REWARD_STD, names.COMPLETION_LENGTH,
+    names.CLIPPED_RATIO, names.ZERO_STD, names.COMPLETION_KL, names.ACCURACY, names.MARGIN,
+    names.CHOSEN_REWARD, names.REJECTED_REWARD, names.CHOSEN_LOGP, names.KL, names.LEARNING_RATE,
     names.GRAD_NORM,
-)
+)  # fmt: skip
 # Shown by the progress bar already, or of interest only if unusual.
 HIDDEN = (names.EPOCH, names.TOKENS, names.SKIPPED, names.SECONDS)
 PERCENTAGES = (names.CLIPPED_RATIO, names.ZERO_STD)

@@ -1,9 +1,7 @@
 """Evaluation: held-out rows, rows of a file, completions, lm-evaluation-harness.
 
 evaluate.py: held-out loss
-harness.py: lm-evaluation-harness: its tasks and results
-harness_model.py: a model as lm-evaluation-harness uses one, with log-probabilities of continuations
+harness.py: lm-evaluation-harness: its tasks, and a model as it uses one
 likelihood.py: loss and perplexity, preferences, for `jaxft evaluate`
-samples.py: completions of held-out prompts, and by loaded weights
-scores.py: scores of completions, pass@k
+scored_completions.py: completions of held-out prompts and of files, with scores and pass@k
 """

@@ -42,8 +42,8 @@ GREATER_IS_BETTER = frozenset(
 def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux], Any]:
     """Return `(trainable, frozen, batch, aux) -> metrics` of a batch [1, rows, ...], without dropout.
 
-    For an objective that couples rows it returns the outputs of the batch; the loss is computed once from
-    those of all batches.
+    For an objective that couples rows it returns the outputs of the batch; the loss is computed once from the
+    outputs of all batches.
     """
     objective = objective.for_evaluation()
 
@@ -93,7 +93,7 @@ def coupled_metrics(
 
 
 def general_rows(data: DataSettings, general: str) -> Rows:
-    """Settings that read the general text as held-out rows of the same shape as those of `data`."""
+    """Settings that read the general text as held-out rows in the shape of `data`."""
     return Rows(
         general,
         held_out=general,
@@ -184,8 +184,8 @@ def is_greater_better(name: str) -> bool | None:
 
 
 def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
-    """Whether none of the last `patience` scores, the lower the better, is better than all before them. None
-    is no score.
+    """Return whether none of the last `patience` scores, the lower the better, is better than all before
+    them. None is no score.
     """
     known = [math.inf if score is None else score for score in scores]
     return len(known) > patience and min(known[-patience:]) >= min(known[:-patience])

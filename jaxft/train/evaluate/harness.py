@@ -1,15 +1,459 @@
-"""lm-evaluation-harness (EleutherAI, `lm_eval`) through its Python API: tasks by name, results, files."""
+"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, and a loaded model as it uses one.
+
+Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
+are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
+states nothing but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens.
+An end token that is not special is left out of a completion's text, where that backend leaves it in.
+lm_eval is an extra and is imported inside functions only.
+"""
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
+from jaxft.batch import Tokens
+from jaxft.data.chat.template import REJECTIONS, render_messages, template_of
+from jaxft.data.progress import RowProgress
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
+from jaxft.data.rows.example import Message
+from jaxft.distributed import sharding
+from jaxft.engine.sampling import BUCKET, Sampling, without_stop
+from jaxft.nn.attention.cache import CacheFormat
+from jaxft.objectives.read_positions import read_logps
 from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.train.evaluate.harness_model import HarnessBackend, HarnessSettings, make_harness_model
-from jaxft.tree import nearest
+from jaxft.train.evaluate.scored_completions import Completer
+from jaxft.tree import Params, nearest
+from jaxft.weights.hf.safetensors import read_model_json
+from jaxft.weights.hub import hub
+from jaxft.weights.pretrained import check_token_id
+
+FEW_READS = 32  # read positions of rows with short continuations, such as choices of a question
+MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # its names
+# Arguments of generation that jaxft does not have, with the value that changes nothing
+NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
+# Settings of generation_config.json that change greedy completions of the hf backend, but not of jaxft
+UNREAD = (
+    "repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_length", "min_new_tokens",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "guidance_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """Settings of a model that responds to requests.
+
+    length: the most tokens that the model reads, None for its positions. batch: rows that are computed
+    together. seed: of sampling. cache: how keys and values are stored. chat: whether prompts are rendered
+    with the chat template. template: how it renders them.
+    """
+
+    length: int | None = None
+    batch: int = 8
+    seed: int = 0
+    cache: CacheFormat = "compute"
+    chat: bool = False
+    template: TemplateSettings = field(default=DEFAULT_TEMPLATE_SETTINGS)
+
+
+class _Generation(NamedTuple):
+    """Arguments of a generate_until request. stops: strings that end a completion."""
+
+    sampling: Sampling
+    stops: tuple[str, ...]
+
+
+def generation_settings(given: dict[str, Any], end: str) -> _Generation:
+    """Return the settings of a generate_until request. end: the text of the end token, which stops too.
+
+    Raises ValueError for arguments that jaxft does not have.
+    """
+    rest, until = dict(given), given.get("until") or []
+    stops = (*([until] if isinstance(until, str) else until), end)
+    new = next((int(given[name]) for name in LIMITS if given.get(name) is not None), MAX_NEW)
+    is_sampled, temperature = given.get("do_sample"), float(given.get("temperature") or 0)
+    top_k, top_p, min_p = (given.get(name) for name in ("top_k", "top_p", "min_p"))
+    for name in ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *LIMITS):
+        rest.pop(name, None)
+    for name, value in rest.items():
+        if name not in NO_EFFECT or value != NO_EFFECT[name]:
+            remedy = f", or use --gen-kwargs {name}={NO_EFFECT[name]}" if name in NO_EFFECT else ""
+            raise ValueError(
+                f"a task generates with {name}={value}, which jaxft does not have; leave it out{remedy}"
+            )
+    sampling = Sampling(new)
+    if is_sampled and not temperature:
+        raise ValueError(
+            "a task generates with do_sample=True and temperature 0 or none; use --gen-kwargs "
+            "do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
+        )
+    if temperature and is_sampled is not False:
+        sampling = Sampling(new, temperature, top_k or None, top_p, min_p)
+    return _Generation(sampling, tuple(dict.fromkeys(stop for stop in stops if stop)))
+
+
+def generation_config_notes(ref: str) -> list[str]:
+    """Return a warning if the generation_config.json of a model has penalties, which change the completions
+    of the hf backend.
+    """
+    located = hub.locate(ref, config_only=True)
+    path = located.path / "generation_config.json"
+    if located.kind != "folder" or not path.is_file():
+        return []
+    given = {name: value for name, value in read_model_json(path).items() if name in UNREAD}
+    found = [f"{name}={value}" for name, value in given.items() if value not in (None, 0, 1, [], {})]
+    if not found:
+        return []
+    return [
+        f"warning: {path} has {', '.join(found)[:300]}, which jaxft does not apply; the hf backend of "
+        "lm-evaluation-harness does, so its scores of tasks that generate text may differ"
+    ]
+
+
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """Return the text before stop strings, which are removed one after the other, as the hf backend does."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+class HarnessBackend:
+    """The loaded model with its compiled programs.
+
+    Raises ValueError for a length that the model does not have, and for a tokenizer without BOS and EOS or,
+    where it is needed, without a chat template.
+    """
+
+    def __init__(self, loaded: LoadedWeights, settings: HarnessSettings):
+        limit, tokenizer = loaded.model.config.max_positions, loaded.tokenizer
+        self.loaded, self.settings, self.tokenizer = loaded, settings, tokenizer
+        self.length = settings.length or limit
+        if self.length > limit:
+            raise ValueError(
+                f"--max-length {self.length} exceeds the model's {limit} positions; use at most {limit}"
+            )
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise ValueError("the model's tokenizer has no BOS or EOS token, with which texts begin")
+        self.prefix = eos if bos is None else bos  # before a text without a context
+        self.end = bos if eos is None else eos
+        self.template = template_of(tokenizer, settings.template)
+        if settings.chat and self.template is None:
+            raise ValueError("--chat: the model's tokenizer has no chat template; omit --chat")
+        self.scorer = make_token_scorer(loaded, settings.batch, self.length)
+        self.completer = Completer(settings.batch, settings.seed, settings.cache)
+        self.truncated, self.without_system = 0, 0
+
+    def notes(self) -> list[str]:
+        """Return lines about requests that were changed."""
+        found = []
+        if self.truncated:
+            found.append(
+                f"{_are(self.truncated, 'request')} longer than the {self.length} tokens that the model "
+                "reads; the start of the context is left out"
+            )
+        if self.without_system:
+            found.append(
+                f"{_are(self.without_system, 'prompt')} without the system message, which the chat template "
+                "rejects"
+            )
+        return found
+
+    def encode(self, text: str, special: bool | None = None) -> list[int]:
+        """Return token ids. special: whether with the tokenizer's special tokens, such as BOS; None is with
+        them unless the text begins with BOS.
+        """
+        if special is None:
+            special = not text.startswith(self.tokenizer.decode([self.prefix]))
+        return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+
+    def logps(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation of a context, and whether it is the greedy one."""
+        self.truncated += sum(len(context) + len(tokens) > self.length + 1 for context, tokens in pairs)
+        found = self.scorer.scores([Continuation(*pair) for pair in pairs])
+        return [(score.logp, score.greedy) for score in found]
+
+    def check_generation(self, given: dict[str, Any]) -> None:
+        """Raise ValueError for arguments of generation that jaxft does not have, or for more tokens than the
+        model reads.
+        """
+        self._longest_context(generation_settings(given, "").sampling.max_new)
+
+    def _longest_context(self, new: int) -> int:
+        """Return the most tokens of a context that leave positions for `new` tokens."""
+        if new >= self.length:
+            raise ValueError(
+                f"a task generates up to {new} tokens, and the model reads {self.length}; generate fewer, "
+                "for example with --gen-kwargs max_gen_toks=64"
+            )
+        return self.length - new
+
+    def completions(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Return the completion of each context by its arguments of generation, up to a stop string."""
+        end = self.tokenizer.decode([self.end])
+        of_settings: dict[_Generation, list[int]] = {}
+        for number, (_, given) in enumerate(requests):
+            of_settings.setdefault(generation_settings(given, end), []).append(number)
+        found = [""] * len(requests)
+        for generation, numbers in of_settings.items():
+            texts = self._complete([requests[number][0] for number in numbers], generation)
+            for number, text in zip(numbers, texts, strict=True):
+                found[number] = text
+        return found
+
+    def _complete(self, contexts: Sequence[str], generation: _Generation) -> list[str]:
+        loaded, longest = self.loaded, self._longest_context(generation.sampling.max_new)
+        encoded = [self.encode(context) or [self.prefix] for context in contexts]
+        self.truncated += sum(len(ids) > longest for ids in encoded)
+        names = [f"after {context[-60:]!r}" for context in contexts]
+        prompts = [(name, ids[-longest:]) for name, ids in zip(names, encoded, strict=True)]
+
+        def is_enough(tokens: list[int]) -> bool:
+            text = self._text(tokens)
+            return any(stop in text for stop in generation.stops)
+
+        sampled = self.completer.complete(loaded, prompts, generation.sampling, is_enough=is_enough)[:, 0]
+        return [
+            before_stops(self._text(without_stop(row[row >= 0], loaded.stop)), generation.stops)
+            for row in sampled
+        ]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def chat_text(self, messages: list[Message], generation: bool) -> str:
+        """Return a conversation as the chat template renders it. generation: with the generation prompt; else
+        the text ends within the last message, which the model continues.
+
+        A system message that the template rejects is left out, as by the hf backend. Raises ValueError for
+        other messages that it rejects.
+        """
+        if self.template is None:
+            raise ValueError("the model's tokenizer has no chat template; omit --chat")
+        try:
+            text = render_messages(self.template, messages, None, generation)
+        except REJECTIONS as error:
+            others = [message for message in messages if message["role"] != "system"]
+            if len(others) == len(messages):
+                raise ValueError(f"{self.template.name} rejects the messages of a task: {error}") from error
+            self.without_system += 1
+            return self.chat_text(others, generation)
+        if generation:
+            return text
+        last = str(messages[-1]["content"])
+        at = text.rindex(last.strip())
+        is_complete = text.startswith(last.lstrip(), at)  # with the white space at its end
+        return text[: at + len(last.lstrip() if is_complete else last.strip())]
+
+
+def _are(count: int, noun: str) -> str:
+    """Return a count with its noun and verb: 1 request is, 2 requests are."""
+    return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
+
+
+def make_harness_model(backend: HarnessBackend) -> Any:
+    """Return an lm_eval.api.model.TemplateLM that delegates to the backend."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class HarnessModel(TemplateLM):
+        """The names and parameters are lm_eval's."""
+
+        tokenizer = backend.tokenizer
+        tokenizer_name = str(backend.tokenizer.name_or_path).replace("/", "__")
+        max_length, max_gen_toks = backend.length, MAX_NEW
+        eot_token_id, prefix_token_id = backend.end, backend.prefix
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return backend.encode(string, add_special_tokens)
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            return backend.logps([(context, tokens) for _, context, tokens in requests])
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            windows = [
+                [
+                    make_disjoint_window(window)
+                    for window in get_rolling_token_windows(
+                        backend.encode(request.args[0]), backend.prefix, backend.length, 1
+                    )
+                ]
+                for request in requests
+            ]
+            logps = iter([logp for logp, _ in backend.logps([window for own in windows for window in own])])
+            return [sum(next(logps) for _ in own) for own in windows]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return backend.completions([request.args for request in requests])
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            return backend.chat_text(chat_history, add_generation_prompt)
+
+    return HarnessModel()
+
+
+class Continuation(NamedTuple):
+    """Token ids of a context, at least one, and of a continuation, whose log-probability is computed."""
+
+    context: Sequence[int]
+    tokens: Sequence[int]
+
+
+class ContinuationScore(NamedTuple):
+    """logp: log-probability in nats. greedy: whether every token is the model's most likely one."""
+
+    logp: float
+    greedy: bool
+
+
+class _Read(NamedTuple):
+    """A position of a row, the token that follows it, and the index of its continuation."""
+
+    position: int
+    target: int
+    number: int
+
+
+class _ScoredRow(NamedTuple):
+    """Tokens that the model reads, and what is read from it. Continuations that differ in the last token only
+    share a row.
+    """
+
+    ids: tuple[int, ...]
+    reads: list[_Read]
+
+
+@dataclass(frozen=True)
+class TokenScorer:
+    """Scores continuations by one model. Programs are compiled for rows of 64, 128, 256, ... tokens.
+
+    loaded: the model. batch: rows that are computed together. length: the most tokens that the model reads;
+    of longer contexts the last ones. forward: compiled for each shape of a batch.
+    """
+
+    loaded: LoadedWeights
+    batch: int
+    length: int
+    forward: Callable[[Params, Tokens], tuple[jax.Array, jax.Array]]
+
+    def scores(self, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
+        """Return the score of each continuation, and print progress while it takes long.
+
+        Raises ValueError for a continuation without tokens or with more than `length`, for a token that the
+        model does not have, and for log-probabilities that are not finite.
+        """
+        rows = rows_of(continuations, self.length)
+        largest = max((max(row.ids) for row in rows), default=0)
+        largest = max(largest, max((read.target for row in rows for read in row.reads), default=0))
+        check_token_id("the model", largest, self.loaded.model.config.vocab)
+        logps, greedy = [0.0] * len(continuations), [True] * len(continuations)
+        with RowProgress("scoring", len(rows), enabled=True) as progress:
+            for shape, part in batches_of(rows, self.batch, self.length):
+                logp, top1 = jax.device_get(self.forward(self.loaded.params, self._placed(part, shape)))
+                for own_logps, own_top1, row in zip(logp, top1, part):  # the last rows are padding
+                    for x, is_top, read in zip(own_logps, own_top1, row.reads):
+                        logps[read.number] += float(x)
+                        greedy[read.number] &= bool(is_top)
+                progress.add(len(part))
+        if not all(map(math.isfinite, logps)):
+            raise ValueError("log-probabilities are not finite; use --dtype float32, or check the weights")
+        return [ContinuationScore(*score) for score in zip(logps, greedy, strict=True)]
+
+    def _placed(self, rows: Sequence[_ScoredRow], shape: tuple[int, int]) -> Tokens:
+        """Return rows as a batch on the mesh. shape: tokens and read positions of a row."""
+        shards = sharding.row_shards(self.loaded.mesh)
+        count, (length, reads) = -(-self.batch // shards) * shards, shape
+        ids, segments = (np.zeros((1, count, length), np.int32) for _ in range(2))
+        read, targets = (np.zeros((1, count, reads), np.int32) for _ in range(2))
+        for i, row in enumerate(rows):
+            ids[0, i, : len(row.ids)], segments[0, i, : len(row.ids)] = row.ids, 1
+            read[0, i, : len(row.reads)] = [x.position for x in row.reads]
+            targets[0, i, : len(row.reads)] = [x.target for x in row.reads]
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape) * segments
+        weights = np.zeros(read.shape, np.float32)
+        return sharding.shard_batch(
+            self.loaded.mesh, Tokens(ids, segments, positions, read, targets, weights, packed=False)
+        )
+
+
+def make_token_scorer(loaded: LoadedWeights, batch: int, length: int) -> TokenScorer:
+    """Return the scorer of a model; see TokenScorer."""
+    model = loaded.model
+
+    def forward(params: Params, batch: Tokens) -> tuple[jax.Array, jax.Array]:
+        rows: Any = jax.tree.map(lambda x: x[0], batch)
+        h, _ = model.hidden(params, rows)
+        found = read_logps(model, params, h, (rows.read, rows.targets))
+        return found.logp, found.top1
+
+    return TokenScorer(loaded, batch, length, jax.jit(forward))
+
+
+def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredRow]:
+    """Return the rows that are computed. Raises ValueError for a continuation of no or too many tokens."""
+    found: dict[tuple[int, ...], _ScoredRow] = {}
+    rows = []
+    for number, (context, tokens) in enumerate(continuations):
+        if not tokens or not context:
+            raise ValueError(
+                f"continuation {number + 1} has no {'context ' if tokens else ''}tokens; check that the "
+                "task's contexts and choices are not empty"
+            )
+        if len(tokens) > length:
+            raise ValueError(
+                f"continuation {number + 1} has {len(tokens)} tokens, more than the {length} that the model "
+                "reads; use a larger --max-length, or leave out this task"
+            )
+        ids = tuple([*context, *tokens][-(length + 1) : -1])
+        first = len(ids) - len(tokens)
+        reads = [_Read(first + i, token, number) for i, token in enumerate(tokens)]
+        row = found.get(ids)
+        if row is None or len(row.reads) + len(reads) > read_sizes(length_bucket(len(ids), length))[-1]:
+            row = found[ids] = _ScoredRow(ids, [])
+            rows.append(row)
+        row.reads.extend(reads)
+    return rows
+
+
+def length_bucket(count: int, length: int) -> int:
+    """Return the padded size of a row of `count` tokens: 64 times a power of two, at most `length` rounded
+    up.
+    """
+    size = BUCKET
+    while size < count:
+        size *= 2
+    return min(size, -(-length // BUCKET) * BUCKET)
+
+
+def read_sizes(size: int) -> tuple[int, ...]:
+    """Return the numbers of read positions that rows of `size` tokens are padded to, ascending."""
+    return (FEW_READS, size)
+
+
+def batches_of(
+    rows: Sequence[_ScoredRow], batch: int, length: int
+) -> list[tuple[tuple[int, int], list[_ScoredRow]]]:
+    """Return (tokens, read positions) of a padded row and its rows for each batch, the longest first: what is
+    too large for the memory fails at once.
+    """
+    of_shape: dict[tuple[int, int], list[_ScoredRow]] = {}
+    for row in rows:
+        size = length_bucket(len(row.ids), length)
+        reads = next(count for count in read_sizes(size) if count >= len(row.reads))
+        of_shape.setdefault((size, reads), []).append(row)
+    return [
+        (shape, found[i : i + batch])
+        for shape, found in sorted(of_shape.items(), key=lambda item: item[0], reverse=True)
+        for i in range(0, len(found), batch)
+    ]
 
 
 @dataclass(frozen=True)

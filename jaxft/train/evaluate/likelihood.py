@@ -1,4 +1,4 @@
-"""How likely a model finds rows: loss and perplexity, which response of a pair it prefers, and the
+"""Likelihood of rows under a model: loss and perplexity, the preferred response of a pair, and the
 probabilities of the choices of a decision.
 """
 
@@ -129,7 +129,7 @@ def _pair_preferences(
     accuracy: log p(chosen) > log p(rejected); in all of them a tie counts 1/2, and one of ties alone is left
     out. accuracy_per_token: the same for the mean over the response's
     tokens. With an adapter also accuracy_against_base: the adapter raises log p of the chosen response above
-    the base's by more than that of the rejected one, which is DPO's reward accuracy.
+    the base's by more than of the rejected one, which is DPO's reward accuracy.
     """
     source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check(source.info.fingerprint)
@@ -258,5 +258,5 @@ def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
 
 
 def _gain(logp: float, base: float) -> float:
-    """How much a log-prob exceeds the base's; 0 for a difference of rounding."""
+    """Return the difference of a log-prob to the base's; 0 for a difference of rounding."""
     return logp - base if abs(logp - base) > TIE_ROUNDING * abs(base) else 0.0

@@ -1,4 +1,4 @@
-"""Which files of a run, or of a folder of weights, are pushed to the hub, and with which model card."""
+"""The files of a run, or of a folder of weights, that are pushed to the hub, and their model card."""
 
 import json
 import re
@@ -45,7 +45,7 @@ class Push:
 
 
 def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
-    """Return the files of a finished run's adapter or model, or those of an exported folder or .gguf file.
+    """Return the files of a finished run's adapter or model, or of an exported folder or .gguf file.
 
     repo: org/name, which the model card names as the place to load from. merged: a folder with the merged
     weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license

@@ -57,7 +57,7 @@ def report_finished(job: Job, steps: int) -> int:
     more = "loop.steps, data.epochs or data.tokens"
     if steps < job.steps:
         more = "loop.patience or set it to none"
-        more = more if runfolder.planned_at_end(job.folder) is None else "loop.steps"
+        more = more if runfolder.early_end(job.folder, "planned") is None else "loop.steps"
     print(f"to continue it, raise {more}; to start again, choose another {name}")
     for member in job.members:
         record, log = member.folder / "config.json", member.folder / METRICS
@@ -77,7 +77,7 @@ def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """
     if not processes.is_first():
         return
-    name = job.sources[0].held_out_name  # those of a sweep have the same held-out rows
+    name = job.sources[0].held_out_name  # all of a sweep have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
         named = [*((name(at), own) for at, own in rows.items()), *prompts.items()]
         lines = [json.dumps({"row": row, **json_value(own)}) + "\n" for row, own in named]
@@ -168,6 +168,7 @@ def write_reports(
             )
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
             table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
+            add_files(job.folder / METRICS, [job.folder / name for name in runfolder.RECORD])
     processes.barrier()  # the run is finished for all processes or for none
     for log, folder in zip(logs.members, weights, strict=True):
         log.mark("failed" if folder is None else "finished")

@@ -1,8 +1,7 @@
-"""What a run reports while it trains.
+"""Reports of a run while it trains.
 
-clock.py: how long each phase takes
+clock.py: the time of each phase
 logs.py: the logs of a run; parameters and data as JSON for its report
 meter.py: metrics between log entries
 nonfinite.py: a record of the first non-finite step
-watch.py: norms per layer
 """

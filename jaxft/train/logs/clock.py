@@ -1,4 +1,4 @@
-"""How long each phase of a run takes, over all of its starts, and lines about the progress of a phase."""
+"""The time of each phase of a run, over all of its starts, and lines about the progress of a phase."""
 
 import contextlib
 import threading

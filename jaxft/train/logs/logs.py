@@ -25,14 +25,14 @@ from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.settings.record import recorded_defaults
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
-from jaxft.train.evaluate.scores import held_out_prompts, position_lines
+from jaxft.train.evaluate.scored_completions import held_out_prompts, position_lines
 from jaxft.train.logs.clock import Clock
 from jaxft.train.partition import parameter_rows
 from jaxft.train.start.attention_kernels import attention_summary, check_attention
 from jaxft.train.start.jobs import Job
 from jaxft.train.start.teacher import teacher_lines
 from jaxft.weights import pretrained
-from jaxft.weights.edit.extend import extension_notes
+from jaxft.weights.edit.extended_model import extension_notes
 from jaxft.weights.hf.hf_read import stop_lines
 from jaxft.weights.peft.adapter_folders import base_differences, left_out_notes, untying_notes
 
@@ -101,7 +101,7 @@ class Logs:
         self.mark("stopped")
 
     def alarm(self, number: int, step: int, text: str) -> None:
-        """Print an alarm about a member after `step` steps, and store it with those of its metrics."""
+        """Print an alarm about a member after `step` steps, and store it with the other alarms."""
         text = f"alarm after step {step}: {text}"
         self.members[number].add_alarms([text])
         if self._overview is None:
@@ -139,8 +139,8 @@ def open_logs(
     """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
     first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since
-    the run began. callbacks: trackers in addition to those of the settings. Raises ValueError if the settings
-    differ from those of the checkpoint, or allow fewer steps than are done. clock: of the run, which goes on
+    the run began. callbacks: further trackers. Raises ValueError if the settings
+    differ from the checkpoint's, or allow fewer steps than are done. clock: of the run, which goes on
     with the seconds of the checkpoint.
     """
     if first > job.steps:

@@ -61,7 +61,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Queue the metrics of a step and add those of the step before, for which this waits.
+        """Queue the metrics of a step and add the previous step's, for which this waits.
 
         Raises ValueError that names the rows if too many steps in a row were not finite.
         """

@@ -6,7 +6,7 @@ the first step where one of them, or the update, is not finite this writes `runs
     batch.npz    the arrays of the batch, [micro, rows, ...]
     rows.json    the names of the dataset rows in each row of the batch
     norms.json   norms of parameters and gradients by path, and of layer outputs
-                 [pass, micro, 1 + layer, row]; the first is the embedding's; those of a second model apart
+                 [pass, micro, 1 + layer, row]; the first is the embedding's; a second model's apart
 
 and logs the first parameter or layer output that is not finite, or if all are finite the layer whose gradient
 is the first that is not: gradients are computed from the last layer to the first. The run continues with the
@@ -35,9 +35,8 @@ from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs.logs import Logs
-from jaxft.train.logs.watch import make_layer_norms
 from jaxft.train.start.jobs import Job, Member
-from jaxft.train.step import accumulate_gradients, step_keys
+from jaxft.train.step import accumulate_gradients, make_layer_norms, step_keys
 from jaxft.tree import Batch, LayerOutputs, Metrics, Params
 
 ROW_NORMS = "row_norms"

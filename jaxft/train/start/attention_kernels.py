@@ -2,7 +2,7 @@
 
 A kernel that is compiled for a device may be wrong there without an error: by a bug of the compiler, of a
 vendor's library or of the kernel. So before a run trusts it, its outputs and gradients on two rows are
-compared once with `flash`, blockwise XLA, in float32: rows as long as those of the run (long ones are
+compared once with `flash`, blockwise XLA, in float32: rows as long as in the run (long ones are
 shortened, see sample_length), and in as many parts where mesh.context divides them.
 """
 
@@ -167,11 +167,12 @@ def kernel_errors(
     parts: int = 1,
 ) -> tuple[float, float]:
     """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
-    explains: four times that of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for others.
+    explains: four times the error of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for
+    others.
 
-    An error is the root mean square of the difference from `flash` in float32, relative to that of the
-    values; infinite if the kernel returns a NaN. q_BTHE: its heads, head dimension and dtype are those of the
-    sample rows, and their length follows from its own (sample_length). rows: what they have. Runs on the
+    An error is the root mean square of the difference from `flash` in float32, relative to the values';
+    infinite if the kernel returns a NaN. q_BTHE: the sample rows have its heads, head dimension and dtype,
+    and their length follows from its own (sample_length). rows: what they have. Runs on the
     first device of this process, or with mesh.context=parts on its first ones.
     """
     (_, length, heads, head_dim), dtype = q_BTHE.shape, q_BTHE.dtype

@@ -3,11 +3,11 @@ rows, with ranks by explained variance.
 
 The columns of `a` are the principal directions of a layer's inputs, `b` is zero: the model at step 0 is the
 base. All singular values of all layers, as fractions of the variance of their layer's inputs, compete for the
-ranks; their sum is that of the settings, and a module gets at most `eva_rho` times its own.
+ranks; their sum follows the settings, and a module gets at most `eva_rho` times its own.
 
 Arrays have that largest rank in all layers; unused columns are zero and stay zero (see lora.py). The
 adapter that is written has each module's rank, and modules that got none are left out, as in PEFT
-(init_lora_weights="eva"). alpha / rank is that of the settings, as with PEFT's adjust_scaling_factors; with
+(init_lora_weights="eva"). alpha / rank stays as in the settings, as with PEFT's adjust_scaling_factors; with
 rsLoRA, where PEFT does not keep it, alpha / sqrt(rank) is.
 
 PEFT follows the principal components by an incremental, truncated SVD until they turn no further. Here the
@@ -40,7 +40,7 @@ from jaxft.weights.tensors import layer_on_host
 
 EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method
 SMALLEST_VARIANCE = 1e-30  # that is divided by
-MOMENT_BYTES = 2**32  # of covariances on the device at once; those of a batch take as many
+MOMENT_BYTES = 2**32  # of covariances on the device at once; a batch takes as many
 
 RowRange = tuple[int, int]  # the first row, and the one after the last
 
@@ -85,7 +85,7 @@ def eva_adapter(
 
     model: over the whole tree. Every process calls it; process 0 decomposes, because other hosts' libraries
     may round otherwise. The rows pass through the model once for each MOMENT_BYTES of covariances, and the
-    host stores those of one kernel. Raises ValueError for inputs that are not finite.
+    host stores the covariances of one kernel. Raises ValueError for inputs that are not finite.
     """
     layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
     paths = list(layouts)
@@ -194,7 +194,7 @@ def _add_batch(
 def _centred(
     x: Float[Array, "B T I"], counted: Float[Array, "B T"], part: RowRange
 ) -> tuple[Float[Array, " I"], Float[Array, "N I"]]:
-    """Return the sum of inputs x over the counted tokens, and rows of that of (x - mean) (x - mean)^T."""
+    """Return the sum of inputs x over the counted tokens, and rows of the sum of (x - mean) (x - mean)^T."""
     weights = counted[..., None]
     wide = x.astype(counted.dtype) * weights
     total = jnp.sum(wide, (0, 1))

@@ -16,8 +16,8 @@ from jaxft.data.packing.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.heads import HeadSettings
-from jaxft.rl.rollout_files import clear_records
 from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
+from jaxft.rl.rollout_sampler import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
@@ -25,7 +25,7 @@ from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirr
 from jaxft.runs.settings.record import describe, differences, recorded_defaults
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
-from jaxft.train.evaluate.scores import check_scoring
+from jaxft.train.evaluate.scored_completions import check_scoring
 from jaxft.train.export.calibrate import CalibrationPlan, plan_run
 from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.settings import Run
@@ -63,11 +63,11 @@ class Member:
 class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
-    sources: batches for all members, or of each member. steps: the number of the last step. planned: that of
-    the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the token ids
-    that end a completion. all_general: batches of the general text. sweep: its settings, None for a single
-    run. calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest: the
-    shape that batches are padded to, None for the smallest one that holds those of every source.
+    sources: batches for all members, or of each member. steps: the number of the last step. planned: the
+    number by the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the
+    token ids that end a completion. all_general: batches of the general text. sweep: its settings, None for a
+    single run. calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest:
+    the shape that batches are padded to, None for the smallest one that holds those of every source.
     """
 
     folder: Path
@@ -112,7 +112,7 @@ class Job:
 
     @property
     def rollout_steps(self) -> int:
-        """Optimizer steps between two points where the job can be saved: those of a rollout, or 1."""
+        """Optimizer steps between two points where the job can be saved: a rollout's, or 1."""
         return self.info.steps_per_rollout
 
     @property
@@ -181,7 +181,7 @@ def widest_shape(sources: Sequence[Source[Any]]) -> Batch:
 def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     """Check the settings, read the rows and build the programs as shapes.
 
-    record: a run's settings as JSON, by default those of `settings`. Raises ValueError or FileNotFoundError
+    record: a run's settings as JSON, by default from `settings`. Raises ValueError or FileNotFoundError
     with one line about the cause and the remedy. Every process calls it.
     """
     sweep = settings if isinstance(settings, Sweep) else None
@@ -333,9 +333,9 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
         for m in job.members
         for line in runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
     ]
-    patience, ended_by = job.lead.run.loop.patience, runfolder.patience_at_end(job.lead.folder)
+    patience, ended_by = job.lead.run.loop.patience, runfolder.early_end(job.lead.folder, "patience")
     stalled = patience is not None and ended_by is not None and patience <= ended_by
-    planned = runfolder.planned_at_end(job.lead.folder)  # of a run that a callback ended
+    planned = runfolder.early_end(job.lead.folder, "planned")  # of a run that a callback ended
     is_finished = steps >= job.steps or stalled or (planned is not None and job.steps <= planned)
     if is_finished:
         is_finished = not _damaged_results(job, checkpoints)
@@ -352,9 +352,9 @@ def _keep_own_rollouts(job: Job) -> None:
 
 
 def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
-    """Whether a finished job has lost some of its results, which is reported. Folders with files that have
-    changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from which
-    the results could be written again.
+    """Return whether a finished job has lost some of its results, which is reported. Folders with files that
+    have changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from
+    which the results could be written again.
     """
     folders = {job.folder, *(member.folder for member in job.members)}
     cards = [folder / runfolder.CARD for folder in folders if (folder / runfolder.SUMMARY).is_file()]

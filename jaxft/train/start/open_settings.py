@@ -97,7 +97,7 @@ def fitted(
 ) -> tuple[Resolved, list[str]]:
     """Return the settings with those that follow from the rows, and lines about them for the start of a run.
 
-    Every process calls it. devices: of the run, by default those of this machine. root: the folder of runs; a
+    Every process calls it. devices: of the run, by default of this machine. root: the folder of runs; a
     run that has a checkpoint keeps what it began with.
     """
     try:
@@ -171,13 +171,13 @@ def _open_names(settings: Resolved) -> list[str]:
 
 
 def _has_own_rows(settings: Resolved) -> bool:
-    """Whether a recipe whose rows ship with jaxft has other ones."""
+    """Return whether a recipe whose rows ship with jaxft has other ones."""
     default = settings.defaults.get("data")
     return isinstance(default, str) and _ships(default) and not _ships(settings.value.data.train)
 
 
 def _ships(data: str) -> bool:
-    """Whether a dataset is among the rows that ship with jaxft."""
+    """Return whether a dataset is among the rows that ship with jaxft."""
     return all(source.ref in SHIPPED for source in parse_sources(data))
 
 
@@ -375,7 +375,7 @@ class Fit:
         return all_ if sizes[1] <= LITTLE * sizes[0] else wanted
 
     def _new_tokens(self, prompt: int) -> int:
-        """Return a length of completions: that of the reference answers if the budget has it, and at least
+        """Return a length of completions: as the reference answers if the budget has it, and at least
         NEW_TOKENS; less only where the model's context is too small, of which a prompt may have half.
 
         prompt: tokens that the prompts need.
@@ -388,10 +388,10 @@ class Fit:
         return min(max(least, min(wanted, fits)), context - min(prompt, context // 2))
 
     def _episode_tokens(self, prompt: int, new: int) -> int:
-        """Return a limit of an episode of several turns: that of all turns of full length if the budget has
+        """Return a limit of an episode of several turns: all turns in full length if the budget has
         it, and at least one turn and the recipe's.
 
-        prompt: tokens that the prompts need. new: those of a turn.
+        prompt: tokens that the prompts need. new: tokens of a turn.
         """
         data, context = self.data, self.run.model.config.max_positions
         assert isinstance(data, Prompts)
@@ -447,8 +447,8 @@ def activation_bytes(model: Model, remat: RematPolicy) -> int:
 
 
 def _mlp_widths(model: Model) -> tuple[int, int]:
-    """Return the sum of the outputs of all kernels into hidden layers of MLPs, and that of the inputs of all
-    kernels out of them.
+    """Return the outputs of all kernels into hidden layers of MLPs, and the inputs of all kernels out of
+    them, each summed.
     """
     into = out = 0
     for spec in spec_paths(model.specs).values():

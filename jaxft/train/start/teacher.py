@@ -162,6 +162,6 @@ def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
 
 
 def _stored(teacher: Teacher) -> StoredModel:
-    """How a teacher's own weights are stored."""
+    """Return the storage of a teacher's own weights."""
     assert teacher.model is not None
     return pretrained.frozen_model(teacher.model, teacher.quant, teacher.weights)

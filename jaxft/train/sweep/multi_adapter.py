@@ -3,7 +3,7 @@
 `lax.map` runs over blocks of `at_once` adapters, so that activations are stored for one block at a time. The
 rows of a block go through the model together. The reference policy runs once for all of them.
 
-Trees of trainable parameters are those of K runs alone. `SharedFrozen` holds the base once.
+Each of the K runs has its own tree of trainable parameters. `SharedFrozen` holds the base once.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,7 @@ from jaxft.nn.adapters import lora
 from jaxft.objectives.metrics import neutral
 from jaxft.objectives.objective import Facts, Objective, Outputs
 from jaxft.optim.optimizer import Optimizer
-from jaxft.train.logs.watch import Watch
-from jaxft.train.step import accumulate_gradients, apply_gradients
+from jaxft.train.step import Watch, accumulate_gradients, apply_gradients
 from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
 LOSS_KNOBS = "knobs"  # name in aux of the knobs of a loss that are arrays, as in a study
@@ -59,12 +58,12 @@ class MultiAdapter:
 
     @property
     def coupled(self) -> bool:
-        """Whether a loss of one of them couples rows, so that all are computed from whole batches."""
+        """True if a loss of one of them couples rows, so that all are computed from whole batches."""
         return any(o.facts.coupled for o in self.objectives)
 
     @property
     def shares_reference(self) -> bool:
-        """Whether the reference policy is the same for all adapters and runs once."""
+        """True if the reference policy is the same for all adapters and runs once."""
         return self.reference == "start" and not self.separate_rows
 
 

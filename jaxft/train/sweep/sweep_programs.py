@@ -7,24 +7,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import sharding, threads
-from jaxft.engine.state import Decoding
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train.compiled import (
     EVALUATING,
     Compiled,
     HeldOut,
+    RowMetrics,
     States,
-    losses_of_batch,
-    microbatch_shape,
-    no_losses,
+    compile_averages,
+    compile_last_loss,
+    compile_samples,
 )
-from jaxft.train.evaluate import evaluate, samples, scores
+from jaxft.train.evaluate import evaluate
 from jaxft.train.logs.clock import Clock
-from jaxft.train.programs import compile_averaged, sharded_batch
+from jaxft.train.programs import sharded_batch
 from jaxft.train.start.jobs import Job
 from jaxft.train.sweep.multi_adapter import (
     LOSS_KNOBS,
@@ -62,15 +61,7 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     def held_out(states: States, with_rows: bool) -> list[HeldOut]:
         return [HeldOut.of(total) for total in totals(states, with_rows)]
 
-    last_loss = no_losses
-    if not job.sources[0].held_out:
-        one_micro, count = microbatch_shape(job.sources[0].shapes[-1])
-        of_rows = compile_sweep_metrics(adapters, job, shared, one_micro, count)
-
-        def floats_of_rows(states: States, batches: Sequence[Batch]) -> list[FloatMetrics]:
-            return [metrics.as_floats(total) for total in of_rows(states, batches, False)]
-
-        last_loss = partial(losses_of_batch, floats_of_rows, job.sources[0].shapes[-1])
+    last_loss = compile_last_loss(job.sources[0], partial(compile_sweep_metrics, adapters, job, shared))
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
     text_totals = compile_sweep_eval(texts, job, shared, job.general, iter)
 
@@ -82,14 +73,9 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     def joint_step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
         return compiled(states, shared, sharding.shard_batch(p.mesh, batch))
 
-    averages = [compile_averaged(member.programs) for member in job.members]
-
-    def averaged(states: States) -> States:
-        return tuple(average(state) for average, state in zip(averages, states, strict=True))
-
     with clock.part("samples"):
-        sample = compile_samplers(job, frozen, clock)
-    return Compiled(joint_step, held_out, general, sample, last_loss, averaged)
+        sample = compile_samples(job, frozen, clock)
+    return Compiled(joint_step, held_out, general, sample, last_loss, compile_averages(job))
 
 
 def make_step(adapters: MultiAdapter, job: Job) -> Callable:
@@ -134,7 +120,7 @@ def compile_sweep_eval(
 
 def compile_sweep_metrics(
     adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
-) -> Callable[[States, Iterable[Batch], bool], list[Metrics]]:
+) -> RowMetrics:
     """Return `metrics(states, batches, with_rows)`, not yet divided, of `batch_count` batches of one shape
     [1, rows, ...] together. with_rows: see compile_metrics.
     """
@@ -174,32 +160,3 @@ def compile_sweep_metrics(
 def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
     """The part of the members' aux that their losses read."""
     return [{name: s.aux[name] for name in ("loss", LOSS_KNOBS) if name in s.aux} for s in states]
-
-
-def compile_samplers(
-    job: Job, frozen: tuple[Params, ...], clock: Clock
-) -> Callable[[States], list[scores.Scored]]:
-    """Return `sample(states)`: completions of held-out prompts by each member with their scores, compiled
-    once per rank. clock: shows the progress.
-    """
-    run, prompts = job.lead.run, scores.held_out_prompts(job.lead.run, job.sources[0])
-    texts = samples.prompt_texts(prompts, job.tokenizer, job.stop)
-    score = scores.make_scorer(run.scoring, run.samples, texts)
-    by_shape: dict[str, Callable[[Params], list[samples.Completed]]] = {}
-    complete = []
-    for member in job.members:
-        p = member.programs
-        params = tree.combine(p.state.trainable, p.frozen)
-        key = str({path: x.shape for path, x in tree.paths(p.state.trainable).items()})
-        if key not in by_shape:
-            decoding = Decoding(p.partition.model, run.sampling, job.stop, run.scoring.samples)
-            by_shape[key] = samples.compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
-        complete.append(by_shape[key])
-
-    def sample(states: States) -> list[scores.Scored]:
-        return [
-            score(one(tree.combine(state.trainable, own)))
-            for one, state, own in zip(complete, states, frozen, strict=True)
-        ]
-
-    return sample

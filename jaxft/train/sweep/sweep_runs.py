@@ -24,7 +24,7 @@ def train_sweep(
     """Train the runs of a sweep, or resume them; return the exit code, see loop.run. All hold out the same
     rows.
 
-    runs: by label, which is also the name of the run's folder in that of the sweep. at_once: see Sweep; None
+    runs: by label, which is also the name of the run's folder in the sweep's. at_once: see Sweep; None
     for runs that may also be trained one after the other, if they cannot share a program. clock: see
     loop.run; runs that are trained one after the other have clocks of their own.
     """

@@ -1,0 +1,280 @@
+"""Environments that ship with jaxft, each with its rows: a calculator, guess a number, a code interpreter,
+and search over a small corpus.
+
+Search is by words, BM25: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15:
+score(d) = sum over words w of the query of idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / mean)).
+"""
+
+import functools
+import math
+import operator
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from jaxft.data.rows.columns import tool_schema
+from jaxft.rl.environments.environment import RowColumns
+from jaxft.rl.environments.sandbox import SandboxLimits, run_python
+from jaxft.rl.rewards import last_number
+
+OPERATORS = {"add": ("+", operator.add), "multiply": ("*", operator.mul)}
+Passages = tuple[str, ...]  # of a corpus
+K1, B = 1.5, 0.75  # of BM25
+
+
+class Calculator:
+    """A calculator with two tools, for expressions such as 17 * 23 + 58 and (17 + 23) * 58.
+
+    The reward is 1 if the last number of the final turn is the row's answer. Rows: `calculator_rows`.
+
+    >>> Calculator().multiply(17, 23)
+    391
+    """
+
+    def reset(self, row: RowColumns) -> None:
+        """Begin with the row's own prompt."""
+        self.answer = last_number(row["answer"])
+        if self.answer is None:
+            raise ValueError(f"column 'answer' has no number: {row['answer']!r:.80}")
+
+    def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
+        """End the episode with the first turn that calls no tool."""
+        return None, float(last_number(text) == self.answer), True, None
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: First number.
+            b: Second number.
+        """
+        return a + b
+
+    def multiply(self, a: int, b: int) -> int:
+        """Multiply two numbers.
+
+        Args:
+            a: First number.
+            b: Second number.
+        """
+        return a * b
+
+
+def calculator_rows(count: int, seed: int) -> list[RowColumns]:
+    """Return questions with answers, which take a call of each tool, one after the other.
+
+    Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or like it.
+    """
+    rng = random.Random(seed)
+    orders = ("multiply", "add"), ("add", "multiply")
+    return [_question(rng, rng.choice(orders))[0] for _ in range(count)]
+
+
+def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
+    """Return conversations that show the format of calls: rows for SFT, with tools.
+
+    chained: the fraction of them with two calls, of the same tool or of both. Few need both, so that a model
+    still has to learn that.
+    """
+    rng = random.Random(seed)
+    tools = [tool_schema(getattr(Calculator, name)) for name in OPERATORS]
+    rows = list[RowColumns]()
+    for _ in range(count):
+        row, calls = _question(rng, rng.choices(list(OPERATORS), k=1 + (rng.random() < chained)))
+        messages: list[RowColumns] = [{"role": "user", "content": row["prompt"]}]
+        for name, a, b, result in calls:
+            call = {"type": "function", "function": {"name": name, "arguments": {"a": a, "b": b}}}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            messages.append({"role": "tool", "name": name, "content": str(result)})
+        messages.append({"role": "assistant", "content": f"The answer is {row['answer']}."})
+        rows.append({"messages": messages, "tools": tools})
+    return rows
+
+
+def _question(rng: random.Random, names: Sequence[str]) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:
+    """Return a row whose answer takes calls of these tools in turn, and the calls (tool, a, b, result)."""
+    value, calls = rng.randint(11, 99), list[tuple[str, int, int, int]]()
+    text = str(value)
+    for name in names:
+        other, (sign, result_of) = rng.randint(11, 99), OPERATORS[name]
+        left = f"({text})" if name == "multiply" and "+" in text else text
+        result = result_of(value, other)
+        calls.append((name, value, other, result))
+        text, value = f"{left} {sign} {other}", result
+    return {"prompt": f"What is {text}?", "answer": str(value)}, calls
+
+
+class GuessNumber:
+    """Guess a number; each guess is answered by "Higher." or "Lower.".
+
+    The reward is 1 for the right number. Rows: `guess_rows`; data.max_turns limits the guesses.
+
+    >>> game = GuessNumber()
+    >>> game.reset({"answer": "7"})
+    >>> game.step(None, "Is it 5?")
+    ('Higher.', 0.0, False, None)
+    """
+
+    def reset(self, row: RowColumns) -> None:
+        """Begin with the row's own prompt."""
+        self.number = int(row["answer"])
+
+    def step(self, state: None, text: str) -> tuple[str | None, float, bool, None]:
+        """Compare the last number of the text."""
+        guess = last_number(text)
+        if guess is None:
+            return "Say a number.", 0.0, False, None
+        if guess == self.number:
+            return None, 1.0, True, None
+        return ("Higher." if guess < self.number else "Lower."), 0.0, False, None
+
+
+def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
+    """Return prompts with a number from 1 to `most` as the answer."""
+    rng = random.Random(seed)
+    prompt = f"Guess my number from 1 to {most}. I say whether it is higher or lower. Answer with a number."
+    return [{"prompt": prompt, "answer": str(rng.randint(1, most))} for _ in range(count)]
+
+
+class CodeInterpreter:
+    """A Python tool: the model writes programs, which the sandbox runs, and reads their output.
+
+    The reward is 1 if the last number of the final turn is the last of the row's answer, or if the text is
+    the answer where that has no number. A subclass may have other `limits`.
+    """
+
+    limits = SandboxLimits()
+
+    def reset(self, row: RowColumns) -> None:
+        """Begin with the row's own prompt."""
+        self.answer = str(row["answer"])
+
+    def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
+        """End the episode with the first turn that runs no code."""
+        expected, got = last_number(self.answer), last_number(text)
+        if expected is None:
+            right = text.strip().casefold() == self.answer.strip().casefold()
+        else:
+            right = got is not None and math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6)
+        return None, float(right), True, None
+
+    def python(self, code: str) -> str:
+        """Run a Python program and return what it prints.
+
+        Args:
+            code: The program. No variables are left from earlier calls.
+        """
+        found = run_python(code, self.limits)
+        if found.code is None:
+            return f"{found.output}\n[stopped after {self.limits.seconds:g} s]".lstrip()
+        return found.output or "[no output; print what you want to read]"
+
+
+class Search:
+    """A search tool over a small corpus, for questions that need one or two searches.
+
+    The reward is 1 if the final turn contains the row's answer. Rows: `search_rows`, on the invented villages
+    of `villages`. A subclass may search another corpus:
+
+        class Manual(Search):
+            corpus = tuple(open("manual.txt").read().split("\\n\\n"))
+    """
+
+    corpus: Passages = ()
+    results = 2
+
+    def reset(self, row: RowColumns) -> None:
+        """Begin with the row's own prompt."""
+        self.words = _words(str(row["answer"]))
+        if not self.words:
+            raise ValueError(f"column 'answer' has no words: {row['answer']!r:.80}")
+
+    def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
+        """End the episode with the first turn that searches nothing."""
+        said, answer = (f" {' '.join(words)} " for words in (_words(text), self.words))
+        return None, float(answer in said), True, None
+
+    def search(self, query: str) -> str:
+        """Search the library and return the passages that match best.
+
+        Args:
+            query: A few words.
+        """
+        found = best_passages(self.corpus or villages(), query, self.results)
+        return "\n\n".join(found) or "Nothing matches."
+
+
+def best_passages(corpus: Passages, query: str, count: int) -> list[str]:
+    """Return the passages that match best by BM25, only those that share a word with the query.
+
+    >>> best_passages(("The fox sleeps.", "Snow in May."), "Where is the fox?", 1)
+    ['The fox sleeps.']
+    """
+    counts, frequency, mean = _index(corpus)
+    total = dict[int, float]()
+    for word in set(_words(query)):
+        idf = math.log(1 + (len(corpus) - frequency[word] + 0.5) / (frequency[word] + 0.5))
+        for number, of_passage in enumerate(counts):
+            if tf := of_passage[word]:
+                norm = K1 * (1 - B + B * of_passage.total() / mean)
+                total[number] = total.get(number, 0.0) + idf * tf * (K1 + 1) / (tf + norm)
+    best = sorted(total, key=lambda number: (-total[number], number))
+    return [corpus[number] for number in best[:count]]
+
+
+@functools.cache
+def _index(corpus: Passages) -> tuple[list[Counter[str]], Counter[str], float]:
+    """Return the words of each passage, in how many passages each word is, and the mean length."""
+    counts = [Counter(_words(passage)) for passage in corpus]
+    frequency = Counter(word for of_passage in counts for word in of_passage)
+    return counts, frequency, max(1.0, sum(c.total() for c in counts) / max(1, len(counts)))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+# ---- an invented corpus, which no model has read
+
+
+@functools.cache
+def villages() -> Passages:
+    """Return passages about invented villages and painters."""
+    passages = list[str]()
+    for village, river, year, painter in _facts():
+        passages.append(f"{village} is a village on the river {river}. It was founded in {year}.")
+        passages.append(f"The painter {painter} was born in {village}.")
+    return tuple(passages)
+
+
+def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowColumns]:
+    """Return questions about the villages. two_searches: the fraction that needs the village first."""
+    rng, rows = random.Random(seed), list[RowColumns]()
+    for _ in range(count):
+        village, river, year, painter = rng.choice(_facts())
+        place = f"the village where the painter {painter} was born"
+        place = place if rng.random() < two_searches else village
+        question, answer = rng.choice(
+            ((f"In which year was {place} founded?", year), (f"On which river is {place}?", river))
+        )
+        rows.append({"prompt": question, "answer": str(answer)})
+    return rows
+
+
+@functools.cache
+def _facts() -> tuple[tuple[str, str, int, str], ...]:
+    """Return (village, river, year, painter), of which no name occurs twice."""
+    rng = random.Random(7)
+
+    def joined(first: str, second: str, between: str = "") -> list[str]:
+        found = [a + between + b for a in first.split() for b in second.split()]
+        rng.shuffle(found)
+        return found
+
+    names = joined("Bar Cor Dal Fen Gar Hol Kel Mor Nar Ost", "by den ford holm mouth")
+    rivers = joined("Ad Be Ili Lu Or Sa Ta Ve Wi Zu", "le ra sk ne va")
+    first = "Ada Bruno Clara Emil Frida Hugo Ida Jonas Lena Otto"
+    painters = joined(first, "Anders Brandt Falk Holt Krone", " ")
+    years = rng.sample(range(1100, 1800), len(names))
+    return tuple(zip(names, rivers, years, painters, strict=True))
