@@ -142,6 +142,7 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     assert len(set(after_first[-3:])) == 1  # later waves compile nothing
     out = capsys.readouterr().out
     assert "each of 2 losses: 3 trials on seed 0 (3 to step 3, then 1 to step 9)" in out
+    assert "5 of 5, seed 1, steps 0-9: dpo-" in out
     entries = read_unfinished(place / "runs/tiny/study.jsonl")
     assert entries[: len(done)] == done and len(done) > 2  # no finished trial is lost
     continued = files_of(place / "runs/tiny")
