@@ -37,8 +37,7 @@ from jaxft.lab.loss_laws import check_loss  # noqa: E402
 from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
-from jaxft.runs.settings.parse import find_file, format_error  # noqa: E402
-from jaxft.runs.settings.record import describe, differences  # noqa: E402
+from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error  # noqa: E402  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
 WIDTH = 120  # columns of a table in a file
