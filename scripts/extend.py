@@ -44,7 +44,7 @@ def main() -> int:
     """Write the folder, and print what was added."""
     args = make_parser().parse_args()
     from jaxft.runs.settings.setting_values import parse_value
-    from jaxft.weights.edit.extend import Extension, extend_model
+    from jaxft.weights.edit.extended_model import Extension, extend_model
 
     tokens = tuple(token for token in parse_value(args.tokens, tuple[str, ...]) if token)
     plain, special = ((), tokens) if args.special else (tokens, ())

@@ -3,6 +3,8 @@
     python scripts/loss_bench.py --loss my_losses.py:mine [--against dpo ipo simpo] [--claims antisymmetric]
     python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
+    python scripts/loss_bench.py --loss my_losses.py:mine --world noise=0.2      # rows with a known truth
+    python scripts/loss_bench.py --zoo                      # a page of all losses on exact toys, no model
 
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft/objectives/losses/; its knobs
 follow after commas. Curves are plotted in <out>/<name>.png. The exit code is 1 if a check of a --loss fails;
@@ -31,12 +33,16 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
+from jaxft.annotations import PREFERENCE_LOSSES  # noqa: E402
 from jaxft.cli import cli  # noqa: E402
 from jaxft.lab.loss_claims import CLAIMS  # noqa: E402
 from jaxft.lab.loss_laws import check_loss  # noqa: E402
 from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
+from jaxft.lab.worlds import World, proxy_reward, true_reward  # noqa: E402
+from jaxft.lab.zoo import write_zoo  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
+from jaxft.runs.settings.config import with_fields  # noqa: E402
 from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error  # noqa: E402  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
@@ -48,10 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.CommandParser(__doc__)
     parser.add_argument(
-        "--loss",
-        action="append",
-        required=True,
-        help="a loss to check, with its knobs: file.py:name,beta=0.2",
+        "--loss", action="append", help="a loss to check, with its knobs: file.py:name,beta=0.2"
     )
     parser.add_argument("--against", nargs="*", default=["dpo"], help="losses to compare with (default: dpo)")
     parser.add_argument(
@@ -73,6 +76,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KNOB=VALUE", help="settings of that config, such as lr=2e-4"
+    )
+    parser.add_argument(
+        "--world",
+        nargs="*",
+        metavar="SETTING=VALUE",
+        help="train on synthetic pairs whose true reward is known, such as noise=0.2 length_bias=2 pairs=200 "
+        "(jaxft/lab/worlds.py), and score completions by it",
+    )
+    parser.add_argument(
+        "--zoo", action="store_true", help="write a page of each --loss, by default all, to <out>/zoo.html"
     )
     parser.add_argument(
         "--out", default="runs/loss_bench", type=Path, help="output folder (default: runs/loss_bench)"
@@ -230,15 +243,20 @@ def race(
     from jaxft.train.start import open_settings
     from jaxft.train.sweep.sweep_runs import train_sweep
 
-    resolved = open_settings.resolve(args.config, args.set)
+    rows, scoring = [], Scoring()
+    if args.world is not None:
+        world = with_fields(World(), *args.world)
+        train, held_out = world.write(args.out / f"world-{content_hash(describe(world))}")
+        rows, scoring = [f"data={train}", f"held_out={held_out}"], Scoring((true_reward, proxy_reward))
+    resolved = open_settings.resolve(args.config, [*rows, *args.set])
     for text in args.set:
-        others = open_settings.resolve(args.config, [t for t in args.set if t != text])
+        others = open_settings.resolve(args.config, [*rows, *(t for t in args.set if t != text)])
         _check_setting(text, describe(resolved.value), describe(others.value))
     resolved, lines = open_settings.fitted(resolved)
     print("\n".join(lines), end="\n" * bool(lines), flush=True)
     run: Any = resolved.value
     run = replace(
-        run, scoring=Scoring(), loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
+        run, scoring=scoring, loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
     )
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
@@ -258,7 +276,7 @@ def race(
         content_of(data.train),
         content_of(data.held_out),
     ]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = content_hash(settings)
     print(
         f"\ntraining {run.loop.steps} steps with each loss on {run.weights}; this takes a few minutes",
         flush=True,
@@ -272,6 +290,11 @@ def race(
         lines = [*ranking.baseline_lines(results, file_name(baseline)), ranking.equal_kl_line(curves)]
         print("\n".join(["", *filter(None, lines)]))
     return code
+
+
+def content_hash(value: Any) -> str:
+    """Return the first characters of a hash of JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def with_seeds(run: Any, count: int) -> dict[str, Any]:
@@ -324,6 +347,13 @@ def main() -> int:
         raise ValueError(f"--seeds={args.seeds}; expected at least 1")
     if args.steps < 1:
         raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
+    if args.zoo:
+        losses = parse_losses(args.loss or [*PREFERENCE_LOSSES])
+        size = write_zoo(losses, args.out / "zoo.html", partial(print, flush=True))
+        print(f"\n{args.out / 'zoo.html'} ({size / 1e6:.1f} MB)")
+        return 0
+    if not args.loss:
+        raise ValueError("name a loss with --loss, or use --zoo for a page of all")
     mine = parse_losses(args.loss)
     others = parse_losses(args.against, mine)
     well, probes = look(mine, others, args)

@@ -53,6 +53,7 @@ def main() -> int:
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
+    from jaxft.runs import terminal
     from jaxft.train import loop
     from jaxft.train.logs.clock import Clock
     from jaxft.train.start import open_settings

@@ -41,7 +41,8 @@ def main() -> int:
     if problems:
         return 1
     log = args.run / (LEDGER if (args.run / LEDGER).is_file() else METRICS)
-    print(f"{args.run}: the record is as it was written; last digest {check_chain(log)}", flush=True)
+    digest = f"; last digest {check_chain(log)}" if log.is_file() else ""
+    print(f"{args.run}: the record is as it was written{digest}", flush=True)
     if args.step is not None:
         for line in recompute_step(args.run, args.step):
             print(line)

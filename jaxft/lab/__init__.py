@@ -2,6 +2,7 @@
 
 halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
 exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
+influence.py: influence of training pairs on held-out pairs
 loss_claims.py: checks on exact toys of what a loss claims
 loss_laws.py: all checks of a loss
 loss_probe.py: values and gradients of a loss on synthetic pairs
@@ -17,5 +18,6 @@ appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
 verify.py: checks of a record, and a step computed again to the bit
 worlds.py: synthetic preference rows with a known true reward
+zoo.py: losses side by side on exact toys, as one page
 training_gradients.py: gradients of a held-out loss through training, weights of sources that follow them
 """

@@ -20,6 +20,7 @@ from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.lab.results import Duel, LossOutcome, StudyResult
 from jaxft.objectives.metrics import HELD_OUT
+from jaxft.objectives.pair import MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
 from jaxft.report.markup import escaped, flat_values, folded, html_table, record_table, section
@@ -105,9 +106,9 @@ def losses_table(study: StudyResult) -> PaperTable:
         rows.append(
             (
                 loss.label,
-                f"{values.mean():.4f} {interval.text(4)}",
-                ", ".join(f"{x:.4f}" for x in values.mean(1)),
-                _mean_metric(loss, names.REWARD_MARGIN),
+                f"{np.nanmean(values):.4f} {interval.text(4)}",
+                ", ".join(f"{x:.4f}" for x in np.nanmean(values, 1)),
+                _mean_metric(loss, MARGIN),
                 _mean_metric(loss, names.KL),
                 _mean_metric(loss, names.CHOSEN_LOGP),
                 loss.winner,
@@ -237,13 +238,13 @@ def curve_panels(study: StudyResult) -> list[Panel]:
     steps, against_kl, chosen, margin = {}, {}, {}, {}
     for loss in study.losses:
         x = loss.curves[0].steps
-        mean = np.mean([curve.values.mean(1) for curve in loss.curves], 0)
+        mean = np.mean([np.nanmean(curve.values, 1) for curve in loss.curves], 0)
         kl = np.mean([curve.kl for curve in loss.curves], 0)
         steps[loss.label] = (x, mean.tolist())
         order = np.argsort(kl, kind="stable")
         against_kl[loss.label] = (kl[order].tolist(), mean[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(loss, names.CHOSEN_LOGP))
-        margin[loss.label] = (x[1:], _means_by_step(loss, names.REWARD_MARGIN))
+        margin[loss.label] = (x[1:], _means_by_step(loss, MARGIN))
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps),
         Panel(f"{study.metric} against KL", "KL per token to the reference", "mean over prompts", against_kl),

@@ -139,13 +139,18 @@ def population(probe: Probe, toy: Toy) -> Population:
     return Population(replace(pair, responses=responses, columns=columns, weight=given), index)
 
 
-def open_risk(probe: Probe, toy: Toy) -> Risk:
-    """Return the expectation of a loss over the toy's pairs."""
+def open_risk(probe: Probe, toy: Toy, **knobs: float) -> Risk:
+    """Return the expectation of a loss over the toy's pairs. knobs: other values of its parameters, such as
+    beta=0.5, which share a compiled program.
+    """
     pair, index = population(probe, toy)
+    given = {name: np.float64(x) for name, x in knobs.items()}
 
     def of_logits(logits: np.ndarray) -> tuple[float, np.ndarray]:
         with jax.enable_x64(True):
-            value, gradient = probe.run_risk(np.asarray(logits, np.float64), toy.reference, pair, index)
+            value, gradient = probe.run_risk(
+                np.asarray(logits, np.float64), toy.reference, pair, index, given
+            )
         return float(value), np.asarray(gradient, np.float64)
 
     def of_theta(theta: np.ndarray) -> tuple[float, np.ndarray]:

@@ -232,6 +232,7 @@ def open_lab(
     study: Study, job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs, clock: Clock
 ) -> Lab:
     """Load the base, make the states of every seed at step 0, and compile the programs."""
+    print(f"rows and settings read in {clock.at('loading')}", flush=True)
     states, frozen = load_members(job, None, print)
     initial = {study.seeds[0]: states}
     for seed in study.seeds[1:]:
@@ -240,7 +241,9 @@ def open_lab(
             start(run, member.programs, None, frozen[0]["base"])[0]
             for run, member in zip(runs, job.members, strict=True)
         )
+    print(f"weights loaded in {clock.at('compiling')}; compiling, or reading from the cache", flush=True)
     compiled = compile_sweep(job, frozen, clock)
+    print(f"compiled in {clock.at('training')}", flush=True)
     return Lab(study, job, sources, pairs, compiled, initial, frozen)
 
 
@@ -317,7 +320,8 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
         files[label] = write_trial(lab, folder, wave, label, (state, found))
         scores[label] = tuning_score(lab, found[-1])
     texts = ", ".join(f"{label} {'-' if x is None else f'{x:.4f}'}" for label, x in scores.items())
-    print(f"{wave.key}: {lab.study.metric} on the tuning prompts: {texts}", flush=True)
+    number = sum("wave" in entry for entry in done) + 1
+    print(f"{number} of {lab.study.waves}, {wave.key}: {lab.study.metric} when tuning: {texts}", flush=True)
     entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
     entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
     return logged(folder, done, {**entry, "files": files})
@@ -370,9 +374,10 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
 
 
 def tuning_score(lab: Lab, found: PairsEvaluation) -> float | None:
-    """Return the study's metric on the prompts that select settings, None if it is not finite."""
-    score = float(lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True).mean())
-    return score if math.isfinite(score) else None
+    """Return the study's metric on the prompts that select settings, None if none of them has a value."""
+    values = lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True)
+    finite = values[np.isfinite(values)]  # others have no pair with a weight, or a loss that diverged
+    return float(finite.mean()) if len(finite) else None
 
 
 def write_trial(

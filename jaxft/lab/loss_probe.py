@@ -159,15 +159,21 @@ def _run_with_gradient(loss: Callable[..., Array], pair: PairBatch) -> LossResul
 
 
 def _risk(
-    loss: Callable[..., Array], logits: Array, reference: Array, pair: PairBatch, index: dict[str, Array]
+    loss: Callable[..., Array],
+    logits: Array,
+    reference: Array,
+    pair: PairBatch,
+    index: dict[str, Array],
+    knobs: dict[str, Array],
 ) -> Array:
     """The expected loss of a policy over N enumerated responses: the weighted sum over pairs [n, 1].
 
     logits [N]: its change since the reference's log-probs [N]. index: the response of each pair, by kind.
+    knobs: values of the loss's parameters that differ from its own.
     """
     c = jax.nn.log_softmax(reference + logits) - reference
     moved = add_nats(pair, {kind: c[i][:, None] for kind, i in index.items()})
-    return jnp.sum(moved.weight * loss_at_start(loss, moved))
+    return jnp.sum(moved.weight * loss_at_start(partial(loss, **knobs) if knobs else loss, moved))
 
 
 def _run(probe: Probe, fn: Callable[[PairBatch], LossResult], pair: PairBatch) -> LossResult:

@@ -131,10 +131,10 @@ class Duel:
         if not winners or all(w == sign for w in winners):
             where = " and at every KL that both reach" if winners else ""
             return f"{better} is better at the end{where}"
-        if winners[-1] == sign:
-            return f"{better} is better at the end and at the largest KL that both reach, not along the curve"
         if -sign in winners:
             return f"{better} is better at the end, but worse at some KL that both reach"
+        if winners[-1] == sign:
+            return f"{better} is better at the end and at the largest KL that both reach, not along the curve"
         return f"{better} is better at the end; at the same KL they are not distinguishable"
 
 

@@ -190,6 +190,11 @@ class Study:
         ]
 
     @property
+    def waves(self) -> int:
+        """How many times a trial of each loss is trained: in every stage, and with the other seeds."""
+        return sum(rung.trials for rung in self.rungs) + len(self.seeds) - 1
+
+    @property
     def steps_per_loss(self) -> int:
         """Optimizer steps of each loss: of its trials, and of the final runs of the other seeds."""
         done = [0, *(rung.steps for rung in self.rungs)]

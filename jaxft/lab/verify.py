@@ -13,6 +13,7 @@ from jaxft.distributed.processes import Watchdog
 from jaxft.lab.halving import DECLARATION, LEDGER
 from jaxft.lab.results import check_study
 from jaxft.lab.study import check_declared
+from jaxft.report.run_files import sweep_members
 from jaxft.runs import folder as runfolder
 from jaxft.runs.chained_log import check_chain, whole_lines
 from jaxft.runs.checkpoint import Checkpoints, verify
@@ -32,13 +33,19 @@ from jaxft.train.start_and_end import continued
 
 def record_problems(folder: Path) -> Iterator[str]:
     """Yield a line for each part of a record that is not as the run wrote it: the log, the files that its
-    digests name, weights, and checkpoints. Raises FileNotFoundError for a folder without a log.
+    digests name, weights, and checkpoints; of a sweep, of all members. Raises FileNotFoundError for a folder
+    without a log.
     """
     if (folder / DECLARATION).is_file():
         yield from _study_problems(folder)
         return
+    members = sweep_members(folder)
+    for member in members.values():
+        yield from record_problems(member)
     if not (folder / METRICS).is_file():
-        raise FileNotFoundError(f"{folder / METRICS}: no such file; name the folder of a run or a study")
+        if not members:  # one whose runs were trained one after the other has no log
+            raise FileNotFoundError(f"{folder / METRICS}: no such file; name the folder of a run or a study")
+        return
     try:
         check_chain(folder / METRICS)
     except ValueError as error:

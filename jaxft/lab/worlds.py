@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from jaxft.annotations import ZERO_TO_ONE, at_least, check_bounds
+from jaxft.annotations import ZERO_TO_ONE, at_least, between, check_bounds
 from jaxft.data.rows.shipped import ROOT
 
 TRUTH = "truth"  # the column that the rewards read: the right completion and the world's tastes, as JSON
@@ -50,17 +50,19 @@ class World:
 
     source: rows with a prompt and its right completion, a JSON object or a short answer. pairs: number of
     pairs of the training rows. held_out: pairs of the held-out rows, of other prompts, with the true labels.
-    temperature: 0 labels each pair by its reward; above 0 the better one is preferred with probability
-    sigmoid(difference / temperature). noise: fraction of the labels that are flipped. length_bias: reward
-    that annotators add per 100 characters. circle: reward that they add to one of two completions for its
-    style (bare, in a sentence, with a note); the three styles beat one another in a circle. duplicates:
-    fraction of the rows that repeat another one in slightly other words.
+    gap: the least difference of the true rewards of a pair. temperature: 0 labels each pair by its reward;
+    above 0 the better one is preferred with probability sigmoid(difference / temperature). noise: fraction of
+    the labels that are flipped. length_bias: reward that annotators add per 100 characters. circle: reward
+    that they add to one of two completions for its style (bare, in a sentence, with a note); the three styles
+    beat one another in a circle. duplicates: fraction of the rows that repeat another one in slightly other
+    words.
     """
 
     source: str = "configs/data/extraction.jsonl"
     taste: Taste = Taste()
     pairs: Annotated[int, at_least(2)] = 200
     held_out: Annotated[int, at_least(0)] = 60
+    gap: Annotated[float, between(0.0, 10.0)] = 0.5
     temperature: Annotated[float, at_least(0)] = 0.0
     noise: Annotated[float, ZERO_TO_ONE] = 0.0
     length_bias: float = 0.0
@@ -127,7 +129,7 @@ class World:
         while True:
             a, b = (completion_of(prompt.right, others, rng) for _ in range(2))
             rewards = [true_reward("", text, row) for text in (a, b)]
-            if abs(rewards[0] - rewards[1]) > 0.05:
+            if abs(rewards[0] - rewards[1]) >= max(self.gap, 1e-6):
                 break
         liked = [proxy_reward("", text, row) for text in (a, b)]
         gap = liked[0] - liked[1] + self.circle * CIRCLE[(style_of(a) - style_of(b)) % 3]

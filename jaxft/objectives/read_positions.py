@@ -20,10 +20,10 @@ from jaxft.objectives.logprobs import (
     HeadInput,
     LanguageModel,
     LogProbs,
+    TargetLoss,
     logps_of_heads,
     weighted_loss,
 )
-from jaxft.objectives.losses.target_loss import TargetLoss
 from jaxft.tree import Params, static, struct
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
-from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs
-from jaxft.objectives.losses.target_loss import TargetLoss
+from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, TargetLoss
 from jaxft.objectives.metrics import (
     ENTROPY,
     LOSS,

@@ -33,7 +33,7 @@ from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
-from jaxft.weights.edit.extend import check_new_tokens
+from jaxft.weights.edit.extended_model import check_new_tokens
 from jaxft.weights.peft.adapter_folders import adapter_folder
 
 

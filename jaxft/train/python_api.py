@@ -56,6 +56,7 @@ from jaxft.runs.loaded_weights import (
     prompt_settings,
     source_options,
 )
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.settings.setting_names import advice, join_lines
@@ -531,17 +532,28 @@ def prepare_recipe(
     """
     with errors_as_lines(), tempfile.TemporaryDirectory() as folder:
         resolved = fit_to_rows(resolve_settings(recipe, rows, together({**(settings or {})}, knobs)))
-        run: Run = resolved.value
-        with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            job = jobs.prepare(run, resolved.describe(), Path(folder))
-            job = precompute(job, _print_progress)
-            (state,), (frozen,) = jobs.load_members(job, None, _print_progress)
-            job = jobs.bind_sources(job, (frozen,), None)
-        p = job.lead.programs
-        return Prepared(
-            run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,
-            p.mesh, p.train_step,
-        )  # fmt: skip
+        return prepare_run(resolved.value, resolved.describe(), Path(folder))
+
+
+def prepare_run(run: Run, record: dict[str, Any], folder: Path) -> Prepared:
+    """Return the pieces of a run with the state of the newest checkpoint in its folder, or else at step 0.
+
+    record: its settings as JSON.
+    """
+    with jax.set_mesh(sharding.make_mesh(run.mesh)):
+        job = jobs.prepare(run, record, folder)
+        found = None
+        if (folder / CHECKPOINTS).is_dir():
+            with jobs.open_checkpoints(job) as (checkpoints, _):
+                found = checkpoints.restore(job.abstract_states)
+        job = precompute(job, _print_progress)
+        (state,), (frozen,) = jobs.load_members(job, found and found[0], _print_progress)
+        job = jobs.bind_sources(job, (frozen,), found and found[1])
+    p = job.lead.programs
+    return Prepared(
+        run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,
+        p.mesh, p.train_step,
+    )  # fmt: skip
 
 
 def _print_progress(line: str) -> None:

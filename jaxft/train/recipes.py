@@ -41,7 +41,7 @@ from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, Con
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.kl import PenaltyReference
-from jaxft.objectives.losses.target_loss import TargetLoss
+from jaxft.objectives.logprobs import TargetLoss
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference
@@ -52,7 +52,7 @@ from jaxft.rl.reward_models import find_reward_model
 from jaxft.rl.rewards import EnvironmentReward, exact, json_match
 from jaxft.train.settings import Loop, ScoreFunction, Scoring
 from jaxft.train.start.teacher import find_teacher
-from jaxft.weights.edit.extend import Extension, extended_ref, with_new_tokens
+from jaxft.weights.edit.extended_model import Extension, extended_ref, with_new_tokens
 from jaxft.weights.peft.adapter_folders import adapter_folder, adapter_settings
 from jaxft.weights.pretrained import model_for
 

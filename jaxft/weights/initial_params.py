@@ -130,7 +130,7 @@ def _init_parts(
 def _with_base_weights(
     params: Params, specs: param.Specs, model: Model, mesh: Mesh, source: tuple[Adapter, str | None]
 ) -> Params:
-    """Return an adapter whose replaced parameters and rows are those in the files of the base.
+    """Return an adapter with the parameters and rows that it replaces set to the base's, read from its files.
 
     source: the adapter's settings, and where the base comes from.
     """
@@ -180,7 +180,7 @@ def _check_start(
     settings: HeadSettings, declared: tuple[tuple[str, ...], Adapter], specs: dict[str, Any], model: Model
 ) -> None:
     """Raise ValueError if the folder that training starts from has another adapter than the run, or a head
-    that the run lacks. declared: see peft.read_declared.
+    that the run lacks. declared: see peft_read.read_declared.
     """
     (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)

@@ -43,10 +43,10 @@ Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an inde
 
 @dataclass(frozen=True)
 class ParamReader:
-    """A parameter in a model's files, of which `read_values` and `read_quantised` read parts.
+    """A parameter in a model's files; `read_values` and `read_quantised` read parts of it.
 
     tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
-    differ. layout: in which the files store all of its tensors quantised, None if there is not one, or if
+    differ. layout: the quantised layout of all of its tensors in the files, None if they differ, or if
     other parameters share them. changed(tensor, index): returns values in place of those in the files, None
     for the same.
     """
@@ -91,13 +91,13 @@ def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.nd
     """Read the part of a tensor's values [in, out] at `index` in the reader's dtype, dequantised if the files
     store it quantised. Raises ValueError for values that are not finite.
     """
-    in_file = require_finite(tensor.turned(reader.read(tensor, index)))  # whose error names the place
+    in_file = require_finite(tensor.turned(reader.read(tensor, index)))  # the error names the place
     return tensor.turned(in_file.astype(reader.dtype, copy=False))
 
 
 def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QTensor:
-    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, whose limits are
-    limits of blocks.
+    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, which begins and ends
+    at blocks.
 
     Only for a reader with a layout. Raises ValueError for scales that are not finite.
     """
@@ -111,10 +111,10 @@ def read_whole(reader: ParamReader) -> np.ndarray:
     """Read a whole parameter in the reader's dtype."""
     out = np.empty(reader.shape, reader.dtype)
     for tensor in reader.tensors:
-        for index in small_parts(reader, tensor, full_index((), tensor.values)):
+        for index in _small_parts(reader, tensor, full_index((), tensor.values)):
             with errors_name_tensor(reader, tensor, index):
                 value = read_values(reader, tensor, index)
-            copy_into(out[tensor.index][index], value)
+            _copy_into(out[tensor.index][index], value)
     return out
 
 
@@ -129,7 +129,7 @@ def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: boo
     return np.stack(rows)
 
 
-def small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index]:
+def _small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index]:
     """Split a part of a tensor into parts of at most PIECE_BYTES bytes that are contiguous in the files.
 
     Quantised tensors are not split, because some are dequantised whole.
@@ -160,7 +160,7 @@ def errors_name_tensor(reader: ParamReader, tensor: Tensor, index: Index) -> Ite
         raise ValueError(f"{message} (in its part [{part}])" if is_part else message) from e
 
 
-def copy_into(out: np.ndarray, value: np.ndarray) -> None:
+def _copy_into(out: np.ndarray, value: np.ndarray) -> None:
     """Set `out[...] = value` fast: transposed values some columns at a time, dtypes unknown to NumPy as
     unsigned integers.
     """
@@ -181,11 +181,11 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     """Load a parameter onto the mesh of `shardings`. All processes of the mesh call this together.
 
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
-    codes and scales in the files, whose layout is that of `like`; otherwise the values are cast or quantised
+    codes and scales in the files, which have the layout of `like`; otherwise the values are cast or quantised
     from the files' own precision. Host memory holds the local shards of the parameter and one part of a
     tensor.
     """
-    parts_by_process = plan_parts(reader, like, shardings)
+    parts_by_process = _plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
     shared = None
     if is_quantised(like) and not unchanged:
@@ -194,16 +194,16 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
             any(part[axis] != slice(0, reader.shape[axis]) for part in all_parts) for axis in (-2, -1)
         )
         if like.outer is not None and (ins_split or outs_split):
-            return load_with_quantised_scales(reader, like, shardings, parts)
+            return _load_with_quantised_scales(reader, like, shardings, parts)
         if like.block is None and ins_split:
-            shared = channel_scales(reader, like, shardings, parts)
-    return load_parts(reader, like, shardings, parts, unchanged, shared)
+            shared = _channel_scales(reader, like, shardings, parts)
+    return _load_parts(reader, like, shardings, parts, unchanged, shared)
 
 
 # The plan
 
 
-def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, list[Index]]:
+def _plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, list[Index]]:
     """Return for each process the parts of the parameter that its devices store."""
     array, array_sharding = (like, shardings)
     if isinstance(like, QTensor):
@@ -219,10 +219,10 @@ def plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, li
             index[-2] = slice(index[-2].start * inputs_per_code, index[-2].stop * inputs_per_code)
         return tuple(index)
 
-    return {process: [part_of_param(x) for x in merge_parts(local)] for process, local in shards.items()}
+    return {process: [part_of_param(x) for x in _merge_parts(local)] for process, local in shards.items()}
 
 
-def parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
+def _parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
     """Yield the tensors that contain these parts of the parameter, each with the part of its values."""
     for tensor in reader.tensors:
         lead = len(tensor.index)
@@ -231,7 +231,7 @@ def parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[
                 yield tensor, part[lead:]
 
 
-def merge_parts(parts: set[Limits]) -> list[Limits]:
+def _merge_parts(parts: set[Limits]) -> list[Limits]:
     """Merge disjoint parts of an array into one if their union is a box; otherwise return them sorted."""
 
     def size(part: Limits) -> int:
@@ -244,7 +244,7 @@ def merge_parts(parts: set[Limits]) -> list[Limits]:
     return [box] if sum(map(size, parts)) == size(box) else sorted(parts)
 
 
-def load_parts(
+def _load_parts(
     reader: ParamReader,
     like: Leaf,
     shardings: Leaf,
@@ -258,8 +258,8 @@ def load_parts(
     them for each part alone.
     """
     buffers = Buffers(like, shardings)
-    for tensor, part in parts_of_tensors(reader, parts):
-        for index in [part] if is_quantised(like) else small_parts(reader, tensor, part):
+    for tensor, part in _parts_of_tensors(reader, parts):
+        for index in [part] if is_quantised(like) else _small_parts(reader, tensor, part):
             with errors_name_tensor(reader, tensor, index):
                 if unchanged:
                     value: Leaf = read_quantised(reader, tensor, index)
@@ -273,7 +273,7 @@ def load_parts(
 # Scales that depend on several parts
 
 
-def load_with_quantised_scales(
+def _load_with_quantised_scales(
     reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]
 ) -> QTensor:
     """Quantise a parameter whose scales are quantised in groups that span the whole layer.
@@ -283,7 +283,7 @@ def load_with_quantised_scales(
     """
     scale = jax.ShapeDtypeStruct(like.scale.shape, np.float32)
     plain, sharded = (replace(x, outer=None, mean=None) for x in (replace(like, scale=scale), shardings))
-    floats = load_parts(reader, plain, sharded, parts)
+    floats = _load_parts(reader, plain, sharded, parts)
     names = ("scale", "outer", "mean")
     buffers = {name: Buffers(getattr(like, name), getattr(shardings, name)) for name in names}
     for tensor in reader.tensors:
@@ -294,14 +294,14 @@ def load_with_quantised_scales(
     return replace(floats, **arrays)
 
 
-def channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> np.ndarray:
+def _channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> np.ndarray:
     """Return the scale [..., 1, out] of each output channel: the largest scale of the parts of its inputs."""
     *lead, rows, outs = like.codes.shape
     count = rows // shardings.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are split into
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
     buffers = Buffers(part_scales, sharding.sharding_for_shape(shardings.codes, part_scales.shape))
     part_size = reader.shape[-2] // count
-    for tensor, index in parts_of_tensors(reader, parts):
+    for tensor, index in _parts_of_tensors(reader, parts):
         with errors_name_tensor(reader, tensor, index):
             value = scales(read_values(reader, tensor, index), like.kind, like.block)
         *above, ins, outs = index
@@ -323,11 +323,11 @@ class Buffers:
     """Host memory for every distinct shard of a parameter's arrays that this process's devices store."""
 
     def __init__(self, like: Leaf, shardings: Leaf) -> None:
-        self.like, self.arrays, self.shardings = like, arrays_by_name(like), arrays_by_name(shardings)
+        self.like, self.arrays, self.shardings = like, _arrays_by_name(like), _arrays_by_name(shardings)
         self.shards = {
             name: {
                 shard: np.empty([stop - start for start, stop in shard], x.dtype)
-                for shard in sorted(set(limits_by_device(x, self.shardings[name]).values()))
+                for shard in sorted(set(_limits_by_device(x, self.shardings[name]).values()))
             }
             for name, x in self.arrays.items()
         }
@@ -336,7 +336,7 @@ class Buffers:
         """Write a value, which is the part at `index` of the parameter at `lead` along its leading axes, into
         the shards that overlap it.
         """
-        for name, x in arrays_by_name(value).items():
+        for name, x in _arrays_by_name(value).items():
             part = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
             at = full_index((*(slice(i, i + 1) for i in lead), *part), self.arrays[name].shape)
             x = np.asarray(x)
@@ -349,7 +349,7 @@ class Buffers:
                 if all(start < stop for start, stop in overlap):
                     to: Any = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, shard))
                     of: Any = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, at))
-                    copy_into(buffer[(..., *to)], x[of])
+                    _copy_into(buffer[(..., *to)], x[of])
 
     def to_devices(self) -> Leaf:
         """Copy the shards to their devices, each buffer being released before the next is copied; return the
@@ -358,7 +358,7 @@ class Buffers:
         arrays: dict[str, Any] = {}
         for name, x in self.arrays.items():
             devices: dict[Limits, list[jax.Device]] = {}
-            for device, shard in limits_by_device(x, self.shardings[name]).items():
+            for device, shard in _limits_by_device(x, self.shardings[name]).items():
                 devices.setdefault(shard, []).append(device)
             parts = []
             for shard in list(self.shards[name]):
@@ -368,13 +368,13 @@ class Buffers:
         return replace(self.like, **arrays) if isinstance(self.like, QTensor) else arrays[""]
 
 
-def limits_by_device(array: Any, sharding: Sharding) -> dict[jax.Device, Limits]:
+def _limits_by_device(array: Any, sharding: Sharding) -> dict[jax.Device, Limits]:
     """Return the shard of an array that each of this process's devices stores."""
     indices = sharding.addressable_devices_indices_map(array.shape)
     return {device: limits(index or (), array.shape) for device, index in indices.items()}
 
 
-def arrays_by_name(x: Leaf) -> dict[str, Any]:
+def _arrays_by_name(x: Leaf) -> dict[str, Any]:
     """Return the arrays of a QTensor by name, or the one array under the name ""."""
     return arrays_of(x) if isinstance(x, QTensor) else {"": x}
 

@@ -18,14 +18,14 @@ from jaxft import tree
 from jaxft.models import model_types
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model, ModelConfig
-from jaxft.models.text_part import text_config
+from jaxft.models.model_types import text_config
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
 from jaxft.weights.calibrate.calibrated_base import open_codes
-from jaxft.weights.edit import merge
+from jaxft.weights.edit import merged_weights
 from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
 from jaxft.weights.hf import hf_read, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
@@ -69,8 +69,8 @@ def model_for(ref: str, **options: Any) -> Model:
     attention_settings).
 
     A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
-    A config that ties the head to the embedding does not count where the weights are here and have another
-    head. Raises ValueError for an architecture that is not implemented.
+    If the weights are on this machine and have a head that is not the embedding, the head is untied,
+    whatever the config states. Raises ValueError for an architecture that is not implemented.
 
     >>> model_for("HuggingFaceTB/SmolLM2-135M").config.layers
     30
@@ -107,8 +107,8 @@ def _has_other_head(located: hub.Located) -> bool:
 
 
 def file_notes(ref: str, model: Model) -> list[str]:
-    """Return lines about what of the files of `ref` is loaded: only the text decoder of a multimodal model; a
-    head of its own although its config.json ties it to the embedding; dropout that is not applied.
+    """Return lines about files of `ref` that are loaded in part or otherwise than their config.json states:
+    only the text decoder of a multimodal model; a head that is not tied; dropout that is not applied.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind != "folder":
@@ -186,7 +186,7 @@ def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
 
 def load_tokenizer(ref: str) -> Any:
     """Load the model's tokenizer, a transformers PreTrainedTokenizerFast. Code in the model's folder is never
-    run. Raises ValueError for one that cannot be read or exceeds a limit of tokenizer_limits.
+    run. Raises ValueError for one that cannot be read or exceeds a limit of tokenizer_files.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind == "gguf":
@@ -238,8 +238,7 @@ def stored_model(
     """Choose how each parameter of `model`, a model over the whole tree, is stored (see
     storage.choose_storage).
 
-    ref: whose files contain the layouts for a quant that stores weights as they do. Raises ValueError if they
-    contain none.
+    ref: the model whose files have the layouts for quant=checkpoint. Raises ValueError if they have none.
     """
     layouts = {}
     if quant and quant.kind == CHECKPOINT:
@@ -292,10 +291,10 @@ def load_base(
     if adapter is not None:
         peft_read.check_base_copies(adapter, files)
         pairs, settings = peft_read.read_adapter(adapter, stored.model, files)
-        readers = merge.merge_on_read(readers, stored.model, pairs, settings.trainable_token_indices)
+        readers = merged_weights.merge_on_read(readers, stored.model, pairs, settings.trainable_token_indices)
     if without is not None:
         negated = tree.map_with_path(lambda path, x: -x if path.endswith("/b") else x, without)
-        readers = merge.merge_on_read(readers, stored.model, negated)
+        readers = merged_weights.merge_on_read(readers, stored.model, negated)
 
     def load(path: str, spec: ParamSpec) -> Any:
         full, reader = f"base/{path}", readers[path]
@@ -360,7 +359,7 @@ def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedT
 def with_storage_rounding(
     readers: Mapping[str, ParamReader], model: Model, quant: Quant, ref: str
 ) -> dict[str, ParamReader]:
-    """Return the readers of `ref` with values rounded as by a run that stores them quantised."""
+    """Return the readers of `ref` with values rounded as in a run with this quant."""
     stored = frozen_model(model, quant, ref)
     specs = param.spec_paths(stored.specs["base"])
     return {

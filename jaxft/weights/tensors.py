@@ -38,7 +38,7 @@ class QuantisedTensor:
 
     method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
     exactly the values in the files; None if there is none. read(index): returns the weight, or the part of it
-    at `index` [in, out], whose limits are limits of blocks: a QTensor of NumPy arrays in that layout, or
+    at `index` [in, out], which begins and ends at blocks: a QTensor of NumPy arrays in that layout, or
     without one the values in float32. reason: why there is no layout, or not the smallest one. tensors: in
     the files that it consists of, if these have other names.
     """
@@ -55,8 +55,8 @@ class QuantisedTensor:
 class FileTensor:
     """A tensor in a model's files, which is read when it is needed.
 
-    shape, dtype, read(index): of its values, dequantised if it is quantised; read returns a part of them in
-    fresh memory. quantised: the weight as the files store it, None if that is as it is read.
+    shape, dtype: of its values, dequantised if it is quantised. read(index): returns a part of the values in
+    fresh memory. quantised: the weight as the files store it, None for a plain tensor.
     """
 
     shape: tuple[int, ...]
@@ -125,7 +125,7 @@ class Tensor:
         return self.name.removesuffix(".weight").removesuffix(".bias")
 
     def turned(self, values: Any) -> Any:
-        """Return values in the files as they are in the parameter, or the other way round."""
+        """Transpose values between their layouts in the files and in the parameter, where these differ."""
         return values.swapaxes(-1, -2) if self.transposed else values
 
     def in_file(self, index: Index) -> Index:
@@ -185,8 +185,8 @@ def stack(tensors: Sequence[Tensor], values: Sequence[np.ndarray]) -> np.ndarray
 
 
 def tensor_on_host(parts: Sequence[Tensor], leaves: Mapping[str, Any]) -> np.ndarray:
-    """Return a tensor as it is in the files. parts: of all parameters that are in it, which `leaves` has by
-    path.
+    """Return a tensor in the layout of the files. parts: its parts, each of a parameter. leaves: parameters
+    by path.
     """
     in_order = sorted(parts, key=lambda part: part.offset or 0)
     values = [layer_on_host(leaves[part.path], part.index) for part in in_order]

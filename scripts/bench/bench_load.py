@@ -47,7 +47,7 @@ def write_model(folder: Path, gb: float) -> None:
     from jaxft import tree
     from jaxft.models.families.llama import LlamaConfig, llama
     from jaxft.nn import param
-    from jaxft.weights.edit.merge import LazyTensor
+    from jaxft.weights.edit.merged_weights import LazyTensor
     from jaxft.weights.hf import hf_write
 
     wide = 2048 if gb >= 1 else 256

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import chdir
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,13 +15,18 @@ from jaxft.lab import halving
 from jaxft.lab.appendix import REPORT, write_appendix
 from jaxft.lab.results import read_study
 from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
+from jaxft.lab.trials import plain_run
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.runs.chained_log import read_unfinished
 from jaxft.runs.settings.config import load_config
+from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.train import loop
 
+EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""
 
+from jaxft.lab.trials import plain_run
 from jaxft.lab.study import LogRange, SearchedLoss, Study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.runs.chained_log import read_unfinished
@@ -35,6 +41,7 @@ def study() -> Study:
             "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
             "ipo": SearchedLoss(ipo, {"beta": (0.05, 0.1)}),
         },
+        evaluations=3,
         lr=LogRange(1e-3, 2e-2),
         trials=3,
         seeds=(0, 1),
@@ -88,6 +95,28 @@ def files_of(folder):
 
 
 @pytest.mark.slow
+def test_a_trial_has_the_metrics_of_a_run_with_its_settings(place):
+    """Knobs and learning rates that are arrays are those that a run has as settings."""
+    text = FILE.replace('name="tiny"', 'name="alone"').replace("seeds=(0, 1)", "seeds=(0,), keep=1.0")
+    assert run(place, text, "alone.py") == 0
+    with working_directory(place):
+        study, _ = load_study("alone.py")
+        for label in study.losses:
+            trial = study.trials_of(label)[2]
+            settings = replace(plain_run(study, label, trial, 0), name=f"alone-{label}")
+            settings = replace(settings, loop=replace(settings.loop, eval_every=3))
+            assert loop.run(settings) == 0
+            entries = read_entries(place / f"runs/alone-{label}/metrics.jsonl")
+            expected = {entry["step"]: entry for entry in entries if "eval_loss" in entry}
+            found = read_entries(place / f"runs/alone/trials/{label}-2-seed0/metrics.jsonl")
+            assert [e["step"] for e in found] == [3, 6, 9]
+            for entry in found:
+                for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_kl"):
+                    value = expected[entry["step"]][name]
+                    assert entry[name] == pytest.approx(value, rel=2e-3, abs=2e-4), (label, name)
+
+
+@pytest.mark.slow
 def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_trials(
     place, monkeypatch, capsys
 ):
@@ -113,6 +142,7 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     assert len(set(after_first[-3:])) == 1  # later waves compile nothing
     out = capsys.readouterr().out
     assert "each of 2 losses: 3 trials on seed 0 (3 to step 3, then 1 to step 9)" in out
+    assert "5 of 5, seed 1, steps 0-9: dpo-" in out
     entries = read_unfinished(place / "runs/tiny/study.jsonl")
     assert entries[: len(done)] == done and len(done) > 2  # no finished trial is lost
     continued = files_of(place / "runs/tiny")
@@ -142,6 +172,13 @@ def test_a_third_of_the_trials_trains_on_for_three_times_as_long(recipe):
     assert study.steps_per_loss == 9 * 1 + 3 * 2 + 1 * 6 + 2 * 9
     assert [(r.trials, r.steps) for r in make(recipe, trials=4, keep=1.0).rungs] == [(4, 9)]
     assert make(recipe, trials=1).steps_per_loss == 3 * 9
+
+
+def test_a_study_takes_at_most_035_of_the_steps_of_the_full_grid(recipe):
+    recipe = replace(recipe, loop=replace(recipe.loop, steps=27))
+    for trials, seeds in ((6, (0, 1, 2)), (9, (0, 1, 2)), (9, (0,)), (27, (0, 1, 2, 3, 4))):
+        study = make(recipe, trials=trials, seeds=seeds)
+        assert study.steps_per_loss <= 0.35 * trials * len(seeds) * 27
 
 
 def test_every_loss_has_the_same_number_of_trials_and_the_same_learning_rates(recipe):
@@ -209,3 +246,16 @@ def test_losses_that_need_other_rows_and_too_few_prompts_are_refused_before_anyt
         with working_directory(place), pytest.raises(ValueError, match=message):
             halving.run_study(study, place / "config.py")
         assert not (place / "runs" / study.name / "declaration.json").exists()
+
+
+@pytest.mark.slow
+def test_the_example_study_is_declared_on_the_shipped_pairs(tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(halving, "open_lab", stop)
+    with working_directory(tmp_path), pytest.raises(KeyboardInterrupt):
+        halving.run_study(*load_study(str(EXAMPLE)))
+    out = capsys.readouterr().out
+    assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 9, then 1 to step 26)" in out
+    assert "24 held-out prompts select settings, 36 are compared" in out

@@ -63,3 +63,17 @@ def test_changes_of_a_run_are_named(folder, monkeypatch, capsys):
 def test_a_folder_without_a_record_is_refused(tmp_path, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "verify", tmp_path)
     assert code == 1 and "no such file; name the folder of a run or a study" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_members_of_a_sweep_are_verified(tmp_path, monkeypatch, capsys):
+    write_place(tmp_path)
+    argv = ["--config", "config.py", "--over", "lr=0.01,0.001", "steps=2", "samples=0", "--name", "two"]
+    with working_directory(tmp_path):
+        assert call(monkeypatch, capsys, "sweep", *argv)[0] == 0
+        assert call(monkeypatch, capsys, "verify", "runs/two")[0] == 0
+        for name in ("summary.json", "lr=0.001/summary.json"):
+            path = tmp_path / "runs/two" / name
+            path.write_bytes(path.read_bytes().replace(b'"steps": 2', b'"steps": 3', 1))
+            code, out, _ = call(monkeypatch, capsys, "verify", "runs/two")
+            assert code == 1 and f"{name}: the file was changed after it was written" in out

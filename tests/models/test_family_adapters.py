@@ -12,7 +12,7 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.param import init_params
 from jaxft.tree import paths
-from jaxft.weights.edit.merge import merge_params
+from jaxft.weights.edit.merged_weights import merge_params
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 

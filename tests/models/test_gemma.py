@@ -12,7 +12,7 @@ from reward_folders import begun, saved, torch_score
 from tiny_llama import some_tokens
 
 from jaxft.models import model_types
-from jaxft.models.text_part import text_config
+from jaxft.models.model_types import text_config
 from jaxft.nn.param import spec_paths
 from jaxft.nn.rope import Rope
 from jaxft.rl import reward_models

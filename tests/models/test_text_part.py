@@ -12,15 +12,15 @@ from tiny_families import logits_of, rows
 
 from jaxft import tree
 from jaxft.models import model_types
-from jaxft.models.text_part import (
-    SHARED,
+from jaxft.models.model_types import (  # fmt: skip
+    SHARED_SETTINGS,
     TEXT_DEFAULTS,
     TEXT_PARTS,
     TIED,
     decoder_prefix,
     text_config,
     text_tensor,
-)  # fmt: skip
+)
 from jaxft.nn.param import spec_paths
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read
@@ -99,7 +99,7 @@ def test_a_setting_that_text_config_lacks_has_transformers_default(kind):
         return model_types.family_of(config).from_hf(config)
 
     assert parsed({"model_type": kind}) == parsed(
-        {name: x for name, x in theirs.items() if name not in (*SHARED, TIED)}
+        {name: x for name, x in theirs.items() if name not in (*SHARED_SETTINGS, TIED)}
     )
 
 

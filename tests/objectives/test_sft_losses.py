@@ -14,8 +14,7 @@ from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.nn.layers import neftune_noise
 from jaxft.objectives import logprobs, metrics
-from jaxft.objectives.logprobs import weighted_loss
-from jaxft.objectives.losses.target_loss import TargetLoss
+from jaxft.objectives.logprobs import TargetLoss, weighted_loss
 from jaxft.objectives.sft import sft
 from jaxft.train.evaluate.evaluate import make_eval_step
 

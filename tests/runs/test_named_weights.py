@@ -37,7 +37,7 @@ def adapter(folder, base, **more):
 def no_hub(monkeypatch):
     """A hub that delivers org/reachable only."""
 
-    def locate(ref, cache=None, config_only=False):
+    def locate(ref, config_only=False):
         if ref.startswith("org/reachable"):
             return hub.Located("folder", Path(), ref)
         raise FileNotFoundError(f"{ref}: https://huggingface.co cannot be reached")

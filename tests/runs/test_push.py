@@ -150,7 +150,7 @@ def test_a_run_is_pushed_private_with_its_card_and_nothing_else(hub, push, run):
     assert not any(line.startswith("PUT") for line in hub.requests[requests:])
 
 
-def test_a_merged_model_replaces_an_adapter_and_loads_from_the_hub(hub, push, run, tmp_path):
+def test_a_merged_model_replaces_an_adapter_and_loads_from_the_hub(hub, push, run, tmp_path, monkeypatch):
     assert push(run, REPO)[0] == 0
     code, out, err = push(run, REPO, "--merged", "--dtype", "float32", "--message", "all of it")
     assert code == 0 and "pushed model" in out, err
@@ -159,7 +159,8 @@ def test_a_merged_model_replaces_an_adapter_and_loads_from_the_hub(hub, push, ru
     card = sent["README.md"].decode()
     assert hub.repos[REPO].messages[-1] == "all of it" and "library_name: transformers" in card
     assert not card_errors(card) and "with a LoRA adapter merged into it" in card and "eval_loss" in card
-    located = models.locate(REPO, cache=tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    located = models.locate(REPO)
     assert located.revision == hub.repos[REPO].branches["main"]
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (located.path / name).read_bytes() == sent[name]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.weights.edit.merge import LazyTensor, merge_params
+from jaxft.weights.edit.merged_weights import LazyTensor, merge_params
 
 
 def merged_arrays(base, adapter, dtype, token_ids=()):

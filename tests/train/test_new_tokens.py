@@ -23,8 +23,8 @@ from jaxft.rl.rewards import exact
 from jaxft.runs.settings import config
 from jaxft.train.export import export
 from jaxft.weights import pretrained
-from jaxft.weights.edit.extend import UNTRAINED, untrained_tokens
-from jaxft.weights.edit.merge import merge_files
+from jaxft.weights.edit.extended_model import UNTRAINED, untrained_tokens
+from jaxft.weights.edit.merged_weights import merge_files
 from jaxft.weights.gguf import gguf_tokenizer, gguf_write
 from jaxft.weights.gguf.gguf_file import Field, read_gguf_header
 from jaxft.weights.hf import tokenizer_files

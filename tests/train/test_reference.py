@@ -30,7 +30,7 @@ from jaxft.train.start import eva, reference
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate import lora_start
-from jaxft.weights.edit import merge
+from jaxft.weights.edit import merged_weights
 from jaxft.weights.peft import adapter_folders, peft_read
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -284,8 +284,8 @@ def test_a_run_resumes_with_its_first_pairs_and_exports_for_the_unchanged_base(
     written, settings = peft_read.read_adapter(out, run.model)
     assert settings == run.adapter.exported
     readers = pretrained.open_params(run.weights, run.model)
-    whole, found = (merge.merge_files(readers, run.model, x, np.float64) for x in (None, written))
-    expected = merge.merge_params(frozen["base"], adapter, np.float64)
+    whole, found = (merged_weights.merge_files(readers, run.model, x, np.float64) for x in (None, written))
+    expected = merged_weights.merge_params(frozen["base"], adapter, np.float64)
     for path in ("layers/attn/v", "layers/mlp/up"):
         weight, ours, trained_weight = (at(x, path)[1] for x in (whole, found, expected))
         stored = at(frozen["base"], path)

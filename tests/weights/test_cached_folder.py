@@ -21,8 +21,8 @@ from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
 from jaxft.weights.calibrate import calibrated_base
-from jaxft.weights.edit import extend
-from jaxft.weights.edit.extend import Extension, extended_ref
+from jaxft.weights.edit import extended_model
+from jaxft.weights.edit.extended_model import Extension, extended_ref
 from jaxft.weights.hub import complete_folders
 from jaxft.weights.hub.complete_folders import (
     HASHES,
@@ -184,7 +184,7 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
     fingerprint = runfolder.weights_fingerprint(str(out))
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(extend, "extend_model", None)  # not called
+        patch.setattr(extended_model, "extend_model", None)  # not called
         assert knobs.weights == str(out) and not capsys.readouterr().err
     flip(out / "model.safetensors")
     settings = {"weights": str(out), "weights_fingerprint": fingerprint}

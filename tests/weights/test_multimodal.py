@@ -28,7 +28,7 @@ from jaxft.nn.quant import Quant
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.weights import pretrained
-from jaxft.weights.edit import extend
+from jaxft.weights.edit import extended_model
 from jaxft.weights.hf import hf_read
 from jaxft.weights.hf.model_card import Card, write_card
 from jaxft.weights.hf.safetensors import open_safetensors
@@ -316,7 +316,7 @@ def test_new_tokens_and_a_template_leave_a_multimodal_model_one(worlds, tmp_path
     theirs.save_pretrained(base)
     templates = {"chat_template.json", f"{TEMPLATES_FOLDER}/tool_use.jinja"}  # the tokenizer has others now
     small = processor_files(base) - templates
-    extend.extend_model(out, str(base), extend.Extension(("<new>",)))
+    extended_model.extend_model(out, str(base), extended_model.Extension(("<new>",)))
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mistral3" and config["text_config"]["vocab_size"] == 384
     old, new = raw_tensors(base), raw_tensors(out)
@@ -327,7 +327,7 @@ def test_new_tokens_and_a_template_leave_a_multimodal_model_one(worlds, tmp_path
     np.testing.assert_allclose(text_logits(larger)[..., :321], text_logits(theirs), atol=1e-5)
 
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
-    linked, _ = extend.extended_ref(str(base), extend.Extension(template="chatml"))
+    linked, _ = extended_model.extended_ref(str(base), extended_model.Extension(template="chatml"))
     assert hf_read.text_part_of(linked) and small < set(os.listdir(linked))
 
 

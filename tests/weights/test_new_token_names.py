@@ -11,7 +11,7 @@ from jaxft.data.chat.template import template_of
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.setting_values import parse_value
 from jaxft.runs.settings.settings_list import help_text
-from jaxft.weights.edit.extend import Extension, add_tokens
+from jaxft.weights.edit.extended_model import Extension, add_tokens
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -22,7 +22,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.edit.merge import merge_on_read
+from jaxft.weights.edit.merged_weights import merge_on_read
 from jaxft.weights.hf import hf_write
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write

@@ -20,7 +20,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.edit.merge import merge_on_read, merge_params
+from jaxft.weights.edit.merged_weights import merge_on_read, merge_params
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 

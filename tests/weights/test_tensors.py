@@ -17,7 +17,7 @@ from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
 from jaxft.nn.quant import quantize
 from jaxft.nn.tensor_names import TensorName
 from jaxft.weights import param_loading
-from jaxft.weights.edit.merge import lazy_params, merge_files, merge_on_read
+from jaxft.weights.edit.merged_weights import lazy_params, merge_files, merge_on_read
 from jaxft.weights.hf import hf_read, hf_write
 from jaxft.weights.param_loading import load_param, param_readers, read_values, read_whole
 from jaxft.weights.tensors import tensors_of

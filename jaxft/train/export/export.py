@@ -41,8 +41,8 @@ from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.calibrate.lora_start import for_unchanged_base
-from jaxft.weights.edit import extend
-from jaxft.weights.edit.merge import LazyTensor, RoundingError, merge_files, merge_params
+from jaxft.weights.edit import extended_model
+from jaxft.weights.edit.merged_weights import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.gguf import gguf_write
 from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
@@ -171,8 +171,10 @@ def export_model(
         write_card(part, replace(_card(out.name, source, quantizer), multimodal=whole))
         source.decision.write(part)
         if "weight" not in lora.pairs_by_path(source.adapter).get("embed", {}):
-            untrained = extend.untrained_tokens(ref)
-            extend.mark_untrained(part, {t: i for t, i in untrained.items() if i not in source.token_ids})
+            untrained = extended_model.untrained_tokens(ref)
+            extended_model.mark_untrained(
+                part, {t: i for t, i in untrained.items() if i not in source.token_ids}
+            )
     summary = pretrained.file_notes(ref, model)
     if "head" in base and "head" not in model.weight_names:
         summary.append("the head, which was tied to the embeddings, is a matrix of its own")

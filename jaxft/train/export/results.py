@@ -168,6 +168,7 @@ def write_reports(
             )
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
             table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
+            add_files(job.folder / METRICS, [job.folder / name for name in runfolder.RECORD])
     processes.barrier()  # the run is finished for all processes or for none
     for log, folder in zip(logs.members, weights, strict=True):
         log.mark("failed" if folder is None else "finished")

@@ -32,7 +32,7 @@ from jaxft.train.start.attention_kernels import attention_summary, check_attenti
 from jaxft.train.start.jobs import Job
 from jaxft.train.start.teacher import teacher_lines
 from jaxft.weights import pretrained
-from jaxft.weights.edit.extend import extension_notes
+from jaxft.weights.edit.extended_model import extension_notes
 from jaxft.weights.hf.hf_read import stop_lines
 from jaxft.weights.peft.adapter_folders import base_differences, left_out_notes, untying_notes
 

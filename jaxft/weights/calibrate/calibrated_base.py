@@ -77,7 +77,7 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Rows of tokens whose activations calibration looks at, int32 [N, T]; see batch.Tokens."""
+    """Rows of tokens for calibration, int32 [N, T]; see batch.Tokens."""
 
     ids: Int[np.ndarray, "N T"]
     segments: Int[np.ndarray, "N T"]
@@ -287,9 +287,7 @@ def codes_damage(name: str) -> str | None:
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Whether the cache has the codes of a run, or none of their name. record: the run's, of their name and
-    codes_sha256.
-    """
+    """Whether the cache lacks a run's codes or has them unchanged. record: their name and codes_sha256."""
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
 

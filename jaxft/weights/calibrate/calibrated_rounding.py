@@ -312,7 +312,7 @@ def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
     return (left * root).astype(np.float32), b.astype(np.float32)
 
 
-def qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
+def _qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
     """Return a [in, R], b [R, out]: the first R columns and rows of the QR decomposition of `weight.T`, as in
     peft, whatever the scale.
     """
@@ -320,7 +320,7 @@ def qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
     return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
 
 
-FIRST_PAIRS = {"pissa": principal_pair, "olora": qr_pair}  # by the name of the initialisation
+FIRST_PAIRS = {"pissa": principal_pair, "olora": _qr_pair}  # by the name of the initialisation
 
 
 def correction(

@@ -117,7 +117,7 @@ def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str,
 def run_pairs(
     ref: str, stored: StoredModel, settings: Adapter, folder: Path | None, resumed: bool
 ) -> StartPairs:
-    """Return the pairs at step 0 of a run, whose folder stores them: of a resumed run those that are there.
+    """Return the pairs at step 0 of a run and store them in its folder; a resumed run reads them there.
 
     folder: None stores nothing. Every process calls it and returns process 0's pairs, because other hosts'
     libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
@@ -165,7 +165,8 @@ def for_unchanged_base(adapter: Params, start: Params, settings: Adapter) -> tup
 def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None) -> Params:
     """Return a DoRA adapter with the norms of the adapted weights as magnitudes; 0 in layers without a pair.
 
-    initial: the pairs with which a head sees the base. Norms are computed layer by layer.
+    initial: the policy's pairs at step 0, which the base of a head includes. Norms are computed layer by
+    layer.
     """
 
     def norms(weight: Array, pair: Params) -> Array:
@@ -212,9 +213,8 @@ def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
 def _layer_pairs(
     init: str, weight: _Weight, rank: int, scale: float, stored: _Stored
 ) -> tuple[FirstPair, FirstPair]:
-    """Return ((a, b) at step 0, (a, b) that the base is stored without) of a layer's weight [in, out].
-
-    stored: returns a weight as it is stored.
+    """Return a weight's pair (a, b) at step 0, and the pair without which the base is stored. weight: [in,
+    out] of a layer. stored: rounds a weight as the base's storage does.
     """
     if init == "loftq":
         ins, outs = weight.shape

@@ -1,7 +1,7 @@
-"""New weights from others: merge, combine, extract, extend.
+"""New weights made of others.
 
-combine.py: several adapters as one
-extend.py: a model with new tokens or a chat template
-extract.py: an adapter from the difference of two models
-merge.py: merging an adapter
+merged_weights.py: a base and an adapter, merged
+combined_adapters.py: several adapters as one
+extracted_adapter.py: an adapter from the difference of two models
+extended_model.py: a model with new tokens or a chat template
 """

@@ -74,7 +74,7 @@ class Architecture:
 
     reads: keys in addition to ALWAYS_READ that change what llama.cpp computes. tables: tensors of rope that
     it loads; it refuses a file with others. local_theta: the key of the base of rope in layers with windows,
-    whose frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
+    where frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
     rope.scaling.attn_factor applies there.
     """
 
@@ -169,8 +169,8 @@ def gguf_name(architecture: str, name: str) -> str:
 
 
 class StoredAs(NamedTuple):
-    """The changes that llama.cpp makes to a tensor's values. heads: by which it orders the rows of q or k
-    (see gguf_save.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    """The changes that llama.cpp makes to a tensor's values. heads: the number by which it orders rows of q
+    or k (see gguf_write.permute_heads), None for rows in their order. plus_one: whether it adds 1.
     """
 
     heads: int | None

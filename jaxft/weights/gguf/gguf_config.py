@@ -40,7 +40,7 @@ from jaxft.weights.gguf.gguf_rope import (
 )
 from jaxft.weights.gguf.gguf_tokenizer import special_token_id
 
-# Metadata of every architecture: what is read here or says nothing about the arithmetic. Others are refused,
+# Metadata of every architecture that is read here or does not change the arithmetic. Others are refused,
 # because llama.cpp runs several variants of an architecture under one name.
 KNOWN_METADATA = ROPE_METADATA | {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
@@ -77,10 +77,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GgufSettings:
-    """The metadata that an architecture reads besides KNOWN_METADATA.
+    """The metadata of an architecture in addition to KNOWN_METADATA.
 
-    read: returns its settings for config.json. metadata: the keys of that. partial_rope: whether rope may
-    turn some of a head's dimensions only. write(architecture, config.json): return their metadata.
+    read: returns the settings for config.json. metadata: the keys that it reads. partial_rope: whether rope
+    may rotate a part of a head's dimensions. write: functions of (architecture, config.json) that return
+    metadata.
     """
 
     read: Callable[[GgufHeader, Sizes], dict[str, Any]]
@@ -90,8 +91,8 @@ class GgufSettings:
 
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
-    """Return the metadata as the dict of a config.json. Raises ValueError for what would change the
-    arithmetic in a way that no config.json of the architecture states.
+    """Return the metadata as the dict of a config.json. Raises ValueError for metadata that would
+    change the arithmetic in a way that no config.json of the architecture states.
     """
     architecture, settings = architecture_of(header), SETTINGS[header.architecture]
     _check_metadata(header, settings)
@@ -163,8 +164,8 @@ def _window(header: GgufHeader, default: int = 0) -> int | None:
 
 
 def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
-    """Return config.json's layer_types. The pattern in the metadata is a period, whose last layer sees all
-    keys, or tells for each layer whether it has a window (llama_hparams::set_swa_pattern).
+    """Return config.json's layer_types. The pattern in the metadata is a period (its last layer sees all
+    keys), or a Boolean for each layer: whether it has a window (llama_hparams::set_swa_pattern).
     """
     key = header.key("attention.sliding_window_pattern")
     if isinstance(header.metadata.get(key), list):
@@ -335,7 +336,7 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
 
 
 def context_notes(config: ModelConfig) -> list[str]:
-    """Return warnings about the lengths up to which llama.cpp computes what the model does."""
+    """Return warnings if llama.cpp computes what the model does for short texts only."""
     assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0

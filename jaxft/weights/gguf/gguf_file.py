@@ -59,7 +59,7 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """Name of the architecture, with which its metadata begin."""
+        """Name of the architecture, the prefix of its metadata."""
         return self.required("general.architecture", str)
 
     def key(self, name: str) -> str:
@@ -126,7 +126,7 @@ class _Cursor:
         return self.take(self.number("<Q")).decode("utf-8")
 
     def texts(self, count: int) -> list[str]:
-        """Read strings, of which a tokenizer has a hundred thousand: without a call for each value."""
+        """Read strings without a call for each value: a tokenizer has a hundred thousand."""
         data, at, end, texts = self.data, self.at, len(self.data), []
         for _ in range(count):
             start = at + 8
@@ -324,9 +324,8 @@ def write_gguf_file(
 ) -> None:
     """Write a GGUF file and rename it into place when it is complete; on an error no file is left.
 
-    check(part): called with the unfinished file, whose header and 1-D tensors are complete, before the
-    matrices are fetched; what it raises ends the writing. Raises ValueError for a tensor whose values are not
-    finite.
+    check(part): called with the unfinished file, with complete header and 1-D tensors, before the matrices
+    are fetched; its errors end the writing. Raises ValueError for a tensor whose values are not finite.
     """
     tensors = sorted(tensors, key=lambda tensor: len(tensor.shape) > 1)  # 1-D ones first
     part = path.with_name(path.name + ".part")

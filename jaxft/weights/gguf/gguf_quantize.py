@@ -42,7 +42,7 @@ REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that
 def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
     """Return a tensor [rows, inputs], or a vector in a type without blocks, as the bytes of a GGUF type.
 
-    importance: of each input, by which rounding errors are weighted; types without blocks and Q8_0 take none.
+    importance: weights of the inputs' rounding errors; types without blocks and Q8_0 take none.
     Raises ValueError for values that are not finite or too large.
     """
     require_finite(values, WRITE_ADVICE)
@@ -57,7 +57,7 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
     if np.abs(values).max(initial=0) > LARGEST_HALF:
         raise ValueError(f"some values are too large for {kind}; use --gguf BF16 or F32")
     if kind not in QUANTIZERS or (importance is not None and kind != "Q8_0"):
-        return fitted_bytes(values, importance, kind)
+        return _fitted_bytes(values, importance, kind)
     quantize, rows = QUANTIZERS[kind], max(1, QUANTIZED_AT_A_TIME // values.shape[-1])
     parts = [
         quantize(np.asarray(values[at : at + rows], np.float32).reshape(-1, _BLOCK))
@@ -71,7 +71,7 @@ def _q8_0(x: np.ndarray) -> np.ndarray:
     scale = np.abs(x).max(-1) / np.float32(127)
     scaled = x * _inverse(scale)
     codes = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled)  # halves away from zero
-    return np.concatenate([half_bytes(scale), codes.astype(np.int8).view(np.uint8)], -1)
+    return np.concatenate([_half_bytes(scale), codes.astype(np.int8).view(np.uint8)], -1)
 
 
 def _symmetric(x: np.ndarray, zero: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
@@ -122,7 +122,7 @@ class FittedType:
     pack: Callable[..., np.ndarray]
 
 
-def fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
+def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
     """Return a matrix [rows, inputs] as the bytes of a type of FITTED.
 
     importance: of each input, such as its mean square in calibration rows; None: all inputs alike.
@@ -300,20 +300,20 @@ def nibbles(codes: np.ndarray) -> np.ndarray:
     return codes[..., :half] | codes[..., half:] << np.uint8(4)
 
 
-def half_bytes(x: np.ndarray) -> np.ndarray:
+def _half_bytes(x: np.ndarray) -> np.ndarray:
     """Return the bytes of float16 numbers [N, n], or [N], as [N, 2n]."""
     return np.ascontiguousarray(x.astype(np.float16)).reshape(len(x), -1).view(np.uint8)
 
 
-def pack_4_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+def _pack_4_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
     """Return blocks of 32 codes [N, 1, 32] and their float16 scales, and minima, [N, 1] as bytes."""
-    return np.concatenate([*map(half_bytes, scales), nibbles(codes[:, 0])], -1)
+    return np.concatenate([*map(_half_bytes, scales), nibbles(codes[:, 0])], -1)
 
 
-def pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+def _pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
     """The same with the fifth bits of the codes apart, the first one lowest."""
     high = np.packbits(codes[:, 0] >> np.uint8(4), axis=-1, bitorder="little")
-    return np.concatenate([*map(half_bytes, scales), high, nibbles(codes[:, 0] & np.uint8(15))], -1)
+    return np.concatenate([*map(_half_bytes, scales), high, nibbles(codes[:, 0] & np.uint8(15))], -1)
 
 
 def _pack_scales(scales: np.ndarray, lows: np.ndarray) -> np.ndarray:
@@ -337,7 +337,7 @@ def _pack_q4_k(
     codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, unit: np.ndarray, low: np.ndarray
 ) -> np.ndarray:
     pairs = nibbles(codes.reshape(len(codes), 4, 64)).reshape(len(codes), -1)
-    return np.concatenate([half_bytes(unit), half_bytes(low), _pack_scales(scales, lows), pairs], -1)
+    return np.concatenate([_half_bytes(unit), _half_bytes(low), _pack_scales(scales, lows), pairs], -1)
 
 
 def _pack_q5_k(
@@ -354,7 +354,7 @@ def _pack_q6_k(codes: np.ndarray, scales: np.ndarray, unit: np.ndarray) -> np.nd
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     quarters = (halves >> np.uint8(4)).reshape(len(codes), 2, 4, 32) << shifts
     high = np.bitwise_or.reduce(quarters, axis=2).reshape(len(codes), -1)
-    return np.concatenate([low, high, scales.view(np.uint8), half_bytes(unit)], -1)
+    return np.concatenate([low, high, scales.view(np.uint8), _half_bytes(unit)], -1)
 
 
 _AROUND = Trials(-0.9, 0.1, 19)
@@ -363,19 +363,19 @@ FITTED = {
     "Q4_K": FittedType((SUPER, 32), 15, True, (Trials(-1.0, 0.1, 21), _WIDE), _pack_q4_k),
     "Q5_K": FittedType((SUPER, 32), 31, True, (Trials(-0.5, 0.1, 16), _WIDE), _pack_q5_k),
     "Q6_K": FittedType((SUPER, 16), 32, False, (_AROUND, _AROUND), _pack_q6_k),
-    "Q4_0": FittedType((32, 32), 8, False, (_AROUND, _AROUND), pack_4_bits),
-    "Q5_0": FittedType((32, 32), 16, False, (_AROUND, _AROUND), pack_5_bits),
-    "Q4_1": FittedType((32, 32), 15, True, (_WIDE, _WIDE), pack_4_bits),
-    "Q5_1": FittedType((32, 32), 31, True, (_WIDE, _WIDE), pack_5_bits),
+    "Q4_0": FittedType((32, 32), 8, False, (_AROUND, _AROUND), _pack_4_bits),
+    "Q5_0": FittedType((32, 32), 16, False, (_AROUND, _AROUND), _pack_5_bits),
+    "Q4_1": FittedType((32, 32), 15, True, (_WIDE, _WIDE), _pack_4_bits),
+    "Q5_1": FittedType((32, 32), 31, True, (_WIDE, _WIDE), _pack_5_bits),
 }
 
 
 QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q8_0": _q8_0,
-    "Q4_0": partial(_symmetric, zero=8, pack=pack_4_bits),
-    "Q5_0": partial(_symmetric, zero=16, pack=pack_5_bits),
-    "Q4_1": partial(_with_minimum, levels=15, pack=pack_4_bits),
-    "Q5_1": partial(_with_minimum, levels=31, pack=pack_5_bits),
+    "Q4_0": partial(_symmetric, zero=8, pack=_pack_4_bits),
+    "Q5_0": partial(_symmetric, zero=16, pack=_pack_5_bits),
+    "Q4_1": partial(_with_minimum, levels=15, pack=_pack_4_bits),
+    "Q5_1": partial(_with_minimum, levels=31, pack=_pack_5_bits),
 }
 WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}
 
@@ -405,7 +405,7 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """The facts that the choice of types depends on besides a tensor's name and shape. weighted: whether
+    """The facts that determine a tensor's type, in addition to its name and shape. weighted: whether
     inputs have importances; tied: whether the embedding is the head too; layers, heads and kv_heads of an
     architecture.
     """

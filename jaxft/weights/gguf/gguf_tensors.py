@@ -267,8 +267,8 @@ def _read_bytes(tensor: GgufTensor, rows: Any, columns: slice) -> np.ndarray:
 
 
 def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
-    """Return the number in the file of each row of Hugging Face's. Of q and k, llama.cpp interleaves the two
-    halves of each head that rope rotates together.
+    """Return the number that each row of the Hugging Face tensor has in the file. In q and k, llama.cpp
+    interleaves the two halves of each head, which rope rotates together.
     """
     count = math.prod(tensor.shape[:-1])
     rows = np.arange(count)
@@ -276,8 +276,8 @@ def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
 
 
 def read_dequantised(tensor: GgufTensor, index: Index = (), heads: int | None = None) -> np.ndarray:
-    """Read part of a tensor, dequantised a few rows at a time; all of one that is not 2-D. heads: of q or k,
-    whose rows are returned in the order of Hugging Face.
+    """Read part of a tensor, dequantised a few rows at a time; all of one that is not 2-D. heads: of q or k;
+    their rows are returned in the order of Hugging Face.
     """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

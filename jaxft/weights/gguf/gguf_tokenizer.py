@@ -93,9 +93,9 @@ PRE_TOKENIZERS = {
 UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.ggml.pre is missing
 
 
-def pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
+def _pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
     """Return how the file's tokenizer splits text. Raises ValueError for an unknown name, and for a missing
-    one unless the architecture is llama, whose first files had none.
+    one unless the architecture is llama, since its first files had none.
     """
     name = header.optional("tokenizer.ggml.pre", UNSTATED)
     if name == UNSTATED and header.architecture != "llama":
@@ -111,7 +111,7 @@ def pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
-def apply_pre_tokenizer(tokenizer: Any, pre: PreTokenizer) -> None:
+def _apply_pre_tokenizer(tokenizer: Any, pre: PreTokenizer) -> None:
     """Set the normaliser and the pre-tokenizer of a tokenizers.Tokenizer."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -208,7 +208,7 @@ def special_token_id(header: GgufHeader, name: str) -> int | None:
 def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     from tokenizers import decoders
 
-    pre = pre_tokenizer_of(header)
+    pre = _pre_tokenizer_of(header)
     listed = header.array("tokenizer.ggml.merges", str)
     if listed is None:
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges is missing")
@@ -217,7 +217,7 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
         raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair")
     merges = [(first, second) for first, second in pairs]
     tokenizer = _bpe(header, tokens, merges, ignore_merges=pre.whole_words)
-    apply_pre_tokenizer(tokenizer, pre)
+    _apply_pre_tokenizer(tokenizer, pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -284,10 +284,10 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Add the start and end tokens that the metadata says, by default as llama.cpp does."""
+    """Add the start and end tokens that the metadata states, by default as llama.cpp does."""
     from tokenizers import processors
 
-    starts = header.required("tokenizer.ggml.model", str) == "llama" or pre_tokenizer_of(header).bos
+    starts = header.required("tokenizer.ggml.model", str) == "llama" or _pre_tokenizer_of(header).bos
     add_bos = header.optional("tokenizer.ggml.add_bos_token", starts) and ids["bos"] is not None
     add_eos = header.optional("tokenizer.ggml.add_eos_token", False) and ids["eos"] is not None
     if not add_bos and not add_eos:
@@ -404,7 +404,7 @@ def _pre_name(tokenizer: Any, whole_words: bool) -> str:
             continue
         tried.append(pre)
         core = Tokenizer(models.BPE())
-        apply_pre_tokenizer(core, pre)
+        _apply_pre_tokenizer(core, pre)
         if pieces(core) == expected:
             return name
     raise ValueError(

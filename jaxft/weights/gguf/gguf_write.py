@@ -57,8 +57,7 @@ LORA_PAIR = {"a", "b", "scale"}
 MERGE_INSTEAD = "merge it instead, with --gguf and without --adapter-only"
 ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures whose head llama.cpp expects so
 HEADS_OF_WIDTH = ("phi3", "olmo2")  # architectures whose heads together have the model's width in llama.cpp
-# Metadata that says nothing about the arithmetic, or follows from the tensors. Rope is compared by its
-# numbers.
+# Settings that do not change the arithmetic, or follow from the tensors. Ropes are compared as numbers.
 COMPARED_ELSEWHERE = {
     "architectures", "model_type", "bos_token_id", "eos_token_id", "rope_theta", "rope_scaling",
     "rope_parameters", "rope_local_base_freq", "original_max_position_embeddings", "partial_rotary_factor",
@@ -204,7 +203,7 @@ def encoded(
 
 
 def _kept_fields(source: GgufHeader) -> list[Field]:
-    """Return the metadata of a file, without what is about its own layout."""
+    """Return the metadata of a file, except for its layout."""
     layout = ("general.architecture", "general.alignment")
     return [
         Field(key, "RAW", raw)
@@ -261,7 +260,7 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
     """Raise ValueError unless llama.cpp computes a written file as jaxft computes a model of this config.
 
     tied: whether the head is the embedding, which an adapter of the head may have changed. source: the file
-    whose metadata were copied; what llama.cpp ignores in that file too is returned as a warning.
+    whose metadata were copied; settings that llama.cpp ignores there too are returned as a warning.
     """
     header = read_gguf_header(path)
     name, lacking = header.architecture, _differences(config, header)

@@ -10,7 +10,7 @@ from jaxft.data.chat.template import template_of
 from jaxft.models.dense_config import token_ids
 from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
-from jaxft.models.text_part import TextPart, decoder_prefix, text_part, text_tensor
+from jaxft.models.model_types import TextPart, decoder_prefix, text_part, text_tensor
 from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights.hf.safetensors import FLOATS, open_safetensors, read_model_json
 from jaxft.weights.hub import hub
@@ -218,7 +218,7 @@ def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[i
 
 
 def tokenizer_ends(tokenizer: Any) -> list[int]:
-    """Return the tokenizer's EOS, and what ends an assistant turn in its chat template."""
+    """Return the tokenizer's EOS, and the tokens that end an assistant turn in its chat template."""
     template = template_of(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*eos, *(template.stop_tokens if template else ())]

@@ -19,7 +19,7 @@ from jaxft.models import model_types
 from jaxft.models.dense_config import for_transformers_4
 from jaxft.models.heads import as_checkpoint
 from jaxft.models.model import Model
-from jaxft.models.text_part import text_config, text_part
+from jaxft.models.model_types import text_config, text_part
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.tree import Params
@@ -54,7 +54,7 @@ from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = ("config.json", "untrained_tokens.json", "adapter_config.json", "trainer_state.json")
 MAX_SHARD = 5_000_000_000  # bytes
-# In config.json: our classifiers are read at the end token, not at what a template adds after it.
+# In config.json: our classifiers are read at the end token, not at text that a template adds after it.
 READ_AT = "reward_read_at"
 # Names of transformers' classifiers that are not the language model's with another ending.
 CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
@@ -66,8 +66,7 @@ class LayerQuantizer:
 
     layouts: the layout of each tensor [in, out] of a parameter, by path. quantize(tensor, values [in, out]):
     returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
-    about the layout of the files. notes: lines for the user about the first weight that the layout rounds,
-    added while weights are quantised.
+    about the layout of the files. notes: lines for the user, added while weights are quantised.
     """
 
     layouts: Mapping[str, QTensor]
@@ -161,11 +160,11 @@ def _save_multimodal(
     ]
     names = {tensor.name for path in paths for tensor in table[path]}
     tensors = [tensor for tensor in tensors_to_write(base, model) if tensor.name in names]
-    write_multimodal_weights(folder, source, tensors, tied="head" not in base)
+    _write_multimodal_weights(folder, source, tensors, tied="head" not in base)
 
     def write_others() -> None:
-        write_multimodal_config(folder, source, _changed_settings(model, base, located, tensors))
-        copy_small_files(folder, source)
+        _write_multimodal_config(folder, source, _changed_settings(model, base, located, tensors))
+        _copy_small_files(folder, source)
         if tokenizer is not None and not is_unchanged(tokenizer, source):
             (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)  # processors prefer it to the new file
             _write_tokenizer(folder, _source_configs(model, located)[1], tokenizer)
@@ -190,7 +189,7 @@ def _changed_settings(
 
 
 def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
-    """Write what save_folder writes, but for the weights, of a model that comes from `ref`."""
+    """Write the files of save_folder, except for the weights, for a model that comes from `ref`."""
     config, generation = _source_configs(model, ref)
     base = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, model.dtype), model.specs, is_leaf=is_spec
@@ -203,7 +202,7 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
     its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
     """
     if multimodal_config(ref):
-        copy_small_files(folder, ref.path)
+        _copy_small_files(folder, ref.path)
     shutil.copyfile(ref.path / "config.json", folder / "config.json")
     _write_tokenizer(folder, _source_configs(model, ref)[1], tokenizer)
 
@@ -264,7 +263,8 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
 
 
 def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json with rope's settings also where transformers 4 and llama.cpp's converter look.
+    """Return config.json with rope's settings also under the keys of transformers 4 and llama.cpp's
+    converter.
 
     A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
     """
@@ -282,7 +282,7 @@ def _write_configs(
     base: Params,
     quant: LayerQuantizer | None,
 ) -> None:
-    """Write config.json for what is in `base`, the tokenizer's files and generation_config.json."""
+    """Write config.json for the parameters in `base`, the tokenizer's files and generation_config.json."""
     if "score" in base:
         tokenizer = with_distinct_pad_token(tokenizer)
         _make_classifier(config, tokenizer)
@@ -346,7 +346,7 @@ def with_distinct_pad_token(tokenizer: Any) -> Any:
 # Multimodal models: everything but the trained decoder is copied byte for byte
 
 
-def write_multimodal_weights(
+def _write_multimodal_weights(
     folder: Path, source: Path, tensors: Iterable[TensorToWrite], tied: bool
 ) -> None:
     """Write the weights of the multimodal model in the folder `source` with other values of some of its
@@ -409,7 +409,7 @@ def _write_multimodal_index(
     write_model_json(folder / path.name, index)
 
 
-def write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, Any]) -> None:
+def _write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, Any]) -> None:
     """Write config.json of the multimodal model in the folder `source` with other settings of its decoder:
     any of vocab_size, tie_word_embeddings and dtype. Without any, the file is copied.
     """
@@ -426,7 +426,7 @@ def write_multimodal_config(folder: Path, source: Path, settings: Mapping[str, A
     write_model_json(folder / "config.json", config)
 
 
-def copy_small_files(folder: Path, source: Path) -> None:
+def _copy_small_files(folder: Path, source: Path) -> None:
     """Copy the files of a multimodal model's processor and tokenizer."""
     for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{TEMPLATES_FOLDER}/*.jinja"))):
         skipped = path.name in NOT_COPIED or path.name.endswith(".index.json")

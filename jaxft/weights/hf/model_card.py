@@ -93,7 +93,7 @@ def _pipeline(card: Card) -> str:
 
 
 def gguf_card(header: gguf_file.GgufHeader, title: str) -> str:
-    """Return the card of a repository with a GGUF file, from what the file's header states."""
+    """Return the card of a repository with a GGUF file, from the file's header."""
     import huggingface_hub
 
     stated, is_adapter = gguf_metadata(header), header.metadata.get("general.type") == "adapter"
@@ -131,7 +131,7 @@ def license_of(ref: str) -> str:
 
 
 def base_name(ref: str) -> str:
-    """Return a base model as a reader knows it: its name on the hub, or the last part of a path."""
+    """Return a base model's name for readers: on the hub, or the last part of its path."""
     named = hub.hub_name(ref)
     return named[0] if named else Path(ref).name
 
@@ -145,7 +145,7 @@ def _source_metadata(ref: str) -> dict[str, Any]:
             metadata = {"license": gguf_file.read_gguf_header(located.path).metadata.get("general.license")}
         elif (located.path / "README.md").is_file():
             metadata = _front_matter_of(located.path / "README.md")
-    except (OSError, ValueError):  # the base is gone by now, and the card is written after all else
+    except (OSError, ValueError):  # the base is gone by now; the card is written last
         return {}
     texts = {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str)}
     if not LICENSE_NAME.fullmatch(texts.get("license", "")):

@@ -156,8 +156,8 @@ class TensorToWrite:
 
 
 def write_safetensors(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
-    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. Whoever
-    announces the folder that it is in syncs that, see distributed.disk.
+    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. The
+    folder is synced when it is published, see distributed.disk.
 
     source: a file whose other tensors are copied, byte for byte and in their order. With several processes,
     all call this and fetch the same tensors; process 0 writes, and its error is raised on all. Raises

@@ -46,7 +46,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def reading_failed(folder: Path, error: Exception) -> str:
-    """Say why a folder's tokenizer cannot be read, and what helps."""
+    """Return the reason why a folder's tokenizer cannot be read, and the remedy."""
     if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
         return (
             f"{folder} has a SentencePiece tokenizer.model and no tokenizer.json; write one once, after "
@@ -149,7 +149,7 @@ TOKEN_CHARACTERS = 1 << 13
 SHORT_CHARACTERS = 1 << 10  # of a word (WordPiece's time is quadratic in it), of a template's special token
 STEPS = 64  # of a part
 GROWTH = 40.0  # factor by which the steps of a part may lengthen a text; T5's do by 36
-OPTION_CHARACTERS = 128  # of what a step may add to each piece of a text
+OPTION_CHARACTERS = 128  # that a step may add to each piece of a text
 PATTERN_CHARACTERS = 1 << 16
 TEMPLATE_ITEMS = 64  # of a post-processor's template
 

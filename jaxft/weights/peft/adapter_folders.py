@@ -116,7 +116,7 @@ def cached_base_notes(folder: Path, ref: str) -> list[str]:
     merged = (
         f"the merged model ({script_command('export')} --adapter {shlex.quote(str(folder))} --out merged)"
     )
-    if hub.has_linked_weights(ref):
+    if any(file.is_symlink() for file in Path(ref).glob("*.safetensors")):  # the weights of another model
         return [
             f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or name the "
             "model that it was made of as the base, whose weights are the same"
@@ -203,9 +203,9 @@ def base_differences(
     """Return a line for each way in which the base differs from the one that the adapter in `start` was
     trained on.
 
-    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. adapter: settings of
-    its policy's adapter, which a quantised base depends on if they have one of RESIDUAL_INITS. A folder that
-    is not a run's has only the name of its base.
+    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. adapter: the
+    policy's adapter settings, on which a quantised base depends if init is one of RESIDUAL_INITS. A folder
+    that is not a run's has only the name of its base.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):
@@ -242,8 +242,8 @@ def base_differences(
 
 
 def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant | None) -> bool:
-    """Whether a run's record has a base that is stored exactly as with these settings of adapter and quant:
-    the adapter of a reward model then adds up to the same weights as in its own run.
+    """Whether a recorded run has the settings of adapter and quant on which the base's storage depends: the
+    adapter of a reward model then adds up to the same weights as in its own run.
     """
 
     def facts(settings: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's layout as they are found: adapter_config.json and what is refused, names of tensors.
+"""Adapters in PEFT's layout before they are read: adapter_config.json, refusals, names of tensors.
 
 PEFT's `save_pretrained` writes `base_model.model.MODULE.lora_A.weight`. State dicts of the wrapped model, and
 trainers that save these, have the adapter's name in it (`lora_A.default.weight`,
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import tree
-from jaxft.models.text_part import decoder_prefix, full_name, text_tensor
+from jaxft.models.model_types import decoder_prefix, full_name, text_tensor
 from jaxft.nn.tensor_names import is_listed, matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_model_json
 

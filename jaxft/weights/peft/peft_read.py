@@ -95,14 +95,14 @@ def read_parts(
     the language model head is left out if `model` has a scalar head in its place. base: as in read_adapter.
     Raises ValueError as read_adapter does, and if the scalar head is missing or has several labels.
     """
-    return _read(Path(folder), model, partial(first_pair, base))
+    return _read(Path(folder), model, partial(_first_pair, base))
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
     """Check an adapter folder as read_parts does, but without the base; return (names of the parts,
     settings).
     """
-    parts, settings = _read(Path(folder), model, no_first_pair)
+    parts, settings = _read(Path(folder), model, _no_first_pair)
     return tuple(parts), settings
 
 
@@ -123,7 +123,7 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     adapted = [x for path in pairs for x, pair in zip(table[path], pairs[path], strict=True) if pair]
     present = {tensor.module for tensor in adapted}
     used = {name for tensor in adapted for name in pair_names(tensor, default.dora)}
-    if init := start_of_unconverted(config):
+    if init := _start_of_unconverted(config):
         default = default.doubled
         if "head" in pairs and "head" not in model.weight_names:
             raise ValueError(
@@ -131,7 +131,7 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
                 f"embeddings of this model: PEFT has changed both; {MERGE}"
             )
         pairs = {
-            path: on_unchanged_base(of_path, table[path], default, partial(read_first, where, init))
+            path: _on_unchanged_base(of_path, table[path], default, partial(read_first, where, init))
             for path, of_path in pairs.items()
         }
     nodes, settings = adapter_of(pairs, default, model)
@@ -209,7 +209,7 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
         name = head if copied in HEAD_COPIES else EMBEDDING
         if copied not in files.tensors or name not in base.tensors or base.tensors[name].quantised:
             continue
-        if start_of_unconverted(config) and copied in HEAD_COPIES:
+        if _start_of_unconverted(config) and copied in HEAD_COPIES:
             continue
         if saved and copied.removesuffix(".weight").endswith(saved):  # trained
             continue
@@ -321,13 +321,13 @@ def _is_finite(value: Any) -> bool:
 # the rank, from float64, has neither error.
 
 
-def start_of_unconverted(config: Mapping[str, Any]) -> str | None:
+def _start_of_unconverted(config: Mapping[str, Any]) -> str | None:
     """Return the key of FIRST_PAIRS that an unconverted adapter's configuration has, None for others."""
     start = config.get("init_lora_weights")
     return start if isinstance(start, str) and start in FIRST_PAIRS else None
 
 
-def first_pair(
+def _first_pair(
     base: ModelFiles | None, where: Path, init: str, tensor: Tensor, rank: int, scale: float
 ) -> FirstPair:
     """Return the first pair of a weight that an unconverted adapter changes, computed from the files of the
@@ -335,7 +335,7 @@ def first_pair(
 
     where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
     ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
-    processes, whose libraries may compute other signs.
+    processes, since their libraries may compute other signs.
     """
     about, name = f"{where}: init_lora_weights={init!r}", tensor.name
     if base is None or processes.is_multi_process():
@@ -357,13 +357,13 @@ def first_pair(
     return FIRST_PAIRS[init](values, rank, scale)
 
 
-def no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
+def _no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
     """Return a pair of zeros in place of the first one, which needs no base: for settings alone."""
     ins, outs = tensor.values
     return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
 
 
-def on_unchanged_base(
+def _on_unchanged_base(
     pairs: Sequence[Pair | None],
     tensors: Sequence[Tensor],
     settings: Adapter,

@@ -42,7 +42,7 @@ MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 Number = TypeVar("Number", int, float)
 
 
-def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
+def _read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
     """Read a float tensor, at most in float32. Raises ValueError that names it if it has another type, or a
     value that is not finite.
     """
@@ -54,12 +54,12 @@ def read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
-    """Read a float tensor of this shape, as read_float does. because: why it must be there, for the error."""
+    """Read a float tensor of this shape, as _read_float does. because: a reason for the error message."""
     stored = files.tensors.get(name)
     if stored is None or stored.shape != shape:
         state = "is missing" if stored is None else f"has shape {stored.shape}"
         raise ValueError(f"{files.where}: tensor {name} {state}; this model needs {shape}, because {because}")
-    return read_float(files, name)
+    return _read_float(files, name)
 
 
 # LoRA pairs
@@ -107,7 +107,7 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
         shape = files.tensors[name].shape
         if len(shape) != 2:
             raise ValueError(f"{files.where}: {name} has shape {shape}, expected two dimensions")
-        arrays.append(read_float(files, name).T)
+        arrays.append(_read_float(files, name).T)
     a, b = arrays
     rank = _matching(config, "rank_pattern", module, config["r"])
     if a.shape != (ins, rank) or b.shape != (rank, outs):
@@ -204,7 +204,7 @@ def with_module_names(
         (name,): layer for name, layer in layers.items() if name.rpartition(".")[2] in ends
     }
     declared = _declared(default, ranked, selected)
-    # versions of PEFT differ in which one of two numbers in a name is the layer's
+    # of two numbers in a name, versions of PEFT take the first or the second as the layer
     two_numbers = declared.layers_to_transform and any(re.search(r"\.\d+\.", x.in_layer) for x in ranked)
     if full_names or two_numbers or declared.exclude_modules:
         ends = {tensor.module for tensor in ranked}

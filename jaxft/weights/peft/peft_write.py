@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.distributed import sync
 from jaxft.models.model import Model
-from jaxft.models.text_part import full_name
+from jaxft.models.model_types import full_name
 from jaxft.nn.adapters.full_modules import is_replacement
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
@@ -155,7 +155,7 @@ def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> No
 def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: float) -> list[TensorToWrite]:
     """Return lora_A [R, in] and lora_B [out, R] of one module, with DoRA lora_magnitude_vector [out].
 
-    pair: leaves of the kernel; what is beyond `rank` in them is zero. exact: the scale that PEFT computes
+    pair: leaves of the kernel, with zeros beyond `rank`. exact: the scale that PEFT computes
     from its settings; another one is folded into B.
     """
 

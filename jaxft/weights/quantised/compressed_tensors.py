@@ -28,7 +28,7 @@ def _open_fp8(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
     if scheme != "dynamic":
         raise not_read(files.where, f"fp8 weights with activation_scheme={scheme!r}", "dynamic")
     sizes = None if block is None else block_sizes(files.where, "weight_block_size", block)
-    return scaled_weights(files, "fp8", "fp8", ".weight_scale_inv", lambda *shape: sizes or shape)
+    return _scaled_weights(files, "fp8", "fp8", ".weight_scale_inv", lambda *shape: sizes or shape)
 
 
 # Shared by both
@@ -49,7 +49,7 @@ def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def scaled_weights(
+def _scaled_weights(
     files: SafetensorsFiles, format: str, kind: str, ending: str, blocks_of: BlocksOf
 ) -> ff.Weights:
     """Open the weights of a format by the `ending` of the names of their scales. kind: fp8, int8 or int4."""
@@ -137,7 +137,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
     def blocks_of(outs: int, ins: int) -> tuple[int, int]:
         return sizes or (outs if strategy == "tensor" else 1, ins)
 
-    return scaled_weights(files, _NAME, kind, ".weight_scale", blocks_of)
+    return _scaled_weights(files, _NAME, kind, ".weight_scale", blocks_of)
 
 
 def _common_weights(where: str, settings: ff.QuantConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class FileFormat:
     and small tensors. Raises ValueError for weights that jaxft does not read.
 
     The others are for writing. kinds: of weights (see nn.quant) that it stores; () if it is only read.
-    summary: what it is and who loads it, for the user; head_summary: the same if the head is quantised.
+    summary: a line for the user, with the programs that load it; head_summary: with a quantised head.
     write(name, layout): the tensors of a weight `name`. config(quant, plain, packed): its quantization_config
     without the quant_method. plain: modules that are not quantised, see
     quantised_checkpoints.exceptions. packed: names of quantised modules inside a layer, such as
@@ -67,8 +67,8 @@ def quantised_tensor(
 ) -> QuantisedTensor:
     """Return a quantised weight of a file format. tensors, reason: see QuantisedTensor.
 
-    decode(index): returns the arrays, by name, of the part of the weight at a full index [in, out] whose
-    limits are limits of blocks.
+    decode(index): returns the arrays, by name, of the part of the weight at a full index [in, out]
+    that begins and ends at blocks.
     """
 
     def read(index: Index = ()) -> QTensor:

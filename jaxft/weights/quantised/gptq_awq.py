@@ -29,7 +29,7 @@ def read_eights(
     index: Index,
     order: Iterable[int] = IN_ORDER,
 ) -> Any:
-    """Read the part at `index` of codes of this shape, of which `axis` has eight in each int32.
+    """Read the part at `index` of codes of this shape; along `axis`, an int32 has eight.
 
     order[i]: which of its eight codes has the i-th lowest four bits.
     """
@@ -56,7 +56,7 @@ def pack_eights(codes: Any, axis: int, order: Iterable[int] = IN_ORDER) -> np.nd
 
 class Grouping(NamedTuple):
     """How GPTQ or AWQ packs a weight [in, out]. axis: of the codes that has eight in an int32; zeros have
-    them along the outputs. order: see read_eights. shift: what is added to zeros in the files.
+    them along the outputs. order: see read_eights. shift: a number that is added to zeros in the files.
     """
 
     axis: int
@@ -64,7 +64,7 @@ class Grouping(NamedTuple):
     shift: int = 0
 
 
-def read_grouped(
+def _read_grouped(
     files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
 ) -> dict[str, Any]:
     """Read the arrays of `(code - zero) * scale`: the offset -zero * scale is exact in float32. Raises
@@ -174,7 +174,7 @@ def _decode_gptq(
         raise ValueError(
             f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config"
         )
-    arrays = read_grouped(files, stem, layout, how, index)
+    arrays = _read_grouped(files, stem, layout, how, index)
     return arrays if layout.index is None else {**arrays, "index": groups}
 
 
@@ -232,7 +232,7 @@ def _open_awq(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
         layout = ff.block_layout("affine4", (ins, 8 * columns), group, np.float16, np.float32)
         tensors = [f"{stem}.{tensor}" for tensor in ("qweight", "qzeros", "scales")]
         return ff.quantised_tensor(
-            "awq", tensors, layout, partial(read_grouped, files, stem, layout, AWQ_GROUPING)
+            "awq", tensors, layout, partial(_read_grouped, files, stem, layout, AWQ_GROUPING)
         )
 
     return {f"{stem}.weight": weight(stem) for stem in ff.stems(files, ".qweight")}

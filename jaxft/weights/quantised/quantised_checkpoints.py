@@ -65,7 +65,7 @@ USUAL_FORMATS = {"nf4": BITSANDBYTES, "fp4": BITSANDBYTES, "fp8": COMPRESSED_TEN
 
 
 def open_tensors(files: SafetensorsFiles, settings: QuantConfig | None) -> ModelFiles:
-    """Return the tensors of a model, in which quantised weights have the names of plain weights.
+    """Return the tensors of a model; quantised weights have the names of plain weights.
 
     settings: config.json's quantization_config, if it has one. Raises ValueError for a format that is not
     supported and for inconsistent tensors.
@@ -97,8 +97,8 @@ def dequantised(x: QTensor | np.ndarray) -> np.ndarray:
 
 
 def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
-    """Return the part of a quantised weight [out, in] at `index`; only its blocks are read where no array is
-    for all of it.
+    """Return the part of a quantised weight [out, in] at `index`. Only its blocks are read, unless an array
+    belongs to the whole weight.
     """
     layout = tensor.layout
     if layout is None or layout.outer is not None or layout.index is not None:
@@ -114,9 +114,9 @@ def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
 
 
 def written_format(layouts: Mapping[str, QTensor], requested: str | None = None) -> tuple[FileFormat, str]:
-    """Return the format in which weights are written, and one sentence for the user.
+    """Return the format for writing weights, and one sentence for the user.
 
-    Without a requested one it is the usual one of their kind if all of them fit into it, else jaxft's own.
+    Without a request it is the usual format of the weights' kind if all of them fit, else jaxft's own.
     layouts: by parameter path. Raises ValueError if the weights do not fit into the requested format.
     """
     if requested is not None:
@@ -151,7 +151,7 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
 
 def exceptions(plain: Collection[str], packed: Collection[str]) -> list[str]:
     """Return names by which a format excludes the modules that are not quantised: the last part of the name,
-    but the full name of a module whose last part is in the name of one that is quantised.
+    or the full name if a quantised module's name has that part too.
     """
     last = {name.rpartition(".")[2] for name in plain}
     clashing = {part for part in last if any(part in name for name in packed)}

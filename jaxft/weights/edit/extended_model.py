@@ -23,7 +23,7 @@ from jaxft.models import model_types
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.weights import pretrained
-from jaxft.weights.edit.merge import LazyTensor, lazy_params
+from jaxft.weights.edit.merged_weights import LazyTensor, lazy_params
 from jaxft.weights.hf import hf_read, hf_write
 from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
@@ -81,7 +81,7 @@ class Extension:
 
 
 def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
-    """Write the model `ref` with an extension to the folder `out`; return lines about what was added.
+    """Write the model `ref` with an extension to the folder `out`; return lines about the additions.
 
     Raises ValueError for tokens that exist already or that the tokenizer would split.
     """
@@ -144,9 +144,9 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
 
 
 def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = None) -> tuple[str, list[str]]:
-    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged one that
-    it replaces; for None `ref`. drafts: return a folder in this one instead, with configuration and tokenizer
-    alone, for plans, which need no weights.
+    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged folder
+    that it replaces. Without an extension, return `ref`. drafts: a folder for configuration and tokenizer
+    alone, in place of the cache, for plans, which need no weights.
 
     The folder is written once for these files and this extension, also if several processes call this. If
     the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to
@@ -278,7 +278,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return a text with a token between characters with which it is no other added token."""
+    """Return a text in which a token's neighbours make no other added token of it."""
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):
@@ -312,7 +312,7 @@ def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int,
 
 
 def untrained_tokens(ref: str) -> dict[str, int]:
-    """Return the ids of new tokens whose rows are still to be trained, by token; {} for most models."""
+    """Return the ids of new tokens with untrained rows, by token; {} for most models."""
     path = Path(ref) / UNTRAINED
     return read_model_json(path).get("tokens", {}) if path.is_file() else {}
 

@@ -77,8 +77,8 @@ def extract_adapter(
     table, paths = tensors_of(model, tied_head=True), target_paths(model.specs, what.targets)
     _check_rank(what.rank, {path: table[path] for path in paths})
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
-    check_same_shapes(base, tuned, model)
-    check_same_settings(base_ref, tuned_ref, model)
+    _check_same_shapes(base, tuned, model)
+    _check_same_settings(base_ref, tuned_ref, model)
     untied = HEAD in tuned.tensors and HEAD not in base.tensors
     if "head" not in (*model.specs, *paths) and not untied:
         del table["head"]
@@ -90,7 +90,7 @@ def extract_adapter(
         raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
     pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
     errors = dict[str, KindError]()
-    total = np.zeros(3)  # squared norms of the base, of the change, of what the pairs lack
+    total = np.zeros(3)  # squared norms of the base, of the change, of the part that the pairs lack
     for path in (*paths, *(path for path in table if path not in pairs)):
         if path in pairs:
             progress(f"{path}: {what.rank} singular values of each layer")
@@ -98,7 +98,7 @@ def extract_adapter(
         for number, (before, after) in enumerate(_matrices(table[path], base, tuned)):
             lost = change = after - before
             if path in pairs:
-                a, b = low_rank(change, what.rank, f"{path}/{number}")
+                a, b = _low_rank(change, what.rank, f"{path}/{number}")
                 lost = change - a @ b
                 pairs[path].append(Pair(a, b, float(what.rank)))
             sums += [_square(before), _square(change), _square(lost)]
@@ -123,7 +123,7 @@ def _check_rank(rank: int, table: TensorTable) -> None:
             )
 
 
-def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
+def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
     """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
     before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
     for tensors in tensors_of(model).values():
@@ -146,7 +146,7 @@ def check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None
             )
 
 
-def check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
+def _check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
     """Raise ValueError if the configs of two models differ in a setting that no adapter carries, such as
     rope_theta, or if the tuned model has tensors that the base lacks. model: of the base.
     """
@@ -176,7 +176,7 @@ def _matrices(
         yield values[0], values[1]
 
 
-def low_rank(matrix: _Matrix, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _low_rank(matrix: _Matrix, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a [in, R], b [R, out] with the product nearest to a matrix.
 
     Above FULL_SVD the SVD is the randomised one of Halko et al. 2011 (arXiv:0909.4061) with power iterations.
@@ -214,7 +214,7 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 def _with_others(
     settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return nodes of the changed parameters as they are in the tuned model, and the settings with them."""
+    """Return nodes of the changed parameters with the tuned model's values, and the settings with them."""
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model

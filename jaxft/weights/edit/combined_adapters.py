@@ -35,7 +35,7 @@ CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_tie
 PRUNING = ("ties", "dare_linear", "dare_ties")
 RANDOM = ("dare_linear", "dare_ties")
 DEFAULT_DENSITY = 0.5
-ROUNDING = 1e-6  # a sum whose norm is a smaller fraction of its terms' is their rounding errors
+ROUNDING = 1e-6  # below this fraction of its terms' norm, a sum is rounding errors
 
 _A = Float[np.ndarray, "_ _"]  # [I, R]; sizes differ between weights, ranks between adapters
 _B = Float[np.ndarray, "_ _"]  # [R, O]
@@ -103,7 +103,7 @@ class _Part(NamedTuple):
     factor: float
 
 
-@np.errstate(over="ignore", invalid="ignore")  # _square_norm refuses what overflows
+@np.errstate(over="ignore", invalid="ignore")  # _square_norm refuses overflows
 def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combination) -> Combined:
     """Combine adapters on a model into one with rank = alpha, which is the largest rank of any module.
 
@@ -202,7 +202,7 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
 
 
 def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float, float]]:
-    """Return `sum c a b` reduced to a rank, and the squared norms of what it lacks and of the whole. The SVD
+    """Return `sum c a b` reduced to a rank, and the squared norms of the dropped part and of the sum. The SVD
     is of a matrix of the summed ranks, after two QRs.
     """
     a = np.concatenate([part.a * part.factor for part in parts], 1).astype(np.float64)

@@ -20,7 +20,9 @@ from jaxft.weights.tensors import Index, Tensor, full_index, layer_on_host
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A parameter whose part at an index along its leading axes `make(index)` computes, all of it for ()."""
+    """A parameter that is computed in parts: `make(index)` returns the part at an index along its leading
+    axes, all of it for ().
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -33,7 +35,7 @@ class LazyTensor:
         return self.make(())
 
     def map(self, dtype: DTypeLike, fn: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
-        """Return the parameter of which `fn` computes each part, in `dtype`."""
+        """Return the parameter with `fn` applied to each part, which returns `dtype`."""
         return LazyTensor(self.shape, np.dtype(dtype), lambda index: fn(self.make(index)))
 
     def astype(self, dtype: DTypeLike) -> "LazyTensor":
@@ -54,12 +56,12 @@ class RoundingError:
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
         """Add the rounding error of a weight and its rounded value."""
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the writer
+        with np.errstate(over="ignore", invalid="ignore"):  # the writer refuses values that are not finite
             self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
             self._total += float(np.square(exact, dtype=np.float64).sum())
 
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
-        """Return the parameter in `dtype`; its error is added when it is made."""
+        """Return the parameter in `dtype`; its rounding error is added when it is computed."""
 
         def rounded(exact: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):
@@ -79,8 +81,8 @@ def merge_files(
 ) -> Params:
     """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
 
-    token_ids: the tokens of replaced rows. A tied head becomes a head of its own where the adapter changes
-    it, or the table alone.
+    token_ids: the tokens of replaced rows. A tied head is untied if the adapter changes it, or the
+    embedding table alone.
     """
     merged = tree.paths(merge_params(lazy_params(readers), adapter, dtype, token_ids))
     paths = [path for path in merged if path != "head" or model.generates]
@@ -124,7 +126,7 @@ def merge_on_read(
 def _merged_part(
     reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
 ) -> np.ndarray:
-    """Return the part of a tensor's values at `index` with what an adapter has there."""
+    """Return the part of a tensor's values at `index`, merged with an adapter's."""
     if "magnitude" in node and index:  # norms are over all inputs
         return _merged_part(reader, node, token_ids, tensor)[index]
     index = full_index(index, tensor.values)
@@ -155,7 +157,7 @@ def merge_params(
     """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
 
     The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. A
-    tied head becomes a head of its own where the adapter changes it, or the table alone.
+    tied head is untied if the adapter changes it, or the embedding table alone.
     """
     leaves, nodes = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
     merged = dict(leaves)

@@ -1,0 +1,118 @@
+"""Show which training pairs help and which harm the held-out pairs: mislabelled rows, duplicates, the best.
+
+    python scripts/train.py --config configs/dpo.py data=pairs.jsonl name=first
+    python scripts/influence.py --config configs/dpo.py data=pairs.jsonl name=first
+    python scripts/influence.py dpo data=pairs.jsonl name=first --keep 0.5 --out best.jsonl
+
+The same recipe and settings as of `train`. It reads the newest checkpoint of runs/<name>, or without one the
+model at step 0. A row's influence is the slope of the held-out margins along a step on its own margin: below
+0 its label is probably wrong. That takes about half an epoch. With --gradients it is the cosine of the
+gradients of the losses, for any loss, and rows that repeat one another are found too; about an epoch.
+runs/<name>/influence.csv has all influences; --keep writes the rows of highest influence, for another run.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+SHOWN = 10  # rows of each kind that are printed
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from jaxft.cli.cli import CommandParser
+
+    parser = CommandParser(__doc__)
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="a recipe such as dpo, or a Python file with config(...) -> Run"
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="by the gradients of the losses; also finds duplicates"
+    )
+    parser.add_argument("--keep", type=float, help="the fraction of the training rows to write to --out")
+    parser.add_argument(
+        "--out", type=Path, help="file for the rows of highest influence (default: in the run)"
+    )
+    parser.add_argument("overrides", nargs="*", help="the recipe, then knob=value or section.field=value")
+    return parser
+
+
+def lines_of(found: Any) -> list[str]:
+    """Return lines about the most harmful rows and about sources."""
+    harmful = [i for i in found.order if found.values[i] < 0]
+    lines = [f"{len(harmful)} of {len(found.names)} training rows have an influence below 0"]
+    lines += [f"  {found.values[i]:+.3g}  {found.names[i]}" for i in harmful[:SHOWN]]
+    means = found.by_file()
+    if len(means) > 1:
+        lines += ["mean influence of each source:", *(f"  {x:+.3g}  {name}" for name, x in means.items())]
+    return lines
+
+
+def duplicate_lines(gradients: Any) -> list[str]:
+    """Return lines about rows that repeat one another."""
+    same, names = gradients.duplicates(), gradients.names
+    if not same:
+        return ["no rows repeat one another"]
+    lines = [f"{len(same)} pairs of rows repeat one another (cosine of their gradients):"]
+    return lines + [f"  {x:+.3f}  {names[i]} and {names[j]}" for i, j, x in same[:SHOWN]]
+
+
+def main() -> int:
+    """Compute the influence of all training rows, print the extremes, and write the files."""
+    args = make_parser().parse_intermixed_args()
+    if args.keep is not None and not 0 < args.keep <= 1:
+        raise ValueError(f"--keep {args.keep}: expected a fraction above 0 and at most 1, such as 0.5")
+    if args.out and args.keep is None:
+        raise ValueError("--out needs --keep, the fraction of the rows to write; add --keep 0.5")
+    from jaxft.cli import cli
+    from jaxft.distributed import processes
+    from jaxft.lab.influence import gradients_of_rows, rows_by_name, slopes_of_rows
+    from jaxft.train.python_api import prepare_run
+    from jaxft.train.start import open_settings
+    from jaxft.train.start.jobs import run_folder
+
+    processes.require_single_process("influence")
+    recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
+    resolved, notes = open_settings.fitted(open_settings.resolve(recipe, overrides))
+    print("\n".join(notes), end="\n" * bool(notes), flush=True)
+    folder = run_folder(resolved.value, Path("runs"))
+    parts = prepare_run(resolved.value, resolved.describe(), folder)
+    step = int(parts.state.step)
+    print(
+        f"gradients of {folder} at step {step}"
+        if step
+        else f"{folder} has no checkpoint: gradients at step 0"
+    )
+    if args.gradients:
+        gradients = gradients_of_rows(parts)
+        found, more = gradients.influence, duplicate_lines(gradients)
+    else:
+        found, more = slopes_of_rows(parts), []
+    print("\n".join([*lines_of(found), *more]))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "influence.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("row", "influence"))
+        table.writerows((found.names[i], found.values[i]) for i in found.order)
+    print(f"\n{folder / 'influence.csv'}")
+    if args.keep is not None:
+        rows, out = rows_by_name(resolved.value.data.train), args.out or folder / "best.jsonl"
+        kept = found.subset(args.keep)
+        lines = [json.dumps(rows[found.names[i]], ensure_ascii=False) for i in kept]
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{out}: the {len(kept)} of {len(found.names)} rows of highest influence")
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxft.cli import cli
+    from jaxft.runs import terminal
+
+    cli.quiet()
+    terminal.outlive_console()
+    sys.exit(cli.one_line_errors(main))

@@ -1,0 +1,137 @@
+"""The conclusions of simulated studies whose curves are planted, and their page and tables."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from jaxft.lab.appendix import PaperTable, study_page, tables_of
+from jaxft.lab.halving import HeldOutPairs
+from jaxft.lab.results import FinalCurve, LossOutcome, Sensitivity, StudyResult, duels_of
+from jaxft.objectives.pair import ACCURACY
+
+PROMPTS, SEEDS, STEPS = 80, 3, (0, 5, 10, 15, 20)
+PAIRS = HeldOutPairs(
+    tuple(f"rows:{i}" for i in range(2 * PROMPTS)), tuple(range(2 * PROMPTS)), (True, False) * PROMPTS
+)
+
+
+def loss(label, gain, furthest, key):
+    """A loss whose accuracy is 1/2 + gain(KL) and whose KL grows evenly to `furthest`. Prompts are of unequal
+    difficulty, which is the same for every loss.
+    """
+    rng, difficulty = np.random.default_rng(key), np.random.default_rng(0).normal(0, 0.05, PROMPTS)
+    kl = np.linspace(0, furthest, len(STEPS))
+
+    def curve():
+        noise = rng.normal(0, 0.02, (len(STEPS), PROMPTS))
+        values = 0.5 + gain(kl)[:, None] * (1 + difficulty) + noise
+        metrics = tuple({"eval_kl": x, "eval_logps/chosen": -x, "eval_rewards/margins": 2 * x} for x in kl)
+        return FinalCurve(STEPS, kl, values, metrics)
+
+    trials = ((f"lr={key}e-05, beta=0.1", 20, 0.7), ("lr=1, beta=0.1", 5, None))
+    return LossOutcome(
+        label, trials[0][0], trials, Sensitivity(5, 0.7, 0.6, 0.4), tuple(curve() for _ in range(SEEDS))
+    )
+
+
+def steep(kl):
+    return 0.3 * np.minimum(1, kl)
+
+
+def flat(kl):
+    return 0.1 * kl
+
+
+def verdicts(*losses, margin=None):
+    return {(d.one, d.other): d.verdict for d in duels_of(losses, margin)}
+
+
+def test_a_loss_that_only_moved_further_does_not_win_at_the_same_kl():
+    near, far = loss("near", flat, 0.5, 1), loss("far", flat, 2.0, 2)
+    assert verdicts(near, far) == {
+        ("near", "far"): "far is better at the end; at the same KL they are not distinguishable"
+    }
+
+
+def test_a_loss_that_is_better_along_the_curve_wins_and_one_that_crosses_does_not():
+    good, weak, late = (
+        loss("good", steep, 1.0, 1),
+        loss("weak", flat, 1.0, 2),
+        loss("late", lambda x: 0.5 * x**3, 1.0, 3),
+    )
+    found = verdicts(good, weak, late)
+    assert found["good", "weak"] == "good is better at the end and at every KL that both reach"
+    assert found["good", "late"] == "late is better at the end, but worse at some KL that both reach"
+
+
+def test_losses_with_the_same_curve_are_equivalent_within_a_margin():
+    one, other = loss("one", steep, 1.0, 1), loss("other", steep, 1.0, 2)
+    assert verdicts(one, other, margin=0.02)["one", "other"] == "equivalent within 0.02"
+    assert verdicts(one, other)["one", "other"].startswith("not distinguishable; ")
+
+
+def test_values_at_a_kl_are_interpolated_in_the_order_of_the_kl():
+    values = np.array([[0.5, 0.5], [0.9, 0.7], [0.7, 0.6]])
+    curve = FinalCurve((0, 1, 2), np.array([0.0, 0.4, 0.2]), values, ({},) * 3)  # the KL falls at the end
+    assert curve.at_kl(0.1) == pytest.approx([0.6, 0.55])
+    assert curve.at_kl(0.3) == pytest.approx([0.8, 0.65])
+
+
+@pytest.fixture
+def study(tmp_path):
+    losses = (loss("dpo", steep, 1.0, 1), loss("ipo_50%", flat, 1.0, 2))
+    declared = {
+        "digest": "d" * 64,
+        "file_sha256": "f" * 64,
+        "study": {
+            "seeds": [0, 1, 2],
+            "trials": 2,
+            "margin": 0.02,
+            "metric": ACCURACY,
+            "losses": {},
+            "recipe": {},
+        },
+        "facts": {"rows": {"0": "r" * 32}},
+        "versions": {"python": "3.11"},
+    }
+    wave = {"wave": "x", "steps": [0, 5], "seed": 0}
+    return StudyResult(tmp_path, declared, ACCURACY, losses, duels_of(losses, 0.02), PAIRS, (wave,), "e" * 64)
+
+
+def test_the_page_has_declaration_comparisons_every_trial_and_hashes(study):
+    page = study_page(study, tables_of(study))
+    for text in (
+        "d" * 64,
+        "f" * 64,
+        "e" * 64,
+        "r" * 32,
+        "not finite",
+        "lr=1, beta=0.1",
+        "1 to step 5 with seed 0",
+    ):
+        assert text in page
+    assert "dpo is better at the end and at every KL that both reach" in page and page.count("<section") == 6
+    assert "http" not in page.partition("<body>")[2]
+
+
+def test_tables_are_the_same_in_csv_and_latex(study):
+    for table in tables_of(study):
+        rows = list(csv.reader(table.csv().splitlines()))
+        assert tuple(rows[0]) == table.head and [tuple(row) for row in rows[1:]] == list(table.rows)
+        assert table.latex().count(r"\\") == len(rows) and all(len(row) == len(table.head) for row in rows)
+    (losses, *_) = tables_of(study)
+    assert losses.rows[0][:1] + losses.rows[0][3:6] == ("dpo", "2", "1", "-1")  # margin, KL, chosen log-prob
+    assert r"ipo\_50\%" in PaperTable("x", "", ("",), (("ipo_50%",),)).latex()
+
+
+def test_a_study_of_one_seed_without_a_winner_says_so(study):
+    losses = tuple(
+        LossOutcome(x.label, x.winner, x.trials, x.sensitivity, x.curves[:1])
+        for x in (loss("a", steep, 1.0, 1), loss("b", steep, 1.0, 2))
+    )
+    lines = StudyResult(
+        study.folder, study.declaration, ACCURACY, losses, duels_of(losses, None), PAIRS, study.log, ""
+    ).lines()
+    assert "with one seed, all of this is about that seed alone" in lines
+    assert lines[-1] == f"no loss is better than another with {PROMPTS} prompts and 1 seeds"

@@ -1,0 +1,43 @@
+"""The page of losses on exact toys."""
+
+import re
+
+import pytest
+
+from jaxft.lab.named_losses import parse_losses
+from jaxft.lab.zoo import SAME_KL, best_rewards, describe_loss, write_zoo, zoo_toy
+
+
+@pytest.fixture(scope="module")
+def dpo():
+    (loss,) = parse_losses(["dpo"])
+    return describe_loss(loss)
+
+
+def test_dpo_gains_as_much_as_any_policy_of_the_same_kl(dpo):
+    best = best_rewards(zoo_toy())
+    near = min(best, key=lambda q: abs(q.kl - SAME_KL))
+    assert dpo.same_kl == pytest.approx(near.reward, abs=0.05)
+    for _, found in dpo.by_beta:
+        assert found.reward <= max(q.reward for q in best if q.kl <= found.kl + 0.2) + 1e-4
+
+
+def test_flipped_labels_cost_dpo_reward_and_never_help(dpo):
+    assert list(dpo.by_flips) == sorted(dpo.by_flips, reverse=True) and dpo.by_flips[-1] < dpo.by_flips[0]
+
+
+def test_the_page_has_each_loss_that_works_and_reports_the_others(tmp_path):
+    (tmp_path / "my.py").write_text(
+        "def mine(pair):\n    '''Mine <b>.'''\n    return -pair.chosen.ratio + pair.rejected.ratio\n"
+        "def broken(pair):\n    return pair.nothing\n"
+    )
+    said = []
+    names = [f"{tmp_path}/my.py:mine", f"{tmp_path}/my.py:broken"]
+    size = write_zoo(parse_losses(names), tmp_path / "out" / "zoo.html", said.append)
+    page = (tmp_path / "out" / "zoo.html").read_text()
+    assert size == len(page.encode()) and page.count("<h3") == 1 and "Mine &lt;b&gt;." in page
+    assert "falls without bound" in page and page.count("<svg") == 5
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page)
+    assert any(line.startswith("broken is left out: broken fails: AttributeError") for line in said)
+    with pytest.raises(ValueError, match="none of the losses can be evaluated"):
+        write_zoo(parse_losses(names[1:]), tmp_path / "zoo.html", said.append)
