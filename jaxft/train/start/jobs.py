@@ -22,7 +22,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
 from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirrored
-from jaxft.runs.settings.record import describe, differences, recorded_defaults
+from jaxft.runs.settings.setting_values import describe, differences, recorded_defaults
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
 from jaxft.train.evaluate.scored_completions import check_scoring
