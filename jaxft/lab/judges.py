@@ -22,7 +22,7 @@ from jaxft.distributed import sharding
 from jaxft.lab.judging import Judge, Match, Verdicts, in_both_orders, values_of, values_of_scores
 from jaxft.rl.reward_models import is_classifier, load_reward_model, make_text_scorer
 from jaxft.runs.loaded_weights import named_weights
-from jaxft.runs.settings.parse import load_callable
+from jaxft.runs.settings.setting_values import load_callable
 from jaxft.runs.terminal import printable_line
 from jaxft.train.evaluate.scored_completions import score_texts
 from jaxft.train.python_api import load_model, source_options
