@@ -246,7 +246,7 @@ def race(
 
     rows, scoring = [], Scoring()
     if args.world is not None:
-        world = with_fields(World(), *args.world)
+        world = world_of(args.world)
         train, held_out = world.write(args.out / f"world-{content_hash(describe(world))}")
         rows, scoring = [f"data={train}", f"held_out={held_out}"], Scoring((true_reward, proxy_reward))
     resolved = open_settings.resolve(args.config, [*rows, *args.set])
@@ -291,6 +291,11 @@ def race(
         lines = [*ranking.baseline_lines(results, file_name(baseline)), ranking.equal_kl_line(curves)]
         print("\n".join(["", *filter(None, lines)]))
     return code
+
+
+def world_of(settings: Sequence[str]) -> World:
+    """Return the world of --world SETTING=VALUE. Raises ValueError for a setting that it does not have."""
+    return with_fields(World(), *settings)
 
 
 def content_hash(value: Any) -> str:
@@ -355,6 +360,7 @@ def main() -> int:
         return 0
     if not args.loss:
         raise ValueError("name a loss with --loss, or use --zoo for a page of all")
+    world_of(args.world or [])  # raises before anything is computed
     mine = parse_losses(args.loss)
     others = parse_losses(args.against, mine)
     well, probes = look(mine, others, args)
