@@ -39,7 +39,7 @@ from jaxft.lab.loss_claims import CLAIMS  # noqa: E402
 from jaxft.lab.loss_laws import check_loss  # noqa: E402
 from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
-from jaxft.lab.worlds import World, proxy_reward, true_reward  # noqa: E402
+from jaxft.lab.worlds import World, WorldScore, proxy_reward, true_reward  # noqa: E402
 from jaxft.lab.zoo import write_zoo  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
 from jaxft.runs.settings.config import with_fields  # noqa: E402
@@ -248,7 +248,10 @@ def race(
     if args.world is not None:
         world = world_of(args.world)
         train, held_out = world.write(args.out / f"world-{content_hash(describe(world))}")
-        rows, scoring = [f"data={train}", f"held_out={held_out}"], Scoring((true_reward, proxy_reward))
+        rows, scoring = (
+            [f"data={train}", f"held_out={held_out}"],
+            Scoring((WorldScore(world, true_reward), WorldScore(world, proxy_reward))),
+        )
     resolved = open_settings.resolve(args.config, [*rows, *args.set])
     for text in args.set:
         others = open_settings.resolve(args.config, [*rows, *(t for t in args.set if t != text)])

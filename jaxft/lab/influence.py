@@ -14,7 +14,7 @@ a step back, instead of a backward pass for each row. Below 0, the label is prob
     found = slopes_of_rows(parts, state)
     found.names[found.order[:10]]                    # the ten most harmful rows
 
-The first takes about half as long as an epoch of training, the second about as long as one.
+The first takes less time than an epoch of training, the second more.
 """
 
 from collections.abc import Iterator
