@@ -54,12 +54,12 @@ def judge_models(args: argparse.Namespace, judges: list) -> dict:
     """Judge both models by each judge, print the results, and return them."""
     import numpy as np
 
-    from jaxft.lab import judge_files
+    from jaxft.lab import judges
     from jaxft.lab.judging import Judged, agreements, verdict_lines
 
-    prompts = judge_files.read_judged_prompts(args.prompts or args.one)
-    one, other = (judge_files.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
-    matches = judge_files.matches_of(prompts, one, other, (args.one, args.other))
+    prompts = judges.read_judged_prompts(args.prompts or args.one)
+    one, other = (judges.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
+    matches = judges.matches_of(prompts, one, other, (args.one, args.other))
     lengths = [np.array([len(text) for text in texts], float) for texts in zip(*[m[2:4] for m in matches])]
     judged = []
     for judge in judges:
@@ -77,16 +77,16 @@ def judge_judges(args: argparse.Namespace, judges: list) -> dict:
     """Print each judge's accuracy by subset of a reward benchmark, and return it."""
     import numpy as np
 
-    from jaxft.lab import judge_files
+    from jaxft.lab import judges
     from jaxft.lab.judging import Judged
     from jaxft.objectives.intervals import fraction_text
 
-    rows = judge_files.read_preferences(args.preferences)
-    matches, found = judge_files.preference_matches(rows), {}
+    rows = judges.read_preferences(args.preferences)
+    matches, found = judges.preference_matches(rows), {}
     nothing = np.zeros(len(matches))
     for judge in judges:
         values = Judged(judge.name, judge.compare(matches), nothing, nothing).by_prompt
-        by_subset = judge_files.accuracy_by_subset(rows, values.tolist())
+        by_subset = judges.accuracy_by_subset(rows, values.tolist())
         print(judge.name)
         for subset, (right, count) in by_subset.items():
             print(f"  {subset}: {fraction_text(right / count, count, unit='rows')}")
