@@ -145,6 +145,17 @@ def reason_to_separate(runs: Mapping[str, Run]) -> str:
     return f"their references are of different kinds ({', '.join(kinds)})" if len(kinds) > 1 else ""
 
 
+def check_members(folder: Path, labels: list[str]) -> None:
+    """Raise ValueError if a folder belongs to a sweep with other members."""
+    path = folder / "config.json"
+    known = runfolder.read_saved_json(path).get("members", labels) if path.is_file() else labels
+    if known != labels:
+        raise ValueError(
+            f"{folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. "
+            "Choose another --name."
+        )
+
+
 def write_table(
     folder: Path,
     name: str,
