@@ -16,7 +16,7 @@ class Description(MetadataHookInterface):
         """Add the description to the metadata."""
         sys.path.insert(0, self.root)
         try:
-            from jaxft.cli.documentation import with_topics
+            from jaxft.cli.commands import with_topics
         finally:
             sys.path.remove(self.root)
         text = (Path(self.root) / "README.md").read_text(encoding="utf-8")

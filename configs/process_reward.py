@@ -14,7 +14,7 @@ are not packed, since packing puts solutions of one length, and here often of on
 20 steps and to 1.0 after 60, and the held-out loss to fall from 0.70 to less than 0.01. The log has the
 accuracy of the right and of the wrong steps too, as most steps of a dataset are right.
 
-Hardware: 2 CPU cores, 2 GB; 4 minutes.
+Hardware: 2 CPU cores, 2 GB; about 4 minutes, not measured on an idle machine.
 """
 
 from jaxft.data.steps import SolutionRows

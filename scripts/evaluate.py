@@ -181,7 +181,7 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
     from jaxft.annotations import REWARDS
     from jaxft.rl import rewards
-    from jaxft.runs.settings.parse import load_callable
+    from jaxft.runs.settings.setting_values import load_callable
     from jaxft.tree import nearest, regex
 
     found = []

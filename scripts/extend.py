@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Write the folder, and print what was added."""
     args = make_parser().parse_args()
-    from jaxft.runs.settings.parse import parse_value
+    from jaxft.runs.settings.setting_values import parse_value
     from jaxft.weights.edit.extended_model import Extension, extend_model
 
     tokens = tuple(token for token in parse_value(args.tokens, tuple[str, ...]) if token)

@@ -32,15 +32,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def overview() -> str:
     """Return all topics by file."""
-    from jaxft.cli import documentation
+    from jaxft.cli import commands
     from jaxft.data.rows.shipped import own_commands
 
     lines = [
         own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, with the name"),
         "of a setting or a loss its reference, and with a command its arguments. Topics:",
     ]
-    known = documentation.topics()
-    for file, title in documentation.DOCUMENTS.items():
+    known = commands.topics()
+    for file, title in commands.DOCUMENTS.items():
         names = [topic.name for topic in known if topic.file == file and topic.text.startswith("##")]
         wrapped = textwrap.wrap("  ".join(names), 106, break_on_hyphens=False)
         lines += ["", title, *(f"  {line}" for line in wrapped)]
@@ -49,7 +49,7 @@ def overview() -> str:
 
 def show(text: str) -> None:
     """Print Markdown; on a terminal with its tables and headings laid out."""
-    from jaxft.cli.documentation import with_topics
+    from jaxft.cli.commands import with_topics
     from jaxft.data.rows.shipped import own_commands
 
     text = own_commands(with_topics(text))
@@ -65,8 +65,8 @@ def show(text: str) -> None:
 def is_in_reference(word: str) -> bool:
     """Return whether a word is a setting, a knob, or a function with a short name; without loading jax."""
     from jaxft import annotations
-    from jaxft.runs.settings.parse import recipe_names
-    from jaxft.runs.settings.unknown_names import settings_called
+    from jaxft.runs.settings.setting_names import settings_called
+    from jaxft.runs.settings.setting_values import recipe_names
 
     return any(word in table for table in annotations.FUNCTION_TABLES.values()) or any(
         settings_called(word, r) for r in recipe_names()
@@ -77,7 +77,7 @@ def main() -> int:
     """Print the topics, or one of them."""
     args = make_parser().parse_args()
     words = args.topic
-    from jaxft.cli import commands, documentation
+    from jaxft.cli import commands
     from jaxft.data.rows.shipped import COMMANDS
 
     if args.all:
@@ -91,8 +91,8 @@ def main() -> int:
     if len(words) == 1 and words[0] in COMMANDS:
         commands.run_script(words[0], ["--help"])
         return 0
-    known = documentation.topics()
-    found = documentation.find_topics(words, known)
+    known = commands.topics()
+    found = commands.find_topics(words, known)
     if len(words) == 1 and is_in_reference(words[0]) and [t.name for t in found] != words:
         from jaxft.cli import help_page
 

@@ -62,7 +62,7 @@ from jaxft.data.steps import SolutionRows  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import loaded_weights  # noqa: E402
-from jaxft.runs.settings.parse import parse_value  # noqa: E402
+from jaxft.runs.settings.setting_values import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
 from jaxft.train.start import open_settings  # noqa: E402

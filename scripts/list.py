@@ -31,11 +31,11 @@ def main() -> int:
     """Print the recipes, those for CPUs first."""
     args = make_parser().parse_args()
     if args.source:
-        from jaxft.runs.settings.parse import find_recipe
+        from jaxft.runs.settings.setting_values import find_recipe
 
         print(find_recipe(args.source).read_text(encoding="utf-8"), end="")
         return 0
-    from jaxft.cli.documentation import shipped_recipes
+    from jaxft.cli.commands import shipped_recipes
 
     recipes = shipped_recipes()
     if args.json:

@@ -43,8 +43,7 @@ from jaxft.lab.worlds import World, WorldScore, proxy_reward, true_reward  # noq
 from jaxft.lab.zoo import write_zoo  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
 from jaxft.runs.settings.config import with_fields  # noqa: E402
-from jaxft.runs.settings.parse import find_file, format_error  # noqa: E402
-from jaxft.runs.settings.record import describe, differences  # noqa: E402
+from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error  # noqa: E402  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
 WIDTH = 120  # columns of a table in a file

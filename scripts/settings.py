@@ -37,9 +37,9 @@ def main() -> int:
     """List settings."""
     args = make_parser().parse_args()
     from jaxft.cli.help_page import COMPARED_RECIPES, settings_of_any_run, settings_of_recipe
-    from jaxft.runs.settings.parse import recipe_names
+    from jaxft.runs.settings.setting_names import advice, nearest_settings, setting_names
+    from jaxft.runs.settings.setting_values import recipe_names
     from jaxft.runs.settings.settings_list import listed, matching
-    from jaxft.runs.settings.unknown_names import advice, nearest_settings, setting_names
 
     recipe, words = args.config, args.words
     if recipe is None and words and (words[0] in recipe_names() or words[0].endswith(".py")):

@@ -22,7 +22,7 @@ from jaxft.annotations import (
     one_of,
 )
 from jaxft.distributed.processes import Hosts
-from jaxft.runs.settings.parse import describe_kind
+from jaxft.runs.settings.setting_values import describe_kind
 from jaxft.train.settings import Loop
 
 

@@ -7,10 +7,10 @@ import shlex
 
 import pytest
 
-from jaxft.cli.documentation import topics_of
+from jaxft.cli.commands import topics_of
 from jaxft.data.rows.shipped import ROOT
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.settings.unknown_names import setting_names
+from jaxft.runs.settings.setting_names import setting_names
 
 OTHERS = [f"{folder}/README.md" for folder in ("configs", "scripts", "scripts/bench", "jaxft", "tests")]
 FENCE = re.compile(r"^```.*?^```\n?", re.MULTILINE | re.DOTALL)

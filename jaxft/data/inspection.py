@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxft.batch import Decisions, Tokens
 from jaxft.data import prompts
-from jaxft.data.packing.lengths import measure_dataset
+from jaxft.data.packing.lengths import measure_datasets
 from jaxft.data.packing.row_tasks import row_fields
 from jaxft.data.packing.tokenised import LABELS, TOKEN_WEIGHTS, TokenisedRows
 from jaxft.data.pairs import PairRows, PairSource
@@ -88,7 +88,7 @@ def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> s
     for source in sources:
         reader = source.adapt(data).reader(tokenizer).otherwise(only=name, invalid_limit=None, workers=1)
         try:
-            size = int(measure_dataset(source.ref, reader).longest.max())
+            size = int(measure_datasets([source.ref], [reader]).longest.max())
         except InvalidRow as error:
             return error.problem
         except ValueError:  # it has no such row

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from jaxft.annotations import at_least, between, one_of
 from jaxft.batch import Pairs
+from jaxft.data import source
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowPlan, RowShape, round_up
@@ -24,16 +25,6 @@ from jaxft.data.packing.tokenised import PROMPT_END_MOVED, TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
 from jaxft.data.rows.published_formats import kinds_of_ranking, rating_columns
-from jaxft.data.source import (
-    BatchLayout,
-    Prompt,
-    RowSource,
-    RowStats,
-    fingerprint_of,
-    learned_line,
-    plan_epochs,
-    row_stats,
-)
 from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -164,7 +155,7 @@ class PairRows(DataSettings):
         def plan(epoch: int) -> RowPlan:
             return pair_layout.assign_rows(order(epoch), tokens, row_count)
 
-        epochs = plan_epochs(split, plan, tokens, row_count)
+        epochs = source.plan_epochs(split, plan, tokens, row_count)
         last, _ = epochs.locate(self.total_steps(epochs) - 1)
         shape = pair_layout.row_shape(tokens, pairs.targets, map(plan, range(last + 1)))
         held_plan = pair_layout.fit_rows(split.held, tokens, pairs.targets, shape)
@@ -172,7 +163,7 @@ class PairRows(DataSettings):
         layout = PairBatches(self, split, plan, held_plan, rows)
         # of all that the sum over a batch depends on, but not its division into microbatches and rows
         settings = (self.batch, self.seed, self.weighting, pairs.kinds, self.numbers, pairs.digest)
-        fingerprint = fingerprint_of(settings, (train, split.held, order(0)))
+        fingerprint = source.fingerprint_of(settings, (train, split.held, order(0)))
         return PairSource.of(layout, epochs, tokenizer, _stats(layout, saved), fingerprint)
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
@@ -190,7 +181,7 @@ class PairRows(DataSettings):
 
 
 @dataclass(frozen=True)
-class PairStats(RowStats):
+class PairStats(source.RowStats):
     """Counts of tokenised pairs.
 
     prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs
@@ -206,7 +197,7 @@ class PairStats(RowStats):
 
 
 @dataclass(frozen=True)
-class PairBatches(BatchLayout[Pairs]):
+class PairBatches(source.BatchLayout[Pairs]):
     """Pairs in rows, as data.layout says. rows: of a microbatch."""
 
     rows: PairLayout
@@ -255,7 +246,7 @@ class PairBatches(BatchLayout[Pairs]):
         """Return the name of the pair in a slot."""
         return self.split.rows.names[batch.index.flat[position]]
 
-    def prompts_of(self, batch: Pairs, row: int) -> Iterator[Prompt]:
+    def prompts_of(self, batch: Pairs, row: int) -> Iterator[source.Prompt]:
         """Yield the prompts of a row with their chosen response."""
         kinds = len(batch.kinds)
         for slot in np.flatnonzero(batch.pair_weights[0, row] > 0):
@@ -265,11 +256,11 @@ class PairBatches(BatchLayout[Pairs]):
             last = batch.read[0, row, where[0]]
             inside = np.flatnonzero(batch.segments[0, row] == batch.segments[0, row, last])
             ids = batch.ids[0, row, inside[0] : last + 1].tolist()
-            yield Prompt(ids, batch.targets[0, row, where].tolist())
+            yield source.Prompt(ids, batch.targets[0, row, where].tolist())
 
 
 @dataclass(frozen=True)
-class PairSource(RowSource[Pairs]):
+class PairSource(source.RowSource[Pairs]):
     """Batches of Pairs, to which log-probs of a reference can be added; see Source."""
 
     layout: PairBatches
@@ -366,14 +357,14 @@ def _stats(layout: PairBatches, saved: float) -> PairStats:
         noun = f"rankings of {counts.min()} to {counts.max()} responses"
     learned = [kind != "mismatched" for kind in pairs.kinds]
     detail = f"{truncated:,} pairs are truncated to data.max_length={layout.settings.max_length}"
-    line = learned_line(
+    line = source.learned_line(
         int(pairs.responses[chosen].sum()),
         int(pairs.learned_responses[chosen].sum()),
         detail if truncated else "all responses are whole",
     )
     targets = int(reads[pairs.weights[split.train] > 0][:, learned].sum())
     return PairStats(
-        **vars(row_stats(layout, noun, (shape.length, shape.reads), (targets, line))),
+        **vars(source.row_stats(layout, noun, (shape.length, shape.reads), (targets, line))),
         layout="branches" if layout.rows.branches else "plain",
         pairs_per_row=shape.slots,
         prompt_end_moved=int(pairs.extras[PROMPT_END_MOVED].sum()),

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxft.annotations import at_least, one_of
 from jaxft.batch import Tokens
+from jaxft.data import source
 from jaxft.data.chat import loss_mask
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pack
@@ -25,16 +26,6 @@ from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
 from jaxft.data.rows.text_files import DOCUMENT, SAMPLE_BY
-from jaxft.data.source import (
-    BatchLayout,
-    Prompt,
-    RowSource,
-    RowStats,
-    fingerprint_of,
-    learned_line,
-    plan_epochs,
-    row_stats,
-)
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
@@ -88,7 +79,7 @@ class Rows(DataSettings):
             sample_by=self.sample_by,
         )  # fmt: skip
 
-    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> source.RowSource[Tokens]:
         """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open.
 
         Where `shards` does not divide the rows of a microbatch, empty rows are added; they change no result.
@@ -111,9 +102,9 @@ class Rows(DataSettings):
             return pack.limit_reads(found, member_targets(examples, found), reads)
 
         layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
-        epochs = plan_epochs(split, plan, examples.lengths, self.batch)
+        epochs = source.plan_epochs(split, plan, examples.lengths, self.batch)
         stats, fingerprint = _stats(layout), _fingerprint(layout)
-        return RowSource.of(layout, epochs, tokenizer, stats, fingerprint)
+        return source.RowSource.of(layout, epochs, tokenizer, stats, fingerprint)
 
     @property
     def batches(self) -> "Callable[..., PackedBatches]":
@@ -137,7 +128,7 @@ class Rows(DataSettings):
 
 
 @dataclass(frozen=True)
-class PackedBatches(BatchLayout[Tokens]):
+class PackedBatches(source.BatchLayout[Tokens]):
     """Texts and conversations packed into rows. shape: rows of a microbatch, T, M."""
 
     shape: tuple[int, int, int]
@@ -193,7 +184,7 @@ class PackedBatches(BatchLayout[Tokens]):
         members = self.held_plan.slice(row, row + 1).names(self.split.rows.names)[0]
         return ", ".join(members) if self.settings.packing == "wrapped" else members[example - 1]
 
-    def prompts_of(self, batch: Tokens, row: int) -> Iterator[Prompt]:
+    def prompts_of(self, batch: Tokens, row: int) -> Iterator[source.Prompt]:
         """Yield the prompts of a row; the response is the last run of tokens with a loss. Of a text, all of
         which is learned, the prompt is the beginning.
         """
@@ -209,7 +200,7 @@ class PackedBatches(BatchLayout[Tokens]):
             if first == inside[0] + 1:
                 first += min(TEXT_PROMPT, (end - first) // 2)
             if first > inside[0]:
-                yield Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist())
+                yield source.Prompt(ids[inside[0] : first].tolist(), ids[first:end].tolist())
 
 
 def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
@@ -270,14 +261,14 @@ def _fingerprint(layout: PackedBatches) -> str:
     settings, plans = layout.settings, (layout.plan(0), layout.held_plan)
     shape, rows = (settings.batch, *layout.shape[1:]), layout.split.rows
     arrays = (array for plan in plans for array in (plan.members, plan.offsets, plan.starts))
-    return fingerprint_of((shape, settings.seed, settings.weighting, rows.digest), arrays)
+    return source.fingerprint_of((shape, settings.seed, settings.weighting, rows.digest), arrays)
 
 
-def _stats(layout: PackedBatches) -> RowStats:
+def _stats(layout: PackedBatches) -> source.RowStats:
     examples, plan = layout.split.rows, layout.plan(0)
     targets = int(member_targets(examples, plan)[examples.weights[plan.members] > 0].sum())
     line = _learned_line(layout.settings, examples, layout.split.of_epoch(0), plan)
-    return row_stats(layout, "examples", layout.shape[1:], (targets, line))
+    return source.row_stats(layout, "examples", layout.shape[1:], (targets, line))
 
 
 def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: RowPlan) -> str:
@@ -285,7 +276,7 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
     if rows.packing == "wrapped":
         tokens = int(examples.lengths[train].sum())
         detail = "data.packing=wrapped: every token but the first of each row"
-        return learned_line(tokens, tokens - plan.rows, detail)
+        return source.learned_line(tokens, tokens - plan.rows, detail)
     targets = int(examples.learned_responses[train].sum())
     weights = examples.weights[train]
     others = int(examples.targets[train][weights > 0].sum()) - targets
@@ -299,7 +290,7 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
     cut = int(examples.truncated[train].sum())
     if cut:
         detail += f", {cut:,} of {len(train):,} rows are truncated to data.max_length={rows.max_length}"
-    return learned_line(int(examples.responses[train].sum()), targets, detail)
+    return source.learned_line(int(examples.responses[train].sum()), targets, detail)
 
 
 # ---- rows of a plan as arrays

@@ -33,7 +33,7 @@ from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.runs import folder as runfolder
 from jaxft.runs.chained_log import append_entry, read_unfinished
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.settings.record import describe
+from jaxft.runs.settings.setting_values import describe
 from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_value
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock

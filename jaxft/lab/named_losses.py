@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxft.annotations import PREFERENCE_LOSSES
 from jaxft.objectives.pair import declaration, loss_signature
-from jaxft.runs.settings.parse import UNANNOTATED, find_file, load_callable, parse_value
+from jaxft.runs.settings.setting_values import UNANNOTATED, find_file, load_callable, parse_value
 from jaxft.tree import nearest
 
 

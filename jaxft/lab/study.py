@@ -35,8 +35,7 @@ from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, 
 from jaxft.lab.named_losses import loss_knobs
 from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, declaration, loss_name
 from jaxft.runs.environment import versions
-from jaxft.runs.settings.parse import find_file, run_file
-from jaxft.runs.settings.record import describe, differences
+from jaxft.runs.settings.setting_values import describe, differences, find_file, run_file
 from jaxft.train.settings import Run
 from jaxft.train.start import open_settings
 from jaxft.tree import nearest

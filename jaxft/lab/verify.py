@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxft.distributed import sharding
-from jaxft.distributed.watchdog import Watchdog
+from jaxft.distributed.processes import Watchdog
 from jaxft.lab.halving import DECLARATION, LEDGER
 from jaxft.lab.results import check_study
 from jaxft.lab.study import check_declared
@@ -21,7 +21,7 @@ from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, named_leaves
 from jaxft.runs.object_store import CHECKPOINTS
-from jaxft.runs.settings.record import recorded_defaults
+from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.runs.trackers.jsonl import METRICS, format_line, read_entries
 from jaxft.train.logs.logs import Logs
 from jaxft.train.logs.meter import Meters

@@ -2,10 +2,9 @@
 
 machines.py: chips and topologies; targets/ has their descriptions
 fits.py: which models fit which hardware (from `fits.json`)
-plan.py: compile a run's programs: the plan of each
+plan.py: compile a run's programs: memory, FLOPs and estimated time of each
 search.py: search for the fastest settings that fit
 plan_report.py: plans, costs and dry runs as text
 hlo.py: instructions of a compiled program
 program_bytes.py: bytes in memory, and bytes that a step moves
-roofline.py: FLOPs, and an estimate of the time of a step
 """

@@ -24,8 +24,7 @@ from jaxft.data.sft import Rows
 from jaxft.distributed import sharding, xla_flags
 from jaxft.plan import machines
 from jaxft.plan.machines import GIB
-from jaxft.plan.plan import PROGRAM_PARTS, Plan, plan
-from jaxft.plan.roofline import ASSUMED, Estimate, Flops
+from jaxft.plan.plan import ASSUMED, PROGRAM_PARTS, Estimate, Flops, Plan, plan
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.settings.config import Resolved, as_written, recipe_knobs
 from jaxft.runs.settings.settings_list import Setting, settings_of

@@ -5,8 +5,7 @@ compare.py: comparison of runs
 document.py: `jaxft report`, one HTML page, its curves as JSON
 markup.py: pieces of HTML
 ranking.py: which of several runs is best: seeds together, differences on the same held-out rows
-reliability.py: the reliability diagram of decisions
 run_files.py: the files of a run's folder that it shows
-sections.py: sections of the page
+sections.py: sections of the page, with the reliability diagram of decisions
 statistics.py: paired comparisons over seeds and prompts: intervals, tests, sample sizes
 """

@@ -10,17 +10,23 @@ and the third, so that a study also says what a larger one would need.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import nctdtr, ndtri, stdtr, stdtrit
 
 from jaxft.objectives.intervals import LEVEL, Interval
 
 POWER = 0.8  # probability of finding a difference for which sample sizes are computed
 UNFEASIBLE = 1_000_000  # a number of prompts or seeds that nobody can have
 RESAMPLES = 4000
+
+
+def _special() -> Any:
+    """Return scipy.special, which most runs do not need and which takes time to import."""
+    import scipy.special
+
+    return scipy.special
 
 
 class Components(NamedTuple):
@@ -101,7 +107,7 @@ def paired_difference(
         raise ValueError(f"{prompts} prompts have values of both settings; a comparison needs at least 2")
     d, first, second = (_linearised(x, w / w.mean()) for x in (second - first, first, second))
     mean, (error, freedom), by_prompt = float(d.mean()), _error(d), d.mean(0)
-    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    half = float(_special().stdtrit(freedom, (1 + LEVEL) / 2)) * error
     spread = float(by_prompt.std(ddof=1))
     return Difference(
         seeds=seeds,
@@ -173,7 +179,7 @@ def _error(d: np.ndarray) -> tuple[float, float]:
 def _two_sided(mean: float, error: float, freedom: float) -> float:
     if error == 0:
         return float(mean == 0)
-    return float(2 * stdtr(freedom, -abs(mean) / error))
+    return float(2 * _special().stdtr(freedom, -abs(mean) / error))
 
 
 def bootstrap(d: Float[np.ndarray, "S P"], key: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -224,7 +230,7 @@ def equivalence(d: Difference, margin: float) -> float:
         raise ValueError(f"the margin of an equivalence test must be above 0, got {margin}")
     if d.error == 0:
         return float(abs(d.mean) >= margin)
-    return float(max(stdtr(d.freedom, (side * d.mean - margin) / d.error) for side in (1, -1)))
+    return float(max(_special().stdtr(d.freedom, (side * d.mean - margin) / d.error) for side in (1, -1)))
 
 
 def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) -> float:
@@ -233,9 +239,9 @@ def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) ->
     >>> round(power(1.0, 1.0, 1000), 3)
     0.17
     """
-    limit, shift = float(stdtrit(freedom, 1 - level / 2)), gap / error
-    other_side = nctdtr(freedom, abs(shift), -limit)  # NaN where it is too small to compute
-    return float(1 - nctdtr(freedom, abs(shift), limit) + np.nan_to_num(other_side))
+    limit, shift = float(_special().stdtrit(freedom, 1 - level / 2)), gap / error
+    other_side = _special().nctdtr(freedom, abs(shift), -limit)  # NaN where it is too small to compute
+    return float(1 - _special().nctdtr(freedom, abs(shift), limit) + np.nan_to_num(other_side))
 
 
 def needed(parts: Components, gap: float, seeds: int, prompts: int) -> tuple[int | None, int | None]:
@@ -245,7 +251,7 @@ def needed(parts: Components, gap: float, seeds: int, prompts: int) -> tuple[int
     """
     if gap == 0:
         return None, None
-    allowed = (abs(gap) / float(ndtri((1 + LEVEL) / 2) + ndtri(POWER))) ** 2
+    allowed = (abs(gap) / float(_special().ndtri((1 + LEVEL) / 2) + _special().ndtri(POWER))) ** 2
     return (
         _least(parts.prompts + parts.rest / seeds, allowed - parts.seeds / seeds),
         _least(parts.seeds + parts.rest / prompts, allowed - parts.prompts / prompts),

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
-from jaxft.runs.settings.record import absent_lines, describe, differences
+from jaxft.runs.settings.setting_values import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights.calibrate import calibrated_base
 from jaxft.weights.gguf.gguf_file import part_files

@@ -1,6 +1,6 @@
 """The compiled programs of a run: step, evaluation of held-out rows and general text, sampling of prompts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,12 +24,13 @@ from jaxft.train.evaluate.scored_completions import (
     prompt_texts,
 )
 from jaxft.train.logs.clock import Clock
-from jaxft.train.programs import compile_averaged, compile_eval, compile_metrics, compile_step
+from jaxft.train.programs import compile_averaged, compile_metrics, compile_step
 from jaxft.train.start.jobs import Job
 from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job
 RowMetrics = Callable[[States, Iterable[Batch], bool], list[Metrics]]  # see programs.compile_metrics
+CompileRows = Callable[[Batch, int], RowMetrics]  # of the shape of batches, and how many there are
 RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
 LAST_LOSS = "last_loss"
 EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of general text evaluated"
@@ -130,9 +131,16 @@ class Compiled:
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
     """Compile the programs of a run alone. clock: shows the progress of evaluation and sampling."""
     p, source, (own,) = job.lead.programs, job.sources[0], frozen
+
+    def compile_rows(step: jax.stages.Wrapped, shape: Batch, count: int) -> RowMetrics:
+        metrics = compile_metrics(p, step, own, shape, count)
+        return lambda states, batches, with_rows: [metrics(states[0], batches, with_rows)]
+
+    of_rows = partial(compile_rows, p.eval_step)
     with clock.part("evaluation"):
-        held_out = compile_eval(p, p.eval_step, own, job.held_out, partial(clock.over, EVALUATING))
-        general = compile_eval(p, p.text_step, own, job.general, partial(clock.over, EVALUATING_TEXT))
+        held_out = compile_eval(of_rows, job.held_out, partial(clock.over, EVALUATING))
+        of_texts = partial(compile_rows, p.text_step)
+        general = compile_eval(of_texts, job.general, partial(clock.over, EVALUATING_TEXT))
     with clock.part("samples"):
         sample = compile_samples(job, frozen, clock)
     with clock.part("train step"):
@@ -144,16 +152,12 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
 
     def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
         found = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states[0], with_rows)) if found is None else HeldOut(*found)]
+        return [HeldOut.of(held_out(states, with_rows)[0]) if found is None else HeldOut(*found)]
 
     def general_text(states: States) -> list[FloatMetrics]:
-        return [as_floats(general(states[0], False))]
+        return [as_floats(total) for total in general(states, False)]
 
-    def compile_rows(shape: Batch, count: int) -> RowMetrics:
-        metrics = compile_metrics(p, p.eval_step, own, shape, count)
-        return lambda states, batches, with_rows: [metrics(states[0], batches, with_rows)]
-
-    last_loss = compile_last_loss(source, compile_rows)
+    last_loss = compile_last_loss(source, of_rows)
     return Compiled(step, evaluate, general_text, sample, last_loss, compile_averages(job))
 
 
@@ -190,12 +194,24 @@ def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Calla
     return sample
 
 
-def compile_last_loss(
-    source: Source[Any], compile_rows: Callable[[Batch, int], RowMetrics]
-) -> Callable[[States, Batch], list[FloatMetrics]]:
-    """Return `last_loss(states, batch)`, see Compiled. compile_rows: compiles RowMetrics for batches of one
-    shape, and the number of them that are evaluated together.
+def compile_eval(
+    compile_rows: CompileRows,
+    batches: tuple[Batch, ...],
+    over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+) -> Callable[[States, bool], list[Metrics]]:
+    """Return `metrics(states, with_rows)` of batches of one shape, not yet divided; {} without any. over:
+    yields the batches, and shows the progress.
     """
+    if not batches:
+        return lambda states, with_rows: [{} for _ in states]
+    metrics = compile_rows(batches[0], len(batches))
+    return lambda states, with_rows: metrics(states, over(batches), with_rows)
+
+
+def compile_last_loss(
+    source: Source[Any], compile_rows: CompileRows
+) -> Callable[[States, Batch], list[FloatMetrics]]:
+    """Return `last_loss(states, batch)`, see Compiled."""
     if source.held_out:
         return lambda states, batch: [{} for _ in states]
     largest: Any = source.shapes[-1]

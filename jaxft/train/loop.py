@@ -10,7 +10,7 @@ import jax
 
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.distributed.watchdog import Watchdog
+from jaxft.distributed.processes import Watchdog
 from jaxft.runs import folder as runfolder
 from jaxft.runs.object_store import Copies
 from jaxft.runs.trackers.tracker import Tracker

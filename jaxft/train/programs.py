@@ -1,6 +1,6 @@
 """The programs of a run as shapes: the jitted steps, and the shardings of everything that they work on."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -293,22 +293,6 @@ def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
     shardings = jax.tree.map(lambda s: s.sharding, p.state.trainable)
     compiled = jax.jit(average, out_shardings=shardings).lower(p.state.opt_state, p.state.trainable).compile()
     return lambda state: replace(state, trainable=compiled(state.opt_state, state.trainable))
-
-
-def compile_eval(
-    p: Programs,
-    step: jax.stages.Wrapped,
-    frozen: Params,
-    batches: tuple[Batch, ...],
-    over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
-) -> Callable[[TrainState, bool], Metrics]:
-    """Return `metrics(state, with_rows)` of held-out batches, not yet divided, compiled for their one shape;
-    {} without any. over: yields the batches, and shows the progress.
-    """
-    if not batches:
-        return lambda state, with_rows: {}
-    metrics = compile_metrics(p, step, frozen, batches[0], len(batches))
-    return lambda state, with_rows: metrics(state, over(batches), with_rows)
 
 
 def compile_metrics(

@@ -59,7 +59,7 @@ from jaxft.runs.loaded_weights import (
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
-from jaxft.runs.settings.unknown_names import advice, join_lines
+from jaxft.runs.settings.setting_names import advice, join_lines
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.runs.trackers.tracker import Callback
 from jaxft.train import loop

@@ -15,12 +15,12 @@ import pytest
 
 from jaxft import annotations
 from jaxft.cli import commands
-from jaxft.cli.documentation import shipped_recipes
+from jaxft.cli.commands import shipped_recipes
 from jaxft.data.rows import shipped
 from jaxft.data.rows.mixture import parse_sources
 from jaxft.data.rows.shipped import COMMANDS, ROOT
 from jaxft.runs import run_texts, terminal
-from jaxft.runs.settings import config, parse, record, setting_sources, settings_list
+from jaxft.runs.settings import config, setting_names, setting_values, settings_list
 from jaxft.train.recipes import SHIPPED
 
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -83,13 +83,17 @@ def test_a_wrong_command_line_is_one_line_that_names_the_help(monkeypatch, capsy
 
 def test_a_recipe_is_named_by_its_name_or_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse.find_recipe("sft") == parse.find_recipe("configs/sft.py") == ROOT / "configs" / "sft.py"
+    assert (
+        setting_values.find_recipe("sft")
+        == setting_values.find_recipe("configs/sft.py")
+        == ROOT / "configs" / "sft.py"
+    )
     (tmp_path / "sft").mkdir()  # a folder is no recipe
-    assert parse.find_recipe("sft") == ROOT / "configs" / "sft.py"
+    assert setting_values.find_recipe("sft") == ROOT / "configs" / "sft.py"
     (tmp_path / "sft.py").write_text("def config(): pass")
-    assert parse.find_recipe("sft.py") == tmp_path / "sft.py"
+    assert setting_values.find_recipe("sft.py") == tmp_path / "sft.py"
     with pytest.raises(FileNotFoundError, match=r"^sfd: .*near: sft"):
-        parse.find_recipe("sfd")
+        setting_values.find_recipe("sfd")
 
 
 def test_commands_are_named_as_the_user_starts_them(monkeypatch):
@@ -137,8 +141,8 @@ def test_a_recipe_in_place_of_a_command_proposes_train(monkeypatch, capsys):
 
 def values_of(kind):
     """The values that an annotation lists, by its type: what setting_sources.choices reads from source."""
-    found = [*parse.short_names(kind), *annotations.choices_of(kind)]
-    for member in record.union_members(kind):
+    found = [*setting_values.short_names(kind), *annotations.choices_of(kind)]
+    for member in setting_values.union_members(kind):
         origin, args = typing.get_origin(member), typing.get_args(member)
         if member is not kind and (member is bool or origin is not None):
             found += values_of(member)
@@ -164,15 +168,15 @@ def kind_of(run, name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_completed_are_the_recipe_s_settings_and_their_values(name):
     file, run = ROOT / "configs" / f"{name}.py", config.load_config(name, [])
-    knobs, fields = setting_sources.knobs(file), setting_sources.dotted_fields(file)
+    knobs, fields = setting_names.knobs(file), setting_names.dotted_fields(file)
     assert [knob.name for knob in knobs] == config.knob_names(name)
     assert [field.name for field in fields] == [s.name for s in settings_list.settings_of(run)]
     for field in fields:
         if kind := kind_of(run, field.name):
-            assert setting_sources.choices(field.kind) == values_of(kind), field.name
+            assert setting_names.choices(field.kind) == values_of(kind), field.name
     for knob, known in zip(knobs, config.recipe_knobs(name).values(), strict=True):
         if knob.kind is not None:
-            assert setting_sources.choices(knob.kind) == values_of(known.kind), knob.name
+            assert setting_names.choices(knob.kind) == values_of(known.kind), knob.name
 
 
 COMPLETIONS = {
@@ -272,7 +276,7 @@ import sys
 from pathlib import Path
 from jaxft.data.rows.shipped import IS_CLONE, ROOT, own_commands
 from jaxft.runs import environment as bug_report, environment
-from jaxft.cli import commands, documentation
+from jaxft.cli import commands, commands as documentation
 from jaxft.runs.settings import config
 from jaxft.data.rows.dataset_rows import read_rows
 assert not IS_CLONE and ROOT.parent.name == "jaxft" and environment.commit() is None

@@ -15,7 +15,7 @@ from scripts_in_process import load
 from jaxft.cli.convert import conversion_text, to_recipe
 from jaxft.optim.optimizer import Optim, make_schedule
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.settings.record import describe, differences
+from jaxft.runs.settings.setting_values import describe, differences
 
 FILES = {
     "qlora.yml": QLORA, "dpo.yaml": DPO, "factory.yaml": FACTORY, "run.sh": COMMAND, "sft.py": SFT_SCRIPT,

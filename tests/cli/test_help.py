@@ -7,10 +7,10 @@ import pytest
 from scripts_in_process import call
 
 from jaxft import annotations
-from jaxft.cli import documentation
-from jaxft.cli.documentation import DOCUMENTS, find_topics, topics_of, with_topics
+from jaxft.cli import commands
+from jaxft.cli.commands import DOCUMENTS, find_topics, topics_of, with_topics
 from jaxft.data.rows.shipped import COMMANDS, ROOT
-from jaxft.runs.settings.unknown_names import setting_names
+from jaxft.runs.settings.setting_names import setting_names
 
 TEXT = """# A
 one
@@ -39,10 +39,8 @@ def test_links_to_sections_become_topics_and_others_plain_text():
 
 @pytest.mark.parametrize("file", DOCUMENTS)
 def test_every_link_to_a_section_names_one_that_exists(file):
-    names = {
-        name: {topic.name for topic in documentation.topics() if topic.file == name} for name in DOCUMENTS
-    }
-    text = documentation.read_document(file)
+    names = {name: {topic.name for topic in commands.topics() if topic.file == name} for name in DOCUMENTS}
+    text = commands.read_document(file)
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
         target = (ROOT / file).parent.joinpath(path).resolve() if path else ROOT / file
         assert anchor in names[target.relative_to(ROOT).as_posix()], (path, anchor)
@@ -51,14 +49,14 @@ def test_every_link_to_a_section_names_one_that_exists(file):
 def test_every_topic_that_an_error_names_exists():
     sources = [*(ROOT / "jaxft").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
     named = {name for file in sources for name in re.findall(r"scripts/help\.py ([\w-]+)", file.read_text())}
-    assert len(named) >= 2 and named <= {topic.name for topic in documentation.topics()}
-    assert not [file for file in sources if "README.md#" in file.read_text() and file.stem != "documentation"]
+    assert len(named) >= 2 and named <= {topic.name for topic in commands.topics()}
+    assert not [file for file in sources if "README.md#" in file.read_text() and file.stem != "commands"]
 
 
 def test_help_lists_all_topics_and_prints_one(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "help")
     words = set(out.split())
-    assert code == 0 and {topic.name for topic in documentation.topics() if topic.text[:2] == "##"} <= words
+    assert code == 0 and {topic.name for topic in commands.topics() if topic.text[:2] == "##"} <= words
     for argv in (["rows-for-sft"], ["Rows", "for", "SFT"]):
         code, out, _ = call(monkeypatch, capsys, "help", *argv)
         assert code == 0 and out.startswith("## Rows for SFT\n") and "](" not in out

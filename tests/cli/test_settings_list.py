@@ -15,9 +15,9 @@ from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim
 from jaxft.optim.rules import adamw, schedule_free_adamw
 from jaxft.runs.settings import config, settings_list
-from jaxft.runs.settings.record import describe, differences
+from jaxft.runs.settings.setting_names import advice, options_as_settings
+from jaxft.runs.settings.setting_values import describe, differences
 from jaxft.runs.settings.settings_list import descriptions
-from jaxft.runs.settings.unknown_names import advice, options_as_settings
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 

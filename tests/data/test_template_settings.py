@@ -18,8 +18,7 @@ from jaxft.data.rows.example import Chat
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
 from jaxft.runs.folder import permitted_changes
-from jaxft.runs.settings.parse import parse_value
-from jaxft.runs.settings.record import describe
+from jaxft.runs.settings.setting_values import describe, parse_value
 from jaxft.train.evaluate.scored_completions import make_last_turn
 
 EOS = "<｜end▁of▁sentence｜>"

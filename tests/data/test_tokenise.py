@@ -31,8 +31,7 @@ KINDS = {"sft": (Rows, {}), "pairs": (PairRows, {}), "unpaired": (PairRows, {"un
 def in_chunks(monkeypatch, size, rows_of_a_chunk=7):
     for module in (row_files, reader):
         monkeypatch.setattr(module, "ROW_CHUNK_BYTES", size)
-    for module in (row_files, dataset_rows):
-        monkeypatch.setattr(module, "CHUNK_ROWS", rows_of_a_chunk)
+    monkeypatch.setattr(row_files, "CHUNK_ROWS", rows_of_a_chunk)
 
 
 def dirty_file(folder, kind):

@@ -10,7 +10,7 @@ COMMON = ["batch=8", "steps=1", "samples=0", "mesh.data=8"]
 # Each process has a cache of its own, as on hosts without a shared disk, and notes what its watchdog hears.
 OWN_CACHE = """
 import os
-from jaxft.distributed.watchdog import Watchdog
+from jaxft.distributed.processes import Watchdog
 number = os.environ.get("JAXFT_PROCESS", "one")
 os.environ["JAXFT_CACHE"] = "cache-" + number
 at = Watchdog.at

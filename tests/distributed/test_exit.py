@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxft.distributed import exit, processes
-from jaxft.distributed.watchdog import Watchdog
+from jaxft.distributed.processes import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ from tiny_plan import TINY, made_up, tiny
 
 from jaxft.distributed import sharding
 from jaxft.nn.quant import Quant
-from jaxft.plan import plan, program_bytes, roofline
+from jaxft.plan import plan, program_bytes
 from jaxft.plan import plan_report as plan_text
-from jaxft.plan.roofline import Flops, flops, is_fp8, matmul_flops
+from jaxft.plan.plan import Flops, flops, is_fp8, matmul_flops
 from jaxft.train import programs
 
 
@@ -79,7 +79,7 @@ def test_fp8_matmuls_are_counted_and_take_less_time():
 
     jaxpr = jax.make_jaxpr(one)(jax.ShapeDtypeStruct((8, 8), jnp.float32)).jaxpr
     assert matmul_flops(jaxpr) == 2 * matmul_flops(jaxpr, is_fp8) == 2 * 2 * 8**3
-    e = roofline.estimate(made_up(2), (1e9, 2e9), 0, [], 1e12, (0.5e9, 4e12))
+    e = plan.estimate(made_up(2), (1e9, 2e9), 0, [], 1e12, (0.5e9, 4e12))
     assert e.compute == pytest.approx((1.5e9 / 1e12 + 0.5e9 / 4e12) / 2 / 0.7)
     assert e.step == e.compute and e.without_fp8 == pytest.approx(2e9 / (2 * 1e12 * 0.7))
 
@@ -91,14 +91,14 @@ def collective(kind, overlapped, groups=((0, 1),), span=1, size=1000):
 def test_a_step_takes_its_largest_overlapped_part_plus_exposed_collectives():
     machine = made_up(2)
     gather, reduce = collective("all-gather", True), collective("all-reduce", False, span=2)
-    e = roofline.estimate(machine, (1e9, 2e9), 4e5, [gather, reduce], 1e12)
+    e = plan.estimate(machine, (1e9, 2e9), 4e5, [gather, reduce], 1e12)
     assert e.compute == pytest.approx(2e9 / (2 * 1e12 * 0.7)) and e.memory == pytest.approx(4e5 / (1e9 * 0.8))
     assert e.overlapped == pytest.approx(10 * 500 / (1e8 * 0.8))
     assert e.exposed == pytest.approx(10 * 1000 / (1e7 * 0.8))
     assert e.step == pytest.approx(e.compute + e.exposed)
     assert e.serial == e.compute + e.memory + e.overlapped + e.exposed
     assert e.mfu == pytest.approx(1e9 / (e.step * 2 * 1e12)) and e.hfu == pytest.approx(2 * e.mfu)
-    assert roofline.by_kind([gather, reduce])["all-reduce"] == {
+    assert plan.by_kind([gather, reduce])["all-reduce"] == {
         "runs": 10,
         "within": 0.0,
         "across": 10000.0,
@@ -107,24 +107,24 @@ def test_a_step_takes_its_largest_overlapped_part_plus_exposed_collectives():
 
 def test_exposed_weight_gathers_are_the_bottleneck_and_limit_scaling():
     machine, done = made_up(2), [replace(collective("all-gather", False), as_all_reduce=True)]
-    e = roofline.estimate(machine, (1e7, 1e7), 0, done, 1e12)
+    e = plan.estimate(machine, (1e7, 1e7), 0, done, 1e12)
     assert e.weights == e.exposed == pytest.approx(10 * 1000 / (1e8 * 0.8)) and e.overlapped == 0
     assert e.step == pytest.approx(e.compute + e.weights) and e.bottleneck == "exposed weight gathers"
-    assert roofline.by_kind(done)["all-gather"] == {
+    assert plan.by_kind(done)["all-gather"] == {
         "runs": 10,
         "within": 10000.0,
         "across": 0.0,
         "as_all_reduce": 10,
     }
-    counts, kinds = Flops(100, 100, 1e7, 1e7), roofline.by_kind(done)
+    counts, kinds = Flops(100, 100, 1e7, 1e7), plan.by_kind(done)
     plain = plan.Plan("m", 2, "step", {}, 1, 2, None, 0, counts, kinds, 0, 0, e, 0.0, False, {})
     enough = 50 * e.weights / e.compute  # tokens a device
     assert "10 as all-reduces" in plan_text.plan_report(plain)
     limit = plan_text.scaling_limit(plain)
     assert f"more than B / {enough:,.0f} devices" in limit and "Gathers are exposed" in limit
-    overlapped = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-gather", True)], 1e12)
+    overlapped = plan.estimate(machine, (1e7, 1e7), 0, [collective("all-gather", True)], 1e12)
     assert overlapped.weights == overlapped.overlapped > 0
     assert "B tokens are not faster" in plan_text.scaling_limit(replace(plain, estimate=overlapped))
-    none = roofline.estimate(machine, (1e7, 1e7), 0, [collective("all-reduce", False)], 1e12)
+    none = plan.estimate(machine, (1e7, 1e7), 0, [collective("all-reduce", False)], 1e12)
     assert none.bottleneck == "activation collectives"
     assert "gathers no weights" in plan_text.scaling_limit(replace(plain, estimate=none))

@@ -7,8 +7,8 @@ import pytest
 from tiny_plan import CHIP, TINY, made_up, tiny
 
 from jaxft.distributed import sharding
-from jaxft.plan import machines, plan, roofline, search
-from jaxft.plan.roofline import Flops
+from jaxft.plan import machines, plan, search
+from jaxft.plan.plan import Flops
 
 
 def test_the_search_recommends_the_fastest_choice_that_fits(monkeypatch):
@@ -35,7 +35,7 @@ def test_the_search_recommends_the_fastest_choice_that_fits(monkeypatch):
         if mesh.tensor == 4:
             raise ValueError("mlp does not divide")
         step = 1.0 / rows + (0.5 if mesh.tensor > 1 else 0)
-        guess = roofline.Estimate(step, 0, 0, 0, 0, step, step, "matmuls", 0.1, 0.1, step)
+        guess = plan.Estimate(step, 0, 0, 0, 0, step, step, "matmuls", 0.1, 0.1, step)
         none = dict.fromkeys(("collectives", "parts", "largest"), {})
         size = 100 if rows < 4 else 300
         return plan.Plan(

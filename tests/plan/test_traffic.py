@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.distributed import sharding
-from jaxft.plan import hlo, program_bytes, roofline
+from jaxft.plan import hlo, plan, program_bytes
 
 N = 8
 MESH = dict(data=1, fsdp=8)
@@ -201,7 +201,7 @@ def test_bytes_across_hosts_of_an_all_to_all_and_a_ring():
     assert (each.kind, each.moved, each.across) == ("all-to-all", 512 * 7 / 8, 512 / 2)
     assert (ring.kind, ring.moved, ring.across) == ("collective-permute", 512, 512 / 4)
     machine = SimpleNamespace(chip=SimpleNamespace(within=1e4, across=1e3), axes=lambda group: 1)
-    assert roofline.seconds(machine, ring) == pytest.approx(512 / 1e3 / roofline.LINKS)  # the slowest pair
+    assert plan.seconds(machine, ring) == pytest.approx(512 / 1e3 / plan.LINKS)  # the slowest pair
 
 
 SUMMED = """HloModule summed

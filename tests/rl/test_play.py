@@ -36,7 +36,7 @@ from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_metrics import score_metrics
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import collect
-from jaxft.runs.settings.parse import parse_value
+from jaxft.runs.settings.setting_values import parse_value
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)

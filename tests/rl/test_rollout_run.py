@@ -18,8 +18,7 @@ from jaxft.objectives.kl import FixedKL, KLInReward, k1
 from jaxft.objectives.losses.policy_losses import clipped, dppo_tv, gspo, policy_gradient
 from jaxft.rl import advantages, estimators, token_weights
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.settings.parse import find_file, run_file
-from jaxft.runs.settings.record import differences
+from jaxft.runs.settings.setting_values import differences, find_file, run_file
 from jaxft.runs.settings.settings_list import help_text
 
 

@@ -30,8 +30,13 @@ from jaxft.objectives.losses import preference_losses, ranking_losses, reference
 from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs.folder import permitted_changes
 from jaxft.runs.settings.config import knob_names, load_config, resolve_config
-from jaxft.runs.settings.parse import load_callable, parse_value
-from jaxft.runs.settings.record import describe, differences, recorded_defaults
+from jaxft.runs.settings.setting_values import (
+    describe,
+    differences,
+    load_callable,
+    parse_value,
+    recorded_defaults,
+)
 from jaxft.runs.settings.settings_list import help_text
 from jaxft.train.settings import Loop
 

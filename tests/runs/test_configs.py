@@ -13,7 +13,7 @@ from jaxft.models.adapted import Teacher
 from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.objectives.preference import EMAReference
-from jaxft.runs.settings import config, record
+from jaxft.runs.settings import config, setting_values
 from jaxft.train.programs import abstract
 from jaxft.train.recipes import SMOLLM2
 
@@ -43,7 +43,7 @@ def test_builds_abstractly(path):
         state, found = jax.eval_shape(programs.train_step, programs.state, programs.frozen, batch)
     assert jax.tree.structure(state) == jax.tree.structure(programs.state)
     assert {"loss", "grad_norm", "skipped"} <= found.keys()
-    assert record.describe(run)["model"]["config"]["layers"] == run.model.config.layers
+    assert setting_values.describe(run)["model"]["config"]["layers"] == run.model.config.layers
 
 
 def test_lora_plus_is_a_knob_of_every_recipe_with_lora():

@@ -22,7 +22,7 @@ from jaxft.runs.loaded_weights import (
     recorded_data,
     tools_notes,
 )
-from jaxft.runs.settings.record import describe
+from jaxft.runs.settings.setting_values import describe
 from jaxft.weights.hub import hub
 
 

@@ -11,8 +11,8 @@ from scripts_in_process import SCRIPTS, call
 from tiny_llama import tiny_torch, write_folder
 from tiny_run import write_rows
 
-from jaxft.report.reliability import bins_of, reliability_section
 from jaxft.report.run_files import read_run
+from jaxft.report.sections import bins_of, reliability_section
 
 RECIPE = str(SCRIPTS.parent / "configs" / "decision.py")
 LABELS = ("few", "many")

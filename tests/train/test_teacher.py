@@ -33,7 +33,7 @@ from jaxft.objectives.policy import policy
 from jaxft.objectives.preference import mean_logp, preference
 from jaxft.objectives.read_positions import read_logps
 from jaxft.optim.optimizer import Optim
-from jaxft.plan import program_bytes, roofline
+from jaxft.plan import plan, program_bytes
 from jaxft.runs.terminal import error_line
 from jaxft.train import programs
 from jaxft.train.logs.nonfinite import first_output, make_layer_outputs
@@ -347,7 +347,7 @@ def test_the_plan_counts_the_teachers_forward_pass(folder):
         p, batch = programs.abstract(run, jax.devices()[:1])
         with jax.set_mesh(p.mesh):
             traced = p.train_step.trace(p.state, p.frozen, batch)
-            return roofline.flops(run, p, batch, traced), batch
+            return plan.flops(run, p, batch, traced), batch
 
     alone = partial(preference, loss=simpo, reference=None, reward=mean_logp)
     without, batch = counted(run_of(folder, teacher=None, objective=alone))

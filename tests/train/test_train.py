@@ -25,7 +25,7 @@ from jaxft.optim import rules, schedules, update
 from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
 from jaxft.optim.update import StepInfo, standard_promotion
-from jaxft.runs.settings.record import describe
+from jaxft.runs.settings.setting_values import describe
 from jaxft.train import partition
 from jaxft.train.evaluate import evaluate
 from jaxft.train.step import make_train_step

@@ -9,7 +9,7 @@ from tiny_llama import tiny_tokenizer
 from jaxft.data.chat.named_templates import TEMPLATES, find_template
 from jaxft.data.chat.template import template_of
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.settings.parse import parse_value
+from jaxft.runs.settings.setting_values import parse_value
 from jaxft.runs.settings.settings_list import help_text
 from jaxft.weights.edit.extended_model import Extension, add_tokens
 

@@ -16,8 +16,7 @@ from jaxft.cli.convert.draft import GivenOption, short
 from jaxft.cli.convert.to_recipe import Conversion
 from jaxft.data.rows.shipped import ROOT
 from jaxft.runs.settings.config import Knob, recipe_knobs
-from jaxft.runs.settings.parse import parse_value
-from jaxft.runs.settings.record import describe
+from jaxft.runs.settings.setting_values import describe, parse_value
 from jaxft.runs.terminal import printable_line
 
 UNKNOWN_HARDWARE = "not known; not measured"  # the line that jaxft list reads

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.cli.convert import batches, data_sets
 from jaxft.cli.convert.draft import (
     Draft,
     Expression,
@@ -19,6 +18,14 @@ from jaxft.cli.convert.draft import (
     table_rows,
 )
 from jaxft.cli.convert.python_files import notebook_code, read_python
+from jaxft.cli.convert.rows_and_batches import (
+    length_of_run,
+    rollouts,
+    rows,
+    rows_of_a_step,
+    schedule,
+    templates,
+)
 from jaxft.cli.convert.yaml_and_shell import read_commands, read_yaml
 from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
@@ -123,8 +130,8 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
             by_table(draft, draft.options.pop(option.name))
     _choose_training(draft)
     rules: tuple[Callable[[Draft], None], ...] = (
-        data_sets.rows, data_sets.templates, batches.length_of_run, batches.schedule, _adapter,
-        _quantisation, _preferences, batches.rollouts, batches.rows_of_a_step, _machine, _evaluation, _names,
+        rows, templates, length_of_run, schedule, _adapter, _quantisation, _preferences, rollouts,
+        rows_of_a_step, _machine, _evaluation, _names,
     )  # fmt: skip
     for rule in rules:
         rule(draft)

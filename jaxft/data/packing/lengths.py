@@ -99,14 +99,17 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
     how = {"sample": MEASURED, "invalid_limit": 1.0, "names_first": False}
     sources = parse_sources(data.train)
     readers = [source.adapt(data).reader(tokenizer, cache).otherwise(**how) for source in sources]
-    return reduce(_concatenate, map(measure_dataset, (source.ref for source in sources), readers))
+    return measure_datasets([source.ref for source in sources], readers)
 
 
-def measure_dataset(ref: str, reader: Reader) -> RowLengths:
-    """Tokenise a dataset without a limit of its rows' lengths."""
-    free = replace(reader.settings, max_length=UNLIMITED, too_long="truncate")
-    rows = replace(reader, settings=free).read(ref)
-    counts, answers = rows.counts.astype(np.int64), _reference_answers(rows, reader.tokenizer)
+def measure_datasets(refs: Sequence[str], readers: Sequence[Reader]) -> RowLengths:
+    """Tokenise datasets without a limit of their rows' lengths. readers: of each."""
+    parts = []
+    for ref, reader in zip(refs, readers, strict=True):
+        free = replace(reader.settings, max_length=UNLIMITED, too_long="truncate")
+        parts.append(replace(reader, settings=free).read(ref))
+    rows = reduce(TokenisedRows.concatenate, parts)
+    counts, answers = rows.counts.astype(np.int64), _reference_answers(rows, readers[0].tokenizer)
     return RowLengths(counts[:, 0], counts[:, 1:], rows.kinds, rows.targets, answers, rows.read, rows.total)
 
 
@@ -120,18 +123,6 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
     texts = [text for text in answers if text]
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     return np.array(counts, np.int64)
-
-
-def _concatenate(a: RowLengths, b: RowLengths) -> RowLengths:
-    return RowLengths(
-        np.concatenate([a.prompts, b.prompts]),
-        np.concatenate([a.responses, b.responses]),
-        a.kinds,
-        np.concatenate([a.targets, b.targets]),
-        np.concatenate([a.answers, b.answers]),
-        a.read + b.read,
-        None if a.total is None or b.total is None else a.total + b.total,
-    )
 
 
 def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:

@@ -20,17 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs
+from jaxft.data.packing import pack
 from jaxft.data.packing.cache import Flat
-from jaxft.data.packing.pack import (
-    ORDER_WINDOW,
-    WINDOW,
-    RowPlan,
-    RowShape,
-    ascending,
-    permutation,
-    ranges,
-    round_up,
-)
 from jaxft.data.packing.tokenised import NUMBERS, TokenisedRows
 
 # ---- which pairs share a batch and a row
@@ -46,15 +37,15 @@ def order_batches(
     """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded
     with -1. With keys, batches go from small to large ones, except among ORDER_WINDOW batches.
     """
-    order = permutation(len(tokens), seed, 1, epoch) if keys is None else ascending(keys, seed)
+    order = pack.permutation(len(tokens), seed, 1, epoch) if keys is None else pack.ascending(keys, seed)
     whole = len(tokens) // size * size
-    window = (max(1, WINDOW // size) if keys is None else ORDER_WINDOW) * size
+    window = (max(1, pack.WINDOW // size) if keys is None else pack.ORDER_WINDOW) * size
     parts = [
         _stratified(order[i : i + window][: whole - i], tokens, size, (seed, 2, epoch, i))
         for i in range(0, whole, window)
     ]
     full = np.concatenate(parts) if parts else np.empty((0, size), np.int64)
-    full = full if keys is not None else full[permutation(len(full), seed, 3, epoch)]
+    full = full if keys is not None else full[pack.permutation(len(full), seed, 3, epoch)]
     rest = order[whole:]
     last = np.append(rest, np.full(size - len(rest), -1))[None]
     return np.concatenate([full, last]) if len(rest) else full
@@ -65,7 +56,7 @@ def _stratified(
 ) -> Int[np.ndarray, "batches size"]:
     count = len(pairs) // size
     strata = pairs[np.argsort(tokens[pairs], kind="stable")].reshape(size, count)
-    shuffled = np.argsort(permutation(len(pairs), *key).reshape(size, count), axis=1)
+    shuffled = np.argsort(pack.permutation(len(pairs), *key).reshape(size, count), axis=1)
     strata = np.take_along_axis(strata, shuffled, axis=1)
     lengths = tokens[strata]
     widest = int(np.ptp(lengths, axis=1).argmax())
@@ -77,7 +68,7 @@ def _stratified(
 
 def assign_rows(
     members: Int[np.ndarray, "batches size"], tokens: Int[np.ndarray, " n"], rows: int
-) -> RowPlan:
+) -> pack.RowPlan:
     """Return the rows of all batches one after the other, `rows` of each: from long to short, each pair in
     turn goes to the row with fewest tokens.
 
@@ -97,14 +88,14 @@ def assign_rows(
     return plan_rows(members[members >= 0], row[members >= 0], len(members) * rows)
 
 
-def plan_rows(members: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], rows: int) -> RowPlan:
+def plan_rows(members: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], rows: int) -> pack.RowPlan:
     """Return the plan of pairs that are assigned to `row`."""
     order = np.argsort(row, kind="stable")
-    return RowPlan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
+    return pack.RowPlan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
 
 
 def check_fit(
-    plan: RowPlan, tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], shape: RowShape
+    plan: pack.RowPlan, tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], shape: pack.RowShape
 ) -> None:
     """Raise ValueError if a batch does not fit the row shape, which was planned for the run's epochs."""
     most = [int(plan.row_sums(x[plan.members]).max()) for x in (tokens, reads, np.ones_like(reads))]
@@ -117,8 +108,8 @@ def check_fit(
 
 
 def row_shape(
-    tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], plans: Iterable[RowPlan]
-) -> RowShape:
+    tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], plans: Iterable[pack.RowPlan]
+) -> pack.RowShape:
     """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a
     program.
 
@@ -129,16 +120,16 @@ def row_shape(
         most_tokens = max(most_tokens, int(plan.row_sums(tokens[plan.members]).max()))
         most_reads = max(most_reads, int(plan.row_sums(reads[plan.members]).max()))
         slots = max(slots, int(np.diff(plan.offsets).max()))
-    length = round_up(most_tokens, 64)
-    return RowShape(length, min(round_up(most_reads, length // 8), length), slots)
+    length = pack.round_up(most_tokens, 64)
+    return pack.RowShape(length, min(pack.round_up(most_reads, length // 8), length), slots)
 
 
 def fit_rows(
     pairs: Int[np.ndarray, " n"],
     tokens: Int[np.ndarray, " all"],
     reads: Int[np.ndarray, " all"],
-    shape: RowShape,
-) -> RowPlan:
+    shape: pack.RowShape,
+) -> pack.RowPlan:
     """Pack pairs of no particular batch: from long to short, each into the first row that it fits."""
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
@@ -171,7 +162,7 @@ class PairLayout:
     """
 
     rows: int
-    shape: RowShape
+    shape: pack.RowShape
     branches: bool
     columns: tuple[str, ...] = ()
     max_length: int = 0
@@ -221,25 +212,25 @@ def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting:
     return BatchMeans(weights / max(weights.sum(), np.finfo(np.float64).tiny), means)
 
 
-def fill_pairs(pairs: TokenisedRows, plan: RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
+def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
     """Return the plan's rows as arrays [layout.rows, ...]; further rows stay empty."""
     members = plan.members
     row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each pair
     slot = np.arange(len(members)) - np.repeat(plan.offsets[:-1], np.diff(plan.offsets))
     runs = _runs(pairs, plan, row, layout.branches)
     counts = runs.count.ravel()
-    where = ranges(runs.start.ravel(), counts)  # index of each token in pairs.ids
+    where = pack.ranges(runs.start.ravel(), counts)  # index of each token in pairs.ids
 
     def per_token(x: np.ndarray) -> np.ndarray:
         return np.repeat(np.broadcast_to(x, runs.count.shape).ravel(), counts)
 
-    at = (per_token(row[:, None]), ranges(runs.column.ravel(), counts))
+    at = (per_token(row[:, None]), pack.ranges(runs.column.ravel(), counts))
     ids, segments, positions, branches = (
         np.zeros((layout.rows, layout.shape.length), np.int32) for _ in range(4)
     )
     ids[at] = pairs.ids[where]
     segments[at] = per_token(runs.segment)
-    positions[at] = ranges(runs.position.ravel(), counts)
+    positions[at] = pack.ranges(runs.position.ravel(), counts)
     branches[at] = per_token(runs.piece)
 
     learned = pairs.learned[where].nonzero()[0]
@@ -261,7 +252,7 @@ def fill_pairs(pairs: TokenisedRows, plan: RowPlan, layout: PairLayout, means: B
     )
 
 
-def _runs(pairs: TokenisedRows, plan: RowPlan, row: np.ndarray, branches: bool) -> _Runs:
+def _runs(pairs: TokenisedRows, plan: pack.RowPlan, row: np.ndarray, branches: bool) -> _Runs:
     kinds = len(pairs.kinds)
     piece = np.array([0, *range(1, kinds + 1)] if branches else [k for a in range(kinds) for k in (0, a + 1)])
     start, count = pairs.starts[plan.members][:, piece], pairs.counts[plan.members][:, piece]
@@ -443,7 +434,7 @@ def with_mismatched(pairs: TokenisedRows, donors: Int[np.ndarray, " pairs"], lim
     ends = np.where(counts < pairs.counts[donors, column], -1, pairs.ends[donors, column - 1])
     starts = np.column_stack([pairs.starts, pairs.starts[donors, column]])
     counts = np.column_stack([pairs.counts, counts])
-    where, offsets = ranges(starts.ravel(), counts.ravel()), np.concatenate([[0], np.cumsum(counts)])
+    where, offsets = pack.ranges(starts.ravel(), counts.ravel()), np.concatenate([[0], np.cumsum(counts)])
     learned = pairs.learned[where]
     without_prompt = counts[:, 0] == 0
     learned[offsets[:-1].reshape(counts.shape)[without_prompt, -1]] = False
@@ -469,7 +460,7 @@ def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n
 
     Members are sorted by group, so a shift by the size of the largest group leads out of every group.
     """
-    order = permutation(len(groups), seed, 4)
+    order = pack.permutation(len(groups), seed, 4)
     sizes = np.bincount(groups)
     step = int(sizes.max())
     if 2 * step > len(groups):

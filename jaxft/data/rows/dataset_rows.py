@@ -15,26 +15,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from jaxft.data.rows import row_files
 from jaxft.data.rows.invalid import InvalidRows, attempt
 from jaxft.data.rows.remote import RemoteFile, is_remote, remote_batches, remote_files
-from jaxft.data.rows.row_files import (
-    CHUNK_ROWS,
-    Chunk,
-    Outcome,
-    Row,
-    first_chunks,
-    has_json_lines,
-    in_windows,
-    named_errors,
-    read_json,
-    read_table,
-    read_wide_lines,
-    row_of,
-    rows_of_batch,
-    scan_groups,
-    scan_lines,
-    without_added_nulls,
-)
+from jaxft.data.rows.row_files import Chunk, Outcome, Row
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.rows.text_files import (
     CSV_SUFFIXES,
@@ -79,7 +63,7 @@ class Listing:
         if most is None:
             return self
         rows = None if self.rows is None else min(self.rows, most)
-        return replace(self, chunks=lambda: first_chunks(self.chunks(), most), rows=rows)
+        return replace(self, chunks=lambda: row_files.first_chunks(self.chunks(), most), rows=rows)
 
 
 def find_data(ref: str) -> Path | None:
@@ -180,12 +164,12 @@ def _list_remote(files: list[RemoteFile], used: tuple[str, ...] | None) -> Listi
     def rows(file: RemoteFile, label: str) -> Iterator[Outcome]:
         before = 0
         for batch, others in remote_batches(file, used):
-            yield from rows_of_batch(batch, others, str(file), label, before)
+            yield from row_files.rows_of_batch(batch, others, str(file), label, before)
             before += batch.num_rows
 
     def chunks() -> Iterator[Chunk]:
         for file, label in zip(files, labels, strict=True):
-            yield from in_windows(rows(file, label), label)
+            yield from row_files.in_windows(rows(file, label), label)
 
     return Listing(labels, "", digest.hexdigest(), sum(file.size for file in files), chunks)
 
@@ -280,7 +264,7 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
     for path in files:
         is_text = path.suffix.lower() in TEXT_SUFFIXES
         labels.append(path.relative_to(folder).as_posix() if is_text else path.name)
-        with named_errors(path):
+        with row_files.named_errors(path):
             scans.append(_scan_file(path, labels[-1], how, digest.update))
         digest.update(path.stat().st_size.to_bytes(8, "little"))
         if is_text and how.sample_by != DOCUMENT:
@@ -289,7 +273,7 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
     def chunks() -> Iterator[Chunk]:
         if all(path.suffix.lower() in TEXT_SUFFIXES for path in files):  # small files share chunks
             rows = (row for scan in scans for chunk in scan.chunks() for row in chunk.rows())
-            return in_windows(rows, str(folder))
+            return row_files.in_windows(rows, str(folder))
         return chain.from_iterable(scan.chunks() for scan in scans)
 
     known = [scan.rows for scan in scans if scan.rows is not None]
@@ -302,18 +286,18 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
 def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
     """Read a file once. report: receives the file's bytes."""
     size = path.stat().st_size
-    if path.suffix == ".jsonl" or (path.suffix == ".json" and has_json_lines(path)):
+    if path.suffix == ".jsonl" or (path.suffix == ".json" and row_files.has_json_lines(path)):
         encoding = wide_encoding(path)
         if encoding is not None:  # its bytes cannot be divided into lines
             _scan_bytes(path, report)
-            read: _ReadFile = partial(read_wide_lines, encoding=encoding)
+            read: _ReadFile = partial(row_files.read_wide_lines, encoding=encoding)
             return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
-        lines = scan_lines(path, report)
+        lines = row_files.scan_lines(path, report)
         return _Scanned(lambda: lines, size, sum(chunk.size for chunk in lines))
     _scan_bytes(path, report)
     suffix = path.suffix.lower() if path.suffix.lower() in TEXT_SUFFIXES else path.suffix
     if suffix == ".json":
-        return _Scanned(lambda: _windows(path, label, read_json), size)
+        return _Scanned(lambda: _windows(path, label, row_files.read_json), size)
     if suffix in CSV_SUFFIXES:
         text = sniff_csv(path)
         return _Scanned(
@@ -324,7 +308,7 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
         read = partial(read_text, label=label, encoding=encoding, sample_by=how.sample_by)
         return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
     if suffix == ".parquet":
-        chunks, unpacked = scan_groups(path, how.used)
+        chunks, unpacked = row_files.scan_groups(path, how.used)
         return _Scanned(lambda: chunks, max(size, unpacked), sum(chunk.size for chunk in chunks))
     raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
@@ -333,8 +317,8 @@ _ReadFile = Callable[[Path], Iterator[Outcome]]
 
 
 def _windows(path: Path, label: str, read: _ReadFile) -> Iterator[Chunk]:
-    with named_errors(path):
-        yield from in_windows(read(path), label)
+    with row_files.named_errors(path):
+        yield from row_files.in_windows(read(path), label)
 
 
 def _list_hub(ref: str) -> Listing:
@@ -387,9 +371,9 @@ def _list_table(data: Any, where: str, label: str) -> Listing:
     digest.update(str(len(data)).encode())
 
     def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(data), CHUNK_ROWS):
-            rows = range(start, min(start + CHUNK_ROWS, len(data)))
-            yield Chunk(label, len(rows), partial(read_table, data, rows, where, label))
+        for start in range(0, len(data), row_files.CHUNK_ROWS):
+            rows = range(start, min(start + row_files.CHUNK_ROWS, len(data)))
+            yield Chunk(label, len(rows), partial(row_files.read_table, data, rows, where, label))
 
     return Listing((label,), "", digest.hexdigest(), data.data.nbytes, chunks, len(data))
 
@@ -399,12 +383,12 @@ def _list_items(items: list[dict[str, Any]], where: str, label: str) -> Listing:
     texts = [json.dumps(item, default=str) for item in items]
     digest = xxhash.xxh3_128("\n".join([where, *texts]).encode())
     rows = [
-        attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")
-        for number, item in enumerate(map(without_added_nulls, items), 1)
+        attempt(row_files.row_of, item, f"{where}:{number}", f"{label}:{number}")
+        for number, item in enumerate(map(row_files.without_added_nulls, items), 1)
     ]
     folder = where.removesuffix(f"/{label}")
     return Listing(
-        (label,), folder, digest.hexdigest(), sum(map(len, texts)), partial(in_windows, rows, label)
+        (label,), folder, digest.hexdigest(), sum(map(len, texts)), partial(row_files.in_windows, rows, label)
     )
 
 

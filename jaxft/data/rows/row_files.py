@@ -16,19 +16,11 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxft.data.rows import row_parquet
 from jaxft.data.rows.invalid import LINE_BYTES, InvalidRow, attempt, json_type
-from jaxft.data.rows.row_parquet import (
-    BATCH_ROWS,
-    GroupPlan,
-    batch_bytes,
-    batch_rows,
-    open_parquet,
-    plan_group,
-    planned_batches,
-)
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
-CHUNK_ROWS = BATCH_ROWS
+CHUNK_ROWS = row_parquet.BATCH_ROWS
 _AGAIN = "download it again"  # a damaged file
 KEYS_OF_ROWS = ("data", "rows", "train", "examples")  # keys of lists of rows in files of one object
 _BOM = b"\xef\xbb\xbf"
@@ -365,10 +357,10 @@ def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> tuple[list[C
     used: the columns that are read, None for all.
     """
     before, chunks, unpacked = 0, list[Chunk](), 0
-    with named_errors(path), open_parquet(path, str(path), _AGAIN) as file:
+    with named_errors(path), row_parquet.open_parquet(path, str(path), _AGAIN) as file:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            plan = plan_group(file, path, group, used, str(path))
+            plan = row_parquet.plan_group(file, path, group, used, str(path))
             size = min(CHUNK_ROWS, plan.chunk)
             for start in range(0, count, size):
                 stop = min(start + size, count)
@@ -378,11 +370,13 @@ def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> tuple[list[C
     return chunks, unpacked
 
 
-def _read_group(path: Path, group: int, plan: GroupPlan, rows: range, before: int) -> Iterator[Outcome]:
+def _read_group(
+    path: Path, group: int, plan: row_parquet.GroupPlan, rows: range, before: int
+) -> Iterator[Outcome]:
     """Read rows of a row group. before: rows of the groups before it."""
     at, number = 0, before + rows.start  # of rows before the next
-    with named_errors(path), open_parquet(path, str(path), _AGAIN) as file:
-        for batch in planned_batches(file, path, group, plan):
+    with named_errors(path), row_parquet.open_parquet(path, str(path), _AGAIN) as file:
+        for batch in row_parquet.planned_batches(file, path, group, plan):
             if at >= rows.stop:
                 return
             part = batch.slice(max(0, rows.start - at), rows.stop - max(at, rows.start))
@@ -399,7 +393,7 @@ def rows_of_batch(
     others: columns that are not in it. where: the file as errors name it. label: the file as the rows' names
     begin. before: rows of the file before this batch.
     """
-    if batch_bytes(batch) > LINE_BYTES:
+    if row_parquet.batch_bytes(batch) > LINE_BYTES:
         half = batch.num_rows // 2
         if half:
             yield from rows_of_batch(batch.slice(0, half), others, where, label, before)
@@ -409,7 +403,7 @@ def rows_of_batch(
             yield InvalidRow(f"{where}:{before + 1}", "too large", problem)
         return
     try:
-        items: Iterable[Any] = batch_rows(batch)
+        items: Iterable[Any] = row_parquet.batch_rows(batch)
     except (ValueError, OverflowError):  # a time beyond the year 9999, or text that is not UTF-8
         items = (attempt(_table_row, batch, i, f"{where}:{before + i + 1}") for i in range(batch.num_rows))
     not_read = dict.fromkeys(others, NOT_READ)

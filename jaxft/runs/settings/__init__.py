@@ -2,9 +2,7 @@
 
 config.py: load a recipe
 option_names.py: options of TRL, PEFT, Axolotl, LLaMA-Factory and Unsloth, and the settings that do the same
-parse.py: parse settings
-record.py: settings as JSON, for a run's record
-setting_sources.py: settings read from source, without importing jax
+setting_values.py: values parsed by their annotations, and recorded as JSON
 settings_list.py: all settings as `jaxft settings` lists them
-unknown_names.py: advice for options and files of other tools, and for misspelled settings
+setting_names.py: names read from a recipe's source, and advice for options and files of other tools
 """

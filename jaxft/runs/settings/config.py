@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.models.model import Model
-from jaxft.runs.settings.parse import (
+from jaxft.runs.settings.setting_names import advice, join_lines, meant_options
+from jaxft.runs.settings.setting_values import (
     UNANNOTATED,
+    describe,
     describe_kind,
     find_recipe,
     format_error,
@@ -34,9 +36,8 @@ from jaxft.runs.settings.parse import (
     run_file,
     short_names,
     short_path,
+    union_members,
 )
-from jaxft.runs.settings.record import describe, union_members
-from jaxft.runs.settings.unknown_names import advice, join_lines, meant_options
 from jaxft.runs.terminal import short_text
 from jaxft.tree import nearest
 

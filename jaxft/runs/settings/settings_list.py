@@ -17,8 +17,13 @@ from jaxft.data.rows.shipped import own_commands
 from jaxft.models.model import Model
 from jaxft.runs.settings.config import as_written, knob_comments, recipe_docstring, recipe_knobs, type_hints
 from jaxft.runs.settings.option_names import OPTIONS
-from jaxft.runs.settings.parse import SHOWN_NAMES, can_be_written, describe_kind, short_names
-from jaxft.runs.settings.record import union_members
+from jaxft.runs.settings.setting_values import (
+    SHOWN_NAMES,
+    can_be_written,
+    describe_kind,
+    short_names,
+    union_members,
+)
 
 REQUIRED = dataclasses.MISSING
 KNOBS = "Knobs (knob=value; other settings as section.field=value, see python scripts/settings.py {name}):"

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.sft import Rows, RowSource
-from jaxft.data.source import Source
+from jaxft.data.sft import Rows
+from jaxft.data.source import RowSource, Source
 from jaxft.distributed import processes
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow

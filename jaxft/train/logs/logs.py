@@ -11,7 +11,7 @@ from jaxft.data.packing.lengths import limit_alarms
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.source import RowSource, Source
 from jaxft.distributed import processes, sharding
-from jaxft.distributed.watchdog import Watchdog
+from jaxft.distributed.processes import Watchdog
 from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
 from jaxft.rl.rollout import PromptSource
@@ -22,7 +22,7 @@ from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, write_durable_json
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.metric_names import REWARD
 from jaxft.runs.run_texts import Evaluation
-from jaxft.runs.settings.record import recorded_defaults
+from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.runs.trackers.tracker import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.evaluate.scored_completions import held_out_prompts, position_lines

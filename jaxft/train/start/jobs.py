@@ -22,7 +22,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.manifest import set_aside
 from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirrored
-from jaxft.runs.settings.record import describe, differences, recorded_defaults
+from jaxft.runs.settings.setting_values import describe, differences, recorded_defaults
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
 from jaxft.train.evaluate.scored_completions import check_scoring
@@ -31,7 +31,7 @@ from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, first_batches
 from jaxft.train.start.teacher import check_teacher_files, teacher_fingerprints
-from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep.sweep import Sweep, check_members
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf.hf_read import stop_tokens
@@ -327,7 +327,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
         _keep_own_rollouts(job)
         return 0, []
     if job.sweep is not None:
-        _check_members(job)
+        check_members(job.folder, [member.label for member in job.members])
     changes = [
         line
         for m in job.members
@@ -378,17 +378,6 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
 
 def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
-
-
-def _check_members(job: Job) -> None:
-    """Raise ValueError if the folder belongs to a sweep with other members."""
-    path, labels = job.folder / "config.json", [member.label for member in job.members]
-    known = runfolder.read_saved_json(path)["members"] if path.exists() else labels
-    if known != labels:
-        raise ValueError(
-            f"{job.folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. "
-            "Choose another --name."
-        )
 
 
 def load_members(

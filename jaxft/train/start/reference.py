@@ -18,7 +18,7 @@ import numpy as np
 from jaxft import tree
 from jaxft.data.packing import cache as data_cache
 from jaxft.distributed import processes, sharding
-from jaxft.runs.settings.record import describe
+from jaxft.runs.settings.setting_values import describe
 from jaxft.train.export.calibrate import Progress, calibrate_base
 from jaxft.train.programs import Programs, reference_step, start
 from jaxft.train.settings import Run

@@ -14,7 +14,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.report import compare, ranking
 from jaxft.runs import folder as runfolder
-from jaxft.runs.settings.record import describe, differences
+from jaxft.runs.settings.setting_values import describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.train.settings import Run
 
@@ -143,6 +143,17 @@ def reason_to_separate(runs: Mapping[str, Run]) -> str:
         return "neftune is random, and they would share one forward pass"
     kinds = sorted({one.reference for one in facts} - {"none"})
     return f"their references are of different kinds ({', '.join(kinds)})" if len(kinds) > 1 else ""
+
+
+def check_members(folder: Path, labels: list[str]) -> None:
+    """Raise ValueError if a folder belongs to a sweep with other members."""
+    path = folder / "config.json"
+    known = runfolder.read_saved_json(path).get("members", labels) if path.is_file() else labels
+    if known != labels:
+        raise ValueError(
+            f"{folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. "
+            "Choose another --name."
+        )
 
 
 def write_table(

@@ -1,6 +1,6 @@
 """The compiled programs of a sweep: one step, one evaluation for all members."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxft.train.compiled import (
     RowMetrics,
     States,
     compile_averages,
+    compile_eval,
     compile_last_loss,
     compile_samples,
 )
@@ -54,16 +55,16 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     )
     with clock.part("train step"):
         compiled = step.lower(states, shared, sharded_batch(p, job.abstract_batch)).compile()
-    over = partial(clock.over, EVALUATING)
+    of_rows = partial(compile_sweep_metrics, adapters, job, shared)
     with clock.part("evaluation"):
-        totals = compile_sweep_eval(adapters, job, shared, job.held_out, over)
+        totals = compile_eval(of_rows, job.held_out, partial(clock.over, EVALUATING))
 
     def held_out(states: States, with_rows: bool) -> list[HeldOut]:
         return [HeldOut.of(total) for total in totals(states, with_rows)]
 
-    last_loss = compile_last_loss(job.sources[0], partial(compile_sweep_metrics, adapters, job, shared))
+    last_loss = compile_last_loss(job.sources[0], of_rows)
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
-    text_totals = compile_sweep_eval(texts, job, shared, job.general, iter)
+    text_totals = compile_eval(partial(compile_sweep_metrics, texts, job, shared), job.general)
 
     def general(states: States) -> list[FloatMetrics]:
         return [metrics.as_floats(total) for total in text_totals(states, False)]
@@ -100,22 +101,6 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
     """The batches of the members, which are concatenated along the microbatches."""
     micro = jax.tree.leaves(batch)[0].shape[0] // count
     return [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(count)]
-
-
-def compile_sweep_eval(
-    adapters: MultiAdapter,
-    job: Job,
-    frozen: Any,
-    batches: tuple[Batch, ...],
-    over: Callable[[Sequence[Batch]], Iterable[Batch]],
-) -> Callable[[States, bool], list[Metrics]]:
-    """Return `metrics(states, with_rows)` of held-out batches, not yet divided, compiled for their one shape.
-    over: see compile_eval.
-    """
-    if not batches:
-        return lambda states, with_rows: [{} for _ in job.members]
-    of_batches = compile_sweep_metrics(adapters, job, frozen, batches[0], len(batches))
-    return lambda states, with_rows: of_batches(states, over(batches), with_rows)
 
 
 def compile_sweep_metrics(

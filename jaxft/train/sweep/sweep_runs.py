@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxft.distributed import processes
 from jaxft.runs import folder as runfolder
@@ -9,7 +10,7 @@ from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train import loop
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run
-from jaxft.train.sweep.sweep import Sweep, reason_to_separate, with_one_split, write_table
+from jaxft.train.sweep.sweep import Sweep, check_members, reason_to_separate, with_one_split, write_table
 
 SIGNAL = 128  # exit codes from here on are of a run that a signal stopped
 
@@ -41,8 +42,10 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
     are not finite is left out; the others continue.
     """
     folder, failed = runfolder.folder_of(root, name), []
-    record = {"members": list(runs), "at_once": None}
-    _check_members(folder, record)
+    record: dict[str, Any] = {"members": list(runs), "at_once": None}
+    check_members(folder, record["members"])
+    folder.mkdir(parents=True, exist_ok=True)
+    runfolder.write_durable_json(folder / "config.json", record)
     for label, run in runs.items():
         print(f"\n{label}:", flush=True)
         try:
@@ -69,16 +72,3 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
     print(f"\n{write_table(folder, name, steps, (before, after), failed)}")
     print(f"the table is in {folder / runfolder.CARD}, the curves in {folder / 'curves.png'}")
     return int(bool(failed))
-
-
-def _check_members(folder: Path, record: dict) -> None:
-    """Write the labels of the runs into the sweep's folder. Raises ValueError if it has others."""
-    path = folder / "config.json"
-    known = runfolder.read_saved_json(path).get("members") if path.is_file() else None
-    if known not in (None, record["members"]):
-        raise ValueError(
-            f"{folder}: this sweep has the members {', '.join(known)}, not {', '.join(record['members'])}. "
-            "Choose another --name."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    runfolder.write_durable_json(path, record)
