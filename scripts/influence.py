@@ -6,9 +6,9 @@
 
 The same recipe and settings as of `train`. It reads the newest checkpoint of runs/<name>, or without one the
 model at step 0. A row's influence is the slope of the held-out margins along a step on its own margin: below
-0 its label is probably wrong. That takes about half an epoch. With --gradients it is the cosine of the
-gradients of the losses, for any loss, and rows that repeat one another are found too; about an epoch.
-runs/<name>/influence.csv has all influences; --keep writes the rows of highest influence, for another run.
+0 its label is probably wrong. That takes less than an epoch of training. With --gradients it is the cosine of
+the gradients of the losses, for any loss, and rows that repeat one another are found; it takes longer than an
+epoch. runs/<name>/influence.csv has all influences; --keep writes the rows of highest influence.
 """
 
 import argparse

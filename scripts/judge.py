@@ -50,19 +50,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def judge_models(args: argparse.Namespace, judges: list) -> dict:
+def judge_models(args: argparse.Namespace, by: list) -> dict:
     """Judge both models by each judge, print the results, and return them."""
     import numpy as np
 
-    from jaxft.lab import judge_files
+    from jaxft.lab import judges
     from jaxft.lab.judging import Judged, agreements, verdict_lines
 
-    prompts = judge_files.read_judged_prompts(args.prompts or args.one)
-    one, other = (judge_files.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
-    matches = judge_files.matches_of(prompts, one, other, (args.one, args.other))
+    prompts = judges.read_judged_prompts(args.prompts or args.one)
+    one, other = (judges.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
+    matches = judges.matches_of(prompts, one, other, (args.one, args.other))
     lengths = [np.array([len(text) for text in texts], float) for texts in zip(*[m[2:4] for m in matches])]
     judged = []
-    for judge in judges:
+    for judge in by:
         judged.append(Judged(judge.name, judge.compare(matches), *lengths))
         print("\n".join(verdict_lines(judged[-1], Path(args.one).stem, Path(args.other).stem)), flush=True)
     found = agreements(judged)
@@ -73,20 +73,20 @@ def judge_models(args: argparse.Namespace, judges: list) -> dict:
     return {"judges": [each.as_json() for each in judged], "kappa": kappas, "values": values}
 
 
-def judge_judges(args: argparse.Namespace, judges: list) -> dict:
+def judge_judges(args: argparse.Namespace, by: list) -> dict:
     """Print each judge's accuracy by subset of a reward benchmark, and return it."""
     import numpy as np
 
-    from jaxft.lab import judge_files
+    from jaxft.lab import judges
     from jaxft.lab.judging import Judged
     from jaxft.objectives.intervals import fraction_text
 
-    rows = judge_files.read_preferences(args.preferences)
-    matches, found = judge_files.preference_matches(rows), {}
+    rows = judges.read_preferences(args.preferences)
+    matches, found = judges.preference_matches(rows), {}
     nothing = np.zeros(len(matches))
-    for judge in judges:
+    for judge in by:
         values = Judged(judge.name, judge.compare(matches), nothing, nothing).by_prompt
-        by_subset = judge_files.accuracy_by_subset(rows, values.tolist())
+        by_subset = judges.accuracy_by_subset(rows, values.tolist())
         print(judge.name)
         for subset, (right, count) in by_subset.items():
             print(f"  {subset}: {fraction_text(right / count, count, unit='rows')}")
@@ -103,8 +103,8 @@ def main() -> int:
     from jaxft.lab.judges import Replies, find_judge
 
     replies = Replies(args.judge_max_new, args.budget)
-    judges = [find_judge(text, REWARDS, replies) for text in args.by]
-    found = judge_judges(args, judges) if args.preferences else judge_models(args, judges)
+    by = [find_judge(text, REWARDS, replies) for text in args.by]
+    found = judge_judges(args, by) if args.preferences else judge_models(args, by)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -39,7 +39,7 @@ from jaxft.lab.loss_claims import CLAIMS  # noqa: E402
 from jaxft.lab.loss_laws import check_loss  # noqa: E402
 from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
 from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
-from jaxft.lab.worlds import World, proxy_reward, true_reward  # noqa: E402
+from jaxft.lab.worlds import World, WorldScore, proxy_reward, true_reward  # noqa: E402
 from jaxft.lab.zoo import write_zoo  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
 from jaxft.runs.settings.config import with_fields  # noqa: E402
@@ -245,9 +245,12 @@ def race(
 
     rows, scoring = [], Scoring()
     if args.world is not None:
-        world = with_fields(World(), *args.world)
+        world = world_of(args.world)
         train, held_out = world.write(args.out / f"world-{content_hash(describe(world))}")
-        rows, scoring = [f"data={train}", f"held_out={held_out}"], Scoring((true_reward, proxy_reward))
+        rows, scoring = (
+            [f"data={train}", f"held_out={held_out}"],
+            Scoring((WorldScore(world, true_reward), WorldScore(world, proxy_reward))),
+        )
     resolved = open_settings.resolve(args.config, [*rows, *args.set])
     for text in args.set:
         others = open_settings.resolve(args.config, [*rows, *(t for t in args.set if t != text)])
@@ -290,6 +293,11 @@ def race(
         lines = [*ranking.baseline_lines(results, file_name(baseline)), ranking.equal_kl_line(curves)]
         print("\n".join(["", *filter(None, lines)]))
     return code
+
+
+def world_of(settings: Sequence[str]) -> World:
+    """Return the world of --world SETTING=VALUE. Raises ValueError for a setting that it does not have."""
+    return with_fields(World(), *settings)
 
 
 def content_hash(value: Any) -> str:
@@ -354,6 +362,7 @@ def main() -> int:
         return 0
     if not args.loss:
         raise ValueError("name a loss with --loss, or use --zoo for a page of all")
+    world_of(args.world or [])  # raises before anything is computed
     mine = parse_losses(args.loss)
     others = parse_losses(args.against, mine)
     well, probes = look(mine, others, args)

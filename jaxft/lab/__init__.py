@@ -11,8 +11,7 @@ named_losses.py: losses that a command line names
 study.py: the declaration of a study, decided before training
 synthetic_pairs.py: synthetic pairs
 judging.py: which of two models answers better: verdicts, win rates, lengths, agreement of judges
-judges.py: functions, reward models, models and servers as judges
-judge_files.py: prompts and answers from files of jaxft, AlpacaEval, Arena-Hard and RewardBench 2
+judges.py: functions, reward models, models and servers as judges; files of answers
 trials.py: trials as arrays in a train state, so that one compiled program trains any of them
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity

@@ -14,7 +14,7 @@ a step back, instead of a backward pass for each row. Below 0, the label is prob
     found = slopes_of_rows(parts, state)
     found.names[found.order[:10]]                    # the ten most harmful rows
 
-The first takes about half as long as an epoch of training, the second about as long as one.
+The first takes less time than an epoch of training, the second more.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,9 @@ from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.mixture import parse_sources
 from jaxft.data.source import spread
 from jaxft.distributed import sharding
+from jaxft.objectives.logprobs import HeadInput
 from jaxft.objectives.pair import response_sums
-from jaxft.objectives.preference import Outputs
+from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.train.python_api import Prepared
 from jaxft.tree import Params
 
@@ -144,38 +145,39 @@ def slopes_of_rows(parts: Prepared, state: TrainState | None = None) -> Influenc
     one device. Raises ValueError for a run of other data or another kind of objective, and without held-out
     rows.
     """
-    run, objective = _open(parts, state), parts.objective
+    run = _open(parts, state)
+    if not parts.model.generates:
+        raise ValueError("slopes are of log-probs, and this run's model has a scalar head; use --gradients")
 
-    def margins(trainable: Params, frozen: Params, aux: Any, batch: Pairs) -> Float[Array, "B P"]:
-        outputs = objective.forward(tree.combine(trainable, frozen), batch, None, aux)
-        if not isinstance(outputs, Outputs):
-            raise ValueError("slopes are of log-probs, which this run's objective does not compare; use "
-                             "--gradients")  # fmt: skip
-        sums = response_sums(outputs.logp, batch.responses, batch.kinds, batch.pair_weights.shape[1])
+    def margins(trainable: Params, frozen: Params, batch: Pairs) -> Float[Array, "B P"]:
+        params = tree.combine(trainable, frozen)
+        head = HeadInput(parts.model, params, parts.model.hidden(params, batch)[0])
+        (logps,) = read_logps_of_heads([head], (batch.read, batch.targets))
+        sums = response_sums(logps.logp, batch.responses, batch.kinds, batch.pair_weights.shape[1])
         return sums["chosen"] - sums["rejected"]
 
-    def held_out(trainable: Params, frozen: Params, aux: Any, batch: Pairs) -> Float[Array, ""]:
-        return jnp.sum(jnp.where(batch.index >= 0, margins(trainable, frozen, aux, batch), 0))
+    def held_out(trainable: Params, frozen: Params, batch: Pairs) -> Float[Array, ""]:
+        return jnp.sum(jnp.where(batch.index >= 0, margins(trainable, frozen, batch), 0))
 
-    def along(trainable: Params, step: Params, frozen: Params, aux: Any, batch: Pairs) -> Float[Array, "B P"]:
+    def along(trainable: Params, step: Params, frozen: Params, batch: Pairs) -> Float[Array, "B P"]:
         ahead, back = (jax.tree.map(sign, trainable, step) for sign in (jnp.add, jnp.subtract))
-        return margins(ahead, frozen, aux, batch) - margins(back, frozen, aux, batch)
+        return margins(ahead, frozen, batch) - margins(back, frozen, batch)
 
-    rest, rows = (run.frozen, run.aux), run.source.split
+    rows = run.source.split
     most = max(FEWEST_HELD_OUT, int(HELD_OUT_FRACTION * len(rows.train)))
     chosen = rows.held[spread(len(rows.held), most)]
     values = dict[int, float]()
     with jax.set_mesh(run.mesh):
         grad, add = jax.jit(jax.grad(held_out)), jax.jit(partial(jax.tree.map, jnp.add))
         slope = reduce(
-            add, (grad(run.trainable, *rest, _on_rows(b)) for b in run.source.cover(chosen.tolist()))
+            add, (grad(run.trainable, run.frozen, _on_rows(b)) for b in run.source.cover(chosen.tolist()))
         )
         squares = float(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(slope)))
         size = NATS * len(chosen) / max(squares, 1e-30)  # raises the mean held-out margin by NATS
         step = jax.tree.map(lambda x: (size * x.astype(jnp.float32)).astype(x.dtype), slope)
         forward = jax.jit(along)
         for batch in map(_on_rows, run.source.cover(rows.train.tolist())):
-            found = np.asarray(forward(run.trainable, step, *rest, batch))
+            found = np.asarray(forward(run.trainable, step, run.frozen, batch))
             values |= {int(i): float(x) for i, x in zip(batch.index.flat, found.flat, strict=True) if i >= 0}
     return Influence(run.names, np.asarray([values[i] for i in rows.train]) / (2 * NATS))
 

@@ -5,8 +5,9 @@ wrong format, or longer. Its rows are pairs as any preference recipe reads them 
 with the truth in further columns. What makes real preference data hard is planted: labels that are noise,
 annotators who like longer responses, preferences without an order, near duplicates.
 
-    rows = World(noise=0.2).rows()                      # 20 % of the labels are flipped
-    jaxft.train("dpo", rows, score=true_reward)
+    world = World(noise=0.2)                            # 20 % of the labels are flipped
+    rows = world.rows()
+    jaxft.train("dpo", rows, held_out=world.held_out_rows(), score=WorldScore(world, true_reward))
     World(noise=0.2).write("world")                     # and data=world/train.jsonl on the command line
     true_reward("", completion, rows[0])                # of any text as a completion of that row's prompt
 
@@ -19,8 +20,9 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -286,6 +288,32 @@ def proxy_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
     truth = _truth(row)
     longer = features(completion, truth["right"]).longer
     return true_reward(prompt, completion, row) + truth["length_bias"] * longer / 100
+
+
+@dataclass(frozen=True)
+class WorldScore:
+    """A reward of a world as a score function of a run's held-out prompts, whose rows have no truth: it is
+    looked up by the prompt. fn: true_reward or proxy_reward.
+    """
+
+    world: World
+    fn: Callable[[Any, str, Mapping[str, Any]], float]
+
+    @property
+    def __name__(self) -> str:
+        return self.fn.__name__
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The held-out rows by prompt."""
+        return {row["prompt"]: row for row in self.world.held_out_rows()}
+
+    def __call__(self, prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
+        """Return the reward of a completion. Raises ValueError for a prompt of another world."""
+        known = [text for text in self.rows if text in str(prompt)]
+        if not known:
+            raise ValueError(f"no held-out prompt of the world is in {str(prompt)[:80]!r}; use its rows")
+        return self.fn(prompt, completion, self.rows[max(known, key=len)])
 
 
 def _truth(row: Mapping[str, Any]) -> dict[str, Any]:

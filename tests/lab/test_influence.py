@@ -14,6 +14,7 @@ import jaxft
 from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.lab.influence import gradients_of_rows, project, rows_by_name, slopes_of_rows
+from jaxft.lab.worlds import Taste, World
 
 FLIPPED = {1, 4, 9, 17}
 
@@ -125,6 +126,19 @@ def test_the_command_writes_influences_and_the_best_rows(place, monkeypatch, cap
     assert lines[0] == "row,influence" and len(lines) == 23
     assert len(best) == 11 and all(row["chosen"].startswith("yes") for row in best)
     assert all(row in everything.values() for row in best)
+
+
+@pytest.mark.slow
+def test_a_fifth_of_flipped_labels_is_found_in_a_world_on_a_real_model(tmp_path):
+    """SmolLM2 at step 0; rows that differ in format, which decides the reward."""
+    taste = Taste(facts=1.0, format=5.0)
+    world = World("configs/data/opinions.jsonl", taste, pairs=60, held_out=16, gap=3.0, noise=0.2)
+    train, held = world.write(tmp_path)
+    parts = jaxft.prepare("dpo", data=str(train), held_out=str(held), max_length=128)
+    found = slopes_of_rows(parts)
+    flipped = np.asarray([world.rows()[number(name)]["flipped"] for name in found.names], bool)
+    above = found.values[~flipped][:, None] > found.values[flipped][None, :]
+    assert flipped.sum() == 12 and above.mean() >= 0.9  # the area under the ROC curve
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scripts_in_process import call
 
-from jaxft.lab import judge_files, judges, judging
+from jaxft.lab import judges, judging
 from jaxft.lab.judging import Judged, Match, Verdicts
 
 
@@ -192,8 +192,8 @@ def write(path, rows):
 
 def test_files_of_alpaca_eval_and_arena_hard_are_read(tmp_path):
     alpaca = write(tmp_path / "a.json", [{"instruction": "Hi?", "output": "Hello.", "generator": "m"}])
-    assert list(judge_files.read_judged_prompts(alpaca).texts.values()) == ["Hi?"]
-    assert list(judge_files.read_answers(alpaca).texts.values()) == ["Hello."]
+    assert list(judges.read_judged_prompts(alpaca).texts.values()) == ["Hi?"]
+    assert list(judges.read_answers(alpaca).texts.values()) == ["Hello."]
     questions = write(
         tmp_path / "question.jsonl",
         [{"uid": "u1", "prompt": "One?"}, {"question_id": "q", "uid": "u2", "turns": [{"content": "Two?"}]}],
@@ -203,9 +203,9 @@ def test_files_of_alpaca_eval_and_arena_hard_are_read(tmp_path):
         tmp_path / "model.jsonl",
         [{"uid": "u2", "messages": now}, {"uid": "u1", "choices": [{"turns": [{"content": "1"}]}]}],
     )
-    prompts, found = judge_files.read_judged_prompts(questions), judge_files.read_answers(answers)
+    prompts, found = judges.read_judged_prompts(questions), judges.read_answers(answers)
     assert prompts.texts == {"u1": "One?", "u2": "Two?"}
-    (first, second) = judge_files.matches_of(prompts, found, found, (answers, answers))
+    (first, second) = judges.matches_of(prompts, found, found, (answers, answers))
     assert (first.one, second.one) == ("1", "2")  # by name, not by order
 
 
@@ -215,10 +215,10 @@ def test_reward_bench_rows_are_right_only_if_every_chosen_answer_wins(tmp_path):
         {"prompt": "q", "chosen": ["good"], "rejected": ["better than good"], "subset": "Math"},
         {"prompt": "r", "chosen": ["good", "fine"], "rejected": ["bad"], "subset": "Ties"},
     ]
-    read = judge_files.read_preferences(write(tmp_path / "bench.jsonl", rows))
-    matches = judge_files.preference_matches(read)
+    read = judges.read_preferences(write(tmp_path / "bench.jsonl", rows))
+    matches = judges.preference_matches(read)
     values = [1.0 if match.other in ("bad", "worse") else 0.0 for match in matches]
-    assert judge_files.accuracy_by_subset(read, values) == {"Math": (1, 2), "Ties": (1, 1)}
+    assert judges.accuracy_by_subset(read, values) == {"Math": (1, 2), "Ties": (1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_reward_bench_rows_are_right_only_if_every_chosen_answer_wins(tmp_path):
 def test_files_that_do_not_belong_together_are_one_line(tmp_path, prompts, answers, line):
     files = write(tmp_path / "prompts.jsonl", prompts), write(tmp_path / "answers.jsonl", answers)
     with pytest.raises(ValueError, match=line):
-        found = judge_files.read_answers(files[1])
-        judge_files.matches_of(judge_files.read_judged_prompts(files[0]), found, found, (files[1], files[1]))
+        found = judges.read_answers(files[1])
+        judges.matches_of(judges.read_judged_prompts(files[0]), found, found, (files[1], files[1]))
 
 
 def test_the_command_judges_two_files_by_functions_and_a_server(tmp_path, monkeypatch, capsys):

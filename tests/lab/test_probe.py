@@ -481,6 +481,12 @@ def test_each_loss_has_a_picture_and_the_losses_compared_with_may_fail(bench, tm
         assert is_png(tmp_path / "here" / f"{name}.png")
 
 
+def test_the_zoo_is_a_page_of_the_losses(bench, tmp_path):
+    code, out, error = bench("--zoo", "--loss", "my.py:mine", "--out", "here")
+    assert (code, error) == (0, "") and "here/zoo.html" in out
+    assert "mine" in (tmp_path / "here/zoo.html").read_text()
+
+
 def test_a_failed_check_sets_the_exit_code_and_without_a_value_per_pair_there_is_no_picture(bench, tmp_path):
     code, out, _ = bench("--loss", "my.py:wrong", "--loss", "my.py:mean", "--against")
     assert code == 1 and "wrong: 2 of " in out and "FAIL  direction" in out and "FAIL  shape" in out
@@ -522,6 +528,8 @@ def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
             ("robust,label_smoothing=0.5",),
             "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing must be in [0, 0.5)",
         ),
+        (("dpo", "--world", "noise=0.7"), "world.noise=0.7; more than 0.5 is another world"),
+        (("dpo", "--world", "nose=0.1"), "nose"),
         (("dpo", "--claims", "symmetric"), "'symmetric' is not a claim; near: antisymmetric"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxft.lab.worlds import TRUTH, Taste, World, features, proxy_reward, style_of, true_reward
+from jaxft.lab.worlds import TRUTH, Taste, World, WorldScore, features, proxy_reward, style_of, true_reward
 
 ANSWERS = World(source="configs/data/calculator.jsonl", pairs=60, held_out=20)
 
@@ -126,3 +126,13 @@ def test_a_wrong_world_is_one_line(settings, text):
 def test_rows_of_another_kind_have_no_true_reward():
     with pytest.raises(ValueError, match="the row has no column truth"):
         true_reward("", "x", {"prompt": "a"})
+
+
+def test_a_score_function_finds_the_truth_by_the_prompt():
+    world = World(pairs=5, held_out=10)
+    row, score = world.held_out_rows()[3], WorldScore(world, true_reward)
+    chat = f"<user>{row['prompt']}</user>"
+    assert score(chat, row["chosen"], {}) == true_reward("", row["chosen"], row)
+    assert score.__name__ == "true_reward"
+    with pytest.raises(ValueError, match="no held-out prompt of the world is in 'else'"):
+        score("else", "x", {})
