@@ -1,5 +1,5 @@
-"""Judges of answers (functions, reward models, models that are asked, servers), and files of answers: jaxft's,
-AlpacaEval's, Arena-Hard's and RewardBench 2's.
+"""Judges of answers: functions, reward models, models that are asked, and servers; and answers from files of
+jaxft, AlpacaEval, Arena-Hard and RewardBench 2.
 """
 
 import concurrent.futures
