@@ -7,10 +7,9 @@ SmolLM2-135M-Instruct, LoRA on every linear layer, two packed rows of 512 tokens
 is an order, a ticket or a booking, by the letter of a choice. Of 96 held-out messages expect
 accuracy to rise from 0.23 to 1.00, and the calibration error (ECE) to fall from 0.17 to 0.001.
 
-An easy task: every row lists the same choices in the same order. Where each row has an order of its own, a
-model must find the letter in front of the right choice, and one of 135M parameters does not learn that in so
-few rows: with five kinds of questions it stays at chance (accuracy 0.47 before, 0.48 after 1,000 rows of
-batch=1 lr=3e-3), though its probabilities say so (ECE 0.07 before, 0.02 after).
+An easy task: every row lists the same choices in the same order. With another order in each row, a model must
+find the letter in front of the right choice. One run on five kinds of questions (batch=1, lr=3e-3), stopped
+after about 1,000 rows, had not learned that: accuracy 0.47 before and 0.48 after, ECE 0.07 and 0.02.
 
 Hardware: 2 CPU cores, 2 GB; 5 minutes.
 """
