@@ -1,4 +1,4 @@
-"""Show which training pairs help and which harm the held-out pairs: mislabelled rows, duplicates, the best.
+"""Show which training pairs help the held-out pairs and which harm them, such as wrong labels.
 
     python scripts/train.py --config configs/dpo.py data=pairs.jsonl name=first
     python scripts/influence.py --config configs/dpo.py data=pairs.jsonl name=first
@@ -71,23 +71,21 @@ def main() -> int:
         raise ValueError("--out needs --keep, the fraction of the rows to write; add --keep 0.5")
     from jaxft.cli import cli
     from jaxft.distributed import processes
-    from jaxft.lab.influence import gradients_of_rows, rows_by_name, slopes_of_rows
+    from jaxft.lab.influence import check_is_of_pairs, gradients_of_rows, rows_by_name, slopes_of_rows
     from jaxft.train.python_api import prepare_run
     from jaxft.train.start import open_settings
     from jaxft.train.start.jobs import run_folder
 
     processes.require_single_process("influence")
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
-    resolved, notes = open_settings.fitted(open_settings.resolve(recipe, overrides))
+    unfitted = open_settings.resolve(recipe, overrides)
+    check_is_of_pairs(unfitted.value.data)
+    resolved, notes = open_settings.fitted(unfitted)
     print("\n".join(notes), end="\n" * bool(notes), flush=True)
     folder = run_folder(resolved.value, Path("runs"))
     parts = prepare_run(resolved.value, resolved.describe(), folder)
     step = int(parts.state.step)
-    print(
-        f"gradients of {folder} at step {step}"
-        if step
-        else f"{folder} has no checkpoint: gradients at step 0"
-    )
+    print(f"gradients of {folder} at step {step}" if step else f"{folder} has no checkpoint: step 0")
     if args.gradients:
         gradients = gradients_of_rows(parts)
         found, more = gradients.influence, duplicate_lines(gradients)

@@ -30,9 +30,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxft import tree
 from jaxft.batch import Pairs, TrainState
+from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowShape, round_up
-from jaxft.data.pairs import PairSource
+from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.mixture import parse_sources
 from jaxft.data.source import spread
@@ -118,12 +119,18 @@ class _Opened(NamedTuple):
     names: np.ndarray
 
 
+def check_is_of_pairs(data: DataSettings) -> None:
+    """Raise ValueError for a recipe whose rows are no pairs."""
+    if not isinstance(data, PairRows):
+        raise ValueError(
+            "influence is of pairs; use a recipe with chosen and rejected responses, such as dpo"
+        )
+
+
 def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     source = parts.source
-    if not isinstance(source, PairSource):
-        raise ValueError(
-            "influence is of pairs: use a recipe with chosen and rejected responses, such as dpo"
-        )
+    check_is_of_pairs(parts.run.data)
+    assert isinstance(source, PairSource)
     if not len(source.split.held):
         raise ValueError("no rows are held out; set held_out=FILE or a fraction, which the influence is on")
     state, device = parts.state if state is None else state, jax.devices()[0]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import jax
+import numpy as np
 
 from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row, read_rows
@@ -56,13 +57,17 @@ class FunctionJudge:
     function: Callable[..., float]
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. A score that is missing gives no verdict."""
+        """Return the values of each match. A missing score gives no verdict. Raises ValueError if all are
+        missing.
+        """
         prompts, rows = [m.prompt for m in matches], [(m.name, m.columns) for m in matches]
         one, other = (
-            score_texts([self.function], prompts, texts, rows, 1)[0].values[:, 0]
+            score_texts([self.function], prompts, texts, rows, 1)[0]
             for texts in ([m.one for m in matches], [m.other for m in matches])
         )
-        return values_of_scores(one, other)
+        if np.isnan(one.values).all():
+            raise ValueError(f"judge {self.name}: it gives no score: {one.fault}")
+        return values_of_scores(one.values[:, 0], other.values[:, 0])
 
 
 @dataclass(frozen=True)
