@@ -169,13 +169,17 @@ def test_a_setting_forbids_the_kernel_of_the_device_and_the_start_up_line_says_s
         monkeypatch.setenv("JAXFT_ATTENTION", "flash")
         lines.append(attention.attention_line(QUERIES, 2))
         assert attention.chosen_kernel(QUERIES, 2, rows, AttentionSettings()) == ("rows", attention.flash)
+        settings = AttentionSettings(kernel="reference")
+        assert attention.chosen_kernel(QUERIES, 2, rows, settings) == ("rows", attention.dense)
+        lines.append(attention.attention_line(QUERIES, 2, settings=settings))
         monkeypatch.setenv("JAXFT_ATTENTION", "dense")
-        with pytest.raises(ValueError, match="JAXFT_ATTENTION=dense is unknown; use auto or flash"):
+        with pytest.raises(ValueError, match="JAXFT_ATTENTION=dense is unknown; use auto, flash, reference"):
             attention.chosen_kernel(QUERIES, 2, rows, AttentionSettings())
     assert lines == [
         "attention: Pallas: rows are packed",
         "attention: blockwise XLA (flash): attention=flash",
         "attention: blockwise XLA (flash): JAXFT_ATTENTION=flash",
+        "attention: reference: attention=reference",
     ]
-    with pytest.raises(ValueError, match="attention='cudnn'; use one of auto, flash"):
+    with pytest.raises(ValueError, match="attention='cudnn'; use one of auto, flash, reference"):
         AttentionSettings(kernel="cudnn")
