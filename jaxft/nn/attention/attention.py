@@ -270,13 +270,14 @@ def chosen_kernel(
         long: Layout = "ring" if is_long and not asked_for(settings).endswith("=reference") else "gathered"
         layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)
-    if asked_for(settings).endswith("=reference"):
-        return layout, dense
-    if asked_for(settings) or mesh.empty:
+    if asked := asked_for(settings):
+        return layout, KERNELS[asked.partition("=")[2]]
+    if mesh.empty:
         return layout, flash
     return layout, kernel_for(mesh.abstract_device, head_dim, q_BTHE.dtype, rows)
 
 
+KERNELS: dict[str, Kernel] = {"flash": flash, "reference": dense}  # those that a setting may ask for
 LAYOUT_NAMES: dict[Layout, str] = {
     "rows": "",
     "heads": ", heads divided over mesh.context",
