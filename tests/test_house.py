@@ -165,6 +165,11 @@ def test_there_is_no_import_cycle():
     assert not import_cycles({module_of(file): {*own_imports(file)} - {module_of(file)} for file in MODULES})
 
 
+def test_two_files_of_tests_have_not_one_name():
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
+    assert not {name for name in names if names.count(name) > 1}  # pytest imports them by name
+
+
 def test_the_cycle_finder_finds_a_cycle():
     assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
