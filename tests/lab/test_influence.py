@@ -120,7 +120,7 @@ def test_the_command_writes_influences_and_the_best_rows(place, monkeypatch, cap
         everything = rows_by_name("train.jsonl")
     assert (
         code == 0
-        and "runs/it has no checkpoint: gradients at step 0" in out
+        and "runs/it has no checkpoint: step 0" in out
         and "5 of 22 training rows" in out
     )
     assert lines[0] == "row,influence" and len(lines) == 23
