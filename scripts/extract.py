@@ -38,8 +38,8 @@ def main() -> int:
     args = make_parser().parse_args()
     from jaxft.weights import pretrained
     from jaxft.weights.edit import extracted_adapter
+    from jaxft.weights.hf.hub import locate
     from jaxft.weights.hf.model_card import base_name
-    from jaxft.weights.hub.hub import locate
     from jaxft.weights.peft import adapter_folders
 
     names = tuple(name.strip() for name in args.targets.split(",") if name.strip())

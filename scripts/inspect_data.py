@@ -57,8 +57,7 @@ from jaxft.data.packing.lengths import UNLIMITED, RowLengths, limit_costs, measu
 from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.rows.invalid import DROP  # noqa: E402
-from jaxft.data.sft import Rows  # noqa: E402
-from jaxft.data.steps import SolutionRows  # noqa: E402
+from jaxft.data.sft import Rows, SolutionRows  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import loaded_weights  # noqa: E402

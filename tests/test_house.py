@@ -188,7 +188,7 @@ def test_no_import_is_hidden_from_the_import_graph():
 
 
 def test_only_configs_meet_a_model_family_and_an_objective():
-    interfaces = ("model", "heads", "adapted", "model_types")
+    interfaces = ("model", "adapted", "model_types")
     plain = ("objective", "metrics", "alarms", "numerics", "pair")
     wrong = []
     for file in MODULES:

@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds
-from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import to_rank
+from jaxft.nn.matmul import accumulation_dtype
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"]
 

@@ -19,10 +19,17 @@ from jaxtyping import Array, Bool, Float
 from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout, without_fields
 from jaxft.objectives.alarms import rollout_alarms
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.losses.numerics import require
-from jaxft.objectives.losses.policy_losses import PolicyBatch, PolicyLoss
+from jaxft.objectives.losses.policy_losses import (
+    AdaptiveKL,
+    FixedKL,
+    KLInReward,
+    Penalty,
+    PolicyBatch,
+    PolicyLoss,
+    k3,
+)
 from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Correlation, Max, Min, Sum, by_row, layer_metrics
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
 from jaxft.objectives.pair import loss_name

@@ -31,8 +31,7 @@ from jaxft import tree
 from jaxft.models.families.llama import PRESETS
 from jaxft.nn import quant
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf_write, safetensors
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hf_write, hub, safetensors
 
 torch = pytest.importorskip("torch")
 

@@ -33,8 +33,8 @@ from jaxft.models.dense_config import (
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
-from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import lm_head, rms_norm, split_keys
+from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope, check_rope
 from jaxft.nn.tensor_names import TensorName, WeightNames

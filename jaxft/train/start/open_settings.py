@@ -36,7 +36,7 @@ from jaxft.runs.settings import config
 from jaxft.runs.settings.config import Recipe, Resolved
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole

@@ -15,7 +15,7 @@ from jaxft.data.decisions import DECISION_FILE
 from jaxft.distributed.disk import temporary_folder
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.complete_folders import cache_folder, file_sha256
+from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 # Of multimodal models; merged ones have copies of them.
