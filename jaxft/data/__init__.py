@@ -9,6 +9,6 @@ decision_rows.py: tokens and batches of questions
 pairs.py: preference rows: settings and source
 prompts.py: prompts for rollouts: settings, split, order
 inspection.py: a dataset as `jaxft inspect` and reports show it: statistics, examples, invalid and repeated
-    rows
+    rows; tokens of rows before a limit, what each limit keeps and costs
 data_settings.py: settings of all kinds of data
 """

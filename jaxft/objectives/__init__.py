@@ -2,7 +2,8 @@
 
 objective.py: the Objective type
 sft.py: cross-entropy
-pair.py: the interface of preference losses: PairBatch, the facts that a loss declares, metrics
+pair.py: stable building blocks of losses; the interface of preference losses: PairBatch, the facts that a
+    loss declares, metrics
 preference.py: the objective around a preference loss: reference (also TR-DPO's moving one), reward, metrics
 reward_model.py: Bradley-Terry reward models; process reward models, which score each step of a solution
 decision.py: probabilities of given choices, trained by proper scoring rules; metrics

@@ -20,7 +20,6 @@ from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout, without_fields
 from jaxft.objectives.alarms import rollout_alarms
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
-from jaxft.objectives.losses.numerics import require
 from jaxft.objectives.losses.policy_losses import (
     AdaptiveKL,
     FixedKL,
@@ -32,7 +31,7 @@ from jaxft.objectives.losses.policy_losses import (
 )
 from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Correlation, Max, Min, Sum, by_row, layer_metrics
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
-from jaxft.objectives.pair import loss_name
+from jaxft.objectives.pair import loss_name, require
 from jaxft.objectives.preference import reference_head
 from jaxft.objectives.read_positions import read_logps_of_heads, read_numbers
 from jaxft.objectives.sft import sft

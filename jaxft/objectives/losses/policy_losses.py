@@ -38,8 +38,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from jaxft.annotations import above, at_least, check_bounds
-from jaxft.objectives.losses.numerics import capped, require, square
-from jaxft.objectives.pair import response_sums
+from jaxft.objectives.pair import capped, require, response_sums, square
 from jaxft.tree import struct
 
 # ---- KL to the reference

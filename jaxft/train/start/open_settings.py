@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.packing.lengths import RowLengths, measure, micro_tokens, percentile
+from jaxft.data.inspection import RowLengths, measure, micro_tokens, percentile
 from jaxft.data.packing.pack import round_up
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import LENGTH_STEP, Prompts
