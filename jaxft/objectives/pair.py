@@ -32,7 +32,6 @@ from jaxft.objectives.metrics import (
 )
 from jaxft.tree import Metrics, struct
 
-
 # ---- building blocks of losses
 
 

@@ -1,8 +1,8 @@
 """LoRA adapters made of others, or of two models: weighted combinations, written as one adapter; and the
 difference of two full models.
 
-The formulas of combinations are PEFT's (`add_weighted_adapter`). With weights w_k, scales s_k and pairs A_k B_k of a
-module, and c_k = w_k s_k:
+The formulas of combinations are PEFT's (`add_weighted_adapter`). With weights w_k, scales s_k and pairs
+A_k B_k of a module, and c_k = w_k s_k:
 
 - cat: `sum_k c_k A_k B_k`, exactly: the pairs side by side, with the sum of their ranks.
 - svd: the same sum, reduced to a rank by its largest singular values.
