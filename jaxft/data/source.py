@@ -347,10 +347,7 @@ def row_stats(
 
 
 def plan_epochs(
-    split: SplitRows,
-    plan: Callable[[int], RowPlan],
-    tokens: Int[np.ndarray, " examples"],
-    rows_per_step: int,
+    split: SplitRows, plan: Callable[[int], RowPlan], tokens: Int[np.ndarray, " examples"], rows_per_step: int
 ) -> Epochs:
     """Return the length of epochs. plan(epoch): as in BatchLayout. tokens: of each example in a row."""
 

@@ -285,10 +285,7 @@ def _by_length(
 
 
 def rotate(
-    x: Float[Array, "B T N E"],
-    cos: Float[Array, "B T E2"],
-    sin: Float[Array, "B T E2"],
-    scale: float = 1.0,
+    x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"], scale: float = 1.0
 ) -> Float[Array, "B T N E"]:
     """Rotate each head and multiply it by `scale`, computed in cos's dtype and rounded to x's dtype once.
 

@@ -442,10 +442,7 @@ def longer_wins(longer: Float[Array, "B P"], dtype: DTypeLike) -> Float[Array, "
 
 
 def pair_token_metrics(
-    pair: PairBatch,
-    mean_logit: Float[Array, "B M"],
-    entropy: Float[Array, "B M"],
-    top1: Float[Array, "B M"],
+    pair: PairBatch, mean_logit: Float[Array, "B M"], entropy: Float[Array, "B M"], top1: Float[Array, "B M"]
 ) -> Metrics:
     """Means over tokens, TRL's: logits of chosen and rejected, entropy of both, top-1 accuracy of the chosen
     one; and a KL.

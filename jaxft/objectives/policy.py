@@ -193,10 +193,7 @@ def policy(
         metrics |= layer_metrics(outputs.layers)
         if critic is not None:
             # PPO's names in TRL
-            metrics |= {
-                "policy/clipfrac_avg": metrics[CLIP_FRACTION],
-                "policy/entropy_avg": metrics[ENTROPY],
-            }
+            metrics |= {"policy/clipfrac_avg": metrics[CLIP_FRACTION], "policy/entropy_avg": metrics[ENTROPY]}
             cost, value_metrics = critic_loss(critic, outputs.values, outputs.batch)
             value = value + critic.coef * cost
             metrics |= value_metrics | {LOSS: Sum(value, value_metrics[VALUE_LOSS].weight)}

@@ -193,8 +193,7 @@ def list_of(row: Row, column: str) -> list[Any]:
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list | tuple):
         raise row.invalid(
-            f"column {column!r} of a wrong type",
-            f"column {column!r} is {json_type(value)}; use a list",
+            f"column {column!r} of a wrong type", f"column {column!r} is {json_type(value)}; use a list"
         )
     return [*value]
 

@@ -11,14 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import POSITIVE_FLOAT32
-from jaxft.models.dense import (
-    dense_mlp,
-    dense_model,
-    llama_specs,
-    names_of,
-    one_stack,
-    self_attention,
-)
+from jaxft.models.dense import dense_mlp, dense_model, llama_specs, names_of, one_stack, self_attention
 from jaxft.models.dense_config import (
     FULL,
     SLIDING,

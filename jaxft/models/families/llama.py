@@ -55,19 +55,11 @@ class LlamaConfig(DenseConfig):
 
 BIASES = {"attention_bias": False, "mlp_bias": False}  # settings of config.json with their defaults
 LLAMA_FORMAT = ConfigFormat(
-    "llama",
-    "LlamaForCausalLM",
-    fixed={"hidden_act": "silu", "pretraining_tp": 1},
-    more=BIASES,
+    "llama", "LlamaForCausalLM", fixed={"hidden_act": "silu", "pretraining_tp": 1}, more=BIASES
 )
 
 
-_LLAMA3: dict[str, Any] = {
-    "vocab": 128256,
-    "max_positions": 131072,
-    "kv_heads": 8,
-    "bos": 128000,
-}
+_LLAMA3: dict[str, Any] = {"vocab": 128256, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
 _SCALED8 = Rope(theta=500000.0, kind="llama3", factor=8.0, original_max_positions=8192)
 _SCALED32 = replace(_SCALED8, factor=32.0)
 _CHAT = (128001, 128008, 128009)

@@ -144,9 +144,7 @@ def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params |
 def place_pairs(pairs: Params, adapter: Params) -> Params:
     """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
     return jax.tree.map(
-        lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
-        pairs,
-        adapter,
+        lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding), pairs, adapter
     )
 
 
