@@ -32,7 +32,7 @@ def check_seed(seed: int, setting: str) -> None:
 class DataSettings:
     """Settings of a run's data: where rows come from and how many an optimizer step uses.
 
-    train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
+    train: a file, folder or hub dataset (see dataset_rows.py), or several (see mixture.py). held_out: a fraction of
     the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
     renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices. micro: number of
     microbatches that a step is computed in. seed: of the order, and of the split unless split_seed is set.

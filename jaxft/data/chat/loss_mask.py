@@ -7,7 +7,7 @@ could span its end. The loss mask is computed on the rendered text, as ranges of
 tokens by their offsets: a token is a target if it contains any character of a response. An assistant turn is
 what the template's {% generation %} markers enclose or, without markers, everything after the prompt that
 generation would start from. It includes the end-of-turn token, from which the model learns to stop, and must
-show all of the turn (see template_check.py). Every token of a text row is a target.
+show all of the turn (see turns.py). Every token of a text row is a target.
 
 Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
