@@ -487,6 +487,7 @@ class SolutionRows(Rows):
     separator: str = "\n"
     last_step_only: bool = False
     task: ClassVar[RowTask] = STEP_TASK
+    held_out_mask = DataSettings.held_out_mask  # solutions of one prompt are on one side
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -506,10 +507,6 @@ class SolutionRows(Rows):
     def batches(self) -> type[PackedBatches]:
         """The layout of the batches."""
         return StepBatches
-
-    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
-        """Return the mask of the rows to hold out, by their prompt."""
-        return DataSettings.held_out_mask(self, rows)
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
         """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open."""
