@@ -423,6 +423,9 @@ def state_shardings(
     )
 
 
+# ---- steps that leave parameters unchanged
+
+
 POLICY = ("adapter", "base")  # top-level names of the policy's own parameters; the others are heads
 
 

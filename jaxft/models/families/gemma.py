@@ -17,6 +17,7 @@ from jaxft.models.dense_config import (
     SLIDING,
     ConfigFormat,
     DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
@@ -40,32 +41,17 @@ class GemmaConfig(DenseConfig):
 
 
 @dataclass(frozen=True)
-class Gemma2Config(DenseConfig):
+class Gemma2Config(WindowConfig):
     """Sizes of a Gemma 2.
 
-    query_pre_attn_scalar: attention scores are q k^T divided by its square root. window: keys that layers of
-    type "sliding_attention" attend to. attn_softcap, final_softcap: c in c * tanh(x / c), which is applied to
-    attention scores and to logits; None for no soft cap. Raises ValueError for a value out of range.
+    query_pre_attn_scalar: attention scores are q k^T divided by its square root. attn_softcap, final_softcap:
+    c in c * tanh(x / c), which is applied to attention scores and to logits; None for no soft cap. Raises
+    ValueError for a value out of range.
     """
 
     query_pre_attn_scalar: Annotated[float, POSITIVE_FLOAT32] = 256.0
-    window: int | None = None
-    layer_types: tuple[str, ...] = ()
     attn_softcap: Annotated[float | None, POSITIVE_FLOAT32, "attn_logit_softcapping"] = None
     final_softcap: Annotated[float | None, POSITIVE_FLOAT32, "final_logit_softcapping"] = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.layer_types) != self.layers:
-            raise ValueError(
-                f"config: layer_types must have a type for each of the {self.layers} layers, got "
-                f"{len(self.layer_types)} types"
-            )
-        if (self.window is None) == (SLIDING in self.layer_types):
-            raise ValueError(
-                f"config: sliding_window must be set if and only if layer_types has {SLIDING}, got "
-                f"sliding_window={self.window}"
-            )
 
 
 @dataclass(frozen=True)
@@ -256,7 +242,7 @@ def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionL
     """Return the AttentionLayers of a config, with its scale and soft cap of the scores. kinds: the LayerKind
     of each layer type.
     """
-    layers = typed_layers(c.layer_types, kinds, c.head_dim)
+    layers = typed_layers(c, kinds)
     return replace(layers, scale=c.query_pre_attn_scalar**-0.5, settings=AttentionSettings(c.attn_softcap))
 
 

@@ -32,6 +32,7 @@ from jaxft.models.dense_config import (
     SLIDING,
     ConfigFormat,
     DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
@@ -112,20 +113,15 @@ def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
 
 
 @dataclass(frozen=True)
-class MistralConfig(DenseConfig):
-    """Sizes of a Mistral. window: keys that layers of type "sliding_attention" attend to. layer_types: () for
-    full attention in all layers.
-    """
-
-    window: int | None = None
-    layer_types: tuple[str, ...] = ()
+class MistralConfig(WindowConfig):
+    """Sizes of a Mistral."""
 
 
 def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of a Mistral config. options: remat and residual of dense_model."""
     specs = llama_specs(config)
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
-    attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
+    attention = typed_layers(config, kinds)
     return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
 
 
@@ -141,8 +137,6 @@ def read_mistral(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
     if SLIDING not in types:
         return fields
-    if window is None:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
@@ -254,8 +248,6 @@ def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
         hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 8192, **hf})
     types = read_layer_types(hf, [SLIDING if i % 4 else FULL for i in range(fields["layers"])])
-    if window is None and SLIDING in types:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
@@ -304,17 +296,12 @@ IQUEST_CODER_FORMAT = ConfigFormat(
 
 
 @dataclass(frozen=True)
-class SmolLM3Config(DenseConfig):
-    """Sizes of a SmolLM3.
-
-    has_rope: whether each layer has rope; () for rope in all layers. window: keys that layers of type
-    "sliding_attention" attend to. layer_types: () for full attention in all layers. attention_bias, mlp_bias:
-    whether the projections have biases.
+class SmolLM3Config(WindowConfig):
+    """Sizes of a SmolLM3. has_rope: whether each layer has rope; () for rope in all layers. attention_bias,
+    mlp_bias: whether the projections have biases.
     """
 
     has_rope: tuple[bool, ...] = ()
-    window: int | None = None
-    layer_types: tuple[str, ...] = ()
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -327,10 +314,10 @@ def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: A
 
 
 def _smollm3_attention(c: SmolLM3Config) -> AttentionLayers:
-    types, has_rope = c.layer_types or (FULL,) * c.layers, c.has_rope or (True,) * c.layers
+    has_rope = c.has_rope or (True,) * c.layers
     layers = [
         LayerKind(c.rope if rotated else Rope(kind="none"), c.window if kind == SLIDING else None)
-        for kind, rotated in zip(types, has_rope, strict=True)
+        for kind, rotated in zip(c.types, has_rope, strict=True)
     ]
     kinds = list(dict.fromkeys(layers))
     return AttentionLayers(tuple(kinds), tuple(map(kinds.index, layers)), c.head_dim)
@@ -396,7 +383,7 @@ def write_smollm3(c: SmolLM3Config, form: ConfigFormat) -> dict[str, Any]:
         "no_rope_layers": [int(rotated) for rotated in c.has_rope or (True,) * c.layers],
         "use_sliding_window": SLIDING in c.layer_types,
         "sliding_window": c.window,
-        "layer_types": list(c.layer_types or (FULL,) * c.layers),
+        "layer_types": list(c.types),
         "pad_token_id": None,
     }
 

@@ -27,6 +27,7 @@ from jaxft.models.dense_config import (
     SLIDING,
     ConfigFormat,
     DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
@@ -50,14 +51,11 @@ class Olmo2Config(DenseConfig):
 
 
 @dataclass(frozen=True)
-class Olmo3Config(Olmo2Config):
-    """Sizes of an OLMo 3. layer_types: of each layer, "full_attention" (uses rope) or "sliding_attention"
-    (uses local_rope and the window).
-    """
+class Olmo3Config(Olmo2Config, WindowConfig):
+    """Sizes of an OLMo 3. local_rope: of layers with the window, in place of rope."""
 
-    local_rope: Rope = Rope()
     window: int | None = 4096
-    layer_types: tuple[str, ...] = ()
+    local_rope: Rope = Rope()
 
 
 def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
@@ -70,7 +68,7 @@ def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
 def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
-    specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
+    specs, attention = _specs(config), typed_layers(config, kinds)
     arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
@@ -136,8 +134,6 @@ def read_olmo3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     """Return the fields of an Olmo3Config."""
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     types = read_layer_types(hf, _every_fourth_full(fields["layers"]))
-    if window is None and SLIDING in types:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
@@ -197,13 +193,8 @@ OLMO3_PRESETS: dict[str, Olmo3Config] = {
 
 
 @dataclass(frozen=True)
-class Exaone4Config(DenseConfig):
-    """Sizes of an EXAONE 4. window: keys that layers of type "sliding_attention" attend to. Layers with full
-    attention have rope only if window is None. layer_types: () for full attention in all layers.
-    """
-
-    window: int | None = None
-    layer_types: tuple[str, ...] = ()
+class Exaone4Config(WindowConfig):
+    """Sizes of an EXAONE 4. Layers with full attention have rope only if window is None."""
 
 
 def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
@@ -215,7 +206,7 @@ def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: A
     specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
     whole = LayerKind(config.rope if config.window is None else Rope(kind="none"))
     kinds = {FULL: whole, SLIDING: LayerKind(config.rope, config.window)}
-    attention = typed_layers(config.layer_types or (FULL,) * config.layers, kinds, config.head_dim)
+    attention = typed_layers(config, kinds)
     arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _exaone4_layer, attention)
     return dense_model(config, arch, dtype, **options)
 
@@ -245,14 +236,12 @@ def read_exaone4(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     else:
         default = []
     types = read_layer_types(hf, default)
-    if window is None and SLIDING in types:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
 def write_exaone4(c: Exaone4Config, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of an EXAONE 4's config.json."""
-    types = list(c.layer_types or (FULL,) * c.layers)
+    types = list(c.types)
     return fields_to_hf(c, form) | {
         "sliding_window": c.window,
         "sliding_window_pattern": None if c.window is None else 4,

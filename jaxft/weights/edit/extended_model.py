@@ -361,6 +361,9 @@ def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable:
             )
 
 
+# ---- chat templates by name, for base models that come without one, and the tokens that they need
+
+
 BOS = "{{ bos_token }}"  # at the start of a template
 
 
