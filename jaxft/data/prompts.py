@@ -152,7 +152,7 @@ class Prompts(DataSettings):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches read log-probs of given tokens too, besides those that the policy samples."""
+        """Whether batches also read the log-probs of given tokens, in addition to those of sampled ones."""
         return False
 
     @property

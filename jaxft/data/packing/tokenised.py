@@ -28,7 +28,9 @@ OF_CONTENT = (ROW_FIELDS, PROBABILITIES)  # extras in which duplicates must agre
 
 @dataclass(frozen=True)
 class Ragged:
-    """Values of which row i has counts[i]: values[offsets[i]:offsets[i + 1]]."""
+    """Arrays of different lengths stored as one: row i is values[offsets[i]:offsets[i + 1]] and has counts[i]
+    values.
+    """
 
     values: Flat
     counts: Int[np.ndarray, " rows"]
@@ -273,5 +275,5 @@ def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
 
 def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
     """Return how often each token id occurs."""
-    found, counts = np.unique(ids, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    ids_present, counts = np.unique(ids, return_counts=True)
+    return dict(zip(ids_present.tolist(), counts.tolist(), strict=True))

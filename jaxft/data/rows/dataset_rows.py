@@ -74,13 +74,13 @@ def find_data(ref: str) -> Path | None:
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
         candidates.append(ROOT / ref)
-    found = next((path for path in candidates if path.exists()), None)
+    existing = next((path for path in candidates if path.exists()), None)
     folder, _, split = ref.rpartition(":")
-    if found is None and folder and split:
+    if existing is None and folder and split:
         parent = find_data(folder)
         if parent is not None and split in saved_splits(parent):
             return parent / split
-    return found
+    return existing
 
 
 def saved_splits(path: Path) -> list[str]:
@@ -226,8 +226,8 @@ def _split_notes(folder: Path, files: list[Path]) -> list[str]:
     all of them are read.
     """
     words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
-    train = [name for name, found in words.items() if "train" in found]
-    others = [name for name, found in words.items() if found & {*_EVALUATION_SPLITS}]
+    train = [name for name, parts in words.items() if "train" in parts]
+    others = [name for name, parts in words.items() if parts & {*_EVALUATION_SPLITS}]
     if not (train and others):
         return []
     how = f"set data={folder / train[0]} held_out={folder / others[0]}"

@@ -62,7 +62,7 @@ ChoiceValue = str | bool | int | float
 
 @dataclass(frozen=True)
 class DecisionChoice:
-    """A choice: its value, by which an answer names it, and perhaps what it means."""
+    """A choice of a decision: its value, which the answer of a row names, and an optional description."""
 
     value: ChoiceValue
     description: str = ""

@@ -29,7 +29,7 @@ _NUMBERS = ("score", "rating", "overall_score", "rank")
 
 
 def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
-    """Return a row with a label of several texts as one with one text, which has a line for each."""
+    """Return a row of several texts and a label with the texts joined into one, a line each."""
     text = "\n".join(f"{column}: {text_of(row, column)}" for column in columns)
     return Row(row.name, {**row.fields, "text": text})
 
@@ -56,7 +56,9 @@ def from_options(
 
 
 def kinds_of_ranking(responses: int) -> tuple[str, ...]:
-    """Return the kinds of so many responses: the best, the worst, and those between in order."""
+    """Return the kinds of the responses of a ranking: chosen, rejected, and between them rank_2, rank_3 and
+    so on.
+    """
     return ("chosen", "rejected", *(f"rank_{place}" for place in range(2, responses)))
 
 
@@ -288,13 +290,13 @@ def _turn(row: Row, who: str, said: str) -> Message:
 
 def _objects(text: str) -> list[Any]:
     """Return the JSON objects that are in a text one after the other."""
-    decoder, found, at = json.JSONDecoder(), list[Any](), text.find("{")
+    decoder, objects, at = json.JSONDecoder(), list[Any](), text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
         except ValueError:
             end = at + 1
         else:
-            found.append(value)
+            objects.append(value)
         at = text.find("{", end)
-    return found
+    return objects

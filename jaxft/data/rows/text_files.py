@@ -95,8 +95,8 @@ def text_files(folder: Path) -> list[Path]:
     def is_hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES)
-    return sorted(path for path in found if path.is_file() and not is_hidden(path))
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES)
+    return sorted(path for path in paths if path.is_file() and not is_hidden(path))
 
 
 def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator[Outcome]:
