@@ -370,8 +370,7 @@ def widened_pairs(params: Params) -> Params:
 
 
 def blend(new: Params, old: Params, alpha: float) -> tuple[Params, Float[Array, ""]]:
-    """Return `alpha new + (1 - alpha) old`, of products where both sides of a pair are there, and the
-    relative error.
+    """Return `alpha new + (1 - alpha) old`, for a LoRA pair of the products a b, and the relative error.
 
     old: a tree of widened_pairs, whose ranks the result has. The error is the Frobenius norm of the parts
     that all rank reductions dropped, divided by the norm of all blended products; float32, 0 without pairs.
