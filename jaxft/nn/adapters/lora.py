@@ -372,8 +372,8 @@ def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:
-    """Return `w + scale a b`, with DoRA rescaled to its magnitudes, computed in float32 or wider, in `dtype`,
-    of one kernel or a stack.
+    """Return `w + scale a b` of one kernel or a stack, computed in float32 or wider and cast to `dtype`; with
+    DoRA rescaled to its magnitudes.
     """
     wide = np.promote_types(dtype, np.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
