@@ -199,14 +199,14 @@ def chip_name(text: str) -> str | None:
 
 def local() -> Machine:
     """Return the devices of this process's backend as a machine."""
-    found = jax.devices()
-    kind = found[0].device_kind
+    devices = jax.devices()
+    kind = devices[0].device_kind
     candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    fraction = xla_flags.memory_fraction(os.environ) if found[0].platform in ("gpu", "cuda") else 1.0
+    fraction = xla_flags.memory_fraction(os.environ) if devices[0].platform in ("gpu", "cuda") else 1.0
     # bytes_limit is only the fraction of a GPU's memory that jax may allocate
-    memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
     nearest = min(candidates, key=lambda chip: abs(chip.memory - memory), default=None)
-    return Machine(f"{len(found)} x {kind}", nearest, list(found))
+    return Machine(f"{len(devices)} x {kind}", nearest, list(devices))
 
 
 def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
@@ -215,10 +215,10 @@ def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
     text = (TARGETS / f"{kind}.txtpb").read_text()
     hosts, each = (1, *sizes)[-2:]
     try:
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             "planned", platform="cuda", target_config=text, topology=f"1x{hosts}x{each}"
         )
-        return list(found.devices)
+        return list(topology.devices)
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(
