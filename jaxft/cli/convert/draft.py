@@ -118,7 +118,10 @@ def option_parts(
 def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
     """Raise ValueError for a file without options, or with too many."""
     if not options:
-        raise ValueError(f"{file}: it gives no options of TRL, Axolotl, LLaMA-Factory or Unsloth")
+        raise ValueError(
+            f"{file}: it has no options of TRL, Axolotl, LLaMA-Factory or Unsloth; name a configuration of "
+            "one of them"
+        )
     if len(options) > MOST_OPTIONS:
         raise ValueError(f"{file}: more than {MOST_OPTIONS} options; a configuration has fewer")
 

@@ -31,7 +31,8 @@ UNREAD_FILES = {  # keys of files that are not read -> whose they are
 
 
 def read_yaml(file: Path, text: str) -> ForeignConfig:
-    """Return the options of a YAML file. Nothing in it is executed.
+    """Return the options of a YAML file. Nothing in it is executed. Raises ValueError with one line for a
+    file that is no YAML, or of no known tool.
 
     Raises ValueError with one line for a file that is no YAML, or of no tool that is known.
     """
