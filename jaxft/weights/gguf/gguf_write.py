@@ -273,7 +273,10 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
         )
     if name in (NEVER_TIED if tied else ALWAYS_TIED):
         which = "a head that is the embedding" if tied else "a head that is not the embedding"
-        raise ValueError(f"{which} cannot be written as GGUF of architecture {name}")
+        raise ValueError(
+            f"{which} cannot be written as GGUF of architecture {name}"
+            "; write a Hugging Face folder, without --gguf"
+        )
     if name in HEADS_OF_WIDTH and config.heads * config.head_dim != config.width:
         raise ValueError(
             f"{config.heads} heads of {config.head_dim} cannot be written as GGUF of architecture {name}: "

@@ -65,7 +65,9 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in tensors:
-                raise ValueError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
+                raise ValueError(
+                    f"{path}: tensor {name} is in {tensors[name].path.name} too; remove one of the files"
+                )
             offset, dtype = begin + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
             tensors[name] = StoredTensor(path, name, offset, dtype, tuple(entry["shape"]))
     return SafetensorsFiles(str(where), tensors)
@@ -94,7 +96,10 @@ def required(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None =
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
     tensor = files.tensors[name]
     if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{files.where}: {name} has shape {tensor.shape}, expected {shape}")
+        raise ValueError(
+            f"{files.where}: {name} has shape {tensor.shape}, expected {shape}"
+            "; is it the file of another model?"
+        )
     return tensor
 
 

@@ -301,7 +301,10 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
             if not (
                 0 < value < 2**16 if type(value) is int else key == "alpha_pattern" and _is_finite(value)
             ):
-                raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
+                raise ValueError(
+                    f"{where}: {key} has the value {value!r} for {pattern!r}; expected a whole number from 1 "
+                    f"to 65535{'' if key == 'rank_pattern' else ', or another finite number'}"
+                )
     with errors_name(str(where)):
         plain = Adapter(rank, float(alpha), float(dropout))
         return replace(plain, rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))
