@@ -126,7 +126,9 @@ class ModelKnobs:
         return None
 
     def build(self, weights: str | None = None) -> Model:
-        """The model. weights: of another model that computes so, such as a reference."""
+        """Build the model. weights: of another model with the same settings of computation, such as a
+        reference.
+        """
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}

