@@ -59,7 +59,8 @@ def decide(
         raise InvalidRow(
             name,
             f"{'fewer than two' if len(names) < 2 else 'too many'} choices",
-            f"a decision has 2 to {len(LETTERS)} choices, one letter each, got {len(names)}",
+            f"a decision has 2 to {len(LETTERS)} choices, one letter each, got {len(names)}; "
+            "list fewer or more",
         )
     twice = next((one for one in names if names.count(one) > 1), None)
     if twice is not None:
@@ -119,7 +120,9 @@ class DecisionPrompts:
             if not all(isinstance(x, str) for x in labels) or not isinstance(question, str | None):
                 raise TypeError
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}: not the labels and the question of a jaxft run") from error
+            raise ValueError(
+                f"{path}: not the labels and the question of a jaxft run; restore the file"
+            ) from error
         return cls(tuple(labels), question)
 
     @property

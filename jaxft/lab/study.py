@@ -223,7 +223,10 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
             "doesn't reset between trials; leave it out"
         )
     if len(loss.knobs) >= len(PRIMES):
-        raise ValueError(f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched")
+        raise ValueError(
+            f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched; "
+            "fix some of them with partial"
+        )
     check_knobs(loss.fn)
 
 
@@ -253,7 +256,7 @@ def load_study(path: str) -> tuple[Study, Path]:
     file = find_file(path)
     make = vars(run_file(file)).get("study")
     if not callable(make):
-        raise ValueError(f"{path} has no function study() -> Study")
+        raise ValueError(f"{path} has no function study() -> Study; add one")
     made = make()
     if not isinstance(made, Study):
         raise ValueError(f"{path}: study() returned type {type(made).__name__}; expected a Study")

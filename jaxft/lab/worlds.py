@@ -186,7 +186,7 @@ def answered_prompts(source: str) -> list[AnsweredPrompt]:
     """
     path = next((p for p in (Path(source), ROOT / source) if p.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}")
+        raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}; correct the path")
     by_prompt = dict[str, str]()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         row = json.loads(line)

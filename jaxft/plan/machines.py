@@ -238,7 +238,9 @@ def _tpu_devices(name: str, kind: str, sizes: list[int], slices: int) -> list[An
         )
     if math.prod(sizes) > MAX_SLICE_CHIPS[kind] or any(size > 1 and size % 2 for size in sizes):
         limits = f"at most {MAX_SLICE_CHIPS[kind]} chips, and 1 or an even number of them along each axis"
-        raise ValueError(f"--devices {name!r} does not exist: a slice of {kind} has {limits}")
+        raise ValueError(
+            f"--devices {name!r} does not exist: a slice of {kind} has {limits}; use a slice within that"
+        )
     layout = "x".join(map(str, sizes))
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if sizes[0] % 2 or sizes[1] % 2:  # instead of the default of 2 x 2 chips
@@ -249,7 +251,9 @@ def _tpu_devices(name: str, kind: str, sizes: list[int], slices: int) -> list[An
     except (RuntimeError, ValueError, NotImplementedError, OSError) as e:
         reason = str(e).splitlines()[0]
         if "INVALID_ARGUMENT" in reason:
-            raise ValueError(f"--devices {name!r}: libtpu does not support this slice ({reason})") from e
+            raise ValueError(
+                f"--devices {name!r}: libtpu does not support this slice ({reason}); use another slice"
+            ) from e
         raise ValueError(f"compiling for {kind} needs libtpu: pip install 'jaxft[tpu]' ({reason})") from e
 
 

@@ -54,7 +54,7 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
         panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))
     ]
     if not panels:
-        raise ValueError(f"{path}: no curve to draw")
+        raise ValueError(f"{path}: no curve to draw; log a metric first")
     labels = list(dict.fromkeys(label for panel in panels for label in (*panel.curves, *panel.dashed)))
     wide = min(columns, len(panels))
     high = -(-len(panels) // wide)

@@ -268,7 +268,10 @@ def adaptive_gfpo(
     of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0, 1].
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
-        raise ValueError(f"adaptive_gfpo: fractions={fractions} are not all above 0 and at most 1.")
+        raise ValueError(
+            f"adaptive_gfpo: fractions={fractions} are not all above 0 and at most 1."
+            " Use numbers such as 0.5."
+        )
     valid = has_score(scores)
     means = np.nansum(_float64(scores), 1) / np.maximum(valid.sum(1), 1)
     quarters = (means[:, None] > np.quantile(means[valid.any(1)], (0.25, 0.5, 0.75))).sum(1)

@@ -189,7 +189,7 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Return a number that a finished run's summary has about an early end, None if it did not end so.
+    """Return the number by which a finished run's summary records an early end, None if it has none.
 
     by: "patience" for the loop.patience that ended it, "planned" for the planned steps of a run that a
     callback ended.

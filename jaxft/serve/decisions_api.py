@@ -118,7 +118,7 @@ def _question(text: str, number: int, item: Any) -> Question:
         raise ApiError(400, f"{where}: name must be a string", "questions")
     choices = YES_NO if options is None else _options(where, item.get(options[0]), *options)
     if kind == "score" and len(choices) > MOST_LEVELS:
-        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels", "questions")
+        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels; use fewer", "questions")
     messages = user_messages(f"{text}\n\n{instructions}" if text.strip() else instructions)
     try:
         return Question(kind, name, decide(where, messages, choices))

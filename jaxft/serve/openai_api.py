@@ -190,7 +190,7 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
         return None
     if choice == "required":
         if not tools:
-            raise ApiError(400, "tool_choice is required, but there are no tools", "tool_choice")
+            raise ApiError(400, "tool_choice is required, but there are no tools; add some", "tool_choice")
         return RequiredCall(functions_of(tools), is_single)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -201,7 +201,11 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
         )  # fmt: skip
     chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
     if not chosen:
-        raise ApiError(400, f"tool_choice names {name!r:.60}, which is none of the tools", "tool_choice")
+        raise ApiError(
+            400,
+            f"tool_choice names {name!r:.60}, which is none of the tools; name one of them",
+            "tool_choice",
+        )
     return RequiredCall(chosen[:1], True)
 
 
@@ -257,7 +261,9 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
     top_p, min_p = _number(body, "top_p", 0.0, 1.0), _number(body, "min_p", 0.0, 1.0)
     n = _integer(body, "n", 1, MOST_CHOICES) or 1
     if n * prompts > MOST_CHOICES:
-        raise ApiError(400, f"{prompts} prompts with n={n} are more than {MOST_CHOICES} choices", "n")
+        raise ApiError(
+            400, f"{prompts} prompts with n={n} are more than {MOST_CHOICES} choices; request fewer", "n"
+        )
     top_k = _integer(body, "top_k", -1, 2**31 - 1)
     try:
         temperature = 1.0 if temperature is None else temperature

@@ -158,7 +158,7 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
     try:
         values[name] = None if is_none else kinds[name](value)
     except ValueError as error:
-        raise ValueError(f"{name}={value[:40]} is not a number") from error
+        raise ValueError(f"{name}={value[:40]} is not a number; use one such as 0.7") from error
     if values["max_new"] > chat.most_new:
         raise ValueError(f"max_new may be at most {chat.most_new}; start with a larger --max-new")
     seed = values.pop("seed")

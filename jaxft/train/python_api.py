@@ -218,7 +218,7 @@ def train_recipe(
 def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
     """Return dotted settings and knobs together. Raises ValueError for one that is in both."""
     for name in settings.keys() & knobs.keys():
-        raise ValueError(f"{name} is given twice: in settings and as {name}=")
+        raise ValueError(f"{name} is given twice: in settings and as {name}=; give it once")
     return {**settings, **knobs}
 
 

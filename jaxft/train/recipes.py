@@ -271,7 +271,8 @@ def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
     if (Path(start) / "model" / "config.json").is_file():
         return str(Path(start) / "model"), None
     raise FileNotFoundError(
-        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()})"
+        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()}); "
+        "name one"
     )
 
 

@@ -411,7 +411,7 @@ def read_python(file: Path, text: str) -> ForeignConfig:
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
-        raise ValueError(f"{file}:{error.lineno}: syntax error: {error.msg}") from error
+        raise ValueError(f"{file}:{error.lineno}: syntax error: {error.msg}; correct it") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"{file}: not a Python file that can be parsed; correct it, or convert a YAML file"

@@ -186,7 +186,9 @@ class TokenisedRows:
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
     def content_hashes(self) -> UInt64[np.ndarray, " rows"]:
-        """Return a hash of each row, whose first examples are begins_row, equal for duplicates."""
+        """Return a hash of each row of the dataset, equal for duplicates. The rows are numbered as in
+        `documents`.
+        """
         content = np.asarray(self.content)
         if self.begins_row.all():
             return content

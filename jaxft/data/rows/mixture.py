@@ -318,7 +318,10 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
     for name, side in (("train", ~held), ("held_out", held)):
         if side.any() and not (side & ~out).any():
             value, drop = getattr(settings, name), ",".join(settings.drop)
-            raise ValueError(f"data.{name}={value}: data.drop={drop} leaves no {settings.unit[:-1]}")
+            raise ValueError(
+                f"data.{name}={value}: data.drop={drop} leaves no {settings.unit[:-1]}; "
+                "drop less, or add rows"
+            )
     train = np.flatnonzero(~held & ~out)
     if not rows.weights[train].any():
         raise ValueError(

@@ -423,7 +423,7 @@ def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float
 def output_factors(
     magnitude: Float[Array, "*K O"], w: Float[Array, "I O"], a: Array, b: Array, scale: Array
 ) -> Float[Array, "*K O"]:
-    """Return the factor of each output of a base weight w with a pair; only magnitude has a gradient."""
+    """Return DoRA's factor of each output of a base weight w with a pair; only magnitude has a gradient."""
     return gains(magnitude, output_norms(*jax.lax.stop_gradient((w, a, b)), scale))
 
 

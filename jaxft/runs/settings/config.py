@@ -221,7 +221,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
         if isinstance(override, ObjectText):
             text = ObjectText.of(override.value)
         if key in texts:
-            raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
+            raise ValueError(f"{key} is given twice: {texts[key]} and {text}; keep one")
         texts[key] = text
     return texts
 
@@ -304,7 +304,7 @@ def _with_fields(
             refused.append(str(error))
             continue
         if steps in fields:
-            raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+            raise ValueError(f"{key} and {fields[steps][0]} are the same field; set only one")
         fields[steps] = (key, text)
     if refused:
         raise ValueError(join_lines(refused))

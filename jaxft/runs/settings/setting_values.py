@@ -287,7 +287,7 @@ def run_file(file: Path) -> types.ModuleType:
         code = compile(file.read_bytes(), str(file), "exec")
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
-        raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}") from error
+        raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}; correct it") from error
     except ValueError as error:  # a null byte, before Python 3.12
         raise ValueError(f"{short_path(file)}: not a Python file ({error})") from error
     try:
@@ -334,7 +334,7 @@ def load_callable(text: str, or_dict: bool = False) -> Any:
     if or_dict and isinstance(value, dict) and all(map(callable, value.values())):
         return value
     if not callable(value) and not dataclasses.is_dataclass(value):
-        raise ValueError(f"{text} has type {type(value).__name__}, not a function")
+        raise ValueError(f"{text} has type {type(value).__name__}, not a function; name a function")
     return value
 
 

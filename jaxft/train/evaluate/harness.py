@@ -246,7 +246,9 @@ class HarnessBackend:
         except REJECTIONS as error:
             others = [message for message in messages if message["role"] != "system"]
             if len(others) == len(messages):
-                raise ValueError(f"{self.template.name} rejects the messages of a task: {error}") from error
+                raise ValueError(
+                    f"{self.template.name} rejects the messages of a task: {error}; omit --chat"
+                ) from error
             self.without_system += 1
             return self.chat_text(others, generation)
         if generation:
@@ -519,7 +521,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
     for name in names:
         is_file = name in files
         if is_file and not Path(name).is_file():
-            raise ValueError(f"--tasks {name}: no such file (relative to {Path.cwd()})")
+            raise ValueError(f"--tasks {name}: no such file (relative to {Path.cwd()}); correct the path")
         matching = [name] if is_file else manager.match_tasks([name])
         if not matching:
             near = ", ".join(nearest(name, manager.all_tasks, 3)) or "none"

@@ -364,7 +364,10 @@ def export_gguf(
     header = _gguf_header(source.ref)
     keep = mixture.lower() == KEEP
     if keep and header is None:
-        raise ValueError(f"--gguf {KEEP} is for a GGUF file as the model, which {source.ref} is not")
+        raise ValueError(
+            f"--gguf {KEEP} is for a GGUF file as the model, which {source.ref} is not; "
+            "choose a type such as Q4_K_M"
+        )
     mixture = "F32" if keep else mixture_named(mixture)
     check_gguf_output(out, source.ref)
     if not source.model.generates:

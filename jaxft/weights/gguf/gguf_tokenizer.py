@@ -202,8 +202,8 @@ def special_token_id(header: GgufHeader, name: str) -> int | None:
     index = header.required(key, int)
     if index < 0 or (count is not None and index >= count):
         raise ValueError(
-            f"{header.path}: {SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens"
-            "; use the model's Hugging Face folder"
+            f"{header.path}: {SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens; "
+            "use the model's Hugging Face folder"
         )
     return index
 
@@ -220,8 +220,8 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     pairs = [merge.split(" ") for merge in listed]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair"
-            "; use the model's Hugging Face folder"
+            f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair; "
+            "use the model's Hugging Face folder"
         )
     merges = [(first, second) for first, second in pairs]
     tokenizer = _bpe(header, tokens, merges, ignore_merges=pre.whole_words)
@@ -252,8 +252,8 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
     if scores is None or len(scores) != len(tokens):
         raise ValueError(
             f"{header.path}: metadata tokenizer.ggml.scores must have an entry for each of the "
-            f"{len(tokens)} tokens"
-            "; use the model's Hugging Face folder"
+            f"{len(tokens)} tokens; "
+            "use the model's Hugging Face folder"
         )
     plain = {
         token: score
@@ -313,8 +313,8 @@ def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list
         )
     except Exception as e:  # tokenizers raises plain Exception
         raise ValueError(
-            f"{header.path}: its start or end token cannot be added to texts: {e}"
-            "; use the model's Hugging Face folder"
+            f"{header.path}: its start or end token cannot be added to texts: {e}; "
+            "use the model's Hugging Face folder"
         ) from e
 
 
@@ -332,16 +332,16 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     if model["type"] != "BPE":
         raise ValueError(
             f"a tokenizer of type {model['type']!r} cannot be written as GGUF; jaxft writes byte-level and "
-            "SentencePiece BPE"
-            "; write a Hugging Face folder, without --gguf"
+            "SentencePiece BPE; "
+            "write a Hugging Face folder, without --gguf"
         )
     tokens, types = _tokens(tokenizer, state, rows)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     prefix = "tokenizer.ggml"
     if not merges:
         raise ValueError(
-            "a byte-level tokenizer without merges cannot be written as GGUF"
-            "; write a Hugging Face folder, without --gguf"
+            "a byte-level tokenizer without merges cannot be written as GGUF; "
+            "write a Hugging Face folder, without --gguf"
         )
     if model.get("byte_fallback"):
         of_model = [

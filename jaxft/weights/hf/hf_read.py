@@ -65,7 +65,9 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index}: shard {name!r} is not a plain file name inside the folder")
+            raise ValueError(
+                f"{index}: shard {name!r} is not a plain file name inside the folder; correct the index"
+            )
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name}: this shard of {index.name} is missing; download the model again"
@@ -159,11 +161,13 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
         stored = files.tensors[name]
         if stored.shape != shape:
             raise ValueError(
-                f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}"
-                "; does its config.json belong to it?"
+                f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}; "
+                "does its config.json belong to it?"
             )
         if stored.dtype not in FLOATS.values():
-            raise ValueError(f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}")
+            raise ValueError(
+                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; convert it"
+            )
 
 
 def _is_zero_bias(files: ModelFiles, name: str) -> bool:

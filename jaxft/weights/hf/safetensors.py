@@ -97,8 +97,8 @@ def required(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None =
     tensor = files.tensors[name]
     if shape is not None and tensor.shape != shape:
         raise ValueError(
-            f"{files.where}: {name} has shape {tensor.shape}, expected {shape}"
-            "; is it the file of another model?"
+            f"{files.where}: {name} has shape {tensor.shape}, expected {shape}; "
+            "is it the file of another model?"
         )
     return tensor
 
@@ -282,7 +282,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ValueError(f"{path}: not JSON ({e})") from e
+        raise ValueError(f"{path}: not JSON ({e}); correct or download it again") from e
     except ValueError as e:
         raise ValueError(f"{path}: not JSON (a number has thousands of digits)") from e
     if not isinstance(value, dict):

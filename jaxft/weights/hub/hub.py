@@ -216,7 +216,9 @@ def _from_hub(ref: str, config_only: bool) -> Located:
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e
     except Exception as e:  # the hub's own, or of the HTTP library that this version of it uses
-        raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
+        raise OSError(
+            f"{ref}: download from {where} failed: {short_message(e)}; try again, or use a local folder"
+        ) from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
 
