@@ -72,7 +72,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
-    """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
+    """Read and tokenise a dataset. Invalid rows are left out and counted, with any data.invalid."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
         return inspect_prompts(data, *prompts.split_prompts(data, tokenizer))

@@ -146,7 +146,7 @@ class Source(Protocol[BoundTo]):
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source whose `evaluate` reads at most so many held-out rows, None for all. Where the
+        """Return the source whose `evaluate` reads at most `most` held-out rows, None for all. Where the
         train loop evaluates on `held_out`, these are batches, of which `held_out_name` names the rows.
         """
 

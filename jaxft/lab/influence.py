@@ -147,10 +147,9 @@ def slopes_of_rows(parts: Prepared, state: TrainState | None = None) -> Influenc
     """Return the slope of each training pair's margin along the gradient of the held-out margins: nats for
     each nat that the mean held-out margin rises.
 
-    state: of the run, after some of its steps; by default the state at step 0. The gradient is that of at
-    most HELD_OUT_FRACTION as many held-out pairs as there are training pairs, or of FEWEST_HELD_OUT. Runs on
-    one device. Raises ValueError for a run of other data or another kind of objective, and without held-out
-    rows.
+    state: of the run, after some of its steps; by default the state at step 0. The gradient is of at most
+    HELD_OUT_FRACTION as many held-out pairs as there are training pairs, or of FEWEST_HELD_OUT. Runs on one
+    device. Raises ValueError for a run of other data or another kind of objective, and without held-out rows.
     """
     run = _open(parts, state)
     if not parts.model.generates:

@@ -57,8 +57,8 @@ NO_MEAN = (
 
 
 def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
-    """Run all checks of a loss. claims: those of CLAIMS that are made of it, in addition to those that its
-    annotation declares (see pair.Claims); a false claim fails.
+    """Run all checks of a loss. claims: names of CLAIMS, in addition to the claims that its annotation
+    declares (see pair.Claims); a false claim fails.
 
     Raises ValueError for an unknown claim, and if the loss raises.
     """

@@ -251,7 +251,7 @@ def reworded(prompt: str, rng: random.Random) -> str:
 
 
 class Features(NamedTuple):
-    """What the true reward counts: the fraction of the right facts, 1 for a bare object or answer, and
+    """The quantities in the true reward: the fraction of the right facts, 1 for a bare object or answer, and
     characters more than the right completion has.
     """
 

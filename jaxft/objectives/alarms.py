@@ -200,8 +200,8 @@ def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
 
 
 def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect held-out accuracy below its best at two evaluations in a row while the margin is above what it
-    was then.
+    """Detect overfitting: the held-out accuracy is below its best at two evaluations in a row, and the margin
+    above its value at that best.
     """
     accuracy, margin = n.get(HELD_OUT + ACCURACY), n.get(HELD_OUT + MARGIN)
     if accuracy is None or margin is None:
@@ -432,7 +432,9 @@ def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) -> str:
-    """An accuracy before and after training, as text. ties: before, the policy was the reference."""
+    """Return an accuracy before and after training, as text. ties: whether all pairs were ties before,
+    because the policy was the reference.
+    """
     pairs, chance = last.get(name + PAIR_COUNT), ""
     if pairs and wilson(last[name], pairs).has(0.5):
         chance = " (not distinguishable from 0.5, chance)"

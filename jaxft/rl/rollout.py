@@ -341,7 +341,7 @@ class PromptSource:
         return HeldOutMetrics({}, {})
 
     def limit_evaluation(self, most: int | None) -> Any:
-        """Return the source whose evaluations read at most so many held-out prompts."""
+        """Return the source whose evaluations read at most `most` held-out prompts."""
         return replace(self, most_evaluated=most)
 
     def row_names(self, step: int) -> list[str]:

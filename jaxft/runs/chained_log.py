@@ -77,7 +77,7 @@ class DigestWriter:
 
 
 def add_files(log: Path, files: Iterable[Path]) -> str:
-    """Append digests of files to those of a finished log; return the last digest."""
+    """Append digests of files to the digests of a finished log; return the last digest."""
     writer = DigestWriter(log, whole_lines(log))
     for path in files:
         if path.is_file():

@@ -384,8 +384,8 @@ def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | 
 
 
 def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
-    """Return how the base is quantised: as `kind` or the runs of the adapters say. Raises ValueError if they
-    differ.
+    """Return how the base is quantised: `kind`, or else the setting of the adapters' runs. Raises ValueError
+    if these differ.
     """
     settings = {
         name: quant_setting(kind, n.record if n.adapter else None) for name, n in named.items() if n.adapter

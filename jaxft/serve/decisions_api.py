@@ -59,7 +59,7 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
-    known: of the model. A question of type choice without choices and instructions has those of a classifier.
+    known: of the model. A question of type choice without choices and instructions gets a classifier's.
     """
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")

@@ -281,7 +281,7 @@ class TypedTurns:
         self.asked.pop(episode, None)
 
     def wait(self) -> list[Sampled]:
-        """Read a turn of the first episode that is to have one."""
+        """Read a turn of the first episode that waits for one."""
         if not self.asked:
             return []
         episode, most = next(iter(self.asked.items()))

@@ -68,8 +68,9 @@ class ForeignConfig:
     """A configuration of another tool.
 
     file: where it was read. tool: one of option_names.py. trainer: the method, in the tool's word ("dpo",
-    "kto", ...), "" where the options must tell. lora: whether an adapter is trained, None where
-    the options must tell. devices: how many, None if the file doesn't tell. notes: lines about the file.
+    "kto", ...), "" where it follows from the options. lora: whether an adapter is trained, None where it
+    follows from the options. devices: how many, None if the file does not state it. notes: lines about the
+    file.
     """
 
     file: Path

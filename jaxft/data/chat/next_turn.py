@@ -23,7 +23,7 @@ SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in
 
 
 class TurnWording(NamedTuple):
-    """One way to write a turn and what answers it as messages."""
+    """One way to write a turn and its answer as messages."""
 
     turn: Message
     answers: tuple[Message, ...]

@@ -37,7 +37,7 @@ REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for mes
 
 
 class UnusableTemplate(ValueError):
-    """A chat template fails whatever the row, or takes too long; it ends a run with data.invalid=drop too."""
+    """A chat template fails for every row, or takes too long; it ends a run with data.invalid=drop too."""
 
 
 class TemplateFault(jinja2.TemplateError):
@@ -95,7 +95,7 @@ class Template:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The token ids that end the last turn of a conversation, on which generation is to stop."""
+        """The token ids that end the last turn of a conversation, at which generation stops."""
         others = self.tool_use.stop_tokens if self.tool_use else ()
         return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
@@ -329,7 +329,7 @@ def with_merged_system(messages: Sequence[Message]) -> list[Message]:
 def render_messages(
     template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False
 ) -> str:
-    """Return the conversation as the template renders it, with the generation prompt if asked to.
+    """Return the conversation as the template renders it, with the generation prompt if `generation`.
 
     Raises jinja2.TemplateError or TypeError if the template rejects the messages, and UnusableTemplate if it
     takes too long.

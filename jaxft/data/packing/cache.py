@@ -30,8 +30,9 @@ Item = TypeVar("Item")
 class Flat:
     """Arrays that are read as if concatenated along their first axis; indexing copies only the chosen values.
 
-    releases: functions that are called after each copy. That of a mapped file unmaps the pages that were
-    read, which would otherwise count as memory of the process until it ends; the system still caches them.
+    releases: functions that are called after each copy. The function of a mapped file unmaps the pages that
+    were read, which would otherwise count as memory of the process until it ends; the system still caches
+    them.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], releases: Sequence[Callable[[], object]] = ()):

@@ -272,7 +272,7 @@ class Epochs:
     """Passes over the rows.
 
     batch_tokens(epoch): tokens of each batch of an epoch. alike: whether every epoch has the same number of
-    batches and of tokens; it hasn't if rows are packed and sources have weights.
+    batches and of tokens; False if rows are packed and sources have weights.
     """
 
     batch_tokens: Callable[[int], Int[np.ndarray, " steps"]]

@@ -104,7 +104,7 @@ class Tokenising:
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
-    print the progress of a long tokenisation. sample: tokenise so many rows of a larger dataset, at even
+    print the progress of a long tokenisation. sample: tokenise this many rows of a larger dataset, at even
     distances; None for all. only: the name of a row, FILE:LINE, that is tokenised alone.
     """
 

@@ -39,8 +39,8 @@ MOST_LABELS = 100  # that are counted
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
     theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
-    the rows have besides a text, or the text besides another format. labels: of a classifier's rows, where
-    data.labels names none.
+    the rows have in addition to a text, or the text in addition to another format. labels: of a classifier's
+    rows, where data.labels names none.
     """
 
     name: str

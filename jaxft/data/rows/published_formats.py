@@ -68,7 +68,7 @@ def best_first(kinds: Sequence[str]) -> list[str]:
 
 
 def rating_columns(responses: int) -> tuple[str, ...]:
-    """Return the columns of the ratings of so many responses."""
+    """Return the columns of the ratings of a number of responses."""
     return tuple(_RATING + kind for kind in kinds_of_ranking(responses))
 
 
@@ -197,7 +197,7 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
 def from_better(
     row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
 ) -> Row:
-    """Return two responses as a pair. column: says which is better, by its values in `better` for the first
+    """Return two responses as a pair. column: names the better one, by its values in `better` for the first
     and the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
     """
     value = row.fields[column]

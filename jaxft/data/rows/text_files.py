@@ -163,7 +163,7 @@ class CsvText(NamedTuple):
     named: bool = False
 
     def notes(self, path: Path) -> list[str]:
-        """Return lines about what its suffix does not say."""
+        """Return lines about the encoding and the delimiter, if the file's suffix does not imply them."""
         usual = "\t" if path.suffix == ".tsv" else ","
         if self.delimiter == usual:
             return encoding_note(path, self.encoding)

@@ -66,7 +66,7 @@ class Calculator:
 def calculator_rows(count: int, seed: int) -> list[RowColumns]:
     """Return questions with answers, which take a call of each tool, one after the other.
 
-    Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or like it.
+    Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or similar.
     """
     rng = random.Random(seed)
     orders = ("multiply", "add"), ("add", "multiply")

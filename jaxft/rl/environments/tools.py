@@ -95,7 +95,7 @@ def _is_like_a_call(text: str) -> bool:
 
 
 def turn_message(turn: ParsedTurn) -> Message:
-    """Return the assistant's message of a turn, with its calls as such."""
+    """Return a turn as an assistant message, with its tool calls in the key tool_calls."""
     message: Message = {"role": "assistant", "content": turn.text}
     if turn.calls:
         message["tool_calls"] = [

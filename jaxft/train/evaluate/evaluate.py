@@ -175,7 +175,9 @@ def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:
 
 
 def is_greater_better(name: str) -> bool | None:
-    """Return whether a greater value of a held-out metric is better; None for a name that does not tell."""
+    """Return whether a greater value of a held-out metric is better, by its name; None if the name does not
+    imply it.
+    """
     own = name.removeprefix(HELD_OUT)
     if own.endswith(LOWER_IS_BETTER):
         return False

@@ -468,9 +468,9 @@ def batches_of(
 class HarnessFlags:
     """Options that replace the settings of tasks.
 
-    fewshot: examples in front of each question; None as the task says. limit: the first rows of each task;
-    None for all. system: a system message. generation: arguments of generation, such as {"max_gen_toks": 64}.
-    unsafe: whether tasks may execute code that the model writes.
+    fewshot: examples in front of each question; None for the task's own number. limit: the first rows of each
+    task; None for all. system: a system message. generation: arguments of generation, such as
+    {"max_gen_toks": 64}. unsafe: whether tasks may execute code that the model writes.
     """
 
     fewshot: int | None = None

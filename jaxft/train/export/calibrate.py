@@ -117,7 +117,7 @@ class CalibrationPlan:
 
 
 def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
-    """Return the first training rows of a source with at least so many tokens, or all of an epoch.
+    """Return the first training rows of a source with at least `tokens` tokens, or all of an epoch.
 
     They are the same for any mesh, data.micro, data.layout and number of epochs, which may change when a run
     resumes. Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.

@@ -283,8 +283,8 @@ def eval_limit_lines(job: Job) -> list[str]:
 
 
 def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:
-    """Return an evaluation that says which part of the held-out rows it has read, unless it has read all.
-    rows: values of single rows by their position.
+    """Note in an evaluation which part of the held-out rows it has read, unless it has read all. rows: values
+    of single rows by their position.
     """
     if job.limit.rows is None:
         return end

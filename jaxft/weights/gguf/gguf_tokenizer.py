@@ -472,7 +472,7 @@ def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
     spaces if tokenizer.json does not put another one in front.
 
     Raises ValueError if a token of the file has another id, if an added token is split, or if the ids of most
-    texts differ: the file would be of no use.
+    texts differ: the file would be useless.
     """
     read = build_tokenizer(read_gguf_header(path))
     _check_tokens(read, tokenizer)

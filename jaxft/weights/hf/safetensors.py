@@ -156,7 +156,7 @@ class TensorToWrite:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -233,7 +233,9 @@ def _copy_bytes(source: Path, start: int, size: int, out: BinaryIO) -> None:
         while size:
             piece = file.read(min(COPIED_BYTES, size))
             if not piece:
-                raise ValueError(f"{source}: ends inside a tensor; the file changed while it was read")
+                raise ValueError(
+                    f"{source}: ends inside a tensor; the file changed while it was read; start again"
+                )
             out.write(piece)
             size -= len(piece)
 

@@ -109,7 +109,9 @@ def is_here(ref: str) -> bool:
 
 
 def small_file(ref: str, name: str) -> Path | None:
-    """Return a file of a model that is a folder or on the hub, without a download; None if it is not here."""
+    """Return a file of a model that is a folder or on the hub, without a download; None if it is not on this
+    machine.
+    """
     path = Path(os.path.expanduser(ref))
     if path.is_dir():
         return path / name if (path / name).is_file() else None

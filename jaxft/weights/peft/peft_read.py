@@ -91,9 +91,9 @@ def read_parts(
 ) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has for
-    the language model head is left out if `model` has a scalar head in its place. base: as in read_adapter.
-    Raises ValueError as read_adapter does, and if the scalar head is missing or has several labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). Tensors for the language
+    model head are left out if `model` has a scalar head in its place. base: as in read_adapter. Raises
+    ValueError as read_adapter does, and if the scalar head is missing or has several labels.
     """
     return _read(Path(folder), model, partial(_first_pair, base))
 

@@ -262,7 +262,7 @@ def _patterns(
 
 
 class Modules(NamedTuple):
-    """The tensors of an adapter's files besides LoRA pairs.
+    """The tensors of an adapter's files in addition to LoRA pairs.
 
     nodes: {"weight"} or {"rows"} by path. settings: fields of nn.lora.Adapter. used: names of tensors.
     """
