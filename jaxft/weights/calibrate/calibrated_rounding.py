@@ -59,7 +59,7 @@ class InverseFactor(NamedTuple):
 
 @jax.jit
 def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
-    """Factorise the inverse of a moment, damped; the inputs of several weights have the same."""
+    """Factorise the inverse of a damped moment. Weights with the same inputs share it."""
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))
