@@ -94,8 +94,9 @@ class Prompts(DataSettings):
             )
         if self.max_episode is not None and (self.max_turns == 1 or self.max_episode < self.max_new):
             raise ValueError(
-                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: the tokens of an "
-                "episode of several turns are at least data.max_new; one turn has data.max_new alone"
+                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: an episode of "
+                "several turns has at least data.max_new tokens, and an episode of one turn has no other "
+                "limit; raise data.max_episode, or set it to none"
             )
         if self.decode_rows is not None and self.decode_rows < self.group:
             raise ValueError(

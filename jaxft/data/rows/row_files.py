@@ -390,8 +390,8 @@ def rows_of_batch(
 ) -> Iterator[Outcome]:
     """Yield the rows of an Arrow record batch.
 
-    others: columns that are not in it. where: the file as errors name it. label: the file as the rows' names
-    begin. before: rows of the file before this batch.
+    others: columns that are not in it. where: the file as errors name it. label: the prefix of the rows'
+    names. before: rows of the file before this batch.
     """
     if row_parquet.batch_bytes(batch) > LINE_BYTES:
         half = batch.num_rows // 2
@@ -424,7 +424,9 @@ def _table_row(table: Any, index: int, where: str) -> Any:
 
 
 def read_table(table: Any, rows: range, where: str, label: str) -> Iterator[Outcome]:
-    """Read rows of a table of the package datasets. where, label: the table in errors and in rows' names."""
+    """Read rows of a table of the package datasets. where: its name in errors. label: the prefix of the rows'
+    names.
+    """
     items = table.select(rows)
     for number, item in enumerate(map(without_added_nulls, items), rows.start + 1):
         yield attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")

@@ -76,8 +76,11 @@ def objective_kind(run: Run) -> str:
 
 
 def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
-    """Return the settings of a command that returns a Run. The learning rate is chosen where it is "auto", or
-    where the command names no rate, and another model than the recipe's or full=true.
+    """Return the settings of a command that returns a Run, with a learning rate if the command leaves it
+    open.
+
+    The rate is chosen if it is "auto", and if the command names no rate, but full=true or another model than
+    the recipe's.
     """
     resolved = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
     names = [text.partition("=")[0] for text in overrides if text in AUTO]
