@@ -61,8 +61,8 @@ class EMAReference:
     """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 -
     alpha) ref.
 
-    The mean is one of weights. Of LoRA adapters that is the mean of the products a b, which the reference
-    stores with twice the adapter's rank; what this leaves out at the newest update is logged as
+    The mean is taken over weights, for LoRA adapters over the products a b. The reference stores it with
+    twice the adapter's rank. The part of the newest update that this rank cannot hold is logged as
     `reference_rank_error`, a fraction of the products' norm.
     """
 
