@@ -44,10 +44,10 @@ _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 class Listing:
     """A dataset in chunks, each of which one process can read.
 
-    labels: what the names of its rows begin with, such as file names. folder: of the files, "" without any.
+    labels: prefixes of the names of its rows, such as file names. folder: of the files, "" without any.
     digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
     chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
-    about how the files are read where they don't say it, such as their encoding.
+    about how the files are read that are not obvious, such as their encoding.
     """
 
     labels: tuple[str, ...]

@@ -59,10 +59,10 @@ class GroupPlan(NamedTuple):
 
 
 def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None, where: str) -> GroupPlan:
-    """Return how to read a row group within limits, from what the file says and a pass over long columns.
+    """Return how to read a row group within limits, from the file's metadata and a pass over long columns.
 
     A group is refused, with a ValueError, only if it takes more than RATIO times its bytes in the file, and
-    either ONCE_BYTES at one time, whatever the size of batches, or its rows' part of the file's TOTAL_BYTES
+    either ONCE_BYTES at one time, for any size of batches, or its rows' part of the file's TOTAL_BYTES
     (EXPANDED_BYTES in a column that cannot stay encoded). Honest files that repeat long texts stay below
     these: their rows are read in batches of about LINE_BYTES.
 
