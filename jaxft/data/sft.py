@@ -103,8 +103,8 @@ class Rows(DataSettings):
 
         @lru_cache(maxsize=2)
         def plan(epoch: int) -> RowPlan:
-            found = first_plan if epoch == 0 else _plan(self, examples, split.of_epoch(epoch), size, epoch)
-            return pack.limit_reads(found, member_targets(examples, found), reads)
+            rows = first_plan if epoch == 0 else _plan(self, examples, split.of_epoch(epoch), size, epoch)
+            return pack.limit_reads(rows, member_targets(examples, rows), reads)
 
         layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
         epochs = source.plan_epochs(split, plan, examples.lengths, self.batch)
@@ -302,7 +302,9 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
 
 
 def member_targets(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
-    """Return the targets of each member of a plan; of wrapped rows all tokens but the first."""
+    """Return the number of target tokens of each member of a plan; of wrapped rows all tokens but the
+    first.
+    """
     if plan.counts is None:
         return examples.targets[plan.members]
     return plan.counts - plan.is_first
@@ -376,12 +378,12 @@ def fill_rows(
     own: Ragged = examples.extras[TOKEN_WEIGHTS]
     if own.counts[plan.members].any():
         token_weights[slot] *= _own_weights(own, plan.members, examples.lengths)[learned]
-    found = Tokens(ids, segments, positions, read, targets, token_weights)
+    batch = Tokens(ids, segments, positions, read, targets, token_weights)
     if sources is None:
-        return found
+        return batch
     number_of = np.zeros((rows, reads), np.int32)
     number_of[slot] = np.repeat(sources[plan.members], counts)[learned]
-    return replace(found, sources=number_of)
+    return replace(batch, sources=number_of)
 
 
 def _own_weights(
@@ -427,8 +429,8 @@ def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
 
 
 def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    return found
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise_steps, _step_columns, checks=())

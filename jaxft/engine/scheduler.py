@@ -100,7 +100,7 @@ Deliver = Callable[[NewTokens], None]
 
 
 class QueueFull(RuntimeError):
-    """The queue has no place for a request."""
+    """The queue has no room for a request."""
 
 
 class Stopped(RuntimeError):
@@ -109,7 +109,9 @@ class Stopped(RuntimeError):
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. `cancelled` may be set by any thread; its row is then free after the block."""
+    """A submitted request, which any thread may cancel by setting `cancelled`; its row is free after the
+    current block of steps.
+    """
 
     request: TokenRequest
     deliver: Deliver
@@ -128,7 +130,9 @@ class Ticket:
 
 
 class Load(NamedTuple):
-    """Requests in rows and waiting, and the numbers since the start: finished requests, tokens, failures."""
+    """Counts of a scheduler: requests in rows, waiting requests, and since the start finished requests,
+    tokens and failures.
+    """
 
     running: int
     waiting: int
@@ -232,7 +236,9 @@ class Scheduler:
                 "it, or start the server with a larger --max-new"
             )
         if len(choice.stop) > sizes.stops:
-            raise ValueError(f"{len(choice.stop)} stop tokens are more than {sizes.stops}")
+            raise ValueError(
+                f"{len(choice.stop)} stop tokens are more than the {sizes.stops} of this server; send fewer"
+            )
 
     def _run(self) -> None:
         left = NewTokens(finish="error", error="the scheduler has ended")

@@ -156,7 +156,7 @@ class Session:
         """
         it, space = self.running[episode], self.space(episode)
         if it.finish not in ("stop", "length"):
-            raise ValueError(f"episode {episode} has no turn that has ended")
+            raise ValueError(f"episode {episode} has no turn that has ended; wait for it first")
         if len(tokens) >= space:
             raise ValueError(
                 f"episode {episode} has {it.count} of at most {it.count + space} tokens, so {len(tokens)} "

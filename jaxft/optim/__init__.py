@@ -4,7 +4,7 @@ optimizer.py: the Optimizer type, its settings, the shardings of its state; step
     policy left unchanged while heads are updated
 rules.py: update rules (AdamW, schedule-free AdamW, Adafactor, Muon), averages of the weights, transformations
 schedules.py: learning-rate schedules
-update.py: the guarded update, stochastic rounding
+update.py: apply an update, unless the step is not finite; stochastic rounding
 layerwise.py: the update layer by layer, also inside the backward pass
 low_precision.py: Adam with 8-bit or bfloat16 moments
 """

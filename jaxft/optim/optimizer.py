@@ -271,7 +271,7 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return `o.lr_groups`, with last groups for `o.lora_plus` if these parameters have LoRA matrices b."""
+    """Return `o.lr_groups`, followed by groups for `o.lora_plus` if the parameters have LoRA matrices b."""
     paths = spec_paths(specs)
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups
@@ -553,7 +553,9 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
 def _of_step(info: StepInfo) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the loss and the gradient norm of a step in float32. Raises ValueError without a loss."""
     if info.loss is None:
-        raise ValueError("skip_spikes needs the step's loss in StepInfo.loss")
+        raise ValueError(
+            "optim.skip_spikes needs the step's loss in StepInfo.loss, which is None; pass the loss"
+        )
     return info.loss.astype(jnp.float32), info.norm.astype(jnp.float32)
 
 

@@ -210,7 +210,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from jaxft.distributed.disk import temporary_folder
-from jaxft.weights.hub import complete_folders
+from jaxft.weights.hf import complete_folders
 from jaxft.weights.hf.complete_folders import new_folder
 path = Path(sys.argv[1])
 with (temporary_folder(path, "jaxft-push-") as folder, new_folder(path / "out") as part,

@@ -389,7 +389,7 @@ def test_presets_touch_neither_disk_nor_network(monkeypatch):
 
 HUB_CLIENT = """
 import sys
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights import param_loading as param_reader, pretrained
 for ref in sys.argv[1:]:
     try:

@@ -67,7 +67,7 @@ ChoiceValue = str | bool | int | float
 
 @dataclass(frozen=True)
 class DecisionChoice:
-    """A choice: its value, by which an answer names it, and perhaps what it means."""
+    """A choice of a decision: its value, which the answer of a row names, and an optional description."""
 
     value: ChoiceValue
     description: str = ""
@@ -82,8 +82,8 @@ class DecisionChoice:
 class Decision:
     """A question to a model: the messages of its prompt, and the choices.
 
-    answers: what the response to each choice is after `prefix`; each is one token. probabilities: of the
-    choices, which sum to 1; () where they are not known. arguments: as in Chat.
+    answers: the response for each choice, after `prefix`; each is one token. probabilities: of the choices,
+    which sum to 1; () where they are not known. arguments: as in Chat.
     """
 
     name: str
@@ -243,9 +243,9 @@ def target_weights(chat: Chat, loss_on: str) -> dict[int, float]:
     for index in chat.weights.keys() - set(turns):
         _check_other_role(chat, index, loss_on)
     weights = {index: chat.weights.get(index, float(index >= first)) for index in turns}
-    found = {index: weight for index, weight in weights.items() if weight}
-    if found or loss_on == "all":
-        return found
+    learned = {index: weight for index, weight in weights.items() if weight}
+    if learned or loss_on == "all":
+        return learned
     if chat.weights.keys() & set(turns):
         problem = "no assistant turn is learned: all have weight 0 or train=false"
         raise InvalidRow(

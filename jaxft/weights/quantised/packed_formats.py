@@ -81,7 +81,8 @@ def _read_grouped(
         return arrays | {"offset": -zeros.astype(np.float32) * scale.astype(np.float32)}
     if not (zeros == ZERO).all():
         raise ValueError(
-            f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config"
+            f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config; "
+            "correct one of them"
         )
     return arrays
 
@@ -110,7 +111,8 @@ def group_size(where: str, settings: ff.QuantConfig) -> int | None:
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
         raise ValueError(
-            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4"
+            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4; "
+            "use the model's unquantised weights"
         )
     if type(group) is not int or group == 0 or group < -1:
         raise ValueError(
@@ -133,7 +135,8 @@ def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readabl
     if not names <= set(readable):
         raise ValueError(
             f"{where}: {settings['quant_method']} weights with {stated} in quantization_config, but jaxft "
-            f"reads {' and '.join(readable)}"
+            f"reads {' and '.join(readable)}; "
+            "use the model's unquantised weights"
         )
     return names.pop()
 
@@ -170,11 +173,13 @@ def _decode_gptq(
     groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
     if groups.min() < 0 or groups.max() >= blocks:
         raise ValueError(
-            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}"
+            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}; "
+            "download the file again"
         )
     if layout.index is None and not np.array_equal(groups, in_order):
         raise ValueError(
-            f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config"
+            f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config; "
+            "correct one of them"
         )
     arrays = _read_grouped(files, stem, layout, how, index)
     return arrays if layout.index is None else {**arrays, "index": groups}
@@ -326,7 +331,9 @@ def _scaled_weight(
     rows, columns = blocks_of(outs, ins)
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
-        raise ValueError(f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}")
+        raise ValueError(
+            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}; convert it"
+        )
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
         raise ValueError(f"{files.where}: {scales} has shape {given.shape}, expected {grid}")
@@ -392,7 +399,10 @@ def _common_weights(where: str, settings: ff.QuantConfig) -> dict[str, Any]:
     groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, dict) else []
     if not schemes or not all(isinstance(s, dict) and isinstance(s.get("weights"), dict) for s in schemes):
-        raise ValueError(f"{where}: {_COMPRESSED} without weights in config_groups of quantization_config")
+        raise ValueError(
+            f"{where}: {_COMPRESSED} without weights in config_groups of quantization_config; "
+            "use the model's unquantised weights"
+        )
     for scheme in schemes:
         activations = scheme.get("input_activations") or {}
         static = isinstance(activations, dict) and activations and activations.get("dynamic") is not True
