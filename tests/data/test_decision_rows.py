@@ -205,7 +205,7 @@ def test_public_rows_are_read_as_they_are(name, begins, choices, answer):
 
 
 def label_of(label, labels):
-    return parse(Row("r:1", {"text": "t", "label": label}), "label", labels).probabilities
+    return parse(Row("r:1", {"text": "t", "label": label}), "label", RowSettings(labels=labels)).probabilities
 
 
 def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path):

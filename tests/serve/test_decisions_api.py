@@ -8,6 +8,7 @@ from running_server import Running
 
 from jaxft.batch import Tokens
 from jaxft.data.decisions import DecisionPrompts, parse
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.serve.decisions_api import parse_decisions, parse_rerank, ranked
 from jaxft.serve.openai_api import ApiError
@@ -155,7 +156,7 @@ def test_a_classifier_is_asked_for_its_own_labels():
     own, other = parse_decisions(
         {"input": "x", "questions": [{"type": "choice", "name": "n"}, CHOICE]}, known
     )
-    row = parse(Row("r:1", {"text": "x", "label": 0}), "label", *vars(known).values())
+    row = parse(Row("r:1", {"text": "x", "label": 0}), "label", RowSettings(**vars(known)))
     assert own.decision.messages == row.messages and own.decision.choices == row.choices
     assert [x.value for x in other.decision.choices] == ["user", "model"]
 
@@ -168,7 +169,7 @@ def test_documents_are_ranked_by_the_probability_of_yes(running):
         with pytest.raises(ApiError, match=next(iter(change))):
             parse_rerank({**body, **change}, DecisionPrompts())
     found = parse_rerank(body, DecisionPrompts(question="Find it"))
-    row = parse(Row("r", {"query": "rank", "document": "b", "label": 1}), "reranker", (), "Find it")
+    row = parse(Row("r", {"query": "rank", "document": "b", "label": 1}), "reranker", RowSettings(question="Find it"))
     assert found.decisions[1].messages == row.messages and found.decisions[1].answers == row.answers
     answer = ranked("m", found, [0.2, 0.7], 9)
     assert answer["results"] == [{"index": 1, "document": {"text": "b"}, "relevance_score": 0.7}]
