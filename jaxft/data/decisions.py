@@ -374,9 +374,7 @@ def _soft(row: str, column: str, value: Any, names: Sequence[str]) -> tuple[floa
     return _probabilities(row, column, given, names)
 
 
-def _no_choice(
-    row: str, column: str, value: Any, names: Sequence[str], reading: str = VALUE
-) -> InvalidRow:
+def _no_choice(row: str, column: str, value: Any, names: Sequence[str], reading: str = VALUE) -> InvalidRow:
     remedies = {
         VALUE: f"near: {', '.join(similar_names(str(value), list(names)))[:200]}",
         LETTER: f"most answers are letters, here A to {LETTERS[: len(names)][-1:]}",

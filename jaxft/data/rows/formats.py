@@ -174,9 +174,7 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
 # ---- decisions
 
 
-def _decision(
-    row: Row, settings: RowSettings, format: str, reading: str | None = None
-) -> dict[str, Example]:
+def _decision(row: Row, settings: RowSettings, format: str, reading: str | None = None) -> dict[str, Example]:
     settings = settings if reading is None else replace(settings, reading=reading)
     return {RESPONSE: parse(row, format, settings)}
 
@@ -410,9 +408,7 @@ TASKS = {
 }
 
 
-def formats_of(
-    task: str, numbers: tuple[str, ...] = (), unlabelled: bool = False
-) -> dict[str, RowFormat]:
+def formats_of(task: str, numbers: tuple[str, ...] = (), unlabelled: bool = False) -> dict[str, RowFormat]:
     """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have.
     unlabelled: whether decisions may lack the column of their answer.
     """
