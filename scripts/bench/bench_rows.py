@@ -192,6 +192,8 @@ def main() -> None:
         path, workers, checkout = args.tokenise
         tokenise(path, int(workers), checkout, args.recipe)
         return
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
