@@ -224,15 +224,15 @@ def minimise(risk: Risk, toy: Toy) -> Minimum:
     options = {"gtol": 1e-11}
     first, along = risk.of_theta(zero)[0], toy.features.T @ (toy.reward - toy.reward.mean())
     nudge = np.random.default_rng(0).normal(0, 0.1, zero.shape)  # leaves kinks and saddle points
-    found = []
+    ends = []
     for start in (zero, nudge, 5.0 * along, 50.0 * along):
         with np.errstate(all="ignore"):
             end = minimize(risk.of_theta, start, jac=True, method="BFGS", options=options, callback=far)
-        found.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
-    lowest = min(value for value, _ in found)
+        ends.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
+    lowest = min(value for value, _ in ends)
     near = 1e-4 * abs(first - lowest) + 1e-9
-    best, theta = next((value, x) for value, x in found if value <= lowest + FLAT * near)
-    reached = min(found[:2], key=lambda end: end[0])
+    best, theta = next((value, x) for value, x in ends if value <= lowest + FLAT * near)
+    reached = min(ends[:2], key=lambda end: end[0])
     logits = toy.features @ theta
     falls = [first - risk.of_logits(k * logits)[0] for k in (1.0, 2.0, 4.0)]
     bounded = not (falls[2] - falls[1] > 0.5 * (falls[1] - falls[0]) > 0.05 * falls[0])
@@ -352,8 +352,8 @@ def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
     grid = np.linspace(-reach, reach, count)
     c, r = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
     ratio = {"chosen": c, "rejected": r} | dict.fromkeys(probe.kinds[2:], 0.0)
-    found = evaluate_pairs(probe, ratio=ratio, reference=-max(24.0, 1.1 * reach))
-    pushes = (-found.gradient[kind].reshape(count, count) for kind in PAIR)
+    evaluated = evaluate_pairs(probe, ratio=ratio, reference=-max(24.0, 1.1 * reach))
+    pushes = (-evaluated.gradient[kind].reshape(count, count) for kind in PAIR)
     return PushField(grid, grid, *pushes)
 
 
@@ -362,7 +362,7 @@ def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The population minimiser of a loss, and the margins that it is a reward of."""
+    """The population minimiser of a loss, with the reward margins between responses that it implies."""
 
     toy: Toy
     minimum: Minimum
@@ -384,12 +384,14 @@ def _margins(toy: Toy, logp: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def check_optimum(found: Optimum, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
-    """Whether the population minimiser exists, orders the responses by reward, and equals the log-odds."""
+def check_optimum(optimum: Optimum, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
+    """Check whether the population minimiser exists, orders the responses by reward, and equals the
+    log-odds.
+    """
     return (
-        _check_finite(found.minimum, "finite" in claims),
-        _check_order(found, "bradley_terry" in claims),
-        _check_calibration(found, "calibrated" in claims),
+        _check_finite(optimum.minimum, "finite" in claims),
+        _check_order(optimum, "bradley_terry" in claims),
+        _check_calibration(optimum, "calibrated" in claims),
     )
 
 
@@ -400,14 +402,14 @@ def _claimed(name: str, claimed: bool, holds: bool, message: str) -> Check:
     return Check(name, holds if claimed else None, message)
 
 
-def _check_finite(found: Minimum, claimed: bool) -> Check:
+def _check_finite(minimum: Minimum, claimed: bool) -> Check:
     name = "optimum"
-    if not np.isfinite(found.risk):
+    if not np.isfinite(minimum.risk):
         return Check(name, False, "the expected loss is not finite at any policy that the search reached")
-    if not found.bounded:
+    if not minimum.bounded:
         message = "the expected loss falls without bound as a response's probability goes to 0"
         return Check(name, False, f"{message}; bound it, with log_sigmoid or a square of the margin")
-    if not found.finite:
+    if not minimum.finite:
         message = "with unlimited data the loss is lowest at infinite log-ratios: training has no end"
         return _claimed(name, claimed, False, message)
     return _claimed(name, claimed, True, "with unlimited data the loss is lowest at finite log-ratios")
@@ -420,18 +422,18 @@ def _orders(values: np.ndarray, reward: np.ndarray) -> int:
     return int((steps > least).all()) - int((steps < -least).all())
 
 
-def _check_order(found: Optimum, claimed: bool) -> Check:
-    name, reward = "Bradley-Terry", found.toy.reward
-    if np.abs(found.margins["summed log-ratios"]).max() < 1e-3:
+def _check_order(optimum: Optimum, claimed: bool) -> Check:
+    name, reward = "Bradley-Terry", optimum.toy.reward
+    if np.abs(optimum.margins["summed log-ratios"]).max() < 1e-3:
         message = "with unlimited data the loss is lowest at the reference: nothing is learned of soft labels"
         return _claimed(name, claimed, False, message)
-    orders = {what: _orders(x, reward) for what, x in found.margins.items()}
-    fits = sorted(orders, key=lambda what: -np.corrcoef(found.margins[what], reward)[0, 1])
+    orders = {what: _orders(x, reward) for what, x in optimum.margins.items()}
+    fits = sorted(orders, key=lambda what: -np.corrcoef(optimum.margins[what], reward)[0, 1])
     right = [what for what in fits if orders[what] > 0]
     if not right and min(orders.values()) < 0:
         message = "with unlimited data the loss orders responses in reverse of their true reward"
         return Check(name, False, f"{message}; change its sign")
-    local = _margins(found.toy, found.minimum.local)
+    local = _margins(optimum.toy, optimum.minimum.local)
     if right and _orders(local[right[0]], reward) < 0:
         message = (
             f"{right[0]} order the responses by true reward at the optimum, but descent from the reference "
@@ -444,11 +446,11 @@ def _check_order(found: Optimum, claimed: bool) -> Check:
     return _claimed(name, claimed, False, message)
 
 
-def _check_calibration(found: Optimum, claimed: bool) -> Check:
+def _check_calibration(optimum: Optimum, claimed: bool) -> Check:
     """Fit log-odds = k margin for each kind of margin."""
-    odds = found.toy.reward[:, None] - found.toy.reward[None, :]
+    odds = optimum.toy.reward[:, None] - optimum.toy.reward[None, :]
     fits = []
-    for what, x in found.margins.items():
+    for what, x in optimum.margins.items():
         margin = x[:, None] - x[None, :]
         size = float((margin * margin).sum())
         k = float((odds * margin).sum()) / size if size > 1e-12 else 0.0
@@ -467,7 +469,7 @@ def _check_calibration(found: Optimum, claimed: bool) -> Check:
 
 
 def check_sign(curve: Curve, claimed: bool) -> Check:
-    """The gradient at the reference raises the margin."""
+    """Check that the gradient at the reference raises the margin."""
     chosen, rejected = (float(curve.gradient[kind][len(curve.margin) // 2]) for kind in PAIR)
     slope = rejected - chosen
     least = 1e-6 * max(float(np.abs(x).max()) for x in curve.gradient.values())
@@ -484,7 +486,7 @@ def find_displacement(probe: Probe) -> DisplacementPath:
 
 
 def check_displacement(probe: Probe, claimed: bool) -> Check:
-    """Whether the chosen response loses log-prob while the margin grows."""
+    """Check whether the chosen response loses log-prob while the margin grows."""
     moved = displacement(find_displacement(probe))
     name = "displacement"
     if moved is None:

@@ -126,13 +126,13 @@ class RowGradients:
         """Return pairs of rows whose gradients have a cosine of at least `same`, in absolute value: below 0
         for rows that repeat one another with opposite labels.
         """
-        unit, found = _unit(self.gradients), list[tuple[int, int, float]]()
+        unit, pairs = _unit(self.gradients), list[tuple[int, int, float]]()
         for begin in range(0, len(unit), 1024):
             cosines = unit[begin : begin + 1024] @ unit.T
             for i, j in np.argwhere(np.abs(cosines) >= same).tolist():
                 if j > i + begin:
-                    found.append((i + begin, j, float(cosines[i, j])))
-        return found
+                    pairs.append((i + begin, j, float(cosines[i, j])))
+        return pairs
 
 
 def _unit(x: Float[np.ndarray, "n size"]) -> Float[np.ndarray, "n size"]:
@@ -197,12 +197,12 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
         return map_gradients(parts.model, tree.combine(trainable, frozen), batch, key)
 
     with jax.set_mesh(run.mesh):
-        compiled, found = jax.jit(of_batch), dict[int, np.ndarray]()
+        compiled, by_index = jax.jit(of_batch), dict[int, np.ndarray]()
         for batch in map(_on_rows, run.source.cover([*rows.train.tolist(), *rows.held.tolist()])):
             gradients = np.asarray(compiled(run.trainable, run.frozen, batch))
             used = batch.index >= 0
-            found |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
-    train, held_out = (np.stack([found[i] for i in which]) for which in (rows.train, rows.held))
+            by_index |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
+    train, held_out = (np.stack([by_index[i] for i in which]) for which in (rows.train, rows.held))
     return MarginGradients(run.names, train, held_out)
 
 

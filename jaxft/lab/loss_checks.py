@@ -53,8 +53,8 @@ NO_MEAN = (
 
 
 def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
-    """Run all checks of a loss. claims: those of CLAIMS that are made of it, in addition to those that its
-    annotation declares (see pair.Claims); a false claim fails.
+    """Run all checks of a loss. claims: names of CLAIMS, in addition to the claims that its annotation
+    declares (see pair.Claims); a false claim fails.
 
     Raises ValueError for an unknown claim, and if the loss raises.
     """
@@ -101,7 +101,7 @@ def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
 
 
 def check_shape(probe: Probe) -> Check:
-    """The result is an array [B, P] in the dtype of the log-probs."""
+    """Check that the result is an array [B, P] in the dtype of the log-probs."""
     expected, got = shape_of(probe.loss, probe.kinds, probe.columns)
     if not isinstance(got, jax.ShapeDtypeStruct):
         message = f"expected an array {list(expected)}, one value per pair, got a {type(got).__name__}"
@@ -116,8 +116,8 @@ def check_shape(probe: Probe) -> Check:
 
 
 def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
-    """Pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses of 1 and
-    LONGEST tokens.
+    """Return pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses
+    of 1 and LONGEST tokens.
     """
     sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
     policy, reference = (x.ravel() for x in np.meshgrid(sums, sums))
@@ -137,10 +137,10 @@ def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
 
 
 def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
-    """Values and gradients are finite at the extremes."""
+    """Check that values and gradients are finite at the extremes."""
     name, pair = f"finite in {jnp.dtype(dtype).name}", extreme_pairs(probe, dtype)
-    found = evaluate_each(probe, pair)
-    parts = {"the value": found.value, **{f"the gradient on {k}": x for k, x in found.gradient.items()}}
+    result = evaluate_each(probe, pair)
+    parts = {"the value": result.value, **{f"the gradient on {k}": x for k, x in result.gradient.items()}}
     bad = {part: ~np.isfinite(x.astype(np.float32)) for part, x in parts.items()}
     count = int(np.any(list(bad.values()), 0).sum())
     if not count:
@@ -156,7 +156,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
         for field in ("logp", "reference", "length")
     )
     where = f"log pi of chosen and rejected {logp}, reference {reference}, {length} tokens"
-    message = f"{part} is {float(parts[part][n])} at {where} ({count} such pairs of {len(found.value)})"
+    message = f"{part} is {float(parts[part][n])} at {where} ({count} such pairs of {len(result.value)})"
     return Check(
         name,
         False,
@@ -165,7 +165,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
 
 
 def check_empty_slots(probe: Probe) -> Check:
-    """The result is finite where responses are missing and in slots of weight 0."""
+    """Check that the result is finite where responses are missing and in slots of weight 0."""
     present = {"chosen": np.array([1, 1, 0, 0, 1, 1])}
     present |= dict.fromkeys(probe.kinds[1:], np.array([1, 0, 1, 0, 1, 1]))
     length = {kind: TOKENS * x for kind, x in present.items()}
@@ -177,9 +177,9 @@ def check_empty_slots(probe: Probe) -> Check:
     }
     for where, weights in batches.items():
         weight: Any = weights.astype(np.float32)
-        found = evaluate_batch(probe, replace(pair, weight=weight))
-        gradients = {f"the gradient on {k}": x for k, x in found.gradient.items()}
-        for part, x in {"a value": found.value, **gradients}.items():
+        result = evaluate_batch(probe, replace(pair, weight=weight))
+        gradients = {f"the gradient on {k}": x for k, x in result.gradient.items()}
+        for part, x in {"a value": result.value, **gradients}.items():
             if not np.isfinite(x).all():
                 message = (
                     f"{part} is not finite {where}; a missing response has log-probs 0, length 1, present 0"
@@ -189,14 +189,14 @@ def check_empty_slots(probe: Probe) -> Check:
 
 
 def check_usual_pairs(probe: Probe, curve: Curve) -> Check:
-    """The result is finite at log-ratios of a few nats; the other checks need that."""
+    """Check that the result is finite at log-ratios of a few nats, which the other checks need."""
     name, rest = "usual pairs", "the other checks were not run"
     bad = ~np.isfinite(np.stack([curve.value, *curve.gradient.values()])).all(0)
     if bad.any():
         where = _intervals(curve.margin, bad)
         return Check(name, False, f"value or gradient is not finite at margins {where}; {rest}")
-    found = evaluate_pairs(probe, **varied_pairs(probe.kinds, 24))
-    if not np.isfinite(np.stack([found.value, *found.gradient.values()])).all():
+    result = evaluate_pairs(probe, **varied_pairs(probe.kinds, 24))
+    if not np.isfinite(np.stack([result.value, *result.gradient.values()])).all():
         return Check(name, False, f"value or gradient is not finite at log-ratios within 8 nats; {rest}")
     return Check(name, True, "values and gradients are finite")
 
@@ -204,8 +204,8 @@ def check_usual_pairs(probe: Probe, curve: Curve) -> Check:
 # Pairs in a batch
 
 
-def _flat(found: LossResult) -> LossResult:
-    return jax.tree.map(lambda x: x.reshape(x.size), found)
+def _flat(result: LossResult) -> LossResult:
+    return jax.tree.map(lambda x: x.reshape(x.size), result)
 
 
 def _six_pairs(probe: Probe) -> PairBatch:
@@ -213,7 +213,7 @@ def _six_pairs(probe: Probe) -> PairBatch:
 
 
 def check_independence(probe: Probe) -> Check:
-    """A pair's value does not depend on other pairs or on its weight."""
+    """Check that a pair's value does not depend on other pairs or on its weight."""
     pair = _six_pairs(probe)
     weight: Any = (pair.weight / 6).astype(np.float32)
     alone = evaluate_each(probe, pair)
@@ -229,14 +229,14 @@ def check_independence(probe: Probe) -> Check:
 
 
 def check_zero_weight(probe: Probe) -> Check:
-    """Slots of weight 0 do not influence the other pairs of a coupled loss."""
+    """Check that slots of weight 0 do not influence the other pairs of a coupled loss."""
     pair = _six_pairs(probe)
     alone, rows = evaluate_each(probe, pair), pack_rows(pair, 2)
     weight: Any = np.array([[1, 0], [0, 0], [0, 0]], np.float32)
     batched = _flat(evaluate_batch(probe, replace(rows, weight=weight)))
 
-    def first(found: LossResult) -> LossResult:
-        return jax.tree.map(lambda x: x[:1], found)
+    def first(result: LossResult) -> LossResult:
+        return jax.tree.map(lambda x: x[:1], result)
 
     if not same_result(first(alone), first(batched)):
         values = format_number(alone.value[0]), format_number(batched.value[0])
@@ -249,7 +249,7 @@ def check_zero_weight(probe: Probe) -> Check:
 
 
 def check_order(probe: Probe) -> Check:
-    """The order of pairs does not influence a coupled loss."""
+    """Check that the order of pairs does not influence a coupled loss."""
     pair, order = _six_pairs(probe), np.array([4, 2, 0, 5, 1, 3])
     first = _flat(evaluate_batch(probe, pack_rows(pair, 2)))
     second = _flat(evaluate_batch(probe, pack_rows(jax.tree.map(lambda x: x[order], pair), 2)))
@@ -264,7 +264,7 @@ def check_order(probe: Probe) -> Check:
 
 
 def describe_start(probe: Probe) -> Check:
-    """The value where the policy equals the reference."""
+    """Describe the value where the policy equals the reference."""
     deep, long = np.array([-24.0, -3.0, -400.0, -24.0, -24.0, -90.0]), np.array([16, 16, 16, 4, 48, 5])
     third = probe.kinds[2:]
     length = {"chosen": long, "rejected": long[[0, 1, 2, 4, 3, 5]]} | dict.fromkeys(third, TOKENS)
@@ -281,7 +281,7 @@ def describe_start(probe: Probe) -> Check:
 
 
 def check_first_gradient(curve: Curve) -> Check:
-    """The gradient is not 0 where the policy equals the reference, where training starts."""
+    """Check that the gradient is not 0 where the policy equals the reference, where training starts."""
     kinds = sorted(curve.gradient, key=lambda kind: kind not in PAIR)
     gradients = np.stack([curve.gradient[kind] for kind in kinds])
     first, largest = gradients[:, len(curve.margin) // 2], np.abs(gradients).max()
@@ -298,7 +298,7 @@ def check_first_gradient(curve: Curve) -> Check:
 
 
 def check_direction(curve: Curve) -> Check:
-    """The gradient raises the chosen response and lowers the rejected one."""
+    """Check that the gradient raises the chosen response and lowers the rejected one."""
     name = "direction"
     span = f"at margins {format_number(curve.margin[0])} to {format_number(curve.margin[-1])}"
     chosen, rejected = (curve.gradient[kind] for kind in PAIR)
@@ -313,12 +313,12 @@ def check_direction(curve: Curve) -> Check:
         "lowers chosen": chosen > least,
         "raises rejected": rejected < -least,
     }
-    found: dict[str, list[str]] = {}
+    by_interval: dict[str, list[str]] = {}
     for what, where in wrong.items():
         if where.any():
-            found.setdefault(_intervals(curve.margin, where), []).append(what)
-    if found:
-        message = "; ".join(f"{' and '.join(what)} at margins {where}" for where, what in found.items())
+            by_interval.setdefault(_intervals(curve.margin, where), []).append(what)
+    if by_interval:
+        message = "; ".join(f"{' and '.join(what)} at margins {where}" for where, what in by_interval.items())
         return Check(name, None, message)
     return Check(name, True, f"never lowers chosen or raises rejected, {span}")
 
@@ -335,7 +335,7 @@ def _intervals(margin: np.ndarray, where: np.ndarray) -> str:
 
 
 def describe_inputs(probe: Probe) -> Check:
-    """The third response, columns and state that the loss reads."""
+    """Describe the third response, columns and state that the loss reads."""
     pair = synthetic_pairs(**varied_pairs(probe.kinds, 24), columns=probe.columns)
     level = evaluate_each(probe, pair)
 
@@ -343,13 +343,13 @@ def describe_inputs(probe: Probe) -> Check:
         columns = {**pair.columns, name: pair.columns[name] + np.float32(1)}
         return not same_result(level, evaluate_each(probe, replace(pair, columns=columns)))
 
-    found = [f"a third response `{kind}`" for kind in probe.kinds[2:]]
-    found += [
+    inputs = [f"a third response `{kind}`" for kind in probe.kinds[2:]]
+    inputs += [
         f"the column `{name}` ({int(name not in ZERO_COLUMNS)} in all other checks)"
         for name in probe.columns
         if reads(name)
     ]
-    message = f"reads chosen and rejected responses{''.join(', ' + what for what in found)}"
+    message = f"reads chosen and rejected responses{''.join(', ' + what for what in inputs)}"
     if probe.declared.coupled:
         state = (
             f" with the state {', '.join(probe.declared.init)} at its start" if probe.declared.init else ""
@@ -359,7 +359,7 @@ def describe_inputs(probe: Probe) -> Check:
 
 
 def describe_reference(probe: Probe) -> Check:
-    """Whether the loss depends on the reference's log-probs."""
+    """Describe whether the loss depends on the reference's log-probs."""
     given = varied_pairs(probe.kinds, 24)
     shift = {kind: np.linspace(1, 4, 24) * (i + 1) for i, kind in enumerate(probe.kinds)}
     shifted = {
@@ -395,8 +395,8 @@ def runs_without_reference(probe: Probe) -> bool:
 
 
 def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
-    """loss(pair) - loss(swapped pair) = -k margin, as in DPO; the margin of summed or mean log-ratios or
-    log-probs.
+    """Check that loss(pair) - loss(swapped pair) = -k margin, as in DPO; the margin of summed or mean
+    log-ratios or log-probs.
     """
     given = varied_pairs(probe.kinds, 24)
     swapped = {what: {**x, "chosen": x["rejected"], "rejected": x["chosen"]} for what, x in given.items()}
@@ -422,7 +422,9 @@ def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
 
 
 def check_difference(probe: Probe, claimed: bool = False) -> Check:
-    """The loss depends on the difference of the two log-ratios alone: adding to both has no effect."""
+    """Check that the loss depends on the difference of the two log-ratios alone: adding to both has no
+    effect.
+    """
     given = varied_pairs(probe.kinds, 24)
     lift = {kind: np.linspace(-4, 4, 24) * (kind in PAIR) for kind in probe.kinds}
     lifted = {kind: x + lift[kind] for kind, x in given["ratio"].items()}
@@ -452,7 +454,9 @@ def _refuted(name: str, claimed: bool, message: str) -> Check:
 
 
 def describe_lengths(probe: Probe) -> tuple[Check, Check, Check]:
-    """The influence of lengths at equal sums of log-probs and at equal means, and the gradient on a token."""
+    """Describe the influence of lengths at equal sums of log-probs and at equal means, and the gradient on a
+    token.
+    """
 
     def sums(n: Any, x: float) -> tuple[Any, Any]:
         return 0 * n + x, 0 * n + TOKENS * PER_TOKEN
@@ -478,19 +482,19 @@ def _by_length(
         "rejected": np.array([SHORT, LONG, SHORT, LONG]),
     }
     length |= dict.fromkeys(probe.kinds[2:], np.full(4, TOKENS))
-    found = []
+    losses = []
     for x in cases.values():
         each = {kind: given(n, x if kind in PAIR else 0.0) for kind, n in length.items()}
         ratio, known = ({kind: both[i] for kind, both in each.items()} for i in range(2))
-        found.append(evaluate_pairs(probe, ratio=ratio, length=length, reference=known).value)
-    if all(close(x, np.full(4, x[0])) for x in found):
+        losses.append(evaluate_pairs(probe, ratio=ratio, length=length, reference=known).value)
+    if all(close(x, np.full(4, x[0])) for x in losses):
         return Check(name, None, f"{SHORT} or {LONG} tokens, the value is the same")
     values = ", ".join(
         f"{format_number(x[0])} and {format_number(x[1])} {case}"
-        for case, x in zip(cases, found, strict=True)
+        for case, x in zip(cases, losses, strict=True)
     )
-    lower = [bool(x[0] < x[1]) for x in found]
-    if all(close(x[:1], x[1:2]) for x in found):
+    lower = [bool(x[0] < x[1]) for x in losses]
+    if all(close(x[:1], x[1:2]) for x in losses):
         message = "lengths matter, but not which of the two responses is the longer one"
     elif all(lower) or not any(lower):
         message = (

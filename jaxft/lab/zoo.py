@@ -68,7 +68,7 @@ ZOO_LENGTH = (8, 12, 7, 15, 10, 20)
 
 @dataclass(frozen=True)
 class Specimen:
-    """What the page shows of a loss.
+    """The results of a loss that the page shows.
 
     needs: what it reads in addition to a pair and the reference's log-probs. own: quality of the policy that
     it would reach with its own beta; by_beta: for other values of beta, in ascending order of KL, empty for a
@@ -95,7 +95,7 @@ def zoo_toy() -> Toy:
 
 
 def describe_loss(loss: NamedLoss) -> Specimen:
-    """Compute what the page shows of a loss. Raises ValueError if the loss fails."""
+    """Compute the results of a loss that the page shows. Raises ValueError if the loss fails."""
     seen, toy = probe(loss.label, loss.fn), zoo_toy()
     beta = loss_knobs(loss.fn).get("beta", (None, None))[1]
     betas = [beta * factor for factor in BETAS] if isinstance(beta, float) and beta > 0 else []
@@ -119,14 +119,14 @@ def describe_loss(loss: NamedLoss) -> Specimen:
 def _needs(seen: Probe) -> tuple[str, ...]:
     """What a loss reads beyond the pair, its reference and a margin."""
     ratings = any(name.startswith(RATING) for name in seen.columns)
-    found = {
+    inputs = {
         "no reference": not seen.declared.reads_reference,
         "ratings": ratings,
         "a third response": len(seen.kinds) > 2,
         "the batch": seen.declared.coupled,
         "a state": bool(seen.declared.init),
     }
-    return tuple(name for name, needed in found.items() if needed)
+    return tuple(name for name, needed in inputs.items() if needed)
 
 
 def _quality(seen: Probe, toy: Toy, **knobs: float) -> Quality:
@@ -144,11 +144,11 @@ def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Qual
     (low, start), (high, end) = near[-1], far[0]
     for _ in range(8):
         middle = math.sqrt(low * high)
-        found = _quality(seen, toy, beta=middle)
-        if found.kl <= SAME_KL:
-            low, start = middle, found
+        reached = _quality(seen, toy, beta=middle)
+        if reached.kl <= SAME_KL:
+            low, start = middle, reached
         else:
-            high, end = middle, found
+            high, end = middle, reached
     return float(np.interp(SAME_KL, [start.kl, end.kl], [start.reward, end.reward]))
 
 
@@ -161,10 +161,10 @@ def gain_curve(x: Specimen, start: float, best: Sequence[Quality]) -> tuple[list
     """Return the KL of a loss with several betas, and its gain over the reference in per cent of the most
     that any policy can gain at that KL.
     """
-    found = [q for _, q in x.by_beta if LEAST_KL <= q.kl <= MOST_KL]
-    most = np.interp([q.kl for q in found], [q.kl for q in best], [q.reward for q in best])
-    gains = [100 * (q.reward - start) / (top - start) for q, top in zip(found, most.tolist(), strict=True)]
-    return [q.kl for q in found], gains
+    reached = [q for _, q in x.by_beta if LEAST_KL <= q.kl <= MOST_KL]
+    most = np.interp([q.kl for q in reached], [q.kl for q in best], [q.reward for q in best])
+    gains = [100 * (q.reward - start) / (top - start) for q, top in zip(reached, most.tolist(), strict=True)]
+    return [q.kl for q in reached], gains
 
 
 # Pictures
@@ -366,16 +366,16 @@ def write_zoo(losses: Sequence[NamedLoss], out: Path, report: Callable[[str], No
 
     A loss that cannot be evaluated is left out and reported.
     """
-    found = []
+    specimens = []
     for loss in losses:
         report(loss.label)
         try:
-            found.append(describe_loss(loss))
+            specimens.append(describe_loss(loss))
         except ValueError as error:
             report(f"{loss.label} is left out: {error}")
-    if not found:
+    if not specimens:
         raise ValueError("none of the losses can be evaluated; see the lines above")
-    page = zoo_page(found).encode()
+    page = zoo_page(specimens).encode()
     make_folder(out.parent)
     write_durably(out, page)
     return len(page)
