@@ -57,6 +57,7 @@ from jaxft.tree import Aux, Metrics, Params
 SIZE = 4096  # numbers of a projected gradient
 ROWS_AT_ONCE = 8
 SIDE = 32  # of a margin's gradient by a map of the hidden states, projected onto SIDE x SIDE numbers
+ROW_TOKENS, SPARE = 1024, 1.05  # of the rows of the pass over all pairs
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the regression; gradients have length 1
 SAME = 0.98  # cosine of two rows' gradients from which they count as duplicates
 
@@ -198,12 +199,26 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
 
     with jax.set_mesh(run.mesh):
         compiled, by_index = jax.jit(of_batch), dict[int, np.ndarray]()
-        for batch in map(_on_rows, run.source.cover([*rows.train.tolist(), *rows.held.tolist()])):
+        for batch in map(_on_rows, _full_rows(run.source, np.concatenate([rows.train, rows.held]))):
             gradients = np.asarray(compiled(run.trainable, run.frozen, batch))
             used = batch.index >= 0
             by_index |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
     train, held_out = (np.stack([by_index[i] for i in which]) for which in (rows.train, rows.held))
     return MarginGradients(run.names, train, held_out)
+
+
+def _full_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> tuple[Pairs, ...]:
+    """Return batches of one row that is as full as possible: of about ROW_TOKENS tokens, with as many read
+    positions as the pairs have on average. The run's own rows have room for the longest batch of a step.
+    """
+    pairs, layout = source.split.rows, source.layout
+    tokens, reads = layout.lengths[members], pairs.targets[members]
+    length = round_up(max(ROW_TOKENS, int(tokens.max())), 64)
+    per_token = SPARE * reads.sum() / tokens.sum()
+    most_reads = min(length, round_up(max(int(length * per_token), int(reads.max())), 8))
+    shape = RowShape(length, most_reads, length // int(tokens.min()))
+    plan = pair_layout.fit_rows(members, layout.lengths, pairs.targets, shape)
+    return replace(layout, rows=replace(layout.rows, rows=1, shape=shape)).evaluation(plan)
 
 
 def _on_rows(batch: Pairs) -> Pairs:
