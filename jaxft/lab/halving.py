@@ -43,7 +43,7 @@ from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprin
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.train.sweep.sweep_programs import compile_sweep
 from jaxft.tree import Params
-from jaxft.weights.hub.complete_folders import files_sha256
+from jaxft.weights.hf.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
 FEW_PROMPTS = 20  # below this number a comparison finds only very large differences
