@@ -118,11 +118,7 @@ def test_the_command_writes_influences_and_the_best_rows(place, monkeypatch, cap
         lines = (place / "runs/it/influence.csv").read_text().splitlines()
         best = [json.loads(line) for line in (place / "best.jsonl").read_text().splitlines()]
         everything = rows_by_name("train.jsonl")
-    assert (
-        code == 0
-        and "runs/it has no checkpoint: step 0" in out
-        and "5 of 22 training rows" in out
-    )
+    assert code == 0 and "runs/it has no checkpoint: step 0" in out and "5 of 22 training rows" in out
     assert lines[0] == "row,influence" and len(lines) == 23
     assert len(best) == 11 and all(row["chosen"].startswith("yes") for row in best)
     assert all(row in everything.values() for row in best)
