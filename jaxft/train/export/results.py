@@ -208,8 +208,8 @@ def _result_lines(
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
-        decides = bool(_served(job.lead))
-        return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], generates, decides)
+        script = "evaluate" if _served(job.lead) else "generate" if generates else "score"
+        return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], script)
     joint = run_texts.joint_alarms(
         {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
     )
