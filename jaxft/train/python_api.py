@@ -38,10 +38,9 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import temporary_file
 from jaxft.distributed.exit import signal_name
-from jaxft.engine.generate import generate
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling, without_stop
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind

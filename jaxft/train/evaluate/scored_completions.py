@@ -28,10 +28,9 @@ from jaxft.data.rows.invalid import InvalidRow, valid
 from jaxft.data.rows.row_files import Row
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
-from jaxft.engine.generate import complete
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import NONFINITE, Sampling, nonfinite_logits, without_stop
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, complete
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.objectives.intervals import Interval, interval_of, prompt_means
