@@ -1,5 +1,5 @@
-"""Machines that a plan can be made for without owning them: data sheets of chips, device topologies to compile
-for, and a table of the models and methods that fit them.
+"""Machines that a plan can be made for without owning them: data sheets of chips, device topologies to
+compile for, and a table of the models and methods that fit them.
 """
 
 import json

@@ -19,12 +19,12 @@ from jaxft.report import compare, ranking
 from jaxft.report.compare import first_and_last
 from jaxft.report.run_files import RunFiles
 from jaxft.runs import metric_names
+from jaxft.runs.console import TOTAL, time_by_phase
 from jaxft.runs.environment import device_counts
 from jaxft.runs.folder import part_of
 from jaxft.runs.metric_names import CONFIDENCE, CORRECT, ECE, HELD_OUT
 from jaxft.runs.run_texts import joint_alarms, same_prompts
 from jaxft.runs.terminal import printable_message
-from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 SAMPLES = 24  # prompts in all
 COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all

@@ -55,12 +55,12 @@ from jaxft.runs.loaded_weights import (
     prompt_settings,
     source_options,
 )
+from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.settings.setting_names import advice, join_lines
-from jaxft.runs.trackers.jsonl import METRICS, read_entries
-from jaxft.runs.trackers.tracker import Callback
+from jaxft.runs.trackers import Callback
 from jaxft.train import loop
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run

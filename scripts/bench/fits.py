@@ -44,7 +44,7 @@ SETTINGS = {
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
 }  # fmt: skip
 # Folders and files of jaxft that do not affect a run's programs.
-PLANNER = ("plan", "cli/cli.py", "runs/run_texts.py", "runs/log.py", "runs/trackers")
+PLANNER = ("plan", "cli/cli.py", "runs/run_texts.py", "runs/log.py", "runs/trackers.py", "runs/console.py")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

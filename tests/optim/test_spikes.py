@@ -12,8 +12,8 @@ from jaxft.objectives.metrics import Sum, as_floats
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.skipped_updates import FreezableState, freezable, skip_spikes
+from jaxft.train.multi_adapter import stack_metrics
 from jaxft.train.step import make_train_step
-from jaxft.train.sweep.multi_adapter import stack_metrics
 
 SPECS = {"base": ParamSpec((4, 6), ("width", "mlp"), full(0.0))}
 SIGMA, WINDOW = 5.0, 8

@@ -479,7 +479,7 @@ def openenv(
 
         from echo_env import EchoAction, EchoEnv
 
-        echo = openenv(lambda: EchoEnv(base_url="http://localhost:8000"), lambda text: EchoAction(message=text))
+        echo = openenv(lambda: EchoEnv(base_url="http://host:8000"), lambda text: EchoAction(message=text))
 
     Any object with reset(**options) and step(action) will do that return an observation, a reward and whether
     the episode is done, as StepResult has them; either may be async. Its observation is the text that the

@@ -39,7 +39,7 @@ from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH, SCORES
 from jaxft.runs.run_texts import Sample
-from jaxft.train.evaluate.likelihood import Evaluated
+from jaxft.train.evaluate.evaluate import Evaluated
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run, Scoring
 from jaxft.tree import Params
