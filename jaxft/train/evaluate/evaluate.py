@@ -1,6 +1,6 @@
 """Evaluation of an objective on held-out rows and on general text, with the same metrics for any batch size;
-and of a model on rows: loss and perplexity, the preferred response of a pair, the probabilities of the choices
-of a decision.
+and of a model on rows: loss and perplexity, the preferred response of a pair, the probabilities of choices of
+a decision.
 """
 
 import math
