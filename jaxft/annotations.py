@@ -59,22 +59,22 @@ def _short(number: float) -> str:
 
 
 def at_least(least: float) -> Bounds:
-    """Numbers from `least` on."""
+    """Return a bound of a setting: numbers from `least` on."""
     return Bounds(least)
 
 
 def above(least: float) -> Bounds:
-    """Numbers greater than `least`."""
+    """Return a bound of a setting: numbers greater than `least`."""
     return Bounds(least, open_least=True)
 
 
 def between(least: float, most: float) -> Bounds:
-    """Numbers from `least` to `most`."""
+    """Return bounds of a setting: numbers from `least` to `most`."""
     return Bounds(least, most)
 
 
 def count_from(least: int) -> Bounds:
-    """Whole numbers from `least` on that fit into 32 bits."""
+    """Return a bound of a setting: whole numbers from `least` on that fit into 32 bits."""
     return Bounds(least, INT32)
 
 
@@ -94,7 +94,7 @@ class Choices:
 
 
 def one_of(known: Iterable[str | None]) -> Choices:
-    """Only these texts."""
+    """Return the choices of a setting: only these texts."""
     return Choices(tuple(known))
 
 
@@ -234,7 +234,7 @@ OPTIMIZERS = {
     "adamw_bf16": "jaxft.optim.low_precision:adamw_bf16",
     "adafactor": "jaxft.optim.rules:adafactor",
     "lion": "optax:lion",
-    "muon": "jaxft.optim.muon:muon",
+    "muon": "jaxft.optim.rules:muon",
     "schedule_free_adamw": "jaxft.optim.rules:schedule_free_adamw",
 }
 SCHEDULES = {
@@ -265,7 +265,7 @@ POLICY_LOSSES = _in(
     "near_policy",
 )
 DECISION_LOSSES = _in("jaxft.objectives.decision", "cross_entropy brier log_score")
-KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
+KL_ESTIMATORS = _in("jaxft.objectives.losses.policy_losses", "k1 k2 k3")
 REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
 COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")
 ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo maxrl gfpo adaptive_gfpo")

@@ -37,18 +37,18 @@ def main() -> int:
     """Extract, write, and print the errors."""
     args = make_parser().parse_args()
     from jaxft.weights import pretrained
-    from jaxft.weights.edit import extracted_adapter
+    from jaxft.weights.edit import new_adapters
+    from jaxft.weights.hf.hub import locate
     from jaxft.weights.hf.model_card import base_name
-    from jaxft.weights.hub.hub import locate
     from jaxft.weights.peft import adapter_folders
 
     names = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
-    what = extracted_adapter.Extraction(args.rank, targets, args.save_others)
+    what = new_adapters.Extraction(args.rank, targets, args.save_others)
     inputs = [locate(ref).path for ref in (args.base, args.tuned)]
     adapter_folders.check_adapter_output(args.out, inputs)
     model = pretrained.model_for(args.base)
-    found = extracted_adapter.extract_adapter(
+    extracted = new_adapters.extract_adapter(
         args.base, args.tuned, model, what, lambda line: print(line, file=sys.stderr, flush=True)
     )
     text = (
@@ -56,12 +56,12 @@ def main() -> int:
         f"`{base_name(args.tuned)}` and `{base_name(args.base)}`, written by jaxft."
     )
     tokenizer = inputs[1] if (inputs[1] / "tokenizer_config.json").is_file() else None
-    new = adapter_folders.NewAdapter(found.params, found.settings, args.base, text, tokenizer)
+    new = adapter_folders.NewAdapter(extracted.params, extracted.settings, args.base, text, tokenizer)
     adapter_folders.write_adapter(args.out, new, model)
-    width = max(len(one.path) for one in found.errors)
-    for one in found.errors:
+    width = max(len(one.path) for one in extracted.errors)
+    for one in extracted.errors:
         print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
-    for line in [*found.others, *adapter_folders.cached_base_notes(args.out, args.base)]:
+    for line in [*extracted.others, *adapter_folders.cached_base_notes(args.out, args.base)]:
         print(line)
     print(f"{args.out}: adapter of rank {args.rank} for {args.base}")
     return 0

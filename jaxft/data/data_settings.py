@@ -32,23 +32,24 @@ def check_seed(seed: int, setting: str) -> None:
 class DataSettings:
     """Settings of a run's data: where rows come from and how many an optimizer step uses.
 
-    train: a file, folder or hub dataset (see rows.py), or several (see mixture.py). held_out: a fraction of
-    the rows, another file, or "none". format: how rows are read; each kind of data lists its own. columns:
-    renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices. micro: number of
-    microbatches that a step is computed in. seed: of the order, and of the split unless split_seed is set.
-    split_seed: of the split into training and held-out rows, so that runs with other seeds hold out the same
-    rows. epochs: passes over the rows, fractions allowed. tokens: the length of the run in tokens, in place
-    of epochs (none). date: the date that chat templates print as today's. chat_template_kwargs: further
-    arguments of the chat template, "name=value", such as enable_thinking=false; a row's column of that name
-    overrides them. system: a system message is a "turn" of its own, or "merge" puts it in front of the first
-    user turn, for templates without that role. invalid: up to 1 % invalid rows of a dataset are left out,
-    counted and reported, and more end the run with the error of the first ("few"); any ends it ("error"); or
-    up to invalid_limit of them are left out ("drop"). invalid_limit: a fraction of a dataset's rows. workers:
-    processes that tokenise the rows; none: one per CPU, or this process alone for a dataset of at most 16
-    MiB. order_by: a column of numbers; every epoch goes from its smallest to its largest (a curriculum).
-    none: every epoch is shuffled. max_samples: rows that are read of each dataset, the first ones; none: all.
-    drop: rows that are left out and counted, any of "duplicates" (training rows with the tokens of another
-    one or of a row of a held-out file) and "placeholders" (responses such as N/A, nan or -).
+    train: a file, folder or hub dataset (see dataset_rows.py), or several (see mixture.py). held_out: a
+    fraction of the rows, another file, or "none". format: how rows are read; each kind of data lists its own.
+    columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices. micro:
+    number of microbatches that a step is computed in. seed: of the order, and of the split unless split_seed
+    is set. split_seed: of the split into training and held-out rows, so that runs with other seeds hold out
+    the same rows. epochs: passes over the rows, fractions allowed. tokens: the length of the run in tokens,
+    in place of epochs (none). date: the date that chat templates print as today's. chat_template_kwargs:
+    further arguments of the chat template, "name=value", such as enable_thinking=false; a row's column of
+    that name overrides them. system: a system message is a "turn" of its own, or "merge" puts it in front of
+    the first user turn, for templates without that role. invalid: up to 1 % invalid rows of a dataset are
+    left out, counted and reported, and more end the run with the error of the first ("few"); any ends it
+    ("error"); or up to invalid_limit of them are left out ("drop"). invalid_limit: a fraction of a dataset's
+    rows. workers: processes that tokenise the rows; none: one per CPU, or this process alone for a dataset of
+    at most 16 MiB. order_by: a column of numbers; every epoch goes from its smallest to its largest (a
+    curriculum). none: every epoch is shuffled. max_samples: rows that are read of each dataset, the first
+    ones; none: all. drop: rows that are left out and counted, any of "duplicates" (training rows with the
+    tokens of another one or of a row of a held-out file) and "placeholders" (responses such as N/A, nan or
+    -).
     """
 
     train: str
@@ -110,7 +111,7 @@ class DataSettings:
         return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
     def row_settings(self, **own: Any) -> RowSettings:
-        """Return token_settings. own: further settings of this kind of data."""
+        """Return the RowSettings that all kinds of data share. own: further ones of this kind of data."""
         return RowSettings(
             columns=self.columns, format=self.format, template=self.template_settings,
             order_by=self.order_by, max_samples=self.max_samples, **own,
@@ -128,8 +129,8 @@ class DataSettings:
         return Reader(self.task, tokenizer, self.token_settings, how)
 
     def settled(self, train: Sequence[TokenisedRows]) -> Self:
-        """Return the settings with what the training rows decide, such as the labels of a classifier. train:
-        the rows of each source.
+        """Return the settings with those filled in that follow from the training rows, such as the labels of
+        a classifier. train: the rows of each source.
         """
         return self
 
@@ -152,7 +153,7 @@ class DataSettings:
 
     @property
     def seed_of_split(self) -> int:
-        """The seed that a fraction of the rows is held out by."""
+        """The seed of the split into training and held-out rows, if held_out is a fraction."""
         return self.seed if self.split_seed is None else self.split_seed
 
     @property
@@ -202,7 +203,9 @@ class DataSettings:
         return np.isin(groups, distinct[:-1][(np.cumsum(sizes) - sizes < count)[:-1]])
 
     def held_out_count(self, count: int, least: int = 1) -> int:
-        """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""
+        """Return how many of `count` rows to hold out if held_out is a fraction: at least `least`, and never
+        all.
+        """
         return min(max(least, round(float(self.held_out or 0) * count)), count - 1)
 
     def held_out_notes(self, held: int, count: int) -> tuple[str, ...]:

@@ -6,23 +6,28 @@ The examples are SFT rows, preference rows or prompts for rollouts, as training 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxft.batch import Decisions, Tokens
 from jaxft.data import prompts
-from jaxft.data.packing.lengths import measure_datasets
+from jaxft.data.packing.pack import round_up
+from jaxft.data.packing.pair_layout import assign_rows, order_batches, row_shape
+from jaxft.data.packing.reader import Reader
 from jaxft.data.packing.row_tasks import row_fields
-from jaxft.data.packing.tokenised import LABELS, TOKEN_WEIGHTS, TokenisedRows
+from jaxft.data.packing.tokenised import LABELS, ROW_FIELDS, TOKEN_WEIGHTS, TokenisedRows
 from jaxft.data.pairs import PairRows, PairSource
-from jaxft.data.prompts import PromptRows, Prompts
+from jaxft.data.prompts import LENGTH_STEP, PromptRows, Prompts
 from jaxft.data.rows.invalid import InvalidCount, InvalidRow
 from jaxft.data.rows.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.sft import Rows
-from jaxft.data.source import RowSource, length_percentiles
+from jaxft.data.source import RowSource, RowStats, SourceStats, length_percentiles
 
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
@@ -72,7 +77,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
-    """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
+    """Read and tokenise a dataset. Invalid rows are left out and counted, with any data.invalid."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
         return inspect_prompts(data, *prompts.split_prompts(data, tokenizer))
@@ -80,8 +85,8 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
 
 
 def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
-    """Return why no example is of the row with this name, FILE:LINE: what is wrong with it, that something
-    leaves it out, or that no dataset has it.
+    """Explain why no example is of a row (FILE:LINE): its error, the setting that leaves it out, or that no
+    dataset has such a row.
     """
     held_out = data.held_out if isinstance(data.held_out, str) else None
     sources = [*parse_sources(data.train), *(held_out_sources(held_out) if held_out else ())]
@@ -110,18 +115,18 @@ def inspect_source(source: RowSource[Any]) -> Inspected:
 
         def of_step(step: int) -> Iterator[ShownExample]:
             batch = source.batch(step)[0]
-            found = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
-            return (_pair(rows, index, weight) for index, weight in found if index >= 0)  # -1: empty
+            weighted = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
+            return (_pair(rows, index, weight) for index, weight in weighted if index >= 0)  # -1: empty
 
         example: Callable[[int], ShownExample] = partial(_pair, rows, weight=weight)
     else:
 
         def of_step(step: int) -> Iterator[ShownExample]:
-            found = source.batch(step)[0]
+            batch = source.batch(step)[0]
             if LABELS in rows.extras:  # a label is shown at the token where it is read
-                found = dataclasses.replace(found, read=found.read - 1)
-            examples = examples_of(found, source.member_names(step))
-            return _with_probabilities(examples, found) if isinstance(found, Decisions) else examples
+                batch = dataclasses.replace(batch, read=batch.read - 1)
+            examples = examples_of(batch, source.member_names(step))
+            return _with_probabilities(examples, batch) if isinstance(batch, Decisions) else examples
 
         example = partial(_text, rows)
     return _inspected(split, stats, of_step, example)
@@ -251,18 +256,18 @@ BINS = 24
 CONTEXT = 16  # pieces of text that are decoded before a token's own
 
 
-def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
+def data_summary(dataset: Inspected, tokenizer: Any) -> dict[str, Any]:
     """Return statistics by name, lengths in tokens by part, invalid rows by reason, and the first examples
     of the first batch as texts of tokens with their loss weights.
     """
-    plain = {name: x for name, x in found.statistics.items() if isinstance(x, bool | int | float | str)}
+    plain = {name: x for name, x in dataset.statistics.items() if isinstance(x, bool | int | float | str)}
     return {
         "statistics": plain,
         "lengths": {
-            label: length_histogram(x) for label, x in part_lengths(found.split, COUNTED_ROWS).items()
+            label: length_histogram(x) for label, x in part_lengths(dataset.split, COUNTED_ROWS).items()
         },
         "invalid": [
-            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in found.invalid
+            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in dataset.invalid
         ],
         "examples": [
             {
@@ -270,7 +275,7 @@ def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
                 "facts": example.facts,
                 "parts": [part_pieces(part, tokenizer) for part in example.parts],
             }
-            for example in itertools.islice(_distinct(found.of_step(0)), SHOWN_EXAMPLES)
+            for example in itertools.islice(_distinct(dataset.of_step(0)), SHOWN_EXAMPLES)
         ],
     }
 
@@ -285,7 +290,8 @@ def _distinct(examples: Iterable[ShownExample]) -> Iterator[ShownExample]:
 
 
 def part_lengths(split: SplitRows, most: int) -> dict[str, np.ndarray]:
-    """Return the token counts of each part of the first `most` training rows, of those that have it.
+    """Return the token counts of each part in the first `most` training rows; rows without the part have no
+    count.
 
     A row with one response is one part, "all"; the counts of its prompt and of its targets are added.
     """
@@ -346,10 +352,12 @@ OVERLAPS = {  # kind of overlap of a row with an earlier training row -> the lin
 
 
 def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]]]:
-    """Return (a row, the earlier training row that it repeats) by kind of OVERLAPS, of the first `most`
-    training rows and held-out rows. Rows that share a prompt alone have another rest.
+    """Find rows that repeat an earlier training row, as pairs of indices by kind of OVERLAPS.
+
+    most: training rows, and held-out rows, that are compared. Rows that share only their prompt have
+    different responses.
     """
-    found = {kind: list[tuple[int, int]]() for kind in OVERLAPS}
+    overlaps = {kind: list[tuple[int, int]]() for kind in OVERLAPS}
     rows, known, prompts = split.rows, dict[int, int](), dict[int, int]()
     content, documents = rows.content_hashes().tolist(), rows.documents.tolist()
     first, has_prompt = np.asarray(rows.hashes)[:, 0].tolist(), rows.counts[:, 0] > 0
@@ -358,22 +366,228 @@ def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]
         for i in side[rows.begins_row[side]][:most].tolist():
             whole, prompt = content[documents[i]], first[i] if has_prompt[i] else None
             if whole in known:
-                found[same].append((i, known[whole]))
+                overlaps[same].append((i, known[whole]))
             elif prompt in prompts:
-                found[similar].append((i, prompts[prompt]))
+                overlaps[similar].append((i, prompts[prompt]))
             if side is split.train:
                 known.setdefault(whole, i)
                 if prompt is not None:
                     prompts.setdefault(prompt, i)
-    return found
+    return overlaps
 
 
-def overlap_lines(split: SplitRows, found: dict[str, list[tuple[int, int]]]) -> list[str]:
+def overlap_lines(split: SplitRows, overlaps: dict[str, list[tuple[int, int]]]) -> list[str]:
     """Return a line for each kind of overlap, or a single line that there is none."""
     names = split.rows.names
     lines = [
         text.format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
-        for text, pairs in ((text, found[kind]) for kind, text in OVERLAPS.items())
+        for text, pairs in ((text, overlaps[kind]) for kind, text in OVERLAPS.items())
         if pairs
     ]
     return lines or ["no row repeats another one, and no held-out row is a training row"]
+
+
+# ---- tokens of rows before a limit truncates or drops them, and what each limit keeps
+
+
+UNLIMITED = 2**30
+MEASURED = 10_000  # rows; of a larger dataset so many at even distances
+ALARMING = 0.1  # fraction of the rows
+ANSWERS = 1_000  # reference answers that are tokenised
+ANSWER_COLUMNS = ("answer", "solution", "response", "completion", "output", "target", "ground_truth")
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Tokens of each row's prompt and responses, without any limit.
+
+    responses: a column for each of `kinds`, none for prompts of rollouts. targets: tokens of each row that
+    have a loss. answers: tokens of the reference answers that rows of prompts have. read: rows that
+    were read, also invalid ones. total: of the dataset, of which these are a sample if `read` is less; None
+    if it is not known.
+    """
+
+    prompts: Int[np.ndarray, " rows"]
+    responses: Int[np.ndarray, "rows A"]
+    kinds: tuple[str, ...]
+    targets: Int[np.ndarray, " rows"]
+    answers: Int[np.ndarray, " answers"]
+    read: int = 0
+    total: int | None = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the dataset has, or may have, rows that are not measured."""
+        return self.total is None or self.total > self.read
+
+    @property
+    def scale(self) -> float:
+        """How many rows of the dataset each measured row stands for, at least."""
+        return max(1.0, (self.total or 0) / max(1, self.read))
+
+    @property
+    def described(self) -> str:
+        """Describe which rows were measured, without their unit: "100", or "a sample of 10,000 of 60,000"."""
+        if self.total is None:
+            return f"the first {self.read:,}"
+        return f"a sample of {self.read:,} of {self.total:,}" if self.is_sample else f"{len(self):,}"
+
+    @property
+    def longest(self) -> Int[np.ndarray, " rows"]:
+        """Tokens of each row's longest sequence: what data.max_length, or data.max_prompt, limits."""
+        return self.prompts + self.responses.max(1, initial=0)
+
+    @property
+    def parts(self) -> dict[str, Int[np.ndarray, " rows"]]:
+        """Tokens of the prompts, the responses and so on, by name; parts without any tokens are left out."""
+        several = len(self.kinds) > 1
+        responses = {k: x[x > 0] for k, x in zip(self.kinds, self.responses.T, strict=True)}
+        parts = {"prompt": self.prompts, **responses}
+        parts |= {} if several else {"with loss": self.targets}
+        parts |= {"answer": self.answers, "prompt with longest response" if several else "all": self.longest}
+        return {name: counts for name, counts in parts.items() if counts.any()}
+
+    def covered(self, limit: int) -> float:
+        """Return the fraction of the rows that are whole with this limit."""
+        return float((self.longest <= limit).mean())
+
+    def kept(self, limit: int) -> Int[np.ndarray, " rows"]:
+        """Return the tokens of each row that are left: 0 if the limit leaves nothing of a response."""
+        room = limit - self.prompts[:, None]
+        tokens = self.prompts + np.minimum(self.responses, room).sum(1)
+        return np.where(self.prompts < limit + (not self.kinds), tokens, 0)
+
+
+def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None = None) -> RowLengths:
+    """Tokenise the training rows, or load their tokens from the cache, without a limit of their length.
+
+    Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
+    """
+    how = {"sample": MEASURED, "invalid_limit": 1.0, "names_first": False}
+    sources = parse_sources(data.train)
+    readers = [source.adapt(data).reader(tokenizer, cache).otherwise(**how) for source in sources]
+    return measure_datasets([source.ref for source in sources], readers)
+
+
+def measure_datasets(refs: Sequence[str], readers: Sequence[Reader]) -> RowLengths:
+    """Tokenise datasets without a limit of their rows' lengths. readers: of each."""
+    parts = []
+    for ref, reader in zip(refs, readers, strict=True):
+        free = replace(reader.settings, max_length=UNLIMITED, too_long="truncate")
+        parts.append(replace(reader, settings=free).read(ref))
+    rows = reduce(TokenisedRows.concatenate, parts)
+    counts, answers = rows.counts.astype(np.int64), _reference_answers(rows, readers[0].tokenizer)
+    return RowLengths(counts[:, 0], counts[:, 1:], rows.kinds, rows.targets, answers, rows.read, rows.total)
+
+
+def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, " answers"]:
+    """Return the tokens of the reference answers of some prompts: of each, the first column that is one."""
+    some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
+    each = (
+        [fields.get(name) for name in ANSWER_COLUMNS] for fields in (row_fields(rows, int(i)) for i in some)
+    )
+    answers = [next((value for value in values if isinstance(value, str)), None) for values in each]
+    texts = [text for text in answers if text]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    return np.array(counts, np.int64)
+
+
+def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+    """Return the tokens of the largest microbatch with a limit of the rows' lengths."""
+    rows = -(-data.units_per_step // data.micro)
+    if isinstance(data, Prompts):
+        return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
+    if isinstance(data, Rows):
+        return rows * limit
+    return _fullest_row(data, lengths.kept(limit))
+
+
+def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
+    """Return the tokens of a row, padding included, that has room for the pairs of any microbatch."""
+    tokens = tokens[tokens > 0]
+    if not len(tokens):
+        return LENGTH_STEP
+    batches = order_batches(tokens, data.batch, data.seed, 0)
+    return row_shape(tokens, tokens, [assign_rows(batches, tokens, min(data.micro, data.batch))]).length
+
+
+@dataclass(frozen=True)
+class LimitCost:
+    """The fractions that a limit of the rows' lengths keeps, and its cost.
+
+    whole, truncated, dropped: numbers of rows. tokens: of an epoch. time, memory: of an epoch, and for the
+    activations of the largest microbatch, relative to the setting's own limit.
+    """
+
+    limit: int
+    whole: int
+    truncated: int
+    dropped: int
+    tokens: int
+    time: float
+    memory: float
+
+
+def limit_costs(
+    data: Rows | PairRows | Prompts, lengths: RowLengths, context: int = UNLIMITED
+) -> list[LimitCost]:
+    """Return the costs of limits that cover 50, 90, 95, 99 and 100 % of the rows, and of the present one.
+
+    context: the positions of the model, which no limit exceeds.
+    """
+    now = getattr(data, data.length_settings[0])
+    most = context - (data.episode_length if isinstance(data, Prompts) else 0)
+    covering = [
+        min(most, round_up(percentile(lengths.longest, p), LENGTH_STEP)) for p in (50, 90, 95, 99, 100)
+    ]
+    costs, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
+    for limit, tokens in sorted(sizes.items()):
+        whole = int((lengths.longest <= limit).sum())
+        left = whole if data.too_long in ("drop", "error") else int(np.count_nonzero(lengths.kept(limit)))
+        time = tokens / max(1, sizes[now])
+        memory = micro_tokens(data, lengths, limit) / micro_tokens(data, lengths, now)
+        costs.append(LimitCost(limit, whole, left - whole, len(lengths) - left, tokens, time, memory))
+    return costs
+
+
+def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+    """Return the tokens that an epoch trains on, of rollouts with completions of full length."""
+    if data.too_long == "split":
+        return int(lengths.longest.sum())
+    kept = lengths.kept(limit)
+    if data.too_long != "truncate":
+        kept = np.where(lengths.longest <= limit, kept, 0)
+    further = data.group * data.episode_length if isinstance(data, Prompts) else 0
+    return int(kept.sum() + further * np.count_nonzero(kept))
+
+
+def limit_alarms(data: object, stats: SourceStats, tokenizer: Any, context: int = UNLIMITED) -> list[str]:
+    """Return an alarm with a remedy if more than ALARMING of the rows are truncated or left out.
+
+    context: the positions of the model, which the remedy does not exceed.
+    """
+    if not isinstance(data, Rows | PairRows | Prompts):
+        return []
+    truncated = stats.truncated if isinstance(stats, RowStats) else 0
+    rows = stats.examples + stats.held_out + stats.dropped
+    if stats.dropped + truncated <= ALARMING * rows:
+        return []
+    name, unit = data.length_settings[0], data.unit
+    now, lengths = getattr(data, name), measure(data, tokenizer)
+    better = min(round_up(percentile(lengths.longest, 99), LENGTH_STEP), max(now, context))
+    covered = "99 %" if better < context else f"{100 * lengths.covered(better):.0f} %"
+    dropped = f"{100 * stats.dropped / rows:.0f} % of the {unit} are left out"
+    cut = f"{100 * truncated / rows:.0f} % are truncated" if truncated else ""
+    remedy = f"{name}={better} covers {covered} of them and needs "
+    remedy += f"{micro_tokens(data, lengths, better) / micro_tokens(data, lengths, now):.1f} x the memory"
+    leave_out = "; data.too_long=drop leaves all of these out" if truncated else ""
+    problem = " and ".join(text for text in (dropped * bool(stats.dropped), cut) if text)
+    return [f"{problem}, because they have more tokens than {name}={now}. {remedy}{leave_out}"]
+
+
+def percentile(counts: Sequence[int] | Int[np.ndarray, " n"], percent: float) -> int:
+    """Return the smallest count that at least `percent` percent of the counts do not exceed."""
+    return int(np.percentile(counts, percent, method="inverted_cdf"))

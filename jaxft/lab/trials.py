@@ -26,7 +26,7 @@ from jaxft.tree import Aux, Metrics, Params
 
 
 class TrialRate(NamedTuple):
-    """A trial's learning rate over that of the recipe."""
+    """A trial's learning rate divided by the recipe's."""
 
     factor: Float[Array, ""]
 
@@ -34,7 +34,7 @@ class TrialRate(NamedTuple):
 def run_of(study: Study, label: str, seed: int) -> Run:
     """Return the run of a loss: the study's recipe with this loss and seed, whose trial is set in its state.
 
-    Rewards are in nats: log-prob ratios to the reference, whatever the loss's beta.
+    Rewards are in nats: log-prob ratios to the reference, for any beta of the loss.
     """
     recipe, first = study.recipe, study.trials_of(label)[0]
     return replace(

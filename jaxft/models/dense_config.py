@@ -51,9 +51,35 @@ class DenseConfig:
                 raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads"
+                f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads; "
+                "correct num_attention_heads or num_key_value_heads"
             )
         check_rope(self.rope, self.head_dim, self.max_positions)
+
+
+@dataclass(frozen=True)
+class WindowConfig(DenseConfig):
+    """Sizes of a model whose layers may have a sliding window. window: keys that layers of type
+    "sliding_attention" attend to. layer_types: () for full attention in all layers.
+    """
+
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.types) != self.layers:
+            raise ValueError(
+                f"config: layer_types must have a type for each of the {self.layers} layers, got "
+                f"{len(self.types)} types"
+            )
+        if self.window is None and SLIDING in self.types:
+            raise ValueError(f"config: layer_types has {SLIDING}, but sliding_window is null")
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The type of each layer."""
+        return self.layer_types or (FULL,) * self.layers
 
 
 # transformers' default of each setting, for a config.json that lacks it.
@@ -93,13 +119,16 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     that names a missing or unsupported setting.
     """
     if hf.get("model_type", form.model_type) != form.model_type:
-        raise ValueError(f"config: model_type {hf['model_type']!r} is not {form.model_type!r}")
+        raise ValueError(
+            f"config: model_type {hf['model_type']!r} is not {form.model_type!r}; "
+            "use the family of that model_type"
+        )
     for name, only in form.fixed.items():
         if hf.get(name, only) != only:
             raise ValueError(f"config: {name}={hf[name]!r} is not supported; use {name}={only!r}")
     for name in SIZE_KEYS:
         if name not in hf:
-            raise ValueError(f"config: {name} is missing")
+            raise ValueError(f"config: {name} is missing; add it")
         if type(hf[name]) is not int or hf[name] < 1:
             raise ValueError(f"config: {name} must be a positive whole number, got {hf[name]!r:.60}")
 
@@ -239,11 +268,11 @@ def window_from_hf(hf: Mapping[str, Any]) -> int | None:
     return window
 
 
-def typed_layers(types: Sequence[str], kinds: Mapping[str, LayerKind], head_dim: int) -> AttentionLayers:
-    """Return the AttentionLayers for a type per layer. kinds: the LayerKind of each type."""
-    used = list(dict.fromkeys(types))
+def typed_layers(c: WindowConfig, kinds: Mapping[str, LayerKind]) -> AttentionLayers:
+    """Return the AttentionLayers of a config's layer_types. kinds: the LayerKind of each type."""
+    used = list(dict.fromkeys(c.types))
     return AttentionLayers(
-        tuple(kinds[name] for name in used), tuple(used.index(name) for name in types), head_dim
+        tuple(kinds[name] for name in used), tuple(used.index(name) for name in c.types), c.head_dim
     )
 
 

@@ -38,7 +38,7 @@ class Quant:
     too. block: inputs that share a scale; block and double default to the usual values of the kind. targets:
     "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may
     match embed and head too; norms are never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8
-    (see nn.fp8); by default where the device has such matmuls, true emulates them on other devices, false
+    (see nn.matmul); by default where the device has such matmuls, true emulates them on other devices, false
     dequantises the weights on all.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see
@@ -209,7 +209,7 @@ def quantize(
         raise ValueError(f"a quantised weight needs an input and an output axis, got shape {weight.shape}")
     *lead, ins, outs = weight.shape
     if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise ValueError(f"{kind} stores floats, got {weight.dtype}")
+        raise ValueError(f"{kind} stores floats, got {weight.dtype}; cast the weight first")
     if is_paired(kind) and ins % 2:
         raise ValueError(
             f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8"

@@ -22,7 +22,7 @@ class StepInfo(NamedTuple):
 
     norm: global norm of the gradients. finite: if False, parameters and optimizer state stay unchanged. key:
     for the stochastic rounding of bfloat16 parameters; None if there are none. frozen: if True, the policy
-    and its optimizer state stay unchanged, and without skipped_updates.freezable all others too; None for no
+    and its optimizer state stay unchanged, and without optimizer.freezable all others too; None for no
     freezing. loss: of the step, for skip_spikes; None where no optimizer reads it.
     """
 
@@ -64,7 +64,9 @@ def apply_updates(params: Params, updates: Params, key: Key[Array, ""] | None) -
         if p.dtype != jnp.bfloat16:
             new.append(optax.apply_updates(p, u))
         elif key is None:
-            raise ValueError("bfloat16 parameters are rounded stochastically, which needs StepInfo.key")
+            raise ValueError(
+                "bfloat16 parameters are rounded stochastically, which needs a random key in StepInfo.key"
+            )
         else:
             new.append(stochastically_rounded(p.astype(jnp.float32) + u, jax.random.fold_in(key, i)))
     return jax.tree.unflatten(structure, new)

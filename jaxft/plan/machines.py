@@ -200,14 +200,14 @@ def chip_name(text: str) -> str | None:
 
 def local() -> Machine:
     """Return the devices of this process's backend as a machine."""
-    found = jax.devices()
-    kind = found[0].device_kind
+    devices = jax.devices()
+    kind = devices[0].device_kind
     candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    fraction = xla_flags.memory_fraction(os.environ) if found[0].platform in ("gpu", "cuda") else 1.0
+    fraction = xla_flags.memory_fraction(os.environ) if devices[0].platform in ("gpu", "cuda") else 1.0
     # bytes_limit is only the fraction of a GPU's memory that jax may allocate
-    memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
     nearest = min(candidates, key=lambda chip: abs(chip.memory - memory), default=None)
-    return Machine(f"{len(found)} x {kind}", nearest, list(found))
+    return Machine(f"{len(devices)} x {kind}", nearest, list(devices))
 
 
 def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
@@ -216,10 +216,10 @@ def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
     text = (TARGETS / f"{kind}.txtpb").read_text()
     hosts, each = (1, *sizes)[-2:]
     try:
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             "planned", platform="cuda", target_config=text, topology=f"1x{hosts}x{each}"
         )
-        return list(found.devices)
+        return list(topology.devices)
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(
@@ -239,7 +239,9 @@ def _tpu_devices(name: str, kind: str, sizes: list[int], slices: int) -> list[An
         )
     if math.prod(sizes) > MAX_SLICE_CHIPS[kind] or any(size > 1 and size % 2 for size in sizes):
         limits = f"at most {MAX_SLICE_CHIPS[kind]} chips, and 1 or an even number of them along each axis"
-        raise ValueError(f"--devices {name!r} does not exist: a slice of {kind} has {limits}")
+        raise ValueError(
+            f"--devices {name!r} does not exist: a slice of {kind} has {limits}; use a slice within that"
+        )
     layout = "x".join(map(str, sizes))
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if sizes[0] % 2 or sizes[1] % 2:  # instead of the default of 2 x 2 chips
@@ -250,7 +252,9 @@ def _tpu_devices(name: str, kind: str, sizes: list[int], slices: int) -> list[An
     except (RuntimeError, ValueError, NotImplementedError, OSError) as e:
         reason = str(e).splitlines()[0]
         if "INVALID_ARGUMENT" in reason:
-            raise ValueError(f"--devices {name!r}: libtpu does not support this slice ({reason})") from e
+            raise ValueError(
+                f"--devices {name!r}: libtpu does not support this slice ({reason}); use another slice"
+            ) from e
         raise ValueError(f"compiling for {kind} needs libtpu: pip install 'jaxft[tpu]' ({reason})") from e
 
 
@@ -306,18 +310,18 @@ Cells = Mapping[str, dict[str, Any]]
 
 def stored_cells() -> dict[str, Any]:
     """Return the compiled programs that come with jaxft, by "chip:size model method objective"."""
-    found: dict[str, Any] = json.loads(FITS_FILE.read_text(encoding="utf-8"))
-    return found
+    cells: dict[str, Any] = json.loads(FITS_FILE.read_text(encoding="utf-8"))
+    return cells
 
 
 def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
     """Return the smallest size that fits; {} if none does, None if a size is not yet compiled."""
     for size in HARDWARE[chip][1]:
-        found = cells.get(f"{chip}:{size} {model} {method} {objective}")
-        if found is None:
+        cell = cells.get(f"{chip}:{size} {model} {method} {objective}")
+        if cell is None:
             return None
-        if found["fits"]:
-            return {**found, "name": size}
+        if cell["fits"]:
+            return {**cell, "name": size}
     return {}
 
 
@@ -338,18 +342,20 @@ def rows_of_fits(
     methods: Sequence[str],
     objectives: Sequence[str],
 ) -> list[list[str]]:
-    """Return rows of a model, a method, an objective and a cell per chip, without empty ones."""
+    """Return the rows of a table: a model, a method, an objective and a cell per chip. Rows without any cell
+    are left out.
+    """
     rows = []
     for model in models:
         for method in methods:
             for objective in objectives:
                 row = []
                 for chip in hardware:
-                    found = smallest(cells, chip, model, method, objective)
-                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else found
-                    if found and first:  # SFT and DPO both have to fit
-                        found = max(found, first, key=lambda one: (one["devices"], one["total"]))
-                    row.append(cell_text(found))
+                    best = smallest(cells, chip, model, method, objective)
+                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else best
+                    if best and first:  # SFT and DPO both have to fit
+                        best = max(best, first, key=lambda one: (one["devices"], one["total"]))
+                    row.append(cell_text(best))
                 if any(row):
                     name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
                     rows.append([name, method, "SFT" if objective == "sft" else "SFT + DPO", *row])

@@ -24,7 +24,7 @@ from jaxft.data.rows.example import Chat, Completion, Example
 from jaxft.data.rows.invalid import valid
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, left_pad
-from jaxft.models import heads
+from jaxft.models import adapted
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, of_equal_shapes, with_gains
 from jaxft.nn.attention.layer_attention import varies_with_length
@@ -35,8 +35,7 @@ from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
 from jaxft.weights import initial_params, pretrained, storage
-from jaxft.weights.hf import hf_write
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hf_write, hub
 from jaxft.weights.peft import adapter_folders, peft_read
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
@@ -74,10 +73,10 @@ def load_reward_model(
         model = _headless(ref, dtype)
         if adapter is None:
             require_classifier(ref)
-            head = heads.HeadSettings(trained=False)
+            head = adapted.HeadSettings(trained=False)
         else:
             settings = adapter_folders.read_adapter_settings(str(adapter), model)
-            head = heads.HeadSettings(settings, str(adapter), trained=False)
+            head = adapted.HeadSettings(settings, str(adapter), trained=False)
         stored = pretrained.frozen_model(model, quant, ref, head.adapter)
         params = {
             "base": pretrained.load_base(ref, stored, mesh),
@@ -94,7 +93,7 @@ def load_reward_adapters(
     quant: Quant | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> dict[str, LoadedRewardModel]:
-    """Load adapters with heads by name on one base, as load_reward_model does each.
+    """Load several adapters with heads onto one base, by name; see load_reward_model.
 
     Parameters of several have the same shapes, so that a program compiled for one scores with all. Raises
     ValueError also for adapters that cannot share a program.
@@ -102,17 +101,17 @@ def load_reward_adapters(
     first = load_reward_model(ref, mesh, next(iter(folders.values())), quant, dtype)
     if len(folders) == 1:
         return dict.fromkeys(folders, first)
-    found = {}
+    parts_of = {}
     with jax.set_mesh(mesh):
         model = _headless(ref, dtype)
         for name, folder in folders.items():
             pretrained.check_adapter_base(folder, ref)
-            found[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
-        pairs = {name: parts["adapter"] for name, parts in found.items()}
+            parts_of[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
+        pairs = {name: parts["adapter"] for name, parts in parts_of.items()}
         check_stackable(pairs)
         pairs = {name: with_gains(first.params["base"], one) for name, one in pairs.items()}
         out, wide = {}, np.promote_types(model.dtype, np.float32)
-        for (name, parts), equal in zip(found.items(), of_equal_shapes(list(pairs.values())), strict=True):
+        for (name, parts), equal in zip(parts_of.items(), of_equal_shapes(list(pairs.values())), strict=True):
             own = adapter_folders.on_every_device({**parts, "adapter": equal}, wide, mesh)
             pad, params = pad_token_of(ref, folders[name]), {**first.params, **own}
             score = partial(score_rows, first.model, pad=pad)
@@ -121,7 +120,7 @@ def load_reward_adapters(
 
 
 def _headless(ref: str, dtype: DTypeLike) -> Model:
-    return heads.with_scalar_head(pretrained.model_for(ref, dtype=dtype))
+    return adapted.with_scalar_head(pretrained.model_for(ref, dtype=dtype))
 
 
 def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
@@ -133,7 +132,7 @@ def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = N
     valid = valid if pad is None else valid & (tokens.ids != pad)
     last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
     h_BTD, _ = model.hidden(params, tokens)
-    return heads.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
+    return adapted.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
 def read_before_pad(batch: Pairs, pad: int) -> Pairs:
@@ -182,13 +181,13 @@ def require_classifier(ref: str) -> None:
         )
     if not is_classifier(ref):
         raise ValueError(
-            f"{ref}: {heads.SCORE[0]}, the head of a classifier, is missing. Is the download complete?"
+            f"{ref}: {adapted.SCORE[0]}, the head of a classifier, is missing. Is the download complete?"
         )
 
 
 def is_classifier(ref: str) -> bool:
     """Return whether the files of `ref` have a classifier's head."""
-    return heads.SCORE[0] in pretrained.open_files(ref).tensors
+    return adapted.SCORE[0] in pretrained.open_files(ref).tensors
 
 
 # Rewards
@@ -237,7 +236,7 @@ def head_scores(
     """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
-        own, last, branches = heads.view(params, reward.name), rows.last, rows.branches
+        own, last, branches = adapted.view(params, reward.name), rows.last, rows.branches
         assert last is not None and branches is not None  # layout.py writes both
         if reward.pad is not None:  # a completion of that one token is read at the prompt's last token
             shared = (rows.segments == 1) & (branches == 0)
@@ -277,7 +276,7 @@ class ModelReward(Reward):
         return runfolder.weights_fingerprint(self.ref)
 
     def start_lines(self) -> list[str]:
-        """Return a warning for weights of an earlier end of their run."""
+        """Return a warning if its run was later continued, so that these weights are from an earlier end."""
         return runfolder.earlier_end_notes(self.ref)
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
@@ -377,14 +376,14 @@ def with_response(prompt: Chat | Completion, response: str) -> Example:
 
 def find_reward_model(
     ref: str, model: Model, quant: Quant | None = None, longest: int = 0
-) -> tuple[dict[str, heads.HeadSettings], HeadReward | ModelReward]:
+) -> tuple[dict[str, adapted.HeadSettings], HeadReward | ModelReward]:
     """Return (models for Run.heads, the reward) of the reward model that `ref` names.
 
-    An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`. It is read at a
-    completion's last token, or, if it was trained with a tokenizer whose padding that is, before it. A
-    classifier (a folder, a run with full=true, or org/name@revision on the hub) is a separate model,
-    quantised as set by `quant`. longest: tokens of a prompt with its completion; a separate model accepts up
-    to twice as many of its own tokens, at least 1024.
+    An adapter with a head (a PEFT folder's or a run's) shares the base of the run's `model`. Its reward is
+    read at a completion's last token, or at the one before if the last is the padding token of the adapter's
+    own tokenizer. A classifier (a folder, a run with full=true, or org/name@revision on the hub) is a
+    separate model, quantised as set by `quant`. longest: tokens of a prompt with its completion; a separate
+    model accepts up to twice as many of its own tokens, at least 1024.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.trained_weights(Path(ref))  # raises an error that names a run which isn't finished

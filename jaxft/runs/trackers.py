@@ -136,19 +136,19 @@ def tracked_run(folder: Path) -> TrackedRun:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return settings
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names, as on the command line, without None."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat_settings(value, f"{prefix}{name}.")
+            flat |= flat_settings(value, f"{prefix}{name}.")
         elif value is not None:
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def upload_adapter(tracker: str, folder: Path, send: Callable[[Path], object]) -> None:
@@ -325,8 +325,8 @@ class MLflow:
         self._error, self._failed = mlflow.exceptions.MlflowException, False
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Send the finite metrics. Those of a step that is repeated after a restart replace nothing: MLflow
-        shows the newest.
+        """Send the finite metrics. MLflow shows the newest value of a step that is repeated after a
+        restart.
         """
         if self._failed:
             return
@@ -420,7 +420,7 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[OpenTra
     for name in names:
         if name not in OPENERS and ":" not in name:
             known = ", ".join(sorted((*OPENERS, *OPEN)))
-            raise ValueError(f"trackers has {name!r}; known are {known}, and file.py:name of your own")
+            raise ValueError(f"trackers has {name!r}; use {known}, or file.py:name of your own")
         if name in OPENERS:
             import_package(name)
     return [OPENERS.get(name) or load_callable(name) for name in names]

@@ -168,9 +168,9 @@ def next_batch(
     if job.info.samples and step % job.rollout_steps == 0:
         watchdog.at(f"the rollout before step {step + 1}")  # rewards may be slow functions
     with clock.within("sampling" if job.info.samples else "training"), clock.first("first batch"):
-        found = job.batch(step, states)
+        prepared = job.batch(step, states)
     watchdog.step(step + 1)
-    return found
+    return prepared
 
 
 def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
@@ -238,7 +238,10 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
         if label not in failed
     }
     if not ends:
-        raise ValueError(f"{folder}: none of its runs is finished")
+        raise ValueError(
+            f"{folder}: none of its runs is finished; correct the errors above and start the same command "
+            "again"
+        )
     before, after = (
         {label: end[side]["metrics"] for label, end in ends.items()} for side in ("before", "after")
     )

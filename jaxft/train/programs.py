@@ -13,15 +13,21 @@ from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import sharding, threads
 from jaxft.models import model_types
-from jaxft.models.adapted import with_teacher
-from jaxft.models.heads import TEACHER, HeadSettings, with_heads
+from jaxft.models.adapted import TEACHER, HeadSettings, with_heads, with_teacher
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.quant import CHECKPOINT, QERA
 from jaxft.objectives.objective import Objective, Outputs
-from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups, state_shardings
-from jaxft.optim.skipped_updates import freezable, skip_spikes
+from jaxft.optim.optimizer import (
+    Optim,
+    Optimizer,
+    freezable,
+    make_optimizer,
+    rate_groups,
+    skip_spikes,
+    state_shardings,
+)
 from jaxft.runs.run_texts import ModelSummary, StepRows
 from jaxft.train import partition
 from jaxft.train.evaluate import evaluate
@@ -32,8 +38,8 @@ from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_
 from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import initial_params, pretrained, storage
-from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
 from jaxft.weights.edit.extended_model import check_new_tokens
+from jaxft.weights.edit.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
 from jaxft.weights.peft.adapter_folders import adapter_folder
 
 
@@ -154,7 +160,10 @@ def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
             f"mesh.expert={ways} shards the experts of layers, and this model has none; use mesh.fsdp"
         )
     if wrong := [count for count in counts if count % ways]:
-        raise ValueError(f"mesh.expert={ways} does not divide the {wrong[0]} experts of a layer")
+        raise ValueError(
+            f"mesh.expert={ways} does not divide the {wrong[0]} experts of a layer; use a divisor of "
+            f"{wrong[0]}"
+        )
     setting = run.model.attention.settings.context_keys
     if setting != "auto" and mesh.shape["context"] == 1:
         raise ValueError(
@@ -184,15 +193,15 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
 def aux_shardings(aux: Aux, trainable: Params, mesh: jax.sharding.Mesh) -> Any:
     """Return the shardings of aux: "reference" is a copy of trainable parameters, the rest is replicated."""
     everywhere = sharding.replicated(mesh)
-    found = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
+    by_name = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
     if "reference" in aux:
-        found["reference"] = jax.tree.map(
+        by_name["reference"] = jax.tree.map(
             lambda x, like: None if x is None else like.sharding,
             aux["reference"],
             trainable,
             is_leaf=lambda x: x is None,
         )
-    return found
+    return by_name
 
 
 def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Programs, Batch]:

@@ -34,14 +34,13 @@ from jaxft.data.rows.dataset_rows import evaluation_split
 from jaxft.distributed.disk import temporary_folder
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
-from jaxft.models.adapted import Teacher
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.models.model import Model
 from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
-from jaxft.objectives.kl import PenaltyReference
 from jaxft.objectives.logprobs import TargetLoss
+from jaxft.objectives.losses.policy_losses import PenaltyReference
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference
@@ -126,7 +125,9 @@ class ModelKnobs:
         return None
 
     def build(self, weights: str | None = None) -> Model:
-        """The model. weights: of another model that computes so, such as a reference."""
+        """Build the model. weights: of another model with the same settings of computation, such as a
+        reference.
+        """
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
@@ -269,7 +270,8 @@ def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
     if (Path(start) / "model" / "config.json").is_file():
         return str(Path(start) / "model"), None
     raise FileNotFoundError(
-        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()})"
+        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()}); "
+        "name one"
     )
 
 

@@ -45,7 +45,7 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
     import jax.numpy as jnp
 
     from jaxft.models.dense_config import FULL, SLIDING
-    from jaxft.models.families.mistral import MistralConfig, mistral
+    from jaxft.models.families.llama import MistralConfig, mistral
     from jaxft.nn.attention.cache import NextToken, RowGroups
     from jaxft.nn.param import init_params
 
@@ -104,8 +104,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Measure, and print both models' numbers."""
     a = arguments()
-    found = {name: {key: round(value, 2) for key, value in one.items()} for name, one in measure(a).items()}
-    print(json.dumps({**vars(a), **found}))
+    rounded = {name: {key: round(value, 2) for key, value in one.items()} for name, one in measure(a).items()}
+    print(json.dumps({**vars(a), **rounded}))
     return 0
 
 

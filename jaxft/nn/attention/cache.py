@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.distributed.sharding import constrain
 from jaxft.nn.attention.flash_attention import MASKED, soft_capped
 from jaxft.nn.attention.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
-from jaxft.nn.contractions import concat_bits, from_bits, to_bits, wide_einsum
+from jaxft.nn.matmul import concat_bits, from_bits, to_bits, wide_einsum
 from jaxft.tree import static, struct
 
 
@@ -362,7 +362,7 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
 
 
 def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
-    """Return the cache of prompts padded on the left to the slots of `like`, as it is of longer prompts."""
+    """Pad the cache of prompts on the left to the slots of `like`."""
 
     def pad(x: Array, slots: int, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim

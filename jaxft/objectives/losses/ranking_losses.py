@@ -26,9 +26,16 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Bool, Float
 
-from jaxft.objectives.losses.numerics import logistic, require, square
 from jaxft.objectives.losses.preference_losses import Calibrated, PairLoss
-from jaxft.objectives.pair import PairBatch, PairTokens, PreferenceLoss, declaration
+from jaxft.objectives.pair import (
+    PairBatch,
+    PairTokens,
+    PreferenceLoss,
+    declaration,
+    logistic,
+    require,
+    square,
+)
 
 RATING = "score_"  # what the names of the columns of ratings begin with
 
@@ -186,7 +193,10 @@ def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
     """
     declared = declaration(loss)
     if declared.coupled:
-        raise ValueError("all_pairs compares the responses of one row, but this loss couples rows")
+        raise ValueError(
+            "all_pairs compares the responses of one row, but this loss couples rows; "
+            "use a loss of single pairs"
+        )
 
     def of_rankings(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
         scores = ratings(pair)

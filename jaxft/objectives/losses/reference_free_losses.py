@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array
 
-from jaxft.objectives.losses.numerics import capped, log1mexp, logistic, require, square
 from jaxft.objectives.losses.preference_losses import PairLoss, nll
 from jaxft.objectives.pair import (
     CHOSEN_REWARD,
@@ -33,8 +32,13 @@ from jaxft.objectives.pair import (
     LossState,
     PairBatch,
     Response,
+    capped,
     coupled,
+    log1mexp,
+    logistic,
     reference_free,
+    require,
+    square,
 )
 from jaxft.tree import Metrics
 
@@ -111,8 +115,8 @@ def orpo_metrics(pair: PairBatch) -> dict[str, Array]:
 
 
 def kto_metrics(pair: PairBatch) -> dict[str, Array]:
-    """kl_mismatched: the log-ratio of the mismatched responses, whose mean's positive part is KTO's reference
-    point.
+    """Return the metric kl_mismatched: the log-ratio of mismatched responses. The positive part of its mean
+    is KTO's reference point.
 
     For preference(extra=...); TRL calls it `kl`.
     """

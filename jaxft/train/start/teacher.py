@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxft.models.adapted import Teacher
-from jaxft.models.heads import TEACHER
+from jaxft.models.adapted import TEACHER, Teacher
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.quant import Quant
@@ -21,7 +20,7 @@ from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights.peft import adapter_folders
 from jaxft.weights.peft.adapter_folders import adapter_folder
 from jaxft.weights.storage import StoredModel, quantisation_summary
@@ -108,13 +107,15 @@ def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
 
 def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
     """Return hashes of the weights that a teacher has in addition to the run's base."""
-    found: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
     if teacher and teacher.weights is not None:
-        found["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
+        fingerprints["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
     if teacher and teacher.start is not None:
         runfolder.check_results(adapter_folder(teacher.start))
-        found["teacher_adapter_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(teacher.start))
-    return found
+        fingerprints["teacher_adapter_fingerprint"] = runfolder.adapter_fingerprint(
+            adapter_folder(teacher.start)
+        )
+    return fingerprints
 
 
 def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition:

