@@ -20,8 +20,8 @@ from jaxft.objectives.objective import Objective, Outputs
 from jaxft.objectives.preference import preference
 from jaxft.optim.optimizer import Optim, make_rule
 from jaxft.optim.rules import UpdateRule
+from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.train.settings import Run, Scoring
-from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
 from jaxft.tree import Aux, Metrics, Params
 
 

@@ -7,7 +7,7 @@ from prepared import finished_run, working_directory
 from scripts_in_process import call
 from tiny_run import write_place
 
-from jaxft.runs.chained_log import check_chain, digests_path
+from jaxft.runs.metrics_log import check_chain, digests_path
 
 
 @pytest.fixture(scope="module")
