@@ -12,14 +12,17 @@ study that is killed repeats the wave that it was in, and has the same results t
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import TrainState, widened
@@ -27,9 +30,14 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.lab.study import LossTrial, Study, check_declared, declare
-from jaxft.lab.trials import make_set_trial, plain_run, run_of
+from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare
+from jaxft.nn.param import Specs
+from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
+from jaxft.objectives.objective import Objective, Outputs
+from jaxft.objectives.preference import preference
+from jaxft.optim.optimizer import Optim, make_rule
+from jaxft.optim.rules import UpdateRule
 from jaxft.runs import folder as runfolder
 from jaxft.runs.chained_log import append_entry, read_unfinished
 from jaxft.runs.checkpoint import Checkpoints
@@ -38,11 +46,12 @@ from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import start
-from jaxft.train.settings import steps_between
+from jaxft.train.settings import Run, Scoring, steps_between
 from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
+from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.train.sweep.sweep_programs import compile_sweep
-from jaxft.tree import Params
+from jaxft.tree import Aux, Metrics, Params
 from jaxft.weights.hub.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
@@ -127,31 +136,12 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
 
     Raises ValueError with one line before anything is trained.
     """
-    folder, clock = runfolder.folder_of(root, study.name), clock or Clock()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(runfolder.lock(folder))
-        stack.enter_context(jax.set_mesh(sharding.make_mesh(study.recipe.mesh)))
-        job, sources = prepare_study(study, folder)
-        pairs = HeldOutPairs.of(job.sources[0], study.tuning)
-        lines = plan_lines(study, pairs)
-        check_losses(study, job)
-        now = declare(study, file, declared_facts(job, sources, pairs))
-        path = folder / DECLARATION
-        if path.exists():
-            check_declared(folder, runfolder.read_saved_json(path), now)
-        else:
-            runfolder.write_durable_json(path, now)
-            runfolder.write_durable_json(folder / PAIRS, json_pairs(pairs))
-        print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
-        done = read_unfinished(folder / LEDGER)
-        if not done:
-            done = logged(folder, done, {"declared": now["digest"]})
-        elif done[0].get("declared") != now["digest"]:
-            raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
-        if done[-1].get("finished"):
+    folder = runfolder.folder_of(root, study.name)
+    with runfolder.lock(folder), jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
+        lab, done = declared_lab(study, file, folder, clock or Clock())
+        if lab is None:
             print(f"{folder}: this study is finished", flush=True)
             return 0
-        lab = open_lab(study, job, sources, pairs, clock)
         with Interrupt() as interrupt:
             if train_waves(lab, folder, done, interrupt) is None:
                 print(f"stopped by {signal_name(interrupt.signal)}; the same command continues", flush=True)
@@ -160,6 +150,34 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
 
 
 # Before training
+
+
+def declared_lab(
+    study: Study, file: Path, folder: Path, clock: Clock
+) -> tuple[Lab | None, list[dict[str, Any]]]:
+    """Write the declaration of a study, or check it against the one that was written; return the compiled
+    lab, None for a finished study, and the log. To be called where the recipe's mesh is set.
+    """
+    job, sources = prepare_study(study, folder)
+    pairs = HeldOutPairs.of(job.sources[0], study.tuning)
+    lines = plan_lines(study, pairs)
+    check_losses(study, job)
+    now = declare(study, file, declared_facts(job, sources, pairs))
+    path = folder / DECLARATION
+    if path.exists():
+        check_declared(folder, runfolder.read_saved_json(path), now)
+    else:
+        runfolder.write_durable_json(path, now)
+        runfolder.write_durable_json(folder / PAIRS, json_pairs(pairs))
+    print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
+    done = read_unfinished(folder / LEDGER)
+    if not done:
+        done = logged(folder, done, {"declared": now["digest"]})
+    elif done[0].get("declared") != now["digest"]:
+        raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
+    if done[-1].get("finished"):
+        return None, done
+    return open_lab(study, job, sources, pairs, clock), done
 
 
 def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any]]]:
@@ -421,3 +439,111 @@ def read_evaluations(path: Path) -> list[PairsEvaluation]:
         metrics = {name: number(x) for name, x in entry["metrics"].items()}
         found.append(PairsEvaluation(entry["step"], metrics, rows))
     return found
+
+
+# Trials as arrays: the learning rate and the knobs are part of a train state, so that one compiled program
+# trains any trial of a loss
+
+
+class TrialRate(NamedTuple):
+    """A trial's learning rate over that of the recipe."""
+
+    factor: Float[Array, ""]
+
+
+def run_of(study: Study, label: str, seed: int) -> Run:
+    """Return the run of a loss: the study's recipe with this loss and seed, whose trial is set in its state.
+
+    Rewards are in nats: log-prob ratios to the reference, whatever the loss's beta.
+    """
+    recipe, first = study.recipe, study.trials_of(label)[0]
+    return replace(
+        recipe,
+        name=study.name,
+        objective=partial(searched, loss=study.losses[label], trial=first),
+        optim=replace(
+            recipe.optim, optimizer=partial(with_rate, optim=recipe.optim), b1=None, b2=None, eps=None,
+            optimizer_kwargs=(),
+        ),
+        loop=replace(recipe.loop, eval_fraction=None, store=None),
+        samples=0,
+        scoring=Scoring(),
+        general=None,
+        data=replace(recipe.data, seed=seed, split_seed=recipe.data.seed_of_split),
+        seed=seed,
+    )  # fmt: skip
+
+
+def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
+    """Return the run that a trial equals: the recipe with the loss, its knobs, the learning rate and the seed
+    as settings.
+    """
+    run, loss = run_of(study, label, seed), study.losses[label]
+    return replace(
+        run,
+        objective=partial(preference, loss=partial(loss.fn, **trial.knobs), beta=1.0),
+        optim=replace(study.recipe.optim, lr=trial.lr),
+    )
+
+
+def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
+    """The preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial: the values
+    that they start with.
+    """
+
+    def with_knobs(knobs: Mapping[str, Any]) -> Objective:
+        return preference(model, partial(loss.fn, **knobs), beta=1.0)
+
+    plain = with_knobs(trial.knobs)
+
+    def loss_of(evaluated: bool, outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        objective = with_knobs(aux[LOSS_KNOBS])
+        return (objective.for_evaluation() if evaluated else objective).loss(outputs, aux)
+
+    def init(trainable: Params, at_base: bool) -> Aux:
+        return {**plain.init(trainable, at_base), LOSS_KNOBS: _arrays(trial.knobs)}
+
+    return plain._replace(loss=partial(loss_of, False), eval_loss=partial(loss_of, True), init=init)
+
+
+def _arrays(knobs: Mapping[str, float]) -> dict[str, Array]:
+    return {name: jnp.asarray(value, jnp.float32) for name, value in knobs.items()}
+
+
+def with_rate(schedule: optax.Schedule, specs: Specs, weight_decay: float, *, optim: Optim) -> UpdateRule:
+    """Return the update rule of a recipe, whose updates are multiplied by the state's TrialRate."""
+    rule = make_rule(optim, schedule, specs)
+    return rule._replace(transform=optax.chain(rule.transform, scale_by_trial_rate()))
+
+
+def scale_by_trial_rate() -> optax.GradientTransformation:
+    """Multiply updates by the factor in the state."""
+
+    def init(params: Params) -> TrialRate:
+        return TrialRate(jnp.ones((), jnp.float32))
+
+    def update(updates: Params, state: TrialRate, params: Params | None = None) -> tuple[Params, TrialRate]:
+        return jax.tree.map(lambda x: x * state.factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_set_trial(study: Study) -> Callable[[TrainState, LossTrial], TrainState]:
+    """Return `set_trial(state, trial)`, which puts a trial's numbers into a state; nothing is compiled."""
+    lr = study.recipe.optim.lr
+
+    def put(value: float, like: Array) -> Array:
+        return jax.device_put(jnp.asarray(value, like.dtype), like.sharding)
+
+    def is_rate(x: Any) -> bool:
+        return isinstance(x, TrialRate)
+
+    def set_trial(state: TrainState, trial: LossTrial) -> TrainState:
+        def rate(x: Any) -> Any:
+            return TrialRate(put(trial.lr / lr, x.factor)) if is_rate(x) else x
+
+        knobs = {name: put(trial.knobs[name], like) for name, like in state.aux[LOSS_KNOBS].items()}
+        opt_state = jax.tree.map(rate, state.opt_state, is_leaf=is_rate)
+        return replace(state, opt_state=opt_state, aux={**state.aux, LOSS_KNOBS: knobs})
+
+    return set_trial
