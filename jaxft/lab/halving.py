@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,13 +62,14 @@ PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, i
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The held-out pairs of a study: their names, the prompts that they belong to, and whether they select
-    settings (True) or are compared.
+    """The held-out pairs of a study: their names, the prompts that they belong to, whether they select
+    settings (True) or are compared, and how many tokens the chosen response has more than the rejected one.
     """
 
     names: tuple[str, ...]
     prompts: tuple[int, ...]
     tuning: tuple[bool, ...]
+    longer: tuple[int, ...]
 
     @staticmethod
     def of(source: Any, fraction: float) -> "HeldOutPairs":
@@ -76,12 +77,23 @@ class HeldOutPairs:
         held, rows = np.asarray(source.split.held), source.split.rows
         groups = np.unique(rows.group_by(0)[held], return_inverse=True)[1]
         count = int(groups.max()) + 1
-        chosen = np.random.default_rng(0).permutation(count)[: round(fraction * count)]
+        tuning = np.random.default_rng(0).permutation(count)[: round(fraction * count)]
+        chosen, rejected = (rows.counts[held, 1 + rows.kinds.index(kind)] for kind in ("chosen", "rejected"))
         return HeldOutPairs(
             tuple(rows.names[i] for i in held),
             tuple(groups.tolist()),
-            tuple(np.isin(groups, chosen).tolist()),
+            tuple(np.isin(groups, tuning).tolist()),
+            tuple((chosen.astype(np.int64) - rejected).tolist()),
         )
+
+    @staticmethod
+    def of_json(saved: Mapping[str, Any]) -> "HeldOutPairs":
+        """Read what `json` wrote."""
+        return HeldOutPairs(*(tuple(saved[own.name]) for own in fields(HeldOutPairs)))
+
+    def json(self) -> dict[str, Any]:
+        """Return the fields as JSON."""
+        return {own.name: list(getattr(self, own.name)) for own in fields(self)}
 
     def prompt_counts(self) -> tuple[int, int]:
         """Return the numbers of prompts that select settings and that are compared."""
@@ -129,6 +141,16 @@ class Lab:
     compiled: Compiled
     initial: Mapping[int, States]
     frozen: tuple[Params, ...]
+    _pairs_at: dict[int, int] = field(default_factory=dict)
+
+    def pair_at(self, position: int) -> int:
+        """Return the number of the held-out pair at a position of the batches; looked up once, since a name
+        is read from the file of the rows.
+        """
+        if position not in self._pairs_at:
+            name = self.job.sources[0].held_out_name(position)
+            self._pairs_at[position] = self.pairs.names.index(name)
+        return self._pairs_at[position]
 
 
 def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock | None = None) -> int:
@@ -168,7 +190,7 @@ def declared_lab(
         check_declared(folder, runfolder.read_saved_json(path), now)
     else:
         runfolder.write_durable_json(path, now)
-        runfolder.write_durable_json(folder / PAIRS, json_pairs(pairs))
+        runfolder.write_durable_json(folder / PAIRS, pairs.json())
     print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
     done = read_unfinished(folder / LEDGER)
     if not done:
@@ -198,12 +220,7 @@ def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any
 def declared_facts(job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs) -> dict[str, Any]:
     """Return hashes of the rows and the weights, which are part of the declaration."""
     rows = {str(seed): source.info.fingerprint for seed, source in sources.items()}
-    return {"rows": rows, "held_out": json_pairs(pairs), **weight_fingerprints(job.lead.run)}
-
-
-def json_pairs(pairs: HeldOutPairs) -> dict[str, Any]:
-    """Return the held-out pairs as JSON."""
-    return {"names": list(pairs.names), "prompts": list(pairs.prompts), "tuning": list(pairs.tuning)}
+    return {"rows": rows, "held_out": pairs.json(), **weight_fingerprints(job.lead.run)}
 
 
 def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
@@ -377,14 +394,13 @@ def checkpoints_of(trial: Path) -> Checkpoints:
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
     """Evaluate the held-out pairs; metrics: of the step before."""
-    name_of, position = lab.job.sources[0].held_out_name, {n: i for i, n in enumerate(lab.pairs.names)}
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     found = []
     for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
         values: dict[str, list[float]] = {}
         for at, row in rows.items():
             for name, value in row.items():
-                values.setdefault(name, [math.nan] * len(position))[position[name_of(at)]] = value
+                values.setdefault(name, [math.nan] * len(lab.pairs.names))[lab.pair_at(at)] = value
         logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
         named = {HELD_OUT + name: value for name, value in own.items()}
         found.append(PairsEvaluation(step, {**logged, **named}, values))
