@@ -97,7 +97,11 @@ class WordWorld:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Write a random Llama with one layer and a tokenizer of words."""
+    """Write a random Llama with one layer and a tokenizer of words.
+
+    As in trained models, embeddings have a direction in common, so that a word can become more likely
+    everywhere, and the head is large enough for log-probs of any size.
+    """
     import jax
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -117,7 +121,11 @@ def write_model(folder: Path, seed: int) -> None:
     )
     config = LlamaConfig(vocab=len(words), width=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp=64)
     model = llama(config)
-    hf_write.save_folder(folder, model, param.init_params(model.specs, jax.random.key(seed)), wrapped)
+    base = param.init_params(model.specs, jax.random.key(seed))
+    common = jax.random.normal(jax.random.key(seed + 1), (1, config.width))
+    base["embed"] += 3 * base["embed"].std() * common
+    base["head"] *= 25.0
+    hf_write.save_folder(folder, model, base, wrapped)
 
 
 def world_study(name: str, steps: int, trials: int) -> Any:
@@ -137,7 +145,7 @@ def world_study(name: str, steps: int, trials: int) -> Any:
             f"alpha{alpha:+g}": SearchedLoss(partial(rdpo, alpha=alpha), {"beta": LogRange(0.3, 3)})
             for alpha in BIASES
         },
-        lr=LogRange(1e-3, 1e-1),
+        lr=LogRange(1e-3, 3e-2),
         trials=trials,
         seeds=SEEDS,
     )
@@ -206,10 +214,10 @@ def run_world(seed: int, steps: int, trials: int) -> dict[str, Any]:
     study = world_study("study", steps, trials)
     folder, grid = (runfolder.folder_of(Path("runs"), name) for name in ("study", "grid"))
     folder.mkdir(parents=True)
-    with jax.set_mesh(sharding.make_mesh(study.recipe.mesh)), Interrupt() as interrupt:
+    with jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
         (lab, done), opening = timed(declared_lab, study, Path(__file__), folder, Clock())
         assert lab is not None
-        parts = [("study", train_waves, (lab, folder, done, interrupt)), ("grid", full_grid, (lab, grid))]
+        parts = [("study", train_waves, (lab, folder, done, Interrupt())), ("grid", full_grid, (lab, grid))]
         found = {name: timed(fn, *args) for name, fn, args in parts[:: 1 if seed % 2 else -1]}
     result = read_study(folder)
     first, second = result.order[:2]
@@ -240,7 +248,7 @@ def main() -> int:
     )
     parser.add_argument("--worlds", type=int, default=10, help="number of worlds (default 10)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first world (default 0)")
-    parser.add_argument("--steps", type=int, default=54, help="steps of a full run (default 54)")
+    parser.add_argument("--steps", type=int, default=81, help="steps of a full run (default 81)")
     parser.add_argument("--trials", type=int, default=6, help="trials of each loss (default 6)")
     parser.add_argument("--json", action="store_true", help="also print each world as a JSON line")
     a = parser.parse_args()
