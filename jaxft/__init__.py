@@ -34,8 +34,8 @@ def __getattr__(name: str) -> Any:
     if name != "train":
         importlib.import_module("jaxft.cli.cli").quiet()  # before jax is imported
     module, attribute = _LAZY[name]
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    imported = importlib.import_module(module)
+    return getattr(imported, attribute) if attribute else imported
 
 
 def __dir__() -> list[str]:

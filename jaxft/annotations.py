@@ -59,22 +59,22 @@ def _short(number: float) -> str:
 
 
 def at_least(least: float) -> Bounds:
-    """Numbers from `least` on."""
+    """Return a bound of a setting: numbers from `least` on."""
     return Bounds(least)
 
 
 def above(least: float) -> Bounds:
-    """Numbers greater than `least`."""
+    """Return a bound of a setting: numbers greater than `least`."""
     return Bounds(least, open_least=True)
 
 
 def between(least: float, most: float) -> Bounds:
-    """Numbers from `least` to `most`."""
+    """Return bounds of a setting: numbers from `least` to `most`."""
     return Bounds(least, most)
 
 
 def count_from(least: int) -> Bounds:
-    """Whole numbers from `least` on that fit into 32 bits."""
+    """Return a bound of a setting: whole numbers from `least` on that fit into 32 bits."""
     return Bounds(least, INT32)
 
 
@@ -94,7 +94,7 @@ class Choices:
 
 
 def one_of(known: Iterable[str | None]) -> Choices:
-    """Only these texts."""
+    """Return the choices of a setting: only these texts."""
     return Choices(tuple(known))
 
 

@@ -105,13 +105,15 @@ def regex(pattern: str, name: str, dotall: bool = False) -> BoundedPattern:
     try:
         regex_package.compile(pattern)
     except (regex_package.error, OverflowError, RecursionError) as e:
-        raise ValueError(f"{name}: {pattern[:100]!r} is not a valid regular expression ({e})") from e
+        raise ValueError(
+            f"{name}: {pattern[:100]!r} is not a valid regular expression ({e}); correct it"
+        ) from e
     return BoundedPattern(pattern, name, dotall)
 
 
 def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
-    """Return a mask: True for each leaf whose path, or the path of a node above it, matches the regular
-    expression as a whole.
+    """Return a mask: True for each leaf whose path, or the path of a node above it, fully matches the regular
+    expression.
 
     setting: what errors call the pattern. Raises ValueError if nothing matches, with the nearest paths: a
     mask is never silently empty.

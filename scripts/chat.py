@@ -116,21 +116,21 @@ def print_responses(scheduler: Any, chat: Any) -> None:
     from jaxft.runs.terminal import printable_text
     from jaxft.serve import terminal_chat as chats
 
-    with closing(chats.respond(scheduler, chat)) as found:
+    with closing(chats.respond(scheduler, chat)) as pieces:
         if len(chat.active) == 1:
-            for _, piece in found:
+            for _, piece in pieces:
                 print(printable_text(piece.text), end="", flush=True)
             print()
         elif sys.stdout.isatty():
-            print_columns(found, chat.active)
+            print_columns(pieces, chat.active)
         else:
-            for _ in found:
+            for _ in pieces:
                 pass
             for name in chat.active:
                 print(f"[{name}] {printable_text(chat.turns[-1].responses.get(name, ''))}")
 
 
-def print_columns(found: Any, names: tuple[str, ...]) -> None:
+def print_columns(pieces: Any, names: tuple[str, ...]) -> None:
     """Print two responses side by side on a terminal: their last lines as they arrive, then all of them."""
     from rich.console import Console
     from rich.live import Live
@@ -142,7 +142,7 @@ def print_columns(found: Any, names: tuple[str, ...]) -> None:
 
     try:
         with Live(console=console, get_renderable=last_lines, refresh_per_second=8, transient=True):
-            for name, piece in found:
+            for name, piece in pieces:
                 texts[name] += piece.text
     finally:
         console.print(side_by_side(texts, console, None))
@@ -246,17 +246,17 @@ def main() -> int:
         print(note, file=sys.stderr)
     flags = served_models.ServeFlags(args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new)
     print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
-    found = served_models.load_served(named, flags, rows=2, continues=True)
-    new = found.sizes.new
+    served = served_models.load_served(named, flags, rows=2, continues=True)
+    new = served.sizes.new
     choice = ChoiceSettings(Sampling(new, *given), args.seed, (), 1, None)
-    chat = chats.Conversation(found.models, (next(iter(found.models)),), choice, new, args.system)
+    chat = chats.Conversation(served.models, (next(iter(served.models)),), choice, new, args.system)
     if args.use:
         chat.active = chats.chosen_models(chat, args.use.split(","))
     if sys.stdin.isatty():
         import readline  # noqa: F401  line editing, and earlier lines by the arrow keys
 
-        print(f"{', '.join(found.models)}; /help lists the commands", file=sys.stderr)
-    scheduler = Scheduler(found.engine, found.sizes, found.params)
+        print(f"{', '.join(served.models)}; /help lists the commands", file=sys.stderr)
+    scheduler = Scheduler(served.engine, served.sizes, served.params)
     scheduler.start()
     try:
         chat_loop(scheduler, chat)

@@ -56,8 +56,8 @@ def main() -> int:
             name: [{key: x for key, x in e.items() if key.removeprefix(HELD_OUT) in drawn} for e in lines]
             for name, lines in entries.items()
         }
-        found = {"runs": table.as_json(), "ranking": ranking.ranking_lines(results), "curves": curves}
-        text = json.dumps(found, indent=1)
+        comparison = {"runs": table.as_json(), "ranking": ranking.ranking_lines(results), "curves": curves}
+        text = json.dumps(comparison, indent=1)
         args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -30,8 +30,8 @@ def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run may need the GPU's memory
     from jaxft.runs.environment import bug_report, report_lines
 
-    found = bug_report()
-    print(json.dumps(found) if args.json else "\n".join(report_lines(found)))
+    report = bug_report()
+    print(json.dumps(report) if args.json else "\n".join(report_lines(report)))
     return 0
 
 

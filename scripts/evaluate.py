@@ -117,8 +117,8 @@ def arguments(
     if not (args.run or args.file or args.tasks):
         parser.error("no rows; use --file or --tasks")
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
-        found = "is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
-        parser.error(f"--out {args.out}: {found}; name a file in an existing folder")
+        problem = "is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
+        parser.error(f"--out {args.out}: {problem}; name a file in an existing folder")
     args.given = set()
     way = TASKS if args.tasks is not None else COMPLETIONS if args.by or args.regex is not None else ROWS
     for name, (default, ways) in OPTIONS.items():
@@ -155,26 +155,28 @@ def pass_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> l
     items = [item.strip() for item in args.pass_at.split(",") if item.strip()]
     if not all(item.isdecimal() and int(item) >= 1 for item in items):
         parser.error(f"--pass-at {args.pass_at}: expected numbers of at least 1, such as 1,10")
-    found = [int(item) for item in items]
-    if found and max(found) > args.samples:
-        parser.error(f"--pass-at {max(found)} needs --samples of at least {max(found)}, got {args.samples}")
+    numbers = [int(item) for item in items]
+    if numbers and max(numbers) > args.samples:
+        parser.error(
+            f"--pass-at {max(numbers)} needs --samples of at least {max(numbers)}, got {args.samples}"
+        )
     if args.samples > 1 and args.temperature == 0:
         parser.error(f"--samples {args.samples} would be equal at temperature 0; use --temperature 0.8")
-    return found
+    return numbers
 
 
 def generation_arguments(parser: argparse.ArgumentParser, text: str) -> dict[str, Any]:
     """Return --gen-kwargs by name. Values are parsed as JSON; other text is a string."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not (equals and value and name.isidentifier()):
             parser.error(f"--gen-kwargs {item}: expected name=value, such as max_gen_toks=64")
         try:
-            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            values[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
@@ -184,10 +186,10 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     from jaxft.runs.settings.setting_values import load_callable
     from jaxft.tree import nearest, regex
 
-    found = []
+    functions = []
     for name in args.by:
         if callable(name):
-            found.append(name)
+            functions.append(name)
             continue
         if ":" not in name and name not in REWARDS:
             near = ", ".join(nearest(name, list(REWARDS), 3)) or ", ".join(REWARDS)
@@ -195,11 +197,11 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
         fn = load_callable(REWARDS.get(name, name))
         if not callable(fn):
             raise ValueError(f"--by {name}: not a function (prompt, completion, row) -> float; name one")
-        found.append(fn)
+        functions.append(fn)
     if args.regex is not None:
         regex(args.regex, "--regex")  # raises for an expression that cannot be compiled
-        found.append(partial(rewards.matches, pattern=args.regex))
-    return found
+        functions.append(partial(rewards.matches, pattern=args.regex))
+    return functions
 
 
 def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[str, Any]:
@@ -254,13 +256,13 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if is_decision(row, columns) and not is_text:
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
-        scores, found = make_decision_scores(model), {}
+        scores, results = make_decision_scores(model), {}
         shared |= {"packing": args.packing, "held_out": args.file}
         for name, one in loaded.items():
             settings = {key: x for key, x in data[name].items() if key not in ("loss_on", "format")}
             settings |= vars(args.decisions[name])
-            found[name] = scores(one, DecisionRows(args.file, **settings, **shared))
-        return found
+            results[name] = scores(one, DecisionRows(args.file, **settings, **shared))
+        return results
     names = {theirs: ours for ours, theirs in map(split_column, columns)}
     fields = {names.get(name, name): value for name, value in row.fields.items()}
     has_label = str(fields.get("label", fields.get("kto_tag"))).lower() in ("true", "false", "1", "0")
@@ -276,12 +278,12 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
         }
     if args.packing or args.too_long == "split":
         raise ValueError("--packing and --too-long split are for SFT rows, and these are pairs; remove them")
-    preferences, found = make_pair_preferences(model), {}
+    preferences, results = make_pair_preferences(model), {}
     shared |= {"held_out": "none", "unpaired": True}
     for name, one in loaded.items():
         settings = {key: value for key, value in data[name].items() if key != "loss_on"}
-        found[name] = preferences(one, PairRows(args.file, **settings, **shared))
-    return found
+        results[name] = preferences(one, PairRows(args.file, **settings, **shared))
+    return results
 
 
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
@@ -326,13 +328,13 @@ def evaluate_completions(
     if args.split is not None:
         names = held_out_names(args.split, next(iter(loaded.values())).tokenizer, args.check)
         rows = [row for row in rows if row.name in names]
-    found, completer = {}, Completer(args.batch, args.seed, args.kv_cache)
+    results, completer = {}, Completer(args.batch, args.seed, args.kv_cache)
     for name, one in loaded.items():
         template, settings = template_settings(data[name]), data[name]
         scorer = CompletionScorer(functions, completer, sampling, args.samples, args.passes, template)
         prompts = scored_prompts(rows[: args.limit], settings.get("format", "auto"), settings["columns"])
-        found[name] = scorer.evaluate(one, prompts)
-    return found
+        results[name] = scorer.evaluate(one, prompts)
+    return results
 
 
 def template_settings(data: dict[str, Any]) -> Any:
@@ -389,7 +391,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         flags = harness.HarnessFlags(
             args.num_fewshot, args.limit, args.system_instruction, args.generation, args.unsafe_code
         )
-        found = {}
+        results = {}
         for name, one in loaded.items():
             settings = HarnessSettings(
                 args.max_length,
@@ -401,11 +403,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             )
             about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
             about |= {"dtype": str(one.model.dtype.name), "quant": args.quant}
-            found[name] = harness.evaluate_tasks(one, tasks, flags, settings, about)
-        return found
+            results[name] = harness.evaluate_tasks(one, tasks, flags, settings, about)
+        return results
 
 
-def print_metrics(found: dict[str, Any], as_json: bool) -> None:
+def print_metrics(results: dict[str, Any], as_json: bool) -> None:
     """Print the metrics with their 95 % intervals: a line for each, and a column for each adapter if there
     are several.
     """
@@ -413,8 +415,8 @@ def print_metrics(found: dict[str, Any], as_json: bool) -> None:
     from jaxft.runs.trackers.jsonl import json_value
 
     if as_json:
-        whole = {name: json_value(with_intervals(one)) for name, one in found.items()}
-        print(json.dumps(whole if len(found) > 1 else next(iter(whole.values()))))
+        whole = {name: json_value(with_intervals(one)) for name, one in results.items()}
+        print(json.dumps(whole if len(results) > 1 else next(iter(whole.values()))))
         return
 
     def shown(one: Any, metric: str) -> str:
@@ -422,13 +424,13 @@ def print_metrics(found: dict[str, Any], as_json: bool) -> None:
         text = "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
         return f"{text} {interval_of(one.values[metric]).text()}" if metric in one.values else text
 
-    metrics = dict.fromkeys(metric for one in found.values() for metric in one.metrics)
-    columns = [[shown(one, metric) for metric in metrics] for one in found.values()]
+    metrics = dict.fromkeys(metric for one in results.values() for metric in one.metrics)
+    columns = [[shown(one, metric) for metric in metrics] for one in results.values()]
     widths = [
-        max(12, 2 + max(map(len, (name, *column)))) for name, column in zip(found, columns, strict=True)
+        max(12, 2 + max(map(len, (name, *column)))) for name, column in zip(results, columns, strict=True)
     ]
-    if len(found) > 1:
-        print(f"{'':32s}" + "".join(f"{name:>{width}s}" for name, width in zip(found, widths, strict=True)))
+    if len(results) > 1:
+        print(f"{'':32s}" + "".join(f"{name:>{width}s}" for name, width in zip(results, widths, strict=True)))
     for metric, values in zip(metrics, zip(*columns, strict=True), strict=True):
         if len(values) == 1:
             print(f"{metric:32s} {values[0]}")
@@ -446,11 +448,11 @@ def with_intervals(one: Any) -> dict[str, Any]:
     return {**one.metrics, **({"intervals": intervals} if intervals else {})}
 
 
-def comparison_lines(found: dict[str, Any]) -> list[str]:
+def comparison_lines(results: dict[str, Any]) -> list[str]:
     """Return the differences of the other adapters to the first one on the same rows, in sentences."""
     from jaxft.objectives.intervals import paired
 
-    (first, base), *others = found.items()
+    (first, base), *others = results.items()
     return [
         f"{name} against {first}, {metric}: {paired(base.values[metric], one.values[metric]).text()}"
         for name, one in others
@@ -459,7 +461,7 @@ def comparison_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
+def write_tasks(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Write the results of tasks to --out, or else into the run's folder. Without either, write nothing."""
     from jaxft.train.evaluate import harness
 
@@ -469,8 +471,8 @@ def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
         path = args.run / "lm_eval" / harness.report_name()
     if path is None:
         return
-    for name, one in found.items():
-        own = path.with_name(f"{path.stem}_{name}{path.suffix}") if len(found) > 1 else path
+    for name, one in results.items():
+        own = path.with_name(f"{path.stem}_{name}{path.suffix}") if len(results) > 1 else path
         harness.write_results(one, own)
         print(f"wrote {own}", file=sys.stderr)
 
@@ -478,24 +480,24 @@ def write_tasks(args: argparse.Namespace, found: dict[str, Any]) -> None:
 def main() -> int:
     """Evaluate, print the metrics, and write the results that are asked for."""
     args = arguments()
-    found = evaluate(args)
-    for line in dict.fromkeys(line for one in found.values() for line in one.notes):
+    results = evaluate(args)
+    for line in dict.fromkeys(line for one in results.values() for line in one.notes):
         print(line, file=sys.stderr)
     if args.way != TASKS or args.json:
-        print_metrics(found, args.json)
-        for line in () if args.json else comparison_lines(found):
+        print_metrics(results, args.json)
+        for line in () if args.json else comparison_lines(results):
             print(line)
     else:
-        for name, one in found.items():
-            print((f"adapter {name}\n" if len(found) > 1 else "") + one.table)
-        if len(found) > 1:
-            print_metrics(found, False)
+        for name, one in results.items():
+            print((f"adapter {name}\n" if len(results) > 1 else "") + one.table)
+        if len(results) > 1:
+            print_metrics(results, False)
     if args.way == TASKS:
-        write_tasks(args, found)
+        write_tasks(args, results)
     elif args.out:  # last: a disk that is full costs no metrics
         rows = [
-            {"adapter": name, **row} if len(found) > 1 else row
-            for name, one in found.items()
+            {"adapter": name, **row} if len(results) > 1 else row
+            for name, one in results.items()
             for row in one.rows
         ]
         args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

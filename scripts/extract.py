@@ -48,7 +48,7 @@ def main() -> int:
     inputs = [locate(ref).path for ref in (args.base, args.tuned)]
     adapter_folders.check_adapter_output(args.out, inputs)
     model = pretrained.model_for(args.base)
-    found = extracted_adapter.extract_adapter(
+    extracted = extracted_adapter.extract_adapter(
         args.base, args.tuned, model, what, lambda line: print(line, file=sys.stderr, flush=True)
     )
     text = (
@@ -56,12 +56,12 @@ def main() -> int:
         f"`{base_name(args.tuned)}` and `{base_name(args.base)}`, written by jaxft."
     )
     tokenizer = inputs[1] if (inputs[1] / "tokenizer_config.json").is_file() else None
-    new = adapter_folders.NewAdapter(found.params, found.settings, args.base, text, tokenizer)
+    new = adapter_folders.NewAdapter(extracted.params, extracted.settings, args.base, text, tokenizer)
     adapter_folders.write_adapter(args.out, new, model)
-    width = max(len(one.path) for one in found.errors)
-    for one in found.errors:
+    width = max(len(one.path) for one in extracted.errors)
+    for one in extracted.errors:
         print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
-    for line in [*found.others, *adapter_folders.cached_base_notes(args.out, args.base)]:
+    for line in [*extracted.others, *adapter_folders.cached_base_notes(args.out, args.base)]:
         print(line)
     print(f"{args.out}: adapter of rank {args.rank} for {args.base}")
     return 0

@@ -150,8 +150,8 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     elif args.file:
         columns = setting_of(args.columns, source, "columns")
         for row in read_rows(args.file):
-            found = [item for item in columns if split_column(item)[1] in row.fields]
-            rows.append(rename_columns(row, found))
+            present = [item for item in columns if split_column(item)[1] in row.fields]
+            rows.append(rename_columns(row, present))
     strings = all(isinstance(row.fields.get("prompt"), str) for row in rows)
     try:
         return [prompt_of(row, PLAIN if is_plain else "auto") for row in rows]
@@ -236,9 +236,14 @@ def completions(
         model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=source.residual)
         for line in pretrained.file_notes(source.ref, model):
             print(line, file=sys.stderr)
-        longest, limit = max(len(x) for found in ids.values() for x in found), model.config.max_positions
-        for found in ids.values():
-            pretrained.check_token_id(source.ref, max(max(x, default=0) for x in found), model.config.vocab)
+        longest, limit = (
+            max(len(x) for of_adapter in ids.values() for x in of_adapter),
+            model.config.max_positions,
+        )
+        for of_adapter in ids.values():
+            pretrained.check_token_id(
+                source.ref, max(max(x, default=0) for x in of_adapter), model.config.vocab
+            )
         if longest + args.max_new > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens plus --max-new {args.max_new} exceeds the {limit} positions; "
@@ -259,7 +264,10 @@ def completions(
             choice = RequestSettings(sampling, stop, grammar=forms.get(name))
             session = Session(engines[stop], params, jax.random.key(args.seed), choice=choice)
             new_ids[name] = generate(session, ids[name])
-    count, seconds = sum(len(new) for found in new_ids.values() for new in found), time.perf_counter() - begin
+    count, seconds = (
+        sum(len(new) for of_adapter in new_ids.values() for new in of_adapter),
+        time.perf_counter() - begin,
+    )
     print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
     results = {
         name: [

@@ -92,22 +92,22 @@ def main() -> int:
         commands.run_script(words[0], ["--help"])
         return 0
     known = commands.topics()
-    found = commands.find_topics(words, known)
-    if len(words) == 1 and is_in_reference(words[0]) and [t.name for t in found] != words:
+    topics = commands.find_topics(words, known)
+    if len(words) == 1 and is_in_reference(words[0]) and [t.name for t in topics] != words:
         from jaxft.cli import help_page
 
         print(help_page.described(words[0]))
-        if found:
-            print(f"\nTopics: {', '.join(topic.name for topic in found[:3])}")
+        if topics:
+            print(f"\nTopics: {', '.join(topic.name for topic in topics[:3])}")
         return 0
-    if not found:
+    if not topics:
         raise ValueError(f"no topic has {' '.join(words)!r}; scripts/help.py lists them all")
-    if len(found) == 1:
-        show(found[0].text)
+    if len(topics) == 1:
+        show(topics[0].text)
         return 0
-    shown = found[:MOST]
+    shown = topics[:MOST]
     width = max(len(topic.name) for topic in shown)
-    print(f"{len(found)} topics have {' '.join(words)!r}{', first' * (found != shown)}:")
+    print(f"{len(topics)} topics have {' '.join(words)!r}{', first' * (topics != shown)}:")
     print("\n".join(f"  {topic.name:{width}}  {topic.title} ({topic.file})" for topic in shown))
     return 0
 

@@ -42,12 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def lines_of(found: Any) -> list[str]:
+def lines_of(influence: Any) -> list[str]:
     """Return lines about the most harmful rows and about sources."""
-    harmful = [i for i in found.order if found.values[i] < 0]
-    lines = [f"{len(harmful)} of {len(found.names)} training rows have an influence below 0"]
-    lines += [f"  {found.values[i]:+.3g}  {found.names[i]}" for i in harmful[:SHOWN]]
-    means = found.by_file()
+    harmful = [i for i in influence.order if influence.values[i] < 0]
+    lines = [f"{len(harmful)} of {len(influence.names)} training rows have an influence below 0"]
+    lines += [f"  {influence.values[i]:+.3g}  {influence.names[i]}" for i in harmful[:SHOWN]]
+    means = influence.by_file()
     if len(means) > 1:
         lines += ["mean influence of each source:", *(f"  {x:+.3g}  {name}" for name, x in means.items())]
     return lines
@@ -88,22 +88,22 @@ def main() -> int:
     print(f"gradients of {folder} at step {step}" if step else f"{folder} has no checkpoint: step 0")
     if args.gradients:
         gradients = gradients_of_rows(parts)
-        found, more = gradients.influence, duplicate_lines(gradients)
+        influence, more = gradients.influence, duplicate_lines(gradients)
     else:
-        found, more = slopes_of_rows(parts), []
-    print("\n".join([*lines_of(found), *more]))
+        influence, more = slopes_of_rows(parts), []
+    print("\n".join([*lines_of(influence), *more]))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "influence.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("row", "influence"))
-        table.writerows((found.names[i], found.values[i]) for i in found.order)
+        table.writerows((influence.names[i], influence.values[i]) for i in influence.order)
     print(f"\n{folder / 'influence.csv'}")
     if args.keep is not None:
         rows, out = rows_by_name(resolved.value.data.train), args.out or folder / "best.jsonl"
-        kept = found.subset(args.keep)
-        lines = [json.dumps(rows[found.names[i]], ensure_ascii=False) for i in kept]
+        kept = influence.subset(args.keep)
+        lines = [json.dumps(rows[influence.names[i]], ensure_ascii=False) for i in kept]
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{out}: the {len(kept)} of {len(found.names)} rows of highest influence")
+        print(f"{out}: the {len(kept)} of {len(influence.names)} rows of highest influence")
     return 0
 
 

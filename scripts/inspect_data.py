@@ -201,26 +201,26 @@ def table(statistics: dict[str, Any]) -> Table:
     return result
 
 
-def invalid_text(found: Inspected, setting: str) -> str:
+def invalid_text(dataset: Inspected, setting: str) -> str:
     """Return the invalid rows by reason, most frequent first, and what a run does about them.
 
     setting: what leaves them out.
     """
-    if not found.invalid:
+    if not dataset.invalid:
         return "no invalid rows"
-    count = sum(row.rows for row in found.invalid)
+    count = sum(row.rows for row in dataset.invalid)
     effect = f"a run ends at the first; set {setting}" if setting else "a run leaves them out"
-    header = f"{count} of {found.rows} rows are invalid ({count / found.rows:.1%}): {effect}"
-    return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in found.invalid)])
+    header = f"{count} of {dataset.rows} rows are invalid ({count / dataset.rows:.1%}): {effect}"
+    return "\n".join([header, *(f"{rows:7,d}  {reason}: {first}" for reason, rows, first in dataset.invalid)])
 
 
-def invalid_setting(found: Inspected, data: Data, tokenizer: Any) -> str:
+def invalid_setting(dataset: Inspected, data: Data, tokenizer: Any) -> str:
     """Return the setting that keeps a run from ending at an invalid row, "" if it leaves them out already."""
-    if not found.invalid:
+    if not dataset.invalid:
         return ""
-    if any(row.reason == HIDDEN_CALLS for row in found.invalid):
+    if any(row.reason == HIDDEN_CALLS for row in dataset.invalid):
         return "chat_template=qwen"
-    fraction = np.ceil(100 * sum(row.rows for row in found.invalid) / found.rows) / 100
+    fraction = np.ceil(100 * sum(row.rows for row in dataset.invalid) / dataset.rows) / 100
     limits = (data.invalid_limit, max(fraction, data.invalid_limit), 1.0)  # which hold for each dataset
     for tried in (data, *(dataclasses.replace(data, invalid=DROP, invalid_limit=float(x)) for x in limits)):
         try:
@@ -236,12 +236,12 @@ def invalid_setting(found: Inspected, data: Data, tokenizer: Any) -> str:
     return f"data.invalid={DROP}{more}" if tried is not data else ""
 
 
-def repetition_lines(found: Inspected) -> tuple[list[str], str]:
+def repetition_lines(dataset: Inspected) -> tuple[list[str], str]:
     """Return lines about rows that repeat one another and about placeholders, and the setting that leaves
     these out, "" for none.
     """
-    overlaps, names = find_overlaps(found.split, COMPARED), found.placeholders
-    lines = overlap_lines(found.split, overlaps)
+    overlaps, names = find_overlaps(dataset.split, COMPARED), dataset.placeholders
+    lines = overlap_lines(dataset.split, overlaps)
     if names:
         lines.append(f"responses that are placeholders, such as N/A: {len(names)}; the first is {names[0]}")
     kinds = [DUPLICATES] * bool(overlaps["duplicates"] or overlaps["leaked"]) + [PLACEHOLDERS] * bool(names)
@@ -292,7 +292,7 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
 
 
 def chosen_examples(
-    found: Inspected, args: argparse.Namespace, problem: Callable[[str], str]
+    dataset: Inspected, args: argparse.Namespace, problem: Callable[[str], str]
 ) -> Iterator[ShownExample]:
     """Yield the examples to show: all of the rows named by --row, with or without the folder of their file,
     or the first --rows of a batch.
@@ -300,11 +300,11 @@ def chosen_examples(
     Raises ValueError with problem(name) if no example is of a row named by --row.
     """
     if not args.row:
-        yield from itertools.islice(found.of_step(args.step), args.rows)
+        yield from itertools.islice(dataset.of_step(args.step), args.rows)
         return
     missing = dict.fromkeys(Path(name).name for name in args.row)
     names = set(missing)
-    for example in itertools.chain(found.train(), found.held_out()):
+    for example in itertools.chain(dataset.train(), dataset.held_out()):
         name = Path(example.name).name
         if name in names:
             yield example
@@ -337,17 +337,17 @@ def main() -> int:
     with recipes.without_model_weights():
         data, ref, context = settings(args)
         tokenizer = pretrained.load_tokenizer(ref)
-    found = inspect(data, tokenizer)
-    problem = partial(row_problem, data.settled([found.split.rows]), tokenizer)
-    examples = list(chosen_examples(found, args, problem))
+    dataset = inspect(data, tokenizer)
+    problem = partial(row_problem, data.settled([dataset.split.rows]), tokenizer)
+    examples = list(chosen_examples(dataset, args, problem))
     console = Console(highlight=False)
-    statistics = dict(found.statistics)
-    (lines, drop), setting = repetition_lines(found), invalid_setting(found, data, tokenizer)
+    statistics = dict(dataset.statistics)
+    (lines, drop), setting = repetition_lines(dataset), invalid_setting(dataset, data, tokenizer)
     proposed = " ".join(filter(None, (setting, drop)))
     summary = [statistics.pop(name) for name in ("summary", "learned") if name in statistics]
     if proposed:
         lines.append(f"to train without these rows, set {proposed}")
-    for line in (invalid_text(found, setting), *found.split.warnings, *summary, *lines):
+    for line in (invalid_text(dataset, setting), *dataset.split.warnings, *summary, *lines):
         console.print(printable_text(line), soft_wrap=True, markup=False)
     lengths = measure(data, tokenizer)
     if lengths.is_sample:

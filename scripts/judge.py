@@ -65,11 +65,11 @@ def judge_models(args: argparse.Namespace, by: list) -> dict:
     for judge in by:
         judged.append(Judged(judge.name, judge.compare(matches), *lengths))
         print("\n".join(verdict_lines(judged[-1], Path(args.one).stem, Path(args.other).stem)), flush=True)
-    found = agreements(judged)
-    for names, agreement in found.items():
+    kappa_of = agreements(judged)
+    for names, agreement in kappa_of.items():
         print(f"{' and '.join(names)} agree with kappa {agreement:.2f}")
     values = {each.judge: dict(zip(prompts.texts, each.by_prompt.tolist(), strict=True)) for each in judged}
-    kappas = [{"judges": list(pair), "kappa": kappa} for pair, kappa in found.items()]
+    kappas = [{"judges": list(pair), "kappa": kappa} for pair, kappa in kappa_of.items()]
     return {"judges": [each.as_json() for each in judged], "kappa": kappas, "values": values}
 
 
@@ -82,7 +82,7 @@ def judge_judges(args: argparse.Namespace, by: list) -> dict:
     from jaxft.objectives.intervals import fraction_text
 
     rows = judges.read_preferences(args.preferences)
-    matches, found = judges.preference_matches(rows), {}
+    matches, results = judges.preference_matches(rows), {}
     nothing = np.zeros(len(matches))
     for judge in by:
         values = Judged(judge.name, judge.compare(matches), nothing, nothing).by_prompt
@@ -92,8 +92,8 @@ def judge_judges(args: argparse.Namespace, by: list) -> dict:
             print(f"  {subset}: {fraction_text(right / count, count, unit='rows')}")
         mean = sum(right / count for right, count in by_subset.values()) / len(by_subset)
         print(f"  mean over subsets: {mean:.3f}", flush=True)
-        found[judge.name] = {"subsets": by_subset, "mean": mean}
-    return found
+        results[judge.name] = {"subsets": by_subset, "mean": mean}
+    return results
 
 
 def main() -> int:
@@ -104,9 +104,9 @@ def main() -> int:
 
     replies = Replies(args.judge_max_new, args.budget)
     by = [find_judge(text, REWARDS, replies) for text in args.by]
-    found = judge_judges(args, by) if args.preferences else judge_models(args, by)
+    results = judge_judges(args, by) if args.preferences else judge_models(args, by)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

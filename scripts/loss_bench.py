@@ -98,12 +98,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def line_of(error: ValueError, file: Path) -> str:
     """Return the error message with the line of the loss's file that raised it."""
-    found = (
+    location = (
         re.search(r" \(line \d+\)$", format_error(error.__cause__, file))
         if isinstance(error.__cause__, Exception)
         else None
     )
-    return f"{error}{found[0] if found else ''}"
+    return f"{error}{location[0] if location else ''}"
 
 
 def analyse(
@@ -111,8 +111,8 @@ def analyse(
 ) -> tuple[Probe, tuple[Check, ...]]:
     """Probe a loss and run its checks. Raises ValueError with the line that fails."""
     try:
-        found = probe(loss.label, loss.fn, columns)
-        return found, check_loss(found, claims)
+        probed = probe(loss.label, loss.fn, columns)
+        return probed, check_loss(probed, claims)
     except ValueError as error:
         raise ValueError(line_of(error, loss.file)) from error
 
@@ -122,15 +122,15 @@ def table(checks: Sequence[Check]) -> Table:
     result = Table(show_header=False, box=None, pad_edge=False)
     for column in range(3):
         result.add_column(no_wrap=column < 2)
-    for found in checks:
-        mark, style = MARKS[found.ok]
-        result.add_row(Text(mark, style), Text(found.name), Text(found.message))
+    for check in checks:
+        mark, style = MARKS[check.ok]
+        result.add_row(Text(mark, style), Text(check.name), Text(check.message))
     return result
 
 
 def show(console: Console, label: str, checks: Sequence[Check]) -> None:
     """Print a heading and the table."""
-    failed = sum(found.ok is False for found in checks)
+    failed = sum(check.ok is False for check in checks)
     verdict = f"{failed} of {len(checks)} checks fail" if failed else "no check fails"
     console.print(Text(f"\n{label}: {verdict}", "bold red" if failed else "bold"))
     with console.capture() as shown:
@@ -216,7 +216,7 @@ def look(
     for loss in (*mine, *others):
         probes[loss.label], checks = analyse(loss, args.claims if loss in mine else (), args.columns)
         show(console, loss.label, checks)
-        failed |= loss in mine and any(found.ok is False for found in checks)
+        failed |= loss in mine and any(check.ok is False for check in checks)
         if len(checks) == 1:  # not one value per pair: there is no curve
             del probes[loss.label]
     for loss in mine:
@@ -315,9 +315,9 @@ def with_seeds(run: Any, count: int) -> dict[str, Any]:
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:
     """Raise ValueError for a setting of the config's loss, which the bench replaces."""
-    found = differences(without, with_it)
+    changed = differences(without, with_it)
     if text.startswith(("name=", "run.name=")) or (
-        found and all(line.startswith("objective") for line in found)
+        changed and all(line.startswith("objective") for line in changed)
     ):
         raise ValueError(
             f"--set {text} has no effect: the bench replaces the config's loss. Use --loss name,knob=value"

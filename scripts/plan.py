@@ -102,7 +102,7 @@ def print_plans(args: argparse.Namespace) -> int:
     overrides = [*(name for name in args.devices if "=" in name), *overrides]
     if not names:
         raise ValueError(f"--devices has no machine, got {' '.join(args.devices)}; add one such as h100:8")
-    found: list[plan.Plan] = []
+    train_plans: list[plan.Plan] = []
     code = 0
     for machine in [machines.machine(name) for name in names]:  # before any program is compiled
         given = [text.replace("{devices}", str(len(machine.devices))) for text in overrides]
@@ -128,16 +128,16 @@ def print_plans(args: argparse.Namespace) -> int:
         select = plan.train_programs if train_only else plan.all_programs
         run = config.load_config(recipe, given)
         each = plan.plans(run, machine, select)
-        found.append(next(one for one in each if one.flops is not None))  # the largest train step
-        cost = run_cost(run, found[-1], args.price) if args.hours or args.price is not None else None
-        record = {**plan_report.record(found[-1], each), **(cost.json() if cost else {})}
-        print(json.dumps(record) if args.json else plan_report.plan_report(found[-1]), flush=True)
+        train_plans.append(next(one for one in each if one.flops is not None))  # the largest train step
+        cost = run_cost(run, train_plans[-1], args.price) if args.hours or args.price is not None else None
+        record = {**plan_report.record(train_plans[-1], each), **(cost.json() if cost else {})}
+        print(json.dumps(record) if args.json else plan_report.plan_report(train_plans[-1]), flush=True)
         if (args.hours or args.price is not None) and not args.json:
-            print("\n".join(cost.lines() if cost else plan_report.unknown_lines(found[-1])), flush=True)
+            print("\n".join(cost.lines() if cost else plan_report.unknown_lines(train_plans[-1])), flush=True)
         if len(each) > 1 and not args.json:
             print(plan_report.programs_report(each), flush=True)
-    if len(found) > 1 and not args.json:
-        print(plan_report.scaling_report(found))
+    if len(train_plans) > 1 and not args.json:
+        print(plan_report.scaling_report(train_plans))
     return code
 
 

@@ -104,7 +104,7 @@ def step_scores(args: argparse.Namespace) -> StepScores:
     source = rows.open(pretrained.load_tokenizer(weights.tokenizer), sharding.row_shards(mesh))
     quant, dtype = loaded_weights.common_quant(named, args.quant), jnp.dtype(args.dtype)
     loaded = reward_models.load_reward_model(weights.ref, mesh, weights.adapter, quant, dtype)
-    objective, layout, found = process_reward(loaded.model), source.layout, dict[int, Any]()
+    objective, layout, by_row = process_reward(loaded.model), source.layout, dict[int, Any]()
     forward = jax.jit(
         lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {}).score
     )
@@ -115,22 +115,22 @@ def step_scores(args: argparse.Namespace) -> StepScores:
             for row, member in enumerate(members.tolist()):
                 steps = np.flatnonzero(batch.token_weights[0, row] > 0)
                 right = 1 / (1 + np.exp(-scores[row, steps].astype(np.float64)))
-                found[member] = right.tolist(), (batch.targets[0, row, steps] > 0).tolist()
+                by_row[member] = right.tolist(), (batch.targets[0, row, steps] > 0).tolist()
     names = source.split.rows.names
-    return [(names[number], *found[number]) for number in sorted(found)]
+    return [(names[number], *by_row[number]) for number in sorted(by_row)]
 
 
-def print_step_scores(found: StepScores, as_json: bool) -> None:
+def print_step_scores(scores: StepScores, as_json: bool) -> None:
     """Print the probabilities of each row's steps, and the accuracy over all steps."""
     from jaxft.objectives.intervals import wilson
 
-    for name, right, labels in found:
+    for name, right, labels in scores:
         if as_json:
             print(json.dumps({"row": name, "right": right, "labels": labels}))
         else:
             each = zip(right, labels, strict=True)
             print(name.ljust(16), "  ".join(f"{x:.2f} {'right' if y else 'wrong'}" for x, y in each))
-    steps = [(x > 0.5) == y for _, right, labels in found for x, y in zip(right, labels, strict=True)]
+    steps = [(x > 0.5) == y for _, right, labels in scores for x, y in zip(right, labels, strict=True)]
     accuracy = sum(steps) / max(1, len(steps))
     print(
         f"{sum(steps)} of {len(steps)} steps are judged as labelled ({accuracy:.2f} "
@@ -182,12 +182,12 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
     forward = jax.jit(
         lambda params, batch: objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
     )
-    found = {}
+    scores = {}
     for name, source in sources.items():
         pretrained.check_token_id(ref, source.info.stats.largest_id, loaded[name].model.config.vocab)
         with jax.set_mesh(mesh):
-            found[name] = scores_of(args.file, source, loaded[name], forward, mesh)
-    return found
+            scores[name] = scores_of(args.file, source, loaded[name], forward, mesh)
+    return scores
 
 
 def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> Scores:
@@ -198,21 +198,21 @@ def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> S
     from jaxft.distributed import sharding
     from jaxft.rl import reward_models
 
-    found = dict[int, tuple[float | None, ...]]()
+    by_pair = dict[int, tuple[float | None, ...]]()
     for batch in source.cover(range(len(source.keys))):
         batch = batch if loaded.pad is None else reward_models.read_before_pad(batch, loaded.pad)
         outputs = jax.device_get(forward(loaded.params, sharding.shard_batch(mesh, batch)))
         for at, pair in np.ndenumerate(batch.index[0]):
             if pair >= 0:
                 both = zip((outputs.chosen[at], outputs.rejected[at]), batch.lengths[0][at], strict=True)
-                found[int(pair)] = tuple(float(x) if length else None for x, length in both)
-                if not all(x is None or np.isfinite(x) for x in found[int(pair)]):
+                by_pair[int(pair)] = tuple(float(x) if length else None for x, length in both)
+                if not all(x is None or np.isfinite(x) for x in by_pair[int(pair)]):
                     raise ValueError(
-                        f"{file}: the rewards of row {pair + 1} are not finite: {found[int(pair)]}; use "
+                        f"{file}: the rewards of row {pair + 1} are not finite: {by_pair[int(pair)]}; use "
                         "--dtype float32, or check the reward model"
                     )
     names = source.split.rows.names
-    return [(names[number], chosen, rejected) for number, (chosen, rejected) in sorted(found.items())]
+    return [(names[number], chosen, rejected) for number, (chosen, rejected) in sorted(by_pair.items())]
 
 
 def pairs_of(scores: Scores) -> list[tuple[float, float]]:
@@ -257,13 +257,13 @@ def print_scores(scores: Scores, as_json: bool, adapter: str) -> None:
     )
 
 
-def comparison_lines(found: dict[str, Scores]) -> list[str]:
+def comparison_lines(scores_of_runs: dict[str, Scores]) -> list[str]:
     """Return the differences of the other adapters' accuracies to the first one's on the same pairs."""
     from jaxft.objectives.intervals import paired_fractions
 
     wins = {
         name: [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs_of(scores)]
-        for name, scores in found.items()
+        for name, scores in scores_of_runs.items()
     }
     (first, base), *others = wins.items()
     if not base:
@@ -278,12 +278,12 @@ def main() -> int:
         print_step_scores(step_scores(args), args.json)
         return 0
     try:
-        found = rewards(args)
+        scores_of_runs = rewards(args)
     except ValueError as error:
         raise ValueError(str(error).replace("data.invalid=drop", "--invalid drop")) from error
-    for name, scores in found.items():
-        print_scores(scores, args.json, name if len(found) > 1 else "")
-    for line in comparison_lines(found):
+    for name, scores in scores_of_runs.items():
+        print_scores(scores, args.json, name if len(scores_of_runs) > 1 else "")
+    for line in comparison_lines(scores_of_runs):
         print(line, file=sys.stderr)
     return 0
 

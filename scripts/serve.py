@@ -108,18 +108,19 @@ def serve(args: argparse.Namespace, sock: Any, log: Callable[[str], None]) -> No
         args.dtype, args.quant, args.kv_cache, args.max_prompt, args.max_new, tools
     )
     log(f"loading {', '.join(named)}; the first start also compiles the programs")
-    found = served_models.load_served(named, flags, args.rows)
-    scheduler = Scheduler(found.engine, found.sizes, found.params, args.queue, log)
+    served = served_models.load_served(named, flags, args.rows)
+    scheduler = Scheduler(served.engine, served.sizes, served.params, args.queue, log)
     scheduler.start()
     is_local = args.host in server.LOOPBACK
     limits = server.ServerLimits(
         os.environ.get(server.KEY_VARIABLE, ""), args.max_body, server.LOOPBACK if is_local else ()
     )
-    app = server.make_app(scheduler, found.models, limits)
+    app = server.make_app(scheduler, served.models, limits)
     host = f"[{args.host}]" if ":" in args.host else args.host
     sock.listen()  # clients that connect after the next line wait until uvicorn accepts them
     log(
-        f"serving {', '.join(found.models)} at http://{host}:{sock.getsockname()[1]} (API: /v1); Ctrl-C stops"
+        f"serving {', '.join(served.models)} at http://{host}:{sock.getsockname()[1]} (API: /v1); "
+        "Ctrl-C stops"
     )
     server.serve_forever(app, sock, args.grace)
     scheduler.close()

@@ -55,8 +55,8 @@ def main() -> int:
     lines = [line for word in words if word not in sections and (line := advice(word, recipe=recipe))]
     if not any(groups.values()) and not lines and recipe is None:
         names_first = dict.fromkeys((*COMPARED_RECIPES, *recipe_names()))
-        found = (name for name in names_first if all(word in setting_names(name) for word in words))
-        if recipe := next(found, None):
+        candidates = (name for name in names_first if all(word in setting_names(name) for word in words))
+        if recipe := next(candidates, None):
             lines = [f"in recipes such as {recipe}:"]
             groups = settings_of_recipe(recipe)
             groups = {title: [s for s in group if s.name in words] for title, group in groups.items()}

@@ -70,12 +70,12 @@ def values(over: list[str], together: bool) -> list[list[str]]:
         counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
         raise ValueError(f"--together: the knobs have {counts} values; use the same number for all")
     rows = zip(*knobs.values(), strict=True) if together else itertools.product(*knobs.values())
-    found = [[f"{knob}={value}" for knob, value in zip(knobs, row, strict=True)] for row in rows]
-    if len(found) > MAX_RUNS:
+    settings = [[f"{knob}={value}" for knob, value in zip(knobs, row, strict=True)] for row in rows]
+    if len(settings) > MAX_RUNS:
         raise ValueError(
-            f"{len(found)} runs exceed the maximum of {MAX_RUNS}; use fewer values or --together"
+            f"{len(settings)} runs exceed the maximum of {MAX_RUNS}; use fewer values or --together"
         )
-    return found
+    return settings
 
 
 def _comparable(value: str) -> float | str:

@@ -70,8 +70,8 @@ def main() -> int:
             run = settings.value
             run_folder(run, Path("runs"))  # raises ValueError for a name that cannot be a folder's
             check_trackers(run.trackers)
-            found = plan_report.dry_run(settings, config.recipe_defaults(recipe), lines)
-            print(plan_report.dry_run_json(found) if args.json else plan_report.dry_run_text(found))
+            planned = plan_report.dry_run(settings, config.recipe_defaults(recipe), lines)
+            print(plan_report.dry_run_json(planned) if args.json else plan_report.dry_run_text(planned))
         return 0
     if args.json:
         parser.error("--json is the format of --dry-run; add that, or leave --json out")

@@ -112,7 +112,7 @@ def quiet() -> None:
     """Switch off libraries' log lines, and on the persistent compilation cache and the platform's defaults
     for XLA (see distributed/xla_flags.py). Call it before jax is imported.
 
-    What the user has set in the environment takes precedence.
+    Settings in the user's environment take precedence.
     """
     terminal.open_missing()
     folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"

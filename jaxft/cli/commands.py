@@ -106,8 +106,8 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
         """How often the rarest word is in the text, for its length."""
         return min(len(p.findall(topic.text)) for p in patterns) / len(topic.text) ** 0.5
 
-    found = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
-    return sorted(found, key=weight, reverse=True)
+    matching = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
+    return sorted(matching, key=weight, reverse=True)
 
 
 class ShippedRecipe(NamedTuple):
@@ -122,13 +122,13 @@ class ShippedRecipe(NamedTuple):
 def read_recipe(file: Path) -> ShippedRecipe:
     """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
     paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
-    found = next(
+    hardware = next(
         (match for text in paragraphs if (match := HARDWARE_LINE.match(" ".join(text.split())))), None
     )
     first = " ".join(paragraphs[0].split())
-    if not found or not first.endswith("."):
+    if not hardware or not first.endswith("."):
         raise ValueError(f"{file}: its docstring needs a first sentence and a line `Hardware: WHAT; TIME.`")
-    return ShippedRecipe(file.stem, first.removesuffix("."), found[1], found[2])
+    return ShippedRecipe(file.stem, first.removesuffix("."), hardware[1], hardware[2])
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
@@ -212,8 +212,8 @@ def _is_of_parser(node: ast.stmt) -> bool:
 
 def run_folders(prefix: str, **_: Any) -> list[str]:
     """Return the folders in runs/ that begin with `prefix`."""
-    found = [str(file.parent) for file in Path("runs").glob("*/config.json")]
-    return [folder for folder in found if folder.startswith(prefix)]
+    folders = [str(file.parent) for file in Path("runs").glob("*/config.json")]
+    return [folder for folder in folders if folder.startswith(prefix)]
 
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
@@ -258,8 +258,8 @@ def values(name: str, prefix: str, recipe: Path) -> list[str]:
     if kind is None:
         return files(prefix)
     before, comma, last = prefix.rpartition(",")
-    found = [f"{before}{comma}{choice}" for choice in choices(kind)]
-    return [*found, *(files(prefix) if takes_text(kind) else [])]
+    listed = [f"{before}{comma}{choice}" for choice in choices(kind)]
+    return [*listed, *(files(prefix) if takes_text(kind) else [])]
 
 
 def files(prefix: str) -> list[str]:

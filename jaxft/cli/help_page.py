@@ -55,8 +55,8 @@ def settings_of_any_run() -> dict[str, list[Setting]]:
     for kind, cls in DATA_KINDS.items():
         bases = [base for base in DATA_KINDS.values() if base is not cls and issubclass(cls, base)]
         inherited = {setting.name for base in bases for setting in settings_of(base, "data.")}
-        found = [setting for setting in settings_of(cls, "data.") if setting not in shared]
-        rest = [setting for setting in found if setting.name not in inherited]
+        own = [setting for setting in settings_of(cls, "data.") if setting not in shared]
+        rest = [setting for setting in own if setting.name not in inherited]
         by_title = by_section(with_recipes(rest, recipes))
         groups |= {f"Of {kind}, {title}": group for title, group in by_title.items()}
     return groups
@@ -115,9 +115,9 @@ def _recipes() -> Iterator[str]:
     yield "## Recipes and their knobs"
     knobs: dict[tuple[str, str, str], Setting] = {}
     for recipe in shipped_recipes():
-        found = next(iter(settings_of_recipe(recipe.recipe).values()))
-        knobs |= {(knob.name, knob.kind, knob.text): knob for knob in found}
-        defaults = " ".join(k.name if k.default is None else f"{k.name}={k.default}" for k in found)
+        listed = next(iter(settings_of_recipe(recipe.recipe).values()))
+        knobs |= {(knob.name, knob.kind, knob.text): knob for knob in listed}
+        defaults = " ".join(k.name if k.default is None else f"{k.name}={k.default}" for k in listed)
         about = f"{recipe.trains}.\n{recipe.hardware}; {recipe.time}."
         defaults = textwrap.fill(defaults, 110, break_long_words=False, break_on_hyphens=False)
         yield f"### {recipe.recipe}\n\n{about}\n\n```\n{defaults}\n```"

@@ -110,7 +110,7 @@ class DataSettings:
         return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
     def row_settings(self, **own: Any) -> RowSettings:
-        """Return token_settings. own: further settings of this kind of data."""
+        """Return the RowSettings that all kinds of data share. own: further ones of this kind of data."""
         return RowSettings(
             columns=self.columns, format=self.format, template=self.template_settings,
             order_by=self.order_by, max_samples=self.max_samples, **own,
@@ -128,8 +128,8 @@ class DataSettings:
         return Reader(self.task, tokenizer, self.token_settings, how)
 
     def settled(self, train: Sequence[TokenisedRows]) -> Self:
-        """Return the settings with what the training rows decide, such as the labels of a classifier. train:
-        the rows of each source.
+        """Return the settings with those filled in that follow from the training rows, such as the labels of
+        a classifier. train: the rows of each source.
         """
         return self
 
@@ -152,7 +152,7 @@ class DataSettings:
 
     @property
     def seed_of_split(self) -> int:
-        """The seed that a fraction of the rows is held out by."""
+        """The seed of the split into training and held-out rows, if held_out is a fraction."""
         return self.seed if self.split_seed is None else self.split_seed
 
     @property
@@ -202,7 +202,9 @@ class DataSettings:
         return np.isin(groups, distinct[:-1][(np.cumsum(sizes) - sizes < count)[:-1]])
 
     def held_out_count(self, count: int, least: int = 1) -> int:
-        """Return how many of `count` rows a fractional held_out is: at least `least`, and never all."""
+        """Return how many of `count` rows to hold out if held_out is a fraction: at least `least`, and never
+        all.
+        """
         return min(max(least, round(float(self.held_out or 0) * count)), count - 1)
 
     def held_out_notes(self, held: int, count: int) -> tuple[str, ...]:

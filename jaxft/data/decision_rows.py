@@ -86,7 +86,7 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
 
 @dataclass(frozen=True)
 class DecisionRows(Rows):
-    """Questions with choices of which one is right, or a probability of each: the data of decision models.
+    """Questions with choices, of which one is right or each has a probability: the data of decision models.
 
     format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
     letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
@@ -120,11 +120,11 @@ class DecisionRows(Rows):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
         """Read, tokenise and plan the batches; see DataSettings.open."""
-        found = super().open(tokenizer, shards, cache)
-        rows, train = found.split.rows, found.split.train
-        stats = replace(found.info.stats, learned=_learned_line(rows, train))
+        opened = super().open(tokenizer, shards, cache)
+        rows, train = opened.split.rows, opened.split.train
+        stats = replace(opened.info.stats, learned=_learned_line(rows, train))
         recorded = {"formats": [*rows.formats], "labels": [*rows.labels]}
-        return replace(found, info=replace(found.info, learned_ends={}, stats=stats, recorded=recorded))
+        return replace(opened, info=replace(opened.info, learned_ends={}, stats=stats, recorded=recorded))
 
     @property
     def batches(self) -> Callable[..., PackedBatches]:
@@ -143,14 +143,14 @@ class DecisionRows(Rows):
         """Return the settings with the labels of the training rows, if these have any and data.labels names
         none. Raises ValueError for sources with different labels.
         """
-        found = dict.fromkeys(rows.labels for rows in train if rows.labels)
-        if len(found) > 1:
-            sets = " and ".join(",".join(labels)[:80] for labels in found)
+        label_sets = dict.fromkeys(rows.labels for rows in train if rows.labels)
+        if len(label_sets) > 1:
+            sets = " and ".join(",".join(labels)[:80] for labels in label_sets)
             raise ValueError(
                 f"data.train={self.train}: the sources have different labels, {sets}; name those that every "
                 "text is to choose from by data.labels, or give rows choices of their own"
             )
-        return replace(self, labels=next(iter(found), ()))
+        return replace(self, labels=next(iter(label_sets), ()))
 
 
 def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
@@ -181,7 +181,9 @@ def choice_names(rows: TokenisedRows, example: int) -> list[str]:
 
 
 def with_choices(rows: Tokens, most: int, tokens: tuple[int, ...]) -> Decisions:
-    """Return the shapes of decisions from those of their rows. most: choices of a decision."""
+    """Return the shapes of a batch of decisions, given those of its token rows. most: the largest number of
+    choices.
+    """
     shape = (*rows.read.shape, most)
     choices, probabilities = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
     return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=tokens)

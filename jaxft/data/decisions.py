@@ -49,7 +49,7 @@ YES = {"true": 1.0, "yes": 1.0, "1": 1.0, "false": 0.0, "no": 0.0, "0": 0.0}
 def decide(
     name: str, messages: Sequence[Message], choices: Sequence[DecisionChoice], **more: Any
 ) -> Decision:
-    """Return the decision between choices, which the last of the messages, a user's, is made to list.
+    """Return a decision whose last message, a user's, is extended by the list of choices.
 
     more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, and two
     of the same value.
@@ -59,11 +59,16 @@ def decide(
         raise InvalidRow(
             name,
             f"{'fewer than two' if len(names) < 2 else 'too many'} choices",
-            f"a decision has 2 to {len(LETTERS)} choices, one letter each, got {len(names)}",
+            f"a decision has 2 to {len(LETTERS)} choices, one letter each, got {len(names)}; "
+            "list fewer or more",
         )
     twice = next((one for one in names if names.count(one) > 1), None)
     if twice is not None:
-        raise InvalidRow(name, "choices of the same value", f"two choices have the value {twice[:60]!r}")
+        raise InvalidRow(
+            name,
+            "choices of the same value",
+            f"two choices have the value {twice[:60]!r}; give each choice its own value",
+        )
     if messages[-1]["role"] != "user":
         raise InvalidRow(
             name,
@@ -96,7 +101,7 @@ def user_messages(text: str, system: str | None = None) -> list[Message]:
 
 @dataclass(frozen=True)
 class DecisionPrompts:
-    """What the prompts of a decision model have besides its rows: the labels of a classifier, in the order of
+    """The parts of a decision model's prompts that all rows share: the labels of a classifier in the order of
     their letters, () of others, and data.question.
     """
 
@@ -105,17 +110,19 @@ class DecisionPrompts:
 
     @classmethod
     def read(cls, folder: Path) -> "DecisionPrompts":
-        """Return those of a folder of weights. Raises ValueError for a file that is not jaxft's."""
+        """Read them from a folder of weights. Raises ValueError for a file that is not jaxft's."""
         path = folder / DECISION_FILE
         if not path.is_file():
             return cls()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            labels, question = found["labels"], found["question"]
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            labels, question = stored["labels"], stored["question"]
             if not all(isinstance(x, str) for x in labels) or not isinstance(question, str | None):
                 raise TypeError
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}: not the labels and the question of a jaxft run") from error
+            raise ValueError(
+                f"{path}: not the labels and the question of a jaxft run; restore the file"
+            ) from error
         return cls(tuple(labels), question)
 
     @property
@@ -133,7 +140,7 @@ class DecisionPrompts:
 
 
 def paths_of_decisions(formats: Iterable[str]) -> tuple[str, ...]:
-    """Return the server's paths for questions such as rows of these formats have."""
+    """Return the server's endpoints that answer questions of these row formats."""
     return tuple(sorted({"/v1/rerank" if x == RERANKER else "/v1/decisions" for x in formats}))
 
 
@@ -149,8 +156,11 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
     more: dict[str, Any] = {"arguments": template_arguments_of(row)}
     if format == RERANKER:
         texts = text_of(row, "query"), text_of(row, "document")
-        found, yes = relevance(row.name, *texts, row.fields.get("instruction") or question), _relevance(row)
-        return replace(found, probabilities=(1 - yes, yes), **more)
+        decision, yes = (
+            relevance(row.name, *texts, row.fields.get("instruction") or question),
+            _relevance(row),
+        )
+        return replace(decision, probabilities=(1 - yes, yes), **more)
     if format == LABEL:
         choices = tuple(map(DecisionChoice, labels))
         text = f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}"
@@ -170,7 +180,7 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
 
 
 def label_names(value: Any) -> Iterable[str]:
-    """Return the labels that the column `label` of a classifier's row names, none for what names none."""
+    """Return the labels in the column `label` of a classifier's row, [] for a row without any."""
     each = value if isinstance(value, Mapping) else (value,)
     names = (DecisionChoice(label).name for label in each if isinstance(label, str | int | float))
     return [name for name in names if name.strip()]
@@ -180,18 +190,18 @@ def labels_as_choices(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels of rows in the order of their letters: numbers by size, others as text. Raises
     ValueError for one label, and for more than there are letters.
     """
-    found = {*labels}
-    if len(found) < 2:
+    distinct = {*labels}
+    if len(distinct) < 2:
         raise ValueError(
-            f"all rows have the same label, {', '.join(found)[:60]!r}; name all labels by data.labels"
+            f"all rows have the same label, {', '.join(distinct)[:60]!r}; name all labels by data.labels"
         )
-    if len(found) > len(LETTERS):
+    if len(distinct) > len(LETTERS):
         raise ValueError(
-            f"the rows have {len(found)} different labels or more, and a decision has at most {len(LETTERS)} "
-            "choices; name fewer by data.labels, or give each row its own choices"
+            f"the rows have {len(distinct)} different labels or more, and a decision has at most "
+            f"{len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
         )
-    numbers = all(label.lstrip("-").isdecimal() for label in found)
-    return tuple(sorted(found, key=int if numbers else str))
+    numbers = all(label.lstrip("-").isdecimal() for label in distinct)
+    return tuple(sorted(distinct, key=int if numbers else str))
 
 
 def row_choices(name: str, value: Any) -> tuple[DecisionChoice, ...]:
@@ -305,11 +315,11 @@ def _relevance(row: Row) -> float:
     value = row.fields["label"]
     text = str(value).strip().lower()
     try:
-        found = YES[text] if text in YES else float(text)  # CSV files have strings alone
+        probability = YES[text] if text in YES else float(text)  # CSV files have strings alone
     except ValueError:
-        found = -1.0
-    if 0 <= found <= 1:
-        return found
+        probability = -1.0
+    if 0 <= probability <= 1:
+        return probability
     raise row.invalid(
         "label that is neither yes nor no",
         f"column 'label' is {str(value)[:40]!r}; use yes or no, true or false, 1 or 0, or the probability of "
@@ -329,9 +339,9 @@ def answer_tokens(
     Raises ValueError for an answer that is not one token of its own there.
     """
     encoded = tokenizer([prefix, *(prefix + x for x in answers)], add_special_tokens=False).input_ids
-    before, *found = encoded if prefix else ([], *encoded[1:])
+    before, *answer_ids = encoded if prefix else ([], *encoded[1:])
     wrong = [
-        x for x, ids in zip(answers, found, strict=True) if ids[:-1] != before or len(ids) <= len(before)
+        x for x, ids in zip(answers, answer_ids, strict=True) if ids[:-1] != before or len(ids) <= len(before)
     ]
     if wrong:
         where = f"after {prefix!r}" if prefix else "alone"
@@ -339,7 +349,7 @@ def answer_tokens(
             f"the tokenizer does not make {wrong[0]!r} one token {where}, at which the probability of a "
             "choice is read; use a model with another tokenizer, or fewer choices"
         )
-    tokens = tuple(ids[-1] for ids in found)
+    tokens = tuple(ids[-1] for ids in answer_ids)
     if len({*tokens}) < len(tokens):
         raise ValueError(f"the tokenizer makes two of {', '.join(answers)} the same token; use another model")
     return tuple(before), tokens

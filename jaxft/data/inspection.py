@@ -72,7 +72,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
-    """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
+    """Read and tokenise a dataset. Invalid rows are left out and counted, with any data.invalid."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
         return inspect_prompts(data, *prompts.split_prompts(data, tokenizer))
@@ -80,8 +80,8 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
 
 
 def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
-    """Return why no example is of the row with this name, FILE:LINE: what is wrong with it, that something
-    leaves it out, or that no dataset has it.
+    """Explain why no example is of a row (FILE:LINE): its error, the setting that leaves it out, or that no
+    dataset has such a row.
     """
     held_out = data.held_out if isinstance(data.held_out, str) else None
     sources = [*parse_sources(data.train), *(held_out_sources(held_out) if held_out else ())]
@@ -110,18 +110,18 @@ def inspect_source(source: RowSource[Any]) -> Inspected:
 
         def of_step(step: int) -> Iterator[ShownExample]:
             batch = source.batch(step)[0]
-            found = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
-            return (_pair(rows, index, weight) for index, weight in found if index >= 0)  # -1: empty
+            weighted = zip(batch.index.ravel().tolist(), batch.pair_weights.ravel(), strict=True)
+            return (_pair(rows, index, weight) for index, weight in weighted if index >= 0)  # -1: empty
 
         example: Callable[[int], ShownExample] = partial(_pair, rows, weight=weight)
     else:
 
         def of_step(step: int) -> Iterator[ShownExample]:
-            found = source.batch(step)[0]
+            batch = source.batch(step)[0]
             if LABELS in rows.extras:  # a label is shown at the token where it is read
-                found = dataclasses.replace(found, read=found.read - 1)
-            examples = examples_of(found, source.member_names(step))
-            return _with_probabilities(examples, found) if isinstance(found, Decisions) else examples
+                batch = dataclasses.replace(batch, read=batch.read - 1)
+            examples = examples_of(batch, source.member_names(step))
+            return _with_probabilities(examples, batch) if isinstance(batch, Decisions) else examples
 
         example = partial(_text, rows)
     return _inspected(split, stats, of_step, example)
@@ -251,18 +251,18 @@ BINS = 24
 CONTEXT = 16  # pieces of text that are decoded before a token's own
 
 
-def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
+def data_summary(dataset: Inspected, tokenizer: Any) -> dict[str, Any]:
     """Return statistics by name, lengths in tokens by part, invalid rows by reason, and the first examples
     of the first batch as texts of tokens with their loss weights.
     """
-    plain = {name: x for name, x in found.statistics.items() if isinstance(x, bool | int | float | str)}
+    plain = {name: x for name, x in dataset.statistics.items() if isinstance(x, bool | int | float | str)}
     return {
         "statistics": plain,
         "lengths": {
-            label: length_histogram(x) for label, x in part_lengths(found.split, COUNTED_ROWS).items()
+            label: length_histogram(x) for label, x in part_lengths(dataset.split, COUNTED_ROWS).items()
         },
         "invalid": [
-            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in found.invalid
+            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in dataset.invalid
         ],
         "examples": [
             {
@@ -270,7 +270,7 @@ def data_summary(found: Inspected, tokenizer: Any) -> dict[str, Any]:
                 "facts": example.facts,
                 "parts": [part_pieces(part, tokenizer) for part in example.parts],
             }
-            for example in itertools.islice(_distinct(found.of_step(0)), SHOWN_EXAMPLES)
+            for example in itertools.islice(_distinct(dataset.of_step(0)), SHOWN_EXAMPLES)
         ],
     }
 
@@ -285,7 +285,8 @@ def _distinct(examples: Iterable[ShownExample]) -> Iterator[ShownExample]:
 
 
 def part_lengths(split: SplitRows, most: int) -> dict[str, np.ndarray]:
-    """Return the token counts of each part of the first `most` training rows, of those that have it.
+    """Return the token counts of each part in the first `most` training rows; rows without the part have no
+    count.
 
     A row with one response is one part, "all"; the counts of its prompt and of its targets are added.
     """
@@ -346,10 +347,12 @@ OVERLAPS = {  # kind of overlap of a row with an earlier training row -> the lin
 
 
 def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]]]:
-    """Return (a row, the earlier training row that it repeats) by kind of OVERLAPS, of the first `most`
-    training rows and held-out rows. Rows that share a prompt alone have another rest.
+    """Find rows that repeat an earlier training row, as pairs of indices by kind of OVERLAPS.
+
+    most: training rows, and held-out rows, that are compared. Rows that share only their prompt have
+    different responses.
     """
-    found = {kind: list[tuple[int, int]]() for kind in OVERLAPS}
+    overlaps = {kind: list[tuple[int, int]]() for kind in OVERLAPS}
     rows, known, prompts = split.rows, dict[int, int](), dict[int, int]()
     content, documents = rows.content_hashes().tolist(), rows.documents.tolist()
     first, has_prompt = np.asarray(rows.hashes)[:, 0].tolist(), rows.counts[:, 0] > 0
@@ -358,22 +361,22 @@ def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]
         for i in side[rows.begins_row[side]][:most].tolist():
             whole, prompt = content[documents[i]], first[i] if has_prompt[i] else None
             if whole in known:
-                found[same].append((i, known[whole]))
+                overlaps[same].append((i, known[whole]))
             elif prompt in prompts:
-                found[similar].append((i, prompts[prompt]))
+                overlaps[similar].append((i, prompts[prompt]))
             if side is split.train:
                 known.setdefault(whole, i)
                 if prompt is not None:
                     prompts.setdefault(prompt, i)
-    return found
+    return overlaps
 
 
-def overlap_lines(split: SplitRows, found: dict[str, list[tuple[int, int]]]) -> list[str]:
+def overlap_lines(split: SplitRows, overlaps: dict[str, list[tuple[int, int]]]) -> list[str]:
     """Return a line for each kind of overlap, or a single line that there is none."""
     names = split.rows.names
     lines = [
         text.format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
-        for text, pairs in ((text, found[kind]) for kind, text in OVERLAPS.items())
+        for text, pairs in ((text, overlaps[kind]) for kind, text in OVERLAPS.items())
         if pairs
     ]
     return lines or ["no row repeats another one, and no held-out row is a training row"]

@@ -95,7 +95,9 @@ class PairRows(DataSettings):
 
     @property
     def least_held_out(self) -> int:
-        """The fewest pairs that a fraction of the pairs holds out; two lend one another a response."""
+        """The fewest pairs to hold out: 2 with third=mismatched, where each pair also has a response of
+        another one.
+        """
         return 2 if self.third == "mismatched" else 1
 
     def for_attention(self, a: AttentionLayers) -> Self:

@@ -66,7 +66,7 @@ def time_in_words(seconds: float) -> str:
 
 
 def clock_time(seconds: float) -> str:
-    """3:07, or 1:03:07 from an hour up."""
+    """Format a time as 3:07, or as 1:03:07 from an hour up."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -94,8 +94,9 @@ class Prompts(DataSettings):
             )
         if self.max_episode is not None and (self.max_turns == 1 or self.max_episode < self.max_new):
             raise ValueError(
-                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: the tokens of an "
-                "episode of several turns are at least data.max_new; one turn has data.max_new alone"
+                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: an episode of "
+                "several turns has at least data.max_new tokens, and an episode of one turn has no other "
+                "limit; raise data.max_episode, or set it to none"
             )
         if self.decode_rows is not None and self.decode_rows < self.group:
             raise ValueError(
@@ -152,7 +153,7 @@ class Prompts(DataSettings):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches read log-probs of given tokens too, besides those that the policy samples."""
+        """Whether batches also read the log-probs of given tokens, in addition to those of sampled ones."""
         return False
 
     @property

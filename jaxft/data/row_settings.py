@@ -33,7 +33,7 @@ class TemplateSettings:
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """The template's arguments by name. Values are parsed as JSON; text that is not JSON is a string."""
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for item in self.chat_template_kwargs:
             name, equals, text = (part.strip() for part in item.partition("="))
             if not (equals and text and name.isidentifier()):
@@ -43,10 +43,10 @@ class TemplateSettings:
                 )
             if is_set_by_jaxft(name):
                 raise ValueError(f"data.chat_template_kwargs: jaxft sets {name} itself; remove it")
-            if name in found:
+            if name in arguments:
                 raise ValueError(f"data.chat_template_kwargs: {name} is set twice; keep one")
-            found[name] = _parsed(text)
-        return found
+            arguments[name] = _parsed(text)
+        return arguments
 
 
 def _parsed(text: str) -> Any:

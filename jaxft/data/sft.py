@@ -98,8 +98,8 @@ class Rows(DataSettings):
 
         @lru_cache(maxsize=2)
         def plan(epoch: int) -> RowPlan:
-            found = first_plan if epoch == 0 else _plan(self, examples, split.of_epoch(epoch), size, epoch)
-            return pack.limit_reads(found, member_targets(examples, found), reads)
+            rows = first_plan if epoch == 0 else _plan(self, examples, split.of_epoch(epoch), size, epoch)
+            return pack.limit_reads(rows, member_targets(examples, rows), reads)
 
         layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
         epochs = source.plan_epochs(split, plan, examples.lengths, self.batch)
@@ -185,8 +185,8 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return ", ".join(members) if self.settings.packing == "wrapped" else members[example - 1]
 
     def prompts_of(self, batch: Tokens, row: int) -> Iterator[source.Prompt]:
-        """Yield the prompts of a row; the response is the last run of tokens with a loss. Of a text, all of
-        which is learned, the prompt is the beginning.
+        """Yield the prompts of a row; the response is the last run of tokens with a loss. For a text, of
+        which every token is a target, the prompt is the beginning.
         """
         ids, segments = batch.ids[0, row], batch.segments[0, row]
         reads = batch.read[0, row][batch.token_weights[0, row] > 0]
@@ -297,7 +297,9 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
 
 
 def member_targets(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
-    """Return the targets of each member of a plan; of wrapped rows all tokens but the first."""
+    """Return the number of target tokens of each member of a plan; of wrapped rows all tokens but the
+    first.
+    """
     if plan.counts is None:
         return examples.targets[plan.members]
     return plan.counts - plan.is_first
@@ -371,12 +373,12 @@ def fill_rows(
     own: Ragged = examples.extras[TOKEN_WEIGHTS]
     if own.counts[plan.members].any():
         token_weights[slot] *= _own_weights(own, plan.members, examples.lengths)[learned]
-    found = Tokens(ids, segments, positions, read, targets, token_weights)
+    batch = Tokens(ids, segments, positions, read, targets, token_weights)
     if sources is None:
-        return found
+        return batch
     number_of = np.zeros((rows, reads), np.int32)
     number_of[slot] = np.repeat(sources[plan.members], counts)[learned]
-    return replace(found, sources=number_of)
+    return replace(batch, sources=number_of)
 
 
 def _own_weights(

@@ -146,7 +146,7 @@ class Source(Protocol[BoundTo]):
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source whose `evaluate` reads at most so many held-out rows, None for all. Where the
+        """Return the source whose `evaluate` reads at most `most` held-out rows, None for all. Where the
         train loop evaluates on `held_out`, these are batches, of which `held_out_name` names the rows.
         """
 
@@ -164,7 +164,9 @@ class Source(Protocol[BoundTo]):
 
 
 def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int = 1) -> Any:
-    """Open data that a model with these attention layers is going to read; a Run has such data already."""
+    """Open data with the settings that suit a model with these attention layers; a Run's data is adapted
+    already.
+    """
     return data.for_attention(a).open(tokenizer, shards)
 
 
@@ -352,7 +354,9 @@ def plan_epochs(
     tokens: Int[np.ndarray, " examples"],
     rows_per_step: int,
 ) -> Epochs:
-    """Return the length of epochs. plan(epoch): as in BatchLayout. tokens: of each example in a row."""
+    """Count the tokens and steps of epochs. plan(epoch): as in BatchLayout. tokens: of each example in a
+    row.
+    """
 
     def batch_tokens(epoch: int) -> Int[np.ndarray, " steps"]:
         rows = plan(epoch)
@@ -389,5 +393,5 @@ def learned_line(tokens: int, targets: int, detail: str) -> str:
 def length_percentiles(lengths: Int[np.ndarray, " examples"]) -> dict[str, float]:
     """Return minimum, maximum and some percentiles of token counts."""
     names = ("min", "p10", "p50", "p90", "p99", "max")
-    found = np.percentile(lengths, (0, 10, 50, 90, 99, 100))
-    return {name: round(float(value), 1) for name, value in zip(names, found, strict=True)}
+    values = np.percentile(lengths, (0, 10, 50, 90, 99, 100))
+    return {name: round(float(value), 1) for name, value in zip(names, values, strict=True)}

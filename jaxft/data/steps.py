@@ -54,8 +54,8 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
 
 
 def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    return found
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise, _extras, checks=())

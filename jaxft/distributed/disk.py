@@ -27,7 +27,7 @@ CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot sync 
 
 
 def fsync(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on disk. Raises OSError that names it."""
+    """Wait until a file's content, or the names in a folder, are on disk. Raises OSError that names it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,7 +39,7 @@ def fsync(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Return when a file, or a folder with everything below it, is on disk. Links are not followed."""
+    """Wait until a file, or a folder with everything below it, is on disk. Links are not followed."""
     if path.is_symlink():
         return
     if path.is_dir():
@@ -50,7 +50,7 @@ def sync_tree(path: Path) -> None:
 
 
 def publish(part: Path, target: Path) -> None:
-    """Give a file or a folder its final name when all of it is on disk; the name is too when this returns."""
+    """Rename a file or folder to its final name once all of it is on disk; then sync the name."""
     sync_tree(part)
     part.replace(target)
     fsync(target.parent)
@@ -70,7 +70,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder, and those above it that do not exist, whose names are then on disk."""
+    """Create a folder with its missing parents, and sync their names to disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -87,7 +87,7 @@ def here() -> str:
 
 
 def owned(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Own a temporary file or folder until the block ends."""
+    """Mark a temporary file or folder as in use by this process until the block ends."""
     return locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
@@ -105,8 +105,10 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed at the end; first remove folders of the same prefix
-    whose processes were killed. prefix: one that nobody else uses in this folder.
+    """Yield a new folder in `parent` that is removed at the end; first remove those that killed processes
+    left.
+
+    prefix: of their names, which nobody else uses in this folder.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))
@@ -120,8 +122,9 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file in the folder of `path`, to be renamed; it is removed at the end if it was not. First
-    remove the folder's .tmp files whose processes were killed.
+    """Open a new file in the folder of `path`, to be renamed to it; otherwise it is removed at the end.
+
+    First remove the folder's .tmp files whose processes were killed.
     """
     remove_leftovers(path.parent.glob("*.tmp"))
     part = path.with_suffix(f".{here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -147,11 +150,11 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
 def _has_owner(path: Path) -> bool:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        found = os.fstat(handle)
-        age = time.time() - found.st_mtime
+        status = os.fstat(handle)
+        age = time.time() - status.st_mtime
         is_old = age > STALE_S
-        is_empty = not (os.listdir(handle) if stat.S_ISDIR(found.st_mode) else found.st_size)
-        if found.st_uid != os.getuid() or (is_empty and age < STARTED_S):
+        is_empty = not (os.listdir(handle) if stat.S_ISDIR(status.st_mode) else status.st_size)
+        if status.st_uid != os.getuid() or (is_empty and age < STARTED_S):
             return True
         if f"{here()}-" not in path.name:
             return not is_old

@@ -32,7 +32,7 @@ COMMUNICATION = re.compile(r"(?i:gloo|nccl|connect|socket)")  # an error of comm
 
 
 class RestartError(OSError):
-    """An error after which the same command only needs to be started again: the exit code is RESTART_CODE."""
+    """An error after which the same command can simply be started again: the exit code is RESTART_CODE."""
 
 
 class PeerLostError(RestartError, TimeoutError):
@@ -154,5 +154,5 @@ def accept_interrupts() -> None:
 
 
 def signal_name(number: int) -> str:
-    """SIGTERM for 15."""
+    """Return the name of a signal: SIGTERM for 15."""
     return signal.Signals(number).name

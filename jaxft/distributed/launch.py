@@ -58,15 +58,19 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
     ]
     if configured[0] == 1:
         return None
-    found = next((launch for detector in LAUNCHERS if (launch := detector(environ)) is not None), None)
+    launch_detected = next(
+        (launch for detector in LAUNCHERS if (launch := detector(environ)) is not None), None
+    )
     if coordinator is None:
         if any(environ.get(name) for name in JAXFT_VARIABLES):
             raise ValueError(
                 f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]} need {JAXFT_VARIABLES[0]}=host:port of "
                 "process 0; set it too"
             )
-        return None if found is None or found.processes == 1 else found
-    detected = (None, None) if found is None else (found.processes, found.process)
+        return None if launch_detected is None or launch_detected.processes == 1 else launch_detected
+    detected = (
+        (None, None) if launch_detected is None else (launch_detected.processes, launch_detected.process)
+    )
     counts = [
         value if value is not None else other for value, other in zip(configured, detected, strict=True)
     ]
@@ -77,8 +81,16 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
             f"coordinator={coordinator}: the number of processes or the index of this one is missing; set "
             f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]}"
         )
-    launcher = "explicit" if found is None else f"explicit, {found.launcher}"
-    return _checked(Launch(launcher, coordinator, counts[0], counts[1], found.local_gpus if found else None))
+    launcher = "explicit" if launch_detected is None else f"explicit, {launch_detected.launcher}"
+    return _checked(
+        Launch(
+            launcher,
+            coordinator,
+            counts[0],
+            counts[1],
+            launch_detected.local_gpus if launch_detected else None,
+        )
+    )
 
 
 def _checked(launch: Launch) -> Launch:
@@ -91,7 +103,8 @@ def _checked(launch: Launch) -> Launch:
             )
     if launch.processes is not None and launch.processes > MOST_PROCESSES:
         raise ValueError(
-            f"{launch.processes} processes ({launch.launcher}): at most {MOST_PROCESSES} are possible"
+            f"{launch.processes} processes ({launch.launcher}): at most {MOST_PROCESSES} are possible; check "
+            "the launcher's variables"
         )
     if (
         launch.processes is not None
@@ -99,7 +112,8 @@ def _checked(launch: Launch) -> Launch:
         and not 0 <= launch.process < launch.processes
     ):
         raise ValueError(
-            f"process {launch.process} of {launch.processes} ({launch.launcher}): process indices start at 0"
+            f"process {launch.process} of {launch.processes} ({launch.launcher}): process indices start at 0 "
+            f"and end at {launch.processes - 1}; check the launcher's variables"
         )
     return launch
 
@@ -109,7 +123,9 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if text is None or text == "":
         return None
     if not re.fullmatch(_NUMBER, text, re.ASCII):
-        raise ValueError(f"{name}={text:.60}: expected a non-negative integer below 10^18")
+        raise ValueError(
+            f"{name}={text:.60}: expected a non-negative integer below 10^18; correct the variable"
+        )
     return int(text)
 
 
@@ -169,7 +185,10 @@ def _torchrun(environ: Mapping[str, str]) -> Launch | None:
         return None
     port, rank, world = (_number(environ, name) for name in names[1:])
     if not world or rank is None or port is None:
-        raise ValueError(f"invalid torchrun variables: {', '.join(f'{n}={environ[n]!r}' for n in names)}")
+        raise ValueError(
+            f"invalid torchrun variables: {', '.join(f'{n}={environ[n]!r}' for n in names)}; start the "
+            "processes with torchrun, or unset them"
+        )
     local = _local_gpus(environ, _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE"))
     # port + 1: torchrun's own store listens on MASTER_PORT
     return _checked(Launch("torchrun", f"{environ['MASTER_ADDR']}:{port + 1}", world, rank, local))
@@ -183,7 +202,8 @@ def _skypilot(environ: Mapping[str, str]) -> Launch | None:
     rank, count = _number(environ, "SKYPILOT_NODE_RANK"), _number(environ, "SKYPILOT_NUM_NODES")
     if not addresses or (count is not None and count != len(addresses)):
         raise ValueError(
-            f"SKYPILOT_NUM_NODES={count} does not match the {len(addresses)} addresses in SKYPILOT_NODE_IPS"
+            f"SKYPILOT_NUM_NODES={count} does not match the {len(addresses)} addresses in SKYPILOT_NODE_IPS; "
+            "correct one of them"
         )
     return _checked(Launch("SkyPilot", f"{addresses[0]}:{PORT}", len(addresses), rank))
 

@@ -79,24 +79,24 @@ def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterat
     is called and the process exits immediately, because a normal shutdown would wait for the other processes.
     Raises AgreedError if the number of processes or devices differs from the settings.
     """
-    found = launch.detect((hosts.coordinator, hosts.processes, hosts.process), os.environ)
-    single = found is None
+    launched = launch.detect((hosts.coordinator, hosts.processes, hosts.process), os.environ)
+    single = launched is None
     try:
-        if found is not None:
+        if launched is not None:
             if not jax.distributed.is_initialized():  # a program may start several runs
-                _join(found, hosts)
+                _join(launched, hosts)
             single = not is_multi_process()
         _check_counts(hosts)
         yield
     except AgreedError:
         raise
     except BaseException as error:
-        if found is None or single:
+        if launched is None or single:
             raise
         if is_peer_lost(error):
             exit.exit_for_restart(peer_lost_message(error, "before the first step or after the last"))
         code = print_error(error)
-        if not found.process:
+        if not launched.process:
             time.sleep(2)  # the others may be about to print the same, and are aborted when process 0 exits
         exit.exit_now(code)
     finally:
@@ -105,38 +105,38 @@ def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterat
 
 def require_single_process(what: str) -> None:
     """Raise ValueError if a launcher started this single-process program as one of several processes."""
-    found = launch.detect((None, None, None), os.environ)
+    launched = launch.detect((None, None, None), os.environ)
     # the launch of a single TPU host may have neither
-    if found is not None and (found.processes or found.process is not None):
+    if launched is not None and (launched.processes or launched.process is not None):
         raise ValueError(
-            f"{what} runs in a single process, but this is one of several ({found.launcher}); start a "
+            f"{what} runs in a single process, but this is one of several ({launched.launcher}); start a "
             "single process"
         )
 
 
-def _join(found: launch.Launch, hosts: Hosts) -> None:
+def _join(launched: launch.Launch, hosts: Hosts) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would intercept SIGTERM from here on; Interrupt and Votes handle it
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
     arguments: dict[str, Any] = {
-        "local_device_ids": list(found.local_gpus) if found.local_gpus is not None else None
+        "local_device_ids": list(launched.local_gpus) if launched.local_gpus is not None else None
     }
-    if found.coordinator is not None:
+    if launched.coordinator is not None:
         arguments |= {
-            "coordinator_address": found.coordinator,
-            "num_processes": found.processes,
-            "process_id": found.process,
+            "coordinator_address": launched.coordinator,
+            "num_processes": launched.processes,
+            "process_id": launched.process,
         }
         arguments["cluster_detection_method"] = "deactivate"
-    name = f"process {found.process} of {found.processes}" if found.processes else "this process"
-    where = f"the coordinator {found.coordinator or 'that JAX detected'} ({found.launcher})"
+    name = f"process {launched.process} of {launched.processes}" if launched.processes else "this process"
+    where = f"the coordinator {launched.coordinator or 'that JAX detected'} ({launched.launcher})"
     exit.set_killed_message(
         f"{name} was killed while it joined the others at {where}: by the system or a user, or by JAX "
         "because another process is gone; run the same command again on all hosts"
     )
     late = (
-        f"{name}: not all {found.processes or 'the'} processes reached {where} within "
+        f"{name}: not all {launched.processes or 'the'} processes reached {where} within "
         f"{hosts.start_seconds} s (hosts.start_seconds); check that each is started, that their number is "
         "right and that they can reach that address"
     )
@@ -146,7 +146,7 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
     }
     try:
         # process 0 exits last: the others are aborted when it is gone
-        with exit.exit_after(hosts.start_seconds + (0 if found.process else 2), late):
+        with exit.exit_after(hosts.start_seconds + (0 if launched.process else 2), late):
             jax.distributed.initialize(**arguments, initialization_timeout=hosts.start_seconds + JOINING)
         jax.devices()  # waits for the devices of all processes
     except RuntimeError as error:
@@ -154,7 +154,7 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
         if exit.means_peer_lost(str(error)):
             exit.exit_for_restart(f"{text}; run the same command again on all hosts")
         raise ValueError(text) from error
-    _announce(found)
+    _announce(launched)
     if is_multi_process():
         exit.set_killed_message(
             f"{process_name()} was killed: by the system or a user, for lack of memory, or by JAX because "
@@ -166,20 +166,20 @@ def _join(found: launch.Launch, hosts: Hosts) -> None:
         exit.clear_killed_message()
 
 
-def _announce(found: launch.Launch) -> None:
-    where = f"coordinator {found.coordinator}" if found.coordinator else "coordinator detected by JAX"
+def _announce(launched: launch.Launch) -> None:
+    where = f"coordinator {launched.coordinator}" if launched.coordinator else "coordinator detected by JAX"
     sizes = sorted({sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())})
     counts = f"{sizes[0]} each" if len(sizes) == 1 else "unequal: " + " or ".join(map(str, sizes))
     if is_first():
         print(
             f"{jax.device_count()} devices on {jax.process_count()} processes ({counts}), {where} "
-            f"({found.launcher})",
+            f"({launched.launcher})",
             flush=True,
         )
     else:
         print(
             f"{process_name()}: {jax.local_device_count()} of {jax.device_count()} devices, {where} "
-            f"({found.launcher})",
+            f"({launched.launcher})",
             file=sys.stderr,
         )
 
@@ -302,8 +302,8 @@ def in_step(lines: Iterator[str]) -> Iterator[str]:
     if not is_multi_process():
         yield from lines
         return
-    while any(found := _run_on_all(lambda: next(lines, None))):
-        yield next(line for line in found if line)
+    while any(received := _run_on_all(lambda: next(lines, None))):
+        yield next(line for line in received if line)
 
 
 def _run_on_all(fn: Callable[[], Any]) -> list[Any]:
@@ -337,7 +337,7 @@ def check_same(record: dict[str, Any], differences: Callable[[Any, Any], list[st
     text = json.dumps(record, sort_keys=True, default=str)
     first, *others = map(json.loads, _run_on_all(lambda: text))
     number, lines = next(
-        (i, found) for i, other in enumerate(others, 1) if (found := differences(first, other))
+        (i, differing) for i, other in enumerate(others, 1) if (differing := differences(first, other))
     )
     raise AgreedError(
         f"process {number} of {jax.process_count()} differs from process 0 in settings, rows or libraries "

@@ -262,14 +262,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the logical axes of a weight in a matmul: gathered along fsdp and context, but not tensor."""
+    """Return the logical axes of a weight for a matmul: gathered along fsdp and context, sharded along
+    tensor.
+    """
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
     used["fused_width"] = "part_shards"  # see models/families/phi3.py
     return tuple(used.get(axis, axis) for axis in axes)
 
 
 def gathered_sharding(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
-    """Return the sharding of a weight in a matmul on the ambient mesh; None without one."""
+    """Return the sharding of a weight for a matmul on the ambient mesh; None without a mesh."""
     mesh = _ambient()
     return None if mesh is None else array_sharding(mesh, gathered_axes(axes), shape)
 

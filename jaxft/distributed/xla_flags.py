@@ -174,7 +174,7 @@ def is_off(environ: Mapping[str, str]) -> bool:
 
 
 def unset_settings(platform: str, environ: Mapping[str, str]) -> list[PlatformSetting]:
-    """Return the rows for a platform that are neither set by the user nor switched off."""
+    """Return the rows of the table for a platform that the user has neither set nor switched off."""
     if is_off(environ):
         return []
     return [row for row in TABLE_OF_SETTINGS if row.platform == platform and not is_set(row, environ)]
@@ -246,9 +246,9 @@ def flag_libraries(variable: str) -> list[Path]:
     tpu = [Path(own)] if own else libraries("libtpu", "libtpu.so")
     if variable == "LIBTPU_INIT_ARGS":
         return tpu
-    found = libraries("jaxlib", "libjax_common.so")
+    jax_library = libraries("jaxlib", "libjax_common.so")
     plugins = [file for name in PLUGINS for file in libraries(name, "xla_cuda_plugin.so")]
-    return found and [*found, *plugins, *tpu]
+    return jax_library and [*jax_library, *plugins, *tpu]
 
 
 def libraries(module: str, name: str) -> list[Path]:
@@ -326,8 +326,8 @@ def settings_lines(environ: Mapping[str, str]) -> list[str]:
 def compiler_settings(
     platform: str, environ: Mapping[str, str]
 ) -> tuple[dict[str, str | bool], dict[str, str]]:
-    """Return (compiler options, jax.config options) with which a process that compiles for another platform
-    gets the program of a run there.
+    """Return (compiler options, jax.config options) that a process needs to compile another platform's
+    program as a run there would.
     """
     rows = unset_settings(platform, environ)
     flags_of_xla = [row for row in rows if row.flag and row.variable != TUNABLES]

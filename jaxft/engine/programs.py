@@ -216,10 +216,11 @@ def decode_rows(
     used: Array,
     until: tuple[Array, Array],
 ) -> State:
-    """Sample further tokens of all live rows. read: how many first slots of rows' keys, and how many last
-    slots of prompts' keys, are read. used [R]: false for rows whose requests were dropped.
+    """Sample further tokens of all live rows.
 
-    until: the number of steps, or of live rows at which it stops, int32 [2]; the allowed tokens of one step.
+    read: how many first slots of rows' keys, and how many last slots of prompts' keys, are read. used [R]:
+    false for rows whose requests were dropped. until: the number of steps, or of live rows at which it stops,
+    int32 [2]; the allowed tokens of one step.
     """
     limits, allowed = until
     state = replace(state, live=state.live & used)
@@ -251,8 +252,9 @@ def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
 
 
 def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
-    """Return a state of other sizes with these rows [r] and prompt slots [p] of it. slots [r]: the new prompt
-    slot of each row. used [r]: false for rows that are empty.
+    """Copy rows [r] and prompt slots [p] into a state of other sizes.
+
+    slots [r]: the new prompt slot of each row. used [r]: false for rows that are empty.
     """
     old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])

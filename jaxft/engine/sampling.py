@@ -54,7 +54,7 @@ class RowSampling:
 
 
 def row_sampling(s: Sampling, vocab: int) -> RowSampling:
-    """Return the settings of a row that is sampled as `s` says, as scalars.
+    """Return sampling settings as the scalars of one row.
 
     The heat is rounded as XLA rounds the reciprocal with which it replaces a division by a constant.
     """
@@ -64,8 +64,9 @@ def row_sampling(s: Sampling, vocab: int) -> RowSampling:
 
 
 def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> list[int]:
-    """Return the tokens of a completion without the stop token at its end, which is no text of it: a
-    tokenizer leaves out special tokens by itself, but a template may end turns with any added token.
+    """Return a completion's tokens without its stop token, which is not part of the text.
+
+    A tokenizer leaves out special tokens by itself, but a template may end turns with any added token.
     """
     ended = len(tokens) > 0 and int(tokens[-1]) in stop
     return [int(token) for token in tokens[: len(tokens) - ended]]

@@ -36,7 +36,7 @@ class ServeSizes:
 
     rows: completions in progress. prompt, new: the most tokens of a prompt and of a completion. stops: the
     most stop tokens of a request. block: decoding steps between two looks at new requests. continues: whether
-    rows go on, for which each has slots for prompt + new tokens.
+    ended rows are continued, for which each has slots for prompt + new tokens.
     """
 
     rows: Annotated[int, at_least(1)] = 8
@@ -86,7 +86,7 @@ class SampledToken(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """New tokens of a request, and why it ended, None while it goes on. error: what failed.
+    """New tokens of a request, and why it ended, None while it is in progress. error: what failed.
 
     If it ended with "stop", the last token is the stop token.
     """
@@ -100,7 +100,7 @@ Deliver = Callable[[NewTokens], None]
 
 
 class QueueFull(RuntimeError):
-    """The queue has no place for a request."""
+    """The queue has no room for a request."""
 
 
 class Stopped(RuntimeError):
@@ -109,7 +109,9 @@ class Stopped(RuntimeError):
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. `cancelled` may be set by any thread; its row is then free after the block."""
+    """A submitted request, which any thread may cancel by setting `cancelled`; its row is free after the
+    current block of steps.
+    """
 
     request: TokenRequest
     deliver: Deliver
@@ -128,7 +130,9 @@ class Ticket:
 
 
 class Load(NamedTuple):
-    """Requests in rows and waiting, and the numbers since the start: finished requests, tokens, failures."""
+    """Counts of a scheduler: requests in rows, waiting requests, and since the start finished requests,
+    tokens and failures.
+    """
 
     running: int
     waiting: int
@@ -232,7 +236,9 @@ class Scheduler:
                 "it, or start the server with a larger --max-new"
             )
         if len(choice.stop) > sizes.stops:
-            raise ValueError(f"{len(choice.stop)} stop tokens are more than {sizes.stops}")
+            raise ValueError(
+                f"{len(choice.stop)} stop tokens are more than the {sizes.stops} of this server; send fewer"
+            )
 
     def _run(self) -> None:
         left = NewTokens(finish="error", error="the scheduler has ended")

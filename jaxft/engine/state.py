@@ -55,9 +55,9 @@ class Decoding:
     completion, appended tokens included. group: completions of a prompt. cache: how keys and values are
     stored. stops: the most stop tokens of a row, at least len(stop).
 
-    extends: rows go on after given tokens. constrained: completions match a grammar. serving: rows have their
-    own settings, log-probs are at temperature 1 instead of the sampling temperature and include the most
-    likely tokens, and requests come and go.
+    extends: rows continue after given tokens. constrained: completions match a grammar. serving: rows have
+    their own settings, log-probs are at temperature 1 instead of the sampling temperature and include the
+    most likely tokens, and requests come and go.
     """
 
     model: Model
@@ -124,8 +124,9 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the numbers of rows that have programs, descending, each half the one before: one on several
-    devices, which would have to exchange the keys of rows.
+    """Return the row counts for which programs are compiled, descending, each half of the one before.
+
+    On several devices there is only one: to change it, devices would have to exchange the keys of rows.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
@@ -138,7 +139,7 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return how many slots of rows' keys programs read, ascending: at most three numbers."""
+    """Return how many slots of rows' keys the decode programs read, ascending: at most three numbers."""
     levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
@@ -163,9 +164,11 @@ def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
 
 
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
-    """Return (rows, read, prompt) of every program that decodes: how many rows, and how many slots of rows'
-    and of prompts' keys are read: all by fewer rows, and by a server, whose rows are at different tokens,
-    unless its rows go on.
+    """Return (rows, read, prompt) of every program that decodes: its rows, and how many slots of rows' and of
+    prompts' keys it reads.
+
+    Programs of fewer rows read all slots. So do a server's, whose rows are at different tokens, unless its
+    rows are continued.
     """
     sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
     half = -(-slots.size // (2 * BUCKET)) * BUCKET
@@ -265,7 +268,7 @@ def empty_settings(d: Decoding, rows: int) -> RowChoices:
 
 
 def all_allowed(d: Decoding, rows: int) -> np.ndarray:
-    """Return that no row is constrained; see programs.allowed_logits."""
+    """Return a mask that allows every token in every row; see programs.allowed_logits."""
     return np.full((rows, -(-d.model.config.vocab // WORD) * d.constrained), EVERY_TOKEN, np.uint32)
 
 

@@ -193,15 +193,15 @@ def minimise(risk: Risk, toy: Toy) -> Minimum:
     options = {"gtol": 1e-11}
     first, along = risk.of_theta(zero)[0], toy.features.T @ (toy.reward - toy.reward.mean())
     nudge = np.random.default_rng(0).normal(0, 0.1, zero.shape)  # leaves kinks and saddle points
-    found = []
+    ends = []
     for start in (zero, nudge, 5.0 * along, 50.0 * along):
         with np.errstate(all="ignore"):
             end = minimize(risk.of_theta, start, jac=True, method="BFGS", options=options, callback=far)
-        found.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
-    lowest = min(value for value, _ in found)
+        ends.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
+    lowest = min(value for value, _ in ends)
     near = 1e-4 * abs(first - lowest) + 1e-9
-    best, theta = next((value, x) for value, x in found if value <= lowest + FLAT * near)
-    reached = min(found[:2], key=lambda end: end[0])
+    best, theta = next((value, x) for value, x in ends if value <= lowest + FLAT * near)
+    reached = min(ends[:2], key=lambda end: end[0])
     logits = toy.features @ theta
     falls = [first - risk.of_logits(k * logits)[0] for k in (1.0, 2.0, 4.0)]
     bounded = not (falls[2] - falls[1] > 0.5 * (falls[1] - falls[0]) > 0.05 * falls[0])
@@ -306,6 +306,6 @@ def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
     grid = np.linspace(-reach, reach, count)
     c, r = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
     ratio = {"chosen": c, "rejected": r} | dict.fromkeys(probe.kinds[2:], 0.0)
-    found = evaluate_pairs(probe, ratio=ratio, reference=-max(24.0, 1.1 * reach))
-    pushes = (-found.gradient[kind].reshape(count, count) for kind in PAIR)
+    evaluated = evaluate_pairs(probe, ratio=ratio, reference=-max(24.0, 1.1 * reach))
+    pushes = (-evaluated.gradient[kind].reshape(count, count) for kind in PAIR)
     return PushField(grid, grid, *pushes)

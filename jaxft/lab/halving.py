@@ -351,9 +351,9 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
                 earlier.append(newest)
     files: dict[str, dict[str, str]] = {}
     scores: dict[str, float | None] = {}
-    for label, state, found in zip(wave.trials, states, evaluations, strict=True):
-        files[label] = write_trial(lab, folder, wave, label, (state, found))
-        scores[label] = tuning_score(lab, found[-1])
+    for label, state, evaluated in zip(wave.trials, states, evaluations, strict=True):
+        files[label] = write_trial(lab, folder, wave, label, (state, evaluated))
+        scores[label] = tuning_score(lab, evaluated[-1])
     texts = ", ".join(f"{label} {'-' if x is None else f'{x:.4f}'}" for label, x in scores.items())
     number = sum("wave" in entry for entry in done) + 1
     print(f"{number} of {lab.study.waves}, {wave.key}: {lab.study.metric} when tuning: {texts}", flush=True)
@@ -395,7 +395,7 @@ def checkpoints_of(trial: Path) -> Checkpoints:
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
     """Evaluate the held-out pairs; metrics: of the step before."""
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
-    found = []
+    evaluations = []
     for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
         values: dict[str, list[float]] = {}
         for at, row in rows.items():
@@ -403,13 +403,13 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
                 values.setdefault(name, [math.nan] * len(lab.pairs.names))[lab.pair_at(at)] = value
         logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
         named = {HELD_OUT + name: value for name, value in own.items()}
-        found.append(PairsEvaluation(step, {**logged, **named}, values))
-    return found
+        evaluations.append(PairsEvaluation(step, {**logged, **named}, values))
+    return evaluations
 
 
-def tuning_score(lab: Lab, found: PairsEvaluation) -> float | None:
+def tuning_score(lab: Lab, evaluation: PairsEvaluation) -> float | None:
     """Return the study's metric on the prompts that select settings, None if none of them has a value."""
-    values = lab.pairs.by_prompt(found.rows[lab.study.metric], tuning=True)
+    values = lab.pairs.by_prompt(evaluation.rows[lab.study.metric], tuning=True)
     finite = values[np.isfinite(values)]  # others have no pair with a weight, or a loss that diverged
     return float(finite.mean()) if len(finite) else None
 
@@ -418,12 +418,12 @@ def write_trial(
     lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
 ) -> dict[str, str]:
     """Write a trial's folder after a wave; return the hashes of its files. result: state and evaluations."""
-    own, (state, found) = wave.folder(folder, label), result
+    own, (state, evaluations) = wave.folder(folder, label), result
     (own / "checkpoints").mkdir(parents=True, exist_ok=True)
     with contextlib.closing(checkpoints_of(own)) as saved:
         saved.save(wave.last, state, {})
     earlier = read_evaluations(own / EVALUATIONS) if wave.first else []
-    every = [*(e for e in earlier if e.step <= wave.first), *found]
+    every = [*(e for e in earlier if e.step <= wave.first), *evaluations]
     run = plain_run(lab.study, label, wave.trials[label], wave.seed)
     runfolder.write_durable_json(own / "config.json", describe(run))
     lines = [
@@ -448,13 +448,13 @@ def read_evaluations(path: Path) -> list[PairsEvaluation]:
     def number(x: float | None) -> float:
         return math.nan if x is None else x
 
-    found = []
+    evaluations = []
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         rows = {name: [number(x) for x in values] for name, values in entry["rows"].items()}
         metrics = {name: number(x) for name, x in entry["metrics"].items()}
-        found.append(PairsEvaluation(entry["step"], metrics, rows))
-    return found
+        evaluations.append(PairsEvaluation(entry["step"], metrics, rows))
+    return evaluations
 
 
 # Trials as arrays: the learning rate and the knobs are part of a train state, so that one compiled program
@@ -462,7 +462,7 @@ def read_evaluations(path: Path) -> list[PairsEvaluation]:
 
 
 class TrialRate(NamedTuple):
-    """A trial's learning rate over that of the recipe."""
+    """A trial's learning rate divided by the recipe's."""
 
     factor: Float[Array, ""]
 
@@ -470,7 +470,7 @@ class TrialRate(NamedTuple):
 def run_of(study: Study, label: str, seed: int) -> Run:
     """Return the run of a loss: the study's recipe with this loss and seed, whose trial is set in its state.
 
-    Rewards are in nats: log-prob ratios to the reference, whatever the loss's beta.
+    Rewards are in nats: log-prob ratios to the reference, for any beta of the loss.
     """
     recipe, first = study.recipe, study.trials_of(label)[0]
     return replace(

@@ -95,13 +95,13 @@ class RowGradients:
         """Return pairs of rows whose gradients have a cosine of at least `same`, in absolute value: below 0
         for rows that repeat one another with opposite labels.
         """
-        unit, found = _unit(self.gradients), list[tuple[int, int, float]]()
+        unit, pairs = _unit(self.gradients), list[tuple[int, int, float]]()
         for begin in range(0, len(unit), 1024):
             cosines = unit[begin : begin + 1024] @ unit.T
             for i, j in np.argwhere(np.abs(cosines) >= same).tolist():
                 if j > i + begin:
-                    found.append((i + begin, j, float(cosines[i, j])))
-        return found
+                    pairs.append((i + begin, j, float(cosines[i, j])))
+        return pairs
 
 
 def _unit(x: Float[np.ndarray, "n size"]) -> Float[np.ndarray, "n size"]:
@@ -147,10 +147,9 @@ def slopes_of_rows(parts: Prepared, state: TrainState | None = None) -> Influenc
     """Return the slope of each training pair's margin along the gradient of the held-out margins: nats for
     each nat that the mean held-out margin rises.
 
-    state: of the run, after some of its steps; by default the state at step 0. The gradient is that of at
-    most HELD_OUT_FRACTION as many held-out pairs as there are training pairs, or of FEWEST_HELD_OUT. Runs on
-    one device. Raises ValueError for a run of other data or another kind of objective, and without held-out
-    rows.
+    state: of the run, after some of its steps; by default the state at step 0. The gradient is of at most
+    HELD_OUT_FRACTION as many held-out pairs as there are training pairs, or of FEWEST_HELD_OUT. Runs on one
+    device. Raises ValueError for a run of other data or another kind of objective, and without held-out rows.
     """
     run = _open(parts, state)
     if not parts.model.generates:
@@ -184,8 +183,8 @@ def slopes_of_rows(parts: Prepared, state: TrainState | None = None) -> Influenc
         step = jax.tree.map(lambda x: (size * x.astype(jnp.float32)).astype(x.dtype), slope)
         forward = jax.jit(along)
         for batch in map(_on_rows, run.source.cover(rows.train.tolist())):
-            found = np.asarray(forward(run.trainable, step, run.frozen, batch))
-            values |= {int(i): float(x) for i, x in zip(batch.index.flat, found.flat, strict=True) if i >= 0}
+            slopes = np.asarray(forward(run.trainable, step, run.frozen, batch))
+            values |= {int(i): float(x) for i, x in zip(batch.index.flat, slopes.flat, strict=True) if i >= 0}
     return Influence(run.names, np.asarray([values[i] for i in rows.train]) / (2 * NATS))
 
 

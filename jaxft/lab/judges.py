@@ -39,8 +39,10 @@ REPLY_SECONDS = 120.0  # seconds for a reply
 
 
 class Replies(NamedTuple):
-    """How a judge that writes text is asked. max_new: tokens of a reply. budget: the most requests to a
-    server that are not in the cache, None for any number. workers: requests at the same time.
+    """Settings of a judge that writes text.
+
+    max_new: tokens of a reply. budget: the most requests to a server that are not in the cache, None for any
+    number. workers: requests at the same time.
     """
 
     max_new: int = 512
@@ -66,7 +68,7 @@ class FunctionJudge:
             for texts in ([m.one for m in matches], [m.other for m in matches])
         )
         if np.isnan(one.values).all():
-            raise ValueError(f"judge {self.name}: it gives no score: {one.fault}")
+            raise ValueError(f"judge {self.name}: it returns no score: {one.fault}")
         return values_of_scores(one.values[:, 0], other.values[:, 0])
 
 
@@ -185,8 +187,8 @@ def _text_of(response: Any, url: str) -> str:
         return str(response["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"{without_secrets(url)}: the response has no choices[0].message.content: "
-            f"{printable_line(json.dumps(response))[:200]}"
+            f"{without_secrets(url)}: the response has no choices[0].message.content; check the URL and the "
+            f"model: {printable_line(json.dumps(response))[:200]}"
         ) from error
 
 
@@ -260,7 +262,7 @@ class ModelAnswers(NamedTuple):
 
 
 class JudgedPrompts(NamedTuple):
-    """JudgedPrompts by name: strings or lists of messages, and the columns of their rows."""
+    """Prompts by name: strings or lists of messages, with the columns of their rows."""
 
     texts: dict[str, Any]
     columns: dict[str, dict[str, Any]]
@@ -323,12 +325,14 @@ def matches_of(
             missing = [name for name in prompts.texts if name not in answers.texts]
             if missing:
                 count = f"{len(missing)} of {len(prompts.texts)} prompts"
-                raise ValueError(f"{file}: {count} have no answer, such as {missing[0]}")
+                raise ValueError(
+                    f"{file}: {count} have no answer, such as {missing[0]}; add an answer for every prompt"
+                )
             by_name.append(answers.texts)
         elif len(answers.texts) != len(prompts.texts):
             raise ValueError(
                 f"{file} has {len(answers.texts)} answers for {len(prompts.texts)} prompts, and no ids that "
-                "say which belong together"
+                "match them; add ids, or one answer for each prompt"
             )
         else:
             by_name.append(dict(zip(prompts.texts, answers.texts.values(), strict=True)))
@@ -344,13 +348,13 @@ def read_preferences(ref: str) -> list[BenchmarkRow]:
 
     Raises ValueError, with file and row, for rows without them.
     """
-    found = []
+    rows = []
     for row in read_rows(ref):
         chosen, rejected = (_texts(row, column) for column in ("chosen", "rejected"))
-        found.append(
+        rows.append(
             BenchmarkRow(row.name, str(row.fields.get("subset", "all")), _prompt(row), chosen, rejected)
         )
-    return found
+    return rows
 
 
 def preference_matches(rows: Sequence[BenchmarkRow]) -> list[Match]:
@@ -369,15 +373,15 @@ def accuracy_by_subset(rows: Sequence[BenchmarkRow], values: Sequence[float]) ->
     values: of preference_matches. A match without a verdict counts as lost. RewardBench 2's score of its
     subset Ties also weighs margins, which this does not.
     """
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     at = 0
     for row in rows:
         count = len(row.chosen) * len(row.rejected)
         right = all(value > 0.5 for value in values[at : at + count])
         at += count
-        before = found.get(row.subset, (0, 0))
-        found[row.subset] = before[0] + right, before[1] + 1
-    return found
+        before = counts.get(row.subset, (0, 0))
+        counts[row.subset] = before[0] + right, before[1] + 1
+    return counts
 
 
 def _names(rows: Sequence[Row]) -> tuple[list[str], bool]:
@@ -391,7 +395,7 @@ def _names(rows: Sequence[Row]) -> tuple[list[str], bool]:
     seen: dict[str, str] = {}
     for row, name in zip(rows, names, strict=True):
         if name in seen:
-            raise ValueError(f"{row.name}: {column} {name!r} is also that of {seen[name]}; remove one")
+            raise ValueError(f"{row.name}: has the same {column} {name!r} as {seen[name]}; remove one")
         seen[name] = row.name
     return names, True
 

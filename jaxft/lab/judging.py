@@ -53,7 +53,7 @@ class Verdicts(NamedTuple):
 
 
 class Judge(Protocol):
-    """Whatever compares answers."""
+    """A judge, which compares two models' answers to prompts."""
 
     @property
     def name(self) -> str:
@@ -110,15 +110,15 @@ def in_both_orders(matches: Sequence[Match]) -> list[list[dict[str, str]]]:
 
 def values_of(replies: Sequence[str], judge: str) -> Verdicts:
     """Return the values of replies to `in_both_orders`. Raises ValueError if most of them name no answer."""
-    found = np.array([verdict(reply) for reply in replies])
-    without = int(np.isnan(found).sum())
-    if without > MOST_WITHOUT * len(found):
-        example = next(reply for reply, value in zip(replies, found, strict=True) if math.isnan(value))
+    verdicts = np.array([verdict(reply) for reply in replies])
+    without = int(np.isnan(verdicts).sum())
+    if without > MOST_WITHOUT * len(verdicts):
+        example = next(reply for reply, value in zip(replies, verdicts, strict=True) if math.isnan(value))
         raise ValueError(
-            f"judge {judge}: {without} of {len(found)} replies name neither answer A nor B, such as "
+            f"judge {judge}: {without} of {len(verdicts)} replies name neither answer A nor B, such as "
             f"{example[-80:]!r}; use a larger model, or more tokens for its replies (--judge-max-new)"
         )
-    return Verdicts(found[0::2], 1 - found[1::2])
+    return Verdicts(verdicts[0::2], 1 - verdicts[1::2])
 
 
 def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Verdicts:
@@ -235,24 +235,24 @@ def agreements(judged: Sequence[Judged]) -> dict[tuple[str, str], float]:
 
 def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
     """Return the result of a judge in a few lines for the terminal. one, other: names of the models."""
-    found = judged.as_json()
-    if not found["prompts"]:
+    result = judged.as_json()
+    if not result["prompts"]:
         return [f"{judged.judge}: no prompt has a verdict"]
-    rate, controlled = (_with_interval(found, key) for key in ("win_rate", "length_controlled"))
-    low, high = found["win_rate_interval"]
+    rate, controlled = (_with_interval(result, key) for key in ("win_rate", "length_controlled"))
+    low, high = result["win_rate_interval"]
     better = one if low > 0.5 else other if high < 0.5 else None
     lines = [
-        f"{judged.judge}: {one} wins {found['wins']}, ties {found['ties']}, loses {found['losses']} of "
-        f"{found['prompts']} prompts against {other}",
-        f"  win rate {rate}, at equal length {controlled}, p = {found['p']:.2g} (sign test): "
+        f"{judged.judge}: {one} wins {result['wins']}, ties {result['ties']}, loses {result['losses']} of "
+        f"{result['prompts']} prompts against {other}",
+        f"  win rate {rate}, at equal length {controlled}, p = {result['p']:.2g} (sign test): "
         + (f"{better} is better" if better else needed_line(judged)),
     ]
-    if found["without_verdict"]:
-        lines.append(f"  {found['without_verdict']} prompts have no verdict and are left out")
-    if found["orders_disagree"] > 0:
+    if result["without_verdict"]:
+        lines.append(f"  {result['without_verdict']} prompts have no verdict and are left out")
+    if result["orders_disagree"] > 0:
         lines.append(
-            f"  the two orders disagree for {found['orders_disagree']:.0%} of the prompts; the answer shown "
-            f"first wins {found['first_shown_wins']:.0%}"
+            f"  the two orders disagree for {result['orders_disagree']:.0%} of the prompts; the answer shown "
+            f"first wins {result['first_shown_wins']:.0%}"
         )
     return lines
 
@@ -268,8 +268,8 @@ def needed_line(judged: Judged) -> str:
     return f"not distinguishable; a difference of this size would need about {count:,} prompts"
 
 
-def _with_interval(found: dict[str, Any], key: str) -> str:
-    low, high = found[f"{key}_interval"]
+def _with_interval(result: dict[str, Any], key: str) -> str:
+    low, high = result[f"{key}_interval"]
     if not math.isfinite(low + high):
-        return f"{found[key]:.2f}"
-    return f"{found[key]:.2f} [{max(low, 0):.2f}, {min(high, 1):.2f}]"
+        return f"{result[key]:.2f}"
+    return f"{result[key]:.2f} [{max(low, 0):.2f}, {min(high, 1):.2f}]"

@@ -45,7 +45,7 @@ TOY_LENGTH = (14, 6, 11, 20, 9)
 
 @dataclass(frozen=True)
 class Optimum:
-    """The population minimiser of a loss, and the margins that it is a reward of."""
+    """The population minimiser of a loss, with the reward margins between responses that it implies."""
 
     toy: Toy
     minimum: Minimum
@@ -67,12 +67,14 @@ def _margins(toy: Toy, logp: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def check_optimum(found: Optimum, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
-    """Whether the population minimiser exists, orders the responses by reward, and equals the log-odds."""
+def check_optimum(optimum: Optimum, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
+    """Check whether the population minimiser exists, orders the responses by reward, and equals the
+    log-odds.
+    """
     return (
-        _check_finite(found.minimum, "finite" in claims),
-        _check_order(found, "bradley_terry" in claims),
-        _check_calibration(found, "calibrated" in claims),
+        _check_finite(optimum.minimum, "finite" in claims),
+        _check_order(optimum, "bradley_terry" in claims),
+        _check_calibration(optimum, "calibrated" in claims),
     )
 
 
@@ -83,14 +85,14 @@ def _claimed(name: str, claimed: bool, holds: bool, message: str) -> Check:
     return Check(name, holds if claimed else None, message)
 
 
-def _check_finite(found: Minimum, claimed: bool) -> Check:
+def _check_finite(minimum: Minimum, claimed: bool) -> Check:
     name = "optimum"
-    if not np.isfinite(found.risk):
+    if not np.isfinite(minimum.risk):
         return Check(name, False, "the expected loss is not finite at any policy that the search reached")
-    if not found.bounded:
+    if not minimum.bounded:
         message = "the expected loss falls without bound as a response's probability goes to 0"
         return Check(name, False, f"{message}; bound it, with log_sigmoid or a square of the margin")
-    if not found.finite:
+    if not minimum.finite:
         message = "with unlimited data the loss is lowest at infinite log-ratios: training has no end"
         return _claimed(name, claimed, False, message)
     return _claimed(name, claimed, True, "with unlimited data the loss is lowest at finite log-ratios")
@@ -103,18 +105,18 @@ def _orders(values: np.ndarray, reward: np.ndarray) -> int:
     return int((steps > least).all()) - int((steps < -least).all())
 
 
-def _check_order(found: Optimum, claimed: bool) -> Check:
-    name, reward = "Bradley-Terry", found.toy.reward
-    if np.abs(found.margins["summed log-ratios"]).max() < 1e-3:
+def _check_order(optimum: Optimum, claimed: bool) -> Check:
+    name, reward = "Bradley-Terry", optimum.toy.reward
+    if np.abs(optimum.margins["summed log-ratios"]).max() < 1e-3:
         message = "with unlimited data the loss is lowest at the reference: nothing is learned of soft labels"
         return _claimed(name, claimed, False, message)
-    orders = {what: _orders(x, reward) for what, x in found.margins.items()}
-    fits = sorted(orders, key=lambda what: -np.corrcoef(found.margins[what], reward)[0, 1])
+    orders = {what: _orders(x, reward) for what, x in optimum.margins.items()}
+    fits = sorted(orders, key=lambda what: -np.corrcoef(optimum.margins[what], reward)[0, 1])
     right = [what for what in fits if orders[what] > 0]
     if not right and min(orders.values()) < 0:
         message = "with unlimited data the loss orders responses in reverse of their true reward"
         return Check(name, False, f"{message}; change its sign")
-    local = _margins(found.toy, found.minimum.local)
+    local = _margins(optimum.toy, optimum.minimum.local)
     if right and _orders(local[right[0]], reward) < 0:
         message = (
             f"{right[0]} order the responses by true reward at the optimum, but descent from the reference "
@@ -127,11 +129,11 @@ def _check_order(found: Optimum, claimed: bool) -> Check:
     return _claimed(name, claimed, False, message)
 
 
-def _check_calibration(found: Optimum, claimed: bool) -> Check:
+def _check_calibration(optimum: Optimum, claimed: bool) -> Check:
     """Fit log-odds = k margin for each kind of margin."""
-    odds = found.toy.reward[:, None] - found.toy.reward[None, :]
+    odds = optimum.toy.reward[:, None] - optimum.toy.reward[None, :]
     fits = []
-    for what, x in found.margins.items():
+    for what, x in optimum.margins.items():
         margin = x[:, None] - x[None, :]
         size = float((margin * margin).sum())
         k = float((odds * margin).sum()) / size if size > 1e-12 else 0.0
@@ -150,7 +152,7 @@ def _check_calibration(found: Optimum, claimed: bool) -> Check:
 
 
 def check_sign(curve: Curve, claimed: bool) -> Check:
-    """The gradient at the reference raises the margin."""
+    """Check that the gradient at the reference raises the margin."""
     chosen, rejected = (float(curve.gradient[kind][len(curve.margin) // 2]) for kind in PAIR)
     slope = rejected - chosen
     least = 1e-6 * max(float(np.abs(x).max()) for x in curve.gradient.values())
@@ -161,13 +163,13 @@ def check_sign(curve: Curve, claimed: bool) -> Check:
 
 
 def find_displacement(probe: Probe) -> Displacement | None:
-    """The change of both log-probs where the two responses share most of their features."""
+    """Compute the change of both log-probs where the two responses share most of their features."""
     toy = overlapping()
     return displacement(open_risk(probe, toy), toy)
 
 
 def check_displacement(probe: Probe, claimed: bool) -> Check:
-    """Whether the chosen response loses log-prob while the margin grows."""
+    """Check whether the chosen response loses log-prob while the margin grows."""
     moved = find_displacement(probe)
     name = "displacement"
     if moved is None:

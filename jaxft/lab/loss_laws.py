@@ -57,8 +57,8 @@ NO_MEAN = (
 
 
 def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
-    """Run all checks of a loss. claims: those of CLAIMS that are made of it, in addition to those that its
-    annotation declares (see pair.Claims); a false claim fails.
+    """Run all checks of a loss. claims: names of CLAIMS, in addition to the claims that its annotation
+    declares (see pair.Claims); a false claim fails.
 
     Raises ValueError for an unknown claim, and if the loss raises.
     """
@@ -105,7 +105,7 @@ def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
 
 
 def check_shape(probe: Probe) -> Check:
-    """The result is an array [B, P] in the dtype of the log-probs."""
+    """Check that the result is an array [B, P] in the dtype of the log-probs."""
     expected, got = shape_of(probe.loss, probe.kinds, probe.columns)
     if not isinstance(got, jax.ShapeDtypeStruct):
         message = f"expected an array {list(expected)}, one value per pair, got a {type(got).__name__}"
@@ -120,8 +120,8 @@ def check_shape(probe: Probe) -> Check:
 
 
 def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
-    """Pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses of 1 and
-    LONG tokens.
+    """Return pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses
+    of 1 and LONG tokens.
     """
     sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
     policy, reference = (x.ravel() for x in np.meshgrid(sums, sums))
@@ -138,10 +138,10 @@ def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
 
 
 def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
-    """Values and gradients are finite at the extremes."""
+    """Check that values and gradients are finite at the extremes."""
     name, pair = f"finite in {jnp.dtype(dtype).name}", extreme_pairs(probe, dtype)
-    found = evaluate_each(probe, pair)
-    parts = {"the value": found.value, **{f"the gradient on {k}": x for k, x in found.gradient.items()}}
+    result = evaluate_each(probe, pair)
+    parts = {"the value": result.value, **{f"the gradient on {k}": x for k, x in result.gradient.items()}}
     bad = {part: ~np.isfinite(x.astype(np.float32)) for part, x in parts.items()}
     count = int(np.any(list(bad.values()), 0).sum())
     if not count:
@@ -157,7 +157,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
         for field in ("logp", "reference", "length")
     )
     where = f"log pi of chosen and rejected {logp}, reference {reference}, {length} tokens"
-    message = f"{part} is {float(parts[part][n])} at {where} ({count} such pairs of {len(found.value)})"
+    message = f"{part} is {float(parts[part][n])} at {where} ({count} such pairs of {len(result.value)})"
     return Check(
         name,
         False,
@@ -166,7 +166,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
 
 
 def check_empty_slots(probe: Probe) -> Check:
-    """The result is finite where responses are missing and in slots of weight 0."""
+    """Check that the result is finite where responses are missing and in slots of weight 0."""
     present = {"chosen": np.array([1, 1, 0, 0, 1, 1])}
     present |= dict.fromkeys(probe.kinds[1:], np.array([1, 0, 1, 0, 1, 1]))
     length = {kind: TOKENS * x for kind, x in present.items()}
@@ -178,9 +178,9 @@ def check_empty_slots(probe: Probe) -> Check:
     }
     for where, weights in batches.items():
         weight: Any = weights.astype(np.float32)
-        found = evaluate_batch(probe, replace(pair, weight=weight))
-        gradients = {f"the gradient on {k}": x for k, x in found.gradient.items()}
-        for part, x in {"a value": found.value, **gradients}.items():
+        result = evaluate_batch(probe, replace(pair, weight=weight))
+        gradients = {f"the gradient on {k}": x for k, x in result.gradient.items()}
+        for part, x in {"a value": result.value, **gradients}.items():
             if not np.isfinite(x).all():
                 message = (
                     f"{part} is not finite {where}; a missing response has log-probs 0, length 1, present 0"
@@ -190,14 +190,14 @@ def check_empty_slots(probe: Probe) -> Check:
 
 
 def check_usual_pairs(probe: Probe, curve: Curve) -> Check:
-    """The result is finite at log-ratios of a few nats; the other checks need that."""
+    """Check that the result is finite at log-ratios of a few nats, which the other checks need."""
     name, rest = "usual pairs", "the other checks were not run"
     bad = ~np.isfinite(np.stack([curve.value, *curve.gradient.values()])).all(0)
     if bad.any():
         where = _intervals(curve.margin, bad)
         return Check(name, False, f"value or gradient is not finite at margins {where}; {rest}")
-    found = evaluate_pairs(probe, **varied_pairs(probe.kinds, 24))
-    if not np.isfinite(np.stack([found.value, *found.gradient.values()])).all():
+    result = evaluate_pairs(probe, **varied_pairs(probe.kinds, 24))
+    if not np.isfinite(np.stack([result.value, *result.gradient.values()])).all():
         return Check(name, False, f"value or gradient is not finite at log-ratios within 8 nats; {rest}")
     return Check(name, True, "values and gradients are finite")
 
@@ -205,8 +205,8 @@ def check_usual_pairs(probe: Probe, curve: Curve) -> Check:
 # Pairs in a batch
 
 
-def _flat(found: LossResult) -> LossResult:
-    return jax.tree.map(lambda x: x.reshape(x.size), found)
+def _flat(result: LossResult) -> LossResult:
+    return jax.tree.map(lambda x: x.reshape(x.size), result)
 
 
 def _six_pairs(probe: Probe) -> PairBatch:
@@ -214,7 +214,7 @@ def _six_pairs(probe: Probe) -> PairBatch:
 
 
 def check_independence(probe: Probe) -> Check:
-    """A pair's value does not depend on other pairs or on its weight."""
+    """Check that a pair's value does not depend on other pairs or on its weight."""
     pair = _six_pairs(probe)
     weight: Any = (pair.weight / 6).astype(np.float32)
     alone = evaluate_each(probe, pair)
@@ -230,14 +230,14 @@ def check_independence(probe: Probe) -> Check:
 
 
 def check_zero_weight(probe: Probe) -> Check:
-    """Slots of weight 0 do not influence the other pairs of a coupled loss."""
+    """Check that slots of weight 0 do not influence the other pairs of a coupled loss."""
     pair = _six_pairs(probe)
     alone, rows = evaluate_each(probe, pair), pack_rows(pair, 2)
     weight: Any = np.array([[1, 0], [0, 0], [0, 0]], np.float32)
     batched = _flat(evaluate_batch(probe, replace(rows, weight=weight)))
 
-    def first(found: LossResult) -> LossResult:
-        return jax.tree.map(lambda x: x[:1], found)
+    def first(result: LossResult) -> LossResult:
+        return jax.tree.map(lambda x: x[:1], result)
 
     if not same_result(first(alone), first(batched)):
         values = format_number(alone.value[0]), format_number(batched.value[0])
@@ -250,7 +250,7 @@ def check_zero_weight(probe: Probe) -> Check:
 
 
 def check_order(probe: Probe) -> Check:
-    """The order of pairs does not influence a coupled loss."""
+    """Check that the order of pairs does not influence a coupled loss."""
     pair, order = _six_pairs(probe), np.array([4, 2, 0, 5, 1, 3])
     first = _flat(evaluate_batch(probe, pack_rows(pair, 2)))
     second = _flat(evaluate_batch(probe, pack_rows(jax.tree.map(lambda x: x[order], pair), 2)))
@@ -265,7 +265,7 @@ def check_order(probe: Probe) -> Check:
 
 
 def describe_start(probe: Probe) -> Check:
-    """The value where the policy equals the reference."""
+    """Describe the value where the policy equals the reference."""
     deep, long = np.array([-24.0, -3.0, -400.0, -24.0, -24.0, -90.0]), np.array([16, 16, 16, 4, 48, 5])
     third = probe.kinds[2:]
     length = {"chosen": long, "rejected": long[[0, 1, 2, 4, 3, 5]]} | dict.fromkeys(third, TOKENS)
@@ -282,7 +282,7 @@ def describe_start(probe: Probe) -> Check:
 
 
 def check_first_gradient(curve: Curve) -> Check:
-    """The gradient is not 0 where the policy equals the reference, where training starts."""
+    """Check that the gradient is not 0 where the policy equals the reference, where training starts."""
     kinds = sorted(curve.gradient, key=lambda kind: kind not in PAIR)
     gradients = np.stack([curve.gradient[kind] for kind in kinds])
     first, largest = gradients[:, len(curve.margin) // 2], np.abs(gradients).max()
@@ -299,7 +299,7 @@ def check_first_gradient(curve: Curve) -> Check:
 
 
 def check_direction(curve: Curve) -> Check:
-    """The gradient raises the chosen response and lowers the rejected one."""
+    """Check that the gradient raises the chosen response and lowers the rejected one."""
     name = "direction"
     span = f"at margins {format_number(curve.margin[0])} to {format_number(curve.margin[-1])}"
     chosen, rejected = (curve.gradient[kind] for kind in PAIR)
@@ -314,12 +314,12 @@ def check_direction(curve: Curve) -> Check:
         "lowers chosen": chosen > least,
         "raises rejected": rejected < -least,
     }
-    found: dict[str, list[str]] = {}
+    by_interval: dict[str, list[str]] = {}
     for what, where in wrong.items():
         if where.any():
-            found.setdefault(_intervals(curve.margin, where), []).append(what)
-    if found:
-        message = "; ".join(f"{' and '.join(what)} at margins {where}" for where, what in found.items())
+            by_interval.setdefault(_intervals(curve.margin, where), []).append(what)
+    if by_interval:
+        message = "; ".join(f"{' and '.join(what)} at margins {where}" for where, what in by_interval.items())
         return Check(name, None, message)
     return Check(name, True, f"never lowers chosen or raises rejected, {span}")
 

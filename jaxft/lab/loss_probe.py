@@ -93,14 +93,14 @@ def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) ->
     inputs = [(PAIR, ()), *(((*PAIR, third), ()) for third in THIRDS), (PAIR, RATING_COLUMNS)]
     for kinds, ratings in inputs:
         try:
-            found = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns, *ratings))))
+            needed = _find_columns(loss, kinds, tuple(dict.fromkeys(("margin", *columns, *ratings))))
         except Exception as error:  # a user's function may raise anything
             failed.setdefault(one_line(error), (kinds[-1], error))
             continue
         run = partial(_run_with_gradient, loss)
         each, batch = (jax.jit(fn, compiler_options=NO_OPTIMISATION) for fn in (jax.vmap(run), run))
         risk = jax.jit(jax.value_and_grad(partial(_risk, loss)), compiler_options=NO_OPTIMISATION)
-        return Probe(name, loss, declaration(loss), kinds, found, each, batch, risk)
+        return Probe(name, loss, declaration(loss), kinds, needed, each, batch, risk)
     texts = [
         f"with a third response `{kind}`: {text}" if kind in THIRDS else text
         for text, (kind, _) in failed.items()
@@ -197,8 +197,8 @@ def evaluate_each(probe: Probe, pair: PairBatch) -> LossResult:
     parts = []
     for begin in range(0, N, ROWS):
         rows = np.minimum(np.arange(begin, begin + ROWS), N - 1)
-        found = _run(probe, probe.run_each, jax.tree.map(lambda x, rows=rows: x[rows][:, None], pair))
-        parts.append(jax.tree.map(lambda x, n=N - begin: x[:n, 0, 0], found))
+        result = _run(probe, probe.run_each, jax.tree.map(lambda x, rows=rows: x[rows][:, None], pair))
+        parts.append(jax.tree.map(lambda x, n=N - begin: x[:n, 0, 0], result))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
@@ -207,18 +207,18 @@ def evaluate_pairs(probe: Probe, **given: Any) -> LossResult:
     return evaluate_each(probe, synthetic_pairs(**given, columns=probe.columns))
 
 
-def close(*found: np.ndarray) -> bool:
+def close(*arrays: np.ndarray) -> bool:
     """Whether arrays are finite and equal within float32's precision."""
-    if not all(np.isfinite(x).all() for x in found):
+    if not all(np.isfinite(x).all() for x in arrays):
         return False
-    scale = max(float(np.abs(x).max(initial=0)) for x in found)
-    return all(bool((np.abs(x - found[0]) <= 1e-4 * scale).all()) for x in found)
+    scale = max(float(np.abs(x).max(initial=0)) for x in arrays)
+    return all(bool((np.abs(x - arrays[0]) <= 1e-4 * scale).all()) for x in arrays)
 
 
-def same_result(*found: LossResult) -> bool:
+def same_result(*results: LossResult) -> bool:
     """Whether values and gradients are the same."""
-    gradients = [np.stack(list(x.gradient.values())) for x in found]
-    return close(*(x.value for x in found)) and close(*gradients)
+    gradients = [np.stack(list(x.gradient.values())) for x in results]
+    return close(*(x.value for x in results)) and close(*gradients)
 
 
 # Curves
@@ -243,8 +243,8 @@ def margin_span(probe: Probe) -> float:
     The smallest of SPANS within which the slope over the margin changes by most of its value at 0.
     """
     for reach in SPANS:
-        found = evaluate_margins(probe, np.linspace(-reach, reach, 25))
-        slope = found.gradient["chosen"] - found.gradient["rejected"]
+        result = evaluate_margins(probe, np.linspace(-reach, reach, 25))
+        slope = result.gradient["chosen"] - result.gradient["rejected"]
         if not np.isfinite(slope).all():
             break
         if np.abs(slope - slope[12]).max() > 0.8 * np.abs(slope[12]) > 0:
@@ -255,8 +255,8 @@ def margin_span(probe: Probe) -> float:
 def margin_curve(probe: Probe, span: float, length: Mapping[str, Any] | int = TOKENS) -> Curve:
     """The loss over margins from -span to span, closer together near 0."""
     margin = span * np.sinh(np.linspace(-3, 3, 2 * ROWS - 1)) / np.sinh(3.0)
-    found = evaluate_margins(probe, margin, length)
-    return Curve(margin, found.value, found.gradient)
+    result = evaluate_margins(probe, margin, length)
+    return Curve(margin, result.value, result.gradient)
 
 
 def format_number(x: Any) -> str:

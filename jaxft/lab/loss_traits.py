@@ -28,7 +28,7 @@ SHORT, LONG = 8, 64  # tokens of responses that are compared by length
 
 
 def describe_inputs(probe: Probe) -> Check:
-    """The third response, columns and state that the loss reads."""
+    """Describe the third response, columns and state that the loss reads."""
     pair = synthetic_pairs(**varied_pairs(probe.kinds, 24), columns=probe.columns)
     level = evaluate_each(probe, pair)
 
@@ -36,13 +36,13 @@ def describe_inputs(probe: Probe) -> Check:
         columns = {**pair.columns, name: pair.columns[name] + np.float32(1)}
         return not same_result(level, evaluate_each(probe, replace(pair, columns=columns)))
 
-    found = [f"a third response `{kind}`" for kind in probe.kinds[2:]]
-    found += [
+    inputs = [f"a third response `{kind}`" for kind in probe.kinds[2:]]
+    inputs += [
         f"the column `{name}` ({int(name not in ZERO_COLUMNS)} in all other checks)"
         for name in probe.columns
         if reads(name)
     ]
-    message = f"reads chosen and rejected responses{''.join(', ' + what for what in found)}"
+    message = f"reads chosen and rejected responses{''.join(', ' + what for what in inputs)}"
     if probe.declared.coupled:
         state = (
             f" with the state {', '.join(probe.declared.init)} at its start" if probe.declared.init else ""
@@ -52,7 +52,7 @@ def describe_inputs(probe: Probe) -> Check:
 
 
 def describe_reference(probe: Probe) -> Check:
-    """Whether the loss depends on the reference's log-probs."""
+    """Describe whether the loss depends on the reference's log-probs."""
     given = varied_pairs(probe.kinds, 24)
     shift = {kind: np.linspace(1, 4, 24) * (i + 1) for i, kind in enumerate(probe.kinds)}
     shifted = {
@@ -88,8 +88,8 @@ def runs_without_reference(probe: Probe) -> bool:
 
 
 def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
-    """loss(pair) - loss(swapped pair) = -k margin, as in DPO; the margin of summed or mean log-ratios or
-    log-probs.
+    """Check that loss(pair) - loss(swapped pair) = -k margin, as in DPO; the margin of summed or mean
+    log-ratios or log-probs.
     """
     given = varied_pairs(probe.kinds, 24)
     swapped = {what: {**x, "chosen": x["rejected"], "rejected": x["chosen"]} for what, x in given.items()}
@@ -115,7 +115,9 @@ def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
 
 
 def check_difference(probe: Probe, claimed: bool = False) -> Check:
-    """The loss depends on the difference of the two log-ratios alone: adding to both has no effect."""
+    """Check that the loss depends on the difference of the two log-ratios alone: adding to both has no
+    effect.
+    """
     given = varied_pairs(probe.kinds, 24)
     lift = {kind: np.linspace(-4, 4, 24) * (kind in PAIR) for kind in probe.kinds}
     lifted = {kind: x + lift[kind] for kind, x in given["ratio"].items()}
@@ -145,7 +147,9 @@ def _refuted(name: str, claimed: bool, message: str) -> Check:
 
 
 def describe_lengths(probe: Probe) -> tuple[Check, Check, Check]:
-    """The influence of lengths at equal sums of log-probs and at equal means, and the gradient on a token."""
+    """Describe the influence of lengths at equal sums of log-probs and at equal means, and the gradient on a
+    token.
+    """
 
     def sums(n: Any, x: float) -> tuple[Any, Any]:
         return 0 * n + x, 0 * n + TOKENS * PER_TOKEN
@@ -171,19 +175,19 @@ def _by_length(
         "rejected": np.array([SHORT, LONG, SHORT, LONG]),
     }
     length |= dict.fromkeys(probe.kinds[2:], np.full(4, TOKENS))
-    found = []
+    losses = []
     for x in cases.values():
         each = {kind: given(n, x if kind in PAIR else 0.0) for kind, n in length.items()}
         ratio, known = ({kind: both[i] for kind, both in each.items()} for i in range(2))
-        found.append(evaluate_pairs(probe, ratio=ratio, length=length, reference=known).value)
-    if all(close(x, np.full(4, x[0])) for x in found):
+        losses.append(evaluate_pairs(probe, ratio=ratio, length=length, reference=known).value)
+    if all(close(x, np.full(4, x[0])) for x in losses):
         return Check(name, None, f"{SHORT} or {LONG} tokens, the value is the same")
     values = ", ".join(
         f"{format_number(x[0])} and {format_number(x[1])} {case}"
-        for case, x in zip(cases, found, strict=True)
+        for case, x in zip(cases, losses, strict=True)
     )
-    lower = [bool(x[0] < x[1]) for x in found]
-    if all(close(x[:1], x[1:2]) for x in found):
+    lower = [bool(x[0] < x[1]) for x in losses]
+    if all(close(x[:1], x[1:2]) for x in losses):
         message = "lengths matter, but not which of the two responses is the longer one"
     elif all(lower) or not any(lower):
         message = (

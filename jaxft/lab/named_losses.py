@@ -31,7 +31,7 @@ def parse_losses(texts: Sequence[str], known: Sequence[NamedLoss] = ()) -> list[
     A loss that has the label of another one is labelled with its file too. Raises ValueError for a name that
     is no loss, a knob that the loss does not have, and a value that the knob does not take.
     """
-    found = {loss.label: loss for loss in known}
+    by_label = {loss.label: loss for loss in known}
     listed = {(loss.file, loss.label) for loss in known}
     for text in texts:
         loss = parse_loss(text)
@@ -39,9 +39,9 @@ def parse_losses(texts: Sequence[str], known: Sequence[NamedLoss] = ()) -> list[
             continue
         listed.add((loss.file, loss.label))
         labels = (loss.label, f"{loss.file.stem}:{loss.label}", f"{loss.file}:{loss.label}")
-        label = next(label for label in labels if label not in found)
-        found[label] = replace(loss, label=label)
-    return list(found.values())[len(known) :]
+        label = next(label for label in labels if label not in by_label)
+        by_label[label] = replace(loss, label=label)
+    return list(by_label.values())[len(known) :]
 
 
 def parse_loss(text: str) -> NamedLoss:
@@ -75,8 +75,8 @@ def loss_knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
 
 def loss_beta(loss: NamedLoss) -> float:
     """Return the loss's beta, which scales the logged rewards, or 0.1 if it has none."""
-    found = loss_knobs(loss.fn).get("beta", (None, None))[1]
-    return float(found) if isinstance(found, int | float) else 0.1
+    default = loss_knobs(loss.fn).get("beta", (None, None))[1]
+    return float(default) if isinstance(default, int | float) else 0.1
 
 
 def _function(name: str) -> tuple[Callable, Path]:

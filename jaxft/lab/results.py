@@ -113,7 +113,9 @@ class MatchedKL:
 
     @property
     def winner(self) -> int:
-        """1 if the second loss is better, -1 if the first one is, 0 if neither can be told."""
+        """Return 1 if the second loss is better, -1 if the first one is, 0 if the difference may be
+        chance.
+        """
         return int(np.sign(self.difference.mean)) if self.difference.different(p=self.p) else 0
 
     @property
@@ -177,18 +179,18 @@ class StudyResult:
 
     def lines(self) -> list[str]:
         """Return the conclusions as sentences."""
-        found = [
+        lines = [
             f"{d.other} against {d.one}, {self.metric}: {d.difference.mean:+.4f} "
             f"{d.difference.interval.text(4)}, p = {d.p:.2g} (Holm): {d.verdict}"
             for d in self.duels
         ]
         first = self.losses[0].final
         if len(self.losses[0].curves) < 2:
-            found.append("with one seed, all of this is about that seed alone")
+            lines.append("with one seed, all of this is about that seed alone")
         if not any(d.difference.different(p=d.p) for d in self.duels):
             size = f"{first.shape[1]} prompts and {len(first)} seeds"
-            found.append(f"no loss is better than another with {size}")
-        return found
+            lines.append(f"no loss is better than another with {size}")
+        return lines
 
 
 def read_study(folder: Path) -> StudyResult:
@@ -219,7 +221,7 @@ def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
             newest |= {own / name: sha256 for name, sha256 in files.items()}
     for path, sha256 in newest.items():
         if not path.is_file() or files_sha256([path]) != [sha256]:
-            raise ValueError(f"{path}: the file was changed after it was written")
+            raise ValueError(f"{path}: the file was changed after it was written; restore it")
     return digest
 
 

@@ -88,7 +88,7 @@ class LossTrial:
 
 
 class Rung:
-    """A stage of the search: how many trials of each loss train on, and up to which step."""
+    """A stage of successive halving: how many trials of each loss are trained on, and up to which step."""
 
     def __init__(self, trials: int, steps: int):
         self.trials, self.steps = trials, steps
@@ -179,7 +179,9 @@ class Study:
 
     @property
     def rungs(self) -> list[Rung]:
-        """The stages of successive halving: of n trials, n * keep train on, in 1 / keep as many steps."""
+        """The stages of successive halving: of n trials, n * keep are trained on, for 1 / keep times as many
+        steps.
+        """
         counts = [self.trials]
         while counts[-1] > 1 and self.keep < 1:
             counts.append(max(1, math.floor(counts[-1] * self.keep)))
@@ -214,14 +216,17 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
                 f"study.losses[{label}]: {loss_name(loss.fn)} has no knob {name!r}; near: {near}"
             )
         if isinstance(values, tuple) and not values:
-            raise ValueError(f"study.losses[{label}]: {name} has no values")
+            raise ValueError(f"study.losses[{label}]: {name} has no values; list some, or leave it out")
     if declaration(loss.fn).init:
         raise ValueError(
             f"study.losses[{label}]: {loss_name(loss.fn)} carries a state from step to step, which a study "
             "doesn't reset between trials; leave it out"
         )
     if len(loss.knobs) >= len(PRIMES):
-        raise ValueError(f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched")
+        raise ValueError(
+            f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched; "
+            "fix some of them with partial"
+        )
     check_knobs(loss.fn)
 
 
@@ -231,12 +236,12 @@ def _value(values: Values, fraction: float) -> float:
 
 def _halton(number: int, base: int) -> float:
     """Number `number` of van der Corput's sequence in a base (Halton 1960), after the first, which is 0."""
-    number, found, scale = number + 1, 0.0, 1.0
+    number, point, scale = number + 1, 0.0, 1.0
     while number:
         scale /= base
         number, digit = divmod(number, base)
-        found += digit * scale
-    return found
+        point += digit * scale
+    return point
 
 
 def study_recipe(recipe: str, *overrides: str) -> Run:
@@ -251,7 +256,7 @@ def load_study(path: str) -> tuple[Study, Path]:
     file = find_file(path)
     make = vars(run_file(file)).get("study")
     if not callable(make):
-        raise ValueError(f"{path} has no function study() -> Study")
+        raise ValueError(f"{path} has no function study() -> Study; add one")
     made = make()
     if not isinstance(made, Study):
         raise ValueError(f"{path}: study() returned type {type(made).__name__}; expected a Study")

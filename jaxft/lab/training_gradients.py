@@ -23,8 +23,10 @@ from jaxft.tree import Aux, Params, combine
 
 
 class TrainingNumbers(NamedTuple):
-    """What a held-out loss is differentiated by. knobs: of the loss, such as beta, by name; {} for none.
-    weights [S]: of the sources, at least 0; only their ratios matter.
+    """The numbers by which a held-out loss is differentiated.
+
+    knobs: of the loss, such as beta, by name; {} for none. weights [S]: of the sources, at least 0; only
+    their ratios matter.
     """
 
     knobs: dict[str, Float[Array, ""]]
@@ -32,7 +34,7 @@ class TrainingNumbers(NamedTuple):
 
 
 class ShortTraining(NamedTuple):
-    """A few steps of training, and what they are evaluated by.
+    """A few steps of training, and their evaluation.
 
     objective, held_out_objective: of training and of evaluation, of a model with attention=reference, since
     other kernels have no second derivative; the first reads its knobs in
@@ -117,13 +119,13 @@ def fit_source_weights(
         return jax.grad(lambda logits: held_out_loss(TrainingNumbers({}, jax.nn.softmax(logits))))(logits)
 
     rule, logits = optax.adam(rate), jnp.zeros(sources, dtype)
-    state, found = rule.init(logits), []
+    state, weights = rule.init(logits), []
     for _ in range(rounds):
         with standard_promotion():
             updates, state = rule.update(gradient(logits), state)
         logits = logits + updates
-        found.append(jax.nn.softmax(logits).tolist())
-    return found
+        weights.append(jax.nn.softmax(logits).tolist())
+    return weights
 
 
 def short_training(parts: Prepared, steps: int, lr: float) -> ShortTraining:

@@ -102,14 +102,14 @@ class World:
         return paths
 
     def _prompts(self) -> list["AnsweredPrompt"]:
-        found = answered_prompts(self.source)
-        random.Random(f"{self.seed} prompts").shuffle(found)
-        if len(found) <= self.held_out + 1:
+        prompts = answered_prompts(self.source)
+        random.Random(f"{self.seed} prompts").shuffle(prompts)
+        if len(prompts) <= self.held_out + 1:
             raise ValueError(
-                f"{self.source} has {len(found)} prompts, and world.held_out={self.held_out} leaves fewer "
+                f"{self.source} has {len(prompts)} prompts, and world.held_out={self.held_out} leaves fewer "
                 "than 2 for training; lower it"
             )
-        return found
+        return prompts
 
     def _pairs(self, prompts: Sequence["AnsweredPrompt"], count: int, part: str) -> list[dict[str, Any]]:
         rng = random.Random(f"{self.seed} {part}")
@@ -186,8 +186,8 @@ def answered_prompts(source: str) -> list[AnsweredPrompt]:
     """
     path = next((p for p in (Path(source), ROOT / source) if p.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}")
-    found = dict[str, str]()
+        raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}; correct the path")
+    by_prompt = dict[str, str]()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         row = json.loads(line)
         text = row.get("prompt", row.get("instruction"))
@@ -197,8 +197,8 @@ def answered_prompts(source: str) -> list[AnsweredPrompt]:
                 f"{source}:{number}: a world needs rows with texts `prompt` and `answer` (or instruction and "
                 f"response); this one has {', '.join(row)}"
             )
-        found.setdefault(text, right)
-    return [AnsweredPrompt(text, right) for text, right in found.items()]
+        by_prompt.setdefault(text, right)
+    return [AnsweredPrompt(text, right) for text, right in by_prompt.items()]
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -206,11 +206,11 @@ def json_object(text: str) -> dict[str, Any] | None:
     begin = text.find("{")
     while begin >= 0:
         try:
-            found = json.JSONDecoder().raw_decode(text, begin)[0]
+            parsed = json.JSONDecoder().raw_decode(text, begin)[0]
         except ValueError:
             begin = text.find("{", begin + 1)
             continue
-        return found if isinstance(found, dict) else None
+        return parsed if isinstance(parsed, dict) else None
     return None
 
 
@@ -251,7 +251,7 @@ def reworded(prompt: str, rng: random.Random) -> str:
 
 
 class Features(NamedTuple):
-    """What the true reward counts: the fraction of the right facts, 1 for a bare object or answer, and
+    """The quantities in the true reward: the fraction of the right facts, 1 for a bare object or answer, and
     characters more than the right completion has.
     """
 
@@ -268,19 +268,19 @@ def features(completion: str, right: str) -> Features:
         words = re.findall(r"[\w.,-]*\w", text)
         given = [word for word in words if word == right]
         return Features(float(bool(given) or text == right), float(text == right or len(words) == 1), longer)
-    found = json_object(text) or {}
-    correct = sum(name in found and found[name] == value for name, value in expected.items())
-    extra = len(found.keys() - expected.keys())
-    bare = text.startswith("{") and text.endswith("}") and bool(found)
+    parsed = json_object(text) or {}
+    correct = sum(name in parsed and parsed[name] == value for name, value in expected.items())
+    extra = len(parsed.keys() - expected.keys())
+    bare = text.startswith("{") and text.endswith("}") and bool(parsed)
     return Features(correct / (len(expected) + extra), float(bare), longer)
 
 
 def true_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
     """Return the true reward of any completion of a world's row, a function for score= and rewards=."""
     truth = _truth(row)
-    found = features(completion, truth["right"])
-    hundreds = found.longer / 100
-    return truth["facts"] * found.facts + truth["format"] * found.format + truth["length"] * hundreds
+    counted = features(completion, truth["right"])
+    hundreds = counted.longer / 100
+    return truth["facts"] * counted.facts + truth["format"] * counted.format + truth["length"] * hundreds
 
 
 def proxy_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
@@ -292,8 +292,9 @@ def proxy_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class WorldScore:
-    """A reward of a world as a score function of a run's held-out prompts, whose rows have no truth: it is
-    looked up by the prompt. fn: true_reward or proxy_reward.
+    """The true or the proxy reward of a world, as a score function of a run's held-out prompts.
+
+    A run's rows lack the truth, so it is looked up by the prompt. fn: true_reward or proxy_reward.
     """
 
     world: World

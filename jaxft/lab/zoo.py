@@ -50,7 +50,7 @@ ZOO_LENGTH = (8, 12, 7, 15, 10, 20)
 
 @dataclass(frozen=True)
 class Specimen:
-    """What the page shows of a loss.
+    """The results of a loss that the page shows.
 
     own: quality of the policy that it would reach with its own beta; by_beta: for other values of beta, in
     ascending order of KL, empty for a loss without one. same_kl: its true reward where beta leads to a KL of
@@ -75,7 +75,7 @@ def zoo_toy() -> Toy:
 
 
 def describe_loss(loss: NamedLoss) -> Specimen:
-    """Compute what the page shows of a loss. Raises ValueError if the loss fails."""
+    """Compute the results of a loss that the page shows. Raises ValueError if the loss fails."""
     seen, toy = probe(loss.label, loss.fn), zoo_toy()
     beta = loss_knobs(loss.fn).get("beta", (None, None))[1]
     betas = [beta * factor for factor in BETAS] if isinstance(beta, float) and beta > 0 else []
@@ -110,11 +110,11 @@ def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Qual
     (low, start), (high, end) = near[-1], far[0]
     for _ in range(8):
         middle = math.sqrt(low * high)
-        found = _quality(seen, toy, beta=middle)
-        if found.kl <= SAME_KL:
-            low, start = middle, found
+        reached = _quality(seen, toy, beta=middle)
+        if reached.kl <= SAME_KL:
+            low, start = middle, reached
         else:
-            high, end = middle, found
+            high, end = middle, reached
     return float(np.interp(SAME_KL, [start.kl, end.kl], [start.reward, end.reward]))
 
 
@@ -232,16 +232,16 @@ def write_zoo(losses: Sequence[NamedLoss], out: Path, report: Callable[[str], No
 
     A loss that cannot be evaluated is left out and reported.
     """
-    found = []
+    specimens = []
     for loss in losses:
         report(loss.label)
         try:
-            found.append(describe_loss(loss))
+            specimens.append(describe_loss(loss))
         except ValueError as error:
             report(f"{loss.label} is left out: {error}")
-    if not found:
+    if not specimens:
         raise ValueError("none of the losses can be evaluated; see the lines above")
-    page = zoo_page(found).encode()
+    page = zoo_page(specimens).encode()
     make_folder(out.parent)
     write_durably(out, page)
     return len(page)

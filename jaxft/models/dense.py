@@ -248,8 +248,8 @@ def hidden(
 
 
 def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[Array, "P T D"], PromptKeys]:
-    """Return hidden states [P, T, D] of left-padded prompts, and what is cached of them. new: the most tokens
-    of a completion.
+    """Return hidden states [P, T, D] of left-padded prompts, and their cached arrays. new: the most tokens of
+    a completion.
     """
     h = _embed(d, params, tokens.ids)
     h, parts = run_stacks(d.stacks, h, params, lambda _, mixer: mixer.prompts(tokens, new, h.dtype))

@@ -51,7 +51,8 @@ class DenseConfig:
                 raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads"
+                f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads; "
+                "correct num_attention_heads or num_key_value_heads"
             )
         check_rope(self.rope, self.head_dim, self.max_positions)
 
@@ -93,13 +94,16 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     that names a missing or unsupported setting.
     """
     if hf.get("model_type", form.model_type) != form.model_type:
-        raise ValueError(f"config: model_type {hf['model_type']!r} is not {form.model_type!r}")
+        raise ValueError(
+            f"config: model_type {hf['model_type']!r} is not {form.model_type!r}; "
+            "use the family of that model_type"
+        )
     for name, only in form.fixed.items():
         if hf.get(name, only) != only:
             raise ValueError(f"config: {name}={hf[name]!r} is not supported; use {name}={only!r}")
     for name in SIZE_KEYS:
         if name not in hf:
-            raise ValueError(f"config: {name} is missing")
+            raise ValueError(f"config: {name} is missing; add it")
         if type(hf[name]) is not int or hf[name] < 1:
             raise ValueError(f"config: {name} must be a positive whole number, got {hf[name]!r:.60}")
 

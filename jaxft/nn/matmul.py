@@ -342,7 +342,9 @@ class InputTap:
 
 
 def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
-    """Return parameters with taps, named by path, on the weights at `paths`, and what these collect."""
+    """Return parameters with taps, named by path, on the weights at `paths`, and the Tapped that collects
+    their inputs.
+    """
     tapped = Tapped()
 
     def leaf(path: str, w: Any) -> Any:

@@ -209,7 +209,7 @@ def quantize(
         raise ValueError(f"a quantised weight needs an input and an output axis, got shape {weight.shape}")
     *lead, ins, outs = weight.shape
     if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise ValueError(f"{kind} stores floats, got {weight.dtype}")
+        raise ValueError(f"{kind} stores floats, got {weight.dtype}; cast the weight first")
     if is_paired(kind) and ins % 2:
         raise ValueError(
             f"two codes of {kind} share a byte along the input axis, whose size {ins} is odd; use int8"

@@ -89,9 +89,8 @@ def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
 
 
 def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], dict[str, int]]:
-    """Return the numbers that fill in a template, by its fields, at each index along some of a parameter's
-    leading axes, in row-major order: i, the number of the layer in the model, and x, the number of the
-    expert.
+    """Return the fields of a template, i (the layer's number in the model) and x (the expert's), at each
+    index along some of a parameter's leading axes, in row-major order.
     """
     fields = [(NAME_FIELDS[axis], layer_numbers(spec) if axis == "layers" else None) for axis in axes]
     return {

@@ -200,8 +200,8 @@ def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
 
 
 def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect held-out accuracy below its best at two evaluations in a row while the margin is above what it
-    was then.
+    """Detect overfitting: the held-out accuracy is below its best at two evaluations in a row, and the margin
+    above its value at that best.
     """
     accuracy, margin = n.get(HELD_OUT + ACCURACY), n.get(HELD_OUT + MARGIN)
     if accuracy is None or margin is None:
@@ -222,7 +222,9 @@ def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare held-out accuracy at the end with always preferring one length. accuracy: the metric's name."""
+    """Compare the final held-out accuracy with that of always preferring the longer, or the shorter,
+    response. accuracy: the metric's name.
+    """
     reached, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
     if not last or reached is None or guess is None or reached > guess[0]:
         return Alarms(memory, [], [])
@@ -318,8 +320,9 @@ def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report consecutive rollouts whose completions mostly reach the limit of their length, of a shorter run
-    at its end. A run is shorter if its logged steps are too few for such a streak.
+    """Report consecutive rollouts whose completions mostly reach the length limit.
+
+    A run with too few logged steps for such a streak is checked at its end.
     """
     streak, due = memory.get("streak", 0), memory.get("next", IDLE_STEPS)
     if CLIPPED_RATIO in n:
@@ -346,7 +349,9 @@ def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
 
 
 def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
-    """(held-out accuracy, "longer" or "shorter") of the better rule that looks at nothing but length."""
+    """Return the held-out accuracy of the better rule that reads only lengths, and which it is: "longer" or
+    "shorter".
+    """
     longer = n.get(HELD_OUT + LONGER_WINS)
     return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
 
@@ -427,7 +432,9 @@ def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) -> str:
-    """An accuracy before and after training, as text. ties: before, the policy was the reference."""
+    """Return an accuracy before and after training, as text. ties: whether all pairs were ties before,
+    because the policy was the reference.
+    """
     pairs, chance = last.get(name + PAIR_COUNT), ""
     if pairs and wilson(last[name], pairs).has(0.5):
         chance = " (not distinguishable from 0.5, chance)"

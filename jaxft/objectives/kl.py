@@ -109,7 +109,7 @@ class KLInReward:
 
     @property
     def reference(self) -> PenaltyReference:
-        """The model that the KL is to."""
+        """The reference of the KL."""
         return self.penalty.reference
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:

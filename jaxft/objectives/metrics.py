@@ -217,7 +217,7 @@ def mean_losses(
     sources: Int[Any, "*n"] | None,
     names: tuple[str, ...],
 ) -> Metrics:
-    """Return the weighted mean of loss values, and that over each source; see losses_by_source."""
+    """Return the weighted mean of loss values, over all rows and over each source; see losses_by_source."""
     total = jnp.sum(jnp.where(weights > 0, weights * values, 0))
     return {LOSS: Sum(total, jnp.sum(weights)), **losses_by_source(values, weights, sources, names)}
 
@@ -271,7 +271,9 @@ def _add(a: Any, b: Any) -> Metric:
 
 
 def join_rows(parts: Sequence[Metrics]) -> Metrics:
-    """Return the values of single rows of all parts, which have nothing else, in their order."""
+    """Concatenate the per-row values (PerRow) of several parts, in their order. The parts have no other
+    metrics.
+    """
     # the last axis: in a sweep the first one is over members
     return jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
 
@@ -297,7 +299,7 @@ def by_layer(metrics: Metrics) -> Metrics:
 
 
 def as_ties(metrics: Metrics) -> Metrics:
-    """Return metrics of pairs of which all are ties: how their margins differ is rounding."""
+    """Replace metrics of pairs by those of ties, for pairs whose margins differ by rounding only."""
 
     def tied(m: Any) -> Any:
         if isinstance(m, WinRate):
@@ -340,13 +342,17 @@ class Count(NamedTuple):
 
 
 def count_of(metrics: Mapping[str, float], name: str) -> Count | None:
-    """Return the number that the fraction of this name is of, None for another metric."""
+    """Return the number of pairs or prompts behind a fraction, by the fraction's name; None for another
+    metric.
+    """
     counts = ((metrics.get(name + suffix), suffix.removeprefix("_")) for suffix in (PAIR_COUNT, PROMPT_COUNT))
     return next((Count(number, unit) for number, unit in counts if number), None)
 
 
 def without_count(name: str) -> str:
-    """Return the fraction that a count is about; other names as they are."""
+    """Strip the suffix of a count's name, which leaves the name of its fraction; other names stay as they
+    are.
+    """
     return name.removesuffix(PAIR_COUNT).removesuffix(PROMPT_COUNT)
 
 

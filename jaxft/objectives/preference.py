@@ -61,8 +61,8 @@ class EMAReference:
     """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 -
     alpha) ref.
 
-    The mean is one of weights. Of LoRA adapters that is the mean of the products a b, which the reference
-    stores with twice the adapter's rank; what this leaves out at the newest update is logged as
+    The mean is taken over weights, for LoRA adapters over the products a b. The reference stores it with
+    twice the adapter's rank. The part of the newest update that this rank cannot hold is logged as
     `reference_rank_error`, a fraction of the products' norm.
     """
 
@@ -370,8 +370,7 @@ def widened_pairs(params: Params) -> Params:
 
 
 def blend(new: Params, old: Params, alpha: float) -> tuple[Params, Float[Array, ""]]:
-    """Return `alpha new + (1 - alpha) old`, of products where both sides of a pair are there, and the
-    relative error.
+    """Return `alpha new + (1 - alpha) old`, for a LoRA pair of the products a b, and the relative error.
 
     old: a tree of widened_pairs, whose ranks the result has. The error is the Frobenius norm of the parts
     that all rank reductions dropped, divided by the norm of all blended products; float32, 0 without pairs.

@@ -133,7 +133,9 @@ def read_numbers(
     read: Int[Array, "B M"],
     max_responses: int = 2,
 ) -> Float[Array, "B M ..."]:
-    """`head(h [N, m, D]) -> [N, m, ...]` at read positions; max_responses: see read_sharding."""
+    """Apply a function of hidden states, `head(h [N, m, D]) -> [N, m, ...]`, at read positions.
+    max_responses: see read_sharding.
+    """
     sharding = read_sharding(read, h_BTD.shape[1], max_responses)
     out = head(gather_read(h_BTD, read, sharding))
     return out if sharding is None else _in_order(out, sharding)

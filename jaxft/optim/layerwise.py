@@ -111,7 +111,7 @@ def update_layerwise(
 def layers_stay_finite(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Bool[Array, ""]:
-    """`stays_finite` of update_layerwise: of the rest and of the layers one by one."""
+    """Return whether the step is finite and update_layerwise would leave every parameter finite."""
     fine, check = (
         parts.check_rest(grads, opt_state, params, info),
         partial(_check_piece, parts.check_layer, info),
@@ -130,7 +130,7 @@ def update_rest(
     params: Params,
     info: StepInfo,
 ) -> Updated:
-    """Update the leaves without a layers axis; the stacked ones and their state are None in the result."""
+    """Update the leaves without a layers axis. Stacked leaves and their state are None in the result."""
     _, rest_grads, large_grads = _split(groups, grads)
     _, rest, large = _split(groups, params)
     update = partial(_update_piece, partial(guarded_update, transform), info)
@@ -152,7 +152,7 @@ def check_rest(
     params: Params,
     info: StepInfo,
 ) -> Bool[Array, ""]:
-    """`stays_finite` of update_rest."""
+    """Return whether the step is finite and update_rest would leave every parameter finite."""
     _, rest_grads, large_grads = _split(groups, grads)
     _, rest, large = _split(groups, params)
     fine = stays_finite(transform, rest_grads, opt_state.rest, rest, info)

@@ -258,7 +258,7 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return `o.lr_groups`, with last groups for `o.lora_plus` if these parameters have LoRA matrices b."""
+    """Return `o.lr_groups`, followed by groups for `o.lora_plus` if the parameters have LoRA matrices b."""
     paths = spec_paths(specs)
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups

@@ -117,7 +117,7 @@ def decay_mask(specs: Specs) -> Mask:
 
 
 def mask_of_matrices(specs: Specs) -> Callable[[Params], Any]:
-    """Return a function from parameters, None at some leaves, to their decay mask."""
+    """Return a function that maps parameters (None at some leaves) to their weight-decay mask."""
     decayed = tree.paths(decay_mask(specs))
     return lambda params: tree.map_with_path(lambda path, _: decayed[path], params)
 
@@ -255,8 +255,9 @@ def _is_instance(kind: type, x: Any) -> bool:
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each parameter of a stack (over layers, say) as to a separate
-    parameter. Statistics of a full parameter (factored moments, block RMS) would otherwise mix them.
+    """Apply a transformation to each parameter of a stack, such as to each layer's, separately.
+
+    Statistics of a full parameter (factored moments, block RMS) would otherwise mix the layers.
     """
     leads = {path: lead_axes(spec) for path, spec in spec_paths(specs).items()}
     kinds = {path: (lead, stack_of(path) if "layers" in lead else "") for path, lead in leads.items()}

@@ -62,7 +62,9 @@ def cosine_with_restarts_schedule(
     Loshchilov & Hutter 2017, arXiv:1608.03983). With cycles=1 it equals cosine_schedule.
     """
     if cycles < 1 or cycles != int(cycles):
-        raise ValueError(f"optim.schedule_kwargs=cycles:{cycles} is not a whole number of at least 1")
+        raise ValueError(
+            f"optim.schedule_kwargs=cycles:{cycles} is not a whole number of at least 1; use one such as 3"
+        )
     starts = np.round(np.linspace(0, _steps_after_peak(warmup, steps) + 1, int(cycles) + 1)).astype(int)
     lengths = np.diff(starts)
     if lengths.min() < 1:

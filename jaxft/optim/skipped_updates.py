@@ -141,7 +141,9 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
 def _of_step(info: StepInfo) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the loss and the gradient norm of a step in float32. Raises ValueError without a loss."""
     if info.loss is None:
-        raise ValueError("skip_spikes needs the step's loss in StepInfo.loss")
+        raise ValueError(
+            "optim.skip_spikes needs the step's loss in StepInfo.loss, which is None; pass the loss"
+        )
     return info.loss.astype(jnp.float32), info.norm.astype(jnp.float32)
 
 

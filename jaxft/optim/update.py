@@ -64,7 +64,9 @@ def apply_updates(params: Params, updates: Params, key: Key[Array, ""] | None) -
         if p.dtype != jnp.bfloat16:
             new.append(optax.apply_updates(p, u))
         elif key is None:
-            raise ValueError("bfloat16 parameters are rounded stochastically, which needs StepInfo.key")
+            raise ValueError(
+                "bfloat16 parameters are rounded stochastically, which needs a random key in StepInfo.key"
+            )
         else:
             new.append(stochastically_rounded(p.astype(jnp.float32) + u, jax.random.fold_in(key, i)))
     return jax.tree.unflatten(structure, new)

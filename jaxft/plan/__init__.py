@@ -6,5 +6,5 @@ plan.py: compile a run's programs: memory, FLOPs and estimated time of each
 search.py: search for the fastest settings that fit
 plan_report.py: plans, costs and dry runs as text
 hlo.py: instructions of a compiled program
-program_bytes.py: bytes in memory, and bytes that a step moves
+program_bytes.py: bytes in memory by kind, such as weights and optimizer state; bytes that a step moves
 """

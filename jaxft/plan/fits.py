@@ -44,18 +44,18 @@ Cells = Mapping[str, dict[str, Any]]
 
 def stored_cells() -> dict[str, Any]:
     """Return the compiled programs that come with jaxft, by "chip:size model method objective"."""
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
+    cells: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return cells
 
 
 def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
     """Return the smallest size that fits; {} if none does, None if a size is not yet compiled."""
     for size in HARDWARE[chip][1]:
-        found = cells.get(f"{chip}:{size} {model} {method} {objective}")
-        if found is None:
+        cell = cells.get(f"{chip}:{size} {model} {method} {objective}")
+        if cell is None:
             return None
-        if found["fits"]:
-            return {**found, "name": size}
+        if cell["fits"]:
+            return {**cell, "name": size}
     return {}
 
 
@@ -76,18 +76,20 @@ def rows_of_fits(
     methods: Sequence[str],
     objectives: Sequence[str],
 ) -> list[list[str]]:
-    """Return rows of a model, a method, an objective and a cell per chip, without empty ones."""
+    """Return the rows of a table: a model, a method, an objective and a cell per chip. Rows without any cell
+    are left out.
+    """
     rows = []
     for model in models:
         for method in methods:
             for objective in objectives:
                 row = []
                 for chip in hardware:
-                    found = smallest(cells, chip, model, method, objective)
-                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else found
-                    if found and first:  # SFT and DPO both have to fit
-                        found = max(found, first, key=lambda one: (one["devices"], one["total"]))
-                    row.append(cell_text(found))
+                    best = smallest(cells, chip, model, method, objective)
+                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else best
+                    if best and first:  # SFT and DPO both have to fit
+                        best = max(best, first, key=lambda one: (one["devices"], one["total"]))
+                    row.append(cell_text(best))
                 if any(row):
                     name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
                     rows.append([name, method, "SFT" if objective == "sft" else "SFT + DPO", *row])

@@ -199,14 +199,14 @@ def chip_name(text: str) -> str | None:
 
 def local() -> Machine:
     """Return the devices of this process's backend as a machine."""
-    found = jax.devices()
-    kind = found[0].device_kind
+    devices = jax.devices()
+    kind = devices[0].device_kind
     candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    fraction = xla_flags.memory_fraction(os.environ) if found[0].platform in ("gpu", "cuda") else 1.0
+    fraction = xla_flags.memory_fraction(os.environ) if devices[0].platform in ("gpu", "cuda") else 1.0
     # bytes_limit is only the fraction of a GPU's memory that jax may allocate
-    memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0) / fraction
     nearest = min(candidates, key=lambda chip: abs(chip.memory - memory), default=None)
-    return Machine(f"{len(found)} x {kind}", nearest, list(found))
+    return Machine(f"{len(devices)} x {kind}", nearest, list(devices))
 
 
 def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
@@ -215,10 +215,10 @@ def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
     text = (TARGETS / f"{kind}.txtpb").read_text()
     hosts, each = (1, *sizes)[-2:]
     try:
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             "planned", platform="cuda", target_config=text, topology=f"1x{hosts}x{each}"
         )
-        return list(found.devices)
+        return list(topology.devices)
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(
@@ -238,7 +238,9 @@ def _tpu_devices(name: str, kind: str, sizes: list[int], slices: int) -> list[An
         )
     if math.prod(sizes) > MAX_SLICE_CHIPS[kind] or any(size > 1 and size % 2 for size in sizes):
         limits = f"at most {MAX_SLICE_CHIPS[kind]} chips, and 1 or an even number of them along each axis"
-        raise ValueError(f"--devices {name!r} does not exist: a slice of {kind} has {limits}")
+        raise ValueError(
+            f"--devices {name!r} does not exist: a slice of {kind} has {limits}; use a slice within that"
+        )
     layout = "x".join(map(str, sizes))
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if sizes[0] % 2 or sizes[1] % 2:  # instead of the default of 2 x 2 chips
@@ -249,7 +251,9 @@ def _tpu_devices(name: str, kind: str, sizes: list[int], slices: int) -> list[An
     except (RuntimeError, ValueError, NotImplementedError, OSError) as e:
         reason = str(e).splitlines()[0]
         if "INVALID_ARGUMENT" in reason:
-            raise ValueError(f"--devices {name!r}: libtpu does not support this slice ({reason})") from e
+            raise ValueError(
+                f"--devices {name!r}: libtpu does not support this slice ({reason}); use another slice"
+            ) from e
         raise ValueError(f"compiling for {kind} needs libtpu: pip install 'jaxft[tpu]' ({reason})") from e
 
 

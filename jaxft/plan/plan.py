@@ -77,11 +77,11 @@ def estimate(
     machine: Machine,
     flops: tuple[float, float],
     moved: float,
-    found: Sequence[Collective],
+    moves: Sequence[Collective],
     peak: float,
     fp8: tuple[float, float] = (0.0, 1.0),
 ) -> Estimate:
-    """Estimate the time of a step.
+    """Estimate the time of a step with these collectives.
 
     flops: of the model and of the program, on all devices; moved: bytes of main memory traffic per device;
     peak: FLOP/s per device. fp8: the program's FLOPs in FP8, and their peak FLOP/s. Raises
@@ -93,7 +93,7 @@ def estimate(
     without_fp8 = flops[1] / (count * peak * MATMULS)
     compute = without_fp8 - fp8[0] * (1 / peak - 1 / fp8[1]) / (count * MATMULS) if fp8[0] else without_fp8
     memory = moved / (machine.chip.memory_rate * MEMORY)
-    took = [(c, seconds(machine, c)) for c in found]
+    took = [(c, seconds(machine, c)) for c in moves]
     overlapped = sum(s for c, s in took if c.overlapped)
     exposed = sum(s for c, s in took if not c.overlapped)
     weights = sum(s for c, s in took if c.gathers_or_scatters)
@@ -122,14 +122,14 @@ def seconds(machine: Machine, c: Collective) -> float:
     return c.times * (within + across / (chip.across * LINKS))
 
 
-def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
+def by_kind(moves: Sequence[Collective]) -> dict[str, dict[str, float]]:
     """Total the collectives by kind: runs per step, and bytes sent per device within and across domains.
 
     A domain is a host or slice. as_all_reduce is the number of runs implemented as all-reduces, absent if 0.
     """
     table: dict[str, dict[str, float]] = {}
     for kind in COLLECTIVES:
-        same = [c for c in found if c.kind == kind]
+        same = [c for c in moves if c.kind == kind]
         if same:
             within, across = (
                 sum(c.times * (c.moved - c.across) for c in same),
@@ -275,34 +275,34 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
     sampling, log-probs and reward heads.
     """
     shards, params = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
-    (first,) = found = train_programs(run, p)
+    (first,) = listed = train_programs(run, p)
     held_out = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
     args = (p.state.trainable, p.frozen)
     if isinstance(run.data, Rollouts):
-        found += _rollout_programs(run, p, params, first.batch)
+        listed += _rollout_programs(run, p, params, first.batch)
     elif run.data.holds_out:
-        found.append(
+        listed.append(
             Program("evaluation", lambda: p.eval_step.trace(*args, sharded_batch(p, held_out), p.state.aux))
         )
         if run.samples:
             stop = tuple(run.model.config.eos)
             decoding = Decoding(p.partition.model, run.sampling, stop)
             slots = slots_for(run.samples, 1, run.data.max_length)
-            found += _sampling("sample completions", p, params, decoding, slots)
+            listed += _sampling("sample completions", p, params, decoding, slots)
     if run.general is not None and p.objective.text is not None:  # otherwise it is the evaluation program
         text = evaluate.general_rows(run.data, run.general).abstract(shards)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
-        found.append(
+        listed.append(
             Program("general text", lambda: p.text_step.trace(*args, sharded_batch(p, batch), p.state.aux))
         )
     if _precomputed(run, p):
         plain = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards)
         )
-        found.append(
+        listed.append(
             Program("reference log-probs", lambda: reference_step(p).trace(params, sharded_batch(p, plain)))
         )
-    return found
+    return listed
 
 
 def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
@@ -310,20 +310,20 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
     data: Any = run.data
     size, stop = padded_length(data.max_prompt), tuple(run.model.config.eos)
     d, slots = engine_sizes(data, p.partition.model, stop, data.group, size, p.mesh)
-    found = _sampling("rollout sampling", p, params, d, slots)
+    listed = _sampling("rollout sampling", p, params, d, slots)
     if not isinstance(data, OnlinePairs):
         logps: Any = jax.jit(partial(score_tokens, p.objective))
-        found.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
+        listed.append(Program("rollout log-probs", lambda: logps.trace(params, p.state.aux, batch)))
     else:  # it samples groups and trains on pairs
         shape = data.group_row_shape(data.max_prompt)
         batch = sharded_batch(p, rollout_batch_shapes(data, shape, sharding.row_shards(p.mesh)))
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):
             score: Any = jax.jit(partial(head_scores, p.partition.model, reward))
-            found.append(
+            listed.append(
                 Program(f"reward head {reward.name}", partial(score.trace, params, p.state.aux, batch))
             )
-    return found
+    return listed
 
 
 def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
@@ -414,8 +414,8 @@ def plans(
     # in mesh order, as HLO numbers devices
     machine = replace(machine, devices=list(p.mesh.devices.flat))
     with jax.set_mesh(p.mesh):
-        found = [_plan_program(run, p, machine, program) for program in select(run, p)]
-    return sorted(found, key=lambda one: -math.inf if one.total is None else -one.total)
+        planned = [_plan_program(run, p, machine, program) for program in select(run, p)]
+    return sorted(planned, key=lambda one: -math.inf if one.total is None else -one.total)
 
 
 def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> Plan:

@@ -376,9 +376,11 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
 
 
 def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
-    """Return the source of a run's preference rows, and no lines; or else None, and a line that says that the
-    plan is an upper bound. Other rows need neither: their plan has the shape of the run's batches. Of prompts
-    there are the warnings of the run's first lines. Raises ValueError for rows that a run would refuse.
+    """Return (the source of a run's preference rows, no lines), or (None, lines for the user about the plan).
+
+    Without their source, the plan of preference rows is an upper bound, as the line says. Other rows need
+    none: their plan has the shape of the run's batches. For prompts the lines are the warnings of a run's
+    start. Raises ValueError for rows that a run would refuse.
     """
     if not isinstance(run.data, PairRows | Rollouts):
         return None, []
@@ -396,15 +398,15 @@ def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
 
 
 def current_settings(run: Run) -> list[Setting]:
-    """Return the settings of a run; of a section that is none, only that."""
+    """Return the settings of a run. A section that is none is listed as one setting."""
     none = {field.name for field in fields(run) if getattr(run, field.name) is None}
-    found = [setting for setting in settings_of(run) if setting.name.partition(".")[0] not in none]
-    return [*found, *(Setting(name, "", "none", "") for name in sorted(none))]
+    listed = [setting for setting in settings_of(run) if setting.name.partition(".")[0] not in none]
+    return [*listed, *(Setting(name, "", "none", "") for name in sorted(none))]
 
 
 def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
-    """Return (name, old value, new value) of the settings that differ; None where a run lacks one. Of a
-    section that is none in the new ones, only that.
+    """Return (name, old value, new value) of the settings that differ; None where a run lacks one. A section
+    that is none in the new settings is listed as one.
     """
     before, after = ({s.name: s.default for s in settings} for settings in (old, new))
     sections = {name.partition(".")[0] for name in after if "." in name}

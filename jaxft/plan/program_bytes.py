@@ -86,7 +86,7 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
     An asynchronous collective counts at its start, one between TPU slices at its send. The fused pieces of a
     collective that libtpu splits into a chain count once.
     """
-    found: dict[object, Collective] = {}
+    by_key: dict[object, Collective] = {}
     for one, where, times, fused in walk(program):
         kind = one.opcode.removesuffix("-start")
         between = _BETWEEN.search(one.attributes) if kind == "send" else None
@@ -95,14 +95,14 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
             slices, size = len(set(domains)), one.arrays[0].bytes
             kind = kind if kind in COLLECTIVES else "collective-permute"
             made = Collective(one.name, kind, size, slices, slices, times, (one.arrays[0].dtype,), ())
-            found[where, one.name] = made
+            by_key[where, one.name] = made
         if kind not in COLLECTIVES or between:
             continue
         chain, channel = (re.search(p, one.attributes) for p in (r'chain_id="?(\d+)', r"channel_id=(\d+)"))
         key: object = (channel[1], chain[1]) if chain and channel else (where, one.name)
-        if key in found:
+        if key in by_key:
             if not chain:
-                found[key] = replace(found[key], times=found[key].times + times)
+                by_key[key] = replace(by_key[key], times=by_key[key].times + times)
             continue
         made = _collective(one, kind, len(domains))
         if made.group > 1:
@@ -119,7 +119,7 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
             asynchronous = purpose in ("all-gather", "reduce-scatter") and (fused or _asynchronous(one))
             overlapped = asynchronous or "windowed_dot_general" in where
             as_all_reduce = purpose != kind and not scattered
-            found[key] = replace(
+            by_key[key] = replace(
                 made,
                 times=times,
                 span=span,
@@ -128,7 +128,7 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
                 overlapped=overlapped,
                 as_all_reduce=as_all_reduce,
             )
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _asynchronous(one: Instruction) -> bool:

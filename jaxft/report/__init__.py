@@ -1,7 +1,7 @@
 """Pages and pictures of runs, and their comparison.
 
 charts.py: which metrics are drawn together, with titles and units; a run's PNG pictures
-compare.py: comparison of runs
+compare.py: the table that compares runs, on the page and in the terminal (its columns: COLUMNS)
 document.py: `jaxft report`, one HTML page, its curves as JSON
 markup.py: pieces of HTML
 ranking.py: which of several runs is best: seeds together, differences on the same held-out rows

@@ -54,7 +54,7 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
         panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))
     ]
     if not panels:
-        raise ValueError(f"{path}: no curve to draw")
+        raise ValueError(f"{path}: no curve to draw; log a metric first")
     labels = list(dict.fromkeys(label for panel in panels for label in (*panel.curves, *panel.dashed)))
     wide = min(columns, len(panels))
     high = -(-len(panels) // wide)
@@ -251,25 +251,25 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
     units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
     unit = units.pop() if len(units) == 1 else "loss (units differ between the runs)"
     has_rollouts = names.REWARD in known
-    found = [
+    kinds = [
         single_chart(f"Score of held-out completions: {name.removeprefix(names.SCORES)}", "mean score", name)
         for name in known
         if name.startswith(names.SCORES)
     ]
-    found.append(single_chart(LOSS, unit, names.LOSS))
+    kinds.append(single_chart(LOSS, unit, names.LOSS))
     functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
     rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
     if has_rollouts:
-        found += ROLLOUT_CHARTS
+        kinds += ROLLOUT_CHARTS
         if len(rewards) > 1:
-            found.insert(2, ChartKind("Reward by function", "score per completion", rewards))
+            kinds.insert(2, ChartKind("Reward by function", "score per completion", rewards))
     if names.ECE in known and not known & MARGINS:
         general = [kind for kind in TOKEN_CHARTS if kind.lines[0].metric == names.GENERAL_LOSS]
-        return [*found, *DECISION_CHARTS, *general]
-    found += PAIR_CHARTS
+        return [*kinds, *DECISION_CHARTS, *general]
+    kinds += PAIR_CHARTS
     if not has_rollouts:
-        found.append(single_chart("KL to the reference", "nats per token", names.KL))
-    return [*found, *TOKEN_CHARTS]
+        kinds.append(single_chart("KL to the reference", "nats per token", names.KL))
+    return [*kinds, *TOKEN_CHARTS]
 
 
 def _metric_names(entries: Iterable[Entry]) -> Set[str]:
@@ -282,12 +282,12 @@ def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind])
 
     runs: entries of metrics.jsonl by the run's name.
     """
-    found = []
+    charts = []
     for kind in kinds:
         curves = {name: run_curves(entries, kind) for name, entries in runs.items()}
         if any(curves.values()) and not (kind.lines[0].metric == names.SKIPPED and not _any_skipped(runs)):
-            found.append(Chart(kind, curves))
-    return found
+            charts.append(Chart(kind, curves))
+    return charts
 
 
 def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
@@ -296,7 +296,7 @@ def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
 
 def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...]:
     """Return the curves of a run in a chart, those without any finite value left out."""
-    found = []
+    curves = []
     for line in kind.lines:
         for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
             points = [
@@ -308,8 +308,8 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
                 steps, values, intervals = zip(*points, strict=True)
                 is_text = metric == names.GENERAL_LOSS  # no run trains on the general text
                 intervals = intervals if any(intervals) else ()
-                found.append(RunCurve(line.label, held_out or is_text, steps, values, intervals))
-    return tuple(found)
+                curves.append(RunCurve(line.label, held_out or is_text, steps, values, intervals))
+    return tuple(curves)
 
 
 def _interval(entry: Entry, metric: str) -> Interval | None:
@@ -359,14 +359,14 @@ def smoothed(values: Sequence[float | None], factor: float) -> list[float | None
     gaps stay gaps.
     """
     total = weight = 0.0
-    found: list[float | None] = []
+    averages: list[float | None] = []
     for value in values:
         if value is None:
-            found.append(None)
+            averages.append(None)
             continue
         total, weight = factor * total + (1 - factor) * value, factor * weight + (1 - factor)
-        found.append(total / weight)
-    return found
+        averages.append(total / weight)
+    return averages
 
 
 # Pictures

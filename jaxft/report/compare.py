@@ -233,11 +233,11 @@ class Table:
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
         """Return the unrounded values, by label and title, and those at step 0 as `title before`."""
-        found = {}
+        values = {}
         for label, row, start in zip(self.labels, self.rows, self.starts, strict=True):
             before = {f"{t} before": x for t, x in zip(self.titles, start, strict=True) if t in WITH_START}
-            found[label] = {**dict(zip(self.titles, row, strict=True)), **before}
-        return found
+            values[label] = {**dict(zip(self.titles, row, strict=True)), **before}
+        return values
 
     def notes(self) -> list[str]:
         """Return explanations of columns that need one."""

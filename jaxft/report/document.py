@@ -61,7 +61,7 @@ class PageSection(NamedTuple):
 
 
 def curves_section(runs: Sequence[RunFiles]) -> str:
-    """Return the place of the curves, which page.js draws."""
+    """Return the HTML element in which page.js draws the curves."""
     return CURVES_HTML
 
 

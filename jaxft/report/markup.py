@@ -64,14 +64,14 @@ def section(anchor: str, title: str, content: str) -> str:
 
 def flat_values(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Return the values of nested dicts by their dotted path."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in record.items():
         inner = f"{path}.{name}" if path else str(name)
         if isinstance(value, dict) and value:
-            found |= flat_values(value, inner)
+            flat |= flat_values(value, inner)
         else:
-            found[inner] = value
-    return found
+            flat[inner] = value
+    return flat
 
 
 def record_table(records: Mapping[str, Mapping[str, Any]], only_differences: bool = False) -> str:

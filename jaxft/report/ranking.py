@@ -111,8 +111,8 @@ def _loss_function(settings: Mapping[str, Any]) -> str:
 
 def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     """Return the metric that ranks the runs: a score, a reward, the loss if it is the same function, or else
-    the accuracy; None if the runs have none of them in common. One that is the same in all runs tells
-    nothing.
+    the accuracy; None if the runs have none in common. A metric with the same value in all runs does not rank
+    them.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
     choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
@@ -135,8 +135,8 @@ def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
 
 
 def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
-    """Whether the values of `by` are of the same held-out rows: any two settings have a run each with the
-    same ones. Seeds of one setting may hold out different rows.
+    """Whether `by` is measured on the same held-out rows: any two settings must have runs with equal rows.
+    Seeds of one setting may hold out different rows.
     """
     groups = [{_held_out(run, by) for run in group} for group in repetitions(results).values()]
     return all(not one.isdisjoint(other) for one, other in combinations(groups, 2))
@@ -159,8 +159,8 @@ def _is_finite(value: float | None) -> bool:
 
 
 def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
-    """Return the runs that differ in nothing but seeds together, by the part of their labels that they share.
-    A run without settings is alone.
+    """Group the runs that differ in nothing but seeds, by the common part of their labels. A run without
+    settings is alone.
     """
     groups: dict[str, list[RankedRun]] = {}
     for result in results:

@@ -41,8 +41,8 @@ class RunFiles:
 
 
 def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the folders of runs and sweeps among several paths, and the other files and folders, which a
-    pattern such as runs/seeds/* matches too. A single path is not judged.
+    """Split paths into folders of runs and sweeps, and other files and folders, which a pattern such as
+    runs/seeds/* matches too. A single path counts as a run, unchecked.
     """
     if len(paths) < 2:
         return list(paths), []
@@ -57,7 +57,7 @@ def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
 
     Raises ValueError for a folder that is no run's, a run without any logged step and two runs of one name.
     """
-    found: dict[str, Path] = {}
+    by_label: dict[str, Path] = {}
     for path in paths:
         members = sweep_members(path)
         for label, folder in members.items() if members else [(path.resolve().name, path)]:
@@ -65,13 +65,13 @@ def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
                 raise ValueError(
                     f"{folder}: has no metrics.jsonl; use the folder of a run or a sweep, such as runs/sft"
                 )
-            if label in found:
+            if label in by_label:
                 raise ValueError(
-                    f"{folder} and {found[label]}: both are called {label}; rename one of the folders, or "
+                    f"{folder} and {by_label[label]}: both are called {label}; rename one of the folders, or "
                     "leave one out"
                 )
-            found[label] = folder
-    return found
+            by_label[label] = folder
+    return by_label
 
 
 def sweep_members(folder: Path) -> dict[str, Path]:
@@ -115,8 +115,8 @@ def read_run(name: str, folder: Path) -> RunFiles:
 
 def _seconds(perf: Any) -> dict[str, float]:
     """The seconds in a summary's perf, {} for anything else."""
-    found = perf.get("seconds") if isinstance(perf, dict) else None
-    items = found.items() if isinstance(found, dict) else ()
+    phases = perf.get("seconds") if isinstance(perf, dict) else None
+    items = phases.items() if isinstance(phases, dict) else ()
     return {name: float(x) for name, x in items if isinstance(x, int | float) and not isinstance(x, bool)}
 
 

@@ -198,8 +198,8 @@ def settings_section(runs: Runs) -> str:
         return ""
     parts = []
     if len(known) > 1:
-        found = record_table(known, only_differences=True)
-        parts.append("<h3>Differences</h3>" + (found or "<p>The settings of all runs are the same.</p>"))
+        table = record_table(known, only_differences=True)
+        parts.append("<h3>Differences</h3>" + (table or "<p>The settings of all runs are the same.</p>"))
     shown = dict(list(known.items())[:MOST_COLUMNS])
     more = f" of the first {len(shown)} runs" if len(shown) < len(known) else ""
     parts.append(folded(f"All settings{more}", record_table(shown)))
@@ -345,9 +345,9 @@ def data_of_runs(data: Mapping[str, Any]) -> str:
     parts = [html_table(["", ""], statistics) if statistics else ""]
     lengths = []
     columns = ("min", "p10", "p50", "p90", "p99", "max", "mean")
-    for label, found in part_of(data, "lengths").items():
-        cells = [number_text(part_of(found, "percentiles").get(name)) for name in columns]
-        counts = [float(x) for x in found.get("histogram", []) if isinstance(x, int | float)]
+    for label, counted in part_of(data, "lengths").items():
+        cells = [number_text(part_of(counted, "percentiles").get(name)) for name in columns]
+        counts = [float(x) for x in counted.get("histogram", []) if isinstance(x, int | float)]
         lengths.append([escaped(label), *cells, histogram_picture(counts)])
     if lengths:
         head = ["length in tokens", *columns, "rows by length, from min to max"]

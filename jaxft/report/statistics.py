@@ -104,7 +104,10 @@ def paired_difference(
     w = np.ones(first.shape[1]) if weights is None else np.asarray(weights, np.float64)[whole]
     seeds, prompts = first.shape
     if prompts < 2:
-        raise ValueError(f"{prompts} prompts have values of both settings; a comparison needs at least 2")
+        raise ValueError(
+            f"{prompts} prompts have values of both settings; a comparison needs at least 2, so add held-out "
+            "prompts"
+        )
     d, first, second = (_linearised(x, w / w.mean()) for x in (second - first, first, second))
     mean, (error, freedom), by_prompt = float(d.mean()), _error(d), d.mean(0)
     half = float(_special().stdtrit(freedom, (1 + LEVEL) / 2)) * error

@@ -71,7 +71,9 @@ def overlong(lengths: GroupLengths, max_new: int, soft: int) -> GroupScores:
     array([[-0. , -0.5, -1. ]])
     """
     if not 0 < soft <= max_new:
-        raise ValueError(f"overlong={soft} is not between 1 and max_new={max_new} tokens.")
+        raise ValueError(
+            f"overlong={soft} is not between 1 and max_new={max_new} tokens. Use a number in this range."
+        )
     return -np.clip((np.asarray(lengths, np.float64) - (max_new - soft)) / soft, 0, 1)
 
 
@@ -83,7 +85,7 @@ def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
 
 
 def update_moments(moments: Moments, scores: GroupScores) -> Moments:
-    """Return the moments of all scores so far and these together (Chan et al. 1979). NaN is left out."""
+    """Add scores to the moments of all earlier ones (Chan et al. 1979). NaN is left out."""
     x = _float64(scores)[has_score(scores)]
     count, mean, squares = _float64(moments)
     if not len(x):
@@ -266,7 +268,10 @@ def adaptive_gfpo(
     of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0, 1].
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
-        raise ValueError(f"adaptive_gfpo: fractions={fractions} are not all above 0 and at most 1.")
+        raise ValueError(
+            f"adaptive_gfpo: fractions={fractions} are not all above 0 and at most 1."
+            " Use numbers such as 0.5."
+        )
     valid = has_score(scores)
     means = np.nansum(_float64(scores), 1) / np.maximum(valid.sum(1), 1)
     quarters = (means[:, None] > np.quantile(means[valid.any(1)], (0.25, 0.5, 0.75))).sum(1)
@@ -324,7 +329,9 @@ def gae(
     (array([[0.5, 0.5]]), array([[1., 1.]]))
     """
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1].")
+        raise ValueError(
+            f"gamma={gamma} and lam={lam}: both must be in [0, 1]. Usual values are gamma=1.0 and lam=0.95."
+        )
     mask = token_mask(lengths, rewards.shape[1])
     r, v = np.where(mask, _float64(rewards), 0), np.where(mask, _float64(values), 0)
     advantages, after = np.zeros_like(r), np.zeros(len(r))

@@ -184,7 +184,8 @@ def actor_critic(
 def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
     """Return a small rollout with distinct scores, to try an estimator before anything is sampled.
 
-    facts: of the objective, which say if there are a reference, values and a KL penalty in the rewards.
+    facts: of the objective, which determine whether there are a reference, values and a KL penalty in the
+    rewards.
     """
     scores = np.arange(2.0 * group).reshape(2, group)
     tokens = np.zeros((2 * group, 3))

@@ -90,8 +90,7 @@ def best_and_worst_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class OnlinePairs(Rollouts):
-    """Data of a preference loss on the policy's own episodes: prompts, and the rules by which these are
-    scored.
+    """Data of a preference loss on the policy's own episodes: prompts, and the rules that score the episodes.
 
     Of the rules, rewards, reward_weights, combine, shape and train_on_truncated apply; others raise
     ValueError.

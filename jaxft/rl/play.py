@@ -55,7 +55,7 @@ FAULT_SIZE = 200  # characters of an error's text
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """Limits of an episode.
+    """The largest sizes and times of an episode.
 
     turns: of the model. turn_tokens: sampled in a turn. tokens: of all turns and answers together; where a
     template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout: seconds of each
@@ -297,7 +297,7 @@ class _Rollout:
         def on_first() -> list[Any]:
             return [self._decide(number, value) for number, value in self.calls.finished(wait)]
 
-        return [_Decision(*found) for found in processes.from_first_process(on_first)]
+        return [_Decision(*fields) for fields in processes.from_first_process(on_first)]
 
     # ---- on the first process
 
@@ -334,10 +334,10 @@ class _Rollout:
         episode.state, episode.chat = begun.state, chat
         ids = list(rows.ids[episode.prompt])
         if chat != own:
-            (found,) = example_prompt_ids([chat], self.play.tokenizer, rows.template)
-            if isinstance(found, InvalidRow):
-                raise found
-            ids = found
+            (encoded,) = example_prompt_ids([chat], self.play.tokenizer, rows.template)
+            if isinstance(encoded, InvalidRow):
+                raise encoded
+            ids = encoded
         if len(ids) > self.play.limits.prompt:
             most = self.play.limits.prompt
             text = f"the prompt has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
@@ -355,11 +355,11 @@ class _Rollout:
         step, limits = answer.step, self.play.limits
         episode.state = step.state
         turn: Message = turn_message(episode.sampled)
-        found = _Decision(episode.number, "wait", reward=step.reward, faults=list(answer.faults))
+        decision = _Decision(episode.number, "wait", reward=step.reward, faults=list(answer.faults))
         calls = episode.sampled.calls or episode.sampled.malformed  # of which each result is limited
         if not calls and (too_large := self._too_large("the observation", step.observation)):
-            return found._replace(do="end", fault=too_large, messages=[turn])
-        over = found._replace(done=step.done or not step.observation, messages=[turn])
+            return decision._replace(do="end", fault=too_large, messages=[turn])
+        over = decision._replace(done=step.done or not step.observation, messages=[turn])
         if over.done or len(episode.turns) >= limits.turns or episode.used >= limits.tokens:
             return over
         chat: Any = episode.chat

@@ -94,7 +94,7 @@ def load_reward_adapters(
     quant: Quant | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> dict[str, LoadedRewardModel]:
-    """Load adapters with heads by name on one base, as load_reward_model does each.
+    """Load several adapters with heads onto one base, by name; see load_reward_model.
 
     Parameters of several have the same shapes, so that a program compiled for one scores with all. Raises
     ValueError also for adapters that cannot share a program.
@@ -102,17 +102,17 @@ def load_reward_adapters(
     first = load_reward_model(ref, mesh, next(iter(folders.values())), quant, dtype)
     if len(folders) == 1:
         return dict.fromkeys(folders, first)
-    found = {}
+    parts_of = {}
     with jax.set_mesh(mesh):
         model = _headless(ref, dtype)
         for name, folder in folders.items():
             pretrained.check_adapter_base(folder, ref)
-            found[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
-        pairs = {name: parts["adapter"] for name, parts in found.items()}
+            parts_of[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
+        pairs = {name: parts["adapter"] for name, parts in parts_of.items()}
         check_stackable(pairs)
         pairs = {name: with_gains(first.params["base"], one) for name, one in pairs.items()}
         out, wide = {}, np.promote_types(model.dtype, np.float32)
-        for (name, parts), equal in zip(found.items(), of_equal_shapes(list(pairs.values())), strict=True):
+        for (name, parts), equal in zip(parts_of.items(), of_equal_shapes(list(pairs.values())), strict=True):
             own = adapter_folders.on_every_device({**parts, "adapter": equal}, wide, mesh)
             pad, params = pad_token_of(ref, folders[name]), {**first.params, **own}
             score = partial(score_rows, first.model, pad=pad)
@@ -277,7 +277,7 @@ class ModelReward(Reward):
         return runfolder.weights_fingerprint(self.ref)
 
     def start_lines(self) -> list[str]:
-        """Return a warning for weights of an earlier end of their run."""
+        """Return a warning if its run was later continued, so that these weights are from an earlier end."""
         return runfolder.earlier_end_notes(self.ref)
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
@@ -380,11 +380,11 @@ def find_reward_model(
 ) -> tuple[dict[str, heads.HeadSettings], HeadReward | ModelReward]:
     """Return (models for Run.heads, the reward) of the reward model that `ref` names.
 
-    An adapter with a head, a PEFT folder's or a run's, shares the base of the run's `model`. It is read at a
-    completion's last token, or, if it was trained with a tokenizer whose padding that is, before it. A
-    classifier (a folder, a run with full=true, or org/name@revision on the hub) is a separate model,
-    quantised as set by `quant`. longest: tokens of a prompt with its completion; a separate model accepts up
-    to twice as many of its own tokens, at least 1024.
+    An adapter with a head (a PEFT folder's or a run's) shares the base of the run's `model`. Its reward is
+    read at a completion's last token, or at the one before if the last is the padding token of the adapter's
+    own tokenizer. A classifier (a folder, a run with full=true, or org/name@revision on the hub) is a
+    separate model, quantised as set by `quant`. longest: tokens of a prompt with its completion; a separate
+    model accepts up to twice as many of its own tokens, at least 1024.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.trained_weights(Path(ref))  # raises an error that names a run which isn't finished

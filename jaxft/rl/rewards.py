@@ -126,7 +126,7 @@ class FunctionReward(Reward):
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
         """Begin a call with copies that the function may change, and return a function that ends it. An async
-        function goes on meanwhile.
+        function continues meanwhile.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -160,9 +160,9 @@ class FunctionReward(Reward):
                 return [scores.tolist(), *astuple(faults)]
 
             scores, *faults = processes.from_first_process(on_first)
-            found = np.full(episodes.valid.size, np.nan)
-            found[chosen] = scores
-            return RewardScores(found, Faults(*faults))
+            values = np.full(episodes.valid.size, np.nan)
+            values[chosen] = scores
+            return RewardScores(values, Faults(*faults))
 
         return score
 
@@ -196,7 +196,7 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
 class ObjectReward(Reward):
     """A reward function of TRL that reads the objects of environments: (environments, **columns) -> [number].
 
-    Its values are those that an episode has from `play`, which calls it when the episode has ended.
+    The module `play` calls it when an episode ends and stores its values in the episode.
     """
 
     fn: Callable[..., Any]
@@ -342,7 +342,9 @@ def number(
     """
     expected, got = last_number(row[column]), last_number(completion)
     if expected is None:
-        raise ValueError(f"column {column!r} has no number: {row[column]!r}")
+        raise ValueError(
+            f"column {column!r} has no number: {row[column]!r}; correct the row, or set another column"
+        )
     return float(got is not None and math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance))
 
 

@@ -218,7 +218,9 @@ class Rollouts(Prompts):
 
     @property
     def starts_per_row(self) -> int:
-        """Prompts of a row: a group may have different ones if the environment's reset makes them."""
+        """How many prompts a row has slots for: one, or one per episode if the environment's reset may change
+        the prompt.
+        """
         return self.group if self.played.resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
@@ -339,7 +341,7 @@ class PromptSource:
         return HeldOutMetrics({}, {})
 
     def limit_evaluation(self, most: int | None) -> Any:
-        """Return the source whose evaluations read at most so many held-out prompts."""
+        """Return the source whose evaluations read at most `most` held-out prompts."""
         return replace(self, most_evaluated=most)
 
     def row_names(self, step: int) -> list[str]:
@@ -471,21 +473,21 @@ class RolloutSource(PromptSource):
     def _of_tokens(self, scored: ScoredEpisodes, packed: PackedRows, state: TrainState) -> RolloutScores:
         """Return the scores with log-probs, reference and values of each sampled token."""
         episodes, rules = scored.episodes, self.data.rules
-        found = Scores() if self.token_scores is None else self.token_scores(packed, episodes, state)
+        computed = Scores() if self.token_scores is None else self.token_scores(packed, episodes, state)
         in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1
         return RolloutScores(
             scores=scored.scores,
             lengths=episodes.lengths,
             ended=episodes.ended,
-            logps=episodes.logps.astype(np.float64) if found.logps is None else found.logps,
-            reference=found.reference,
-            values=found.values,
+            logps=episodes.logps.astype(np.float64) if computed.logps is None else computed.logps,
+            reference=computed.reference,
+            values=computed.values,
             reward_scores=scored.reward_scores,
             reward_weights=rules.reward_weights,
             kl_coef=float(jax.device_get(state.aux["kl_coef"])) if in_rewards else None,
             turns=episodes.turns if has_turns else None,
             turn_rewards=rules.turn_weight * episodes.turn_rewards if has_turns else None,
-            recomputed=found.logps is not None,
+            recomputed=computed.logps is not None,
         )
 
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:

@@ -83,13 +83,13 @@ def _groups(episodes: Episodes) -> list[tuple[tuple[int, ...], list[_Piece]]]:
     """Return, for each group, the prompt of its row (of the first episode that has one) and the training rows
     of its episodes. Rows that share the prompt come first.
     """
-    found = []
+    groups = []
     for first in range(0, len(episodes.trajectories), episodes.group):
         group = episodes.trajectories[first : first + episodes.group]
         prompt = next((t.start for t in group if t.start), ())
         pieces = [piece for slot, t in enumerate(group) for piece in _pieces(slot, t, prompt)]
-        found.append((prompt, sorted(pieces, key=lambda piece: not piece.is_branch)))
-    return found
+        groups.append((prompt, sorted(pieces, key=lambda piece: not piece.is_branch)))
+    return groups
 
 
 def _pieces(slot: int, trajectory: Trajectory, prompt: tuple[int, ...]) -> Iterator[_Piece]:
@@ -260,8 +260,8 @@ class RolloutPrograms:
             for start in range(0, len(packed.tokens), self.rows):
                 own = jax.tree.map(lambda x, s=start: x[s : s + self.rows], rows)
                 batch = sharding.shard_batch(run.mesh, to_microbatches(own, like))
-                found = programs[packed.shape](params, state.aux, batch)
-                parts.append(jax.tree.map(own_rows, found))
+                outputs = programs[packed.shape](params, state.aux, batch)
+                parts.append(jax.tree.map(own_rows, outputs))
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
         return over_rollout
@@ -271,8 +271,8 @@ class RolloutPrograms:
         over_rollout = self.compile(partial(score_tokens, self.run.objective))
 
         def scores(packed: PackedRows, episodes: Episodes, state: TrainState) -> Scores:
-            found = over_rollout(packed, state)
-            return Scores(*(None if x is None else packed.to_tokens(x, episodes) for x in found))
+            arrays = over_rollout(packed, state)
+            return Scores(*(None if x is None else packed.to_tokens(x, episodes) for x in arrays))
 
         return scores
 

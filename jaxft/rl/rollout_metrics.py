@@ -60,19 +60,20 @@ def score_metrics(scores: GroupScores) -> dict[str, float]:
 
 def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
     """Return the mean score of the completions of each source of prompts; {} for one source."""
-    prompts, found = scored.episodes.prompts, dict[str, Sum]()
+    prompts, means = scored.episodes.prompts, dict[str, Sum]()
     for number, name in enumerate(prompts.source_names):
         own = scored.scores[np.array(prompts.sources) == number]
         own = own[has_score(own)]
-        found[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
-    return found
+        means[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
+    return means
 
 
 def prompt_counts(
     names: Sequence[str], scores: GroupScores, reward_scores: Float[np.ndarray, "G N K"]
 ) -> dict[str, float]:
-    """Return the number of prompts with a score of the mean reward, and of the mean of each reward that is 0
-    or 1 for every completion: the completions of one prompt are not independent of one another.
+    """Count the prompts with a score, for each mean of rewards that are all 0 or 1.
+
+    Confidence intervals use these counts, because completions of one prompt are not independent.
     """
     parts = {REWARD: np.asarray(scores, np.float64)}
     parts |= {f"rewards/{name}/mean": reward_scores[..., number] for number, name in enumerate(names)}

@@ -24,7 +24,9 @@ Filter = Callable[[GroupScores], GroupMask]
 
 @dataclass(frozen=True)
 class ScoredEpisodes:
-    """Episodes with the scores of each reward, their combination, and that after shaping; NaN for none."""
+    """Episodes with the scores of each reward, their combination, and the combination after shaping; NaN for
+    none.
+    """
 
     episodes: Episodes
     reward_scores: ScoresPerReward
@@ -93,8 +95,8 @@ class Rules:
             self.correction(np.zeros((1, 1)), np.ones(1, int))  # it checks its bounds
             if self.ratio_to_sampler:
                 raise ValueError(
-                    "correction is for a ratio to the training program, ratio_to_sampler=true needs none. "
-                    "Set only one of them."
+                    "correction is for a ratio to the training program, and ratio_to_sampler=true is a "
+                    "ratio to the sampler. Set only one of them."
                 )
 
     @property
@@ -109,7 +111,9 @@ class Rules:
 
     @property
     def turn_weight(self) -> float:
-        """The weight of the environment's rewards of turns: its score's weight, 0 without it."""
+        """The weight of per-turn rewards: the one of the environment's score, or 0 if that is no reward of
+        the run.
+        """
         own = [isinstance(reward, EnvironmentReward) for reward in self.rewards]
         return float(np.dot(own, self.reward_weights))
 
@@ -135,9 +139,9 @@ class Rules:
 
 def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
     """Return a message about the first fault of each kind."""
-    found = {}
+    messages = {}
     if scored.faults.first:
-        found["reward"] = (
+        messages["reward"] = (
             f"{scored.faults.first}; this completion has no score. Further faults are only counted."
         )
     episodes = scored.episodes
@@ -145,8 +149,8 @@ def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
         for kind, text in trajectory.faults:
             what = "this episode has no score" if kind == trajectory.fault else "the policy was shown it"
             message = f"{kind}: {text} ({row}); {what}. Further faults of this kind are only counted."
-            found.setdefault(kind, message)
-    return found
+            messages.setdefault(kind, message)
+    return messages
 
 
 def shape_scores(

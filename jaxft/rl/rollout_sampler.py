@@ -81,14 +81,17 @@ def _json_number(x: Any) -> float | None:
 
 
 def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
-    """Yield the episodes of a recorded rollout of a run, whose sampled tokens have weight 1 and given ones 0,
-    with the name of who wrote them.
+    """Yield the episodes of a run's recorded rollout, token by token: sampled tokens have weight 1, given
+    ones 0.
 
-    Raises ValueError if the run has not recorded it.
+    Given tokens are labelled with their writer, such as "tool". Raises ValueError if the run has not recorded
+    the rollout.
     """
     path = folder / RECORDS / f"{number}.npz"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; the run has not sampled rollout {number + 1}")
+        raise ValueError(
+            f"{path} is missing; the run has not sampled rollout {number + 1}, use a smaller number"
+        )
     content = path.read_bytes()
     about_of(content, path)
     for i, t in enumerate(from_bytes(content)):
@@ -133,11 +136,11 @@ class RolloutRecord:
     def read(self, number: int) -> list[Trajectory] | None:
         """Return a rollout that was recorded with these prompts and weights, None without one.
 
-        A run that is replayed may have had other weights. ValueError is raised if it has not recorded the
-        rollout, or of other prompts.
+        With `replay` the weights may differ. Raises ValueError if the replayed run lacks this rollout, or
+        recorded it with other prompts.
         """
-        found = processes.from_first_process(partial(self._stored, number))
-        return None if found is None else from_bytes(base64.b64decode(found))
+        content = processes.from_first_process(partial(self._stored, number))
+        return None if content is None else from_bytes(base64.b64decode(content))
 
     def write(self, number: int, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Record a rollout, and return it."""
@@ -226,7 +229,7 @@ def from_bytes(content: bytes) -> list[Trajectory]:
     """Return the rollout of `to_bytes`."""
     with np.load(io.BytesIO(content)) as arrays:
         tokens, logps, about = arrays["tokens"], arrays["logps"], json.loads(arrays["about"].tobytes())
-    found = list[Trajectory]()
+    trajectories = list[Trajectory]()
     for own in about:
         segments = list[Segment]()
         for count, sampled, reward, begins in own["segments"]:
@@ -236,8 +239,10 @@ def from_bytes(content: bytes) -> list[Trajectory]:
             (Fault(*fault) for fault in own["faults"]),
             {k: tuple(own[k]) for k in ("start", "turns")},
         )
-        found.append(Trajectory(**own | tuples | {"segments": tuple(segments), "faults": tuple(faults)}))
-    return found
+        trajectories.append(
+            Trajectory(**own | tuples | {"segments": tuple(segments), "faults": tuple(faults)})
+        )
+    return trajectories
 
 
 def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_size: int) -> SampleEpisodes:

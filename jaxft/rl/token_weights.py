@@ -101,8 +101,9 @@ RATIO_MEAN, RATIO_MIN, RATIO_MAX, EFFECTIVE_SAMPLES = (
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """Weights of tokens [n, S], 0 beyond the lengths; the same as `samples`, one for each token or for each
-    completion, of which the metrics are.
+    """Importance weights of tokens [n, S], 0 beyond the lengths.
+
+    samples: the same weights, once for each token or for each completion; metrics are computed from these.
     """
 
     tokens: PerToken

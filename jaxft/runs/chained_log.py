@@ -77,7 +77,7 @@ class DigestWriter:
 
 
 def add_files(log: Path, files: Iterable[Path]) -> str:
-    """Append digests of files to those of a finished log; return the last digest."""
+    """Append digests of files to the digests of a finished log; return the last digest."""
     writer = DigestWriter(log, whole_lines(log))
     for path in files:
         if path.is_file():
@@ -92,7 +92,7 @@ def digested_files(log: Path) -> set[str]:
 
 
 def append_entry(log: Path, entry: dict[str, Any]) -> None:
-    """Append a JSON object to a log, and its digest; return when both are on disk."""
+    """Append a JSON object to a log, and its digest; sync both to disk."""
     kept, line = whole_lines(log), (json.dumps(entry, allow_nan=False) + "\n").encode()
     writer = DigestWriter(log, kept)
     with log.open("ab") as file:
@@ -103,8 +103,8 @@ def append_entry(log: Path, entry: dict[str, Any]) -> None:
 
 
 def read_unfinished(log: Path) -> list[dict[str, Any]]:
-    """Return the entries of a log that a process may have been killed in writing, [] without one. A last line
-    that has no digest is removed. Raises ValueError as check_chain does.
+    """Return the entries of a log that a killed process may have left incomplete, [] without a log. A last
+    line that has no digest is removed. Raises ValueError as check_chain does.
     """
     if not log.is_file():
         return []
@@ -127,28 +127,31 @@ def check_chain(log: Path) -> str:
     lines, entries, last = whole_lines(log), _entries(path, strict=True), ""
     count = sum(FILE not in entry for entry in entries)
     if log.is_file() and not log.read_bytes() == b"".join(lines):
-        raise ValueError(f"{log}: its last line is cut off")
+        raise ValueError(f"{log}: its last line is cut off; restore the file")
     for number, entry in enumerate(entries, 1):
         if FILE in entry:
             file = log.with_name(entry[FILE])
             if not file.is_file() or files_sha256([file]) != [entry["sha256"]]:
-                raise ValueError(f"{file}: the file was changed after it was written")
+                raise ValueError(f"{file}: the file was changed after it was written; restore it")
             content = f"{entry[FILE]} {entry['sha256']}\n".encode()
         elif number > len(lines):
-            raise ValueError(f"{log}: has {len(lines)} lines, expected {count}")
+            raise ValueError(f"{log}: has {len(lines)} lines, expected {count}; restore the file")
         else:
             content = lines[number - 1]
         if entry[DIGEST] != next_digest(last, content):
-            raise ValueError(f"{log}:{number}: the line was changed after it was written, or its digest was")
+            raise ValueError(
+                f"{log}:{number}: the line was changed after it was written, or its digest was; restore the "
+                "file"
+            )
         last = entry[DIGEST]
     if len(lines) != count:
-        raise ValueError(f"{log}: has {len(lines)} lines, expected {count}")
+        raise ValueError(f"{log}: has {len(lines)} lines, expected {count}; restore the file")
     return last
 
 
 def _entries(path: Path, strict: bool = False) -> list[dict[str, Any]]:
     """The entries of a digests file. strict: raise ValueError for a line that is none."""
-    found = []
+    entries = []
     for number, line in enumerate(whole_lines(path), 1):
         try:
             entry = json.loads(line)
@@ -157,9 +160,9 @@ def _entries(path: Path, strict: bool = False) -> list[dict[str, Any]]:
             is_entry = False
         if not is_entry:
             if strict:
-                raise ValueError(f"{path}:{number}: not a digest as jaxft writes it")
+                raise ValueError(f"{path}:{number}: not a digest as jaxft writes it; restore the file")
             break
-        found.append(entry)
+        entries.append(entry)
     if strict and path.read_bytes() != b"".join(whole_lines(path)):
-        raise ValueError(f"{path}: its last line is cut off")
-    return found
+        raise ValueError(f"{path}: its last line is cut off; restore the file")
+    return entries

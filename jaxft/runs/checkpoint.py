@@ -67,7 +67,7 @@ class Checkpoints:
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(
-                f"keep_last={keep_last} and keep_best={keep_best}; expected at least 1 and at least 0"
+                f"loop.keep_last={keep_last} must be at least 1, and loop.keep_best={keep_best} at least 0"
             )
         self.folder, self.report, self.copies = Path(folder).absolute(), report, copies
         self.keep_last, self.keep_best = keep_last, keep_best
@@ -334,15 +334,15 @@ class Checkpoints:
         while candidates:
             candidate = candidates.pop()
             folder = self.folder / str(candidate)
-            found: dict[str, Any] = {}
+            restored: dict[str, Any] = {}
             try:
-                read = partial(read_checkpoint, folder, abstract_state, found)
+                read = partial(read_checkpoint, folder, abstract_state, restored)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
                 text = f"the checkpoint cannot be read: {error.strerror}"
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
-                return found["state"], found["meta"], candidate
+                return restored["state"], restored["meta"], candidate
             limit = candidate  # of the step that may be fetched in its place
             if step is not None:
                 limit = -1  # none
@@ -417,9 +417,9 @@ def verify(folder: Path) -> None:
     manifest.check_shards(folder, entries, _my_part(shards))
 
 
-def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) -> str | None:
-    """Write a checkpoint's state and meta into `found`. Return why it does not match its manifest, None if it
-    does.
+def read_checkpoint(folder: Path, abstract_state: Any, restored: dict[str, Any]) -> str | None:
+    """Read a checkpoint's state and meta into the dict `restored`. Return why it does not match its manifest,
+    None if it does.
     """
     try:
         body, expected = manifest.read_manifest(folder), manifest.named_leaves(abstract_state)
@@ -429,8 +429,8 @@ def read_checkpoint(folder: Path, abstract_state: Any, found: dict[str, Any]) ->
     except Corrupt as error:
         return str(error)
     leaves = [arrays[name] for name in expected]
-    found["state"] = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-    found["meta"] = body["meta"]
+    restored["state"] = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+    restored["meta"] = body["meta"]
     return None
 
 

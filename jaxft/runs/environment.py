@@ -127,7 +127,7 @@ def bug_report() -> dict[str, Any]:
 
     If JAX cannot start its backend, the error is one of the facts ("device_error").
     """
-    found = {
+    facts = {
         "jaxft": {"commit": commit(), "installed": installation()},
         "system": platform.platform(),
         "cpu": processor(),
@@ -137,10 +137,10 @@ def bug_report() -> dict[str, Any]:
         "variables_of_jaxft": sorted(name for name in os.environ if name.startswith("JAXFT_")),
     }
     try:
-        return {**found, **devices()}
+        return {**facts, **devices()}
     except (RuntimeError, AssertionError) as error:  # a plugin that doesn't fit the driver, no such device
         reason = backend_error(error) or printable_line(str(error))
-        return {**found, "devices": {}, "device_error": reason}
+        return {**facts, "devices": {}, "device_error": reason}
 
 
 def installation() -> str:

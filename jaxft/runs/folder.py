@@ -130,8 +130,8 @@ def read_saved_json(path: Path) -> dict[str, Any]:
 
 def part_of(record: Any, name: str) -> dict[str, Any]:
     """Return the dict called `name` in a record, {} where there is none."""
-    found = record.get(name) if isinstance(record, dict) else None
-    return found if isinstance(found, dict) else {}
+    part = record.get(name) if isinstance(record, dict) else None
+    return part if isinstance(part, dict) else {}
 
 
 def write_record(
@@ -189,12 +189,14 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Why a finished run ended before its planned steps: the loop.patience that ended it, or the planned
-    steps of a run that a callback ended; None if it did not end so.
+    """Return the number by which a finished run's summary records an early end, None if it has none.
+
+    by: "patience" for the loop.patience that ended it, "planned" for the planned steps of a run that a
+    callback ended.
     """
     path = folder / SUMMARY
-    found = read_saved_json(path).get(by) if path.exists() else None
-    return found if type(found) is int else None
+    number = read_saved_json(path).get(by) if path.exists() else None
+    return number if type(number) is int else None
 
 
 def failed_members(folder: Path) -> list[str]:
@@ -218,15 +220,15 @@ def permitted_changes(
     """The differences between a run's original settings and today's, one line each.
 
     folder: where the original settings are. defaults: of settings by dotted name, see recorded_defaults; a
-    run that began before a setting existed goes on with its default. Raises ValueError that lists the
+    run that began before a setting existed continues with its default. Raises ValueError that lists the
     differences which would change what the run computes.
     """
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
-    found = differences(old, json.loads(json.dumps(new)))
+    lines = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
     began_before = absent_lines(defaults)
-    fixed = [line for line in found if line.startswith(MUST_STAY)]
-    changed = [line for line in found if not permitted.match(line) or line in fixed]
+    fixed = [line for line in lines if line.startswith(MUST_STAY)]
+    changed = [line for line in lines if not permitted.match(line) or line in fixed]
     refused = [line for line in changed if line not in began_before]
     if refused:
         refused = _explained(refused, new)
@@ -234,7 +236,7 @@ def permitted_changes(
             f"{folder}: cannot resume, these settings differ from the original run: {'; '.join(refused)}. "
             "Restore them, or choose another name=..."
         )
-    return found
+    return lines
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
@@ -242,19 +244,19 @@ def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
 
     A fingerprint whose setting has changed too is left out. record: of today's settings.
     """
-    names, found = [line.partition(":")[0] for line in lines], []
+    names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):
         part = name.removesuffix("_fingerprint")
         if part == name:
-            found.append(line)
+            explained.append(line)
         elif part not in names and not any(other.startswith(f"{part}.") for other in names):
             what = {
                 "weights": f"the files of model={record.get('weights')}",
                 "start": f"the files of start={record.get('start')}",
                 "data": f"the rows of data={record.get('data', {}).get('train')}, or how they become tokens,",
             }.get(part, f"the files of the {part.replace('_', ' ')}")
-            found.append(f"{what} have changed since the run started")
-    return found
+            explained.append(f"{what} have changed since the run started")
+    return explained
 
 
 def process_independent(record: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def process_independent(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def sync_results(folder: Path) -> None:
-    """Return when everything that a run has written into its folder at its end is on disk."""
+    """Wait until everything that a run has written into its folder at its end is on disk."""
     for path in folder.iterdir():
         if path.name in RESULTS or path.suffix in FILE_KINDS:
             sync_tree(path)
@@ -372,8 +374,10 @@ def earlier_end(folder: Path) -> str | None:
 
 
 def earlier_end_notes(ref: str | Path) -> list[str]:
-    """Return a warning for whoever uses weights of an earlier end, [] for all others. Every command and
-    setting that names weights of a run prints it: --run, --adapter, start=, reward=.
+    """Return a warning if `ref` names weights of a run that was continued later and has not finished again,
+    else [].
+
+    Every command and setting that names weights of a run prints it: --run, --adapter, start=, reward=.
     """
     line = earlier_end(Path(ref))
     return [f"warning: {line}; finish the run to update them"] if line else []
@@ -434,9 +438,9 @@ def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) ->
 def _run_record(folder: Path) -> dict[str, Any] | None:
     """The settings of a run, None for a folder that is no run's."""
     path = folder / "config.json"
-    found = read_saved_json(path) if path.is_file() else None
-    is_run = isinstance(found, dict) and isinstance(found.get("data"), dict) and "objective" in found
-    return found if is_run else None
+    content = read_saved_json(path) if path.is_file() else None
+    is_run = isinstance(content, dict) and isinstance(content.get("data"), dict) and "objective" in content
+    return content if is_run else None
 
 
 # Weights

@@ -33,7 +33,9 @@ FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprin
 
 
 class NamedWeights(NamedTuple):
-    """ref: the base, see weights.hub. adapter: its PEFT folder or None. record: the settings of the run that
+    """Weights that a command names, resolved to files.
+
+    ref: the base, see weights.hub. adapter: its PEFT folder or None. record: the settings of the run that
     wrote the weights, None for others. notes: lines for the user.
     """
 
@@ -160,9 +162,9 @@ def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -
     data = record["data"] if record else {}
     format = {"format": "plain"} if data.get("format") == "plain" else {}
     names = [name for name in ("date", "chat_template_kwargs", "system") if name in data]
-    found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
+    recorded = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
     items = data.get("columns", ()) if columns is None else columns.split(",")
-    return {**format, **found, "columns": tuple(item.strip() for item in items if item.strip())}
+    return {**format, **recorded, "columns": tuple(item.strip() for item in items if item.strip())}
 
 
 def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
@@ -232,7 +234,7 @@ def named_models(
 
     Raises ValueError for a name that is given twice, and for weights on different bases.
     """
-    found: dict[str, NamedWeights] = {}
+    by_name: dict[str, NamedWeights] = {}
     for kind, items in (("run", runs), ("adapter", folders)):
         for item in items:
             name, item_path = _split(item)
@@ -240,10 +242,10 @@ def named_models(
             path = local_folder(item_path) if is_run else Path(item_path)
             named = named_weights(path, None, None) if is_run else named_weights(None, model, path)
             name = name or _name_of(path)
-            if name in found:
+            if name in by_name:
                 raise ValueError(f"two models have the name {name!r}; name them: --{kind} NAME={path}")
-            found[name] = named
-    refs = {named.ref: name for name, named in found.items()}
+            by_name[name] = named
+    refs = {named.ref: name for name, named in by_name.items()}
     if model is not None and runs:
         raise ValueError("--run sets the base; omit --model")
     if len(refs) > 1:
@@ -253,9 +255,9 @@ def named_models(
             "ports"
         )
     ref = next(iter(refs), model or default)
-    if not all(named.adapter is None for named in found.values()):
-        found.setdefault(_base_name(ref), NamedWeights(ref, None, None, []))
-    return found or {_base_name(ref): NamedWeights(ref, None, None, [])}
+    if not all(named.adapter is None for named in by_name.values()):
+        by_name.setdefault(_base_name(ref), NamedWeights(ref, None, None, []))
+    return by_name or {_base_name(ref): NamedWeights(ref, None, None, [])}
 
 
 def named_adapters(
@@ -266,8 +268,8 @@ def named_adapters(
     Without adapters, or with one that has no name, the name is "". Raises as named_models does.
     """
     if len(items) > 1:
-        found = named_models([], model, items, default)
-        return {name: weights for name, weights in found.items() if weights.adapter is not None}
+        models = named_models([], model, items, default)
+        return {name: weights for name, weights in models.items() if weights.adapter is not None}
     name, folder = _split(items[0]) if items else ("", "")
     return {name: named_weights(run, model, Path(folder) if items else None, default)}
 
@@ -351,39 +353,39 @@ def load_each(
     folders = {name: one.adapter for name, one in named.items() if one.adapter is not None}
     trees = load_equal_adapters(folders, ref, base, frozen, mesh)
     model, notes = adapted_like(base, next(iter(trees.values()))), pretrained.file_notes(ref, base)
-    found = {}
+    loaded = {}
     for name, tree in trees.items():
         tokenizer = pretrained.load_tokenizer(named[name].tokenizer)
         stop = stop_tokens(ref, base, tokenizer)
-        found[name] = LoadedWeights(mesh, model, {"base": frozen, "adapter": tree}, tokenizer, stop, notes)
+        loaded[name] = LoadedWeights(mesh, model, {"base": frozen, "adapter": tree}, tokenizer, stop, notes)
         notes = []  # once
-    return found
+    return loaded
 
 
 def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
     """Return `dtype` or, if it is None, the compute dtype of the runs. Raises ValueError if they differ."""
-    found = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
-    if dtype is None and len(found) > 1:
-        raise ValueError(f"the runs {' and '.join(found.values())} have different dtypes; set --dtype")
-    return dtype or next(iter(found), "bfloat16")
+    dtypes = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
+    if dtype is None and len(dtypes) > 1:
+        raise ValueError(f"the runs {' and '.join(dtypes.values())} have different dtypes; set --dtype")
+    return dtype or next(iter(dtypes), "bfloat16")
 
 
 def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | None:
     """Return the dtype of the residual stream of the runs; None is the model's default, also with a `dtype`
     of the command line. Raises ValueError if the runs differ.
     """
-    found = {n.record["model"].get("residual"): name for name, n in named.items() if n.record and not dtype}
-    if len(found) > 1:
+    dtypes = {n.record["model"].get("residual"): name for name, n in named.items() if n.record and not dtype}
+    if len(dtypes) > 1:
         raise ValueError(
-            f"the runs {' and '.join(found.values())} have residual streams of different dtypes; set "
+            f"the runs {' and '.join(dtypes.values())} have residual streams of different dtypes; set "
             "--dtype, which computes all of them alike"
         )
-    return next(iter(found), None)
+    return next(iter(dtypes), None)
 
 
 def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
-    """Return how the base is quantised: as `kind` or the runs of the adapters say. Raises ValueError if they
-    differ.
+    """Return how the base is quantised: `kind`, or else the setting of the adapters' runs. Raises ValueError
+    if these differ.
     """
     settings = {
         name: quant_setting(kind, n.record if n.adapter else None) for name, n in named.items() if n.adapter
@@ -417,6 +419,6 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Par
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)
     files = pretrained.open_files(ref)
-    found = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
-    check_stackable(found)
-    return {name: with_gains(base, one) for name, one in found.items()}
+    adapters = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
+    check_stackable(adapters)
+    return {name: with_gains(base, one) for name, one in adapters.items()}

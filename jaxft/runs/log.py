@@ -112,9 +112,7 @@ class Log:
         return True in ends
 
     def sync(self) -> dict[str, Any]:
-        """Return when metrics and completions are on disk, with what a checkpoint stores about them, see
-        `missing`.
-        """
+        """Sync metrics and completions to disk; return what a checkpoint stores about them, see `missing`."""
         for path in (self._folder / METRICS, self._folder / COMPLETIONS, self._folder):
             if path.exists():
                 fsync(path)

@@ -66,8 +66,8 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """Return an object, None if there is none of this name."""
-        found = self._call(lambda: self.kv.read(name).result())
-        return found.value if found.state == "value" else None
+        result = self._call(lambda: self.kv.read(name).result())
+        return result.value if result.state == "value" else None
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object, in place of an earlier one."""
@@ -111,8 +111,8 @@ def _keys_in(folder: str) -> tensorstore.KvStore.KeyRange:
 
 def check_store_url(url: str, name: str) -> None:
     """Raise ValueError if `url`, the value of the setting `name`, is not a folder in an object store."""
-    found = URL.fullmatch(url)
-    if found is None or ".." in url or "//" in (found[3] or ""):
+    match = URL.fullmatch(url)
+    if match is None or ".." in url or "//" in (match[3] or ""):
         raise ValueError(f"{name}={url} is not a folder in an object store; use gs://bucket/path or s3://...")
 
 
@@ -130,17 +130,17 @@ def open_store(url: str) -> Store:
     Raises ValueError for another address, and OSError for credentials that cannot be read.
     """
     check_store_url(url, "store")
-    found = URL.fullmatch(url)
-    assert found is not None
-    path = f"{found[3].strip('/')}/" if found[3] else ""
-    spec: dict[str, Any] = {"driver": "gcs" if found[1] == "gs" else "s3", "bucket": found[2], "path": path}
+    match = URL.fullmatch(url)
+    assert match is not None
+    path = f"{match[3].strip('/')}/" if match[3] else ""
+    spec: dict[str, Any] = {"driver": "gcs" if match[1] == "gs" else "s3", "bucket": match[2], "path": path}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if found[1] == "s3" and endpoint:
+    if match[1] == "s3" and endpoint:
         spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-    elif found[1] == "s3" and region:
+    elif match[1] == "s3" and region:
         spec |= {"aws_region": region}
-    if found[1] == "s3" and os.environ.get("AWS_ACCESS_KEY_ID"):  # else AWS logs that there are no profiles
+    if match[1] == "s3" and os.environ.get("AWS_ACCESS_KEY_ID"):  # else AWS logs that there are no profiles
         spec |= {"aws_credentials": {"type": "environment"}}
     context = tensorstore.Context({"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES})
     try:
@@ -245,7 +245,7 @@ class Mirror:
         return None
 
     def accept(self) -> None:
-        """Become the start that sends this run; an earlier one then sends no more.
+        """Take over the copying of this run: an earlier process that copied it then stops.
 
         Call it when the settings are accepted: a start that is refused must not stop the copies of a live
         run. Raises OSError if the store fails.
@@ -258,15 +258,15 @@ class Mirror:
     def _read_index(self) -> dict[str, dict[str, Any]]:
         """The owner and the files in the store, {} where there are none."""
         try:
-            found = json.loads(self.store.read(INDEX) or b"{}")
+            index = json.loads(self.store.read(INDEX) or b"{}")
         except ValueError as error:
             raise ValueError(f"{self.store.url}/{INDEX}: not JSON; delete it to send all again") from error
-        parts = found if isinstance(found, dict) else {}
+        parts = index if isinstance(index, dict) else {}
         return {key: one if isinstance(one := parts.get(key), dict) else {} for key in ("owner", "files")}
 
     def _local_steps(self) -> list[int]:
-        found = (self.folder / CHECKPOINTS).glob(f"*/{manifest.NAME}")
-        return [int(path.parent.name) for path in found if path.parent.name.isdecimal()]
+        manifests = (self.folder / CHECKPOINTS).glob(f"*/{manifest.NAME}")
+        return [int(path.parent.name) for path in manifests if path.parent.name.isdecimal()]
 
     def _check_settings(self, records: Records) -> None:
         """Raise ValueError if the run in the store has other settings."""
@@ -275,10 +275,10 @@ class Mirror:
             if content is None:
                 continue
             try:
-                found = json.loads(content)
+                stored = json.loads(content)
             except ValueError as error:
                 raise ValueError(f"{place}: not JSON; choose another name=... or loop.store=...") from error
-            old = found if isinstance(found, dict) else {}
+            old = stored if isinstance(stored, dict) else {}
             if "members" in {**old, **record}:  # a sweep's, which may change at_once
                 old, record = ({"members": one.get("members")} for one in (old, record))
             try:
@@ -385,7 +385,9 @@ class Mirror:
         """Where an object's file is. Raises ValueError for a name that leads out of the folder."""
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{self.store.url}: it has an object {name!r}, which is no file of a run")
+            raise ValueError(
+                f"{self.store.url}: it has an object {name!r}, which is no file of a run; delete it"
+            )
         return path
 
     # To the store
@@ -416,8 +418,10 @@ class Mirror:
             if self._is_behind(stored, step):
                 return
             self._send_checkpoints([one for one in kept if one == step or _marker(one) not in stored], stored)
-            found = {int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))}
-            for old in sorted(found - set(kept)):
+            stored_steps = {
+                int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))
+            }
+            for old in sorted(stored_steps - set(kept)):
                 self._delete_checkpoint(old)
             self._fails_since = ""
         except Exception as error:

@@ -204,12 +204,12 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
 
     alarms: of each run, by name.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_text: dict[str, list[tuple[str, str]]] = {}
     for name, own in alarms.items():
         for alarm in own:
-            found.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
+            by_text.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
     joint = []
-    for same in found.values():
+    for same in by_text.values():
         text = same[0][0] + (" (the others with other numbers)" if len({x for x, _ in same}) > 1 else "")
         joint.append((text, list(dict.fromkeys(name for _, name in same))))
     return joint

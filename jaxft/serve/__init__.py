@@ -6,5 +6,6 @@ decisions_api.py: `/v1/decisions`: questions of a request, and the probabilities
 generation.py: the choices of a request as pieces of text
 served_models.py: a base with any number of adapters; prompts by the name of a model
 server.py: the ASGI application (its page is `chat_page.html`)
-terminal_chat.py: a conversation in the terminal and its commands; episodes that a person plays
+terminal_chat.py: a conversation in the terminal and its commands, for scripts/chat.py, which has the options
+    of `jaxft chat`; episodes that a person plays
 """

@@ -127,7 +127,10 @@ def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Gramma
     of JSON schemas, and ImportError without llguidance.
     """
     if not stop:
-        raise ValueError("constrained sampling needs a stop token, and the model has none")
+        raise ValueError(
+            "constrained sampling needs a stop token, and the model has none; serve a model whose tokenizer "
+            "has an EOS token"
+        )
     matcher = _llguidance().LLMatcher(_vocabulary(tokenizer, tuple(stop)), grammar, log_level=0)
     if matcher.is_error():
         raise ValueError(_line(matcher.get_error()))

@@ -59,7 +59,7 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
-    known: of the model. A question of type choice without choices and instructions has those of a classifier.
+    known: of the model. A question of type choice without choices and instructions gets a classifier's.
     """
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")
@@ -67,12 +67,12 @@ def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Qu
         raise ApiError(400, f"questions must be a list of 1 to {MOST_QUESTIONS} questions", "questions")
     text = _input(body.get("input"))
     own = {"choices": [{"value": x} for x in known.labels], "instructions": known.question or LABEL_QUESTION}
-    found = []
+    questions = []
     for number, item in enumerate(items):
         is_choice = isinstance(item, dict) and item.get("type") == "choice"
         is_own = known.labels and is_choice and item.keys() <= {"type", "name"}
-        found.append(_question(text, number, {**item, **own} if is_own else item))
-    return tuple(found)
+        questions.append(_question(text, number, {**item, **own} if is_own else item))
+    return tuple(questions)
 
 
 def _check_fields(item: Mapping[str, Any], names: Sequence[str], where: str) -> None:
@@ -118,7 +118,7 @@ def _question(text: str, number: int, item: Any) -> Question:
         raise ApiError(400, f"{where}: name must be a string", "questions")
     choices = YES_NO if options is None else _options(where, item.get(options[0]), *options)
     if kind == "score" and len(choices) > MOST_LEVELS:
-        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels", "questions")
+        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels; use fewer", "questions")
     messages = user_messages(f"{text}\n\n{instructions}" if text.strip() else instructions)
     try:
         return Question(kind, name, decide(where, messages, choices))
@@ -130,7 +130,7 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
     """Return the choices, or the levels, of a question."""
     if not isinstance(items, list):
         raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
-    found, types = [], (str, bool) if key == "value" else str
+    options, types = [], (str, bool) if key == "value" else str
     for number, item in enumerate(items):
         place = f"{where}.{field}[{number}]"
         if not isinstance(item, dict) or not isinstance(item.get(key), types) or not str(item[key]).strip():
@@ -139,8 +139,8 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
         description = item.get("description") or ""
         if not isinstance(description, str):
             raise ApiError(400, f"{place}: description must be a string", "questions")
-        found.append(DecisionChoice(item[key], description))
-    return tuple(found)
+        options.append(DecisionChoice(item[key], description))
+    return tuple(options)
 
 
 # ---- /v1/rerank
@@ -189,7 +189,7 @@ def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -
 
 @dataclass(frozen=True)
 class OneOf:
-    """The constraint of a completion that is one of some tokens. It has no state, so it is its own Grammar.
+    """A constraint of a completion to one token of a given set. It has no state, so it is its own Grammar.
 
     tokens: of the choices. vocab: size of the vocabulary.
     """
@@ -241,14 +241,14 @@ def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], fl
 
 def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:
     """Return an answer of the response. p: probabilities of the choices."""
-    found: dict[str, Any] = {"type": question.type, "name": question.name}
+    common: dict[str, Any] = {"type": question.type, "name": question.name}
     choices = question.decision.choices
     if question.type == "predicate":
-        return {**found, "probability": p[0]}
+        return {**common, "probability": p[0]}
     if question.type == "choice":
         listed = [{"value": c.value, "probability": x} for c, x in zip(choices, p, strict=True)]
         return {
-            **found,
+            **common,
             "choice": choices[int(np.argmax(p))].value,
             "probabilities": listed,
             "confidence": confidence,
@@ -258,7 +258,7 @@ def answer(question: Question, p: Sequence[float], confidence: float) -> dict[st
         for number, (choice, x) in enumerate(zip(choices, p, strict=True))
     ]
     score = sum(number * x for number, x in enumerate(p))
-    return {**found, "score": score, "probabilities": levels, "confidence": confidence}
+    return {**common, "score": score, "probabilities": levels, "confidence": confidence}
 
 
 def response(model: str, answers: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:

@@ -70,9 +70,9 @@ class ChoiceText:
     def _placed(self, sampled: SampledToken) -> PlacedToken:
         """Return a token with its place in the text, of which parts may not have been sent yet."""
         first = not self.begun
-        found = self.stream.decoder.bytes_of(sampled.token, first)
-        added = found or b""
-        self.begun |= found is not None  # also by a token whose space is omitted
+        content = self.stream.decoder.bytes_of(sampled.token, first)
+        added = content or b""
+        self.begun |= content is not None  # also by a token whose space is omitted
         done = len(self.decoder.decode(added[:1]))  # characters that end before its first byte, or with it
         begins_one = self.decoder.getstate()[0] == added[:1]
         offset = self.characters + (done if begins_one else max(done - 1, 0))
@@ -81,7 +81,9 @@ class ChoiceText:
 
 
 class Generation:
-    """The choices of a request that is queued. Iterate over `pieces`, then `cancel` whatever happened."""
+    """The choices of a request that is queued. Iterate over `pieces`, and call `cancel` in any case at the
+    end.
+    """
 
     def __init__(self, choices: list[ChoiceText], prompt_tokens: int, count: int):
         self.choices, self.prompt_tokens, self.count = choices, prompt_tokens, count

@@ -125,14 +125,14 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=no_constant)
-        _encodable(found)
+        parsed = json.loads(body.decode("utf-8"), parse_constant=no_constant)
+        _encodable(parsed)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ApiError(400, f"the body is not JSON in UTF-8: {detail}") from error
-    if not isinstance(found, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {json_type(found)}")
-    return found
+    if not isinstance(parsed, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {json_type(parsed)}")
+    return parsed
 
 
 def _encodable(value: Any) -> None:
@@ -148,8 +148,10 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
     _check_names(body, CHAT_FIELDS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        found = {type(None): "is missing", list: "is empty"}.get(type(messages), f"is {json_type(messages)}")
-        raise ApiError(400, f"messages {found}; give a list with at least one message", "messages")
+        problem = {type(None): "is missing", list: "is empty"}.get(
+            type(messages), f"is {json_type(messages)}"
+        )
+        raise ApiError(400, f"messages {problem}; give a list with at least one message", "messages")
     tools = body.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ApiError(400, "tools must be a list of JSON schemas", "tools")
@@ -188,7 +190,7 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
         return None
     if choice == "required":
         if not tools:
-            raise ApiError(400, "tool_choice is required, but there are no tools", "tool_choice")
+            raise ApiError(400, "tool_choice is required, but there are no tools; add some", "tool_choice")
         return RequiredCall(functions_of(tools), is_single)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -199,13 +201,17 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
         )  # fmt: skip
     chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
     if not chosen:
-        raise ApiError(400, f"tool_choice names {name!r:.60}, which is none of the tools", "tool_choice")
+        raise ApiError(
+            400,
+            f"tool_choice names {name!r:.60}, which is none of the tools; name one of them",
+            "tool_choice",
+        )
     return RequiredCall(chosen[:1], True)
 
 
 def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
     """Return tools as {"name", "parameters"}, with any object for missing parameters. Raises ApiError."""
-    found = []
+    functions = []
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
@@ -214,8 +220,8 @@ def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
         parameters = function.get("parameters") or {"type": "object"}
         if not isinstance(parameters, dict):
             raise ApiError(400, f"tools[{number}]: parameters must be a JSON schema", "tools")
-        found.append({"name": name, "parameters": {"type": "object", **parameters}})
-    return tuple(found)
+        functions.append({"name": name, "parameters": {"type": "object", **parameters}})
+    return tuple(functions)
 
 
 def _schema(value: Any) -> Mapping[str, Any] | None:
@@ -255,7 +261,9 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
     top_p, min_p = _number(body, "top_p", 0.0, 1.0), _number(body, "min_p", 0.0, 1.0)
     n = _integer(body, "n", 1, MOST_CHOICES) or 1
     if n * prompts > MOST_CHOICES:
-        raise ApiError(400, f"{prompts} prompts with n={n} are more than {MOST_CHOICES} choices", "n")
+        raise ApiError(
+            400, f"{prompts} prompts with n={n} are more than {MOST_CHOICES} choices; request fewer", "n"
+        )
     top_k = _integer(body, "top_k", -1, 2**31 - 1)
     try:
         temperature = 1.0 if temperature is None else temperature
@@ -268,12 +276,12 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value or []
-    if not isinstance(found, list) or len(found) > MOST_STOPS:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS:
         raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS}", "stop")
-    if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in found):
+    if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
         raise ApiError(400, f"stop: strings must have 1 to {LONGEST_STOP} characters", "stop")
-    return tuple(found)
+    return tuple(stops)
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -445,16 +453,16 @@ def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
     """Return the most likely tokens and the sampled one by their texts; of tokens with the same text the most
     likely one.
     """
-    found: dict[str, float] = {}
+    logps: dict[str, float] = {}
     for token, logp in (*sampled.top[: e.top], (sampled.token, sampled.logp)):
-        found.setdefault(token_text(e.model, token), _finite(logp))
-    return found
+        logps.setdefault(token_text(e.model, token), _finite(logp))
+    return logps
 
 
 def _chat_token(e: Envelope, token: PlacedToken) -> dict[str, Any]:
     def shown(number: int, logp: float) -> dict[str, Any]:
-        found = token_decoder(e.model.tokenizer).bytes_of(number, token.first)
-        as_list = None if found is None else list(found)
+        content = token_decoder(e.model.tokenizer).bytes_of(number, token.first)
+        as_list = None if content is None else list(content)
         return {"token": token_text(e.model, number), "logprob": _finite(logp), "bytes": as_list}
 
     sampled = token.sampled

@@ -45,11 +45,11 @@ ONE_INSTRUCTION = (["user"], ["system", "user"])
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by its name.
+    """A model that the server offers under a name.
 
     adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
-    and has no conversations (data.format=plain). vocab: its embeddings. tools: the format of its tool calls.
-    decision: the labels and the question of a decision model.
+    and has no conversations (data.format=plain). vocab: number of its embeddings. tools: the format of its
+    tool calls. decision: the labels and the question of a decision model.
     """
 
     name: str
@@ -247,7 +247,7 @@ def _served_models(
     model: Model, named: dict[str, NamedWeights], numbers: dict[str, int], tools: ToolFormat | None
 ) -> dict[str, ServedModel]:
     tokenizers: dict[str, Any] = {}
-    found = {}
+    served_by_name = {}
     for name, number in numbers.items():
         weights = named[name]
         if weights.tokenizer not in tokenizers:
@@ -263,8 +263,8 @@ def _served_models(
         chat_template = template_of(tokenizer)
         of_tools = chat_template and (chat_template.tool_use or chat_template)
         own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
-        found[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
-    return found
+        served_by_name[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
+    return served_by_name
 
 
 def _sizes(model: Model, flags: ServeFlags, rows: int, stops: int) -> ServeSizes:

@@ -295,21 +295,21 @@ ParsedRequest = tuple[ChatBody | CompletionBody, list[tuple[int, ...]], Grammar 
 
 def _chat_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
     sizes = service.scheduler.sizes
-    found = parse_chat(body, sizes.new)
-    model = service.model(found.model)
-    prompt = chat_prompt(model, found.messages, found.tools, found.arguments, sizes.prompt)
-    return found, [prompt], _grammar(model, found)
+    chat = parse_chat(body, sizes.new)
+    model = service.model(chat.model)
+    prompt = chat_prompt(model, chat.messages, chat.tools, chat.arguments, sizes.prompt)
+    return chat, [prompt], _grammar(model, chat)
 
 
 def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
     sizes = service.scheduler.sizes
-    found = parse_completion(body, sizes.new)
-    model = service.model(found.model)
+    completion = parse_completion(body, sizes.new)
+    model = service.model(completion.model)
     prompts = [
         text_prompt(model, prompt, sizes.prompt) if isinstance(prompt, str) else token_prompt(model, prompt)
-        for prompt in found.prompts
+        for prompt in completion.prompts
     ]
-    return found, prompts, _grammar(model, found)
+    return completion, prompts, _grammar(model, completion)
 
 
 def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | None:
@@ -370,8 +370,8 @@ async def _decide(service: Service, request: Any) -> Any:
     fields = await _read(service, request)
     model = service.model(model_name(fields))
     questions = parse_decisions(fields, model.decision)
-    found, tokens = await _probabilities(service, request, model, [x.decision for x in questions])
-    answers = [answer(x, p, confidence) for x, (p, confidence) in zip(questions, found, strict=True)]
+    probabilities, tokens = await _probabilities(service, request, model, [x.decision for x in questions])
+    answers = [answer(x, p, confidence) for x, (p, confidence) in zip(questions, probabilities, strict=True)]
     return _json(response(model.name, answers, tokens))
 
 
@@ -380,8 +380,8 @@ async def _rerank(service: Service, request: Any) -> Any:
     fields = await _read(service, request)
     model = service.model(model_name(fields))
     body = parse_rerank(fields, model.decision)
-    found, tokens = await _probabilities(service, request, model, body.decisions)
-    return _json(ranked(model.name, body, [p[-1] for p, _ in found], tokens))
+    probabilities, tokens = await _probabilities(service, request, model, body.decisions)
+    return _json(ranked(model.name, body, [p[-1] for p, _ in probabilities], tokens))
 
 
 async def _probabilities(
@@ -392,7 +392,7 @@ async def _probabilities(
     """
     most = service.scheduler.sizes.prompt
     loop = asyncio.get_running_loop()
-    found: list[asyncio.Future[NewTokens]] = [loop.create_future() for _ in decisions]
+    futures: list[asyncio.Future[NewTokens]] = [loop.create_future() for _ in decisions]
 
     def deliver(future: asyncio.Future[NewTokens], progress: NewTokens) -> None:
         def set_result() -> None:
@@ -404,9 +404,9 @@ async def _probabilities(
     with _refusals({}):
         reads = await asyncio.to_thread(lambda: [read_of(model, decision, most) for decision in decisions])
         tickets = service.scheduler.submit(
-            [(read.request, partial(deliver, future)) for read, future in zip(reads, found, strict=True)]
+            [(read.request, partial(deliver, future)) for read, future in zip(reads, futures, strict=True)]
         )
-    task = asyncio.ensure_future(asyncio.gather(*found))
+    task = asyncio.ensure_future(asyncio.gather(*futures))
     try:
         ended = await _unless_left(task, request)
     finally:
@@ -451,11 +451,11 @@ async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str,
         return [piece async for piece in generation.pieces()]
 
     try:
-        found = await _unless_left(asyncio.ensure_future(pieces()), request)
+        all_pieces = await _unless_left(asyncio.ensure_future(pieces()), request)
     finally:
         generation.cancel()
     choices = [
-        whole_choice(e, joined([piece for piece in found if piece.index == index]))
+        whole_choice(e, joined([piece for piece in all_pieces if piece.index == index]))
         for index in range(generation.count)
     ]
     return e.response(choices, usage_of(generation.prompt_tokens, generation.completion_tokens))

@@ -64,13 +64,13 @@ class Conversation:
         """Return the conversation as this model sees it: without messages that got no response, except the
         last one, because many templates reject two messages of the user in a row.
         """
-        found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
             if turn.responses or turn is self.turns[-1]:
-                found.append({"role": "user", "content": turn.user})
+                messages.append({"role": "user", "content": turn.user})
             if turn.responses:
-                found.append({"role": "assistant", "content": turn.response(name)})
-        return found
+                messages.append({"role": "assistant", "content": turn.response(name)})
+        return messages
 
     def prompt(self, name: str) -> tuple[int, ...]:
         """Return the token ids that this model continues: all messages without the responses to the last one,
@@ -120,7 +120,7 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
         chat.turns.clear()
         return CommandResult("a new conversation")
     if name in ("/retry", "/undo") and not chat.turns:
-        raise ValueError(f"{name}: there is no message yet")
+        raise ValueError(f"{name}: there is no message yet; type one first")
     if name == "/undo":
         return CommandResult(f"removed: {chat.turns.pop().user}")
     if name == "/retry":
@@ -158,7 +158,7 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
     try:
         values[name] = None if is_none else kinds[name](value)
     except ValueError as error:
-        raise ValueError(f"{name}={value[:40]} is not a number") from error
+        raise ValueError(f"{name}={value[:40]} is not a number; use one such as 0.7") from error
     if values["max_new"] > chat.most_new:
         raise ValueError(f"max_new may be at most {chat.most_new}; start with a larger --max-new")
     seed = values.pop("seed")
@@ -190,7 +190,7 @@ def save(chat: Conversation, name: str) -> Path:
     if path.suffix not in (".jsonl", ".md"):
         raise ValueError("/save takes a file that ends in .jsonl (rows for training) or .md")
     if not any(turn.responses for turn in chat.turns):
-        raise ValueError("/save: there is no response yet")
+        raise ValueError("/save: there is no response yet; send a message first")
     if path.suffix == ".md":
         with path.open("x", encoding="utf-8") as file:
             file.write(as_markdown(chat) + "\n")
@@ -210,17 +210,17 @@ def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Pi
     stay. An iteration that ends early stores the beginning of a response.
     """
     turn, texts, names = chat.turns[-1], [], chat.active
-    found: queue.SimpleQueue[tuple[int, NewTokens]] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[tuple[int, NewTokens]] = queue.SimpleQueue()
     submitted = []
     for index, name in enumerate(names):
         model = chat.models[name]
         (request,) = token_requests(model, chat.choice, [_short_enough(chat.prompt(name), scheduler, model)])
         texts += choice_texts(model, chat.choice, 1)
-        submitted.append((request, lambda progress, index=index: found.put((index, progress))))
+        submitted.append((request, lambda progress, index=index: arrived.put((index, progress))))
     tickets, failed = scheduler.submit(submitted), False
     try:
         while not all(text.ended for text in texts):
-            index, progress = found.get()
+            index, progress = arrived.get()
             if not texts[index].ended:
                 yield names[index], texts[index].piece(progress)
     except ApiError:
@@ -272,7 +272,7 @@ class TypedTurns:
         self.show(self.tokenizer.decode(prompt))
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
-        """Show what answers a turn."""
+        """Show the tokens that answer a turn, such as a tool's result."""
         self.asked[episode] = max_new
         self.show(self.tokenizer.decode(tokens))
 
@@ -281,7 +281,7 @@ class TypedTurns:
         self.asked.pop(episode, None)
 
     def wait(self) -> list[Sampled]:
-        """Read a turn of the first episode that is to have one."""
+        """Read a turn of the first episode that waits for one."""
         if not self.asked:
             return []
         episode, most = next(iter(self.asked.items()))

@@ -84,8 +84,8 @@ class Compiled:
 
         def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
             with clock.first("first step") as is_first:
-                found = self.step(states, frozen, batch)
-                return jax.block_until_ready(found) if is_first else found
+                result = self.step(states, frozen, batch)
+                return jax.block_until_ready(result) if is_first else result
 
         return replace(
             self,
@@ -100,10 +100,10 @@ class Compiled:
         scores of completions.
         """
         states = self.averaged(states)
-        found = [own.named_metrics() for own in self.evaluate(states, False)]
+        of_rows = [own.named_metrics() for own in self.evaluate(states, False)]
         if not scores:
-            return found
-        return [{**own, **more.metrics} for own, more in zip(found, self.sample(states), strict=True)]
+            return of_rows
+        return [{**own, **more.metrics} for own, more in zip(of_rows, self.sample(states), strict=True)]
 
     def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
         """Evaluate held-out rows, general text and sample completions, before the first and after the last
@@ -151,8 +151,8 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         return (state,), metrics
 
     def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
-        found = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states, with_rows)[0]) if found is None else HeldOut(*found)]
+        evaluated = source.evaluate(states[0])
+        return [HeldOut.of(held_out(states, with_rows)[0]) if evaluated is None else HeldOut(*evaluated)]
 
     def general_text(states: States) -> list[FloatMetrics]:
         return [as_floats(total) for total in general(states, False)]
@@ -221,7 +221,7 @@ def compile_last_loss(
     def last_loss(states: States, batch: Batch) -> list[FloatMetrics]:
         wide = widened(batch, largest)
         rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], wide) for i in range(wide.ids.shape[0])]
-        found = map(as_floats, metrics(states, rows, False))
-        return [{LAST_LOSS: own[LOSS]} if LOSS in own else {} for own in found]
+        losses = map(as_floats, metrics(states, rows, False))
+        return [{LAST_LOSS: own[LOSS]} if LOSS in own else {} for own in losses]
 
     return last_loss

@@ -166,9 +166,9 @@ def next_batch(
     if job.info.samples and step % job.rollout_steps == 0:
         watchdog.at(f"the rollout before step {step + 1}")  # rewards may be slow functions
     with clock.within("sampling" if job.info.samples else "training"), clock.first("first batch"):
-        found = job.batch(step, states)
+        prepared = job.batch(step, states)
     watchdog.step(step + 1)
-    return found
+    return prepared
 
 
 def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:

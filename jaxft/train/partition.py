@@ -172,8 +172,8 @@ def parameter_rows(partition: Partition, mesh: Mesh | None = None) -> list[Param
         )
         cut = None
         if mesh is not None and mesh.size > 1:
-            found = leaf_sharding(spec, x, mesh, path)
-            cut = sharding.describe_sharding(found.codes if isinstance(x, QTensor) else found)
+            placed = leaf_sharding(spec, x, mesh, path)
+            cut = sharding.describe_sharding(placed.codes if isinstance(x, QTensor) else placed)
         rows.append(ParameterRow(path, tuple(spec.shape), tuple(spec.axes), form, cut, bool(mask[path])))
     return rows
 

@@ -154,7 +154,10 @@ def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
             f"mesh.expert={ways} shards the experts of layers, and this model has none; use mesh.fsdp"
         )
     if wrong := [count for count in counts if count % ways]:
-        raise ValueError(f"mesh.expert={ways} does not divide the {wrong[0]} experts of a layer")
+        raise ValueError(
+            f"mesh.expert={ways} does not divide the {wrong[0]} experts of a layer; use a divisor of "
+            f"{wrong[0]}"
+        )
     setting = run.model.attention.settings.context_keys
     if setting != "auto" and mesh.shape["context"] == 1:
         raise ValueError(
@@ -184,15 +187,15 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
 def aux_shardings(aux: Aux, trainable: Params, mesh: jax.sharding.Mesh) -> Any:
     """Return the shardings of aux: "reference" is a copy of trainable parameters, the rest is replicated."""
     everywhere = sharding.replicated(mesh)
-    found = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
+    by_name = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
     if "reference" in aux:
-        found["reference"] = jax.tree.map(
+        by_name["reference"] = jax.tree.map(
             lambda x, like: None if x is None else like.sharding,
             aux["reference"],
             trainable,
             is_leaf=lambda x: x is None,
         )
-    return found
+    return by_name
 
 
 def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Programs, Batch]:

@@ -151,10 +151,10 @@ def override(name: str, value: Any) -> str:
 
 def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
     """Return the settings with those that follow from the rows, and print lines about these."""
-    found, lines = open_settings.fitted(settings, root=Path(root))
+    fitted, lines = open_settings.fitted(settings, root=Path(root))
     for line in lines if processes.is_first() else ():
         print(line, flush=True)
-    return found
+    return fitted
 
 
 def rows_file(rows: GivenRows) -> str:
@@ -218,7 +218,7 @@ def train_recipe(
 def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
     """Return dotted settings and knobs together. Raises ValueError for one that is in both."""
     for name in settings.keys() & knobs.keys():
-        raise ValueError(f"{name} is given twice: in settings and as {name}=")
+        raise ValueError(f"{name} is given twice: in settings and as {name}=; give it once")
     return {**settings, **knobs}
 
 
@@ -370,12 +370,12 @@ class LoadedModel:
             decoding = Decoding(weights.model, sampling, weights.stop)
             slots = slots_for(len(ids), 1, longest, PROMPTS_AT_ONCE)
             engine = compile_engine(decoding, weights.params, slots, weights.mesh)
-            found = generate(Session(engine, weights.params, jax.random.key(seed)), ids)
+            completions = generate(Session(engine, weights.params, jax.random.key(seed)), ids)
         return [
             self.tokenizer.decode(
                 without_stop(new, weights.stop), skip_special_tokens=True, clean_up_tokenization_spaces=False
             ).strip()
-            for new in found
+            for new in completions
         ]
 
     def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
@@ -461,8 +461,8 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
                 args = script.arguments(argv, [score for score in scores if callable(score)])
         except SystemExit as error:
             raise ValueError(printed.getvalue().removeprefix("error: ").partition("; see ")[0]) from error
-        (found,) = script.evaluate(args).values()
-        return found
+        (result,) = script.evaluate(args).values()
+        return result
 
 
 @functools.cache
@@ -542,13 +542,13 @@ def prepare_run(run: Run, record: dict[str, Any], folder: Path) -> Prepared:
     """
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         job = jobs.prepare(run, record, folder)
-        found = None
+        restored = None
         if (folder / CHECKPOINTS).is_dir():
             with jobs.open_checkpoints(job) as (checkpoints, _):
-                found = checkpoints.restore(job.abstract_states)
+                restored = checkpoints.restore(job.abstract_states)
         job = precompute(job, _print_progress)
-        (state,), (frozen,) = jobs.load_members(job, found and found[0], _print_progress)
-        job = jobs.bind_sources(job, (frozen,), found and found[1])
+        (state,), (frozen,) = jobs.load_members(job, restored and restored[0], _print_progress)
+        job = jobs.bind_sources(job, (frozen,), restored and restored[1])
     p = job.lead.programs
     return Prepared(
         run, p.partition.model, job.tokenizer, p.objective, job.sources[0], state, frozen, job.steps,

@@ -126,7 +126,9 @@ class ModelKnobs:
         return None
 
     def build(self, weights: str | None = None) -> Model:
-        """The model. weights: of another model that computes so, such as a reference."""
+        """Build the model. weights: of another model with the same settings of computation, such as a
+        reference.
+        """
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
@@ -269,7 +271,8 @@ def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
     if (Path(start) / "model" / "config.json").is_file():
         return str(Path(start) / "model"), None
     raise FileNotFoundError(
-        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()})"
+        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()}); "
+        "name one"
     )
 
 

@@ -144,10 +144,10 @@ class Scoring:
     @property
     def functions(self) -> tuple[Callable[..., float], ...]:
         """All score functions."""
-        found: list[Callable[..., float]] = [*self.by]
+        functions: list[Callable[..., float]] = [*self.by]
         if self.regex is not None:
-            found.append(partial(matches, pattern=self.regex))
-        return tuple(found)
+            functions.append(partial(matches, pattern=self.regex))
+        return tuple(functions)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ def evaluate_start(
     """
     for line in first_evaluation_lines(job):
         logs.message(line)
-    found, _ = compiled.evaluation(states)
+    evaluations, _ = compiled.evaluation(states)
     before = [
         without_accuracies(end) if member.programs.objective.facts.starts_tied else end
-        for member, end in zip(job.members, found, strict=True)
+        for member, end in zip(job.members, evaluations, strict=True)
     ]
     check_selection(job, before)
     logs.step(0, [end["metrics"] for end in before])
@@ -72,7 +72,7 @@ def evaluate_start(
 
 
 def without_accuracies(end: Evaluation) -> Evaluation:
-    """Return an evaluation whose pairs are all ties: what the margins differ in is rounding."""
+    """Replace the pairs of an evaluation by ties, for pairs whose margins differ by rounding only."""
     metrics = end["metrics"]
     kept = {name: value for name, value in metrics.items() if name + PAIR_COUNT not in metrics}
     return {**end, "metrics": kept}
@@ -128,9 +128,11 @@ def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
 
 
 def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
-    """Return the job as it goes on after `done` steps: ended_early's, whose evaluations read the same rows as
-    before: their limit depends on loop.steps and loop.eval_every, which may change. saved: what the
-    checkpoint at that step stores, None for a fresh run.
+    """Return the job as it continues after `done` steps; see ended_early.
+
+    Its evaluations read the same rows as before, although their limit depends on loop.steps and
+    loop.eval_every, which may have changed. saved: what the checkpoint at that step stores, None for a fresh
+    run.
     """
     if saved is not None:
         job = job.limit_evaluation(EvaluationLimit(*saved.get("evaluation_limit", ())))
@@ -165,10 +167,10 @@ def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[s
     return [
         [
             f"the loss on the rows of the last step is {value} after that step"
-            for value in found.values()
+            for value in losses.values()
             if not math.isfinite(value)
         ]
-        for found in compiled.last_loss(compiled.averaged(states), batch)
+        for losses in compiled.last_loss(compiled.averaged(states), batch)
     ]
 
 
@@ -189,18 +191,18 @@ def faults(state: TrainState, steps: int, end: Evaluation) -> list[str]:
     end: the evaluation after the last step.
     """
     total, last = np.asarray(jax.device_get(state.bad)).tolist()
-    found = []
+    problems = []
     if last:
-        found.append(
+        problems.append(
             f"the last {last} of {steps} steps were not finite"
             if last > 1
             else f"the last of {steps} steps was not finite"
         )
     if 2 * (steps - total) < steps:
-        found.append(f"only {steps - total} of {steps} steps were finite")
-    found += [f"the {EVALUATED_LOSSES[name]} is not finite" for name in nonfinite_losses(end["metrics"])]
+        problems.append(f"only {steps - total} of {steps} steps were finite")
+    problems += [f"the {EVALUATED_LOSSES[name]} is not finite" for name in nonfinite_losses(end["metrics"])]
     wrong = nonfinite_samples(end)
-    return [*found, wrong] if wrong else found
+    return [*problems, wrong] if wrong else problems
 
 
 def evaluate_end(
@@ -218,12 +220,12 @@ def evaluate_end(
     logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []
     for number, (member, state, end) in enumerate(zip(job.members, states, after, strict=True)):
-        found = faults(state, job.steps, end) + (last[number] if last else [])
-        finished.append(not found)
-        if found:
-            logs.alarm(number, job.steps, f"{'; '.join(found)}. {_advice(member)}")
+        problems = faults(state, job.steps, end) + (last[number] if last else [])
+        finished.append(not problems)
+        if problems:
+            logs.alarm(number, job.steps, f"{'; '.join(problems)}. {_advice(member)}")
             if job.sweep is None:
-                raise processes.AgreedError(f"{member.folder}: not finished: {'; '.join(found)}")
+                raise processes.AgreedError(f"{member.folder}: not finished: {'; '.join(problems)}")
     return after, finished
 
 

@@ -91,7 +91,8 @@ def model_for(ref: str, **options: Any) -> Model:
         raise ValueError(str(e) if named else f"{where}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
-            f"{where}: its configuration has a missing or invalid value ({hub.short_message(e)})"
+            f"{where}: its configuration has a missing or invalid value ({hub.short_message(e)}); "
+            "correct its config.json"
         ) from e
     return family.build(parsed, **options)
 
@@ -206,7 +207,8 @@ def load_tokenizer(ref: str) -> Any:
     if not tokenizer.is_fast:
         raise ValueError(
             f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches "
-            "require"
+            "require; "
+            "use a model that has one"
         )
     if isinstance(templates, dict) and "default" not in templates:
         raise ValueError(

@@ -55,11 +55,11 @@ def arguments() -> argparse.Namespace:
 def layouts(tokens: int) -> dict[str, tuple[list[int], list[int] | None]]:
     """Return segments and branches (or None) of a row of each case."""
     at = np.arange(tokens)
-    found: dict[str, tuple[list[int], list[int] | None]] = {
+    segments_of: dict[str, tuple[list[int], list[int] | None]] = {
         f"packed {count}": ((at * count // tokens + 1).tolist(), None) for count in (1, 4, 16)
     }
-    found["shared prompt"] = ([1] * tokens, np.maximum(at * 8 // tokens - 3, 0).tolist())
-    return found
+    segments_of["shared prompt"] = ([1] * tokens, np.maximum(at * 8 // tokens - 3, 0).tolist())
+    return segments_of
 
 
 def kernels(blocks: list[int]) -> dict[str, Callable]:
@@ -69,13 +69,13 @@ def kernels(blocks: list[int]) -> dict[str, Callable]:
     from jaxft.nn.attention import attention
 
     device = jax.devices()[0]
-    found: dict[str, Callable] = {"flash": attention.flash}
-    found |= {f"flash {block}": partial(attention.flash, block=block) for block in blocks}
+    by_name: dict[str, Callable] = {"flash": attention.flash}
+    by_name |= {f"flash {block}": partial(attention.flash, block=block) for block in blocks}
     if device.platform == "tpu":
-        found["splash"] = attention.splash
+        by_name["splash"] = attention.splash
     elif device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind:
-        found |= {"pallas": attention.pallas, "cudnn": attention.cudnn}
-    return found
+        by_name |= {"pallas": attention.pallas, "cudnn": attention.cudnn}
+    return by_name
 
 
 def cases(a: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -123,7 +123,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             "--tokens must be at least 16, every other size at least 1, and --heads a multiple of --kv-heads"
         )
-    rng, found = np.random.default_rng(0), []
+    rng, fastest_cases = np.random.default_rng(0), []
     heads = (a.heads, a.kv_heads, a.kv_heads, a.heads)
     q, k, v, do = (jnp.asarray(rng.normal(size=(a.rows, a.tokens, n, a.head_dim)), a.dtype) for n in heads)
     for name, ranges in cases(a):
@@ -148,20 +148,20 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
                     times.append(time.perf_counter() - begin)
         for kernel_name, (forward_seconds, backward_seconds) in seconds.items():
             fastest = rates(a, ranges, min(forward_seconds), min(backward_seconds))
-            found.append({"case": name, "kernel": kernel_name, **fastest})
-    return found
+            fastest_cases.append({"case": name, "kernel": kernel_name, **fastest})
+    return fastest_cases
 
 
 def rates(a: argparse.Namespace, ranges: Any, forward: float, backward: float) -> dict[str, float]:
     """Return milliseconds and TFLOP/s from the seconds of each pass; the forward pass keeps its residuals."""
     work = pairs(ranges) * a.heads * a.head_dim / 1e12
-    found = {
+    by_name = {
         "forward_ms": 1e3 * forward,
         "backward_ms": 1e3 * backward,
         "forward_tflops": 4 * work / forward,
         "backward_tflops": 10 * work / backward,
     }
-    return {name: float(f"{value:.4g}") for name, value in found.items()}
+    return {name: float(f"{value:.4g}") for name, value in by_name.items()}
 
 
 def main() -> int:

@@ -91,15 +91,15 @@ def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]
     """Return the first `count` rows with prompt and completion, or as pairs if `shots` is not None."""
     from jaxft.data.rows.dataset_rows import read_rows
 
-    found = [row.fields for row in read_rows(path)[: count + (shots or 0)]]
-    if shots is not None and "question" in found[0]:
-        return [_few_shot_pair(found[i : i + shots], found[i + shots]) for i in range(len(found) - shots)]
-    found = found[:count]
-    if "chosen" in found[0]:
-        return [{name: f[name] for name in ("prompt", "chosen", "rejected")} for f in found]
-    if "question" in found[0]:
-        return [{"prompt": f["question"] + "\n", "completion": f["answer"]} for f in found]
-    return [{"prompt": f["prompt"], "completion": f["completion"]} for f in found]
+    fields = [row.fields for row in read_rows(path)[: count + (shots or 0)]]
+    if shots is not None and "question" in fields[0]:
+        return [_few_shot_pair(fields[i : i + shots], fields[i + shots]) for i in range(len(fields) - shots)]
+    fields = fields[:count]
+    if "chosen" in fields[0]:
+        return [{name: f[name] for name in ("prompt", "chosen", "rejected")} for f in fields]
+    if "question" in fields[0]:
+        return [{"prompt": f["question"] + "\n", "completion": f["answer"]} for f in fields]
+    return [{"prompt": f["prompt"], "completion": f["completion"]} for f in fields]
 
 
 def _few_shot_pair(examples: list[dict[str, str]], row: dict[str, str]) -> dict[str, str]:
@@ -214,11 +214,11 @@ def measure(run: Any, report: Any) -> dict[str, Any]:
         for number in steps:
             since = time.perf_counter()
             batch, _ = source.batch(number, state)
-            state, found = step(state, frozen, sharding.shard_batch(p.mesh, batch))
+            state, step_metrics = step(state, frozen, sharding.shard_batch(p.mesh, batch))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - since)
             tokens.append(useful(batch, tokenizer.eos_token_id))
-            losses.append(metrics.as_floats(found)["loss"])
+            losses.append(metrics.as_floats(step_metrics)["loss"])
             report(
                 f"step {len(losses)}/{len(steps)}: loss {losses[-1]:.4f}, "
                 f"{tokens[-1] / seconds[-1]:.0f} tokens/s"
@@ -259,7 +259,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data, shots = Path(folder) / "rows.jsonl", a.shots if a.objective == "dpo" else None
         data.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(a.data, a.rows, shots)))
-        found = measure(make_run(a, data), report)
+        measured = measure(make_run(a, data), report)
     import jax
 
     about = {
@@ -286,7 +286,7 @@ def main() -> int:
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    print(json.dumps({**about, **found, **rest}))
+    print(json.dumps({**about, **measured, **rest}))
     return 0
 
 

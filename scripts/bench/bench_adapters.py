@@ -102,7 +102,7 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
 
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     sizes = ServeSizes(args.adapters, args.prompt, args.new)
-    found = {}
+    by_name = {}
     with jax.set_mesh(mesh):
         model = pretrained.model_for(args.model, dtype=jnp.dtype(args.dtype))
         base = {"base": pretrained.load_frozen(args.model, model, mesh)}
@@ -118,9 +118,11 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
             cases.append(("base", adapted(model, None), {}))
         for name, whole, own in cases:
             params = {**base, **adapter_folders.on_every_device(own, None, mesh)}
-            found[name] = Scheduler(compile_server(whole, sizes, params, mesh), sizes, params, args.adapters)
-            found[name].start()
-    return found
+            by_name[name] = Scheduler(
+                compile_server(whole, sizes, params, mesh), sizes, params, args.adapters
+            )
+            by_name[name].start()
+    return by_name
 
 
 def main() -> None:
@@ -153,16 +155,16 @@ def main() -> None:
             begin = time.perf_counter()
             tokens = completed(scheduler, prompts, numbers[name], args.new)
             speeds[name].append(sum(map(len, tokens)) / (time.perf_counter() - begin))
-    found: dict[str, float] = {}
+    checks: dict[str, float] = {}
     if args.equal:
         many = completed(running["many"], prompts, numbers["many"], args.new)
         alone = [completed(running["many"], [p], [i], args.new)[0] for i, p in enumerate(prompts, 1)]
-        found["equal"] = sum(a == b for a, b in zip(many, alone, strict=True))
+        checks["equal"] = sum(a == b for a, b in zip(many, alone, strict=True))
     for name, scheduler in running.items():
         print(json.dumps({"adapters": name, "tokens_per_second": round(statistics.median(speeds[name]), 1)}))
         scheduler.close()
     ratio = statistics.median(a / b for a, b in zip(speeds["many"], speeds["one"], strict=True))
-    print(json.dumps({"many_over_one": round(ratio, 3), **found, "compiled": len(compiled)}))
+    print(json.dumps({"many_over_one": round(ratio, 3), **checks, "compiled": len(compiled)}))
 
 
 if __name__ == "__main__":

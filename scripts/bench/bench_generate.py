@@ -148,9 +148,9 @@ def main() -> int:
     """Measure alternately, and print the means."""
     a = arguments()
     if a.turn:
-        found = measure_jaxft(a)
+        measured = measure_jaxft(a)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({**found, "peak_rss_gib": peak}))
+        print(json.dumps({**measured, "peak_rss_gib": peak}))
         return 0
     a.alone = a.alone or a.mean_length is not None
     with tempfile.TemporaryDirectory() as folder:

@@ -270,12 +270,12 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
         placed, seconds = sharding.shard_batch(p.mesh, batch), []
         for _ in range(WARM + TIMED):
             begin = time.perf_counter()
-            state, found = step(state, frozen, placed)
+            state, step_metrics = step(state, frozen, placed)
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - begin)
         with jax.profiler.trace(str(folder / "trace")):
             jax.block_until_ready(step(state, frozen, placed))
-    values = tree.paths(jax.device_get(found))
+    values = tree.paths(jax.device_get(step_metrics))
     if wrong := [name for name, value in values.items() if not np.isfinite(np.asarray(value, float)).all()]:
         raise ValueError(f"not finite after {WARM + TIMED} steps: {', '.join(wrong)}")
     middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
@@ -353,10 +353,10 @@ def main() -> int:
         case = CASES[name]
         measure = generate_case if case.objective == "generate" else train_case
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(case, a.tiny, Path(folder))
+            measured = measure(case, a.tiny, Path(folder))
         device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
         print(
-            json.dumps({"case": name, "tiny": a.tiny, **found, "device": device, "jax": jax.__version__}),
+            json.dumps({"case": name, "tiny": a.tiny, **measured, "device": device, "jax": jax.__version__}),
             flush=True,
         )
     return 0

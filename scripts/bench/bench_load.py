@@ -107,15 +107,15 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     largest = max(
         sum(x.nbytes for x in jax.tree.leaves(leaf)) for leaf in jax.tree.leaves(base, is_leaf=is_qtensor)
     )
-    found = {
+    rss = {
         "local shards": sum(local),
         "local part of the largest leaf": max(local),
         "largest leaf": largest,
     }
-    found |= {"peak": status("VmHWM") - before, "after loading": status("VmRSS") - before}
+    rss |= {"peak": status("VmHWM") - before, "after loading": status("VmRSS") - before}
     if a.processes > 1:
         jax.distributed.shutdown()
-    return {**found, "seconds": seconds}
+    return {**rss, "seconds": seconds}
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
@@ -153,17 +153,17 @@ def main() -> int:
     if a.process:
         print(json.dumps(load(a)))
         return 0
-    found = measure(a)
+    measured = measure(a)
     if a.json:
-        print(json.dumps(found))
+        print(json.dumps(measured))
         return 0
     print(
-        f"{found['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, "
+        f"{measured['files'] / 1e9:.2f} GB of files, {a.processes} processes x {a.devices} devices, "
         "fully sharded; GB per process:"
     )
-    for name in found["processes"][0]:
+    for name in measured["processes"][0]:
         scale = 1.0 if name == "seconds" else 1e9
-        print(f"{name:30s}" + "".join(f"{process[name] / scale:10.2f}" for process in found["processes"]))
+        print(f"{name:30s}" + "".join(f"{process[name] / scale:10.2f}" for process in measured["processes"]))
     return 0
 
 

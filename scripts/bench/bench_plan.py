@@ -59,16 +59,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--config", help="a Python file with a function config(...) -> Run, instead of --cases")
     parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value, for all cases")
-    found = parser.parse_intermixed_args(argv)
-    found.overrides = [*(text for text in found.cases if "=" in text), *found.overrides]
-    found.cases = [name for name in found.cases if "=" not in name] or list(CASES)
-    for name in found.cases:
+    parsed = parser.parse_intermixed_args(argv)
+    parsed.overrides = [*(text for text in parsed.cases if "=" in text), *parsed.overrides]
+    parsed.cases = [name for name in parsed.cases if "=" not in name] or list(CASES)
+    for name in parsed.cases:
         if name not in CASES:
             parser.error(f"argument --cases: no case {name!r}; use any of {', '.join(CASES)}")
-    for text in found.overrides:
+    for text in parsed.overrides:
         if "=" not in text:
             parser.error(f"{text!r} is no override; use knob=value")
-    return found
+    return parsed
 
 
 def commands(a: argparse.Namespace) -> list[list[str]]:
@@ -213,8 +213,8 @@ def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
     for _ in range(WARM + TIMED):
         largest = max(largest, watch.peak)
         start, begin = watch.reset(), time.perf_counter()
-        state, found = step(state, frozen, placed)
-        jax.block_until_ready((state, found))
+        state, output = step(state, frozen, placed)
+        jax.block_until_ready((state, output))
         seconds.append(time.perf_counter() - begin)
         grew.append(watch.peak - start)
     largest = max(largest, watch.close())
@@ -222,8 +222,8 @@ def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
     # 4-bit arrays are packed, although numpy counts a byte per element
     held = sum(x.nbytes // (2 if x.dtype.name in ("int4", "uint4") else 1) for x in shards)
     growth, once = int(np.median(grew[WARM:])), largest - before
-    found = {"bytes": held + growth, "held": held, "growth": growth, "once": once - held - growth}
-    return seconds[WARM:], {name: size // p.mesh.size for name, size in found.items()}
+    output = {"bytes": held + growth, "held": held, "growth": growth, "once": once - held - growth}
+    return seconds[WARM:], {name: size // p.mesh.size for name, size in output.items()}
 
 
 def main() -> int:

@@ -109,7 +109,7 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
         objective = sft(model)
         step = jax.jit(lambda base, batch: objective(base, jax.tree.map(lambda x: x[0], batch), None, {})[1])
         plain: Any = None
-        found: list[dict[str, Any]] = []
+        results_of_kinds: list[dict[str, Any]] = []
         for kind in a.kinds:
             stored = quant_of(kind)
             stored = calibrated(a, stored) if kind.endswith(CALIBRATED) else stored
@@ -119,16 +119,18 @@ def measure(a: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
             values = np.asarray(quant.dequantize(packed), np.float32)
             plain = values if plain is None else plain
             error = float(np.sqrt(np.square(values - plain).mean() / np.square(plain).mean()))
-            ratio = float(np.exp(loss - (found[0]["loss"] if found else loss)))
+            ratio = float(np.exp(loss - (results_of_kinds[0]["loss"] if results_of_kinds else loss)))
             results = {
                 "bits": quant.bits_per_param(packed),
                 "perplexity": float(np.exp(loss)),
                 "ratio": ratio,
                 "error": error,
             }
-            found.append({"kind": kind, "loss": loss, **{name: round(x, 4) for name, x in results.items()}})
+            results_of_kinds.append(
+                {"kind": kind, "loss": loss, **{name: round(x, 4) for name, x in results.items()}}
+            )
             print(f"{kind}: loss {loss:.4f}", file=sys.stderr)
-    return found
+    return results_of_kinds
 
 
 def main() -> int:
@@ -143,12 +145,12 @@ def main() -> int:
             rows = plain_rows(a.calibrate, sys.maxsize, None)
             a.calibrate = str(Path(folder) / "calibrate.jsonl")
             Path(a.calibrate).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        found = measure(a, data)
+        kinds = measure(a, data)
     if a.json:
-        print(json.dumps({"model": a.model, "rows": a.rows, "kinds": found}))
+        print(json.dumps({"model": a.model, "rows": a.rows, "kinds": kinds}))
         return 0
-    print(f"{'':14s} {'bits':>6s} {'perplexity':>11s} {'over ' + found[0]['kind']:>10s} {'error':>7s}")
-    for f in found:
+    print(f"{'':14s} {'bits':>6s} {'perplexity':>11s} {'over ' + kinds[0]['kind']:>10s} {'error':>7s}")
+    for f in kinds:
         over, error = f"{100 * (f['ratio'] - 1):+.2f}%", f"{100 * f['error']:.2f}%"
         print(f"{f['kind']:14s} {f['bits']:6.3f} {f['perplexity']:11.3f} {over:>10s} {error:>7s}")
     return 0

@@ -111,10 +111,10 @@ def family(root: int) -> list[int]:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue  # it has ended
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
+    pids = [root]
+    for pid in pids:
+        pids += [child for child, parent in parents.items() if parent == pid]
+    return pids
 
 
 def memory_of(root: int) -> Memory:
@@ -192,6 +192,8 @@ def main() -> None:
         path, workers, checkout = args.tokenise
         tokenise(path, int(workers), checkout, args.recipe)
         return
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
@@ -205,12 +207,12 @@ def main() -> None:
             for workers, (label, checkout) in product(args.workers, checkouts.items()):
                 shutil.rmtree(folder / "rows", ignore_errors=True)
                 text, _, peak = measured([*own, str(workers), checkout], folder)
-                found = json.loads(text.splitlines()[-1])
-                fingerprints.add((label, found["fingerprint"]))
-                seconds[label, workers].append(found["seconds"])
+                record = json.loads(text.splitlines()[-1])
+                fingerprints.add((label, record["fingerprint"]))
+                seconds[label, workers].append(record["seconds"])
                 print(
-                    f"{label and label + ', '}{workers} processes: {found['seconds']:.1f} s, CPU "
-                    f"{found['cpu']:.1f} s, {shown(peak)}",
+                    f"{label and label + ', '}{workers} processes: {record['seconds']:.1f} s, CPU "
+                    f"{record['cpu']:.1f} s, {shown(peak)}",
                     flush=True,
                 )
         means = {workers: sum(x) / len(x) for (label, workers), x in seconds.items() if not label}
@@ -221,9 +223,9 @@ def main() -> None:
         for label, checkout in reversed(checkouts.items()):
             measured([*own, "1", checkout], folder)
             text, _, peak = measured([*own, "1", checkout], folder)
-            found = json.loads(text.splitlines()[-1])
+            record = json.loads(text.splitlines()[-1])
             print(
-                f"{label and label + ', '}from the cache ({found['cache']}): {found['seconds']:.1f} s, "
+                f"{label and label + ', '}from the cache ({record['cache']}): {record['seconds']:.1f} s, "
                 f"{shown(peak)}",
                 flush=True,
             )

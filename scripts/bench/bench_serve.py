@@ -47,10 +47,10 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
 
     named = loaded_weights.named_models([], args.model, [], "")
     flags = served_models.ServeFlags(args.dtype, prompt=args.prompt, new=args.new)
-    found = served_models.load_served(named, flags, args.rows)
-    scheduler = Scheduler(found.engine, found.sizes, found.params, 256)
+    served = served_models.load_served(named, flags, args.rows)
+    scheduler = Scheduler(served.engine, served.sizes, served.params, 256)
     scheduler.start()
-    endless = {name: replace(model, stop=()) for name, model in found.models.items()}
+    endless = {name: replace(model, stop=()) for name, model in served.models.items()}
     sock = server.bound_socket("127.0.0.1", 0)
     app = server.make_app(scheduler, endless, server.ServerLimits())
     running = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
@@ -115,8 +115,8 @@ def main() -> None:
     try:
         measured(port, 1, args, 0.1)
         for count in args.clients:
-            found = measured(port, count, args, args.seconds)
-            print(json.dumps({name: round(value, 1) for name, value in found.items()}), flush=True)
+            rates = measured(port, count, args, args.seconds)
+            print(json.dumps({name: round(value, 1) for name, value in rates.items()}), flush=True)
     finally:
         running.should_exit = True
         thread.join()

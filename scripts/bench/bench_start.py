@@ -65,11 +65,11 @@ def phases(root: Path, overrides: list[str], cache: Path) -> Phases:
         for line in process.stdout:
             now = np.array([time.perf_counter() - begin, cpu_seconds(process.pid)])
             at.setdefault("header", now)
-            if found := COMPILED.search(line):
-                compilation, at["compiled"] = 60 * int(found[1] or 0) + float(found[2]), now
-            elif found := STEP.match(line.strip()):
-                at[found[1]] = now
-                if found[1] == "1":
+            if match := COMPILED.search(line):
+                compilation, at["compiled"] = 60 * int(match[1] or 0) + float(match[2]), now
+            elif match := STEP.match(line.strip()):
+                at[match[1]] = now
+                if match[1] == "1":
                     break
         process.kill()
         process.wait()
@@ -86,11 +86,11 @@ def phases(root: Path, overrides: list[str], cache: Path) -> Phases:
     }
 
 
-def report(kind: str, root: Path, found: list[Phases]) -> None:
+def report(kind: str, root: Path, starts: list[Phases]) -> None:
     """Print the medians of some starts: a line for each phase with its seconds and CPU seconds."""
-    print(f"{kind} start of {root}, median of {len(found)}:")
-    for name in found[0]:
-        wall, cpu = np.median([one[name] for one in found], axis=0)
+    print(f"{kind} start of {root}, median of {len(starts)}:")
+    for name in starts[0]:
+        wall, cpu = np.median([one[name] for one in starts], axis=0)
         print(f"  {name:24s} {wall:7.2f} s" + ("" if np.isnan(cpu) else f"  CPU {cpu:7.2f} s"), flush=True)
 
 

@@ -104,8 +104,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Measure, and print both models' numbers."""
     a = arguments()
-    found = {name: {key: round(value, 2) for key, value in one.items()} for name, one in measure(a).items()}
-    print(json.dumps({**vars(a), **found}))
+    rounded = {name: {key: round(value, 2) for key, value in one.items()} for name, one in measure(a).items()}
+    print(json.dumps({**vars(a), **rounded}))
     return 0
 
 

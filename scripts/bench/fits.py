@@ -125,23 +125,23 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
     for size in HARDWARE[chip][1]:
         name = f"{chip}:{size}"
         key = f"{name} {model} {method} {objective}"
-        found = known.get(key)
-        if found is None:
+        entry = known.get(key)
+        if entry is None:
             machine = machines.machine(name)
             path, overrides = settings(model, method, objective, len(machine.devices))
             run, begin = config.load_config(str(Path(sys.path[0]) / path), overrides), time.perf_counter()
-            found = planned(run, machine)
-            found |= {
+            entry = planned(run, machine)
+            entry |= {
                 "config": path,
                 "overrides": overrides,
                 "seconds": round(time.perf_counter() - begin, 1),
             }
-            save(key, found)
-            size_ = f"{found['total'] / machines.GIB:.2f} GiB" if found["total"] else "too large"
+            save(key, entry)
+            size_ = f"{entry['total'] / machines.GIB:.2f} GiB" if entry["total"] else "too large"
             print(
-                f"{key}: {size_}, fits: {found['fits']} ({found['seconds']} s)", file=sys.stderr, flush=True
+                f"{key}: {size_}, fits: {entry['fits']} ({entry['seconds']} s)", file=sys.stderr, flush=True
             )
-        if found["fits"]:
+        if entry["fits"]:
             return
 
 
@@ -173,8 +173,8 @@ def main() -> int:
     def known() -> dict[str, Any]:
         return {key: one for key, one in stored().items() if one["source"] == version or not a.again}
 
-    def save(key: str, found: dict[str, Any]) -> None:
-        write(a.out, {**stored(), key: {**found, "source": version}})
+    def save(key: str, entry: dict[str, Any]) -> None:
+        write(a.out, {**stored(), key: {**entry, "source": version}})
 
     for other in a.add:
         write(a.out, stored() | json.loads(other.read_text()))

@@ -103,9 +103,9 @@ class Server:
     def usage(self) -> dict[str, int]:
         """Return memory in MB, open file descriptors and threads."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = {name: int(value) for name, value in re.findall(r"^(VmRSS|Threads):\s+(\d+)", status, re.M)}
+        sizes = {name: int(value) for name, value in re.findall(r"^(VmRSS|Threads):\s+(\d+)", status, re.M)}
         descriptors = len(os.listdir(f"/proc/{self.process.pid}/fd"))
-        return {"rss_mb": found["VmRSS"] // 1024, "files": descriptors, "threads": found["Threads"]}
+        return {"rss_mb": sizes["VmRSS"] // 1024, "files": descriptors, "threads": sizes["Threads"]}
 
     def send(self, kind: str, body: bytes) -> http.client.HTTPResponse:
         """Return the response to a request, whose body is not read yet."""
@@ -284,7 +284,7 @@ def main() -> int:
         name: load.counts[name] for name in ("requests", "wrong", "busy", "malformed", "left", "errors")
     }
     usage = {name: [before[name], begun[name], after[name]] for name in before}
-    found = {
+    outcome = {
         **counts,
         **usage,
         "compiled_at_start": compiled,
@@ -292,8 +292,8 @@ def main() -> int:
         "exit": server.process.wait(),
     }
     print("\n".join([*load.examples, *server.log]), file=sys.stderr)
-    print(json.dumps({"seconds": args.seconds, "clients": args.clients, **found}))
-    is_bad = counts["wrong"] or counts["errors"] or more or not compiled or found["exit"]
+    print(json.dumps({"seconds": args.seconds, "clients": args.clients, **outcome}))
+    is_bad = counts["wrong"] or counts["errors"] or more or not compiled or outcome["exit"]
     return int(bool(is_bad or after["files"] > before["files"]))
 
 

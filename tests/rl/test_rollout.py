@@ -303,7 +303,7 @@ def test_a_ratio_to_the_sampler_has_the_samplers_log_probs(tmp_path):
 
 
 def test_a_correction_that_does_not_fit_is_refused_before_sampling():
-    with pytest.raises(ValueError, match="ratio_to_sampler=true needs none. Set only one"):
+    with pytest.raises(ValueError, match="ratio_to_sampler=true is a ratio to the sampler. Set only one"):
         Rules((number,), correction=truncated_tokens, ratio_to_sampler=True)
     with pytest.raises(ValueError, match=r"correction=word_length can't be called with .log_ratio, "):
         Rules((number,), correction=word_length)

@@ -68,8 +68,9 @@ class ForeignConfig:
     """A configuration of another tool.
 
     file: where it was read. tool: one of option_names.py. trainer: the method, in the tool's word ("dpo",
-    "kto", ...), "" where the options must tell. lora: whether an adapter is trained, None where
-    the options must tell. devices: how many, None if the file doesn't tell. notes: lines about the file.
+    "kto", ...), "" where it follows from the options. lora: whether an adapter is trained, None where it
+    follows from the options. devices: how many, None if the file does not state it. notes: lines about the
+    file.
     """
 
     file: Path
@@ -118,7 +119,10 @@ def option_parts(
 def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
     """Raise ValueError for a file without options, or with too many."""
     if not options:
-        raise ValueError(f"{file}: it gives no options of TRL, Axolotl, LLaMA-Factory or Unsloth")
+        raise ValueError(
+            f"{file}: it has no options of TRL, Axolotl, LLaMA-Factory or Unsloth; name a configuration of "
+            "one of them"
+        )
     if len(options) > MOST_OPTIONS:
         raise ValueError(f"{file}: more than {MOST_OPTIONS} options; a configuration has fewer")
 

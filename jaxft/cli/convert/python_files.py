@@ -43,8 +43,8 @@ class DatasetCall:
     """Rows of one load_dataset call.
 
     split: of the dataset. part: a slice of it, such as [:90%]. divided: the train_test_split call, and half:
-    its part. first: only so many, by the call selected, of rows that the call shuffled shuffles.
-    calls: others that change the rows. parts: the names of split=[...].
+    its part. first: the number of rows that the call `selected` takes, after the call `shuffled` where there
+    is one. calls: others that change the rows. parts: the names of split=[...].
     """
 
     load: ast.Call
@@ -84,7 +84,7 @@ class DatasetCall:
 
     @property
     def known(self) -> bool:
-        """Whether the file names the rows."""
+        """Whether the file states which rows the call loads."""
         return self.path not in BUILDERS or self.is_file
 
     @property
@@ -104,7 +104,7 @@ def call_name(node: ast.expr) -> str:
 
 
 def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[GivenOption]:
-    """Return the options about rows of a file. value: returns the value of an expression."""
+    """Return the options about rows in a file's code. value: evaluates an expression."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls.sort(key=lambda node: (node.lineno, node.col_offset))
     follow = _Followed(tree, value)
@@ -249,11 +249,11 @@ def _named(call: ast.Call, remark: str) -> GivenOption:
 def _numbered(options: list[GivenOption]) -> list[GivenOption]:
     """Number the names of calls that occur several times, since names of options are unique."""
     seen: dict[str, int] = {}
-    found = []
+    numbered = []
     for option in options:
         seen[option.name] = count = seen.get(option.name, 0) + 1
-        found.append(option if count == 1 else option._replace(name=f"{option.name}.{count}"))
-    return found
+        numbered.append(option if count == 1 else option._replace(name=f"{option.name}.{count}"))
+    return numbered
 
 
 def _is_none(node: ast.expr) -> bool:
@@ -398,7 +398,7 @@ def notebook_code(file: Path, text: str) -> str:
         cells = json.loads(text)["cells"]
         sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a notebook") from error
+        raise ValueError(f"{file}: not a notebook; save it as .ipynb again") from error
     lines = [line for source in sources for line in "".join(source).split("\n")]
     return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
 
@@ -411,13 +411,17 @@ def read_python(file: Path, text: str) -> ForeignConfig:
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
-        raise ValueError(f"{file}:{error.lineno}: syntax error: {error.msg}") from error
+        raise ValueError(f"{file}:{error.lineno}: syntax error: {error.msg}; correct it") from error
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{file}: not a Python file that can be parsed") from error
+        raise ValueError(
+            f"{file}: not a Python file that can be parsed; correct it, or convert a YAML file"
+        ) from error
     try:
         options, trainers, notes = _options(tree)
     except RecursionError as error:
-        raise ValueError(f"{file}: an expression is nested too deeply") from error
+        raise ValueError(
+            f"{file}: an expression is nested too deeply; write it in several statements"
+        ) from error
     calls = {call_name(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     if calls & PARSERS or not calls & CONFIGS.keys():
         source = _docstring(file, tree)
@@ -511,10 +515,10 @@ def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[G
 
 def _stoppers(tree: ast.Module) -> set[str]:
     """Return EarlyStoppingCallback calls, and names that the file sets to one, as source."""
-    found = {ast.unparse(node) for node in ast.walk(tree)
+    stopping = {ast.unparse(node) for node in ast.walk(tree)
              if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    return found | {ast.unparse(target) for node in assigned if ast.unparse(node.value) in found
+    return stopping | {ast.unparse(target) for node in assigned if ast.unparse(node.value) in stopping
                     for target in node.targets}  # fmt: skip
 
 

@@ -298,7 +298,7 @@ def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
             try:
                 listed = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: not JSON: {error}") from error
+                raise ValueError(f"{path}: not JSON: {error}; correct the file") from error
             if isinstance(listed, dict):
                 return {name: entry for name, entry in listed.items() if isinstance(entry, dict)}, path.parent
     return {}, near
@@ -333,7 +333,7 @@ PER_DEVICE = {TRL: 8, FACTORY: 8, UNSLOTH: 8, AXOLOTL: 1}  # the tools' default
 
 
 def length_of_run(draft: Draft) -> None:
-    """Optimizer steps, or passes over the rows."""
+    """Set the length of the run, in optimizer steps or passes over the rows."""
     steps = draft.number("max_steps")
     if steps is not None and steps > 0:
         draft.express(draft.take("max_steps"), [f"loop.steps={int(steps)}"])
@@ -343,7 +343,7 @@ def length_of_run(draft: Draft) -> None:
 
 
 def schedule(draft: Draft) -> None:
-    """The learning rate over the steps; it ends at 0, as in the other tools."""
+    """Set the learning-rate schedule; it ends at 0, as in the other tools."""
     kind = draft.take("lr_scheduler_type", "lr_scheduler")
     further = draft.take("lr_scheduler_kwargs")
     kwargs = _mapping(None if further is None else further.value)
@@ -402,7 +402,7 @@ def _kind(draft: Draft, kind: GivenOption) -> None:
 
 
 def rows_of_a_step(draft: Draft) -> None:
-    """Rows per device x accumulation x devices."""
+    """Set the rows of a step: rows per device x accumulation x devices."""
     if draft.recipe == "grpo":
         return
     per_device, accumulation = _rows_per_device(draft)
@@ -431,7 +431,7 @@ def _devices(count: int) -> str:
 
 
 def importance_weights(draft: Draft) -> None:
-    """The correction between the sampler and the training program: its function and its bounds."""
+    """Set the correction between the sampler and the training program: its function and its bounds."""
     prefix = "vllm_importance_sampling_"
     bounds = [f"{prefix}{name}" for name in ("clip_min", "clip_max", "cap")]
     if as_text(draft.peek(f"{prefix}correction")).lower() == "false":
@@ -449,7 +449,7 @@ def importance_weights(draft: Draft) -> None:
 
 
 def rollouts(draft: Draft) -> None:
-    """Prompts of a rollout, completions of each, and the optimizer steps on them."""
+    """Set the prompts of a rollout, completions of each, and the optimizer steps on them."""
     if draft.recipe != "grpo":
         return
     for name in [name for name in draft.options if name.startswith("trl.")]:

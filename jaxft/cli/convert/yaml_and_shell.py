@@ -31,7 +31,8 @@ UNREAD_FILES = {  # keys of files that are not read -> whose they are
 
 
 def read_yaml(file: Path, text: str) -> ForeignConfig:
-    """Return the options of a YAML file. Nothing in it is executed.
+    """Return the options of a YAML file. Nothing in it is executed. Raises ValueError with one line for a
+    file that is no YAML, or of no known tool.
 
     Raises ValueError with one line for a file that is no YAML, or of no tool that is known.
     """
@@ -52,7 +53,8 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
         return ForeignConfig(file, TRL, options)
     raise ValueError(
         f"{file}: neither Axolotl's (base_model), LLaMA-Factory's (model_name_or_path and stage) nor TRL's "
-        "(model_name_or_path and dataset_name) configuration"
+        "(model_name_or_path and dataset_name) configuration; "
+        "name a file of one of them"
     )
 
 
@@ -81,15 +83,15 @@ def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
         content = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         where = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{file}{where}: not YAML: {error.problem}") from error
+        raise ValueError(f"{file}{where}: not YAML: {error.problem}; correct the file") from error
     except RecursionError as error:
-        raise ValueError(f"{file}: nested too deeply") from error
+        raise ValueError(f"{file}: nested too deeply; name a configuration") from error
     except (yaml.YAMLError, ValueError) as error:  # such as a date with a 13th month
-        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}; correct the file") from error
     finally:
         loader.dispose()
     if content is None:
-        raise ValueError(f"{file}: the file is empty")
+        raise ValueError(f"{file}: the file is empty; name a configuration")
     return content, lines
 
 
@@ -137,7 +139,8 @@ def read_commands(file: Path, text: str, first_line: int = 1) -> ForeignConfig:
     if not trainers:
         raise ValueError(
             f"{file}: no command that starts a trainer, such as trl sft, llamafactory-cli train, axolotl "
-            "train or python sft.py --model_name_or_path org/name"
+            "train or python sft.py --model_name_or_path org/name; "
+            "name a file with one"
         )
     command, at = trainers[0]
     source = _source(file, command, at)

@@ -224,10 +224,10 @@ def content_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning for each role but the assistant's of which a prompt lacks the content of a message:
-    about the first such.
+    """Return a warning for each role, except the assistant, with a message whose content is missing from the
+    rendered prompt. It names the first such message.
     """
-    template, found = template_of(tokenizer, settings), dict[str, str]()
+    template, warnings = template_of(tokenizer, settings), dict[str, str]()
     if template is None:
         return ()
     for chat in examples:
@@ -237,16 +237,16 @@ def content_warnings(
         prompt = chat.messages[: chat.response] or chat.messages
         for index in _perhaps_hidden(own, chat, prompt):
             role = prompt[index]["role"]
-            if role in found or _shows(own, chat, prompt, index):
+            if role in warnings or _shows(own, chat, prompt, index):
                 continue
             remedy = "use a tokenizer whose template does"
             if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
                 remedy = "set data.system=merge"
-            found[role] = (
+            warnings[role] = (
                 f"warning: {chat.name}: {own.name} does not show the content of message {index}, a {role} "
                 f"message, so the model does not see it; {remedy}"
             )
-    return tuple(found.values())
+    return tuple(warnings.values())
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
@@ -279,8 +279,8 @@ def prompt_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning if a conversation renders otherwise than the prompt that generation gets, about the
-    first such.
+    """Return a warning if a conversation renders differently from the prompt from which its response would be
+    generated. It names the first such row.
     """
     template = template_of(tokenizer, settings)
     if template is None:
@@ -332,11 +332,11 @@ def example_prompt_ids(
     for chunk, texts in _in_chunks(partial(_prompt_text, template=template), examples):
         if most is not None:
             texts = [x if isinstance(x, InvalidRow) else attempt(_short, x, most, tokenizer) for x in texts]
-        found: dict[bool, list[str]] = {True: [], False: []}
+        by_kind: dict[bool, list[str]] = {True: [], False: []}
         for example, text in zip(chunk, texts, strict=True):
             if isinstance(text, str):
-                found[is_plain(example)].append(text)
-        plain, chats = _plain_ids(found[True], tokenizer), _ids_of(found[False], tokenizer, False)
+                by_kind[is_plain(example)].append(text)
+        plain, chats = _plain_ids(by_kind[True], tokenizer), _ids_of(by_kind[False], tokenizer, False)
         for example, text in zip(chunk, texts, strict=True):
             yield text if isinstance(text, InvalidRow) else next(plain if is_plain(example) else chats)
 

@@ -7,8 +7,10 @@ BOS = "{{ bos_token }}"  # at the start of a template
 
 
 class NamedTemplate(NamedTuple):
-    """source: the Jinja template. tokens: the special tokens that it writes in addition to BOS and EOS, or ()
-    if they are not known.
+    """A chat template of a model family, for base models that come without one.
+
+    source: the Jinja template. tokens: the special tokens that it writes in addition to BOS and EOS, or () if
+    they are not known.
     """
 
     source: str
@@ -118,8 +120,8 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> NamedTemplate:
-    """Return a template by name, or that in a Jinja file, whose tokens are not known. Raises ValueError or
-    FileNotFoundError.
+    """Return a chat template by name, or from a .jinja file, whose special tokens are not known. Raises
+    ValueError or FileNotFoundError.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]

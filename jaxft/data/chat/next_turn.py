@@ -23,7 +23,7 @@ SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in
 
 
 class TurnWording(NamedTuple):
-    """One way to write a turn and what answers it as messages."""
+    """One way to write a turn and its answer as messages."""
 
     turn: Message
     answers: tuple[Message, ...]
@@ -147,7 +147,7 @@ def restart_notes(tools: Sequence[Any], tokenizer: Any, settings: TemplateSettin
     """
     if template_of(tokenizer, settings) is None:
         return ()
-    chat, found = (
+    chat, rewriting = (
         Chat("probe", ({"role": "user", "content": SOME_TEXT},), 1, tools=list(tools) or None),
         list[str](),
     )
@@ -162,10 +162,10 @@ def restart_notes(tools: Sequence[Any], tokenizer: Any, settings: TemplateSettin
                 restarts = next_prompt(chat, [wording], True, tokenizer, settings).restarts
             except InvalidRow:
                 continue
-            found += [f"{turn} that {answer}"] if restarts else []
-    if not found:
+            rewriting += [f"{turn} that {answer}"] if restarts else []
+    if not rewriting:
         return ()
     return (
-        f"note: the chat template rewrites earlier turns after {', '.join(found)}: there a new training row "
-        "begins, whose prompt is the conversation as the template then renders it",
+        f"note: the chat template rewrites earlier turns after {', '.join(rewriting)}: there a new training "
+        "row begins, whose prompt is the conversation as the template then renders it",
     )

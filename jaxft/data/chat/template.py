@@ -37,7 +37,7 @@ REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for mes
 
 
 class UnusableTemplate(ValueError):
-    """A chat template fails whatever the row, or takes too long; it ends a run with data.invalid=drop too."""
+    """A chat template fails for every row, or takes too long; it ends a run with data.invalid=drop too."""
 
 
 class TemplateFault(jinja2.TemplateError):
@@ -83,17 +83,19 @@ class Template:
 
     @cached_property
     def closing(self) -> re.Pattern | None:
-        """Matches what ends an assistant turn, and whitespace before it. None if no special token does."""
+        """A regex for the end of an assistant turn with the whitespace before it, None if no special token
+        ends a turn.
+        """
         return re.compile(rf"\s*(?:{_any_of(self.ends)})") if self.ends else None
 
     @cached_property
     def special(self) -> re.Pattern:
-        """Matches any special token of the tokenizer."""
+        """A regex for any special token of the tokenizer."""
         return re.compile(_any_of(token for token in self.tokens if token.strip()) or "(?!)")
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The token ids that end the last turn of a conversation, on which generation is to stop."""
+        """The token ids that end the last turn of a conversation, at which generation stops."""
         others = self.tool_use.stop_tokens if self.tool_use else ()
         return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
@@ -150,8 +152,8 @@ def _sources(tokenizer: Any) -> list[str]:
     """Return the tokenizer's chat template, and the one for tools where that is another; [] without any."""
     if not tokenizer.chat_template:
         return []
-    found = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
-    return list(dict.fromkeys(map(str, found)))
+    sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
+    return list(dict.fromkeys(map(str, sources)))
 
 
 def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
@@ -178,9 +180,9 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
             given = list(PROBE_TOOLS) if tools else None
             needing = replace(bare, needs_parts=_needs_parts(bare, system, given))
             needing = replace(needing, needs_content=_needs_content(needing, system, given))
-            found = _probed_after(needing, system, given)
-            last = (bare.special.findall(end)[-1] for end in found.last_ends)
-            return replace(found, last_tokens=tuple(map(tokenizer.convert_tokens_to_ids, last)))
+            probed = _probed_after(needing, system, given)
+            last = (bare.special.findall(end)[-1] for end in probed.last_ends)
+            return replace(probed, last_tokens=tuple(map(tokenizer.convert_tokens_to_ids, last)))
         except UnusableTemplate:
             raise
         except REJECTIONS as error:
@@ -271,10 +273,10 @@ def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> 
         between = inner.split("Wm3t")[-1].split("Rt8p")[0]
         if len(within) != count:
             continue
-        found = list(bare.special.finditer(commonprefix([behind, between])))
-        if not found or behind[found[-1].end() :].strip():
+        special = list(bare.special.finditer(commonprefix([behind, between])))
+        if not special or behind[special[-1].end() :].strip():
             return []
-        end = found[-1][0]
+        end = special[-1][0]
         return [] if any(end in text for text in within[1:]) else [end]  # which would end each call
     return []
 
@@ -327,7 +329,7 @@ def with_merged_system(messages: Sequence[Message]) -> list[Message]:
 def render_messages(
     template: Template, messages: Sequence[Message], tools: list | None = None, generation: bool = False
 ) -> str:
-    """Return the conversation as the template renders it, with the generation prompt if asked to.
+    """Return the conversation as the template renders it, with the generation prompt if `generation`.
 
     Raises jinja2.TemplateError or TypeError if the template rejects the messages, and UnusableTemplate if it
     takes too long.
@@ -455,7 +457,7 @@ def rejection(
     other = "fix or remove the row"
     if always:
         other = "it rejects even a simple question and response, so use another tokenizer"
-    remedy = next((found for found in remedies if found), other)
+    remedy = next(filter(None, remedies), other)
     return f"{template.name} rejects the {what}: {reason.rstrip('.')}; {remedy}"
 
 

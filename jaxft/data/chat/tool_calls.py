@@ -108,10 +108,10 @@ class CallStream:
             end = self._call_end(inner - begin, is_last)
             if end is None:
                 break
-            found = self._parsed(self._waiting[:end])
+            parsed = self._parsed(self._waiting[:end])
             text = self._take(end)
-            texts += [] if found else [text]
-            self._follows_call, calls = bool(found), calls + found
+            texts += [] if parsed else [text]
+            self._follows_call, calls = bool(parsed), calls + parsed
         return "".join(texts), tuple(calls)
 
     def _take(self, size: int) -> str:
@@ -147,8 +147,8 @@ class CallStream:
         if at is None and is_last and self._quoted:  # a string without an end
             self._quoted, self._searched = None, start
         if at is None and self._quoted is None:
-            found = text.find(mark, max(start, self._searched - len(mark)))
-            at, self._searched = (None if found < 0 else found), len(text)
+            position = text.find(mark, max(start, self._searched - len(mark)))
+            at, self._searched = (None if position < 0 else position), len(text)
         if at is None:
             return len(text) if is_last else None
         return at + len(mark) if self.format.closes else len(text[:at].rstrip())
@@ -177,14 +177,14 @@ class CallStream:
         """Return the calls in the text of a call, [] if it is malformed."""
         text = text.strip().removeprefix(self.format.opens).removesuffix(self.format.closes or "").strip()
         try:
-            found = [(name, _as_json(arguments)) for name, arguments in self.format.parse(text)]
+            named = [(name, _as_json(arguments)) for name, arguments in self.format.parse(text)]
         except (ValueError, RecursionError):
             return []
-        self.count += len(found)
-        first = self.count - len(found)
+        self.count += len(named)
+        first = self.count - len(named)
         return [
             ToolCall(index, self.format.make_id(), name, arguments)
-            for index, (name, arguments) in enumerate(found, first)
+            for index, (name, arguments) in enumerate(named, first)
         ]
 
 
@@ -207,19 +207,19 @@ def _named(item: Any) -> tuple[str, Any]:
 
 def _hermes(text: str) -> list[tuple[str, Any]]:
     """Return the calls of a text, in which the arguments of a tool without any may be left out."""
-    found = json.loads(text)
-    calls = map(_named, found if isinstance(found, list) else [found])
+    parsed = json.loads(text)
+    calls = map(_named, parsed if isinstance(parsed, list) else [parsed])
     return [(name, {} if arguments is None else arguments) for name, arguments in calls]
 
 
 def _llama3(text: str) -> list[tuple[str, Any]]:
     """Return the calls of a text. They need arguments, as a JSON answer may have a name."""
-    found, rest = list[tuple[str, Any]](), text
+    calls, rest = list[tuple[str, Any]](), text
     while rest:
         item, end = json.JSONDecoder().raw_decode(rest)
-        found.append(_named(item))
+        calls.append(_named(item))
         rest = rest[end:].lstrip().removeprefix(";").lstrip()
-    return found
+    return calls
 
 
 _MISTRAL_CALL = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?(?=\{)")

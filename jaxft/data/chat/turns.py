@@ -80,18 +80,18 @@ def _last_end(parts: Sequence[Part], text: str) -> Part | int:
     """
     at = last = 0
     for part in parts:
-        found = _first(part, text, at) or _first(part, text, 0)
-        if found is None:
+        match = _first(part, text, at) or _first(part, text, 0)
+        if match is None:
             return part
-        at = found[1]
+        at = match[1]
         last = max(last, at)
     return last
 
 
 def _first(part: Part, text: str, at: int) -> Span | None:
     """Return the first occurrence of one of the spellings, the longest if several begin there."""
-    found = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
-    start, length = min((pair for pair in found if pair[0] >= 0), default=(-1, 0))
+    matches = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
+    start, length = min((pair for pair in matches if pair[0] >= 0), default=(-1, 0))
     return None if start < 0 else (start, start - length)
 
 
@@ -358,8 +358,8 @@ def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
             marked = render_messages(template, [*through, following, *after], chat.tools)
         except REJECTIONS:
             continue
-        longer, found, _ = marked.rpartition(marker)
-        if found and text.startswith(longer):
+        longer, separator, _ = marked.rpartition(marker)
+        if separator and text.startswith(longer):
             return len(longer)
     return None
 

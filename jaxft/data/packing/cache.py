@@ -30,8 +30,9 @@ Item = TypeVar("Item")
 class Flat:
     """Arrays that are read as if concatenated along their first axis; indexing copies only the chosen values.
 
-    releases: functions that are called after each copy. That of a mapped file unmaps the pages that were
-    read, which would otherwise count as memory of the process until it ends; the system still caches them.
+    releases: functions that are called after each copy. The function of a mapped file unmaps the pages that
+    were read, which would otherwise count as memory of the process until it ends; the system still caches
+    them.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], releases: Sequence[Callable[[], object]] = ()):
@@ -46,9 +47,9 @@ class Flat:
         """Return the values at a slice, an index or an array of indices, all at least 0."""
         if isinstance(index, slice):
             return self._slice(*index.indices(len(self)))
-        found = self._gather(np.asarray(index))
+        values = self._gather(np.asarray(index))
         self._release()
-        return found
+        return values
 
     def _release(self) -> None:
         for release in self.releases:
@@ -58,11 +59,11 @@ class Flat:
         if len(self.parts) == 1:
             return self.parts[0][index]
         of = np.searchsorted(self.starts, index, "right") - 1
-        found = np.empty((*index.shape, *self.parts[0].shape[1:]), self.parts[0].dtype)
+        values = np.empty((*index.shape, *self.parts[0].shape[1:]), self.parts[0].dtype)
         for number in np.unique(of):
             here = of == number
-            found[here] = self.parts[number][index[here] - self.starts[number]]
-        return found
+            values[here] = self.parts[number][index[here] - self.starts[number]]
+        return values
 
     def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
         if step != 1:
@@ -155,8 +156,8 @@ Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
 
 
 class StoredRows(NamedTuple):
-    """The columns of a file and its facts: those that `make` returned, and `digest`, a hash of the columns
-    with tokens, their masks and weights.
+    """The columns of a cache file and its facts: those that `make` returned, and `digest`, a hash of the
+    columns of tokens, masks and weights.
     """
 
     columns: dict[str, Flat]
@@ -204,20 +205,20 @@ def load_or_make(path: Path, columns: ColumnTypes, make: Make) -> tuple[StoredRo
     """
     state = "built"
     if path.exists():
-        found = load_rows(path, columns)
-        if found is not None:
-            return found, "found"
+        stored = load_rows(path, columns)
+        if stored is not None:
+            return stored, "found"
         state = "rebuilt"
     try:
         _write_file(path, columns, make)
-        found = load_rows(path, columns)
-        if found is None:
+        stored = load_rows(path, columns)
+        if stored is None:
             raise CannotWrite("it cannot be read again")
     except CannotWrite as error:
         memory = io.BytesIO()
         _write(memory, columns, make)
         return _parse(memory.getbuffer(), columns), f"not written ({error})"
-    return found, state
+    return stored, state
 
 
 def load_rows(path: Path, columns: ColumnTypes) -> StoredRows | None:
@@ -250,12 +251,12 @@ def _parse(data: Any, columns: ColumnTypes, releases: Sequence[Callable[[], obje
     places = facts.pop("places")
     if facts.pop("types") != _types(columns):
         raise ValueError("the file has other columns")
-    found = {}
+    arrays = {}
     for name, (dtype, _, width) in columns.items():
         shape = () if width is None else (width,)
         parts = [np.ndarray((count, *shape), dtype, data, offset) for offset, count in places[name]]
-        found[name] = Flat(parts or [np.empty((0, *shape), dtype)], releases)
-    return StoredRows(found, facts)
+        arrays[name] = Flat(parts or [np.empty((0, *shape), dtype)], releases)
+    return StoredRows(arrays, facts)
 
 
 def _types(columns: ColumnTypes) -> list[list[Any]]:

@@ -55,12 +55,12 @@ class RowLengths:
 
     @property
     def scale(self) -> float:
-        """How many rows of the dataset each of these stands for, at least."""
+        """How many rows of the dataset each measured row stands for, at least."""
         return max(1.0, (self.total or 0) / max(1, self.read))
 
     @property
     def described(self) -> str:
-        """Which rows these are, in words without their unit: "100", or "a sample of 10,000 of 60,000"."""
+        """Describe which rows were measured, without their unit: "100", or "a sample of 10,000 of 60,000"."""
         if self.total is None:
             return f"the first {self.read:,}"
         return f"a sample of {self.read:,} of {self.total:,}" if self.is_sample else f"{len(self):,}"
@@ -72,7 +72,7 @@ class RowLengths:
 
     @property
     def parts(self) -> dict[str, Int[np.ndarray, " rows"]]:
-        """Tokens of each part that has any, by name; of the responses that rows have."""
+        """Tokens of the prompts, the responses and so on, by name; parts without any tokens are left out."""
         several = len(self.kinds) > 1
         responses = {k: x[x > 0] for k, x in zip(self.kinds, self.responses.T, strict=True)}
         parts = {"prompt": self.prompts, **responses}
@@ -173,14 +173,14 @@ def limit_costs(
     covering = [
         min(most, round_up(percentile(lengths.longest, p), LENGTH_STEP)) for p in (50, 90, 95, 99, 100)
     ]
-    found, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
+    costs, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
     for limit, tokens in sorted(sizes.items()):
         whole = int((lengths.longest <= limit).sum())
         left = whole if data.too_long in ("drop", "error") else int(np.count_nonzero(lengths.kept(limit)))
         time = tokens / max(1, sizes[now])
         memory = micro_tokens(data, lengths, limit) / micro_tokens(data, lengths, now)
-        found.append(LimitCost(limit, whole, left - whole, len(lengths) - left, tokens, time, memory))
-    return found
+        costs.append(LimitCost(limit, whole, left - whole, len(lengths) - left, tokens, time, memory))
+    return costs
 
 
 def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
@@ -214,10 +214,10 @@ def limit_alarms(data: object, stats: SourceStats, tokenizer: Any, context: int 
     remedy = f"{name}={better} covers {covered} of them and needs "
     remedy += f"{micro_tokens(data, lengths, better) / micro_tokens(data, lengths, now):.1f} x the memory"
     leave_out = "; data.too_long=drop leaves all of these out" if truncated else ""
-    found = " and ".join(text for text in (dropped * bool(stats.dropped), cut) if text)
-    return [f"{found}, because they have more tokens than {name}={now}. {remedy}{leave_out}"]
+    problem = " and ".join(text for text in (dropped * bool(stats.dropped), cut) if text)
+    return [f"{problem}, because they have more tokens than {name}={now}. {remedy}{leave_out}"]
 
 
 def percentile(counts: Sequence[int] | Int[np.ndarray, " n"], percent: float) -> int:
-    """Return the smallest of the counts that at least so many percent of them do not exceed."""
+    """Return the smallest count that at least `percent` percent of the counts do not exceed."""
     return int(np.percentile(counts, percent, method="inverted_cdf"))

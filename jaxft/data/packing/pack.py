@@ -251,7 +251,9 @@ def ranges(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[
 
 
 def number_groups(values: Shaped[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
-    """Return the number of each row's group of equal rows; groups are numbered in order of their first."""
+    """Number the groups of equal rows, in order of their first row, and return the number of each row's
+    group.
+    """
     if values.shape[1] == 1:  # much faster
         values = values[:, 0]
     _, first, group = np.unique(values, axis=0, return_index=True, return_inverse=True)
@@ -270,7 +272,7 @@ class Epochs:
     """Passes over the rows.
 
     batch_tokens(epoch): tokens of each batch of an epoch. alike: whether every epoch has the same number of
-    batches and of tokens; it hasn't if rows are packed and sources have weights.
+    batches and of tokens; False if rows are packed and sources have weights.
     """
 
     batch_tokens: Callable[[int], Int[np.ndarray, " steps"]]

@@ -104,7 +104,7 @@ class Tokenising:
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
-    print the progress of a long tokenisation. sample: tokenise so many rows of a larger dataset, at even
+    print the progress of a long tokenisation. sample: tokenise this many rows of a larger dataset, at even
     distances; None for all. only: the name of a row, FILE:LINE, that is tokenised alone.
     """
 
@@ -169,7 +169,7 @@ class Reader:
         )
 
     def otherwise(self, **how: Any) -> "Reader":
-        """Return a reader of the same tokens with other values in `how`."""
+        """Return a reader of the same tokens with other values in `how`, such as workers=1."""
         return replace(self, how=replace(self.how, **how))
 
     @property
@@ -194,10 +194,10 @@ class Reader:
         settings = self.settings
         if not self.formats:
             return ChosenFormat(settings.format)
-        found = format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
-        if settings.labels or not self.formats[found.name].labelled:
-            return found
-        return found._replace(labels=labels_as_choices(counts.labels))
+        chosen = format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
+        if settings.labels or not self.formats[chosen.name].labelled:
+            return chosen
+        return chosen._replace(labels=labels_as_choices(counts.labels))
 
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return the content of each row, or the error that makes it invalid."""
@@ -219,10 +219,10 @@ class Reader:
         parsed = [row for row in self.parse(rows, format) if isinstance(row, ParsedRow)]
         others = (other_columns(Row(row.name, row.fields), format.name) for row in parsed if row.fields)
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
-        found = format._replace(columns=(*format.columns, *by_other_names)).note()
+        lines = format._replace(columns=(*format.columns, *by_other_names)).note()
         if format.name in self.formats:
-            found += filter(None, [self.formats[format.name].note(self.settings)])
-        notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in found)]
+            lines += filter(None, [self.formats[format.name].note(self.settings)])
+        notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in lines)]
         examples = [example for row in parsed for example in row.examples.values()]
         checked = (check(examples, self.tokenizer, self.settings.template) for check in self.task.checks)
         return (*(f"note: {line}" for line in notes), *chain.from_iterable(checked))
@@ -314,12 +314,12 @@ def _format_of(
     if listing.size <= ROW_CHUNK_BYTES:
         chunks = [loaded([*chunk.rows()], chunk.label) for chunk in listing.chunks()]
     with RowProgress(f"reading {_name(listing)}", listing.rows, reader.how.progress) as progress:
-        for found in run(count_chunk, chunks or listing.chunks()):
+        for counted in run(count_chunk, chunks or listing.chunks()):
             before = invalid.total
-            invalid.merge(found.invalid)
-            counts.merge(found.columns)
-            total += found.rows
-            progress.add(found.rows + invalid.total - before)
+            invalid.merge(counted.invalid)
+            counts.merge(counted.columns)
+            total += counted.rows
+            progress.add(counted.rows + invalid.total - before)
     check_rows(ref, total, invalid.total, invalid)
     return reader.format_of(counts), chunks or listing.chunks(), total + invalid.total
 
@@ -363,9 +363,10 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples. labels: what the name of each example's row begins with. rows,
-    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
-    examples: see first_rows.
+    """The columns of a chunk's examples.
+
+    labels: prefixes of the names of their rows, such as file names. rows, unreadable: numbers of rows that
+    can and cannot be read. left: number of rows that have examples. examples: see first_rows.
     """
 
     labels: list[str]
@@ -403,11 +404,11 @@ def tokenise_chunk(chunk: Chunk, job: Reader, format: ChosenFormat) -> Tokenised
     left, labels = list[Row](), list[str]()
     for row, outcome, examples in zip(rows, parsed, job.task.tokenise(parsed, job), strict=True):
         with invalid.skip():
-            found, label = valid(examples), row.name.rpartition(":")[0]
-            for example in found:
+            tokenised, label = valid(examples), row.name.rpartition(":")[0]
+            for example in tokenised:
                 part.add(valid(outcome), example)
                 labels.append(label)
-            left += [row] if found else []
+            left += [row] if tokenised else []
     some = [] if format.name == "text" else first_rows(left, job.settings.columns)  # it may be long
     return TokenisedChunk(labels, part.arrays(), len(rows), unreadable, len(left), invalid.tallies, some)
 
@@ -499,9 +500,9 @@ def _last_targets(
     targets = np.flatnonzero(learned)
     last = np.searchsorted(targets, ends) - 1
     for _ in range(2):  # a template that ends turns with a line break learns it
-        found = ids[targets[last]]
-        blank = [int(i) for i in np.unique(found) if not tokenizer.decode([int(i)]).strip()]
-        last = np.maximum(last - np.isin(found, blank), 0)
+        last_ids = ids[targets[last]]
+        blank = [int(i) for i in np.unique(last_ids) if not tokenizer.decode([int(i)]).strip()]
+        last = np.maximum(last - np.isin(last_ids, blank), 0)
     return ids[targets[last]]
 
 

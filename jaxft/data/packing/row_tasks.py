@@ -45,8 +45,8 @@ from jaxft.data.rows.row_files import Row
 
 
 def text_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns: the sum of the weights of an example's targets before the factor `weights`,
-    and the weights of all its tokens if some have another one than 1.
+    """Return the further columns of text examples: the sum of their target weights before the factor
+    `weights`, and the weights of all tokens if some differ from 1.
     """
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
@@ -84,7 +84,7 @@ def _examples_of(
     ends = [min(len(ids), settings.max_length)]
     if settings.too_long == "split":
         ends = np.cumsum(split_lengths(len(ids), settings.max_length)).tolist()
-    found = []
+    examples = []
     for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         learned = tokens.learned[start:end]
         learned[0] = False
@@ -95,8 +95,8 @@ def _examples_of(
         total = int((mask if cut else mask[start:end]).sum())
         targets, extras = int((mask[start:end] & learned).sum()), {MASS: float(mass), TOKEN_WEIGHTS: weights}
         counts = first, end - start - first
-        found.append(TokenisedRow(ids[start:end], learned, counts, cut, total, targets, extras, number))
-    return found
+        examples.append(TokenisedRow(ids[start:end], learned, counts, cut, total, targets, extras, number))
+    return examples
 
 
 def _response_masks(
@@ -120,8 +120,8 @@ def _response_masks(
     ]
     tokenised = loss_mask.tokenise_examples(others, tokenizer, "assistant", settings.template)
     for example in examples:
-        found = next(tokenised) if differs(example) else None
-        yield None if found is None or isinstance(found, InvalidRow) else found[1]
+        tokens = next(tokenised) if differs(example) else None
+        yield None if tokens is None or isinstance(tokens, InvalidRow) else tokens[1]
 
 
 def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
@@ -177,8 +177,8 @@ def _tokenise_pairs(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
         if isinstance(row, InvalidRow):
             yield row
             continue
-        found = {kind: next(sequences) for kind in row.examples}
-        yield attempt(_pair_of, row, next(prompts), found, reader)
+        responses = {kind: next(sequences) for kind in row.examples}
+        yield attempt(_pair_of, row, next(prompts), responses, reader)
 
 
 PAIR_TASK = RowTask(formats.PAIRS, 11, "max_length", _tokenise_pairs, _pair_columns)
@@ -371,7 +371,7 @@ def row_fields(rows: TokenisedRows, number: int) -> dict[str, Any]:
 
 
 def rename_columns(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with the columns that items of data.columns, "ours=theirs", name, and all others.
+    """Rename the columns of a row that items of data.columns, "ours=theirs", name; others stay.
 
     Raises InvalidRow if the row lacks one of them.
     """
@@ -390,7 +390,9 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
 
 
 def row_prompt(row: Row, settings: RowSettings) -> Chat | Completion:
-    """Return the prompt of a row with its tools. Raises InvalidRow, also for an environment that is none."""
+    """Return the prompt of a row with its tools. Raises InvalidRow, also for the name of an unknown
+    environment.
+    """
     prompt: Chat | Completion
     try:
         prompt = prompt_of(row, settings.format)
@@ -435,8 +437,8 @@ def _json_of(value: Any) -> Any:
     return {_TYPE: name, "value": str(value)} if isinstance(value, decimal.Decimal) else str(value)
 
 
-def _value_of(found: dict[str, Any]) -> Any:
+def _value_of(stored: dict[str, Any]) -> Any:
     """Return the value that `_json_of` has stored."""
-    if found.keys() == {_TYPE, "value"} and found[_TYPE] in _READERS:
-        return _READERS[found[_TYPE]](found["value"])
-    return found
+    if stored.keys() == {_TYPE, "value"} and stored[_TYPE] in _READERS:
+        return _READERS[stored[_TYPE]](stored["value"])
+    return stored

@@ -28,7 +28,9 @@ OF_CONTENT = (ROW_FIELDS, PROBABILITIES)  # extras in which duplicates must agre
 
 @dataclass(frozen=True)
 class Ragged:
-    """Values of which row i has counts[i]: values[offsets[i]:offsets[i + 1]]."""
+    """Arrays of different lengths stored as one: row i is values[offsets[i]:offsets[i + 1]] and has counts[i]
+    values.
+    """
 
     values: Flat
     counts: Int[np.ndarray, " rows"]
@@ -184,7 +186,9 @@ class TokenisedRows:
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
     def content_hashes(self) -> UInt64[np.ndarray, " rows"]:
-        """Return a hash of each row, whose first examples are begins_row, equal for duplicates."""
+        """Return a hash of each row of the dataset, equal for duplicates. The rows are numbered as in
+        `documents`.
+        """
         content = np.asarray(self.content)
         if self.begins_row.all():
             return content
@@ -273,5 +277,5 @@ def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
 
 def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
     """Return how often each token id occurs."""
-    found, counts = np.unique(ids, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    ids_present, counts = np.unique(ids, return_counts=True)
+    return dict(zip(ids_present.tolist(), counts.tolist(), strict=True))

@@ -67,76 +67,77 @@ def is_set_by_jaxft(argument: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
-    """Return the known columns that a row's names spell with other cases or spaces around them, with these
-    names: {"prompt": " Prompt"}. Names that the row has as they are, or in two spellings, are left out.
+    """Map known columns to a row's names for them that differ only in case or surrounding spaces: {"prompt":
+    " Prompt"}.
+
+    Columns that the row has exactly, or in two spellings, are left out.
     """
-    found: dict[str, list[str]] = {}
+    spellings: dict[str, list[str]] = {}
     for name in names:
         ours = str(name).strip().lower()
         if name not in known and ours in known and ours not in names:
-            found.setdefault(ours, []).append(name)
-    return {ours: theirs[0] for ours, theirs in found.items() if len(theirs) == 1}
+            spellings.setdefault(ours, []).append(name)
+    return {ours: theirs[0] for ours, theirs in spellings.items() if len(theirs) == 1}
 
 
 def column_of(fields: Mapping[str, Any], name: str) -> str:
-    """Return the column that a setting names: of that name, else the only one that differs from it in case
-    and spaces around it, else the name itself.
+    """Return the row's column for a name in a setting: an exact match, else the only one that differs in case
+    or surrounding spaces, else the name itself.
     """
     if name in fields:
         return name
-    found = [column for column in fields if str(column).strip().lower() == name.strip().lower()]
-    return found[0] if len(found) == 1 else name
+    alike = [column for column in fields if str(column).strip().lower() == name.strip().lower()]
+    return alike[0] if len(alike) == 1 else name
 
 
 def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
-    """Return the only column that is not null and has one of the COLUMN_SYNONYMS of a column, or None."""
+    """Return the row's only non-null column that is a synonym of `ours` (COLUMN_SYNONYMS), or None."""
     names = COLUMN_SYNONYMS.get(ours, ())
-    found = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
-    return found[0] if len(found) == 1 else None
+    matches = [name for name, x in fields.items() if x is not None and str(name).strip().lower() in names]
+    return matches[0] if len(matches) == 1 else None
 
 
 def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[str, str]:
-    """Return the optional columns that a row has by another name only, with these names."""
-    found = {
+    """Map optional columns that a row has only under another name to that name."""
+    others = {
         ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
     }
-    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+    return {ours: theirs for ours, theirs in others.items() if theirs is not None}
 
 
 def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
-    """Return the known columns that a row's names nearly spell, with these names."""
+    """Map known columns to the row's names that nearly spell them."""
     known = [column for column in known if column not in names]
-    found: dict[str, str] = {}
+    nearest: dict[str, str] = {}
     for name in names:
         near = difflib.get_close_matches(str(name).strip().lower(), known, 1, NEAR)
         if near:
-            found.setdefault(near[0], name)
-    return found
+            nearest.setdefault(near[0], name)
+    return nearest
 
 
 def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
-    """Return the columns that a row's names nearly spell, or that they are other or misspelled words for,
-    with these names.
-    """
-    found = misspelled(names, ours)
+    """Guess which of a row's names stand for our columns, by near spelling or meaning."""
+    meant = misspelled(names, ours)
     for cutoff in (1.0, NEAR):
-        for column in [column for column in ours if column not in found and column not in names]:
+        for column in [column for column in ours if column not in meant and column not in names]:
             words = (*COLUMN_SYNONYMS.get(column, ()), *PROPOSED_SYNONYMS.get(column, ()))
-            others = [str(name).strip().lower() for name in names if name not in found.values()]
+            others = [str(name).strip().lower() for name in names if name not in meant.values()]
             near = {n for word in words for n in difflib.get_close_matches(word, others, len(names), cutoff)}
             theirs = [name for name in names if str(name).strip().lower() in near]
             if theirs:
-                found[column] = theirs[0]
-    return found
+                meant[column] = theirs[0]
+    return meant
 
 
 def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
-    """Return data.columns as a command has it, with a row's own names: the meant ones, else the next ones, as
-    an example.
+    """Return the columns that a message suggests for data.columns, such as "prompt=question
+    completion=answer": guesses from the row's names, and its next names as an example where there is no
+    guess.
     """
-    found = meant_columns(names, ours)
-    left = [x for x in names if x not in found.values() and not str(x).lower().endswith(("id", "index"))]
-    items = [f"{column}={found.get(column) or (left.pop(0) if left else '...')}" for column in ours]
+    meant = meant_columns(names, ours)
+    left = [x for x in names if x not in meant.values() and not str(x).lower().endswith(("id", "index"))]
+    items = [f"{column}={meant.get(column) or (left.pop(0) if left else '...')}" for column in ours]
     return shlex.quote(f"data.columns={','.join(items)}")
 
 
@@ -184,8 +185,8 @@ def json_of(row: Row, column: str) -> Any:
     value = row.fields[column]
     if not (isinstance(value, str) and value.lstrip()[:1] == "["):
         return value
-    found = _parsed(value)
-    return found if isinstance(found, list) and found and all(map(_is_message, found)) else value
+    parsed = _parsed(value)
+    return parsed if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)) else value
 
 
 def list_of(row: Row, column: str) -> list[Any]:
@@ -258,12 +259,12 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     role, content = keys
     calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
     if not isinstance(item, dict) or not isinstance(item.get(role), str) or not (content in item or calls):
-        found = f"is {json_type(item)}"
+        problem = f"is {json_type(item)}"
         if isinstance(item, dict):
-            found = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
+            problem = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
         raise row.invalid(
             "message without role or content",
-            f"{where} {found}; a message needs {role!r}, a string, and {content!r}",
+            f"{where} {problem}; a message needs {role!r}, a string, and {content!r}",
         )
     weight = message_weight(row, where, item)
     name = _role(item[role])
@@ -455,21 +456,21 @@ def tools_of(row: Row) -> list | None:
 
 def template_arguments_of(row: Row) -> dict[str, Any]:
     """Return the column `chat_template_kwargs`, further arguments of the chat template; {} without any."""
-    found = row.fields.get("chat_template_kwargs") or {}
-    found = _parsed(found) if isinstance(found, str) else found
-    if not isinstance(found, dict):
+    arguments = row.fields.get("chat_template_kwargs") or {}
+    arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
         raise row.invalid(
             "column 'chat_template_kwargs' of a wrong type",
             "column 'chat_template_kwargs' must be an object with names and values of template arguments",
         )
-    taken = sorted(filter(is_set_by_jaxft, found))
+    taken = sorted(filter(is_set_by_jaxft, arguments))
     if taken:
         raise row.invalid(
             "template arguments that are set by jaxft",
             f"column 'chat_template_kwargs' has {', '.join(taken)}, which jaxft or the tokenizer "
             "sets; remove it",
         )
-    return found
+    return arguments
 
 
 def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:

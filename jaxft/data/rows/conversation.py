@@ -71,8 +71,8 @@ def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
         prompt, instruction = instruction_of(row), not row.fields.get("history")
     else:
         prompt, instruction = with_system(row, messages_of(row, column)), False
-    found = {kind: _after(row, name, prompt) for kind, name in responses.items()}
-    return SplitRow(prompt, found, instruction and all(len(turns) == 1 for turns in found.values()))
+    turns_of = {kind: _after(row, name, prompt) for kind, name in responses.items()}
+    return SplitRow(prompt, turns_of, instruction and all(len(turns) == 1 for turns in turns_of.values()))
 
 
 def response_index(turns: Sequence[Message]) -> int:
@@ -206,22 +206,22 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
 
 
 def with_prompt(row: Row, format: str = "auto") -> Row:
-    """Return the row with the columns that are spelled with other cases or spaces, and with those that it has
-    only by another name, such as question for the prompt. All other columns stay.
+    """Rename a row's columns that differ in case or surrounding spaces, and the synonym of a missing column,
+    such as question for prompt. All other columns stay.
     """
     row = _respelled(row)
     return _with_columns(row, other_columns(row, format))
 
 
 def other_columns(row: Row, format: str = "auto") -> dict[str, str]:
-    """Return the columns that a row has only by another name, with these names: {"prompt": "question"}."""
+    """Map the columns that a row has only under another name to that name: {"prompt": "question"}."""
     row = _respelled(row)
     name = other_prompt(row) if format in ("auto", PLAIN) else None
-    found = {} if name is None else {"prompt": name}
+    others = {} if name is None else {"prompt": name}
     if format == "auto":
         optional = ("system", "input") if row.fields.get("instruction") is not None else ("system",)
-        found |= further_columns(row.fields, optional)
-    return found
+        others |= further_columns(row.fields, optional)
+    return others
 
 
 def _respelled(row: Row) -> Row:
@@ -268,13 +268,13 @@ def _readings(row: Row, format: str) -> list[_Reading]:
     if format != "auto":
         _require_column(row, has(format))
         return [_Reading(format, columns) for columns in (sets if format == "prompt" else [()])]
-    found = [_Reading(column) for column in ("messages", "conversations") if has(column)]
-    if has("prompt") and (sets != [()] or not found):
-        found += [_Reading("prompt", columns) for columns in sets]
-    if has("instruction") and (has("response") or has("output") or not found):
-        found.append(_Reading("instruction"))
-    _require_column(row, bool(found))
-    return found
+    readings = [_Reading(column) for column in ("messages", "conversations") if has(column)]
+    if has("prompt") and (sets != [()] or not readings):
+        readings += [_Reading("prompt", columns) for columns in sets]
+    if has("instruction") and (has("response") or has("output") or not readings):
+        readings.append(_Reading("instruction"))
+    _require_column(row, bool(readings))
+    return readings
 
 
 def _read(row: Row, reading: _Reading) -> SplitRow:
@@ -425,14 +425,14 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
             "chosen and rejected have no common first message, so there is no prompt; use conversations with "
             "a common beginning, or a column 'prompt'",
         )
-    found = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
-    if any(turns and turns[0]["role"] != "assistant" for turns in found.values()):
+    responses = {kind: turns[len(prompt) :] for kind, turns in whole.items()}
+    if any(turns and turns[0]["role"] != "assistant" for turns in responses.values()):
         raise row.invalid(
             "dialogues that differ before the last turn",
             f"chosen and rejected differ in message {len(prompt)}, which is not an assistant turn; fix or "
             "remove the row",
         )
-    return SplitRow(prompt, found)
+    return SplitRow(prompt, responses)
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:

@@ -44,10 +44,10 @@ _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 class Listing:
     """A dataset in chunks, each of which one process can read.
 
-    labels: what the names of its rows begin with, such as file names. folder: of the files, "" without any.
+    labels: prefixes of the names of its rows, such as file names. folder: of the files, "" without any.
     digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
     chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
-    about how the files are read where they don't say it, such as their encoding.
+    about how the files are read that are not obvious, such as their encoding.
     """
 
     labels: tuple[str, ...]
@@ -74,13 +74,13 @@ def find_data(ref: str) -> Path | None:
     candidates = [Path(ref).expanduser()]
     if not candidates[0].is_absolute():
         candidates.append(ROOT / ref)
-    found = next((path for path in candidates if path.exists()), None)
+    existing = next((path for path in candidates if path.exists()), None)
     folder, _, split = ref.rpartition(":")
-    if found is None and folder and split:
+    if existing is None and folder and split:
         parent = find_data(folder)
         if parent is not None and split in saved_splits(parent):
             return parent / split
-    return found
+    return existing
 
 
 def saved_splits(path: Path) -> list[str]:
@@ -226,8 +226,8 @@ def _split_notes(folder: Path, files: list[Path]) -> list[str]:
     all of them are read.
     """
     words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
-    train = [name for name, found in words.items() if "train" in found]
-    others = [name for name, found in words.items() if found & {*_EVALUATION_SPLITS}]
+    train = [name for name, parts in words.items() if "train" in parts]
+    others = [name for name, parts in words.items() if parts & {*_EVALUATION_SPLITS}]
     if not (train and others):
         return []
     how = f"set data={folder / train[0]} held_out={folder / others[0]}"

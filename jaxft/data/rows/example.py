@@ -62,7 +62,7 @@ ChoiceValue = str | bool | int | float
 
 @dataclass(frozen=True)
 class DecisionChoice:
-    """A choice: its value, by which an answer names it, and perhaps what it means."""
+    """A choice of a decision: its value, which the answer of a row names, and an optional description."""
 
     value: ChoiceValue
     description: str = ""
@@ -77,8 +77,8 @@ class DecisionChoice:
 class Decision:
     """A question to a model: the messages of its prompt, and the choices.
 
-    answers: what the response to each choice is after `prefix`; each is one token. probabilities: of the
-    choices, which sum to 1; () where they are not known. arguments: as in Chat.
+    answers: the response for each choice, after `prefix`; each is one token. probabilities: of the choices,
+    which sum to 1; () where they are not known. arguments: as in Chat.
     """
 
     name: str

@@ -39,8 +39,8 @@ MOST_LABELS = 100  # that are counted
 class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
     theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
-    the rows have besides a text, or the text besides another format. labels: of a classifier's rows, where
-    data.labels names none.
+    the rows have in addition to a text, or the text in addition to another format. labels: of a classifier's
+    rows, where data.labels names none.
     """
 
     name: str
@@ -99,10 +99,10 @@ def parse_rows(
         return re.sub(r"column '(\w+)'", lambda m: f"column {theirs.get(m[1], m[1])!r}", text)
 
     for row in rename_rows(format, rows, settings.columns, formats):
-        found = attempt(convert, row)
-        if theirs and isinstance(found, InvalidRow):
-            found = InvalidRow(found.name, named(found.reason), named(found.problem))
-        yield found
+        parsed = attempt(convert, row)
+        if theirs and isinstance(parsed, InvalidRow):
+            parsed = InvalidRow(parsed.name, named(parsed.reason), named(parsed.problem))
+        yield parsed
 
 
 def parse_dataset(
@@ -180,7 +180,7 @@ def choose_format(
         known = ", ".join(formats)
         raise ValueError(f"data.format={format!r}; use auto, {PLAIN} or one of {known}")
     if plain and not formats[chosen].plain:
-        strings = " and ".join(name for name, found in formats.items() if found.plain)
+        strings = " and ".join(name for name, candidate in formats.items() if candidate.plain)
         raise ValueError(
             f"data.format={PLAIN} is for {strings or 'other'} rows, and these rows have format "
             f"{chosen}; set data.format=auto"
@@ -193,12 +193,12 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
     """Return (ours, theirs) of a format's columns that rows with a text have too by other names; the text, if
     another format is chosen.
     """
-    _, row = max(counts.rows.values(), key=lambda found: found[0])
+    _, row = max(counts.rows.values(), key=lambda read: read[0])
     if chosen != TEXT:
         return ((TEXT, TEXT),) if row.fields.get(TEXT) is not None else ()
     rest = {column: x for column, x in row.fields.items() if column != TEXT}
-    found = attempt(_detect_by_other_names, Row(row.name, rest), set(), formats)
-    return () if isinstance(found, InvalidRow) else found[1]
+    read = attempt(_detect_by_other_names, Row(row.name, rest), set(), formats)
+    return () if isinstance(read, InvalidRow) else read[1]
 
 
 def rename_rows(
@@ -225,10 +225,10 @@ def _most_common_format(
         votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
         rows = defaultdict[Any, list[Row]](list)
         for count, row in counts.rows.values():
-            found = attempt(detect, row, mapped, formats)
-            if not isinstance(found, InvalidRow):
-                votes[found] += count
-                rows[found].append(row)
+            detected = attempt(detect, row, mapped, formats)
+            if not isinstance(detected, InvalidRow):
+                votes[detected] += count
+                rows[detected].append(row)
         if votes:
             format, columns = best = votes.most_common(1)[0][0]
             each = (further_columns(row.fields, formats[format].optional) for row in rows[best])
@@ -246,7 +246,7 @@ def _detect_by_other_names(
     row: Row, mapped: set[str], formats: Formats
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these."""
-    found = dict[str, dict[str, str]]()
+    renamed = dict[str, dict[str, str]]()
     for format, known in formats.items():
         missing = [names for names in known.required if not any(row.fields.get(c) is not None for c in names)]
         if not missing and mapped <= known.columns:
@@ -254,24 +254,24 @@ def _detect_by_other_names(
         others = {names[0]: other_name(row.fields, names[0]) for names in missing}
         taken = [theirs for theirs in others.values() if theirs is not None]
         if missing and len({*taken}) == len(missing) and mapped <= known.columns:
-            found[format] = dict(zip(others, taken, strict=True))
-    fewest = min(map(len, found.values()), default=0)
-    best = [format for format, others in found.items() if len(others) == fewest]
+            renamed[format] = dict(zip(others, taken, strict=True))
+    fewest = min(map(len, renamed.values()), default=0)
+    best = [format for format, others in renamed.items() if len(others) == fewest]
     if len(best) != 1:
         raise row.invalid("columns of no format", "no format fits with other names of columns")
-    return best[0], tuple(found[best[0]].items())
+    return best[0], tuple(renamed[best[0]].items())
 
 
 def describe_formats(formats: Formats) -> str:
     """Return the formats and their columns in one line."""
-    listed = {name: found for name, found in formats.items() if found.listed}
-    each = ((name, map(" or ".join, found.required)) for name, found in listed.items())
+    listed = {name: each_format for name, each_format in formats.items() if each_format.listed}
+    each = ((name, map(" or ".join, each_format.required)) for name, each_format in listed.items())
     return "; ".join(f"{name} ({' + '.join(columns)})" for name, columns in each)
 
 
 def known_columns(formats: Formats) -> list[str]:
     """Return the names of all columns that the formats may have."""
-    return sorted(set().union(*(found.columns for found in formats.values())))
+    return sorted(set().union(*(known.columns for known in formats.values())))
 
 
 def names_in_datasets(formats: Formats) -> list[str]:
@@ -327,7 +327,7 @@ class _Names(NamedTuple):
         return cls(
             mapping,
             frozenset(known_columns(formats)),
-            frozenset(c for found in formats.values() for c in found.optional),
+            frozenset(c for known in formats.values() for c in known.optional),
             frozenset(c for names in alike for c in names),
         )
 
@@ -369,7 +369,7 @@ def _has(fields: dict, columns: tuple[tuple[str, ...], ...]) -> bool:
 
 
 def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
-    needed = {name: found.required for name, found in formats.items()}
+    needed = {name: known.required for name, known in formats.items()}
 
     def fitting(fields: dict) -> list[str]:  # a format without a column of data.columns is not meant
         fits = [x.name for x in formats.values() if _has(fields, x.required) and mapped <= x.columns]
@@ -406,14 +406,14 @@ def _other_task(names: Sequence[str], formats: Formats) -> str | None:
     """Return the task that has a format with these columns: one of which no format here has, or all of them
     and no other that may be a response or a label; None without one.
     """
-    here, own = known_columns(formats), {found.task for found in formats.values()}
+    here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
     named = dict.fromkeys(name.strip().lower() for name in names)
     fits = list[tuple[int, bool, str]]()
-    for found in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
-        required = tuple(tuple(map(str.lower, group)) for group in found.required)
+    for candidate in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
+        required = tuple(tuple(map(str.lower, group)) for group in candidate.required)
         foreign = [c for group in required for c in group if c in named and c not in here]
-        if _has(named, required) and (foreign or {*named} <= {"id", *found.columns}):
-            fits.append((len(required), found.listed, found.task))
+        if _has(named, required) and (foreign or {*named} <= {"id", *candidate.columns}):
+            fits.append((len(required), candidate.listed, candidate.task))
     return max(fits)[2] if fits else None
 
 
@@ -422,15 +422,17 @@ def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
     most with one; those of the example if no name is one of any format.
     """
     near: list[tuple[int, int, list[str]]] = []
-    named = [found for found in formats.values() if found.listed and found.rewrite is own_columns]
-    for groups in (found.required for found in named):
+    named = [
+        candidate for candidate in formats.values() if candidate.listed and candidate.rewrite is own_columns
+    ]
+    for groups in (candidate.required for candidate in named):
         missing = [group for group in groups if not {*group} & {*names}]
         meant = meant_columns(names, [column for group in missing for column in group])
         columns = [next((c for c in group if c in meant), group[0]) for group in missing]
         unknown = sum(column not in meant for column in columns)
         if unknown < len(groups):
             near.append((unknown, unknown - len(groups), columns))
-    fewest = min(near, key=lambda found: found[:2], default=None)
+    fewest = min(near, key=lambda candidate: candidate[:2], default=None)
     wanted = (x.required for x in sorted(formats.values(), key=lambda x: not x.plain) if len(x.required) > 1)
     return fewest[2] if fewest else [names[0] for names in next(wanted)]
 

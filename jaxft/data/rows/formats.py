@@ -168,8 +168,8 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
     texts = [
         text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)
     ]
-    found = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
-    return {RESPONSE: Solution(row.name, text_of(row, "prompt"), tuple(texts), found)}
+    right = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
+    return {RESPONSE: Solution(row.name, text_of(row, "prompt"), tuple(texts), right)}
 
 
 # ---- decisions

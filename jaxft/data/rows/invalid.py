@@ -53,8 +53,8 @@ class Tally(NamedTuple):
 class InvalidRows:
     """Counts a dataset's invalid rows in `tallies` by reason, or raises the first.
 
-    limit: the largest fraction of rows that may be left out; None raises the first. names_first: whether more
-    are the error of the first of them, else one that counts them by reason.
+    limit: the largest fraction of rows that may be left out; None raises the first. names_first: above the
+    limit, raise the error of the first invalid row, instead of one that counts them by reason.
     """
 
     def __init__(self, limit: float | None, names_first: bool = False):

@@ -84,9 +84,9 @@ def target_weights(chat: Chat, loss_on: str) -> dict[int, float]:
     for index in chat.weights.keys() - set(turns):
         _check_other_role(chat, index, loss_on)
     weights = {index: chat.weights.get(index, float(index >= first)) for index in turns}
-    found = {index: weight for index, weight in weights.items() if weight}
-    if found or loss_on == "all":
-        return found
+    learned = {index: weight for index, weight in weights.items() if weight}
+    if learned or loss_on == "all":
+        return learned
     if chat.weights.keys() & set(turns):
         problem = "no assistant turn is learned: all have weight 0 or train=false"
         raise InvalidRow(

@@ -69,8 +69,8 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
     if not all(items):
         raise ValueError(f"{setting}={text}: no source before or after a comma; name one, or remove it")
     with_options = [_split_options(item, setting) for item in items]
-    found = [_split_weight(bare, setting) for bare, _ in with_options]
-    refs = [ref for ref, _ in found]
+    weighted_refs = [_split_weight(bare, setting) for bare, _ in with_options]
+    refs = [ref for ref, _ in weighted_refs]
     files = [path.resolve() if (path := _find(ref)) else ref for ref in refs]
     twice = next((ref for ref, file in zip(refs, files, strict=True) if files.count(file) > 1), None)
     if twice:
@@ -80,7 +80,7 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
         name if names.count(name) == 1 else without_secrets(ref)
         for name, ref in zip(names, refs, strict=True)
     ]
-    shares = _shares(text, setting, refs, [weight for _, weight in found])
+    shares = _shares(text, setting, refs, [weight for _, weight in weighted_refs])
     return tuple(map(SourceRef, refs, shares, names, (options for _, options in with_options)))
 
 
@@ -318,7 +318,10 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
     for name, side in (("train", ~held), ("held_out", held)):
         if side.any() and not (side & ~out).any():
             value, drop = getattr(settings, name), ",".join(settings.drop)
-            raise ValueError(f"data.{name}={value}: data.drop={drop} leaves no {settings.unit[:-1]}")
+            raise ValueError(
+                f"data.{name}={value}: data.drop={drop} leaves no {settings.unit[:-1]}; "
+                "drop less, or add rows"
+            )
     train = np.flatnonzero(~held & ~out)
     if not rows.weights[train].any():
         raise ValueError(

@@ -29,7 +29,7 @@ _NUMBERS = ("score", "rating", "overall_score", "rank")
 
 
 def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
-    """Return a row with a label of several texts as one with one text, which has a line for each."""
+    """Return a row of several texts and a label with the texts joined into one, a line each."""
     text = "\n".join(f"{column}: {text_of(row, column)}" for column in columns)
     return Row(row.name, {**row.fields, "text": text})
 
@@ -56,7 +56,9 @@ def from_options(
 
 
 def kinds_of_ranking(responses: int) -> tuple[str, ...]:
-    """Return the kinds of so many responses: the best, the worst, and those between in order."""
+    """Return the kinds of the responses of a ranking: chosen, rejected, and between them rank_2, rank_3 and
+    so on.
+    """
     return ("chosen", "rejected", *(f"rank_{place}" for place in range(2, responses)))
 
 
@@ -66,7 +68,7 @@ def best_first(kinds: Sequence[str]) -> list[str]:
 
 
 def rating_columns(responses: int) -> tuple[str, ...]:
-    """Return the columns of the ratings of so many responses."""
+    """Return the columns of the ratings of a number of responses."""
     return tuple(_RATING + kind for kind in kinds_of_ranking(responses))
 
 
@@ -195,7 +197,7 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
 def from_better(
     row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
 ) -> Row:
-    """Return two responses as a pair. column: says which is better, by its values in `better` for the first
+    """Return two responses as a pair. column: names the better one, by its values in `better` for the first
     and the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
     """
     value = row.fields[column]
@@ -288,13 +290,13 @@ def _turn(row: Row, who: str, said: str) -> Message:
 
 def _objects(text: str) -> list[Any]:
     """Return the JSON objects that are in a text one after the other."""
-    decoder, found, at = json.JSONDecoder(), list[Any](), text.find("{")
+    decoder, objects, at = json.JSONDecoder(), list[Any](), text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
         except ValueError:
             end = at + 1
         else:
-            found.append(value)
+            objects.append(value)
         at = text.find("{", end)
-    return found
+    return objects

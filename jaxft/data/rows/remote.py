@@ -137,14 +137,14 @@ class _Ranges(io.RawIOBase):
         stop = min(self.at + len(buffer), self.file.size)
         if stop <= self.at:
             return 0
-        found = _fetch(self.file, self.at, stop)[1]
-        if len(found) != stop - self.at:
+        content = _fetch(self.file, self.at, stop)[1]
+        if len(content) != stop - self.at:
             raise ValueError(
-                f"{self.file}: the server sent {len(found)} bytes of {stop - self.at}; try again"
+                f"{self.file}: the server sent {len(content)} bytes of {stop - self.at}; try again"
             )
-        buffer[: len(found)] = found
+        buffer[: len(content)] = content
         self.at = stop
-        return len(found)
+        return len(content)
 
 
 def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
@@ -173,12 +173,12 @@ def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, byte
 
     A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
     """
-    found: list[tuple[Any, bytes]] = []
+    results: list[tuple[Any, bytes]] = []
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            found.append(request())
+            results.append(request())
         except BaseException as error:
             failed.append(error)
 
@@ -193,7 +193,7 @@ def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, byte
         )
     if failed:
         raise failed[0]
-    return found[0]
+    return results[0]
 
 
 def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
@@ -204,13 +204,13 @@ def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
         if response.status != 206:
             raise ValueError(f"{file}: the server does not support range requests; download the file")
         _check_response(file, response.headers, start, stop)
-        found = response.read(stop - start + 1)
-    if len(found) > stop - start:
+        content = response.read(stop - start + 1)
+    if len(content) > stop - start:
         raise ValueError(
             f"{file}: the server sends more than the {stop - start} bytes that were requested; download the "
             "file"
         )
-    return response.headers, found
+    return response.headers, content
 
 
 def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
@@ -244,10 +244,10 @@ def remote_files(ref: str) -> list[RemoteFile]:
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")
         return [_described(RemoteFile(ref, 0, ""))]
-    found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
-    if found is None:
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
+    if match is None:
         raise ValueError(f"data {ref!r} is not of the form hf://datasets/org/name[@revision][/pattern]")
-    repo, revision, pattern = found.groups()
+    repo, revision, pattern = match.groups()
     return _hub_files(ref, repo, revision, pattern or "*")
 
 

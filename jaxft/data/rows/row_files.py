@@ -56,8 +56,8 @@ NOT_READ = NotRead.NOT_READ
 class Chunk:
     """Rows that one process reads independently of others.
 
-    label: what the names of its rows begin with, or the folder of several files. size: the number of rows,
-    with those that cannot be read. read: a module's function, or a partial of one, so that it can be pickled.
+    label: the prefix of the names of its rows, or the folder of several files. size: the number of rows, with
+    those that cannot be read. read: a module's function, or a partial of one, so that it can be pickled.
     """
 
     label: str
@@ -112,7 +112,7 @@ def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[Chunk]:
 
 
 def spread_chunks(chunks: Sequence[Chunk], count: int, least: int) -> list[Chunk]:
-    """Return chunks with `count` rows at even distances, of at least `least` chunks at even distances."""
+    """Sample `count` rows at even distances, from at least `least` evenly spaced chunks."""
     rows = sum(chunk.size for chunk in chunks)
     parts = min(len(chunks), max(least, -(-len(chunks) * count // rows)))
     chosen = [chunks[i * len(chunks) // parts] for i in range(parts)]
@@ -157,7 +157,7 @@ def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Name the file in errors of the system."""
+    """Add the file's name to OSErrors that the body raises."""
     try:
         yield
     except PermissionError as error:
@@ -177,10 +177,10 @@ class _DuplicateKey(Exception):
 
 def _load(text: bytes | str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        merged = dict(pairs)
+        if len(merged) < len(pairs):
             raise _DuplicateKey(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
-        return found
+        return merged
 
     return json.loads(text, object_pairs_hook=unique)
 
@@ -249,8 +249,8 @@ def scan_lines(path: Path, report: Blocks) -> tuple[Chunk, ...]:
             if text.strip():
                 end = at + len(block.rstrip())
                 rows = 1 + lines + block.count(b"\n", 0, end - at)
-            while (found := block.find(b"\n", max(0, starts[-1][0] + ROW_CHUNK_BYTES - at))) >= 0:
-                starts.append((at + found + 1, 1 + lines + block.count(b"\n", 0, found + 1)))
+            while (line_end := block.find(b"\n", max(0, starts[-1][0] + ROW_CHUNK_BYTES - at))) >= 0:
+                starts.append((at + line_end + 1, 1 + lines + block.count(b"\n", 0, line_end + 1)))
             at, lines = at + len(block), lines + block.count(b"\n")
     bounds = zip(starts, [*starts[1:], (at, rows + 1)], strict=True)
     return tuple(
@@ -390,8 +390,8 @@ def rows_of_batch(
 ) -> Iterator[Outcome]:
     """Yield the rows of an Arrow record batch.
 
-    others: columns that are not in it. where: the file as errors name it. label: the file as the rows' names
-    begin. before: rows of the file before this batch.
+    others: columns that are not in it. where: the file as errors name it. label: the prefix of the rows'
+    names. before: rows of the file before this batch.
     """
     if row_parquet.batch_bytes(batch) > LINE_BYTES:
         half = batch.num_rows // 2
@@ -424,7 +424,9 @@ def _table_row(table: Any, index: int, where: str) -> Any:
 
 
 def read_table(table: Any, rows: range, where: str, label: str) -> Iterator[Outcome]:
-    """Read rows of a table of the package datasets. where, label: the table in errors and in rows' names."""
+    """Read rows of a table of the package datasets. where: its name in errors. label: the prefix of the rows'
+    names.
+    """
     items = table.select(rows)
     for number, item in enumerate(map(without_added_nulls, items), rows.start + 1):
         yield attempt(row_of, item, f"{where}:{number}", f"{label}:{number}")

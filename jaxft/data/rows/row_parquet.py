@@ -59,10 +59,10 @@ class GroupPlan(NamedTuple):
 
 
 def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None, where: str) -> GroupPlan:
-    """Return how to read a row group within limits, from what the file says and a pass over long columns.
+    """Return how to read a row group within limits, from the file's metadata and a pass over long columns.
 
     A group is refused, with a ValueError, only if it takes more than RATIO times its bytes in the file, and
-    either ONCE_BYTES at one time, whatever the size of batches, or its rows' part of the file's TOTAL_BYTES
+    either ONCE_BYTES at one time, for any size of batches, or its rows' part of the file's TOTAL_BYTES
     (EXPANDED_BYTES in a column that cannot stay encoded). Honest files that repeat long texts stay below
     these: their rows are read in batches of about LINE_BYTES.
 
@@ -73,16 +73,16 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
         known = {name.strip().lower() for name in used}
         used = {name for name in names if name.strip().lower() in known}
     columns = tuple(name for name in names if used is None or name in used)
-    found = _columns(file, group, used)
-    packed = RATIO * sum(c.packed for c in found)
-    if sum(c.at_once for c in found) > max(ONCE_BYTES, packed):
+    stored = _columns(file, group, used)
+    packed = RATIO * sum(c.packed for c in stored)
+    if sum(c.at_once for c in stored) > max(ONCE_BYTES, packed):
         raise ValueError(
             f"{where}: row group {group} takes more than {ONCE_BYTES >> 20} MiB in memory at once, {RATIO} "
             "times its size in the file; write the file again with smaller row groups"
         )
     limit = max(packed, TOTAL_BYTES * rows // max(1, file.metadata.num_rows))
     total, batch, encoded = 0, BATCH_ROWS, []
-    for column in found:
+    for column in stored:
         size = column.unpacked
         most = limit if column.has_dictionary else min(limit, max(packed, EXPANDED_BYTES))
         if column.is_delta:
@@ -129,10 +129,10 @@ class _Column(NamedTuple):
 
 def _columns(file: Any, group: int, used: Collection[str] | None) -> list[_Column]:
     """Return the columns of a group that are used."""
-    found = file.metadata.row_group(group)
+    group_metadata = file.metadata.row_group(group)
     columns = []
-    for i in range(found.num_columns):
-        chunk, described = found.column(i), file.schema.column(i)
+    for i in range(group_metadata.num_columns):
+        chunk, described = group_metadata.column(i), file.schema.column(i)
         path = chunk.path_in_schema
         if used is not None and not any(f"{path}.".startswith(f"{name}.") for name in used):
             continue
@@ -143,7 +143,7 @@ def _columns(file: Any, group: int, used: Collection[str] | None) -> list[_Colum
             at_once = max(unpacked, _LEVEL_BYTES * chunk.num_values)
         is_delta = "DELTA_BYTE_ARRAY" in chunk.encodings
         has_dictionary = chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY" and not is_delta
-        sizes = chunk.total_compressed_size, unpacked, at_once, chunk.num_values, found.num_rows
+        sizes = chunk.total_compressed_size, unpacked, at_once, chunk.num_values, group_metadata.num_rows
         columns.append(_Column(path, *sizes, has_dictionary, is_delta))
     return columns
 
@@ -233,10 +233,10 @@ def _values(array: Any) -> list[Any]:
 
     if not pyarrow.types.is_dictionary(array.type):
         return array.to_pylist()
-    indices, found = array.indices.to_pylist(), dict[int | None, Any]({None: None})
+    indices, unpacked = array.indices.to_pylist(), dict[int | None, Any]({None: None})
     for index in set(indices) - {None}:
-        found[index] = array.dictionary[index].as_py()
-    return [found[index] for index in indices]
+        unpacked[index] = array.dictionary[index].as_py()
+    return [unpacked[index] for index in indices]
 
 
 def batch_bytes(batch: Any) -> int:

@@ -64,7 +64,7 @@ def own_commands(text: str) -> str:
     started_as_jaxft().
     """
 
-    def command(found: re.Match[str]) -> str:
-        return " ".join(["jaxft", COMMAND_OF[found[1]], *found.groups()[1:][: found[2] is not None]])
+    def command(match: re.Match[str]) -> str:
+        return " ".join(["jaxft", COMMAND_OF[match[1]], *match.groups()[1:][: match[2] is not None]])
 
     return SCRIPT.sub(command, text) if started_as_jaxft() else text

@@ -95,8 +95,8 @@ def text_files(folder: Path) -> list[Path]:
     def is_hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES)
-    return sorted(path for path in found if path.is_file() and not is_hidden(path))
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES)
+    return sorted(path for path in paths if path.is_file() and not is_hidden(path))
 
 
 def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator[Outcome]:
@@ -163,7 +163,7 @@ class CsvText(NamedTuple):
     named: bool = False
 
     def notes(self, path: Path) -> list[str]:
-        """Return lines about what its suffix does not say."""
+        """Return lines about the encoding and the delimiter, if the file's suffix does not imply them."""
         usual = "\t" if path.suffix == ".tsv" else ","
         if self.delimiter == usual:
             return encoding_note(path, self.encoding)

@@ -49,7 +49,7 @@ def is_replacement(node: Any) -> bool:
 
 
 def unties(paths: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether merging an adapter with these nodes by path gives a tied head a matrix of its own: it has a
+    """Whether merging an adapter with these nodes, by path, makes a tied head a separate matrix: it has a
     part of the head, or changes the table only where tokens are read.
     """
     return "head" in paths or ("embed" in paths and "rows" not in paths["embed"])

@@ -327,7 +327,9 @@ def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
 def map_kernels(
     fn: Callable[[jax.Array, dict[str, Any]], jax.Array], base: Params, pairs: dict[str, dict[str, Any]]
 ) -> dict[str, jax.Array]:
-    """Return `fn(weight, pair)` of pairs by path: of each kernel of a stack by itself, dequantised."""
+    """Apply `fn(weight, pair)` to every adapted kernel, dequantised, and to each kernel of a stack
+    separately; return the results by path.
+    """
     weights = tree.paths(base, is_qtensor)
 
     def call(path: str, weight: Any, pair: dict[str, Any]) -> jax.Array:
@@ -372,8 +374,8 @@ def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:
-    """Return `w + scale a b`, with DoRA rescaled to its magnitudes, computed in float32 or wider, in `dtype`,
-    of one kernel or a stack.
+    """Return `w + scale a b` of one kernel or a stack, computed in float32 or wider and cast to `dtype`; with
+    DoRA rescaled to its magnitudes.
     """
     wide = np.promote_types(dtype, np.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
@@ -386,7 +388,9 @@ def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array
 def merge_node(
     path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
 ) -> jax.Array:
-    """Return a base's parameter, or one layer of it, with what an adapter has at its path, in `dtype`."""
+    """Return a base's parameter, or one layer of it, merged with an adapter's node at its path, in
+    `dtype`.
+    """
     if full_modules.is_replacement(node):
         return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
     return merge_leaf(weight, node, dtype)
@@ -423,7 +427,7 @@ def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float
 def output_factors(
     magnitude: Float[Array, "*K O"], w: Float[Array, "I O"], a: Array, b: Array, scale: Array
 ) -> Float[Array, "*K O"]:
-    """Return the factor of each output of a base weight w with a pair; only magnitude has a gradient."""
+    """Return DoRA's factor of each output of a base weight w with a pair; only magnitude has a gradient."""
     return gains(magnitude, output_norms(*jax.lax.stop_gradient((w, a, b)), scale))
 
 

@@ -141,8 +141,10 @@ def _check_own_tensor(path: str, base: Mapping[str, ParamSpec], names: WeightNam
 
 
 def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> list[str]:
-    """Return the names of the fields in which two settings declare other pairs or replaced parameters on a
-    base; of fields that only name the same modules in other words, of dropout and of initial values, none.
+    """Return the names of the fields in which two settings declare different pairs or replaced parameters on
+    a base.
+
+    Fields that name the same modules in other words, dropout and initial values do not count.
     """
     layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
     present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]

@@ -362,7 +362,7 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
 
 
 def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
-    """Return the cache of prompts padded on the left to the slots of `like`, as it is of longer prompts."""
+    """Pad the cache of prompts on the left to the slots of `like`."""
 
     def pad(x: Array, slots: int, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim

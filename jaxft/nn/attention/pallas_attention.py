@@ -421,7 +421,7 @@ def query_gradient(
 def key_gradients(
     qkv: tuple[jax.Array, jax.Array, jax.Array], ranges: KeyRanges, given: Cotangents, settings: _Settings
 ) -> tuple[Float[Array, "B S K E"], Float[Array, "B S K E"]]:
-    """Return the gradients of k and v, each program summing over the query heads of a key head; given: as in
+    """Return the gradients of k and v. Each program sums over the query heads of a key head. given: as in
     query_gradient.
     """
     from jax.experimental import pallas as pl

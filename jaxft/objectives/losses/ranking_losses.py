@@ -186,7 +186,10 @@ def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
     """
     declared = declaration(loss)
     if declared.coupled:
-        raise ValueError("all_pairs compares the responses of one row, but this loss couples rows")
+        raise ValueError(
+            "all_pairs compares the responses of one row, but this loss couples rows; "
+            "use a loss of single pairs"
+        )
 
     def of_rankings(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
         scores = ratings(pair)

@@ -111,8 +111,8 @@ def orpo_metrics(pair: PairBatch) -> dict[str, Array]:
 
 
 def kto_metrics(pair: PairBatch) -> dict[str, Array]:
-    """kl_mismatched: the log-ratio of the mismatched responses, whose mean's positive part is KTO's reference
-    point.
+    """Return the metric kl_mismatched: the log-ratio of mismatched responses. The positive part of its mean
+    is KTO's reference point.
 
     For preference(extra=...); TRL calls it `kl`.
     """

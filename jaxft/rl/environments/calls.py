@@ -105,7 +105,7 @@ class EventLoop:
         self.thread.start()
 
     def begin(self, value: Awaitable[Any]) -> Future:
-        """Run a coroutine, and return what it will return."""
+        """Start a coroutine; return a future of its result."""
         return asyncio.run_coroutine_threadsafe(_awaited(value), self.loop)
 
     def end(self) -> None:
@@ -127,7 +127,9 @@ def _shared_loops() -> list[EventLoop]:
 
 
 def shared_loop() -> EventLoop:
-    """Return the event loop of async rewards, on which their clients stay; another if that has ended."""
+    """Return the event loop that all async rewards run on, so that they can reuse their clients; a new one if
+    it has ended.
+    """
     loops = _shared_loops()
     if loops[0].ended:
         loops[0] = EventLoop()
@@ -212,8 +214,8 @@ class _Worker:
 
 
 class Calls:
-    """The threads of the episodes of rollouts. `submit` work of an episode, collect it by `finished`, and
-    `release` an episode that is over. As a context, it gives up at the end what still runs.
+    """The threads of the episodes of rollouts: `submit` work of an episode, collect it by `finished`, and
+    `release` an episode that is over. As a context manager, it abandons unfinished calls at the end.
 
     workers: the most calls at once.
 
@@ -254,16 +256,16 @@ class Calls:
         """Return (number, result or exception) of work that has ended since the last call, in the order of
         numbers. wait: until there is some; [] if nothing is in progress.
         """
-        found = list[tuple[int, Any]]()
+        results = list[tuple[int, Any]]()
         while True:
             while not self.results.empty():
                 task = self.results.get()
                 if self.running.get(task.number) is task:
                     del self.running[task.number]
-                    found.append((task.number, task.result))
-            found += self._overdue()
-            if found or not wait or not self.running:
-                return sorted(found, key=lambda pair: pair[0])
+                    results.append((task.number, task.result))
+            results += self._overdue()
+            if results or not wait or not self.running:
+                return sorted(results, key=lambda pair: pair[0])
             left = min(task.seconds_left for task in self.running.values())
             try:
                 self.results.put(self.results.get(timeout=min(max(left, 0.001), SLOWEST_CHECK)))
@@ -281,10 +283,10 @@ class Calls:
     def _overdue(self) -> list[tuple[int, Overdue]]:
         """Give up the calls that are overdue, and return them."""
         overdue = [task for task in self.running.values() if task.seconds_left < 0]
-        found = [task.number for task in overdue if self.workers[task.number].give_up(task)]
-        for number in found:
+        given_up = [task.number for task in overdue if self.workers[task.number].give_up(task)]
+        for number in given_up:
             del self.running[number], self.workers[number]
-        return [(number, Overdue()) for number in found]
+        return [(number, Overdue()) for number in given_up]
 
     def _started(self, episode: int) -> _Worker:
         try:

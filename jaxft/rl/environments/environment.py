@@ -55,7 +55,7 @@ CLASS_SHAPES = (
 
 
 class WrongType(Exception):
-    """An environment returned something else than its type says."""
+    """An environment returned a value of a wrong type."""
 
 
 def _state(state: EpisodeState) -> Any:
@@ -95,11 +95,12 @@ class Environment:
     score(state, task) -> the score of the episode; None: the sum of its turns' rewards, 0 if no turn has one,
     as when a limit ends an episode that only called tools. task.call calls a user's function, with the
     time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
-    they may have a second turn. resets: whether reset may return a prompt; a class says that its own does not
-    by `-> None`. prompts: whether it always does, as a class says by `-> str`: rows need none. by_name: of
-    several environments, the schemas of each, by what a row's column `environment` says; {} where all rows
-    have `schemas`. tool_errors: exceptions of tools that are returned to the model; others exclude the
-    episode. owner(state) -> the object that rewards with an argument `environments` read.
+    they may have a second turn. resets: whether reset may return a prompt; a class whose reset is annotated
+    `-> None` declares that it does not. prompts: whether it always returns one, as in a class whose reset is
+    annotated `-> str`, so that rows need none. by_name: of several environments, the schemas of each, by the
+    value of a row's column `environment`; {} where all rows have `schemas`. tool_errors: exceptions of tools
+    that are returned to the model; others exclude the episode. owner(state) -> the object that rewards with
+    an argument `environments` read.
     """
 
     name: str
@@ -119,8 +120,8 @@ class Environment:
     @property
     def row_tools(self) -> str:
         """The tools that prompts have; see row_settings.RowSettings."""
-        found = self.by_name or ({EVERY_ROW: self.schemas} if self.schemas else {})
-        return json.dumps(found) if found else ""
+        schemas = self.by_name or ({EVERY_ROW: self.schemas} if self.schemas else {})
+        return json.dumps(schemas) if schemas else ""
 
 
 def single_turn() -> Environment:
@@ -147,17 +148,17 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     ['add', 'multiply']
     """
     if given is None:
-        found = single_turn()
+        environment = single_turn()
     elif isinstance(given, Environment):
-        found = given
+        environment = given
     elif isinstance(given, Mapping) and given:
-        found = _of_several({str(name): environment_of(one) for name, one in given.items()})
+        environment = _of_several({str(name): environment_of(one) for name, one in given.items()})
     elif inspect.isclass(_without_partial(given)):
-        found = _of_class(_without_partial(given), given)
+        environment = _of_class(_without_partial(given), given)
     elif callable(given) and not inspect.signature(given).parameters:
-        found = _of_class(_made_by(given), given)
+        environment = _of_class(_made_by(given), given)
     elif callable(given):
-        found = _of_function(given)
+        environment = _of_function(given)
     elif "reset" in dir(given):
         name = type(given).__name__
         raise ValueError(
@@ -169,7 +170,7 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
             f"environment: {short_repr(given)} is neither a class nor a function (state, text, row) -> "
             "(observation, reward, done, state). Set environment=my_env.py:Name."
         )
-    return with_tools(found, tools) if tools else found
+    return with_tools(environment, tools) if tools else environment
 
 
 def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
@@ -210,8 +211,8 @@ def _of_function(function: Callable[..., Any]) -> Environment:
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
         inner, row = state
-        found = checked_step(task.call(function, inner, text, row))
-        return found._replace(state=(found.state, row))
+        result = checked_step(task.call(function, inner, text, row))
+        return result._replace(state=(result.state, row))
 
     return Environment(name_of(function), reset, step, _no_tools, (), _no_score, resets=False, owner=_first)
 
@@ -229,8 +230,8 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
         part, inner = state
-        found = part.step(inner, text, task)
-        return found._replace(state=(part, found.state))
+        result = part.step(inner, text, task)
+        return result._replace(state=(part, result.state))
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return state[0].tools(state[1])
@@ -316,8 +317,8 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
         self, inner = state
-        found = checked_step(task.call(self.step, inner, text))
-        return found._replace(state=(self, found.state))
+        result = checked_step(task.call(self.step, inner, text))
+        return result._replace(state=(self, result.state))
 
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {method: getattr(state[0], method) for method in methods}

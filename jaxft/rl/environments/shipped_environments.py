@@ -36,7 +36,9 @@ class Calculator:
         """Begin with the row's own prompt."""
         self.answer = last_number(row["answer"])
         if self.answer is None:
-            raise ValueError(f"column 'answer' has no number: {row['answer']!r:.80}")
+            raise ValueError(
+                f"column 'answer' has no number: {row['answer']!r:.80}; correct or remove the row"
+            )
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
         """End the episode with the first turn that calls no tool."""
@@ -64,7 +66,7 @@ class Calculator:
 def calculator_rows(count: int, seed: int) -> list[RowColumns]:
     """Return questions with answers, which take a call of each tool, one after the other.
 
-    Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or like it.
+    Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or similar.
     """
     rng = random.Random(seed)
     orders = ("multiply", "add"), ("add", "multiply")
@@ -165,10 +167,10 @@ class CodeInterpreter:
         Args:
             code: The program. No variables are left from earlier calls.
         """
-        found = run_python(code, self.limits)
-        if found.code is None:
-            return f"{found.output}\n[stopped after {self.limits.seconds:g} s]".lstrip()
-        return found.output or "[no output; print what you want to read]"
+        result = run_python(code, self.limits)
+        if result.code is None:
+            return f"{result.output}\n[stopped after {self.limits.seconds:g} s]".lstrip()
+        return result.output or "[no output; print what you want to read]"
 
 
 class Search:
@@ -188,7 +190,9 @@ class Search:
         """Begin with the row's own prompt."""
         self.words = _words(str(row["answer"]))
         if not self.words:
-            raise ValueError(f"column 'answer' has no words: {row['answer']!r:.80}")
+            raise ValueError(
+                f"column 'answer' has no words: {row['answer']!r:.80}; correct or remove the row"
+            )
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
         """End the episode with the first turn that searches nothing."""
@@ -201,8 +205,8 @@ class Search:
         Args:
             query: A few words.
         """
-        found = best_passages(self.corpus or villages(), query, self.results)
-        return "\n\n".join(found) or "Nothing matches."
+        passages = best_passages(self.corpus or villages(), query, self.results)
+        return "\n\n".join(passages) or "Nothing matches."
 
 
 def best_passages(corpus: Passages, query: str, count: int) -> list[str]:
@@ -268,9 +272,9 @@ def _facts() -> tuple[tuple[str, str, int, str], ...]:
     rng = random.Random(7)
 
     def joined(first: str, second: str, between: str = "") -> list[str]:
-        found = [a + between + b for a in first.split() for b in second.split()]
-        rng.shuffle(found)
-        return found
+        pairs = [a + between + b for a in first.split() for b in second.split()]
+        rng.shuffle(pairs)
+        return pairs
 
     names = joined("Bar Cor Dal Fen Gar Hol Kel Mor Nar Ost", "by den ford holm mouth")
     rivers = joined("Ad Be Ili Lu Or Sa Ta Ve Wi Zu", "le ra sk ne va")

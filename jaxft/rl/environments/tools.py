@@ -88,14 +88,14 @@ def _is_like_a_call(text: str) -> bool:
     if not text.lstrip().startswith("{"):
         return False
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return '"name"' in text
-    return isinstance(found, dict) and "name" in found and found.keys() <= CALL_KEYS
+    return isinstance(parsed, dict) and "name" in parsed and parsed.keys() <= CALL_KEYS
 
 
 def turn_message(turn: ParsedTurn) -> Message:
-    """Return the assistant's message of a turn, with its calls as such."""
+    """Return a turn as an assistant message, with its tool calls in the key tool_calls."""
     message: Message = {"role": "assistant", "content": turn.text}
     if turn.calls:
         message["tool_calls"] = [
@@ -176,8 +176,8 @@ def _result_of(
 @cache
 def _properties(function: Callable[..., Any]) -> Mapping[str, Any]:
     """Return the schemas of a tool's arguments."""
-    found: Mapping[str, Any] = tool_schema(function)["function"]["parameters"]["properties"]
-    return found
+    properties: Mapping[str, Any] = tool_schema(function)["function"]["parameters"]["properties"]
+    return properties
 
 
 def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) -> None:

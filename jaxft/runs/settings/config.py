@@ -115,9 +115,9 @@ def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object
         name = "frozen dataclass such as Run" if expected is object else expected.__name__
         raise ValueError(f"{path}: config returned type {type(root).__name__}; expected a {name}")
     dotted = {key: text for key, text in texts.items() if key not in knobs}
-    value, found = _with_fields(root, dotted, list(knobs), Path(path).stem)
+    value, changed = _with_fields(root, dotted, list(knobs), Path(path).stem)
     defaults = {name: knob.default for name, knob in knobs.items()}
-    return Resolved(value, defaults | given, found, (recipe, *overrides), defaults)
+    return Resolved(value, defaults | given, changed, (recipe, *overrides), defaults)
 
 
 def recipe_defaults(path: str) -> Any:
@@ -188,7 +188,7 @@ class Knob:
 
 def _knobs(fn: Callable) -> dict[str, Knob]:
     hints = type_hints(fn)
-    found: dict[str, Knob] = {}
+    knobs: dict[str, Knob] = {}
     for name, p in inspect.signature(fn).parameters.items():
         default, members = p.default, {name: Knob(hints.get(name, UNANNOTATED), p.default)}
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
@@ -197,11 +197,11 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
                 f.name: Knob(kinds[f.name], getattr(default, f.name), name)
                 for f in dataclasses.fields(default)
             }
-        twice = sorted(members.keys() & found.keys())
+        twice = sorted(members.keys() & knobs.keys())
         if twice:
             raise ValueError(f"{fn.__qualname__} has two knobs called {twice[0]}; rename one")
-        found |= members
-    return found
+        knobs |= members
+    return knobs
 
 
 def type_hints(thing: Any) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
         if isinstance(override, ObjectText):
             text = ObjectText.of(override.value)
         if key in texts:
-            raise ValueError(f"{key} is given twice: {texts[key]} and {text}")
+            raise ValueError(f"{key} is given twice: {texts[key]} and {text}; keep one")
         texts[key] = text
     return texts
 
@@ -304,7 +304,7 @@ def _with_fields(
             refused.append(str(error))
             continue
         if steps in fields:
-            raise ValueError(f"{key} and {fields[steps][0]} are the same field")
+            raise ValueError(f"{key} and {fields[steps][0]} are the same field; set only one")
         fields[steps] = (key, text)
     if refused:
         raise ValueError(join_lines(refused))
@@ -391,12 +391,12 @@ def knob_comments(recipe: Recipe) -> dict[str, str]:
 
 
 def _knob_comments(fn: Callable) -> dict[str, str]:
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for parameter in inspect.signature(fn).parameters.values():
         group = parameter.default
         if dataclasses.is_dataclass(group) and not isinstance(group, type):
-            found |= _comments(type(group))
-    return found | _comments(fn)
+            comments |= _comments(type(group))
+    return comments | _comments(fn)
 
 
 def _comments(definition: Any) -> dict[str, str]:
@@ -404,7 +404,7 @@ def _comments(definition: Any) -> dict[str, str]:
 
     Where a line has several, the comment belongs to the last.
     """
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for cls in reversed(inspect.getmro(definition)) if isinstance(definition, type) else [definition]:
         try:
             source = textwrap.dedent("".join(inspect.getsourcelines(cls)[0]))
@@ -424,8 +424,8 @@ def _comments(definition: Any) -> dict[str, str]:
             line = token.start[0]
             above = [start for start in starts if start <= line < end]
             if token.type == tokenize.COMMENT and above:
-                found[starts[max(above)]] = token.string.lstrip("# ").strip()
-    return found
+                comments[starts[max(above)]] = token.string.lstrip("# ").strip()
+    return comments
 
 
 def as_written(value: Any, kind: Any = None) -> str:

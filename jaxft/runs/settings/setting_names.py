@@ -57,11 +57,11 @@ def statements(file: Path) -> dict[str, str]:
         for number, line in enumerate(lines)
         if STATEMENT.match(line) and not (number and lines[number - 1].startswith("@"))
     ]
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         source = "".join(lines[start:end])
-        found |= dict.fromkeys(defined_names(source), source)
-    return found
+        sources |= dict.fromkeys(defined_names(source), source)
+    return sources
 
 
 def defined_names(source: str) -> list[str]:
@@ -94,10 +94,10 @@ def defined_as(name: ast.AST, file: Path) -> Definition | None:
         statement = definition(name.value.id, file)
         if isinstance(statement, ast.ImportFrom):
             return defined_as(ast.Name(name.attr), module_file(f"{statement.module}.{name.value.id}"))
-    found = definition(name.id, file) if isinstance(name, ast.Name) else None
-    if isinstance(found, ast.ImportFrom) and (found.module or "").startswith("jaxft."):
-        return defined_as(name, module_file(found.module or ""))
-    return None if found is None or isinstance(found, ast.ImportFrom) else Definition(found, file)
+    defined = definition(name.id, file) if isinstance(name, ast.Name) else None
+    if isinstance(defined, ast.ImportFrom) and (defined.module or "").startswith("jaxft."):
+        return defined_as(name, module_file(defined.module or ""))
+    return None if defined is None or isinstance(defined, ast.ImportFrom) else Definition(defined, file)
 
 
 def module_file(module: str) -> Path:
@@ -111,19 +111,19 @@ def members(kind: Definition) -> list[Definition]:
     if isinstance(node, ast.BinOp):
         return [m for side in (node.left, node.right) for m in members(Definition(side, file))]
     if isinstance(node, ast.Name | ast.Attribute):
-        found = defined_as(node, file)
-        return members(found) if found and not isinstance(found.node, ast.ClassDef) else [kind]
+        defined = defined_as(node, file)
+        return members(defined) if defined and not isinstance(defined.node, ast.ClassDef) else [kind]
     return [kind]
 
 
 def section_class(kind: Definition) -> Definition | None:
     """Return the dataclass among the members of an annotation, None without one."""
     for member in members(kind):
-        found = defined_as(member.node, member.file)
-        if found and isinstance(found.node, ast.ClassDef) and found.node.name != "Model":
-            marks = [ast.unparse(mark) for mark in found.node.decorator_list]
+        defined = defined_as(member.node, member.file)
+        if defined and isinstance(defined.node, ast.ClassDef) and defined.node.name != "Model":
+            marks = [ast.unparse(mark) for mark in defined.node.decorator_list]
             if any(mark.startswith("dataclass") for mark in marks):
-                return found
+                return defined
     return None
 
 
@@ -131,9 +131,9 @@ def base_classes(cls: Definition) -> Iterator[Definition]:
     """Yield a class's bases in jaxft and theirs, then the class itself."""
     assert isinstance(cls.node, ast.ClassDef)
     for base in cls.node.bases:
-        found = defined_as(base, cls.file)
-        if found and isinstance(found.node, ast.ClassDef):
-            yield from base_classes(found)
+        defined = defined_as(base, cls.file)
+        if defined and isinstance(defined.node, ast.ClassDef):
+            yield from base_classes(defined)
     yield cls
 
 
@@ -154,13 +154,13 @@ def knobs(recipe: Path) -> list[SettingSource]:
     config = definition("config", recipe)
     if not isinstance(config, ast.FunctionDef):
         return []
-    found = []
+    listed = []
     for argument in (*config.args.args, *config.args.kwonlyargs):
         kind = Definition(argument.annotation, recipe) if argument.annotation else None
         group = section_class(kind) if kind else None
         inner = fields_of(group) if group else {argument.arg: kind}
-        found += [SettingSource(name, annotation) for name, annotation in inner.items()]
-    return found
+        listed += [SettingSource(name, annotation) for name, annotation in inner.items()]
+    return listed
 
 
 def dotted_fields(recipe: Path) -> list[SettingSource]:
@@ -185,11 +185,11 @@ def data_class(recipe: Path) -> Definition | None:
     config = definition("config", recipe)
     for node in ast.walk(config) if config else ():
         is_class = isinstance(node, ast.Name) and node.id[:1].isupper()
-        found = defined_as(node, recipe) if is_class else None
-        if found and isinstance(found.node, ast.ClassDef):
-            names = [base.node.name for base in base_classes(found)]  # type: ignore[attr-defined]
+        defined = defined_as(node, recipe) if is_class else None
+        if defined and isinstance(defined.node, ast.ClassDef):
+            names = [base.node.name for base in base_classes(defined)]  # type: ignore[attr-defined]
             if "DataSettings" in names:
-                return found
+                return defined
     return None
 
 
@@ -210,26 +210,26 @@ def is_writable(kind: Definition) -> bool:
 
 def choices(kind: Definition) -> list[str]:
     """Return the values that an annotation lists: of booleans, literals, None, short names of functions."""
-    found: list[str] = []
+    texts: list[str] = []
     for node, file in members(kind):
         if isinstance(node, ast.Constant) and node.value is None:
-            found.append("none")
+            texts.append("none")
         elif isinstance(node, ast.Name) and node.id == "bool":
-            found += ["true", "false"]
+            texts += ["true", "false"]
         elif isinstance(node, ast.Subscript):
             inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
             outer = ast.unparse(node.value)
             if outer == "Literal":
                 for item in inner:
                     literal = isinstance(item, ast.Constant)
-                    found += [str(ast.literal_eval(item))] if literal else choices(Definition(item, file))
+                    texts += [str(ast.literal_eval(item))] if literal else choices(Definition(item, file))
             elif outer == "Annotated":
                 for mark in inner[1:]:
-                    found += named_by(mark, file)
-                found += choices(Definition(inner[0], file))
+                    texts += named_by(mark, file)
+                texts += choices(Definition(inner[0], file))
             elif outer == "tuple":
-                found += choices(Definition(inner[0], file))
-    return list(dict.fromkeys(found))
+                texts += choices(Definition(inner[0], file))
+    return list(dict.fromkeys(texts))
 
 
 def named_by(mark: ast.expr, file: Path) -> list[str]:
@@ -243,8 +243,8 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
 
 def constant_texts(node: ast.AST, file: Path) -> Iterator[str]:
     """Yield the constants of a tuple, or one constant, as written; names are looked up, others skipped."""
-    if found := defined_as(node, file):
-        node, file = found
+    if defined := defined_as(node, file):
+        node, file = defined
     if isinstance(node, ast.Constant):
         yield "none" if node.value is None else str(node.value)
     for item in node.elts if isinstance(node, ast.Tuple) else ():
@@ -354,8 +354,8 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
         has_value = not following.startswith("--") and "=" not in following
         value = text if equals else following if has_value else "true"
         given.append(f"{option} {value}" if equals or has_value else option)
-        if found := advice(option, value, Path(recipe).stem):
-            lines.append(found)
+        if line := advice(option, value, Path(recipe).stem):
+            lines.append(line)
         elif setting := next(iter(settings_called(normalised(option), recipe)), None):
             plain.append(f"{setting}={value}")
         else:

@@ -154,16 +154,16 @@ def recorded_defaults(section: Any, prefix: str = "") -> dict[str, Any]:
     """Return the default of each field of a dataclass and of the sections in it that has one, as JSON by
     dotted name.
     """
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for field in dataclasses.fields(section):
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
         if field.default is not dataclasses.MISSING:
-            found[name] = _as_json(describe(field.default))
+            defaults[name] = _as_json(describe(field.default))
         elif field.default_factory is not dataclasses.MISSING:
-            found[name] = _as_json(describe(field.default_factory()))
+            defaults[name] = _as_json(describe(field.default_factory()))
         if dataclasses.is_dataclass(value) and not isinstance(value, type | Model):
-            found |= recorded_defaults(value, f"{name}.")
-    return found
+            defaults |= recorded_defaults(value, f"{name}.")
+    return defaults
 
 
 def _as_json(value: Any) -> Any:
@@ -171,18 +171,20 @@ def _as_json(value: Any) -> Any:
 
 
 def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
-    """Return the `differences` between a record from before settings existed and one with their defaults."""
+    """Return the `differences` between a record without some settings, which did not exist then, and their
+    defaults.
+    """
     return {f"{name}: {_ABSENT} -> {_short(default)}" for name, default in defaults.items()}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """`a.b: 1 -> 2` for each place where two records differ; `absent` for a key that one of them lacks."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        lines = []
         for key in dict.fromkeys([*old, *new]):
             inner = f"{path}.{key}" if path else str(key)
-            found += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), inner)
-        return found
+            lines += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), inner)
+        return lines
     same = old == new and isinstance(old, bool) == isinstance(new, bool)
     return [] if same else [f"{path}: {_short(old)} -> {_short(new)}"]
 
@@ -285,7 +287,7 @@ def run_file(file: Path) -> types.ModuleType:
         code = compile(file.read_bytes(), str(file), "exec")
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
-        raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}") from error
+        raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}; correct it") from error
     except ValueError as error:  # a null byte, before Python 3.12
         raise ValueError(f"{short_path(file)}: not a Python file ({error})") from error
     try:
@@ -332,7 +334,7 @@ def load_callable(text: str, or_dict: bool = False) -> Any:
     if or_dict and isinstance(value, dict) and all(map(callable, value.values())):
         return value
     if not callable(value) and not dataclasses.is_dataclass(value):
-        raise ValueError(f"{text} has type {type(value).__name__}, not a function")
+        raise ValueError(f"{text} has type {type(value).__name__}, not a function; name a function")
     return value
 
 

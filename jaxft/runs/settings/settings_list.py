@@ -110,12 +110,12 @@ def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Ite
     """Yield settings with the other defaults that recipes have. recipes: name -> run."""
     values = {recipe: {s.name: s.default for s in settings_of(run)} for recipe, run in recipes.items()}
     for setting in settings:
-        found: dict[str, list[str]] = {}
+        by_value: dict[str, list[str]] = {}
         for recipe, of_run in values.items():
             value = of_run.get(setting.name) or setting.default
             if value != setting.default and setting.default is not None:
-                found.setdefault(str(value), []).append(recipe)
-        elsewhere = tuple((", ".join(recipes), value) for value, recipes in found.items())
+                by_value.setdefault(str(value), []).append(recipe)
+        elsewhere = tuple((", ".join(recipes), value) for value, recipes in by_value.items())
         yield dataclasses.replace(setting, elsewhere=elsewhere)
 
 
@@ -151,13 +151,13 @@ def descriptions(cls: type) -> dict[str, str]:
 
     Docstrings describe fields as `name: text. other, third: text.`, before their examples.
     """
-    name, found = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
+    name, texts = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
     for base in reversed(inspect.getmro(cls)):
         doc = " ".join((vars(base).get("__doc__") or "").partition(">>>")[0].split())
         parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
         for label, text in zip(parts[1::2], parts[2::2], strict=True):
-            found |= dict.fromkeys(label.split(", "), text.strip())
-    return found
+            texts |= dict.fromkeys(label.split(", "), text.strip())
+    return texts
 
 
 def matching(settings: Iterable[Setting], word: str) -> list[Setting]:

@@ -45,8 +45,8 @@ class MLflow:
         self._error, self._failed = mlflow.exceptions.MlflowException, False
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Send the finite metrics. Those of a step that is repeated after a restart replace nothing: MLflow
-        shows the newest.
+        """Send the finite metrics. MLflow shows the newest value of a step that is repeated after a
+        restart.
         """
         if self._failed:
             return

@@ -125,19 +125,19 @@ def tracked_run(folder: Path) -> TrackedRun:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return settings
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names, as on the command line, without None."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat_settings(value, f"{prefix}{name}.")
+            flat |= flat_settings(value, f"{prefix}{name}.")
         elif value is not None:
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[ModuleType]:
@@ -148,7 +148,7 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[ModuleT
     known = sorted(m.name for m in pkgutil.iter_modules(trackers.__path__) if m.name not in ALWAYS)
     for name in names:
         if name not in (*known, *OPEN):
-            raise ValueError(f"trackers has {name!r}; known are {', '.join(sorted((*known, *OPEN)))}")
+            raise ValueError(f"trackers has {name!r}; use {', '.join(sorted((*known, *OPEN)))}")
     chosen = [name for name in names if name not in OPEN]
     modules = [importlib.import_module(f"{trackers.__name__}.{name}") for name in chosen]
     for module in modules:

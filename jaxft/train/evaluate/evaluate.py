@@ -76,11 +76,11 @@ def sum_metrics(
     total: Metrics | None = None
     rows: list[Metrics] = []  # joined once: joining them batch by batch is quadratic in their number
     for batch in batches:
-        found = step(batch)
-        sums = jax.device_get({name: m for name, m in found.items() if not isinstance(m, PerRow)})
+        metrics = step(batch)
+        sums = jax.device_get({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
         total = sums if total is None else metric.add(total, sums)
         if with_rows:
-            rows.append(jax.device_get({name: m for name, m in found.items() if isinstance(m, PerRow)}))
+            rows.append(jax.device_get({name: m for name, m in metrics.items() if isinstance(m, PerRow)}))
     return {**(total or {}), **(metric.join_rows(rows) if rows else {})}
 
 
@@ -139,8 +139,8 @@ def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, st
     share = (fraction / 2 if text else fraction) * steps / times  # in steps of training, for one evaluation
 
     def most(total: int, cost: float) -> int | None:
-        found = max(1, int(share / cost + 1e-9))
-        return None if found >= total else found
+        number = max(1, int(share / cost + 1e-9))
+        return None if number >= total else number
 
     def most_batches(source: Source[Any]) -> int | None:
         batches = source.held_out
@@ -175,7 +175,9 @@ def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:
 
 
 def is_greater_better(name: str) -> bool | None:
-    """Return whether a greater value of a held-out metric is better; None for a name that does not tell."""
+    """Return whether a greater value of a held-out metric is better, by its name; None if the name does not
+    imply it.
+    """
     own = name.removeprefix(HELD_OUT)
     if own.endswith(LOWER_IS_BETTER):
         return False

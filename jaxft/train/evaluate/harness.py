@@ -109,11 +109,11 @@ def generation_config_notes(ref: str) -> list[str]:
     if located.kind != "folder" or not path.is_file():
         return []
     given = {name: value for name, value in read_model_json(path).items() if name in UNREAD}
-    found = [f"{name}={value}" for name, value in given.items() if value not in (None, 0, 1, [], {})]
-    if not found:
+    penalties = [f"{name}={value}" for name, value in given.items() if value not in (None, 0, 1, [], {})]
+    if not penalties:
         return []
     return [
-        f"warning: {path} has {', '.join(found)[:300]}, which jaxft does not apply; the hf backend of "
+        f"warning: {path} has {', '.join(penalties)[:300]}, which jaxft does not apply; the hf backend of "
         "lm-evaluation-harness does, so its scores of tasks that generate text may differ"
     ]
 
@@ -142,7 +142,10 @@ class HarnessBackend:
             )
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is None and eos is None:
-            raise ValueError("the model's tokenizer has no BOS or EOS token, with which texts begin")
+            raise ValueError(
+                "the model's tokenizer has no BOS or EOS token, with which texts begin; use a model whose "
+                "tokenizer has one"
+            )
         self.prefix = eos if bos is None else bos  # before a text without a context
         self.end = bos if eos is None else eos
         self.template = template_of(tokenizer, settings.template)
@@ -154,18 +157,18 @@ class HarnessBackend:
 
     def notes(self) -> list[str]:
         """Return lines about requests that were changed."""
-        found = []
+        notes = []
         if self.truncated:
-            found.append(
+            notes.append(
                 f"{_are(self.truncated, 'request')} longer than the {self.length} tokens that the model "
                 "reads; the start of the context is left out"
             )
         if self.without_system:
-            found.append(
+            notes.append(
                 f"{_are(self.without_system, 'prompt')} without the system message, which the chat template "
                 "rejects"
             )
-        return found
+        return notes
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
         """Return token ids. special: whether with the tokenizer's special tokens, such as BOS; None is with
@@ -178,8 +181,8 @@ class HarnessBackend:
     def logps(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation of a context, and whether it is the greedy one."""
         self.truncated += sum(len(context) + len(tokens) > self.length + 1 for context, tokens in pairs)
-        found = self.scorer.scores([Continuation(*pair) for pair in pairs])
-        return [(score.logp, score.greedy) for score in found]
+        scores = self.scorer.scores([Continuation(*pair) for pair in pairs])
+        return [(score.logp, score.greedy) for score in scores]
 
     def check_generation(self, given: dict[str, Any]) -> None:
         """Raise ValueError for arguments of generation that jaxft does not have, or for more tokens than the
@@ -202,12 +205,12 @@ class HarnessBackend:
         of_settings: dict[_Generation, list[int]] = {}
         for number, (_, given) in enumerate(requests):
             of_settings.setdefault(generation_settings(given, end), []).append(number)
-        found = [""] * len(requests)
+        completed = [""] * len(requests)
         for generation, numbers in of_settings.items():
             texts = self._complete([requests[number][0] for number in numbers], generation)
             for number, text in zip(numbers, texts, strict=True):
-                found[number] = text
-        return found
+                completed[number] = text
+        return completed
 
     def _complete(self, contexts: Sequence[str], generation: _Generation) -> list[str]:
         loaded, longest = self.loaded, self._longest_context(generation.sampling.max_new)
@@ -243,7 +246,9 @@ class HarnessBackend:
         except REJECTIONS as error:
             others = [message for message in messages if message["role"] != "system"]
             if len(others) == len(messages):
-                raise ValueError(f"{self.template.name} rejects the messages of a task: {error}") from error
+                raise ValueError(
+                    f"{self.template.name} rejects the messages of a task: {error}; omit --chat"
+                ) from error
             self.without_system += 1
             return self.chat_text(others, generation)
         if generation:
@@ -308,7 +313,10 @@ class Continuation(NamedTuple):
 
 
 class ContinuationScore(NamedTuple):
-    """logp: log-probability in nats. greedy: whether every token is the model's most likely one."""
+    """The score of a continuation of a context.
+
+    logp: log-probability in nats. greedy: whether every token is the model's most likely one.
+    """
 
     logp: float
     greedy: bool
@@ -391,15 +399,15 @@ def make_token_scorer(loaded: LoadedWeights, batch: int, length: int) -> TokenSc
     def forward(params: Params, batch: Tokens) -> tuple[jax.Array, jax.Array]:
         rows: Any = jax.tree.map(lambda x: x[0], batch)
         h, _ = model.hidden(params, rows)
-        found = read_logps(model, params, h, (rows.read, rows.targets))
-        return found.logp, found.top1
+        read_values = read_logps(model, params, h, (rows.read, rows.targets))
+        return read_values.logp, read_values.top1
 
     return TokenScorer(loaded, batch, length, jax.jit(forward))
 
 
 def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredRow]:
     """Return the rows that are computed. Raises ValueError for a continuation of no or too many tokens."""
-    found: dict[tuple[int, ...], _ScoredRow] = {}
+    by_ids: dict[tuple[int, ...], _ScoredRow] = {}
     rows = []
     for number, (context, tokens) in enumerate(continuations):
         if not tokens or not context:
@@ -415,9 +423,9 @@ def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredR
         ids = tuple([*context, *tokens][-(length + 1) : -1])
         first = len(ids) - len(tokens)
         reads = [_Read(first + i, token, number) for i, token in enumerate(tokens)]
-        row = found.get(ids)
+        row = by_ids.get(ids)
         if row is None or len(row.reads) + len(reads) > read_sizes(length_bucket(len(ids), length))[-1]:
-            row = found[ids] = _ScoredRow(ids, [])
+            row = by_ids[ids] = _ScoredRow(ids, [])
             rows.append(row)
         row.reads.extend(reads)
     return rows
@@ -450,9 +458,9 @@ def batches_of(
         reads = next(count for count in read_sizes(size) if count >= len(row.reads))
         of_shape.setdefault((size, reads), []).append(row)
     return [
-        (shape, found[i : i + batch])
-        for shape, found in sorted(of_shape.items(), key=lambda item: item[0], reverse=True)
-        for i in range(0, len(found), batch)
+        (shape, rows_of_shape[i : i + batch])
+        for shape, rows_of_shape in sorted(of_shape.items(), key=lambda item: item[0], reverse=True)
+        for i in range(0, len(rows_of_shape), batch)
     ]
 
 
@@ -460,9 +468,9 @@ def batches_of(
 class HarnessFlags:
     """Options that replace the settings of tasks.
 
-    fewshot: examples in front of each question; None as the task says. limit: the first rows of each task;
-    None for all. system: a system message. generation: arguments of generation, such as {"max_gen_toks": 64}.
-    unsafe: whether tasks may execute code that the model writes.
+    fewshot: examples in front of each question; None for the task's own number. limit: the first rows of each
+    task; None for all. system: a system message. generation: arguments of generation, such as
+    {"max_gen_toks": 64}. unsafe: whether tasks may execute code that the model writes.
     """
 
     fewshot: int | None = None
@@ -473,9 +481,11 @@ class HarnessFlags:
 
 
 class HarnessResult(NamedTuple):
-    """metrics: by "task/metric". table: lm-evaluation-harness's own. report: its results as a JSON object,
-    with the responses to each row under "samples". notes: lines for the user. values: none; the table has
-    standard errors.
+    """The results of tasks of lm-evaluation-harness.
+
+    metrics: by "task/metric". table: lm-evaluation-harness's own. report: its results as a JSON object, with
+    the responses to each row under "samples". notes: lines for the user. values: none; the table has standard
+    errors.
     """
 
     metrics: dict[str, float]
@@ -507,11 +517,11 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
     files = [name for name in names if name.endswith((".yaml", ".yml"))]
     # Its own tasks are thousands of files, which take seconds to list.
     manager = TaskManager(include_path=folder, include_defaults=len(files) < len(names))
-    found: list[Any] = []
+    loaded_tasks: list[Any] = []
     for name in names:
         is_file = name in files
         if is_file and not Path(name).is_file():
-            raise ValueError(f"--tasks {name}: no such file (relative to {Path.cwd()})")
+            raise ValueError(f"--tasks {name}: no such file (relative to {Path.cwd()}); correct the path")
         matching = [name] if is_file else manager.match_tasks([name])
         if not matching:
             near = ", ".join(nearest(name, manager.all_tasks, 3)) or "none"
@@ -526,8 +536,8 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
                 problem = f"{type(error).__name__}: {error}"
                 raise ValueError(f"--tasks {one}: the task cannot be loaded: {problem}") from error
             groups = list(loaded.get("groups", {}).values())  # the first one contains the others
-            found += groups[:1] or list(loaded["tasks"].values())
-    return found
+            loaded_tasks += groups[:1] or list(loaded["tasks"].values())
+    return loaded_tasks
 
 
 def evaluate_tasks(
@@ -566,13 +576,13 @@ def evaluate_tasks(
 
 def task_metrics(report: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a report by "task/metric", with the name of a filter behind a comma."""
-    found = {}
+    metrics = {}
     for task, values in report["results"].items():
         for name, value in values.items():
             metric, _, filter = name.partition(",")
             if filter and isinstance(value, int | float):
-                found[f"{task}/{metric}" + ("" if filter == "none" else f",{filter}")] = value
-    return found
+                metrics[f"{task}/{metric}" + ("" if filter == "none" else f",{filter}")] = value
+    return metrics
 
 
 def report_name() -> str:

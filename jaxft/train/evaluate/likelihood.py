@@ -80,11 +80,11 @@ def _row_loss(
     check(source.info.fingerprint)
     stats = source.info.stats
     check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    found = evaluate(
+    evaluated = evaluate(
         lambda batch: eval_step(loaded.params, loaded.params, sharding.shard_batch(mesh, batch), {}),
         source.held_out,
     )
-    loss = found.get(LOSS, math.nan)
+    loss = evaluated.get(LOSS, math.nan)
     if not math.isfinite(loss):
         raise ValueError(
             f"{rows.train}: the loss is {loss}; use --dtype float32, or check the weights of the model"
@@ -94,7 +94,7 @@ def _row_loss(
         "tokens": sum(int((batch.token_weights > 0).sum()) for batch in source.held_out),
         LOSS: loss,
         PERPLEXITY: math.exp(loss) if loss < 700 else math.inf,
-        TOKEN_ACCURACY: found[TOKEN_ACCURACY],
+        TOKEN_ACCURACY: evaluated[TOKEN_ACCURACY],
     }
     truncated = source.split.rows.truncated[source.split.held].sum()
     notes = [*invalid_lines(stats.invalid)]
@@ -156,15 +156,15 @@ def _response_logps(
     forward: Callable[..., Any], loaded: LoadedWeights, params: Params, batches: Sequence[Pairs]
 ) -> dict[int, tuple[tuple[float, float], tuple[int, int]]]:
     """Return the log-probabilities of chosen and rejected, and their tokens, by the index of the pair."""
-    found = {}
+    by_pair = {}
     for batch in batches:
         sums = jax.device_get(forward(params, sharding.shard_batch(loaded.mesh, batch)))
         for at, pair in np.ndenumerate(batch.index[0]):
             if pair >= 0:
                 chosen_tokens, rejected_tokens = map(int, batch.lengths[0][at][:2])
                 logps = float(sums["chosen"][at]), float(sums["rejected"][at])
-                found[int(pair)] = logps, (chosen_tokens, rejected_tokens)
-    return found
+                by_pair[int(pair)] = logps, (chosen_tokens, rejected_tokens)
+    return by_pair
 
 
 def make_decision_scores(
@@ -193,7 +193,7 @@ def _decision_scores(
     check(source.info.fingerprint)
     stats = source.info.stats
     check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    found, parts = source.split.rows, list[Metrics]()
+    tokenised, parts = source.split.rows, list[Metrics]()
     results = dict[int, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
     for number, batch in enumerate(source.held_out):
         metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
@@ -205,10 +205,10 @@ def _decision_scores(
                     "weights of the model"
                 )
             example = source.layout.example_at(batch, number, at)
-            choices, labels = choice_names(found, example), found.extras[PROBABILITIES][example]
+            choices, labels = choice_names(tokenised, example), tokenised.extras[PROBABILITIES][example]
             predicted = p.reshape(-1, p.shape[-1])[at, : len(choices)]
             line = {
-                "row": found.names[example],
+                "row": tokenised.names[example],
                 "probabilities": dict(zip(choices, map(float, predicted), strict=True)),
                 "answer": dict(zip(choices, map(float, labels), strict=True)),
             }
@@ -221,15 +221,17 @@ def _decision_scores(
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
-    """Return the means over pairs; see pair_preferences. Of rows with one response and a label, which is a
-    chosen or a rejected one, there are their numbers and means by token too.
+    """Return the means over pairs; see pair_preferences.
+
+    Of rows with a single labelled response there are also counts and means per token, of chosen and of
+    rejected ones.
     """
     pairs = _pairs(scores)
     metrics: dict[str, float] = {"pairs": len(pairs)}
     metrics |= {name: float(np.mean(values)) for name, values in pair_wins(scores).items()}
     for kind in ("chosen", "rejected"):
-        found = [(getattr(x, kind), getattr(x, f"{kind}_tokens")) for x in scores]
-        logps, tokens = np.array([x for x in found if x[1]]).reshape(-1, 2).T
+        totals = [(getattr(x, kind), getattr(x, f"{kind}_tokens")) for x in scores]
+        logps, tokens = np.array([x for x in totals if x[1]]).reshape(-1, 2).T
         if len(logps):
             metrics[f"logps/{kind}"] = float(logps.mean())
         if len(logps) and len(pairs) < len(scores):

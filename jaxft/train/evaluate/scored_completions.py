@@ -96,8 +96,8 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
 
     def last_turn(prompt: str) -> str | None:
         question = prompt.rpartition(tail)[0] if tail else prompt  # an empty thinking block may follow
-        _, found, rest = question.rpartition(header) if header else ("", "", "")
-        return rest.strip() if found else None
+        _, separator, rest = question.rpartition(header) if header else ("", "", "")
+        return rest.strip() if separator else None
 
     return last_turn
 
@@ -161,8 +161,8 @@ def compile_sampler(
     def complete_held_out(params: Params) -> list[Completed]:
         ended = shown.counter("completions of held-out prompts", len(ids) * decoding.group)
         session = Session(engine, params, jax.random.key(0))
-        found = complete(session, ids, ended=ended).tokens
-        return [completed(text, row) for text, rows in zip(texts, found, strict=True) for row in rows]
+        tokens = complete(session, ids, ended=ended).tokens
+        return [completed(text, row) for text, rows in zip(texts, tokens, strict=True) for row in rows]
 
     return complete_held_out
 
@@ -201,13 +201,13 @@ class Completer:
             self.engines[program] = compile_engine(decoding, loaded.params, slots, loaded.mesh)
         session = Session(self.engines[program], loaded.params, jax.random.key(self.seed))
         with RowProgress("completing", len(ids) * samples, enabled=True) as progress:
-            found = complete(session, ids, is_enough=is_enough, ended=progress.add).tokens
-        if where := nonfinite_logits(found.reshape(-1, found.shape[-1])):
+            completions = complete(session, ids, is_enough=is_enough, ended=progress.add).tokens
+        if where := nonfinite_logits(completions.reshape(-1, completions.shape[-1])):
             raise ValueError(
                 f"{prompts[where[0] // samples][0]}: the logits of token {where[1] + 1} are not finite; use "
                 "--dtype float32, or check the weights of the model"
             )
-        return found
+        return completions
 
 
 class FunctionScores(NamedTuple):
@@ -243,11 +243,11 @@ def score_texts(
     """Return the scores of completions by each function. rows: names and columns. group: completions of each
     prompt.
     """
-    rewards, found = [FunctionReward(fn) for fn in functions], []
+    rewards, scores = [FunctionReward(fn) for fn in functions], []
     for name, reward in zip(unique_names(rewards), rewards, strict=True):
         values, faults, _ = call_reward(reward, prompts, completions, rows)
-        found.append(FunctionScores(name, values.reshape(-1, group), faults.first))
-    return found
+        scores.append(FunctionScores(name, values.reshape(-1, group), faults.first))
+    return scores
 
 
 class Scored(NamedTuple):
@@ -320,13 +320,13 @@ def make_scorer(
             (f"held-out prompt {1 + i // group}", {ANSWER: text.reference}) for i, text in enumerate(known)
         ]
         prompts = [text.prompt for text in known]
-        found = processes.from_first_process(
+        scored_by = processes.from_first_process(
             lambda: [
                 [name, values.tolist(), fault]
                 for name, values, fault in score_texts(functions, prompts, completions, rows, group)
             ]
         )
-        return [FunctionScores(name, np.array(values), fault) for name, values, fault in found]
+        return [FunctionScores(name, np.array(values), fault) for name, values, fault in scored_by]
 
     for one in call([text.reference for text in texts[: scoring.prompts]], 1) if functions else ():
         if one.fault:
@@ -346,14 +346,16 @@ def make_scorer(
         faults = []
         prompts = len(texts[: scoring.prompts]) if functions else 0
         scored = [one.completion for one in completions[: prompts * group]]
-        for found in call(scored, group):
-            for name, mean, by_prompt in found.figures(scoring.pass_at):
+        for scores in call(scored, group):
+            for name, mean, by_prompt in scores.figures(scoring.pass_at):
                 metric = f"{HELD_OUT}{SCORES}{name}"
                 metrics[metric], intervals[metric] = mean, interval_of(by_prompt)
-                for prompt, value in zip(prompt_names, by_prompt, strict=True) if name == found.name else ():
+                for prompt, value in zip(prompt_names, by_prompt, strict=True) if name == scores.name else ():
                     of_prompts[prompt] |= {} if math.isnan(value) else {f"{SCORES}{name}": value}
-            if found.fault:
-                faults.append(f"{found.missing} completions of held-out prompts have no score: {found.fault}")
+            if scores.fault:
+                faults.append(
+                    f"{scores.missing} completions of held-out prompts have no score: {scores.fault}"
+                )
         broken = np.array([one.finish == "nonfinite" for one in completions]).reshape(-1, group).any(1)
         intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # of one prompt
         of_prompts = {prompt: own for prompt, own in of_prompts.items() if own}
@@ -390,12 +392,12 @@ def scored_prompts(
         parsed = parse_dataset(renamed, SFT, RowSettings(format=format))
     except InvalidRow as error:  # no row has a response
         parsed = [error] * len(renamed)
-    found = []
+    prompts = []
     for row, outcome in zip(renamed, parsed, strict=True):
         response = None if isinstance(outcome, InvalidRow) else response_text(outcome.examples[RESPONSE])
         answer = {} if response is None else {ANSWER: response}
-        found.append(ScoredPrompt(row.name, prompt_of(row, format), {**answer, **row.fields}))
-    return found
+        prompts.append(ScoredPrompt(row.name, prompt_of(row, format), {**answer, **row.fields}))
+    return prompts
 
 
 def response_text(example: Example) -> str | None:
@@ -443,7 +445,10 @@ class CompletionScorer:
         notes, by_row = [], {}
         for one in scores:
             if np.isnan(one.values).all():
-                raise ValueError(f"no completion has a score: {one.fault}")
+                raise ValueError(
+                    f"no completion has a score: {one.fault}; correct the function, or choose another one "
+                    "with --by"
+                )
             if one.fault:
                 notes.append(f"{one.missing} completions have no score: {one.fault}")
             for name, mean, by_prompt in one.figures(self.passes):
@@ -469,8 +474,8 @@ class CompletionScorer:
         """
         new, limit = self.sampling.max_new, loaded.model.config.max_positions
         encoded = example_prompt_ids([prompt.prompt for prompt in prompts], loaded.tokenizer, self.template)
-        found = [valid(tokens) for tokens in encoded]
-        for prompt, tokens in zip(prompts, found, strict=True):
+        ids = [valid(tokens) for tokens in encoded]
+        for prompt, tokens in zip(prompts, ids, strict=True):
             if not tokens:
                 raise ValueError(f"{prompt.row}: the prompt has no tokens; fill it or remove the row")
             if len(tokens) + new > limit:
@@ -478,7 +483,7 @@ class CompletionScorer:
                     f"{prompt.row}: {len(tokens)} tokens plus --max-new {new} exceed the model's {limit} "
                     "positions; use a smaller --max-new, or remove the row"
                 )
-        return found
+        return ids
 
 
 def _or_none(score: float) -> float | None:
@@ -497,7 +502,7 @@ def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, li
     >>> pass_at(np.array([[1.0, 0.0, 0.0, 0.0]]), [1, 2])
     {1: [0.25], 2: [0.5]}
     """
-    found = {}
+    by_k = {}
     for k in ks:
         known = [own[~np.isnan(own)] for own in scores]
         estimates = [
@@ -507,5 +512,5 @@ def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, li
             for own in known
         ]
         if not np.isnan(estimates).all():
-            found[k] = estimates
-    return found
+            by_k[k] = estimates
+    return by_k

@@ -117,17 +117,17 @@ class CalibrationPlan:
 
 
 def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
-    """Return the first training rows of a source with at least so many tokens, or all of an epoch.
+    """Return the first training rows of a source with at least `tokens` tokens, or all of an epoch.
 
     They are the same for any mesh, data.micro, data.layout and number of epochs, which may change when a run
     resumes. Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
     """
-    found, count = list[np.ndarray](), 0
+    rows, count = list[np.ndarray](), 0
     for step in range(math.ceil(source.info.steps_per_epoch)):
         batch = source.batch(step, None)[0]  # type: ignore[arg-type]  # of fixed rows, which read no state
         for ids in sorted(_sequences(batch), key=lambda ids: hashlib.sha256(ids.tobytes()).digest()):
             if count < tokens:
-                found.append(ids)
+                rows.append(ids)
                 count += len(ids)
         if count >= tokens:
             break
@@ -136,7 +136,7 @@ def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationR
             f"{where}: its rows have {count} tokens, too few to calibrate; give rows with at least "
             f"{FEWEST_TOKENS}, better {tokens:,}"
         )
-    return _packed(found)
+    return _packed(rows)
 
 
 def _sequences(batch: Batch) -> Iterator[np.ndarray]:
@@ -173,9 +173,9 @@ def plan_file(
     """Return the calibration of the model `ref` on rows of a file. Raises ValueError for rows that cannot be
     used.
     """
-    found = rows_of_source(rows.open(tokenizer, 1, progress), rows.tokens, rows.rows)
+    calibration_rows = rows_of_source(rows.open(tokenizer, 1, progress), rows.tokens, rows.rows)
     quant = replace(quant, calibrate=rows.rows)
-    return CalibrationPlan(codes_name(ref, quant, found.digest, {}), ref, quant, found)
+    return CalibrationPlan(codes_name(ref, quant, calibration_rows.digest, {}), ref, quant, calibration_rows)
 
 
 def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan | None:
@@ -193,9 +193,9 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
                 f"{setting}: this run samples its rows from the model, which needs its weights first; name a "
                 "file with rows like them, such as quant.calibrate=rows.jsonl"
             )
-        found = rows_of_source(source, quant.calibrate_tokens, setting)
+        calibration_rows = rows_of_source(source, quant.calibrate_tokens, setting)
     else:
-        found = plan_file(run.weights, quant, _as_in_run(run, quant), tokenizer, print_line).rows
+        calibration_rows = plan_file(run.weights, quant, _as_in_run(run, quant), tokenizer, print_line).rows
     ranks = dict[str, tuple[int, ...]]()
     if run.adapter and run.adapter.init == QERA:
         layouts = check_ranks(run.model.specs, run.adapter, run.model.weight_names)
@@ -205,8 +205,8 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
                 "it out of adapter.targets"
             )
         ranks = {path: tuple(map(int, layout.ranks)) for path, layout in layouts.items()}
-    name = codes_name(run.weights, quant, found.digest, ranks)
-    return CalibrationPlan(name, run.weights, quant, found, ranks)
+    name = codes_name(run.weights, quant, calibration_rows.digest, ranks)
+    return CalibrationPlan(name, run.weights, quant, calibration_rows, ranks)
 
 
 def _as_in_run(run: Run, quant: Quant) -> Calibration:
@@ -278,19 +278,19 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
         return
     path = folder / CALIBRATED_JSON
     calibrated_codes(plan, progress)
-    found = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
+    record = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
     again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
-    if not processes.all_equal(found):
+    if not processes.all_equal(record):
         raise ValueError(f"the processes have computed different calibrated bases; {again}")
     with processes.agreement():
-        before = read_model_json(path) if path.is_file() else found
-        if before["codes"] == plan.name and before != found:
+        before = read_model_json(path) if path.is_file() else record
+        if before["codes"] == plan.name and before != record:
             raise ValueError(
                 f"{path}: the calibrated base in the cache is not the one that this run began with, perhaps "
                 f"of another device or version of jax; copy the cache of that machine, or {again}"
             )
         if processes.is_first():
-            write_durable_json(path, found)
+            write_durable_json(path, record)
 
 
 def input_squares(
@@ -312,13 +312,13 @@ def input_squares(
         _, size, length = source.shapes[-1].ids.shape
         steps = min(source.info.steps, -(-calibration.tokens // (size * length)))
         squares = jax.jit(partial(squared_inputs, model, paths))
-        found: dict[str, Any] = {}
+        total: dict[str, Any] = {}
         for step in range(steps):
             progress(f"calibrating on batch {step + 1} of {steps}")
             batch = source.batch(step, None)[0]  # type: ignore[arg-type]
             added = squares(base, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
-            found = jax.tree.map(jnp.add, found, added) if found else added
-        return found
+            total = jax.tree.map(jnp.add, total, added) if total else added
+        return total
 
 
 def squared_inputs(model: Model, paths: Collection[str], base: Params, tokens: Tokens) -> dict[str, Any]:

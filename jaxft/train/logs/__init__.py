@@ -2,6 +2,6 @@
 
 clock.py: the time of each phase
 logs.py: the logs of a run; parameters and data as JSON for its report
-meter.py: metrics between log entries
-nonfinite.py: a record of the first non-finite step
+meter.py: metrics and speed between log entries; the end of a run after loop.max_bad non-finite steps in a row
+nonfinite.py: the record of a run's first non-finite step, for debugging (loop.debug_nonfinite)
 """

@@ -63,7 +63,7 @@ class Clock:
 
     @contextlib.contextmanager
     def first(self, name: str) -> Iterator[bool]:
-        """Show the body as a part of its phase, the first time; the value is whether it is the first."""
+        """Show the progress of the body the first time that it runs; yield whether this is the first time."""
         if name in self._begun:
             yield False
             return
@@ -125,8 +125,8 @@ class Clock:
 
     def recent(self) -> dict[str, float]:
         """Return the seconds of evaluation and sampling since the last call, as timings of a log entry."""
-        found = {f"{phase}_seconds": self._recent.pop(phase, 0.0) for phase in ("evaluation", "sampling")}
-        return {name: seconds for name, seconds in found.items() if seconds}
+        recent = {f"{phase}_seconds": self._recent.pop(phase, 0.0) for phase in ("evaluation", "sampling")}
+        return {name: seconds for name, seconds in recent.items() if seconds}
 
     def _switch(self, phase: str) -> float:
         now = self._now()
@@ -146,8 +146,8 @@ def hardware() -> str:
     counts = device_counts([device.device_kind for device in jax.devices()])
     if jax.devices()[0].platform != "cpu":
         return counts
-    found = processor()
-    return f"{counts} ({found['name']}, {found['cores']} cores)"
+    cpu = processor()
+    return f"{counts} ({cpu['name']}, {cpu['cores']} cores)"
 
 
 def time_line(perf: dict[str, Any]) -> str:

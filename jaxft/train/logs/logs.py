@@ -74,7 +74,7 @@ class Logs:
                 self._overview.step(step, shown, total_rates(perf))
 
     def sync(self) -> list[dict[str, Any]]:
-        """Return when all logs are on disk, with what a checkpoint stores about them."""
+        """Sync all logs to disk; return what a checkpoint stores about them."""
         return [log.sync() for log in self._all][: len(self.members)]
 
     def message(self, text: str) -> None:
@@ -172,27 +172,27 @@ def open_logs(
         trackers: tuple[str | Tracker, ...] = (*member.run.trackers, *(callbacks if alone else ()))
         logs.append(Log(member.folder, job.steps, first, not alone, trackers))
     overview = None if job.sweep is None else Log(job.folder, job.steps, first, trackers=(*callbacks,))
-    found = Logs(logs, overview, clock)
-    clock.resume((saved or {}).get("seconds", {}), found.progress)
+    opened = Logs(logs, overview, clock)
+    clock.resume((saved or {}).get("seconds", {}), opened.progress)
     for line in startup_lines(job, first, list(dict.fromkeys(changes))) + checked:
-        found.message(line)
+        opened.message(line)
     if starts_again:
-        found.message(f"{job.folder} has no complete checkpoint: the run starts again at step 0")
+        opened.message(f"{job.folder} has no complete checkpoint: the run starts again at step 0")
     for log, logged in zip(logs, (saved or {}).get("logged", []), strict=False):  # older ones have none
         for line in log.missing(logged):
-            found.message(line)
+            opened.message(line)
     if first:
         for line in dict.fromkeys(moved):
-            found.message(f"changed since the last start: {line}")
+            opened.message(f"changed since the last start: {line}")
     lead, context = job.lead.run, job.lead.run.model.config.max_positions
     for text in [] if first else limit_alarms(lead.data, job.info.stats, job.tokenizer, context):
         for number in range(len(logs)):
-            found.alarm(number, first, text)
+            opened.alarm(number, first, text)
     for member, log in zip(job.members, logs, strict=True):
         log.listen(member.programs.objective.report.alarms)
     if overview is not None:
         overview.tabulate([member.label for member in job.members])
-    return found
+    return opened
 
 
 def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
@@ -259,9 +259,9 @@ def first_evaluation_lines(job: Job) -> list[str]:
             "score=none samples=0" if run.scoring.functions else "samples=0",
         ),
     )
-    found = [(f"{what}: {count}", setting) for what, count, setting in parts if count]
-    what, settings = (", ".join(text for text, _ in found), " ".join(setting for _, setting in found))
-    return [f"evaluating before the first step ({settings} leaves this out); {what}"] if found else []
+    evaluated = [(f"{what}: {count}", setting) for what, count, setting in parts if count]
+    what, settings = (", ".join(text for text, _ in evaluated), " ".join(setting for _, setting in evaluated))
+    return [f"evaluating before the first step ({settings} leaves this out); {what}"] if evaluated else []
 
 
 def eval_limit_lines(job: Job) -> list[str]:
@@ -283,8 +283,8 @@ def eval_limit_lines(job: Job) -> list[str]:
 
 
 def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:
-    """Return an evaluation that says which part of the held-out rows it has read, unless it has read all.
-    rows: values of single rows by their position.
+    """Note in an evaluation which part of the held-out rows it has read, unless it has read all. rows: values
+    of single rows by their position.
     """
     if job.limit.rows is None:
         return end
@@ -326,9 +326,9 @@ def write_contents(job: Job, number: int, first: int) -> None:
     if first and all(path.exists() for path in paths):
         return
     rows = [row._asdict() for row in parameter_rows(programs.partition, programs.mesh)]
-    found = inspected(job.source_of(number))
+    dataset = inspected(job.source_of(number))
     write_durable_json(paths[0], {"rows": rows})
-    write_durable_json(paths[1], {} if found is None else data_summary(found, job.tokenizer))
+    write_durable_json(paths[1], {} if dataset is None else data_summary(dataset, job.tokenizer))
 
 
 def inspected(source: Source[Any]) -> Inspected | None:

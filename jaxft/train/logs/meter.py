@@ -1,4 +1,6 @@
-"""Metrics between two log entries, throughput, and the profiler trace."""
+"""Metrics between two log entries, throughput, and the profiler trace; too many non-finite steps in a row end
+the run.
+"""
 
 import collections
 import contextlib
@@ -177,8 +179,8 @@ class Meters:
 
     def read(self) -> tuple[list[FloatMetrics], list[FloatMetrics]]:
         """Return (metrics, speed and memory) of each member since the last call."""
-        found = [meter.read() for meter in self._each]
-        return [metrics for metrics, _ in found], [perf for _, perf in found]
+        each = [meter.read() for meter in self._each]
+        return [metrics for metrics, _ in each], [perf for _, perf in each]
 
     def counters(self) -> list[dict[str, Any]]:
         """Return the state of each member that a checkpoint stores."""

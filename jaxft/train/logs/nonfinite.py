@@ -84,12 +84,12 @@ class NonfiniteRecorder:
             self._watched.discard(number)
             member, batch = self._job.members[number], batches[min(number, len(batches) - 1)]
             names = self._job.source_of(number).row_names(step)
-            found = diagnose(member, step, states[number], frozen[number], batch)
+            diagnosis = diagnose(member, step, states[number], frozen[number], batch)
             folder = member.folder / "nonfinite" / f"step-{step + 1}"
             if processes.is_first():
-                write_diagnosis(folder, found, batch, names)
+                write_diagnosis(folder, diagnosis, batch, names)
             label = f"{member.label}: " if member.label else ""
-            text = first_nonfinite(found, batch, names)
+            text = first_nonfinite(diagnosis, batch, names)
             self._logs.message(
                 f"{label}step {step + 1}: the loss, gradient or update is not finite; {text}. "
                 f"Details: {folder}"
@@ -112,10 +112,10 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
     everywhere = sharding.replicated(p.mesh)
     args = state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux
     outputs = make_layer_outputs(p.partition.model, member.run.objective, key)
-    found = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
+    computed = [jax.jit(fn, out_shardings=everywhere)(*args) for fn in (gradients, outputs)]
     params = tree.combine(state.trainable, frozen)
     parameters = jax.jit(norms, out_shardings=everywhere)(params)
-    parameters, gradient_norms, output_norms = jax.device_get((parameters, *found))
+    parameters, gradient_norms, output_norms = jax.device_get((parameters, *computed))
     nonfinite = first_parameter(params, p.partition.specs, p.mesh)
     layers = {path: layer_numbers(spec) for path, spec in spec_paths(p.partition.specs).items()}
     own, of_teacher = output_norms
@@ -166,12 +166,12 @@ def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
     numbers = {path: layer_numbers(spec) for path, spec in spec_paths(specs).items()}
 
     def bad(params: Params) -> dict[str, Any]:
-        found = {}
+        flags = {}
         for path, leaf in tree.paths(params, is_leaf=is_qtensor).items():
             value = dequantize(leaf) if is_qtensor(leaf) else leaf
             axes = tuple(range(1 if numbers[path] else 0, value.ndim))
-            found[path] = jnp.any(~jnp.isfinite(value), axes)
-        return found
+            flags[path] = jnp.any(~jnp.isfinite(value), axes)
+        return flags
 
     for path, wrong in jax.device_get(jax.jit(bad, out_shardings=sharding.replicated(mesh))(params)).items():
         if wrong.any():
@@ -192,47 +192,47 @@ def first_of_model(
         objective = member.run.objective(model)
         return (objective.text or objective) if of_text else objective
 
-    found = first_parameter(tree.combine(state.trainable, frozen), p.partition.specs, p.mesh)
+    text = first_parameter(tree.combine(state.trainable, frozen), p.partition.specs, p.mesh)
     outputs = make_layer_outputs(p.partition.model, objective_of, None)
     outputs = jax.jit(outputs, out_shardings=sharding.replicated(p.mesh))
-    for batch in () if found else batches:
+    for batch in () if text else batches:
         norms = jax.device_get(
             outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
         )
-        found = found or first_output(*norms)[0]
-    return found or "all parameters and all outputs of layers are finite, so it is the loss itself"
+        text = text or first_output(*norms)[0]
+    return text or "all parameters and all outputs of layers are finite, so it is the loss itself"
 
 
-def write_diagnosis(folder: Path, found: Diagnosis, batch: Batch, names: list[str]) -> None:
+def write_diagnosis(folder: Path, diagnosis: Diagnosis, batch: Batch, names: list[str]) -> None:
     """Write batch.npz, rows.json and norms.json."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "batch.npz", **{path.replace("/", "."): x for path, x in tree.paths(batch).items()})
     runfolder.write_durable_json(folder / "rows.json", names)
     norms = {
-        name: {path: x.tolist() for path, x in getattr(found, name).items()}
+        name: {path: x.tolist() for path, x in getattr(diagnosis, name).items()}
         for name in ("parameters", "gradients")
     }
     runfolder.write_durable_json(
         folder / "norms.json",
-        {**norms, **{name: [x.tolist() for x in getattr(found, name)] for name in OUTPUTS}},
+        {**norms, **{name: [x.tolist() for x in getattr(diagnosis, name)] for name in OUTPUTS}},
     )
 
 
-def first_nonfinite(found: Diagnosis, batch: Batch, names: list[str]) -> str:
+def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str:
     """Describe the first non-finite array of a step, with the names of its rows."""
     for path, x in tree.paths(batch).items():
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             bad = ~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1)
             return f"the batch is not finite in {path} of {_rows(bad, names)}"
-    if found.nonfinite:
-        return found.nonfinite
-    text, bad = first_output(found.outputs, found.teacher_outputs)
+    if diagnosis.nonfinite:
+        return diagnosis.nonfinite
+    text, bad = first_output(diagnosis.outputs, diagnosis.teacher_outputs)
     if text:
         return f"{text}, in {_rows(bad, names)}"
     layers = {
-        path: [numbers[i] for i in np.flatnonzero(~np.isfinite(found.gradients[path]))]
-        for path, numbers in found.layers.items()
-        if numbers and path in found.gradients
+        path: [numbers[i] for i in np.flatnonzero(~np.isfinite(diagnosis.gradients[path]))]
+        for path, numbers in diagnosis.layers.items()
+        if numbers and path in diagnosis.gradients
     }
     last = max((bad[-1] for bad in layers.values() if bad), default=None)
     if last is not None:

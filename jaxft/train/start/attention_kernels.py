@@ -122,7 +122,9 @@ def sample_length(length: int, parts: int = 1) -> int:
 
 
 def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges, np.ndarray]:
-    """Return the key ranges of two rows that have what `rows` says, and which tokens are real [2, T]."""
+    """Return the key ranges of two sample rows with the branches, packing and window that `rows` has, and the
+    mask of their real tokens [2, T].
+    """
     layout = BRANCHED_SAMPLE if rows.branches else PACKED_SAMPLE if rows.packed else PLAIN_SAMPLE
     segments, branches = (np.zeros((2, tokens), np.int32) for _ in range(2))
     for r, parts in enumerate(layout):
@@ -154,8 +156,8 @@ def _results(
     *qkv, do = x
     real = real_BT[:, :, None, None]
     o, backward = jax.vjp(lambda q, k, v: kernel(q, k, v, ranges, softcap), *qkv)
-    found = o, *backward(jnp.where(real, do, 0))
-    return tuple(jnp.where(real, a.astype(jnp.float32), 0) for a in found)
+    arrays = o, *backward(jnp.where(real, do, 0))
+    return tuple(jnp.where(real, a.astype(jnp.float32), 0) for a in arrays)
 
 
 def kernel_errors(
@@ -198,6 +200,6 @@ def kernel_errors(
     return errors[0], max(4 * errors[1], least)  # vendors' kernels round intermediate values too
 
 
-def _relative_error(found: np.ndarray, exact: np.ndarray) -> float:
-    error = float(np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()))
+def _relative_error(computed: np.ndarray, exact: np.ndarray) -> float:
+    error = float(np.sqrt(np.square(computed - exact).mean() / np.square(exact).mean()))
     return error if np.isfinite(error) else float("inf")

@@ -46,7 +46,7 @@ RowRange = tuple[int, int]  # the first row, and the one after the last
 
 
 class FirstRows(NamedTuple):
-    """The rows that an EVA adapter starts from.
+    """The rows whose activations initialise an EVA adapter.
 
     batches: returns batches [micro, rows, ...], the same in every call. report: called with lines for the
     user.
@@ -99,9 +99,9 @@ def eva_adapter(
     parts: dict[str, list[list[np.ndarray]]] = {}  # of the kernels whose covariances are not complete yet
     for group in _groups({source: shapes[source] for source in counts}):
         rows.report(f"adapter.init={EVA}: reading the inputs of {_names(group, shapes)}")
-        found = input_statistics(model, base, group, rows.batches(), mesh)
+        statistics = input_statistics(model, base, group, rows.batches(), mesh)
         for source, (_, end) in group.items():
-            moments = found.moments[source]
+            moments = statistics.moments[source]
             own = [layer_on_host(moments, (i,)) for i in range(len(moments))]
             parts.setdefault(source, []).append(own)
             if end == shapes[source][-2]:
@@ -116,7 +116,7 @@ def eva_adapter(
     if processes.is_first():
         explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
         ranks = redistributed_ranks(layouts, explained, settings.eva_rho)
-        rows.report(_summary(ranks, explained, int(found.count)))
+        rows.report(_summary(ranks, explained, int(statistics.count)))
         first = first_a(directions, ranks, shapes)
     first = {path: sync.array_of_first(first[path]) for path in paths}
 
@@ -151,12 +151,12 @@ def input_statistics(
             moments[path] = jnp.zeros((layers, end - first, inputs), wide)
         return InputStatistics(jnp.zeros((), wide), means, moments)
 
-    found = jax.jit(empty, out_shardings=everywhere)()
+    statistics = jax.jit(empty, out_shardings=everywhere)()
     for batch in batches:
         for i in range(len(batch.ids)):
             part = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-            found = add(base, found, sharding.shard_batch(mesh, part))
-    return found
+            statistics = add(base, statistics, sharding.shard_batch(mesh, part))
+    return statistics
 
 
 def _add_batch(
@@ -176,8 +176,8 @@ def _add_batch(
     def statistics(before: Any, after: Any) -> dict[str, Any]:
         return {path: _centred(x, counted, parts[path]) for path, x in tapped.take().items()}
 
-    found = model.hidden({"base": tapped_base}, rows, observe=statistics)[1]
-    totals, moments = ({path: pair[i] for path, pair in found.items()} for i in (0, 1))
+    sums = model.hidden({"base": tapped_base}, rows, observe=statistics)[1]
+    totals, moments = ({path: pair[i] for path, pair in sums.items()} for i in (0, 1))
     total = known.count + count
     share = count / jnp.maximum(total, one)
     steps = {path: totals[path] / jnp.maximum(count, one) - known.means[path] for path in totals}
@@ -231,15 +231,15 @@ def _names(group: dict[str, RowRange], shapes: dict[str, tuple[int, ...]]) -> st
 
 def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.ndarray]], tokens: int) -> str:
     """Return a line about the ranks and the variance that the first directions explain."""
-    paths, found = list(ranks), [rank for of_layers in ranks.values() for rank in of_layers]
+    paths, all_ranks = list(ranks), [rank for of_layers in ranks.values() for rank in of_layers]
     parts = [
         float(np.sum(explained[input_of(path, paths)][layer][:rank]))
         for path, of_layers in ranks.items()
         for layer, rank in enumerate(of_layers)
     ]
     return (
-        f"adapter.init={EVA}: ranks from {min(found)} to {max(found)} by the inputs of {tokens:,} tokens, of "
-        f"whose variance they explain {100 * sum(parts) / len(parts):.0f} % on average"
+        f"adapter.init={EVA}: ranks from {min(all_ranks)} to {max(all_ranks)} by the inputs of {tokens:,} "
+        f"tokens, of whose variance they explain {100 * sum(parts) / len(parts):.0f} % on average"
     )
 
 
@@ -320,13 +320,13 @@ def first_a(
     """Return `a` at step 0 by path, in the shapes [L, I, R] of `shapes`: as many directions as a layer has
     ranks, then zeros.
     """
-    found = {}
+    a_by_path = {}
     for path, of_layers in ranks.items():
         source, a = input_of(path, list(ranks)), np.zeros(shapes[path], np.float32)
         for layer, rank in enumerate(of_layers):
             a[layer, :, :rank] = directions[source][layer].vectors[:, :rank]
-        found[path] = a
-    return found
+        a_by_path[path] = a
+    return a_by_path
 
 
 def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[Params, Adapter]:
@@ -339,8 +339,8 @@ def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[P
     used = jax.jit(lambda pairs: {path: jnp.sum(jnp.any(a != 0, -2), -1) for path, a in pairs.items()})
     counts = jax.device_get(used({path: nodes[path]["a"] for path in declared}))
     layouts: dict[str, PairRanks] = {}
-    for path, found in counts.items():
-        ranks = tuple(int(rank) for rank in np.ravel(found))
+    for path, of_path in counts.items():
+        ranks = tuple(int(rank) for rank in np.ravel(of_path))
         times = [
             (new / old) ** (0.5 if settings.rslora else 1.0) if new else 0.0
             for new, old in zip(ranks, declared[path].ranks, strict=True)

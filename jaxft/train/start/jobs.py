@@ -106,7 +106,7 @@ class Job:
         return tuple(self.all_general[i] for i in spread(len(self.all_general), self.limit.texts))
 
     def limit_evaluation(self, limit: EvaluationLimit) -> "Job":
-        """Return the job whose evaluations read so much."""
+        """Return the job with a limit of the held-out rows and text that its evaluations read."""
         sources = tuple(source.limit_evaluation(limit.rows) for source in self.sources)
         return replace(self, sources=sources, limit=limit)
 
@@ -270,21 +270,21 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
     A run resumes from the same weights only. Raises ValueError for an adapter of a run that has changed since
     that run was finished.
     """
-    found = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
+    fingerprints = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
     if Path(run.weights).exists():
-        found["weights_path"] = str(Path(run.weights).resolve())
+        fingerprints["weights_path"] = str(Path(run.weights).resolve())
     revision = hub.locate(run.weights, config_only=True).revision
-    found |= {"weights_revision": revision} if revision else {}
+    fingerprints |= {"weights_revision": revision} if revision else {}
     if run.start:
         runfolder.check_results(adapter_folder(run.start))
-        found["start_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(run.start))
+        fingerprints["start_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(run.start))
     for name, head in run.heads.items():
         if head.start:
             runfolder.check_results(adapter_folder(head.start))
-            found[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
+            fingerprints[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
         if head.weights:
-            found[f"{name}_fingerprint"] = runfolder.weights_fingerprint(head.weights)
-    return found | teacher_fingerprints(run.teacher)
+            fingerprints[f"{name}_fingerprint"] = runfolder.weights_fingerprint(head.weights)
+    return fingerprints | teacher_fingerprints(run.teacher)
 
 
 def run_folder(settings: Run | Sweep, root: Path) -> Path:
@@ -310,9 +310,9 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     if job.sweep is not None:
         records = {"config.json": {"members": [member.label for member in job.members]}, **records}
     with mirrored(job.folder, url, records, defaults=recorded_defaults(job.lead.run)) as copies:
-        found = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, copies=copies)
-        with contextlib.closing(found):
-            yield found, copies
+        checkpoints = Checkpoints(job.folder / CHECKPOINTS, loop.keep_last, loop.keep_best, copies=copies)
+        with contextlib.closing(checkpoints):
+            yield checkpoints, copies
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:

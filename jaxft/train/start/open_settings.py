@@ -76,17 +76,20 @@ def objective_kind(run: Run) -> str:
 
 
 def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
-    """Return the settings of a command that returns a Run. The learning rate is chosen where it is "auto", or
-    where the command names no rate, and another model than the recipe's or full=true.
+    """Return the settings of a command that returns a Run, with a learning rate if the command leaves it
+    open.
+
+    The rate is chosen if it is "auto", and if the command names no rate, but full=true or another model than
+    the recipe's.
     """
-    found = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
+    resolved = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
     names = [text.partition("=")[0] for text in overrides if text in AUTO]
-    if not names and _is_open(found, "lr") and "lr" in found.knobs:
-        changed = [x for x in ("model", "full") if found.knobs.get(x) != found.defaults.get(x)]
-        follows = found.knobs["lr"] is None and changed == ["full"]  # the recipe has a rate for either
+    if not names and _is_open(resolved, "lr") and "lr" in resolved.knobs:
+        changed = [x for x in ("model", "full") if resolved.knobs.get(x) != resolved.defaults.get(x)]
+        follows = resolved.knobs["lr"] is None and changed == ["full"]  # the recipe has a rate for either
         names = ["lr"] if changed and not follows else []
-    chosen = {name: str(learning_rate(found.value)) for name in names}
-    return _with(replace(found, line=(recipe, *overrides)), chosen)
+    chosen = {name: str(learning_rate(resolved.value)) for name in names}
+    return _with(replace(resolved, line=(recipe, *overrides)), chosen)
 
 
 # Lengths and batches
@@ -119,8 +122,10 @@ def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolv
     remat = settings.knobs.get("remat", "projections")
     fit = Fit(run, lengths, _budget(settings), remat, devices or jax.device_count())
     chosen = fit.choose(names)
-    found = _with(settings, {_name_of(settings, name): str(value) for name, value in chosen.items()})
-    return found, [*lines, *replace(fit, run=found.value).lines(chosen)]
+    fitted_settings = _with(
+        settings, {_name_of(settings, name): str(value) for name, value in chosen.items()}
+    )
+    return fitted_settings, [*lines, *replace(fit, run=fitted_settings.value).lines(chosen)]
 
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
@@ -198,8 +203,8 @@ def _with(settings: Resolved, more: Chosen) -> Resolved:
     recipe, *overrides = settings.line
     chosen = {**settings.chosen, **more}
     written = [text for text in overrides if text not in AUTO]
-    found = config.resolve_config(recipe, [*written, *(f"{k}={v}" for k, v in chosen.items())], Run)
-    return replace(found, line=settings.line, chosen=chosen)
+    resolved = config.resolve_config(recipe, [*written, *(f"{k}={v}" for k, v in chosen.items())], Run)
+    return replace(resolved, line=settings.line, chosen=chosen)
 
 
 def _recorded(settings: Resolved, root: Path) -> Chosen:
@@ -282,23 +287,23 @@ class Fit:
         data, longest, what = self.data, self.lengths.longest, self.data.unit.removesuffix("s")
         limit = getattr(data, self.limit)
         shown = ", ".join(f"{p} % up to {percentile(longest, p):,}" for p in (50, 90, 99))
-        found = [f"tokens of {self.lengths.described} {what}s: {shown}, the longest {longest.max():,}"]
-        found.append(self._cover_line(limit))
+        texts = [f"tokens of {self.lengths.described} {what}s: {shown}, the longest {longest.max():,}"]
+        texts.append(self._cover_line(limit))
         if isinstance(data, Prompts) and "max_new" in chosen:
-            found.append(self._new_tokens_line())
+            texts.append(self._new_tokens_line())
         tokens = micro_tokens(data, self.lengths, limit)
         memory = activation_bytes(self.run.model, self.remat) * tokens
-        found.append(
+        texts.append(
             f"a step has {data.units_per_step} {what}{'s' * (data.units_per_step > 1)} in {data.micro} "
             f"microbatch{'es' * (data.micro > 1)} of at most {tokens:,} tokens, whose activations take "
             f"{gib(memory)} (a microbatch may have {self.budget:,} tokens)"
         )
         if isinstance(data, Prompts) and tokens > self.budget and data.micro == data.units_per_step:
-            found.append(
+            texts.append(
                 f"a prompt with its {data.group} completions has more than these {self.budget:,} tokens; if "
                 "memory is short, lower group or max_new"
             )
-        return [*found, f"chosen from the rows: {_written(chosen)}"] if chosen else found
+        return [*texts, f"chosen from the rows: {_written(chosen)}"] if chosen else texts
 
     def _with_data(self, **changes: Any) -> "Fit":
         data: Any = replace(self.data, **changes)

@@ -138,8 +138,8 @@ def add_cached_logps(
     )
     if missing:
         batches = source.cover(missing)
-        for batch, found in zip(batches, compute(batches), strict=True):
-            values = source.values(batch, found)
+        for batch, batch_logps in zip(batches, compute(batches), strict=True):
+            values = source.values(batch, batch_logps)
             known.update({source.keys[i]: value.astype(np.float32) for i, value in values.items()})
         failure = write_logps(path, known) if processes.is_first() else None
         if failure:

@@ -108,13 +108,15 @@ def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
 
 def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
     """Return hashes of the weights that a teacher has in addition to the run's base."""
-    found: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
     if teacher and teacher.weights is not None:
-        found["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
+        fingerprints["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
     if teacher and teacher.start is not None:
         runfolder.check_results(adapter_folder(teacher.start))
-        found["teacher_adapter_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(teacher.start))
-    return found
+        fingerprints["teacher_adapter_fingerprint"] = runfolder.adapter_fingerprint(
+            adapter_folder(teacher.start)
+        )
+    return fingerprints
 
 
 def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition:

@@ -70,9 +70,9 @@ class MultiAdapter:
 def combine_objectives(
     objectives: Sequence[Objective], separate_rows: bool = False, at_once: int = 1
 ) -> MultiAdapter:
-    """Return the objectives as one.
+    """Combine the objectives of several adapters into one MultiAdapter, which documents the arguments.
 
-    Raises ValueError for a wrong `at_once` and for several kinds of reference.
+    Raises ValueError for an `at_once` that does not divide them, and for several kinds of reference.
     """
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
@@ -166,11 +166,11 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
 
 def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
     """Return metrics [K] of outputs [K, rows, ...] of all held-out batches."""
-    found = [
+    each = [
         objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
         for k, objective in enumerate(adapters.objectives)
     ]
-    return stack_metrics(found)
+    return stack_metrics(each)
 
 
 def own_params(params: Params) -> Params:
@@ -210,8 +210,8 @@ def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: P
     blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
     if count == 1:
         return fn(0, *_first(blocks))
-    found = jax.lax.map(lambda args: fn(args[0], *args[1]), (jnp.arange(count), blocks))
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
+    results = jax.lax.map(lambda args: fn(args[0], *args[1]), (jnp.arange(count), blocks))
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), results)
 
 
 def _own_references(adapters: MultiAdapter, aux: Sequence[Aux]) -> Params | None:
@@ -280,26 +280,26 @@ def _loss(
     names = _union(shapes)
 
     def block_loss(first: int, parts: list[Outputs]) -> tuple[Array, Metrics]:
-        found = [objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
-        total = sum((loss for loss, _ in found[1:]), found[0][0])
-        return total, stack_metrics([metrics for _, metrics in found], names)
+        losses = [objectives[first + g].loss(parts[g], aux[first + g]) for g in range(G)]
+        total = sum((loss for loss, _ in losses[1:]), losses[0][0])
+        return total, stack_metrics([metrics for _, metrics in losses], names)
 
     branches = [partial(block_loss, first) for first in range(0, len(objectives), G)]
     return branches[0](parts) if len(branches) == 1 else jax.lax.switch(block.number, branches, parts)
 
 
-def _union(found: Sequence[Metrics]) -> Metrics:
+def _union(each: Sequence[Metrics]) -> Metrics:
     """A metric of every name."""
-    return {name: metric for metrics in found for name, metric in metrics.items()}
+    return {name: metric for metrics in each for name, metric in metrics.items()}
 
 
-def stack_metrics(found: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
+def stack_metrics(each: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
     """Stack metrics to [K] each. names: a metric of every name, by default of those that any has; one that an
     adapter does not have is neutral.
     """
-    names = _union(found) if names is None else names
+    names = _union(each) if names is None else names
     whole = [
         {name: metrics.get(name) or neutral({name: like})[name] for name, like in names.items()}
-        for metrics in found
+        for metrics in each
     ]
     return jax.tree.map(lambda *x: jnp.stack(x), *whole)

@@ -85,14 +85,14 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
 
     def step(states: States, frozen: Any, batch: Batch) -> tuple[States, Metrics]:
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]
-        grads, found = gradients(adapters, trainable, frozen, batch, aux)
+        grads, metrics = gradients(adapters, trainable, frozen, batch, aux)
         own = _own_batches(batch, len(states)) if adapters.separate_rows else [batch] * len(states)
         done = [
-            update(state, k, grads, found, own[k])
+            update(state, k, grads, metrics, own[k])
             for k, (update, state) in enumerate(zip(updates, states, strict=True))
         ]
         counts = stack_metrics([more for _, more in done])
-        return tuple(state for state, _ in done), {**found, **counts}
+        return tuple(state for state, _ in done), {**metrics, **counts}
 
     return step
 

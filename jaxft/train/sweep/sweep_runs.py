@@ -64,7 +64,10 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
         if label not in failed
     }
     if not ends:
-        raise ValueError(f"{folder}: none of its runs is finished")
+        raise ValueError(
+            f"{folder}: none of its runs is finished; correct the errors above and start the same command "
+            "again"
+        )
     before, after = (
         {label: end[side]["metrics"] for label, end in ends.items()} for side in ("before", "after")
     )

@@ -59,7 +59,7 @@ class InverseFactor(NamedTuple):
 
 @jax.jit
 def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
-    """Factorise the inverse of a moment, damped; the inputs of several weights have the same."""
+    """Factorise the inverse of a damped moment. Weights with the same inputs share it."""
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))
@@ -256,10 +256,10 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
 def swept(
     matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, choose: Callable
 ) -> Array:
-    """Return codes [I, O] that are chosen input by input, in blocks.
+    """Choose codes [I, O] input by input, in blocks; each choice changes the remaining inputs.
 
-    one(j, state of the input, arrays of its block, block of the matrix) -> (change, code): the change of the
-    j-th input of a block, times its row of the matrix, is subtracted from the state of all inputs.
+    choose(j, state of the input, arrays of its block, block of the matrix) -> (change, code): the change of
+    the j-th input of a block, times its row of the matrix, is subtracted from the state of all inputs.
     """
     ins, outs = state.shape
     size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
@@ -294,7 +294,8 @@ def swept(
 def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
     """Return a [in, R], b [R, out] so that `scale a b` has the R largest singular values of a weight.
 
-    Their roots are in both. The vectors are eigenvectors of the smaller Gram matrix, computed in float64.
+    Each side has the square roots of these values. The vectors are eigenvectors of the smaller Gram matrix,
+    computed in float64.
     """
     import scipy.linalg  # not at the top: most runs do not need it
 

@@ -54,8 +54,8 @@ _Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
 
 
 class StartPairs(NamedTuple):
-    """The adapter at step 0, and the adapter that the base is stored without: the same, except for LoftQ and
-    QERA.
+    """Two adapters of a run whose adapter starts from the base's weights: the adapter at step 0, and the one
+    that is subtracted from the stored base. They are the same, except for LoftQ and QERA.
     """
 
     start: Params

@@ -197,7 +197,8 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
     if how.rank is not None and how.rank > min(ends):
         raise ValueError(
             f"--rank {how.rank}: {where} is a matrix of {ends[0]} x {ends[1]}, which has at most rank "
-            f"{min(ends)}"
+            f"{min(ends)}; "
+            "lower it"
         )
 
 

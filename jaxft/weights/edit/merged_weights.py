@@ -108,7 +108,7 @@ def merge_on_read(
 ) -> dict[str, ParamReader]:
     """Return the readers with an adapter merged into the weights, in float32, as they are read.
 
-    Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files have not.
+    Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files lack.
     """
     nodes, out = lora.pairs_by_path(adapter), dict(readers)
     if full_modules.unties(nodes) and "head" not in readers and model.generates:

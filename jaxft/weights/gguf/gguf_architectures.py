@@ -202,11 +202,14 @@ def _count_in_all_layers(header: GgufHeader, name: str) -> int:
         counts = header.array(key, int) or []
         if len(set(counts)) != 1:
             raise ValueError(
-                f"{header.path}: metadata {key} must be the same for all layers, got {counts[:8]}"
+                f"{header.path}: metadata {key} must be the same for all layers, got {counts[:8]}; "
+                "use the model's Hugging Face folder"
             )
         count = counts[0]
     else:
         count = header.required(key, int)
     if count < 1:
-        raise ValueError(f"{header.path}: metadata {key} must be above 0, got {count}")
+        raise ValueError(
+            f"{header.path}: metadata {key} must be above 0, got {count}; use the model's Hugging Face folder"
+        )
     return count

@@ -97,7 +97,9 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     architecture, settings = architecture_of(header), SETTINGS[header.architecture]
     _check_metadata(header, settings)
     if "token_embd.weight" not in header.tensors:
-        raise ValueError(f"{header.path}: tensor token_embd.weight is missing")
+        raise ValueError(
+            f"{header.path}: tensor token_embd.weight is missing; use a GGUF file of a language model"
+        )
     sizes = _sizes(header, settings)
     ends = (special_token_id(header, name) for name in ("eos", "eot", "eom"))
     eos = list(dict.fromkeys(end for end in ends if end is not None))
@@ -146,7 +148,10 @@ def _sizes(header: GgufHeader, settings: GgufSettings) -> Sizes:
     rotated = header.optional(header.key("rope.dimension_count"), head_dim)
     if values != head_dim or not (rotated == head_dim or (settings.partial_rope and 0 < rotated < head_dim)):
         what = f"rope rotates {rotated}" if values == head_dim else f"values have {values}"
-        raise ValueError(f"{header.path}: {what} of {head_dim} head dimensions, which is not supported")
+        raise ValueError(
+            f"{header.path}: {what} of {head_dim} head dimensions, which is not supported; "
+            "use the model's Hugging Face folder"
+        )
     return Sizes(layers, width, heads, head_dim, rotated)
 
 
@@ -172,12 +177,16 @@ def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
         windowed = header.array(key, bool) or []
         if len(windowed) != sizes.layers:
             raise ValueError(
-                f"{header.path}: metadata {key} has {len(windowed)} entries for {sizes.layers} layers"
+                f"{header.path}: metadata {key} has {len(windowed)} entries for {sizes.layers} layers; "
+                "use the model's Hugging Face folder"
             )
     else:
         period = header.optional(key, period)
         if period < 1:
-            raise ValueError(f"{header.path}: metadata {key} must be above 0, got {period}")
+            raise ValueError(
+                f"{header.path}: metadata {key} must be above 0, got {period}; "
+                "use the model's Hugging Face folder"
+            )
         windowed = [layer % period < period - 1 for layer in range(sizes.layers)]
     return ["sliding_attention" if window else "full_attention" for window in windowed]
 
@@ -283,7 +292,8 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     if not header.optional(header.key("rope.scaling.finetuned"), True):
         raise ValueError(
             f"{header.path}: metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite "
-            "without rope; it is not supported"
+            "without rope; it is not supported; "
+            "use the model's Hugging Face folder"
         )
     return {
         **_one_rope(header, sizes),

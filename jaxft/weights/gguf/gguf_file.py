@@ -310,7 +310,7 @@ class GgufTensorToWrite:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         elements, size = block_size(self.kind)
         return int(np.prod(self.shape)) // elements * size
 

@@ -157,13 +157,17 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     """
     missing = [name for name in (LONG, SHORT) if name not in header.tensors]
     if missing:
-        raise ValueError(f"{header.path}: rope scaling 'longrope' needs tensor {missing[0]}")
+        raise ValueError(
+            f"{header.path}: rope scaling 'longrope' needs tensor {missing[0]}; "
+            "use the model's Hugging Face folder"
+        )
     long, short = (_table(header, name) for name in (LONG, SHORT))
     for name, table in ((LONG, long), (SHORT, short)):
         if len(table) != rotated // 2:
             raise ValueError(
                 f"{header.path}: {name} has {len(table)} numbers, but rope rotates {rotated // 2} pairs of "
-                "dimensions"
+                "dimensions; "
+                "use the model's Hugging Face folder"
             )
     scaling = {
         "rope_type": "longrope",
@@ -188,10 +192,15 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
     """Return a table of divisors in float64. Raises ValueError if they are not all positive and finite."""
     table = header.tensors[name]
     if table.kind not in FLOAT_TYPES or not math.prod(table.shape):
-        raise ValueError(f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}")
+        raise ValueError(
+            f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}; "
+            "use the model's Hugging Face folder"
+        )
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():
-        raise ValueError(f"{header.path}: {name} must contain finite numbers above 0")
+        raise ValueError(
+            f"{header.path}: {name} must contain finite numbers above 0; use the model's Hugging Face folder"
+        )
     return divisors
 
 
@@ -270,5 +279,8 @@ def rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str, 
         plain = frequencies(Rope(rope.theta, rotated=rope.rotated), config.head_dim)
         tables[FREQUENCIES] = (plain / frequencies(rope, config.head_dim)).astype(np.float32)
     if rope.kind not in ("default", "linear", "yarn", "longrope", "llama3"):
-        raise ValueError(f"rope type {rope.kind!r} cannot be written as GGUF; llama.cpp does not have it")
+        raise ValueError(
+            f"rope type {rope.kind!r} cannot be written as GGUF; llama.cpp does not have it; "
+            "write a Hugging Face folder, without --gguf"
+        )
     return fields, tables

@@ -141,7 +141,9 @@ def build_tokenizer(header: GgufHeader) -> Any:
         )
     if tokens is None or len(set(tokens)) != len(tokens):
         what = "is missing" if tokens is None else "repeats a token"
-        raise ValueError(f"{header.path}: metadata tokenizer.ggml.tokens {what}")
+        raise ValueError(
+            f"{header.path}: metadata tokenizer.ggml.tokens {what}; use the model's Hugging Face folder"
+        )
     types = header.array("tokenizer.ggml.token_type", int)
     if types is None and model == "gpt2":
         types = [NORMAL] * len(tokens)
@@ -200,7 +202,8 @@ def special_token_id(header: GgufHeader, name: str) -> int | None:
     index = header.required(key, int)
     if index < 0 or (count is not None and index >= count):
         raise ValueError(
-            f"{header.path}: {SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens"
+            f"{header.path}: {SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens; "
+            "use the model's Hugging Face folder"
         )
     return index
 
@@ -211,10 +214,15 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     pre = _pre_tokenizer_of(header)
     listed = header.array("tokenizer.ggml.merges", str)
     if listed is None:
-        raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges is missing")
+        raise ValueError(
+            f"{header.path}: metadata tokenizer.ggml.merges is missing; use the model's Hugging Face folder"
+        )
     pairs = [merge.split(" ") for merge in listed]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair")
+        raise ValueError(
+            f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair; "
+            "use the model's Hugging Face folder"
+        )
     merges = [(first, second) for first, second in pairs]
     tokenizer = _bpe(header, tokens, merges, ignore_merges=pre.whole_words)
     _apply_pre_tokenizer(tokenizer, pre)
@@ -229,7 +237,9 @@ def _bpe(header: GgufHeader, tokens: list[str], merges: list[tuple[str, str]], *
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=merges, **settings))
     except Exception as e:  # tokenizers raises plain Exception
-        raise ValueError(f"{header.path}: its merges do not fit its vocabulary: {e}") from e
+        raise ValueError(
+            f"{header.path}: its merges do not fit its vocabulary: {e}; use the model's Hugging Face folder"
+        ) from e
 
 
 def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
@@ -242,7 +252,8 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
     if scores is None or len(scores) != len(tokens):
         raise ValueError(
             f"{header.path}: metadata tokenizer.ggml.scores must have an entry for each of the "
-            f"{len(tokens)} tokens"
+            f"{len(tokens)} tokens; "
+            "use the model's Hugging Face folder"
         )
     plain = {
         token: score
@@ -301,7 +312,10 @@ def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list
             single=single, pair=[*single, *(part for part in second if part)], special_tokens=named
         )
     except Exception as e:  # tokenizers raises plain Exception
-        raise ValueError(f"{header.path}: its start or end token cannot be added to texts: {e}") from e
+        raise ValueError(
+            f"{header.path}: its start or end token cannot be added to texts: {e}; "
+            "use the model's Hugging Face folder"
+        ) from e
 
 
 # Writing
@@ -318,13 +332,17 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     if model["type"] != "BPE":
         raise ValueError(
             f"a tokenizer of type {model['type']!r} cannot be written as GGUF; jaxft writes byte-level and "
-            "SentencePiece BPE"
+            "SentencePiece BPE; "
+            "write a Hugging Face folder, without --gguf"
         )
     tokens, types = _tokens(tokenizer, state, rows)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     prefix = "tokenizer.ggml"
     if not merges:
-        raise ValueError("a byte-level tokenizer without merges cannot be written as GGUF")
+        raise ValueError(
+            "a byte-level tokenizer without merges cannot be written as GGUF; "
+            "write a Hugging Face folder, without --gguf"
+        )
     if model.get("byte_fallback"):
         of_model = [
             Field(f"{prefix}.model", "STRING", "llama"),
@@ -454,7 +472,7 @@ def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
     spaces if tokenizer.json does not put another one in front.
 
     Raises ValueError if a token of the file has another id, if an added token is split, or if the ids of most
-    texts differ: the file would be of no use.
+    texts differ: the file would be useless.
     """
     read = build_tokenizer(read_gguf_header(path))
     _check_tokens(read, tokenizer)

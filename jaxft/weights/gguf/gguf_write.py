@@ -160,7 +160,7 @@ def save_gguf_adapter(
         raise ValueError(f"--gguf {kind}: an adapter alone is written as {', '.join(FLOAT_TYPES)}; use F16")
     architecture, pairs = architecture or architecture_for(model.config), pairs_by_path(adapter)
     if not pairs:
-        raise ValueError(f"{path}: the adapter has no pairs to write")
+        raise ValueError(f"{path}: the adapter has no pairs to write; name a LoRA adapter")
     table = tensors_of(model)
     for weight, pair in pairs.items():
         if set(pair) != LORA_PAIR or weight not in table or not table[weight][0].transposed:
@@ -273,7 +273,10 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
         )
     if name in (NEVER_TIED if tied else ALWAYS_TIED):
         which = "a head that is the embedding" if tied else "a head that is not the embedding"
-        raise ValueError(f"{which} cannot be written as GGUF of architecture {name}")
+        raise ValueError(
+            f"{which} cannot be written as GGUF of architecture {name}; "
+            "write a Hugging Face folder, without --gguf"
+        )
     if name in HEADS_OF_WIDTH and config.heads * config.head_dim != config.width:
         raise ValueError(
             f"{config.heads} heads of {config.head_dim} cannot be written as GGUF of architecture {name}: "

@@ -39,7 +39,8 @@ def weight_files(folder: Path) -> list[Path]:
         files = [p for p in files if p.name == "model.safetensors"] or files
     if len(files) > 1:
         raise ValueError(
-            f"{folder}: {len(files)} safetensors files, but no {WEIGHT_INDEX} that says which to read"
+            f"{folder}: {len(files)} safetensors files, but no {WEIGHT_INDEX} that lists those to read; "
+            "download the model again"
         )
     if files:
         return files
@@ -64,7 +65,9 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index}: shard {name!r} is not a plain file name inside the folder")
+            raise ValueError(
+                f"{index}: shard {name!r} is not a plain file name inside the folder; correct the index"
+            )
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name}: this shard of {index.name} is missing; download the model again"
@@ -100,7 +103,9 @@ def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
     for name in stored:
         text = text_tensor(name, prefix)
         if text in names:
-            raise ValueError(f"{where}: {name} and {names[text]} are the same tensor of the decoder")
+            raise ValueError(
+                f"{where}: {name} and {names[text]} are the same tensor of the decoder; remove one of them"
+            )
         names |= {} if text is None else {text: name}
     return names
 
@@ -156,10 +161,13 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
         stored = files.tensors[name]
         if stored.shape != shape:
             raise ValueError(
-                f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}"
+                f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}; "
+                "does its config.json belong to it?"
             )
         if stored.dtype not in FLOATS.values():
-            raise ValueError(f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}")
+            raise ValueError(
+                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; convert it"
+            )
 
 
 def _is_zero_bias(files: ModelFiles, name: str) -> bool:

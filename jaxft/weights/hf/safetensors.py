@@ -65,7 +65,9 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in tensors:
-                raise ValueError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
+                raise ValueError(
+                    f"{path}: tensor {name} is in {tensors[name].path.name} too; remove one of the files"
+                )
             offset, dtype = begin + entry["data_offsets"][0], DTYPES.get(entry["dtype"], UNSUPPORTED)
             tensors[name] = StoredTensor(path, name, offset, dtype, tuple(entry["shape"]))
     return SafetensorsFiles(str(where), tensors)
@@ -94,7 +96,10 @@ def required(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None =
         raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
     tensor = files.tensors[name]
     if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{files.where}: {name} has shape {tensor.shape}, expected {shape}")
+        raise ValueError(
+            f"{files.where}: {name} has shape {tensor.shape}, expected {shape}; "
+            "is it the file of another model?"
+        )
     return tensor
 
 
@@ -151,7 +156,7 @@ class TensorToWrite:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -228,7 +233,9 @@ def _copy_bytes(source: Path, start: int, size: int, out: BinaryIO) -> None:
         while size:
             piece = file.read(min(COPIED_BYTES, size))
             if not piece:
-                raise ValueError(f"{source}: ends inside a tensor; the file changed while it was read")
+                raise ValueError(
+                    f"{source}: ends inside a tensor; the file changed while it was read; start again"
+                )
             out.write(piece)
             size -= len(piece)
 
@@ -277,7 +284,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ValueError(f"{path}: not JSON ({e})") from e
+        raise ValueError(f"{path}: not JSON ({e}); correct or download it again") from e
     except ValueError as e:
         raise ValueError(f"{path}: not JSON (a number has thousands of digits)") from e
     if not isinstance(value, dict):

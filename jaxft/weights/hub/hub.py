@@ -109,7 +109,9 @@ def is_here(ref: str) -> bool:
 
 
 def small_file(ref: str, name: str) -> Path | None:
-    """Return a file of a model that is a folder or on the hub, without a download; None if it is not here."""
+    """Return a file of a model that is a folder or on the hub, without a download; None if it is not on this
+    machine.
+    """
     path = Path(os.path.expanduser(ref))
     if path.is_dir():
         return path / name if (path / name).is_file() else None
@@ -216,7 +218,9 @@ def _from_hub(ref: str, config_only: bool) -> Located:
             f"{ref}: {offline} and the model is not in the cache; pass a local folder or .gguf file"
         ) from e
     except Exception as e:  # the hub's own, or of the HTTP library that this version of it uses
-        raise OSError(f"{ref}: download from {where} failed: {short_message(e)}") from e
+        raise OSError(
+            f"{ref}: download from {where} failed: {short_message(e)}; try again, or use a local folder"
+        ) from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
 

@@ -79,7 +79,7 @@ def check_target(target: HubTarget) -> None:
     if odd or target.branch.endswith(("/", ".lock")) or any(c in " ~^:?*[\\" for c in target.branch):
         raise ValueError(f"--revision {target.branch!r} is not a name of a branch; use one such as v2")
     if not target.message.strip():
-        raise ValueError("--message is empty; leave it out, or say what is uploaded")
+        raise ValueError("--message is empty; leave it out, or describe the upload")
 
 
 def hub_endpoint() -> str:

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's layout before they are read: adapter_config.json, refusals, names of tensors.
+"""PEFT's adapter_config.json: read it and check it; names of the tensors in PEFT's layout.
 
 PEFT's `save_pretrained` writes `base_model.model.MODULE.lora_A.weight`. State dicts of the wrapped model, and
 trainers that save these, have the adapter's name in it (`lora_A.default.weight`,
@@ -110,9 +110,10 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 def check_targets(
     where: Path, config: dict[str, Any], present: Iterable[str], absent: Iterable[str] = ()
 ) -> None:
-    """Raise ValueError for a module with a LoRA pair that the configuration does not target, which peft would
-    leave out without a word, and for one without a pair that it targets by its name: peft would add a fresh
-    pair, so a part of the model would be the base alone.
+    """Raise ValueError unless the modules with a LoRA pair are those that the configuration targets.
+
+    peft would silently ignore the pair of a module that is not targeted. To a module that is targeted by its
+    name and has no pair it would add a fresh one, so a part of the model would be the base alone.
 
     present, absent: the model's modules with and without a pair, such as model.layers.0.self_attn.q_proj.
     """

@@ -91,9 +91,9 @@ def read_parts(
 ) -> tuple[dict[str, Params], Adapter]:
     """Read an adapter folder of a language model or of a sequence classifier with one label.
 
-    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). What the adapter has for
-    the language model head is left out if `model` has a scalar head in its place. base: as in read_adapter.
-    Raises ValueError as read_adapter does, and if the scalar head is missing or has several labels.
+    Return ({"adapter"} or, for a classifier, {"adapter", "score" [D, 1]}, settings). Tensors for the language
+    model head are left out if `model` has a scalar head in its place. base: as in read_adapter. Raises
+    ValueError as read_adapter does, and if the scalar head is missing or has several labels.
     """
     return _read(Path(folder), model, partial(_first_pair, base))
 
@@ -301,7 +301,10 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
             if not (
                 0 < value < 2**16 if type(value) is int else key == "alpha_pattern" and _is_finite(value)
             ):
-                raise ValueError(f"{where}: {key} has the value {value!r} for {pattern!r}")
+                raise ValueError(
+                    f"{where}: {key} has the value {value!r} for {pattern!r}; expected a whole number from 1 "
+                    f"to 65535{'' if key == 'rank_pattern' else ', or another finite number'}"
+                )
     with errors_name(str(where)):
         plain = Adapter(rank, float(alpha), float(dropout))
         return replace(plain, rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))

@@ -103,7 +103,7 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
     arrays = []
     for name in names:
         if name not in files.tensors:
-            raise ValueError(f"{files.where}: tensor {name} is missing")
+            raise ValueError(f"{files.where}: tensor {name} is missing; is the file complete?")
         shape = files.tensors[name].shape
         if len(shape) != 2:
             raise ValueError(f"{files.where}: {name} has shape {shape}, expected two dimensions")
@@ -262,7 +262,7 @@ def _patterns(
 
 
 class Modules(NamedTuple):
-    """The tensors of an adapter's files besides LoRA pairs.
+    """The tensors of an adapter's files in addition to LoRA pairs.
 
     nodes: {"weight"} or {"rows"} by path. settings: fields of nn.lora.Adapter. used: names of tensors.
     """
@@ -288,7 +288,7 @@ def read_modules(
     biases = config.get("bias", "none")
     settings: dict[str, Any] = {}
     selected = {end: {x for of in modules.values() for x in of if is_saved(end, x)} for end in saved}
-    if missing := [end for end, found in selected.items() if not found]:
+    if missing := [end for end, selected_modules in selected.items() if not selected_modules]:
         raise ValueError(
             f"{where}: modules_to_save={saved!r}: this model has no module {min(missing)!r}; is the adapter "
             "for another base model?"

@@ -49,7 +49,7 @@ def save_adapter(
     folder = Path(folder)
     pairs = _pairs(adapter)
     if not pairs:
-        raise ValueError(f"{folder}: the adapter has no pairs to write")
+        raise ValueError(f"{folder}: the adapter has no pairs to write; train some, or save the base")
     nodes = {path: node for path, node in pairs.items() if is_replacement(node)}
     pairs = {path: pair for path, pair in pairs.items() if path not in nodes}
     layouts = pair_layouts(model.specs.get("base", model.specs), settings, model.weight_names)

@@ -79,7 +79,9 @@ def _scaled_weight(
     rows, columns = blocks_of(outs, ins)
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
-        raise ValueError(f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}")
+        raise ValueError(
+            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}; convert it"
+        )
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
         raise ValueError(f"{files.where}: {scales} has shape {given.shape}, expected {grid}")
@@ -145,7 +147,10 @@ def _common_weights(where: str, settings: ff.QuantConfig) -> dict[str, Any]:
     groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, dict) else []
     if not schemes or not all(isinstance(s, dict) and isinstance(s.get("weights"), dict) for s in schemes):
-        raise ValueError(f"{where}: {_NAME} without weights in config_groups of quantization_config")
+        raise ValueError(
+            f"{where}: {_NAME} without weights in config_groups of quantization_config; "
+            "use the model's unquantised weights"
+        )
     for scheme in schemes:
         activations = scheme.get("input_activations") or {}
         static = isinstance(activations, dict) and activations and activations.get("dynamic") is not True

@@ -78,7 +78,7 @@ def quantised_tensor(
 
 
 def stems(files: SafetensorsFiles, ending: str) -> list[str]:
-    """Return the names of the tensors that end so, without the ending."""
+    """Return the names of the tensors with this ending, without it."""
     return [name.removesuffix(ending) for name in files.tensors if name.endswith(ending)]
 
 

@@ -79,7 +79,8 @@ def _read_grouped(
         return arrays | {"offset": -zeros.astype(np.float32) * scale.astype(np.float32)}
     if not (zeros == ZERO).all():
         raise ValueError(
-            f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config"
+            f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config; "
+            "correct one of them"
         )
     return arrays
 
@@ -108,7 +109,8 @@ def group_size(where: str, settings: ff.QuantConfig) -> int | None:
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
         raise ValueError(
-            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4"
+            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4; "
+            "use the model's unquantised weights"
         )
     if type(group) is not int or group == 0 or group < -1:
         raise ValueError(
@@ -131,7 +133,8 @@ def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readabl
     if not names <= set(readable):
         raise ValueError(
             f"{where}: {settings['quant_method']} weights with {stated} in quantization_config, but jaxft "
-            f"reads {' and '.join(readable)}"
+            f"reads {' and '.join(readable)}; "
+            "use the model's unquantised weights"
         )
     return names.pop()
 
@@ -168,11 +171,13 @@ def _decode_gptq(
     groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
     if groups.min() < 0 or groups.max() >= blocks:
         raise ValueError(
-            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}"
+            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}; "
+            "download the file again"
         )
     if layout.index is None and not np.array_equal(groups, in_order):
         raise ValueError(
-            f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config"
+            f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config; "
+            "correct one of them"
         )
     arrays = _read_grouped(files, stem, layout, how, index)
     return arrays if layout.index is None else {**arrays, "index": groups}

@@ -25,7 +25,10 @@ def _open_arrays(files: SafetensorsFiles, settings: QuantConfig) -> Weights:
     try:
         quant = Quant(settings["kind"], settings["block"], settings["double"])
     except (KeyError, ValueError, TypeError) as e:
-        raise ValueError(f"{files.where}: its quantization_config is not a format of jaxft ({e})") from e
+        raise ValueError(
+            f"{files.where}: its quantization_config is not a format of jaxft ({e}); "
+            "write the model again with scripts/quantize.py"
+        ) from e
 
     def weight(name: str) -> QuantisedTensor:
         rows, outs = ff.matrix_shape(files, f"{name}.codes", FORMATS[quant.kind].code_dtype)
