@@ -20,8 +20,7 @@ Advantages, token weights and losses combine freely. Named methods, and what to 
 from functools import partial
 from typing import Any, Literal
 
-from jaxft.objectives.kl import FixedKL, KLInReward, k1
-from jaxft.objectives.losses.policy_losses import clipped, policy_gradient
+from jaxft.objectives.losses.policy_losses import FixedKL, KLInReward, clipped, k1, policy_gradient
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, maxrl, weighted_sum
 from jaxft.rl.estimators import by_group

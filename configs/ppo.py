@@ -31,11 +31,10 @@ from typing import Any, Literal
 
 import jax
 
-from jaxft.models.heads import HeadSettings, scores, view
+from jaxft.models.adapted import HeadSettings, scores, view
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1
-from jaxft.objectives.losses.policy_losses import clipped
+from jaxft.objectives.losses.policy_losses import AdaptiveKL, FixedKL, KLInReward, clipped, k1
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.policy import Critic, policy, value_function, with_target_kl
 from jaxft.rl.advantages import scale_scores

@@ -17,9 +17,9 @@ accuracy of the right and of the wrong steps too, as most steps of a dataset are
 Hardware: 2 CPU cores, 2 GB; about 4 minutes, not measured on an idle machine.
 """
 
-from jaxft.data.steps import SolutionRows
-from jaxft.models.heads import with_scalar_head
-from jaxft.objectives.process_reward import process_reward
+from jaxft.data.sft import SolutionRows
+from jaxft.models.adapted import with_scalar_head
+from jaxft.objectives.reward_model import process_reward
 from jaxft.train.recipes import CALCULATOR_STEPS, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 

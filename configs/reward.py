@@ -17,7 +17,7 @@ Hardware: 2 CPU cores, 2 GB; 5 minutes.
 from functools import partial
 
 from jaxft.data.pairs import PairRows
-from jaxft.models.heads import with_scalar_head
+from jaxft.models.adapted import with_scalar_head
 from jaxft.objectives.reward_model import margin_columns, reward
 from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run

@@ -234,7 +234,7 @@ OPTIMIZERS = {
     "adamw_bf16": "jaxft.optim.low_precision:adamw_bf16",
     "adafactor": "jaxft.optim.rules:adafactor",
     "lion": "optax:lion",
-    "muon": "jaxft.optim.muon:muon",
+    "muon": "jaxft.optim.rules:muon",
     "schedule_free_adamw": "jaxft.optim.rules:schedule_free_adamw",
 }
 SCHEDULES = {
@@ -265,7 +265,7 @@ POLICY_LOSSES = _in(
     "near_policy",
 )
 DECISION_LOSSES = _in("jaxft.objectives.decision", "cross_entropy brier log_score")
-KL_ESTIMATORS = _in("jaxft.objectives.kl", "k1 k2 k3")
+KL_ESTIMATORS = _in("jaxft.objectives.losses.policy_losses", "k1 k2 k3")
 REWARDS = _in("jaxft.rl.rewards", "exact number json_match")
 COMBINATIONS = _in("jaxft.rl.advantages", "weighted_sum sum_of_known")
 ADVANTAGES = _in("jaxft.rl.advantages", "grpo grpo_batch centred rloo opo maxrl gfpo adaptive_gfpo")

@@ -72,13 +72,13 @@ def play(args: argparse.Namespace) -> int:
     import jax
 
     from jaxft.cli.cli import DEFAULT_MODEL
-    from jaxft.data.chat.named_templates import find_template
     from jaxft.data.prompts import Prompts, read_prompts
     from jaxft.rl.environments.environment import EnvironmentClass, environment_of
     from jaxft.rl.play import EpisodeLimits, Play, rollout
     from jaxft.runs.settings.setting_values import parse_value
     from jaxft.runs.terminal import printable_text
     from jaxft.serve.terminal_chat import TypedTurns, result_line
+    from jaxft.weights.edit.extended_model import find_template
     from jaxft.weights.pretrained import load_tokenizer
 
     if not args.rows:

@@ -51,12 +51,10 @@ def main() -> int:
     from jaxft.runs.folder import check_results, earlier_end_notes
     from jaxft.runs.loaded_weights import named_weights
     from jaxft.weights import pretrained
-    from jaxft.weights.edit import combined_adapters
+    from jaxft.weights.edit import new_adapters
     from jaxft.weights.peft import adapter_folders, peft_read
 
-    how = combined_adapters.Combination(
-        args.method, numbers(args.weights), args.density, args.rank, args.seed
-    )
+    how = new_adapters.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
     folders = [adapter_folders.adapter_folder(str(one)) for one in args.adapters]
     adapter_folders.check_adapter_output(args.out, folders)
     named = named_weights(None, args.model, args.adapters[0])
@@ -76,10 +74,10 @@ def main() -> int:
     model = pretrained.model_for(named.ref)
     files, read = pretrained.open_files(named.ref), []
     for given, folder in zip(args.adapters, folders, strict=True):
-        read.append(combined_adapters.NamedAdapter(str(given), *peft_read.read_adapter(folder, model, files)))
+        read.append(new_adapters.NamedAdapter(str(given), *peft_read.read_adapter(folder, model, files)))
         if peft_read.has_base_copies(folder):
             pretrained.check_adapter_base(folder, named.ref)
-    made = combined_adapters.combine_adapters(read, model, how)
+    made = new_adapters.combine_adapters(read, model, how)
     parts = ", ".join(f"{w:g} {given}" for w, given in zip(how.weights, args.adapters, strict=True))
     text = f"A combination of LoRA adapters ({how.method}: {parts}), written by jaxft."
     tokenizer = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None

@@ -107,7 +107,7 @@ def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, 
     from jaxft.train.export.calibrate import Calibration, input_squares
     from jaxft.train.export.export import importances_of
     from jaxft.weights import pretrained
-    from jaxft.weights.calibrate.calibrated_base import layer_paths
+    from jaxft.weights.edit.calibrated_base import layer_paths
 
     model, ref = source.model, source.ref
     paths = layer_paths(model.specs, Quant("int8"))

@@ -37,18 +37,18 @@ def main() -> int:
     """Extract, write, and print the errors."""
     args = make_parser().parse_args()
     from jaxft.weights import pretrained
-    from jaxft.weights.edit import extracted_adapter
+    from jaxft.weights.edit import new_adapters
+    from jaxft.weights.hf.hub import locate
     from jaxft.weights.hf.model_card import base_name
-    from jaxft.weights.hub.hub import locate
     from jaxft.weights.peft import adapter_folders
 
     names = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     targets = args.targets if args.targets == "all-linear" or "*" in args.targets else names
-    what = extracted_adapter.Extraction(args.rank, targets, args.save_others)
+    what = new_adapters.Extraction(args.rank, targets, args.save_others)
     inputs = [locate(ref).path for ref in (args.base, args.tuned)]
     adapter_folders.check_adapter_output(args.out, inputs)
     model = pretrained.model_for(args.base)
-    extracted = extracted_adapter.extract_adapter(
+    extracted = new_adapters.extract_adapter(
         args.base, args.tuned, model, what, lambda line: print(line, file=sys.stderr, flush=True)
     )
     text = (

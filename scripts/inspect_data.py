@@ -43,22 +43,24 @@ from jaxft.data import prompts  # noqa: E402
 from jaxft.data.chat.loss_mask import HIDDEN_CALLS  # noqa: E402
 from jaxft.data.data_settings import DUPLICATES, PLACEHOLDERS  # noqa: E402
 from jaxft.data.decision_rows import DecisionRows  # noqa: E402
-from jaxft.data.inspection import (  # noqa: E402
+from jaxft.data.inspection import (  # noqa: E402  # noqa: E402
+    UNLIMITED,
     Inspected,
+    RowLengths,
     ShownExample,
     ShownPart,
     find_overlaps,
     inspect,
+    limit_costs,
+    measure,
     overlap_lines,
     row_problem,
     token_pieces,  # noqa: E402
 )
-from jaxft.data.packing.lengths import UNLIMITED, RowLengths, limit_costs, measure  # noqa: E402
 from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.rows.invalid import DROP  # noqa: E402
-from jaxft.data.sft import Rows  # noqa: E402
-from jaxft.data.steps import SolutionRows  # noqa: E402
+from jaxft.data.sft import Rows, SolutionRows  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import loaded_weights  # noqa: E402

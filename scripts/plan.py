@@ -145,7 +145,7 @@ def run_cost(run: Any, step: Any, price: float | None) -> Any:
     """Return the cost of a run whose train step is planned, None if its time is unknown."""
     from jaxft.plan import plan_report
     from jaxft.weights import pretrained
-    from jaxft.weights.hub import hub
+    from jaxft.weights.hf import hub
 
     if step.estimate is None:
         return None

@@ -87,7 +87,7 @@ def decimal_size(count: float) -> str:
 def print_deletions(files: dict[str, Any], target: Any) -> None:
     """Print the files that a push would delete from the branch, or that they are not known."""
     from jaxft.runs.terminal import printable_line
-    from jaxft.weights.hub.hub_upload import deletions
+    from jaxft.weights.hf.hub_upload import deletions
 
     stale = deletions(files, target)
     for name in stale or []:
@@ -102,7 +102,7 @@ def main() -> int:
     from jaxft.distributed.disk import temporary_folder
     from jaxft.runs.terminal import printable_line
     from jaxft.train.export.push import files_to_push
-    from jaxft.weights.hub.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files
+    from jaxft.weights.hf.hub_upload import HubTarget, check_access, check_target, hub_endpoint, upload_files
 
     message = f"Upload {args.source.resolve().name} with jaxft" if args.message is None else args.message
     target = HubTarget(args.repo, args.revision, args.public, message)

@@ -86,9 +86,9 @@ def step_scores(args: argparse.Namespace) -> StepScores:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxft.data.steps import SolutionRows
+    from jaxft.data.sft import SolutionRows
     from jaxft.distributed import sharding
-    from jaxft.objectives.process_reward import process_reward
+    from jaxft.objectives.reward_model import process_reward
     from jaxft.rl import reward_models
     from jaxft.runs import loaded_weights
     from jaxft.weights import pretrained

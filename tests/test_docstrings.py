@@ -28,7 +28,7 @@ ENTRY_POINTS = [  # module:name
     "jaxft.objectives.objective:Objective",
     "jaxft.objectives.policy:policy",
     "jaxft.objectives.preference:preference",
-    "jaxft.objectives.process_reward:process_reward",
+    "jaxft.objectives.reward_model:process_reward",
     "jaxft.objectives.sft:sft",
     "jaxft.optim.optimizer:make_optimizer",
     "jaxft.optim.rules:adamw",

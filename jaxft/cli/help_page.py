@@ -12,8 +12,7 @@ from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
 from jaxft.data.rows.shipped import COMMANDS
-from jaxft.data.sft import Rows
-from jaxft.data.steps import SolutionRows
+from jaxft.data.sft import Rows, SolutionRows
 from jaxft.objectives.pair import PreferenceLoss
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.settings.config import load_config

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from jaxft.annotations import one_of
 from jaxft.batch import Decisions, Tokens
@@ -101,6 +101,7 @@ class DecisionRows(Rows):
     too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
     packing: bool = True
     task: ClassVar[RowTask] = DECISION_TASK
+    held_out_mask = DataSettings.held_out_mask  # rows with the same question are on one side
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,10 +131,6 @@ class DecisionRows(Rows):
     def batches(self) -> Callable[..., PackedBatches]:
         """The layout of the batches."""
         return DecisionBatches
-
-    def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
-        """Return the mask of the rows to hold out; rows with the same question are on one side."""
-        return DataSettings.held_out_mask(self, rows)
 
     def abstract(self, shards: int = 1) -> Tokens:
         """Return the shapes of the largest batch that the settings allow."""

@@ -1,8 +1,8 @@
-"""SFT rows as batches: their settings, and how they are packed. Batch k is a pure function of (rows,
-tokenizer, settings, k).
+"""SFT rows, and solutions in steps with a label for each, as batches: their settings, and how they are
+packed. Batch k is a pure function of (rows, tokenizer, settings, k).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,16 +16,21 @@ from jaxft.annotations import at_least, one_of
 from jaxft.batch import Tokens
 from jaxft.data import source
 from jaxft.data.chat import loss_mask
+from jaxft.data.chat.loss_mask import LOSS_ON
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pack
+from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan
-from jaxft.data.packing.reader import RowTask
-from jaxft.data.packing.row_tasks import SFT_TASK
-from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows
+from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.packing.row_tasks import SFT_TASK, remedy_for_too_long, text_columns
+from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.rows.example import RESPONSE
+from jaxft.data.rows import formats
+from jaxft.data.rows.example import RESPONSE, ParsedRow, Solution
+from jaxft.data.rows.invalid import InvalidRow, attempt
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
 from jaxft.data.rows.text_files import DOCUMENT, SAMPLE_BY
+from jaxft.data.source import RowSource
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
@@ -388,3 +393,145 @@ def _own_weights(
     weights = np.ones(lengths[members].sum(), np.float32)
     weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
     return weights
+
+
+# ---- solutions in steps, for process reward models
+#
+# The tokens are as TRL's PRMTrainer makes them: BOS if the tokenizer has one, the prompt, and each step
+# followed by the separator, all tokenised apart from one another. The label of a step is read at its last
+# token, which is the separator's last.
+
+
+STEPS_TOO_LONG = ("truncate", "drop", "error")
+
+
+def _step_columns(settings: RowSettings) -> ColumnTypes:
+    return {**text_columns(settings), **ragged(LABELS, np.int32)}
+
+
+def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+    """Yield each solution as an example, [] if it is left out as too long."""
+    tokenizer, settings = reader.tokenizer, reader.settings
+    solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
+    texts = [text for x in solutions if isinstance(x, Solution) for text in (x.prompt, *x.steps)]
+    *each, separator = _ids_of([*texts, settings.separator], tokenizer)
+    pieces = iter(each)
+    for row in rows:
+        if isinstance(row, InvalidRow):
+            yield row
+            continue
+        solution: Any = row.examples[RESPONSE]
+        prompt, *steps = [next(pieces) for _ in range(1 + len(solution.steps))]
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        yield attempt(
+            _tokenised_steps, solution, [*bos, *prompt], [[*step, *separator] for step in steps], settings
+        )
+
+
+def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise_steps, _step_columns, checks=())
+
+
+def _tokenised_steps(
+    solution: Solution, prompt: list[int], steps: list[list[int]], settings: RowSettings
+) -> list[TokenisedRow]:
+    """Return a solution, [] if it is left out as too long."""
+    if not all(steps):
+        raise InvalidRow(
+            solution.name,
+            "step without tokens",
+            f"step {next(i for i, step in enumerate(steps) if not step)} has no token; fill it, or set a "
+            "data.separator",
+        )
+    last = len(prompt) + np.cumsum([len(step) for step in steps]) - 1
+    ids = np.array([*prompt, *(token for step in steps for token in step)], np.int32)
+    limit, whole = settings.max_length, len(ids) <= settings.max_length
+    if not whole and settings.too_long == "error":
+        raise ValueError(
+            f"{solution.name}: {len(ids)} tokens are more than data.max_length={limit}; "
+            f"{remedy_for_too_long('max_length')}, or truncate"
+        )
+    kept = last[last < limit]
+    if not whole and (settings.too_long == "drop" or not len(kept)):
+        return []
+    if settings.last_step and len(kept) < len(steps):
+        return []
+    ids, at = ids[:limit], min(len(prompt), limit)
+    learned = np.zeros(len(ids), bool)
+    learned[kept] = True
+    labels = np.array(solution.labels[: len(kept)], np.int32)
+    weights = np.zeros(len(ids) * settings.last_step, np.float32)
+    weights[-1:] = 1  # a solution ends with its last step
+    mass = float(weights.sum()) if settings.last_step else float(len(kept))
+    extras = {MASS: mass, TOKEN_WEIGHTS: weights, LABELS: labels}
+    return [TokenisedRow(ids, learned, (at, len(ids) - at), not whole, len(steps), len(kept), extras)]
+
+
+@dataclass(frozen=True)
+class SolutionRows(Rows):
+    """Prompts, the steps of a solution, and whether each is right: the data of process reward models.
+
+    Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: the text behind every
+    step; \\n is a line break. last_step_only: train on the last step of each solution alone, and leave out
+    solutions whose last step is behind max_length tokens; evaluation reads all steps. All solutions of one
+    prompt stay on one side of the split. too_long: "truncate" leaves out the steps behind max_length tokens,
+    "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same weight,
+    "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
+    sample_by have no meaning here.
+    """
+
+    too_long: Annotated[str, one_of(STEPS_TOO_LONG)] = "truncate"
+    packing: bool = True
+    separator: str = "\n"
+    last_step_only: bool = False
+    task: ClassVar[RowTask] = STEP_TASK
+    held_out_mask = DataSettings.held_out_mask  # solutions of one prompt are on one side
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_on != LOSS_ON[1] or self.format not in ("auto", formats.STEPS):
+            raise ValueError(
+                "data.loss_on and data.format have no meaning for steps with labels, which are plain text; "
+                "remove them"
+            )
+
+    @property
+    def token_settings(self) -> RowSettings:
+        """The settings that the tokens of a row depend on."""
+        separator = self.separator.replace("\\n", "\n")
+        return replace(super().token_settings, separator=separator, last_step=self.last_step_only)
+
+    @property
+    def batches(self) -> type[PackedBatches]:
+        """The layout of the batches."""
+        return StepBatches
+
+    def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
+        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open."""
+        opened = super().open(tokenizer, shards, cache)
+        stats = replace(opened.info.stats, learned=_right_line(opened.split.rows, opened.split.train))
+        return replace(opened, info=replace(opened.info, learned_ends={}, stats=stats))
+
+
+@dataclass(frozen=True)
+class StepBatches(PackedBatches):
+    """Solutions packed into rows; evaluation reads all steps."""
+
+    def evaluation(self, plan: RowPlan) -> tuple[Tokens, ...]:
+        """Return rows as batches of one microbatch, in which every step has the same weight."""
+        rows = self.split.rows
+        weights = replace(rows.extras[TOKEN_WEIGHTS], counts=np.zeros(len(rows), np.int32))
+        extras = {**rows.extras, MASS: rows.targets.astype(np.float64), TOKEN_WEIGHTS: weights}
+        every = replace(self.split, rows=replace(rows, extras=extras))
+        return PackedBatches.evaluation(replace(self, split=every), plan)
+
+
+def _right_line(rows: TokenisedRows, train: np.ndarray) -> str:
+    labels = rows.extras[LABELS]
+    steps = int(labels.counts[train].sum())
+    right = sum(int(labels[int(i)].sum()) for i in train)
+    return f"{steps:,} steps with labels, {100 * right / max(1, steps):.0f} % of them right"

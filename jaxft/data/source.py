@@ -349,10 +349,7 @@ def row_stats(
 
 
 def plan_epochs(
-    split: SplitRows,
-    plan: Callable[[int], RowPlan],
-    tokens: Int[np.ndarray, " examples"],
-    rows_per_step: int,
+    split: SplitRows, plan: Callable[[int], RowPlan], tokens: Int[np.ndarray, " examples"], rows_per_step: int
 ) -> Epochs:
     """Count the tokens and steps of epochs. plan(epoch): as in BatchLayout. tokens: of each example in a
     row.

@@ -52,7 +52,7 @@ from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
 from jaxft.train.sweep.sweep import Sweep
 from jaxft.train.sweep.sweep_programs import compile_sweep
 from jaxft.tree import Aux, Metrics, Params
-from jaxft.weights.hub.complete_folders import files_sha256
+from jaxft.weights.hf.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
 FEW_PROMPTS = 20  # below this number a comparison finds only very large differences

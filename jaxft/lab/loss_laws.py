@@ -161,7 +161,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
     return Check(
         name,
         False,
-        f"{message}; use a stable form: log_sigmoid, expm1, logsumexp, or capped and square of numerics.py",
+        f"{message}; use a stable form: log_sigmoid, expm1, logsumexp, or capped and square of pair.py",
     )
 
 

@@ -34,7 +34,7 @@ from jaxft.report.statistics import Difference, equivalence, holm, paired_differ
 from jaxft.runs import metric_names as names
 from jaxft.runs.chained_log import check_chain, whole_lines
 from jaxft.runs.folder import read_saved_json
-from jaxft.weights.hub.complete_folders import files_sha256
+from jaxft.weights.hf.complete_folders import files_sha256
 
 KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
 START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 0 of other metrics

@@ -28,7 +28,6 @@ from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.attention_mixer import attention_mixer
 from jaxft.nn.attention.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras
-from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import (
     biased_linear,
     embed_tokens,
@@ -40,7 +39,7 @@ from jaxft.nn.layers import (
     saveable,
     split_keys,
 )
-from jaxft.nn.matmul import gather_layer
+from jaxft.nn.matmul import accumulation_dtype, gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.stack import (
     BlockLayer,
@@ -338,11 +337,11 @@ def prenorm_layer(
     return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extras
 
 
-def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:
+def head_norms(c: DenseConfig, dtype: DTypeLike) -> Callable:
     """Return a `norms` function for self_attention that normalises each head (q_norm and k_norm [E])."""
 
     def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
-        return norm(q, p["q_norm"], c.norm_eps, dtype), norm(k, p["k_norm"], c.norm_eps, dtype)
+        return rms_norm(q, p["q_norm"], c.norm_eps, dtype), rms_norm(k, p["k_norm"], c.norm_eps, dtype)
 
     return norms
 

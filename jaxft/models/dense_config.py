@@ -57,6 +57,31 @@ class DenseConfig:
         check_rope(self.rope, self.head_dim, self.max_positions)
 
 
+@dataclass(frozen=True)
+class WindowConfig(DenseConfig):
+    """Sizes of a model whose layers may have a sliding window. window: keys that layers of type
+    "sliding_attention" attend to. layer_types: () for full attention in all layers.
+    """
+
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.types) != self.layers:
+            raise ValueError(
+                f"config: layer_types must have a type for each of the {self.layers} layers, got "
+                f"{len(self.types)} types"
+            )
+        if self.window is None and SLIDING in self.types:
+            raise ValueError(f"config: layer_types has {SLIDING}, but sliding_window is null")
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The type of each layer."""
+        return self.layer_types or (FULL,) * self.layers
+
+
 # transformers' default of each setting, for a config.json that lacks it.
 DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048, "bos_token_id": 1,
@@ -243,11 +268,11 @@ def window_from_hf(hf: Mapping[str, Any]) -> int | None:
     return window
 
 
-def typed_layers(types: Sequence[str], kinds: Mapping[str, LayerKind], head_dim: int) -> AttentionLayers:
-    """Return the AttentionLayers for a type per layer. kinds: the LayerKind of each type."""
-    used = list(dict.fromkeys(types))
+def typed_layers(c: WindowConfig, kinds: Mapping[str, LayerKind]) -> AttentionLayers:
+    """Return the AttentionLayers of a config's layer_types. kinds: the LayerKind of each type."""
+    used = list(dict.fromkeys(c.types))
     return AttentionLayers(
-        tuple(kinds[name] for name in used), tuple(used.index(name) for name in types), head_dim
+        tuple(kinds[name] for name in used), tuple(used.index(name) for name in c.types), c.head_dim
     )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.cache import Cache
 from jaxft.nn.attention.layer_attention import AttentionLayers
-from jaxft.nn.contractions import accumulation_dtype
+from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
 from jaxft.nn.stack import RematPolicy, Stacks, check_remat
 from jaxft.nn.tensor_names import WeightNames
@@ -64,7 +64,7 @@ class ModelConfig(Protocol):
 
 def no_scalar_head(params: Params, h: Array) -> Array:
     """The `scores` of a language model. Raises ValueError."""
-    raise ValueError("this model has no scalar head; add one with models.heads.with_scalar_head")
+    raise ValueError("this model has no scalar head; add one with models.adapted.with_scalar_head")
 
 
 @dataclass(frozen=True)

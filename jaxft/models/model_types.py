@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft.models.dense_config import ACTIVATIONS, ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.families import exaone, gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
+from jaxft.models.families import gemma, llama, olmo, phi3, qwen
 from jaxft.models.families.gemma import GEMMA3_DEFAULTS
 from jaxft.models.model import Model, ModelConfig
 from jaxft.tree import nearest
@@ -45,12 +45,12 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.LlamaConfig, llama.LLAMA_FORMAT, llama.llama, llama.PRESETS),
     "mistral": Family(
-        mistral.MistralConfig, mistral.MISTRAL_FORMAT, mistral.mistral, mistral.MISTRAL_PRESETS,
-        mistral.read_mistral, mistral.write_mistral,
+        llama.MistralConfig, llama.MISTRAL_FORMAT, llama.mistral, llama.MISTRAL_PRESETS,
+        llama.read_mistral, llama.write_mistral,
     ),
     "ministral": Family(
-        mistral.MistralConfig, mistral.MINISTRAL_FORMAT, mistral.mistral, {}, mistral.read_mistral,
-        mistral.write_mistral,
+        llama.MistralConfig, llama.MINISTRAL_FORMAT, llama.mistral, {}, llama.read_mistral,
+        llama.write_mistral,
     ),
     "qwen2": Family(
         qwen.QwenConfig, qwen.QWEN2_FORMAT, qwen.qwen2, qwen.QWEN2_PRESETS, qwen.read_qwen, qwen.write_qwen,
@@ -64,14 +64,14 @@ FAMILIES: dict[str, Family] = {
         olmo.write_olmo3,
     ),
     "granite": Family(
-        granite.GraniteConfig, granite.GRANITE_FORMAT, granite.granite, granite.GRANITE_PRESETS,
+        llama.GraniteConfig, llama.GRANITE_FORMAT, llama.granite, llama.GRANITE_PRESETS,
     ),
     "exaone4": Family(
-        exaone.Exaone4Config, exaone.EXAONE4_FORMAT, exaone.exaone4, exaone.EXAONE4_PRESETS,
-        exaone.read_exaone4, exaone.write_exaone4,
+        olmo.Exaone4Config, olmo.EXAONE4_FORMAT, olmo.exaone4, olmo.EXAONE4_PRESETS,
+        olmo.read_exaone4, olmo.write_exaone4,
     ),
     "seed_oss": Family(llama.SeedOssConfig, llama.SEED_OSS_FORMAT, llama.seed_oss, llama.SEED_OSS_PRESETS),
-    "cwm": Family(llama.CwmConfig, llama.CWM_FORMAT, mistral.mistral, {}, llama.read_cwm, llama.write_cwm),
+    "cwm": Family(llama.CwmConfig, llama.CWM_FORMAT, llama.mistral, {}, llama.read_cwm, llama.write_cwm),
     "internlm3": Family(
         llama.InternLM3Config, llama.INTERNLM3_FORMAT, llama.llama, {}, llama.read_internlm3,
         llama.write_internlm3,
@@ -97,8 +97,8 @@ FAMILIES: dict[str, Family] = {
         phi3.Phi3Config, phi3.PHI3_FORMAT, phi3.phi3, phi3.PHI3_PRESETS, phi3.read_phi3, phi3.write_phi3,
     ),
     "smollm3": Family(
-        smollm3.SmolLM3Config, smollm3.SMOLLM3_FORMAT, smollm3.smollm3, smollm3.SMOLLM3_PRESETS,
-        smollm3.read_smollm3, smollm3.write_smollm3,
+        llama.SmolLM3Config, llama.SMOLLM3_FORMAT, llama.smollm3, llama.SMOLLM3_PRESETS,
+        llama.read_smollm3, llama.write_smollm3,
     ),
 }  # fmt: skip
 

@@ -1,13 +1,12 @@
 """Building blocks of models: parameters, matmuls, attention, LoRA and quantised weights.
 
 param.py: ParamSpec and what derives from it
-contractions.py: contractions that accumulate in float32; CPUs without bfloat16 matmuls multiply in float32
-matmul.py: matmuls over plain, quantised and LoRA weights, their backward passes, taps on their inputs
+matmul.py: contractions that accumulate in float32; matmuls over plain, quantised and LoRA weights, also in
+    FP8; their backward passes, taps on their inputs
 layers.py: embedding, norm, gated MLP, language model head
 rope.py: rotary position embeddings of every kind
 stack.py: stacks of layers: the scans over them, remat policies, updates inside the backward pass
 quant.py: quantised tensors, and the settings of a quantised base
 quant_formats.py: int8, fp8, int4, nf4, fp4 and affine4: pack and unpack
-fp8.py: matmuls with frozen FP8 weights: where they run, rounding of activations and cotangents
 tensor_names.py: names of tensors in files and of modules, and patterns that select modules
 """

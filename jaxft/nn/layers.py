@@ -18,16 +18,18 @@ from jaxft.distributed import sharding
 from jaxft.nn.adapters.full_modules import Replaced, TokenRows
 from jaxft.nn.adapters.lora import Adapted, output_factors, scale_outputs
 from jaxft.nn.adapters.lora_rows import adapters_of_rows, chosen
-from jaxft.nn.contractions import accumulation_dtype, from_bits, to_bits
 from jaxft.nn.matmul import (
     Weight,
+    accumulation_dtype,
     batched_dot,
     expand,
     expand_after,
+    from_bits,
     gather_weight,
     group_rows,
     linear,
     matmul,
+    to_bits,
 )
 from jaxft.nn.quant import LIKE_WEIGHT, QTensor, take_rows
 from jaxft.tree import Params

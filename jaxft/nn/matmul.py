@@ -1,27 +1,96 @@
 """Matmuls with plain, quantised and LoRA-adapted weights, and their backward passes.
 
-A tap on a weight collects its inputs while a layer is traced, which the layer's outputs may then contain.
+Contractions accumulate in float32 or wider, in the way that is fastest on the device; 16-bit floats that are
+stacked or concatenated are raw bits, which XLA's CPU compiler does not widen. Frozen E4M3 weights are
+multiplied in FP8 on devices that have such matmuls. A tap on a weight collects its inputs while a layer is
+traced, which the layer's outputs may then contain.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.nn import fp8
+from jaxft.distributed.devices import cpu_has_bfloat16_matmuls, has_fp8_matmuls
 from jaxft.nn.adapters.lora import Adapted, output_factors, scale_outputs
 from jaxft.nn.adapters.lora_rows import adapters_of_rows
-from jaxft.nn.contractions import accumulation_dtype, concat_bits, wide_dot
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor, shardings_of
+from jaxft.nn.quant_formats import E4M3, e4m3
 from jaxft.tree import Params, static, struct
+
+
+def accumulation_dtype(dtype: DTypeLike) -> Any:
+    """Return the dtype that contractions of `dtype` accumulate in: float32 or wider."""
+    return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
+
+
+MANY_ROWS = 64  # with 32 rows, converting a matrix takes as long as it saves, and a copy of it in memory
+
+
+def wide_dot(x: Array, w: Array, dims: Any) -> Array:
+    """jax.lax.dot_general with the result in the accumulation dtype."""
+    wide, ((contracted, _), _) = accumulation_dtype(x.dtype), dims
+    rows = x.size // math.prod(x.shape[axis] for axis in contracted)
+
+    def product(x, w):
+        return jax.lax.dot_general(x, w, dims, preferred_element_type=wide)
+
+    return _widened(product, x, w) if rows >= MANY_ROWS else product(x, w)
+
+
+def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
+    """jnp.einsum with the result in the accumulation dtype. widen=False: for operands that are not to be
+    copied in float32.
+    """
+    wide = accumulation_dtype(x.dtype)
+
+    def product(x, y):
+        return jnp.einsum(spec, x, y, preferred_element_type=wide)
+
+    return _widened(product, x, y) if widen else product(x, y)
+
+
+def _widened(product: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """Apply a product to 16-bit floats converted to float32 on a CPU that does not multiply them itself.
+
+    The products of single elements are exact in float32 either way.
+    """
+    if x.dtype.itemsize != 2 or cpu_has_bfloat16_matmuls():
+        return product(x, y)
+
+    def converted(x, y):
+        return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(x, y, cpu=converted, default=product)
+
+
+def to_bits(x: Array) -> Array:
+    """Return 16-bit floats as uint16, others unchanged: XLA's CPU compiler widens stacked bfloat16 arrays."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: DTypeLike) -> Array:
+    """Invert to_bits."""
+    return jax.lax.bitcast_convert_type(x, dtype) if jnp.dtype(dtype).itemsize == 2 else x
+
+
+def concat_bits(parts: Sequence[Array], axis: int) -> Array:
+    """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
+    return from_bits(jnp.concatenate([to_bits(x) for x in parts], axis), parts[0].dtype)
+
+
+# ---- matmuls with weights of any kind
+
 
 Weight = Any  # Array | QTensor | Adapted | InputTap
 
@@ -52,15 +121,15 @@ def expand_after(w: Weight, x: Array) -> Array:
 
 def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "... O"]:
     """Return `x @ w` as `out`, in FP8 where w is multiplied so."""
-    if fp8.multiplies_in_fp8(w):
-        return fp8.forward(x, w).astype(out)
+    if multiplies_in_fp8(w):
+        return times_in_fp8(x, w).astype(out)
     return dot(x, expand_after(w, x), (-1, 0), out)
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
     """Return `g @ w^T` as `out`, the gradient by the input of `times`, in FP8 where w is multiplied so."""
-    if fp8.multiplies_in_fp8(w):
-        return fp8.input_gradient(g, w).astype(out)
+    if multiplies_in_fp8(w):
+        return times_transposed_in_fp8(g, w).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
 
 
@@ -134,7 +203,7 @@ def matmul(
     dtype.
 
     w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
-    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/fp8.py), but not for a `wide`
+    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/matmul.py), but not for a `wide`
     result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the fast path
     of every backend), and the gradient of a weight has the precision of the accumulator.
     """
@@ -180,7 +249,7 @@ def lora_matmul(
 def _lora_fwd(x, dropped, w, a, b, scale):
     s = scale.astype(x.dtype)
     xa = _low(dot(dropped, a.astype(x.dtype), (-1, 0), x.dtype) * s)
-    in_fp8 = fp8.multiplies_in_fp8(w)
+    in_fp8 = multiplies_in_fp8(w)
     # With few rows, joining w and b would move more than it saves. The two ways round differently, so a
     # decoding step always uses one and a prefill the other, however many prompts there are.
     is_short = x.shape[-2] == 1
@@ -198,7 +267,7 @@ def _lora_fwd(x, dropped, w, a, b, scale):
 def _lora_bwd(residuals, g):
     x, dropped, w, a, b, s = residuals
     g = g.astype(x.dtype)
-    separate = sharding.mesh_has("tensor") or fp8.multiplies_in_fp8(w)
+    separate = sharding.mesh_has("tensor") or multiplies_in_fp8(w)
     joined = _input_gradients if separate else _input_gradients_joined
     dx, dxa = jax.lax.platform_dependent(g, w, b, cpu=joined, default=_input_gradients)
     dxa = _low(dxa * s)
@@ -351,3 +420,94 @@ def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
         return InputTap(w, path, tapped) if path in paths else w
 
     return tree.map_with_path(leaf, params, is_leaf=is_qtensor), tapped
+
+
+# ---- FP8
+#
+# With a scale s_x per row of x, its largest magnitude / 448, and the weight's scale s_w per output channel,
+# `x @ w` is `(round(x / s_x) @ codes) * s_x * s_w`: a product of E4M3 numbers with the scales applied to its
+# result. Emulation accumulates in float32; a device as its FP8 matmuls do, of which Hopper's keep about 14
+# bits of a sum (github.com/deepseek-ai/DeepGEMM/issues/50).
+#
+# The gradient by x is computed as if x had not been rounded (a straight-through estimate). There s_w is along
+# the contracted axis, so `g * s_w` is rounded, to COTANGENT with a scale per row. Both roundings are half to
+# even. Micikevicius et al. 2022 (arXiv:2209.05433) define the formats.
+
+
+# Of cotangents. A scale per row makes E5M2's range unnecessary, and it rounds half as finely as E4M3:
+# in LoRA SFT of SmolLM2-135M, cotangents in E5M2 cost 0.013 nats of held-out loss (scripts/bench/README.md).
+COTANGENT = E4M3
+_SMALLEST_ROW = 2.0**-100  # of a row: a row of zeros has a finite inverse scale
+
+
+def _on_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and has_fp8_matmuls(mesh.abstract_device)
+
+
+def is_scaled_by_channel(w: QTensor) -> bool:
+    """Whether a weight has E4M3 numbers with a scale per output channel."""
+    return w.kind == "fp8" and w.block is None
+
+
+def multiplies_in_fp8(w: Any) -> bool:
+    """Whether matmuls with a weight run in FP8, or emulate it, on the devices of the ambient mesh.
+
+    Weights with a scale per block of inputs never do: scales along the contracted axis cannot be applied to
+    the result.
+    """
+    if not isinstance(w, QTensor) or not is_scaled_by_channel(w):
+        return False
+    return _on_device() if w.fp8_matmul is None else w.fp8_matmul
+
+
+def times_in_fp8(x: Float[Array, "*N I"], w: QTensor) -> Float[Array, "*N O"]:
+    """Return `x @ w` in float32 or wider, with the rows of x rounded to E4M3."""
+    rounded, scale = round_rows(x, E4M3)
+    return _product(rounded, w, 0, x.dtype) * scale * _channel_scales(w, scale)
+
+
+def times_transposed_in_fp8(g: Float[Array, "*N O"], w: QTensor) -> Float[Array, "*N I"]:
+    """Return `g @ w^T` in float32 or wider, with the rows of `g * scale of w` rounded to COTANGENT."""
+    wide = g.astype(accumulation_dtype(g.dtype))
+    rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
+    return _product(rounded, w, 1, g.dtype) * scale
+
+
+def _channel_scales(w: QTensor, like: Array) -> Array:
+    """Return w's scales [1, O] with the rank and dtype of another array."""
+    return w.scale.reshape(*(1,) * (like.ndim - 1), w.scale.shape[-1]).astype(like.dtype)
+
+
+def round_rows(x: Float[Array, "*N I"], dtype: DTypeLike) -> tuple[Array, Float[Array, "*N 1"]]:
+    """Return x divided by a scale per row and rounded to an FP8 dtype, and the scales in float32 or wider.
+
+    A row's largest magnitude becomes the largest number of the dtype. Rows with NaN or infinity become NaN.
+    """
+    x = x.astype(accumulation_dtype(x.dtype))
+    largest = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), _SMALLEST_ROW)
+    limit = float(jnp.finfo(dtype).max)
+    return (x * (limit / largest)).astype(dtype), largest / limit
+
+
+def _product(rounded: Array, w: QTensor, contracted: int, dtype: DTypeLike) -> Array:
+    """Contract the last axis of FP8 numbers with an axis of w's codes, in float32 or wider.
+
+    dtype: of the activations. With bfloat16 activations the product is bfloat16 too, which halves its memory
+    traffic and, where the contracted axis is sharded, the bytes of its reduction; float16 has too small a
+    range. Emulation multiplies the same numbers in bfloat16 or wider, which represents them exactly.
+    """
+    wide, kept = accumulation_dtype(dtype), jnp.dtype(dtype)
+    kept = kept if kept == jnp.bfloat16 else wide
+    dims = (((rounded.ndim - 1,), (contracted,)), ((), ()))
+    if _on_device():
+        # FP8 matmuls want the contracted axis last: transpose one layer at a time, not the stack of all
+        codes = with_layout_constraint(w.codes, Layout((0, 1)))
+        return jax.lax.dot_general(rounded, e4m3(codes), dims, preferred_element_type=kept).astype(wide)
+    exact = jnp.bfloat16 if kept.itemsize == 2 else wide
+    # as in expand_after: not all weights at once
+    codes, _ = jax.lax.optimization_barrier((w.codes, rounded))
+    product = jax.lax.dot_general(
+        rounded.astype(exact), e4m3(codes).astype(exact), dims, preferred_element_type=wide
+    )
+    return product.astype(kept).astype(wide)

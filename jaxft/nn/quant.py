@@ -38,7 +38,7 @@ class Quant:
     too. block: inputs that share a scale; block and double default to the usual values of the kind. targets:
     "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may
     match embed and head too; norms are never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8
-    (see nn.fp8); by default where the device has such matmuls, true emulates them on other devices, false
+    (see nn.matmul); by default where the device has such matmuls, true emulates them on other devices, false
     dequantises the weights on all.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see

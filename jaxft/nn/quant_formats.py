@@ -197,9 +197,7 @@ def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
     )
 
 
-def encode_scales(
-    absmax: Float[Array, "*L N O"],
-) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Any]:
+def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Any]:
     """Quantise scales: subtract their mean, then the dynamic code in groups of 256 with a scale each.
 
     This is bitsandbytes' nested quantisation. Groups follow its order: all blocks of an output channel, then

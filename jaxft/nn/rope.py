@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds
-from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import to_rank
+from jaxft.nn.matmul import accumulation_dtype
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"]
 
@@ -286,10 +286,7 @@ def _by_length(
 
 
 def rotate(
-    x: Float[Array, "B T N E"],
-    cos: Float[Array, "B T E2"],
-    sin: Float[Array, "B T E2"],
-    scale: float = 1.0,
+    x: Float[Array, "B T N E"], cos: Float[Array, "B T E2"], sin: Float[Array, "B T E2"], scale: float = 1.0
 ) -> Float[Array, "B T N E"]:
     """Rotate each head and multiply it by `scale`, computed in cos's dtype and rounded to x's dtype once.
 

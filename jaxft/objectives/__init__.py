@@ -2,13 +2,12 @@
 
 objective.py: the Objective type
 sft.py: cross-entropy
-pair.py: the interface of preference losses: PairBatch, the facts that a loss declares, metrics
+pair.py: stable building blocks of losses; the interface of preference losses: PairBatch, the facts that a
+    loss declares, metrics
 preference.py: the objective around a preference loss: reference (also TR-DPO's moving one), reward, metrics
-reward_model.py: Bradley-Terry reward models
+reward_model.py: Bradley-Terry reward models; process reward models, which score each step of a solution
 decision.py: probabilities of given choices, trained by proper scoring rules; metrics
-process_reward.py: process reward models: a score for each step of a solution
 policy.py: the objective around a policy loss, with KL penalty and critic
-kl.py: KL estimators and penalties
 logprobs.py: log-probs without whole logits; the loss of a token: label smoothing, z-loss, dynamic fine-tuning
 read_positions.py: the positions of a row whose log-probs are needed
 metrics.py: metrics that add

@@ -123,10 +123,7 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
         return total, jax.lax.stop_gradient(metrics)
 
     return Objective(
-        forward,
-        decision_loss,
-        eval_loss=partial(decision_loss, with_rows=True),
-        text=sft(model),
+        forward, decision_loss, eval_loss=partial(decision_loss, with_rows=True), text=sft(model)
     )
 
 

@@ -19,13 +19,19 @@ from jaxtyping import Array, Bool, Float
 from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout, without_fields
 from jaxft.objectives.alarms import rollout_alarms
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, Penalty, k3
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
-from jaxft.objectives.losses.numerics import require
-from jaxft.objectives.losses.policy_losses import PolicyBatch, PolicyLoss
+from jaxft.objectives.losses.policy_losses import (
+    AdaptiveKL,
+    FixedKL,
+    KLInReward,
+    Penalty,
+    PolicyBatch,
+    PolicyLoss,
+    k3,
+)
 from jaxft.objectives.metrics import ENTROPY, KL, LOSS, Correlation, Max, Min, Sum, by_row, layer_metrics
 from jaxft.objectives.objective import Facts, Objective, ReferenceKind, Report, Scores
-from jaxft.objectives.pair import loss_name
+from jaxft.objectives.pair import loss_name, require
 from jaxft.objectives.preference import reference_head
 from jaxft.objectives.read_positions import read_logps_of_heads, read_numbers
 from jaxft.objectives.sft import sft
@@ -187,10 +193,7 @@ def policy(
         metrics |= layer_metrics(outputs.layers)
         if critic is not None:
             # PPO's names in TRL
-            metrics |= {
-                "policy/clipfrac_avg": metrics[CLIP_FRACTION],
-                "policy/entropy_avg": metrics[ENTROPY],
-            }
+            metrics |= {"policy/clipfrac_avg": metrics[CLIP_FRACTION], "policy/entropy_avg": metrics[ENTROPY]}
             cost, value_metrics = critic_loss(critic, outputs.values, outputs.batch)
             value = value + critic.coef * cost
             metrics |= value_metrics | {LOSS: Sum(value, value_metrics[VALUE_LOSS].weight)}

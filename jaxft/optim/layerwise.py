@@ -1,5 +1,6 @@
 """Updates of stacked layers one after the other, and of large matrices in blocks of rows, so that only one
-layer's updates are in memory.
+layer's updates are in memory; and a step that updates each layer inside the backward pass
+(optim.fused_backward), so that only one layer's gradients are.
 """
 
 import math
@@ -11,15 +12,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from jaxft import tree
+from jaxft.batch import TrainState
 from jaxft.distributed import sharding
 from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
-from jaxft.nn.stack import layer_at, put_layer
+from jaxft.nn.stack import CallCount, FusedLayers, float_bits, from_float_bits, layer_at, put_layer
+from jaxft.objectives.objective import Objective
 from jaxft.optim.rules import stack_of
-from jaxft.optim.update import StepInfo, UpdateCheck, Updated, guarded_update, stays_finite
-from jaxft.tree import Grads, Mask, OptState, Params
+from jaxft.optim.update import (
+    StepInfo,
+    UpdateCheck,
+    Updated,
+    all_finite,
+    guarded_update,
+    stays_finite,
+    to_float32,
+)
+from jaxft.tree import Batch, Grads, Mask, Metrics, OptState, Params
 
 LARGE = 1 << 26  # a matrix with at least this many elements is updated in blocks of rows
 PIECE = 1 << 24  # maximum number of elements of such a block
@@ -303,3 +314,100 @@ def _divide_rows(rows: int, pieces: int, x: Array) -> Array:
     if _has_rows(x, rows):
         return x.reshape(pieces, rows // pieces, *x.shape[1:])
     return jnp.repeat(x[None], pieces, 0)
+
+
+# ---- inside the backward pass
+
+
+OFF = "optim.fused_backward=false"
+
+
+class FusedStep(NamedTuple):
+    """The outputs of a fused backward pass: parameters and optimizer state, facts about the step, metrics."""
+
+    trainable: Params
+    opt_state: OptState
+    info: StepInfo
+    metrics: Metrics
+
+
+def fused_step(
+    objective: Objective,
+    parts: LayerParts,
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    keys: tuple[Key[Array, ""], Key[Array, ""]],
+) -> FusedStep:
+    """Compute the loss of a batch [1, rows, ...] and update every parameter on the way back.
+
+    parts: of the optimizer. keys: for the objective and for stochastic rounding. A non-finite loss changes
+    nothing. If only the gradient or the update of a layer is non-finite, that layer and the leaves without
+    layers stay unchanged; the other layers are updated. The norm of such a step is NaN. Raises ValueError
+    where no layers of the base are trained, for several microbatches, and for an objective that runs the
+    model more than once.
+    """
+    check_fused(parts, state.trainable, jax.tree.leaves(batch)[0].shape[0])
+    (stacks, rest), states = parts.split(state.trainable), parts.states(state.opt_state.layers)
+    uses = CallCount()
+
+    def update_layer(
+        number: int, grads: Grads, norm: Float[Array, ""], before: Updated, i: Array
+    ) -> tuple[Updated, Float[Array, ""]]:
+        layer, own_state = before
+        own_state = jax.tree.map(from_float_bits, own_state, states[number])
+        rounding = parts.layers_key(keys[1], number)
+        key = None if rounding is None else jax.random.fold_in(rounding, i)
+        info = StepInfo(norm, jnp.isfinite(norm), key)
+        new = parts.update_layer(grads, own_state, layer, info)
+        finite = info.finite & all_finite(new[0])
+        layer, own_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (layer, own_state))
+        return (layer, jax.tree.map(float_bits, own_state)), jnp.where(finite, norm, jnp.nan)
+
+    def loss(
+        rest: Params, stacks: list[Params], states: list[OptState], squares: list[Array]
+    ) -> tuple[Array, Metrics]:
+        params, fused = tree.combine(rest, frozen), dict[str, FusedLayers]()
+        for number, (layers, *carried) in enumerate(zip(stacks, states, squares, strict=True)):
+            name = stack_of(next(iter(tree.paths(layers))))
+            pick = partial(_layers_of_base, name)
+            update = partial(update_layer, number)
+            fused[name] = FusedLayers(layers, pick(frozen), carried[0], carried[1], pick, update, uses)
+        params = {**params, "base": {**params["base"], **fused}}
+        return objective(params, jax.tree.map(lambda x: x[0], batch), keys[0], state.aux)
+
+    zeros = [jnp.zeros((), jax.tree.leaves(to_float32(layers))[0].dtype) for layers in stacks]
+    total, pull, metrics = jax.vjp(loss, rest, stacks, jax.tree.map(float_bits, states), zeros, has_aux=True)
+    if uses.count != len(stacks):
+        raise ValueError(
+            "optim.fused_backward needs an objective that runs the model once per step, "
+            f"and this one runs it {uses.count // len(stacks)} times; set {OFF}"
+        )
+    fine = jnp.isfinite(metrics["loss"].total)
+    grads, new_stacks, new_states, squares = pull(jnp.where(fine, jnp.ones_like(total), jnp.nan))
+    norm = jnp.sqrt(sum(squares[1:], squares[0]) + optax.tree.norm(to_float32(grads), squared=True))
+    info = StepInfo(norm, jnp.isfinite(norm) & fine, keys[1])
+    info = info._replace(finite=parts.check_rest(grads, state.opt_state, state.trainable, info))
+    new_rest, opt_state = parts.update_rest(grads, state.opt_state, state.trainable, info)
+    new_states = jax.tree.map(from_float_bits, new_states, states)
+    opt_state = opt_state._replace(layers=joined_states(new_states))
+    return FusedStep(tree.combine(*new_stacks, new_rest), opt_state, info, metrics)
+
+
+def _layers_of_base(name: str, params: Params) -> Params:
+    return params["base"][name]
+
+
+def check_fused(parts: LayerParts, trainable: Params, microbatches: int) -> None:
+    """Raise ValueError for several microbatches, or unless the trainable stacked leaves are base layers."""
+    if microbatches != 1:
+        raise ValueError(
+            "optim.fused_backward updates a layer as soon as its gradient exists, "
+            f"but a step has {microbatches} microbatches; "
+            f"set data.micro=1, or {OFF}"
+        )
+    paths = [path for layers in parts.split(trainable)[0] for path in tree.paths(layers)]
+    others = [path for path in paths if not path.startswith("base/")]
+    if others or not paths:
+        got = f"{others[0]} is trainable" if others else "none of them is trainable"
+        raise ValueError(f"optim.fused_backward updates layers of the base, but {got}; set {OFF}")

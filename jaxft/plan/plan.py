@@ -22,7 +22,7 @@ from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding, threads, xla_flags
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
-from jaxft.models.heads import TEACHER
+from jaxft.models.adapted import TEACHER
 from jaxft.plan import hlo, program_bytes
 from jaxft.plan.machines import Machine
 from jaxft.plan.program_bytes import COLLECTIVES, Collective

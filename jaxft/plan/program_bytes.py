@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxft import tree
-from jaxft.models.heads import TEACHER
+from jaxft.models.adapted import TEACHER
 from jaxft.nn.quant import is_qtensor
 from jaxft.plan import hlo
 from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk

@@ -24,7 +24,7 @@ from jaxft.data.rows.example import Chat, Completion, Example
 from jaxft.data.rows.invalid import valid
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, left_pad
-from jaxft.models import heads
+from jaxft.models import adapted
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, of_equal_shapes, with_gains
 from jaxft.nn.attention.layer_attention import varies_with_length
@@ -35,8 +35,7 @@ from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
 from jaxft.tree import Aux, Params
 from jaxft.weights import initial_params, pretrained, storage
-from jaxft.weights.hf import hf_write
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hf_write, hub
 from jaxft.weights.peft import adapter_folders, peft_read
 
 CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
@@ -74,10 +73,10 @@ def load_reward_model(
         model = _headless(ref, dtype)
         if adapter is None:
             require_classifier(ref)
-            head = heads.HeadSettings(trained=False)
+            head = adapted.HeadSettings(trained=False)
         else:
             settings = adapter_folders.read_adapter_settings(str(adapter), model)
-            head = heads.HeadSettings(settings, str(adapter), trained=False)
+            head = adapted.HeadSettings(settings, str(adapter), trained=False)
         stored = pretrained.frozen_model(model, quant, ref, head.adapter)
         params = {
             "base": pretrained.load_base(ref, stored, mesh),
@@ -121,7 +120,7 @@ def load_reward_adapters(
 
 
 def _headless(ref: str, dtype: DTypeLike) -> Model:
-    return heads.with_scalar_head(pretrained.model_for(ref, dtype=dtype))
+    return adapted.with_scalar_head(pretrained.model_for(ref, dtype=dtype))
 
 
 def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
@@ -133,7 +132,7 @@ def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = N
     valid = valid if pad is None else valid & (tokens.ids != pad)
     last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
     h_BTD, _ = model.hidden(params, tokens)
-    return heads.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
+    return adapted.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
 def read_before_pad(batch: Pairs, pad: int) -> Pairs:
@@ -182,13 +181,13 @@ def require_classifier(ref: str) -> None:
         )
     if not is_classifier(ref):
         raise ValueError(
-            f"{ref}: {heads.SCORE[0]}, the head of a classifier, is missing. Is the download complete?"
+            f"{ref}: {adapted.SCORE[0]}, the head of a classifier, is missing. Is the download complete?"
         )
 
 
 def is_classifier(ref: str) -> bool:
     """Return whether the files of `ref` have a classifier's head."""
-    return heads.SCORE[0] in pretrained.open_files(ref).tensors
+    return adapted.SCORE[0] in pretrained.open_files(ref).tensors
 
 
 # Rewards
@@ -237,7 +236,7 @@ def head_scores(
     """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
-        own, last, branches = heads.view(params, reward.name), rows.last, rows.branches
+        own, last, branches = adapted.view(params, reward.name), rows.last, rows.branches
         assert last is not None and branches is not None  # layout.py writes both
         if reward.pad is not None:  # a completion of that one token is read at the prompt's last token
             shared = (rows.segments == 1) & (branches == 0)
@@ -377,7 +376,7 @@ def with_response(prompt: Chat | Completion, response: str) -> Example:
 
 def find_reward_model(
     ref: str, model: Model, quant: Quant | None = None, longest: int = 0
-) -> tuple[dict[str, heads.HeadSettings], HeadReward | ModelReward]:
+) -> tuple[dict[str, adapted.HeadSettings], HeadReward | ModelReward]:
     """Return (models for Run.heads, the reward) of the reward model that `ref` names.
 
     An adapter with a head (a PEFT folder's or a run's) shares the base of the run's `model`. Its reward is

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.distributed.disk import fsync, write_durably
-from jaxft.weights.hub.complete_folders import files_sha256
+from jaxft.weights.hf.complete_folders import files_sha256
 
 DIGEST, FILE = "digest", "file"
 

@@ -15,11 +15,10 @@ from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
 from jaxft.runs.settings.setting_values import absent_lines, describe, differences
 from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
-from jaxft.weights.calibrate import calibrated_base
+from jaxft.weights.edit import calibrated_base
 from jaxft.weights.gguf.gguf_file import part_files
-from jaxft.weights.hf import hf_read
-from jaxft.weights.hub import hub
-from jaxft.weights.hub.complete_folders import content_sha256, files_sha256, folder_damage
+from jaxft.weights.hf import hf_read, hub
+from jaxft.weights.hf.complete_folders import content_sha256, files_sha256, folder_damage
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 MAY_CHANGE = (

@@ -24,8 +24,8 @@ from jaxft.runs.object_store import IN_STORE, local_folder
 from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.tree import Params
 from jaxft.weights import pretrained
+from jaxft.weights.hf import hub
 from jaxft.weights.hf.hf_read import stop_tokens
-from jaxft.weights.hub import hub
 from jaxft.weights.peft import adapter_folders, peft_read
 from jaxft.weights.peft.peft_config import read_adapter_config
 
@@ -35,8 +35,8 @@ FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprin
 class NamedWeights(NamedTuple):
     """Weights that a command names, resolved to files.
 
-    ref: the base, see weights.hub. adapter: its PEFT folder or None. record: the settings of the run that
-    wrote the weights, None for others. notes: lines for the user.
+    ref: the base, see weights.hf.hub. adapter: its PEFT folder or None. record: the settings of the run
+    that wrote the weights, None for others. notes: lines for the user.
     """
 
     ref: str

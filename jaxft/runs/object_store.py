@@ -37,7 +37,7 @@ from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
 from jaxft.runs.folder import NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
-from jaxft.weights.hub.complete_folders import cache_folder
+from jaxft.weights.hf.complete_folders import cache_folder
 
 URL = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/([\w.=/-]*))?")
 SENT_AT_ONCE = 256 << 20  # of files that are sent at a time; each is in memory

@@ -14,8 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.models.adapted import adapted
-from jaxft.models.heads import TEACHER, HeadSettings
+from jaxft.models.adapted import TEACHER, HeadSettings, adapted
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter

@@ -13,15 +13,21 @@ from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import sharding, threads
 from jaxft.models import model_types
-from jaxft.models.adapted import with_teacher
-from jaxft.models.heads import TEACHER, HeadSettings, with_heads
+from jaxft.models.adapted import TEACHER, HeadSettings, with_heads, with_teacher
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.quant import CHECKPOINT, QERA
 from jaxft.objectives.objective import Objective, Outputs
-from jaxft.optim.optimizer import Optim, Optimizer, make_optimizer, rate_groups, state_shardings
-from jaxft.optim.skipped_updates import freezable, skip_spikes
+from jaxft.optim.optimizer import (
+    Optim,
+    Optimizer,
+    freezable,
+    make_optimizer,
+    rate_groups,
+    skip_spikes,
+    state_shardings,
+)
 from jaxft.runs.run_texts import ModelSummary, StepRows
 from jaxft.train import partition
 from jaxft.train.evaluate import evaluate
@@ -32,8 +38,8 @@ from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_
 from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
 from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import initial_params, pretrained, storage
-from jaxft.weights.calibrate.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
 from jaxft.weights.edit.extended_model import check_new_tokens
+from jaxft.weights.edit.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
 from jaxft.weights.peft.adapter_folders import adapter_folder
 
 

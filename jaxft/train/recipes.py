@@ -34,14 +34,13 @@ from jaxft.data.rows.dataset_rows import evaluation_split
 from jaxft.distributed.disk import temporary_folder
 from jaxft.distributed.sharding import MeshShape
 from jaxft.distributed.sync import is_first
-from jaxft.models.adapted import Teacher
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.models.model import Model
 from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
-from jaxft.objectives.kl import PenaltyReference
 from jaxft.objectives.logprobs import TargetLoss
+from jaxft.objectives.losses.policy_losses import PenaltyReference
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Reference

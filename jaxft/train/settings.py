@@ -10,8 +10,7 @@ from jaxft.annotations import ABOVE_ZERO, REWARDS, ShortNames, above, at_least, 
 from jaxft.data.data_settings import DataSettings, check_seed
 from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
-from jaxft.models.adapted import Teacher
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
@@ -156,7 +155,7 @@ class Run:
     batches.
 
     name: results are in runs/NAME. objective: the function of a model that makes the objective.
-    weights: where the base comes from (see weights.hub). adapter: LoRA settings; None trains the base.
+    weights: where the base comes from (see weights.hf.hub). adapter: LoRA settings; None trains the base.
     start: a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into
     the base. train: a regular expression over parameter paths that selects the trainable parameters
     instead of the default. quant: how the frozen base is stored; None for the compute dtype. params: the
@@ -166,7 +165,7 @@ class Run:
     shown before and after training. scoring: functions that score such completions. seed: of fresh weights,
     dropout and sampling. trackers: wandb, trackio, mlflow, or files of your own; every run writes
     TensorBoard's files. heads: further models
-    with scalar heads on the base, by name (see models/heads.py). teacher: a second, frozen language model
+    with scalar heads on the base, by name (see models/adapted.py). teacher: a second, frozen language model
     that the objective reads, such as a reference policy with weights of its own.
 
     >>> from jaxft.data.sft import Rows

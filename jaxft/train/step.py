@@ -15,9 +15,8 @@ from jaxft.nn.param import Specs, layer_numbers, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.objectives.metrics import LOSS_SPIKES, PerLayer, Sum, add, neutral
 from jaxft.objectives.objective import Objective
-from jaxft.optim.fused_backward import fused_step
-from jaxft.optim.optimizer import Optimizer
-from jaxft.optim.skipped_updates import FreezableState, SpikeState
+from jaxft.optim.layerwise import fused_step
+from jaxft.optim.optimizer import FreezableState, Optimizer, SpikeState
 from jaxft.optim.update import StepInfo, to_float32
 from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
@@ -47,7 +46,9 @@ def make_train_step(
         key, rounding_key = step_keys(seed, state.step)
         if optimizer.fused_backward:
             keys = (key, rounding_key)
-            trainable, opt_state, info, metrics = fused_step(objective, optimizer, state, frozen, batch, keys)
+            trainable, opt_state, info, metrics = fused_step(
+                objective, optimizer.parts, state, frozen, batch, keys
+            )
             updated = trainable, opt_state
             new, counts = next_state(objective, optimizer, state, updated, info, metrics)
         else:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft import tree
-from jaxft.models.heads import SCORE, TEACHER, HeadSettings, as_checkpoint
+from jaxft.models.adapted import SCORE, TEACHER, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter

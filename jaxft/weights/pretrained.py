@@ -24,13 +24,12 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.tree import Params
-from jaxft.weights.calibrate.calibrated_base import open_codes
 from jaxft.weights.edit import merged_weights
+from jaxft.weights.edit.calibrated_base import open_codes
 from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
-from jaxft.weights.hf import hf_read, tokenizer_files
+from jaxft.weights.hf import hf_read, hub, tokenizer_files
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import OverLimit, check_tokenizer_files
-from jaxft.weights.hub import hub
 from jaxft.weights.param_loading import ParamReader, load_param, param_readers, read_quantised, store_as
 from jaxft.weights.peft import peft_read
 from jaxft.weights.storage import (

@@ -14,8 +14,9 @@ from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.devices import has_fp8_matmuls
 from jaxft.models.model import Model
-from jaxft.nn import fp8, param
+from jaxft.nn import param
 from jaxft.nn.adapters.lora import target_paths
+from jaxft.nn.matmul import is_scaled_by_channel, multiplies_in_fp8
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize, shardings_of
 from jaxft.weights.quantised.file_format import same_layout
@@ -28,7 +29,7 @@ class Storage:
     quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
     array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
     and scales are stored unchanged. fp8_matmul: see nn.quant.Quant. codes: the name of calibrated codes in
-    the cache (weights/calibrate/calibrated_base.py), which replace the checkpoint's weights; None: these are
+    the cache (weights/edit/calibrated_base.py), which replace the checkpoint's weights; None: these are
     quantised when they are loaded.
     """
 
@@ -84,7 +85,7 @@ def choose_storage(
             f"quant={quant.kind} freezes base/{clash}, which is trainable; train an adapter, or set "
             "quant=none"
         )
-    by_channel = any(map(fp8.is_scaled_by_channel, layouts.values()))
+    by_channel = any(map(is_scaled_by_channel, layouts.values()))
     if quant and quant.kind == CHECKPOINT and quant.fp8_matmul and not by_channel:
         raise ValueError(
             "quant.fp8_matmul=true, but the files have no FP8 weights with a scale per output channel; omit "
@@ -213,7 +214,7 @@ def fp8_matmuls(q: QTensor, mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     here, kind = has_fp8_matmuls(device), device.device_kind
     with jax.set_mesh(mesh):
-        multiplied = fp8.multiplies_in_fp8(q)
+        multiplied = multiplies_in_fp8(q)
     if multiplied:
         return "multiplied in FP8" if here else f"multiplied in FP8, which is emulated on {kind}"
     if q.block is not None:

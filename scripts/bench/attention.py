@@ -82,7 +82,7 @@ def cases(a: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Yield each case's name and key ranges of its rows."""
     import jax.numpy as jnp
 
-    from jaxft.nn.attention.key_ranges import key_ranges, within_window
+    from jaxft.nn.attention.flash_attention import key_ranges, within_window
 
     for name, (segments, branches) in layouts(a.tokens).items():
         rows = (None if x is None else jnp.asarray([x] * a.rows, jnp.int32) for x in (segments, branches))

@@ -45,7 +45,7 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
     import jax.numpy as jnp
 
     from jaxft.models.dense_config import FULL, SLIDING
-    from jaxft.models.families.mistral import MistralConfig, mistral
+    from jaxft.models.families.llama import MistralConfig, mistral
     from jaxft.nn.attention.cache import NextToken, RowGroups
     from jaxft.nn.param import init_params
 

@@ -5,9 +5,9 @@ from itertools import zip_longest
 
 import pytest
 
-from jaxft.data.chat.named_templates import find_template
 from jaxft.runs.settings.config import resolve_config
 from jaxft.runs.settings.option_names import OPTIONS, as_text, find_options
+from jaxft.weights.edit.extended_model import find_template
 
 NEEDED = {  # overrides that are valid only with another one
     "adapter.init=loftq": "quant=nf4",

@@ -10,8 +10,7 @@ from tiny_tokenizers import CHATML, tiny
 
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.decisions import answer_tokens, parse
-from jaxft.data.inspection import inspect, row_problem
-from jaxft.data.packing.lengths import measure
+from jaxft.data.inspection import inspect, measure, row_problem
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import parse_dataset

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tokenizers import tiny
 
-from jaxft.data.packing import lengths
-from jaxft.data.packing.lengths import limit_alarms, limit_costs, measure, percentile
+from jaxft.data import inspection
+from jaxft.data.inspection import limit_alarms, limit_costs, measure, percentile
 from jaxft.data.packing.reader import sampled
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
@@ -158,12 +158,12 @@ def test_a_sample_of_a_large_file_reads_a_part_of_it(tmp_path):
 
 
 def test_lengths_of_a_large_dataset_are_those_of_a_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(lengths, "MEASURED", 50)
+    monkeypatch.setattr(inspection, "MEASURED", 50)
     path = write_as("jsonl", tmp_path, 1000)
     for _ in ("measured", "from the cache"):
         found = measure(Rows(path, format="text", held_out="none"), tiny("none"), tmp_path)
         assert len(found) == 50 and found.is_sample and found.scale == 20
         assert found.described == "a sample of 50 of 1,000"
-    monkeypatch.setattr(lengths, "MEASURED", 1000)
+    monkeypatch.setattr(inspection, "MEASURED", 1000)
     found = measure(Rows(path, format="text", held_out="none"), tiny("none"), tmp_path)
     assert len(found) == 1000 and not found.is_sample and found.described == "1,000"

@@ -7,7 +7,7 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.inspection import inspect
-from jaxft.data.steps import SolutionRows
+from jaxft.data.sft import SolutionRows
 
 
 def rows(count=9):

@@ -19,8 +19,7 @@ from jaxft.train.export.push import files_to_push
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_tokenizer
 from jaxft.weights.gguf.gguf_file import GgufHeader
-from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub import hub, hub_upload
+from jaxft.weights.hf import hub, hub_upload, tokenizer_files
 
 CALLS = [{"id": "a", "type": "function", "function": {"name": "rank", "arguments": {"name": "A"}}}]
 MESSAGES = [

@@ -43,7 +43,7 @@ programs.eva_adapter, eva.principal_directions = saved, other_signs
 # Process 1's own pairs have other signs.
 PAIRS = """
 import os
-from jaxft.weights.calibrate import lora_start
+from jaxft.weights.edit import lora_start
 pair_of = lora_start.principal_pair
 def other_signs(*args):
     a, b = pair_of(*args)

@@ -20,7 +20,7 @@ from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention import attention
-from jaxft.nn.attention.key_ranges import key_ranges
+from jaxft.nn.attention.flash_attention import key_ranges
 from jaxft.nn.param import spec_paths
 from jaxft.nn.quant import is_qtensor, quantize
 from jaxft.objectives.losses import preference_losses as P
@@ -32,7 +32,7 @@ from jaxft.objectives.sft import sft
 from jaxft.rl.rollout_layout import pack_episodes
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import storage
-from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.lora_start import init_magnitudes
 
 MESHES = {
     "1x8": MeshShape(1, 8),

@@ -12,8 +12,7 @@ from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.models.adapted import adapted
 from jaxft.models.dense_config import FULL, SLIDING
-from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.models.families.mistral import MistralConfig, mistral
+from jaxft.models.families.llama import LlamaConfig, MistralConfig, llama, mistral
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
 

@@ -22,10 +22,10 @@ from jaxft.nn.adapters import lora, lora_rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
 from jaxft.nn.quant import quantize
-from jaxft.optim import muon, rules, schedules
+from jaxft.optim import rules, schedules
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.update import StepInfo
-from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.lora_start import init_magnitudes
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXPERTS = "layers/mlp/experts"
@@ -151,7 +151,7 @@ def test_each_row_and_each_group_of_rows_has_its_adapter():
     assert_close(jit(model.hidden)({"base": base, **equal}, twice)[0], jnp.concatenate(alone))
 
 
-@pytest.mark.parametrize("rule", [muon.muon, rules.adafactor, optax.lamb], ids=["muon", "adafactor", "lamb"])
+@pytest.mark.parametrize("rule", [rules.muon, rules.adafactor, optax.lamb], ids=["muon", "adafactor", "lamb"])
 @pytest.mark.parametrize("layerwise", [False, True], ids=["whole", "layerwise"])
 def test_an_update_of_experts_is_that_of_each_kernel_alone(rule, layerwise):
     axes = ("layers", "experts", "width", "mlp")

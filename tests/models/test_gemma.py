@@ -104,7 +104,7 @@ REFUSED = {
     "a period of 0": (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
     "no window": (
         GEMMA3 | {"sliding_window": None},
-        "sliding_window must be set if and only if layer_types has sliding_attention, got",
+        "layer_types has sliding_attention, but sliding_window is null",
     ),
 }  # fmt: skip
 

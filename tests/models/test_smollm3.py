@@ -3,7 +3,7 @@
 import pytest
 from tiny_families import SIZES
 
-from jaxft.models.families.smollm3 import SMOLLM3_PRESETS, smollm3
+from jaxft.models.families.llama import SMOLLM3_PRESETS, smollm3
 from jaxft.models.model_types import FAMILIES, preset
 from jaxft.nn.param import count_params
 

@@ -28,7 +28,7 @@ from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.train.step import make_train_step, make_watch
-from jaxft.weights.calibrate.calibrated_base import CalibrationRows, calibrate_layers
+from jaxft.weights.edit.calibrated_base import CalibrationRows, calibrate_layers
 from jaxft.weights.hf import hf_read, hf_write
 from jaxft.weights.param_loading import param_readers
 from jaxft.weights.peft import peft_write

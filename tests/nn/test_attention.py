@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn.attention import attention, flash_attention
 from jaxft.nn.attention.attention import AttentionNeeds
-from jaxft.nn.attention.key_ranges import key_ranges
+from jaxft.nn.attention.flash_attention import key_ranges
 
 QUERIES, KEYS, ROW = (
     ("rows", "time", "heads", "head_dim"),
@@ -255,9 +255,7 @@ def products(fn, *args):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_saved_names_avoid_recomputing_the_forward_pass(monkeypatch, dtype):
-    monkeypatch.setattr(
-        "jaxft.nn.contractions.cpu_has_bfloat16_matmuls", lambda: True
-    )  # one form of each product
+    monkeypatch.setattr("jaxft.nn.matmul.cpu_has_bfloat16_matmuls", lambda: True)  # one form of each product
     q, k, v, do = arrays(np.random.default_rng(9), 1, 32, 2, 1, 8, dtype)
     rows = key_ranges(jnp.ones((1, 32), jnp.int32))
     names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")

@@ -8,8 +8,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn.attention.attention import dense
-from jaxft.nn.attention.flash_attention import default_block, flash
-from jaxft.nn.attention.key_ranges import key_ranges
+from jaxft.nn.attention.flash_attention import default_block, flash, key_ranges
 
 
 @pytest.mark.parametrize(("platform", "block"), [("cpu", 64), ("cuda", 256), ("tpu", 256)])

@@ -19,7 +19,7 @@ from jaxft.nn.attention.cache import (
     attend,
     store,
 )
-from jaxft.nn.attention.key_ranges import key_ranges, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, within_window
 from jaxft.nn.attention.layer_attention import AttentionRule
 
 H, K, E, S, N = 4, 2, 8, 7, 5  # heads, key heads, head size, slots of a prompt and of a completion

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn import contractions
+from jaxft.nn import matmul
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -18,11 +18,11 @@ def operands(dtype, rows=72):
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_contraction_is_the_float64_sum_of_the_products_of_its_operands(monkeypatch, native, dtype):
-    monkeypatch.setattr(contractions, "cpu_has_bfloat16_matmuls", lambda: native)
+    monkeypatch.setattr(matmul, "cpu_has_bfloat16_matmuls", lambda: native)
     x, w = operands(dtype)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
     bound = 96 * np.finfo(np.float32).eps * (abs(np.asarray(x, np.float64)) @ abs(np.asarray(w, np.float64)))
-    for result in (contractions.wide_dot(x, w, DIMS), contractions.wide_einsum("ti,io->to", x, w)):
+    for result in (matmul.wide_dot(x, w, DIMS), matmul.wide_einsum("ti,io->to", x, w)):
         assert result.dtype == jnp.float32
         assert (abs(np.asarray(result, np.float64) - exact) <= bound).all()
 
@@ -33,18 +33,18 @@ def test_a_contraction_is_the_float64_sum_of_the_products_of_its_operands(monkey
 def test_only_programs_for_a_cpu_without_bfloat16_matmuls_widen_the_operands(
     monkeypatch, platform, native, operand
 ):
-    monkeypatch.setattr(contractions, "cpu_has_bfloat16_matmuls", lambda: native)
-    traced = jax.jit(lambda x, w: contractions.wide_dot(x, w, DIMS)).trace(*operands("bfloat16"))
+    monkeypatch.setattr(matmul, "cpu_has_bfloat16_matmuls", lambda: native)
+    traced = jax.jit(lambda x, w: matmul.wide_dot(x, w, DIMS)).trace(*operands("bfloat16"))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert f"(tensor<72x96x{operand}>, tensor<96x40x{operand}>) -> tensor<72x40xf32>" in text
 
 
 def test_few_rows_and_a_cache_are_not_copied_in_float32(monkeypatch):
-    monkeypatch.setattr(contractions, "cpu_has_bfloat16_matmuls", lambda: False)
+    monkeypatch.setattr(matmul, "cpu_has_bfloat16_matmuls", lambda: False)
     x, w = operands("bfloat16", 32)
     for product in (
-        lambda x, w: contractions.wide_dot(x, w, DIMS),
-        lambda x, w: contractions.wide_einsum("ti,io->to", x, w, widen=False),
+        lambda x, w: matmul.wide_dot(x, w, DIMS),
+        lambda x, w: matmul.wide_einsum("ti,io->to", x, w, widen=False),
     ):
         text = jax.jit(product).lower(x, w).as_text()
         assert "(tensor<32x96xbf16>, tensor<96x40xbf16>) -> tensor<32x40xf32>" in text

@@ -13,10 +13,11 @@ from tiny_model import CONFIG, assert_close
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.families.llama import llama
-from jaxft.nn import fp8, matmul, param
+from jaxft.nn import matmul, param
 from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.layers import lm_head
 from jaxft.nn.quant import Quant, dequantize, quantize
+from jaxft.nn.quant_formats import E4M3
 from jaxft.train import partition
 from jaxft.weights import storage
 
@@ -143,7 +144,7 @@ def test_residuals_are_the_input_and_the_codes(adapters):
     x = jnp.ones((3, 42), jnp.bfloat16)
     kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: matmul.linear(x, w), x)[1], x))
     assert {x.dtype for x in kept if x.shape[-2:] == (42, 6)} == {jnp.dtype(jnp.uint8)}
-    assert all(x.dtype != fp8.E4M3 for x in kept)
+    assert all(x.dtype != E4M3 for x in kept)
 
 
 @pytest.mark.parametrize("axes", [("width", "mlp"), ("mlp", "width")], ids=["column", "row"])

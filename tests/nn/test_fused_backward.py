@@ -20,8 +20,8 @@ from jaxft.objectives.objective import Objective
 from jaxft.objectives.sft import sft
 from jaxft.optim import rules
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
-from jaxft.optim.muon import muon
 from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.rules import muon
 from jaxft.optim.schedules import constant_schedule
 from jaxft.train import partition
 from jaxft.train.step import make_train_step

@@ -11,10 +11,9 @@ import pytest
 from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
-from jaxft.models.adapted import adapted
+from jaxft.models.adapted import adapted, scores
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.families.qwen import Qwen3Config, qwen3
-from jaxft.models.heads import scores
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.layers import TABLE, embed

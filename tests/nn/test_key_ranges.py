@@ -10,7 +10,7 @@ from pair_batches import laid, random_pairs
 from rl_completions import LENGTHS, episodes_of, random_completions
 
 from jaxft.data.packing.pack import RowShape
-from jaxft.nn.attention.key_ranges import key_ranges, overlaps, pad_queries, visible, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, overlaps, pad_queries, visible, within_window
 from jaxft.rl.rollout_layout import pack_episodes
 
 # A segment: padding before it, tokens of its prompt, tokens of each response.

@@ -12,7 +12,7 @@ from test_attention import arrays, value_and_gradients
 from test_key_ranges import SEGMENTS, row_of
 
 from jaxft.nn.attention import attention
-from jaxft.nn.attention.key_ranges import key_ranges, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, within_window
 
 T = 60
 FLASH = partial(attention.flash, block=16)

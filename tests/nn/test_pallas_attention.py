@@ -22,7 +22,7 @@ from test_attention import (
 from test_key_ranges import SEGMENTS, row_of
 
 from jaxft.nn.attention import attention
-from jaxft.nn.attention.key_ranges import key_ranges, visible, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, visible, within_window
 from jaxft.nn.attention.pallas_attention import (
     KernelOptions,
     Tile,

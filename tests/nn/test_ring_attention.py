@@ -19,7 +19,7 @@ from jaxft.batch import Tokens
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.attention import RING_LEAST, AttentionSettings
-from jaxft.nn.attention.key_ranges import key_ranges, visible, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, visible, within_window
 from jaxft.nn.attention.pallas_attention import KernelOptions, Tile, Tiles, pallas_gradients, pallas_output
 from jaxft.nn.attention.ring_attention import BlockKernel
 

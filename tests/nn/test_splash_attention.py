@@ -22,12 +22,11 @@ from test_attention import (
 )
 
 from jaxft.batch import Tokens
-from jaxft.models.families.granite import GraniteConfig, granite
-from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.models.families.llama import GraniteConfig, LlamaConfig, granite, llama
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.attention import AttentionNeeds, AttentionSettings
 from jaxft.nn.attention.cache import NextToken
-from jaxft.nn.attention.key_ranges import key_ranges, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, within_window
 from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind, attend_rows, example_angles
 from jaxft.nn.attention.splash_attention import scaled, splash_of_scaled
 from jaxft.nn.param import init_params

@@ -24,7 +24,7 @@ from test_attention import (
 from jaxft.distributed.sharding import MeshShape, array_sharding, make_mesh
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.attention import AttentionNeeds, AttentionSettings
-from jaxft.nn.attention.key_ranges import key_ranges, within_window
+from jaxft.nn.attention.flash_attention import key_ranges, within_window
 from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind, layer_ranges
 from jaxft.nn.rope import Rope
 

@@ -20,12 +20,11 @@ from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives import metrics
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward, k1, k2
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.losses import policy_losses as P
+from jaxft.objectives.losses.policy_losses import AdaptiveKL, FixedKL, KLInReward, k1, k2
 from jaxft.objectives.policy import Critic, Outputs, echo, policy, value_function, value_loss
-from jaxft.optim.optimizer import Optim, make_optimizer
-from jaxft.optim.skipped_updates import freezable
+from jaxft.optim.optimizer import Optim, freezable, make_optimizer
 from jaxft.train.step import make_train_step
 
 LOSS = partial(P.clipped, eps_low=0.3, eps_high=0.2)

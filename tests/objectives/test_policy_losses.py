@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxft.objectives import kl
+from jaxft.objectives.losses import policy_losses
 from jaxft.objectives.losses import policy_losses as P
 
 A, SHAPE = 4, (3, 11)
@@ -315,9 +315,9 @@ def test_the_kl_estimators_equal_their_formulas():
     weights = cotangents()
     w = torch.tensor(np.asarray(weights).ravel())[torch.tensor(index)] * mask
     forms = {
-        kl.k1: lambda p: p - ref,
-        kl.k2: lambda p: (p - ref) ** 2 / 2,
-        kl.k3: lambda p: torch.exp(ref - p) - (ref - p) - 1,
+        policy_losses.k1: lambda p: p - ref,
+        policy_losses.k2: lambda p: (p - ref) ** 2 / 2,
+        policy_losses.k3: lambda p: torch.exp(ref - p) - (ref - p) - 1,
     }
     for estimate, form in forms.items():
         q = p.clone().requires_grad_()
@@ -349,12 +349,12 @@ def test_k1_and_k3_are_unbiased_and_only_k2_has_the_gradient_of_the_kl():
         return jax.grad(lambda z: jnp.sum(p * estimate(jax.nn.log_softmax(z), log_q)))(logits)
 
     p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
-    for estimate in (kl.k1, kl.k3):
+    for estimate in (policy_losses.k1, policy_losses.k3):
         np.testing.assert_allclose(jnp.sum(p * estimate(log_p, log_q)), exact(logits), rtol=1e-12)
-    np.testing.assert_allclose(slope(kl.k2), jax.grad(exact)(logits), rtol=1e-10)
-    np.testing.assert_allclose(slope(kl.k1), np.zeros(7), atol=1e-14)
+    np.testing.assert_allclose(slope(policy_losses.k2), jax.grad(exact)(logits), rtol=1e-10)
+    np.testing.assert_allclose(slope(policy_losses.k1), np.zeros(7), atol=1e-14)
     forward = jax.grad(lambda z: -jnp.sum(jnp.exp(log_q) * jax.nn.log_softmax(z)))(logits)
-    np.testing.assert_allclose(slope(kl.k3), forward, rtol=1e-10)
+    np.testing.assert_allclose(slope(policy_losses.k3), forward, rtol=1e-10)
 
 
 def test_the_corrected_kl_is_weighted_by_the_ratio():
@@ -390,12 +390,12 @@ def test_vespo_weights_and_the_off_policy_mask_equal_trls():
 
 
 def test_the_adaptive_coefficient_follows_its_target():
-    control = kl.AdaptiveKL(coef=0.2, target=6.0, horizon=1000)
+    control = policy_losses.AdaptiveKL(coef=0.2, target=6.0, horizon=1000)
     for nats, clip in ((6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2)):
         for number in (float, jnp.asarray):
             found = control.update(number(0.3), number(nats), number(256.0))
             np.testing.assert_allclose(found, 0.3 * (1 + clip * 256 / 1000), rtol=1e-12)
-    assert kl.FixedKL(0.3).update(0.3, 100.0, 256) == 0.3
+    assert policy_losses.FixedKL(0.3).update(0.3, 100.0, 256) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -409,9 +409,9 @@ def test_the_adaptive_coefficient_follows_its_target():
         ),
         (lambda d: P.dppo_tv(d, eps_high=-1), "eps_low=0.15 and eps_high=-1 must be at least 0"),
         (lambda d: P.sapo(d, tau_neg=0), "tau_neg must be above 0, got 1.0 and 0"),
-        (lambda d: kl.FixedKL(-0.1), "FixedKL.coef=-0.1; expected at least 0"),
-        (lambda d: kl.AdaptiveKL(0.0), "AdaptiveKL.coef=0.0; expected above 0"),
-        (lambda d: kl.AdaptiveKL(target=0), "AdaptiveKL.target=0; expected above 0"),
+        (lambda d: policy_losses.FixedKL(-0.1), "FixedKL.coef=-0.1; expected at least 0"),
+        (lambda d: policy_losses.AdaptiveKL(0.0), "AdaptiveKL.coef=0.0; expected above 0"),
+        (lambda d: policy_losses.AdaptiveKL(target=0), "AdaptiveKL.target=0; expected above 0"),
     ],
 )
 def test_parameters_out_of_range_are_refused(call, message):

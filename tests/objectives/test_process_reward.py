@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_model import CONFIG, examples, one_by_one, tiny
 
-from jaxft.models import heads
+from jaxft.models import adapted
 from jaxft.models.families.llama import llama
 from jaxft.objectives import metrics
-from jaxft.objectives.process_reward import Outputs, process_reward
+from jaxft.objectives.reward_model import StepOutputs, process_reward
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -19,7 +19,7 @@ def test_the_loss_is_the_cross_entropy_of_two_labels_and_accuracies_count_right_
     rng = np.random.default_rng(0)
     score, labels = rng.normal(0, 2, (3, 5)), rng.integers(0, 2, (3, 5))
     weight = rng.uniform(0, 1, (3, 5)) * (rng.uniform(0, 1, (3, 5)) > 0.3)
-    outputs = Outputs(jnp.asarray(score), jnp.asarray(labels, jnp.int32), jnp.asarray(weight))
+    outputs = StepOutputs(jnp.asarray(score), jnp.asarray(labels, jnp.int32), jnp.asarray(weight))
     value, found = process_reward(None).loss(outputs, {})
     logits = torch.stack([torch.zeros(15), torch.tensor(score.ravel())], 1)
     each = torch.nn.functional.cross_entropy(logits, torch.tensor(labels.ravel()), reduction="none")
@@ -35,7 +35,7 @@ def test_the_loss_is_the_cross_entropy_of_two_labels_and_accuracies_count_right_
 def test_a_step_is_scored_at_its_last_token_and_losses_of_parts_add_up():
     with jax.numpy_dtype_promotion("standard"):
         _, whole = tiny(jnp.float64)
-    model = heads.with_scalar_head(llama(CONFIG, jnp.float64))
+    model = adapted.with_scalar_head(llama(CONFIG, jnp.float64))
     rng = np.random.default_rng(1)
     params = {**whole["base"], "score": jnp.asarray(rng.normal(0, 0.3, (CONFIG.width, 1)))}
     batch = one_by_one(examples(4))

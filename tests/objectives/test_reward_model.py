@@ -17,10 +17,8 @@ from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.models import heads
-from jaxft.models.adapted import adapted
+from jaxft.models.adapted import HeadSettings, adapted, view, with_heads, with_scalar_head
 from jaxft.models.families.llama import llama
-from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
@@ -73,7 +71,7 @@ def scorer_model(adapter=SETTINGS, dtype=jnp.float64, **options):
     """The tiny Llama with a scalar head and an adapter that matters, and a random tree for it."""
     with jax.numpy_dtype_promotion("standard"):
         _, whole = tiny(dtype, adapter, **options)
-    model = adapted(heads.with_scalar_head(llama(CONFIG, dtype)), adapter)
+    model = adapted(with_scalar_head(llama(CONFIG, dtype)), adapter)
     score = jax.random.normal(jax.random.key(5), (CONFIG.width, 1), whole["base"]["final_norm"].dtype)
     base = {name: x for name, x in whole["base"].items() if name != "head"}
     return model, {**whole, "base": base, "score": score}
@@ -313,7 +311,7 @@ OTHER_HEADS = {
 
 
 def test_heads_on_a_base_are_trained_or_frozen_by_name():
-    model = heads.with_heads(llama(CONFIG, jnp.float32), OTHER_HEADS)
+    model = with_heads(llama(CONFIG, jnp.float32), OTHER_HEADS)
     t = partition.partition_params(
         model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, OTHER_HEADS)
     )
@@ -342,7 +340,7 @@ def test_heads_on_a_base_are_trained_or_frozen_by_name():
 @pytest.mark.slow
 def test_each_head_on_a_base_equals_the_one_alone(x64):
     base = llama(CONFIG, jnp.float64)
-    model = adapted(heads.with_heads(base, {"critic": HeadSettings(SETTINGS)}), SETTINGS)
+    model = adapted(with_heads(base, {"critic": HeadSettings(SETTINGS)}), SETTINGS)
     alone, whole = scorer_model()
     with jax.numpy_dtype_promotion("standard"):
         language, policy = tiny(jnp.float64, SETTINGS)
@@ -353,7 +351,7 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
     assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=param.is_spec)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
     np.testing.assert_array_equal(model.hidden(whole, batch)[0], language.hidden(policy, batch)[0])
-    critic = heads.view(whole, "critic")
+    critic = view(whole, "critic")
     h = model.hidden(critic, batch)[0]
     target = alone.scores({"score": critic["score"]}, alone.hidden(critic, batch)[0])
     np.testing.assert_array_equal(model.scores(critic, h), target)
@@ -368,15 +366,15 @@ def test_a_head_on_a_base_replaces_the_rows_of_its_own_tokens(x64):
     policy = Adapter(rank=2, targets=("q",), trainable_token_indices=(one, other))
     own = Adapter(targets=(), trainable_token_indices=(third,))
     scorers = {"critic": HeadSettings(own), "value": HeadSettings()}
-    model = adapted(heads.with_heads(base, scorers), policy)
+    model = adapted(with_heads(base, scorers), policy)
     with jax.numpy_dtype_promotion("standard"):
         whole = param.init_params(model.specs, jax.random.key(0), jnp.float64)
     row = whole["critic"]["adapter"]["embed"]["rows"]
     table = whole["base"]["embed"].at[third].set(row[0])
-    found = model.hidden(heads.view(whole, "critic"), batch)[0]
+    found = model.hidden(view(whole, "critic"), batch)[0]
     np.testing.assert_array_equal(found, base.hidden({**whole["base"], "embed": table}, batch)[0])
     plain = base.hidden(whole["base"], batch)[0]
-    np.testing.assert_array_equal(model.hidden(heads.view(whole, "value"), batch)[0], plain)
+    np.testing.assert_array_equal(model.hidden(view(whole, "value"), batch)[0], plain)
     assert min(np.abs(model.hidden(whole, batch)[0] - x).max() for x in (found, plain)) > 1e-3
     assert np.abs(found - plain).max() > 1e-3
 
@@ -384,27 +382,27 @@ def test_a_head_on_a_base_replaces_the_rows_of_its_own_tokens(x64):
 def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
     model = llama(CONFIG, jnp.float32)
     with pytest.raises(ValueError, match="a head cannot be named 'base', because the run's parameters"):
-        heads.with_heads(model, {"base": HeadSettings()})
+        with_heads(model, {"base": HeadSettings()})
     with pytest.raises(ValueError, match="cannot target the language model head"):
-        heads.with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
+        with_heads(model, {"critic": HeadSettings(Adapter(targets=("head",)))})
     with pytest.raises(ValueError, match="adapter.modules_to_save includes the language model head"):
-        adapted(heads.with_scalar_head(model), Adapter(targets=("q", "head")))
+        adapted(with_scalar_head(model), Adapter(targets=("q", "head")))
     with pytest.raises(ValueError, match="'score' is not a module of this model"):
         adapted(model, Adapter(modules_to_save=("score",)))
     tokens = Adapter(targets=(), trainable_token_indices=(1,))
     with pytest.raises(ValueError, match="adapter.rank_pattern has no effect without adapter.targets"):
         adapted(model, replace(tokens, rank_pattern=(("q", 2),)))
     with pytest.raises(ValueError, match="adapter.token_head=false: this model has no head of its own"):
-        adapted(heads.with_scalar_head(model), replace(tokens, token_head=False))
+        adapted(with_scalar_head(model), replace(tokens, token_head=False))
     with pytest.raises(ValueError, match="a scalar head in place of the language model head"):
-        heads.with_scalar_head(model).logits({}, None)
+        with_scalar_head(model).logits({}, None)
 
 
 def test_fresh_heads_do_not_change_the_policys_initialisation():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
     plain = partition.partition_params(model, SETTINGS, None)
     other_heads = {"critic": HeadSettings(SETTINGS)}
-    with_critic = partition.partition_params(heads.with_heads(model, other_heads), SETTINGS, None)
+    with_critic = partition.partition_params(with_heads(model, other_heads), SETTINGS, None)
     alone = initial_params.init_all_but_base(plain.model, mesh, 3, HeadSettings(SETTINGS))
     both = initial_params.init_all_but_base(
         with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=other_heads
@@ -414,7 +412,7 @@ def test_fresh_heads_do_not_change_the_policys_initialisation():
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": HeadSettings(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer needs the folder of a reward model"):
-        frozen = partition.partition_params(heads.with_heads(model, judge), SETTINGS, None)
+        frozen = partition.partition_params(with_heads(model, judge), SETTINGS, None)
         initial_params.init_all_but_base(frozen.model, mesh, 3, HeadSettings(SETTINGS), scorers=judge)
 
 

@@ -13,10 +13,9 @@ from peft.optimizers import create_loraplus_optimizer
 from tiny_model import assert_close
 
 from jaxft.nn.param import ParamSpec, full
-from jaxft.optim.optimizer import Optim, make_optimizer, rate_groups
+from jaxft.optim.optimizer import Optim, freezable, make_optimizer, rate_groups
 from jaxft.optim.rules import adamw, scale_groups, schedule_free_adamw
 from jaxft.optim.schedules import constant_schedule, cosine_schedule
-from jaxft.optim.skipped_updates import freezable
 from jaxft.optim.update import StepInfo
 
 SPECS = {

@@ -12,8 +12,8 @@ from jaxft import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, full, spec_paths
-from jaxft.optim.muon import muon, orthogonalized
 from jaxft.optim.optimizer import Optim, make_optimizer
+from jaxft.optim.rules import muon, orthogonalized
 from jaxft.optim.schedules import constant_schedule
 from jaxft.optim.update import StepInfo
 

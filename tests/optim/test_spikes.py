@@ -10,8 +10,7 @@ from jaxft.batch import TrainState
 from jaxft.nn.param import ParamSpec, full
 from jaxft.objectives.metrics import Sum, as_floats
 from jaxft.objectives.objective import Objective
-from jaxft.optim.optimizer import Optim, make_optimizer
-from jaxft.optim.skipped_updates import FreezableState, freezable, skip_spikes
+from jaxft.optim.optimizer import FreezableState, Optim, freezable, make_optimizer, skip_spikes
 from jaxft.train.step import make_train_step
 from jaxft.train.sweep.multi_adapter import stack_metrics
 

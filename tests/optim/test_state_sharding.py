@@ -12,11 +12,9 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.nn import param
 from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
-from jaxft.optim.muon import muon
-from jaxft.optim.optimizer import Optim, make_optimizer, state_shardings
-from jaxft.optim.rules import UpdateRule, adafactor, adamw, schedule_free_adamw
+from jaxft.optim.optimizer import Optim, make_optimizer, skip_spikes, state_shardings
+from jaxft.optim.rules import UpdateRule, adafactor, adamw, muon, schedule_free_adamw
 from jaxft.optim.schedules import constant_schedule
-from jaxft.optim.skipped_updates import skip_spikes
 from jaxft.optim.update import StepInfo
 
 SPECS = {

@@ -13,12 +13,12 @@ from jaxft.distributed.sharding import MeshShape
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
-from jaxft.optim import muon
+from jaxft.optim import rules
 from jaxft.optim.optimizer import Optim
 from jaxft.plan import plan, program_bytes
 from jaxft.train import programs
 from jaxft.train.settings import Run
-from jaxft.weights.calibrate.calibrated_base import calibrate_layers
+from jaxft.weights.edit.calibrated_base import calibrate_layers
 
 EXPERTS = "layers/mlp/experts"
 MODEL = tiny_experts.experts(replace(CONFIG, vocab=512, max_positions=256), jnp.float32)
@@ -44,7 +44,7 @@ def test_memory_counts_every_expert_and_a_mesh_shards_them():
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True], ids=["qlora", "full with muon"])
 def test_the_programs_of_a_run_compile_for_a_mesh_that_shards_experts(full):
-    changes = dict(adapter=None, quant=None, optim=Optim(optimizer=muon.muon)) if full else {}
+    changes = dict(adapter=None, quant=None, optim=Optim(optimizer=rules.muon)) if full else {}
     run = a_run(SHARDED, **changes)
     found = plan.plan(run, made_up())
     assert (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from tiny_plan import TINY, tiny, tiny_ppo
 
 from jaxft.distributed import sharding
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.models.model_types import config_to_hf
 from jaxft.plan import hlo, program_bytes
 from jaxft.rl.reward_models import ModelReward

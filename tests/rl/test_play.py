@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from scripted_session import ScriptedSampler
 from tiny_tokenizers import tiny
 
-from jaxft.data.chat import named_templates
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.prompts import read_prompts
@@ -37,6 +36,7 @@ from jaxft.rl.rollout_metrics import score_metrics
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import collect
 from jaxft.runs.settings.setting_values import parse_value
+from jaxft.weights.edit import extended_model
 
 KEY = jax.random.key(0)
 LIMITS = EpisodeLimits(turns=4, turn_tokens=200, tokens=1500, prompt=2000, timeout=5.0, observation=200)
@@ -96,7 +96,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call
 @cache
 def shipped_tokenizer(name):
     """A tokenizer with one of jaxft's named templates and its tokens."""
-    template = named_templates.TEMPLATES[name.removeprefix("shipped ")]
+    template = extended_model.TEMPLATES[name.removeprefix("shipped ")]
     ends = [token for token in template.tokens if re.search("end|eot", token)]
     tokenizer = tiny.__wrapped__("none")
     tokens = {"bos_token": "<s>", "eos_token": (ends or ["</s>"])[-1]}
@@ -105,7 +105,7 @@ def shipped_tokenizer(name):
     return tokenizer
 
 
-SHIPPED = [f"shipped {name}" for name in named_templates.TEMPLATES]
+SHIPPED = [f"shipped {name}" for name in extended_model.TEMPLATES]
 FAULTS = (
     RuntimeError("the tool is out"),
     ValueError("not such arguments"),

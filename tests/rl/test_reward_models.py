@@ -26,10 +26,8 @@ from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import left_pad
-from jaxft.models import heads
-from jaxft.models.adapted import adapted
+from jaxft.models.adapted import HeadSettings, adapted, view, with_heads
 from jaxft.models.families.llama import llama
-from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.layer_attention import uniform
@@ -40,7 +38,7 @@ from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.rl.rollout_layout import pack_episodes
 from jaxft.train import partition
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.lora_start import init_magnitudes
 
 torch = pytest.importorskip("torch")
 
@@ -88,7 +86,7 @@ def by_transformers(folder, texts):
 
 
 def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
-    model = heads.with_heads(llama(tiny_model.CONFIG, jnp.float64), {"reward": HeadSettings(Adapter(rank=2))})
+    model = with_heads(llama(tiny_model.CONFIG, jnp.float64), {"reward": HeadSettings(Adapter(rank=2))})
     model = adapted(model, Adapter(rank=2))
 
     def random(path, x):
@@ -105,7 +103,7 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
     def alone(text):
         """The score of one text, read at its last token."""
         row = tiny_model.batch_of([[(np.array(text), 1)]], 16, 16, 1.0)
-        h = model.hidden(heads.view(params, "reward"), row)[0][0, len(text) - 1]
+        h = model.hidden(view(params, "reward"), row)[0][0, len(text) - 1]
         return h @ params["reward"]["score"][:, 0]
 
     plain = scores(LENGTHS)
@@ -276,7 +274,7 @@ def test_a_reward_model_is_found_by_what_its_folder_has(workdir, tmp_path):
         reward_models.find_reward_model(str(workdir.folder / "base"), model)
     further, reward = reward_models.find_reward_model(str(tmp_path / "to come"), model)
     assert further.keys() == {"reward"} and not further["reward"].trained and reward == HeadReward()
-    frozen = partition.partition_params(heads.with_heads(model, further), Adapter(rank=2), None)
+    frozen = partition.partition_params(with_heads(model, further), Adapter(rank=2), None)
     with pytest.raises(
         FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"
     ):
@@ -330,7 +328,7 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
     base = str(workdir.folder / "base")
     folder = base if kind == "language model" else str(workdir.folder / "judge")
     policy, settings = pretrained.model_for(base, dtype=jnp.float32), {"critic": HeadSettings(weights=folder)}
-    model = heads.with_heads(policy, settings)
+    model = with_heads(policy, settings)
     patterns = partition.trainable_patterns(model, None, None, settings)
     t, mesh = partition.partition_params(model, None, patterns), one_device()
     with jax.set_mesh(mesh):
@@ -338,7 +336,7 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
     loaded = None
     if kind == "classifier":
         loaded = reward_models.load_reward_model(folder, mesh, dtype=jnp.float32)
-    whole = heads.view({"base": None, "critic": critic}, "critic")
+    whole = view({"base": None, "critic": critic}, "critic")
     assert whole["base"] is critic["base"] and "head" not in critic["base"]
     assert critic["score"].shape == (64, 1)
     expected = loaded.params["base"] if loaded else pretrained.load_frozen(folder, policy, mesh)

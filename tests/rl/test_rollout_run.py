@@ -14,8 +14,15 @@ from safetensors.numpy import load_file
 from tiny_run import Place, write_rows
 
 from jaxft.data.rows.shipped import ROOT
-from jaxft.objectives.kl import FixedKL, KLInReward, k1
-from jaxft.objectives.losses.policy_losses import clipped, dppo_tv, gspo, policy_gradient
+from jaxft.objectives.losses.policy_losses import (
+    FixedKL,
+    KLInReward,
+    clipped,
+    dppo_tv,
+    gspo,
+    k1,
+    policy_gradient,
+)
 from jaxft.rl import advantages, estimators, token_weights
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.setting_values import differences, find_file, run_file

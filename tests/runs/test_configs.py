@@ -9,8 +9,7 @@ import pytest
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft import tree
-from jaxft.models.adapted import Teacher
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.nn import param
 from jaxft.objectives.preference import EMAReference
 from jaxft.runs.settings import config, setting_values

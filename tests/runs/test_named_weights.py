@@ -23,7 +23,7 @@ from jaxft.runs.loaded_weights import (
     tools_notes,
 )
 from jaxft.runs.settings.setting_values import describe
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 
 
 def adapter(folder, base, **more):

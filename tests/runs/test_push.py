@@ -16,8 +16,8 @@ from hub_uploads import DROP, Repo, card_errors, serve_uploads
 from scripts_in_process import SCRIPTS, call
 from tiny_run import Place, rows, write_place
 
-from jaxft.weights.hub import hub as models
-from jaxft.weights.hub.hub_upload import Uploaded
+from jaxft.weights.hf import hub as models
+from jaxft.weights.hf.hub_upload import Uploaded
 
 REPO = "org/tiny"
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -332,7 +332,7 @@ def test_passwords_in_the_address_of_the_hub_are_not_printed(hub, push, run, mon
     done = Uploaded(
         f"{os.environ['HF_ENDPOINT']}/a", "1", f"{os.environ['HF_ENDPOINT']}/b", True, True, [], []
     )
-    monkeypatch.setattr("jaxft.weights.hub.hub_upload.upload_files", lambda *args: done)
+    monkeypatch.setattr("jaxft.weights.hf.hub_upload.upload_files", lambda *args: done)
     code, out, err = push(run, REPO)
     assert code == 0 and out.count("***@127.0.0.1") == 2 and "secret" not in out + err
 

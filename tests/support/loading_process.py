@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.train import partition

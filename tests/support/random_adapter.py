@@ -5,7 +5,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.train import partition
 from jaxft.weights import initial_params
 from jaxft.weights.peft import peft_write

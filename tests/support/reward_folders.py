@@ -8,8 +8,8 @@ import numpy as np
 from loading_process import one_device
 from tiny_llama import tiny_tokenizer
 
-from jaxft.models import heads
-from jaxft.models.heads import HeadSettings
+from jaxft.models import adapted
+from jaxft.models.adapted import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
 from jaxft.train.export import export
@@ -28,7 +28,7 @@ def torch_score(model, ids):
 
 def begun(folder, adapter=SETTINGS, start=None, seed=1):
     """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
-    model = heads.with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
+    model = adapted.with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
     t, mesh = partition.partition_params(model, adapter, None), one_device()
     whole = pretrained.load_base(str(folder), t.stored, mesh)
     whole = {
@@ -52,7 +52,7 @@ def saved(t, whole, base, out, adapter=SETTINGS):
     """The folder that a run writes."""
     run = SimpleNamespace(
         adapter=adapter,
-        model=heads.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
+        model=adapted.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
         weights=str(base),
     )
     return export.export_run(t, whole, run, tiny_tokenizer(), out)

@@ -12,7 +12,7 @@ from functools import partial
 from jaxft.optim import optimizer, schedules
 from jaxft.data.pairs import PairRows
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.models.heads import with_scalar_head
+from jaxft.models.adapted import with_scalar_head
 from jaxft.objectives.reward_model import reward
 from jaxft.weights.peft.adapter_folders import read_adapter_settings
 from jaxft.nn.quant import Quant

@@ -13,10 +13,10 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxft.models.heads import HeadSettings, scores, view
+from jaxft.models.adapted import HeadSettings, scores, view
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.policy import Critic, value_function
-from jaxft.objectives.kl import AdaptiveKL, FixedKL, KLInReward
+from jaxft.objectives.losses.policy_losses import AdaptiveKL, FixedKL, KLInReward
 from jaxft.objectives.policy import policy, with_target_kl
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.preference import preference

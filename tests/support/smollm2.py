@@ -12,7 +12,7 @@ def reference():
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from jaxft.weights.hub import hub
+    from jaxft.weights.hf import hub
 
     if not (FOLDER / "config.json").is_file():
         located = hub.locate(REF)

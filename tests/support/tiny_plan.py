@@ -8,13 +8,12 @@ import jax.numpy as jnp
 
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
-from jaxft.models import heads
+from jaxft.models import adapted
+from jaxft.models.adapted import HeadSettings
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.models.heads import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import policy
-from jaxft.objectives.kl import FixedKL, KLInReward
-from jaxft.objectives.losses.policy_losses import clipped
+from jaxft.objectives.losses.policy_losses import FixedKL, KLInReward, clipped
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.policy import Critic, value_function
 from jaxft.objectives.preference import preference
@@ -59,8 +58,8 @@ def tiny_pairs(**kwargs):
 
 def tiny_ppo(critic=None, rewards=None, group=2):
     def objective(model):
-        hidden = lambda params, batch, h: model.hidden(heads.view(params, "critic"), batch)[0]  # noqa: E731
-        value = value_function(hidden, lambda params, h: heads.scores(heads.view(params, "critic"), h))
+        hidden = lambda params, batch, h: model.hidden(adapted.view(params, "critic"), batch)[0]  # noqa: E731
+        value = value_function(hidden, lambda params, h: adapted.scores(adapted.view(params, "critic"), h))
         return policy.policy(model, clipped, KLInReward(FixedKL(0.1)), critic=Critic(value))
 
     prompts = Rollouts(

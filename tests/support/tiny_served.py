@@ -19,7 +19,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_rows import stack_by_row, with_gains
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.serve.served_models import ServedModel
-from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.lora_start import init_magnitudes
 
 TOKENIZER = tiny_tokenizers.tiny("chatml")
 TOOL_TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny_tokenizers.CHATML.replace(

@@ -23,7 +23,7 @@ from jaxft.models.dense import (
 )
 from jaxft.models.families.llama import LlamaConfig
 from jaxft.nn.attention.cache import RecurrentState
-from jaxft.nn.attention.key_ranges import visible
+from jaxft.nn.attention.flash_attention import visible
 from jaxft.nn.attention.layer_attention import AttentionLayers, Extras, LayerKind, batch_ranges
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.matmul import linear

@@ -19,8 +19,7 @@ from tiny_run import write_place, write_rows
 
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings, with_scalar_head
+from jaxft.models.adapted import HeadSettings, adapted, with_scalar_head
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.runs.settings.config import knob_names, load_config, resolve_config

@@ -26,7 +26,7 @@ from jaxft.train.export import calibrate
 from jaxft.train.export.calibrate import calibrate_base, rows_of_source
 from jaxft.train.start import jobs
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate import calibrated_base
+from jaxft.weights.edit import calibrated_base
 
 SHORT = ["samples=0", "quant=nf4", "quant.block=32"]
 NF4 = [*SHORT, "quant.calibrate_tokens=640"]

@@ -14,7 +14,7 @@ from tiny_run import write_rows
 from jaxft.report.run_files import read_run
 from jaxft.report.sections import bins_of, reliability_section
 from jaxft.runs.loaded_weights import named_weights
-from jaxft.weights.hub.hub_upload import is_uploaded
+from jaxft.weights.hf.hub_upload import is_uploaded
 
 RECIPE = str(SCRIPTS.parent / "configs" / "decision.py")
 LABELS = ("few", "many")

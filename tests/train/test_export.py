@@ -23,8 +23,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merged_weights import merge_files
-from jaxft.weights.hf import hf_write
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hf_write, hub
 from jaxft.weights.peft import peft_write
 
 torch = pytest.importorskip("torch")

@@ -19,8 +19,8 @@ from tiny_pairs import make_rows
 from tiny_run import write_rows
 
 from jaxft import tree
-from jaxft.models import heads
-from jaxft.models.heads import HeadSettings
+from jaxft.models import adapted
+from jaxft.models.adapted import HeadSettings
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters
 from jaxft.nn.quant import Quant
 from jaxft.rl import reward_models
@@ -30,7 +30,7 @@ from jaxft.train import loop, partition
 from jaxft.train.export import export
 from jaxft.train.programs import build, start
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate import lora_start
+from jaxft.weights.edit import lora_start
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PPO = str(CONFIGS / "ppo.py")
@@ -84,11 +84,11 @@ class Begun:
 
     def rewards(self):
         """Of the reward model for the rows of some_tokens."""
-        return heads.scores(self.params["reward"], self.hidden("reward")[:, -1])
+        return adapted.scores(self.params["reward"], self.hidden("reward")[:, -1])
 
     def hidden(self, name=None):
         """Of the policy, or of a model on its base."""
-        params = self.params if name is None else heads.view(self.params, name)
+        params = self.params if name is None else adapted.view(self.params, name)
         return np.asarray(jax.jit(self.model.hidden)(params, some_tokens())[0])
 
 
@@ -147,7 +147,7 @@ def test_the_reference_is_the_policy_at_step_0_without_a_copy_and_a_resumed_run_
 @pytest.mark.parametrize("init, quant", [("pissa", None), ("loftq", NF4)])
 def test_a_reward_model_that_was_trained_so_scores_as_in_its_own_run(place, tmp_path, init, quant):
     ref, settings = str(place / "base"), Adapter(rank=4, alpha=8.0, init=init, targets=TARGETS)
-    model = heads.with_scalar_head(pretrained.model_for(ref, dtype=jnp.float32))
+    model = adapted.with_scalar_head(pretrained.model_for(ref, dtype=jnp.float32))
     parts = partition.partition_params(model, settings, None, quant, ref)
     pairs = lora_start.start_pairs(ref, parts.stored, settings)
     base = pretrained.load_base(ref, parts.stored, one_device(), without=pairs.without)
@@ -201,12 +201,12 @@ def test_a_dora_critic_of_other_modules_starts_as_the_policy(place):
 def test_a_critic_with_a_base_of_its_own_has_no_part_of_the_policys(place):
     run = Begun(place, "adapter.init=pissa", "critic=full", "reward=jaxft.rl.rewards:json_match")
     assert INITIAL_ADAPTER not in run.frozen and "reference" in run.state.aux
-    assert "adapter" not in heads.view(run.params, "critic")
+    assert "adapter" not in adapted.view(run.params, "critic")
 
 
 def test_no_pattern_trains_the_first_pairs(place):
     model = pretrained.model_for(str(place / "base"), dtype=jnp.float32)
-    model = heads.with_heads(model, {"critic": HeadSettings()})
+    model = adapted.with_heads(model, {"critic": HeadSettings()})
     parts = partition.partition_params(model, Adapter(rank=2, init="pissa"), ".*")
     trained = {path.partition("/")[0] for path in partition.trainable_paths(parts)}
     assert INITIAL_ADAPTER in parts.specs and trained == {"base", "adapter", "critic"}

@@ -13,7 +13,7 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import ROOT, Place, write_place, write_rows
 from two_stacks import two_stacks
 
-from jaxft.data.packing.lengths import RowLengths, measure, micro_tokens
+from jaxft.data.inspection import RowLengths, measure, micro_tokens
 from jaxft.plan.plan_report import planned_pairs
 from jaxft.runs.settings import config
 from jaxft.train.start.open_settings import (

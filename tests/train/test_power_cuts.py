@@ -19,7 +19,7 @@ from prepared import resume
 from tiny_run import Place, write_place
 
 from jaxft.distributed import disk
-from jaxft.weights.hub import complete_folders
+from jaxft.weights.hf import complete_folders
 
 WORST = ["loop.best_metric=eval_loss", "loop.greater_is_better=true"]  # so that best/ is written, from step 1
 ARGV = ["steps=3", "samples=0", "full=true", "loop.eval_every=1", *WORST]

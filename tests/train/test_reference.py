@@ -16,7 +16,7 @@ from tiny_tokenizers import tiny as tiny_tokenizer
 
 from jaxft import tree
 from jaxft.data.pairs import PairRows
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize
 from jaxft.objectives import metrics
@@ -29,8 +29,7 @@ from jaxft.train.settings import Run
 from jaxft.train.start import eva, reference
 from jaxft.train.step import accumulate_gradients
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate import lora_start
-from jaxft.weights.edit import merged_weights
+from jaxft.weights.edit import lora_start, merged_weights
 from jaxft.weights.peft import adapter_folders, peft_read
 
 pytestmark = pytest.mark.usefixtures("x64")

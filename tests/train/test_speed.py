@@ -10,8 +10,8 @@ from meters import feed, make_meter
 
 from jaxft.batch import Pairs, Rollout, Tokens, count_reads
 from jaxft.distributed import devices
+from jaxft.models.adapted import with_scalar_head
 from jaxft.models.families.llama import PRESETS, llama
-from jaxft.models.heads import with_scalar_head
 from jaxft.train.logs.logs import total_rates
 
 LLAMA = PRESETS["meta-llama/Llama-3.2-1B"]

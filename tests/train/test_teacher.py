@@ -17,15 +17,14 @@ from transformers import AutoTokenizer
 from jaxft import tree
 from jaxft.data.pairs import PairRows
 from jaxft.distributed import sharding
-from jaxft.models.adapted import Teacher, adapted
+from jaxft.models.adapted import HeadSettings, Teacher, adapted
 from jaxft.models.families.llama import llama
-from jaxft.models.heads import HeadSettings
 from jaxft.nn import param
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives import metrics
-from jaxft.objectives.kl import FixedKL
 from jaxft.objectives.logprobs import HeadInput
+from jaxft.objectives.losses.policy_losses import FixedKL
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.objectives.losses.reference_free_losses import simpo
 from jaxft.objectives.objective import Facts, Objective

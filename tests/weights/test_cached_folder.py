@@ -20,11 +20,10 @@ from jaxft.distributed.disk import temporary_folder
 from jaxft.nn.quant import Quant, quantize
 from jaxft.runs import folder as runfolder
 from jaxft.train.recipes import ModelKnobs
-from jaxft.weights.calibrate import calibrated_base
-from jaxft.weights.edit import extended_model
+from jaxft.weights.edit import calibrated_base, extended_model
 from jaxft.weights.edit.extended_model import Extension, extended_ref
-from jaxft.weights.hub import complete_folders
-from jaxft.weights.hub.complete_folders import (
+from jaxft.weights.hf import complete_folders
+from jaxft.weights.hf.complete_folders import (
     HASHES,
     cached_folder,
     content_sha256,
@@ -211,8 +210,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from jaxft.distributed.disk import temporary_folder
-from jaxft.weights.hub import complete_folders
-from jaxft.weights.hub.complete_folders import new_folder
+from jaxft.weights.hf import complete_folders
+from jaxft.weights.hf.complete_folders import new_folder
 path = Path(sys.argv[1])
 with (temporary_folder(path, "jaxft-push-") as folder, new_folder(path / "out") as part,
       temporary_folder(path, ".new-") as other):

@@ -14,7 +14,7 @@ from tiny_llama import some_tokens, tiny_torch, torch_logits, write_folder
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.weights import pretrained
-from jaxft.weights.edit.combined_adapters import Combination, NamedAdapter, combine_adapters
+from jaxft.weights.edit.new_adapters import Combination, NamedAdapter, combine_adapters
 from jaxft.weights.peft import adapter_folders, peft_write
 from jaxft.weights.peft import peft_read as peft_layout
 

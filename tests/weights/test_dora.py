@@ -16,7 +16,7 @@ from jaxft.nn.matmul import dropout, linear
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.lora_start import init_magnitudes
 from jaxft.weights.edit.merged_weights import merge_on_read, merge_params
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write

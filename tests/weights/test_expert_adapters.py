@@ -30,7 +30,7 @@ from jaxft.nn.tensor_names import TensorName
 from jaxft.train.export.export import ExportSource, merged_base
 from jaxft.train.start.eva import written_adapter
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.lora_start import init_magnitudes
+from jaxft.weights.edit.lora_start import init_magnitudes
 from jaxft.weights.hf import hf_write
 from jaxft.weights.peft import peft_read as peft_files
 from jaxft.weights.peft import peft_write

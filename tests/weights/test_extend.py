@@ -10,13 +10,13 @@ from host_weights import load_on_host
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.data.chat.named_templates import TEMPLATES
 from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit.extended_model import (
+    TEMPLATES,
     Extension,
     check_new_tokens,
     extend_model,
@@ -24,7 +24,7 @@ from jaxft.weights.edit.extended_model import (
     untrained_tokens,
     with_new_tokens,
 )
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights.peft import peft_write
 from jaxft.weights.peft.adapter_folders import cached_base_notes
 

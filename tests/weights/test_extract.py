@@ -25,7 +25,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.train.export import export
 from jaxft.weights import pretrained
-from jaxft.weights.edit import extracted_adapter
+from jaxft.weights.edit import new_adapters
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write
 
@@ -56,8 +56,8 @@ def world(tmp_path_factory):
 
 
 def extracted(world, tuned, *args, **options):
-    what = extracted_adapter.Extraction(*args, **options)
-    return extracted_adapter.extract_adapter(str(world[0]), str(tuned), world[1], what, lambda line: None)
+    what = new_adapters.Extraction(*args, **options)
+    return new_adapters.extract_adapter(str(world[0]), str(tuned), world[1], what, lambda line: None)
 
 
 def hf_logits(folder):
@@ -89,8 +89,8 @@ def test_a_lower_rank_has_the_error_of_the_largest_singular_values(world, monkey
     values = np.linalg.svd(change, compute_uv=False) ** 2
     expected = (values[:, 5:].sum() / values.sum()) ** 0.5
     before = tree.paths(world[2])["layers/mlp/up"]
-    for limit in (extracted_adapter.FULL_SVD, 0):  # all singular values; the randomised ones
-        monkeypatch.setattr(extracted_adapter, "FULL_SVD", limit)
+    for limit in (new_adapters.FULL_SVD, 0):  # all singular values; the randomised ones
+        monkeypatch.setattr(new_adapters, "FULL_SVD", limit)
         found = extracted(world, world[3], 5, ("up_proj",))
         (kind, total) = found.errors
         assert kind.path == "layers/mlp/up" and kind.error == pytest.approx(expected, rel=1e-4)
@@ -117,12 +117,12 @@ def test_other_parameters_that_changed_are_named_and_stored_in_full_if_asked(tmp
     tuned = write_folder(tmp_path / "tuned", theirs)
     model = pretrained.model_for(str(folder), dtype=jnp.float32)
     args = str(folder), str(tuned), model
-    plain = extracted_adapter.extract_adapter(*args, extracted_adapter.Extraction(2), lambda line: None)
+    plain = new_adapters.extract_adapter(*args, new_adapters.Extraction(2), lambda line: None)
     (line,) = plain.others
     assert "embed by" in line and "norm by" in line and "--save-others" in line
     assert ("q_bias" in line) == (kind == "biased")
-    found = extracted_adapter.extract_adapter(
-        *args, extracted_adapter.Extraction(2, save_others=True), lambda line: None
+    found = new_adapters.extract_adapter(
+        *args, new_adapters.Extraction(2, save_others=True), lambda line: None
     )
     peft_write.save_adapter(tmp_path / "out", found.params, found.settings, model, str(folder))
     logits = with_adapter(folder, tmp_path / "out")

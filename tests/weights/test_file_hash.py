@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.runs import folder
-from jaxft.weights.hub import complete_folders, hub
+from jaxft.weights.hf import complete_folders, hub
 
 
 @pytest.fixture

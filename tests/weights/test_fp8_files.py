@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from scripts_in_process import call
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft.nn import fp8
 from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.matmul import multiplies_in_fp8
 from jaxft.nn.quant import QTensor, Quant, dequantize
 from jaxft.train import partition
 from jaxft.weights import pretrained
@@ -83,7 +83,7 @@ def test_compressed_tensors_weights_have_the_values_of_their_definition(tmp_path
 def test_scales_per_channel_are_multiplied_in_fp8_and_others_are_not(tmp_path):
     channel, block = (write_compressed(tmp_path / case, case)[0] for case in ("channel", "block"))
     leaf = stored(channel, fp8_matmul=True)[2]["layers"]["mlp"]["up"]
-    assert fp8.multiplies_in_fp8(leaf) and not fp8.multiplies_in_fp8(replace(leaf, fp8_matmul=None))
+    assert multiplies_in_fp8(leaf) and not multiplies_in_fp8(replace(leaf, fp8_matmul=None))
     with pytest.raises(
         ValueError, match="quant.fp8_matmul=true, but the files have no FP8 weights with a scale per"
     ):

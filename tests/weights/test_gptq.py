@@ -21,7 +21,7 @@ from jaxft.nn.quant import Quant, quantize
 from jaxft.nn.quant_formats import NF4
 from jaxft.train.export.calibrate import squared_inputs
 from jaxft.weights import pretrained, storage
-from jaxft.weights.calibrate import calibrated_rounding
+from jaxft.weights.edit import calibrated_rounding
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, False), ("int4", 16, None), ("affine4", 16, None),

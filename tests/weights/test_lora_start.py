@@ -14,7 +14,7 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate import lora_start
+from jaxft.weights.edit import lora_start
 from jaxft.weights.peft import peft_read as peft_reader
 from jaxft.weights.peft import peft_write
 

@@ -6,12 +6,11 @@ import llama_cpp
 import pytest
 from tiny_llama import tiny_tokenizer
 
-from jaxft.data.chat.named_templates import TEMPLATES, find_template
 from jaxft.data.chat.template import template_of
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.setting_values import parse_value
 from jaxft.runs.settings.settings_list import help_text
-from jaxft.weights.edit.extended_model import Extension, add_tokens
+from jaxft.weights.edit.extended_model import TEMPLATES, Extension, add_tokens, find_template
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

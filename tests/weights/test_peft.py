@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.distributed import sharding
-from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, adapted
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params

@@ -10,8 +10,7 @@ import pytest
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
 from jaxft.distributed import processes, sharding
-from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, adapted
 from jaxft.runs import loaded_weights
 from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.export import export

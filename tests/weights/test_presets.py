@@ -10,7 +10,7 @@ from jaxft.models import model_types
 from jaxft.models.families import llama
 from jaxft.nn.rope import Rope
 from jaxft.weights import pretrained
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 
 NAME = "someone/tiny-llama"
 

@@ -19,7 +19,7 @@ from jaxft.train import partition
 from jaxft.train.export import export
 from jaxft.tree import paths
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_base import CalibrationRows, calibrate_layers, write_codes
+from jaxft.weights.edit.calibrated_base import CalibrationRows, calibrate_layers, write_codes
 
 torch = pytest.importorskip("torch")
 

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_families import random_torch
 from tiny_llama import VOCAB, some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
-from jaxft.models import heads
-from jaxft.models.heads import HeadSettings
+from jaxft.models import adapted
+from jaxft.models.adapted import HeadSettings
 from jaxft.rl import reward_models
 from jaxft.train import partition
 from jaxft.train.export import export
@@ -92,7 +92,7 @@ def test_a_full_reward_model_is_a_classifier_in_transformers_and_starts_the_next
     if adapter:
         folder, model = (
             tmp_path / "merged",
-            heads.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
+            adapted.with_scalar_head(pretrained.model_for(str(base), dtype=jnp.float32)),
         )
         export.export_model(
             folder,
@@ -155,7 +155,7 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
         "judge": HeadSettings(settings, str(folder), trained=False),
     }
     policy = partition.partition_params(
-        heads.with_heads(language, other_heads),
+        adapted.with_heads(language, other_heads),
         None,
         partition.trainable_patterns(language, None, None, other_heads),
     )
@@ -173,7 +173,7 @@ def test_a_fresh_head_joins_a_language_models_adapter_and_a_critic_starts_from_t
         )
     with pytest.raises(ValueError, match="sft is not a reward model: it has no scalar head; give the folder"):
         judge = {"judge": HeadSettings(settings, str(tmp_path / "sft"), trained=False)}
-        frozen = partition.partition_params(heads.with_heads(language, judge), None, None)
+        frozen = partition.partition_params(adapted.with_heads(language, judge), None, None)
         initial_params.init_all_but_base(frozen.model, one_device(), 0, HeadSettings(), str(base), judge)
 
 

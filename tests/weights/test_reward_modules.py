@@ -14,9 +14,7 @@ from safetensors.numpy import load_file
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
 from jaxft import tree
-from jaxft.models import heads
-from jaxft.models.adapted import adapted
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings, adapted, with_scalar_head
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train.export import export
@@ -57,7 +55,7 @@ def by_torch(model):
 
 
 def scorer(folder):
-    return heads.with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
+    return with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
 
 
 OURS = [

@@ -8,8 +8,8 @@ import pytest
 from jaxft.nn import quant
 from jaxft.nn.quant import quantize
 from jaxft.nn.quant_formats import NF4
-from jaxft.weights.calibrate import calibrated_rounding
-from jaxft.weights.calibrate.calibrated_rounding import InputMoments
+from jaxft.weights.edit import calibrated_rounding
+from jaxft.weights.edit.calibrated_rounding import InputMoments
 
 FORMS = [("nf4", 16, True), ("nf4", 16, False), ("fp4", 16, True), ("int4", 16, None), ("affine4", 16, None),
          ("int8", None, None), ("fp8", None, None)]  # fmt: skip

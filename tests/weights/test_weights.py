@@ -31,8 +31,7 @@ from jaxft import tree
 from jaxft.models.families.llama import PRESETS
 from jaxft.nn import quant
 from jaxft.weights import pretrained
-from jaxft.weights.hf import hf_write, safetensors
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hf_write, hub, safetensors
 
 torch = pytest.importorskip("torch")
 
@@ -390,7 +389,7 @@ def test_presets_touch_neither_disk_nor_network(monkeypatch):
 
 HUB_CLIENT = """
 import sys
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights import param_loading as param_reader, pretrained
 for ref in sys.argv[1:]:
     try:

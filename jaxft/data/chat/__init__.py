@@ -1,7 +1,6 @@
 """Chat templates: rendering, loss masks, tool calls.
 
 loss_mask.py: tokens and loss masks of examples
-named_templates.py: chat templates by name for base models
 next_turn.py: the tokens between two turns of a conversation that a model continues
 template.py: chat templates, remedies for rows that they reject
 tool_calls.py: tool calls in the text of a completion

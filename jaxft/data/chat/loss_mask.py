@@ -7,7 +7,7 @@ could span its end. The loss mask is computed on the rendered text, as ranges of
 tokens by their offsets: a token is a target if it contains any character of a response. An assistant turn is
 what the template's {% generation %} markers enclose or, without markers, everything after the prompt that
 generation would start from. It includes the end-of-turn token, from which the model learns to stop, and must
-show all of the turn (see template_check.py). Every token of a text row is a target.
+show all of the turn (see turns.py). Every token of a text row is a target.
 
 Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
@@ -34,9 +34,8 @@ from jaxft.data.chat.template import (
 )
 from jaxft.data.chat.turns import MARKER, HiddenPart, is_closed, render_turns
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
-from jaxft.data.rows.example import Chat, Completion, Example, Message, Text
+from jaxft.data.rows.example import Chat, Completion, Example, Message, Text, target_weights
 from jaxft.data.rows.invalid import InvalidRow, Value, attempt
-from jaxft.data.rows.loss_weights import target_weights
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
 MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask

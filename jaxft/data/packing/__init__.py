@@ -1,8 +1,6 @@
 """Rows as token ids: the store of tokenised rows, and the plans of their batches.
 
 cache.py: files of tokenised rows, arrays in memory-mapped parts
-lengths.py: tokens of rows before a limit, what each limit keeps and costs; the alarm about rows that are left
-    out
 pack.py: packing plans, the length of a run
 pair_layout.py: pairs that share a batch, in rows of tokens
 reader.py: a dataset as token ids, chunk by chunk in several processes

@@ -3,11 +3,10 @@
 columns.py: columns by their names, as messages and tools
 conversation.py: a row's prompt and responses, the same for every stage
 dataset_rows.py: files, folders and hub datasets
-example.py: rows as they are read
+example.py: rows as they are read; weights of rows and messages in the loss
 format_choice.py: the format of a dataset
 formats.py: the table of row formats and how each is read
 invalid.py: the error of an invalid row, and what becomes of it
-loss_weights.py: weights of rows and messages in the loss
 mixture.py: several sources with weights, training and held-out rows
 published_formats.py: rankings, comparisons and transcripts, rewritten into the columns of other formats
 remote.py: URLs of rows, Parquet behind them

@@ -14,9 +14,8 @@ from functools import lru_cache
 from typing import Any
 
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.data.rows.example import Message
+from jaxft.data.rows.example import Message, message_weight
 from jaxft.data.rows.invalid import json_type
-from jaxft.data.rows.loss_weights import message_weight
 
 KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")
 ROLES = {  # other accepted names; upper and lower case are the same
@@ -195,8 +194,7 @@ def list_of(row: Row, column: str) -> list[Any]:
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list | tuple):
         raise row.invalid(
-            f"column {column!r} of a wrong type",
-            f"column {column!r} is {json_type(value)}; use a list",
+            f"column {column!r} of a wrong type", f"column {column!r} is {json_type(value)}; use a list"
         )
     return [*value]
 

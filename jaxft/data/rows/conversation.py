@@ -28,8 +28,7 @@ from jaxft.data.rows.columns import (
     with_system,
 )
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.data.rows.example import Chat, Completion, Message
-from jaxft.data.rows.loss_weights import split_weights, without_weights
+from jaxft.data.rows.example import Chat, Completion, Message, split_weights, without_weights
 
 PLAIN = "plain"  # the value of data.format for which strings are plain text
 NO_PROMPT = "no prompt"  # the reason of an invalid row

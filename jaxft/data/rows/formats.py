@@ -3,7 +3,7 @@
 `data.format=auto` uses the format whose columns are present, of those for the kind of data that a run reads.
 configs/README.md has examples: Rows for SFT, Preferences, Rankings and ratings. `format="plain"` takes the
 strings of formats that may be plain as text without a chat template. All formats but text may have the
-columns "tools" (JSON schemas) and "chat_template_kwargs"; SFT rows also "weight" (see loss_weights.py); pairs
+columns "tools" (JSON schemas) and "chat_template_kwargs"; SFT rows also "weight" (see example.py); pairs
 also "reference", a third response ("gold", data.third).
 
 Which format a dataset has, and columns with other names: format_choice.py. Formats of single datasets and
@@ -31,8 +31,7 @@ from jaxft.data.rows.conversation import (
     split_row,
 )
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.data.rows.example import RESPONSE, Example, Solution, Text
-from jaxft.data.rows.loss_weights import row_weight
+from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, row_weight
 from jaxft.data.rows.published_formats import (
     PROMPT,
     RANKED,

@@ -11,19 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import POSITIVE_FLOAT32
-from jaxft.models.dense import (
-    dense_mlp,
-    dense_model,
-    llama_specs,
-    names_of,
-    one_stack,
-    self_attention,
-)
+from jaxft.models.dense import dense_mlp, dense_model, llama_specs, names_of, one_stack, self_attention
 from jaxft.models.dense_config import (
     FULL,
     SLIDING,
     ConfigFormat,
     DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
@@ -33,8 +27,8 @@ from jaxft.models.dense_config import (
 from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
-from jaxft.nn.contractions import accumulation_dtype
 from jaxft.nn.layers import lm_head, rms_norm, split_keys
+from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope, check_rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
@@ -47,32 +41,17 @@ class GemmaConfig(DenseConfig):
 
 
 @dataclass(frozen=True)
-class Gemma2Config(DenseConfig):
+class Gemma2Config(WindowConfig):
     """Sizes of a Gemma 2.
 
-    query_pre_attn_scalar: attention scores are q k^T divided by its square root. window: keys that layers of
-    type "sliding_attention" attend to. attn_softcap, final_softcap: c in c * tanh(x / c), which is applied to
-    attention scores and to logits; None for no soft cap. Raises ValueError for a value out of range.
+    query_pre_attn_scalar: attention scores are q k^T divided by its square root. attn_softcap, final_softcap:
+    c in c * tanh(x / c), which is applied to attention scores and to logits; None for no soft cap. Raises
+    ValueError for a value out of range.
     """
 
     query_pre_attn_scalar: Annotated[float, POSITIVE_FLOAT32] = 256.0
-    window: int | None = None
-    layer_types: tuple[str, ...] = ()
     attn_softcap: Annotated[float | None, POSITIVE_FLOAT32, "attn_logit_softcapping"] = None
     final_softcap: Annotated[float | None, POSITIVE_FLOAT32, "final_logit_softcapping"] = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.layer_types) != self.layers:
-            raise ValueError(
-                f"config: layer_types must have a type for each of the {self.layers} layers, got "
-                f"{len(self.layer_types)} types"
-            )
-        if (self.window is None) == (SLIDING in self.layer_types):
-            raise ValueError(
-                f"config: sliding_window must be set if and only if layer_types has {SLIDING}, got "
-                f"sliding_window={self.window}"
-            )
 
 
 @dataclass(frozen=True)
@@ -263,7 +242,7 @@ def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionL
     """Return the AttentionLayers of a config, with its scale and soft cap of the scores. kinds: the LayerKind
     of each layer type.
     """
-    layers = typed_layers(c.layer_types, kinds, c.head_dim)
+    layers = typed_layers(c, kinds)
     return replace(layers, scale=c.query_pre_attn_scalar**-0.5, settings=AttentionSettings(c.attn_softcap))
 
 

@@ -1,13 +1,20 @@
 """Llama 1 to 3.3, SmolLM2 and all other models with model_type "llama": config.json, presets, model.
-Seed-OSS, CWM, InternLM 3 and IQuest-Coder, which have its layer and another model_type.
+
+Then families with its layer and another model_type: Mistral and Ministral (a sliding window in all layers, in
+some, or in none), Seed-OSS, CWM, InternLM 3, IQuest-Coder, SmolLM3 (every fourth layer has no rope) and
+Granite 3 (multipliers on embeddings, attention scores, residual branches and logits).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
+from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
     attention_biases,
     dense_model,
@@ -17,6 +24,7 @@ from jaxft.models.dense import (
     one_stack,
     prenorm_layer,
     qkv_biases,
+    self_attention,
     with_biases,
 )
 from jaxft.models.dense_config import (
@@ -24,15 +32,18 @@ from jaxft.models.dense_config import (
     SLIDING,
     ConfigFormat,
     DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
+    typed_layers,
     window_from_hf,
 )
-from jaxft.models.families.mistral import MistralConfig
-from jaxft.models.model import Model
-from jaxft.nn.attention.layer_attention import uniform
+from jaxft.models.model import ForwardOptions, Model
+from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
+from jaxft.nn.layers import gated_mlp, lm_head, rms_norm, split_keys
 from jaxft.nn.rope import Rope
+from jaxft.tree import Params
 
 
 @dataclass(frozen=True)
@@ -45,19 +56,11 @@ class LlamaConfig(DenseConfig):
 
 BIASES = {"attention_bias": False, "mlp_bias": False}  # settings of config.json with their defaults
 LLAMA_FORMAT = ConfigFormat(
-    "llama",
-    "LlamaForCausalLM",
-    fixed={"hidden_act": "silu", "pretraining_tp": 1},
-    more=BIASES,
+    "llama", "LlamaForCausalLM", fixed={"hidden_act": "silu", "pretraining_tp": 1}, more=BIASES
 )
 
 
-_LLAMA3: dict[str, Any] = {
-    "vocab": 128256,
-    "max_positions": 131072,
-    "kv_heads": 8,
-    "bos": 128000,
-}
+_LLAMA3: dict[str, Any] = {"vocab": 128256, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
 _SCALED8 = Rope(theta=500000.0, kind="llama3", factor=8.0, original_max_positions=8192)
 _SCALED32 = replace(_SCALED8, factor=32.0)
 _CHAT = (128001, 128008, 128009)
@@ -104,6 +107,78 @@ def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
     return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
+
+
+# ---- Mistral
+
+
+@dataclass(frozen=True)
+class MistralConfig(WindowConfig):
+    """Sizes of a Mistral."""
+
+
+def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Mistral config. options: remat and residual of dense_model."""
+    specs = llama_specs(config)
+    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
+    attention = typed_layers(config, kinds)
+    return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
+
+
+_MISTRAL_DEFAULTS = {"max_position_embeddings": 4096 * 32}
+MISTRAL_FORMAT = ConfigFormat("mistral", "MistralForCausalLM", defaults=_MISTRAL_DEFAULTS)
+MINISTRAL_FORMAT = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_MISTRAL_DEFAULTS)
+
+
+def read_mistral(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a MistralConfig."""
+    fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
+    # transformers reads a config.json of model_type mistral that has layer_types as a ministral's.
+    types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
+    if SLIDING not in types:
+        return fields
+    return fields | {"window": window, "layer_types": types}
+
+
+def write_mistral(c: MistralConfig, form: ConfigFormat) -> dict[str, Any]:
+    """Return the dict of a config.json, of model_type "ministral" if only some layers have a window."""
+    if len(set(c.layer_types)) == 2:
+        return fields_to_hf(c, MINISTRAL_FORMAT) | {
+            "sliding_window": c.window,
+            "layer_types": list(c.layer_types),
+        }
+    return fields_to_hf(c, MISTRAL_FORMAT) | {"sliding_window": c.window}
+
+
+_MISTRAL_7B: dict[str, Any] = dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)
+_MISTRAL_WINDOW = MistralConfig(
+    vocab=32000, **_MISTRAL_7B, max_positions=32768, window=4096, layer_types=(SLIDING,) * 32
+)
+_MISTRAL_V3 = MistralConfig(vocab=32768, **_MISTRAL_7B, rope=Rope(1e6), max_positions=32768)
+_MISTRAL_NEMO = MistralConfig(
+    vocab=131072, width=5120, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=14336, rope=Rope(1e6),
+    max_positions=131072,
+)  # fmt: skip
+_MISTRAL_SMALL = replace(_MISTRAL_NEMO, mlp=32768, rope=Rope(1e8), max_positions=32768)
+
+MISTRAL_PRESETS: dict[str, MistralConfig] = {
+    "mistralai/Mistral-7B-v0.1": _MISTRAL_WINDOW,
+    "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL_WINDOW,
+    "mistralai/Mistral-7B-Instruct-v0.2": replace(_MISTRAL_V3, vocab=32000),
+    "mistralai/Mistral-7B-v0.3": _MISTRAL_V3,
+    "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_V3,
+    "mistralai/Mistral-Nemo-Base-2407": replace(_MISTRAL_NEMO, max_positions=128000),
+    "mistralai/Mistral-Nemo-Instruct-2407": _MISTRAL_NEMO,
+    "mistralai/Mistral-Small-Instruct-2409": MistralConfig(
+        vocab=32768, width=6144, layers=56, heads=48, kv_heads=8, head_dim=128, mlp=16384, rope=Rope(1e6),
+        max_positions=32768,
+    ),
+    "mistralai/Mistral-Small-24B-Base-2501": _MISTRAL_SMALL,
+    "mistralai/Mistral-Small-24B-Instruct-2501": _MISTRAL_SMALL,
+}  # fmt: skip
+
+
+# ---- Seed-OSS, CWM, InternLM 3, IQuest-Coder
 
 
 _SILU = {"hidden_act": "silu"}
@@ -173,8 +248,6 @@ def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
         hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 8192, **hf})
     types = read_layer_types(hf, [SLIDING if i % 4 else FULL for i in range(fields["layers"])])
-    if window is None and SLIDING in types:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
@@ -217,3 +290,209 @@ IQUEST_CODER_FORMAT = ConfigFormat(
     "iquestcoder", "IQuestCoderForCausalLM", _SILU | {"clip_qkv": None, "use_sliding_window": False},
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128}, BIASES,
 )  # fmt: skip
+
+
+# ---- SmolLM3
+
+
+@dataclass(frozen=True)
+class SmolLM3Config(WindowConfig):
+    """Sizes of a SmolLM3. has_rope: whether each layer has rope; () for rope in all layers. attention_bias,
+    mlp_bias: whether the projections have biases.
+    """
+
+    has_rope: tuple[bool, ...] = ()
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a SmolLM3 config. options: remat and residual of dense_model."""
+    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
+    architecture = one_stack(specs, names_of(specs), prenorm_layer, _smollm3_attention(config))
+    return dense_model(config, architecture, dtype, **options)
+
+
+def _smollm3_attention(c: SmolLM3Config) -> AttentionLayers:
+    has_rope = c.has_rope or (True,) * c.layers
+    layers = [
+        LayerKind(c.rope if rotated else Rope(kind="none"), c.window if kind == SLIDING else None)
+        for kind, rotated in zip(c.types, has_rope, strict=True)
+    ]
+    kinds = list(dict.fromkeys(layers))
+    return AttentionLayers(tuple(kinds), tuple(map(kinds.index, layers)), c.head_dim)
+
+
+SMOLLM3_FORMAT = ConfigFormat(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    fixed={"hidden_act": "silu"},
+    defaults={
+        "max_position_embeddings": 32768, "rope_theta": 2000000.0, "tie_word_embeddings": True,
+        "bos_token_id": 128000, "eos_token_id": 128001, "num_key_value_heads": 4,
+    },
+    more={"attention_bias": False, "mlp_bias": False},
+)  # fmt: skip
+
+
+def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
+    """Return whether each layer has rope, from no_rope_layers (where 1 means with rope) or
+    no_rope_layer_interval in config.json.
+    """
+    flags = hf.get("no_rope_layers")
+    if flags is not None:
+        if not isinstance(flags, list | tuple) or len(flags) < count or any(x not in (0, 1) for x in flags):
+            raise ValueError(
+                f"config: no_rope_layers must be a list of {count} numbers, 1 for a layer with rope and 0 "
+                f"for one without, got {flags!r:.60}"
+            )
+        return tuple(map(bool, flags[:count]))
+    interval = hf.get("no_rope_layer_interval", 4)
+    if type(interval) is not int or interval < 1:
+        raise ValueError(
+            f"config: no_rope_layer_interval must be a whole number above 0, got {interval!r:.60}"
+        )
+    return tuple((i + 1) % interval != 0 for i in range(count))
+
+
+def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
+    """Return the fields `window` and `layer_types`. By default, layers without rope have the window."""
+    window, used = window_from_hf(hf), bool(hf.get("use_sliding_window", False))
+    default = [SLIDING if used and window and not rotated else FULL for rotated in has_rope]
+    types = read_layer_types(hf, default)
+    if SLIDING not in types:
+        return {}
+    if window is None or not used:
+        raise ValueError(
+            f"config: layer_types has sliding_attention, but use_sliding_window={used} and "
+            f"sliding_window={window}; set both, or make every layer full_attention"
+        )
+    return {"window": window, "layer_types": types}
+
+
+def read_smollm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of a SmolLM3Config."""
+    fields = fields_from_hf(hf, form)
+    has_rope = _rope_layers(hf, fields["layers"])
+    return fields | _sliding(hf, has_rope) | {"has_rope": has_rope}
+
+
+def write_smollm3(c: SmolLM3Config, form: ConfigFormat) -> dict[str, Any]:
+    """Return the dict of a SmolLM3's config.json, with pad_token_id null; transformers' default is 128004."""
+    return fields_to_hf(c, form) | {
+        "no_rope_layers": [int(rotated) for rotated in c.has_rope or (True,) * c.layers],
+        "use_sliding_window": SLIDING in c.layer_types,
+        "sliding_window": c.window,
+        "layer_types": list(c.types),
+        "pad_token_id": None,
+    }
+
+
+_SMOLLM3_3B: dict[str, Any] = dict(
+    vocab=128256, width=2048, layers=36, heads=16, kv_heads=4, head_dim=128, mlp=11008, norm_eps=1e-6,
+    tied=True, max_positions=65536, rope=Rope(5000000.0), has_rope=(True, True, True, False) * 9, bos=128000,
+)  # fmt: skip
+
+SMOLLM3_PRESETS: dict[str, SmolLM3Config] = {
+    "HuggingFaceTB/SmolLM3-3B": SmolLM3Config(**_SMOLLM3_3B, eos=(128012,)),
+    "HuggingFaceTB/SmolLM3-3B-Base": SmolLM3Config(**_SMOLLM3_3B, eos=(128001,)),
+}
+
+
+# ---- Granite 3
+
+
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class GraniteConfig(DenseConfig):
+    """Sizes of a Granite 3. embedding_multiplier, attention_multiplier: factors on embeddings and attention
+    scores. residual_multiplier: factor on the outputs of attention and MLP. logits_scaling: divisor of the
+    logits. attention_bias, mlp_bias: whether the projections have biases.
+    """
+
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in MULTIPLIERS:
+            value = getattr(self, name)
+            if not 1e-37 < abs(value) < 3.4e38:
+                raise ValueError(f"config: {name} must be finite in float32 and not 0, got {value}")
+
+
+def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of a Granite config. options: remat and residual of dense_model."""
+    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
+    attention = uniform(config.layers, config.head_dim, config.rope)
+    arch = one_stack(
+        specs,
+        names_of(specs),
+        _granite_layer,
+        replace(attention, scale=config.attention_multiplier),
+        embed_scale=config.embedding_multiplier,
+        logits=partial(_granite_logits, config),
+    )
+    return dense_model(config, arch, dtype, **options)
+
+
+def _granite_layer(
+    f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
+) -> tuple[Float[Array, "B T D"], Extras]:
+    """Compute `h += m attention(norm(h)); h += m mlp(norm(h))` with m = residual_multiplier."""
+    c, keys = f.config, split_keys(key, 7)
+    multiplier = jnp.asarray(c.residual_multiplier, h_BTD.dtype)
+    x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
+    o, extras = self_attention(c, p["attn"], x, attend, keys[:4])
+    h_BTD = h_BTD + o.astype(h_BTD.dtype) * multiplier
+    x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
+    down = constrain(gated_mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
+    return h_BTD + down.astype(h_BTD.dtype) * multiplier, extras
+
+
+def _granite_logits(c: GraniteConfig, head: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    logits = lm_head(head, h)
+    return logits / jnp.asarray(c.logits_scaling, logits.dtype)
+
+
+GRANITE_FORMAT = ConfigFormat(
+    "granite", "GraniteForCausalLM", {"hidden_act": "silu"},
+    more={**dict.fromkeys(MULTIPLIERS, 1.0), "attention_bias": False, "mlp_bias": False},
+)  # fmt: skip
+
+
+_GRANITE_2B: dict[str, Any] = dict(
+    width=2048, layers=40, heads=32, kv_heads=8, head_dim=64, mlp=8192, attention_multiplier=0.015625,
+    logits_scaling=8.0,
+)  # fmt: skip
+_GRANITE_8B: dict[str, Any] = dict(
+    width=4096, layers=40, heads=32, kv_heads=8, head_dim=128, mlp=12800, attention_multiplier=0.0078125,
+    logits_scaling=16.0,
+)  # fmt: skip
+
+
+def _granite_presets(version: str, vocab: int, theta: float) -> dict[str, GraniteConfig]:
+    """Return presets of a release's base models and their instruction-tuned versions, which have the same
+    settings.
+    """
+    common: dict[str, Any] = dict(
+        vocab=vocab, rope=Rope(theta), tied=True, max_positions=131072, bos=0, eos=(0,),
+        embedding_multiplier=12.0, residual_multiplier=0.22,
+    )  # fmt: skip
+    return {
+        f"ibm-granite/granite-{version}-{size}-{kind}": GraniteConfig(**common, **sizes)
+        for size, sizes in (("2b", _GRANITE_2B), ("8b", _GRANITE_8B))
+        for kind in ("base", "instruct")
+    }
+
+
+GRANITE_PRESETS: dict[str, GraniteConfig] = {
+    **_granite_presets("3.1", 49155, 5e6),
+    **_granite_presets("3.3", 49159, 1e7),
+}

@@ -1,5 +1,7 @@
-"""OLMo 2 and OLMo 3: norms after attention and MLP instead of before, q and k norms over all heads at once.
-In OLMo 3, three of four layers have a sliding window and another rope.
+"""OLMo 2, OLMo 3 and EXAONE 4: norms after attention and MLP instead of before.
+
+OLMo's q and k norms are over all heads at once, EXAONE's per head. In OLMo 3, three of four layers have a
+sliding window and another rope; in an EXAONE 4 with sliding windows, only the layers with a window have rope.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
     attention_biases,
     dense_model,
+    head_norms,
     llama_specs,
     names_of,
     one_stack,
@@ -24,6 +27,7 @@ from jaxft.models.dense_config import (
     SLIDING,
     ConfigFormat,
     DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
@@ -47,14 +51,11 @@ class Olmo2Config(DenseConfig):
 
 
 @dataclass(frozen=True)
-class Olmo3Config(Olmo2Config):
-    """Sizes of an OLMo 3. layer_types: of each layer, "full_attention" (uses rope) or "sliding_attention"
-    (uses local_rope and the window).
-    """
+class Olmo3Config(Olmo2Config, WindowConfig):
+    """Sizes of an OLMo 3. local_rope: of layers with the window, in place of rope."""
 
-    local_rope: Rope = Rope()
     window: int | None = 4096
-    layer_types: tuple[str, ...] = ()
+    local_rope: Rope = Rope()
 
 
 def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
@@ -67,7 +68,7 @@ def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
 def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
     """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
-    specs, attention = _specs(config), typed_layers(config.layer_types, kinds, config.head_dim)
+    specs, attention = _specs(config), typed_layers(config, kinds)
     arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
@@ -133,8 +134,6 @@ def read_olmo3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     """Return the fields of an Olmo3Config."""
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     types = read_layer_types(hf, _every_fourth_full(fields["layers"]))
-    if window is None and SLIDING in types:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
@@ -186,5 +185,81 @@ OLMO3_PRESETS: dict[str, Olmo3Config] = {
     ),
     **_olmo3(
         "Olmo-3-1125-32B", "Olmo-3-32B-Think", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648,
+    ),
+}  # fmt: skip
+
+
+# ---- EXAONE 4
+
+
+@dataclass(frozen=True)
+class Exaone4Config(WindowConfig):
+    """Sizes of an EXAONE 4. Layers with full attention have rope only if window is None."""
+
+
+def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+    """Build the Model of an EXAONE 4 config. options: remat and residual of dense_model."""
+    specs, norm = (
+        postnorm_specs(config),
+        ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(1.0)),
+    )
+    specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
+    whole = LayerKind(config.rope if config.window is None else Rope(kind="none"))
+    kinds = {FULL: whole, SLIDING: LayerKind(config.rope, config.window)}
+    attention = typed_layers(config, kinds)
+    arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _exaone4_layer, attention)
+    return dense_model(config, arch, dtype, **options)
+
+
+def _exaone4_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Extras]:
+    return postnorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
+
+
+EXAONE4_FORMAT = ConfigFormat(
+    "exaone4", "Exaone4ForCausalLM", {"hidden_act": "silu"}, {"rms_norm_eps": 1e-5, "bos_token_id": 0}
+)
+
+
+def read_exaone4(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    """Return the fields of an Exaone4Config."""
+    fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
+    pattern, L = hf.get("sliding_window_pattern", 4), fields["layers"]
+    if window is None:
+        default = [FULL] * L
+    elif type(pattern) is int and pattern > 0:
+        default = [SLIDING if (i + 1) % pattern else FULL for i in range(L)]
+    elif "layer_types" not in hf:
+        raise ValueError(
+            f"config: sliding_window_pattern={pattern!r:.60} is not supported; set layer_types, a list of "
+            f"{FULL} or {SLIDING} for each layer"
+        )
+    else:
+        default = []
+    types = read_layer_types(hf, default)
+    return fields | {"window": window, "layer_types": types}
+
+
+def write_exaone4(c: Exaone4Config, form: ConfigFormat) -> dict[str, Any]:
+    """Return the dict of an EXAONE 4's config.json."""
+    types = list(c.types)
+    return fields_to_hf(c, form) | {
+        "sliding_window": c.window,
+        "sliding_window_pattern": None if c.window is None else 4,
+        "layer_types": types,
+    }
+
+
+_EXAONE4_COMMON: dict[str, Any] = dict(
+    vocab=102400, kv_heads=8, rope=Rope(1e6, "llama3", factor=16.0, original_max_positions=8192), bos=1,
+    eos=(361,),
+)  # fmt: skip
+EXAONE4_PRESETS: dict[str, Exaone4Config] = {
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": Exaone4Config(
+        **_EXAONE4_COMMON, width=2048, layers=30, heads=32, head_dim=64, mlp=4096, tied=True,
+        max_positions=65536, layer_types=(FULL,) * 30,
+    ),
+    "LGAI-EXAONE/EXAONE-4.0-32B": Exaone4Config(
+        **_EXAONE4_COMMON, width=5120, layers=64, heads=40, head_dim=128, mlp=27392, max_positions=131072,
+        window=4096, layer_types=(SLIDING, SLIDING, SLIDING, FULL) * 16,
     ),
 }  # fmt: skip

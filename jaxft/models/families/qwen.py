@@ -20,7 +20,7 @@ from jaxft.models.dense_config import (
     FULL,
     SLIDING,
     ConfigFormat,
-    DenseConfig,
+    WindowConfig,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
@@ -35,13 +35,8 @@ from jaxft.tree import Params
 
 
 @dataclass(frozen=True)
-class QwenConfig(DenseConfig):
-    """Sizes of a Qwen2. window: keys that layers of type "sliding_attention" attend to. layer_types: () for
-    full attention in all layers.
-    """
-
-    window: int | None = None
-    layer_types: tuple[str, ...] = ()
+class QwenConfig(WindowConfig):
+    """Sizes of a Qwen2."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def _qwen3_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any)
 
 def _attention(c: QwenConfig) -> AttentionLayers:
     kinds = {FULL: LayerKind(c.rope), SLIDING: LayerKind(c.rope, c.window)}
-    return typed_layers(c.layer_types or (FULL,) * c.layers, kinds, c.head_dim)
+    return typed_layers(c, kinds)
 
 
 _DEFAULTS = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
@@ -104,14 +99,12 @@ def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     types = read_layer_types(hf, default)
     if SLIDING not in types:
         return fields
-    if window is None:
-        raise ValueError("config: layer_types has sliding_attention, but sliding_window is null")
     return fields | {"window": window, "layer_types": types}
 
 
 def write_qwen(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a Qwen2's or Qwen3's config.json."""
-    types = list(c.layer_types or (FULL,) * c.layers)
+    types = list(c.types)
     return fields_to_hf(c, form) | {
         "use_sliding_window": SLIDING in types,
         "sliding_window": c.window,

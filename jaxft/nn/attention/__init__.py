@@ -3,8 +3,8 @@
 attention.py: the reference implementation of attention, and the choice of a kernel from the mesh
 attention_mixer.py: attention over rows, in prefill, extending rows by given tokens, and decoding
 cache.py: the cache of keys and values, with prompts once, and attention to it
-flash_attention.py: blockwise attention by key ranges: in plain XLA, for every backend
-key_ranges.py: the keys that each query of packed rows attends to, as two ranges
+flash_attention.py: the keys that each query of packed rows attends to, as two ranges; blockwise attention by
+    them in plain XLA, for every backend
 layer_attention.py: how each layer attends: rope, sliding window, soft cap
 pallas_attention.py: the same as Pallas kernels for NVIDIA GPUs
 ring_attention.py: attention over `mesh.context` where heads do not divide: an early and a late part of each

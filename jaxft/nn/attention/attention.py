@@ -1,6 +1,6 @@
 """Attention over packed rows: a reference implementation, several kernels, and the choice between them.
 
-Kernels know the keys that each query sees as key ranges (key_ranges.py), and a soft cap. A query without
+Kernels know the keys that each query sees as key ranges (flash_attention.py), and a soft cap. A query without
 keys, such as padding, returns zeros (in splash and cuDNN any finite number). G = H / K query heads share a
 key head; no kernel repeats keys and values.
 """
@@ -21,12 +21,11 @@ from jaxtyping import Array, Float
 from jaxft.annotations import check_bounds
 from jaxft.distributed.sharding import constrain, mesh_size, num_shards, per_device, shard_start
 from jaxft.nn.attention import flash_attention, pallas_attention
-from jaxft.nn.attention.flash_attention import MASKED, flash, soft_capped
-from jaxft.nn.attention.key_ranges import KeyRanges, visible
+from jaxft.nn.attention.flash_attention import MASKED, KeyRanges, flash, soft_capped, visible
 from jaxft.nn.attention.pallas_attention import ranged_attention as pallas
 from jaxft.nn.attention.ring_attention import BlockKernel, balanced, ring
 from jaxft.nn.attention.splash_attention import has_shared_prompts, splash, splash_of_scaled
-from jaxft.nn.contractions import wide_einsum
+from jaxft.nn.matmul import wide_einsum
 
 Kernel = Callable[..., jax.Array]
 # How a device gets the keys of its rows. With time sharded it has all time of some heads, or a part of the

@@ -42,7 +42,7 @@ from jaxft.nn.attention.layer_attention import (
     rotated,
     window_of,
 )
-from jaxft.nn.contractions import to_bits
+from jaxft.nn.matmul import to_bits
 from jaxft.nn.stack import Mixer, Pass
 from jaxft.tree import Batch
 

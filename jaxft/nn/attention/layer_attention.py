@@ -20,7 +20,7 @@ from jaxft.nn.attention.attention import (
     chosen_kernel,
     needed_window,
 )
-from jaxft.nn.attention.key_ranges import KeyRanges, key_ranges, within_window
+from jaxft.nn.attention.flash_attention import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
 from jaxft.tree import Batch, LayerOutputs, static, struct

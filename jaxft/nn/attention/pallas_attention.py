@@ -21,8 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxft.nn.attention.flash_attention import MASKED, pad_time
-from jaxft.nn.attention.key_ranges import NEVER, KeyRanges, pad_queries, visible
+from jaxft.nn.attention.flash_attention import MASKED, NEVER, KeyRanges, pad_queries, pad_time, visible
 
 LOG2_E = math.log2(math.e)  # the kernels' scores are in units of log 2, since exp2 is one instruction
 

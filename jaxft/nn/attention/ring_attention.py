@@ -28,8 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
-from jaxft.nn.attention.flash_attention import MASKED
-from jaxft.nn.attention.key_ranges import KeyRanges, in_parts
+from jaxft.nn.attention.flash_attention import MASKED, KeyRanges, in_parts
 
 
 class BlockKernel(NamedTuple):

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxft.nn.attention.flash_attention import pad_time
-from jaxft.nn.attention.key_ranges import KeyRanges, pad_queries
+from jaxft.nn.attention.flash_attention import KeyRanges, pad_queries, pad_time
 
 # The backward pass of splash attention, which has no public name, takes these.
 BACKWARD = (

@@ -35,17 +35,20 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from jaxft.objectives.losses.numerics import capped, logistic, require, square
 from jaxft.objectives.pair import (
     Claims,
     LossState,
     PairBatch,
     PreferenceLoss,
     Response,
+    capped,
     coupled,
     declaration,
+    logistic,
     loss_values,
     reference_free,
+    require,
+    square,
 )
 from jaxft.tree import Metrics
 

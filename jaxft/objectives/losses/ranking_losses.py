@@ -26,9 +26,16 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Bool, Float
 
-from jaxft.objectives.losses.numerics import logistic, require, square
 from jaxft.objectives.losses.preference_losses import Calibrated, PairLoss
-from jaxft.objectives.pair import PairBatch, PairTokens, PreferenceLoss, declaration
+from jaxft.objectives.pair import (
+    PairBatch,
+    PairTokens,
+    PreferenceLoss,
+    declaration,
+    logistic,
+    require,
+    square,
+)
 
 RATING = "score_"  # what the names of the columns of ratings begin with
 

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array
 
-from jaxft.objectives.losses.numerics import capped, log1mexp, logistic, require, square
 from jaxft.objectives.losses.preference_losses import PairLoss, nll
 from jaxft.objectives.pair import (
     CHOSEN_REWARD,
@@ -33,8 +32,13 @@ from jaxft.objectives.pair import (
     LossState,
     PairBatch,
     Response,
+    capped,
     coupled,
+    log1mexp,
+    logistic,
     reference_free,
+    require,
+    square,
 )
 from jaxft.tree import Metrics
 

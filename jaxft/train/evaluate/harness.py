@@ -30,8 +30,8 @@ from jaxft.objectives.read_positions import read_logps
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.train.evaluate.scored_completions import Completer
 from jaxft.tree import Params, nearest
+from jaxft.weights.hf import hub
 from jaxft.weights.hf.safetensors import read_model_json
-from jaxft.weights.hub import hub
 from jaxft.weights.pretrained import check_token_id
 
 FEW_READS = 32  # read positions of rows with short continuations, such as choices of a question

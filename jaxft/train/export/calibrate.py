@@ -31,7 +31,7 @@ from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.tree import Batch, Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_base import (
+from jaxft.weights.edit.calibrated_base import (
     CalibratedLayer,
     CalibrationRows,
     calibrate_layers,
@@ -42,7 +42,7 @@ from jaxft.weights.calibrate.calibrated_base import (
     layer_paths,
     write_codes,
 )
-from jaxft.weights.calibrate.lora_start import check_ranks
+from jaxft.weights.edit.lora_start import check_ranks
 from jaxft.weights.hf.safetensors import read_model_json
 
 RUN = "run"  # of quant.calibrate: the run's own training rows

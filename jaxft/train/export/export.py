@@ -17,8 +17,8 @@ from jaxft import tree
 from jaxft.data.decisions import DecisionPrompts
 from jaxft.distributed import sync
 from jaxft.distributed.disk import publish
-from jaxft.models import heads, model_types
-from jaxft.models.heads import SCORE
+from jaxft.models import model_types
+from jaxft.models.adapted import SCORE, with_scalar_head
 from jaxft.models.model import Model
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import EVA
@@ -39,18 +39,17 @@ from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_base import open_codes
-from jaxft.weights.calibrate.lora_start import for_unchanged_base
 from jaxft.weights.edit import extended_model
+from jaxft.weights.edit.calibrated_base import open_codes
+from jaxft.weights.edit.lora_start import for_unchanged_base
 from jaxft.weights.edit.merged_weights import LazyTensor, RoundingError, merge_files, merge_params
 from jaxft.weights.gguf import gguf_write
 from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, mixture_named
-from jaxft.weights.hf import hf_read, hf_write, model_card
+from jaxft.weights.hf import hf_read, hf_write, hub, model_card
+from jaxft.weights.hf.complete_folders import check_new_folder, new_folder, parents_of
 from jaxft.weights.hf.model_card import Card, Relation, base_name, write_card
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
-from jaxft.weights.hub import hub
-from jaxft.weights.hub.complete_folders import check_new_folder, new_folder, parents_of
 from jaxft.weights.param_loading import ParamReader, param_readers
 from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.quantised.file_format import quantize_layout
@@ -96,7 +95,7 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
         peft_read.read_parts(folder, model, pretrained.open_files(ref)) if folder else ({}, None)
     )
     if "score" in parts or is_classifier(ref):
-        model = heads.with_scalar_head(model)
+        model = with_scalar_head(model)
     tokenizer = pretrained.load_tokenizer(named.tokenizer)
     if folder:
         pretrained.check_adapter_base(folder, ref)

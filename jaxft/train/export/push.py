@@ -15,12 +15,11 @@ from jaxft.runs.folder import (
     recorded_results,
 )
 from jaxft.weights.gguf.gguf_file import GgufHeader, part_files, read_gguf_header
-from jaxft.weights.hf import hf_read
+from jaxft.weights.hf import hf_read, hub
+from jaxft.weights.hf.hub_upload import FileContent, is_uploaded
 from jaxft.weights.hf.model_card import USE_SECTION, gguf_card, gguf_metadata
 from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.hf.tokenizer_files import TEMPLATES_FOLDER
-from jaxft.weights.hub import hub
-from jaxft.weights.hub.hub_upload import FileContent, is_uploaded
 from jaxft.weights.peft.peft_config import read_adapter_config
 
 UNFINISHED = (".part", ".tmp", ".incomplete")  # ends of names of files that are being written

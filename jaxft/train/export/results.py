@@ -36,10 +36,9 @@ from jaxft.train.logs.logs import Logs
 from jaxft.train.start.jobs import EndedBy, Job, Member
 from jaxft.train.sweep.sweep import write_table
 from jaxft.tree import Params
-from jaxft.weights.calibrate.lora_start import read_start
-from jaxft.weights.hf import hf_read, hf_write
+from jaxft.weights.edit.lora_start import read_start
+from jaxft.weights.hf import hf_read, hf_write, hub
 from jaxft.weights.hf.model_card import Card, base_name, front_matter, write_card
-from jaxft.weights.hub import hub
 from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxft.data.inspection import Inspected, data_summary, inspect_prompts, inspect_source
-from jaxft.data.packing.lengths import limit_alarms
+from jaxft.data.inspection import Inspected, data_summary, inspect_prompts, inspect_source, limit_alarms
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.source import RowSource, Source
 from jaxft.distributed import processes, sharding

@@ -29,7 +29,7 @@ from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
-from jaxft.nn.contractions import accumulation_dtype
+from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import layer_numbers, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.objectives.objective import Objective

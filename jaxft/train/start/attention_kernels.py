@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.attention import AttentionNeeds, Kernel
-from jaxft.nn.attention.flash_attention import flash
-from jaxft.nn.attention.key_ranges import KeyRanges, key_ranges, within_window
+from jaxft.nn.attention.flash_attention import KeyRanges, flash, key_ranges, within_window
 from jaxft.nn.attention.layer_attention import attention_needs
 from jaxft.train.programs import Programs
 from jaxft.tree import Batch

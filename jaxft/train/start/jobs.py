@@ -15,7 +15,7 @@ from jaxft.batch import TrainState, widened
 from jaxft.data.packing.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
 from jaxft.rl.rollout_sampler import clear_records
 from jaxft.runs import folder as runfolder
@@ -34,8 +34,8 @@ from jaxft.train.start.teacher import check_teacher_files, teacher_fingerprints
 from jaxft.train.sweep.sweep import Sweep, check_members
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import pretrained
+from jaxft.weights.hf import hub
 from jaxft.weights.hf.hf_read import stop_tokens
-from jaxft.weights.hub import hub
 from jaxft.weights.initial_params import check_starts
 from jaxft.weights.peft.adapter_folders import adapter_folder
 from jaxft.weights.peft.peft_read import read_adapter

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.packing.lengths import RowLengths, measure, micro_tokens, percentile
+from jaxft.data.inspection import RowLengths, measure, micro_tokens, percentile
 from jaxft.data.packing.pack import round_up
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import LENGTH_STEP, Prompts
@@ -36,7 +36,7 @@ from jaxft.runs.settings import config
 from jaxft.runs.settings.config import Recipe, Resolved
 from jaxft.train.recipes import SHIPPED
 from jaxft.train.settings import Run
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights.pretrained import load_tokenizer
 
 COVERED = 99  # percent of the rows that are whole

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxft.models.adapted import Teacher
-from jaxft.models.heads import TEACHER
+from jaxft.models.adapted import TEACHER, Teacher
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.quant import Quant
@@ -21,7 +20,7 @@ from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 from jaxft.weights.peft import adapter_folders
 from jaxft.weights.peft.adapter_folders import adapter_folder
 from jaxft.weights.storage import StoredModel, quantisation_summary

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.models import model_types
 from jaxft.models.dense_config import DenseConfig
-from jaxft.models.families.mistral import MistralConfig
+from jaxft.models.families.llama import MistralConfig
 from jaxft.models.model import ModelConfig
 from jaxft.nn.rope import Rope, rotated_dims
 from jaxft.weights.gguf.gguf_architectures import (

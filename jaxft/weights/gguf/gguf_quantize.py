@@ -1,8 +1,7 @@
 """Quantise matrices to GGUF's block types, and choose the type of each tensor in a mixture such as Q4_K_M.
 
-Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 have the bytes of llama.cpp's reference (ggml-quants.c): rounded from a
-block's largest value, or from its limits. The scales of the K types, and of the others with importances, are
-fitted by weighted least squares.
+Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 have the bytes of llama.cpp's reference (ggml-quants.c), by the gguf package.
+The scales of the K types, and of the others with importances, are fitted by weighted least squares.
 
 As llama.cpp's quantisers do, the codes of a sub-block come from several trial scales, each with the scale and
 the minimum that fit its codes best, and the trial with the smallest weighted error is taken. The weights of
@@ -31,9 +30,7 @@ from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, block_size
 from jaxft.weights.hf.safetensors import WRITE_ADVICE
 from jaxft.weights.tensors import is_finite, require_finite
 
-QUANTIZED_AT_A_TIME = 2**22  # values that are quantised at a time
 LARGEST_HALF = 65504.0  # of float16, the type of scales
-_BLOCK = 32
 CHUNKS = (2**20, 2**16)  # values of a compiled program, for large and for small tensors
 SUPER = 256  # values of a block of a K type
 REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that they round to
@@ -56,46 +53,13 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
         return cast.view(np.uint8)
     if np.abs(values).max(initial=0) > LARGEST_HALF:
         raise ValueError(f"some values are too large for {kind}; use --gguf BF16 or F32")
-    if kind not in QUANTIZERS or (importance is not None and kind != "Q8_0"):
+    if kind not in SIMPLE or (importance is not None and kind != "Q8_0"):
         return _fitted_bytes(values, importance, kind)
-    quantize, rows = QUANTIZERS[kind], max(1, QUANTIZED_AT_A_TIME // values.shape[-1])
-    parts = [
-        quantize(np.asarray(values[at : at + rows], np.float32).reshape(-1, _BLOCK))
-        for at in range(0, len(values), rows)
-    ]
-    return np.concatenate(parts) if parts else np.empty((0,), np.uint8)
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import quantize
 
-
-def _q8_0(x: np.ndarray) -> np.ndarray:
-    """32 numbers of 8 bits and a float16 scale."""
-    scale = np.abs(x).max(-1) / np.float32(127)
-    scaled = x * _inverse(scale)
-    codes = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled)  # halves away from zero
-    return np.concatenate([_half_bytes(scale), codes.astype(np.int8).view(np.uint8)], -1)
-
-
-def _symmetric(x: np.ndarray, zero: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
-    """Numbers less `zero`, and a scale: the value that is furthest from zero is -zero times the scale."""
-    furthest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)[:, 0]
-    scale = furthest / np.float32(-zero)
-    return pack(_codes(x * _inverse(scale) + np.float32(zero + 0.5), 2 * zero - 1), scale)
-
-
-def _with_minimum(x: np.ndarray, levels: int, pack: Callable[..., np.ndarray]) -> np.ndarray:
-    """Numbers from 0 to `levels`, a scale and the minimum."""
-    low = x.min(-1)
-    scale = (x.max(-1) - low) / np.float32(levels)
-    return pack(_codes((x - low[:, None]) * _inverse(scale) + np.float32(0.5), levels), scale, low)
-
-
-def _inverse(scale: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        inverse = np.float32(1) / scale[:, None]
-    return np.where(np.isfinite(inverse), inverse, np.float32(0))
-
-
-def _codes(shifted: np.ndarray, most: int) -> np.ndarray:
-    return np.clip(np.trunc(shifted), 0, most).astype(np.uint8)[:, None]
+    with np.errstate(all="ignore"):  # of blocks so small that their scale is 0
+        return quantize(values, GGMLQuantizationType[kind])
 
 
 # Fitted blocks
@@ -368,16 +332,8 @@ FITTED = {
     "Q4_1": FittedType((32, 32), 15, True, (_WIDE, _WIDE), _pack_4_bits),
     "Q5_1": FittedType((32, 32), 31, True, (_WIDE, _WIDE), _pack_5_bits),
 }
-
-
-QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "Q8_0": _q8_0,
-    "Q4_0": partial(_symmetric, zero=8, pack=_pack_4_bits),
-    "Q5_0": partial(_symmetric, zero=16, pack=_pack_5_bits),
-    "Q4_1": partial(_with_minimum, levels=15, pack=_pack_4_bits),
-    "Q5_1": partial(_with_minimum, levels=31, pack=_pack_5_bits),
-}
-WRITTEN_TYPES = {*FLOAT_TYPES, *QUANTIZERS, *FITTED}
+SIMPLE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # which the gguf package rounds
+WRITTEN_TYPES = {*FLOAT_TYPES, *SIMPLE, *FITTED}
 
 # Mixtures
 

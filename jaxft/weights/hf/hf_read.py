@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.chat.template import template_of
+from jaxft.models.adapted import SCORE
 from jaxft.models.dense_config import token_ids
-from jaxft.models.heads import SCORE
 from jaxft.models.model import Model
 from jaxft.models.model_types import TextPart, decoder_prefix, text_part, text_tensor
 from jaxft.nn.tensor_names import TIED_HEAD
+from jaxft.weights.hf import hub
 from jaxft.weights.hf.safetensors import FLOATS, open_safetensors, read_model_json
-from jaxft.weights.hub import hub
 from jaxft.weights.quantised.quantised_checkpoints import open_tensors
 from jaxft.weights.tensors import ModelFiles, tensors_of
 

@@ -16,8 +16,8 @@ import numpy as np
 from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models import model_types
+from jaxft.models.adapted import as_checkpoint
 from jaxft.models.dense_config import for_transformers_4
-from jaxft.models.heads import as_checkpoint
 from jaxft.models.model import Model
 from jaxft.models.model_types import text_config, text_part
 from jaxft.nn.param import is_spec
@@ -32,6 +32,7 @@ from jaxft.weights.hf.hf_read import (
     tokenizer_ends,
     weight_files,
 )
+from jaxft.weights.hf.hub import Located, locate
 from jaxft.weights.hf.safetensors import (
     SafetensorsFiles,
     TensorToWrite,
@@ -46,7 +47,6 @@ from jaxft.weights.hf.tokenizer_files import (
     is_unchanged,
     write_tokenizer,
 )
-from jaxft.weights.hub.hub import Located, locate
 from jaxft.weights.quantised.quantised_checkpoints import quantised_tensors
 from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxft.data.rows.dataset_rows import hub_dataset
 from jaxft.data.rows.mixture import parse_sources
 from jaxft.weights.gguf import gguf_file
-from jaxft.weights.hub import hub
+from jaxft.weights.hf import hub
 
 Relation = Literal["adapter", "finetune", "quantized"]  # to the base, in the hub's words
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -20,7 +20,7 @@ USE_SECTION = "## Use"  # the heading of the section on how weights are loaded
 class Card:
     """The contents of the card of a folder of weights.
 
-    base: where the base comes from, see weights.hub. library: which loads the weights. data: where the
+    base: where the base comes from, see weights.hf.hub. library: which loads the weights. data: where the
     training rows came from, None for untrained weights. scores: whether the model is a classifier that
     returns rewards. pad: the padding token id that such an adapter is loaded with. loads: whether
     transformers has a class for the model. multimodal: whether the weights are of a multimodal model, or for

@@ -14,7 +14,7 @@ from jaxtyping import DTypeLike
 
 from jaxft.data.rows.shipped import script_command
 from jaxft.distributed import sharding
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.adapters.full_modules import unties
@@ -23,11 +23,11 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.quant import RESIDUAL_INITS, Quant
 from jaxft.tree import Params
 from jaxft.weights import pretrained
+from jaxft.weights.hf import hub
+from jaxft.weights.hf.complete_folders import check_new_folder, new_folder
 from jaxft.weights.hf.model_card import Card, write_card
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.hf.tokenizer_files import write_tokenizer
-from jaxft.weights.hub import hub
-from jaxft.weights.hub.complete_folders import check_new_folder, new_folder
 from jaxft.weights.param_loading import shard_host_array
 from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.peft.peft_config import read_adapter_config

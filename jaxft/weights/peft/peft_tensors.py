@@ -215,9 +215,7 @@ def with_module_names(
 
 
 def _declared(
-    default: Adapter,
-    ranked: Mapping[Tensor, tuple[int, float]],
-    selected: Mapping[ModuleNames, int | None],
+    default: Adapter, ranked: Mapping[Tensor, tuple[int, float]], selected: Mapping[ModuleNames, int | None]
 ) -> Adapter:
     """Return settings with the ranks and alphas of modules, and the layers to which these are limited, or the
     names of the other modules that the targets select.

@@ -17,9 +17,8 @@ from jaxft.nn.adapters.full_modules import is_replacement
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.tree import Params
-from jaxft.weights.hf import hf_read
+from jaxft.weights.hf import hf_read, hub
 from jaxft.weights.hf.safetensors import TensorToWrite, write_model_json, write_safetensors
-from jaxft.weights.hub import hub
 from jaxft.weights.peft.peft_config import PREFIX
 from jaxft.weights.peft.peft_read import SCORE_TENSOR, SEQ_CLS
 from jaxft.weights.peft.peft_tensors import (

@@ -5,6 +5,5 @@ To add a format, write a FileFormat here, and add it to FILE_FORMATS in quantise
 quantised_checkpoints.py: the table of formats, and jaxft's own; reading and writing without rounding again
 file_format.py: the type of a format, and layouts of quantised weights
 bitsandbytes.py: nf4, fp4 and int8
-gptq_awq.py: GPTQ and AWQ, int4
-compressed_tensors.py: compressed-tensors and DeepSeek's FP8
+packed_formats.py: GPTQ, AWQ, compressed-tensors and DeepSeek's FP8: int4, int8 and fp8
 """

@@ -13,9 +13,8 @@ from jaxft.nn.quant import FORMATS, KINDS, QTensor, Quant, dequantize, is_paired
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_stored, read_tensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES
-from jaxft.weights.quantised.compressed_tensors import COMPRESSED_TENSORS, FINE_GRAINED_FP8
 from jaxft.weights.quantised.file_format import FileFormat, QuantConfig, Weights, WrittenTensor
-from jaxft.weights.quantised.gptq_awq import AWQ, GPTQ
+from jaxft.weights.quantised.packed_formats import AWQ, COMPRESSED_TENSORS, FINE_GRAINED_FP8, GPTQ
 from jaxft.weights.tensors import FileTensor, Index, ModelFiles, QuantisedTensor, full_index
 
 # jaxft's own format: the arrays of a QTensor as NAME.codes, NAME.scale and so on.

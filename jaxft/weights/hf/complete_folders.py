@@ -158,10 +158,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     check_new_folder(out)
     target = out.resolve()  # an empty folder may be a link
-    with (
-        parents_of(target),
-        temporary_folder(target.parent, f".{target.name}-jaxft-") as temporary,
-    ):
+    with parents_of(target), temporary_folder(target.parent, f".{target.name}-jaxft-") as temporary:
         part = temporary / target.name
         yield part
         publish(part, target)

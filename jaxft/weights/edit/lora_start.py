@@ -7,10 +7,10 @@ model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA
 arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
 missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
 outputs of a base with calibrated rounding, which is computed with its codes
-(weights/calibrate/calibrated_rounding.py).
+(weights/edit/calibrated_rounding.py).
 
 A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. Critics and reward
-models on its base see it with the pairs at step 0 (models/heads.py). The exported adapter is for the
+models on its base see it with the pairs at step 0 (models/adapted.py). The exported adapter is for the
 unchanged base: `s (A B - A0 B0)`, one pair of twice the rank, as peft's
 path_initial_model_for_weight_conversion makes it.
 """
@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.distributed import processes
-from jaxft.models.heads import HeadSettings
+from jaxft.models.adapted import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
@@ -38,8 +38,8 @@ from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.tree import Params
 from jaxft.weights import pretrained
-from jaxft.weights.calibrate.calibrated_base import read_correction
-from jaxft.weights.calibrate.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair
+from jaxft.weights.edit.calibrated_base import read_correction
+from jaxft.weights.edit.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair
 from jaxft.weights.param_loading import shard_host_array, store_as
 from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.peft.peft_tensors import Pair, adapter_of
@@ -144,9 +144,7 @@ def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params |
 def place_pairs(pairs: Params, adapter: Params) -> Params:
     """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
     return jax.tree.map(
-        lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding),
-        pairs,
-        adapter,
+        lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding), pairs, adapter
     )
 
 
