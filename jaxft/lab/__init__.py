@@ -1,6 +1,6 @@
 """Research on losses: declared comparisons, and what is chance in them.
 
-halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
+halving.py: runs a study: successive halving of each loss, then its best setting with every seed
 exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement
 influence.py: influence of training pairs on held-out pairs
 loss_claims.py: checks on exact toys of what a loss claims
@@ -12,7 +12,6 @@ study.py: the declaration of a study, decided before training
 synthetic_pairs.py: synthetic pairs
 judging.py: which of two models answers better: verdicts, win rates, lengths, agreement of judges
 judges.py: functions, reward models, models and servers as judges; files of answers
-trials.py: trials as arrays in a train state, so that one compiled program trains any of them
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 results.py: the results of a study: comparisons, curves, sensitivity
 verify.py: checks of a record, and a step computed again to the bit
