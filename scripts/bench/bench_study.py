@@ -70,7 +70,7 @@ class WordWorld:
 
     def pairs(self, count: int, true_labels: bool) -> list[dict[str, Any]]:
         """Return rows with `truth` (the difference of the true rewards) and `longer` (of the lengths)."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         while len(rows) < count:
             a, b = self.sentence(), self.sentence()
             gap = float(self.values[a].sum() - self.values[b].sum())
@@ -218,7 +218,10 @@ def run_world(seed: int, steps: int, trials: int) -> dict[str, Any]:
     with jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
         (lab, done), opening = timed(declared_lab, study, Path(__file__), folder, Clock())
         assert lab is not None
-        parts = [("study", train_waves, (lab, folder, done, Interrupt())), ("grid", full_grid, (lab, grid))]
+        parts: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+            ("study", train_waves, (lab, folder, done, Interrupt())),
+            ("grid", full_grid, (lab, grid)),
+        ]
         found = {name: timed(fn, *args) for name, fn, args in parts[:: 1 if seed % 2 else -1]}
     result = read_study(folder)
     first, second = result.order[:2]
