@@ -277,18 +277,18 @@ def main() -> int:
     ratio = np.array([np.array(one["error"]) / np.array(one["unpaired"]) for one in found])
     two = list(combinations(range(len(BIASES)), 2))  # in the order of the study's duels
     near = ratio[:, [two.index((i, i + 1)) for i in range(len(BIASES) - 1)]]
+    right = sum(one["found"] == one["planted"] for one in found)
     print(
-        f"the planted loss was found in {sum(one['found'] == one['planted'] for one in found)} of {len(found)} "
-        f"worlds; paired error over the unpaired one: median {np.median(near):.2f} of losses with neighbouring "
-        f"alpha, {np.median(ratio):.2f} of all"
+        f"the planted loss was found in {right} of {len(found)} worlds; paired error over the unpaired one: "
+        f"median {np.median(near):.2f} of losses with neighbouring alpha, {np.median(ratio):.2f} of all"
     )
     both = [one for one in found if one["grid"] is not None]
     if both:
         steps, seconds = (np.array([one[name] for one in both]).sum(0) for name in ("steps", "seconds"))
+        of_grid = sum(one["grid"] == one["planted"] for one in both)
         print(
-            f"full grid of {len(both)} worlds: finds it in {sum(one['grid'] == one['planted'] for one in both)}; "
-            f"the study took {steps[0] / steps[1]:.3f} of its steps and {seconds[0] / seconds[1]:.3f} of its "
-            "seconds"
+            f"full grid of {len(both)} worlds: found it in {of_grid}; the study took "
+            f"{steps[0] / steps[1]:.3f} of its steps and {seconds[0] / seconds[1]:.3f} of its seconds"
         )
     return 0
 
