@@ -30,7 +30,7 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.lab.named_losses import loss_knobs
+from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare
 from jaxft.nn.param import Specs
 from jaxft.objectives.logprobs import LanguageModel
