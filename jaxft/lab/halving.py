@@ -41,18 +41,23 @@ from jaxft.objectives.preference import preference
 from jaxft.optim.optimizer import Optim, make_rule
 from jaxft.optim.rules import UpdateRule
 from jaxft.runs import folder as runfolder
-from jaxft.runs.chained_log import append_entry, read_unfinished
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.metrics_log import (
+    HELD_OUT_ROWS,
+    METRICS,
+    append_entry,
+    format_line,
+    json_value,
+    read_unfinished,
+)
 from jaxft.runs.settings.setting_values import describe
-from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, format_line, json_value
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock
+from jaxft.train.multi_adapter import LOSS_KNOBS, compile_sweep
 from jaxft.train.programs import start
 from jaxft.train.settings import Run, Scoring, steps_between
 from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
-from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
-from jaxft.train.sweep.sweep import Sweep
-from jaxft.train.sweep.sweep_programs import compile_sweep
+from jaxft.train.sweep import Sweep
 from jaxft.tree import Aux, Metrics, Params
 from jaxft.weights.hf.complete_folders import files_sha256
 

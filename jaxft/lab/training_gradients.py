@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from jaxft.batch import Pairs
 from jaxft.objectives.objective import Objective
 from jaxft.optim.update import standard_promotion
+from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.train.python_api import Prepared
-from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
 from jaxft.tree import Aux, Params, combine
 
 

@@ -18,14 +18,21 @@ from jaxft.lab.results import check_study, read_study
 from jaxft.lab.study import check_declared
 from jaxft.report.run_files import sweep_members
 from jaxft.runs import folder as runfolder
-from jaxft.runs.chained_log import check_chain, digested_files, digests_path, whole_lines
 from jaxft.runs.checkpoint import Checkpoints, verify
 from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, named_leaves
+from jaxft.runs.metrics_log import (
+    METRICS,
+    check_chain,
+    digested_files,
+    digests_path,
+    format_line,
+    read_entries,
+    whole_lines,
+)
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import recorded_defaults
-from jaxft.runs.trackers.jsonl import METRICS, format_line, read_entries
 from jaxft.train.logs.logs import Logs
 from jaxft.train.logs.meter import Meters
 from jaxft.train.loop import load_and_compile, next_batch

@@ -70,7 +70,7 @@ class WordWorld:
 
     def pairs(self, count: int, true_labels: bool) -> list[dict[str, Any]]:
         """Return rows with `truth` (the difference of the true rewards) and `longer` (of the lengths)."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         while len(rows) < count:
             a, b = self.sentence(), self.sentence()
             gap = float(self.values[a].sum() - self.values[b].sum())

@@ -21,9 +21,8 @@ from jaxft.lab.verify import record_problems
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.objectives.metrics import Sum
-from jaxft.runs.chained_log import digests_path, read_unfinished
+from jaxft.runs.metrics_log import digests_path, read_entries, read_unfinished
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import loop
 
 EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
@@ -31,7 +30,7 @@ FILE = '''"""A study of two losses."""
 
 from jaxft.lab.study import LogRange, SearchedLoss, Study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
-from jaxft.runs.chained_log import read_unfinished
+from jaxft.runs.metrics_log import read_unfinished
 from jaxft.runs.settings.config import load_config
 
 

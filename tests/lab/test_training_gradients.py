@@ -24,7 +24,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.attention import VARIABLE
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.optim.update import standard_promotion
-from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
+from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.tree import combine, mask_by_path, partition
 
 STEPS = 3

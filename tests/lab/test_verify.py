@@ -8,8 +8,7 @@ from scripts_in_process import call
 from tiny_run import write_place
 
 from jaxft.lab.verify import record_problems
-from jaxft.runs.chained_log import add_files, check_chain, digests_path
-from jaxft.runs.trackers.jsonl import Jsonl
+from jaxft.runs.metrics_log import Jsonl, add_files, check_chain, digests_path
 
 
 @pytest.fixture(scope="module")
