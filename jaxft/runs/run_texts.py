@@ -12,7 +12,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.metric_names import HELD_OUT, SCORES, count_of, without_count
-from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
+from jaxft.runs.metrics_log import COMPLETIONS, read_entries
 from jaxft.weights.hf.model_card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
