@@ -38,6 +38,7 @@ sys.path[0] = str(ROOT)
 
 BIASES = (-1.0, -0.6, -0.2, 0.2, 0.6, 1.0)  # in nats for each word more
 WORDS, PROMPT_WORDS, LONGEST = 24, 12, 9
+UNUSED = 1000  # further words of the model, see write_model
 PAIRS, HELD_OUT = 1200, 240
 SEEDS = (0, 1, 2)
 
@@ -101,7 +102,9 @@ def write_model(folder: Path, seed: int) -> None:
     """Write a random Llama with one layer and a tokenizer of words.
 
     As in trained models, embeddings have a direction in common, so that a word can become more likely
-    everywhere, and the head is large enough for log-probs of any size.
+    everywhere, and the head is large enough for log-probs of any size. Most of the vocabulary is in no
+    sentence: else a policy with some words likelier has others rarer, so that its log-prob falls with the
+    length of a sentence, and the true reward is the reward of no policy.
     """
     import jax
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -111,7 +114,8 @@ def write_model(folder: Path, seed: int) -> None:
     from jaxft.nn import param
     from jaxft.weights.hf import hf_write
 
-    words = ["<s>", "</s>", *(f"p{i}" for i in range(PROMPT_WORDS)), *(f"w{i}" for i in range(WORDS))]
+    counts = {"p": PROMPT_WORDS, "w": WORDS, "u": UNUSED}
+    words = ["<s>", "</s>", *(f"{kind}{i}" for kind, count in counts.items() for i in range(count))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(
@@ -143,7 +147,7 @@ def world_study(name: str, steps: int, trials: int) -> Any:
         name=name,
         recipe=recipe,
         losses={
-            f"alpha{alpha:+g}": SearchedLoss(partial(rdpo, alpha=alpha), {"beta": LogRange(0.3, 3)})
+            f"alpha{alpha:+g}": SearchedLoss(partial(rdpo, alpha=alpha), {"beta": LogRange(0.5, 5)})
             for alpha in BIASES
         },
         lr=LogRange(1e-3, 3e-2),
