@@ -226,7 +226,7 @@ def test_reward_bench_rows_are_right_only_if_every_chosen_answer_wins(tmp_path):
     [
         ([{"prompt": "a"}, {"prompt": "b"}], [{"output": "x"}], "has 1 answers for 2 prompts"),
         ([{"id": 1, "prompt": "a"}], [{"id": 2, "output": "x"}], "1 of 1 prompts have no answer, such as 1"),
-        ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], [{"output": "x"}] * 2, "has the same id 1 as"),
+        ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], [{"output": "x"}] * 2, "has the same id '1' as"),
         ([{"text": "a"}], [{"output": "x"}], "no prompt; expected prompt"),
         ([{"prompt": "a"}], [{"output": 3}], "no answer; expected completion"),
     ],

@@ -156,7 +156,8 @@ def test_an_answer_that_is_no_json_is_a_fault_of_the_row():
 
 def test_an_answer_without_a_number_is_a_fault_of_the_row():
     _, faults = call(rewards.number, ["q"], ["7"], [("rows:3", {"answer": "seven"})])
-    assert faults.raised == 1 and "column 'answer' has no number: 'seven' (rows:3)" in faults.first
+    problem = "column 'answer' has no number: 'seven'; correct the row, or set another column (rows:3)"
+    assert faults.raised == 1 and problem in faults.first
 
 
 def test_scores_are_clipped_before_missing_eos_is_subtracted():
