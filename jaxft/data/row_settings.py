@@ -72,7 +72,8 @@ class RowSettings:
     see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
     column "environment" is this name, or of "", every row; "" for the rows' own tools. optional:
     whether a row without a prompt has an empty one, to which an environment adds. separator, last_step: see
-    steps.SolutionRows. labels, question: see decision_rows.DecisionRows. Others: see DataSettings.
+    sft.SolutionRows. best_first: see pairs.PairRows. labels, question: see decision_rows.DecisionRows.
+    Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()
@@ -93,6 +94,7 @@ class RowSettings:
     last_step: bool = False
     labels: tuple[str, ...] = ()
     question: str | None = None
+    best_first: bool = False
 
     @property
     def plain(self) -> bool:
