@@ -77,7 +77,9 @@ def test_the_best_response_of_a_ranking_is_chosen_the_worst_rejected_and_the_oth
 @pytest.mark.parametrize("responses", [["x", "y"], [{"text": "x", "likes": 1}, {"text": "y", "likes": 2}]])
 def test_responses_without_ratings_are_read_in_the_order_of_the_row_only_if_a_setting_says_so(responses):
     fields = {"prompt": "q", "responses": responses}
-    with pytest.raises(ValueError, match=r"does not rate the responses in 'responses'; .*data\.best_first=true"):
+    with pytest.raises(
+        ValueError, match=r"does not rate the responses in 'responses'; .*data\.best_first=true"
+    ):
         read(fields)
     assert read(fields, best_first=True)[0] == {"chosen": "x", "rejected": "y"}
     rated = {**fields, "utility": [1, 2]}

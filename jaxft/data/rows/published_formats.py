@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxft.data.row_settings import RowSettings
+from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import instruction_of, list_of, text_of
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Message
@@ -45,6 +45,8 @@ def from_options(
     """
     choices: list[Any] = [row.fields[column] for column in options] or [False, True]
     value: Any = row.fields[answer]
+    if not options and value in (0, 1):  # SuperGLUE's label
+        value = bool(value)
     fields = {
         "question": "\n\n".join(text_of(row, column) for column in question),
         "choices": list_of(row, options[0]) if len(options) == 1 else choices,
@@ -255,13 +257,15 @@ def from_better(
     votes = [row.fields.get(f"score_{response[-1]}") for response in responses]
     scores = {}
     if None not in votes:
-        numbers = [_rating(row, f"score_{name[-1]}", x, False) for name, x in zip(responses, votes, strict=True)]
+        numbers = [
+            _rating(row, f"score_{name[-1]}", x, False) for name, x in zip(responses, votes, strict=True)
+        ]
         chosen, rejected = numbers if first else numbers[::-1]
         if chosen < rejected:
             raise row.invalid(
                 "label that contradicts the votes",
-                f"column {column!r} is {repr(value)[:40]}, and the other response has more votes ({rejected:g} "
-                f"against {chosen:g}); fix or remove the row",
+                f"column {column!r} is {repr(value)[:40]}, and the other response has more votes "
+                f"({rejected:g} against {chosen:g}); fix or remove the row",
             )
         scores = dict(zip(rating_columns(2), (chosen, rejected), strict=True))
     return _pair(row, responses if first else responses[::-1], scores)
@@ -299,7 +303,7 @@ _QUOTED = re.compile(r"""("arguments"\s*:\s*)'(.*)'(\s*\}\s*)$""", re.DOTALL)
 _ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 
 
-def from_glaive(row: Row, settings: RowSettings) -> Row:
+def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
     """Return a transcript of glaive-function-calling-v2 as messages and tools: "chat" is text with USER:,
     ASSISTANT:, FUNCTION RESPONSE: and <functioncall>, and "system" has the tools as JSON.
     """
