@@ -54,9 +54,7 @@ def main() -> int:
     from jaxft.weights.edit import new_adapters
     from jaxft.weights.peft import adapter_folders, peft_read
 
-    how = new_adapters.Combination(
-        args.method, numbers(args.weights), args.density, args.rank, args.seed
-    )
+    how = new_adapters.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
     folders = [adapter_folders.adapter_folder(str(one)) for one in args.adapters]
     adapter_folders.check_adapter_output(args.out, folders)
     named = named_weights(None, args.model, args.adapters[0])

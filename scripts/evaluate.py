@@ -258,11 +258,11 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     best_first = isinstance(own, PairRows) and own.best_first
     tasks = (PAIRS, SFT) if is_text else (DECISIONS, PAIRS, SFT)
     task = task_of(row, columns, tasks, RowSettings(best_first=best_first))
-    if task == DECISIONS:
+    if isinstance(own, DecisionRows) or task == DECISIONS:
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
         scores, results = make_decision_scores(model), {}
-        shared |= {"packing": args.packing, "held_out": args.file}
+        shared |= {"packing": args.packing, "held_out": args.file, "unlabelled": True}
         for name, one in loaded.items():
             settings = {key: x for key, x in data[name].items() if key not in ("loss_on", "format")}
             settings |= vars(args.decisions[name])

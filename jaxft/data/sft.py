@@ -190,8 +190,8 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return ", ".join(members) if self.settings.packing == "wrapped" else members[example - 1]
 
     def prompts_of(self, batch: Tokens, row: int) -> Iterator[source.Prompt]:
-        """Yield the prompts of a row; the response is the last run of tokens with a loss. Of a text, all of
-        which is learned, the prompt is the beginning.
+        """Yield the prompts of a row; the response is the last run of tokens with a loss. For a text, of
+        which every token is a target, the prompt is the beginning.
         """
         ids, segments = batch.ids[0, row], batch.segments[0, row]
         reads = batch.read[0, row][batch.token_weights[0, row] > 0]

@@ -36,7 +36,7 @@ class ServeSizes:
 
     rows: completions in progress. prompt, new: the most tokens of a prompt and of a completion. stops: the
     most stop tokens of a request. block: decoding steps between two looks at new requests. continues: whether
-    rows go on, for which each has slots for prompt + new tokens.
+    ended rows are continued, for which each has slots for prompt + new tokens.
     """
 
     rows: Annotated[int, at_least(1)] = 8
@@ -86,7 +86,7 @@ class SampledToken(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """New tokens of a request, and why it ended, None while it goes on. error: what failed.
+    """New tokens of a request, and why it ended, None while it is in progress. error: what failed.
 
     If it ended with "stop", the last token is the stop token.
     """

@@ -70,7 +70,7 @@ class Running:
 
     size: tokens of its prompt. limit: of its tokens. text: all tokens, with the prompt. first: the token with
     random number 0. begun: the first token of the present turn. seen, count: tokens before the last call of
-    Session.step, and now. given: tokens to append. finish: None while it goes on.
+    Session.step, and now. given: tokens to append. finish: None while it is in progress.
     """
 
     episode: int
@@ -99,7 +99,7 @@ class _Waiting(NamedTuple):
 
 
 class Session:
-    """Completes prompts with the rows of an engine, and goes on with rows after given tokens.
+    """Completes prompts with the rows of an engine, and continues rows after given tokens.
 
     The random key of completion i of a prompt is derived from `key`, the prompt's number and i; the key of
     its token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the

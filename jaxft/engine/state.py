@@ -55,9 +55,9 @@ class Decoding:
     completion, appended tokens included. group: completions of a prompt. cache: how keys and values are
     stored. stops: the most stop tokens of a row, at least len(stop).
 
-    extends: rows go on after given tokens. constrained: completions match a grammar. serving: rows have their
-    own settings, log-probs are at temperature 1 instead of the sampling temperature and include the most
-    likely tokens, and requests come and go.
+    extends: rows continue after given tokens. constrained: completions match a grammar. serving: rows have
+    their own settings, log-probs are at temperature 1 instead of the sampling temperature and include the
+    most likely tokens, and requests come and go.
     """
 
     model: Model
@@ -168,7 +168,7 @@ def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[in
     prompts' keys it reads.
 
     Programs of fewer rows read all slots. So do a server's, whose rows are at different tokens, unless its
-    rows go on.
+    rows are continued.
     """
     sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
     half = -(-slots.size // (2 * BUCKET)) * BUCKET

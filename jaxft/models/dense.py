@@ -337,11 +337,11 @@ def prenorm_layer(
     return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extras
 
 
-def head_norms(c: DenseConfig, dtype: DTypeLike, norm: Norm = rms_norm) -> Callable:
+def head_norms(c: DenseConfig, dtype: DTypeLike) -> Callable:
     """Return a `norms` function for self_attention that normalises each head (q_norm and k_norm [E])."""
 
     def norms(p: Params, q: Array, k: Array) -> tuple[Array, Array]:
-        return norm(q, p["q_norm"], c.norm_eps, dtype), norm(k, p["k_norm"], c.norm_eps, dtype)
+        return rms_norm(q, p["q_norm"], c.norm_eps, dtype), rms_norm(k, p["k_norm"], c.norm_eps, dtype)
 
     return norms
 

@@ -313,8 +313,10 @@ def run_layer(
 def run_stacks(
     stacks: Stacks, h: Float[Array, "R T D"], params: Params, pass_of: Callable[[int, Mixer], Pass]
 ) -> tuple[Float[Array, "R T D"], tuple[Any, ...]]:
-    """Return the residual stream of new tokens after all layers, and the cache's part of every layer of a
-    block. pass_of(number of the part, mixer): the pass of these layers.
+    """Return the residual stream of new tokens after all layers, and the parts of the cache, one for each
+    layer of a block.
+
+    pass_of(index of the part, mixer): returns the Pass of the layers with this part.
     """
     parts: list[Any] = []
     for stack in stacks:

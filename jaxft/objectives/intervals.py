@@ -163,10 +163,10 @@ def paired_fractions(first: Sequence[float], second: Sequence[float]) -> Paired:
     return Paired(len(differences), total / len(differences), interval, p)
 
 
-def fraction_text(fraction: float, count: float | None, digits: int = 2, unit: str = "pairs") -> str:
+def fraction_text(fraction: float, count: float | None, unit: str = "pairs") -> str:
     """Return a fraction with its interval and the number of pairs or other units; the fraction alone where
     that is unknown.
     """
     if not count:
-        return f"{fraction:.{digits}f}"
-    return f"{fraction:.{digits}f} {wilson(fraction, count).text(digits)} of {count:,.0f} {unit}"
+        return f"{fraction:.2f}"
+    return f"{fraction:.2f} {wilson(fraction, count).text(2)} of {count:,.0f} {unit}"

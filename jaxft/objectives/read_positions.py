@@ -147,10 +147,9 @@ def read_logps(
     h_BTD: Float[Array, "B T D"],
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"]],
     graded: Graded = ("logp",),
-    max_responses: int = 2,
 ) -> LogProbs:
-    """token_logps at read positions. reads: positions and targets; max_responses: see read_sharding."""
-    return read_logps_of_heads([HeadInput(model, params, h_BTD)], reads, graded, max_responses)[0]
+    """token_logps at read positions. reads: positions and targets."""
+    return read_logps_of_heads([HeadInput(model, params, h_BTD)], reads, graded)[0]
 
 
 def read_logps_of_heads(
@@ -159,8 +158,8 @@ def read_logps_of_heads(
     graded: Graded = ("logp",),
     max_responses: int = 2,
 ) -> tuple[LogProbs, ...]:
-    """logps_of_heads at read positions. heads: with hidden states [B, T, D] of all positions. reads,
-    max_responses: as in read_logps.
+    """logps_of_heads at read positions. heads: with hidden states [B, T, D] of all positions. reads:
+    positions and targets; max_responses: see read_sharding.
     """
     read, targets = reads
     sharding = read_sharding(read, heads[0].h.shape[1], max_responses)

@@ -126,7 +126,7 @@ class FunctionReward(Reward):
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
         """Begin a call with copies that the function may change, and return a function that ends it. An async
-        function goes on meanwhile.
+        function continues meanwhile.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:

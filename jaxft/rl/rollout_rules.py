@@ -24,7 +24,9 @@ Filter = Callable[[GroupScores], GroupMask]
 
 @dataclass(frozen=True)
 class ScoredEpisodes:
-    """Episodes with the scores of each reward, their combination, and that after shaping; NaN for none."""
+    """Episodes with the scores of each reward, their combination, and the combination after shaping; NaN for
+    none.
+    """
 
     episodes: Episodes
     reward_scores: ScoresPerReward

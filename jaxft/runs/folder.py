@@ -219,7 +219,7 @@ def permitted_changes(
     """The differences between a run's original settings and today's, one line each.
 
     folder: where the original settings are. defaults: of settings by dotted name, see recorded_defaults; a
-    run that began before a setting existed goes on with its default. Raises ValueError that lists the
+    run that began before a setting existed continues with its default. Raises ValueError that lists the
     differences which would change what the run computes.
     """
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))

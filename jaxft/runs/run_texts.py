@@ -150,11 +150,13 @@ def result_lines(
     after: Evaluation,
     notes: list[str],
     generates: bool = True,
+    decides: bool = False,
 ) -> list[str]:
     """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
     tries them.
 
-    notes: the objective's summary and the alarms.
+    notes: the objective's summary and the alarms. generates, decides: whether the model generates text or
+    gives the probabilities of choices.
     """
     lines = []
     for old, new in same_prompts(before["samples"], after["samples"])[:2]:
@@ -163,7 +165,7 @@ def result_lines(
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
     lines += ["", *before_and_after(before, after)]
     script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
-    if HELD_OUT + names.ECE in after["metrics"]:
+    if decides:
         script, argument = "evaluate", "--file ROWS --out PROBABILITIES"
     command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
@@ -348,7 +350,7 @@ def _usage(card: ModelCard) -> list[str]:
         f"The weights are in `{folder}/`, in the layout of {layout}. With jaxft:",
         "",
     ]
-    if HELD_OUT + names.ECE in card.after["metrics"]:
+    if card.served:
         lines.append("    jaxft evaluate --run PATH_OF_THIS_FOLDER --file ROWS --out PROBABILITIES")
         lines += [f"    jaxft serve --run PATH_OF_THIS_FOLDER    # POST {path}" for path in card.served]
     elif card.model.generates:

@@ -255,9 +255,7 @@ def products(fn, *args):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_saved_names_avoid_recomputing_the_forward_pass(monkeypatch, dtype):
-    monkeypatch.setattr(
-        "jaxft.nn.matmul.cpu_has_bfloat16_matmuls", lambda: True
-    )  # one form of each product
+    monkeypatch.setattr("jaxft.nn.matmul.cpu_has_bfloat16_matmuls", lambda: True)  # one form of each product
     q, k, v, do = arrays(np.random.default_rng(9), 1, 32, 2, 1, 8, dtype)
     rows = key_ranges(jnp.ones((1, 32), jnp.int32))
     names = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")

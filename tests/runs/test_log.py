@@ -366,9 +366,7 @@ def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_an_unknown_or_missing_tracker_is_a_one_line_error_before_anything_starts(tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match="trackers has 'neptune'; known are mlflow, tensorboard, trackio, wandb"
-    ):
+    with pytest.raises(ValueError, match="trackers has 'neptune'; use mlflow, tensorboard, trackio, wandb"):
         Log(tmp_path, 5, trackers=("neptune",))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"'wandb', which is not installed .*pip install 'jaxft\[track\]'"):

@@ -12,14 +12,14 @@ of all formats: conversation.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jaxft.data.decisions import DECISION, LABEL, RERANKER, decide, parse, row_choices, user_messages
+from jaxft.data.decisions import DECISION, INDEX, LABEL, LETTER, RERANKER, VALUE, parse
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
-from jaxft.data.rows.columns import list_of, messages_of, text_of, with_system
+from jaxft.data.rows.columns import list_of, text_of
 from jaxft.data.rows.conversation import (
     Columns,
     chat_of,
@@ -186,22 +186,17 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
 # ---- decisions
 
 
-def _decision(row: Row, settings: RowSettings, format: str) -> dict[str, Example]:
-    return {RESPONSE: parse(row, format, settings.labels, settings.question)}
+def _decision(row: Row, settings: RowSettings, format: str, reading: str | None = None) -> dict[str, Example]:
+    settings = settings if reading is None else replace(settings, reading=reading)
+    return {RESPONSE: parse(row, format, settings)}
 
 
 def _with_choices(row: Row) -> Row:
     """Return a question with its choices as a conversation."""
-    choices = row.fields["choices"]
-    choices = choices.get("text") if isinstance(choices, Mapping) else choices  # ARC's
-    column = next(name for name in ("messages", "question") if row.fields.get(name) is not None)
-    turns = messages_of(row, column) if column == "messages" else user_messages(text_of(row, column))
-    if row.fields.get("context"):
-        text = f"{text_of(row, 'context')}\n\n{turns[-1]['content']}"
-        turns = [*turns[:-1], {**turns[-1], "content": text}]
-    asked = decide(row.name, with_system(row, turns), row_choices(row.name, choices)).messages
-    fields = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
-    return Row(row.name, {**fields, "messages": [*asked]})
+    fields = {**row.fields, "answer": None}
+    asked = parse(Row(row.name, fields), DECISION, replace(DEFAULT_ROW_SETTINGS, unlabelled=True)).messages
+    own = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
+    return Row(row.name, {**own, "messages": [*asked]})
 
 
 # ---- numbers
@@ -260,9 +255,10 @@ class RowFormat:
     plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
     row in the columns of another format, before anything is read from it. note(settings): how the rows are
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
-    labelled: whether its choices are the labels of all rows. fits(row): whether a row with its columns is
-    one, by its values, for errors about rows of another task. prompt(row): the row with its prompt in a
-    column of conversation.PROMPT_COLUMNS, of a format that has none.
+    labelled: whether its choices are the labels of all rows. answer: the column that rows may lack where they
+    are only scored. fits(row): whether a row with its columns is one, by its values, for errors about rows of
+    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, of a format
+    that has none.
     """
 
     name: str
@@ -276,6 +272,7 @@ class RowFormat:
     note: Callable[[RowSettings], str] = _no_note
     listed: bool = True
     labelled: bool = False
+    answer: str = ""
     fits: Callable[[Row], bool] = lambda row: True
     prompt: Callable[[Row], Row] | None = None
 
@@ -298,30 +295,40 @@ def _pairs(
 
 
 def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
-    optional = ("system", "chat_template_kwargs", "weight", *more)
-    return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+    optional, parse = ("system", "chat_template_kwargs", "weight", *more), partial(_decision, format=name)
+    answer = required[-1][0] if required else ""
+    return RowFormat(name, DECISIONS, required, parse, optional, weight=_row_weight, answer=answer)
 
 
 def _labelled_texts(name: str, *columns: str) -> RowFormat:
     """Return a format of several texts with a label."""
     known, required = _decision_format(LABEL, ()), tuple((column,) for column in (*columns, "label"))
     rewrite = partial(from_texts, columns=columns)
-    return replace(known, name=name, required=required, rewrite=rewrite, labelled=True, listed=False)
+    return replace(
+        known, name=name, required=required, rewrite=rewrite, labelled=True, listed=False, answer="label"
+    )
 
 
 def _options(
-    name: str, question: tuple[str, ...], options: tuple[str, ...], answer: str, first: int = 0
+    name: str,
+    question: tuple[str, ...],
+    options: tuple[str, ...],
+    answer: str,
+    reading: str | None,
+    first: int = 0,
 ) -> RowFormat:
-    """Return a format of questions with options."""
+    """Return a format of questions with options. reading: how its answers name one, None as all
+    answers of the dataset.
+    """
     required = tuple((column,) for column in (*question, *options, answer))
     rewrite = partial(from_options, question=question, options=options, answer=answer, first=first)
-    known = _decision_format(DECISION, ())
+    parse, known = partial(_decision, format=DECISION, reading=reading), _decision_format(DECISION, ())
 
     def prompt(row: Row) -> Row:
         return _with_choices(rewrite(row, DEFAULT_ROW_SETTINGS))
 
-    known = replace(known, prompt=prompt if options else None)
-    return replace(known, name=name, required=required, rewrite=rewrite, listed=False)
+    known = replace(known, parse=parse, rewrite=rewrite, prompt=prompt if options else None)
+    return replace(known, name=name, required=required, listed=False, answer=answer)
 
 
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
@@ -408,7 +415,7 @@ ROW_FORMATS = (
               weight=_row_weight),
     RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
     replace(
-        _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
+        _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",)), "context"),
         prompt=_with_choices,
     ),
     replace(_decision_format(LABEL, (("text",), ("label",))), labelled=True),
@@ -417,18 +424,20 @@ ROW_FORMATS = (
     _labelled_texts("mrpc", "sentence1", "sentence2"),
     _labelled_texts("qnli", "question", "sentence"),
     _labelled_texts("qqp", "question1", "question2"),
-    _options("boolq", ("passage", "question"), (), "answer"),
-    _options("superglue-boolq", ("passage", "question"), (), "label"),
-    _options("passage-options", ("passage", "question"), ("options",), "answer"),
-    _options("passage-choices", ("passage", "question"), ("choices",), "answer"),
-    _options("reclor", ("context", "question"), ("answers",), "label"),
-    _options("quail", ("context", "question"), ("answers",), "correct_answer_id"),
-    _options("race", ("article", "question"), ("options",), "answer"),
-    _options("hellaswag", ("ctx",), ("endings",), "label"),
-    _options("piqa", ("goal",), ("sol1", "sol2"), "label"),
-    _options("medmcqa", ("question",), ("opa", "opb", "opc", "opd"), "cop"),
-    _options("winogrande", ("sentence",), ("option1", "option2"), "answer", first=1),
-    _options("social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", first=1),
+    _options("boolq", ("passage", "question"), (), "answer", VALUE),
+    _options("superglue-boolq", ("passage", "question"), (), "label", VALUE),
+    _options("passage-options", ("passage", "question"), ("options",), "answer", None),
+    _options("passage-choices", ("passage", "question"), ("choices",), "answer", None),
+    _options("reclor", ("context", "question"), ("answers",), "label", INDEX),
+    _options("quail", ("context", "question"), ("answers",), "correct_answer_id", INDEX),
+    _options("race", ("article", "question"), ("options",), "answer", LETTER),
+    _options("hellaswag", ("ctx",), ("endings",), "label", INDEX),
+    _options("piqa", ("goal",), ("sol1", "sol2"), "label", INDEX),
+    _options("medmcqa", ("question",), ("opa", "opb", "opc", "opd"), "cop", INDEX),
+    _options("winogrande", ("sentence",), ("option1", "option2"), "answer", INDEX, first=1),
+    _options(
+        "social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", INDEX, first=1
+    ),
 )  # fmt: skip
 # A name for rows of a task, for errors where another one reads them.
 TASKS = {
@@ -439,6 +448,17 @@ TASKS = {
 }
 
 
-def formats_of(task: str, numbers: tuple[str, ...] = ()) -> dict[str, RowFormat]:
-    """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have."""
-    return {f.name: replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task}
+def formats_of(task: str, numbers: tuple[str, ...] = (), unlabelled: bool = False) -> dict[str, RowFormat]:
+    """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have.
+    unlabelled: whether decisions may lack the column of their answer.
+    """
+    formats = [replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task]
+    if unlabelled:
+        formats = [
+            replace(
+                f, required=tuple(names for names in f.required if names != (f.answer,)),
+                optional=(*f.optional, f.answer),
+            )
+            for f in formats
+        ]  # fmt: skip
+    return {f.name: f for f in formats}

@@ -181,7 +181,7 @@ class ConsoleView:
 
 
 def remarks(metrics: dict[str, float]) -> list[str]:
-    """Return a remark on a step from which nothing could be learned."""
+    """Return remarks about a step without a training signal."""
     equal = metrics.get(names.ZERO_STD) == 1 and not metrics.get(names.GRAD_NORM)
     return ["(nothing learned: the rewards of every group are equal)"] if equal else []
 
