@@ -34,8 +34,8 @@ def main() -> int:
     from jaxft.report import charts, ranking
     from jaxft.report.run_files import folders_of_runs, runs_among
     from jaxft.runs.metric_names import HELD_OUT
+    from jaxft.runs.metrics_log import read_entries
     from jaxft.runs.object_store import local_folder
-    from jaxft.runs.trackers.jsonl import read_entries
 
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])

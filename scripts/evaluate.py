@@ -242,7 +242,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     from jaxft.data.rows.mixture import held_out_sources
     from jaxft.data.sft import Rows
     from jaxft.runs.loaded_weights import recorded_data
-    from jaxft.train.evaluate.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
+    from jaxft.train.evaluate.evaluate import make_decision_scores, make_pair_preferences, make_row_loss
 
     model = next(iter(loaded.values())).model
     if args.split is not None:
@@ -293,7 +293,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
-    from jaxft.train.evaluate.likelihood import make_decision_scores, make_pair_preferences, make_row_loss
+    from jaxft.train.evaluate.evaluate import make_decision_scores, make_pair_preferences, make_row_loss
 
     model, rows = next(iter(loaded.values())).model, args.split
     if isinstance(rows, DecisionRows):
@@ -414,7 +414,7 @@ def print_metrics(results: dict[str, Any], as_json: bool) -> None:
     are several.
     """
     from jaxft.objectives.intervals import interval_of
-    from jaxft.runs.trackers.jsonl import json_value
+    from jaxft.runs.metrics_log import json_value
 
     if as_json:
         whole = {name: json_value(with_intervals(one)) for name, one in results.items()}

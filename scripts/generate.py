@@ -215,10 +215,9 @@ def completions(
 
     from jaxft.data.data_settings import check_seed
     from jaxft.distributed import sharding
-    from jaxft.engine.generate import generate
     from jaxft.engine.programs import Engine, compile_engine
     from jaxft.engine.sampling import Sampling
-    from jaxft.engine.session import RequestSettings, Session
+    from jaxft.engine.session import RequestSettings, Session, generate
     from jaxft.engine.state import Decoding, slots_for
     from jaxft.models.adapted import adapted
     from jaxft.serve.constraint import compile_grammar

@@ -247,10 +247,10 @@ def race(
     baseline: the label of the loss that the others are compared with, "" for none.
     """
     from jaxft.report import ranking
-    from jaxft.runs.trackers.jsonl import METRICS, read_entries
+    from jaxft.runs.metrics_log import METRICS, read_entries
+    from jaxft.train.loop import train_sweep
     from jaxft.train.settings import Scoring
     from jaxft.train.start import open_settings
-    from jaxft.train.sweep.sweep_runs import train_sweep
 
     rows, scoring = [], Scoring()
     if args.world is not None:

@@ -78,7 +78,7 @@ def main() -> int:
     if args.devices is None and of_a_run:
         parser.error("the following arguments are required: --devices, such as h100:1 or 24gb")
     if args.devices is None:
-        from jaxft.plan.fits import fits_report
+        from jaxft.plan.machines import fits_report
 
         print(fits_report())
         return 0

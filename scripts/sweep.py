@@ -120,8 +120,8 @@ def main() -> int:
     from jaxft.cli import cli
     from jaxft.distributed import processes
     from jaxft.train.logs.clock import Clock
+    from jaxft.train.loop import train_sweep
     from jaxft.train.start import open_settings
-    from jaxft.train.sweep.sweep_runs import train_sweep
 
     processes.require_single_process("a sweep")
     clock = Clock()

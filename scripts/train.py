@@ -61,7 +61,7 @@ def main() -> int:
     if args.dry_run:
         from jaxft.plan import plan_report
         from jaxft.runs.settings import config
-        from jaxft.runs.trackers.tracker import check_trackers
+        from jaxft.runs.trackers import check_trackers
         from jaxft.train.recipes import without_model_weights
         from jaxft.train.start.jobs import run_folder
 

@@ -32,8 +32,7 @@ def main() -> int:
     args = make_parser().parse_args()
     from jaxft.lab.halving import LEDGER
     from jaxft.lab.verify import recompute_step, record_problems
-    from jaxft.runs.chained_log import check_chain
-    from jaxft.runs.trackers.jsonl import METRICS
+    from jaxft.runs.metrics_log import METRICS, check_chain
 
     problems = list(record_problems(args.run))
     for problem in problems:

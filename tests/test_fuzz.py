@@ -25,7 +25,7 @@ from jaxft.nn.param import init_params
 from jaxft.nn.quant import quant_setting
 from jaxft.report import charts
 from jaxft.runs import folder as runfolder
-from jaxft.runs.trackers import jsonl
+from jaxft.runs import metrics_log
 from jaxft.weights import pretrained
 from jaxft.weights.param_loading import read_whole
 from jaxft.weights.peft import adapter_folders, peft_read, peft_write
@@ -189,7 +189,7 @@ def test_run_folders(tmp_path, monkeypatch):
         "quant": {"kind": "nf4", "block": 64, "double": True, "targets": "all-linear"},
     }  # fmt: skip
     runfolder.write_record(run, record)
-    log = jsonl.Jsonl(run / "metrics.jsonl")
+    log = metrics_log.Jsonl(run / "metrics.jsonl")
     for step in range(3):
         log.log(step, {"loss": 1.0 / (step + 1), "learning_rate": 1e-4}, {"tokens_per_second": 10.0})
     log.close("finished")
@@ -215,8 +215,8 @@ def test_run_folders(tmp_path, monkeypatch):
         found = runfolder.trained_weights(folder)[2]
         quant_setting(None, found)
         runfolder.write_record(folder, found, 2)
-        charts.comparison_panels({"damaged": jsonl.read_entries(folder / "metrics.jsonl")})
-        jsonl.truncate(folder / "metrics.jsonl", 1)
+        charts.comparison_panels({"damaged": metrics_log.read_entries(folder / "metrics.jsonl")})
+        metrics_log.truncate(folder / "metrics.jsonl", 1)
         runfolder.changes_since_start(folder, record, {})
 
     assert run_cases(damage, work, "") > CASES // 4

@@ -50,12 +50,10 @@ FOREIGN = {
 # Public names that several modules define for the same meaning, with the reason.
 SHARED_NAMES = {
     "Outputs": "the outputs of an objective's forward pass, one type per objective",
-    "PACKAGES": "the packages that a tracker's file imports",
     "TOO_LONG": "the choices of data.too_long",
     "UNUSED": "the fields of a batch that an objective's loss does not read",
     "VERSION": "the version of what a file stores in a cache",
     "WEIGHTING": "the choices of data.weighting",
-    "open_tracker": "every tracker's file opens it by this name",
 }
 
 

@@ -89,10 +89,10 @@ class DecisionRows(Rows):
     format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
     letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
     question: asked about the text of such rows, or the instruction of a reranker's. unlabelled: the rows are
-    only scored: they may lack an answer, and choices of their own in place of the labels. too_long: "drop" leaves a
-    row out that has more tokens than max_length, "error" stops; a decision cannot be truncated. packing:
-    whether a row of max_length tokens has several decisions. Other fields: see Rows; loss_on, weighting and
-    sample_by have no meaning here.
+    only scored: they may lack an answer, or have choices of their own in place of the labels. too_long:
+    "drop" leaves a row out that has more tokens than max_length, "error" stops; a decision cannot be
+    truncated. packing: whether a row of max_length tokens has several decisions. Other fields: see Rows;
+    loss_on, weighting and sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()
@@ -126,8 +126,8 @@ class DecisionRows(Rows):
         rows, train = opened.split.rows, opened.split.train
         if self.labels and not rows.labels and not self.unlabelled:
             raise ValueError(
-                f"data.labels={','.join(self.labels)} are the choices of rows with a text and a label; the rows "
-                f"of data.train={self.train} have their own; remove data.labels"
+                f"data.labels={','.join(self.labels)} are the choices of rows with a text and a label; the "
+                f"rows of data.train={self.train} have their own; remove data.labels"
             )
         stats = replace(opened.info.stats, learned=_learned_line(rows, train))
         recorded = {"formats": [*rows.formats], "labels": [*rows.labels]}

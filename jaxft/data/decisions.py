@@ -204,8 +204,8 @@ def label_names(value: Any) -> Iterable[str]:
 def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
     """Return the labels of rows in the order of their letters: numbers by size, others as text.
 
-    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for less than two labels, and for more than
-    there are letters.
+    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for less than
+    two labels, and for more than there are letters.
     """
     distinct = {*labels}
     if distinct >= {"0", "1", "2"}:
@@ -214,7 +214,8 @@ def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
         raise ValueError(f"{ref}: no row has a label by name; name the labels by data.labels")
     if len(distinct) < 2:
         raise ValueError(
-            f"{ref}: all rows have the same label, {', '.join(distinct)[:60]!r}; name all labels by data.labels"
+            f"{ref}: all rows have the same label, {', '.join(distinct)[:60]!r}; name all labels by "
+            "data.labels"
         )
     if len(distinct) > len(LETTERS):
         raise ValueError(

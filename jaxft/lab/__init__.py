@@ -8,8 +8,7 @@ zoo.py: losses side by side on exact toys, as one page
 
 Studies:
 study.py: the declaration of a study, decided before training
-trials.py: trials as arrays in a train state, so that one compiled program trains any of them
-halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
+halving.py: runs a study: trials as arrays in one compiled program, successive halving, then every seed
 results.py: the results of a study: comparisons, curves, sensitivity
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 verify.py: checks of a record, and a step computed again to the bit

@@ -49,9 +49,9 @@ from jaxft.objectives.objective import Objective
 from jaxft.objectives.read_positions import gather_read
 from jaxft.report.ranking import read_held_out
 from jaxft.runs.metric_names import LOSS
+from jaxft.train.loop import train_sweep
 from jaxft.train.python_api import Prepared
 from jaxft.train.settings import Run
-from jaxft.train.sweep.sweep_runs import train_sweep
 from jaxft.tree import Aux, Metrics, Params
 
 SIZE = 4096  # numbers of a projected gradient

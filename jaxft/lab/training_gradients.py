@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from jaxft.batch import Pairs
 from jaxft.objectives.objective import Objective
 from jaxft.optim.update import standard_promotion
+from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.train.python_api import Prepared
-from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
 from jaxft.tree import Aux, Params, combine
 
 
@@ -38,7 +38,7 @@ class ShortTraining(NamedTuple):
 
     objective, held_out_objective: of training and of evaluation, of a model with attention=reference, since
     other kernels have no second derivative; the first reads its knobs in
-    aux["knobs"] if it has any (see lab/trials.py). batches: with leading axes [steps]; held_out: one batch.
+    aux["knobs"] if it has any (see lab/halving.py). batches: with leading axes [steps]; held_out: one batch.
     rule: the optimizer; its update must be differentiable, which Adam's is not where a gradient is 0, unless
     it has an eps_root.
     """

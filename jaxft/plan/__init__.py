@@ -1,7 +1,6 @@
 """Compile a run for a machine without that machine, and estimate its memory and step time.
 
-machines.py: chips and topologies; targets/ has their descriptions
-fits.py: which models fit which hardware (from `fits.json`)
+machines.py: chips and topologies (targets/ has their descriptions), and which models fit them (`fits.json`)
 plan.py: compile a run's programs: memory, FLOPs and estimated time of each
 search.py: search for the fastest settings that fit
 plan_report.py: plans, costs and dry runs as text

@@ -3,9 +3,8 @@
 charts.py: which metrics are drawn together, with titles and units; a run's PNG pictures
 compare.py: the table that compares runs, on the page and in the terminal (its columns: COLUMNS)
 document.py: `jaxft report`, one HTML page, its curves as JSON
-markup.py: pieces of HTML
 ranking.py: which of several runs is best: seeds together, differences on the same held-out rows
 run_files.py: the files of a run's folder that it shows
-sections.py: sections of the page, with the reliability diagram of decisions
+sections.py: sections of the page and the HTML that they are made of, the reliability diagram of decisions
 statistics.py: paired comparisons over seeds and prompts: intervals, tests, sample sizes
 """

@@ -16,7 +16,7 @@ from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.objectives.alarms import Entry
 from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
-from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.runs.metrics_log import read_entries
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
 # distinguishable with any colour vision

@@ -30,7 +30,7 @@ from jaxft.report.compare import Logged, first_and_last, held_out
 from jaxft.report.statistics import paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import part_of, read_saved_json
-from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, read_entries
+from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, read_entries
 
 ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
 SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition

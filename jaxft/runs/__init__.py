@@ -6,7 +6,9 @@ loaded_weights.py: the weights that --run, --model and --adapter name, loaded fo
 checkpoint.py: verified checkpoints, written and read
 manifest.py: hashes of a checkpoint's files
 log.py: the log
-chained_log.py: digests of logs, by which a changed line is found
+metrics_log.py: metrics.jsonl and its digests, by which a changed line is found
+console.py: the live view, or lines, of a run in the terminal
+trackers.py: TensorBoard, W&B, Trackio, MLflow, and callbacks
 metric_names.py: names of metrics
 terminal.py: text that is safe to print, output to a console that may end
 run_texts.py: start-up lines and model card

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
+from jaxft.runs.metrics_log import METRICS, json_value, read_entries
 from jaxft.runs.settings.setting_values import absent_lines, describe, differences
-from jaxft.runs.trackers.jsonl import METRICS, json_value, read_entries
 from jaxft.weights.edit import calibrated_base
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import hf_read, hub
@@ -34,7 +34,7 @@ FOLDERS = (*RESULTS, "checkpoints", "tensorboard", "rollouts")
 FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of files that a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # for the report, see train/logs/logs.py
-RECORD = (  # files of a finished run whose digests follow those of metrics.jsonl, see chained_log
+RECORD = (  # files of a finished run whose digests follow those of metrics.jsonl, see metrics_log
     "config.json", "env.json", PARAMETERS_JSON, DATA_JSON, "held_out.jsonl", "completions.jsonl", SUMMARY,
 )  # fmt: skip
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base

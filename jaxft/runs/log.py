@@ -12,10 +12,9 @@ from rich.console import Console
 
 from jaxft.distributed.disk import fsync
 from jaxft.objectives.alarms import Alarms, Entry
+from jaxft.runs.console import ConsoleView
 from jaxft.runs.folder import write_durable_json
-from jaxft.runs.trackers import tensorboard
-from jaxft.runs.trackers.console import ConsoleView
-from jaxft.runs.trackers.jsonl import (
+from jaxft.runs.metrics_log import (
     COMPLETIONS,
     METRICS,
     EntrySteps,
@@ -25,7 +24,7 @@ from jaxft.runs.trackers.jsonl import (
     read_entries,
     truncate,
 )
-from jaxft.runs.trackers.tracker import RunEnd, Tracker, open_trackers
+from jaxft.runs.trackers import RunEnd, Tracker, open_tensorboard, open_trackers
 
 ALARMS_JSON = "alarms.json"
 
@@ -81,7 +80,7 @@ class Log:
         self._jsonl = Jsonl(self._folder / METRICS, start_step)
         self._completions = EntrySteps(truncate(self._folder / COMPLETIONS, start_step))
         self._completions_size = read_appended(self._folder / COMPLETIONS, 0)[1]
-        board = tensorboard.open_tracker(self._folder, start_step)
+        board = open_tensorboard(self._folder, start_step)
         self._trackers: list[Tracker] = [self._jsonl, *optional, board]
         self._view = None if quiet else ConsoleView(self._folder.name, total_steps, start_step, console)
         self.alarms: list[str] = []

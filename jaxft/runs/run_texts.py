@@ -12,7 +12,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.metric_names import HELD_OUT, SCORES, count_of, without_count
-from jaxft.runs.trackers.jsonl import COMPLETIONS, read_entries
+from jaxft.runs.metrics_log import COMPLETIONS, read_entries
 from jaxft.weights.hf.model_card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
@@ -143,20 +143,25 @@ def resumed_lines(step: int, changes: list[str]) -> list[str]:
     return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
 
 
+TRIED_WITH = {  # the options of a command that tries the weights of a run
+    "generate": '--prompt "..."',
+    "score": "--file PAIRS",
+    "evaluate": "--file ROWS --out PROBABILITIES",
+}
+
+
 def result_lines(
     folder: Path,
     weights: Path,
     before: Evaluation,
     after: Evaluation,
     notes: list[str],
-    generates: bool = True,
-    decides: bool = False,
+    script: str = "generate",
 ) -> list[str]:
     """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
     tries them.
 
-    notes: the objective's summary and the alarms. generates, decides: whether the model generates text or
-    gives the probabilities of choices.
+    notes: the objective's summary and the alarms. script: of the command, a key of TRIED_WITH.
     """
     lines = []
     for old, new in same_prompts(before["samples"], after["samples"])[:2]:
@@ -164,10 +169,7 @@ def result_lines(
         lines.append(f"after:    {_short(new['completion'])}")
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
     lines += ["", *before_and_after(before, after)]
-    script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
-    if decides:
-        script, argument = "evaluate", "--file ROWS --out PROBABILITIES"
-    command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
+    command = f"{script_command(script)} --run {shlex.quote(str(folder))} {TRIED_WITH[script]}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
 

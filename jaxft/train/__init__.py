@@ -3,7 +3,9 @@
 python_api.py: `jaxft.train`, `prepare`, `load` and `evaluate`, for notebooks and programs
 settings.py: Run and Loop
 recipes.py: groups of knobs that recipes share
-loop.py: the train loop
+loop.py: the train loop, of a run or the runs of a sweep
+sweep.py: a sweep: runs trained together on one base
+multi_adapter.py: several adapters on one base, and the programs of a sweep
 step.py: the train step; norms by layer
 programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
@@ -34,7 +36,7 @@ class _Train(types.ModuleType):
 
         recipe: the name of one such as "sft", a Python file, or a function that returns a Run. rows: a list
         of dicts, or any iterable of them such as a datasets.Dataset, in place of `data`. callbacks: functions
-        (step, metrics), or objects with the methods of a Tracker (jaxft/runs/trackers/tracker.py), called
+        (step, metrics), or objects with the methods of a Tracker (jaxft/runs/trackers.py), called
         with each entry of the log, on the first of several processes. One that returns True ends the run
         after this step or, with several processes, the next; the model is then evaluated and exported.
         settings: dotted settings, {"optim.clip": 1.0}, which `**{"optim.clip": 1.0}` sets too. root: the

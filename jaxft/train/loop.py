@@ -1,6 +1,6 @@
 """The train loop: `run` takes a run, or a sweep of several, from its settings to its results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,16 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.distributed.processes import Watchdog
 from jaxft.runs import folder as runfolder
+from jaxft.runs.metrics_log import METRICS
 from jaxft.runs.object_store import Copies
-from jaxft.runs.trackers.tracker import Tracker
+from jaxft.runs.trackers import Tracker
 from jaxft.train.compiled import Compiled, compile_run
 from jaxft.train.export.results import export_best, export_members, report_finished, write_reports
 from jaxft.train.logs.clock import Clock
 from jaxft.train.logs.logs import Logs, announce, open_logs
 from jaxft.train.logs.meter import Meters, Trace
 from jaxft.train.logs.nonfinite import NonfiniteRecorder
+from jaxft.train.multi_adapter import compile_sweep
 from jaxft.train.settings import Run, steps_between
 from jaxft.train.start.jobs import (
     Job,
@@ -41,9 +43,9 @@ from jaxft.train.start_and_end import (
     evaluate_start,
     last_faults,
 )
-from jaxft.train.sweep.sweep import Sweep
-from jaxft.train.sweep.sweep_programs import compile_sweep
+from jaxft.train.sweep import Sweep, check_members, reason_to_separate, with_one_split, write_table
 
+SIGNAL = 128  # exit codes from here on are of a run that a signal stopped
 END_RUN = 1000  # the vote of a callback that ends the run; votes for a signal have its number
 
 
@@ -176,7 +178,7 @@ def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
     logs.stopped(signal_name(signal), done)
     copies.stopped()
     processes.barrier()  # no process exits while another still saves
-    return 128 + signal
+    return SIGNAL + signal
 
 
 def due(every: float | None, done: int, job: Job) -> bool:
@@ -185,3 +187,65 @@ def due(every: float | None, done: int, job: Job) -> bool:
         return False
     steps = steps_between(every, job.steps)
     return done // steps > (done - job.rollout_steps) // steps
+
+
+def train_sweep(
+    name: str,
+    runs: Mapping[str, Run],
+    at_once: int | None = None,
+    root: Path = Path("runs"),
+    clock: Clock | None = None,
+) -> int:
+    """Train the runs of a sweep, or resume them, together in one program where they can be, or else one after
+    the other; return the exit code, see `run`. All hold out the same rows.
+
+    runs: by label, which is also the name of the run's folder in the sweep's. at_once: see Sweep; None
+    for runs that may also be trained one after the other, if they cannot share a program. clock: see
+    `run`; runs that are trained one after the other have clocks of their own.
+    """
+    runs = with_one_split(runs)
+    reason = reason_to_separate(runs) if at_once is None else ""
+    if not reason:
+        return run(Sweep(name, runs, 1 if at_once is None else at_once), root=root, clock=clock)
+    print(f"{len(runs)} runs, one after the other: {reason}", flush=True)
+    return _train_each(name, runs, root)
+
+
+def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
+    """Train one run after the other, then write the sweep's table. One that ends with steps or a loss that
+    are not finite is left out; the others continue.
+    """
+    folder, failed = runfolder.folder_of(root, name), []
+    record: dict[str, Any] = {"members": list(runs), "at_once": None}
+    check_members(folder, record["members"])
+    folder.mkdir(parents=True, exist_ok=True)
+    runfolder.write_durable_json(folder / "config.json", record)
+    for label, member in runs.items():
+        print(f"\n{label}:", flush=True)
+        try:
+            code = run(member, root=root)
+        except processes.AgreedError as error:
+            if not (folder / label / METRICS).is_file():  # its settings are at fault
+                raise
+            print(error, flush=True)
+            failed.append(label)
+            continue
+        if code >= SIGNAL:
+            return code
+    ends = {
+        label: runfolder.read_saved_json(folder / label / runfolder.SUMMARY)
+        for label in runs
+        if label not in failed
+    }
+    if not ends:
+        raise ValueError(
+            f"{folder}: none of its runs is finished; correct the errors above and start the same command "
+            "again"
+        )
+    before, after = (
+        {label: end[side]["metrics"] for label, end in ends.items()} for side in ("before", "after")
+    )
+    steps = max(end["steps"] for end in ends.values())
+    print(f"\n{write_table(folder, name, steps, (before, after), failed)}")
+    print(f"the table is in {folder / runfolder.CARD}, the curves in {folder / 'curves.png'}")
+    return int(bool(failed))

@@ -39,10 +39,9 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import temporary_file
 from jaxft.distributed.exit import signal_name
-from jaxft.engine.generate import generate
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling, without_stop
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind
@@ -57,12 +56,12 @@ from jaxft.runs.loaded_weights import (
     prompt_settings,
     source_options,
 )
+from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.settings.setting_names import advice, join_lines
-from jaxft.runs.trackers.jsonl import METRICS, read_entries
-from jaxft.runs.trackers.tracker import Callback
+from jaxft.runs.trackers import Callback
 from jaxft.train import loop
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run

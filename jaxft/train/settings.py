@@ -19,7 +19,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.object_store import check_store_url
-from jaxft.runs.trackers.tracker import OPEN, Tracking
+from jaxft.runs.trackers import OPEN, Tracking
 from jaxft.tree import regex
 
 ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
@@ -163,7 +163,7 @@ class Run:
     microbatches in float32, and updates are rounded stochastically. general: a text file whose loss
     before and after training shows forgetting. samples: number of held-out prompts that are completed and
     shown before and after training. scoring: functions that score such completions. seed: of fresh weights,
-    dropout and sampling. trackers: wandb, trackio, mlflow, or files of your own; every run writes
+    dropout and sampling. trackers: wandb, trackio, mlflow, or file.py:name of your own; every run writes
     TensorBoard's files. heads: further models
     with scalar heads on the base, by name (see models/adapted.py). teacher: a second, frozen language model
     that the objective reads, such as a reference policy with weights of its own.

@@ -19,8 +19,8 @@ from jaxft.batch import TrainState
 from jaxft.distributed import processes
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics, without_count
 from jaxft.runs.metric_names import GENERAL_LOSS
+from jaxft.runs.metrics_log import METRICS
 from jaxft.runs.run_texts import Evaluation
-from jaxft.runs.trackers.jsonl import METRICS
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.evaluate.evaluate import EvaluationLimit, is_stalled, selection_score
 from jaxft.train.export.results import write_held_out

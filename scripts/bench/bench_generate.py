@@ -81,10 +81,9 @@ def measure_jaxft(a: argparse.Namespace) -> dict[str, float]:
     import jax.numpy as jnp
 
     from jaxft.distributed import sharding
-    from jaxft.engine.generate import complete
     from jaxft.engine.programs import compile_engine
     from jaxft.engine.sampling import Sampling
-    from jaxft.engine.session import Session
+    from jaxft.engine.session import Session, complete
     from jaxft.engine.state import Decoding, slots_for
     from jaxft.models.adapted import adapted
     from jaxft.weights import pretrained

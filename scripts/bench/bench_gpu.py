@@ -306,10 +306,9 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     import jax
 
     from jaxft.distributed import devices, sharding
-    from jaxft.engine.generate import complete
     from jaxft.engine.programs import compile_engine
     from jaxft.engine.sampling import Sampling, nonfinite_logits
-    from jaxft.engine.session import Session
+    from jaxft.engine.session import Session, complete
     from jaxft.engine.state import Decoding, slots_for
     from jaxft.train import programs
 

@@ -39,28 +39,28 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def planted(found: Any, flipped: np.ndarray, names: Any = None) -> Any:
+def planted(gradients: Any, flipped: np.ndarray, names: Any = None) -> Any:
     """Return the influences of gradients with some labels flipped."""
-    train = np.where(flipped[:, None], -found.train, found.train)
-    return replace(found, train=train, names=found.names if names is None else names).influence
+    train = np.where(flipped[:, None], -gradients.train, gradients.train)
+    return replace(gradients, train=train, names=gradients.names if names is None else names).influence
 
 
-def auroc(found: Any, seed: int) -> float:
+def auroc(gradients: Any, seed: int) -> float:
     """Return the area under the ROC curve of a fifth of the labels, flipped at random."""
-    rng, count = np.random.default_rng(seed), len(found.train)
+    rng, count = np.random.default_rng(seed), len(gradients.train)
     flipped = np.isin(np.arange(count), rng.choice(count, count // 5, replace=False))
-    values = planted(found, flipped).values
+    values = planted(gradients, flipped).values
     return float((values[~flipped][:, None] > values[flipped][None, :]).mean())
 
 
-def bad_source_is_last(found: Any, seed: int) -> bool:
+def bad_source_is_last(gradients: Any, seed: int) -> bool:
     """Whether the source with flipped labels has the lowest mean influence."""
-    rng, count = np.random.default_rng(seed), len(found.train)
+    rng, count = np.random.default_rng(seed), len(gradients.train)
     source = rng.permutation(count) % SOURCES
     members = np.flatnonzero(source == 0)
     flipped = np.isin(np.arange(count), rng.choice(members, round(0.6 * len(members)), replace=False))
     names = np.asarray([f"{k}.jsonl:{n}" for n, k in enumerate(source)])
-    return next(iter(planted(found, flipped, names).by_file())) == "0.jsonl"
+    return next(iter(planted(gradients, flipped, names).by_file())) == "0.jsonl"
 
 
 def seconds_per_step(parts: Any, steps: int) -> float:
@@ -89,13 +89,13 @@ def main() -> None:
             given = dict(text.split("=", 1) for text in args.set)
             parts = jaxft.prepare(args.recipe, data=str(train), held_out=str(held_out), epochs=1.0, **given)
             begin, wall = time.process_time(), time.monotonic()
-            found = margin_gradients(parts)
+            gradients = margin_gradients(parts)
             cpu, wall = time.process_time() - begin, time.monotonic() - wall
             epoch = parts.steps * seconds_per_step(parts, args.steps)
-        areas = [auroc(found, k) for k in range(args.drawings)]
-        last = sum(bad_source_is_last(found, k) for k in range(args.drawings))
+        areas = [auroc(gradients, k) for k in range(args.drawings)]
+        last = sum(bad_source_is_last(gradients, k) for k in range(args.drawings))
         result = {
-            "world": seed, "pairs": len(found.train), "auroc_least": round(min(areas), 3),
+            "world": seed, "pairs": len(gradients.train), "auroc_least": round(min(areas), 3),
             "auroc_mean": round(float(np.mean(areas)), 3), "worst_last": f"{last} of {args.drawings}",
             "cpu_seconds": round(cpu, 1), "seconds": round(wall, 1), "epochs": round(cpu / epoch, 2),
         }  # fmt: skip

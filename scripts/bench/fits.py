@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from jaxft.plan.fits import HARDWARE, MODELS, OBJECTIVES, TRAINING, rows_of_fits  # noqa: E402
+from jaxft.plan.machines import HARDWARE, MODELS, OBJECTIVES, TRAINING, rows_of_fits  # noqa: E402
 
 LENGTH = 2048  # tokens per device: one row, or a pair with two responses and a prompt of half of it each
 ONLY = {"405B": ("LoRA", "sft", "v5p")}  # (method, objective, chip) of models that are not tried with all
@@ -44,7 +44,7 @@ SETTINGS = {
     ("QLoRA", "dpo"): ["quant=nf4", "remat=full"],
 }  # fmt: skip
 # Folders and files of jaxft that do not affect a run's programs.
-PLANNER = ("plan", "cli/cli.py", "runs/run_texts.py", "runs/log.py", "runs/trackers")
+PLANNER = ("plan", "cli/cli.py", "runs/run_texts.py", "runs/log.py", "runs/trackers.py", "runs/console.py")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

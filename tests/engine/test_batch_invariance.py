@@ -7,9 +7,8 @@ import pytest
 from engines import engine_of
 
 from jaxft.engine import programs as batch_invariance
-from jaxft.engine.generate import complete
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, complete
 from jaxft.models.adapted import adapted
 from jaxft.models.dense_config import FULL, SLIDING
 from jaxft.models.families.llama import LlamaConfig, MistralConfig, llama, mistral

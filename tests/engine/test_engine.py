@@ -13,11 +13,10 @@ from test_attention import described
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.engine import generate as generation
+from jaxft.engine import session as generation
 from jaxft.engine import state as engines
-from jaxft.engine.generate import complete
 from jaxft.engine.sampling import NONFINITE, Sampling
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, complete
 
 KEY, STOP = jax.random.key(5), (7, 11, 23)
 RNG = np.random.default_rng(0)

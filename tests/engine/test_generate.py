@@ -12,8 +12,7 @@ from merged_arrays import merged_arrays
 from tiny_model import tiny
 
 from jaxft.distributed import sharding
-from jaxft.engine import generate as generation
-from jaxft.engine.generate import SampledTokens, complete, generate
+from jaxft.engine import session as generation
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.sampling import (
     NONFINITE,
@@ -26,7 +25,7 @@ from jaxft.engine.sampling import (
     truncated,
     without_stop,
 )
-from jaxft.engine.session import RequestSettings, Session
+from jaxft.engine.session import RequestSettings, SampledTokens, Session, complete, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.adapters.lora import Adapter

@@ -10,6 +10,7 @@ import pytest
 from pair_batches import laid, random_pairs
 from tiny_model import tiny
 
+from jaxft.lab.halving import searched
 from jaxft.lab.study import LogRange, LossTrial, SearchedLoss
 from jaxft.lab.training_gradients import (
     ShortTraining,
@@ -19,12 +20,11 @@ from jaxft.lab.training_gradients import (
     make_held_out_loss,
     with_source_weights,
 )
-from jaxft.lab.trials import searched
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.attention import VARIABLE
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.optim.update import standard_promotion
-from jaxft.train.sweep.multi_adapter import LOSS_KNOBS
+from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.tree import combine, mask_by_path, partition
 
 STEPS = 3

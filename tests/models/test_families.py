@@ -10,9 +10,8 @@ import pytest
 from engines import decoded, engine_of, prefilled
 from tiny_families import FAMILIES, QUICK, both, our_model, params_of, random_ids, rows, torch_model
 
-from jaxft.engine.generate import complete
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, complete
 from jaxft.models.model_types import config_to_hf, family_of
 from jaxft.tree import paths
 from jaxft.weights import param_loading, pretrained

@@ -12,9 +12,8 @@ from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import prompt_of
 from jaxft.distributed import sharding
-from jaxft.engine.generate import generate
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, generate
 from jaxft.models.adapted import adapted
 from jaxft.weights import pretrained
 

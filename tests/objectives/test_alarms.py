@@ -18,7 +18,7 @@ from jaxft.objectives.alarms import (
 )
 from jaxft.objectives.objective import Objective
 from jaxft.runs.log import Log
-from jaxft.runs.trackers.jsonl import read_entries
+from jaxft.runs.metrics_log import read_entries
 
 BETA = 0.1
 

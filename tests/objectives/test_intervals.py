@@ -16,8 +16,8 @@ from jaxft.objectives.intervals import (
     wilson,
 )
 from jaxft.rl.rollout_metrics import prompt_counts
+from jaxft.runs.console import ConsoleView
 from jaxft.runs.run_texts import headlines, metric_cell
-from jaxft.runs.trackers.console import ConsoleView
 
 RNG = np.random.default_rng(0)
 

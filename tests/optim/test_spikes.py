@@ -11,8 +11,8 @@ from jaxft.nn.param import ParamSpec, full
 from jaxft.objectives.metrics import Sum, as_floats
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import FreezableState, Optim, freezable, make_optimizer, skip_spikes
+from jaxft.train.multi_adapter import stack_metrics
 from jaxft.train.step import make_train_step
-from jaxft.train.sweep.multi_adapter import stack_metrics
 
 SPECS = {"base": ParamSpec((4, 6), ("width", "mlp"), full(0.0))}
 SIGMA, WINDOW = 5.0, 8

@@ -11,7 +11,7 @@ from tiny_tokenizers import tiny
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
-from jaxft.plan import fits, machines
+from jaxft.plan import machines
 from jaxft.plan import plan as planner
 from jaxft.plan.plan_report import Cost, RunSteps, steps_of, unknown_lines
 
@@ -117,7 +117,7 @@ def test_plan_alone_prints_what_fits_without_jax_or_an_extra(monkeypatch, capsys
     assert load("plan").main() == 0
     out = capsys.readouterr().out
     assert "Llama-3.1-8B" in out and "RTX 4090 24 GB" in out and max(map(len, out.splitlines())) <= 120
-    assert len(fits.stored_cells()) == 263
+    assert len(machines.stored_cells()) == 263
 
 
 def test_a_machine_that_cannot_be_planned_is_an_error_before_anything_is_compiled(monkeypatch, capsys):

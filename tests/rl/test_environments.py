@@ -17,8 +17,7 @@ from test_play import KEY, LIMITS, rows_of
 from jaxft.data.chat.tool_calls import TOOL_FORMATS, call_format
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.shipped import ROOT
-from jaxft.rl.environments.environment import environment_of
-from jaxft.rl.environments.openenv import observation_text, openenv
+from jaxft.rl.environments.environment import environment_of, observation_text, openenv
 from jaxft.rl.environments.shipped_environments import (
     Calculator,
     CodeInterpreter,

@@ -20,9 +20,8 @@ from jaxft.data.prompts import Prompts
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS
 from jaxft.data.rows.example import Chat
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.engine.generate import complete
 from jaxft.engine.sampling import NONFINITE, Sampling
-from jaxft.engine.session import Sampled, Session
+from jaxft.engine.session import Sampled, Session, complete
 from jaxft.models.families.llama import llama
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params

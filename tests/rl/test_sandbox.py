@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.rl.environments import sandbox
-from jaxft.rl.environments.sandbox import SandboxLimits, run_python
+from jaxft.rl.environments import shipped_environments
+from jaxft.rl.environments.shipped_environments import SandboxLimits, run_python
 
 QUICK = SandboxLimits(seconds=1.0)
 
@@ -63,10 +63,10 @@ def test_files_are_limited_in_sum_and_to_its_folder(what):
 @pytest.mark.parametrize("does", ["os.mkfifo(f'{x}/output')", "shutil.rmtree(x)", "os.chmod(x, 0)"])
 def test_what_code_does_to_its_folders_neither_blocks_nor_raises(does, monkeypatch, tmp_path):
     """Also where no namespace keeps it from doing so."""
-    program = sandbox._PROGRAM.read_text()
+    program = shipped_environments._PROGRAM.read_text()
     assert program.count('sys.platform == "linux"') == 1
     (tmp_path / "child.py").write_text(program.replace('sys.platform == "linux"', "False"))
-    monkeypatch.setattr(sandbox, "_PROGRAM", tmp_path / "child.py")
+    monkeypatch.setattr(shipped_environments, "_PROGRAM", tmp_path / "child.py")
     code = f"import os, shutil\nfor x in ('.', '..'):\n  try: {does}\n  except OSError: pass\nprint('end')"
     found = run_python(code, QUICK)
     assert (found.output, found.isolated) == ("end\n", False)

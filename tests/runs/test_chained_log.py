@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from jaxft.runs.chained_log import add_files, append_entry, check_chain, digests_path, read_unfinished
-from jaxft.runs.trackers.jsonl import Jsonl
+from jaxft.runs.metrics_log import Jsonl, add_files, append_entry, check_chain, digests_path, read_unfinished
 
 
 @pytest.fixture

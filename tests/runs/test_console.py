@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from jaxft.runs import console
+from jaxft.runs.console import ConsoleView
 from jaxft.runs.run_texts import FIRST_ROW
-from jaxft.runs.trackers import console
-from jaxft.runs.trackers.console import ConsoleView
 
 SPEED = {"seconds": 0.5, "tokens_per_second": 1234.5}
 ROLLOUT = {

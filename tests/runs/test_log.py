@@ -24,10 +24,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jaxft.objectives.alarms import Alarms, preference_alarms
-from jaxft.runs import trackers
+from jaxft.runs import console as console_view
+from jaxft.runs import metrics_log
 from jaxft.runs.log import Log
-from jaxft.runs.trackers import console as console_view
-from jaxft.runs.trackers import jsonl
 from jaxft.train.logs.logs import Logs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +114,7 @@ def test_truncation_is_atomic_and_leaves_a_complete_file_unchanged(tmp_path, mon
     text = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
     path.write_text(text)
     inode = path.stat().st_ino
-    jsonl.truncate(path, 2)
+    metrics_log.truncate(path, 2)
     assert path.stat().st_ino == inode and path.read_text() == text
 
     def fails(handle):
@@ -123,24 +122,24 @@ def test_truncation_is_atomic_and_leaves_a_complete_file_unchanged(tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="no"):
-        jsonl.truncate(path, 1)
+        metrics_log.truncate(path, 1)
     assert path.read_text() == text  # a cut that fails changes nothing
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 @settings(max_examples=200)
 def test_a_float_comes_back_as_the_same_bits(value):
-    found = json.loads(jsonl.format_line(1, {"x": value}, {}))["x"]
+    found = json.loads(metrics_log.format_line(1, {"x": value}, {}))["x"]
     assert struct.pack("<d", found) == struct.pack("<d", value)
 
 
 def test_float32_scalars_are_written_by_their_exact_value():
     value = np.float32(0.1)
-    assert json.loads(jsonl.format_line(1, {"x": value}, {}))["x"] == float(value)
+    assert json.loads(metrics_log.format_line(1, {"x": value}, {}))["x"] == float(value)
 
 
 def test_values_that_are_not_finite_are_null_and_the_line_is_json():
-    text = jsonl.format_line(
+    text = metrics_log.format_line(
         1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 7}, {"mfu": math.nan}
     )
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -148,15 +147,15 @@ def test_values_that_are_not_finite_are_null_and_the_line_is_json():
 
 
 def test_times_and_memory_are_nowhere_but_under_perf():
-    entry = json.loads(jsonl.format_line(3, {"loss": 1.0}, {"seconds": 2.0, "memory_gib": 1.0}))
+    entry = json.loads(metrics_log.format_line(3, {"loss": 1.0}, {"seconds": 2.0, "memory_gib": 1.0}))
     assert list(entry) == ["step", "loss", "perf"] and set(entry["perf"]) == {"seconds", "memory_gib"}
-    assert "perf" not in json.loads(jsonl.format_line(3, {"loss": 1.0}, {}))
+    assert "perf" not in json.loads(metrics_log.format_line(3, {"loss": 1.0}, {}))
 
 
 @pytest.mark.parametrize("name", ["step", "perf"])
 def test_a_metric_does_not_hide_the_step(name):
     with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
-        jsonl.format_line(1, {name: 1.0}, {})
+        metrics_log.format_line(1, {name: 1.0}, {})
 
 
 def records(path: Path) -> list[bytes]:
@@ -424,7 +423,7 @@ def test_an_mlflow_server_that_fails_ends_a_start_in_one_line_but_no_run(tmp_pat
     writer.close()
     (line,) = capsys.readouterr().err.splitlines()
     assert "Max retries; MLflow gets no metrics from step 1 on, metrics.jsonl has all" in line
-    assert [entry["step"] for entry in jsonl.read_entries(tmp_path / "r" / "metrics.jsonl")] == [1, 2]
+    assert [entry["step"] for entry in metrics_log.read_entries(tmp_path / "r" / "metrics.jsonl")] == [1, 2]
     monkeypatch.setattr(module.MlflowClient, "get_experiment_by_name", fail)
     with pytest.raises(ValueError, match=r"trackers=mlflow: refused: Max retries\. Set MLFLOW_TRACKING_URI"):
         Log(tmp_path / "q", 5, quiet=True, trackers=("mlflow",))
@@ -688,9 +687,7 @@ def test_an_upload_that_fails_is_reported_and_ends_nothing(tmp_path, monkeypatch
 
 
 MINE = """
-from jaxft.runs.trackers.tracker import with_perf
-
-PACKAGES = ()
+from jaxft.runs.trackers import with_perf
 
 class Mine:
     def __init__(self, path):
@@ -701,15 +698,14 @@ class Mine:
     def close(self, end):
         self.path.write_text(self.path.read_text() + "closed")
 
-def open_tracker(folder, start_step):
+def open_mine(folder, start_step):
     return Mine(folder / "mine.txt")
 """
 
 
-def test_a_new_tracker_is_one_file(tmp_path, monkeypatch):
+def test_a_new_tracker_is_one_file(tmp_path):
     (tmp_path / "json_mine.py").write_text(MINE)
-    monkeypatch.setattr(trackers, "__path__", [*trackers.__path__, str(tmp_path)])
-    writer = Log(tmp_path / "r", 5, quiet=True, trackers=("json_mine",))
+    writer = Log(tmp_path / "r", 5, quiet=True, trackers=(f"{tmp_path}/json_mine.py:open_mine",))
     writer.step(1, {"loss": 1.5}, {"mfu": 0.5})
     writer.close()
     assert (tmp_path / "r" / "mine.txt").read_text() == "1 {'loss': 1.5, 'perf/mfu': 0.5}\nclosed"
@@ -770,9 +766,9 @@ def test_entries_that_a_log_has_lost_are_named_by_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     steps = [0, 10, 20, 20, 25, 30, 31, 32]
     path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
-    logged = jsonl.Jsonl(path, 40).steps.logged()
+    logged = metrics_log.Jsonl(path, 40).steps.logged()
     assert logged == {"entries": 8, "steps": [[0, 20, 10], [25, 30, 5], [31, 32, 1]]}
-    assert jsonl.Jsonl(path, 40).steps.missing(logged) == ""
+    assert metrics_log.Jsonl(path, 40).steps.missing(logged) == ""
     for kept, lost in (
         ([0], "steps 10-20 (every 10), 25-30 (every 5), 31-32"),
         ([0, 10, 20, 25, 30, 31, 32], "1 of 8 entries"),
@@ -780,4 +776,4 @@ def test_entries_that_a_log_has_lost_are_named_by_step(tmp_path):
         ([*steps, 33], ""),
     ):
         path.write_text("".join(f'{{"step": {step}}}\n' for step in kept))
-        assert jsonl.Jsonl(path, 40).steps.missing(logged) == lost
+        assert metrics_log.Jsonl(path, 40).steps.missing(logged) == lost

@@ -24,7 +24,7 @@ from jaxft.runs.object_store import mirrored
 from jaxft.runs.settings.config import resolve_config
 from jaxft.train import loop
 from jaxft.train.settings import Run
-from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep import Sweep
 
 PLACE = {"s3": "s3://bucket/runs/a", "gs": "gs://bucket/runs/a"}
 RECORD = {"weights": "base", "data": {"seed": 0}, "loop": {"steps": 4}}

@@ -22,12 +22,12 @@ from jaxft.distributed import sharding
 from jaxft.models.adapted import HeadSettings, adapted, with_scalar_head
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
+from jaxft.runs.metrics_log import read_entries
 from jaxft.runs.settings.config import knob_names, load_config, resolve_config
-from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import loop
 from jaxft.train.export import export
 from jaxft.train.programs import abstract
-from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep import Sweep
 from jaxft.weights import initial_params, pretrained
 from jaxft.weights.peft import peft_read as peft_layout
 

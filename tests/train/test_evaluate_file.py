@@ -11,7 +11,7 @@ from evaluate_place import PAIRS, TEXTS, bytes_of, chat, torch_loss, write, writ
 from scripts_in_process import call, load
 
 from jaxft.objectives.intervals import mean_interval, wilson
-from jaxft.train.evaluate.likelihood import Evaluated, PairScore, preference_metrics
+from jaxft.train.evaluate.evaluate import Evaluated, PairScore, preference_metrics
 from jaxft.train.evaluate.scored_completions import decode_completion, pass_at
 
 torch = pytest.importorskip("torch")

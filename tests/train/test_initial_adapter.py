@@ -24,8 +24,8 @@ from jaxft.models.adapted import HeadSettings
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters
 from jaxft.nn.quant import Quant
 from jaxft.rl import reward_models
+from jaxft.runs.metrics_log import read_entries
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import loop, partition
 from jaxft.train.export import export
 from jaxft.train.programs import build, start

@@ -21,7 +21,7 @@ from jaxft.report.sections import effort
 from jaxft.rl.rewards import exact
 from jaxft.runs.log import Log
 from jaxft.runs.settings.config import ObjectText, resolve_config
-from jaxft.runs.trackers.tracker import Callback
+from jaxft.runs.trackers import Callback
 from jaxft.train.python_api import fit_to_rows, resolve_settings, rows_file, setting_text
 from jaxft.train.start import open_settings
 
@@ -259,7 +259,7 @@ def test_importing_jaxft_imports_neither_jax_nor_any_other_part():
 
 
 CALLBACK = """
-from jaxft.runs.trackers.tracker import Callback
+from jaxft.runs.trackers import Callback
 from jaxft.train import loop
 run = loop.run
 callbacks = [Callback(lambda step, metrics: step == 2)]

@@ -21,11 +21,11 @@ from jaxft.nn.quant import Quant
 from jaxft.objectives.reward_model import reward
 from jaxft.rl.reward_models import load_reward_model
 from jaxft.runs.loaded_weights import NamedWeights
+from jaxft.runs.metrics_log import read_entries
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.trackers.jsonl import read_entries
 from jaxft.train import loop
 from jaxft.train.export import export
-from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep import Sweep
 
 peft = pytest.importorskip("peft")
 pytestmark = [

@@ -28,8 +28,7 @@ from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.schedules import linear_schedule
 from jaxft.train import partition
-from jaxft.train.step import make_train_step
-from jaxft.train.sweep.multi_adapter import (
+from jaxft.train.multi_adapter import (
     SharedFrozen,
     combine_objectives,
     gradients,
@@ -38,6 +37,7 @@ from jaxft.train.sweep.multi_adapter import (
     make_update,
     own_params,
 )
+from jaxft.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -13,7 +13,7 @@ from tiny_run import CONFIG as SFT_CONFIG
 from tiny_run import COUNT_COMPILES, Place, write_rows
 
 from jaxft.runs.settings.config import load_config
-from jaxft.train.sweep.sweep import reason_to_separate, with_one_split
+from jaxft.train.sweep import reason_to_separate, with_one_split
 
 KNOBS = (
     ("loss=loss,", "loss=partial(loss, beta=beta),"),

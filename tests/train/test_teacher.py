@@ -40,7 +40,7 @@ from jaxft.train.programs import build, start
 from jaxft.train.settings import Run
 from jaxft.train.start.jobs import weight_fingerprints
 from jaxft.train.start.teacher import check_teacher_files, find_teacher, load_teacher, teacher_lines
-from jaxft.train.sweep.sweep import Sweep
+from jaxft.train.sweep import Sweep
 from jaxft.weights import pretrained
 from jaxft.weights.peft import adapter_folders
 

@@ -2,9 +2,9 @@
 
 calls.py: a thread and an event loop per episode, which call users' functions with a time-out
 tools.py: functions as tools: JSON schemas, calls in a turn's text and their results
-sandbox.py: Python code that a model wrote, in a process with limits
-sandbox_child.py: that process
-shipped_environments.py: a calculator, a code interpreter, search, guess a number, with their rows
-openenv.py: OpenEnv servers through their clients
-environment.py: the Environment type; environments from users' functions and classes, also TRL's
+shipped_environments.py: a calculator, a code interpreter with its sandbox, search, guess a number, with their
+    rows
+sandbox_child.py: the process of the sandbox
+environment.py: the Environment type; environments from users' functions and classes, also TRL's, and from
+    OpenEnv servers
 """

@@ -5,7 +5,7 @@ belong to the thread that made them. Its async functions run on an event loop of
 one that blocks holds up no other. After its time-out a call is given up, with its thread, its loop and their
 objects: coroutines are cancelled, Python code is interrupted, and what hangs elsewhere is left to itself. A
 call that ends the process (os._exit, a crash in C) cannot be caught; code of a model runs in
-jaxft.rl.environments.sandbox.
+jaxft.rl.environments.shipped_environments.
 """
 
 import asyncio

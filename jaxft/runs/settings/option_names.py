@@ -566,7 +566,7 @@ OPTIONS: tuple[Option, ...] = tuple(
                 "set by the tracker's own environment variables, such as WANDB_ENTITY and WANDB_MODE"),
         _absent("use_swanlab:af swanlab_project:af swanlab_run_name:f use_comet:a comet_project_name:a "
                 "comet_workspace:a",
-                "trackers are wandb, mlflow, trackio, or a file of your own"),
+                "trackers are wandb, mlflow, trackio, or file.py:name of your own"),
         _together("push_to_hub:tafu hub_model_id:tafu hub_strategy:tafu hub_private_repo:tafu "
                   "hub_revision:tafu export_hub_model_id:f", None,
                   "after the run: jaxft push runs/NAME org/name"),

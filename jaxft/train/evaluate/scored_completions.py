@@ -27,10 +27,9 @@ from jaxft.data.rows.invalid import InvalidRow, valid
 from jaxft.data.rows.row_files import Row
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
-from jaxft.engine.generate import complete
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import NONFINITE, Sampling, nonfinite_logits, without_stop
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, complete
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.objectives.intervals import Interval, interval_of, prompt_means
@@ -39,7 +38,7 @@ from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH, SCORES
 from jaxft.runs.run_texts import Sample
-from jaxft.train.evaluate.likelihood import Evaluated
+from jaxft.train.evaluate.evaluate import Evaluated
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run, Scoring
 from jaxft.tree import Params

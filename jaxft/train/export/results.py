@@ -19,13 +19,12 @@ from jaxft.models import model_types
 from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
-from jaxft.runs.chained_log import add_files
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.loaded_weights import decision_prompts
 from jaxft.runs.metric_names import TOKENS
+from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, add_files, json_value
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.terminal import printable_line
-from jaxft.runs.trackers.jsonl import HELD_OUT_ROWS, METRICS, json_value
 from jaxft.train import programs
 from jaxft.train.compiled import Compiled, HeldOutValues
 from jaxft.train.evaluate.evaluate import selection_score
@@ -34,7 +33,7 @@ from jaxft.train.export.calibrate import calibrate_base, print_line
 from jaxft.train.logs.clock import hardware, time_line
 from jaxft.train.logs.logs import Logs
 from jaxft.train.start.jobs import EndedBy, Job, Member
-from jaxft.train.sweep.sweep import write_table
+from jaxft.train.sweep import write_table
 from jaxft.tree import Params
 from jaxft.weights.edit.lora_start import read_start
 from jaxft.weights.hf import hf_read, hf_write, hub
@@ -208,8 +207,8 @@ def _result_lines(
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
-        decides = bool(_served(job.lead))
-        return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], generates, decides)
+        script = "evaluate" if _served(job.lead) else "generate" if generates else "score"
+        return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], script)
     joint = run_texts.joint_alarms(
         {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
     )

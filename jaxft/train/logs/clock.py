@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from jaxft.data.progress import time_in_words
+from jaxft.runs.console import TOTAL, time_by_phase
 from jaxft.runs.environment import device_counts, processor
-from jaxft.runs.trackers.console import TOTAL, time_by_phase
 
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
 Done = TypeVar("Done")

@@ -22,7 +22,7 @@ from jaxft.runs.log import Log, NullLog
 from jaxft.runs.metric_names import REWARD
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.settings.setting_values import recorded_defaults
-from jaxft.runs.trackers.tracker import RunEnd, Tracker
+from jaxft.runs.trackers import RunEnd, Tracker
 from jaxft.train import programs
 from jaxft.train.evaluate.scored_completions import held_out_prompts, position_lines
 from jaxft.train.logs.clock import Clock

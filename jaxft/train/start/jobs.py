@@ -31,7 +31,7 @@ from jaxft.train.programs import Programs, build, sharded_batch, start
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, first_batches
 from jaxft.train.start.teacher import check_teacher_files, teacher_fingerprints
-from jaxft.train.sweep.sweep import Sweep, check_members
+from jaxft.train.sweep import Sweep, check_members
 from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hub

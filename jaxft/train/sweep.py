@@ -14,8 +14,8 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.report import compare, ranking
 from jaxft.runs import folder as runfolder
+from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.settings.setting_values import describe, differences
-from jaxft.runs.trackers.jsonl import METRICS, read_entries
 from jaxft.train.settings import Run
 
 # Settings in which the members of a sweep may differ.
