@@ -220,10 +220,10 @@ def other_columns(row: Row, format: str = "auto") -> dict[str, str]:
     row = _respelled(row)
     name = other_prompt(row) if format in ("auto", PLAIN) else None
     others = {} if name is None else {"prompt": name}
-    is_question = name is not None and name.strip().lower() in COLUMN_SYNONYMS["instruction"]
     context = other_name(row.fields, "input")
-    if format == "auto" and is_question and isinstance(row.fields.get(context), str):
-        others = {"instruction": name, "input": context}
+    if name is not None and format == "auto" and context and isinstance(row.fields[context], str):
+        is_question = name.strip().lower() in COLUMN_SYNONYMS["instruction"]
+        others = {"instruction": name, "input": context} if is_question else others
     if format == "auto":
         optional = ("system", "input") if row.fields.get("instruction") is not None else ("system",)
         others |= further_columns(row.fields, optional)

@@ -149,10 +149,8 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
     format: one of conversation.PROMPT_FORMATS. Raises InvalidRow.
     """
     require_text_alone(row)
-    known, columns = None, ()
-    if format == "auto":
-        known, columns = _prompt_format(tuple(name for name, x in row.fields.items() if x is not None))
-    if known is None or known.prompt is None:
+    known, columns = _prompt_format(tuple(name for name, x in row.fields.items() if x is not None))
+    if format != "auto" or known is None or known.prompt is None:
         return prompt_in_columns(row, format)
     renamed = {ours: row.fields[theirs] for ours, theirs in columns}
     return prompt_in_columns(known.prompt(Row(row.name, {**row.fields, **renamed})))
