@@ -3,12 +3,15 @@
     python scripts/train.py --config configs/dpo.py data=pairs.jsonl name=first
     python scripts/influence.py --config configs/dpo.py data=pairs.jsonl name=first
     python scripts/influence.py dpo data=pairs.jsonl name=first --keep 0.5 --out best.jsonl
+    python scripts/influence.py dpo data=a.jsonl,b.jsonl,c.jsonl --leave-out
 
 The same recipe and settings as of `train`. It reads the newest checkpoint of runs/<name>, or without one the
-model at step 0. A row's influence is the slope of the held-out margins along a step on its own margin: below
-0 its label is probably wrong. That takes less than an epoch of training. With --gradients it is the cosine of
-the gradients of the losses, for any loss, and rows that repeat one another are found; it takes longer than an
-epoch. runs/<name>/influence.csv has all influences; --keep writes the rows of highest influence.
+model at step 0. A row's influence is the margin that all other rows, held-out ones included, predict for it
+from their gradients: below 0 its label is probably wrong. That takes less than half an epoch of training.
+With --gradients it is the cosine of the gradients of the losses, for any loss, and rows that repeat one
+another are found; it takes longer than an epoch. With --leave-out an adapter is trained without each source,
+and one with all of them, together in one program. runs/<name>/influence.csv has all influences; --keep writes
+the rows of highest influence.
 """
 
 import argparse
@@ -33,6 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gradients", action="store_true", help="by the gradients of the losses; also finds duplicates"
+    )
+    parser.add_argument(
+        "--leave-out", action="store_true", help="train without each source: what each of them changes"
     )
     parser.add_argument("--keep", type=float, help="the fraction of the training rows to write to --out")
     parser.add_argument(
@@ -62,6 +68,16 @@ def duplicate_lines(gradients: Any) -> list[str]:
     return lines + [f"  {x:+.3f}  {names[i]} and {names[j]}" for i, j, x in same[:SHOWN]]
 
 
+def leave_out(run: Any) -> int:
+    """Train without each source, and print what that changes."""
+    from jaxft.lab.influence import train_without_sources
+
+    effects = train_without_sources(run)
+    print("\nheld-out loss without a source, minus that with all; above 0 the source helps:")
+    print("\n".join(f"  {effect.text()}" for effect in effects))
+    return 0
+
+
 def main() -> int:
     """Compute the influence of all training rows, print the extremes, and write the files."""
     args = make_parser().parse_intermixed_args()
@@ -69,9 +85,11 @@ def main() -> int:
         raise ValueError(f"--keep {args.keep}: expected a fraction above 0 and at most 1, such as 0.5")
     if args.out and args.keep is None:
         raise ValueError("--out needs --keep, the fraction of the rows to write; add --keep 0.5")
+    if args.leave_out and (args.keep is not None or args.gradients):
+        raise ValueError("--leave-out is about sources; leave out --keep, --out and --gradients")
     from jaxft.cli import cli
     from jaxft.distributed import processes
-    from jaxft.lab.influence import check_is_of_pairs, gradients_of_rows, rows_by_name, slopes_of_rows
+    from jaxft.lab.influence import check_is_of_pairs, gradients_of_rows, margins_of_rows, rows_by_name
     from jaxft.train.python_api import prepare_run
     from jaxft.train.start import open_settings
     from jaxft.train.start.jobs import run_folder
@@ -82,6 +100,8 @@ def main() -> int:
     check_is_of_pairs(unfitted.value.data)
     resolved, notes = open_settings.fitted(unfitted)
     print("\n".join(notes), end="\n" * bool(notes), flush=True)
+    if args.leave_out:
+        return leave_out(resolved.value)
     folder = run_folder(resolved.value, Path("runs"))
     parts = prepare_run(resolved.value, resolved.describe(), folder)
     step = int(parts.state.step)
@@ -90,7 +110,7 @@ def main() -> int:
         gradients = gradients_of_rows(parts)
         influence, more = gradients.influence, duplicate_lines(gradients)
     else:
-        influence, more = slopes_of_rows(parts), []
+        influence, more = margins_of_rows(parts), []
     print("\n".join([*lines_of(influence), *more]))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "influence.csv").open("w", newline="") as file:

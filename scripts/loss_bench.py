@@ -35,15 +35,24 @@ from rich.text import Text  # noqa: E402
 
 from jaxft.annotations import PREFERENCE_LOSSES  # noqa: E402
 from jaxft.cli import cli  # noqa: E402
-from jaxft.lab.loss_claims import CLAIMS  # noqa: E402
-from jaxft.lab.loss_laws import check_loss  # noqa: E402
-from jaxft.lab.loss_probe import Check, Curve, Probe, margin_curve, margin_span, probe  # noqa: E402
-from jaxft.lab.named_losses import NamedLoss, loss_beta, parse_losses  # noqa: E402
+from jaxft.lab.exact_toys import CLAIMS  # noqa: E402
+from jaxft.lab.loss_checks import check_loss  # noqa: E402
+from jaxft.lab.loss_evaluation import (  # noqa: E402
+    Check,
+    Curve,
+    NamedLoss,
+    Probe,
+    loss_beta,
+    margin_curve,
+    margin_span,
+    parse_losses,
+    probe,
+)
 from jaxft.lab.worlds import World, WorldScore, proxy_reward, true_reward  # noqa: E402
 from jaxft.lab.zoo import write_zoo  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
 from jaxft.runs.settings.config import with_fields  # noqa: E402
-from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error  # noqa: E402  # noqa: E402
+from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error  # noqa: E402
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
 WIDTH = 120  # columns of a table in a file

@@ -71,15 +71,21 @@ def _latex(text: str) -> str:
 
 def write_appendix(study: StudyResult) -> list[Path]:
     """Write the page, the picture and the tables into the study's folder; return their paths."""
+    files = appendix_files(study)
+    for path, content in files.items():
+        make_folder(path.parent)
+        write_durably(path, content)
+    return [*files]
+
+
+def appendix_files(study: StudyResult) -> dict[Path, bytes]:
+    """Return the contents of the page and the tables by their paths in the study's folder."""
     tables = tables_of(study)
     files = {study.folder / REPORT: study_page(study, tables).encode()}
     for table in tables:
         files[study.folder / TABLES / f"{table.name}.csv"] = table.csv().encode()
         files[study.folder / TABLES / f"{table.name}.tex"] = table.latex().encode()
-    for path, content in files.items():
-        make_folder(path.parent)
-        write_durably(path, content)
-    return [*files]
+    return files
 
 
 # Tables
@@ -91,6 +97,7 @@ def tables_of(study: StudyResult) -> list[PaperTable]:
         losses_table(study),
         duels_table(study),
         same_kl_table(study),
+        same_length_table(study),
         sensitivity_table(study),
         trials_table(study),
     ]
@@ -111,6 +118,7 @@ def losses_table(study: StudyResult) -> PaperTable:
                 _mean_metric(loss, MARGIN),
                 _mean_metric(loss, names.KL),
                 _mean_metric(loss, names.CHOSEN_LOGP),
+                f"{np.mean([curve.per_token[-1] for curve in loss.curves]):+.3f}",
                 loss.winner,
             )
         )
@@ -121,13 +129,16 @@ def losses_table(study: StudyResult) -> PaperTable:
         "margin, nats",
         "KL per token",
         "chosen log-prob",
+        "nats per token more",
         "best setting",
     )
     return PaperTable(
         "losses",
         f"Means over {study.losses[0].final.shape[1]} held-out prompts that selected nothing and {seeds} "
         "seeds, with 95 % intervals over both. Margin: growth of the log-prob difference of a pair's "
-        "responses since step 0. Setting: the best of the trials on other held-out prompts.",
+        "responses since step 0; nats per token more: its slope over the tokens that the chosen response has "
+        "more than the rejected one, 0 for a policy without a liking for length. Setting: the best of the "
+        "trials on other held-out prompts.",
         head,
         tuple(rows),
     )
@@ -194,6 +205,34 @@ def same_kl_table(study: StudyResult) -> PaperTable:
     )
 
 
+def same_length_table(study: StudyResult) -> PaperTable:
+    """Every two losses at the same KL, with longer and shorter chosen responses counted the same."""
+    rows = [
+        (
+            f"{d.other} - {d.one}",
+            f"{point.kl:.4g}",
+            f"{found.mean:+.4f}",
+            found.interval.text(4),
+            f"{point.length_p:.2g}",
+            {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[
+                point.length_winner
+            ],
+        )
+        for d in study.duels
+        for point in d.matched
+        if (found := point.same_length) is not None
+    ]
+    longer = np.sign(study.pairs.by_prompt(study.pairs.longer, tuning=False))
+    counts = f"{(longer > 0).sum()} are longer than the rejected ones and {(longer < 0).sum()} are shorter"
+    return PaperTable(
+        "same_length",
+        "The same with prompts weighted so that longer and shorter chosen responses count the same: "
+        f"{counts}.{'' if rows else ' Both kinds are needed for a comparison.'}",
+        ("", "KL", "difference", "interval", "p (Holm)", "result"),
+        tuple(rows),
+    )
+
+
 def sensitivity_table(study: StudyResult) -> PaperTable:
     """How much a loss depends on its setting."""
     rows = [
@@ -235,7 +274,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
     """Return the curves of the final runs, means over seeds: the metric over steps and against the KL, and
     how the log-probs of chosen responses move.
     """
-    steps, against_kl, chosen, margin = {}, {}, {}, {}
+    steps, against_kl, chosen, margin, length = {}, {}, {}, {}, {}
     for loss in study.losses:
         x = loss.curves[0].steps
         mean = np.mean([np.nanmean(curve.values, 1) for curve in loss.curves], 0)
@@ -243,11 +282,14 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         steps[loss.label] = (x, mean.tolist())
         order = np.argsort(kl, kind="stable")
         against_kl[loss.label] = (kl[order].tolist(), mean[order].tolist())
+        slopes = np.mean([curve.per_token for curve in loss.curves], 0)
+        length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(loss, names.CHOSEN_LOGP))
         margin[loss.label] = (x[1:], _means_by_step(loss, MARGIN))
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps),
         Panel(f"{study.metric} against KL", "KL per token to the reference", "mean over prompts", against_kl),
+        Panel("liking for length against KL", "KL per token to the reference", "nats per token more", length),
         Panel("margin since step 0", "optimizer step", "nats per pair", margin),
         Panel("log-prob of chosen responses", "optimizer step", "nats per response", chosen),
     ]
@@ -293,7 +335,9 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     }
     shown = {
         "Results": section("results", "Results", f"<ul>{conclusions}</ul>{named['losses']}"),
-        "Comparisons": section("comparisons", "Comparisons", named["duels"] + named["same_kl"]),
+        "Comparisons": section(
+            "comparisons", "Comparisons", named["duels"] + named["same_kl"] + named["same_length"]
+        ),
         "Curves": section("curves", "Curves", picture_html(study)),
         "Sensitivity": section(
             "sensitivity", "Sensitivity", named["sensitivity"] + folded("All trials", named["trials"])

@@ -12,14 +12,17 @@ study that is killed repeats the wave that it was in, and has the same results t
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import TrainState, widened
@@ -27,9 +30,14 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.lab.study import LossTrial, Study, check_declared, declare
-from jaxft.lab.trials import make_set_trial, plain_run, run_of
+from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare
+from jaxft.nn.param import Specs
+from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
+from jaxft.objectives.objective import Objective, Outputs
+from jaxft.objectives.preference import preference
+from jaxft.optim.optimizer import Optim, make_rule
+from jaxft.optim.rules import UpdateRule
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.metrics_log import (
@@ -43,12 +51,12 @@ from jaxft.runs.metrics_log import (
 from jaxft.runs.settings.setting_values import describe
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock
-from jaxft.train.multi_adapter import compile_sweep
+from jaxft.train.multi_adapter import LOSS_KNOBS, compile_sweep
 from jaxft.train.programs import start
-from jaxft.train.settings import steps_between
+from jaxft.train.settings import Run, Scoring, steps_between
 from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
 from jaxft.train.sweep import Sweep
-from jaxft.tree import Params
+from jaxft.tree import Aux, Metrics, Params
 from jaxft.weights.hf.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
@@ -59,13 +67,14 @@ PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, i
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The held-out pairs of a study: their names, the prompts that they belong to, and whether they select
-    settings (True) or are compared.
+    """The held-out pairs of a study: their names, the prompts that they belong to, whether they select
+    settings (True) or are compared, and how many tokens the chosen response has more than the rejected one.
     """
 
     names: tuple[str, ...]
     prompts: tuple[int, ...]
     tuning: tuple[bool, ...]
+    longer: tuple[int, ...]
 
     @staticmethod
     def of(source: Any, fraction: float) -> "HeldOutPairs":
@@ -73,12 +82,23 @@ class HeldOutPairs:
         held, rows = np.asarray(source.split.held), source.split.rows
         groups = np.unique(rows.group_by(0)[held], return_inverse=True)[1]
         count = int(groups.max()) + 1
-        chosen = np.random.default_rng(0).permutation(count)[: round(fraction * count)]
+        tuning = np.random.default_rng(0).permutation(count)[: round(fraction * count)]
+        chosen, rejected = (rows.counts[held, 1 + rows.kinds.index(kind)] for kind in ("chosen", "rejected"))
         return HeldOutPairs(
             tuple(rows.names[i] for i in held),
             tuple(groups.tolist()),
-            tuple(np.isin(groups, chosen).tolist()),
+            tuple(np.isin(groups, tuning).tolist()),
+            tuple((chosen.astype(np.int64) - rejected).tolist()),
         )
+
+    @staticmethod
+    def of_json(saved: Mapping[str, Any]) -> "HeldOutPairs":
+        """Read what `json` wrote."""
+        return HeldOutPairs(*(tuple(saved[own.name]) for own in fields(HeldOutPairs)))
+
+    def json(self) -> dict[str, Any]:
+        """Return the fields as JSON."""
+        return {own.name: list(getattr(self, own.name)) for own in fields(self)}
 
     def prompt_counts(self) -> tuple[int, int]:
         """Return the numbers of prompts that select settings and that are compared."""
@@ -126,6 +146,16 @@ class Lab:
     compiled: Compiled
     initial: Mapping[int, States]
     frozen: tuple[Params, ...]
+    _pairs_at: dict[int, int] = field(default_factory=dict)
+
+    def pair_at(self, position: int) -> int:
+        """Return the number of the held-out pair at a position of the batches; looked up once, since a name
+        is read from the file of the rows.
+        """
+        if position not in self._pairs_at:
+            name = self.job.sources[0].held_out_name(position)
+            self._pairs_at[position] = self.pairs.names.index(name)
+        return self._pairs_at[position]
 
 
 def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock | None = None) -> int:
@@ -133,31 +163,12 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
 
     Raises ValueError with one line before anything is trained.
     """
-    folder, clock = runfolder.folder_of(root, study.name), clock or Clock()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(runfolder.lock(folder))
-        stack.enter_context(jax.set_mesh(sharding.make_mesh(study.recipe.mesh)))
-        job, sources = prepare_study(study, folder)
-        pairs = HeldOutPairs.of(job.sources[0], study.tuning)
-        lines = plan_lines(study, pairs)
-        check_losses(study, job)
-        now = declare(study, file, declared_facts(job, sources, pairs))
-        path = folder / DECLARATION
-        if path.exists():
-            check_declared(folder, runfolder.read_saved_json(path), now)
-        else:
-            runfolder.write_durable_json(path, now)
-            runfolder.write_durable_json(folder / PAIRS, json_pairs(pairs))
-        print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
-        done = read_unfinished(folder / LEDGER)
-        if not done:
-            done = logged(folder, done, {"declared": now["digest"]})
-        elif done[0].get("declared") != now["digest"]:
-            raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
-        if done[-1].get("finished"):
+    folder = runfolder.folder_of(root, study.name)
+    with runfolder.lock(folder), jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
+        lab, done = declared_lab(study, file, folder, clock or Clock())
+        if lab is None:
             print(f"{folder}: this study is finished", flush=True)
             return 0
-        lab = open_lab(study, job, sources, pairs, clock)
         with Interrupt() as interrupt:
             if train_waves(lab, folder, done, interrupt) is None:
                 print(f"stopped by {signal_name(interrupt.signal)}; the same command continues", flush=True)
@@ -166,6 +177,34 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
 
 
 # Before training
+
+
+def declared_lab(
+    study: Study, file: Path, folder: Path, clock: Clock
+) -> tuple[Lab | None, list[dict[str, Any]]]:
+    """Write the declaration of a study, or check it against the one that was written; return the compiled
+    lab, None for a finished study, and the log. To be called where the recipe's mesh is set.
+    """
+    job, sources = prepare_study(study, folder)
+    pairs = HeldOutPairs.of(job.sources[0], study.tuning)
+    lines = plan_lines(study, pairs)
+    check_losses(study, job)
+    now = declare(study, file, declared_facts(job, sources, pairs))
+    path = folder / DECLARATION
+    if path.exists():
+        check_declared(folder, runfolder.read_saved_json(path), now)
+    else:
+        runfolder.write_durable_json(path, now)
+        runfolder.write_durable_json(folder / PAIRS, pairs.json())
+    print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
+    done = read_unfinished(folder / LEDGER)
+    if not done:
+        done = logged(folder, done, {"declared": now["digest"]})
+    elif done[0].get("declared") != now["digest"]:
+        raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
+    if done[-1].get("finished"):
+        return None, done
+    return open_lab(study, job, sources, pairs, clock), done
 
 
 def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any]]]:
@@ -186,12 +225,7 @@ def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any
 def declared_facts(job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs) -> dict[str, Any]:
     """Return hashes of the rows and the weights, which are part of the declaration."""
     rows = {str(seed): source.info.fingerprint for seed, source in sources.items()}
-    return {"rows": rows, "held_out": json_pairs(pairs), **weight_fingerprints(job.lead.run)}
-
-
-def json_pairs(pairs: HeldOutPairs) -> dict[str, Any]:
-    """Return the held-out pairs as JSON."""
-    return {"names": list(pairs.names), "prompts": list(pairs.prompts), "tuning": list(pairs.tuning)}
+    return {"rows": rows, "held_out": pairs.json(), **weight_fingerprints(job.lead.run)}
 
 
 def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
@@ -365,14 +399,13 @@ def checkpoints_of(trial: Path) -> Checkpoints:
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
     """Evaluate the held-out pairs; metrics: of the step before."""
-    name_of, position = lab.job.sources[0].held_out_name, {n: i for i, n in enumerate(lab.pairs.names)}
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     evaluations = []
     for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
         values: dict[str, list[float]] = {}
         for at, row in rows.items():
             for name, value in row.items():
-                values.setdefault(name, [math.nan] * len(position))[position[name_of(at)]] = value
+                values.setdefault(name, [math.nan] * len(lab.pairs.names))[lab.pair_at(at)] = value
         logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
         named = {HELD_OUT + name: value for name, value in own.items()}
         evaluations.append(PairsEvaluation(step, {**logged, **named}, values))
@@ -427,3 +460,111 @@ def read_evaluations(path: Path) -> list[PairsEvaluation]:
         metrics = {name: number(x) for name, x in entry["metrics"].items()}
         evaluations.append(PairsEvaluation(entry["step"], metrics, rows))
     return evaluations
+
+
+# Trials as arrays: the learning rate and the knobs are part of a train state, so that one compiled program
+# trains any trial of a loss
+
+
+class TrialRate(NamedTuple):
+    """A trial's learning rate divided by the recipe's."""
+
+    factor: Float[Array, ""]
+
+
+def run_of(study: Study, label: str, seed: int) -> Run:
+    """Return the run of a loss: the study's recipe with this loss and seed, whose trial is set in its state.
+
+    Rewards are in nats: log-prob ratios to the reference, for any beta of the loss.
+    """
+    recipe, first = study.recipe, study.trials_of(label)[0]
+    return replace(
+        recipe,
+        name=study.name,
+        objective=partial(searched, loss=study.losses[label], trial=first),
+        optim=replace(
+            recipe.optim, optimizer=partial(with_rate, optim=recipe.optim), b1=None, b2=None, eps=None,
+            optimizer_kwargs=(),
+        ),
+        loop=replace(recipe.loop, eval_fraction=None, store=None),
+        samples=0,
+        scoring=Scoring(),
+        general=None,
+        data=replace(recipe.data, seed=seed, split_seed=recipe.data.seed_of_split),
+        seed=seed,
+    )  # fmt: skip
+
+
+def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
+    """Return the run that a trial equals: the recipe with the loss, its knobs, the learning rate and the seed
+    as settings.
+    """
+    run, loss = run_of(study, label, seed), study.losses[label]
+    return replace(
+        run,
+        objective=partial(preference, loss=partial(loss.fn, **trial.knobs), beta=1.0),
+        optim=replace(study.recipe.optim, lr=trial.lr),
+    )
+
+
+def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
+    """The preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial: the values
+    that they start with.
+    """
+
+    def with_knobs(knobs: Mapping[str, Any]) -> Objective:
+        return preference(model, partial(loss.fn, **knobs), beta=1.0)
+
+    plain = with_knobs(trial.knobs)
+
+    def loss_of(evaluated: bool, outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        objective = with_knobs(aux[LOSS_KNOBS])
+        return (objective.for_evaluation() if evaluated else objective).loss(outputs, aux)
+
+    def init(trainable: Params, at_base: bool) -> Aux:
+        return {**plain.init(trainable, at_base), LOSS_KNOBS: _arrays(trial.knobs)}
+
+    return plain._replace(loss=partial(loss_of, False), eval_loss=partial(loss_of, True), init=init)
+
+
+def _arrays(knobs: Mapping[str, float]) -> dict[str, Array]:
+    return {name: jnp.asarray(value, jnp.float32) for name, value in knobs.items()}
+
+
+def with_rate(schedule: optax.Schedule, specs: Specs, weight_decay: float, *, optim: Optim) -> UpdateRule:
+    """Return the update rule of a recipe, whose updates are multiplied by the state's TrialRate."""
+    rule = make_rule(optim, schedule, specs)
+    return rule._replace(transform=optax.chain(rule.transform, scale_by_trial_rate()))
+
+
+def scale_by_trial_rate() -> optax.GradientTransformation:
+    """Multiply updates by the factor in the state."""
+
+    def init(params: Params) -> TrialRate:
+        return TrialRate(jnp.ones((), jnp.float32))
+
+    def update(updates: Params, state: TrialRate, params: Params | None = None) -> tuple[Params, TrialRate]:
+        return jax.tree.map(lambda x: x * state.factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_set_trial(study: Study) -> Callable[[TrainState, LossTrial], TrainState]:
+    """Return `set_trial(state, trial)`, which puts a trial's numbers into a state; nothing is compiled."""
+    lr = study.recipe.optim.lr
+
+    def put(value: float, like: Array) -> Array:
+        return jax.device_put(jnp.asarray(value, like.dtype), like.sharding)
+
+    def is_rate(x: Any) -> bool:
+        return isinstance(x, TrialRate)
+
+    def set_trial(state: TrainState, trial: LossTrial) -> TrainState:
+        def rate(x: Any) -> Any:
+            return TrialRate(put(trial.lr / lr, x.factor)) if is_rate(x) else x
+
+        knobs = {name: put(trial.knobs[name], like) for name, like in state.aux[LOSS_KNOBS].items()}
+        opt_state = jax.tree.map(rate, state.opt_state, is_leaf=is_rate)
+        return replace(state, opt_state=opt_state, aux={**state.aux, LOSS_KNOBS: knobs})
+
+    return set_trial

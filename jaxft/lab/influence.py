@@ -1,25 +1,30 @@
-"""Influence of training pairs on held-out pairs, from gradients of the adapter: which rows are mislabelled,
-which are duplicates, and which are worth training on.
+"""Influence of training pairs on held-out pairs: which rows are mislabelled, which are duplicates, which are
+worth training on, and which source harms.
 
-`slopes_of_rows` is the fast way: by how much each training pair's margin, log pi(chosen) - log pi(rejected),
-moves with a step along the gradient of the held-out margins. That is the product of the two gradients
-(TracIn, Pruthi et al. 2020, arXiv:2002.08484), computed by two forward passes over the rows, a step ahead and
-a step back, instead of a backward pass for each row. Below 0, the label is probably wrong.
+`margins_of_rows` is the fast way, less than half an epoch of training. The gradient of a pair's margin,
+log pi(chosen) - log pi(rejected), by a linear map of the last hidden states needs a forward pass alone; it is
+projected onto a thousand numbers (as LoGra, Choe et al. 2024, arXiv:2405.13954). A ridge regression on the
+gradients of all other rows, held-out ones included, predicts each row's margin: the influence function of the
+others on it (Koh & Liang 2017, arXiv:1703.04730), with the Gauss-Newton Hessian. Below 0 the row's label
+contradicts the others, and is probably wrong.
 
-`gradients_of_rows` computes the gradient of each row's loss, projected at random onto a few thousand numbers
-(as LESS, Xia et al. 2024, arXiv:2402.04333): their cosines with the held-out gradient, and with one another.
+`gradients_of_rows` computes the gradient of each row's loss by all trainable parameters, projected at random
+onto a few thousand numbers (as LESS, Xia et al. 2024, arXiv:2402.04333): their cosines with the held-out
+gradient, and with one another. It takes longer than an epoch.
 
     parts = jaxft.prepare("dpo", rows)
     state = ...                                      # train with parts.step, or restore a checkpoint
-    found = slopes_of_rows(parts, state)
+    found = margins_of_rows(parts, state)
     found.names[found.order[:10]]                    # the ten most harmful rows
 
-The first takes less time than an epoch of training, the second more.
+`train_without_sources` trains an adapter without each source, and one with all, together in one program: what
+a source changes, with the cost of the training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,20 +40,25 @@ from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowShape, round_up
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.rows.dataset_rows import read_rows
-from jaxft.data.rows.mixture import parse_sources
-from jaxft.data.source import spread
+from jaxft.data.rows.mixture import parse_sources, sources_with_metrics
 from jaxft.distributed import sharding
-from jaxft.objectives.logprobs import HeadInput
-from jaxft.objectives.pair import response_sums
-from jaxft.objectives.read_positions import read_logps_of_heads
+from jaxft.objectives.intervals import Paired, paired_means
+from jaxft.objectives.logprobs import LanguageModel, weighted_loss
+from jaxft.objectives.metrics import WEIGHT
+from jaxft.objectives.objective import Objective
+from jaxft.objectives.read_positions import gather_read
+from jaxft.report.ranking import read_held_out
+from jaxft.runs.metric_names import LOSS
+from jaxft.train.loop import train_sweep
 from jaxft.train.python_api import Prepared
-from jaxft.tree import Params
+from jaxft.train.settings import Run
+from jaxft.tree import Aux, Metrics, Params
 
 SIZE = 4096  # numbers of a projected gradient
 ROWS_AT_ONCE = 8
-NATS = 1.0  # by which the step raises the mean held-out margin, to first order
-# held-out pairs whose gradient is computed: at most this fraction of the training pairs' number, or so many
-HELD_OUT_FRACTION, FEWEST_HELD_OUT = 0.125, 16
+SIDE = 32  # of a margin's gradient by a map of the hidden states, projected onto SIDE x SIDE numbers
+ROW_TOKENS, SPARE = 1024, 1.05  # of the rows of the pass over all pairs
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the regression; gradients have length 1
 SAME = 0.98  # cosine of two rows' gradients from which they count as duplicates
 
 
@@ -76,6 +86,28 @@ class Influence:
         """Return the rows of highest influence, a fraction of all, in their order in the data."""
         count = max(1, round(fraction * len(self.names)))
         return np.sort(self.order[::-1][:count])
+
+
+@dataclass(frozen=True)
+class MarginGradients:
+    """Projected gradients of the margins of n training pairs and h held-out pairs. The gradient of a pair
+    whose label is flipped is the negative one.
+    """
+
+    names: np.ndarray
+    train: Float[np.ndarray, "n size"]
+    held_out: Float[np.ndarray, "h size"]
+
+    @property
+    def influence(self) -> Influence:
+        """The margin of each training pair that the other pairs predict; see predicted_margins.
+
+        All held-out pairs together count as much as all training pairs, each at least as much as one of them.
+        """
+        n, h = len(self.train), len(self.held_out)
+        weight = np.repeat([1.0, max(1.0, n / h)], [n, h])
+        unit = _unit(np.concatenate([self.train, self.held_out]).astype(np.float64))
+        return Influence(self.names, predicted_margins(unit, weight, n)[:n])
 
 
 @dataclass(frozen=True)
@@ -140,57 +172,104 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     return _Opened(source, sharding.make_mesh(sharding.MeshShape(), [device]), trainable, frozen, aux, names)
 
 
-# Slopes of margins
+# Margins that the other rows predict
 
 
-def slopes_of_rows(parts: Prepared, state: TrainState | None = None) -> Influence:
-    """Return the slope of each training pair's margin along the gradient of the held-out margins: nats for
-    each nat that the mean held-out margin rises.
+def margins_of_rows(parts: Prepared, state: TrainState | None = None) -> Influence:
+    """Return the margin of each training pair that all other pairs predict if theirs are 1; see
+    margin_gradients.
+    """
+    return margin_gradients(parts, state).influence
 
-    state: of the run, after some of its steps; by default the state at step 0. The gradient is of at most
-    HELD_OUT_FRACTION as many held-out pairs as there are training pairs, or of FEWEST_HELD_OUT. Runs on one
-    device. Raises ValueError for a run of other data or another kind of objective, and without held-out rows.
+
+def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int = 0) -> MarginGradients:
+    """Return the gradients of the margins of all training and held-out pairs.
+
+    state: of the run, after some of its steps; by default the state at step 0. seed: of the projection. Runs
+    on one device. Raises ValueError for a run of other data or another kind of objective, and without
+    held-out rows.
     """
     run = _open(parts, state)
     if not parts.model.generates:
-        raise ValueError("slopes are of log-probs, and this run's model has a scalar head; use --gradients")
+        raise ValueError("margins are of log-probs, and this run's model has a scalar head; use --gradients")
+    rows, key = run.source.split, jax.random.key(seed)
 
-    def margins(trainable: Params, frozen: Params, batch: Pairs) -> Float[Array, "B P"]:
-        params = tree.combine(trainable, frozen)
-        head = HeadInput(parts.model, params, parts.model.hidden(params, batch)[0])
-        (logps,) = read_logps_of_heads([head], (batch.read, batch.targets))
-        sums = response_sums(logps.logp, batch.responses, batch.kinds, batch.pair_weights.shape[1])
-        return sums["chosen"] - sums["rejected"]
+    def of_batch(trainable: Params, frozen: Params, batch: Pairs) -> Float[Array, "B P size"]:
+        return map_gradients(parts.model, tree.combine(trainable, frozen), batch, key)
 
-    def held_out(trainable: Params, frozen: Params, batch: Pairs) -> Float[Array, ""]:
-        return jnp.sum(jnp.where(batch.index >= 0, margins(trainable, frozen, batch), 0))
-
-    def along(trainable: Params, step: Params, frozen: Params, batch: Pairs) -> Float[Array, "B P"]:
-        ahead, back = (jax.tree.map(sign, trainable, step) for sign in (jnp.add, jnp.subtract))
-        return margins(ahead, frozen, batch) - margins(back, frozen, batch)
-
-    rows = run.source.split
-    most = max(FEWEST_HELD_OUT, int(HELD_OUT_FRACTION * len(rows.train)))
-    chosen = rows.held[spread(len(rows.held), most)]
-    values = dict[int, float]()
     with jax.set_mesh(run.mesh):
-        grad, add = jax.jit(jax.grad(held_out)), jax.jit(partial(jax.tree.map, jnp.add))
-        slope = reduce(
-            add, (grad(run.trainable, run.frozen, _on_rows(b)) for b in run.source.cover(chosen.tolist()))
-        )
-        squares = float(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(slope)))
-        size = NATS * len(chosen) / max(squares, 1e-30)  # raises the mean held-out margin by NATS
-        step = jax.tree.map(lambda x: (size * x.astype(jnp.float32)).astype(x.dtype), slope)
-        forward = jax.jit(along)
-        for batch in map(_on_rows, run.source.cover(rows.train.tolist())):
-            slopes = np.asarray(forward(run.trainable, step, run.frozen, batch))
-            values |= {int(i): float(x) for i, x in zip(batch.index.flat, slopes.flat, strict=True) if i >= 0}
-    return Influence(run.names, np.asarray([values[i] for i in rows.train]) / (2 * NATS))
+        compiled, by_index = jax.jit(of_batch), dict[int, np.ndarray]()
+        for batch in map(_on_rows, _full_rows(run.source, np.concatenate([rows.train, rows.held]))):
+            gradients = np.asarray(compiled(run.trainable, run.frozen, batch))
+            used = batch.index >= 0
+            by_index |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
+    train, held_out = (np.stack([by_index[i] for i in which]) for which in (rows.train, rows.held))
+    return MarginGradients(run.names, train, held_out)
+
+
+def _full_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> tuple[Pairs, ...]:
+    """Return batches of one row that is as full as possible: of about ROW_TOKENS tokens, with as many read
+    positions as the pairs have on average. The run's own rows have room for the longest batch of a step.
+    """
+    pairs, layout = source.split.rows, source.layout
+    tokens, reads = layout.lengths[members], pairs.targets[members]
+    length = round_up(max(ROW_TOKENS, int(tokens.max())), 64)
+    per_token = SPARE * reads.sum() / tokens.sum()
+    most_reads = min(length, round_up(max(int(length * per_token), int(reads.max())), 8))
+    shape = RowShape(length, most_reads, length // int(tokens.min()))
+    plan = pair_layout.fit_rows(members, layout.lengths, pairs.targets, shape)
+    return replace(layout, rows=replace(layout.rows, rows=1, shape=shape)).evaluation(plan)
 
 
 def _on_rows(batch: Pairs) -> Pairs:
     """The rows of a batch [1, rows, ...]."""
     return jax.tree.map(lambda x: x[0], batch)
+
+
+def map_gradients(
+    model: LanguageModel, params: Params, batch: Pairs, key: Key[Array, ""]
+) -> Float[Array, "B P size"]:
+    """Return the projected gradient of each pair's margin by M, where h M are the last hidden states h.
+
+    It is P^T (sum_t h_t g_t^T) Q, flattened; g_t: the gradient by h_t, P and Q: random [D, SIDE].
+    """
+    h_BMD = gather_read(model.hidden(params, batch)[0], batch.read, None)
+    slots, kinds = batch.pair_weights.shape[1], batch.kinds
+    of_kind = {kind: batch.responses % len(kinds) == number for number, kind in enumerate(kinds)}
+    valid = batch.responses < slots * len(kinds)
+    signs = of_kind["rejected"].astype(jnp.float32) - of_kind["chosen"].astype(jnp.float32)
+
+    def total(h_BMD: Float[Array, "B M D"]) -> Float[Array, ""]:
+        """The sum of all margins, whose log-probs are negative cross-entropies."""
+        return weighted_loss(model, params, h_BMD, batch.targets, jnp.where(valid, signs, 0))[0]
+
+    g_BMD = jax.grad(total)(h_BMD)
+    P, Q = (jax.random.normal(k, (h_BMD.shape[2], SIDE)) / SIDE**0.5 for k in jax.random.split(key))
+    sides = (x.astype(jnp.float32) @ side for x, side in ((h_BMD, P), (g_BMD, Q)))
+    of_pair = jax.nn.one_hot(batch.responses // len(kinds), slots)  # padding is of no pair
+    outer = jnp.einsum("bmp,bmi,bmj->bpij", of_pair, *sides)
+    return outer.reshape(*outer.shape[:2], SIDE * SIDE)
+
+
+def predicted_margins(
+    gradients: Float[np.ndarray, "n size"], weight: Float[np.ndarray, " n"], train: int
+) -> Float[np.ndarray, " n"]:
+    """Return the margin of each row that ridge regression on the other rows predicts; their margins are 1.
+
+    The first `train` rows may have wrong labels, so the ridge is the one of RIDGES with the least error on
+    the others. All n regressions follow from one (the leave-one-out formula of linear smoothers).
+    """
+    weighted = gradients * weight[:, None]
+    gram, total = weighted.T @ gradients, weighted.sum(0)
+    best, least = np.zeros(0), np.inf
+    for ridge in RIDGES:
+        solved = np.linalg.solve(gram + ridge * np.eye(len(gram)), np.column_stack([total, weighted.T]))
+        leverage = np.einsum("ns,sn->n", gradients, solved[:, 1:])
+        predicted = (gradients @ solved[:, 0] - leverage) / (1 - leverage)
+        error = float(np.mean((predicted[train:] - 1) ** 2))
+        if error < least:
+            best, least = predicted, error
+    return best
 
 
 # Gradients of losses
@@ -201,7 +280,7 @@ def gradients_of_rows(
 ) -> RowGradients:
     """Return the projected gradient of each training row's loss, and of the mean loss of held-out rows.
 
-    See slopes_of_rows for state. Raises ValueError for a loss that couples rows, too.
+    See margins_of_rows for state. Raises ValueError for a loss that couples rows, too.
     """
     run, objective = _open(parts, state), parts.objective
     if objective.facts.coupled:
@@ -264,3 +343,70 @@ def project(grads: Params, key: Key[Array, ""], size: int) -> Float[Array, " siz
         padded = jnp.pad(signed, (0, -leaf.size % size))
         total = total + padded.reshape(padded.size // size, size).sum(0)
     return total
+
+
+# Training without a source
+
+
+@dataclass(frozen=True)
+class SourceEffect:
+    """What training without a source changes in the loss of the same held-out rows: above 0 the source
+    helps.
+    """
+
+    name: str
+    change: Paired
+
+    def text(self) -> str:
+        """Return the change, its interval and a verdict."""
+        return f"{self.change.text()}  without {self.name}"
+
+
+def train_without_sources(run: Run, root: Path = Path("runs")) -> list[SourceEffect]:
+    """Train an adapter on all sources of a run and one without each, in one program; return the effects of
+    the sources, the most harmful first.
+
+    The pairs of a source that is left out have weight 0, so that all adapters have the same steps. The runs
+    are in <root>/<name>-sources; the same call resumes them. Raises ValueError for a run with one source, of
+    other data, without held-out rows, or that does not finish.
+    """
+    check_is_of_pairs(run.data)
+    names = sources_with_metrics(run.data.train)
+    if not names:
+        raise ValueError("the run has one source; name several, as in data=a.jsonl,b.jsonl")
+    if not run.data.holds_out:
+        raise ValueError("no rows are held out; set held_out=FILE or a fraction, which the effects are on")
+    left_out = {f"without-{name}": number for number, name in enumerate(names)}
+    name = f"{run.name}-sources"
+    runs = {"all": replace(run, name="all")}
+    for label, number in left_out.items():
+        objective = partial(without_source, objective=run.objective, source=number)
+        runs[label] = replace(run, name=label, objective=objective)
+    code = train_sweep(name, runs, root=root)
+    if code:
+        raise ValueError(f"{root / name}: training ended with exit code {code}; the same command resumes it")
+    losses = {label: read_held_out(root / name / label) for label in runs}
+    effects = []
+    for label, number in left_out.items():
+        common = [row for row in losses["all"] if LOSS in losses["all"][row] and LOSS in losses[label][row]]
+        before, after = ([losses[x][row][LOSS] for row in common] for x in ("all", label))
+        weights = [losses["all"][row].get(WEIGHT, 1.0) for row in common]
+        effects.append(SourceEffect(names[number], paired_means(before, after, weights)))
+    return sorted(effects, key=lambda effect: effect.change.difference)
+
+
+def without_source(model: Any, objective: Callable[[Any], Objective], source: int) -> Objective:
+    """Return an objective that gives pairs of a source weight 0 in training.
+
+    source: its number in the batches' source_names.
+    """
+    inner = objective(model)
+
+    def loss(outputs: Any, aux: Aux) -> tuple[Array, Metrics]:
+        weights = jnp.where(outputs.batch.sources == source, 0, outputs.batch.pair_weights)
+        return inner.loss(replace(outputs, batch=replace(outputs.batch, pair_weights=weights)), aux)
+
+    evaluated = inner.for_evaluation()
+    return inner._replace(
+        loss=loss, one_pass=None, eval_loss=evaluated.loss, eval_one_pass=evaluated.one_pass
+    )

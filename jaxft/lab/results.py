@@ -2,12 +2,15 @@
 
 Values are means over the pairs of each held-out prompt that selected nothing. A loss that has moved further
 from the reference is likely to have a higher accuracy, whatever its loss, so that losses are also compared
-where their policies have the same KL, along the whole curve.
+where their policies have the same KL, along the whole curve. There they are compared once more with prompts
+weighted so that longer and shorter chosen responses count the same, since a policy that has only learned to
+like length is right wherever the chosen response is the longer one.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from jaxft.lab.halving import (
 )
 from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT
-from jaxft.objectives.pair import ACCURACY
+from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.report.statistics import Difference, equivalence, holm, paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import read_saved_json
@@ -39,13 +42,15 @@ START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 
 
 @dataclass(frozen=True)
 class FinalCurve:
-    """A final run of a loss by evaluation: steps, KL per token to the reference, and values [evaluations, P]
-    of the compared prompts. The first one is step 0.
+    """A final run of a loss by evaluation: steps, KL per token to the reference, values [evaluations, P] of
+    the compared prompts, and by how many nats the margin grows for each token that the chosen response has
+    more. The first one is step 0.
     """
 
     steps: tuple[int, ...]
     kl: Float[np.ndarray, " E"]
     values: Float[np.ndarray, "E P"]
+    per_token: Float[np.ndarray, " E"]
     metrics: tuple[Mapping[str, float], ...]
 
     def at_kl(self, kl: float) -> Float[np.ndarray, " P"]:
@@ -94,11 +99,17 @@ class LossOutcome:
 
 @dataclass(frozen=True)
 class MatchedKL:
-    """A comparison where both policies have the same KL, with its p-value adjusted for all comparisons."""
+    """A comparison where both policies have the same KL, with its p-value adjusted for all comparisons.
+
+    same_length: with prompts weighted so that longer and shorter chosen responses count the same; None where
+    all chosen responses are longer, or all are shorter. length_p: its adjusted p-value.
+    """
 
     kl: float
     difference: Difference
     p: float
+    same_length: Difference | None = None
+    length_p: float = 1.0
 
     @property
     def winner(self) -> int:
@@ -106,6 +117,12 @@ class MatchedKL:
         chance.
         """
         return int(np.sign(self.difference.mean)) if self.difference.different(p=self.p) else 0
+
+    @property
+    def length_winner(self) -> int:
+        """The same with longer and shorter chosen responses counted the same."""
+        d = self.same_length
+        return int(np.sign(d.mean)) if d is not None and d.different(p=self.length_p) else 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,8 @@ class Duel:
         winners = [point.winner for point in self.matched]
         if not winners or all(w == sign for w in winners):
             where = " and at every KL that both reach" if winners else ""
+            if winners and self.matched[-1].same_length and self.matched[-1].length_winner != sign:
+                where += ", but not where longer and shorter chosen responses count the same"
             return f"{better} is better at the end{where}"
         if -sign in winners:
             return f"{better} is better at the end, but worse at some KL that both reach"
@@ -182,15 +201,14 @@ def read_study(folder: Path) -> StudyResult:
     digest = check_study(folder, log)
     declaration = read_saved_json(folder / DECLARATION)
     saved = read_saved_json(folder / PAIRS)
-    pairs = HeldOutPairs(*(tuple(saved[name]) for name in ("names", "prompts", "tuning")))
+    pairs = HeldOutPairs.of_json(saved)
     metric, margin = declaration["study"]["metric"], declaration["study"]["margin"]
     waves = [entry for entry in log if "wave" in entry]
     losses = tuple(
         _loss_outcome(folder, label, log, waves, (metric, pairs)) for label in declaration["study"]["losses"]
     )
-    return StudyResult(
-        folder, declaration, metric, losses, duels_of(losses, margin), pairs, tuple(log), digest
-    )
+    duels = duels_of(losses, margin, length_weights(pairs))
+    return StudyResult(folder, declaration, metric, losses, duels, pairs, tuple(log), digest)
 
 
 def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
@@ -245,24 +263,57 @@ def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: Held
     first = np.full_like(values[0], START.get(metric, 0.0))
     kl = [0.0, *(e.metrics[HELD_OUT + names.KL] for e in evaluations)]
     steps = (0, *(e.step for e in evaluations))
-    return FinalCurve(
-        steps, np.asarray(kl), np.stack([first, *values]), ({}, *(e.metrics for e in evaluations))
-    )
+    slopes = np.array([0.0, *(margin_per_token(e.rows[MARGIN], pairs) for e in evaluations)])
+    metrics = {}, *(e.metrics for e in evaluations)
+    return FinalCurve(steps, np.asarray(kl), np.stack([first, *values]), slopes, metrics)
 
 
-def duels_of(losses: Sequence[LossOutcome], margin: float | None) -> tuple[Duel, ...]:
-    """Compare every two losses, at the end and at the same KL."""
+def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
+    """Return the slope of the compared prompts' margins over the tokens that the chosen response has more,
+    by least squares; NaN where all have as many more.
+    """
+    x, y = (pairs.by_prompt(values, tuning=False) for values in (pairs.longer, margins))
+    known = np.isfinite(y)
+    x, y = x[known] - x[known].mean(), y[known]
+    return float(x @ y / (x @ x)) if x.any() else math.nan
+
+
+def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
+    """Return weights of the compared prompts with which those whose chosen responses are longer count as much
+    as those whose chosen responses are shorter; None without one of them.
+    """
+    longer = np.sign(pairs.by_prompt(pairs.longer, tuning=False))
+    counts = {side: int((longer == side).sum()) for side in (1, -1)}
+    if not all(counts.values()):
+        return None
+    half = sum(counts.values()) / 2
+    return np.select([longer == side for side in counts], [half / n for n in counts.values()], 1.0)
+
+
+def duels_of(
+    losses: Sequence[LossOutcome], margin: float | None, weights: Float[np.ndarray, " P"] | None = None
+) -> tuple[Duel, ...]:
+    """Compare every two losses, at the end and at the same KL. weights: of the prompts, see
+    length_weights.
+    """
     two = list(combinations(losses, 2))
     ends = [paired_difference(one.final, other.final) for one, other in two]
     points = []
     for one, other in two:
         largest = min(one.largest_kl, other.largest_kl)
-        levels = [fraction * largest for fraction in KL_LEVELS] if largest > 0 else []
-        points.append([(kl, paired_difference(one.at_kl(kl), other.at_kl(kl))) for kl in levels])
-    adjusted = iter(holm([d.p for own in points for _, d in own]))
+        for kl in (fraction * largest for fraction in KL_LEVELS if largest > 0):
+            values = one.at_kl(kl), other.at_kl(kl)
+            balanced = None if weights is None else paired_difference(*values, weights)
+            points.append((one, other, MatchedKL(kl, paired_difference(*values), 1.0, balanced)))
+    adjusted = holm([point.difference.p for *_, point in points])
+    of_length = holm([1.0 if point.same_length is None else point.same_length.p for *_, point in points])
+    known = [
+        (one, other, replace(point, p=p, length_p=length_p))
+        for (one, other, point), p, length_p in zip(points, adjusted, of_length, strict=True)
+    ]
     return tuple(
-        Duel(one.label, other.label, end, p, tuple(MatchedKL(kl, d, next(adjusted)) for kl, d in own), margin)
-        for (one, other), end, p, own in zip(two, ends, holm([d.p for d in ends]), points, strict=True)
+        Duel(one.label, other.label, end, p, tuple(x for *own, x in known if own == [one, other]), margin)
+        for (one, other), end, p in zip(two, ends, holm([d.p for d in ends]), strict=True)
     )
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
-from jaxft.lab.named_losses import loss_knobs
+from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, declaration, loss_name
 from jaxft.runs.environment import versions
 from jaxft.runs.settings.setting_values import describe, differences, find_file, run_file

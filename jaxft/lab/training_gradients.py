@@ -38,7 +38,7 @@ class ShortTraining(NamedTuple):
 
     objective, held_out_objective: of training and of evaluation, of a model with attention=reference, since
     other kernels have no second derivative; the first reads its knobs in
-    aux["knobs"] if it has any (see lab/trials.py). batches: with leading axes [steps]; held_out: one batch.
+    aux["knobs"] if it has any (see lab/halving.py). batches: with leading axes [steps]; held_out: one batch.
     rule: the optimizer; its update must be differentiable, which Adam's is not where a gradient is 0, unless
     it has an eps_root.
     """

@@ -1,6 +1,7 @@
 """Check that a run's record is what the run wrote, and that a step can be computed again to the bit."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft import __version__
 from jaxft.distributed import sharding
 from jaxft.distributed.processes import Watchdog
+from jaxft.lab.appendix import REPORT, appendix_files
 from jaxft.lab.halving import DECLARATION, LEDGER
-from jaxft.lab.results import check_study
+from jaxft.lab.results import check_study, read_study
 from jaxft.lab.study import check_declared
 from jaxft.report.run_files import sweep_members
 from jaxft.runs import folder as runfolder
@@ -19,7 +22,15 @@ from jaxft.runs.checkpoint import Checkpoints, verify
 from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, named_leaves
-from jaxft.runs.metrics_log import METRICS, check_chain, format_line, read_entries, whole_lines
+from jaxft.runs.metrics_log import (
+    METRICS,
+    check_chain,
+    digested_files,
+    digests_path,
+    format_line,
+    read_entries,
+    whole_lines,
+)
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.train.logs.logs import Logs
@@ -47,6 +58,7 @@ def record_problems(folder: Path) -> Iterator[str]:
         return
     try:
         check_chain(folder / METRICS)
+        yield from _removed_lines(folder)
     except ValueError as error:
         yield str(error)
     yield from (changed.line for changed in runfolder.changed_results(folder))
@@ -57,6 +69,21 @@ def record_problems(folder: Path) -> Iterator[str]:
             yield f"{checkpoint.parent}: {error}"
 
 
+def _removed_lines(folder: Path) -> Iterator[str]:
+    """Yield a line if the last lines of a finished run's log, or the digests of its files, were removed with
+    all that depends on them: the summary knows the number of steps, and the digest of each file is the last.
+    """
+    steps, log = runfolder.finished_steps(folder), folder / METRICS
+    reached = max((entry["step"] for entry in read_entries(log)), default=0)
+    missing = [
+        name for name in runfolder.RECORD if (folder / name).is_file() and name not in digested_files(log)
+    ]
+    if reached < steps:
+        yield f"{log}: ends at step {reached}, but {runfolder.SUMMARY} is of step {steps}; lines were removed"
+    elif steps and reached == steps and missing:  # a run that goes on has none until it is finished again
+        yield f"{digests_path(log)}: has no digest of {', '.join(missing)}; its last lines were removed"
+
+
 def _study_problems(folder: Path) -> Iterator[str]:
     try:
         known = runfolder.read_saved_json(folder / DECLARATION)
@@ -65,8 +92,27 @@ def _study_problems(folder: Path) -> Iterator[str]:
         check_study(folder, log)
         if log and log[0].get("declared") != known["digest"]:
             yield f"{folder / LEDGER}: the log is of another declaration"
+        yield from _page_problems(folder, bool(log) and bool(log[-1].get("finished")))
     except ValueError as error:
         yield str(error)
+
+
+def _page_problems(folder: Path, finished: bool) -> Iterator[str]:
+    """Yield a line for a page or a table that does not follow from the record. The picture is not compared:
+    its bytes depend on matplotlib's version.
+    """
+    page = folder / REPORT
+    if page.is_file() and not finished:
+        yield f"{folder / LEDGER}: has no end, but the study has {REPORT}; its last lines were removed"
+    if not finished:
+        return
+    for path, content in appendix_files(read_study(folder)).items():
+        if path.is_file() and _without_picture(path.read_bytes()) != _without_picture(content):
+            yield f"{path}: is not what jaxft {__version__} writes from the record of the study"
+
+
+def _without_picture(content: bytes) -> bytes:
+    return re.sub(rb"data:image/png;base64,[^\"]*", b"", content)
 
 
 def recompute_step(folder: Path, step: int) -> list[str]:

@@ -6,34 +6,51 @@
 On one toy with known rewards it shows where each loss leads with unlimited data: its true reward against its
 KL for values of beta, what flipped labels cost, whether the chosen response loses log-prob on the way; and
 the loss itself: its value and gradients over the margin, and its vector field. No model is needed.
+
+Losses that need more than a pair get it from the toy: ratings are the true rewards, a third response is drawn
+independently of the pair or is the best one, other pairs of the batch are the toy's in their frequencies, and
+a state is that of step 0.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.lab.exact_toys import (
-    Displacement,
+    DisplacementPath,
     PushField,
     Quality,
     Toy,
     best_policy,
     bradley_terry_toy,
+    displacement,
+    find_displacement,
     minimise,
     open_risk,
     quality,
     vector_field,
 )
-from jaxft.lab.loss_claims import find_displacement
-from jaxft.lab.loss_laws import check_loss
-from jaxft.lab.loss_probe import Check, Curve, Probe, format_number, margin_curve, margin_span, probe
-from jaxft.lab.named_losses import NamedLoss, loss_knobs
+from jaxft.lab.loss_checks import check_loss
+from jaxft.lab.loss_evaluation import (
+    Check,
+    Curve,
+    NamedLoss,
+    Probe,
+    format_number,
+    loss_knobs,
+    margin_curve,
+    margin_span,
+    probe,
+)
+from jaxft.objectives.losses.ranking_losses import RATING
 from jaxft.objectives.pair import declaration
 from jaxft.report.charts import COLOURS
 from jaxft.report.document import html_page
@@ -41,7 +58,8 @@ from jaxft.report.sections import escaped, folded, html_table, section
 
 BETAS = tuple(10.0 ** (k / 2) for k in range(-3, 4))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
-MOST_KL = 2.0  # nats that the picture of reward against KL shows
+LEAST_KL, MOST_KL = 0.01, 2.5  # nats that the picture of gains shows
+LABELLED = 97.0  # per cent of the possible gain below which a loss has its name in that picture
 SAME_KL = 0.3  # nats at which losses are compared
 ZOO_REWARD = (0.0, 0.4, 0.9, 1.3, 2.0, 0.7)
 ZOO_REFERENCE = (0.5, -0.4, 0.8, 0.0, -1.2, 0.3)
@@ -52,13 +70,15 @@ ZOO_LENGTH = (8, 12, 7, 15, 10, 20)
 class Specimen:
     """The results of a loss that the page shows.
 
-    own: quality of the policy that it would reach with its own beta; by_beta: for other values of beta, in
-    ascending order of KL, empty for a loss without one. same_kl: its true reward where beta leads to a KL of
-    SAME_KL, None if none does. by_flips: true reward for fractions of flipped labels.
+    needs: what it reads in addition to a pair and the reference's log-probs. own: quality of the policy that
+    it would reach with its own beta; by_beta: for other values of beta, in ascending order of KL, empty for a
+    loss without one. same_kl: its true reward where beta leads to a KL of SAME_KL, None if none does.
+    by_flips: true reward for fractions of flipped labels. path: log-probs of similar responses.
     """
 
     label: str
     about: str
+    needs: tuple[str, ...]
     checks: tuple[Check, ...]
     curve: Curve
     field: PushField
@@ -66,7 +86,7 @@ class Specimen:
     by_beta: tuple[tuple[float, Quality], ...]
     same_kl: float | None
     by_flips: tuple[float, ...]
-    displacement: Displacement | None
+    path: DisplacementPath
 
 
 def zoo_toy() -> Toy:
@@ -84,6 +104,7 @@ def describe_loss(loss: NamedLoss) -> Specimen:
     return Specimen(
         loss.label,
         inspect.cleandoc(declaration(loss.fn).fn.__doc__ or ""),
+        _needs(seen),
         check_loss(seen),
         margin_curve(seen, reach),
         vector_field(seen, min(reach, 30.0), 7),
@@ -93,6 +114,19 @@ def describe_loss(loss: NamedLoss) -> Specimen:
         tuple(_quality(seen, toy.with_noise(flips)).reward for flips in FLIPS),
         find_displacement(seen),
     )
+
+
+def _needs(seen: Probe) -> tuple[str, ...]:
+    """What a loss reads beyond the pair, its reference and a margin."""
+    ratings = any(name.startswith(RATING) for name in seen.columns)
+    inputs = {
+        "no reference": not seen.declared.reads_reference,
+        "ratings": ratings,
+        "a third response": len(seen.kinds) > 2,
+        "the batch": seen.declared.coupled,
+        "a state": bool(seen.declared.init),
+    }
+    return tuple(name for name, needed in inputs.items() if needed)
 
 
 def _quality(seen: Probe, toy: Toy, **knobs: float) -> Quality:
@@ -120,48 +154,137 @@ def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Qual
 
 def best_rewards(toy: Toy) -> list[Quality]:
     """Return the highest true reward of any policy for rising KL: reference * exp(reward / beta)."""
-    return [quality(toy, best_policy(toy, beta)) for beta in np.geomspace(30.0, 0.05, 60)]
+    return [quality(toy, best_policy(toy, beta)) for beta in np.geomspace(30.0, 0.05, 400)]
+
+
+def gain_curve(x: Specimen, start: float, best: Sequence[Quality]) -> tuple[list[float], list[float]]:
+    """Return the KL of a loss with several betas, and its gain over the reference in per cent of the most
+    that any policy can gain at that KL.
+    """
+    reached = [q for _, q in x.by_beta if LEAST_KL <= q.kl <= MOST_KL]
+    most = np.interp([q.kl for q in reached], [q.kl for q in best], [q.reward for q in best])
+    gains = [100 * (q.reward - start) / (top - start) for q, top in zip(reached, most.tolist(), strict=True)]
+    return [q.kl for q in reached], gains
 
 
 # Pictures
 
 
+class Line(NamedTuple):
+    """A curve of a picture. label: written beside its end, "" for none; name: shown where the mouse is."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    label: str = ""
+    name: str = ""
+
+
 @dataclass(frozen=True)
 class Plot:
-    """Curves in a small picture. curves: (x, y, colour); x_label, y_label: of the axes; dots: further points,
-    with no line through them.
+    """A picture of curves. levels: horizontal lines with a name. x_ticks: places and texts of the horizontal
+    axis, None for round numbers. y_range: None for that of the curves. wide: twice the size.
     """
 
     title: str
     x_label: str
     y_label: str
-    curves: Sequence[tuple[Sequence[float], Sequence[float], str]]
-    dots: Sequence[tuple[Sequence[float], Sequence[float], str]] = ()
+    lines: Sequence[Line]
+    levels: Sequence[tuple[float, str]] = ()
+    x_ticks: Sequence[tuple[float, str]] | None = None
+    y_range: tuple[float, float] | None = None
+    wide: bool = False
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 190, 58, 34, 8  # of a picture and its margins
+@dataclass(frozen=True)
+class Frame:
+    """The place of values in a picture of `width` x `height`, with room for labels right of the curves."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    width: float = 300.0
+    height: float = 190.0
+    right: float = 10.0
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return the coordinates of a point in the picture."""
+        (x0, x1), (y0, y1) = self.x, self.y
+        across = LEFT + (self.width - LEFT - self.right) * (x - x0) / (x1 - x0)
+        return across, TOP + (self.height - TOP - BOTTOM) * (y1 - y) / (y1 - y0)
+
+
+LEFT, BOTTOM, TOP = 46.0, 34.0, 8.0  # margins of a picture
+LABEL = 11.0  # height of a label's line
+GRID = 'stroke="currentColor" stroke-opacity="0.15"'
+
+
+def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return at most `most` + 1 round numbers from low to high: multiples of 1, 2 or 5 times a power of 10.
+
+    >>> round_ticks(-3.0, 3.2)
+    [-2.0, 0.0, 2.0]
+    """
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(k * power for k in (1, 2, 5, 10) if (high - low) / (k * power) <= most)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def svg_plot(plot: Plot) -> str:
     """Return a plot as an SVG picture with its title."""
-    drawn = [*plot.curves, *plot.dots]
-    points = [(x, y) for xs, ys, _ in drawn for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
-    place, axes = _axes(points, plot.x_label, plot.y_label)
-    lines = []
-    for number, (xs, ys, colour) in enumerate(drawn):
-        known = [place(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+    points = [(x, y) for line in plot.lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+    levels = [y for y, _ in plot.levels]
+    xs = [x for x, _ in plot.x_ticks or ()] or [x for x, _ in points]
+    ys = plot.y_range or (*levels, *(y for _, y in points))
+    longest = max((len(line.label) for line in plot.lines), default=0)
+    size = (620.0, 300.0) if plot.wide else (300.0, 190.0)
+    frame = Frame(_span(xs), _span(ys), *size, 10.0 + 5.6 * longest)
+    drawn = [_level(frame, y, name) for y, name in plot.levels]
+    ends = dict[str, tuple[float, float]]()
+    for line in plot.lines:
+        known = [frame.at(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+        if not known:
+            continue
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in known)
-        if number < len(plot.curves):
-            lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
-        if len(known) < 12:
-            lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in known]
-    return _figure(plot.title, axes + "".join(lines))
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in known)
+        drawn.append(
+            f'<g fill="{line.colour}" stroke="{line.colour}">'
+            f"<title>{escaped(line.name or plot.title)}</title>"
+            f'<polyline fill="none" stroke-width="1.7" points="{path}"/>{dots if len(known) < 12 else ""}</g>'
+        )
+        if line.label:
+            ends[f'<tspan fill="{line.colour}">{escaped(line.label)}</tspan>'] = max(known)
+    ticks = plot.x_ticks or [(x, format_number(x)) for x in round_ticks(*frame.x)]
+    return _figure(plot, frame, _axes(frame, ticks, plot) + "".join(drawn) + _labels(ends), plot.wide)
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _level(frame: Frame, y: float, name: str) -> str:
+    (x0, place), (x1, _) = frame.at(frame.x[0], y), frame.at(frame.x[1], y)
+    dashed = 'stroke="currentColor" stroke-dasharray="4 3" opacity="0.6"'
+    line = f'<path d="M{x0:.1f},{place:.1f} H{x1:.1f}" {dashed}/>'
+    return (
+        f'{line}<text x="{x1:.1f}" y="{place - 3:.1f}" text-anchor="end" opacity="0.7">{escaped(name)}</text>'
+    )
+
+
+def _labels(ends: Mapping[str, tuple[float, float]]) -> str:
+    """Texts right of the points, moved apart where they would overlap."""
+    texts, last = [], -math.inf
+    for text, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+        last = max(y, last + LABEL)
+        texts.append(f'<text x="{x + 5:.1f}" y="{last + 3:.1f}">{text}</text>')
+    return "".join(texts)
 
 
 def svg_field(field: PushField) -> str:
     """Return a vector field as arrows over the log-ratios of the chosen and the rejected response."""
-    corners = [(a, b) for a in field.chosen[[0, -1]] for b in field.rejected[[0, -1]]]
-    place, axes = _axes(corners, "log-ratio of chosen", "log-ratio of rejected")
+    half = (field.chosen[1] - field.chosen[0]) / 2
+    reach = float(field.chosen[-1]) + half
+    frame = Frame((-reach, reach), (-reach, reach))
     size = np.hypot(field.push_chosen, field.push_rejected)
     longest = float(size[np.isfinite(size)].max(initial=0)) or 1.0
     arrows = []
@@ -169,48 +292,56 @@ def svg_field(field: PushField) -> str:
         for j, r in enumerate(field.rejected):
             if not size[i, j] > 0.01 * longest or not np.isfinite(size[i, j]):
                 continue
-            x, y = place(c, r)
-            scale = 17 * (size[i, j] / longest) ** 0.5 / size[i, j]
-            dx, dy = scale * field.push_chosen[i, j], -scale * field.push_rejected[i, j]
+            x, y = frame.at(c, r)
+            scale = 18 * (size[i, j] / longest) ** 0.5 / size[i, j]
+            dx, dy = scale * field.push_chosen[i, j] / 2, -scale * field.push_rejected[i, j] / 2
             arrows.append(
-                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x + dx:.1f}" y2="{y + dy:.1f}" '
-                f'stroke="{COLOURS[0]}" stroke-width="1.4"/><circle cx="{x:.1f}" cy="{y:.1f}" r="1.6" '
-                f'fill="{COLOURS[0]}"/>'
+                f'<line x1="{x - dx:.1f}" y1="{y - dy:.1f}" x2="{x + dx:.1f}" y2="{y + dy:.1f}" '
+                'marker-end="url(#head)"/>'
             )
-    return _figure("where a step moves the two (dots are the tails)", axes + "".join(arrows))
+    marked = f'<g stroke="{COLOURS[0]}" stroke-width="1.3">{"".join(arrows)}</g>'
+    title = "where a step moves the two log-ratios"
+    plot = Plot(title, "log-ratio of chosen, nats", "log-ratio of rejected, nats", ())
+    ticks = [(x, format_number(x)) for x in round_ticks(*frame.x)]
+    return _figure(plot, frame, _axes(frame, ticks, plot) + marked)
 
 
-def _axes(
-    points: Sequence[tuple[float, float]], x_label: str, y_label: str
-) -> tuple[Callable[[float, float], tuple[float, float]], str]:
-    """A function from values to places in a picture, and the axes with their ends."""
-    xs, ys = zip(*points, strict=True) if points else ((0.0, 1.0), (0.0, 1.0))
-    (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1.0) for v in (xs, ys))
+ARROW_HEAD = (
+    '<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs><marker id="head" '
+    'viewBox="0 0 6 6" refX="4.5" refY="3" markerWidth="4" markerHeight="4" orient="auto">'
+    f'<path d="M0,0 L6,3 L0,6 z" fill="{COLOURS[0]}"/></marker></defs></svg>'
+)
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - 10) * (x - x0) / (x1 - x0)
-        return across, TOP + (HEIGHT - TOP - BOTTOM) * (y1 - y) / (y1 - y0)
 
-    base, right = HEIGHT - BOTTOM, WIDTH - 10
-    ends = [(LEFT, base + 13, "start", x0), (right, base + 13, "end", x1)]
-    ends += [(LEFT - 4, base, "end", y0), (LEFT - 4, TOP + 9, "end", y1)]
-    texts = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{format_number(value)}</text>'
-        for x, y, anchor, value in ends
+def _axes(frame: Frame, x_ticks: Sequence[tuple[float, str]], plot: Plot) -> str:
+    """The grid with its numbers, the frame, and the names of the axes."""
+    (left, bottom), (right, top) = frame.at(frame.x[0], frame.y[0]), frame.at(frame.x[1], frame.y[1])
+    parts = [
+        f'<path d="M{left},{top} V{bottom} H{right}" fill="none" stroke="currentColor" stroke-width="0.7"/>'
+    ]
+    for value, text in x_ticks:
+        x = frame.at(value, frame.y[0])[0]
+        parts.append(f'<path d="M{x:.1f},{top} V{bottom}" {GRID}/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 12}" text-anchor="middle">{escaped(text)}</text>')
+    for value in round_ticks(*frame.y):
+        y = frame.at(frame.x[0], value)[1]
+        parts.append(f'<path d="M{left},{y:.1f} H{right:.1f}" {GRID}/>')
+        parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" text-anchor="end">{format_number(value)}</text>')
+    across, down = (left + right) / 2, (top + bottom) / 2
+    named = (
+        f'<text x="{across:.1f}" y="{frame.height - 6}" text-anchor="middle">{escaped(plot.x_label)}</text>'
     )
-    frame = f'<path d="M{LEFT},{TOP} V{base} H{right}" fill="none" stroke="currentColor" stroke-width="0.7"/>'
-    middle = (LEFT + right) / 2
-    named = f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escaped(x_label)}</text>'
-    turned = f'transform="rotate(-90 11 {(TOP + base) / 2})"'
-    named += f'<text x="11" y="{(TOP + base) / 2}" text-anchor="middle" {turned}>{escaped(y_label)}</text>'
-    return place, frame + texts + named
+    turned = f'transform="rotate(-90 10 {down:.1f})"'
+    named += f'<text x="10" y="{down:.1f}" text-anchor="middle" {turned}>{escaped(plot.y_label)}</text>'
+    return "".join(parts) + named
 
 
-def _figure(title: str, content: str) -> str:
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="100%"'
+def _figure(plot: Plot, frame: Frame, content: str, wide: bool = False) -> str:
+    size = f'viewBox="0 0 {frame.width:g} {frame.height:g}" width="100%"'
     style = 'font-size="10" fill="currentColor" font-family="sans-serif" role="img"'
-    picture = f'<svg {size} {style} aria-label="{escaped(title)}">{content}</svg>'
-    return f"<figure><figcaption>{escaped(title)}</figcaption>{picture}</figure>"
+    picture = f'<svg {size} {style} aria-label="{escaped(plot.title)}">{content}</svg>'
+    across = ' style="max-width: 60rem"' if wide else ""
+    return f"<figure{across}><figcaption>{escaped(plot.title)}</figcaption>{picture}</figure>"
 
 
 # The page
@@ -221,7 +352,10 @@ def zoo_page(specimens: Sequence[Specimen]) -> str:
     toy = zoo_toy()
     parts = {
         "Overview": ("overview", section("overview", "Overview", _overview(specimens, toy))),
-        "Losses": ("losses", section("losses", "Losses", "\n".join(_loss_html(x) for x in specimens))),
+        "Losses": (
+            "losses",
+            section("losses", "Losses", ARROW_HEAD + "\n".join(_loss_html(x, toy) for x in specimens)),
+        ),
     }
     note = f"{len(specimens)} preference losses on a toy with known rewards, written by jaxft {__version__}"
     return html_page("The zoo of preference losses", note, parts)
@@ -251,57 +385,82 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
     start, best = quality(toy, toy.reference), best_rewards(toy)
     at_kl = float(np.interp(SAME_KL, [q.kl for q in best], [q.reward for q in best]))
     head = (
-        "loss", "orders by reward", "calibrated", "finite optimum", "sign at start", "reward", "KL",
+        "loss", "needs", "orders by reward", "calibrated", "finite optimum", "sign at start", "reward", "KL",
         "gain at the same KL", "reward, 20 % flipped", "chosen moves", "rejected moves",
     )  # fmt: skip
     rows = [[_link(x.label), *_cells(x, start.reward, at_kl)] for x in specimens]
     text = (
         "<p>Six responses to one prompt have known rewards, from "
         f"{min(toy.reward):g} to {max(toy.reward):g}; the reference's expected reward is {start.reward:.3f}. "
-        "Each loss is minimised exactly, with unlimited data whose labels follow Bradley and Terry. "
-        "<b>Reward</b> and <b>KL</b> are those of the policy that it reaches with its own knobs. "
-        "<b>Gain at the same KL</b> is that over the reference with the beta that leads to a KL of "
-        f"{SAME_KL:g} nats, in per cent of the most that any policy can gain there; a loss has none if no "
-        "beta leads to that KL. "
-        "<b>Moves</b> are the changes of the log-probs of two similar responses while their margin grows by "
-        "1 nat.</p>"
+        "Each loss is minimised exactly, with unlimited data whose labels follow Bradley and Terry.</p><ul>"
+        "<li><b>Needs</b>: what the loss reads in addition to a pair and the reference. The toy's ratings "
+        "are the true rewards, the batch is all of its pairs in their frequencies, a state is as at step 0. "
+        "Losses of rankings get two responses here.</li>"
+        "<li><b>Orders by reward</b>, <b>calibrated</b>, <b>finite optimum</b>: the policy that the loss "
+        "leads to on a second toy, of five responses, prefers responses by their true reward; its margins "
+        "are true log-odds, up to one factor; it is at finite log-probs. <b>Sign at start</b>: at the "
+        "reference the gradient raises the margin.</li>"
+        "<li><b>Reward</b> and <b>KL</b> are those of the policy that the loss leads to with its own knobs; "
+        f"{max(toy.reward):g} is a policy that always gives the best response. "
+        "<b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong.</li>"
+        "<li><b>Gain at the same KL</b>: over the reference, with the beta that leads to a KL of "
+        f"{SAME_KL:g} nats, in per cent of the most that any policy can gain there; - if no beta leads to "
+        "that KL.</li>"
+        "<li><b>Moves</b>: changes of the log-probs of a chosen and a rejected response that share 90 % of "
+        "their features, while their margin grows by 1 nat; - if it does not. A chosen response that loses "
+        "log-prob is marked.</li></ul>"
+        "<p>On real data a loss that is not calibrated, or whose optimum is not finite, may be the better "
+        "one: it is stopped early, and its labels are few. The toy shows what a loss asks for, not what it "
+        "gets.</p>"
     )
-    dots = []
+    lines = []
     for n, x in enumerate(specimens):
-        near = [q for _, q in x.by_beta if q.kl <= MOST_KL]
-        dots.append(([q.kl for q in near], [q.reward for q in near], COLOURS[n % len(COLOURS)]))
-    frontier = [q for q in best if q.kl <= MOST_KL]
-    line = ([q.kl for q in frontier], [q.reward for q in frontier], "currentColor")
-    title = "true reward against KL: losses with several betas, and the most possible"
-    picture = svg_plot(Plot(title, "KL, nats", "true reward", [line], dots))
-    return text + f'<div class="charts">{picture}</div>' + html_table(head, rows, numeric=True)
+        kl, gains = gain_curve(x, start.reward, best)
+        if not kl:
+            continue
+        poor = min(gains) < LABELLED
+        colour = COLOURS[n % len(COLOURS)] if poor else "#888888"
+        lines.append(Line(kl, gains, colour, x.label if poor else "", x.label))
+    ticks = [(x, f"{x:g}") for x in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)]
+    title = (
+        "gain in true reward against KL, for values of beta. Grey: losses that reach "
+        f"{LABELLED:g} % of the most possible everywhere"
+    )
+    plot = Plot(title, "KL, nats", "% of the most possible", lines, x_ticks=ticks, wide=True)
+    return text + html_table(head, rows, numeric=True) + (svg_plot(plot) if lines else "")
 
 
 def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
-    said = {check.name: check for check in x.checks}
+    results = {check.name: check for check in x.checks}
 
     def mark(name: str, bad: Sequence[str]) -> str:
-        check = said.get(name)
+        check = results.get(name)
         if check is None:
             return "-"
         holds = check.ok is not False and not any(text in check.message for text in bad)
-        return "yes" if holds else '<span class="differs">no</span>'
+        return "yes" if holds else _marked("no")
 
-    gain = "-" if x.same_kl is None else f"{100 * (x.same_kl - start) / (at_kl - start):.0f} %"
-    moved = ["-", "-"] if x.displacement is None else [
-        f"{v:+.2f}" if v > 0 else f'<span class="differs">{v:+.2f}</span>' for v in (x.displacement.chosen,)
-    ] + [f"{x.displacement.rejected:+.2f}"]  # fmt: skip
+    moved = displacement(x.path)
+    changes = ["-", "-"]
+    if moved is not None:
+        chosen = f"{moved.chosen:+.2f}"
+        changes = [_marked(chosen) if moved.chosen < 0 else chosen, f"{moved.rejected:+.2f}"]
     return [
+        ", ".join(x.needs),
         mark("Bradley-Terry", ("no order", "reverse", "lowest at the reference")),
         mark("calibrated", ("no multiple",)),
         mark("optimum", ("infinite", "without bound")),
         mark("sign", ("lowers", "leaves")),
         f"{x.own.reward:.3f}",
         f"{x.own.kl:.2f}",
-        gain,
+        "-" if x.same_kl is None else f"{100 * (x.same_kl - start) / (at_kl - start):.0f} %",
         f"{x.by_flips[FLIPS.index(0.2)]:.3f}",
-        *moved,
+        *changes,
     ]
+
+
+def _marked(text: str) -> str:
+    return f'<span class="differs">{text}</span>'
 
 
 def _link(label: str) -> str:
@@ -312,45 +471,62 @@ def _anchor(label: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in label)
 
 
-def _loss_html(x: Specimen) -> str:
-    margin = x.curve.margin.tolist()
-    betas = sorted((beta, q.reward) for beta, q in x.by_beta)
+def _loss_html(x: Specimen, toy: Toy) -> str:
+    pictures = "".join(map(svg_plot, _plots(x, toy))) + svg_field(x.field)
+    marks = {True: "ok", False: _marked("FAIL"), None: "note"}
+    table = html_table(
+        ("check", "", "result"),
+        [(escaped(c.name), marks[c.ok], escaped(c.message)) for c in x.checks],
+    )
+    about = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped(x.about))
+    needs = f'<p class="note">Needs {escaped(", ".join(x.needs))}.</p>' if x.needs else ""
+    return (
+        f'<h3 id="loss-{_anchor(x.label)}">{escaped(x.label)}</h3><p class="text">{about}</p>{needs}'
+        f'<div class="charts">{pictures}</div>{folded("Checks", table)}'
+    )
+
+
+def _plots(x: Specimen, toy: Toy) -> list[Plot]:
+    """The curves of a loss. Rewards have the same axis for all losses."""
+    margin, blue, red = x.curve.margin.tolist(), COLOURS[0], COLOURS[1]
+    slopes = {kind: y.tolist() for kind, y in x.curve.gradient.items()}
+    start, most = quality(toy, toy.reference).reward, float(toy.reward.max())
+    rewards: dict[str, Any] = {"levels": ((start, "reference"),), "y_range": (min(toy.reward), 1.05 * most)}
     plots = [
-        Plot("loss", "margin c - r, nats", "loss", [(margin, x.curve.value.tolist(), COLOURS[0])]),
+        Plot("loss", "margin c - r, nats", "loss", [Line(margin, x.curve.value.tolist(), blue)]),
         Plot(
-            "gradient on chosen (blue) and rejected (red)",
+            "gradient",
             "margin c - r, nats",
             "d loss / d nat",
             [
-                (margin, x.curve.gradient[kind].tolist(), COLOURS[n])
-                for n, kind in enumerate(("chosen", "rejected"))
+                Line(margin, slopes[kind], colour, kind)
+                for kind, colour in zip(("chosen", "rejected"), (blue, red), strict=True)
             ],
         ),
         Plot(
-            "true reward by fraction of flipped labels",
-            "fraction flipped",
+            "log-probs of two similar responses",
+            "margin, nats",
+            "change, nats",
+            [
+                Line((x.path.chosen - x.path.rejected).tolist(), moved.tolist(), colour, kind)
+                for kind, moved, colour in (
+                    ("chosen", x.path.chosen, blue),
+                    ("rejected", x.path.rejected, red),
+                )
+            ],
+            levels=((0.0, ""),),
+        ),
+        Plot(
+            "true reward if labels are flipped",
+            "fraction of flipped labels",
             "true reward",
-            [(FLIPS, x.by_flips, COLOURS[2])],
-        ),  # fmt: skip
+            [Line(FLIPS, x.by_flips, COLOURS[2])],
+            **rewards,
+        ),
     ]
+    betas = sorted((math.log10(beta), q.reward) for beta, q in x.by_beta)
     if len(betas) > 1:
-        plots.insert(
-            2,
-            Plot(
-                "true reward by beta",
-                "log10 of beta",
-                "true reward",
-                [([math.log10(b) for b, _ in betas], [r for _, r in betas], COLOURS[3])],
-            ),  # fmt: skip
-        )
-    pictures = "".join(map(svg_plot, plots)) + svg_field(x.field)
-    marks = {True: "ok", False: '<span class="differs">FAIL</span>', None: "note"}
-    table = html_table(
-        ("check", "", "what it says"),
-        [(escaped(c.name), marks[c.ok], escaped(c.message)) for c in x.checks],
-    )
-    about = f'<p class="text">{escaped(x.about)}</p>'
-    return (
-        f'<h3 id="loss-{_anchor(x.label)}">{escaped(x.label)}</h3>{about}'
-        f'<div class="charts">{pictures}</div>{folded("Checks", table)}'
-    )
+        ticks = [(b, f"{10**b:.2g}") for b, _ in betas[::2]]
+        line = Line([b for b, _ in betas], [r for _, r in betas], COLOURS[3])
+        plots.append(Plot("true reward by beta", "beta", "true reward", [line], x_ticks=ticks, **rewards))
+    return plots

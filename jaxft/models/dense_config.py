@@ -74,7 +74,10 @@ class WindowConfig(DenseConfig):
                 f"{len(self.types)} types"
             )
         if self.window is None and SLIDING in self.types:
-            raise ValueError(f"config: layer_types has {SLIDING}, but sliding_window is null")
+            raise ValueError(
+                f"config: layer_types has {SLIDING}, but sliding_window is null"
+                f"; set it, or make every layer {FULL}"
+            )
 
     @property
     def types(self) -> tuple[str, ...]:

@@ -247,7 +247,7 @@ class PreferenceLoss:
 @dataclass(frozen=True)
 class Claims:
     """Properties that the author of a loss claims, as part of its return annotation. The loss bench checks
-    them, see lab/loss_claims.py for their names.
+    them, see lab/exact_toys.py for their names.
 
         def mine(pair, beta: float = 0.1) -> Annotated[PairLoss, Claims.of("difference", "calibrated")]: ...
 

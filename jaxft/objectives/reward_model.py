@@ -302,7 +302,7 @@ def process_reward(model: LanguageModel) -> Objective:
         metrics = {**losses, **_accuracies(outputs, sign), **layer_metrics(outputs.layers)}
         return value, jax.lax.stop_gradient(metrics)
 
-    return Objective(forward, loss, report=Report(step_alarms, step_summary))
+    return Objective(forward, loss, report=Report(summary=step_summary))
 
 
 def _accuracies(outputs: StepOutputs, sign: Float[Array, "B M"]) -> Metrics:
@@ -314,11 +314,6 @@ def _accuracies(outputs: StepOutputs, sign: Float[Array, "B M"]) -> Metrics:
         RIGHT_STEPS: Sum.of(won, used & (sign > 0)),
         WRONG_STEPS: Sum.of(won, used & (sign < 0)),
     }
-
-
-def step_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    checks: dict[str, AlarmCheck] = {"skipped": check_skipped_steps, "no gradient": check_zero_gradient}
-    return run_alarms(checks, memory, entry, last)
 
 
 def step_summary(first: Entry, last: Entry) -> list[str]:

@@ -235,6 +235,11 @@ def add_files(log: Path, files: Iterable[Path]) -> str:
     return writer.last
 
 
+def digested_files(log: Path) -> set[str]:
+    """Return the names of the files whose digests follow those of a log."""
+    return {entry[FILE] for entry in _entries(digests_path(log)) if FILE in entry}
+
+
 def append_entry(log: Path, entry: dict[str, Any]) -> None:
     """Append a JSON object to a log, and its digest; sync both to disk."""
     kept, line = whole_lines(log), (json.dumps(entry, allow_nan=False) + "\n").encode()

@@ -14,14 +14,15 @@ from jaxft.lab.exact_toys import (
     bradley_terry_toy,
     cyclic,
     displacement,
+    displacement_path,
     minimise,
     open_risk,
     overlapping,
     quality,
     vector_field,
 )
-from jaxft.lab.loss_laws import check_loss
-from jaxft.lab.loss_probe import probe
+from jaxft.lab.loss_checks import check_loss
+from jaxft.lab.loss_evaluation import probe
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.pair import Claims, claims_of
@@ -103,10 +104,10 @@ def test_quality_is_the_expectation_over_responses():
 
 def test_shared_features_lower_the_chosen_response_under_dpo_and_not_under_dpop():
     toy = overlapping()
-    assert displacement(open_risk(probe("dpo", P.dpo), toy), toy).chosen < 0
-    assert displacement(open_risk(probe("dpop", P.dpop), toy), toy).chosen > 0
+    assert displacement(displacement_path(open_risk(probe("dpo", P.dpo), toy), toy)).chosen < 0
+    assert displacement(displacement_path(open_risk(probe("dpop", P.dpop), toy), toy)).chosen > 0
     apart = overlapping(overlap=0.0)
-    assert displacement(open_risk(probe("dpo", P.dpo), apart), apart).chosen > 0
+    assert displacement(displacement_path(open_risk(probe("dpo", P.dpo), apart), apart)).chosen > 0
 
 
 def test_the_field_of_dpo_is_its_formula():

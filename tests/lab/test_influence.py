@@ -1,9 +1,11 @@
 """Influence of rows: gradients of single rows add up, flipped labels and duplicates are found."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpo_place import WORDS, write_pair_place
@@ -13,8 +15,19 @@ from scripts_in_process import call
 import jaxft
 from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.lab.influence import gradients_of_rows, project, rows_by_name, slopes_of_rows
-from jaxft.lab.worlds import Taste, World
+from jaxft.lab import influence
+from jaxft.lab.influence import (
+    SIDE,
+    gradients_of_rows,
+    map_gradients,
+    margin_gradients,
+    margins_of_rows,
+    predicted_margins,
+    project,
+    rows_by_name,
+    without_source,
+)
+from jaxft.lab.worlds import World
 
 FLIPPED = {1, 4, 9, 17}
 
@@ -57,22 +70,57 @@ def number(name):
 
 
 def test_flipped_labels_have_the_lowest_influence(parts, found):
-    for influence in (found.influence, slopes_of_rows(parts)):
-        lowest = influence.order[:5]
-        assert {number(influence.names[i]) for i in lowest} == {*FLIPPED, 21}
-        assert (influence.values[lowest] < 0).all() and influence.values[influence.order[5]] > 0
+    for one in (found.influence, margins_of_rows(parts)):
+        lowest = one.order[:5]
+        assert {number(one.names[i]) for i in lowest} == {*FLIPPED, 21}
+        assert (one.values[lowest] < 0).all() and one.values[one.order[5]] > 0
 
 
-def test_slopes_are_proportional_to_products_of_gradients(parts, found):
-    """At the reference every row's gradient of DPO is -beta / 2 times that of its margin."""
-    products = found.gradients @ found.held_out
-    assert np.corrcoef(products, slopes_of_rows(parts).values)[0, 1] > 0.98
+def test_gradients_are_those_of_the_margin_by_a_map_of_the_hidden_states(parts):
+    """The margin is written out from whole logits; its gradient by M is taken at the identity."""
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    one = partial(jax.device_put, device=jax.devices()[0])
+    trainable, frozen = jax.tree.map(one, (parts.state.trainable, parts.frozen))
+    (batch,) = parts.source.cover([0])
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+    key = jax.random.key(3)
+
+    def margin(M, h):
+        logits = parts.model.logits(parts.model.head(params), h @ M).astype(jnp.float32)
+        logp = jax.nn.log_softmax(logits)[0, batch.read[0]]
+        taken = jnp.take_along_axis(logp, batch.targets[0][:, None], 1)[:, 0]
+        sign = jnp.array([1.0, -1.0, 0.0])[jnp.minimum(batch.responses[0], 2)]
+        return (sign * taken).sum()
+
+    with jax.set_mesh(mesh):
+        params = tree.combine(trainable, frozen)
+        found = jax.jit(partial(map_gradients, parts.model, key=key))(params, batch)[0, 0]
+        h = parts.model.hidden(params, batch)[0]
+        whole = jax.grad(margin)(jnp.eye(h.shape[2]), h)
+    P, Q = (jax.random.normal(k, (h.shape[2], SIDE)) / SIDE**0.5 for k in jax.random.split(key))
+    expected = np.asarray(P.T @ whole @ Q).ravel()
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_the_mean_slope_of_the_held_out_rows_themselves_is_1(place):
-    with working_directory(place):
-        own = jaxft.prepare("config.py", data="held.jsonl", held_out="held.jsonl")
-    assert slopes_of_rows(own).values.mean() == pytest.approx(1.0, rel=0.2)  # the step is finite
+def test_a_predicted_margin_is_that_of_a_regression_without_the_row():
+    """Each of them as a least-squares problem of its own, with the ridge as further rows."""
+    rng = np.random.default_rng(0)
+    x, weight, ridge = rng.normal(size=(9, 4)), rng.uniform(0.5, 2, 9), influence.RIDGES
+    found = predicted_margins(x, weight, 6)
+
+    def alone(k):
+        errors = []
+        for i in range(9):
+            kept = np.arange(9) != i
+            root = np.sqrt(weight[kept])
+            left = np.concatenate([root[:, None] * x[kept], np.sqrt(k) * np.eye(4)])
+            w = np.linalg.lstsq(left, np.concatenate([root, np.zeros(4)]), rcond=None)[0]
+            errors.append(x[i] @ w)
+        return np.array(errors)
+
+    every = [alone(k) for k in ridge]
+    best = min(every, key=lambda p: ((p[6:] - 1) ** 2).mean())
+    np.testing.assert_allclose(found, best, atol=1e-9)
 
 
 def test_rows_that_repeat_one_another_are_found_with_the_sign_of_their_labels(found):
@@ -118,27 +166,106 @@ def test_the_command_writes_influences_and_the_best_rows(place, monkeypatch, cap
         lines = (place / "runs/it/influence.csv").read_text().splitlines()
         best = [json.loads(line) for line in (place / "best.jsonl").read_text().splitlines()]
         everything = rows_by_name("train.jsonl")
-    assert (
-        code == 0
-        and "runs/it has no checkpoint: step 0" in out
-        and "5 of 22 training rows" in out
-    )
+    assert code == 0 and "runs/it has no checkpoint: step 0" in out and "5 of 22 training rows" in out
     assert lines[0] == "row,influence" and len(lines) == 23
     assert len(best) == 11 and all(row["chosen"].startswith("yes") for row in best)
     assert all(row in everything.values() for row in best)
 
 
+def swapped(row):
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def write_sources(folder, good, bad):
+    """Write files of 12 pairs each; in the bad ones every label is flipped."""
+    for n in range(good + bad):
+        found = [pair(f"{20 * n + i} ten?", WORDS[(i + n) % 5]) for i in range(12)]
+        found = found if n < good else [swapped(row) for row in found]
+        name = f"good{n}.jsonl" if n < good else f"bad{n - good}.jsonl"
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    return [f"good{n}.jsonl" for n in range(good)] + [f"bad{n}.jsonl" for n in range(bad)]
+
+
+def test_a_flipped_label_negates_the_gradient(place, parts):
+    (place / "swapped.jsonl").write_text("".join(json.dumps(swapped(row)) + "\n" for row in rows()))
+    with working_directory(place):
+        turned = jaxft.prepare("config.py", data="swapped.jsonl", held_out="held.jsonl")
+    one, other = margin_gradients(parts).train, margin_gradients(turned).train
+    np.testing.assert_allclose(other, -one, atol=1e-4 * np.abs(one).max())
+
+
+def test_losses_without_each_of_three_sources_sum_to_twice_the_loss_with_all(place):
+    with working_directory(place):
+        names = ",".join(write_sources(place, 2, 1))
+        parts = jaxft.prepare("config.py", data=names, held_out="held.jsonl")
+    batch = jax.tree.map(lambda x: x[0], parts.batch(0))
+    params = tree.combine(parts.state.trainable, parts.frozen)
+    with jax.set_mesh(parts.mesh):
+        whole, *without = (
+            jax.jit(
+                lambda params, o=one: (
+                    o(params, batch, None, {})[0],
+                    o.for_evaluation()(params, batch, None, {})[0],
+                )
+            )(params)
+            for one in (
+                parts.objective,
+                *(without_source(parts.model, parts.run.objective, k) for k in range(3)),
+            )
+        )
+    assert float(sum(loss for loss, _ in without)) == pytest.approx(2 * float(whole[0]), rel=1e-5)
+    assert all(float(held) == pytest.approx(float(whole[1]), rel=1e-5) for _, held in without)
+
+
+def test_the_command_trains_without_each_source_and_names_the_bad_one(place, monkeypatch, capsys):
+    with working_directory(place):
+        names = ",".join(write_sources(place, 2, 1))
+        argv = ["--config", "config.py", f"data={names}", "held_out=held.jsonl", "steps=6", "name=three"]
+        code, out, _ = call(monkeypatch, capsys, "influence", *argv, "--leave-out")
+        labels = {path.parent.name for path in (place / "runs/three-sources").glob("*/adapter")}
+    lines = out.partition("above 0 the source helps:")[2].strip().splitlines()
+    assert (
+        code == 0 and len(lines) == 3 and labels == {"all", "without-good0", "without-good1", "without-bad0"}
+    )
+    assert lines[0].strip().startswith("-") and lines[0].endswith("without bad0")
+    assert all(line.strip().startswith("+") for line in lines[1:])
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """SmolLM2 at step 0 on the default world, all labels right."""
+    world = World()
+    train, held = world.write(tmp_path_factory.mktemp("world"))
+    return margin_gradients(jaxft.prepare("dpo", data=str(train), held_out=str(held)))
+
+
 @pytest.mark.slow
-def test_a_fifth_of_flipped_labels_is_found_in_a_world_on_a_real_model(tmp_path):
-    """SmolLM2 at step 0; rows that differ in format, which decides the reward."""
-    taste = Taste(facts=1.0, format=5.0)
-    world = World("configs/data/opinions.jsonl", taste, pairs=60, held_out=16, gap=3.0, noise=0.2)
-    train, held = world.write(tmp_path)
-    parts = jaxft.prepare("dpo", data=str(train), held_out=str(held), max_length=128)
-    found = slopes_of_rows(parts)
-    flipped = np.asarray([world.rows()[number(name)]["flipped"] for name in found.names], bool)
-    above = found.values[~flipped][:, None] > found.values[flipped][None, :]
-    assert flipped.sum() == 12 and above.mean() >= 0.9  # the area under the ROC curve
+def test_a_fifth_of_flipped_labels_is_found_in_the_default_world_on_a_real_model(real):
+    """10 drawings of 40 flipped labels of 200: the area under the ROC curve is at least 0.9 in each."""
+    areas = []
+    for seed in range(10):
+        flipped = np.zeros(200, bool)
+        flipped[np.random.default_rng(seed).choice(200, 40, replace=False)] = True
+        values = planted(real, flipped).influence.values
+        areas.append((values[~flipped][:, None] > values[flipped][None, :]).mean())
+    assert min(areas) >= 0.9, areas
+
+
+@pytest.mark.slow
+def test_a_planted_bad_source_is_the_last_of_ten_in_10_of_10_drawings_on_a_real_model(real):
+    """Sources of 20 pairs; 60 % of the labels of the bad one are flipped."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        source = rng.permutation(200) % 10
+        flipped = np.zeros(200, bool)
+        flipped[rng.choice(np.flatnonzero(source == 3), 12, replace=False)] = True
+        found = planted(real, flipped)
+        named = replace(found, names=np.asarray([f"s{k}.jsonl:{n}" for n, k in enumerate(source)]))
+        assert next(iter(named.influence.by_file())) == "s3.jsonl"
+
+
+def planted(found, flipped):
+    return replace(found, train=np.where(flipped[:, None], -found.train, found.train))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +274,8 @@ def test_a_fifth_of_flipped_labels_is_found_in_a_world_on_a_real_model(tmp_path)
         (["--keep", "1.5"], "--keep 1.5: expected a fraction above 0"),
         (["--out", "x.jsonl"], "--out needs --keep"),
         (["held_out=none"], "no rows are held out; set held_out=FILE"),
+        (["--leave-out"], "the run has one source; name several, as in data=a.jsonl,b.jsonl"),
+        (["--leave-out", "--gradients"], "--leave-out is about sources"),
     ],
 )
 def test_a_mistake_is_one_line(place, monkeypatch, capsys, argv, text):

@@ -226,11 +226,7 @@ def test_reward_bench_rows_are_right_only_if_every_chosen_answer_wins(tmp_path):
     [
         ([{"prompt": "a"}, {"prompt": "b"}], [{"output": "x"}], "has 1 answers for 2 prompts"),
         ([{"id": 1, "prompt": "a"}], [{"id": 2, "output": "x"}], "1 of 1 prompts have no answer, such as 1"),
-        (
-            [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}],
-            [{"output": "x"}] * 2,
-            "has the same id '1' as",
-        ),
+        ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], [{"output": "x"}] * 2, "the same id '1' as"),
         ([{"text": "a"}], [{"output": "x"}], "no prompt; expected prompt"),
         ([{"prompt": "a"}], [{"output": 3}], "no answer; expected completion"),
     ],
@@ -261,6 +257,70 @@ def test_the_command_judges_two_files_by_functions_and_a_server(tmp_path, monkey
     assert "m: one wins 6, ties 0, loses 2 of 8" in out and "agree with kappa -0.60" in out
     found = json.loads((tmp_path / "r.json").read_text())
     assert [judge["wins"] for judge in found["judges"]] == [2, 6] and len(found["values"]["m"]) == 8
+
+
+def test_the_command_judges_judges_on_reward_bench_2_and_asks_a_server_once(tmp_path, monkeypatch, capsys):
+    """Rows as in the released file; the longer answer is right in Factuality, and wrong in half of Focus."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    more = {"num_correct": 1, "num_incorrect": 3, "total_completions": 4, "models": ["m"] * 4}
+    more |= {"additional_metadata": {"category": None}}
+    answers = (["right answer"], ["a", "bb", "ccc"]), (["right answer"], ["a", "a longer answer", "c"])
+    subsets = ("Factuality", 0), ("Factuality", 0), ("Focus", 0), ("Focus", 1)
+    rows = [
+        {
+            "id": f"{n}",
+            "prompt": f"{n}?",
+            "chosen": answers[k][0],
+            "rejected": answers[k][1],
+            "subset": subset,
+        }
+        for n, (subset, k) in enumerate(subsets)
+    ]
+    file = write(tmp_path / "rb2.jsonl", [row | more for row in rows])
+    server, outputs = Server(), []
+    with running(server) as url:
+        for budget in ("24", "1"):  # 4 rows of 3 matches in both orders; then all replies are in the cache
+            argv = ("--preferences", file, "--by", f"{url}#m", "--budget", budget, "--out", "r.json")
+            code, out, _ = call(monkeypatch, capsys, "judge", *argv)
+            outputs.append(out)
+            assert code == 0
+        file = write(tmp_path / "rb3.jsonl", [rows[0] | more | {"prompt": "another?"}])
+        code, _, error = call(
+            monkeypatch, capsys, "judge", "--preferences", file, "--by", f"{url}#m", "--budget", "5"
+        )
+    assert code == 1 and "--budget 5: 6 requests to m are needed (0 are in the cache)" in error
+    assert outputs[0] == outputs[1] and len(server.bodies) == 24
+    assert "Factuality: 1.00 [" in outputs[0] and "Focus: 0.50 [" in outputs[0]
+    assert json.loads((tmp_path / "r.json").read_text())["m"]["mean"] == 0.75
+
+
+def test_the_command_compares_two_released_files_of_alpaca_eval(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def brief(prompt, completion, row):\n    return -len(completion)\n")
+
+    def outputs(name, text):
+        rows = [
+            {"dataset": "helpful_base", "instruction": f"{i}?", "output": text, "generator": name}
+            for i in range(6)
+        ]
+        return write(tmp_path / f"{name}.json", rows)
+
+    files = outputs("short", "yes"), outputs("long", "yes, certainly")
+    code, out, _ = call(monkeypatch, capsys, "judge", *files, "--by", "mine.py:brief")
+    assert code == 0 and "short wins 6, ties 0, loses 0 of 6 prompts against long" in out
+
+
+def test_a_judge_of_the_command_that_names_no_answer_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    file = write(tmp_path / "a.jsonl", [{"prompt": f"{i}?", "completion": "x"} for i in range(3)])
+    server = Server()
+    server.reply = lambda body: "Both are good."
+    with running(server) as url:
+        code, _, error = call(monkeypatch, capsys, "judge", file, file, "--by", f"{url}#m")
+    assert code == 1 and error.count("\n") == 1
+    assert "error: judge m: 6 of 6 replies name neither answer A nor B, such as 'Both are good.'" in error
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from jaxft.lab import halving
 from jaxft.lab.appendix import REPORT, write_appendix
 from jaxft.lab.results import read_study
 from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
-from jaxft.lab.trials import plain_run
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.runs.metrics_log import read_entries, read_unfinished
@@ -25,7 +24,6 @@ from jaxft.train import loop
 EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""
 
-from jaxft.lab.trials import plain_run
 from jaxft.lab.study import LogRange, SearchedLoss, Study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.runs.metrics_log import read_unfinished
@@ -102,7 +100,7 @@ def test_a_trial_has_the_metrics_of_a_run_with_its_settings(place):
         study, _ = load_study("alone.py")
         for label in study.losses:
             trial = study.trials_of(label)[2]
-            settings = replace(plain_run(study, label, trial, 0), name=f"alone-{label}")
+            settings = replace(halving.plain_run(study, label, trial, 0), name=f"alone-{label}")
             settings = replace(settings, loop=replace(settings.loop, eval_every=3))
             assert loop.run(settings) == 0
             entries = read_entries(place / f"runs/alone-{label}/metrics.jsonl")

@@ -1,18 +1,30 @@
 """The conclusions of simulated studies whose curves are planted, and their page and tables."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxft.lab.appendix import PaperTable, study_page, tables_of
 from jaxft.lab.halving import HeldOutPairs
-from jaxft.lab.results import FinalCurve, LossOutcome, Sensitivity, StudyResult, duels_of
+from jaxft.lab.results import (
+    FinalCurve,
+    LossOutcome,
+    Sensitivity,
+    StudyResult,
+    duels_of,
+    length_weights,
+    margin_per_token,
+)
 from jaxft.objectives.pair import ACCURACY
 
 PROMPTS, SEEDS, STEPS = 80, 3, (0, 5, 10, 15, 20)
 PAIRS = HeldOutPairs(
-    tuple(f"rows:{i}" for i in range(2 * PROMPTS)), tuple(range(2 * PROMPTS)), (True, False) * PROMPTS
+    tuple(f"rows:{i}" for i in range(2 * PROMPTS)),
+    tuple(range(2 * PROMPTS)),
+    (True, False) * PROMPTS,
+    tuple(i // 2 % 4 - 1 for i in range(2 * PROMPTS)),  # of compared prompts: -1, 0, 1, 2
 )
 
 
@@ -27,7 +39,7 @@ def loss(label, gain, furthest, key):
         noise = rng.normal(0, 0.02, (len(STEPS), PROMPTS))
         values = 0.5 + gain(kl)[:, None] * (1 + difficulty) + noise
         metrics = tuple({"eval_kl": x, "eval_logps/chosen": -x, "eval_rewards/margins": 2 * x} for x in kl)
-        return FinalCurve(STEPS, kl, values, metrics)
+        return FinalCurve(STEPS, kl, values, 0.1 * kl, metrics)
 
     trials = ((f"lr={key}e-05, beta=0.1", 20, 0.7), ("lr=1, beta=0.1", 5, None))
     return LossOutcome(
@@ -73,9 +85,37 @@ def test_losses_with_the_same_curve_are_equivalent_within_a_margin():
 
 def test_values_at_a_kl_are_interpolated_in_the_order_of_the_kl():
     values = np.array([[0.5, 0.5], [0.9, 0.7], [0.7, 0.6]])
-    curve = FinalCurve((0, 1, 2), np.array([0.0, 0.4, 0.2]), values, ({},) * 3)  # the KL falls at the end
+    curve = FinalCurve(
+        (0, 1, 2), np.array([0.0, 0.4, 0.2]), values, np.zeros(3), ({},) * 3
+    )  # the KL falls at the end
     assert curve.at_kl(0.1) == pytest.approx([0.6, 0.55])
     assert curve.at_kl(0.3) == pytest.approx([0.8, 0.65])
+
+
+def test_a_gain_from_length_alone_is_gone_where_longer_and_shorter_chosen_responses_count_the_same():
+    """Three of four prompts with unequal lengths have a longer chosen response, which `long` likes: it wins
+    those and loses the others, as far as it has moved.
+    """
+    longer = np.array([1, 1, 1, -1] * (PROMPTS // 4))
+    pairs = HeldOutPairs(PAIRS.names[1::2], PAIRS.prompts[:PROMPTS], (False,) * PROMPTS, tuple(longer))
+    none = loss("none", lambda kl: 0 * kl, 1.0, 1)
+    likes = loss("long", lambda kl: 0 * kl, 1.0, 2)
+    moved = [replace(c, values=c.values + 0.4 * c.kl[:, None] * longer) for c in likes.curves]
+    likes = replace(likes, curves=tuple(moved))
+    (duel,) = duels_of((none, likes), None, length_weights(pairs))
+    assert [point.winner for point in duel.matched] == [1] * 4
+    assert [point.length_winner for point in duel.matched] == [0] * 4
+    assert duel.matched[-1].difference.mean == pytest.approx(0.4 * (3 - 1) / 4, abs=0.02)
+    assert duel.matched[-1].same_length.mean == pytest.approx(0, abs=0.02)
+    assert duel.verdict.endswith("but not where longer and shorter chosen responses count the same")
+    one_sided = replace(pairs, longer=tuple(np.maximum(longer, 0)))
+    assert length_weights(one_sided) is None
+
+
+def test_the_liking_for_length_is_the_slope_of_margins():
+    pairs = HeldOutPairs(("a", "b", "c", "d"), (0, 1, 2, 3), (False, False, False, True), (2, -1, 5, 7))
+    assert margin_per_token([3 + 0.5 * 2, 3 - 0.5, 3 + 0.5 * 5, 100.0], pairs) == pytest.approx(0.5)
+    assert np.isnan(margin_per_token([1.0, 2.0, 3.0, 4.0], replace(pairs, longer=(2, 2, 2, 2))))
 
 
 @pytest.fixture
@@ -96,7 +136,16 @@ def study(tmp_path):
         "versions": {"python": "3.11"},
     }
     wave = {"wave": "x", "steps": [0, 5], "seed": 0}
-    return StudyResult(tmp_path, declared, ACCURACY, losses, duels_of(losses, 0.02), PAIRS, (wave,), "e" * 64)
+    return StudyResult(
+        tmp_path,
+        declared,
+        ACCURACY,
+        losses,
+        duels_of(losses, 0.02, length_weights(PAIRS)),
+        PAIRS,
+        (wave,),
+        "e" * 64,
+    )
 
 
 def test_the_page_has_declaration_comparisons_every_trial_and_hashes(study):

@@ -7,7 +7,8 @@ from prepared import finished_run, working_directory
 from scripts_in_process import call
 from tiny_run import write_place
 
-from jaxft.runs.metrics_log import check_chain, digests_path
+from jaxft.lab.verify import record_problems
+from jaxft.runs.metrics_log import Jsonl, add_files, check_chain, digests_path
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,30 @@ def test_changes_of_a_run_are_named(folder, monkeypatch, capsys):
     code, out, _ = run(folder, monkeypatch, capsys)
     assert code == 1 and f"{weights.name}: the file has changed since the run was finished" in out
     weights.write_bytes(content)
+
+
+def test_last_lines_that_are_removed_with_all_their_digests_are_found(tmp_path):
+    """Every way of cutting a finished record short: the digests, or the log and its digests."""
+    log, steps = tmp_path / "metrics.jsonl", 8
+    writer = Jsonl(log)
+    for step in range(1, steps + 1):
+        writer.log(step, {"loss": 1 / step}, {})
+    writer.close("finished")
+    for name, content in (("config.json", {"seed": 0}), ("summary.json", {"steps": steps})):
+        (tmp_path / name).write_text(json.dumps(content))
+    add_files(log, [tmp_path / "config.json", tmp_path / "summary.json"])
+    assert not [*record_problems(tmp_path)]
+    lines, digests = (p.read_bytes().splitlines(keepends=True) for p in (log, digests_path(log)))
+    for kept in range(len(digests)):
+        digests_path(log).write_bytes(b"".join(digests[:kept]))
+        for whole in (lines, lines[:kept]):
+            log.write_bytes(b"".join(whole))
+            (problem, *_) = record_problems(tmp_path)
+            assert "\n" not in problem and tmp_path.name in problem
+    digests_path(log).write_bytes(b"".join(digests[:steps]))
+    log.write_bytes(b"".join([*lines, b'{"step": 9, "loss": 0.1}\n']))
+    Jsonl(log, start_step=9).close("stopped")
+    assert not [*record_problems(tmp_path)]  # a run that was continued and is not finished again
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path, monkeypatch, capsys):

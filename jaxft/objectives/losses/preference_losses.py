@@ -13,7 +13,7 @@ D take `score`.
 A pair whose chosen response has a log-ratio of 2, and the rejected one of -1:
 
 >>> from functools import partial
->>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> from jaxft.lab.loss_evaluation import synthetic_pairs
 >>> pair = synthetic_pairs({"chosen": 2.0, "rejected": -1.0}, length=10)
 >>> round(dpo(pair, beta=0.1).item(), 3)
 0.554

@@ -8,7 +8,7 @@ log pi_ref(y_i|x) of response i, and s_i its rating. Sums run over the responses
 
 Three responses in the order of their log-ratios:
 
->>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> from jaxft.lab.loss_evaluation import synthetic_pairs
 >>> ranking = synthetic_pairs({"chosen": 2.0, "rank_2": 1.0, "rejected": 0.0})
 >>> round(plackett_luce(ranking, beta=1.0).item(), 3)
 0.721

@@ -8,7 +8,7 @@ their NLL is a mean over a microbatch.
 
 A pair of 10 tokens each, with log-probs of -8 and -10:
 
->>> from jaxft.lab.synthetic_pairs import synthetic_pairs
+>>> from jaxft.lab.loss_evaluation import synthetic_pairs
 >>> pair = synthetic_pairs({"chosen": 2.0, "rejected": 0.0}, length=10, reference=-10.0)
 >>> round(simpo(pair, beta=2.0, gamma=0.0).item(), 3)
 0.513

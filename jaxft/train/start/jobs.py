@@ -125,7 +125,7 @@ class Job:
         return self.sources[min(number, len(self.sources) - 1)]
 
     def batch(self, step: int, states: tuple[TrainState, ...]) -> tuple[list[Batch], Batch, Metrics]:
-        """Return the sources' batches, the batch that the step takes, and metrics of how it was made."""
+        """Return the sources' batches, the batch that the step takes, and metrics of its generation."""
         made = [source.batch(step, states[0]) for source in self.sources]
         batches = [batch for batch, _ in made]
         if len(batches) == 1:

@@ -1,13 +1,15 @@
-"""The checks of a preference loss on synthetic pairs; `check_loss(probe)` runs them all, those of traits.py
-and claims.py included.
+"""The checks of a preference loss; `check_loss(probe)` runs them all.
 
 A check fails where training would go wrong: no finite value per pair, a value that depends on other pairs, no
-gradient or one in the wrong direction, a claim that does not hold.
+gradient or one in the wrong direction, a claim that does not hold. Other checks describe: the inputs of the
+loss, its symmetries, the influence of lengths, and what it would learn from unlimited data, on the toys of
+exact_toys.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,15 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft.lab.loss_claims import (
-    CLAIMS,
-    check_displacement,
-    check_optimum,
-    check_sign,
-    find_optimum,
-)
-from jaxft.lab.loss_probe import (
+from jaxft.lab.exact_toys import CLAIMS, check_displacement, check_optimum, check_sign, find_optimum
+from jaxft.lab.loss_evaluation import (
     PAIR,
+    PER_TOKEN,
+    TOKENS,
+    ZERO_COLUMNS,
     Check,
     Curve,
     LossResult,
@@ -33,23 +32,20 @@ from jaxft.lab.loss_probe import (
     evaluate_each,
     evaluate_pairs,
     format_number,
+    loss_at_start,
     margin_curve,
     margin_span,
+    pack_rows,
     same_result,
     shape_of,
+    synthetic_pairs,
+    varied_pairs,
 )
-from jaxft.lab.loss_traits import (
-    check_antisymmetry,
-    check_difference,
-    describe_inputs,
-    describe_lengths,
-    describe_reference,
-)
-from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
 from jaxft.objectives.pair import PairBatch, claims_of
 from jaxft.tree import nearest
 
-LONG = 4096  # tokens of a long response
+SHORT, LONG = 8, 64  # tokens of responses that are compared by length
+LONGEST = 4096  # tokens of a response, in the check of finite values
 NO_MEAN = (
     "drop the mean or sum over pairs (the objective weights and sums them), "
     "or declare the loss with @coupled of pair.py"
@@ -121,7 +117,7 @@ def check_shape(probe: Probe) -> Check:
 
 def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
     """Return pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses
-    of 1 and LONG tokens.
+    of 1 and LONGEST tokens.
     """
     sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
     policy, reference = (x.ravel() for x in np.meshgrid(sums, sums))
@@ -132,9 +128,12 @@ def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
     ratio = {kind: rotated(policy - reference, k) for k, kind in enumerate(probe.kinds)}
     known = {kind: rotated(reference, k) for k, kind in enumerate(probe.kinds)}
     n = np.arange(2 * len(policy))
-    length: dict[str, Any] = {"chosen": np.where(n % 2, LONG, 1), "rejected": np.where(n // 2 % 2, LONG, 1)}
+    length: dict[str, Any] = {
+        "chosen": np.where(n % 2, LONGEST, 1),
+        "rejected": np.where(n // 2 % 2, LONGEST, 1),
+    }
     length |= dict.fromkeys(probe.kinds[2:], 1)
-    return synthetic_pairs(ratio, length, known, probe.columns, 2 * LONG + 1, dtype)
+    return synthetic_pairs(ratio, length, known, probe.columns, 2 * LONGEST + 1, dtype)
 
 
 def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
@@ -147,7 +146,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
     if not count:
         message = (
             "log-probs of policy and reference 0 to -1e5 in all combinations, "
-            f"responses of 1 and {LONG} tokens"
+            f"responses of 1 and {LONGEST} tokens"
         )
         return Check(name, True, message)
     part = next(part for part, where in bad.items() if where.any())
@@ -330,3 +329,190 @@ def _intervals(margin: np.ndarray, where: np.ndarray) -> str:
     ends = [(margin[a], margin[b - 1]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     texts = [format_number(a) if a == b else f"{format_number(a)} to {format_number(b)}" for a, b in ends]
     return ", ".join(texts[:3]) + (" and more" if len(texts) > 3 else "")
+
+
+# Inputs
+
+
+def describe_inputs(probe: Probe) -> Check:
+    """Describe the third response, columns and state that the loss reads."""
+    pair = synthetic_pairs(**varied_pairs(probe.kinds, 24), columns=probe.columns)
+    level = evaluate_each(probe, pair)
+
+    def reads(name: str) -> bool:
+        columns = {**pair.columns, name: pair.columns[name] + np.float32(1)}
+        return not same_result(level, evaluate_each(probe, replace(pair, columns=columns)))
+
+    inputs = [f"a third response `{kind}`" for kind in probe.kinds[2:]]
+    inputs += [
+        f"the column `{name}` ({int(name not in ZERO_COLUMNS)} in all other checks)"
+        for name in probe.columns
+        if reads(name)
+    ]
+    message = f"reads chosen and rejected responses{''.join(', ' + what for what in inputs)}"
+    if probe.declared.coupled:
+        state = (
+            f" with the state {', '.join(probe.declared.init)} at its start" if probe.declared.init else ""
+        )
+        message += f"; it is coupled: unless stated otherwise, the checks use batches of one pair{state}"
+    return Check("inputs", None, message)
+
+
+def describe_reference(probe: Probe) -> Check:
+    """Describe whether the loss depends on the reference's log-probs."""
+    given = varied_pairs(probe.kinds, 24)
+    shift = {kind: np.linspace(1, 4, 24) * (i + 1) for i, kind in enumerate(probe.kinds)}
+    shifted = {
+        "ratio": {kind: x + shift[kind] for kind, x in given["ratio"].items()},
+        "length": given["length"],
+        "reference": {kind: x - shift[kind] for kind, x in given["reference"].items()},
+    }
+    if not same_result(evaluate_pairs(probe, **given), evaluate_pairs(probe, **shifted)):
+        return Check("reference", None, "the policy is compared with it")
+    if not runs_without_reference(probe):
+        return Check("reference", None, "required, but the loss does not depend on it")
+    advice = (
+        ""
+        if not probe.declared.reads_reference
+        else "; declare the loss with @reference_free to save its forward pass"
+    )
+    return Check("reference", None, f"not read{advice}")
+
+
+def runs_without_reference(probe: Probe) -> bool:
+    """Whether the loss returns values without a reference."""
+    pair = synthetic_pairs(dict.fromkeys(probe.kinds, np.zeros(6)), columns=probe.columns)
+    responses = {kind: replace(x, reference=None) for kind, x in pair.responses.items()}
+    pair = replace(pair, responses=responses, tokens=replace(pair.tokens, reference=None))
+    try:
+        jax.eval_shape(partial(loss_at_start, probe.loss), pair)
+    except Exception:  # of a user's function
+        return False
+    return True
+
+
+# Symmetries
+
+
+def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
+    """Check that loss(pair) - loss(swapped pair) = -k margin, as in DPO; the margin of summed or mean
+    log-ratios or log-probs.
+    """
+    given = varied_pairs(probe.kinds, 24)
+    swapped = {what: {**x, "chosen": x["rejected"], "rejected": x["chosen"]} for what, x in given.items()}
+    here, there = evaluate_pairs(probe, **given).value, evaluate_pairs(probe, **swapped).value
+    gap = here - there
+    policy = {kind: given["ratio"][kind] + given["reference"][kind] for kind in PAIR}
+    ones = dict.fromkeys(PAIR, 1)
+    fits = []
+    for what, x in (("log-ratios", given["ratio"]), ("log-probs", policy)):
+        for unit, per in (("summed", ones), ("mean", given["length"])):
+            margin = x["chosen"] / per["chosen"] - x["rejected"] / per["rejected"]
+            k = -float(np.dot(gap, margin) / np.dot(margin, margin))
+            fits.append((float(np.abs(gap + k * margin).max()), k, f"{unit} {what}"))
+    residual, k, what = min(fits)
+    law = "loss(pair) - loss(swapped pair)"
+    if residual < 1e-3 * np.abs(gap).max() and not close(here, there):
+        message = f"yes: {law} = {format_number(-k)} times the margin of {what}"
+        return Check("antisymmetric", True if claimed else None, message)
+    nearest = f"{format_number(-k)} times that of {what}, off by up to {format_number(residual)}"
+    message = f"{law} is no multiple of a margin; nearest is {nearest}"
+    message = f"{law} = 0" if close(here, there) else message
+    return _refuted("antisymmetric", claimed, message)
+
+
+def check_difference(probe: Probe, claimed: bool = False) -> Check:
+    """Check that the loss depends on the difference of the two log-ratios alone: adding to both has no
+    effect.
+    """
+    given = varied_pairs(probe.kinds, 24)
+    lift = {kind: np.linspace(-4, 4, 24) * (kind in PAIR) for kind in probe.kinds}
+    lifted = {kind: x + lift[kind] for kind, x in given["ratio"].items()}
+
+    def unchanged(length: Any) -> bool:
+        results = [
+            evaluate_pairs(probe, ratio=ratio, length=length, reference=given["reference"])
+            for ratio in (given["ratio"], lifted)
+        ]
+        return same_result(*results)
+
+    if unchanged(given["length"]):
+        message = "yes: adding the same to both log-ratios has no effect"
+        return Check("difference", True if claimed else None, message)
+    message = "adding the same to both log-ratios changes it"
+    message += ", unless their lengths agree" if unchanged(TOKENS) else ""
+    return _refuted("difference", claimed, message)
+
+
+def _refuted(name: str, claimed: bool, message: str) -> Check:
+    if claimed:
+        return Check(name, False, f"claimed, but {message}")
+    return Check(name, None, f"no: {message}")
+
+
+# Lengths
+
+
+def describe_lengths(probe: Probe) -> tuple[Check, Check, Check]:
+    """Describe the influence of lengths at equal sums of log-probs and at equal means, and the gradient on a
+    token.
+    """
+
+    def sums(n: Any, x: float) -> tuple[Any, Any]:
+        return 0 * n + x, 0 * n + TOKENS * PER_TOKEN
+
+    def means(n: Any, x: float) -> tuple[Any, Any]:
+        return n * x, n * PER_TOKEN
+
+    by_sum = {"at log-ratios of +2": 2.0, "at -2": -2.0}
+    by_mean = {"at log-ratios of +0.1 per token": 0.1, "at -0.1": -0.1}
+    return (
+        _by_length(probe, "length, sums equal", sums, by_sum),
+        _by_length(probe, "length, means equal", means, by_mean),
+        _token_gradient(probe),
+    )
+
+
+def _by_length(
+    probe: Probe, name: str, given: Callable[[Any, float], tuple[Any, Any]], cases: dict[str, float]
+) -> Check:
+    """given(lengths, x) -> (log-ratios, reference's log-probs) of responses of these lengths."""
+    length = {
+        "chosen": np.array([LONG, SHORT, SHORT, LONG]),
+        "rejected": np.array([SHORT, LONG, SHORT, LONG]),
+    }
+    length |= dict.fromkeys(probe.kinds[2:], np.full(4, TOKENS))
+    losses = []
+    for x in cases.values():
+        each = {kind: given(n, x if kind in PAIR else 0.0) for kind, n in length.items()}
+        ratio, known = ({kind: both[i] for kind, both in each.items()} for i in range(2))
+        losses.append(evaluate_pairs(probe, ratio=ratio, length=length, reference=known).value)
+    if all(close(x, np.full(4, x[0])) for x in losses):
+        return Check(name, None, f"{SHORT} or {LONG} tokens, the value is the same")
+    values = ", ".join(
+        f"{format_number(x[0])} and {format_number(x[1])} {case}"
+        for case, x in zip(cases, losses, strict=True)
+    )
+    lower = [bool(x[0] < x[1]) for x in losses]
+    if all(close(x[:1], x[1:2]) for x in losses):
+        message = "lengths matter, but not which of the two responses is the longer one"
+    elif all(lower) or not any(lower):
+        message = (
+            f"the loss is lower where the chosen response is the {'longer' if lower[0] else 'shorter'} one"
+        )
+    else:
+        message = f"the longer response's log-ratio counts for {'more' if lower[0] else 'less'}"
+    cases_text = f"{LONG} against {SHORT} tokens, chosen longer and rejected longer: {values}"
+    return Check(name, None, f"{message} ({cases_text})")
+
+
+def _token_gradient(probe: Probe) -> Check:
+    """The gradient on a token of a short and of a long chosen response."""
+    length = {"chosen": np.array([SHORT, LONG])} | dict.fromkeys(probe.kinds[1:], TOKENS)
+    ratio = dict.fromkeys(probe.kinds, np.zeros(2))
+    gradient = evaluate_pairs(probe, ratio=ratio, length=length).gradient["chosen"]
+    name, values = "length, gradient", [format_number(x) for x in gradient]
+    if close(gradient[:1], gradient[1:]):
+        return Check(name, None, f"{values[0]} on a chosen token, of {SHORT} or of {LONG}")
+    message = f"{values[0]} on a chosen token of {SHORT}, {values[1]} on one of {LONG}"
+    return Check(name, None, f"{message} (equal sums of log-probs, the policy is the reference)")

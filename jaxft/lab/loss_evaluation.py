@@ -1,31 +1,247 @@
-"""A preference loss on synthetic pairs, without a model: its values, its gradients, its curve over the
-margin.
+"""Preference losses without a model: losses that a command line names, on synthetic pairs.
 
-`probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each and evaluate_batch call
-it; laws.py checks the results. A margin is c - r, the summed log-ratio log pi(y) - log pi_ref(y) of the
-chosen response minus that of the rejected one.
+`parse_losses` reads `name` or `file.py:name,beta=0.2`. `synthetic_pairs` makes a batch of given log-ratios,
+lengths and log-probs. `probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each
+and evaluate_batch call it, margin_curve follows it over the margin: c - r, the summed log-ratio
+log pi(y) - log pi_ref(y) of the chosen response minus that of the rejected one. loss_checks.py checks the
+results.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs
-from jaxft.objectives.pair import PairBatch, PreferenceLoss, declaration, loss_values
-from jaxft.tree import struct
+from jaxft.annotations import PREFERENCE_LOSSES
+from jaxft.objectives.pair import (
+    PairBatch,
+    PairTokens,
+    PreferenceLoss,
+    Response,
+    declaration,
+    loss_signature,
+    loss_values,
+)
+from jaxft.runs.settings.setting_values import UNANNOTATED, find_file, load_callable, parse_value
+from jaxft.tree import nearest, struct
 
+TOKENS = 16  # of a response, by default
+PER_TOKEN = -1.5  # the reference's log-prob per token, by default
+ZERO_COLUMNS = ("margin", "score_rejected")  # other columns are 1
+READS = 160  # read positions of a row; one size, so that a loss is compiled once
 PAIR = ("chosen", "rejected")
 RATING_COLUMNS = ("score_chosen", "score_rejected")  # columns that a loss of rankings may need
 THIRDS = ("mismatched", "gold")  # a third response that a loss may need
 ROWS = 96  # pairs that are evaluated at once; one number, so that a loss is compiled once
 NO_OPTIMISATION = {"xla_backend_optimization_level": 0}  # compiling takes far longer than the few calls
 SPANS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+# Losses by name
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss of the command line: its label in tables, its function with its knobs, and its file."""
+
+    label: str
+    fn: Callable
+    file: Path
+
+
+def parse_losses(texts: Sequence[str], known: Sequence[NamedLoss] = ()) -> list[NamedLoss]:
+    """Parse losses, each `name` or `name,knob=value,...`, leaving out duplicates and those in `known`.
+
+    A loss that has the label of another one is labelled with its file too. Raises ValueError for a name that
+    is no loss, a knob that the loss does not have, and a value that the knob does not take.
+    """
+    by_label = {loss.label: loss for loss in known}
+    listed = {(loss.file, loss.label) for loss in known}
+    for text in texts:
+        loss = parse_loss(text)
+        if (loss.file, loss.label) in listed:
+            continue
+        listed.add((loss.file, loss.label))
+        labels = (loss.label, f"{loss.file.stem}:{loss.label}", f"{loss.file}:{loss.label}")
+        label = next(label for label in labels if label not in by_label)
+        by_label[label] = replace(loss, label=label)
+    return list(by_label.values())[len(known) :]
+
+
+def parse_loss(text: str) -> NamedLoss:
+    """Parse one loss, `name` or `name,knob=value,...`."""
+    name, *items = re.split(r",(?=\s*[^\W\d]\w*\s*=)", text)
+    fn, file = _function(name.strip())
+    available, values = loss_knobs(fn), dict[str, Any]()
+    for item in items:
+        knob, _, given = (x.strip() for x in item.partition("="))
+        if knob not in available:
+            near = ", ".join(nearest(knob, list(available), 5)) or "none, it has no knobs"
+            raise ValueError(f"{name} has no knob {knob!r}; near: {near}")
+        values[knob] = _knob_value(item.strip(), given, *available[knob])
+    label = ",".join([name.rpartition(":")[2], *(item.replace(" ", "") for item in items)])
+    return NamedLoss(label, partial(fn, **values) if values else fn, file)
+
+
+def loss_knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
+    """Return knob -> (annotation, default) of a loss: its parameters after the pair."""
+    named = list(loss_signature(loss).parameters.values())[1:]
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(declaration(loss).fn))
+    except (NameError, TypeError):  # an unreadable annotation counts as none
+        hints = {}
+    return {
+        p.name: (hints.get(p.name, UNANNOTATED), p.default)
+        for p in named
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+
+
+def loss_beta(loss: NamedLoss) -> float:
+    """Return the loss's beta, which scales the logged rewards, or 0.1 if it has none."""
+    default = loss_knobs(loss.fn).get("beta", (None, None))[1]
+    return float(default) if isinstance(default, int | float) else 0.1
+
+
+def _function(name: str) -> tuple[Callable, Path]:
+    """Return the loss `file.py:name`, `package.module:name` or a short name of jaxft's, and its file."""
+    if ":" not in name and name not in PREFERENCE_LOSSES:
+        near = ", ".join(nearest(name, list(PREFERENCE_LOSSES), 5))
+        raise ValueError(f"no loss is called {name!r}; near: {near}. Use file.py:name for a loss in a file")
+    full = PREFERENCE_LOSSES.get(name, name)
+    fn, where = load_callable(full), full.rpartition(":")[0]
+    return fn, find_file(where) if where.endswith(".py") else Path(inspect.getfile(sys.modules[where]))
+
+
+def _knob_value(item: str, text: str, kind: Any, default: Any) -> Any:
+    """Parse the value of a knob as the type of its annotation, or else of its default."""
+    if kind in (UNANNOTATED, Any):
+        if default is UNANNOTATED or default is None:
+            raise ValueError(
+                f"{item}: the knob has neither an annotation nor a default. Annotate it in the loss"
+            )
+        kind = Callable if callable(default) else type(default)
+        kind = int | float if kind is int else kind  # a default of 1 does not exclude 0.5
+    try:
+        return parse_value(text, kind)
+    except ValueError as error:
+        raise ValueError(f"{item}: {error}") from error
+
+
+# Synthetic pairs
+
+
+def synthetic_pairs(
+    ratio: Mapping[str, Any],
+    length: Mapping[str, Any] | int = TOKENS,
+    reference: Mapping[str, Any] | float = TOKENS * PER_TOKEN,
+    columns: Iterable[str] = ("margin",),
+    reads: int = READS,
+    dtype: DTypeLike = np.float32,
+) -> PairBatch:
+    """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs: a number or an array
+    [N] per kind.
+
+    The log-prob of a response is spread evenly over its tokens, log sum_v p_v^2 is -1, columns are 1,
+    those of ZERO_COLUMNS 0. A response of length 0 is missing; a mean length is that of the N pairs. The
+    arrays are NumPy's. Raises ValueError if a pair has more than `reads` tokens.
+    """
+    kinds = tuple(sorted(ratio))  # the order of a dict's keys after jax.jit
+    given = [
+        np.atleast_1d(x[kind] if isinstance(x, Mapping) else x)
+        for x in (ratio, length, reference)
+        for kind in kinds
+    ]
+    table = np.stack(np.broadcast_arrays(*given)).astype(np.float64)  # [3 A, N]
+    ratios, lengths, known = table.reshape(3, len(kinds), table.shape[1]).swapaxes(1, 2)
+    longest = int(lengths.sum(1).max())
+    if longest > reads:
+        raise ValueError(
+            f"a pair of {longest} tokens exceeds reads={reads}. Use synthetic_pairs(reads={longest})"
+        )
+    exists, divisor = lengths > 0, np.maximum(lengths, 1)
+    known = np.where(exists, known, 0.0)
+    logp = known + np.where(exists, ratios, 0.0)
+
+    def column(x: np.ndarray) -> Any:
+        return x[:, None].astype(dtype)
+
+    mean = [divisor[exists[:, k], k].mean() if exists[:, k].any() else 1.0 for k in range(len(kinds))]
+    responses = {
+        kind: Response(
+            logp=column(logp[:, k]),
+            reference=column(known[:, k]),
+            length=column(divisor[:, k]),
+            mean_length=column(np.full(len(logp), mean[k])),
+            present=column(exists[:, k]),
+        )
+        for k, kind in enumerate(kinds)
+    }
+    given_columns: Any = {
+        name: np.full((len(logp), 1), float(name not in ZERO_COLUMNS), np.float32) for name in columns
+    }
+    return PairBatch(
+        responses,
+        _tokens(logp / divisor, known / divisor, lengths.astype(int), reads, dtype),
+        given_columns,
+        column(np.ones(len(logp))),
+    )
+
+
+def _tokens(
+    logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, reads: int, dtype: DTypeLike
+) -> PairTokens:
+    """Read positions of rows with one slot each, from log-probs per token and lengths [N, A]."""
+    N, A = lengths.shape
+    response, position = np.full((N, reads), A, np.int32), np.zeros((N, reads), np.int32)
+    for n, row in enumerate(lengths):
+        response[n, : row.sum()] = np.repeat(np.arange(A), row)
+        position[n, : row.sum()] = np.concatenate([np.arange(count) for count in row])
+    real = response < A
+
+    def at(x: np.ndarray) -> Any:
+        return np.where(real, np.take_along_axis(x, np.minimum(response, A - 1), 1), 0.0).astype(dtype)
+
+    ids: Any = response
+    positions: Any = position
+    return PairTokens(at(logp), at(known), at(np.full((N, A), -1.0)), ids, positions)
+
+
+def pack_rows(pair: PairBatch, slots: int) -> PairBatch:
+    """Arrange pairs [N, 1] as a batch [N / slots, slots]. Raises ValueError if slots does not divide N."""
+    N, A = pair.weight.shape[0], len(pair.responses)
+    if N % slots:
+        raise ValueError(f"{N} pairs do not fill rows of {slots}. Use a multiple of {slots} pairs")
+    slot = (np.arange(N, dtype=np.int32) % slots)[:, None]
+    ids: Any = np.where(pair.tokens.response < A, pair.tokens.response + slot * A, slots * A).astype(np.int32)
+    whole = replace(pair, tokens=replace(pair.tokens, response=ids))
+    return jax.tree.map(lambda x: x.reshape(N // slots, slots * x.shape[1]), whole)
+
+
+def varied_pairs(kinds: tuple[str, ...], count: int, reach: float = 8.0) -> dict[str, Any]:
+    """Arguments of synthetic_pairs for distinct pairs with |log-ratio| <= reach."""
+    rng = np.random.default_rng(0)
+    ratio = {kind: rng.uniform(-reach, reach, count) for kind in kinds}
+    length = {kind: rng.permutation(np.linspace(4, 48, count)).astype(int) for kind in kinds}
+    return {
+        "ratio": ratio,
+        "length": length,
+        "reference": {kind: -reach - rng.uniform(4, 40, count) for kind in kinds},
+    }
+
+
+# A loss and its inputs
 
 
 @struct
@@ -71,9 +287,6 @@ class Curve:
     margin: np.ndarray
     value: np.ndarray
     gradient: dict[str, np.ndarray]
-
-
-# A loss and its inputs
 
 
 def loss_at_start(loss: Callable[..., Array], pair: PairBatch) -> Array:

@@ -14,20 +14,30 @@ import pytest
 from jax.lax import stop_gradient
 from preference_rows import EVERY, THIRD, with_knobs
 
-from jaxft.lab.loss_laws import check_empty_slots, check_independence, check_loss, check_zero_weight
-from jaxft.lab.loss_probe import (
+from jaxft.lab.loss_checks import (
+    check_antisymmetry,
+    check_difference,
+    check_empty_slots,
+    check_independence,
+    check_loss,
+    check_zero_weight,
+)
+from jaxft.lab.loss_evaluation import (
     PAIR,
+    PER_TOKEN,
+    TOKENS,
     evaluate_batch,
     evaluate_each,
     evaluate_pairs,
     loss_at_start,
     margin_curve,
     margin_span,
+    pack_rows,
+    parse_losses,
     probe,
+    synthetic_pairs,
+    varied_pairs,
 )
-from jaxft.lab.loss_traits import check_antisymmetry, check_difference
-from jaxft.lab.named_losses import parse_losses
-from jaxft.lab.synthetic_pairs import PER_TOKEN, TOKENS, pack_rows, synthetic_pairs, varied_pairs
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses import reference_free_losses as F
 from jaxft.objectives.pair import coupled
