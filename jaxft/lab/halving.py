@@ -30,11 +30,13 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
+from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare
 from jaxft.nn.param import Specs
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.objectives.objective import Objective, Outputs
+from jaxft.objectives.pair import CHOSEN_REWARD, REJECTED_REWARD, declaration
 from jaxft.objectives.preference import preference
 from jaxft.optim.optimizer import Optim, make_rule
 from jaxft.optim.rules import UpdateRule
@@ -497,19 +499,27 @@ def run_of(study: Study, label: str, seed: int) -> Run:
 
 def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
     """Return the run that a trial equals: the recipe with the loss, its knobs, the learning rate and the seed
-    as settings.
+    as settings. The rewards of a loss with a state are in units of its beta.
     """
     run, loss = run_of(study, label, seed), study.losses[label]
+    beta = trial.knobs.get("beta", own_beta(loss)) if declaration(loss.fn).init else 1.0
     return replace(
         run,
-        objective=partial(preference, loss=partial(loss.fn, **trial.knobs), beta=1.0),
+        objective=partial(preference, loss=partial(loss.fn, **trial.knobs), beta=beta),
         optim=replace(study.recipe.optim, lr=trial.lr),
     )
 
 
+def own_beta(loss: SearchedLoss) -> float:
+    """Return the beta that a loss has where it is not searched, 1 for a loss without one."""
+    default = loss_knobs(loss.fn).get("beta", (None, 1.0))[1]
+    return float(default) if isinstance(default, int | float) else 1.0
+
+
 def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
     """The preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial: the values
-    that they start with.
+    that they start with. A loss with a state updates it from the logged rewards, as BCO does, which it
+    expects with its own beta.
     """
 
     def with_knobs(knobs: Mapping[str, Any]) -> Objective:
@@ -524,7 +534,17 @@ def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Obje
     def init(trainable: Params, at_base: bool) -> Aux:
         return {**plain.init(trainable, at_base), LOSS_KNOBS: _arrays(trial.knobs)}
 
-    return plain._replace(loss=partial(loss_of, False), eval_loss=partial(loss_of, True), init=init)
+    def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
+        beta = aux[LOSS_KNOBS].get("beta", own_beta(loss))
+        own = {
+            name: replace(metrics[name], total=beta * metrics[name].total)
+            for name in (CHOSEN_REWARD, REJECTED_REWARD)
+            if name in metrics
+        }
+        return plain.update(aux, trainable, {**metrics, **own})
+
+    whole = partial(loss_of, False), partial(loss_of, True)
+    return plain._replace(loss=whole[0], eval_loss=whole[1], init=init, update=update)
 
 
 def _arrays(knobs: Mapping[str, float]) -> dict[str, Array]:

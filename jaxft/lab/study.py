@@ -33,7 +33,7 @@ from jaxtyping import Array
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
 from jaxft.lab.loss_evaluation import loss_knobs
-from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, declaration, loss_name
+from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, loss_name
 from jaxft.runs.environment import versions
 from jaxft.runs.settings.setting_values import describe, differences, find_file, run_file
 from jaxft.train.settings import Run
@@ -217,11 +217,6 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
             )
         if isinstance(values, tuple) and not values:
             raise ValueError(f"study.losses[{label}]: {name} has no values; list some, or leave it out")
-    if declaration(loss.fn).init:
-        raise ValueError(
-            f"study.losses[{label}]: {loss_name(loss.fn)} carries a state from step to step, which a study "
-            "doesn't reset between trials; leave it out"
-        )
     if len(loss.knobs) >= len(PRIMES):
         raise ValueError(
             f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched; "

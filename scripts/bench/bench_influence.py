@@ -8,6 +8,10 @@ pass over the rows serves all drawings. auroc: of 20 % of the labels that are fl
 the mean over the drawings. worst_last: in how many drawings the worst of ten sources, 60 % of whose labels
 are flipped, has the lowest mean influence. epochs: CPU seconds of the pass, its compilation included, over
 those of an epoch of training, from --steps steps after the first two.
+
+SmolLM2-135M-Instruct, dpo, two busy AVX2 cores: worlds 0, 1 and 2 have least areas of 0.938, 0.904 and 0.926
+and means of 0.953, 0.932 and 0.949; the bad source is the last in 10 of 10 drawings each; 0.41 epochs
+(commit 41b8b780; worlds 1 and 2 some commits before, with less full rows: 0.47 epochs).
 """
 
 import argparse

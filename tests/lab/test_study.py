@@ -3,9 +3,11 @@
 import shutil
 from contextlib import chdir
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpo_place import write_pair_place
@@ -14,10 +16,12 @@ from prepared import working_directory
 from jaxft.lab import halving
 from jaxft.lab.appendix import REPORT, write_appendix
 from jaxft.lab.results import read_study
-from jaxft.lab.study import LogRange, SearchedLoss, Study, load_study
+from jaxft.lab.study import LogRange, LossTrial, SearchedLoss, Study, load_study
+from jaxft.lab.verify import record_problems
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
-from jaxft.runs.metrics_log import read_entries, read_unfinished
+from jaxft.objectives.metrics import Sum
+from jaxft.runs.metrics_log import digests_path, read_entries, read_unfinished
 from jaxft.runs.settings.config import load_config
 from jaxft.train import loop
 
@@ -114,6 +118,39 @@ def test_a_trial_has_the_metrics_of_a_run_with_its_settings(place):
 
 
 @pytest.mark.slow
+def test_a_loss_with_a_state_has_it_in_each_slot_from_the_start_of_each_trial(place):
+    """BCO's trials, the last one after two others in its slot, are runs with its beta."""
+    text = FILE.replace('name="tiny"', 'name="bco"').replace("seeds=(0, 1)", "seeds=(0,), keep=1.0")
+    text = text.replace('"ipo": SearchedLoss(ipo,', '"bco": SearchedLoss(bco,')
+    bco_import = "from jaxft.objectives.losses.reference_free_losses import bco\n"
+    text = text.replace("import dpo, ipo\n", f"import dpo\n{bco_import}")
+    assert run(place, text, "bco.py") == 0
+    with working_directory(place):
+        study, _ = load_study("bco.py")
+        trial = study.trials_of("bco")[2]
+        settings = replace(halving.plain_run(study, "bco", trial, 0), name="bco-alone")
+        assert loop.run(replace(settings, loop=replace(settings.loop, eval_every=3))) == 0
+    entries = read_entries(place / "runs/bco-alone/metrics.jsonl")
+    expected = {entry["step"]: entry for entry in entries if "eval_loss" in entry}
+    for entry in read_entries(place / "runs/bco/trials/bco-2-seed0/metrics.jsonl"):
+        alone = expected[entry["step"]]
+        assert entry["eval_loss"] == pytest.approx(alone["eval_loss"], rel=2e-3)
+        margin = trial.knobs["beta"] * entry["eval_rewards/margins"]
+        assert margin == pytest.approx(alone["eval_rewards/margins"], rel=2e-3, abs=2e-4)
+
+
+def test_the_state_of_a_loss_is_updated_from_rewards_with_its_own_beta():
+    loss, trial = SearchedLoss(bco, {"beta": (0.3,)}), LossTrial(0, 1e-3, {"beta": 0.3})
+    objective = halving.searched(None, loss, trial)
+    aux = objective.init({}, True)
+    metrics = {"rewards/chosen": Sum(jnp.float32(6), jnp.float32(3)), "rewards/rejected": Sum(-2.0, 3.0)}
+    state = objective.update(aux, {}, metrics)["loss"]  # 3 rewards of 2 nats and 3 of -2/3
+    assert state["delta"] == pytest.approx(0.3 * (6 - 2) / 6) and state["count"] == 6
+    assert halving.own_beta(SearchedLoss(partial(bco, beta=0.7))) == 0.7
+    assert halving.own_beta(SearchedLoss(lambda pair: pair)) == 1.0
+
+
+@pytest.mark.slow
 def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_trials(
     place, monkeypatch, capsys
 ):
@@ -156,6 +193,56 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     assert run(place) == 0 and "this study is finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the study has changed since it was declared: study.trials: 3 -> 2"):
         run(place, FILE.replace("trials=3", "trials=2"))
+    problems_of_a_study(place / "runs/tiny")
+
+
+def problems_of_a_study(folder):
+    """Changes of a finished study, each of which is one line."""
+    assert not [*record_problems(folder)]
+    page, table, log = (folder / name for name in (REPORT, "tables/duels.csv", "study.jsonl"))
+    trial = next(folder.glob("trials/*/evaluations.jsonl"))
+    for path, change, message in (
+        (page, lambda x: x.replace(b"not distinguishable", b"better", 1), "is not what jaxft"),
+        (table, lambda x: x.replace(b"dpo", b"ipo", 1), "is not what jaxft"),
+        (trial, lambda x: x.replace(b"0.", b"1.", 1), "the file was changed after it was written"),
+        (log, lambda x: x.replace(b"0.", b"1.", 1), "the line was changed after it was written"),
+    ):
+        content = path.read_bytes()
+        assert change(content) != content
+        path.write_bytes(change(content))
+        (problem,) = record_problems(folder)
+        assert message in problem and "\n" not in problem
+        path.write_bytes(content)
+    digests = digests_path(log)
+    for path in (log, digests):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    (problem,) = record_problems(folder)
+    assert problem.endswith("its last lines were removed")
+
+
+def test_a_study_whose_file_changed_after_its_declaration_is_refused_in_one_line(place, recipe, monkeypatch):
+    """What has changed is named before anything is loaded; so is a change of the declaration itself."""
+    monkeypatch.setattr(halving, "open_lab", lambda *_: (_ for _ in ()).throw(Killed))
+    study, file = make(recipe, name="declared"), place / "config.py"
+    path = place / "runs/declared/declaration.json"
+    with working_directory(place):
+        with pytest.raises(Killed):  # the declaration is written, nothing is trained
+            halving.run_study(study, file)
+        for other, message in (
+            (replace(study, trials=5), "since it was declared: study.trials: 6 -> 5"),
+            (
+                replace(study, metric="rewards/margins"),
+                "'rewards/accuracies' -> 'rewards/margins'",
+            ),
+            (replace(study, losses={**study.losses, "ipo": SearchedLoss(partial(ipo, beta=0.2))}), "ipo"),
+        ):
+            with pytest.raises(ValueError, match="has changed since") as error:
+                halving.run_study(other, file)
+            assert message in str(error.value) and "\n" not in str(error.value)
+        path.write_text(path.read_text().replace('"rewards/accuracies"', '"rewards/margins"', 1))
+        with pytest.raises(ValueError, match="the declaration was edited after it was written") as error:
+            halving.run_study(study, file)
+        assert "\n" not in str(error.value)
 
 
 def make(recipe, **more):
@@ -201,7 +288,6 @@ WRONG = {
         "study.trials=6, but a has only 1 settings",
     ),
     "range": (dict(lr=(0.1,), tuning=1.0), "leaves no held-out prompts"),
-    "state": (dict(losses={"a": SearchedLoss(dpo), "b": SearchedLoss(bco)}), "carries a state"),
 }
 
 
