@@ -253,11 +253,11 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     columns = next(iter(data.values()))["columns"]
     own = recorded_data(args.record) if args.record else None
     is_text = own is not None and not isinstance(own, DecisionRows) and "text" in row.fields  # beside a label
-    if is_decision(row, columns) and not is_text:
+    if isinstance(own, DecisionRows) or (is_decision(row, columns) and not is_text):
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
         scores, results = make_decision_scores(model), {}
-        shared |= {"packing": args.packing, "held_out": args.file}
+        shared |= {"packing": args.packing, "held_out": args.file, "unlabelled": True}
         for name, one in loaded.items():
             settings = {key: x for key, x in data[name].items() if key not in ("loss_on", "format")}
             settings |= vars(args.decisions[name])

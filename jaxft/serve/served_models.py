@@ -123,9 +123,14 @@ def decision_prompt(
     _require_chats(model)
     try:
         before, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
-        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
+    try:
+        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
+    except InvalidRow as error:
+        raise ValueError(f"{decision.name}: {error.problem}") from error
+    except ValueError as error:
+        raise ValueError(f"{decision.name}: {error}") from error
 
 
 def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:

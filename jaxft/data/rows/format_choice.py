@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from jaxft.data.decisions import LABEL, label_names
+from jaxft.data.decisions import (
+    DECISION,
+    LABEL,
+    NO_LABEL,
+    VALUE,
+    answer_readings,
+    label_names,
+    reading_of,
+)
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import (
     COLUMN_SYNONYMS,
@@ -40,7 +48,7 @@ class ChosenFormat(NamedTuple):
     """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
     theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
     the rows have in addition to a text, or the text in addition to another format. labels: of a classifier's
-    rows, where data.labels names none.
+    rows, where data.labels names none. reading: how answers name a choice, see decisions.READINGS.
     """
 
     name: str
@@ -48,13 +56,12 @@ class ChosenFormat(NamedTuple):
     columns: tuple[tuple[str, str], ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
     labels: tuple[str, ...] = ()
+    reading: str = VALUE
 
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return a format from its JSON."""
-        name, plain, *lists = stored
-        columns, unread, *labels = (tuple(map(_as_item, some)) for some in lists)  # no labels in older files
-        return cls(name, plain, columns, unread, *labels)
+        return cls(*(tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored))
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
@@ -64,6 +71,8 @@ class ChosenFormat(NamedTuple):
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
             return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
+        if {*self.labels} == {NO_LABEL, "0", "1"}:
+            return ["the label -1 is a choice as 0 and 1 are; data.labels=0,1 reads it as no label"]
         if self.labels[:1] == ("0",) and all(map(str.isdecimal, self.labels)):
             return ["the labels are numbers; data.labels=NAME,NAME,... gives 0, 1, ... names"]
         if not self.columns:
@@ -81,9 +90,9 @@ def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
     """Yield what each row contains, or its error, which calls renamed columns as the file does."""
-    formats = formats_of(task, settings.numbers)
+    formats = formats_of(task, settings.numbers, settings.unlabelled)
     chosen, order_by = formats[format.name], settings.order_by
-    settings = replace(settings, labels=format.labels) if format.labels else settings
+    settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
         row = chosen.rewrite(valid(row), settings)
@@ -111,7 +120,7 @@ def parse_dataset(
     """Return the content of each row, or the error that makes it invalid. All have one format, by default the
     one that most rows fit. Raises the first row's InvalidRow if no row fits any format.
     """
-    formats = formats_of(task, settings.numbers)
+    formats = formats_of(task, settings.numbers, settings.unlabelled)
     counts = count_columns(rows, settings.columns, formats)
     format = choose_format(counts, settings.format, settings.columns, formats)
     return [*parse_rows(format, rows, settings, task)]
@@ -126,12 +135,14 @@ class ColumnCounts:
 
     rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
     None for a null column and True for others. first: the dataset's first row in that form, or its error.
-    labels: of a classifier's rows, if there is a format of these; MOST_LABELS of more.
+    labels: of a classifier's rows, if there is a format of these; MOST_LABELS of more. answers: the number of
+    rows by decisions.answer_readings, if there is a format of decisions.
     """
 
     rows: dict[tuple[str, ...], tuple[int, Row]] = field(default_factory=dict)
     first: Row | InvalidRow | None = None
     labels: set[str] = field(default_factory=set)
+    answers: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     def merge(self, later: "ColumnCounts") -> None:
         """Add the counts of later rows."""
@@ -140,6 +151,7 @@ class ColumnCounts:
             self.rows[names] = (known + count, first)
         self.first = self.first or later.first
         self.add_labels(later.labels)
+        self.answers.update(later.answers)
 
     def add_labels(self, labels: Iterable[str]) -> None:
         """Add labels of later rows."""
@@ -155,6 +167,8 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats)
         if isinstance(renamed, Row):
             if LABEL in formats:
                 counts.add_labels(label_names(renamed.fields.get("label")))
+            if DECISION in formats:
+                counts.answers[answer_readings(_with_synonyms(renamed, ("choices", "answer")))] += 1
             present = {column: None if x is None else True for column, x in renamed.fields.items()}
             renamed = Row(renamed.name, present)
             names = tuple(_present(present))
@@ -186,7 +200,13 @@ def choose_format(
             f"{chosen}; set data.format=auto"
         )
     unread = _unread(counts, chosen, formats) if format == "auto" and TEXT in formats else ()
-    return ChosenFormat(chosen, plain, others, unread)
+    return ChosenFormat(chosen, plain, others, unread, reading=reading_of(counts.answers))
+
+
+def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
+    """Return a row with some columns, from those of other names if it lacks them."""
+    others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
+    return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
 
 def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[str, str], ...]:

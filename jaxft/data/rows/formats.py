@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jaxft.data.decisions import DECISION, LABEL, RERANKER, parse
+from jaxft.data.decisions import DECISION, INDEX, LABEL, LETTER, RERANKER, VALUE, parse
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.columns import list_of, text_of
 from jaxft.data.rows.conversation import (
@@ -174,8 +174,9 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
 # ---- decisions
 
 
-def _decision(row: Row, settings: RowSettings, format: str) -> dict[str, Example]:
-    return {RESPONSE: parse(row, format, settings.labels, settings.question)}
+def _decision(row: Row, settings: RowSettings, format: str, reading: str | None = None) -> dict[str, Example]:
+    settings = settings if reading is None else replace(settings, reading=reading)
+    return {RESPONSE: parse(row, format, settings)}
 
 
 # ---- numbers
@@ -234,7 +235,8 @@ class RowFormat:
     plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
     row in the columns of another format, before anything is read from it. note(settings): how the rows are
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
-    labelled: whether its choices are the labels of all rows.
+    labelled: whether its choices are the labels of all rows. answer: the column that rows may lack where they
+    are only scored.
     """
 
     name: str
@@ -248,6 +250,7 @@ class RowFormat:
     note: Callable[[RowSettings], str] = _no_note
     listed: bool = True
     labelled: bool = False
+    answer: str = ""
 
     @property
     def columns(self) -> set[str]:
@@ -268,25 +271,35 @@ def _pairs(
 
 
 def _decision_format(name: str, required: tuple[tuple[str, ...], ...], *more: str) -> RowFormat:
-    optional = ("system", "chat_template_kwargs", "weight", *more)
-    return RowFormat(name, DECISIONS, required, partial(_decision, format=name), optional, weight=_row_weight)
+    optional, parse = ("system", "chat_template_kwargs", "weight", *more), partial(_decision, format=name)
+    answer = required[-1][0] if required else ""
+    return RowFormat(name, DECISIONS, required, parse, optional, weight=_row_weight, answer=answer)
 
 
 def _labelled_texts(name: str, *columns: str) -> RowFormat:
     """Return a format of several texts with a label."""
     known, required = _decision_format(LABEL, ()), tuple((column,) for column in (*columns, "label"))
     rewrite = partial(from_texts, columns=columns)
-    return replace(known, name=name, required=required, rewrite=rewrite, labelled=True, listed=False)
+    return replace(
+        known, name=name, required=required, rewrite=rewrite, labelled=True, listed=False, answer="label"
+    )
 
 
 def _options(
-    name: str, question: tuple[str, ...], options: tuple[str, ...], answer: str, first: int = 0
+    name: str,
+    question: tuple[str, ...],
+    options: tuple[str, ...],
+    answer: str,
+    reading: str,
+    first: int = 0,
 ) -> RowFormat:
-    """Return a format of questions with options."""
+    """Return a format of questions with options. reading: how its answers name one."""
     required = tuple((column,) for column in (*question, *options, answer))
     rewrite = partial(from_options, question=question, options=options, answer=answer, first=first)
-    known = _decision_format(DECISION, ())
-    return replace(known, name=name, required=required, rewrite=rewrite, listed=False)
+    parse, known = partial(_decision, format=DECISION, reading=reading), _decision_format(DECISION, ())
+    return replace(
+        known, name=name, required=required, parse=parse, rewrite=rewrite, listed=False, answer=answer
+    )
 
 
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
@@ -369,20 +382,22 @@ ROW_FORMATS = (
     RowFormat("steps", STEPS, (_PROMPT, ("completions",), ("labels",)), _steps, ("weight",),
               weight=_row_weight),
     RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
-    _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",))),
+    _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",)), "context"),
     replace(_decision_format(LABEL, (("text",), ("label",))), labelled=True),
     _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
     _labelled_texts("nli", "premise", "hypothesis"),
     _labelled_texts("mrpc", "sentence1", "sentence2"),
     _labelled_texts("qnli", "question", "sentence"),
     _labelled_texts("qqp", "question1", "question2"),
-    _options("boolq", ("passage", "question"), (), "answer"),
-    _options("race", ("article", "question"), ("options",), "answer"),
-    _options("hellaswag", ("ctx",), ("endings",), "label"),
-    _options("piqa", ("goal",), ("sol1", "sol2"), "label"),
-    _options("medmcqa", ("question",), ("opa", "opb", "opc", "opd"), "cop"),
-    _options("winogrande", ("sentence",), ("option1", "option2"), "answer", first=1),
-    _options("social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", first=1),
+    _options("boolq", ("passage", "question"), (), "answer", VALUE),
+    _options("race", ("article", "question"), ("options",), "answer", LETTER),
+    _options("hellaswag", ("ctx",), ("endings",), "label", INDEX),
+    _options("piqa", ("goal",), ("sol1", "sol2"), "label", INDEX),
+    _options("medmcqa", ("question",), ("opa", "opb", "opc", "opd"), "cop", INDEX),
+    _options("winogrande", ("sentence",), ("option1", "option2"), "answer", INDEX, first=1),
+    _options(
+        "social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", INDEX, first=1
+    ),
 )  # fmt: skip
 # A name for rows of a task, for errors where another one reads them.
 TASKS = {
@@ -393,6 +408,17 @@ TASKS = {
 }
 
 
-def formats_of(task: str, numbers: tuple[str, ...] = ()) -> dict[str, RowFormat]:
-    """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have."""
-    return {f.name: replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task}
+def formats_of(task: str, numbers: tuple[str, ...] = (), unlabelled: bool = False) -> dict[str, RowFormat]:
+    """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have.
+    unlabelled: whether decisions may lack the column of their answer.
+    """
+    formats = [replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task]
+    if unlabelled:
+        formats = [
+            replace(
+                f, required=tuple(names for names in f.required if names != (f.answer,)),
+                optional=(*f.optional, f.answer),
+            )
+            for f in formats
+        ]  # fmt: skip
+    return {f.name: f for f in formats}

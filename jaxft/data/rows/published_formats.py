@@ -43,8 +43,9 @@ def from_options(
     first choice.
     """
     choices: list[Any] = [row.fields[column] for column in options] or [False, True]
-    value: Any = row.fields[answer]
+    value: Any = row.fields.get(answer)
     fields = {
+        "context": None,  # part of the question
         "question": "\n\n".join(text_of(row, column) for column in question),
         "choices": list_of(row, options[0]) if len(options) == 1 else choices,
         "answer": int(value) - first if first and str(value).isdecimal() else value,
