@@ -117,8 +117,12 @@ class DecisionRows(Rows):
     @property
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        own = {"labels": self.labels, "question": self.question, "unlabelled": self.unlabelled}
-        return replace(super().token_settings, **own)
+        return replace(
+            super().token_settings,
+            labels=self.labels,
+            question=self.question,
+            unlabelled=self.unlabelled,
+        )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
         """Read, tokenise and plan the batches; see DataSettings.open."""

@@ -313,7 +313,7 @@ def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None
         name = DecisionChoice(value).name
         return names.index(name) if name in names else None
     if reading == LETTER:
-        return LETTERS.index(value) if value in [*LETTERS[: len(names)]] else None
+        return [*LETTERS].index(str(value)) if value in [*LETTERS[: len(names)]] else None
     text = str(value).strip()
     if isinstance(value, bool) or not (_WHOLE.fullmatch(text) or text.isdecimal()):  # pandas' 1.0
         return None

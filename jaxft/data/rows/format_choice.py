@@ -73,7 +73,8 @@ class ChosenFormat(NamedTuple):
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return a format from its JSON."""
-        return cls(*(tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored))
+        items: list[Any] = [tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored]
+        return cls(*items)
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
