@@ -179,7 +179,7 @@ def parse(row: Row, format: str, settings: RowSettings = DEFAULT_ROW_SETTINGS) -
         messages = with_system(row, messages_of(row, "messages"))
     else:
         messages = with_system(row, user_messages(text_of(row, "question")))
-    if row.fields.get("context") is not None and messages:
+    if row.fields.get("context") not in (None, "") and messages:
         text = f"{text_of(row, 'context')}\n\n{messages[-1]['content']}"
         messages = [*messages[:-1], {**messages[-1], "content": text}]
     p = _answer(row, choices, settings.reading) if has_answer else ()
