@@ -23,10 +23,8 @@ from jaxft.data.packing.row_tasks import remedy_for_too_long, text_columns
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow
-from jaxft.data.rows.format_choice import choose_format, count_columns
-from jaxft.data.rows.formats import DECISIONS, formats_of
+from jaxft.data.rows.formats import DECISIONS
 from jaxft.data.rows.invalid import InvalidRow, attempt, valid
-from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import PackedBatches, Rows
 from jaxft.data.source import RowSource
 
@@ -53,7 +51,7 @@ def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows
         yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
 
 
-DECISION_TASK = RowTask(DECISIONS, 4, "max_length", _tokenise, _extras, checks=())
+DECISION_TASK = RowTask(DECISIONS, 5, "max_length", _tokenise, _extras, checks=())
 
 
 def _decision(row: ParsedRow) -> Decision:
@@ -71,10 +69,10 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
                 f"{remedy_for_too_long('max_length')}"
             )
         return []
-    ids = np.append(ids, np.int32(tokens[int(np.argmax(decision.probabilities))]))
+    ids = np.append(ids, np.int32(tokens[int(np.argmax(decision.probabilities or [0.0]))]))
     extras = {
         MASS: 1.0, TOKEN_WEIGHTS: np.zeros(0, np.float32), CHOICES: np.array(tokens, np.int32),
-        PROBABILITIES: np.array(decision.probabilities, np.float32),
+        PROBABILITIES: np.array(decision.probabilities or [0.0] * len(tokens), np.float32),
         NAMES: np.frombuffer(json.dumps([x.name for x in decision.choices]).encode(), np.uint8),
     }  # fmt: skip
     learned = np.arange(len(ids)) == len(ids) - 1
@@ -90,14 +88,16 @@ class DecisionRows(Rows):
 
     format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
     letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
-    question: asked about the text of such rows, or the instruction of a reranker's. too_long: "drop" leaves a
-    row out that has more tokens than max_length, "error" stops; a decision cannot be truncated. packing:
-    whether a row of max_length tokens has several decisions. Other fields: see Rows; loss_on, weighting and
-    sample_by have no meaning here.
+    question: asked about the text of such rows, or the instruction of a reranker's. unlabelled: the rows are
+    only scored: they may lack an answer, or have choices of their own in place of the labels. too_long:
+    "drop" leaves a row out that has more tokens than max_length, "error" stops; a decision cannot be
+    truncated. packing: whether a row of max_length tokens has several decisions. Other fields: see Rows;
+    loss_on, weighting and sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()
     question: str | None = None
+    unlabelled: bool = False
     too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
     packing: bool = True
     task: ClassVar[RowTask] = DECISION_TASK
@@ -117,12 +117,22 @@ class DecisionRows(Rows):
     @property
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        return replace(super().token_settings, labels=self.labels, question=self.question)
+        return replace(
+            super().token_settings,
+            labels=self.labels,
+            question=self.question,
+            unlabelled=self.unlabelled,
+        )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
         """Read, tokenise and plan the batches; see DataSettings.open."""
         opened = super().open(tokenizer, shards, cache)
         rows, train = opened.split.rows, opened.split.train
+        if self.labels and not rows.labels and not self.unlabelled:
+            raise ValueError(
+                f"data.labels={','.join(self.labels)} are the choices of rows with a text and a label; the "
+                f"rows of data.train={self.train} have their own; remove data.labels"
+            )
         stats = replace(opened.info.stats, learned=_learned_line(rows, train))
         recorded = {"formats": [*rows.formats], "labels": [*rows.labels]}
         return replace(opened, info=replace(opened.info, learned_ends={}, stats=stats, recorded=recorded))
@@ -156,16 +166,6 @@ def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
     most = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
     detail = f"; {soft:,} rows have probabilities" if soft else ""
     return f"one token of each row is learned, its choice of {most}{detail}"
-
-
-def is_decision(row: Row, columns: Sequence[str]) -> bool:
-    """Whether a row has the columns of a format of decisions. columns: data.columns."""
-    formats = formats_of(DECISIONS)
-    try:
-        choose_format(count_columns([row], columns, formats), "auto", columns, formats)
-    except ValueError:
-        return False
-    return True
 
 
 def choice_names(rows: TokenisedRows, example: int) -> list[str]:

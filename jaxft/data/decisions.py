@@ -7,11 +7,11 @@ Accepted rows (`format="auto"` uses the one whose columns are present):
     reranker   {"query", "document", "label"}: whether the document is relevant, yes or no
 
 choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean), or ARC's two
-lists {"label", "text"}. answer: a value, or its probability by value, {"value": p}, or a list of
-probabilities in the order of the choices. An integer is the index of a choice, from 0, unless the choices'
-values are numbers, and A, B, ... that of a choice too, unless the values are letters. label: a name, an index
-where the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no,
-1 or 0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
+lists {"label", "text"}. answer: a value, an index from 0, a letter A, B, ..., or the probability of each
+choice, {"value": p} or a list in their order. All answers of a dataset are read in the same way, as values,
+indices or letters (see reading_of). "context" is put in front of the question. label: a name, an index where
+the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no, 1 or
+0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
 
 A prompt lists its choices as "choice#A ...", and the response is "choice#" with one letter, which is one
 token, so that the probabilities of the choices are read at one position. The response to a reranker's prompt
@@ -20,6 +20,7 @@ is yes or no, as Qwen3-Reranker was trained (arXiv:2506.05176, section 2).
 
 import json
 import math
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import messages_of, template_arguments_of, text_of, with_system
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
 from jaxft.data.rows.invalid import InvalidRow, similar_names
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
+READINGS = VALUE, LETTER, INDEX = "value", "letter", "index"  # of the answers of a dataset
+NO_LABEL = "-1"  # in Hugging Face datasets with the labels 0, 1, 2, ...
 LETTERS = string.ascii_uppercase
 DECISION_FILE = "decision.json"  # in a folder of weights
 TOLERANCE = 0.01  # by which probabilities may differ from a sum of 1
@@ -43,6 +47,7 @@ JUDGE = (
     'that the answer can only be "yes" or "no".'
 )
 NO_YES = ("no", "yes")
+_WHOLE = re.compile(r"-?\d+\.0+")
 YES = {"true": 1.0, "yes": 1.0, "1": 1.0, "false": 0.0, "no": 0.0, "0": 0.0}
 
 
@@ -147,25 +152,23 @@ def paths_of_decisions(formats: Iterable[str]) -> tuple[str, ...]:
 # ---- rows
 
 
-def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | None = None) -> Decision:
-    """Return the decision of a row, whose columns have jaxft's names.
-
-    labels: of rows with a label. question: data.question, in place of LABEL_QUESTION, or of RELEVANCE for a
-    reranker. Raises InvalidRow.
-    """
+def parse(row: Row, format: str, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Decision:
+    """Return the decision of a row, whose columns have jaxft's names. Raises InvalidRow."""
     more: dict[str, Any] = {"arguments": template_arguments_of(row)}
+    labels, question = settings.labels, settings.question
+    answer = row.fields.get("answer" if format == DECISION else "label")
+    has_answer = not settings.unlabelled or answer not in (None, "")
     if format == RERANKER:
         texts = text_of(row, "query"), text_of(row, "document")
-        decision, yes = (
-            relevance(row.name, *texts, row.fields.get("instruction") or question),
-            _relevance(row),
-        )
-        return replace(decision, probabilities=(1 - yes, yes), **more)
+        decision = relevance(row.name, *texts, row.fields.get("instruction") or question)
+        yes = (_relevance(row),) if has_answer else ()
+        return replace(decision, probabilities=tuple(p for x in yes for p in (1 - x, x)), **more)
     if format == LABEL:
         choices = tuple(map(DecisionChoice, labels))
         text = f"{text_of(row, 'text')}\n\n{question or LABEL_QUESTION}"
         messages = with_system(row, user_messages(text))
-        return decide(row.name, messages, choices, probabilities=_answer(row, "label", choices), **more)
+        p = _label(row, choices) if has_answer else ()
+        return decide(row.name, messages, choices, probabilities=p, **more)
     row = _with_texts_as_choices(row)
     choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
@@ -176,28 +179,47 @@ def parse(row: Row, format: str, labels: Sequence[str] = (), question: str | Non
         messages = with_system(row, messages_of(row, "messages"))
     else:
         messages = with_system(row, user_messages(text_of(row, "question")))
-    return decide(row.name, messages, choices, probabilities=_answer(row, "answer", choices), **more)
+    if row.fields.get("context") not in (None, "") and messages:
+        text = f"{text_of(row, 'context')}\n\n{messages[-1]['content']}"
+        messages = [*messages[:-1], {**messages[-1], "content": text}]
+    p = _answer(row, choices, settings.reading) if has_answer else ()
+    return decide(row.name, messages, choices, probabilities=p, **more)
+
+
+def label_name(label: str | int | float) -> str:
+    """Return a label as text, without spaces around it and without the decimals of a whole number: pandas
+    writes the integers of a column with gaps as 1.0.
+    """
+    name = DecisionChoice(label).name.strip()
+    return name.partition(".")[0] if _WHOLE.fullmatch(name) else name
 
 
 def label_names(value: Any) -> Iterable[str]:
     """Return the labels in the column `label` of a classifier's row, [] for a row without any."""
     each = value if isinstance(value, Mapping) else (value,)
-    names = (DecisionChoice(label).name for label in each if isinstance(label, str | int | float))
-    return [name for name in names if name.strip()]
+    names = (label_name(label) for label in each if isinstance(label, str | int | float))
+    return [name for name in names if name]
 
 
-def labels_as_choices(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels of rows in the order of their letters: numbers by size, others as text. Raises
-    ValueError for one label, and for more than there are letters.
+def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
+    """Return the labels of rows in the order of their letters: numbers by size, others as text.
+
+    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for less than
+    two labels, and for more than there are letters.
     """
     distinct = {*labels}
+    if distinct >= {"0", "1", "2"}:
+        distinct.discard(NO_LABEL)
+    if not distinct:
+        raise ValueError(f"{ref}: no row has a label by name; name the labels by data.labels")
     if len(distinct) < 2:
         raise ValueError(
-            f"all rows have the same label, {', '.join(distinct)[:60]!r}; name all labels by data.labels"
+            f"{ref}: all rows have the same label, {', '.join(distinct)[:60]!r}; name all labels by "
+            "data.labels"
         )
     if len(distinct) > len(LETTERS):
         raise ValueError(
-            f"the rows have {len(distinct)} different labels or more, and a decision has at most "
+            f"{ref}: the rows have {len(distinct)} different labels or more, and a decision has at most "
             f"{len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
         )
     numbers = all(label.lstrip("-").isdecimal() for label in distinct)
@@ -232,60 +254,137 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
 
 def _with_texts_as_choices(row: Row) -> Row:
     """Return a row whose choices are ARC's {"label": [...], "text": [...]} with the texts as its choices."""
-    choices, answer = row.fields["choices"], row.fields["answer"]
+    choices, answer = row.fields.get("choices"), row.fields.get("answer")
     if not isinstance(choices, Mapping):
         return row
     labels, texts = choices.get("label"), choices.get("text")
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
         raise row.invalid("choices of a wrong type", "choices: label and text must be lists of one length")
-    answer = labels.index(answer) if answer in labels else answer
+    if answer in labels:  # as probabilities, which are read whatever the other answers are
+        answer = [int(label == answer) for label in labels]
     return Row(row.name, {**row.fields, "choices": texts, "answer": answer})
 
 
-def _answer(row: Row, column: str, choices: Sequence[DecisionChoice]) -> tuple[float, ...]:
-    """Return the probability of each choice from a row's answer or label. Raises InvalidRow."""
-    value, names = row.fields[column], [choice.name for choice in choices]
-    if isinstance(value, list | tuple) and len(value) == len(names):
-        return _probabilities(row.name, column, dict(zip(names, value, strict=True)), names)
-    if isinstance(value, Mapping):
-        given = {str(key): p for key, p in value.items() if p is not None}  # null in a table is none
-        wrong = next((key for key in given if key not in names), None)
-        if wrong is not None:
-            raise _no_choice(row.name, column, wrong, names)
-        return _probabilities(row.name, column, given, names)
-    number = _index(value, choices, column)
+# ---- answers
+
+
+def answer_readings(row: Row) -> tuple[str, ...]:
+    """Return the READINGS by which a row's answer is one of its choices, the most likely first; () of
+    probabilities and of a row that cannot be read.
+
+    A JSON number is an index rather than a value, and other answers are values rather than letters or
+    indices. A number among numbers is no index, and "B" is no letter where "b" is a choice.
+    """
+    try:
+        row = _with_texts_as_choices(row)
+        value, choices = row.fields.get("answer"), row_choices(row.name, row.fields.get("choices"))
+    except InvalidRow:
+        return ()
+    names, is_text = [choice.name for choice in choices], isinstance(value, str)
+    among_numbers = any(not isinstance(choice.value, str) for choice in choices)
+    among_numbers |= is_text and all(name.strip().lstrip("-").isdecimal() for name in names)
+    readings = [x for x in READINGS if _choice_number(value, names, x) is not None]
+    if LETTER in readings and VALUE not in readings and str(value).lower() in names:
+        readings.remove(LETTER)
+    if INDEX in readings and among_numbers:
+        readings.remove(INDEX)
+    return tuple(readings if is_text else reversed(readings))
+
+
+def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
+    """Return how the answers of a dataset are read: in the way by which most of them are a choice; of equal
+    ones, the way that is the most likely one for most. votes: the number of rows by their answer_readings.
+    """
+
+    def support(reading: str) -> tuple[int, int]:
+        return (
+            sum(rows for readings, rows in votes.items() if reading in readings),
+            sum(rows for readings, rows in votes.items() if readings[:1] == (reading,)),
+        )
+
+    return max(READINGS, key=support)
+
+
+def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None:
+    """Return the number of the choice that an answer names, None if it names none."""
+    if not isinstance(value, str | int | float):
+        return None
+    if reading == VALUE:
+        name = DecisionChoice(value).name
+        return names.index(name) if name in names else None
+    if reading == LETTER:
+        return [*LETTERS].index(str(value)) if value in [*LETTERS[: len(names)]] else None
+    text = str(value).strip()
+    if isinstance(value, bool) or not (_WHOLE.fullmatch(text) or text.isdecimal()):  # pandas' 1.0
+        return None
+    number = int(text.partition(".")[0])
+    return number if 0 <= number < len(names) else None
+
+
+def _answer(row: Row, choices: Sequence[DecisionChoice], reading: str | None) -> tuple[float, ...]:
+    """Return the probability of each choice from a row's answer. Raises InvalidRow."""
+    value, names = row.fields.get("answer"), [choice.name for choice in choices]
+    soft = _soft(row.name, "answer", value, names)
+    if soft is not None:
+        return soft
+    reading = reading or reading_of({answer_readings(row): 1})
+    number = _choice_number(value, names, reading)
     if number is None:
-        name = DecisionChoice(value).name if isinstance(value, str | int | float) else ""
-        if name not in names:
-            raise _no_choice(row.name, column, value, names)
-        number = names.index(name)
+        raise _no_choice(row.name, "answer", value, names, reading)
+    return _certain(number, names)
+
+
+def _label(row: Row, choices: Sequence[DecisionChoice]) -> tuple[float, ...]:
+    """Return the probability of each label from a row's label. Raises InvalidRow."""
+    value, names = row.fields.get("label"), [choice.name for choice in choices]
+    if isinstance(value, Mapping):
+        value = {key if key in names else label_name(key): p for key, p in value.items()}
+    soft = _soft(row.name, "label", value, names)
+    if soft is not None:
+        return soft
+    number, plain = _choice_number(value, names, VALUE), [label_name(name) for name in names]
+    if number is None and isinstance(value, str | int | float):
+        value = label_name(value)
+        number = _choice_number(value, plain, VALUE)
+        if number is None and value == NO_LABEL:
+            raise InvalidRow(
+                row.name, "no label", "label -1 means that the row has no label; remove it, or name -1 among "
+                "data.labels",
+            )  # fmt: skip
+    if number is None and not all(name.lstrip("-").isdecimal() for name in plain):
+        number = _choice_number(value, names, INDEX)
+    if number is None:
+        raise _no_choice(row.name, "label", value, names)
+    return _certain(number, names)
+
+
+def _certain(number: int, names: Sequence[str]) -> tuple[float, ...]:
     return tuple(float(i == number) for i in range(len(names)))
 
 
-def _index(value: Any, choices: Sequence[DecisionChoice], column: str) -> int | None:
-    """Return the number of the choice that an answer is the index of, None for an answer by value."""
-    names = [choice.name for choice in choices]
-    by_value = any(not isinstance(choice.value, str) for choice in choices)
-    if column == "label" or isinstance(value, str):  # labels are read as text, also those that are numbers
-        by_value |= all(name.strip().lstrip("-").isdecimal() for name in names)
-    if by_value or isinstance(value, bool) or value in names:
+def _soft(row: str, column: str, value: Any, names: Sequence[str]) -> tuple[float, ...] | None:
+    """Return the probabilities in a row's answer or label, None for one without."""
+    if isinstance(value, list | tuple) and len(value) == len(names):
+        return _probabilities(row, column, dict(zip(names, value, strict=True)), names)
+    if not isinstance(value, Mapping):
         return None
-    if value in [*LETTERS[: len(names)]] and not {*LETTERS} & {*names}:  # of RACE and MMLU-Pro
-        return LETTERS.index(value)
-    try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        return None
-    whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())  # pandas' 1.0
-    return int(number) if whole and 0 <= number < len(names) else None
+    given = {str(key): p for key, p in value.items() if p is not None}  # null in a table is none
+    wrong = next((key for key in given if key not in names), None)
+    if wrong is not None:
+        raise _no_choice(row, column, wrong, names)
+    return _probabilities(row, column, given, names)
 
 
-def _no_choice(row: str, column: str, value: Any, names: Sequence[str]) -> InvalidRow:
-    near = similar_names(str(value), list(names))
+def _no_choice(row: str, column: str, value: Any, names: Sequence[str], reading: str = VALUE) -> InvalidRow:
+    remedies = {
+        VALUE: f"near: {', '.join(similar_names(str(value), list(names)))[:200]}",
+        LETTER: f"most answers are letters, here A to {LETTERS[: len(names)][-1:]}",
+        INDEX: f"most answers are indices, here 0 to {len(names) - 1}",
+    }
     return InvalidRow(
         row,
         f"{column} that is none of the choices",
-        f"{column} {str(value)[:60]!r} is none of the {len(names)} choices; near: {', '.join(near)[:200]}",
+        f"{column} {str(value)[:60]!r} is none of the {len(names)} choices; {remedies[reading]}",
     )
 
 
@@ -312,7 +411,7 @@ def _probabilities(
 
 def _relevance(row: Row) -> float:
     """Return the probability of yes from the label of a reranker's row."""
-    value = row.fields["label"]
+    value = row.fields.get("label")
     text = str(value).strip().lower()
     try:
         probability = YES[text] if text in YES else float(text)  # CSV files have strings alone

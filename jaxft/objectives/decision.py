@@ -129,7 +129,8 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
 
 def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
     """Return the metrics of all decisions; with `losses`, the values of each of them too."""
-    log_p, q, used = outputs.log_p, outputs.q, outputs.weight > 0
+    log_p, q = outputs.log_p, outputs.q
+    used = (outputs.weight > 0) & (jnp.sum(q, -1) > 0)  # rows that are only scored have no probabilities
     top = jnp.argmax(log_p, -1)[..., None]
     confidence, correct = (jnp.take_along_axis(x, top, -1)[..., 0] for x in (jnp.exp(log_p), q))
     accurate = (correct >= jnp.max(q, -1)).astype(q.dtype)

@@ -143,18 +143,25 @@ def resumed_lines(step: int, changes: list[str]) -> list[str]:
     return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
 
 
+TRIED_WITH = {  # the options of a command that tries the weights of a run
+    "generate": '--prompt "..."',
+    "score": "--file PAIRS",
+    "evaluate": "--file ROWS --out PROBABILITIES",
+}
+
+
 def result_lines(
     folder: Path,
     weights: Path,
     before: Evaluation,
     after: Evaluation,
     notes: list[str],
-    generates: bool = True,
+    script: str = "generate",
 ) -> list[str]:
     """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
     tries them.
 
-    notes: the objective's summary and the alarms.
+    notes: the objective's summary and the alarms. script: of the command, a key of TRIED_WITH.
     """
     lines = []
     for old, new in same_prompts(before["samples"], after["samples"])[:2]:
@@ -162,10 +169,7 @@ def result_lines(
         lines.append(f"after:    {_short(new['completion'])}")
         lines += [f"expected: {_short(new['reference'])}"] if new["reference"] else []
     lines += ["", *before_and_after(before, after)]
-    script, argument = ("generate", '--prompt "..."') if generates else ("score", "--file PAIRS")
-    if HELD_OUT + names.ECE in after["metrics"]:
-        script, argument = "evaluate", "--file ROWS --out PROBABILITIES"
-    command = f"{script_command(script)} --run {shlex.quote(str(folder))} {argument}"
+    command = f"{script_command(script)} --run {shlex.quote(str(folder))} {TRIED_WITH[script]}"
     where = f"weights in {weights}, a summary in {folder / 'README.md'}; to try them:"
     return [*lines, *notes, where, command]
 
@@ -348,7 +352,7 @@ def _usage(card: ModelCard) -> list[str]:
         f"The weights are in `{folder}/`, in the layout of {layout}. With jaxft:",
         "",
     ]
-    if HELD_OUT + names.ECE in card.after["metrics"]:
+    if card.served:
         lines.append("    jaxft evaluate --run PATH_OF_THIS_FOLDER --file ROWS --out PROBABILITIES")
         lines += [f"    jaxft serve --run PATH_OF_THIS_FOLDER    # POST {path}" for path in card.served]
     elif card.model.generates:

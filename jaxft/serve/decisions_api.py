@@ -32,7 +32,7 @@ from jaxft.serve.openai_api import ApiError
 from jaxft.serve.served_models import ServedModel, decision_prompt
 
 MOST_QUESTIONS, MOST_LEVELS, MOST_DOCUMENTS = 64, 10, 1000
-RERANK_FIELDS = ("model", "query", "documents", "top_n", "return_documents")
+RERANK_FIELDS = ("model", "query", "documents", "instruction", "top_n", "return_documents")
 BODY_FIELDS = ("model", "input", "questions", "safety_identifier")
 # Fields of a question by its type: the one with its options, and the one that names an option.
 QUESTION_OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
@@ -148,11 +148,14 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
 
 @dataclass(frozen=True)
 class RerankBody:
-    """A request of /v1/rerank. documents: their texts. decisions: whether each is relevant. most: results."""
+    """A request of /v1/rerank. documents: their texts. decisions: whether each is relevant. most: results.
+    with_texts: whether these have the texts.
+    """
 
     documents: tuple[str, ...]
     decisions: tuple[Decision, ...]
     most: int
+    with_texts: bool = True
 
 
 def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
@@ -166,19 +169,30 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
         raise ApiError(
             400, f"documents must be a list of 1 to {MOST_DOCUMENTS} strings with text", "documents"
         )
-    most = body.get("top_n") or len(texts)
-    if isinstance(most, bool) or not isinstance(most, int) or most < 0:
-        raise ApiError(400, f"top_n must be a number of documents, got {most!r:.40}", "top_n")
-    documents = tuple(map(str, texts))
-    asked = (relevance(f"documents[{n}]", query, text, known.question) for n, text in enumerate(documents))
-    return RerankBody(documents, tuple(asked), most)
+    most, with_texts = body.get("top_n"), body.get("return_documents")
+    most, with_texts = len(texts) if most is None else most, True if with_texts is None else with_texts
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ApiError(400, f"top_n must be a number of documents from 1, got {most!r:.40}", "top_n")
+    if not isinstance(with_texts, bool):
+        raise ApiError(400, "return_documents must be true or false", "return_documents")
+    instruction = body.get("instruction")
+    if not isinstance(instruction, str | None):
+        raise ApiError(400, "instruction must be a string", "instruction")
+    documents, instruction = tuple(map(str, texts)), instruction or known.question
+    asked = (relevance(f"documents[{n}]", query, text, instruction) for n, text in enumerate(documents))
+    return RerankBody(documents, tuple(asked), most, with_texts)
 
 
 def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
     """Return the response to a request of /v1/rerank. scores: the probability that each is relevant."""
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
     results = [
-        {"index": i, "document": {"text": body.documents[i]}, "relevance_score": scores[i]} for i in order
+        {
+            "index": i,
+            **({"document": {"text": body.documents[i]}} if body.with_texts else {}),
+            "relevance_score": scores[i],
+        }
+        for i in order
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"id": f"rerank-{secrets.token_hex(12)}", "model": model, "usage": usage, "results": results}

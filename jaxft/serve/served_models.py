@@ -17,9 +17,10 @@ from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
 from jaxft.data.decisions import DecisionPrompts, answer_tokens
 from jaxft.data.row_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
 from jaxft.data.rows.columns import messages_of
-from jaxft.data.rows.conversation import PLAIN, prompt_of
+from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion, Decision
+from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.invalid import InvalidRow, valid
 from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine
@@ -123,9 +124,14 @@ def decision_prompt(
     _require_chats(model)
     try:
         before, tokens = answer_tokens(model.tokenizer, decision.prefix, decision.answers)
-        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
     except InvalidRow as error:
         raise ValueError(error.problem) from error
+    try:
+        return (*_prompt(model, decision.prompt(model.template.arguments), most), *before), tuple(tokens)
+    except InvalidRow as error:
+        raise ValueError(f"{decision.name}: {error.problem}") from error
+    except ValueError as error:
+        raise ValueError(f"{decision.name}: {error}") from error
 
 
 def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:

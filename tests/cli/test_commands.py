@@ -105,6 +105,8 @@ def test_commands_are_named_as_the_user_starts_them(monkeypatch):
     nothing = run_texts.Evaluation(metrics={}, samples=[])
     lines = run_texts.result_lines(Path("runs/a"), Path("runs/a/adapter"), nothing, nothing, [])
     assert lines[-1] == 'jaxft generate --run runs/a --prompt "..."'
+    lines = run_texts.result_lines(Path("runs/a"), Path("a"), nothing, nothing, [], "evaluate")
+    assert lines[-1] == "jaxft evaluate --run runs/a --file ROWS --out PROBABILITIES"
 
 
 # Recipes

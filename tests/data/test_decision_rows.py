@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -179,6 +180,153 @@ def test_an_answer_is_a_value_an_index_or_probabilities(choices, answer, expecte
     assert found.probabilities == pytest.approx(expected)
 
 
+def answers_of(rows, **settings):
+    """The choice of each row, or its error."""
+    parsed = parse_dataset(
+        [Row(f"r.jsonl:{i}", row) for i, row in enumerate(rows)], "decisions", RowSettings(**settings)
+    )
+    return [
+        str(x) if isinstance(x, InvalidRow) else dict(zip(x.probabilities, names_of(x)))[1]
+        for x in (row if isinstance(row, InvalidRow) else row.examples["response"] for row in parsed)
+    ]
+
+
+def names_of(decision):
+    return [choice.name for choice in decision.choices]
+
+
+def asked(choices, *answers, **more):
+    return [{"question": "q", "choices": choices, "answer": answer, **more} for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        # by value, although 4 is no index and the others would be
+        (asked(["3", "4", "5"], 4, 3) + asked(["1", "2", "3"], 2, 3), ["4", "3", "2", "3"]),
+        # by index, from 0, also where the text of the index is a choice (MMLU)
+        (asked(["x", "y", "z"], 0, 2) + asked(["0", "4", "2", "1"], 1), ["x", "z", "4"]),
+        (asked(["x", "y"], "0", "1") + asked(["4", "5"], "1"), ["x", "y", "5"]),  # CSV files have strings
+        # by letter, also among numbers and letters (RACE, MMLU-Pro)
+        (asked(["4", "5", "6"], "B", "C") + asked(["C", "B"], "A"), ["5", "6", "C"]),
+        (asked(["C", "B"], "B", "C"), ["B", "C"]),
+    ],
+    ids=["value", "index", "text-index", "letter", "letters-as-values"],
+)
+def test_all_answers_of_a_file_are_read_in_the_same_way(rows, expected):
+    assert answers_of(rows) == expected
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (asked(["x", "y", "z"], 0, 1) + asked(["3", "4", "5"], 4), "r.jsonl:2: answer '4' is none of the 3"),
+        (
+            asked(["x", "y"], "A", "B", 1),
+            "r.jsonl:2: answer '1' is none of the 2 choices; .* letters, here A",
+        ),
+        (asked(["b", "a"], "B"), "answer 'B' is none of the 2 choices; near: "),
+        (asked(["x", "y"], "x", "y", 0), "r.jsonl:2: answer '0' is none of the 2 choices"),
+    ],
+    ids=["index", "letter", "case", "value"],
+)
+def test_an_answer_unlike_the_others_of_its_file_is_an_error_that_names_the_row(rows, message):
+    assert re.search(message, answers_of(rows)[-1])
+
+
+def test_workers_read_answers_as_the_whole_file_does(tmp_path):
+    rows = asked(["1", "2", "3"], 0, 2, 1)  # the third alone could be a value
+    source = source_of(tmp_path, rows, workers=2, format="decision")
+    assert [source.split.rows.extras["probabilities"][i].tolist() for i in range(3)] == [
+        [1, 0, 0], [0, 0, 1], [0, 1, 0]
+    ]  # fmt: skip
+
+
+def test_options_of_numbers_have_letters_as_answers_in_race_and_mmlu_pro():
+    race = {"article": "a", "question": "q", "options": ["3", "4"], "answer": "A"}
+    pro = {"question": "q", "options": ["3", "4", "5"], "answer": "C"}
+    exam = {"question": "q", **dict(zip(("opa", "opb", "opc", "opd"), "1234")), "cop": 2}
+    assert answers_of([race]) == ["3"] and answers_of([pro]) == ["5"] and answers_of([exam]) == ["3"]
+
+
+def test_a_context_is_part_of_the_question():
+    (row,) = asked(["red", "blue"], "red", context="The dog is red.")
+    assert parse(Row("r:1", row), "decision").messages[-1]["content"].startswith("The dog is red.\n\nq\n\n")
+    turns = [{"role": "user", "content": "q"}]
+    chat = {**row, "question": None, "messages": turns}
+    assert parse(Row("r:1", chat), "decision").messages == parse(Row("r:1", row), "decision").messages
+    social = {"context": "c", "question": "q", "answerA": "x", "answerB": "y", "answerC": "z", "label": "1"}
+    (parsed,) = parse_dataset([Row("r:1", social)], "decisions")
+    assert parsed.examples["response"].messages[-1]["content"].startswith("c\n\nq\n\nAnswer")
+    without = parse(Row("r:1", {**row, "context": ""}), "decision").messages
+    assert without[-1]["content"].startswith("q\n\nAnswer")
+    with pytest.raises(InvalidRow, match="column 'context'"):
+        parse(Row("r:1", {**row, "context": {"contexts": ["c"]}}), "decision")
+
+
+def test_minus_one_is_no_label_and_spellings_of_a_label_are_one(tmp_path):
+    few = {"invalid": "drop", "invalid_limit": 0.5}
+    source = source_of(tmp_path, labelled(0, 2, -1, 1, 1), **few)  # SNLI's
+    assert source.split.rows.labels == ("0", "1", "2") and len(source.split.rows) == 4
+    assert [x.reason for x in source.info.stats.invalid] == ["no label"]
+    assert any(x.endswith("data.labels=NAME,NAME,... gives 0, 1, ... names") for x in source.info.warnings)
+    three = source_of(tmp_path, labelled(-1, 0, 1))
+    assert three.split.rows.labels == ("-1", "0", "1") and "label -1 is a choice" in three.info.warnings[0]
+    assert source_of(tmp_path, labelled("pos", "pos ", "neg")).split.rows.labels == ("neg", "pos")
+    rows = source_of(tmp_path, labelled(0, "0.0", 1.0, {"0": 0.25, "1.0": 0.75})).split.rows
+    assert rows.labels == ("0", "1")
+    assert [rows.extras["probabilities"][i].tolist() for i in range(4)] == [
+        [1, 0],
+        [1, 0],
+        [0, 1],
+        [0.25, 0.75],
+    ]
+    assert label_of("0.0", ("bad", "good")) == (1, 0)  # pandas' CSV
+    for label, message in ((-1, "label -1 means that the row has no label"), ("B", "'B' is none of the 2")):
+        with pytest.raises(InvalidRow, match=message):
+            label_of(label, ("bad", "good"))
+
+
+def test_errors_of_labels_name_the_source(tmp_path):
+    one, two = write(tmp_path, labelled("bad", "bad")), write(tmp_path, labelled("bad", "good"), "o.jsonl")
+    with pytest.raises(ValueError, match=r"r.jsonl: all rows have the same label, 'bad'"):
+        DecisionRows(f"{two},{one}", held_out="none").open(tiny("chatml"), cache=tmp_path / "c")
+    with pytest.raises(ValueError, match="no row has a label by name; name the labels by data.labels"):
+        source_of(tmp_path, labelled([0.2, 0.8], [0.6, 0.4]))
+
+
+def test_labels_of_rows_with_choices_of_their_own_are_refused_in_training(tmp_path):
+    with pytest.raises(ValueError, match="data.labels=x,y are .* remove data.labels"):
+        source_of(tmp_path, [QUESTION] * 2, labels=("x", "y"))
+    scored = source_of(tmp_path, [QUESTION] * 2, labels=("x", "y"), unlabelled=True)
+    assert scored.info.recorded["labels"] == [] and choice_names(scored.split.rows, 0) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "rows, labels",
+    [
+        (
+            [
+                {"question": "q", "choices": ["a", "b"]},
+                {"question": "r", "choices": ["a", "b"], "answer": None},
+            ],
+            (),
+        ),
+        ([{"text": "t"}, {"text": "u", "label": None}], ("a", "b")),
+        ([{"query": "q", "document": "d"}, {"query": "q", "document": "e", "label": ""}], ()),
+        ([{"goal": "g", "sol1": "a", "sol2": "b"}, {"goal": "h", "sol1": "a", "sol2": "b", "label": ""}], ()),
+    ],
+    ids=["decision", "label", "reranker", "piqa"],
+)
+def test_rows_without_an_answer_are_scored_and_not_learned(rows, labels):
+    scoring = RowSettings(labels=labels, unlabelled=True)
+    rows = [Row(f"r:{i}", row) for i, row in enumerate(rows)]
+    for row in parse_dataset(rows, "decisions", scoring):
+        assert row.examples["response"].probabilities == ()
+    with pytest.raises(ValueError):
+        raise parse_dataset(rows, "decisions", RowSettings(labels=labels))[1]
+
+
 ASKED, GOOD, BAD_ONE = TEXTS[1]
 
 
@@ -205,7 +353,7 @@ def test_public_rows_are_read_as_they_are(name, begins, choices, answer):
 
 
 def label_of(label, labels):
-    return parse(Row("r:1", {"text": "t", "label": label}), "label", labels).probabilities
+    return parse(Row("r:1", {"text": "t", "label": label}), "label", RowSettings(labels=labels)).probabilities
 
 
 def test_a_label_is_a_name_and_an_index_only_where_names_are_no_numbers(tmp_path):

@@ -8,6 +8,7 @@ from running_server import Running
 
 from jaxft.batch import Tokens
 from jaxft.data.decisions import DecisionPrompts, parse
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.serve.decisions_api import parse_decisions, parse_rerank, ranked
 from jaxft.serve.openai_api import ApiError
@@ -95,6 +96,7 @@ def test_messages_are_read_as_their_text_and_every_choice_has_a_probability(runn
     assert running.send("POST", "/v1/decisions", {**as_text, "model": "none"})[0] == 404
     long = running.send("POST", "/v1/decisions", {**as_text, "input": "word " * 500})
     assert long[0] == 400 and "--max-prompt" in long[1]["error"]["message"]
+    assert long[1]["error"]["message"].startswith("questions[0]: ")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_a_classifier_is_asked_for_its_own_labels():
     own, other = parse_decisions(
         {"input": "x", "questions": [{"type": "choice", "name": "n"}, CHOICE]}, known
     )
-    row = parse(Row("r:1", {"text": "x", "label": 0}), "label", *vars(known).values())
+    row = parse(Row("r:1", {"text": "x", "label": 0}), "label", RowSettings(**vars(known)))
     assert own.decision.messages == row.messages and own.decision.choices == row.choices
     assert [x.value for x in other.decision.choices] == ["user", "model"]
 
@@ -164,12 +166,22 @@ def test_documents_are_ranked_by_the_probability_of_yes(running):
     body = {"model": "base", "query": "rank", "documents": ["a", {"text": "b"}], "top_n": 1}
     with pytest.raises(ApiError, match="query"):
         parse_rerank({**body, "query": ""}, DecisionPrompts())
-    for change in ({"documents": []}, {"documents": ["a", 3]}, {"top_n": "x"}, {"max": 3}):
+    wrong = ({"top_n": 0}, {"return_documents": "no"}, {"instruction": 3})
+    for change in ({"documents": []}, {"documents": ["a", 3]}, {"top_n": "x"}, {"max": 3}, *wrong):
         with pytest.raises(ApiError, match=next(iter(change))):
             parse_rerank({**body, **change}, DecisionPrompts())
     found = parse_rerank(body, DecisionPrompts(question="Find it"))
-    row = parse(Row("r", {"query": "rank", "document": "b", "label": 1}), "reranker", (), "Find it")
+    row = parse(
+        Row("r", {"query": "rank", "document": "b", "label": 1}), "reranker", RowSettings(question="Find it")
+    )
     assert found.decisions[1].messages == row.messages and found.decisions[1].answers == row.answers
+    own = parse_rerank({**body, "instruction": "Look"}, DecisionPrompts(question="Find it"))
+    row = parse(Row("r", {"query": "rank", "document": "b", "label": 1, "instruction": "Look"}), "reranker")
+    assert own.decisions[1].messages == row.messages
+    bare = parse_rerank({**body, "top_n": None, "return_documents": False}, DecisionPrompts())
+    assert ranked("m", bare, [0.2, 0.7], 9)["results"] == [
+        {"index": 1, "relevance_score": 0.7}, {"index": 0, "relevance_score": 0.2}
+    ]  # fmt: skip
     answer = ranked("m", found, [0.2, 0.7], 9)
     assert answer["results"] == [{"index": 1, "document": {"text": "b"}, "relevance_score": 0.7}]
     assert answer["usage"] == {"prompt_tokens": 9, "total_tokens": 9}

@@ -112,6 +112,38 @@ def test_rows_of_files_with_the_same_name_have_a_result_each(finished, evaluate)
     assert [sum(row["probabilities"].values()) for row in written] == pytest.approx([1] * 4)
 
 
+def test_rows_without_an_answer_get_probabilities_and_are_in_no_metric(finished, evaluate):
+    folder = finished.parents[1]
+    texts = rows(4, 200)
+    write_rows(folder / "new.jsonl", [{"text": row["text"]} for row in texts])
+    write_rows(folder / "some.jsonl", [*texts[:3], {**texts[3], "label": None}])
+    found, written = evaluate("--run", finished, "--file", "new.jsonl")
+    assert found == {"examples": 4} and all("answer" not in row for row in written)
+    assert all(row["probabilities"].keys() == {*LABELS} for row in written)
+    found, others = evaluate("--run", finished, "--file", "some.jsonl")
+    assert [row["probabilities"] for row in others] == [
+        {name: pytest.approx(p, abs=1e-5) for name, p in row["probabilities"].items()} for row in written
+    ]
+    (folder / "three.jsonl").write_text("".join((folder / "some.jsonl").read_text().splitlines(True)[:3]))
+    of_three, _ = evaluate("--run", finished, "--file", "three.jsonl")
+    del found["intervals"], of_three["intervals"]
+    assert found.pop("examples") == 4 and of_three.pop("examples") == 3
+    assert found == {name: pytest.approx(x, abs=1e-5) for name, x in of_three.items()}
+    write_rows(folder / "own.jsonl", [{"question": "q?", "choices": ["x", "y"]}])
+    assert evaluate("--run", finished, "--file", "own.jsonl")[1][0]["probabilities"].keys() == {"x", "y"}
+    write_rows(folder / "soft.jsonl", [{"question": "q?", "choices": ["x", "y"], "answer": [0.7, 0.3]}])
+    assert evaluate("--run", finished, "--file", "soft.jsonl")[1][0]["answer"] == {"x": 0.7, "y": 0.3}
+
+
+def test_a_run_without_held_out_rows_is_a_decision_run_too(finished):
+    run = finished_run(
+        finished.parents[1], RECIPE, "model=base", "data=rows.jsonl", "held_out=none", "max_length=256",
+        "batch=4", "general=none", "loop.steps=1", "dtype=float32", "name=alone", "rank=4",
+    )  # fmt: skip
+    card = (run / "README.md").read_text()
+    assert "jaxft evaluate --run" in card and "# POST /v1/decisions" in card and "generate" not in card
+
+
 def test_rows_with_a_text_and_a_label_are_the_texts_of_an_sft_run(finished, evaluate, monkeypatch, capsys):
     run = finished_run(
         finished.parents[1], str(SCRIPTS.parent / "configs" / "sft.py"), "model=base", "data=rows.jsonl",

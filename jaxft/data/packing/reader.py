@@ -27,7 +27,7 @@ import xxhash
 from jaxtyping import Bool, Int
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.decisions import labels_as_choices
+from jaxft.data.decisions import DECISION, labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, stored_columns
@@ -159,7 +159,7 @@ class Reader:
         return TokenisedRows(
             **columns,
             formats=(format.name,),
-            labels=format.labels or settings.labels,
+            labels=format.labels or self.labels_of(format),
             dropped=dropped,
             invalid=invalid.counts(),
             warnings=self._warnings(listing, facts),
@@ -175,7 +175,7 @@ class Reader:
     @property
     def formats(self) -> Formats:
         """The formats that rows may have, {} if each is read by itself."""
-        return formats_of(self.task.name, self.settings.numbers)
+        return formats_of(self.task.name, self.settings.numbers, self.settings.unlabelled)
 
     @property
     def used(self) -> tuple[str, ...] | None:
@@ -189,7 +189,7 @@ class Reader:
         """Return which columns the rows have."""
         return format_choice.count_columns(rows, self.settings.columns, self.formats)
 
-    def format_of(self, counts: ColumnCounts) -> ChosenFormat:
+    def format_of(self, counts: ColumnCounts, ref: str) -> ChosenFormat:
         """Return the format of a dataset with these columns."""
         settings = self.settings
         if not self.formats:
@@ -197,7 +197,12 @@ class Reader:
         chosen = format_choice.choose_format(counts, settings.format, settings.columns, self.formats)
         if settings.labels or not self.formats[chosen.name].labelled:
             return chosen
-        return chosen._replace(labels=labels_as_choices(counts.labels))
+        return chosen._replace(labels=labels_as_choices(counts.labels, ref))
+
+    def labels_of(self, format: ChosenFormat) -> tuple[str, ...]:
+        """Return data.labels if the rows have no choices of their own, () otherwise."""
+        known = self.formats.get(format.name)
+        return self.settings.labels if known is not None and known.labelled else ()
 
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return the content of each row, or the error that makes it invalid."""
@@ -221,6 +226,13 @@ class Reader:
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
         lines = format._replace(columns=(*format.columns, *by_other_names)).note()
         if format.name in self.formats:
+            unread = dict.fromkeys(
+                chain.from_iterable(
+                    format_choice.unread_columns(format, row, self.settings.columns, self.formats)
+                    for row in rows
+                )
+            )
+            lines += [f"columns that are not read: {', '.join(unread)}"] if unread else []
             lines += filter(None, [self.formats[format.name].note(self.settings)])
         notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in lines)]
         examples = [example for row in parsed for example in row.examples.values()]
@@ -304,11 +316,11 @@ def _format_of(
     The chunks of a small dataset contain its rows, so that the files are read once.
     """
     settings = reader.settings
-    fixed = settings.format not in ("auto", PLAIN)
+    fixed = settings.format not in ("auto", PLAIN, DECISION)  # answers decide how they are read
     if fixed and settings.format in reader.formats and reader.formats[settings.format].labelled:
         fixed = bool(settings.labels)
     if not reader.formats or (fixed and listing.size > ROW_CHUNK_BYTES):
-        return reader.format_of(ColumnCounts()), listing.chunks(), listing.rows
+        return reader.format_of(ColumnCounts(), ref), listing.chunks(), listing.rows
     invalid, counts, total = reader.how.invalid_rows(), ColumnCounts(), 0
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
@@ -321,7 +333,7 @@ def _format_of(
             total += counted.rows
             progress.add(counted.rows + invalid.total - before)
     check_rows(ref, total, invalid.total, invalid)
-    return reader.format_of(counts), chunks or listing.chunks(), total + invalid.total
+    return reader.format_of(counts, ref), chunks or listing.chunks(), total + invalid.total
 
 
 def _name(listing: Listing) -> str:

@@ -90,7 +90,10 @@ def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
         if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):
-            raise ValueError("config: layer_types has sliding_attention, but use_sliding_window is false")
+            raise ValueError(
+                "config: layer_types has sliding_attention, but use_sliding_window is false"
+                "; set it to true, or make every layer full_attention"
+            )
         return fields
     window, first = window_from_hf({"sliding_window": 4096, **hf}), hf.get("max_window_layers", 28)
     if type(first) is not int:

@@ -388,15 +388,27 @@ def _decision_scores(
             predicted = p.reshape(-1, p.shape[-1])[at, : len(choices)]
             line = {
                 "row": tokenised.names[example],
-                "probabilities": dict(zip(choices, map(float, predicted), strict=True)),
-                "answer": dict(zip(choices, map(float, labels), strict=True)),
+                "probabilities": _by_choice(choices, predicted),
+                **({"answer": _by_choice(choices, labels)} if any(labels) else {}),
             }
-            results[example] = own[DECISION_ACCURACY], line
-    whole = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
+            results[example] = own[DECISION_ACCURACY] if any(labels) else math.nan, line
     in_order = [results[example] for example in sorted(results)]
-    values = {DECISION_ACCURACY: [accuracy for accuracy, _ in in_order]}
-    lines = [line for _, line in in_order]
-    return Evaluated({"examples": len(lines), **whole}, lines, [*invalid_lines(stats.invalid)], values)
+    accuracies, lines = [accuracy for accuracy, _ in in_order], [line for _, line in in_order]
+    notes, without = [*invalid_lines(stats.invalid)], sum(map(math.isnan, accuracies))
+    if without:
+        notes.append(f"{without} of {len(lines)} rows have no answer; no metric counts them")
+    if without == len(lines):
+        return Evaluated({"examples": len(lines)}, lines, notes)
+    whole = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
+    return Evaluated({"examples": len(lines), **whole}, lines, notes, {DECISION_ACCURACY: accuracies})
+
+
+def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Return float32 values by choice, as the shortest decimals that are these values: 0.7."""
+    return {
+        choice: float(str(value))
+        for choice, value in zip(choices, np.asarray(values, np.float32), strict=True)
+    }
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:

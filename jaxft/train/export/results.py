@@ -207,7 +207,8 @@ def _result_lines(
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
         assert weights[0] is not None
-        return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], generates)
+        script = "evaluate" if _served(job.lead) else "generate" if generates else "score"
+        return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], script)
     joint = run_texts.joint_alarms(
         {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
     )
@@ -260,6 +261,11 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     )
 
 
+def _served(member: Member) -> tuple[str, ...]:
+    """Return the server's endpoints for the questions of a decision model, () of other models."""
+    return paths_of_decisions(member.record.get("formats", ()))
+
+
 def _command(member: Member) -> str:
     """Return the command line that trains a run; "" for a member of a sweep."""
     line = member.record.get("command", {}).get("line", [])
@@ -287,7 +293,7 @@ def _card(
         adapter=run.adapter,
         merged=weights.name == "model",
         labels=decision_prompts(member.record).described,
-        served=paths_of_decisions(member.record.get("formats", ())),
+        served=_served(member),
         before=ends[0],
         after=ends[1],
         notes=notes,
