@@ -233,10 +233,12 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
 
     data: settings of the rows of each.
     """
-    from jaxft.data.decision_rows import DecisionRows, is_decision
+    from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
+    from jaxft.data.row_settings import RowSettings
     from jaxft.data.rows.dataset_rows import read_rows
-    from jaxft.data.rows.format_choice import split_column
+    from jaxft.data.rows.format_choice import task_of
+    from jaxft.data.rows.formats import DECISIONS, PAIRS, SFT
     from jaxft.data.rows.mixture import held_out_sources
     from jaxft.data.sft import Rows
     from jaxft.runs.loaded_weights import recorded_data
@@ -253,7 +255,10 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     columns = next(iter(data.values()))["columns"]
     own = recorded_data(args.record) if args.record else None
     is_text = own is not None and not isinstance(own, DecisionRows) and "text" in row.fields  # beside a label
-    if isinstance(own, DecisionRows) or (is_decision(row, columns) and not is_text):
+    best_first = isinstance(own, PairRows) and own.best_first
+    tasks = (PAIRS, SFT) if is_text else (DECISIONS, PAIRS, SFT)
+    task = task_of(row, columns, tasks, RowSettings(best_first=best_first))
+    if isinstance(own, DecisionRows) or task == DECISIONS:
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
         scores, results = make_decision_scores(model), {}
@@ -263,10 +268,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
             settings |= vars(args.decisions[name])
             results[name] = scores(one, DecisionRows(args.file, **settings, **shared))
         return results
-    names = {theirs: ours for ours, theirs in map(split_column, columns)}
-    fields = {names.get(name, name): value for name, value in row.fields.items()}
-    has_label = str(fields.get("label", fields.get("kto_tag"))).lower() in ("true", "false", "1", "0")
-    if not {"chosen", "rejected"} & fields.keys() and not has_label:
+    if task == SFT:
         if args.out:
             raise ValueError(
                 "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
@@ -279,7 +281,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if args.packing or args.too_long == "split":
         raise ValueError("--packing and --too-long split are for SFT rows, and these are pairs; remove them")
     preferences, results = make_pair_preferences(model), {}
-    shared |= {"held_out": "none", "unpaired": True}
+    shared |= {"held_out": "none", "unpaired": True, "best_first": best_first}
     for name, one in loaded.items():
         settings = {key: value for key, value in data[name].items() if key != "loss_on"}
         results[name] = preferences(one, PairRows(args.file, **settings, **shared))

@@ -127,9 +127,9 @@ def sources_of(args: argparse.Namespace) -> dict[str, Source]:
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
     from jaxft.data.packing.row_tasks import rename_columns
-    from jaxft.data.rows.conversation import PLAIN, prompt_of
+    from jaxft.data.rows.conversation import PLAIN
     from jaxft.data.rows.dataset_rows import Row, find_data, read_rows
-    from jaxft.data.rows.format_choice import split_column
+    from jaxft.data.rows.format_choice import prompt_of, split_column
 
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
     if is_plain and (args.chat_template_kwargs or args.system):

@@ -21,6 +21,7 @@ what it was given (the prompt, tools' results, observations) is dim.
 """
 
 import argparse
+import bisect
 import dataclasses
 import itertools
 import sys
@@ -222,20 +223,29 @@ def invalid_setting(dataset: Inspected, data: Data, tokenizer: Any) -> str:
         return ""
     if any(row.reason == HIDDEN_CALLS for row in dataset.invalid):
         return "chat_template=qwen"
-    fraction = np.ceil(100 * sum(row.rows for row in dataset.invalid) / dataset.rows) / 100
-    limits = (data.invalid_limit, max(fraction, data.invalid_limit), 1.0)  # which hold for each dataset
-    for tried in (data, *(dataclasses.replace(data, invalid=DROP, invalid_limit=float(x)) for x in limits)):
+
+    def opens(tried: Data) -> bool:
         try:
             if isinstance(tried, Prompts):
                 prompts.split_prompts(tried, tokenizer)
             else:
                 tried.open(tokenizer)
-            break
         except ValueError:
-            continue
-    limit = tried.invalid_limit
-    more = f" data.invalid_limit={limit:g}" if limit > data.invalid_limit else ""
-    return f"data.invalid={DROP}{more}" if tried is not data else ""
+            return False
+        return True
+
+    def allowed(percent: int) -> bool:  # in each dataset
+        return opens(dataclasses.replace(data, invalid=DROP, invalid_limit=percent / 100))
+
+    if opens(data):
+        return ""
+    if opens(dataclasses.replace(data, invalid=DROP)):
+        return f"data.invalid={DROP}"
+    percents = range(int(100 * data.invalid_limit) + 1, 100)
+    percent = percents.start + bisect.bisect_left(percents, True, key=allowed)
+    if percent == 100 and not allowed(percent):  # it is another error that ends a run
+        percent = -(-100 * sum(row.rows for row in dataset.invalid) // dataset.rows)
+    return f"data.invalid={DROP} data.invalid_limit={percent / 100:g}"
 
 
 def repetition_lines(dataset: Inspected) -> tuple[list[str], str]:

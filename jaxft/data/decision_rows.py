@@ -23,10 +23,8 @@ from jaxft.data.packing.row_tasks import remedy_for_too_long, text_columns
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow
-from jaxft.data.rows.format_choice import choose_format, count_columns
-from jaxft.data.rows.formats import DECISIONS, formats_of
+from jaxft.data.rows.formats import DECISIONS
 from jaxft.data.rows.invalid import InvalidRow, attempt, valid
-from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import PackedBatches, Rows
 from jaxft.data.source import RowSource
 
@@ -119,8 +117,12 @@ class DecisionRows(Rows):
     @property
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
-        own = {"labels": self.labels, "question": self.question, "unlabelled": self.unlabelled}
-        return replace(super().token_settings, **own)
+        return replace(
+            super().token_settings,
+            labels=self.labels,
+            question=self.question,
+            unlabelled=self.unlabelled,
+        )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
         """Read, tokenise and plan the batches; see DataSettings.open."""
@@ -164,16 +166,6 @@ def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
     most = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
     detail = f"; {soft:,} rows have probabilities" if soft else ""
     return f"one token of each row is learned, its choice of {most}{detail}"
-
-
-def is_decision(row: Row, columns: Sequence[str]) -> bool:
-    """Whether a row has the columns of a format of decisions. columns: data.columns."""
-    formats = formats_of(DECISIONS)
-    try:
-        choose_format(count_columns([row], columns, formats), "auto", columns, formats)
-    except ValueError:
-        return False
-    return True
 
 
 def choice_names(rows: TokenisedRows, example: int) -> list[str]:

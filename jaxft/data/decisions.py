@@ -179,7 +179,7 @@ def parse(row: Row, format: str, settings: RowSettings = DEFAULT_ROW_SETTINGS) -
         messages = with_system(row, messages_of(row, "messages"))
     else:
         messages = with_system(row, user_messages(text_of(row, "question")))
-    if row.fields.get("context") is not None and messages:
+    if row.fields.get("context") not in (None, "") and messages:
         text = f"{text_of(row, 'context')}\n\n{messages[-1]['content']}"
         messages = [*messages[:-1], {**messages[-1], "content": text}]
     p = _answer(row, choices, settings.reading) if has_answer else ()
@@ -313,7 +313,7 @@ def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None
         name = DecisionChoice(value).name
         return names.index(name) if name in names else None
     if reading == LETTER:
-        return LETTERS.index(value) if value in [*LETTERS[: len(names)]] else None
+        return [*LETTERS].index(str(value)) if value in [*LETTERS[: len(names)]] else None
     text = str(value).strip()
     if isinstance(value, bool) or not (_WHOLE.fullmatch(text) or text.isdecimal()):  # pandas' 1.0
         return None

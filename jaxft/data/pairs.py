@@ -21,7 +21,7 @@ from jaxft.data.packing.pack import RowPlan, RowShape, round_up
 from jaxft.data.packing.pair_layout import PairLayout
 from jaxft.data.packing.reader import RowTask
 from jaxft.data.packing.row_tasks import PAIR_TASK
-from jaxft.data.packing.tokenised import PROMPT_END_MOVED, TokenisedRows
+from jaxft.data.packing.tokenised import NUMBERS, PROMPT_END_MOVED, TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
 from jaxft.data.rows.published_formats import kinds_of_ranking, rating_columns
@@ -51,7 +51,8 @@ class PairRows(DataSettings):
     read. With 2 it is a pair, the best response against the worst; with k also those between, as kinds
     "rank_2" to "rank_{k - 1}", and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2"
     and so on. Rows with fewer responses lack the last of those between; of more, the best, the worst and
-    those at even distances between them are read. Other fields: see DataSettings; batch counts pairs.
+    those at even distances between them are read. best_first: whether responses without ratings are from the
+    best to the worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -63,6 +64,7 @@ class PairRows(DataSettings):
     unpaired: bool = False
     third: Annotated[str | None, one_of(THIRD)] = None
     responses: Annotated[int, between(2, 16)] = 2
+    best_first: bool = False
     unit: ClassVar[str] = "pairs"
     task: ClassVar[RowTask] = PAIR_TASK
     packing: ClassVar[bool] = True
@@ -78,7 +80,7 @@ class PairRows(DataSettings):
         return self.row_settings(
             kinds=(*kinds_of_ranking(self.responses), *(["gold"] if self.third == "gold" else [])),
             max_length=self.max_length, too_long=self.too_long, extras=self.numbers,
-            weight_column=self.weight_column,
+            weight_column=self.weight_column, best_first=self.best_first,
         )  # fmt: skip
 
     @property
@@ -132,6 +134,7 @@ class PairRows(DataSettings):
         refuses pairs that share prompts, see `for_attention`.
         """
         row_count, split = _row_count(self, shards), split_rows(self, tokenizer, cache)
+        split = replace(split, warnings=(*split.warnings, *_reversed_ratings(split.rows, self.numbers)))
         if not self.unpaired:
             _require_both_responses(split.rows)
         if self.third == "mismatched":
@@ -304,6 +307,20 @@ class PairSource(source.RowSource[Pairs]):
         rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
         layout = replace(self.layout, rows=rows)
         return replace(self, layout=layout, held_out=layout.evaluation(layout.held_plan))
+
+
+def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]:
+    """Return a line about pairs whose chosen response has the lower rating, [] without any."""
+    if not {*rating_columns(2)} <= {*numbers}:
+        return []
+    chosen, rejected = (pairs.extras[NUMBERS][:, numbers.index(name)] for name in rating_columns(2))
+    lower = np.flatnonzero(chosen < rejected)
+    if not len(lower):
+        return []
+    return [
+        f"note: {len(lower)} of {len(pairs)} pairs have a score_chosen below their score_rejected, so their "
+        f"margin is negative; the first is {pairs.names[int(lower[0])]}"
+    ]
 
 
 def _reference(

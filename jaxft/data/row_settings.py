@@ -72,9 +72,9 @@ class RowSettings:
     see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
     column "environment" is this name, or of "", every row; "" for the rows' own tools. optional:
     whether a row without a prompt has an empty one, to which an environment adds. separator, last_step: see
-    steps.SolutionRows. labels, question, unlabelled: see decision_rows.DecisionRows. reading:
-    how the answers of a dataset of decisions name a choice, see decisions.reading_of; None decides it by each
-    row alone. Others: see DataSettings.
+    sft.SolutionRows. best_first: see pairs.PairRows. labels, question, unlabelled: see
+    decision_rows.DecisionRows. reading: how the answers of a dataset of decisions name a choice, see
+    decisions.reading_of; None decides it by each row alone. Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()
@@ -95,6 +95,7 @@ class RowSettings:
     last_step: bool = False
     labels: tuple[str, ...] = ()
     question: str | None = None
+    best_first: bool = False
     unlabelled: bool = False
     reading: str | None = None
 

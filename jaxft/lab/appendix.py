@@ -211,8 +211,8 @@ def same_length_table(study: StudyResult) -> PaperTable:
         (
             f"{d.other} - {d.one}",
             f"{point.kl:.4g}",
-            f"{found.mean:+.4f}",
-            found.interval.text(4),
+            f"{compared.mean:+.4f}",
+            compared.interval.text(4),
             f"{point.length_p:.2g}",
             {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[
                 point.length_winner
@@ -220,7 +220,7 @@ def same_length_table(study: StudyResult) -> PaperTable:
         )
         for d in study.duels
         for point in d.matched
-        if (found := point.same_length) is not None
+        if (compared := point.same_length) is not None
     ]
     longer = np.sign(study.pairs.by_prompt(study.pairs.longer, tuning=False))
     counts = f"{(longer > 0).sum()} are longer than the rejected ones and {(longer < 0).sum()} are shorter"

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 
-from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row, read_rows
+from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.remote import without_secrets
 from jaxft.distributed import sharding
 from jaxft.lab.judging import Judge, Match, Verdicts, in_both_orders, values_of, values_of_scores

@@ -214,7 +214,7 @@ class Frame:
 
 
 LEFT, BOTTOM, TOP = 46.0, 34.0, 8.0  # margins of a picture
-LABEL = 11.0  # height of a label's line
+LABEL, LABEL_WIDTH = 11.0, 70.0  # room of a label
 GRID = 'stroke="currentColor" stroke-opacity="0.15"'
 
 
@@ -273,10 +273,12 @@ def _level(frame: Frame, y: float, name: str) -> str:
 
 def _labels(ends: Mapping[str, tuple[float, float]]) -> str:
     """Texts right of the points, moved apart where they would overlap."""
-    texts, last = [], -math.inf
+    texts, placed = [], list[tuple[float, float]]()
     for text, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        last = max(y, last + LABEL)
-        texts.append(f'<text x="{x + 5:.1f}" y="{last + 3:.1f}">{text}</text>')
+        while any(abs(x - u) < LABEL_WIDTH and abs(y - v) < LABEL for u, v in placed):
+            y += 1
+        placed.append((x, y))
+        texts.append(f'<text x="{x + 5:.1f}" y="{y + 3:.1f}">{text}</text>')
     return "".join(texts)
 
 

@@ -402,7 +402,7 @@ def _mlflow_experiment(client: Any, tracking: Tracking) -> str:
         return number
     name = tracking.project or name or PROJECT
     known = client.get_experiment_by_name(name)
-    return known.experiment_id if known else client.create_mlflow_experiment(name)
+    return known.experiment_id if known else client.create_experiment(name)
 
 
 def _short_error(error: Exception) -> str:

@@ -30,7 +30,8 @@ from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.packing.cache import row_cache_folder
 from jaxft.data.packing.row_tasks import rename_columns
 from jaxft.data.row_settings import TemplateSettings
-from jaxft.data.rows.conversation import PLAIN, prompt_of
+from jaxft.data.rows.conversation import PLAIN
+from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.invalid import valid
 from jaxft.data.rows.row_files import Row
 from jaxft.data.rows.shipped import ROOT

@@ -159,8 +159,8 @@ def world_study(name: str, steps: int, trials: int) -> Any:
 def timed(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """Return a function's result and its seconds."""
     begin = time.perf_counter()
-    found = fn(*args)
-    return found, time.perf_counter() - begin
+    result = fn(*args)
+    return result, time.perf_counter() - begin
 
 
 def full_grid(lab: Any, folder: Path) -> list[dict[str, Any]]:
@@ -227,11 +227,11 @@ def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, 
         ]
         if with_grid:
             parts.append(("grid", full_grid, (lab, grid)))
-        found = {name: timed(fn, *args) for name, fn, args in parts[:: 1 if seed % 2 else -1]}
+        results = {name: timed(fn, *args) for name, fn, args in parts[:: 1 if seed % 2 else -1]}
     result = read_study(folder)
     first, second = result.order[:2]
     duel = next(d for d in result.duels if {d.one, d.other} == {first.label, second.label})
-    (log, seconds), (grid_log, grid_seconds) = found["study"], found.get("grid", ([], 0.0))
+    (log, seconds), (grid_log, grid_seconds) = results["study"], results.get("grid", ([], 0.0))
     planted = [*study.losses][world.best]
     return {
         "world": seed,
@@ -262,11 +262,11 @@ def main() -> int:
     parser.add_argument("--grids", type=int, help="train the full grid of the first N worlds (default all)")
     parser.add_argument("--json", action="store_true", help="also print each world as a JSON line")
     a = parser.parse_args()
-    found = []
+    worlds = []
     for seed in range(a.first, a.first + a.worlds):
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
             one = run_world(seed, a.steps, a.trials, a.grids is None or seed - a.first < a.grids)
-        found.append(one)
+        worlds.append(one)
         right = "right" if one["found"] == one["planted"] else "WRONG"
         limits = sorted(one["limit"].values())[::-1]
         print(
@@ -278,15 +278,15 @@ def main() -> int:
         )
         if a.json:
             print(json.dumps(one), flush=True)
-    ratio = np.array([np.array(one["error"]) / np.array(one["unpaired"]) for one in found])
+    ratio = np.array([np.array(one["error"]) / np.array(one["unpaired"]) for one in worlds])
     two = list(combinations(range(len(BIASES)), 2))  # in the order of the study's duels
     near = ratio[:, [two.index((i, i + 1)) for i in range(len(BIASES) - 1)]]
-    right = sum(one["found"] == one["planted"] for one in found)
+    right = sum(one["found"] == one["planted"] for one in worlds)
     print(
-        f"the planted loss was found in {right} of {len(found)} worlds; paired error over the unpaired one: "
+        f"the planted loss was found in {right} of {len(worlds)} worlds; paired error over the unpaired one: "
         f"median {np.median(near):.2f} of losses with neighbouring alpha, {np.median(ratio):.2f} of all"
     )
-    both = [one for one in found if one["grid"] is not None]
+    both = [one for one in worlds if one["grid"] is not None]
     if both:
         steps, seconds = (np.array([one[name] for one in both]).sum(0) for name in ("steps", "seconds"))
         of_grid = sum(one["grid"] == one["planted"] for one in both)

@@ -12,8 +12,8 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.rows import columns
-from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.invalid import InvalidRow
 
 CALLS = json.dumps([{"name": "get_weather", "arguments": {"city": "Rome"}}])

@@ -258,6 +258,8 @@ def test_a_context_is_part_of_the_question():
     social = {"context": "c", "question": "q", "answerA": "x", "answerB": "y", "answerC": "z", "label": "1"}
     (parsed,) = parse_dataset([Row("r:1", social)], "decisions")
     assert parsed.examples["response"].messages[-1]["content"].startswith("c\n\nq\n\nAnswer")
+    without = parse(Row("r:1", {**row, "context": ""}), "decision").messages
+    assert without[-1]["content"].startswith("q\n\nAnswer")
     with pytest.raises(InvalidRow, match="column 'context'"):
         parse(Row("r:1", {**row, "context": {"contexts": ["c"]}}), "decision")
 

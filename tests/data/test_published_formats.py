@@ -42,9 +42,25 @@ RANKINGS = {
             for rank, text in zip(RANKS, SYNTHETIC, strict=True)
         ],
     },
-    "in order": {"prompt": "q", "responses": sorted(SYNTHETIC)},
     "ranks": {"prompt": "q", "responses": SYNTHETIC, "ranks": RANKS},
     "ratings": {"prompt": "q", "completions": SYNTHETIC, "ratings": list(map(str, SCORES))},
+    "rewards": {"prompt": "q", "responses": SYNTHETIC, "rewards": SCORES},
+    "rating": {"prompt": "q", "responses": SYNTHETIC, "rating": SCORES, "score": 3},
+    "items with rewards": {"prompt": "q", "responses": objects("text", "reward", SCORES)},
+    "messages with scores": {
+        "prompt": "q",
+        "responses": [{"role": "assistant", **x} for x in objects("content", "score", SCORES)],
+    },
+    "ultrafeedback without an overall score": {
+        "instruction": "q",
+        "completions": [
+            {"overall_score": None, **x} for x in objects("response", "fine-grained_score", SCORES)
+        ],
+    },
+    "stack-exchange-preferences": {
+        "question": "q",
+        "answers": [{"selected": False, **x} for x in objects("text", "pm_score", SCORES)],
+    },
     "of a table": {"question": "q", "responses": json.dumps(SYNTHETIC), "scores": json.dumps(SCORES)},
 }
 
@@ -58,12 +74,32 @@ def test_the_best_response_of_a_ranking_is_chosen_the_worst_rejected_and_the_oth
     assert ratings == {f"score_{kind}": -place for kind, place in zip(kinds, (1, 5, 2, 3, 4), strict=True)}
 
 
+@pytest.mark.parametrize("responses", [["x", "y"], [{"text": "x", "likes": 1}, {"text": "y", "likes": 2}]])
+def test_responses_without_ratings_are_read_in_the_order_of_the_row_only_if_a_setting_says_so(responses):
+    fields = {"prompt": "q", "responses": responses}
+    with pytest.raises(
+        ValueError, match=r"does not rate the responses in 'responses'; .*data\.best_first=true"
+    ):
+        read(fields)
+    assert read(fields, best_first=True)[0] == {"chosen": "x", "rejected": "y"}
+    rated = {**fields, "utility": [1, 2]}
+    assert read(rated, columns=("ratings=utility",))[0] == {"chosen": "y", "rejected": "x"}
+    assert read({**fields, "ratings": [1, 2]}, best_first=True)[0] == {"chosen": "y", "rejected": "x"}
+
+
+def test_the_input_of_an_instruction_is_in_the_prompt_of_its_ranking():
+    fields = {"instruction": "i", "input": "x", "system": "s", "responses": ["a", "b"], "ratings": [1, 2]}
+    rows = PairRows("r")
+    (found,) = pairs([Row("r:1", fields)], rows.token_settings)
+    assert [m["content"] for m in found.examples["chosen"].messages] == ["s", "i\n\nx", "b"]
+
+
 def test_of_a_longer_ranking_the_ends_and_even_distances_are_read_and_of_a_shorter_one_the_last_are_missing():
     fields = {"prompt": "q", "responses": [f"{i}" for i in range(9)]}
-    assert read(fields, responses=5)[0] == {
+    assert read(fields, responses=5, best_first=True)[0] == {
         "chosen": "0", "rejected": "8", "rank_2": "2", "rank_3": "4", "rank_4": "6",
     }  # fmt: skip
-    texts, ratings = read({"prompt": "q", "responses": ["x", "y", "z"]}, responses=5)
+    texts, ratings = read({"prompt": "q", "responses": ["x", "y", "z"]}, responses=5, best_first=True)
     assert texts == {"chosen": "x", "rejected": "z", "rank_2": "y"}
     assert ratings["score_rejected"] == -3 and ratings["score_rank_3"] == ratings["score_rank_4"] == 0
 
@@ -107,8 +143,8 @@ TWO = {
     "shp": (
         {"history": "q", "human_ref_A": "x", "human_ref_B": "y", "score_A": 12, "score_B": 3},
         {"labels": 1},
-        {"labels": 0},
-        ((12, 3), (3, 12)),
+        {"labels": 0, "score_A": 3, "score_B": 12},
+        ((12, 3), (12, 3)),
     ),
     "openai": (
         {
@@ -157,10 +193,18 @@ BAD = [
         {"prompt": "q", "answers": [{"answer": "x", "rank": 1}, {"answer": "y"}]},
         r"answers\[1\] has no rating, and others have one; rate all responses or none",
     ),
-    ({"prompt": "q", "responses": ["x", "x"]}, "chosen and rejected are identical"),
+    ({"prompt": "q", "responses": ["x", "x"], "ratings": [1, 2]}, "chosen and rejected are identical"),
     (
         {**TWO["helpsteer3"][0], "overall_preference": 0},
         "column 'overall_preference' is 0, no response is better; remove the row",
+    ),
+    (
+        {**TWO["shp"][0], "labels": 0},
+        r"column 'labels' is 0, and the other response has more votes \(12 against 3\); fix or remove",
+    ),
+    (
+        {"context": "c", "question": "q", "answers": ["x", "y"], "scores": [1, 2]},
+        "the row has 'question' and 'context'; choose the prompt with data.columns=prompt=question",
     ),
     (
         {**TWO["saferlhf"][0], "better_response_id": 2},
@@ -249,6 +293,18 @@ def test_batches_have_the_responses_and_the_ratings_of_rankings(tmp_path):
         assert numbers == {} and [a[1] for a in answers] == [a[1] for a in pairs_seen[i][2][:2]]
     means = np.unique(batches[0].mean_lengths[..., 0])
     assert len(means) == 1
+
+
+def test_a_note_counts_the_pairs_whose_chosen_response_has_the_lower_rating(tmp_path):
+    rows = [
+        {"prompt": f"{i}", "chosen": "x", "rejected": "y", "score_chosen": i, "score_rejected": 2}
+        for i in range(5)
+    ]
+    write(tmp_path / "r.jsonl", rows)
+    lines = source(tmp_path, held_out="none", extras=EXTRAS).info.warnings
+    (note,) = (line for line in lines if "margin" in line)
+    assert "2 of 5 pairs have a score_chosen below their score_rejected" in note and "r.jsonl:1" in note
+    assert not any("margin" in line for line in source(tmp_path, held_out="none").info.warnings)
 
 
 def test_data_responses_is_from_2_to_16():

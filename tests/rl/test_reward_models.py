@@ -22,8 +22,8 @@ from tiny_run import Place
 from jaxft import tree
 from jaxft.data.chat import loss_mask
 from jaxft.data.packing.pack import RowShape
-from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.format_choice import prompt_of
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import left_pad
 from jaxft.models.adapted import HeadSettings, adapted, view, with_heads
@@ -289,7 +289,7 @@ import jax
 from jaxft.distributed import sharding
 from jaxft.rl import reward_models
 from jaxft.weights import pretrained
-from jaxft.data.rows.conversation import prompt_of
+from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.dataset_rows import Row
 prompts = [prompt_of(Row("r", {"prompt": text})) for text in ("what is 1?", "so")]
 mesh = sharding.make_mesh(sharding.MeshShape(), jax.local_devices()[:1])

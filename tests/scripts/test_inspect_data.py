@@ -297,6 +297,16 @@ def test_invalid_rows_are_counted_with_the_first_and_what_drop_would_do(inspect,
         assert shown.count("⟦") == 2
 
 
+def test_the_proposed_limit_is_the_least_that_allows_the_invalid_rows_of_each_dataset(inspect, place):
+    rows = [{"prompt": f"q {i}", "completion": "a"} for i in range(67)]
+    bad = [{"prompt": f"p {i}", "completion": " "} for i in range(3)]
+    (place / "limit.jsonl").write_text("\n".join(map(json.dumps, rows[:60])))
+    (place / "limit_held.jsonl").write_text("\n".join(map(json.dumps, [*rows[60:], *bad])))
+    shown = inspect("--data", "limit.jsonl", "--model", "model", "held_out=limit_held.jsonl", "batch=1")
+    assert shown.startswith("3 of 70 rows are invalid (4.3%): a run ends at the first; set ")
+    assert "set data.invalid=drop data.invalid_limit=0.3\n" in shown
+
+
 def test_rows_to_leave_out_and_warnings_come_first_with_the_setting_that_leaves_them_out(inspect, place):
     rows = ["Question;Answer", "why 1;so", "why 1;so", "why 2;N/A", "why 3;", "why 4;yes", "why 5;no"]
     (place / "mess.csv").write_text("\n".join([*rows, *(f"more {i};so {i}" for i in range(6))]))

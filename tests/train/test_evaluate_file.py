@@ -99,6 +99,15 @@ def test_preferences_are_those_of_transformers_log_probabilities(place, evaluate
     assert 0 < np.mean(wins) < 1  # the law can fail
 
 
+def test_preferences_of_published_formats_are_evaluated_as_pairs(place, evaluate):
+    rows = [
+        {"history": p, "human_ref_A": c, "human_ref_B": r, "score_A": 2, "score_B": 1, "labels": 1}
+        for p, c, r in PAIRS
+    ]
+    write(place[0] / "shp.jsonl", rows)
+    assert evaluate("--file", "shp.jsonl") == evaluate("--file", "pairs.jsonl")
+
+
 def test_accuracy_against_the_base_compares_what_the_responses_gained():
     # gains of chosen and rejected: 1 and 2, 3 and 1, 0 and 0, 5 and 1
     scores = [

@@ -226,6 +226,13 @@ class Reader:
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
         lines = format._replace(columns=(*format.columns, *by_other_names)).note()
         if format.name in self.formats:
+            unread = dict.fromkeys(
+                chain.from_iterable(
+                    format_choice.unread_columns(format, row, self.settings.columns, self.formats)
+                    for row in rows
+                )
+            )
+            lines += [f"columns that are not read: {', '.join(unread)}"] if unread else []
             lines += filter(None, [self.formats[format.name].note(self.settings)])
         notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in lines)]
         examples = [example for row in parsed for example in row.examples.values()]

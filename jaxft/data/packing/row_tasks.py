@@ -34,9 +34,9 @@ from jaxft.data.packing.tokenised import (
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, RowSettings, TemplateSettings
 from jaxft.data.rows import formats
 from jaxft.data.rows.columns import column_of
-from jaxft.data.rows.conversation import NO_PROMPT, prompt_of
+from jaxft.data.rows.conversation import NO_PROMPT
 from jaxft.data.rows.example import PROMPT, RESPONSE, Chat, Completion, Example, Message, ParsedRow, as_given
-from jaxft.data.rows.format_choice import ChosenFormat, split_column
+from jaxft.data.rows.format_choice import ChosenFormat, prompt_of, split_column
 from jaxft.data.rows.formats import number_of
 from jaxft.data.rows.invalid import InvalidRow, attempt, valid
 from jaxft.data.rows.row_files import Row
@@ -62,7 +62,7 @@ def _tokenise_sft(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> Cut
 
 
 CHECKS = (loss_mask.tools_warnings, loss_mask.content_warnings, loss_mask.prompt_warnings)
-SFT_TASK = RowTask(formats.SFT, 12, "max_length", _tokenise_sft, text_columns, checks=CHECKS)
+SFT_TASK = RowTask(formats.SFT, 13, "max_length", _tokenise_sft, text_columns, checks=CHECKS)
 
 
 def _examples_of(
@@ -181,7 +181,7 @@ def _tokenise_pairs(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
         yield attempt(_pair_of, row, next(prompts), responses, reader)
 
 
-PAIR_TASK = RowTask(formats.PAIRS, 11, "max_length", _tokenise_pairs, _pair_columns)
+PAIR_TASK = RowTask(formats.PAIRS, 12, "max_length", _tokenise_pairs, _pair_columns)
 
 
 def _pair_of(
@@ -362,7 +362,7 @@ def _prompt_columns(settings: RowSettings) -> ColumnTypes:
     return ragged(ROW_FIELDS, np.uint8)
 
 
-PROMPT_TASK = RowTask(formats.PROMPTS, 4, "max_prompt", _tokenise_prompts, _prompt_columns, _parse_prompts)
+PROMPT_TASK = RowTask(formats.PROMPTS, 5, "max_prompt", _tokenise_prompts, _prompt_columns, _parse_prompts)
 
 
 def row_fields(rows: TokenisedRows, number: int) -> dict[str, Any]:

@@ -35,6 +35,7 @@ SET_BY_JAXFT = (
 # Other names of columns in public datasets, which are read where a row lacks a format's own.
 COLUMN_SYNONYMS = {
     "prompt": ("question", "query", "problem", "input"),
+    "instruction": ("question", "query", "problem"),  # of rows with an input, see format_choice
     "completion": ("answer", "response", "output", "solution"),
     "response": ("answer", "completion", "solution"),
     "system": ("system_prompt",),
@@ -45,13 +46,18 @@ COLUMN_SYNONYMS = {
     "answer": ("answerkey",),
     "document": ("passage",),
 }
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 FURTHER = ("system", "input")  # columns with synonyms that a row may lack
 # Names that are proposed and not read, as only a convention says which response is the better one.
 PROPOSED_SYNONYMS = {
     "chosen": ("response_j", "chosen_response", "better", "preferred", "accepted", "good", "winner"),
     "rejected": ("response_k", "rejected_response", "worse", "dispreferred", "bad", "loser"),
 }
+# Columns for which only a name that means the same is proposed: another would be read as something else.
+PROPOSED_BY_NAME = ("query", "document", "choices", "answer", "completions", "labels")
+LABEL_NAMES = ("label", "labels", "task", "category", "premise", "hypothesis")  # that are never proposed
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+NEARER = 0.85  # of those of PROPOSED_BY_NAME
 NEAR = 0.75  # similarity of names that may be a misspelling of one another
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -132,12 +138,27 @@ def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
 def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
     """Return the columns that a message suggests for data.columns, such as "prompt=question
     completion=answer": guesses from the row's names, and its next names as an example where there is no
-    guess.
+    guess. Names of labels and of tasks are no examples, and columns of PROPOSED_BY_NAME have none.
     """
-    meant = meant_columns(names, ours)
-    left = [x for x in names if x not in meant.values() and not str(x).lower().endswith(("id", "index"))]
-    items = [f"{column}={meant.get(column) or (left.pop(0) if left else '...')}" for column in ours]
+    meant = meant_columns([name for name in names if name not in LABEL_NAMES], ours)
+    meant = {column: name for column, name in meant.items() if _is_proposed(column, str(name))}
+    no_text = (*meant.values(), *LABEL_NAMES)
+    left = [x for x in names if x not in no_text and not str(x).lower().endswith(("id", "idx", "index"))]
+
+    def proposed(column: str) -> str:
+        if column in meant:
+            return meant[column]
+        return left.pop(0) if left and column not in PROPOSED_BY_NAME else "..."
+
+    items = [f"{column}={proposed(column)}" for column in ours]
     return shlex.quote(f"data.columns={','.join(items)}")
+
+
+def _is_proposed(column: str, name: str) -> bool:
+    """Whether a name that is nearly a column's may be proposed for it."""
+    is_near = difflib.SequenceMatcher(None, column, name.strip().lower()).ratio() >= NEARER
+    is_synonym = name.strip().lower() in COLUMN_SYNONYMS.get(column, ())
+    return column not in PROPOSED_BY_NAME or is_near or is_synonym
 
 
 # ---- text
@@ -221,6 +242,19 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def require_text_alone(row: Row) -> None:
+    """Raise InvalidRow for a row with images, videos or audio: lists of these, or a file's path and bytes."""
+    for column in MEDIA:
+        value = row.fields.get(column)
+        is_file = isinstance(value, Mapping) and {"path", "bytes"} & {*value}
+        if value and (is_file or column.endswith("s")):
+            raise row.invalid(
+                "content that is no text",
+                f"column {column!r} has {column}, and only text is supported; remove the row, or the column "
+                "with its marks in the text",
+            )
 
 
 # ---- messages
@@ -420,6 +454,12 @@ def instruction_of(row: Row) -> list[Message]:
     """
     user = text_of(row, "instruction")
     if row.fields.get("input"):
+        if not isinstance(row.fields["input"], str):
+            raise row.invalid(
+                "column 'input' of a wrong type",
+                f"column 'input' must be a string, got {type(row.fields['input']).__name__}; otherwise name "
+                "the columns that are read, for example with data.columns=prompt=question,completion=answer",
+            )
         user = f"{user}\n\n{text_of(row, 'input')}"
     earlier: list[Message] = []
     history = row.fields.get("history") or []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxft.data.rows.columns import (
+    COLUMN_SYNONYMS,
     dialogue_of,
     further_columns,
     instruction_of,
@@ -112,7 +113,8 @@ def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dic
     beginning of the responses. Raises InvalidRow, also for responses that are no assistant turns.
     """
     if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
-        row, prompt_column = with_prompt(row), "prompt"
+        row = with_prompt(row)
+        prompt_column = "prompt" if row.fields.get("prompt") is not None else "instruction"
     require_difference(row, {kind: row.fields[column] for kind, column in columns.items()})
     split = split_row(row, prompt_column, {k: c for k, c in columns.items() if c != prompt_column})
     ending = [kind for kind, column in columns.items() if column == prompt_column]
@@ -180,8 +182,9 @@ class _Reading(NamedTuple):
     responses: tuple[str, ...] = ()
 
 
-def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
-    """Return a row's prompt without a response, the same as in SFT and preferences.
+def prompt_in_columns(row: Row, format: str = "auto") -> Chat | Completion:
+    """Return the prompt without a response of a row in jaxft's columns, the same as in SFT and preferences
+    (others: format_choice.prompt_of).
 
     format: one of PROMPT_FORMATS: "auto", "plain", the column of the prompt, or "implicit" for the common
     beginning of chosen and rejected. Raises InvalidRow, for example if columns have different prompts.
@@ -217,6 +220,10 @@ def other_columns(row: Row, format: str = "auto") -> dict[str, str]:
     row = _respelled(row)
     name = other_prompt(row) if format in ("auto", PLAIN) else None
     others = {} if name is None else {"prompt": name}
+    context = other_name(row.fields, "input")
+    if name is not None and format == "auto" and context and isinstance(row.fields[context], str):
+        is_question = name.strip().lower() in COLUMN_SYNONYMS["instruction"]
+        others = {"instruction": name, "input": context} if is_question else others
     if format == "auto":
         optional = ("system", "input") if row.fields.get("instruction") is not None else ("system",)
         others |= further_columns(row.fields, optional)

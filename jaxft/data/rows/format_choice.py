@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jaxft.data.decisions import (
@@ -24,18 +25,29 @@ from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import (
     COLUMN_SYNONYMS,
     FURTHER,
+    MEDIA,
     column_of,
     further_columns,
     meant_columns,
     misspelled,
     other_name,
+    require_text_alone,
     respelled,
     suggested_columns,
 )
-from jaxft.data.rows.conversation import PLAIN
+from jaxft.data.rows.conversation import PLAIN, prompt_in_columns
 from jaxft.data.rows.dataset_rows import Row
-from jaxft.data.rows.example import ParsedRow
-from jaxft.data.rows.formats import ROW_FORMATS, TASKS, RowFormat, formats_of, number_of, own_columns
+from jaxft.data.rows.example import Chat, Completion, ParsedRow
+from jaxft.data.rows.formats import (
+    DECISIONS,
+    RATED,
+    ROW_FORMATS,
+    TASKS,
+    RowFormat,
+    formats_of,
+    number_of,
+    own_columns,
+)
 from jaxft.data.rows.invalid import InvalidRow, attempt, similar_names, valid
 from jaxft.data.rows.published_formats import with_ratings
 
@@ -61,7 +73,8 @@ class ChosenFormat(NamedTuple):
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return a format from its JSON."""
-        return cls(*(tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored))
+        items: list[Any] = [tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored]
+        return cls(*items)
 
     def note(self) -> list[str]:
         """Return a line about columns with other names, [] without any."""
@@ -95,6 +108,7 @@ def parse_rows(
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
 
     def convert(row: Row | InvalidRow) -> ParsedRow:
+        require_text_alone(valid(row))
         row = chosen.rewrite(valid(row), settings)
         row = with_ratings(row, settings) if "rank_2" in settings.kinds else row
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
@@ -126,7 +140,64 @@ def parse_dataset(
     return [*parse_rows(format, rows, settings, task)]
 
 
+# ---- prompts without responses
+
+
+def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
+    """Return a row's prompt without a response, as its format in ROW_FORMATS reads it; a question has its
+    choices.
+
+    format: one of conversation.PROMPT_FORMATS. Raises InvalidRow.
+    """
+    require_text_alone(row)
+    known, columns = _prompt_format(tuple(name for name, x in row.fields.items() if x is not None))
+    if format != "auto" or known is None or known.prompt is None:
+        return prompt_in_columns(row, format)
+    renamed = {ours: row.fields[theirs] for ours, theirs in columns}
+    return prompt_in_columns(known.prompt(Row(row.name, {**row.fields, **renamed})))
+
+
+@lru_cache(maxsize=1024)
+def _prompt_format(names: tuple[str, ...]) -> tuple[RowFormat | None, tuple[tuple[str, str], ...]]:
+    """Return the format of rows with these columns whose prompt is in none of PROMPT_COLUMNS, and (ours,
+    theirs) of its columns with other names; None for other rows.
+    """
+    formats = [x if x.name != DECISION else replace(x, required=x.required[:2]) for x in ROW_FORMATS]
+    formats = [x for x in formats if x.prompt is not None]
+    spelled = respelled(names, frozenset(c for x in formats for c in x.columns))
+    fields = {**dict.fromkeys(names, True), **dict.fromkeys(spelled, True)}
+    other = other_name(fields, "choices") if "choices" not in fields and "question" in fields else None
+    if {"prompt", "instruction"} & {*fields}:
+        return None, ()
+    others = {**spelled, **({"choices": other} if other else {})}
+    fields |= dict.fromkeys(others, True)
+    fits = [x for x in formats if _has(fields, x.required)]
+    if "question" in fields:  # a context of it is no prompt
+        fits = [x for x in fits if x.task == DECISIONS]
+    return max(fits, key=lambda x: len(x.required), default=None), tuple(others.items())
+
+
 # ---- which format
+
+
+def task_of(
+    row: Row, columns: Sequence[str], tasks: Sequence[str], settings: RowSettings = DEFAULT_ROW_SETTINGS
+) -> str:
+    """Return the first of the tasks that has a format for a row, the last one if none has. columns: see
+    data.columns. Where values decide, a format must fit these too: ratings of responses, unless
+    settings.best_first, and labels that are true or false.
+    """
+    for task in tasks:
+        formats = formats_of(task)
+        try:
+            counts = count_columns([row], columns, formats)
+            known = formats[choose_format(counts, "auto", columns, formats).name]
+        except ValueError:  # no format, or data.columns names columns of another task
+            continue
+        fits = counts.first is not None and known.fits(valid(counts.first))
+        if fits or (known.name == RATED and settings.best_first):
+            return task
+    return tasks[-1]
 
 
 @dataclass
@@ -134,7 +205,7 @@ class ColumnCounts:
     """Which columns the rows of a dataset have; its format is chosen from them.
 
     rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
-    None for a null column and True for others. first: the dataset's first row in that form, or its error.
+    None for a null column and True for others. first: the dataset's first row, or its error.
     labels: of a classifier's rows, if there is a format of these; MOST_LABELS of more. answers: the number of
     rows by decisions.answer_readings, if there is a format of decisions.
     """
@@ -170,9 +241,8 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats)
             if DECISION in formats:
                 counts.answers[answer_readings(_with_synonyms(renamed, ("choices", "answer")))] += 1
             present = {column: None if x is None else True for column, x in renamed.fields.items()}
-            renamed = Row(renamed.name, present)
             names = tuple(_present(present))
-            known, first = counts.rows.get(names, (0, renamed))
+            known, first = counts.rows.get(names, (0, Row(renamed.name, present)))
             counts.rows[names] = (known + 1, first)
         counts.first = counts.first or renamed
     return counts
@@ -221,6 +291,18 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
     return () if isinstance(read, InvalidRow) else read[1]
 
 
+def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], formats: Formats) -> list[str]:
+    """Return the columns of a row with text of several words that its format does not read; those of Parquet
+    files that are not even loaded are among them, whatever they have.
+    """
+    names = _Names.of(columns, formats)._replace(others=format.columns)
+    read = {*formats[format.name].columns, *MEDIA}
+    kept = {ours: theirs for ours, theirs in (*names.mapping.items(), *format.columns) if ours in read}
+    read |= {theirs.strip().lower() for theirs in kept.values()}
+    texts = {name: x for name, x in row.fields.items() if str(name).strip().lower() not in read}
+    return [str(name) for name, x in texts.items() if isinstance(x, str) and len(x.split()) > 1]
+
+
 def rename_rows(
     format: ChosenFormat, rows: Iterable[Row], columns: Sequence[str], formats: Formats
 ) -> Iterator[Row | InvalidRow]:
@@ -265,16 +347,22 @@ def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str,
 def _detect_by_other_names(
     row: Row, mapped: set[str], formats: Formats
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these."""
+    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these. A question with a context
+    is an instruction with an input.
+    """
     renamed = dict[str, dict[str, str]]()
+    has_input = row.fields.get("input") is None and other_name(row.fields, "input") is not None
     for format, known in formats.items():
         missing = [names for names in known.required if not any(row.fields.get(c) is not None for c in names)]
         if not missing and mapped <= known.columns:
             return _detect_as_named(row, mapped, formats)  # raises that it fits two formats
         others = {names[0]: other_name(row.fields, names[0]) for names in missing}
+        if "instruction" in others and not has_input:
+            continue
         taken = [theirs for theirs in others.values() if theirs is not None]
         if missing and len({*taken}) == len(missing) and mapped <= known.columns:
             renamed[format] = dict(zip(others, taken, strict=True))
+    renamed = {x: others for x, others in renamed.items() if "instruction" in others} or renamed
     fewest = min(map(len, renamed.values()), default=0)
     best = [format for format, others in renamed.items() if len(others) == fewest]
     if len(best) != 1:
@@ -295,9 +383,9 @@ def known_columns(formats: Formats) -> list[str]:
 
 
 def names_in_datasets(formats: Formats) -> list[str]:
-    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS."""
+    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS, and of MEDIA."""
     known = known_columns(formats)
-    return [*known, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
+    return [*known, *MEDIA, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
 
 
 def _column_mapping(columns: Sequence[str], formats: Formats) -> dict[str, str]:
@@ -408,7 +496,7 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
             f"the columns {columns} fit the formats {' and '.join(fits)}; set data.format to one of them",
         )
     names = [str(name) for name in row.fields]
-    other = _other_task(names, formats)
+    other = _other_task(row, formats)
     if other is not None:
         raise row.invalid("columns of no format", f"the columns {columns} are those of {TASKS[other]}")
     ours = _nearest_columns(names, formats)
@@ -422,17 +510,18 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
     )
 
 
-def _other_task(names: Sequence[str], formats: Formats) -> str | None:
-    """Return the task that has a format with these columns: one of which no format here has, or all of them
-    and no other that may be a response or a label; None without one.
+def _other_task(row: Row, formats: Formats) -> str | None:
+    """Return the task that has a format for a row: one with columns of which no format here has one, or with
+    all columns of the row that may be a response or a label; None without one.
     """
     here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
-    named = dict.fromkeys(name.strip().lower() for name in names)
+    named = {str(name).strip().lower(): value for name, value in row.fields.items()}
     fits = list[tuple[int, bool, str]]()
     for candidate in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
         required = tuple(tuple(map(str.lower, group)) for group in candidate.required)
         foreign = [c for group in required for c in group if c in named and c not in here]
-        if _has(named, required) and (foreign or {*named} <= {"id", *candidate.columns}):
+        is_one = _has(named, required) and candidate.fits(Row(row.name, named))
+        if is_one and (foreign or {*named} <= {"id", *candidate.columns}):
             fits.append((len(required), candidate.listed, candidate.task))
     return max(fits)[2] if fits else None
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from jaxft.data.decisions import DECISION, INDEX, LABEL, LETTER, RERANKER, VALUE, parse
-from jaxft.data.row_settings import RowSettings
+from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import list_of, text_of
 from jaxft.data.rows.conversation import (
     Columns,
@@ -43,10 +43,14 @@ from jaxft.data.rows.published_formats import (
     from_preference,
     from_ranking,
     from_texts,
+    has_ratings,
     ranking_note,
+    with_openai_prompt,
+    with_ranked_prompt,
 )
 
 SFT, PAIRS, PROMPTS, DECISIONS, STEPS = "sft", "pairs", "prompts", "decisions", "steps"
+RATED = "rated"  # the format of responses in a list
 Parse = Callable[[Row, RowSettings], dict[str, Example]]
 Rewrite = Callable[[Row, RowSettings], Row]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
@@ -124,6 +128,14 @@ def _labelled(
     return _compared(row, settings, prompt, {kind: response or response_column(row)})
 
 
+def _has_label(row: Row) -> bool:
+    return any(str(row.fields.get(name)).strip().lower() in _LABELS for name in _LABEL)
+
+
+def _is_refused(row: Row) -> bool:
+    return False
+
+
 def _label(row: Row, where: str, value: Any) -> bool:
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
@@ -177,6 +189,14 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
 def _decision(row: Row, settings: RowSettings, format: str, reading: str | None = None) -> dict[str, Example]:
     settings = settings if reading is None else replace(settings, reading=reading)
     return {RESPONSE: parse(row, format, settings)}
+
+
+def _with_choices(row: Row) -> Row:
+    """Return a question with its choices as a conversation."""
+    fields = {**row.fields, "answer": None}
+    asked = parse(Row(row.name, fields), DECISION, replace(DEFAULT_ROW_SETTINGS, unlabelled=True)).messages
+    own = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
+    return Row(row.name, {**own, "messages": [*asked]})
 
 
 # ---- numbers
@@ -236,7 +256,9 @@ class RowFormat:
     row in the columns of another format, before anything is read from it. note(settings): how the rows are
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
     labelled: whether its choices are the labels of all rows. answer: the column that rows may lack where they
-    are only scored.
+    are only scored. fits(row): whether a row with its columns is one, by its values, for errors about rows of
+    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, of a format
+    that has none.
     """
 
     name: str
@@ -251,6 +273,8 @@ class RowFormat:
     listed: bool = True
     labelled: bool = False
     answer: str = ""
+    fits: Callable[[Row], bool] = lambda row: True
+    prompt: Callable[[Row], Row] | None = None
 
     @property
     def columns(self) -> set[str]:
@@ -290,16 +314,21 @@ def _options(
     question: tuple[str, ...],
     options: tuple[str, ...],
     answer: str,
-    reading: str,
+    reading: str | None,
     first: int = 0,
 ) -> RowFormat:
-    """Return a format of questions with options. reading: how its answers name one."""
+    """Return a format of questions with options. reading: how its answers name one, None as all
+    answers of the dataset.
+    """
     required = tuple((column,) for column in (*question, *options, answer))
     rewrite = partial(from_options, question=question, options=options, answer=answer, first=first)
     parse, known = partial(_decision, format=DECISION, reading=reading), _decision_format(DECISION, ())
-    return replace(
-        known, name=name, required=required, parse=parse, rewrite=rewrite, listed=False, answer=answer
-    )
+
+    def prompt(row: Row) -> Row:
+        return _with_choices(rewrite(row, DEFAULT_ROW_SETTINGS))
+
+    known = replace(known, parse=parse, rewrite=rewrite, prompt=prompt if options else None)
+    return replace(known, name=name, required=required, listed=False, answer=answer)
 
 
 _PROMPT, _MESSAGES, _TURNS, _INSTRUCTION = ("prompt",), ("messages",), ("conversations",), ("instruction",)
@@ -326,7 +355,7 @@ ROW_FORMATS = (
     _sft("conversations", (_TURNS,), partial(_conversation, column="conversations")),
     replace(
         _sft("glaive", (("system",), ("chat",)), partial(_conversation, column="messages")),
-        rewrite=from_glaive, listed=False,
+        rewrite=from_glaive, prompt=from_glaive, listed=False,
     ),
     RowFormat("preference", PAIRS, (_PROMPT, *_COMPARED), partial(_pair, prompt="prompt"), plain=True),
     RowFormat("implicit", PAIRS, _COMPARED, partial(_pair, prompt=None)),
@@ -335,11 +364,12 @@ ROW_FORMATS = (
         "instruction", PAIRS, (_INSTRUCTION, *_COMPARED), partial(_pair, prompt="instruction"),
         (*PAIR_COLUMNS, *_EARLIER),
     ),
-    _pairs("rated", (PROMPT, RANKED), from_ranking, *RATINGS, plain=True, note=ranking_note),
+    _pairs(RATED, (PROMPT, RANKED), from_ranking, *RATINGS, plain=True, note=ranking_note,
+           fits=has_ratings, prompt=with_ranked_prompt),
     _pairs(
         "helpsteer3", (("context",), ("response1",), ("response2",), ("overall_preference",)),
         partial(from_preference, responses=("response1", "response2"), column="overall_preference"),
-        listed=False,
+        prompt=with_ranked_prompt, listed=False,
     ),
     _pairs(
         "helpsteer2-preference", (_PROMPT, ("response_1",), ("response_2",), ("preference_strength",)),
@@ -355,34 +385,39 @@ ROW_FORMATS = (
     _pairs(
         "shp", (("history",), ("human_ref_A",), ("human_ref_B",), ("labels",)),
         partial(from_better, responses=("human_ref_A", "human_ref_B"), column="labels", better=("1", "0")),
-        "score_A", "score_B", listed=False,
+        "score_A", "score_B", prompt=with_ranked_prompt, listed=False,
     ),
     _pairs(
-        "openai", (("input",), ("preferred_output",), ("non_preferred_output",)), from_openai, listed=False
+        "openai", (("input",), ("preferred_output",), ("non_preferred_output",)), from_openai,
+        prompt=with_openai_prompt, listed=False,
     ),
     RowFormat("helpsteer", PAIRS, (_PROMPT, ("response",), ("helpfulness",), ("correctness",)), _RATED_ALONE,
-              listed=False),
-    RowFormat("labelled-steps", PAIRS, (PROMPT, RANKED, ("labels",)), _STEPS, listed=False),
+              listed=False, fits=_is_refused),
+    RowFormat("labelled-steps", PAIRS, (PROMPT, RANKED, ("labels",)), _STEPS, listed=False,
+              fits=_is_refused),
     RowFormat(
         "unpaired", PAIRS, (_PROMPT, ("completion",), _LABEL),
-        partial(_labelled, prompt="prompt", response="completion"), plain=True,
+        partial(_labelled, prompt="prompt", response="completion"), plain=True, fits=_has_label,
     ),
     RowFormat(
         "unpaired-messages", PAIRS, (_MESSAGES, _LABEL),
-        partial(_labelled, prompt="messages", response="messages"),
+        partial(_labelled, prompt="messages", response="messages"), fits=_has_label,
     ),
     RowFormat(
         "unpaired-conversations", PAIRS, (_TURNS, _LABEL),
-        partial(_labelled, prompt="conversations", response="conversations"),
+        partial(_labelled, prompt="conversations", response="conversations"), fits=_has_label,
     ),
     RowFormat(
         "unpaired-instruction", PAIRS, (_INSTRUCTION, _ANSWER, _LABEL),
-        partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *_EARLIER),
+        partial(_labelled, prompt="instruction"), (*PAIR_COLUMNS, *_EARLIER), fits=_has_label,
     ),
     RowFormat("steps", STEPS, (_PROMPT, ("completions",), ("labels",)), _steps, ("weight",),
               weight=_row_weight),
     RowFormat("unlabelled-steps", STEPS, (_PROMPT, ("completions",)), _UNLABELLED, listed=False),
-    _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",)), "context"),
+    replace(
+        _decision_format(DECISION, (("question", "messages"), ("choices",), ("answer",)), "context"),
+        prompt=_with_choices,
+    ),
     replace(_decision_format(LABEL, (("text",), ("label",))), labelled=True),
     _decision_format(RERANKER, (("query",), ("document",), ("label",)), "instruction"),
     _labelled_texts("nli", "premise", "hypothesis"),
@@ -390,6 +425,11 @@ ROW_FORMATS = (
     _labelled_texts("qnli", "question", "sentence"),
     _labelled_texts("qqp", "question1", "question2"),
     _options("boolq", ("passage", "question"), (), "answer", VALUE),
+    _options("superglue-boolq", ("passage", "question"), (), "label", VALUE),
+    _options("passage-options", ("passage", "question"), ("options",), "answer", None),
+    _options("passage-choices", ("passage", "question"), ("choices",), "answer", None),
+    _options("reclor", ("context", "question"), ("answers",), "label", INDEX),
+    _options("quail", ("context", "question"), ("answers",), "correct_answer_id", INDEX),
     _options("race", ("article", "question"), ("options",), "answer", LETTER),
     _options("hellaswag", ("ctx",), ("endings",), "label", INDEX),
     _options("piqa", ("goal",), ("sol1", "sol2"), "label", INDEX),

@@ -12,17 +12,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxft.data.row_settings import RowSettings
-from jaxft.data.rows.columns import list_of, text_of
+from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
+from jaxft.data.rows.columns import instruction_of, list_of, text_of
 from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Message
+from jaxft.data.rows.invalid import InvalidRow
 
 PROMPT = ("prompt", "instruction", "context")
 RANKED = ("responses", "completions", "answers")
-RATINGS = ("ratings", "scores", "ranks")
+RATINGS = ("ratings", "rating", "scores", "score", "rewards", "reward", "ranks")  # a number per response
 _RATING = "score_"  # what the names of the columns of ratings begin with
 _TEXTS = ("answer", "response", "completion", "text")
-_NUMBERS = ("score", "rating", "overall_score", "rank")
+_NUMBERS = ("score", "rating", "reward", "overall_score", "fine-grained_score", "pm_score", "rank")
 
 
 # ---- decisions
@@ -44,6 +45,8 @@ def from_options(
     """
     choices: list[Any] = [row.fields[column] for column in options] or [False, True]
     value: Any = row.fields.get(answer)
+    if not options and value in (0, 1):  # SuperGLUE's label
+        value = bool(value)
     fields = {
         "context": None,  # part of the question
         "question": "\n\n".join(text_of(row, column) for column in question),
@@ -89,7 +92,8 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     """Return a ranking as a pair or, with data.responses above 2, as that many responses.
 
     Of a row with more, the best, the worst and those at even distances between them are read. Responses of
-    equal ratings stay in the order of the row.
+    equal ratings stay in the order of the row. Raises InvalidRow for a row without ratings, unless
+    data.best_first says that its order is the ranking.
     """
     column = _first(row, RANKED)
     items = list_of(row, column)
@@ -98,30 +102,63 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
             "ranking of one response",
             f"column {column!r} has {len(items)} responses; a ranking needs 2 or more",
         )
-    parts = [_rated(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
-    ratings = _ratings(row, column, [rating for _, rating in parts])
+    texts = [_response(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
+    ratings = _ratings(row, column, items)
+    if ratings is None and not settings.best_first:
+        raise row.invalid(
+            "responses without ratings",
+            f"the row does not rate the responses in {column!r}; name a list of ratings with "
+            "data.columns=ratings=COLUMN, or set data.best_first=true if they are from the best to the worst",
+        )
+    ratings = [-float(place) for place in range(1, len(items) + 1)] if ratings is None else ratings
     order = sorted(range(len(items)), key=lambda index: -ratings[index])
     if ratings[order[0]] == ratings[order[-1]]:
         raise row.invalid("no preference", f"all responses have the rating {ratings[0]:g}; remove the row")
     kinds = best_first(settings.kinds)
     count = min(len(items), len(kinds))
     chosen = [order[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
-    fields = {"prompt": row.fields[_first(row, PROMPT)]}
+    fields = with_ranked_prompt(row).fields
     for kind, index in zip([*kinds[: count - 1], kinds[-1]], chosen, strict=True):
-        fields |= {kind: parts[index][0], _RATING + kind: ratings[index]}
-    return Row(row.name, {**row.fields, **fields})
+        fields |= {kind: texts[index], _RATING + kind: ratings[index]}
+    return Row(row.name, fields)
+
+
+def with_ranked_prompt(row: Row) -> Row:
+    """Return a row whose column `prompt` is the prompt of several responses, with Alpaca's input."""
+    column = _first(row, (*PROMPT, "history"))
+    if column == "context" and row.fields.get("question") is not None:
+        raise row.invalid(
+            "question and context",
+            "the row has 'question' and 'context'; choose the prompt with data.columns=prompt=question",
+        )
+    if column == "instruction" and row.fields.get("input"):
+        return Row(row.name, {**row.fields, "prompt": instruction_of(row), "system": None})
+    return Row(row.name, {**row.fields, "prompt": row.fields[column]})
+
+
+def has_ratings(row: Row) -> bool:
+    """Whether a row has at least two responses in a list, and a number for each of them."""
+    try:
+        column = _first(row, RANKED)
+        items = list_of(row, column)
+        return len(items) > 1 and _ratings(row, column, items) is not None
+    except InvalidRow:
+        return False
 
 
 def ranking_note(settings: RowSettings) -> str:
     """Return how rankings are read, for the start of a run."""
     count = len(best_first(settings.kinds))
+    order = "; responses without ratings are from the best to the worst (data.best_first)"
+    order *= settings.best_first
     if count == 2:
         return (
             "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
+            f"{order}"
         )
     return (
         f"up to data.responses={count} responses of each ranking are read; of more, the best, the worst and "
-        "those at even distances between them"
+        f"those at even distances between them{order}"
     )
 
 
@@ -131,12 +168,12 @@ def _first(row: Row, names: Sequence[str]) -> str:
     return next((name for name in there if row.fields[name] is not None), there[0])
 
 
-def _rated(row: Row, where: str, item: Any) -> tuple[Any, float | None]:
-    """Return a response and its rating, None without one. where: its place, for errors."""
-    rating = None
-    if isinstance(item, dict) and any(key in item for key in _TEXTS):
-        key = next((key for key in _NUMBERS if item.get(key) is not None), None)
-        rating = None if key is None else _rating(row, f"{where}.{key}", item[key], is_rank=key == "rank")
+def _response(row: Row, where: str, item: Any) -> Any:
+    """Return a response without its rating. where: its place, for errors."""
+    if isinstance(item, dict) and "content" in item:  # a message
+        item = {key: x for key, x in item.items() if key not in _NUMBERS} if item["content"] else None
+        item = item if item is None or "role" in item else item["content"]
+    elif isinstance(item, dict) and any(key in item for key in _TEXTS):
         item = next(item[key] for key in _TEXTS if key in item)
     if not item or (isinstance(item, str) and not item.strip()) or not isinstance(item, str | list | dict):
         raise row.invalid(
@@ -144,7 +181,7 @@ def _rated(row: Row, where: str, item: Any) -> tuple[Any, float | None]:
             f"{where} has no response; use a string, a list of messages, or an object with one of "
             f"{', '.join(_TEXTS)}",
         )
-    return item, rating
+    return item
 
 
 def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
@@ -158,27 +195,35 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
     return -number if is_rank else number
 
 
-def _ratings(row: Row, column: str, own: list[float | None]) -> list[float]:
-    """Return the rating of each response: its own, the one in a parallel column, or minus its place."""
-    parallel = next((name for name in RATINGS if row.fields.get(name) is not None), None)
+def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
+    """Return the rating of each response, from a parallel column or its own; None without any."""
+    parallel = next((name for name in RATINGS if _is_list(row.fields.get(name))), None)
     if parallel is not None:
         values = list_of(row, parallel)
-        if len(values) != len(own):
+        if len(values) != len(items):
             raise row.invalid(
                 "ratings of another number",
-                f"column {parallel!r} has {len(values)} entries and {column!r} {len(own)} responses; use as "
-                "many",
+                f"column {parallel!r} has {len(values)} entries and {column!r} {len(items)} responses; use "
+                "as many",
             )
         return [_rating(row, f"{parallel}[{i}]", x, parallel == "ranks") for i, x in enumerate(values)]
-    known = [rating for rating in own if rating is not None]
-    if not known:
-        return [-float(place) for place in range(1, len(own) + 1)]
-    if len(known) < len(own):
+    own = [item if isinstance(item, dict) else {} for item in items]
+    counts = {key: sum(item.get(key) is not None for item in own) for key in _NUMBERS}
+    key = max(counts, key=lambda key: counts[key])  # the first that most responses have
+    if not counts[key]:
+        return None
+    if counts[key] < len(items):
+        missing = next(i for i, item in enumerate(own) if item.get(key) is None)
         raise row.invalid(
             "response without a rating",
-            f"{column}[{own.index(None)}] has no rating, and others have one; rate all responses or none",
+            f"{column}[{missing}] has no rating, and others have one; rate all responses or none",
         )
-    return known
+    return [_rating(row, f"{column}[{i}].{key}", x[key], key == "rank") for i, x in enumerate(own)]
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a column is a list, or its JSON string."""
+    return isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip()[:1] == "[")
 
 
 # ---- two responses
@@ -213,28 +258,41 @@ def from_better(
     votes = [row.fields.get(f"score_{response[-1]}") for response in responses]
     scores = {}
     if None not in votes:
-        scores = dict(zip(rating_columns(2), votes if first else votes[::-1], strict=True))
+        numbers = [
+            _rating(row, f"score_{name[-1]}", x, False) for name, x in zip(responses, votes, strict=True)
+        ]
+        chosen, rejected = numbers if first else numbers[::-1]
+        if chosen < rejected:
+            raise row.invalid(
+                "label that contradicts the votes",
+                f"column {column!r} is {repr(value)[:40]}, and the other response has more votes "
+                f"({rejected:g} against {chosen:g}); fix or remove the row",
+            )
+        scores = dict(zip(rating_columns(2), (chosen, rejected), strict=True))
     return _pair(row, responses if first else responses[::-1], scores)
 
 
 def _pair(row: Row, columns: Sequence[str], scores: dict[str, Any]) -> Row:
     """Return a row with the responses in two columns as chosen and rejected."""
     texts = {kind: row.fields[column] for kind, column in zip(("chosen", "rejected"), columns, strict=True)}
-    prompt = row.fields[_first(row, (*PROMPT, "history"))]
-    return Row(row.name, {**row.fields, "prompt": prompt, **texts, **scores})
+    return Row(row.name, {**with_ranked_prompt(row).fields, **texts, **scores})
 
 
 def from_openai(row: Row, settings: RowSettings) -> Row:
     """Return a row of OpenAI's preference fine-tuning as a pair: input.messages and input.tools,
     preferred_output and non_preferred_output.
     """
+    pair = {"chosen": row.fields["preferred_output"], "rejected": row.fields["non_preferred_output"]}
+    return Row(row.name, {**with_openai_prompt(row).fields, **pair})
+
+
+def with_openai_prompt(row: Row) -> Row:
+    """Return a row of OpenAI's preference fine-tuning with its messages and tools in columns of these."""
     given = row.fields["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise row.invalid("input without messages", "column 'input' has no messages; use {'messages': [...]}")
-    pair = {"chosen": row.fields["preferred_output"], "rejected": row.fields["non_preferred_output"]}
     own = {name: value for name, value in row.fields.items() if name != "input"}
-    fields = {"prompt": given["messages"], "tools": given.get("tools") or None, **pair}
-    return Row(row.name, {**own, **fields})
+    return Row(row.name, {**own, "prompt": given["messages"], "tools": given.get("tools") or None})
 
 
 # ---- transcripts
@@ -246,7 +304,7 @@ _QUOTED = re.compile(r"""("arguments"\s*:\s*)'(.*)'(\s*\}\s*)$""", re.DOTALL)
 _ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 
 
-def from_glaive(row: Row, settings: RowSettings) -> Row:
+def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
     """Return a transcript of glaive-function-calling-v2 as messages and tools: "chat" is text with USER:,
     ASSISTANT:, FUNCTION RESPONSE: and <functioncall>, and "system" has the tools as JSON.
     """

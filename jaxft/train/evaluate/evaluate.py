@@ -405,7 +405,10 @@ def _decision_scores(
 
 def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
     """Return float32 values by choice, as the shortest decimals that are these values: 0.7."""
-    return {choice: float(str(value)) for choice, value in zip(choices, np.float32(values), strict=True)}
+    return {
+        choice: float(str(value))
+        for choice, value in zip(choices, np.asarray(values, np.float32), strict=True)
+    }
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:

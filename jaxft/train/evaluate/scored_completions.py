@@ -20,9 +20,8 @@ from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.packing.row_tasks import rename_columns
 from jaxft.data.progress import RowProgress
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, RowSettings, TemplateSettings
-from jaxft.data.rows.conversation import prompt_of
 from jaxft.data.rows.example import RESPONSE, Chat, Completion, Example, as_given
-from jaxft.data.rows.format_choice import parse_dataset, split_column
+from jaxft.data.rows.format_choice import parse_dataset, prompt_of, split_column
 from jaxft.data.rows.formats import SFT
 from jaxft.data.rows.invalid import InvalidRow, valid
 from jaxft.data.rows.row_files import Row
