@@ -269,9 +269,10 @@ def test_a_client_that_leaves_frees_its_row(running):
     for data in (body, plain):
         with socket.create_connection(("127.0.0.1", running.port)) as sock:
             sock.sendall(f"{head}{len(data)}\r\n\r\n".encode() + data)
+            deadline = time.monotonic() + 60
             while running.scheduler.load().waiting < 4:
+                assert time.monotonic() < deadline
                 time.sleep(0.01)
-        deadline = time.monotonic() + 60
         while not all(t.cancelled.is_set() for t in running.scheduler.waiting):
             assert time.monotonic() < deadline
             time.sleep(0.02)
