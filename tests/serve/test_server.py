@@ -267,6 +267,7 @@ def test_a_client_that_leaves_frees_its_row(running):
     blocked = tiny.Collected()
     running.scheduler.submit([(tiny.request([1], max_new=2), gate(blocked))])  # holds the device
     for data in (body, plain):
+        assert gate.holds.wait(60)
         with socket.create_connection(("127.0.0.1", running.port)) as sock:
             sock.sendall(f"{head}{len(data)}\r\n\r\n".encode() + data)
             deadline = time.monotonic() + 60
@@ -279,6 +280,7 @@ def test_a_client_that_leaves_frees_its_row(running):
         gate.open.set()
         running.idle()
         gate.open.clear()
+        gate.holds.clear()
         running.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected()))])
     gate.open.set()
     running.idle()

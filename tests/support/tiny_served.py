@@ -184,10 +184,11 @@ class Gate:
     """Holds the scheduler's thread in its deliveries until `open` is set."""
 
     def __init__(self):
-        self.open = threading.Event()
+        self.open, self.holds = threading.Event(), threading.Event()
 
     def __call__(self, deliver):
         def gated(progress):
+            self.holds.set()
             self.open.wait(30)
             deliver(progress)
 
