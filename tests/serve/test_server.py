@@ -317,8 +317,10 @@ def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
     found, gate = Running(grace=grace), tiny.Gate()
     expected = [expected_text(found.scheduler, seed, temperature=1.0, max_new=24) for seed in range(6)]
     found.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected()))])  # holds the device
-    texts = found.streams(6)
+    assert gate.holds.wait(60)
+    texts, deadline = found.streams(6), time.monotonic() + 60
     while found.scheduler.load().waiting < 6:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     found.uvicorn.should_exit = True
     if grace > 1:
