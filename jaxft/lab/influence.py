@@ -155,7 +155,8 @@ def check_is_of_pairs(data: DataSettings) -> None:
     """Raise ValueError for a recipe whose rows are no pairs."""
     if not isinstance(data, PairRows):
         raise ValueError(
-            "influence is of pairs; use a recipe with chosen and rejected responses, such as dpo"
+            "influence is computed for preference pairs only; use a recipe with chosen and rejected "
+            "responses, such as dpo"
         )
 
 

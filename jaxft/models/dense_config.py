@@ -487,7 +487,10 @@ def ropes_to_hf(ropes: Mapping[str, Rope], max_positions: int, model_type: str) 
 def _parameters(rope: Rope, max_positions: int) -> Settings:
     """Return the object rope_parameters of transformers 5, without settings that have their default."""
     if rope.kind == "none":
-        raise ValueError("config.json has no rope_parameters for layers without rope")
+        raise ValueError(
+            "rope_parameters in config.json cannot describe layers without RoPE; use a model type that lists "
+            "them elsewhere, such as smollm3"
+        )
     plain, out = Rope(kind="none"), Settings(rope_type=rope.kind, rope_theta=rope.theta)
     needed = NEEDED_BY_ROPE.get(rope.kind, ())
     for name, ours in ROPE_FIELDS.items():

@@ -247,8 +247,8 @@ def _scan(
     if policy.blocks > 1:
         if count % policy.blocks:
             raise ValueError(
-                f"remat={remat} groups blocks by {policy.blocks}, but the stack {stack.name} has {count} of "
-                "them; use remat=full"
+                f"remat={remat} needs a number of blocks that is divisible by {policy.blocks}, but the stack "
+                f"{stack.name} has {count}; use remat=full"
             )
         xs = jax.tree.map(lambda x: x.reshape(count // policy.blocks, policy.blocks, *x.shape[1:]), xs)
         block = partial(jax.lax.scan, _rematerialised(block, policy))

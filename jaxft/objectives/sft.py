@@ -78,7 +78,7 @@ def sft(
     """
     token_loss = TargetLoss(label_smoothing, z_loss, dft)
     if not 0 <= neftune < float("inf"):
-        raise ValueError(f"neftune={neftune} is not finite and at least 0; use an alpha such as 5")
+        raise ValueError(f"neftune must be finite and at least 0, got {neftune}; use an alpha such as 5")
     graded = _graded(token_loss)
     noise = {"neftune": neftune} if neftune else {}
 

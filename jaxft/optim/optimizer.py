@@ -294,7 +294,7 @@ def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
         return None if o.ema is None else ema(o.ema)
     name = f"optim.optimizer={name_of(o.optimizer)}"
     if o.ema is not None:
-        raise ValueError(f"{name} averages the weights itself; set optim.ema=none, got {o.ema}")
+        raise ValueError(f"{name} already averages the weights, so optim.ema={o.ema} must be none")
     if o.schedule is not constant_schedule:
         raise ValueError(
             f"{name} averages instead of lowering the learning rate; set optim.schedule=constant, got "

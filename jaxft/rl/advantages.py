@@ -269,7 +269,7 @@ def adaptive_gfpo(
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(
-            f"adaptive_gfpo: fractions={fractions} are not all above 0 and at most 1."
+            f"adaptive_gfpo: each of fractions must be above 0 and at most 1, got {fractions}."
             " Use numbers such as 0.5."
         )
     valid = has_score(scores)

@@ -403,7 +403,7 @@ def strict_json(text: str) -> Any:
             text, parse_int=number, parse_float=number, parse_constant=unknown, object_pairs_hook=unique
         )
     except (RecursionError, ArithmeticError) as error:  # nested too deeply; an exponent out of range
-        raise ValueError(f"not readable: {error}") from error
+        raise ValueError(f"cannot parse the text as JSON: {error}") from error
 
 
 def last_number(text: Any) -> float | None:

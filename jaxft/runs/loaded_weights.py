@@ -180,7 +180,9 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     }
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
-        raise ValueError(f"data of type {data.get('type')}: its held-out rows are not known here; use --file")
+        raise ValueError(
+            f"cannot rebuild the held-out rows of data of type {data.get('type')}; name rows with --file"
+        )
     known = {field.name for field in fields(kind)}
     data = {**data, **vars(decision_prompts(record))}
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name in known}

@@ -131,7 +131,7 @@ def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str,
     knobs = knob_names(recipe)
     for name in OTHER_ROWS:
         if name in settings and name not in knobs and not isinstance(settings[name], PLAIN_VALUES):
-            raise ValueError(f"{name}= has no meaning here: pass the rows as the second argument")
+            raise ValueError(f"this recipe takes no {name}=; pass the rows as the second argument")
     if rows is not None:
         given = [name for name in ("data", "data.train") if name in settings]
         if given:

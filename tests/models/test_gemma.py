@@ -92,8 +92,7 @@ GEMMA3 = {**GEMMA1, "model_type": "gemma3_text", "sliding_window": 7}
 REFUSED = {
     "an exact gelu next to another": (
         GEMMA1 | {"hidden_act": "gelu", "hidden_activation": "gelu"},
-        "hidden_activation='gelu', which transformers 4 uses, is not hidden_act, which transformers 5 reads "
-        "as 'gelu_pytorch_tanh'; set both to 'gelu_pytorch_tanh'",
+        "hidden_act='gelu_pytorch_tanh' (read by transformers 5) differ; set both to 'gelu_pytorch_tanh'",
     ),
     "an encoder": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "biases": (GEMMA1 | {"attention_bias": True}, "attention_bias"),

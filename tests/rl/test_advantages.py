@@ -131,7 +131,9 @@ def test_adaptive_gfpo_retains_more_completions_of_harder_prompts():
     ]
     same = A.adaptive_gfpo(scores, lengths, (0.5,) * 4)
     close(same, A.gfpo(scores, lengths))
-    with pytest.raises(ValueError, match="adaptive_gfpo: fractions=.* are not all above 0 and at most 1"):
+    with pytest.raises(
+        ValueError, match="adaptive_gfpo: each of fractions must be above 0 and at most 1, got"
+    ):
         A.adaptive_gfpo(scores, lengths, (0.5, 0.5, 0.0, 2.0))
 
 

@@ -225,8 +225,8 @@ WRONG = [
     (dict(rows=[{"text": "a"}], data="a.jsonl"), "rows and data= are both the training rows"),
     (dict(settings={"lr": 1}, lr=2), "lr is given twice"),
     (dict(callbacks=print), "callbacks= is a list of callbacks; write callbacks=[...]"),
-    (dict(dataset=[{"text": "a"}]), "dataset= has no meaning here: pass the rows as the second argument"),
-    (dict(train_dataset=[{"text": "a"}]), "train_dataset= has no meaning here: pass the rows"),
+    (dict(dataset=[{"text": "a"}]), "this recipe takes no dataset=; pass the rows as the second argument"),
+    (dict(train_dataset=[{"text": "a"}]), "this recipe takes no train_dataset=; pass the rows"),
     (dict(lr=["x" * 3000]), "lr=" + "x" * 196 + " ...: expected float"),
     (dict(callbacks=[3]), "a callback is a function (step, metrics)"),
 ]

@@ -220,7 +220,7 @@ def test_the_command_writes_the_adapter_with_a_card(world, monkeypatch, capsys, 
     left, right = (products(x.params, "q") for x in read(world, "left", "right"))
     np.testing.assert_allclose(products(params, "q"), 0.5 * right - left, atol=1e-5)
     code, _, err = call(monkeypatch, capsys, "combine", *argv[:-1], "left")
-    assert code == 1 and "--out left is a folder that is read" in err
+    assert code == 1 and "--out left is also an input" in err
 
 
 def test_an_adapter_for_another_base_is_refused_without_model(world, monkeypatch, capsys, tmp_path):

@@ -66,7 +66,7 @@ def test_codes_that_are_no_matrix_or_no_codes_are_one_line_with_their_name(tmp_p
 def test_a_format_that_is_unknown_or_only_read_is_one_line_that_names_the_others():
     written = ", ".join(dict(WRITTEN))
     for name in ("marlin", "fp8"):
-        with pytest.raises(ValueError, match=f"^--format {name}: use one of {written}$"):
+        with pytest.raises(ValueError, match=f"^--format {name} cannot be written; use one of {written}$"):
             written_format({}, name)
 
 

@@ -67,7 +67,7 @@ class Flat:
 
     def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
         if step != 1:
-            raise ValueError(f"a step of {step} between the values of a Flat; use an array of indices")
+            raise ValueError(f"a Flat can be sliced only with step 1, got {step}; index it with an array")
         if stop <= start:
             return self.parts[0][:0]
         first, last = np.searchsorted(self.starts, (start, stop - 1), "right") - 1

@@ -101,9 +101,10 @@ def check_fit(
     most = [int(plan.row_sums(x[plan.members]).max()) for x in (tokens, reads, np.ones_like(reads))]
     if most[0] > shape.length or most[1] > shape.reads or most[2] > shape.slots:
         raise ValueError(
-            f"a batch after the last planned epoch needs rows of {most[0]} tokens, {most[1]} read positions "
-            f"and {most[2]} pairs, but rows have {shape.length}, {shape.reads} and {shape.slots}; raise "
-            "data.epochs to cover loop.steps and start the same command again"
+            f"batches past the last planned epoch do not fit the compiled row shape: they need {most[0]} "
+            f"tokens, {most[1]} read positions and {most[2]} pairs, but rows have {shape.length}, "
+            f"{shape.reads} and {shape.slots}; raise data.epochs to cover loop.steps and start the "
+            "same command again"
         )
 
 

@@ -153,7 +153,7 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
             raise row.invalid(
                 "missing column 'reference'",
                 f"no column 'reference', from which data.third=gold reads the third response; the "
-                f"row has {', '.join(map(str, row.fields))}",
+                f"row has {', '.join(map(str, row.fields))}; add the column or set data.third=none",
             )
         columns = {**columns, "gold": "reference"}
     if settings.plain:

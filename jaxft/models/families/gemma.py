@@ -92,8 +92,8 @@ def read_gemma(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     act = TANH if act == "gelu" else act  # the first files call the approximation gelu
     if hf.get("hidden_activation") not in (None, act):
         raise ValueError(
-            f"config: hidden_activation={hf['hidden_activation']!r:.60}, which transformers 4 uses, is not "
-            f"hidden_act, which transformers 5 reads as {act!r:.60}; set both to {TANH!r}, Google's value"
+            f"config: hidden_activation={hf['hidden_activation']!r:.60} (read by transformers 4) and "
+            f"hidden_act={act!r:.60} (read by transformers 5) differ; set both to {TANH!r}, Google's value"
         )
     defaults = COMMON | {"num_key_value_heads": 16}
     return fields_from_hf({**defaults, **hf, "hidden_act": act}, form)

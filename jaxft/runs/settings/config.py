@@ -328,7 +328,8 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
             raise ValueError(f"{key}: {here} is a model; change it by the knobs {', '.join(knobs)}")
         if not dataclasses.is_dataclass(node) or isinstance(node, type):
             what = "none" if node is None else f"a {type(node).__name__}"
-            raise ValueError(f"{key}: {here} is {what} and has no field {step!r}")
+            remedy = f"set {here} first, or remove {key}" if node is None else f"remove {key}"
+            raise ValueError(f"{key}: {here} is {what} and has no field {step!r}; {remedy}")
         names = [f.name for f in dataclasses.fields(node) if f.init]
         if step not in names:
             candidates = [f"{here}.{n}" if here else n for n in names]

@@ -61,7 +61,9 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
     weight_map = read_model_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ValueError(f"{index}: expected an object 'weight_map' of tensor name to file name")
+        raise ValueError(
+            f"{index}: no valid 'weight_map' (an object of tensor name to file name); download it again"
+        )
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
@@ -144,8 +146,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     scales = [name for name in extra if name.endswith(QUANTISATION_SCALES)]
     if scales:
         raise ValueError(
-            f"{files.where}: tensor {scales[0]} is a scale of quantised weights (FP8 or so), and config.json "
-            "has no quantization_config that describes them; use the model's unquantised weights"
+            f"{files.where}: tensor {scales[0]} is a scale of quantised weights, such as FP8, and "
+            "config.json has no quantization_config that describes them; use the model's unquantised weights"
         )
     if extra:
         raise ValueError(

@@ -129,9 +129,8 @@ def _check_links(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         if file.is_symlink() and not file.exists():
             raise FileNotFoundError(
-                f"{file}: a link to {file.readlink()}, which is gone; move the model back, or, if its folder "
-                "has the same name elsewhere, start the command that trained on it again with model= for "
-                "that folder"
+                f"{file} links to {file.readlink()}, which no longer exists; move the model back, or repeat "
+                "the training command with model= for a folder of the same name"
             )
 
 

@@ -169,7 +169,7 @@ def check_adapter_output(out: Path, inputs: Sequence[Path]) -> None:
     new.
     """
     if out.resolve() in [path.resolve() for path in inputs]:
-        raise ValueError(f"--out {out} is a folder that is read; choose another folder")
+        raise ValueError(f"--out {out} is also an input; choose another folder")
     check_new_folder(out)
 
 

@@ -223,8 +223,8 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
             replaces = shape == base.tensors[name].shape and module != "base_layer"
             listed = f"list {module} in modules_to_save of adapter_config.json to use it, or " * replaces
             raise ValueError(
-                f"{files.where}: tensor {copied} is not {name} of the base in {base.where}: the adapter was "
-                f"trained with other embeddings or a larger vocabulary; {listed}{MERGE}"
+                f"{files.where}: tensor {copied} differs from {name} of the base in {base.where}: the "
+                f"adapter was trained with other embeddings or a larger vocabulary; {listed}{MERGE}"
             )
 
 

@@ -131,8 +131,8 @@ def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
     for path, pair in pairs.items():
         if set(pair) - {"magnitude"} != {"a", "b", "scale"} and not is_replacement(pair):
             raise ValueError(
-                f"adapter at {path or '/'}: PEFT's LoRA layout has the leaves a, b and scale, or weight, got "
-                f"{sorted(pair)}"
+                f"cannot write the adapter at {path or '/'} as PEFT's LoRA: it needs the leaves a, b and "
+                f"scale, or weight, got {sorted(pair)}; merge it into the base instead"
             )
     return pairs
 

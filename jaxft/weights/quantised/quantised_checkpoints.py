@@ -124,7 +124,7 @@ def written_format(layouts: Mapping[str, QTensor], requested: str | None = None)
     if requested is not None:
         written = {name: format for name, format in FILE_FORMATS.items() if format.kinds}
         if requested not in written:
-            raise ValueError(f"--format {requested}: use one of {', '.join(written)}")
+            raise ValueError(f"--format {requested} cannot be written; use one of {', '.join(written)}")
         format = written[requested]
     else:
         kinds = {q.kind for q in layouts.values()}
