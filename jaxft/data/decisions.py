@@ -54,7 +54,7 @@ YES = {"true": 1.0, "yes": 1.0, "1": 1.0, "false": 0.0, "no": 0.0, "0": 0.0}
 def decide(
     name: str, messages: Sequence[Message], choices: Sequence[DecisionChoice], **more: Any
 ) -> Decision:
-    """Return a decision whose last message, a user's, is extended by the list of choices.
+    """Make a Decision: append the list of lettered choices to the last message, which must be a user's.
 
     more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, and two
     of the same value.

@@ -145,9 +145,9 @@ def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev"), pci: Path 
 
 
 def has_tpu(dev: Path, pci: Path) -> bool:
-    """Whether the machine has a TPU: device files that TPUs use, and a PCI device that is one.
+    """Whether the machine has a TPU: a device file that TPUs use, and a PCI device with a TPU's id.
 
-    Other devices have such files too: VFIO passes any device to a virtual machine. Where PCI devices are not
+    Device files alone do not suffice: VFIO passes any device to a virtual machine. Where PCI devices are not
     listed or cannot be read, as in some containers, the device files decide.
     """
     if not (any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))):

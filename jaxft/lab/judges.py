@@ -68,7 +68,7 @@ class FunctionJudge:
             for texts in ([m.one for m in matches], [m.other for m in matches])
         )
         if np.isnan(one.values).all():
-            raise ValueError(f"judge {self.name}: it returns no score: {one.fault}")
+            raise ValueError(f"judge {self.name} returns no score: {one.fault}; correct the function")
         return values_of_scores(one.values[:, 0], other.values[:, 0])
 
 

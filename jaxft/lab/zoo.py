@@ -198,7 +198,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Frame:
-    """The place of values in a picture of `width` x `height`, with room for labels right of the curves."""
+    """The axes of a plot: maps data coordinates to pixels of a picture of `width` x `height`.
+
+    x, y: the ranges of the data. right: the margin for labels right of the curves.
+    """
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -364,9 +367,9 @@ def zoo_page(specimens: Sequence[Specimen]) -> str:
 
 
 def write_zoo(losses: Sequence[NamedLoss], out: Path, report: Callable[[str], None]) -> int:
-    """Write the page of some losses to `out`; return its size in bytes. report: called with each label.
+    """Write an HTML page that plots and describes losses to `out`; return its size in bytes.
 
-    A loss that cannot be evaluated is left out and reported.
+    report: called with each label, and with the error of a loss that cannot be evaluated, which is left out.
     """
     specimens = []
     for loss in losses:

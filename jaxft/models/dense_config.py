@@ -409,7 +409,9 @@ def _rope(groups: dict[str, Settings], max_positions: int, theta: float) -> Rope
     if kind == "yarn" and "factor" not in settings and isinstance(original, int) and original > 0:
         settings["factor"] = max_positions / original
     if missing := [name for name in NEEDED_BY_ROPE.get(kind, ()) if name not in settings]:
-        raise ValueError(f"config: rope type {kind!r} needs {', '.join(missing)}")
+        raise ValueError(
+            f"config: rope type {kind!r} needs {', '.join(missing)}; add them to rope_parameters"
+        )
     if "original_max_positions" in USED[kind]:
         if type(max_positions) is not int or max_positions < 1:
             raise ValueError(

@@ -193,7 +193,7 @@ def split_keys(key: Array | None, count: int) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def saveable(x: Array, name: str) -> Array:
-    """Return x unchanged; a remat policy that saves `name` stores it, as raw bits."""
+    """Name an activation for remat: policies that save `name` keep it, as raw bits. Returns x."""
     return x
 
 

@@ -111,12 +111,14 @@ class Rope:
                 f"beta_slow={self.beta_slow}, beta_fast={self.beta_fast}"
             )
         if self.kind == "yarn" and self.theta == 1:
-            raise ValueError("config: rope type 'yarn' needs rope_theta above 1")
+            raise ValueError("config: rope_theta must be above 1 for rope type 'yarn', got 1")
         for name in ("short_factor", "long_factor"):
             if not all(0 < x < math.inf for x in getattr(self, name)):
                 raise ValueError(f"config: rope's {name} must be finite numbers above 0")
         if self.kind == "longrope" and self.original_max_positions == 1:
-            raise ValueError("config: rope type 'longrope' needs an original length above 1")
+            raise ValueError(
+                "config: original_max_position_embeddings must be above 1 for rope type 'longrope', got 1"
+            )
 
 
 def rotated_dims(rope: Rope, head_dim: int) -> int:
@@ -134,7 +136,7 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
             f"config: rope needs an even number of rotated dimensions above 0, got {dims} from {part}"
         )
     if rope.kind == "dynamic" and dims == 2:
-        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions per head")
+        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions per head, got 2")
     for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
         if rope.kind == "longrope" and len(factors) != dims // 2:
             raise ValueError(

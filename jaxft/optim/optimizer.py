@@ -107,10 +107,11 @@ class Optim:
     arguments. b1: decay of the average of gradients; none for the optimizer's default, 0.9 of AdamW and Lion.
     b2: decay of the average of their squares; none for the optimizer's default, 0.999 of AdamW and 0.99 of
     Lion. eps: added to the root of the average square; none for the optimizer's default, 1e-8 of AdamW.
-    weight_decay: decoupled, of matrices only. optimizer_kwargs: further arguments of the optimizer, pairs of
-    a name and a value. schedule: one of schedules.py or your own. schedule_kwargs: its options, such as
-    decay:0.1. warmup: how many steps have a rising learning rate, below 1 as a fraction of all steps. end:
-    the schedule's last value as a fraction of lr. clip: largest global gradient norm, None for no clipping.
+    weight_decay: decoupled, of matrices only, the embedding table included (see rules.decay_mask).
+    optimizer_kwargs: further arguments of the optimizer, pairs of a name and a value. schedule: one of
+    schedules.py or your own. schedule_kwargs: its options, such as decay:0.1. warmup: how many
+    steps have a rising learning rate, below 1 as a fraction of all steps. end: the schedule's last value as a
+    fraction of lr. clip: largest global gradient norm, None for no clipping.
     lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
     pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of the matrices a's
     (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups

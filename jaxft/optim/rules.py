@@ -109,11 +109,13 @@ def check_adam(b1: float, b2: float, eps: float) -> None:
         if not 0 <= beta < 1:
             raise ValueError(f"optim.{name}={beta} is out of range; use 0 <= {name} < 1")
     if not 1e-37 < eps < 3.4e38:  # float32, in which the smallest numbers count as 0
-        raise ValueError(f"optim.eps={eps} is not above 0 and finite in float32; use one such as 1e-8")
+        raise ValueError(f"optim.eps must be above 0 and finite in float32, got {eps}; use one such as 1e-8")
 
 
 def decay_mask(specs: Specs) -> Mask:
-    """Return True for kernels. Norms, biases and scalars are not decayed."""
+    """Return which parameters have weight decay: matrices, also the embedding table and the head, and not
+    norms, biases and scalars.
+    """
     return jax.tree.map(lambda s: kernel(s) is not None, specs, is_leaf=is_spec)
 
 
@@ -138,7 +140,7 @@ EARLY = 9  # after t steps the average spans at most about t / 9 steps
 
 
 class EmaState(NamedTuple):
-    """The number of updates, the average, and the state of the wrapped optimizer."""
+    """State of an exponential moving average of the weights, with the state of the wrapped optimizer."""
 
     updates: Int[Array, ""]
     average: Params
@@ -146,8 +148,10 @@ class EmaState(NamedTuple):
 
 
 class ScheduleFreeState(NamedTuple):
-    """The number of updates, the sum of their weights in the average, the base optimizer's weights (z in the
-    paper) and its state.
+    """State of schedule_free.
+
+    total: the sum of the updates' weights in the average. Also the base optimizer's weights (z in the paper)
+    and its state.
     """
 
     updates: Int[Array, ""]

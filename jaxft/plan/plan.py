@@ -393,7 +393,7 @@ class Plan:
 
 
 def set_quick(quick: bool) -> None:
-    """Compile with the least or with the default optimisation effort, which only libtpu supports."""
+    """Set how hard XLA optimises: as little as possible if `quick`, else the default. Only libtpu obeys."""
     jax.config.update(EFFORT, -1.0 if quick else 0.0)
 
 

@@ -334,7 +334,8 @@ def _values(entry: Entry, metric: str) -> list[float | None]:
 
 
 def smoothing_factor(curve: RunCurve) -> float:
-    """Return the factor f of an exponential moving average that a noisy curve is drawn with, 0 for none.
+    """Return the factor f with which the report smooths a noisy curve: an exponential moving average, 0 for
+    none.
 
     The noise is s = the standard deviation of neighbours' differences over sqrt(2), which a trend hardly
     changes. The average leaves s sqrt((1 - f) / (1 + f)) of it in white noise; f is the smallest one that

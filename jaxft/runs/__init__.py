@@ -3,7 +3,7 @@
 folder.py: lock, resume rules, hashes of results
 environment.py: versions, flags and devices of each start, and for bug reports
 loaded_weights.py: the weights that --run, --model and --adapter name, loaded for inference
-checkpoint.py: verified checkpoints, written and read
+checkpoint.py: verified checkpoints, written and read; deletes old ones
 manifest.py: hashes of a checkpoint's files
 log.py: the log
 metrics_log.py: metrics.jsonl and its digests, by which a changed line is found

@@ -217,8 +217,9 @@ def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None
 def held_out_names(
     data: Rows | PairRows | Prompts, tokenizer: Any, check: FingerprintCheck = any_rows
 ) -> set[str]:
-    """Return the names of the rows that a fraction of the rows holds out, with these settings. check: is
-    called with the fingerprint of the rows.
+    """Return the names of the held-out rows where data.held_out is a fraction of the rows.
+
+    check: is called with the fingerprint of the rows, and raises if they have changed.
     """
     if isinstance(data, Prompts):
         train, held = split_prompts(data, tokenizer)

@@ -37,7 +37,7 @@ class ChoiceText:
     )
 
     def piece(self, progress: NewTokens) -> Piece:
-        """Return the events of new tokens. Raises ApiError if the request failed."""
+        """Decode new tokens to the next piece of this choice. Raises ApiError if the request failed."""
         if progress.finish in ("error", "cancelled"):
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
         finish: str | None = progress.finish

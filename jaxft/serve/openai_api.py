@@ -408,7 +408,7 @@ def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
 
 
 def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
-    """Return all pieces of a choice together as a choice."""
+    """Return an entry of `choices` of a response that is not streamed. whole: from `joined`."""
     choice = {"index": whole.index, "logprobs": _logprobs(e, whole), "finish_reason": whole.finish}
     if not e.chat:
         return {**choice, "text": whole.text}

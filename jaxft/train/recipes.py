@@ -401,7 +401,7 @@ class SourceKnobs:
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """The fields of the Run's data section."""
+        """Return these knobs as keyword arguments of the Run's data settings, held_out=auto resolved."""
         known = {field.name: getattr(self, field.name) for field in fields(self)}
         train, held_out = known.pop("data"), known.pop("held_out")
         if held_out == "auto":
@@ -439,7 +439,7 @@ class ScoredRowKnobs(RowKnobs):
     )
 
     def settings(self) -> dict[str, Any]:
-        """The fields of the Run's data section."""
+        """Return the knobs of the Run's data settings: all but `score`."""
         return {name: value for name, value in super().settings().items() if name != "score"}
 
     def scoring(self) -> Scoring:

@@ -55,7 +55,7 @@ class Sweep:
     def __post_init__(self) -> None:
         count, runs = len(self.runs), list(self.runs.values())
         if not runs:
-            raise ValueError("a sweep needs at least one run")
+            raise ValueError("a sweep needs at least one run, got none; add one to runs")
         if self.at_once < 1 or count % self.at_once:
             divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             raise ValueError(

@@ -43,7 +43,7 @@ Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an inde
 
 @dataclass(frozen=True)
 class ParamReader:
-    """A parameter in a model's files; `read_values` and `read_quantised` read parts of it.
+    """A parameter and its tensors in a model's files; `read_values` and `read_quantised` read parts of it.
 
     tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
     differ. layout: the quantised layout of all of its tensors in the files, None if they differ, or if

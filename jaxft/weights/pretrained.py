@@ -198,7 +198,7 @@ def load_tokenizer(ref: str) -> Any:
         templates = tokenizer.chat_template
         for template in templates.values() if isinstance(templates, dict) else [templates]:
             if not isinstance(template, str | None):
-                raise ValueError(f"chat_template has type {type(template).__name__}")
+                raise ValueError(f"chat_template must be a string, got type {type(template).__name__}")
     except OverLimit as e:
         raise ValueError(f"{ref}: {e}") from e
     except Exception as e:  # transformers and tokenizers raise many kinds here

@@ -146,7 +146,7 @@ TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-
 
 
 def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
-    """Return the tensors of each parameter of a model's base.
+    """Map each parameter of a model's base to its tensors in Hugging Face files.
 
     tied_head: with the "head" of a language model whose head is the embedding. The model's files have no such
     tensor, but an adapter's or a merged model's may.

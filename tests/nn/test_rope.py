@@ -244,10 +244,10 @@ def test_layers_without_rope_are_not_rotated_and_bfloat16_is_rounded_once():
             "low_freq_factor must be above 0 and below high_freq_factor, got 4.0 and 4.0",
         ),
         (dict(kind="yarn", original_max_positions=8, beta_slow=64.0), "beta_slow=64.0, beta_fast=32.0"),
-        (dict(kind="yarn", original_max_positions=8, theta=1.0), "needs rope_theta above 1"),
+        (dict(kind="yarn", original_max_positions=8, theta=1.0), "rope_theta must be above 1 for"),
         (dict(kind="yarn", original_max_positions=8, mscale=-1.0), "rope: mscale=-1.0; expected at least 0"),
         (dict(kind="longrope", original_max_positions=8, short_factor=(0.0,)), "short_factor must be finite"),
-        (dict(kind="longrope", original_max_positions=1), "original length above 1"),
+        (dict(kind="longrope", original_max_positions=1), "max_position_embeddings must be above 1"),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_one_line(settings, words):

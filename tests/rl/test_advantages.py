@@ -244,7 +244,7 @@ def test_clipping_and_penalties_follow_their_formulas_and_keep_nan():
     np.testing.assert_array_equal(A.overlong(np.array([[3, 6, 8, 10, 12]]), 10, 4), [[0, 0, -0.5, -1, -1]])
     with pytest.raises(ValueError, match="Use low < high"):
         A.clip_scores(scores, 2, 2)
-    with pytest.raises(ValueError, match="overlong=0 is not between 1 and max_new=10"):
+    with pytest.raises(ValueError, match="overlong must be between 1 and max_new=10 tokens, got 0"):
         A.overlong(np.array([[3]]), 10, 0)
 
 

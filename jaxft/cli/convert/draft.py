@@ -83,7 +83,7 @@ class ForeignConfig:
 
 
 def short_value(value: Any) -> str:
-    """A value in one line for messages."""
+    """Return a value as text of one line, shortened for a message."""
     return short_text(" ".join(str(value).split()), LONGEST_VALUE)
 
 

@@ -84,7 +84,7 @@ class DatasetCall:
 
     @property
     def known(self) -> bool:
-        """Whether the file states which rows the call loads."""
+        """Whether the call states its rows: a dataset's path, or names of files in data_files."""
         return self.path not in BUILDERS or self.is_file
 
     @property
@@ -450,7 +450,10 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
                 note = "the options come from the command in the file's docstring"
                 return replace(source, notes=(note, *source.notes))
     known = ", ".join(name for name in CONFIGS if name.endswith("Config"))
-    raise ValueError(f"{file}: it calls none of {known} with options, and has no command in its docstring")
+    raise ValueError(
+        f"{file} calls none of {known} with options, and has no command in its docstring; name the file that "
+        "does, or a shell script with the command"
+    )
 
 
 def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:

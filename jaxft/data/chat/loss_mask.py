@@ -53,7 +53,10 @@ NOTHING = "nothing"  # a text that is only read, such as by a reward model: a te
 
 
 class WeightedTokens(NamedTuple):
-    """Token ids, the loss mask, and the weight of each token as a target; None if all weights are 1."""
+    """A tokenised example with its loss mask.
+
+    learned: which tokens are targets. weights: the loss weight of each token; None if all are 1.
+    """
 
     ids: np.ndarray
     learned: np.ndarray

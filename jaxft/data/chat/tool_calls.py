@@ -94,7 +94,10 @@ class CallStream:
         self._has_text = self._follows_call = False  # whether there was text before, and a call right before
 
     def add(self, text: str, is_last: bool) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return the text that is certain to be no part of a call, and the calls that are complete."""
+        """Read the next piece of a response; return the text and the tool calls that are complete now.
+
+        Text that may yet turn out to be part of a call is returned later. is_last: no more pieces follow.
+        """
         self._waiting += text
         calls, texts = list[ToolCall](), list[str]()
         while self._waiting:

@@ -336,7 +336,7 @@ def _most_common_format(
             each = (further_columns(row.fields, formats[format].optional) for row in rows[best])
             return format, (*columns, *dict.fromkeys(item for more in each for item in more.items()))
     if counts.first is None:
-        raise ValueError("no rows to read the format from")
+        raise ValueError("cannot choose a format: the data has no rows; add rows, or set data.format")
     return _detect_as_named(valid(counts.first), mapped, formats)
 
 

@@ -33,7 +33,7 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
     def invalid(self, reason: str, problem: str) -> InvalidRow:
-        """Return the error of this row; see InvalidRow."""
+        """Return an InvalidRow with this row's name, for the caller to raise."""
         return InvalidRow(self.name, reason, problem)
 
 
@@ -93,7 +93,7 @@ def _spread(chunk: Chunk, before: int, total: int, count: int) -> Iterator[Outco
 
 
 def loaded(rows: Sequence[Outcome], label: str) -> Chunk:
-    """Return a chunk of rows in memory."""
+    """Wrap rows that are already in memory as a Chunk."""
     return Chunk(label, len(rows), partial(iter, tuple(rows)))
 
 

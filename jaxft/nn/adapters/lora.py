@@ -2,8 +2,9 @@
 at trace time.
 
 An adapter has the base's paths; each adapted kernel [*L, I, O], stacked along any lead axes L, has `a` [*L,
-I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank; with DoRA also `magnitude` [*L, O]. Without
-attaching it, the model is the base model bit for bit.
+I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank, or alpha / sqrt(rank) with rslora (see
+Adapter.scale_of); with DoRA also `magnitude` [*L, O]. Without attaching it, the model is the base model bit
+for bit.
 
 Where kernels of a stack have different ranks, R is the largest: the further columns of `a` and rows of `b`
 are zero. Both of their gradients are then zero, so that they stay zero in training; they are not exported.
@@ -46,11 +47,12 @@ AdapterInit = Literal["default", "pissa", "olora", "loftq", "qera", "eva"]
 class Adapter:
     """LoRA settings, named as in PEFT.
 
-    rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank.
-    dropout: fraction of an adapter's inputs that are dropped in training.
+    rank: inner dimension of the pairs of matrices a and b. alpha: their product is scaled by alpha / rank,
+    with rslora by alpha / sqrt(rank). dropout: fraction of an adapter's inputs that are dropped in training.
     targets: "all-linear" (every linear layer of the blocks, routers excepted), a tuple of module names ("q",
     "v", "gate", "head", or Hugging Face's "q_proj"; "qkv" and "gate_up" in models with fused layers), one
-    such name, or a regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank).
+    such name, or a regular expression over whole parameter paths. rslora: scale by alpha / sqrt(rank) in
+    place of alpha / rank (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
     pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or

@@ -101,7 +101,7 @@ def _check_exclusions(excluded: str | frozenset[str], modules: Sequence[ModuleNa
     if unused:
         near = ", ".join(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
         raise ValueError(
-            f"adapter.exclude_modules: {unused[0]!r} matches none of the adapted modules ({near})"
+            f"adapter.exclude_modules: {unused[0]!r} matches none of the adapted modules; match one of {near}"
         )
 
 

@@ -158,7 +158,7 @@ def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
 
 
 def needed_window(window: int | None, length: int) -> int | None:
-    """Return the window, or None if no row of `length` tokens reaches its end.
+    """Return the sliding window, or None where it covers all `length` tokens and masks nothing.
 
     A faster kernel may run without it. Positions start at 0 in each segment, so none is above length - 1.
     """

@@ -119,7 +119,7 @@ def overlaps(ranges: KeyRanges, count: int, size: int) -> Bool[Array, "..."]:
 
 
 def pad_queries(ranges: KeyRanges, extra: int) -> KeyRanges:
-    """Append queries without keys to each row."""
+    """Pad each row's key ranges with `extra` queries that attend to no key."""
     if not extra:
         return ranges
 

@@ -266,7 +266,7 @@ def apo_zero(pair: PairBatch, beta: float = 0.1) -> PairLoss:
 
 
 def apo_down(pair: PairBatch, beta: float = 0.1) -> PairLoss:
-    """`sigmoid(beta c) + sigmoid(-beta (c - r))`: for chosen responses worse than the policy's own
+    """APO-down, `sigmoid(beta c) + sigmoid(-beta (c - r))`: for chosen responses worse than the policy's own
     (arXiv:2408.06266, eq. 8).
     """
     c, r = pair.chosen.ratio, pair.rejected.ratio

@@ -217,7 +217,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r}: an override is knob=value or section.field=value")
+            raise ValueError(f"override {override!r} must be of the form knob=value or section.field=value")
         if isinstance(override, ObjectText):
             text = ObjectText.of(override.value)
         if key in texts:

@@ -28,14 +28,14 @@ STATEMENT = re.compile(rf"@|class |def |from |{ASSIGNED}")  # at the beginning o
 
 
 class Definition(NamedTuple):
-    """A syntax node and the file in whose names it is written."""
+    """A piece of source code, such as an annotation, and the file whose names it uses."""
 
     node: ast.AST
     file: Path
 
 
 class SettingSource(NamedTuple):
-    """A knob or a dotted field, and its annotation."""
+    """A setting by name, a recipe's knob or a dotted field, with its annotation."""
 
     name: str
     kind: Definition | None

@@ -112,7 +112,7 @@ class CalibrationPlan:
 
     @property
     def coded(self) -> Quant:
-        """The quantisation with the name of its codes."""
+        """The quantisation settings, with `codes` set to this calibration's name in the cache."""
         return replace(self.quant, codes=self.name)
 
 

@@ -281,7 +281,7 @@ def codes_folder(name: str) -> Path:
 
 
 def codes_damage(name: str) -> str | None:
-    """Return the problem with calibrated codes in the cache; None if they are complete, or not there."""
+    """Return how calibrated codes in the cache are damaged; None if they are complete or not there."""
     folder = codes_folder(name)
     return folder_damage(folder) if folder.is_dir() else None
 

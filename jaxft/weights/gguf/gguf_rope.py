@@ -35,7 +35,10 @@ def rope_theta(header: GgufHeader, name: str = "rope.freq_base", default: float 
 
 
 def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return theta and scaling as an object rope_parameters of transformers 5."""
+    """Return RoPE's theta and scaling as `rope_parameters` of a transformers 5 config.json.
+
+    rotated: the rotated dimensions of a head.
+    """
     scaling = rope_scaling(header, rotated) or {"rope_type": "default"}
     return {**scaling, "rope_theta": rope_theta(header)}
 

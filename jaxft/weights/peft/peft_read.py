@@ -182,7 +182,7 @@ def _check_tied(files: SafetensorsFiles) -> None:
 
 
 def has_language_head(folder: Path) -> bool:
-    """Whether an adapter trains the language model head: a pair of it, its weight or rows of it."""
+    """Whether an adapter trains the language model head: by a LoRA pair, in full, or some tokens' rows."""
     saved = read_adapter_config(folder).get("modules_to_save") or ()
     names = [name for name in _open_tensors(folder).tensors if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
     return any(name not in HEAD_COPIES or HEAD_MODULE in saved for name in names)

@@ -55,7 +55,9 @@ def save_adapter(
     for path, pair in pairs.items():
         _check_pair(path, pair, layouts.get(path))
     if missing := layouts.keys() - pairs.keys():
-        raise ValueError(f"adapter: no pair of {min(missing)}, which its settings declare")
+        raise ValueError(
+            f"adapter: no pair of {min(missing)}, which its settings declare; exclude it in the settings"
+        )
     tensors, ranked = [], ranked_modules({path: layouts[path] for path in pairs}, model)
     for tensor, (rank, alpha) in ranked.items():
         tensors += pair_tensors(tensor, pairs[tensor.path], rank, settings.scale_of(rank, alpha))
@@ -147,7 +149,8 @@ def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> No
     rank = 0 if layout is None else max(layout.ranks)
     if b.shape[-2] != a.shape[-1] or a.shape[-1] != rank:
         raise ValueError(
-            f"adapter at {path}: a has shape {a.shape} and b {b.shape}, but the settings have rank {rank}"
+            f"adapter at {path}: a has shape {a.shape} and b {b.shape}, but the settings have rank {rank}; "
+            "write it with the settings that it was trained with"
         )
 
 

@@ -111,7 +111,9 @@ def _read_bytes(weight: _Weight4Bit, shape: tuple[int, ...], index: Index = ()) 
     tensor, where = required(weight.files, weight.name), weight.files.where
     size, needed = math.prod(tensor.shape) * tensor.dtype.itemsize, math.prod(shape)
     if size != needed:
-        raise ValueError(f"{where}: {weight.name} has {size} bytes, its quant_state needs {needed}")
+        raise ValueError(
+            f"{where}: {weight.name} has {size} bytes, but its quant_state needs {needed}; download it again"
+        )
     return read_view(tensor, np.uint8, shape, index)
 
 
