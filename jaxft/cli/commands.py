@@ -111,7 +111,9 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
 
 
 class ShippedRecipe(NamedTuple):
-    """A recipe's name, its docstring's first sentence, and the parts of its line `Hardware: WHAT; TIME.`"""
+    """A recipe in the list of commands: its name, its docstring's first sentence, and the parts of its line
+    `Hardware: WHAT; TIME.`
+    """
 
     recipe: str
     trains: str

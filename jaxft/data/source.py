@@ -172,7 +172,7 @@ def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int
 
 @dataclass(frozen=True)
 class BatchLayout(Generic[SomeBatch]):
-    """How a source of fixed rows fills its batches: what differs between packed texts, pairs and others.
+    """The batches of a source of fixed rows: the parts that differ between packed texts, pairs and others.
 
     settings: of the data. split: all rows. plan(epoch): the examples of each row of an epoch; batch k has the
     rows from k * rows_per_step on. held_plan: the held-out examples of each row.

@@ -431,8 +431,8 @@ POLICY = ("adapter", "base")  # top-level names of the policy's own parameters; 
 
 
 class FreezableState(NamedTuple):
-    """Optimizer states of the policy and of the heads (None without heads), and how often the policy was
-    updated.
+    """State of freezable: optimizer states of the policy and of the heads (None without heads), and the
+    number of updates of the policy.
     """
 
     policy: OptState
@@ -504,8 +504,8 @@ BUFFERS = ("losses", "norms")  # fields that every device stores in full
 
 
 class SpikeState(NamedTuple):
-    """The wrapped optimizer's state, the losses and gradient norms of the last N finite steps, and the number
-    of finite steps and of skipped ones.
+    """State of skip_spikes: the wrapped optimizer's state, losses and gradient norms of the last N finite
+    steps, and the number of finite steps and of skipped ones.
     """
 
     wrapped: OptState

@@ -65,8 +65,8 @@ def apply_updates(params: Params, updates: Params, key: Key[Array, ""] | None) -
             new.append(optax.apply_updates(p, u))
         elif key is None:
             raise ValueError(
-                "bfloat16 parameters are rounded stochastically, which needs a random key in StepInfo.key; pass "
-                "one"
+                "bfloat16 parameters are rounded stochastically, which needs a random key; pass it "
+                "in StepInfo.key"
             )
         else:
             new.append(stochastically_rounded(p.astype(jnp.float32) + u, jax.random.fold_in(key, i)))

@@ -27,7 +27,10 @@ RECOMPUTED = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "
 
 @dataclass(frozen=True)
 class Command:
-    """A command line: load(overrides) -> Run, the overrides `given`, and the names of the config's knobs."""
+    """A command line whose settings the search varies.
+
+    load(overrides) -> Run. given: its overrides. knobs: names of the config's knobs.
+    """
 
     load: Callable[[list[str]], Run]
     given: list[str]

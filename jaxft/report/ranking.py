@@ -41,8 +41,8 @@ MOST_DIFFERENCES = 8  # runs that are compared with the best one
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run: metrics at step 0 and at the end, its settings as in config.json ({} if unknown), and values of
-    held-out rows by name.
+    """A run in a comparison: metrics at step 0 and at the end, its settings as in config.json ({} if
+    unknown), and values of held-out rows by name.
     """
 
     label: str

@@ -64,7 +64,9 @@ class RolloutScores:
 
 @dataclass(frozen=True)
 class AdvantageEstimate:
-    """Advantages and returns [n, S]; metrics, each a mean over the completions of the rollout."""
+    """The result of an estimator: advantages and returns [n, S]; metrics, each a mean over the rollout's
+    completions.
+    """
 
     advantages: Float[np.ndarray, "n S"]
     returns: Float[np.ndarray, "n S"] | None

@@ -33,7 +33,7 @@ PARAMS_BATCH, LONGEST_PARAM = 100, 500  # MLflow's limits; the second of servers
 
 @dataclass(frozen=True)
 class Tracking:
-    """How optional trackers file a run.
+    """Names and tags under which optional trackers store a run.
 
     project: of W&B and Trackio, experiment of MLflow; None for WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or
     MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
@@ -53,8 +53,8 @@ class Tracking:
 
 
 class TrackedRun(NamedTuple):
-    """A run's settings as its config.json has them, how trackers file it, and the sweep that it is a member
-    of, None for a run alone.
+    """A run as trackers receive it: its settings as in config.json, its Tracking, and the sweep that it is a
+    member of, None for a run alone.
     """
 
     settings: dict[str, Any]

@@ -63,7 +63,7 @@ class ApiError(Exception):
 
 
 class ChoiceSettings(NamedTuple):
-    """How the completions of a request are sampled and returned.
+    """Settings of sampling and of the response's choices in a request.
 
     seed: None for a random one. stop: strings. top: the number of most likely tokens in logprobs, None
     without logprobs. schema: the JSON schema that the text fits, None for any text.
@@ -87,7 +87,7 @@ class RequiredCall(NamedTuple):
 
 
 class Streaming(NamedTuple):
-    """Whether the response is streamed, and whether the last chunk has the usage."""
+    """Options of streaming: whether the response is streamed, and whether the last chunk has the usage."""
 
     on: bool
     usage: bool

@@ -24,7 +24,7 @@ from jaxft.weights.quantised.file_format import same_layout
 
 @dataclass(frozen=True)
 class Storage:
-    """How one parameter is stored.
+    """The storage of one parameter: its dtype, or its quantisation.
 
     quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
     array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes

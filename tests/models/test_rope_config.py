@@ -402,5 +402,5 @@ def test_a_file_of_transformers_5_gains_what_transformers_4_reads():
     }
     layered = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": None}
     assert for_transformers_4(layered, "gemma3_text") == {"rope_theta": 1e6, "rope_scaling": None}
-    with pytest.raises(ValueError, match="without rope"):
+    with pytest.raises(ValueError, match="without RoPE"):
         rope_to_hf(Rope(kind="none"), 1024, "smollm3")

@@ -157,9 +157,10 @@ def fit_rows(
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The shape of a microbatch and how its rows are filled. columns: names of the extra "numbers".
-    max_length: as in Pairs. reference: the reference's log-prob of each token of the rows; None before they
-    are computed.
+    """The shape and packing of the microbatches of pairs.
+
+    columns: names of the extra "numbers". max_length: as in Pairs. reference: the reference's log-prob of
+    each token of the rows; None before they are computed.
     """
 
     rows: int

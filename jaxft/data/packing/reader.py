@@ -100,7 +100,7 @@ class RowTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenising:
-    """How this machine tokenises rows; the tokens do not depend on it.
+    """Settings of tokenisation on this machine, such as workers and cache; the tokens do not depend on them.
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
@@ -367,7 +367,7 @@ def _tallies(stored: list[list], folder: str) -> dict[str, Tally]:
 
 
 class CountedChunk(NamedTuple):
-    """The number of rows of a chunk that can be read, their columns, and the other rows."""
+    """A chunk after its first pass: the number of its readable rows, their columns, and the other rows."""
 
     rows: int
     columns: ColumnCounts

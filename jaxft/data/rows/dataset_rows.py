@@ -244,7 +244,7 @@ def _regular(path: Path) -> Path:
 
 
 class _How(NamedTuple):
-    """used, sample_by: see list_chunks."""
+    """Options of reading: `used` and `sample_by` of list_chunks."""
 
     used: tuple[str, ...] | None
     sample_by: str

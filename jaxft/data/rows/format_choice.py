@@ -202,7 +202,7 @@ def task_of(
 
 @dataclass
 class ColumnCounts:
-    """Which columns the rows of a dataset have; its format is chosen from them.
+    """Counts of the columns of a dataset's rows, from which its format is chosen.
 
     rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
     None for a null column and True for others. first: the dataset's first row, or its error.
@@ -417,9 +417,11 @@ def split_column(item: str) -> tuple[str, str]:
 
 
 class _Names(NamedTuple):
-    """How columns are renamed. mapping: data.columns. others: (ours, theirs) of columns with other names.
-    known: all columns that the formats may have. optional: those that a row may lack. spellings: all names of
-    a mapped column, such as response and output.
+    """A renaming of columns.
+
+    mapping: data.columns. others: (ours, theirs) of columns with other names. known: all columns that the
+    formats may have. optional: those that a row may lack. spellings: all names of a mapped column, such as
+    response and output.
     """
 
     mapping: dict[str, str]

@@ -36,7 +36,7 @@ class InvalidRow(ValueError):
 
 
 class InvalidCount(NamedTuple):
-    """How many rows are invalid for one reason, and the error of the first of them."""
+    """The number of rows that are invalid for one reason, and the error of the first."""
 
     reason: str
     rows: int
@@ -44,7 +44,7 @@ class InvalidCount(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """How many rows are invalid for one reason, and the first of them."""
+    """A running count of the rows that are invalid for one reason, and the first of them."""
 
     rows: int
     first: InvalidRow

@@ -45,9 +45,11 @@ def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
 
 
 class GroupPlan(NamedTuple):
-    """How a row group is read. columns: the names of those that are read. others: of the others. encoded:
-    paths of columns whose dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows
-    that take about LINE_BYTES as text. size: bytes of all rows.
+    """The plan for reading a row group.
+
+    columns: the names of those that are read. others: of the others. encoded: paths of columns whose
+    dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
+    LINE_BYTES as text. size: bytes of all rows.
     """
 
     columns: tuple[str, ...]

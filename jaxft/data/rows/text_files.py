@@ -156,7 +156,7 @@ _SAMPLE_RECORDS = 20
 
 
 class CsvText(NamedTuple):
-    """How the text of a CSV file is read. named: its first line, such as "sep=;", names the delimiter."""
+    """The encoding and dialect of a CSV file. named: its first line, such as "sep=;", names the delimiter."""
 
     encoding: str = UTF8
     delimiter: str = ","

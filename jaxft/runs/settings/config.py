@@ -62,9 +62,11 @@ class ObjectText(str):
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """The value that a config returned, with fields replaced; all of its knobs; the fields that were set by
-    dotted keys; the recipe and the overrides as the command line has them; the knobs' defaults; and the
-    settings that were chosen because the command leaves them open, see train/start/open_settings.py.
+    """A recipe with all of its settings applied.
+
+    value: what the config returned, with fields replaced. knobs: all of its knobs. fields: those set by
+    dotted keys. line: the recipe and the overrides as the command line has them. defaults: of the knobs.
+    chosen: settings that were chosen because the command leaves them open, see train/start/open_settings.py.
     """
 
     value: Any

@@ -227,8 +227,10 @@ class PairScore(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Metrics by name, results of single rows as JSON objects, lines for the user, and a value per row of
-    metrics that are means over rows: of an accuracy 1, 0, or 1/2 for a tie; NaN for no value.
+    """The result of an evaluation.
+
+    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: one per
+    row, of metrics that are means over rows: of an accuracy 1, 0, or 1/2 for a tie; NaN for no value.
     """
 
     metrics: dict[str, float]

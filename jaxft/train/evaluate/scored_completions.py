@@ -50,7 +50,7 @@ CORRECT = 1.0  # the least score of a completion that passes, for pass@k
 
 
 class PromptText(NamedTuple):
-    """The user's last message of a held-out prompt, and the response in its row, "" if it has none."""
+    """Texts of a held-out prompt for display: the user's last message, and the row's response, "" if none."""
 
     prompt: str
     reference: str

@@ -47,7 +47,7 @@ _B = Float[np.ndarray, "_ _"]  # [R, O]
 
 @dataclass(frozen=True)
 class Combination:
-    """How adapters are combined.
+    """Method and settings of a combination of adapters.
 
     weights: one for each adapter, of either sign. density: the fraction of values that pruning methods keep,
     None for 0.5. rank: of svd, None for the largest rank of the adapters. seed: of the random methods, None
@@ -323,7 +323,7 @@ class KindError(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """An adapter; the errors of its kinds of matrices, last the total; lines about other parameters."""
+    """An extracted adapter, the errors of its kinds of matrices (last the total), and lines about others."""
 
     params: Params
     settings: Adapter

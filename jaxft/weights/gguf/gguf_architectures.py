@@ -64,7 +64,7 @@ ALWAYS_READ = frozenset({  # keys that llama.cpp reads for every architecture
 
 @dataclass(frozen=True)
 class Architecture:
-    """How GGUF files store the tensors of one architecture, and the metadata that llama.cpp reads for it.
+    """The layout of one architecture's tensors in GGUF files, and the metadata that llama.cpp reads for it.
 
     model_type, model_class: the model's in Hugging Face files. modules: a layer's modules, GGUF name to
     Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over neighbouring

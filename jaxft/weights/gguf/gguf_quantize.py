@@ -75,8 +75,10 @@ class Trials(NamedTuple):
 
 @dataclass(frozen=True)
 class FittedType:
-    """How a type is fitted. blocks: values of a block and of a sub-block. levels: the largest code; of types
-    without a minimum, codes run from -levels to levels - 1. trials: without and with importances.
+    """Parameters by which scales of a GGUF type are fitted.
+
+    blocks: values of a block and of a sub-block. levels: the largest code; of types without a minimum, codes
+    run from -levels to levels - 1. trials: without and with importances.
     """
 
     blocks: tuple[int, int]

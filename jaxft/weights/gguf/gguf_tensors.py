@@ -34,7 +34,7 @@ Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How a GGUF type becomes a QTensor with the same values.
+    """The conversion of a GGUF type to a QTensor with the same values.
 
     kind: of the QTensor. sub_block: inputs that share a scale. scale_dtype: of scales, and of offsets if
     kind has them; products of a float16 and a 6 or 8-bit number are exact in float32. bits: of a code in the

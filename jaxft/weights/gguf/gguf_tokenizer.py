@@ -54,7 +54,7 @@ GPT4O_PATTERN = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is split into pieces before merging.
+    """The rules that split text into pieces before merging.
 
     pattern: the regular expression of a piece; None for GPT-2's. single_digits: every digit is a piece of its
     own. whole_words: a piece that is in the vocabulary becomes that token without merging. bos: whether texts

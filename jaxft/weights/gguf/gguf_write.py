@@ -69,7 +69,7 @@ NEUTRAL: tuple[Any, ...] = (None, False, 1, 1.0, [], ())  # values of a setting 
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """How a GGUF file is written.
+    """Options of writing a GGUF file.
 
     mixture: a name of gguf_quantize.MIXTURES. name: of the model, for listings. ends: token ids that end a
     completion. license: of the model, "" if unknown. source: the GGUF file that the model comes from, None

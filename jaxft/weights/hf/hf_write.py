@@ -78,7 +78,7 @@ class LayerQuantizer:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How the weights are stored in the folder.
+    """Options of writing weights to a Hugging Face folder.
 
     max_shard: bytes of a file. quant: None for floats only. changed: paths of the parameters that are not
     those in the files of the model that it came from; None for all. text_only: write only the text decoder

@@ -28,7 +28,7 @@ FileContent = Path | bytes  # a file, or the content of one
 
 @dataclass(frozen=True)
 class HubTarget:
-    """Where files go: the repository `org/name`, and a branch of it, both created if they do not exist.
+    """The destination of an upload: a repository `org/name` and a branch, both created if they do not exist.
 
     public: who may read a new repository; an existing public one is written only with public=True. message:
     of the commit.

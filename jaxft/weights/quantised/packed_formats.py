@@ -57,8 +57,10 @@ def pack_eights(codes: Any, axis: int, order: Iterable[int] = IN_ORDER) -> np.nd
 
 
 class Grouping(NamedTuple):
-    """How GPTQ or AWQ packs a weight [in, out]. axis: of the codes that has eight in an int32; zeros have
-    them along the outputs. order: see read_eights. shift: a number that is added to zeros in the files.
+    """The packing of a weight [in, out] in GPTQ or AWQ files.
+
+    axis: of the codes that has eight in an int32; zeros have them along the outputs. order: see read_eights.
+    shift: a number that is added to zeros in the files.
     """
 
     axis: int
