@@ -38,8 +38,8 @@ class TemplateSettings:
             name, equals, text = (part.strip() for part in item.partition("="))
             if not (equals and text and name.isidentifier()):
                 raise ValueError(
-                    f"data.chat_template_kwargs: {item!r} is not of the form name=value, for example "
-                    "enable_thinking=false"
+                    "data.chat_template_kwargs must be of the form name=value, for example "
+                    f"enable_thinking=false, got {item!r}"
                 )
             if is_set_by_jaxft(name):
                 raise ValueError(f"data.chat_template_kwargs: jaxft sets {name} itself; remove it")

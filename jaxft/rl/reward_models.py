@@ -181,7 +181,7 @@ def require_classifier(ref: str) -> None:
         )
     if not is_classifier(ref):
         raise ValueError(
-            f"{ref}: {adapted.SCORE[0]}, the head of a classifier, is missing. Is the download complete?"
+            f"{ref}: {adapted.SCORE[0]}, the head of a classifier, is missing. Download the model again."
         )
 
 

@@ -80,7 +80,7 @@ def test_what_is_wrong_with_a_url_is_one_line(hub, monkeypatch):
     for ref, error in (
         ("hf://datasets/org/set/data/valid-*", "no Parquet file of the dataset matches .*it has data/test-0"),
         ("hf://datasets/org/other", "not found on the hub"),
-        ("hf://models/org/set", "is not of the form hf://datasets/org/name"),
+        ("hf://models/org/set", "must be of the form hf://datasets/org/name"),
         (f"{endpoint}/nothing.parquet", "the server refuses it .*404"),
         ("http://127.0.0.1:9/x.parquet", "cannot be fetched"),
         ("http://127.0.0.1:9/x.jsonl?download=true", "only Parquet files are read behind a URL; download"),

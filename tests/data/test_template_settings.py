@@ -47,8 +47,8 @@ def render(name, *messages, settings=None, loss_on="assistant", **more):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chat_template_kwargs": ("thinking",)}, "'thinking' is not of the form name=value, for example"),
-        ({"chat_template_kwargs": ("a b=1",)}, "'a b=1' is not of the form name=value"),
+        ({"chat_template_kwargs": ("thinking",)}, "must be of the form name=value, for example"),
+        ({"chat_template_kwargs": ("a b=1",)}, "enable_thinking=false, got 'a b=1'"),
         ({"chat_template_kwargs": ("a=1", "a=2")}, "data.chat_template_kwargs: a is set twice"),
         ({"chat_template_kwargs": ("tools=[]",)}, "jaxft sets tools itself"),
         ({"system": "user"}, "data.system='user'; use one of turn, merge"),

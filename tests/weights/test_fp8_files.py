@@ -155,7 +155,7 @@ def test_groups_that_jaxft_does_not_read_are_one_line(tmp_path, change, message)
 UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGED = {
     "a scale is missing": (lambda s: s.pop(f"{UP}_scale"), f"{UP} is FP8 without weight_scale;"),
-    "a weight is missing": (lambda s: s.pop(UP), f"{UP} is missing; is the download complete"),
+    "a weight is missing": (lambda s: s.pop(UP), f"{UP} is missing; download the model again"),
     "a plain weight": (
         lambda s: s.update({UP: s[UP].float()}),
         f"{UP} is float32.*expected a matrix of float8",

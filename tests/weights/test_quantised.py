@@ -207,7 +207,7 @@ REFUSED = {
         dict(format="gptq", checkpoint_format="gptq_v2"),
         "has checkpoint_format='gptq_v2', format='gptq', which are different layouts",
     ),
-    "zeros missing": (dict(drop=".qzeros"), "k_proj.qzeros is missing; is the download complete"),
+    "zeros missing": (dict(drop=".qzeros"), "k_proj.qzeros is missing; download the model again"),
     "scales of another shape": (
         dict(change=(".scales", lambda x: x[:1])),
         r"scales has shape \(1, 32\), expected \(2, 32\)",

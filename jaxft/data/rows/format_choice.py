@@ -411,7 +411,7 @@ def split_column(item: str) -> tuple[str, str]:
     ours, equals, theirs = (part.strip() for part in item.partition("="))
     if not (ours and equals and theirs):
         raise ValueError(
-            f"data.columns: {item!r} is not of the form ours=theirs, for example prompt=question"
+            f"data.columns must be of the form ours=theirs, for example prompt=question, got {item!r}"
         )
     return ours, theirs
 

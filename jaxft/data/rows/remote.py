@@ -246,7 +246,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
         return [_described(RemoteFile(ref, 0, ""))]
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", ref)
     if match is None:
-        raise ValueError(f"data {ref!r} is not of the form hf://datasets/org/name[@revision][/pattern]")
+        raise ValueError(f"data must be of the form hf://datasets/org/name[@revision][/pattern], got {ref!r}")
     repo, revision, pattern = match.groups()
     return _hub_files(ref, repo, revision, pattern or "*")
 

@@ -125,7 +125,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if model.config.layers > len(files.tensors):  # a corrupt number would make a list of millions of names
         raise ValueError(
             f"{files.where}: its config has {model.config.layers} layers, but the files have only "
-            f"{len(files.tensors)} tensors; is the download complete, and does its config.json belong to it?"
+            f"{len(files.tensors)} tensors; download them again, or use the config.json that belongs to them"
         )
     if SCORE.template in files.tensors and "score" not in model.weight_names:
         raise ValueError(
@@ -136,7 +136,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if missing:
         raise ValueError(
             f"{files.where}: {len(missing)} of {len(expected)} tensors are missing, the first is "
-            f"{missing[0]}; is the download complete, and does its config.json belong to it?"
+            f"{missing[0]}; download them again, or use the config.json that belongs to the files"
         )
     allowed = {HEAD} if "head" not in model.weight_names else set()  # some files repeat a tied head
     allowed |= {SCORE.template} if "score" in model.weight_names else set()

@@ -93,7 +93,7 @@ def _open(path: Path) -> safe_open:
 def required(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None = None) -> StoredTensor:
     """Return a tensor. Raises ValueError if it is missing or has another shape. shape: None for any."""
     if name not in files.tensors:
-        raise ValueError(f"{files.where}: {name} is missing; is the download complete?")
+        raise ValueError(f"{files.where}: {name} is missing; download the model again")
     tensor = files.tensors[name]
     if shape is not None and tensor.shape != shape:
         raise ValueError(

@@ -318,7 +318,7 @@ def _scaled_weights(
     bare = next((n for n, x in files.tensors.items() if x.dtype == E4M3 and n not in used), None)
     if bare:
         raise ValueError(
-            f"{files.where}: {bare} is FP8 without {ending.removeprefix('.')}; is the download complete?"
+            f"{files.where}: {bare} is FP8 without {ending.removeprefix('.')}; download the model again"
         )
     return weights
 
