@@ -310,7 +310,7 @@ def test_bfloat16_parameters_are_rounded_stochastically():
         params, state = step(g, state, params, info._replace(key=jax.random.key(i)))
     assert params["w"].dtype == jnp.bfloat16
     assert float(params["w"].astype(jnp.float32).mean()) == pytest.approx(1 - 20e-3, abs=1e-3)
-    with pytest.raises(ValueError, match="which needs a random key in StepInfo.key"):
+    with pytest.raises(ValueError, match="which needs a random key; pass it in StepInfo.key"):
         optimizer.update(g, state, params, info)
 
 

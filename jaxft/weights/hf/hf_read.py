@@ -99,8 +99,8 @@ def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
     names, prefix = dict[str, str](), decoder_prefix(stored)
     if prefix is None:
         raise ValueError(
-            f"{where}: no tensor of the text decoder of this multimodal model, only of its other parts; is "
-            "the download complete?"
+            f"{where}: no tensor of the text decoder of this multimodal model, only of its other parts; "
+            "download the model again"
         )
     for name in stored:
         text = text_tensor(name, prefix)
@@ -164,7 +164,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
         if stored.shape != shape:
             raise ValueError(
                 f"{files.where}: {name} has shape {stored.shape}, but its config.json needs {shape}; "
-                "does its config.json belong to it?"
+                "use the config.json that belongs to the files"
             )
         if stored.dtype not in FLOATS.values():
             raise ValueError(
@@ -182,8 +182,8 @@ def _is_zero_bias(files: ModelFiles, name: str) -> bool:
         return False
     if files.read(name).any():
         raise ValueError(
-            f"{files.where}: {name} is not zero, but {stem} has no bias in this architecture; does its "
-            "config.json belong to it?"
+            f"{files.where}: {name} is not zero, but {stem} has no bias in this architecture; use the "
+            "config.json that belongs to the files"
         )
     return True
 
