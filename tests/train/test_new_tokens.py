@@ -192,7 +192,7 @@ def test_a_template_without_new_tokens_links_to_the_weights_and_follows_them(tmp
     moved = folder.rename(tmp_path / "new" / "in")
     for use in (pretrained.open_files, pretrained.load_tokenizer):
         with pytest.raises(
-            FileNotFoundError, match=r"link to .*in/model.*, which is gone; .*model="
+            FileNotFoundError, match=r"links to .*in/model.*, which no longer exists; .*model="
         ) as caught:
             use(ref)
         assert "\n" not in str(caught.value)
@@ -244,7 +244,7 @@ def test_a_run_on_a_template_resumes_exports_and_generates(tmp_path, cache, monk
     assert code == 0, err
     folder.rename(tmp_path / "moved")
     code, out, err = call(monkeypatch, capsys, "generate", *prompt)
-    assert code == 1 and "model.safetensors, which is gone" in err and len(err.splitlines()) == 1
+    assert code == 1 and "model.safetensors, which no longer exists" in err and len(err.splitlines()) == 1
 
 
 # Known ways of losing new tokens without a word. Untrained rows: tests/weights/test_extend.py.
