@@ -63,7 +63,7 @@ def test_a_batch_that_does_not_fit_the_planned_rows_is_one_line():
     tokens, reads, shape = np.array([60, 60, 20]), np.array([50, 5, 5]), RowShape(128, 64, 2)
     plan = batches.plan_rows(np.array([0, 1, 2]), np.array([0, 0, 1]), 2)
     batches.check_fit(plan, tokens, reads, shape)
-    with pytest.raises(ValueError, match="rows of 80 tokens, 55 read .* raise data.epochs to cover"):
+    with pytest.raises(ValueError, match="they need 80 tokens, 55 read .* raise data.epochs to cover"):
         batches.check_fit(
             batches.plan_rows(np.array([0, 1, 2]), np.array([0, 1, 0]), 2),
             tokens, reads, RowShape(79, 64, 2),

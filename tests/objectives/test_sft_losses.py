@@ -127,7 +127,7 @@ def test_held_out_rows_have_the_cross_entropy_and_no_noise():
         (dict(label_smoothing=1.0), "label_smoothing=1.0; expected at least 0 and below 1"),
         (dict(z_loss=-1.0), "z_loss=-1.0; expected at least 0"),
         (dict(dft=True, label_smoothing=0.1), "set label_smoothing=0"),
-        (dict(neftune=-1.0), "neftune=-1.0 is not finite"),
+        (dict(neftune=-1.0), "neftune must be finite and at least 0, got -1.0"),
     ],
 )
 def test_a_loss_out_of_range_is_one_line(settings, words):

@@ -17,7 +17,7 @@ SCALINGS = (
 )  # fmt: skip
 CONFIGS = [
     *(({name: value}, "config.json") for name in SIZES for value in (-1, 2**40, "64", [64], 1.5, True, HUGE)),
-    *(({name: 300}, "its config.json") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
+    *(({name: 300}, "its config") for name in ("vocab_size", "num_hidden_layers", "intermediate_size")),
     *(({"rms_norm_eps": value}, "config.json") for value in ("small", [1], None, HUGE, {})),
     *(({"rope_theta": value, "rope_parameters": None}, "config.json") for value in ("wide", [], HUGE, {})),
     *(({"rope_scaling": value, "rope_parameters": None}, "config.json") for value in SCALINGS),

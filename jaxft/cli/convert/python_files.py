@@ -451,8 +451,8 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
                 return replace(source, notes=(note, *source.notes))
     known = ", ".join(name for name in CONFIGS if name.endswith("Config"))
     raise ValueError(
-        f"{file} calls none of {known} with options, and has no command in its docstring; name the file that "
-        "does, or a shell script with the command"
+        f"{file} calls none of {known} with options and has no command in its docstring; "
+        "name the file that does"
     )
 
 
