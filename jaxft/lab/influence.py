@@ -166,11 +166,12 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     assert isinstance(source, PairSource)
     if not len(source.split.held):
         raise ValueError("no rows are held out; set held_out=FILE or a fraction, which the influence is on")
-    state, device = parts.state if state is None else state, jax.devices()[0]
-    arrays = state.trainable, parts.frozen, state.aux
-    trainable, frozen, aux = jax.tree.map(lambda x: jax.device_put(x, device), arrays)
+    state = parts.state if state is None else state
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    # a sharding on this mesh: an array that is put on a device keeps the type of its old mesh
+    arrays = jax.device_put((state.trainable, parts.frozen, state.aux), sharding.replicated(mesh))
     names = np.asarray([source.split.rows.names[i] for i in source.split.train])
-    return _Opened(source, sharding.make_mesh(sharding.MeshShape(), [device]), trainable, frozen, aux, names)
+    return _Opened(source, mesh, *arrays, names)
 
 
 # Margins that the other rows predict

@@ -78,6 +78,14 @@ def test_flipped_labels_have_the_lowest_influence(parts, found):
         assert (one.values[lowest] < 0).all() and one.values[one.order[5]] > 0
 
 
+def test_a_run_prepared_on_two_devices_has_the_same_influences(place, parts):
+    with working_directory(place, devices=2):
+        two = jaxft.prepare("config.py", data="train.jsonl", held_out="held.jsonl")
+        found = margins_of_rows(two)
+    assert two.mesh.size == 2
+    np.testing.assert_allclose(found.values, margins_of_rows(parts).values, rtol=1e-3, atol=1e-4)
+
+
 def test_gradients_are_those_of_the_margin_by_a_map_of_the_hidden_states(parts):
     """The margin is written out from whole logits; its gradient by M is taken at the identity."""
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
