@@ -15,6 +15,9 @@ Each world is a study: a random Llama with one layer, successive halving of `--t
 and beta, three seeds of the best setting. The full grid trains every trial with every seed to the end, by the
 same compiled program in the same process, before or after the study in turn. Times are those of training,
 evaluation and writing, without compilation.
+
+Two busy AVX512 cores, --worlds 10 --grids 2: the planted best is found in 10 of 10 worlds, in 0.257 of the
+full grid's seconds and 0.210 of its steps (commit adec3de8).
 """
 
 import argparse
