@@ -206,7 +206,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
     """Return each alarm once, with the runs that raised it. Of alarms that differ in numbers alone the first
     is returned, with a note.
 
-    alarms: of each run, by name.
+    alarms: the alarms of each run, by its name.
     """
     by_text: dict[str, list[tuple[str, str]]] = {}
     for name, own in alarms.items():
@@ -254,12 +254,12 @@ def same_prompts(before: Sequence[Sample], after: Sequence[Sample]) -> list[tupl
 class ModelCard:
     """The contents of a run's model card, README.md.
 
-    metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
-    the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
-    id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
-    base. curves, completions: sections with pictures and with sampled completions, or "". command: what
-    trains the same run, or "". labels: a sentence about those of a classifier, or "". served: paths of the
-    server for the questions of a decision model.
+    metadata: for the hub, see model_card.front_matter. base: the base model as a reader knows it. merged: the
+    weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id
+    that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
+    base. curves, completions: sections with pictures and with sampled completions, or "". command: the
+    command line that trains the same run, or "". labels: a sentence about a classifier's labels, or "".
+    served: paths of the server for the questions of a decision model.
     """
 
     name: str

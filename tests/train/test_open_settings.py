@@ -240,7 +240,7 @@ def test_rows_that_cannot_be_read_leave_their_error_to_the_run(place):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["data=org/rows"], "org/rows is no file of this machine"),
+        (["data=org/rows"], "org/rows is not a file on this machine"),
         (["data=rows.jsonl", "model=none/here"], "the tokenizer of none/here is not on this machine"),
     ],
 )

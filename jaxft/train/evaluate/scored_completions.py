@@ -1,5 +1,5 @@
-"""Completions with their scores: of a run's held-out prompts before and after training, and of the prompts
-in a file (`jaxft evaluate --by`). pass@k.
+"""Completions with their scores and pass@k: of a run's held-out prompts before and after training, and of the
+prompts in a file (`jaxft evaluate --by`).
 """
 
 import hashlib
@@ -187,7 +187,7 @@ class Completer:
     ) -> Int[np.ndarray, "n G S"]:
         """Return the token ids of `samples` completions of each prompt, below 0 after their ends.
 
-        prompts: names for errors, and token ids. is_enough: see generate.complete. Raises ValueError for a
+        prompts: names for errors, and token ids. is_enough: see session.complete. Raises ValueError for a
         token that the model does not have, and for logits that are not finite.
         """
         ids = [tokens for _, tokens in prompts]
