@@ -380,7 +380,7 @@ class Mirror:
     def _read_object(self, name: str) -> bytes:
         content = self.store.read(name)
         if content is None:
-            raise OSError(f"{self.store.url}/{name}: this object was deleted meanwhile; start again")
+            raise OSError(f"{self.store.url}/{name}: it is listed, but was deleted meanwhile; start again")
         return content
 
     def _path_of(self, name: str) -> Path:
