@@ -78,7 +78,7 @@ def decide(
         raise InvalidRow(
             name,
             "no question",
-            f"the last message is from the {messages[-1]['role']}; a decision ends with a user's question",
+            f"the last message is from the {messages[-1]['role']}; end it with a question of the user",
         )
     answers = tuple(LETTERS[: len(names)])
     lines = [

@@ -265,7 +265,7 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
 
 @dataclass(frozen=True)
 class Engine:
-    """Compiled programs for one Decoding and one size, by their sizes.
+    """Compiled programs for one Decoding and its slots. The keys are the programs' sizes:
 
     start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots that are read of rows' keys,
     and of prompts' keys). keep: (rows, rows of the next state).

@@ -34,7 +34,9 @@ LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the appendix. name: of its files. head: titles of the columns. rows: texts."""
+    """A table of the appendix. name: the name of its files, without suffix. head: titles of the columns.
+    rows: texts.
+    """
 
     name: str
     caption: str

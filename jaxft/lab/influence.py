@@ -187,7 +187,7 @@ def margins_of_rows(parts: Prepared, state: TrainState | None = None) -> Influen
 def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int = 0) -> MarginGradients:
     """Return the gradients of the margins of all training and held-out pairs.
 
-    state: of the run, after some of its steps; by default the state at step 0. seed: of the projection. Runs
+    state: the run's state after some steps, by default at step 0. seed: random seed of the projection. Runs
     on one device. Raises ValueError for a run of other data or another kind of objective, and without
     held-out rows.
     """

@@ -84,7 +84,7 @@ class LossOutcome:
 
     @property
     def final(self) -> Float[np.ndarray, "S P"]:
-        """Values after the last step, of each seed and compared prompt."""
+        """Return the values after the last step, one for each seed and compared prompt."""
         return np.stack([curve.values[-1] for curve in self.curves])
 
     @property
@@ -93,7 +93,7 @@ class LossOutcome:
         return min(float(curve.kl.max()) for curve in self.curves)
 
     def at_kl(self, kl: float) -> Float[np.ndarray, "S P"]:
-        """Values where the KL is `kl`, of each seed and compared prompt."""
+        """Return the values at the KL `kl`, one for each seed and compared prompt."""
         return np.stack([curve.at_kl(kl) for curve in self.curves])
 
 
@@ -253,7 +253,7 @@ def _loss_outcome(
 
 
 def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
-    """The folder of a trial."""
+    """Return the folder of a trial: of the loss `label`, its setting `number`, and a seed."""
     return folder / "trials" / f"{label}-{number}-seed{seed}"
 
 

@@ -255,9 +255,9 @@ def head_scores(
 class ModelReward(Reward):
     """A frozen classifier with one label and its own base, tokenizer and chat template.
 
-    quant: of its layers, None for `dtype`, in which it computes. max_length: tokens of a prompt with its
-    completion; a longer one has no score. batch: texts of a pass. A truncated completion is scored as if it
-    had ended there.
+    quant: quantisation of its layers, None to store them in `dtype`, in which it computes. max_length: tokens
+    of a prompt with its completion; a longer one has no score. batch: texts of a pass. A truncated completion
+    is scored as if it had ended there.
     """
 
     ref: str

@@ -241,7 +241,7 @@ def permitted_changes(
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
     """Return differences; those of fingerprints name the files that have changed.
 
-    A fingerprint whose setting has changed too is left out. record: of today's settings.
+    A fingerprint whose setting has changed too is left out. record: record of the present settings.
     """
     names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):

@@ -117,7 +117,7 @@ def source_options(source: str | Path) -> dict[str, Any]:
     if path.parts[:1] == runs.parts and not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
         there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
-        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
+        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there or '; name a run in runs/'}")
     is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
     return {
         "run": path if is_run else None,
@@ -317,7 +317,7 @@ def load_named(
 ) -> LoadedWeights:
     """Load named weights onto a mesh.
 
-    dtype: of the computation; None: the run's, or bfloat16. kind: how the base is quantised; None is
+    dtype: dtype of the computation; None for the run's, or bfloat16. kind: how the base is quantised; None is
     as in the run, or not at all. Raises ValueError for an adapter that doesn't fit the base.
     """
     record = named.record

@@ -44,8 +44,8 @@ def named_leaves(state: Any) -> dict[str, Any]:
 
 
 def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str, Any]:
-    """A leaf's entry with the shards of this process. owns_host_arrays: this process enters arrays that are
-    not on devices.
+    """Return a leaf's manifest entry with the shards of this process. owns_host_arrays: whether this process
+    is the one that adds the hashes of NumPy arrays.
     """
     if isinstance(leaf, jax.Array):
         shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
@@ -56,7 +56,7 @@ def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str
 
 
 def join_entries(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all processes as one."""
+    """Merge the entries of all processes."""
     return {
         name: {**entry, "shards": {k: v for part in parts for k, v in part[name]["shards"].items()}}
         for name, entry in parts[0].items()

@@ -132,9 +132,8 @@ class EntrySteps:
 
 
 class Jsonl:
-    """Appends to a metrics.jsonl that was truncated at `start_step`, with digests.
-
-    steps: of its entries.
+    """Appends to a metrics.jsonl that was truncated at `start_step`, and to its digests. steps: the steps of
+    its entries.
     """
 
     def __init__(self, path: Path, start_step: int = 0):
@@ -157,7 +156,7 @@ class Jsonl:
         self.steps.add(step)
 
     def close(self, end: RunEnd) -> None:
-        """Close the file and that of its digests."""
+        """Close metrics.jsonl and the file of its digests."""
         self._file.close()
         self._digests.close()
 

@@ -60,7 +60,7 @@ class Store:
     kv: tensorstore.KvStore
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the names of all objects in a folder of it."""
+        """Return the names of all objects in a folder of the store."""
         keys = self._call(lambda: self.kv.list(_keys_in(folder)).result())
         return sorted(key.decode() for key in keys)
 
@@ -87,7 +87,7 @@ class Store:
         self._wait(writing)
 
     def delete(self, name: str) -> None:
-        """Delete an object; of a name that ends in a slash all objects in that folder."""
+        """Delete an object. A name that ends in a slash deletes all objects in that folder."""
         if name.endswith("/"):
             self._call(lambda: self.kv.delete_range(_keys_in(name)).result())
         else:
@@ -509,7 +509,7 @@ class Mirror:
         self.store.delete(f"{CHECKPOINTS}/{step}/")
 
     def _send_files(self, paths: list[Path]) -> None:
-        """Send files that are not in the store as they are, then the index."""
+        """Send the files that are not in the store in their present state, then the index."""
         for path in paths:
             name = path.relative_to(self.folder).as_posix()
             with contextlib.suppress(FileNotFoundError):  # replaced just now; the next call sends it
@@ -551,7 +551,7 @@ def _marker(step: int) -> str:
 
 
 def _complete_steps(names: list[str]) -> list[int]:
-    """Steps of the checkpoints that have a manifest. names: of objects."""
+    """Steps of the checkpoints that have a manifest. names: names of all objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
 

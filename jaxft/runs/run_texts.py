@@ -206,7 +206,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
     """Return each alarm once, with the runs that raised it. Of alarms that differ in numbers alone the first
     is returned, with a note.
 
-    alarms: of each run, by name.
+    alarms: alarms by the name of the run.
     """
     by_text: dict[str, list[tuple[str, str]]] = {}
     for name, own in alarms.items():

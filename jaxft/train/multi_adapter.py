@@ -313,8 +313,8 @@ def _union(each: Sequence[Metrics]) -> Metrics:
 
 
 def stack_metrics(each: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
-    """Stack metrics to [K] each. names: a metric of every name, by default of those that any has; one that an
-    adapter does not have is neutral.
+    """Stack metrics to [K] each. names: the metrics to stack, by default all that any adapter has. A metric
+    that an adapter lacks gets a neutral value.
     """
     names = _union(each) if names is None else names
     whole = [

@@ -186,7 +186,7 @@ class LoraKnobs(ModelKnobs):
         return Optim(lr=lr, lora_plus=self.lora_plus)
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
-        """The fields of a Run that follow. head: adds a head to the model."""
+        """Return the fields of a Run that follow from these knobs. head: adds a head to the model."""
         model = self.build() if head is None else head(self.build())
         return {
             "weights": self.weights,

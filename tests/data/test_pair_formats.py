@@ -252,7 +252,7 @@ SAD = [
     (
         GOOD,
         {"extras": ("margin",)},
-        r"no number in column 'margin', which data.extras names; the row has prompt, chosen, rejected",
+        r"no number in column 'margin', .* add it, or name one that the row has: prompt, chosen, rejected",
     ),
     ({**GOOD, "margin": "one"}, {"extras": ("margin",)}, "column 'margin' .* is 'one'; use a finite number"),
     ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True; use a finite number"),

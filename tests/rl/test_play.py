@@ -727,7 +727,7 @@ BAD = {
     "neither a class nor a function": 3,
     "has no reset": type("Empty", (), {}),
     "missing a required argument: 'url', and its objects are made without any. Set environment= to a": Game,
-    "made no object: ZeroDivisionError: division by zero": lambda: 1 / 0,
+    "raised ZeroDivisionError: division by zero; fix that call": lambda: 1 / 0,
     "is an object of Game, and episodes play at the same time": Game("here"),
     "If step is no tool: Define reset(self, row) and step(self, state, text)": Gym,
 }

@@ -44,8 +44,8 @@ _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 class Listing:
     """A dataset in chunks, each of which one process can read.
 
-    labels: prefixes of the names of its rows, such as file names. folder: of the files, "" without any.
-    digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
+    labels: prefixes of the names of its rows, such as file names. folder: the folder of the files, "" for
+    none. digest: a hash of the contents. size: bytes of the files; local Parquet files count unpacked.
     chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
     about how the files are read that are not obvious, such as their encoding.
     """

@@ -358,8 +358,8 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
 
 
 def several(stacks: dict[str, Any]) -> dict[str, Several]:
-    """Return stacks of adapters and heads by name for one forward pass with all of them: the axis over
-    adapters is behind the lead axes.
+    """Return stacks of K adapters or heads, by name, in the form that one forward pass over all K takes: the
+    axis over adapters moves from the front to behind the lead axes.
     """
     moved = tree.map_with_path(lambda path, x: jnp.moveaxis(x, 0, adapters_axis(path)), stacks)
     return {name: Several(x) for name, x in moved.items()}

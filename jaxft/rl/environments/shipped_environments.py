@@ -97,7 +97,7 @@ def calculator_rows(count: int, seed: int) -> list[RowColumns]:
 def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
     """Return conversations that show the format of calls: rows for SFT, with tools.
 
-    chained: the fraction of them with two calls, of the same tool or of both. Few need both, so that a model
+    chained: the fraction of them with two calls, to the same tool or to both. Few need both, so that a model
     still has to learn that.
     """
     rng = random.Random(seed)
@@ -234,8 +234,8 @@ def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, 
 class CodeInterpreter:
     """A Python tool: the model writes programs, which the sandbox runs, and reads their output.
 
-    The reward is 1 if the last number of the final turn is the last of the row's answer, or if the text is
-    the answer where that has no number. A subclass may have other `limits`.
+    The reward is 1 if the last number of the final turn equals the last number of the row's answer. If the
+    answer has no number, the whole text must equal it. A subclass may set other `limits`.
     """
 
     limits = SandboxLimits()

@@ -52,7 +52,9 @@ class ObjectText(str):
 
     @classmethod
     def of(cls, value: Any, key: str = "") -> "ObjectText":
-        """Return `key=NAME`, or NAME alone: of the object, or of its type."""
+        """Return the text `key=NAME`, or NAME without a key. NAME is the object's name, or its type's if it
+        has none.
+        """
         named = inspect.isroutine(value) or isinstance(value, type)
         name = value.__qualname__ if named else type(value).__qualname__
         text = cls(f"{key}={name}" if key else name)

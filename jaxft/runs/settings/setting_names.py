@@ -400,7 +400,7 @@ def nearest_settings(name: str, settings: Sequence[str]) -> list[str]:
 
 
 def setting_names(recipe: str) -> list[str]:
-    """Return the knobs and dotted fields of a recipe, of sft if this is none."""
+    """Return the knobs and dotted fields of a recipe; those of sft if there is no such recipe."""
     shipped = ROOT / "configs" / f"{recipe}.py"
     path = Path(recipe) if recipe.endswith(".py") else shipped
     path = path if path.is_file() else ROOT / "configs" / "sft.py"

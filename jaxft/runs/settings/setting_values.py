@@ -479,7 +479,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _expected(text: str, kind: Any) -> ValueError:
-    """The error of a value that is none of the annotation `kind`."""
+    """Return the error of a value that the annotation `kind` does not allow."""
     expected = describe_kind(kind)
     if text.strip("+- ").lower() == "nan":  # a float, but no number
         expected = expected.replace("float", "a finite number")

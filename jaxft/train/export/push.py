@@ -47,10 +47,10 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
     """Return the files of a finished run's adapter or model, or of an exported folder or .gguf file.
 
     repo: org/name, which the model card names as the place to load from. merged: a folder with the merged
-    weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license
-    and card are taken; of a run those that its summary.json lists, its card, and the pictures that this
-    shows. Raises FileNotFoundError or ValueError for what has no weights, is not complete, or has links in
-    place of files.
+    weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license and card
+    are taken; of a run the files that its summary.json lists, its card, and the pictures that this shows.
+    Raises FileNotFoundError or ValueError for what has no weights, is not complete, or has links in place of
+    files.
     """
     if source.is_file():
         return _gguf(source, repo)

@@ -88,7 +88,9 @@ class Clock:
             self._show("")
 
     def timed(self, phase: Phase, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, whose calls are counted as a phase. name: of a call, for the progress."""
+        """Return the function, whose calls are counted as a phase. name: how the progress display calls such
+        a call.
+        """
 
         def call(*args: Any) -> Any:
             with self.within(phase), self.part(name):

@@ -63,9 +63,9 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Queue the metrics of a step and add the previous step's, for which this waits.
+        """Queue the metrics of a step, wait for those of the previous step and add them to the interval.
 
-        Raises ValueError that names the rows if too many steps in a row were not finite.
+        Raises ValueError that names the rows if more than loop.max_bad steps in a row were not finite.
         """
         tokens = int((batch.segments > 0).sum())
         self._tokens += tokens

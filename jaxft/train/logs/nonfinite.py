@@ -126,7 +126,7 @@ def make_layer_outputs(
     model: Model, objective_of: Callable[[Model], Objective], key: Any
 ) -> Callable[..., Any]:
     """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs of the model and of its teacher, as
-    in Diagnosis. key: of dropout.
+    in Diagnosis. key: random key of dropout.
     """
 
     def observed(model: Model, passes: list[Array]) -> Model:

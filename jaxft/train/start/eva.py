@@ -258,8 +258,9 @@ class Directions(NamedTuple):
 
 
 def input_of(path: str, paths: Sequence[str]) -> str:
-    """Return the first of `paths` that has the same input as the linear layer `path`: q, k and v have one, as
-    have gate and up.
+    """Return the first of `paths` that reads the same input as the linear layer `path`.
+
+    q, k and v share an input; gate and up share another.
     """
     above, _, name = path.rpartition("/")
     for parts in FUSED_PARTS.values():

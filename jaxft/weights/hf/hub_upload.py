@@ -31,7 +31,7 @@ class HubTarget:
     """The destination of an upload: a repository `org/name` and a branch, both created if they do not exist.
 
     public: who may read a new repository; an existing public one is written only with public=True. message:
-    of the commit.
+    the commit message.
     """
 
     repo: str
@@ -42,8 +42,8 @@ class HubTarget:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """The state of the repository after an upload. url: of the files. commit: its hash; new: whether this
-    upload made it, False if all files were there already. deleted: files of an earlier upload that it
+    """The state of the repository after an upload. url: where the files are. commit: its hash; new: whether
+    this upload made it, False if all files were there already. deleted: files of an earlier upload that it
     removed. notes: lines for the user.
     """
 
@@ -57,7 +57,7 @@ class Uploaded:
 
 
 def is_uploaded(name: str, patterns: Iterable[str] = UPLOADED) -> bool:
-    """Whether a file of a model's folder is one of those that are uploaded."""
+    """Whether a file of a model's folder is uploaded."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

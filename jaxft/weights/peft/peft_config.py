@@ -134,7 +134,7 @@ def check_targets(
         if not left_out_by(module):
             raise ValueError(
                 f"{where}: target_modules={_short(targets)} has {module} of this model, but the adapter has "
-                "no LoRA pair of it; is the adapter for another base model, or its file incomplete?"
+                "no LoRA pair of it; use the base model of the adapter, or download the adapter again"
             )
 
 
