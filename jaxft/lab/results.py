@@ -27,10 +27,9 @@ from jaxft.lab.halving import (
     PairsEvaluation,
     read_evaluations,
 )
-from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT
 from jaxft.objectives.pair import ACCURACY, MARGIN
-from jaxft.report.statistics import Difference, equivalence, holm, paired_difference
+from jaxft.report.statistics import Difference, holm, paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import read_saved_json
 from jaxft.runs.metrics_log import check_chain, whole_lines
@@ -315,8 +314,3 @@ def duels_of(
         Duel(one.label, other.label, end, p, tuple(x for *own, x in known if own == [one, other]), margin)
         for (one, other), end, p in zip(two, ends, holm([d.p for d in ends]), strict=True)
     )
-
-
-def is_equivalent(duel: Duel) -> bool:
-    """Whether two losses are equivalent within the study's margin."""
-    return duel.margin is not None and equivalence(duel.difference, duel.margin) < 1 - LEVEL

@@ -30,6 +30,7 @@ from jaxft.runs.metrics_log import (
     format_line,
     read_entries,
     whole_lines,
+    without_perf,
 )
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import recorded_defaults
@@ -122,7 +123,7 @@ def recompute_step(folder: Path, step: int) -> list[str]:
     Nothing is written. Raises ValueError if a bit differs, and for a run whose settings have changed, whose
     batches are sampled, or whose log has no entry of that step.
     """
-    logged = [_without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
+    logged = [without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
     if not logged:
         raise ValueError(f"{folder / METRICS}: has no training metrics of step {step}; choose a logged step")
     line = runfolder.read_record(folder).get("command", {}).get("line") or []
@@ -175,10 +176,6 @@ def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[s
         if (number + 1) % job.lead.run.loop.log_every == 0 or number + 1 == job.steps:
             numbers, _ = meters.read()
     return json.loads(format_line(step, numbers[0], {})), states
-
-
-def _without_perf(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != "perf"}
 
 
 def differing_leaves(one: Any, other: Any) -> list[str]:

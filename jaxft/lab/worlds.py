@@ -76,7 +76,7 @@ class World:
         check_bounds(self, "world")
         if self.noise > 0.5:
             raise ValueError(f"world.noise={self.noise}; more than 0.5 is another world. Use at most 0.5")
-        if self.pairs < 2 or self.duplicates >= 1:
+        if self.duplicates >= 1:
             raise ValueError(f"world.duplicates={self.duplicates} leaves no row of its own; use less than 1")
 
     def rows(self) -> list[dict[str, Any]]:

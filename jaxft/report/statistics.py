@@ -66,9 +66,9 @@ class Difference:
     unpaired_error: float
     components: Components
 
-    def different(self, level: float = 1 - LEVEL, p: float | None = None) -> bool:
+    def different(self, p: float | None = None) -> bool:
         """Whether both the test and the bootstrap exclude 0. p: adjusted for several comparisons."""
-        return (self.p if p is None else p) < level and not self.bootstrap.has(0)
+        return (self.p if p is None else p) < 1 - LEVEL and not self.bootstrap.has(0)
 
     def verdict(self, p: float | None = None, margin: float | None = None, unit: str = "prompts") -> str:
         """Return the result in words. p: adjusted for several comparisons (see holm). margin: the largest
