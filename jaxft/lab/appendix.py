@@ -254,7 +254,7 @@ def sensitivity_table(study: StudyResult) -> PaperTable:
 
 
 def trials_table(study: StudyResult) -> PaperTable:
-    """Every trial that was tried, also those that lost."""
+    """Return the table of all trials, including the ones that were stopped early."""
     rows = [
         (loss.label, setting, f"{step}", "not finite" if value is None else f"{value:.4f}")
         for loss in study.losses

@@ -44,8 +44,8 @@ from jaxft.train.start_and_end import continued
 
 def record_problems(folder: Path) -> Iterator[str]:
     """Yield a line for each part of a record that is not as the run wrote it: the log, the files that its
-    digests name, weights, and checkpoints; of a sweep, of all members. Raises FileNotFoundError for a folder
-    without a log.
+    digests name, weights, and checkpoints; for a sweep, those of all members. Raises FileNotFoundError for a
+    folder without a log.
     """
     if (folder / DECLARATION).is_file():
         yield from _study_problems(folder)

@@ -227,7 +227,7 @@ def completion_of(right: str, others: Sequence[str], rng: random.Random) -> str:
 
 
 def _spoilt_fields(fields: Mapping[str, Any], others: Sequence[str], rng: random.Random) -> str:
-    """Replace 0 to 3 values by those of other rows, or by null."""
+    """Replace 0 to 3 values by values of other rows, or by null."""
     out = dict(fields)
     names = list(out)
     for name in rng.sample(names, min(rng.choice((0, 0, 1, 1, 2, 3)), len(names))):

@@ -72,7 +72,7 @@ class Difference:
 
     def verdict(self, p: float | None = None, margin: float | None = None, unit: str = "prompts") -> str:
         """Return the result in words. p: adjusted for several comparisons (see holm). margin: the largest
-        difference that does not matter. unit: what the values are of.
+        difference that does not matter. unit: plural noun for the values, such as "prompts".
         """
         if self.different(p=p):
             return "different"

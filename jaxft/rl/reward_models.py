@@ -319,8 +319,8 @@ def make_text_scorer(
     for a text of more than max_length tokens.
 
     ref, adapter: from which it was loaded, and which have its tokenizer. batch: texts of a pass. prompts:
-    without responses. settings: of a run's chat template; the reward model's own gets those of its arguments
-    that it reads.
+    without responses. settings: of a run's chat template; the reward model's own template gets the arguments
+    among them that it reads.
     """
     own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)

@@ -239,7 +239,7 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Return differences; those of fingerprints name the files that have changed.
+    """Return the differences, one line each; a changed fingerprint of files names the changed files.
 
     A fingerprint whose setting has changed too is left out. record: record of the present settings.
     """

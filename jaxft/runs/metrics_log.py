@@ -236,7 +236,7 @@ def add_files(log: Path, files: Iterable[Path]) -> str:
 
 
 def digested_files(log: Path) -> set[str]:
-    """Return the names of the files whose digests follow those of a log."""
+    """Return the names of the files whose digests follow the digests of a log."""
     return {entry[FILE] for entry in _entries(digests_path(log)) if FILE in entry}
 
 

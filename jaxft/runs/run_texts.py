@@ -259,7 +259,7 @@ class ModelCard:
     the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
     id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
     base. curves, completions: sections with pictures and with sampled completions, or "". command: what
-    trains the same run, or "". labels: a sentence about those of a classifier, or "". served: paths of the
+    trains the same run, or "". labels: a sentence about a classifier's labels, or "". served: paths of the
     server for the questions of a decision model.
     """
 

@@ -104,7 +104,7 @@ def trainable_patterns(
     """Return path patterns of the trainable parameters.
 
     By default: the adapter, or without one the base, and the model's heads; `pattern` overrides that.
-    scorers: further models on the base, of which those with `trained` are added in either case.
+    scorers: further models on the base; the ones with `trained` are added in either case.
     """
     scorers = scorers or {}
     heads = [re.escape(name) for name in model.heads if name not in (*scorers, TEACHER)]

@@ -150,7 +150,7 @@ def override(name: str, value: Any) -> str:
 
 
 def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
-    """Return the settings with those that follow from the rows, and print lines about these."""
+    """Return the settings, completed by the ones that follow from the rows, and print lines about these."""
     fitted, lines = open_settings.fitted(settings, root=Path(root))
     for line in lines if processes.is_first() else ():
         print(line, flush=True)

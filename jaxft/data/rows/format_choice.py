@@ -294,8 +294,8 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
 
 
 def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], formats: Formats) -> list[str]:
-    """Return the columns of a row with text of several words that its format does not read; those of Parquet
-    files that are not even loaded are among them, whatever they have.
+    """Return the columns of a row with text of several words that its format does not read; including columns
+    of Parquet files that are not even loaded, whatever they have.
     """
     names = _Names.of(columns, formats)._replace(others=format.columns)
     read = {*formats[format.name].columns, *MEDIA}

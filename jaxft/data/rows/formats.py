@@ -259,8 +259,8 @@ class RowFormat:
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
     labelled: whether its choices are the labels of all rows. answer: the column that rows may lack where they
     are only scored. fits(row): whether a row with its columns is one, by its values, for errors about rows of
-    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, of a format
-    that has none.
+    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, for a
+    format without such a column.
     """
 
     name: str

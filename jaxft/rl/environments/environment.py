@@ -131,7 +131,7 @@ def single_turn() -> Environment:
 
 
 def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
-    """Return the environment of what a user's file defines, with further tools.
+    """Return the environment that a user's file defines, with further tools.
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
     reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
@@ -358,7 +358,7 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
 
 
 def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Environment:
-    """Return the environment with what the annotation of its reset says about prompts."""
+    """Return the environment with `resets` and `prompts` set from the return annotation of `reset`."""
     annotation = inspect.signature(reset).return_annotation
     return replace(environment, resets=annotation not in (None, "None"), prompts=annotation in (str, "str"))
 

@@ -163,8 +163,9 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 @dataclass(frozen=True)
 class SandboxLimits:
     """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
-    of each process. files: bytes of all files together, of each where it is not isolated. processes: at once,
-    with threads; only where it is isolated, and not for root. output: characters that are returned.
+    of each process. files: bytes of all files together, or of each file where the run is not isolated.
+    processes: at once, with threads; only where it is isolated, and not for root. output: characters that are
+    returned.
     """
 
     seconds: Annotated[float, above(0)] = 5.0

@@ -339,8 +339,8 @@ def load_callable(text: str, or_dict: bool = False) -> Any:
 
 
 def _functions_of(module: types.ModuleType, name: str) -> str:
-    """Return which functions a module has, for an error: all that a user's file defines, in its order; of a
-    package the nearest.
+    """Return which functions a module has, for an error: all that a user's file defines, in its order; for a
+    package only the nearest names.
     """
     named = vars(module).items()
     functions = [n for n, v in named if callable(v) and not isinstance(v, type) and not n.startswith("_")]

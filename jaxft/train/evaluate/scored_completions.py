@@ -251,11 +251,11 @@ def score_texts(
 class Scored(NamedTuple):
     """Held-out completions of a model.
 
-    samples: those that logs and cards show. scored: number of prompts whose completions were scored. metrics:
-    mean score by each function, and pass@k. intervals: confidence intervals of these means over the prompts.
-    values: a value for each prompt, by a name that is the same in every run that has the prompt. faults: a
-    line for each function that returned no score for some completions. nonfinite: number of prompts of which
-    a completion ended because of non-finite logits.
+    samples: completions that logs and cards show. scored: number of prompts whose completions were scored.
+    metrics: mean score by each function, and pass@k. intervals: confidence intervals of these means over the
+    prompts. values: a value for each prompt, by a name that is the same in every run that has the prompt.
+    faults: a line for each function that returned no score for some completions. nonfinite: number of prompts
+    of which a completion ended because of non-finite logits.
     """
 
     samples: list[Sample]

@@ -271,8 +271,8 @@ def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
 def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progress) -> None:
     """Compute the calibrated codes of a run, or find them in the cache; every process calls it.
 
-    folder: of the run, which records them. Raises ValueError if they are not those that the run began with,
-    or if the processes have different ones.
+    folder: of the run, which records them. Raises ValueError if they differ from the ones that the run began
+    with, or if the processes have different ones.
     """
     if plan is None:
         return

@@ -202,7 +202,7 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
     """Return a run's card, with the metadata and the section on use of its weights' card, and the pictures
     that it shows; nothing if one of the cards lacks that section.
 
-    is_merged: the weights are not those that the run wrote, so their description is in the card too.
+    is_merged: the weights differ from the ones that the run wrote, so the card describes them too.
     """
     if not (run / CARD).is_file() or not isinstance(weights_card, bytes):
         return {}

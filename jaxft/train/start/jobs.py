@@ -67,7 +67,7 @@ class Job:
     number by the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the
     token ids that end a completion. all_general: batches of the general text. sweep: its settings, None for a
     single run. calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest:
-    the shape that batches are padded to, None for the smallest one that holds those of every source.
+    the shape that batches are padded to, None for the smallest shape that fits the batches of every source.
     """
 
     folder: Path

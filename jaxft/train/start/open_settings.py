@@ -98,7 +98,8 @@ def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
 def fitted(
     settings: Resolved, devices: int | None = None, root: Path = Path("runs")
 ) -> tuple[Resolved, list[str]]:
-    """Return the settings with those that follow from the rows, and lines about them for the start of a run.
+    """Return the settings, completed by the ones that follow from the rows, and lines about these for the
+    start of a run.
 
     Every process calls it. devices: of the run, by default of this machine. root: the folder of runs; a
     run that has a checkpoint keeps what it began with.

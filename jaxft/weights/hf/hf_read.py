@@ -215,8 +215,8 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
     """Return the token ids that end a completion, in ascending order.
 
     They are the EOS tokens of the model's config, of generation_config.json of `ref` and of the tokenizer,
-    and those that end an assistant turn in its chat template. Raises ValueError if generation_config.json is
-    malformed or names an id that the model does not have.
+    and the ids that end an assistant turn in its chat template. Raises ValueError if generation_config.json
+    is malformed or names an id that the model does not have.
     """
     config = model.config
     return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *tokenizer_ends(tokenizer)}))
