@@ -194,10 +194,11 @@ def any_rows(fingerprint: str) -> None:
 
 
 def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise ValueError if the rows of a run have changed: it may have trained on rows that the same fraction
-    now holds out.
+    """Raise ValueError if the rows of a run have changed since: data.held_out may now hold out rows that the
+    run was trained on.
 
-    record: its settings; None and one without a fingerprint pass. fingerprint: of the rows read now.
+    record: the run's settings; None, or settings without a fingerprint, pass. fingerprint: hash of the rows
+    read now.
     """
     if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]

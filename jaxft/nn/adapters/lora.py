@@ -122,12 +122,12 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the base is stored without a part of it, which the adapter has at step 0."""
+        """Whether `init` moves a part of the base's weights into the adapter at step 0, as PiSSA does."""
         return self.init in RESIDUAL_INITS
 
     @property
     def exported(self) -> "Adapter":
-        """The settings of the adapter that a run writes: of twice the rank if the base was changed, for the
+        """The settings of the adapter that a run writes: with twice the rank if the base was changed, for the
         unchanged one.
         """
         return self.doubled if self.changes_base else self

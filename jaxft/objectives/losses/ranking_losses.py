@@ -55,8 +55,8 @@ def ranked_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, "B P"]]:
-    """Return the rating of each ranked kind; without columns of ratings K - 1 for the best, ..., 0 for the
-    worst.
+    """Return the ratings of the K ranked responses, by kind ("chosen", ...). Without columns of ratings they
+    are K - 1 for the best response, ..., 0 for the worst.
 
     loss: the name of a loss that needs the columns. Raises ValueError if the rows have none, or only some.
     """

@@ -90,12 +90,12 @@ def hub_endpoint() -> str:
 def upload_files(
     files: Mapping[str, FileContent], target: HubTarget, defaults: Mapping[str, FileContent] | None = None
 ) -> Uploaded:
-    """Commit files to a repository, and delete its stale_files.
+    """Commit files to a repository in one commit, which also deletes its stale_files.
 
     files: by their name in the repository. defaults: further files, written unless the branch has a file of
-    that name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without
-    a token and for a public repository that the target does not call public, and OSError for a failed upload,
-    after which the branch has the files that it had.
+    that name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without a
+    token, or for an existing public repository unless target.public is set. Raises OSError if the upload
+    fails; the branch then keeps its files.
     """
     api, progress = _signed_in(target), _Progress()
     with _one_line(target, progress):
