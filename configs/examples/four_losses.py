@@ -14,7 +14,7 @@ def study() -> Study:
     """Declare the study."""
     return Study(
         name="four-losses",
-        recipe=study_recipe("dpo", "loop.steps=26"),
+        recipe=study_recipe("dpo", "loop.steps=22"),
         losses={
             "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
             "ipo": SearchedLoss(ipo, {"beta": LogRange(0.03, 0.3)}),

@@ -247,13 +247,23 @@ def _loss_outcome(
     finite = sorted(x for x in scores if x is not None)
     sensitivity = Sensitivity(step, finite[-1], float(np.median(finite)), finite[0]) if finite else None
     finals = [trial_folder(folder, label, winner["trial"], seed) for seed in seeds]
-    curves = tuple(final_curve(read_evaluations(final / EVALUATIONS), *compared) for final in finals)
+    curves = final_curves([read_evaluations(final / EVALUATIONS) for final in finals], *compared)
     return LossOutcome(label, winner["setting"], trials, sensitivity, curves)
 
 
 def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
     """Return the folder of a trial: of the loss `label`, its setting `number`, and a seed."""
     return folder / "trials" / f"{label}-{number}-seed{seed}"
+
+
+def final_curves(
+    runs: Sequence[Sequence[PairsEvaluation]], metric: str, pairs: HeldOutPairs
+) -> tuple[FinalCurve, ...]:
+    """Return the curve of each seed's run, at the steps that all of them have: the first seed's run has the
+    ends of the stages too.
+    """
+    common = set.intersection(*({e.step for e in run} for run in runs))
+    return tuple(final_curve([e for e in run if e.step in common], metric, pairs) for run in runs)
 
 
 def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: HeldOutPairs) -> FinalCurve:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from jaxft.lab.appendix import PaperTable, study_page, tables_of
-from jaxft.lab.halving import HeldOutPairs
+from jaxft.lab.halving import HeldOutPairs, PairsEvaluation
 from jaxft.lab.results import (
     FinalCurve,
     LossOutcome,
     Sensitivity,
     StudyResult,
     duels_of,
+    final_curves,
     length_weights,
     margin_per_token,
 )
@@ -116,6 +117,20 @@ def test_the_liking_for_length_is_the_slope_of_margins():
     pairs = HeldOutPairs(("a", "b", "c", "d"), (0, 1, 2, 3), (False, False, False, True), (2, -1, 5, 7))
     assert margin_per_token([3 + 0.5 * 2, 3 - 0.5, 3 + 0.5 * 5, 100.0], pairs) == pytest.approx(0.5)
     assert np.isnan(margin_per_token([1.0, 2.0, 3.0, 4.0], replace(pairs, longer=(2, 2, 2, 2))))
+
+
+def test_curves_have_the_steps_that_the_runs_of_all_seeds_have():
+    """The first seed was evaluated at the ends of the stages too, here after steps 3 and 9."""
+    pairs = HeldOutPairs(("a", "b"), (0, 1), (False, False), (1, -1))
+
+    def at(step):
+        rows = {ACCURACY: [0.5, step / 100], "rewards/margins": [0.0, 1.0]}
+        return PairsEvaluation(step, {"eval_kl": step / 10}, rows)
+
+    first, other = final_curves([[at(step) for step in (3, 6, 9, 12)], [at(6), at(12)]], ACCURACY, pairs)
+    assert first.steps == other.steps == (0, 6, 12)
+    assert first.kl == pytest.approx([0, 0.6, 1.2])
+    assert first.values[1:, 1] == pytest.approx([0.06, 0.12])
 
 
 @pytest.fixture
