@@ -169,9 +169,11 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     state = parts.state if state is None else state
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     # a sharding on this mesh: an array that is put on a device keeps the type of its old mesh
-    arrays = jax.device_put((state.trainable, parts.frozen, state.aux), sharding.replicated(mesh))
+    trainable, frozen, aux = jax.device_put(
+        (state.trainable, parts.frozen, state.aux), sharding.replicated(mesh)
+    )
     names = np.asarray([source.split.rows.names[i] for i in source.split.train])
-    return _Opened(source, mesh, *arrays, names)
+    return _Opened(source, mesh, trainable, frozen, aux, names)
 
 
 # Margins that the other rows predict
