@@ -372,8 +372,8 @@ class Checkpoints:
 
 
 def in_flight_gb(leaves: Iterable[Any]) -> float:
-    """Return how many GB of leaves Orbax may encode and write at a time. Its default, 96, lets it copy the
-    whole state at once. Orbax refuses a leaf that is not smaller than the limit.
+    """Return how many GB of leaves Orbax may encode and write at a time. Its default of 96 would copy most
+    states as a whole. The limit is larger than the largest leaf, since Orbax refuses a leaf of that size.
     """
     return max(IN_FLIGHT_BYTES, 2 * max((leaf.nbytes for leaf in leaves), default=0) + 1) / 1e9
 

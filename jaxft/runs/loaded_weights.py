@@ -117,7 +117,7 @@ def source_options(source: str | Path) -> dict[str, Any]:
     if path.parts[:1] == runs.parts and not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
         there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
-        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
+        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there or '; name a run in runs/'}")
     is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
     return {
         "run": path if is_run else None,
@@ -194,10 +194,11 @@ def any_rows(fingerprint: str) -> None:
 
 
 def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise ValueError if the rows of a run have changed: it may have trained on rows that the same fraction
-    now holds out.
+    """Raise ValueError if the rows of a run have changed since: data.held_out may now hold out rows that the
+    run was trained on.
 
-    record: its settings; None and one without a fingerprint pass. fingerprint: of the rows read now.
+    record: the run's settings; None, or settings without a fingerprint, pass. fingerprint: hash of the rows
+    read now.
     """
     if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]

@@ -139,7 +139,7 @@ class Jsonl:
 
     def __init__(self, path: Path, start_step: int = 0):
         entries = truncate(path, start_step)
-        self._repeated = [_without_perf(entry) for entry in entries if entry["step"] == start_step]
+        self._repeated = [without_perf(entry) for entry in entries if entry["step"] == start_step]
         self.steps = EntrySteps(entries)
         self._digests = DigestWriter(path, whole_lines(path))
         self._file = path.open("ab")
@@ -157,12 +157,13 @@ class Jsonl:
         self.steps.add(step)
 
     def close(self, end: RunEnd) -> None:
-        """Close the log and its digests."""
+        """Close metrics.jsonl and the file of its digests."""
         self._file.close()
         self._digests.close()
 
 
-def _without_perf(entry: Entry) -> Entry:
+def without_perf(entry: Entry) -> Entry:
+    """Return an entry without its timings and memory, which differ between equal runs."""
     return {name: value for name, value in entry.items() if name != "perf"}
 
 

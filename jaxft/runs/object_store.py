@@ -512,7 +512,7 @@ class Mirror:
         self.store.delete(f"{CHECKPOINTS}/{step}/")
 
     def _send_files(self, paths: list[Path]) -> None:
-        """Send files that are not in the store as they are, then the index."""
+        """Send the files that are not in the store in their present state, then the index."""
         for path in paths:
             name = path.relative_to(self.folder).as_posix()
             with contextlib.suppress(FileNotFoundError):  # replaced just now; the next call sends it

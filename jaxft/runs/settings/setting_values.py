@@ -339,8 +339,8 @@ def load_callable(text: str, or_dict: bool = False) -> Any:
 
 
 def _functions_of(module: types.ModuleType, name: str) -> str:
-    """Return which functions a module has, for an error: all that a user's file defines, in its order; of a
-    package the nearest.
+    """Return which functions a module has, for an error: all that a user's file defines, in its order; for a
+    package only the nearest names.
     """
     named = vars(module).items()
     functions = [n for n, v in named if callable(v) and not isinstance(v, type) and not n.startswith("_")]
@@ -479,7 +479,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _expected(text: str, kind: Any) -> ValueError:
-    """The error of a value that is none of the annotation `kind`."""
+    """Return the error of a value that the annotation `kind` does not allow."""
     expected = describe_kind(kind)
     if text.strip("+- ").lower() == "nan":  # a float, but no number
         expected = expected.replace("float", "a finite number")

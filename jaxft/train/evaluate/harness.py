@@ -52,8 +52,8 @@ class HarnessSettings:
     """Settings of a model that responds to requests.
 
     length: the most tokens that the model reads, None for its positions. batch: rows that are computed
-    together. seed: of sampling. cache: how keys and values are stored. chat: whether prompts are rendered
-    with the chat template. template: how it renders them.
+    together. seed: random seed of sampling. cache: how keys and values are stored. chat: whether prompts are
+    rendered with the chat template. template: how it renders them.
     """
 
     length: int | None = None
@@ -449,8 +449,8 @@ def read_sizes(size: int) -> tuple[int, ...]:
 def batches_of(
     rows: Sequence[_ScoredRow], batch: int, length: int
 ) -> list[tuple[tuple[int, int], list[_ScoredRow]]]:
-    """Return ((tokens, read positions) of a padded row, rows) for each batch, the longest first, so that a
-    batch that is too large for the memory fails at once.
+    """Return batches as ((tokens, read positions) of a padded row, rows). The longest come first, so that a
+    lack of memory shows at once.
     """
     of_shape: dict[tuple[int, int], list[_ScoredRow]] = {}
     for row in rows:

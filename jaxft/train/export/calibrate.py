@@ -55,8 +55,8 @@ Progress = Callable[[str], None]
 class Calibration:
     """Calibration rows, in the formats of SFT; all of their tokens count.
 
-    rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: of a packed row. columns,
-    invalid, invalid_limit, format, template: as in data.
+    rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: tokens of a packed row.
+    columns, invalid, invalid_limit, format, template: as in data.
     """
 
     rows: str

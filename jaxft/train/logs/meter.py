@@ -63,9 +63,9 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Queue the metrics of a step; wait for the previous step and add its metrics to the sums.
+        """Queue the metrics of a step; wait for the previous step's metrics and add them to the log interval.
 
-        Raises ValueError that names the rows if too many steps in a row were not finite.
+        Raises ValueError that names the rows if loop.max_bad steps in a row were not finite.
         """
         tokens = int((batch.segments > 0).sum())
         self._tokens += tokens

@@ -68,8 +68,8 @@ class InputStatistics:
 
 
 def first_batches(source: Source[Any], tokens: int) -> Iterator[Batch]:
-    """Yield the first batches of a run that together have at least this many tokens, or all of them; of a run
-    that samples completions, their prompts.
+    """Yield the first batches of a run that together have at least this many tokens, or all of them; a run
+    that samples completions reads its prompts.
     """
     step = 0
     while tokens > 0 and step < source.info.steps:
@@ -250,7 +250,7 @@ def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.nda
 class Directions(NamedTuple):
     """Principal directions of a layer's inputs, the largest first.
 
-    vectors: [I, C], orthonormal columns; of each the element of the largest magnitude is positive. explained:
+    vectors: [I, C], orthonormal columns; the element of the largest magnitude is positive in each. explained:
     [C], fractions of the variance.
     """
 
@@ -259,8 +259,9 @@ class Directions(NamedTuple):
 
 
 def input_of(path: str, paths: Sequence[str]) -> str:
-    """Return the first of `paths` that has the same input as the linear layer `path`. q, k and v share their
-    input, and so do gate and up.
+    """Return the first of `paths` that reads the same input as the linear layer `path`.
+
+    q, k and v share an input; gate and up share another.
     """
     above, _, name = path.rpartition("/")
     for parts in FUSED_PARTS.values():

@@ -86,7 +86,7 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
 
 def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
     """Raise ValueError or OSError for a teacher whose files are incomplete, or which has other tokens than
-    the run. largest_id: of the rows.
+    the run. largest_id: the largest token id of the rows.
     """
     teacher = run.teacher
     if teacher is None:
