@@ -326,7 +326,7 @@ def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]
 def _reference(
     pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the reference's log-prob of each token, 0 for tokens that are no targets."""
+    """Return the reference's log-prob of each target token, and 0 for other tokens."""
     missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
     if missing:
         raise ValueError(

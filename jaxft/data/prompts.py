@@ -153,7 +153,7 @@ class Prompts(DataSettings):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches also read the log-probs of given tokens, in addition to those of sampled ones."""
+        """Whether batches also read the log-probs of given tokens, not only of sampled tokens."""
         return False
 
     @property

@@ -82,7 +82,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """Equal blocks of layers. name: the key of its parameters, [blocks, ...], in the model's."""
+    """A stack of equal blocks of layers. name: key of its parameters [blocks, ...] in the model's."""
 
     name: str
     blocks: int
@@ -278,8 +278,8 @@ def decode(
 def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
-    """Return a cache without any tokens. prompts: number of prompts, token slots of each. rows, new: number
-    of rows, token slots of each.
+    """Return an empty cache. prompts: (number of prompts, token slots of each). rows: number of rows, with
+    `new` token slots each.
     """
     parts = [one.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for one in layers_of(d.stacks)]
     of_prompts, of_rows = zip(*parts, strict=True)

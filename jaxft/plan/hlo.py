@@ -37,7 +37,7 @@ class Instruction:
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of its result; of a tuple, in order."""
+        """The arrays of its result; if it is a tuple, in order."""
         return arrays(self.type)
 
 

@@ -127,7 +127,7 @@ class Machine:
 
     @property
     def peak_fp8(self) -> float:
-        """Dense FP8 FLOP/s of a device; where it has none, its bfloat16 ones."""
+        """Dense FP8 FLOP/s of a device; bfloat16 FLOP/s if it has no FP8."""
         if self.chip is not None and self.chip.compiled_for is not None:
             return devices.PEAK_FP8.get(self.chip.kind, self.peak)
         return devices.peak_fp8_flops(self.devices[0])

@@ -231,9 +231,8 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
 
 @dataclass(frozen=True)
 class Cost:
-    """Hours and money of a run.
-
-    seconds: of a step. price: of a device and hour, in any currency; None for an unknown one.
+    """Hours and cost of a run. seconds: seconds of a step. price: price of a device-hour in any currency,
+    None if unknown.
     """
 
     steps: RunSteps
@@ -252,7 +251,7 @@ class Cost:
         return None if self.price is None else self.hours * self.devices * self.price
 
     def lines(self) -> list[str]:
-        """Return lines of a report."""
+        """Return the lines about hours and cost in a plan's report."""
         lines = [
             f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
             f"{time_in_words(3600 * self.hours)}, without loading, compiling, evaluation and sampling"
@@ -398,7 +397,7 @@ def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
 
 
 def current_settings(run: Run) -> list[Setting]:
-    """Return the settings of a run. A section that is none is listed as one setting."""
+    """Return the settings of a run by name. A section whose value is None is listed as one setting."""
     none = {field.name for field in fields(run) if getattr(run, field.name) is None}
     listed = [setting for setting in settings_of(run) if setting.name.partition(".")[0] not in none]
     return [*listed, *(Setting(name, "", "none", "") for name in sorted(none))]

@@ -57,7 +57,7 @@ def _over_start(name: str) -> Column:
 
 
 def _last(*choices: str) -> Column:
-    """The value at the end, of the first of these metrics that the run has."""
+    """Return the last value of the first of these metrics that the run has."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return next((after[name] for name in choices if name in after), None)
@@ -240,7 +240,7 @@ class Table:
         return values
 
     def notes(self) -> list[str]:
-        """Return explanations of columns that need one."""
+        """Return the explanations of the table's columns, for those that need one."""
         arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
         return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
 

@@ -59,7 +59,8 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
-    known: of the model. A question of type choice without choices and instructions gets a classifier's.
+    known: labels and question of the served decision model. A question of type choice without choices and
+    instructions gets those of a served classifier.
     """
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")
@@ -159,7 +160,9 @@ class RerankBody:
 
 
 def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
-    """Check a request of /v1/rerank. known: of the model. Raises ApiError."""
+    """Check a request of /v1/rerank. known: labels and question of the served decision model. Raises
+    ApiError.
+    """
     _check_fields(body, RERANK_FIELDS, "")
     query, items = body.get("query"), body.get("documents")
     if not isinstance(query, str) or not query.strip():
@@ -205,7 +208,7 @@ def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -
 class OneOf:
     """A constraint of a completion to one token of a given set. It has no state, so it is its own Grammar.
 
-    tokens: of the choices. vocab: size of the vocabulary.
+    tokens: one token for each choice. vocab: size of the vocabulary.
     """
 
     tokens: tuple[int, ...]

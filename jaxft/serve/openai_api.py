@@ -395,7 +395,7 @@ def usage_of(prompt: int, completion: int) -> dict[str, int]:
 
 
 def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
-    """Return a piece as the choice of a chunk. first: of its choice."""
+    """Return a piece as the choice of a chunk. first: whether it is the first piece of its choice."""
     choice = {"index": piece.index, "logprobs": _logprobs(e, piece), "finish_reason": piece.finish}
     if not e.chat:
         return {**choice, "text": piece.text}

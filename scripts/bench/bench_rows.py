@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def write_rows(path: Path, count: int, seed: int, recipe: str = "sft") -> None:
-    """Write JSONL rows of 50 to 70 tokens, of which pairs have a second response."""
+    """Write JSONL rows of 50 to 70 tokens: prompt and response, or for dpo a prompt and two responses."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
@@ -134,8 +134,10 @@ def memory_of(root: int) -> Memory:
 def measured(
     argv: list[str], cache: Path, steps: Callable[[], int] = int, stop: bool = False
 ) -> tuple[str, float, Memory]:
-    """Run a command; return its output, its seconds (of a run those to its first step), and the most memory
-    it took. steps(): how many steps the run has done. stop: stop the run after that step.
+    """Run a command; return its output, the seconds until its first step, and its peak memory.
+
+    steps(): number of steps that the run has done; without it the seconds are 0. stop: stop the run after its
+    first step.
     """
     peak: Memory = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0.0)
     before, begin, seconds = steps(), time.perf_counter(), 0.0

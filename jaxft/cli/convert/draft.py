@@ -1,5 +1,5 @@
-"""The options that a configuration of another tool gives, and a conversion under way: options that are left,
-settings that are found, and lines about the rest.
+"""The options in a configuration of another tool, and a conversion in progress: options that are left,
+settings that express the others, and lines about options without an equivalent.
 """
 
 import difflib
@@ -94,7 +94,7 @@ def read_config_text(file: Path) -> str:
     with file.open("rb") as stream:
         data = stream.read(LARGEST_FILE + 1)
     if len(data) > LARGEST_FILE:
-        raise ValueError(f"{file}: larger than {LARGEST_FILE >> 20} MiB; a configuration is smaller")
+        raise ValueError(f"{file}: larger than {LARGEST_FILE >> 20} MiB; name a configuration file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -124,7 +124,7 @@ def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
             "one of them"
         )
     if len(options) > MOST_OPTIONS:
-        raise ValueError(f"{file}: more than {MOST_OPTIONS} options; a configuration has fewer")
+        raise ValueError(f"{file}: more than {MOST_OPTIONS} options; name a configuration file")
 
 
 LARGEST_NUMBER = 2**53
@@ -140,10 +140,11 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 class Draft:
     """A conversion under way.
 
-    method: of training, in the tool's word. recipe: of jaxft. full: whether all weights are trained. all: the
-    options of the file. options: the options that no rule has taken yet, by name. settings: knob or field ->
-    text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or not at all
-    (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
+    method: the training method, in the tool's word. recipe: the recipe of jaxft. full: whether all weights
+    are trained. all: the options of the file. options: the options that no rule has taken yet, by name.
+    settings: knob or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are,
+    otherwise or not at all (with a remark), or that need no setting. defaults: settings that are the tool's
+    defaults.
     """
 
     source: ForeignConfig

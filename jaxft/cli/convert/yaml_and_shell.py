@@ -121,7 +121,9 @@ COMMANDS_OF = {"trl": TRAINERS, "llamafactory-cli": ("train",), "lmf": ("train",
 
 
 class Started(NamedTuple):
-    """A command of a script. line: of its first word. variables: of the shell, as far as they are known."""
+    """A command of a script. line: number of the line of its first word. variables: the shell's variables
+    whose values are known.
+    """
 
     words: list[str]
     line: int

@@ -259,7 +259,9 @@ def stored_columns(
 
 
 def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
-    """Return an example as text; of several responses, a line for the prompt and each of them."""
+    """Return an example as text, on several lines if it has several responses: the prompt, then each
+    response.
+    """
     if len(rows.kinds) < 2:
         return str(tokenizer.decode(rows.sequence(example), skip_special_tokens=False))
     lines = [

@@ -137,7 +137,7 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
     """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once.
 
     used: the columns that are read from Parquet files, None for all; others have the value NOT_READ.
-    sample_by: what is a row of a text file, see text_files.py.
+    sample_by: the unit of text that is a row, see text_files.py.
     """
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")

@@ -57,10 +57,12 @@ MOST_LABELS = 100  # that are counted
 
 
 class ChosenFormat(NamedTuple):
-    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (jaxft's
-    name, dataset's name) of columns with other names, in addition to data.columns. unread: the text of rows
-    with another format, or the columns of another format of rows with a text. labels: the labels of a
-    classifier's rows if data.labels is empty. reading: how answers name a choice, see decisions.READINGS.
+    """The format of a dataset, chosen from its rows.
+
+    plain: strings are plain text, without a chat template. columns: (the format's name, the dataset's name)
+    of each renamed column, in addition to data.columns. unread: pairs of the same kind for columns that are
+    not read, because the rows have both a text and another format. labels: the labels of a classifier's rows
+    if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
     """
 
     name: str
@@ -102,7 +104,7 @@ def _as_item(stored: Any) -> Any:
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
-    """Yield the content of each row, or its error, in which renamed columns have the dataset's names."""
+    """Yield the contents of each row, or its error. Errors use the file's names of renamed columns."""
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     chosen, order_by = formats[format.name], settings.order_by
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
@@ -460,7 +462,7 @@ def _rename(row: Row, names: _Names) -> Row:
         if theirs not in row.fields and ours not in names.optional:
             raise row.invalid(
                 f"missing column {theirs!r}",
-                f"no column {theirs!r}, which data.columns={ours}={theirs} names; use one of "
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; name one that the row has: "
                 f"{', '.join(map(str, row.fields))}",
             )
     others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in names.spellings}

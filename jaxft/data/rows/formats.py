@@ -230,7 +230,9 @@ def number_of(row: Row, column: str, setting: str) -> float:
     if value is None:
         columns = ", ".join(map(str, row.fields))
         raise row.invalid(
-            "missing number", f"no number in column {column!r}, which {setting} names; use one of {columns}"
+            "missing number",
+            f"no number in column {column!r}, which {setting} names; add it, or name one that the row has: "
+            f"{columns}",
         )
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone

@@ -186,7 +186,7 @@ def _name(ref: str) -> str:
 
 
 def sources_with_metrics(text: str) -> tuple[str, ...]:
-    """Return the names of several sources, each of which has metrics; () for a single one."""
+    """Return the names of the sources if there are several, which then have separate metrics; else ()."""
     sources = parse_sources(text)
     return tuple(source.name for source in sources) if len(sources) > 1 else ()
 
