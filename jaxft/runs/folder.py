@@ -176,7 +176,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def finished_steps(folder: Path) -> int:
-    """The number of steps of a finished run, 0 for one that is not finished."""
+    """Return the number of steps of a finished run, 0 for a run that is not finished."""
     path = folder / SUMMARY
     steps = read_saved_json(path).get("steps") if path.exists() else 0
     if type(steps) is not int or steps < 0:
@@ -218,9 +218,9 @@ def permitted_changes(
 ) -> list[str]:
     """The differences between a run's original settings and today's, one line each.
 
-    folder: where the original settings are. defaults: of settings by dotted name, see recorded_defaults; a
-    run that began before a setting existed continues with its default. Raises ValueError that lists the
-    differences which would change what the run computes.
+    folder: where the original settings are, for errors. defaults: each setting's default by dotted name, see
+    recorded_defaults; a run that began before a setting existed continues with its default. Raises ValueError
+    that lists the differences which would change what the run computes.
     """
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     lines = differences(old, json.loads(json.dumps(new)))

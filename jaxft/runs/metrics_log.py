@@ -51,8 +51,8 @@ def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) ->
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The objects of a metrics.jsonl; [] where there is none. A line that a killed run left half written is
-    skipped.
+    """Return the objects of a metrics.jsonl, [] if it does not exist. A line that a killed run left half
+    written is skipped.
     """
     return [entry for _, entry in _lines(path)]
 
@@ -182,7 +182,7 @@ def next_digest(before: str, content: bytes) -> str:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file, [] without one, and without one that a killed process left half written."""
+    """Return the lines of a file, except a last one that is half written; [] if the file does not exist."""
     content = path.read_bytes() if path.is_file() else b""
     return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 

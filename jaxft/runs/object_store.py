@@ -65,7 +65,7 @@ class Store:
         return sorted(key.decode() for key in keys)
 
     def read(self, name: str) -> bytes | None:
-        """Return an object, None if there is none of this name."""
+        """Return an object's content, None if it does not exist."""
         result = self._call(lambda: self.kv.read(name).result())
         return result.value if result.state == "value" else None
 
@@ -554,7 +554,7 @@ def _marker(step: int) -> str:
 
 
 def _complete_steps(names: list[str]) -> list[int]:
-    """Return the steps of the checkpoints that have a manifest. names: of the store's objects."""
+    """Return the steps of the checkpoints that have a manifest. names: the names of all objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
 
@@ -632,9 +632,9 @@ def is_fetched(folder: Path) -> bool:
 def fetch_run(url: str) -> Path:
     """Fetch the folder of a run or a sweep, without checkpoints, into the cache; return its path there.
 
-    url: of the folder, or of a folder in it. Files in the cache are not fetched again, and files that are
-    gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError
-    if the store has no run there, and OSError if the store fails.
+    url: the address of the folder, or of a folder in it. Files in the cache are not fetched again, and files
+    that are gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError if the
+    store has no run there, and OSError if the store fails.
     """
     check_store_url(url, "run")
     parts = url.rstrip("/").split("/")

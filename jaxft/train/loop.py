@@ -58,10 +58,9 @@ def run(
 ) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: further
-    trackers. clock: with the time of earlier work, such as measuring lengths. Returns 0 if
-    finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
-    with a remedy.
+    settings: a run's or a sweep's. record: the same as JSON, for config.json. callbacks: further trackers.
+    clock: has the time of earlier work, such as measuring lengths. Returns 0 if finished, 1 if a member of a
+    sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder, clock = lead.loop, run_folder(settings, root), clock or Clock()

@@ -66,8 +66,8 @@ class Resolved:
 
     value: what the config returned, with fields replaced. knobs: the values of all knobs. fields: the values
     of the fields that dotted keys set. line: the recipe and the overrides as the command line has them.
-    defaults: of the knobs. chosen: settings that train/start/open_settings.py chose because the command
-    leaves them open.
+    defaults: the knobs' defaults. chosen: settings that train/start/open_settings.py chose because the
+    command leaves them open.
     """
 
     value: Any
@@ -247,7 +247,7 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
-    """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    """Parse an override by its setting's annotation, or by the setting's value `now` if `kind` is unknown."""
     if isinstance(text, ObjectText):
         return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):

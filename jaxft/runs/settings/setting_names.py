@@ -408,7 +408,7 @@ def setting_names(recipe: str) -> list[str]:
 
 
 def settings_called(name: str, recipe: str) -> list[str]:
-    """Return the setting of a recipe with this name, or else those whose last part it is.
+    """Return the setting of a recipe with this name, or else the settings with this last part.
 
     >>> settings_called("eval_every", "sft")
     ['loop.eval_every']

@@ -43,7 +43,7 @@ def union_members(kind: Any) -> tuple[Any, ...]:
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON.
+    """Return a value as JSON, for the record of a run.
 
     A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
     or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. URLs lose
@@ -178,7 +178,7 @@ def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`a.b: 1 -> 2` for each place where two records differ; `absent` for a key that one of them lacks."""
+    """Return `a.b: 1 -> 2` for each difference of two records; `absent` is a key that a record lacks."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in dict.fromkeys([*old, *new]):
@@ -289,7 +289,7 @@ def run_file(file: Path) -> types.ModuleType:
         line = f":{error.lineno}" if error.lineno else ""
         raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}; correct it") from error
     except ValueError as error:  # a null byte, before Python 3.12
-        raise ValueError(f"{short_path(file)}: not a Python file ({error})") from error
+        raise ValueError(f"{short_path(file)}: not a Python file ({error}); name one") from error
     try:
         exec(code, module.__dict__)
     except (ValueError, OSError):

@@ -507,8 +507,8 @@ def require_harness() -> None:
 
 
 def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
-    """Return tasks and groups with their rows. names: of lm-evaluation-harness, patterns such as "arc_*", or
-    YAML files. folder: where further tasks are.
+    """Return tasks and groups with their rows. names: tasks of lm-evaluation-harness, patterns such as
+    "arc_*", or YAML files. folder: where further tasks are.
 
     Raises ValueError for an unknown name, and for a task whose configuration or rows cannot be read.
     """

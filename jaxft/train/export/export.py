@@ -136,9 +136,10 @@ def export_model(
 ) -> str:
     """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16; a
-    multimodal model keeps the dtype of its files, and its unchanged weights are copies. text_only: write
-    only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
+    After an error there is no folder. dtype: dtype of the weights that are not quantised, by default
+    bfloat16; a multimodal model keeps the dtype of its files, and its unchanged weights are copies.
+    text_only: write only the text decoder of such a model. Raises ValueError for an `out` that check_output
+    refuses.
 
         export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
     """
