@@ -90,7 +90,7 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; it is verified when it is restored."""
+        """Return the step of the newest complete checkpoint, None without one; `restore` verifies it."""
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:

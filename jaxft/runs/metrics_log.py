@@ -40,7 +40,7 @@ def json_value(value: Any) -> Any:
 
 
 def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-    """One line of metrics.jsonl without the newline. Raises ValueError for a metric called step or perf."""
+    """Format a line of metrics.jsonl without newline. Raises ValueError for a metric called step or perf."""
     reserved = sorted({"step", "perf"} & metrics.keys())
     if reserved:
         raise ValueError(
@@ -103,7 +103,7 @@ def step_ranges(steps: Iterable[int]) -> list[list[int]]:
 
 
 class EntrySteps:
-    """The steps of the entries of a file, which a checkpoint stores."""
+    """The steps of a log's entries, which a checkpoint stores to find lost entries."""
 
     def __init__(self, entries: Iterable[Entry] = ()):
         self._steps = [entry["step"] for entry in entries]
@@ -145,7 +145,7 @@ class Jsonl:
         self._file = path.open("ab")
 
     def has(self, entry: Entry) -> bool:
-        """Whether the file had this entry before the restart."""
+        """Return whether the file had this entry (without "perf") before the restart."""
         return entry in self._repeated
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:

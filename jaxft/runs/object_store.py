@@ -529,7 +529,7 @@ class Mirror:
         self._write_index()
 
     def _files(self) -> list[Path]:
-        """The files of the folder that are sent, the summary last."""
+        """Return the files of the folder that are sent, the summary last."""
         paths = [
             path
             for path in self.folder.rglob("*")
@@ -549,7 +549,7 @@ class Mirror:
 
 
 def _marker(step: int) -> str:
-    """The name of the object without which a checkpoint is incomplete."""
+    """Return the name of the object without which a checkpoint is incomplete: its manifest."""
     return f"{CHECKPOINTS}/{step}/{manifest.NAME}"
 
 
@@ -560,7 +560,7 @@ def _complete_steps(names: list[str]) -> list[int]:
 
 
 def _is_set_aside(path: Path) -> bool:
-    """Whether a file is in a damaged result. path: in the folder of the run or sweep."""
+    """Return whether a file is in a damaged result. path: relative to the folder of the run or sweep."""
     return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
@@ -625,7 +625,7 @@ def local_folder(place: str) -> Path:
 
 
 def is_fetched(folder: Path) -> bool:
-    """Whether local_folder has fetched a folder."""
+    """Return whether `folder` is a copy that local_folder has fetched."""
     return folder.is_relative_to(cache_folder() / "runs")
 
 

@@ -104,7 +104,7 @@ class StepRows:
 
 
 def empty_slot_lines(rows: StepRows) -> list[str]:
-    """One line if a step computes on empty rows, with settings that avoid it; otherwise nothing."""
+    """Return a line with a remedy if a step computes on empty rows, else []."""
     filled, slots, multiple = rows.filled, rows.slots, rows.micro * rows.shards
     if slots == filled:
         return []
@@ -121,7 +121,7 @@ def empty_slot_lines(rows: StepRows) -> list[str]:
 
 
 def parameter_line(model: ModelSummary) -> str:
-    """Trainable and total parameters, and how the frozen ones are quantised."""
+    """Return a line with the trainable and total parameters, and how the frozen ones are quantised."""
     percent = 100 * model.trainable / model.total
     line = f"{model.trainable:,} of {model.total:,} parameters are trainable ({percent:.2f} %)"
     return line + (f"; frozen: {model.quantised}" if model.quantised else "")
@@ -140,7 +140,7 @@ def header_lines(
 
 
 def resumed_lines(step: int, changes: list[str]) -> list[str]:
-    """Where a run resumes, and which settings have changed since its start."""
+    """Return lines about where a run resumes, and which settings have changed since its start."""
     return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
 
 
@@ -159,8 +159,8 @@ def result_lines(
     notes: list[str],
     script: str = "generate",
 ) -> list[str]:
-    """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
-    tries them.
+    """Return the lines printed at the end: two samples, losses, notes, where the weights are and a command
+    that tries them.
 
     notes: the objective's summary and the alarms. script: the command's script, a key of TRIED_WITH.
     """

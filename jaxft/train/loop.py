@@ -211,8 +211,8 @@ def train_sweep(
 
 
 def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
-    """Train one run after the other, then write the sweep's table. One that ends with steps or a loss that
-    are not finite is left out; the others continue.
+    """Train one run after the other, then write the sweep's table. A run that ends with non-finite steps or a
+    non-finite loss is left out; the others continue.
     """
     folder, failed = runfolder.folder_of(root, name), []
     record: dict[str, Any] = {"members": list(runs), "at_once": None}

@@ -36,7 +36,7 @@ PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands 
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
-    """The members of a union annotation, or the annotation alone."""
+    """Return the members of a union annotation, or the annotation alone."""
     if typing.get_origin(kind) is typing.Annotated:
         return union_members(typing.get_args(kind)[0])
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -254,8 +254,8 @@ def short_path(file: Path) -> str:
 
 
 def may_define(file: Path, function: str) -> bool:
-    """Whether the source of a Python file defines or imports a function of this name; False for an object,
-    `config = DPOConfig(...)`, True for a file that cannot be read as Python.
+    """Return whether the source of a Python file defines or imports a function of this name: False for an
+    object such as `config = DPOConfig(...)`, True for a file that cannot be read as Python.
     """
     try:
         tree = ast.parse(file.read_bytes())
@@ -300,7 +300,7 @@ def run_file(file: Path) -> types.ModuleType:
 
 
 def format_error(error: BaseException, file: Path) -> str:
-    """The error's type and text with the last line of `file` in its traceback."""
+    """Return an error's type and text, with the number of the last line of `file` in its traceback."""
     lines, trace = [], error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(file):
@@ -401,7 +401,7 @@ def _marks(kind: Any) -> list[ShortNames]:
 
 
 def is_callable(kind: Any) -> bool:
-    """Whether an annotation, or a member of a union, is Callable."""
+    """Return whether an annotation, or a member of a union, is Callable."""
     members = union_members(kind)
     return collections.abc.Callable in (*members, *map(typing.get_origin, members))
 

@@ -270,7 +270,7 @@ def make_harness_model(backend: HarnessBackend) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):
-        """The names and parameters are lm_eval's."""
+        """A model of lm_eval, which gives its methods their names and parameters."""
 
         tokenizer = backend.tokenizer
         tokenizer_name = str(backend.tokenizer.name_or_path).replace("/", "__")

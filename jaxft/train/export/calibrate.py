@@ -210,8 +210,8 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
 
 
 def _as_in_run(run: Run, quant: Quant) -> Calibration:
-    """Return the calibration rows of a file, read and rendered as the run's own; columns are renamed if these
-    are rows of SFT too.
+    """Return the settings of calibration rows in a file, read and rendered like the run's rows. data.columns
+    applies to them if the run's rows are for SFT.
     """
     assert quant.calibrate is not None
     rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
