@@ -106,8 +106,8 @@ def peak_flops(device: Any) -> float:
 
 
 def memory_gib(device: Any) -> float:
-    """Return the peak memory use in GiB of the device. On CPU, which has no such statistics, that of the
-    process.
+    """Return the peak memory use of the device in GiB; on CPU, which has no such statistics, the peak memory
+    use of this process.
     """
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:

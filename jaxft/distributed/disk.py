@@ -1,10 +1,10 @@
 """Files and folders that survive a power cut or a killed process.
 
-Durable: everything is synced before it gets its final name, and the folder of that name after. Written data
-reaches the disk up to 30 s later, and an empty file may get its final name before its content.
+Durable: content is synced before it gets its final name, and the folder with that name afterwards. Without
+that, written data reaches the disk up to 30 s later, and a file may get its final name before its content.
 
-Temporary: the owner locks the file or the folder, which ends with the process, so that the next command
-removes the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
+Temporary: the process locks its file or folder. The lock ends with the process, so that the next command can
+remove the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
 none: there, files older than a day have no owner.
 """
 

@@ -153,7 +153,9 @@ def _join(launched: launch.Launch, hosts: Hosts) -> None:
         text = f"{name}: could not join the others at {where}: {shorten_error(error)}"
         if exit.means_peer_lost(str(error)):
             exit.exit_for_restart(f"{text}; run the same command again on all hosts")
-        raise ValueError(text) from error
+        raise ValueError(
+            f"{text}; check the coordinator's address, and the devices of each process"
+        ) from error
     _announce(launched)
     if is_multi_process():
         exit.set_killed_message(

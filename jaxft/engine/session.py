@@ -36,7 +36,7 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 
 @dataclass(frozen=True, eq=False)
 class RequestSettings:
-    """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
+    """The settings of a request. Settings other than the engine's need an engine with Decoding.serving.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
     log-probs of the most likely tokens are needed. among_allowed: whether these are normalised over the
@@ -71,9 +71,9 @@ class Running:
     """A completion in a row.
 
     size: tokens of its prompt. limit: the most tokens that it may get. text: all tokens, with the prompt.
-    first: the token with random number 0. begun: the first token of the present turn. seen, count: tokens
-    before the last call of Session.step, and now. given: tokens to append. finish: None while it is in
-    progress.
+    first: index of the token that is sampled with random number 0. begun: index of the present turn's first
+    token. seen, count: tokens before the last call of Session.step, and now. given: tokens to append. finish:
+    None while it is in progress.
     """
 
     episode: int
@@ -271,7 +271,9 @@ class Session:
         return True
 
     def _level(self) -> tuple[int, int]:
-        """Return the (prompts, tokens) of the smallest program for the first waiting prompt, the longest."""
+        """Return (prompts, tokens) of the smallest program that fits the first waiting prompt, the longest
+        one.
+        """
         longest = len(self.waiting[0].prompt)
         return min((size[1:] for size in self.engine.start if size[2] >= longest), key=lambda size: size[1])
 
@@ -379,7 +381,7 @@ class Session:
 
 
 class SampledTokens(NamedTuple):
-    """Completions of n prompts, G each. tokens: -1 beyond the end. logps: 0 there."""
+    """G completions of each of n prompts, of at most N tokens. tokens: -1 beyond the end. logps: 0 there."""
 
     tokens: Int[np.ndarray, "n G N"]
     logps: Float[np.ndarray, "n G N"]
@@ -392,7 +394,7 @@ def complete(
     is_enough: Callable[[list[int]], bool] | None = None,
     ended: Callable[[int], Any] | None = None,
 ) -> SampledTokens:
-    """Complete every prompt as often as the engine's groups are large. Raises ValueError if a grammar fails.
+    """Sample the engine's Decoding.group completions of every prompt. Raises ValueError if a grammar fails.
 
     numbers: of the prompts, for their random keys, by default their indices. is_enough: called with the
     tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends it, for stop strings. ended:

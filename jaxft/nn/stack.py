@@ -71,8 +71,8 @@ class Mixer(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """A layer of a block. name: the key of its parameters in the block's; "" if it is the only one. numbers:
-    which layers of the model it is in the stack's blocks.
+    """A layer of a block. name: the key of its parameters among the block's; "" if it is the only layer.
+    numbers: its number in the model, for each block of the stack.
     """
 
     layer: Layer
@@ -177,9 +177,9 @@ class RowOptions:
 
 @struct
 class LayerMean:
-    """A mean that layers have among their outputs and objectives log: its two sums over each row, [B].
+    """A mean that a layer outputs and objectives log, as two sums over each row, [B].
 
-    numbers: of the layers, once they are stacked.
+    numbers: the layers' numbers in the model, after the outputs of several layers are stacked.
     """
 
     total: Any
@@ -347,7 +347,7 @@ FLOATS_OF_SIZE: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.f
 
 
 class CallCount:
-    """Counts the uses of FusedLayers in a forward pass: their cotangents are right after exactly one."""
+    """Counts the uses of FusedLayers in a forward pass: their cotangents are correct for exactly one use."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -99,8 +99,8 @@ def _given(x: Float[Array, "..."] | None) -> Float[Array, "..."]:
     """Return x. Raises ValueError for None: a sweep's forward pass follows its first member."""
     if x is None:
         raise ValueError(
-            "label_smoothing or z_loss of a member of a sweep needs the first member to have it too; list "
-            "the members so, or train this one alone"
+            "a sweep member sets label_smoothing or z_loss, but the sweep's first member does not, and all "
+            "members share its forward pass; make a member that sets it the first, or train this one alone"
         )
     return x
 
@@ -279,7 +279,7 @@ def _axes(specs: Specs, head: Params) -> Axes:
 
 
 def _gather(head: Params, axes: Axes, dtype: DTypeLike) -> Params:
-    """The head gathered for matmuls in `dtype`: rounded to that before it is gathered, then in its own."""
+    """Return the head gathered for matmuls in `dtype`: rounded to `dtype` for the transfer, then cast back."""
     leaves, structure = jax.tree.flatten(head)
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:

@@ -387,8 +387,8 @@ def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]
 
 
 def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> Metrics:
-    """Distance to the sampling policy and clipped fractions over the tokens with a policy weight; the entropy
-    of all.
+    """Return the distance to the sampling policy and the clipped fractions, over the tokens with a policy
+    weight, and the entropy over all tokens.
 
     clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no gradient
     although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and high_max

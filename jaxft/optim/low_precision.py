@@ -1,7 +1,7 @@
 """AdamW with moments in 8-bit blocks, or in bfloat16 with stochastic rounding.
 
-`optim.optimizer=adamw_8bit` needs a quarter of the memory of Adam's float32
-moments, `adamw_bf16` half of it.
+Compared with Adam's float32 moments, `optim.optimizer=adamw_8bit` needs a quarter of the memory, `adamw_bf16`
+half.
 """
 
 import math

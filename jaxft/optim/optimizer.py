@@ -290,7 +290,7 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return how weights are averaged, None if they are not. Raises ValueError for settings that conflict."""
+    """Return the averaging of the weights, None without one. Raises ValueError for settings that conflict."""
     if rule.averaging is None:
         return None if o.ema is None else ema(o.ema)
     name = f"optim.optimizer={name_of(o.optimizer)}"
@@ -318,7 +318,7 @@ def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
     """Call `o.optimizer`. One of optax gets the schedule as its learning rate, decays matrices only, and
     updates each layer as a separate parameter.
 
-    Raises ValueError for what is not an optimizer or cannot update parameters of these shapes.
+    Raises ValueError if it is not an optimizer or cannot update parameters of these shapes.
     """
     name, of_optax = name_of(o.optimizer), takes_learning_rate(o.optimizer)
     masked: dict[str, object] = {"weight_decay": o.weight_decay, "mask": mask_of_matrices(specs)}

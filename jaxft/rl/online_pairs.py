@@ -55,7 +55,7 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
 def to_pairs(rows: Rollout) -> Pairs:
     """Convert rows of a prompt with two episodes to pairs, the first one chosen. Weights are zero."""
     lengths, count = rows.lengths[:, None, :], len(rows.ids)
-    assert rows.last is not None  # layout.py writes it
+    assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)
     for response in (0, 1):
         own = rows.responses == response

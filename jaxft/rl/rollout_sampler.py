@@ -199,7 +199,9 @@ def about_of(content: bytes, path: Path) -> tuple[int, str]:
         with np.load(io.BytesIO(content)) as arrays:
             return int(arrays["weights"]), str(arrays["prompts"])
     except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or of another version; remove it, or sample it again") from error
+        raise ValueError(
+            f"{path} is damaged or of another version; remove it, so that its run samples it again"
+        ) from error
 
 
 def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = "") -> bytes:

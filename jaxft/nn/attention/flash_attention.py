@@ -33,7 +33,7 @@ NEVER = np.int32(2**30)  # an empty range is [NEVER, 0), so that min and max ove
 
 @struct
 class KeyRanges:
-    """The keys that each query sees: those in [own_start, own_end) and those in [prompt_start, prompt_end).
+    """The keys that each query sees: at positions [own_start, own_end) and [prompt_start, prompt_end).
 
     int32 arrays [..., T] of storage positions in the row. The prompt's are None if no row has branches, and a
     range without keys is [2^30, 0). The prompt's range ends before the own range starts. windowed: a sliding

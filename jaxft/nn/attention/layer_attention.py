@@ -73,8 +73,8 @@ class AttentionLayers:
     """Attention settings of every layer of a model.
 
     kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer, None for one without
-    attention. scale: factor on the scores
-    q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and what overrides the choice of a kernel.
+    attention. scale: factor on the scores q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and
+    overrides of the choice of a kernel.
     """
 
     kinds: tuple[LayerKind, ...]

@@ -93,7 +93,7 @@ def ranged_attention(
 def _in_tiles(
     qkv: tuple[jax.Array, ...], ranges: KeyRanges, softcap: float | None, options: KernelOptions
 ) -> tuple[tuple[jax.Array, ...], KeyRanges, _Settings]:
-    """Return q, k, v and the ranges of q, padded to full tiles, and what the kernels are compiled for."""
+    """Return q, k, v and the ranges of q, padded to full tiles, and the kernels' static settings."""
     T, S = qkv[0].shape[1], qkv[1].shape[1]
     tiles = options.tiles or tiles_for(qkv[0].shape[3])
     all_tiles = tiles.output, tiles.queries, tiles.keys

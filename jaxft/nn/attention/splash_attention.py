@@ -77,7 +77,7 @@ def splash_of_scaled(
     the layers of a scan have a traced one.
     """
     if ranges.windowed:
-        raise ValueError("splash attention has no window: use flash")
+        raise ValueError("splash attention has no window: use attention=flash")
     T, H = q_BTHE.shape[1:3]
     ranges = pad_queries(ranges, -T % 128)
     q, k, v = (pad_time(x, -T % 128).swapaxes(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))

@@ -158,8 +158,8 @@ def rdpo(
 ) -> Annotated[PairLoss, Claims.of("difference", "finite", "raises_margin")]:
     """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, length is not rewarded (Park et al. 2024, arXiv:2403.19159).
 
-    The policy maximises r - alpha |y| with a KL penalty beta, so r = beta log(pi / pi_ref) + alpha |y|: what
-    length explains of the preferences is taken out of the policy's part.
+    The policy maximises reward - alpha |y| with a KL penalty beta, so reward = beta log(pi / pi_ref) + alpha
+    |y|: the part of the preferences that length explains is not learned by the policy.
     """
     return logistic(beta * _difference(pair, score) + alpha * (pair.chosen.length - pair.rejected.length))
 

@@ -180,8 +180,8 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     own = {schema["function"]["name"] for schema in environment.schemas}
     if own & added.keys():
         raise ValueError(
-            f"tools: the environment {environment.name} has its own {min(own & added.keys())}. Rename one, "
-            "or leave that environment out with environment=none."
+            f"tools: the environment {environment.name} already has a tool {min(own & added.keys())}. "
+            "Rename one, or leave that environment out with environment=none."
         )
 
     def all_tools(state: EpisodeState) -> Mapping[str, Tool]:
@@ -260,7 +260,7 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
 
 @cache
 def _made_by(factory: Callable[[], Any]) -> type:
-    """Return the class of a factory's objects. It makes one, which may connect to a server."""
+    """Return the class of a factory's objects, by making one, which may connect to a server."""
     try:
         return type(factory())
     except Exception as error:
@@ -295,7 +295,7 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
 
 
 def _missing_argument(make: Callable[[], Any]) -> str:
-    """Return the problem with a call without arguments, "" for nothing."""
+    """Return why `make` cannot be called without arguments; "" if it can."""
     try:
         inspect.signature(make).bind()
     except TypeError as error:
@@ -486,10 +486,10 @@ def openenv(
     `reward` and `done`; both may be async. The model reads the observation as text; the score is the sum of
     the rewards.
 
-    connect: makes a client; each serves one episode at a time and is used again, unless that had a fault; its
-    close() is called at the end. action: a turn's text -> the action; raises ValueError if it has no action.
-    options: a row -> arguments of reset, such as a seed. observation: an observation -> text for the model,
-    by default its only field that is a string, or JSON.
+    connect: makes a client. A client serves one episode at a time, then the next one, unless the episode had
+    a fault; at the end its close() is called. action: a turn's text -> the action; raises ValueError if the
+    text has no action. options: a row -> arguments of reset, such as a seed. observation: an observation ->
+    text for the model, by default its only field that is a string, or JSON.
     """
     text_of = observation or observation_text
 

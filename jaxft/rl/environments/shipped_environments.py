@@ -164,8 +164,8 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 class SandboxLimits:
     """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
     of each process. files: bytes of all files together, or of each file where the run is not isolated.
-    processes: at once, with threads; only where it is isolated, and not for root. output: characters that are
-    returned.
+    processes: processes and threads at once, where the run is isolated and the user is not root. output:
+    characters that are returned.
     """
 
     seconds: Annotated[float, above(0)] = 5.0
@@ -361,7 +361,7 @@ def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowCol
 
 @functools.cache
 def _facts() -> tuple[tuple[str, str, int, str], ...]:
-    """Return (village, river, year, painter), of which no name occurs twice."""
+    """Return (village, river, year, painter) for each village; no name occurs twice."""
     rng = random.Random(7)
 
     def joined(first: str, second: str, between: str = "") -> list[str]:
