@@ -124,8 +124,8 @@ CHECKED_TYPES = (*TYPE_TEXTS, list, tuple, dict)  # other objects, such as array
 
 @dataclass(frozen=True)
 class _Kind:
-    """An annotation. name: of the setting, as users write it. members: of its union. choices: all of its
-    values, None if it doesn't list them.
+    """An annotation. name: the setting's name, as users write it. members: the members of its union. choices:
+    all of its values, None if it doesn't list them.
     """
 
     name: str

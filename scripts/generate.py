@@ -304,7 +304,7 @@ def load_adapters(
 def described(
     prompt: Any, tokenizer: Any, new: list[int], stop: tuple[int, ...], name: str
 ) -> dict[str, Any]:
-    """Return a completion as an object. name: of its adapter, "" if there are not several."""
+    """Return a completion as an object. name: name of its adapter, "" for a single model."""
     from jaxft.data.rows.example import as_given
     from jaxft.engine.sampling import without_stop
 

@@ -35,21 +35,21 @@ class DataSettings:
     train: a file, folder or hub dataset (see dataset_rows.py), or several (see mixture.py). held_out: a
     fraction of the rows, another file, or "none". format: how rows are read; each kind of data lists its own.
     columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices. micro:
-    number of microbatches that a step is computed in. seed: of the order, and of the split unless split_seed
-    is set. split_seed: of the split into training and held-out rows, so that runs with other seeds hold out
-    the same rows. epochs: passes over the rows, fractions allowed. tokens: the length of the run in tokens,
-    in place of epochs (none). date: the date that chat templates print as today's. chat_template_kwargs:
-    further arguments of the chat template, "name=value", such as enable_thinking=false; a row's column of
-    that name overrides them. system: a system message is a "turn" of its own, or "merge" puts it in front of
-    the first user turn, for templates without that role. invalid: up to 1 % invalid rows of a dataset are
-    left out, counted and reported, and more end the run with the error of the first ("few"); any ends it
-    ("error"); or up to invalid_limit of them are left out ("drop"). invalid_limit: a fraction of a dataset's
-    rows. workers: processes that tokenise the rows; none: one per CPU, or this process alone for a dataset of
-    at most 16 MiB. order_by: a column of numbers; every epoch goes from its smallest to its largest (a
-    curriculum). none: every epoch is shuffled. max_samples: rows that are read of each dataset, the first
-    ones; none: all. drop: rows that are left out and counted, any of "duplicates" (training rows with the
-    tokens of another one or of a row of a held-out file) and "placeholders" (responses such as N/A, nan or
-    -).
+    number of microbatches that a step is computed in. seed: random seed of the order of rows, and of the
+    split unless split_seed is set. split_seed: random seed of the split into training and held-out rows, so
+    that runs with other seeds hold out the same rows. epochs: passes over the rows, fractions allowed.
+    tokens: the length of the run in tokens, in place of epochs (none). date: the date that chat templates
+    print as today's. chat_template_kwargs: further arguments of the chat template, "name=value", such as
+    enable_thinking=false; a row's column of that name overrides them. system: a system message is a "turn" of
+    its own, or "merge" puts it in front of the first user turn, for templates without that role. invalid: up
+    to 1 % invalid rows of a dataset are left out, counted and reported, and more end the run with the error
+    of the first ("few"); any ends it ("error"); or up to invalid_limit of them are left out ("drop").
+    invalid_limit: a fraction of a dataset's rows. workers: processes that tokenise the rows; none: one per
+    CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every epoch
+    goes from its smallest to its largest (a curriculum). none: every epoch is shuffled. max_samples: rows
+    that are read of each dataset, the first ones; none: all. drop: rows that are left out and counted, any of
+    "duplicates" (training rows with the tokens of another one or of a row of a held-out file) and
+    "placeholders" (responses such as N/A, nan or -).
     """
 
     train: str

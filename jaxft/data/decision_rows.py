@@ -86,13 +86,13 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
 class DecisionRows(Rows):
     """Questions with choices, of which one is right or each has a probability: the data of decision models.
 
-    format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
-    letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
-    question: asked about the text of such rows, or the instruction of a reranker's. unlabelled: the rows are
-    only scored: they may lack an answer, or have choices of their own in place of the labels. too_long:
-    "drop" leaves a row out that has more tokens than max_length, "error" stops; a decision cannot be
-    truncated. packing: whether a row of max_length tokens has several decisions. Other fields: see Rows;
-    loss_on, weighting and sample_by have no meaning here.
+    format: "auto" or a name of decisions.py. labels: the labels of a classifier, in the order of their
+    letters. Without a list they are the sorted labels of the training rows, which are recorded with the run
+    and its weights. question: asked about the text of such rows, or the instruction of a reranker's.
+    unlabelled: the rows are only scored: they may lack an answer, or have choices of their own in place of
+    the labels. too_long: "drop" leaves a row out that has more tokens than max_length, "error" stops; a
+    decision cannot be truncated. packing: whether a row of max_length tokens has several decisions. Other
+    fields: see Rows; loss_on, weighting and sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ choices: strings, or {"value", "description"} objects (value: a string, a number
 lists {"label", "text"}. answer: a value, an index from 0, a letter A, B, ..., or the probability of each
 choice, {"value": p} or a list in their order. All answers of a dataset are read in the same way, as values,
 indices or letters (see reading_of). "context" is put in front of the question. label: a name, an index where
-the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no, 1 or
+the names are not all numbers, or the probability of each name; for a reranker true or false, yes or no, 1 or
 0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
 
 A prompt lists its choices as "choice#A ...", and the response is "choice#" with one letter, which is one
@@ -78,7 +78,7 @@ def decide(
         raise InvalidRow(
             name,
             "no question",
-            f"the last message is from the {messages[-1]['role']}; a decision ends with a user's question",
+            f"the last message is from the {messages[-1]['role']}; end it with a question of the user",
         )
     answers = tuple(LETTERS[: len(names)])
     lines = [

@@ -402,9 +402,9 @@ class RowLengths:
     """Tokens of each row's prompt and responses, without any limit.
 
     responses: a column for each of `kinds`, none for prompts of rollouts. targets: tokens of each row that
-    have a loss. answers: tokens of the reference answers that rows of prompts have. read: rows that
-    were read, also invalid ones. total: of the dataset, of which these are a sample if `read` is less; None
-    if it is not known.
+    have a loss. answers: tokens of the reference answers that rows of prompts have. read: number of rows that
+    were read, invalid ones included. total: number of rows of the dataset; if `read` is less, it is a sample
+    of them; None if it is not known.
     """
 
     prompts: Int[np.ndarray, " rows"]
@@ -473,7 +473,7 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
 
 
 def measure_datasets(refs: Sequence[str], readers: Sequence[Reader]) -> RowLengths:
-    """Tokenise datasets without a limit of their rows' lengths. readers: of each."""
+    """Tokenise datasets without a limit on the length of a row. readers: one for each dataset."""
     parts = []
     for ref, reader in zip(refs, readers, strict=True):
         free = replace(reader.settings, max_length=UNLIMITED, too_long="truncate")
@@ -518,8 +518,8 @@ def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
 class LimitCost:
     """The fractions that a limit of the rows' lengths keeps, and its cost.
 
-    whole, truncated, dropped: numbers of rows. tokens: of an epoch. time, memory: of an epoch, and for the
-    activations of the largest microbatch, relative to the setting's own limit.
+    whole, truncated, dropped: numbers of rows. tokens: number per epoch. time, memory: cost of an epoch, and
+    of the activations of the largest microbatch, relative to the setting's own limit.
     """
 
     limit: int

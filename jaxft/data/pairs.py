@@ -39,20 +39,20 @@ class PairRows(DataSettings):
     """Responses to compare: the data of a run with a preference loss or a reward model.
 
     All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
-    "plain" or a name of formats.py. max_length: tokens of a prompt and one response. too_long:
-    "truncate" keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair
-    out, "error" stops. weighting: "pair" gives every pair
-    of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
-    numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
-    stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
-    of the tokens, if the model's rope does not depend on the length of a text. unpaired: also accept rows of
-    one response and a label, for losses of single responses (KTO, BCO). third: a third response, "mismatched"
-    (another pair's, for KTO's KL) or "gold" (column reference, for TPO). responses: of a ranking that are
-    read. With 2 it is a pair, the best response against the worst; with k also those between, as kinds
-    "rank_2" to "rank_{k - 1}", and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2"
-    and so on. Rows with fewer responses lack the last of those between; of more, the best, the worst and
-    those at even distances between them are read. best_first: whether responses without ratings are from the
-    best to the worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
+    "plain" or a name of formats.py. max_length: tokens of a prompt and one response. too_long: "truncate"
+    keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair out,
+    "error" stops. weighting: "pair" gives every pair of the optimizer batch the same weight, "token" every
+    token of its responses. weight_column: a column of numbers that multiply the weights. extras: columns of
+    numbers that the loss can read. layout: "branches" stores a prompt once for all its responses, "plain"
+    before each; "auto" uses branches where they save 2 % of the tokens, if the model's rope does not depend
+    on the length of a text. unpaired: also accept rows of one response and a label, for losses of single
+    responses (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold"
+    (column reference, for TPO). responses: number of responses of a ranking that are read. With 2 it is a
+    pair, the best response against the worst; with k also those between, as kinds "rank_2" to "rank_{k - 1}",
+    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. Rows with fewer
+    responses lack the last of those between; of more, the best, the worst and those at even distances between
+    them are read. best_first: whether responses without ratings are from the best to the worst; otherwise
+    such a row is an error. Other fields: see DataSettings; batch counts pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -326,7 +326,7 @@ def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]
 def _reference(
     pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the reference's log-prob of each token, 0 of those that are no targets."""
+    """Return the reference's log-prob of each target token, and 0 for other tokens."""
     missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
     if missing:
         raise ValueError(

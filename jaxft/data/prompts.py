@@ -40,13 +40,13 @@ class Prompts(DataSettings):
     environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
     prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts out,
     "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group: completions of
-    each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows: completions that are
-    sampled at the same time; the next prompts take the rows of completions that ended. None: all on a CPU, at
-    most 256 per GPU or TPU over which rows are divided. Another number may round sums differently, and change
-    a token where two are almost equally likely, but not in bfloat16 on a CPU that multiplies it itself.
-    kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes: how often the
-    policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each
-    pass, of `micro` microbatches each. Other fields: see DataSettings.
+    each held-out prompt. temperature, top_k, top_p, min_p: how tokens are sampled. decode_rows: completions
+    that are sampled at the same time; the next prompts take the rows of completions that ended. None: all on
+    a CPU, at most 256 per GPU or TPU over which rows are divided. Another number may round sums differently,
+    and change a token where two are almost equally likely, but not in bfloat16 on a CPU that multiplies it
+    itself. kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes: how
+    often the policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps
+    of each pass, of `micro` microbatches each. Other fields: see DataSettings.
     """
 
     format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"
@@ -153,7 +153,7 @@ class Prompts(DataSettings):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches also read the log-probs of given tokens, in addition to those of sampled ones."""
+        """Whether batches also read the log-probs of given tokens, not only of sampled tokens."""
         return False
 
     @property

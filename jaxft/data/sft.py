@@ -45,16 +45,16 @@ class Rows(DataSettings):
 
     format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
     conversation), "completion" (only its last turn) or "all" (every token). Of a row with a prompt and a
-    response, the first two train on the response; of a text row, all three train on every token.
-    max_length: tokens of a row. too_long: "truncate" keeps the start, and leaves out an example of which only
-    its prompt would be left; "split" makes several examples of a document, "drop" leaves the example out,
-    "error" stops. packing: True packs several examples into a row
-    of max_length tokens, and they do not attend to one another; "wrapped" concatenates documents and cuts
-    them into rows of max_length tokens, which attend over all of their documents (needs too_long=split).
-    weighting: "token" gives every target token of the optimizer batch the same weight, "sequence" every
-    example; a column `weight` multiplies them. sample_by: what is a row of a text file: "document" (all of
-    it, or the parts between lines <|endoftext|>), "paragraph" or "line". Other fields: see DataSettings;
-    batch counts packed rows, or examples without packing.
+    response, the first two train on the response; for a text row, all three train on every token. max_length:
+    tokens of a row. too_long: "truncate" keeps the start, and leaves out an example of which only its prompt
+    would be left; "split" makes several examples of a document, "drop" leaves the example out, "error" stops.
+    packing: True packs several examples into a row of max_length tokens, and they do not attend to one
+    another; "wrapped" concatenates documents and cuts them into rows of max_length tokens, which attend over
+    all of their documents (needs too_long=split). weighting: "token" gives every target token of the
+    optimizer batch the same weight, "sequence" every example; a column `weight` multiplies them. sample_by:
+    what is a row of a text file: "document" (all of it, or the parts between lines <|endoftext|>),
+    "paragraph" or "line". Other fields: see DataSettings; batch counts packed rows, or examples without
+    packing.
     """
 
     loss_on: Annotated[str, one_of(loss_mask.LOSS_ON)] = "assistant"

@@ -233,7 +233,7 @@ class RowSource(Generic[SomeBatch]):
 
     @classmethod
     def of(cls, layout: Any, epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str) -> Self:
-        """Return the source of a layout."""
+        """Return the source with this layout of batches, its held-out batches and facts about its rows."""
         split = layout.split
         info = SourceInfo(
             steps=layout.settings.total_steps(epochs),

@@ -105,10 +105,8 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed at the end; first remove those that killed processes
-    left.
-
-    prefix: of their names, which nobody else uses in this folder.
+    """Yield a new folder in `parent` that is removed at the end; first remove folders that killed processes
+    left. prefix: beginning of the names of all such folders; nothing else in `parent` may begin with it.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))

@@ -296,7 +296,7 @@ def first_then_others(work: Callable[[], Any]) -> Any:
 def in_step(lines: Iterator[str]) -> Iterator[str]:
     """Yield the lines of a long computation on all processes: one after each step of any of them.
 
-    lines: of this process, one for each of its steps, never empty. A process without steps left waits for the
+    lines: one text for each step of this process, never empty. A process without steps left waits for the
     others at each of theirs, so its watchdog sees their progress. A user error raises AgreedError on all.
     """
     if not is_multi_process():

@@ -39,9 +39,9 @@ class RequestSettings:
     """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
-    log-probs of the most likely tokens are needed; among_allowed: of the tokens that the grammar allows.
-    grammar: what the completion must match, a Grammar of serve/constraint.py. key: data of the random key,
-    None for the session's.
+    log-probs of the most likely tokens are needed. among_allowed: whether these are normalised over the
+    tokens that the grammar allows. grammar: what the completion must match, a Grammar of serve/constraint.py.
+    key: data of the random key, None for the session's.
     """
 
     sampling: Sampling
@@ -70,9 +70,10 @@ class Sampled(NamedTuple):
 class Running:
     """A completion in a row.
 
-    size: tokens of its prompt. limit: of its tokens. text: all tokens, with the prompt. first: the token with
-    random number 0. begun: the first token of the present turn. seen, count: tokens before the last call of
-    Session.step, and now. given: tokens to append. finish: None while it is in progress.
+    size: tokens of its prompt. limit: the most tokens that it may get. text: all tokens, with the prompt.
+    first: the token with random number 0. begun: the first token of the present turn. seen, count: tokens
+    before the last call of Session.step, and now. given: tokens to append. finish: None while it is in
+    progress.
     """
 
     episode: int
@@ -143,7 +144,10 @@ class Session:
         choice, d = choice or self.choice, self.engine.decoding
         same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
         if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
-            raise ValueError(f"the engine is not compiled for {choice}; see engine.state.Decoding")
+            raise ValueError(
+                f"the engine is not compiled for {choice}; compile it with these settings, or for requests "
+                "with settings of their own (Decoding.serving)"
+            )
         limit = min(max_new or choice.sampling.max_new, d.sampling.max_new)
         item = _Waiting(prompt, episodes, number, limit, choice)
         insort(self.waiting, item, key=lambda item: -len(item.prompt))
@@ -275,7 +279,7 @@ class Session:
         return {it.slot for it in self.running.values()}
 
     def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
-        """Set what the request of a row chooses."""
+        """Set the sampling settings of a row's request."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
         settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN

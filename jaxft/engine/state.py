@@ -283,7 +283,7 @@ def _shape_of_key() -> jax.ShapeDtypeStruct:
 
 
 def no_keys(count: int) -> np.ndarray:
-    """Return the data of `count` random keys as zeros, without a device: a plan has none."""
+    """Return the data of `count` random keys, all zeros. It needs no device, so a plan can use it."""
     data = _shape_of_key()
     return np.zeros((count, *data.shape), data.dtype)
 

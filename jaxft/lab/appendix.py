@@ -34,7 +34,9 @@ LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the appendix. name: of its files. head: titles of the columns. rows: texts."""
+    """A table of the appendix. name: the name of its files, without suffix. head: titles of the columns.
+    rows: texts.
+    """
 
     name: str
     caption: str
@@ -252,7 +254,7 @@ def sensitivity_table(study: StudyResult) -> PaperTable:
 
 
 def trials_table(study: StudyResult) -> PaperTable:
-    """Every trial that was tried, also those that lost."""
+    """Return the table of all trials, including the ones that were stopped early."""
     rows = [
         (loss.label, setting, f"{step}", "not finite" if value is None else f"{value:.4f}")
         for loss in study.losses

@@ -27,10 +27,9 @@ from jaxft.lab.halving import (
     PairsEvaluation,
     read_evaluations,
 )
-from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT
 from jaxft.objectives.pair import ACCURACY, MARGIN
-from jaxft.report.statistics import Difference, equivalence, holm, paired_difference
+from jaxft.report.statistics import Difference, holm, paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import read_saved_json
 from jaxft.runs.metrics_log import check_chain, whole_lines
@@ -84,7 +83,7 @@ class LossOutcome:
 
     @property
     def final(self) -> Float[np.ndarray, "S P"]:
-        """Values after the last step, of each seed and compared prompt."""
+        """Return the values after the last step, one for each seed and compared prompt."""
         return np.stack([curve.values[-1] for curve in self.curves])
 
     @property
@@ -93,7 +92,7 @@ class LossOutcome:
         return min(float(curve.kl.max()) for curve in self.curves)
 
     def at_kl(self, kl: float) -> Float[np.ndarray, "S P"]:
-        """Values where the KL is `kl`, of each seed and compared prompt."""
+        """Return the values at the KL `kl`, one for each seed and compared prompt."""
         return np.stack([curve.at_kl(kl) for curve in self.curves])
 
 
@@ -253,7 +252,7 @@ def _loss_outcome(
 
 
 def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
-    """The folder of a trial."""
+    """Return the folder of a trial: of the loss `label`, its setting `number`, and a seed."""
     return folder / "trials" / f"{label}-{number}-seed{seed}"
 
 
@@ -325,8 +324,3 @@ def duels_of(
         Duel(one.label, other.label, end, p, tuple(x for *own, x in known if own == [one, other]), margin)
         for (one, other), end, p in zip(two, ends, holm([d.p for d in ends]), strict=True)
     )
-
-
-def is_equivalent(duel: Duel) -> bool:
-    """Whether two losses are equivalent within the study's margin."""
-    return duel.margin is not None and equivalence(duel.difference, duel.margin) < 1 - LEVEL

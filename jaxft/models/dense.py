@@ -82,7 +82,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """Equal blocks of layers. name: of its parameters [blocks, ...] in the model's."""
+    """A stack of equal blocks of layers. name: key of its parameters [blocks, ...] in the model's."""
 
     name: str
     blocks: int
@@ -276,7 +276,9 @@ def decode(
 def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
-    """Return a cache without any tokens. prompts: their number, and slots of each. rows: of `new` tokens."""
+    """Return an empty cache. prompts: (number of prompts, token slots of each). rows: number of rows, with
+    `new` token slots each.
+    """
     parts = [one.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for one in layers_of(d.stacks)]
     of_prompts, of_rows = zip(*parts, strict=True)
     return Cache(PromptKeys(of_prompts, jnp.zeros(prompts, bool)), of_rows, new)

@@ -131,8 +131,8 @@ Config = TypeVar("Config", bound=ModelConfig)
 class ForwardOptions(Generic[Config]):
     """The compute options of a family's forward pass.
 
-    dtype: of activations and matmuls. residual: of the residual stream between layers. remat: a key of
-    nn.scan.REMAT.
+    dtype: dtype of activations and matmuls. residual: dtype of the residual stream between layers. remat: a
+    key of nn.scan.REMAT.
     """
 
     config: Config

@@ -392,10 +392,10 @@ class Tapped:
         self.inputs: dict[str, Float[Array, "... I"]] = {}
 
     def take(self) -> dict[str, Float[Array, "... I"]]:
-        """Return the inputs of the layer's tapped weights by the names of the taps, and forget them.
+        """Return the collected inputs by the names of their taps, and clear the collection.
 
-        They are tracers: the function of the layer, or the `observe` of a scan over layers, has to call this
-        and to return what it computes from them.
+        The inputs are tracers, valid only while the layer is traced. So the function of the layer, or the
+        `observe` of a scan over layers, must call this and return the values it computes from them.
         """
         taken, self.inputs = self.inputs, {}
         return taken

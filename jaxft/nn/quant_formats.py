@@ -252,11 +252,11 @@ def decode_scales(
 class Format:
     """A number format of quantised weights.
 
-    bits: of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale, None
-    for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
+    bits: bits of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale,
+    None for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
     scale_dtype: stores scales and offsets exactly. scale: blocks of finite float32 -> (scales, offsets).
     nearest: (float32 values, scales, offsets) -> codes. decode: codes -> float32 multiples of the scale.
-    code_dtype: of codes.
+    code_dtype: dtype of the stored codes.
     """
 
     bits: int

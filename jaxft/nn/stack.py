@@ -87,7 +87,9 @@ class BlockLayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal blocks of layers that one scan runs. name: of its parameters, [blocks, ...], in the model's."""
+    """Equal blocks of layers that one scan runs. name: key of its parameters [blocks, ...] in the model's
+    parameters.
+    """
 
     name: str
     layers: tuple[BlockLayer, ...]
@@ -299,7 +301,7 @@ def run_layer(
 ) -> tuple[Float[Array, "B T D"], LayerOutputs]:
     """Return the residual stream after one layer, and the layer's outputs.
 
-    params: its parameters, without the stacked axis. index: of its block in the stack.
+    params: its parameters, without the stacked axis. index: number of its block in the stack.
     """
     rows = layer.mixer.rows(tokens, h_BTD.dtype)
     xs = jax.tree.map(lambda x: jnp.asarray(x)[index], rows.xs)

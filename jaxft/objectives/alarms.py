@@ -222,7 +222,7 @@ def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare the final held-out accuracy with that of always preferring the longer, or the shorter,
+    """Compare the final held-out accuracy with the accuracy of always preferring the longer, or the shorter,
     response. accuracy: the metric's name.
     """
     reached, guess = n.get(HELD_OUT + accuracy), length_baseline(n)

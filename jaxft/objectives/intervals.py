@@ -32,8 +32,8 @@ class Interval(NamedTuple):
 class Paired(NamedTuple):
     """The mean difference of two models on the same rows.
 
-    rows: their number. p: of the sign test, None for values that are no fractions. distinguishable: the
-    difference is unlikely to be chance.
+    rows: number of rows. p: p-value of the sign test, None if the values are not fractions. distinguishable:
+    the difference is unlikely to be chance.
     """
 
     rows: int

@@ -208,10 +208,10 @@ def weighted_loss(
     weights: Float[Array, "B M"],
     loss: TargetLoss = CROSS_ENTROPY,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """(sum of weights * loss of a token, LogProbs without gradient): token_logps for a loss of each token
-    that is known beforehand.
+    """Return (sum of weights * the loss of each token, LogProbs without gradient).
 
-    The head's gradient too is then computed while a chunk's logits exist, and nothing runs twice.
+    Unlike token_logps it knows the loss, so it also computes the head's gradient while a chunk's logits
+    exist, and the backward pass recomputes nothing.
     """
     plan, pad = _plan([HeadInput(model, params, h_BMD)], ("logp",))
     plan, padded = replace(plan, loss=loss), (_padded(x, pad) for x in (h_BMD, targets, weights))

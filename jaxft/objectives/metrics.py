@@ -299,7 +299,7 @@ def by_layer(metrics: Metrics) -> Metrics:
 
 
 def as_ties(metrics: Metrics) -> Metrics:
-    """Replace metrics of pairs by those of ties, for pairs whose margins differ by rounding only."""
+    """Count all pairs as ties in the metrics: their margins differ only by rounding."""
 
     def tied(m: Any) -> Any:
         if isinstance(m, WinRate):

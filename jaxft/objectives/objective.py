@@ -162,7 +162,7 @@ class Objective(NamedTuple):
         return self.loss(self.forward(params, batch, key, aux), aux)
 
     def for_evaluation(self) -> "Objective":
-        """Return the objective with the loss of held-out rows as its loss."""
+        """Return the objective for held-out rows: `eval_loss`, if it has one, replaces `loss`."""
         if self.eval_loss is None:
             return self
         return self._replace(loss=self.eval_loss, one_pass=self.eval_one_pass)

@@ -56,8 +56,8 @@ class LayerParts(NamedTuple):
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of the stacked leaves (see joined_states), of the other
-    leaves, and of each large matrix.
+    """Optimizer states of a layerwise optimizer: one for the stacked leaves (see joined_states), one for the
+    other leaves, and one for each large matrix.
     """
 
     layers: OptState

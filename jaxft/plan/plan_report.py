@@ -252,7 +252,7 @@ class Cost:
         return None if self.price is None else self.hours * self.devices * self.price
 
     def lines(self) -> list[str]:
-        """Return lines of a report."""
+        """Return the lines about hours and cost in a plan's report."""
         lines = [
             f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
             f"{time_in_words(3600 * self.hours)}, without loading, compiling, evaluation and sampling"

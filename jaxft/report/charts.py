@@ -245,7 +245,7 @@ def loss_unit(known: Set[str]) -> str:
 
 
 def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
-    """Return the charts of what the model learns, for the metrics that the runs have."""
+    """Return the charts of losses, rewards and accuracies, for the metrics that the runs have."""
     entries = [entry for own in runs.values() for entry in own]
     known = _metric_names(entries)
     units = {loss_unit(_metric_names(own)) for own in runs.values() if own}

@@ -240,7 +240,7 @@ class Table:
         return values
 
     def notes(self) -> list[str]:
-        """Return explanations of columns that need one."""
+        """Return the explanations of the table's columns, for those that need one."""
         arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
         return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
 

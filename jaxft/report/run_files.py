@@ -17,10 +17,10 @@ from jaxft.runs.run_texts import Sample
 class RunFiles:
     """A run as its folder has it; {} and [] for a file that is not there (yet).
 
-    entries: of metrics.jsonl. is_finished: summary.json is of the last step, not of an earlier end from which
-    the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
-    parameters: rows of the parameter table. data: see inspection.data_summary. rows: values of held-out rows
-    by name. seconds: of each phase of a finished run.
+    entries: the lines of metrics.jsonl. is_finished: summary.json is of the last step, not of an earlier end
+    from which the run continues. before, after: samples of held-out prompts. completions: the lines of
+    completions.jsonl. parameters: rows of the parameter table. data: see inspection.data_summary. rows:
+    values of held-out rows by name. seconds: of each phase of a finished run.
     """
 
     name: str

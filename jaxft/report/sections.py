@@ -61,7 +61,7 @@ def result_of(run: RunFiles) -> ranking.RankedRun:
 
 
 def facts_of_runs(runs: Runs) -> str:
-    """The facts of a run; of several runs the shared facts, then the differences."""
+    """Return the facts of a run. For several runs: the shared facts, then the differences."""
     facts = {run.name: run_facts(run) for run in runs}
     if len(runs) == 1:
         return record_table(facts)
@@ -289,7 +289,7 @@ def turns_html(turns: Any) -> str:
 
 
 def last_message(prompt: Any) -> str:
-    """Return a prompt's text, of a conversation its last message."""
+    """Return a prompt's text, or the last message of a conversation."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         return str(prompt[-1].get("content", ""))
     return str(prompt)

@@ -29,13 +29,13 @@ class RolloutScores:
     """Scores and log-probs of a rollout: N episodes of each of G prompts, n = G N. A completion is an episode
     of one turn. All arrays are over sampled tokens: given ones, such as a tool's results, are left out.
 
-    scores: of episodes, NaN for none. ended: by a stop token rather than by the limit.
-    logps, reference, values: of each token, 0 beyond the length; None without a reference or a critic.
-    recomputed: whether logps are the training program's rather than the sampler's.
-    reward_scores: of each reward, before weights and shaping.
-    turns: of each token, None where every episode has one. turn_rewards: the part of the score that a turn
-    has earned, at its last token; None for none.
-    kl_coef: coefficient of a KL penalty that belongs in the rewards (kl.KLInReward), None without one.
+    scores: score of each episode, NaN for none. ended: whether it ended with a stop token rather than at the
+    limit. logps, reference, values: one value per token, 0 beyond the length; None without a reference or a
+    critic. recomputed: whether logps are the training program's rather than the sampler's. reward_scores:
+    scores by each reward, before weights and shaping. turns: number of each token's turn, None if every
+    episode has one turn. turn_rewards: the part of the score that a turn has earned, at its last token; None
+    for none. kl_coef: coefficient of a KL penalty that belongs in the rewards (kl.KLInReward), None without
+    one.
     """
 
     scores: GroupScores

@@ -57,10 +57,10 @@ FAULT_SIZE = 200  # characters of an error's text
 class EpisodeLimits:
     """The largest sizes and times of an episode.
 
-    turns: of the model. turn_tokens: sampled in a turn. tokens: of all turns and answers together; where a
-    template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout: seconds of each
-    call of an environment or a tool. observation: characters of what reset, step or a tool returns. workers:
-    calls at once.
+    turns: turns of the model. turn_tokens: tokens sampled in a turn. tokens: tokens of all turns and answers
+    together; where a template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout:
+    seconds of each call of an environment or a tool. observation: characters of what reset, step or a tool
+    returns. workers: calls at once.
     """
 
     turns: Annotated[int, at_least(1)] = 8
@@ -236,8 +236,9 @@ class _Answer(NamedTuple):
 class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
-    do: "start", "extend", "wait" (for its score) or "end". ids: of a prompt or an answer. reward: of the turn
-    before. rewards: of functions that read the environment. fault: excludes the episode. faults: others.
+    do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
+    reply. reward: reward of the turn before. rewards: rewards of functions that read the environment. fault:
+    excludes the episode. faults: others.
     """
 
     number: int

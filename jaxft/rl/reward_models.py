@@ -255,9 +255,9 @@ def head_scores(
 class ModelReward(Reward):
     """A frozen classifier with one label and its own base, tokenizer and chat template.
 
-    quant: of its layers, None for `dtype`, in which it computes. max_length: tokens of a prompt with its
-    completion; a longer one has no score. batch: texts of a pass. A truncated completion is scored as if it
-    had ended there.
+    quant: quantisation of its layers, None to store them in `dtype`, in which it computes. max_length: tokens
+    of a prompt with its completion; a longer one has no score. batch: texts of a pass. A truncated completion
+    is scored as if it had ended there.
     """
 
     ref: str
@@ -319,8 +319,8 @@ def make_text_scorer(
     for a text of more than max_length tokens.
 
     ref, adapter: from which it was loaded, and which have its tokenizer. batch: texts of a pass. prompts:
-    without responses. settings: of a run's chat template; the reward model's own gets those of its arguments
-    that it reads.
+    without responses. settings: of a run's chat template; the reward model's own template gets the arguments
+    among them that it reads.
     """
     own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)

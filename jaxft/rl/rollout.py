@@ -254,8 +254,12 @@ class Rollouts(Prompts):
         names = [reward.name for reward in self.object_rewards]
         if names and (self.environment is None or len({*names}) < len(names)):
             raise ValueError(
-                f"rewards {', '.join(names)} read the objects of an environment; "
-                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
+                f"rewards {', '.join(names)} take the argument `environments`; "
+                + (
+                    "set environment=my_env.py:Name"
+                    if self.environment is None
+                    else "two have the same name, so rename one of the functions"
+                )
             )
         self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)

@@ -111,7 +111,7 @@ def pack_episodes(
 ) -> PackedRows:
     """Pack each prompt with its episodes into a row of the first of the shapes that holds them all.
 
-    size: (rows, episode slots of a row), None for those that the episodes need; the others stay empty.
+    size: (rows, episode slots of a row), None for as many as the episodes need; the others stay empty.
     reads_given: whether tokens that an episode was given before its last turn have read positions too, after
     all sampled tokens, as padding with an observation weight of 1.
     """

@@ -77,8 +77,10 @@ def constant_length(
 
 def sequence_sum(lengths: GroupLengths, mask: GroupMask, max_new: int) -> GroupScores:
     """Return `1 / completions`: the weight of a completion is proportional to its length, as in RLOO and
-    LUSPO (arXiv:2602.05261). The weights sum to the mean length of the completions in the mask, by which loss
-    and gradients are larger.
+    LUSPO (arXiv:2602.05261).
+
+    The weights do not sum to 1 but to the mean length of the completions in the mask, so loss and gradients
+    are larger by that factor.
     """
     mask = _with_tokens(lengths, mask)
     return mask / max(int(mask.sum()), 1)

@@ -35,10 +35,10 @@ class Fault(NamedTuple):
 class Segment:
     """Consecutive token ids of an episode, all sampled or all given.
 
-    logps: of sampled tokens, at the sampling temperature; None for given tokens: an observation, a tool's
-    result, or a stop token that was not sampled. reward: of the turn that these sampled tokens are; NaN for
-    none. begins: whether these given tokens are the prompt of a new training row. It begins where a template
-    rewrites earlier turns, so that the next turn's prompt is not the previous ids plus a suffix.
+    logps: log-probs of sampled tokens, at the sampling temperature; None for given tokens: an observation, a
+    tool's result, or a stop token that was not sampled. reward: reward of the turn whose tokens these are;
+    NaN for none. begins: whether these given tokens are the prompt of a new training row. It begins where a
+    template rewrites earlier turns, so that the next turn's prompt is not the previous ids plus a suffix.
     """
 
     tokens: Int[np.ndarray, " n"]

@@ -60,7 +60,7 @@ def folder_of(root: Path, name: str) -> Path:
 def lock(folder: Path) -> Iterator[TextIO]:
     """Create the run folder and lock it; at the end, remove it if nothing else was written into it.
 
-    Raises OSError if another process has the lock, and as check_paths does.
+    Raises OSError if another process has the lock, and the error of check_paths.
     """
     path = folder / "lock"
     taken = f"{folder}: another process is running this run; wait for it, or choose another name=..."
@@ -88,8 +88,8 @@ def lock(folder: Path) -> Iterator[TextIO]:
 
 
 def check_paths(folder: Path) -> None:
-    """Raise ValueError for a pipe, socket or device in a run's folder, which a run would wait for, and for a
-    file with the name of one of its folders or the other way round, which it would notice at its end.
+    """Raise ValueError for a path in a run's folder that the run could not write later: a pipe, socket or
+    device, a file with the name of one of the run's folders, or a folder with the name of one of its files.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         must_be = "folder" if path.name in FOLDERS else "file"
@@ -136,7 +136,7 @@ def part_of(record: Any, name: str) -> dict[str, Any]:
 def write_record(
     folder: Path, record: dict[str, Any], step: int = 0, attention: str | None = None
 ) -> list[str]:
-    """Write config.json, and add this start to env.json, which keeps those before it.
+    """Write config.json, and add this start to env.json, which has the earlier starts too.
 
     step: the steps done before. attention: the train step's attention kernel. Return a line for each version,
     flag, device or kernel that has changed since the last start.
@@ -188,10 +188,10 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Return the number by which a finished run's summary records an early end, None if it has none.
+    """Return a number about the early end of a finished run from its summary, None without such an end.
 
-    by: "patience" for the loop.patience that ended it, "planned" for the planned steps of a run that a
-    callback ended.
+    by: "patience" returns the loop.patience that ended the run; "planned" returns the number of steps that
+    were planned for a run that a callback ended.
     """
     path = folder / SUMMARY
     number = read_saved_json(path).get(by) if path.exists() else None
@@ -205,7 +205,7 @@ def failed_members(folder: Path) -> list[str]:
 
 
 def changes_since_start(folder: Path, record: dict[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """`permitted_changes` to the settings in the folder's config.json, if it has one."""
+    """Return the `permitted_changes` from the folder's config.json to `record`, [] without a config.json."""
     path = folder / "config.json"
     return permitted_changes(folder, read_saved_json(path), record, defaults) if path.exists() else []
 
@@ -239,9 +239,9 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Return differences; those of fingerprints name the files that have changed.
+    """Replace each line about a fingerprint by one that names the files that have changed.
 
-    A fingerprint whose setting has changed too is left out. record: of today's settings.
+    The line is left out if the setting that names the files has changed too. record: today's settings.
     """
     names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):
@@ -290,8 +290,8 @@ def result_hashes(folder: Path) -> dict[str, str]:
 def recorded_results(folder: Path) -> dict[Path, str] | None:
     """SHA-256 of the files that a finished run wrote into `folder`, by path, from its summary.json.
 
-    folder: of the run, or one of its results, such as adapter/. None for a run that has not recorded hashes,
-    or a folder that is no run's.
+    folder: a run's folder, or a result in it, such as adapter/. None for a run without recorded hashes and
+    for other folders.
     """
     inside, run = folder.resolve(), _run_of(folder)
     if run is None:
@@ -306,7 +306,7 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """Return the folder of the finished run that is, or has written, a folder; None for others."""
+    """Return `folder` if it is a finished run's, or the finished run that wrote it; None for others."""
     if (folder / SUMMARY).is_file():
         return folder
     inside = folder.resolve()
@@ -315,7 +315,7 @@ def _run_of(folder: Path) -> Path | None:
 
 
 def check_results(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError with the first line of changed_results, if there is one."""
+    """Raise FileNotFoundError or ValueError for the first of changed_results, if there is any."""
     again = "start the run's command again, which writes it from the last checkpoint"
     for changed in changed_results(folder):
         if changed.is_missing:
@@ -334,7 +334,7 @@ class ChangedResult(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The problem with it, for messages."""
+        """The path and its problem, as a sentence for messages."""
         if self.is_missing:
             return f"{self.path}: no such file, and the finished run wrote it"
         return (
@@ -356,8 +356,8 @@ def changed_results(folder: Path) -> list[ChangedResult]:
 
 
 def earlier_end(folder: Path) -> str | None:
-    """Return a line if a run's weights are from an earlier end: it was continued after it had finished, and
-    has not finished again. folder: see recorded_results; None for a folder that is no run's.
+    """Return a line if a finished run was continued and has not finished again, so that its weights are from
+    the earlier end; else None. folder: see recorded_results; None for a folder that is not a run's.
     """
     run = _run_of(folder)
     entries = [] if run is None else read_entries(run / METRICS)
@@ -386,10 +386,10 @@ def earlier_end_notes(ref: str | Path) -> list[str]:
 
 
 def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
-    """Lines about how this run's prompts differ from the prompts that the weights `ref` were trained on.
+    """Return lines about how this run's prompts differ from the prompts that `ref` was trained on.
 
-    ref: a run's folder, or one of its adapter or model; nothing is known about others. record: this run's
-    settings with the fingerprint of its chat template.
+    ref: a run's folder, or adapter/ or model/ in it; [] for others, whose prompts are unknown. record: this
+    run's settings with the fingerprint of its chat template.
     """
     old = next(filter(None, (_run_record(folder) for folder in (Path(ref), Path(ref).parent))), None)
     if old is None:
@@ -422,7 +422,7 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
 
 
 def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines about settings of the chat template, of runs that have recorded them."""
+    """Return lines about settings of the chat template that differ. old: may lack some settings."""
     lines = []
     for name in ("chat_template_kwargs", "system"):
         was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in (old.get(name), new.get(name)))
@@ -435,7 +435,7 @@ def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) ->
 
 
 def _run_record(folder: Path) -> dict[str, Any] | None:
-    """The settings of a run, None for a folder that is no run's."""
+    """Return a run's settings from its config.json, None for a folder that is not a run's."""
     path = folder / "config.json"
     content = read_saved_json(path) if path.is_file() else None
     is_run = isinstance(content, dict) and isinstance(content.get("data"), dict) and "objective" in content
@@ -446,10 +446,10 @@ def _run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
-    """(reference of the weights, adapter folder or None, settings) of a run that has written its weights.
+    """Return (reference of the base or model, adapter folder or None, settings) of a run with weights.
 
-    Raises FileNotFoundError for a folder that is no run's, or one without weights yet, and ValueError for
-    weights that have changed since.
+    Raises FileNotFoundError for a folder that is not a run's or has no weights yet, and ValueError for
+    weights that have changed since the run wrote or used them.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -471,8 +471,8 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
 
 
 def _base_weights(folder: Path, record: dict[str, Any]) -> str:
-    """Where a run's base weights are now. Raises ValueError if they, or their calibrated codes, are not those
-    that it was trained on.
+    """Return the reference of a run's base weights. Raises ValueError if they, or their calibrated codes,
+    have changed since the run was trained.
     """
     ref, path = record["weights"], record.get("weights_path")
     if path and not Path(ref).exists():
@@ -522,7 +522,7 @@ def adapter_fingerprint(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; expected a PEFT adapter's folder, or a run's with one"
+                f"{path}: no such file; expected a PEFT adapter's folder, or the folder of a run with one"
             )
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

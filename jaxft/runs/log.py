@@ -38,7 +38,7 @@ class NullLog:
         self.last: Entry = {}
 
     def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
-        """Return False."""
+        """Do nothing; return False, because no tracker ends the run."""
         return False
 
     def sync(self) -> dict[str, Any]:

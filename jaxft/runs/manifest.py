@@ -31,10 +31,10 @@ class Corrupt(Exception):
 
 
 def named_leaves(state: Any) -> dict[str, Any]:
-    """Leaves by their names on disk: the paths with dots, Orbax's separator."""
+    """Return the leaves of a state by their names on disk: their paths with dots, Orbax's separator."""
     leaves = {path.replace("/", "."): leaf for path, leaf in tree.paths(state).items()}
     if len(leaves) != len(jax.tree.leaves(state)):
-        raise ValueError("two leaves of the state have the same path; its names must not contain '.' or '/'")
+        raise ValueError("two leaves of the state have the same path; use no '.' or '/' in parameters' names")
     for name, leaf in leaves.items():
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(
@@ -44,8 +44,8 @@ def named_leaves(state: Any) -> dict[str, Any]:
 
 
 def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str, Any]:
-    """A leaf's entry with the shards of this process. owns_host_arrays: this process enters arrays that are
-    not on devices.
+    """Return the manifest's entry of a leaf, with the hashes of this process's shards. owns_host_arrays:
+    whether this process also hashes arrays that are not on devices; one process does.
     """
     if isinstance(leaf, jax.Array):
         shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
@@ -56,7 +56,7 @@ def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str
 
 
 def join_entries(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all processes as one."""
+    """Merge the entries that the processes have made: the union of their shards."""
     return {
         name: {**entry, "shards": {k: v for part in parts for k, v in part[name]["shards"].items()}}
         for name, entry in parts[0].items()
@@ -75,7 +75,7 @@ def parse_index(text: str) -> tuple[slice, ...]:
 
 
 def hash_array(array: np.ndarray) -> str:
-    """xxh3-128 of the bytes in C order."""
+    """Return the xxh3-128 of an array's bytes in C order, in hex."""
     return xxhash.xxh3_128_hexdigest(_bytes_of(array))
 
 
@@ -109,13 +109,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Corrupt(f"{NAME} belongs to step {body.get('step')}")
     if body.get("layout") != LAYOUT:
         raise ValueError(
-            f"{folder} was written by another version of jaxft; use that one, or another name=..."
+            f"{folder} was written by another version of jaxft; use that version, or another name=..."
         )
     return body
 
 
 def file_hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """[size, hash] of files in a checkpoint."""
+    """Return [size in bytes, hash] of files in a checkpoint, by name."""
     return {name: [(folder / name).stat().st_size, hash_file(folder / name)] for name in names}
 
 

@@ -28,6 +28,7 @@ HEADLINES = {  # metrics that the result lines show, in this order
 FIRST_ROW = "first row as the model reads it:"
 ROW_TEXTS = (FIRST_ROW, "\nprompt: ", "after: ", "expected: ")  # how messages with the text of rows begin
 INTERVALS = "In brackets: the 95 % interval for that number of pairs or prompts."
+COMPLETIONS_PER_STEP = 5  # in the model card's table
 ALL_TIES = "all ties"  # an accuracy where the model prefers neither response of any pair
 
 
@@ -206,7 +207,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
     """Return each alarm once, with the runs that raised it. Of alarms that differ in numbers alone the first
     is returned, with a note.
 
-    alarms: of each run, by name.
+    alarms: the alarms of each run, by its name.
     """
     by_text: dict[str, list[tuple[str, str]]] = {}
     for name, own in alarms.items():
@@ -254,12 +255,12 @@ def same_prompts(before: Sequence[Sample], after: Sequence[Sample]) -> list[tupl
 class ModelCard:
     """The contents of a run's model card, README.md.
 
-    metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
-    the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
-    id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
-    base. curves, completions: sections with pictures and with sampled completions, or "". command: what
-    trains the same run, or "". labels: a sentence about those of a classifier, or "". served: paths of the
-    server for the questions of a decision model.
+    metadata: for the hub, see model_card.front_matter. base: the base model as a reader knows it. merged: the
+    weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id
+    that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
+    base. curves, completions: sections with pictures and with sampled completions, or "". command: the
+    command line that trains the same run, or "". labels: a sentence about a classifier's labels, or "".
+    served: paths of the server for the questions of a decision model.
     """
 
     name: str
@@ -391,16 +392,18 @@ def _quoted(label: str, text: str) -> str:
     return f"{label}\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""]) + "\n"
 
 
-def completions_section(folder: Path, count: int = 5) -> str:
-    """A table of the first and the last sampled completions of a run with their rewards; "" without any.
+def completions_section(folder: Path) -> str:
+    """Return the model card's table of the first and the last sampled completions of a run, with rewards.
 
-    Reads completions.jsonl in `folder`.
+    Reads completions.jsonl in `folder`; "" if it has no entry.
     """
     entries = read_entries(folder / COMPLETIONS)
     if not entries:
         return ""
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
-    shown = [entry for step in steps for entry in [e for e in entries if e["step"] == step][:count]]
+    shown = [
+        entry for step in steps for entry in [e for e in entries if e["step"] == step][:COMPLETIONS_PER_STEP]
+    ]
     by_function = list(shown[0]["rewards"])
     lines = ["## Sampled completions", ""]
     lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in by_function)} reward |")

@@ -140,7 +140,7 @@ def print_error(error: BaseException) -> int:
 def error_line(error: BaseException) -> str | None:
     """A user's error in one line of printable characters; None for a bug."""
     if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
-        return printable_line(f"the tokenizer's files cannot be used: {error}")
+        return printable_line(f"the tokenizer's files cannot be used: {error}; download them again")
     if (backend := backend_error(error)) is not None:
         return backend
     if not isinstance(error, USER_ERRORS):

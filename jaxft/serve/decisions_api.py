@@ -205,7 +205,7 @@ def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -
 class OneOf:
     """Constrains a completion to one token of a given set. It has no state, so it is its own Grammar.
 
-    tokens: of the choices. vocab: size of the vocabulary.
+    tokens: one token for each choice. vocab: size of the vocabulary.
     """
 
     tokens: tuple[int, ...]

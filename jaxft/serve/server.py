@@ -353,7 +353,7 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
 @contextlib.contextmanager
 def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Turn errors of the scheduler and of prompts into ApiError. fields: of the body."""
+    """Turn errors of the scheduler and of prompts into ApiError. fields: names of the body's fields."""
     try:
         yield
     except ValueError as error:

@@ -145,8 +145,8 @@ def load_and_compile(
 ) -> tuple[Job, Any, Any, Compiled]:
     """Load weights onto the mesh, compute the reference where it is precomputed, and compile the programs.
 
-    states, saved: of the checkpoint, None without one. Returns the job with its sources bound, the states,
-    the frozen parameters and the programs.
+    states, saved: contents of the checkpoint, None without one. Returns the job with its sources bound, the
+    states, the frozen parameters and the programs.
     """
     watchdog.at("loading and compiling")
     logs.message(f"rows and settings read in {logs.clock.at('loading')}")

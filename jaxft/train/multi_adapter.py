@@ -224,7 +224,7 @@ def _first(stack: Any) -> Any:
 
 
 def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
-    """fn(number, stacks of the block, its references) for every block; results [K, ...]."""
+    """Return fn(number, stacks of the block, its references) of every block, joined to [K, ...]."""
     count = len(adapters.objectives) // adapters.at_once
     blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
     if count == 1:
@@ -308,13 +308,13 @@ def _loss(
 
 
 def _union(each: Sequence[Metrics]) -> Metrics:
-    """A metric of every name."""
+    """Return one metric for each name that occurs."""
     return {name: metric for metrics in each for name, metric in metrics.items()}
 
 
 def stack_metrics(each: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
-    """Stack metrics to [K] each. names: a metric of every name, by default of those that any has; one that an
-    adapter does not have is neutral.
+    """Stack the adapters' metrics to [K] each. names: an example of each metric, by default all that occur.
+    An adapter without a metric gets a neutral value.
     """
     names = _union(each) if names is None else names
     whole = [
@@ -389,8 +389,8 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
 def compile_sweep_metrics(
     adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
 ) -> RowMetrics:
-    """Return `metrics(states, batches, with_rows)`, not yet divided, of `batch_count` batches of one shape
-    [1, rows, ...] together. with_rows: see compile_metrics.
+    """Return `metrics(states, batches, with_rows)`: each member's sums over `batch_count` batches of one
+    shape [1, rows, ...], not yet divided. with_rows: see compile_metrics.
     """
     count = len(job.members)
     mesh, states = job.lead.programs.mesh, job.abstract_states

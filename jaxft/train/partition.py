@@ -29,7 +29,7 @@ class Partition:
     """A model over the whole tree {"base", "adapter", ...heads}, which of its parameters are trainable, and
     how each is stored.
 
-    mask, trainable_specs: trees like the model's specs; a frozen leaf is False, and None.
+    mask: whether each parameter is trainable. trainable_specs: the model's specs, None for frozen parameters.
     """
 
     stored: StoredModel
@@ -103,8 +103,8 @@ def trainable_patterns(
 ) -> tuple[str, ...]:
     """Return path patterns of the trainable parameters.
 
-    By default: the adapter, or without one the base, and the model's heads; `pattern` overrides that.
-    scorers: further models on the base, of which those with `trained` are added in either case.
+    By default: the adapter, or without one the base, and the model's heads; `pattern` replaces this default.
+    scorers: further models on the base; the patterns of those with `trained` are always added.
     """
     scorers = scorers or {}
     heads = [re.escape(name) for name in model.heads if name not in (*scorers, TEACHER)]
@@ -128,8 +128,8 @@ def trains_base(partition: Partition) -> bool:
 
 
 def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
-    """Return (trainable, frozen) of the whole tree; the leaves of the other one are None. A QTensor is one
-    leaf.
+    """Split parameters into (trainable, frozen) trees of the same structure, with None in place of the other
+    tree's leaves. A QTensor is one leaf.
     """
 
     def is_leaf(x: Any) -> bool:

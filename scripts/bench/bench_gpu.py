@@ -43,7 +43,8 @@ PROFILES = {"ultrafeedback": (185, 305), "metamath": (450, 160)}
 @dataclass(frozen=True)
 class Case:
     """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step, of
-    a profile: pairs, of generation: completions in progress. layout: of pairs. length: tokens of a row.
+    a profile: pairs, of generation: completions in progress. layout: layout of pairs. length: tokens of a
+    row.
     """
 
     preset: str

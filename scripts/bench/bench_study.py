@@ -199,7 +199,7 @@ def best_of_grid(lab: Any, folder: Path, log: Sequence[dict[str, Any]]) -> str:
 
 
 def steps_of(log: Sequence[dict[str, Any]]) -> int:
-    """Return the optimizer steps of a log, of each loss."""
+    """Return the number of optimizer steps of each loss in a log."""
     return sum(entry["steps"][1] - entry["steps"][0] for entry in log if "wave" in entry)
 
 

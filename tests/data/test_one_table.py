@@ -140,7 +140,7 @@ def test_columns_with_text_that_no_format_reads_are_named_at_the_start(tmp_path)
 def test_rows_with_images_are_invalid_and_without_any_they_are_text(media):
     fields = {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]}
     for read in (lambda x: examples([x]), prompt_of):
-        with pytest.raises(InvalidRow, match="only text is supported; remove the row"):
+        with pytest.raises(InvalidRow, match="jaxft reads only text; remove the row"):
             read(row({**fields, **media}))
         read(row({**fields, **dict.fromkeys(media, [])}))
     examples([row({**fields, "image": "https://example.org/1.jpg"})])

@@ -196,7 +196,7 @@ BAD = [
     ({"prompt": "q", "responses": ["x", "x"], "ratings": [1, 2]}, "chosen and rejected are identical"),
     (
         {**TWO["helpsteer3"][0], "overall_preference": 0},
-        "column 'overall_preference' is 0, no response is better; remove the row",
+        "column 'overall_preference' is 0: neither response is better; remove the row",
     ),
     (
         {**TWO["shp"][0], "labels": 0},

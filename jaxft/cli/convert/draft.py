@@ -140,10 +140,11 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 class Draft:
     """A conversion under way.
 
-    method: of training, in the tool's word. recipe: of jaxft. full: whether all weights are trained. all: the
-    options of the file. options: the options that no rule has taken yet, by name. settings: knob or field ->
-    text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or not at all
-    (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
+    method: the training method, in the tool's word. recipe: the recipe of jaxft. full: whether all weights
+    are trained. all: the options of the file. options: the options that no rule has taken yet, by name.
+    settings: knob or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are,
+    otherwise or not at all (with a remark), or that need no setting. defaults: settings that are the tool's
+    defaults.
     """
 
     source: ForeignConfig

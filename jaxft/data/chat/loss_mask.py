@@ -68,8 +68,8 @@ class Rendered:
     """A rendered example.
 
     learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
-    whether that EOS is a target. weights: of ranges whose targets have another weight than 1. prompt: length
-    of a prompt that keeps the tokens it has alone, 0 for none.
+    whether that EOS is a target. weights: weights other than 1, by the range whose targets have it. prompt:
+    length of a prompt that keeps the tokens it has alone, 0 for none.
     """
 
     name: str
@@ -324,7 +324,7 @@ def example_prompt_ids(
 
     most: the number of tokens above which a long prompt is refused before all of it is tokenised.
 
-    All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
+    Preferences, rollouts and generation all get their prompts here. In SFT they precede the response.
     """
     template = template_of(tokenizer, settings)
 
@@ -400,7 +400,7 @@ def _from_prompt(
 ) -> tuple[list[int], list[Span]]:
     """Return the tokens of a text that begins with a prompt. They begin with the prompt's own tokens.
 
-    ids, offsets: of the text as a whole. They are returned as they are unless a token spans the end of the
+    ids, offsets: tokens of the whole text. They are returned unchanged unless a token spans the end of the
     prompt. What follows the prompt is then tokenised after one of ANCHORS, because a tokenizer may put a
     space in front of a text's first word.
     """

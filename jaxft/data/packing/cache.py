@@ -156,7 +156,7 @@ Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
 
 
 class StoredRows(NamedTuple):
-    """The columns of a cache file and its facts: those that `make` returned, and `digest`, a hash of the
+    """The columns of a cache file and its facts: the ones that `make` returned, and `digest`, a hash of the
     columns of tokens, masks and weights.
     """
 

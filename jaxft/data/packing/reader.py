@@ -483,7 +483,7 @@ def _hashes(
 ) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    ends: of the pieces. further: another part of each example's content.
+    ends: where each piece ends. further: another part of each example's content.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))

@@ -383,7 +383,7 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
         if theirs not in row.fields:
             raise row.invalid(
                 f"missing column {theirs!r}",
-                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; name one that the row has: "
                 f"{', '.join(map(str, row.fields))}",
             )
         fields[ours] = row.fields[theirs]

@@ -99,10 +99,10 @@ class TokenisedRows:
     whose response is a placeholder such as N/A. pieces: number of each example within its row, of a row that
     is several examples (data.too_long=split), which follow one another. extras: further columns by name.
     names: the row of each example. digest: a hash of the columns, see cache.StoredRows. largest_id: the
-    largest token id. formats: of the datasets. labels: that a classifier chooses from, () without any.
-    dropped: number of rows that were left out as too long. invalid: the invalid rows that were left out.
-    warnings: lines for the start of a run. read, total: rows that were read, and rows of the dataset, None if
-    unknown. cache: whether the cache had the columns, see cache.load_or_make.
+    largest token id. formats: the formats of the datasets. labels: the labels that a classifier chooses from,
+    () without any. dropped: number of rows that were left out as too long. invalid: the invalid rows that
+    were left out. warnings: lines for the start of a run. read, total: rows that were read, and rows of the
+    dataset, None if unknown. cache: whether the cache had the columns, see cache.load_or_make.
     """
 
     kinds: tuple[str, ...]
@@ -258,7 +258,9 @@ def stored_columns(
 
 
 def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
-    """Return an example as text; of several responses, a line for the prompt and each of them."""
+    """Return an example as text, on several lines if it has several responses: the prompt, then each
+    response.
+    """
     if len(rows.kinds) < 2:
         return str(tokenizer.decode(rows.sequence(example), skip_special_tokens=False))
     lines = [

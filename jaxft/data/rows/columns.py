@@ -252,8 +252,8 @@ def require_text_alone(row: Row) -> None:
         if value and (is_file or column.endswith("s")):
             raise row.invalid(
                 "content that is no text",
-                f"column {column!r} has {column}, and only text is supported; remove the row, or the column "
-                "with its marks in the text",
+                f"column {column!r} is not empty, and jaxft reads only text; remove the row, or remove the "
+                "column and its placeholders in the text, such as <image>",
             )
 
 
@@ -433,7 +433,7 @@ def is_open_dialogue(text: str) -> bool:
 
 
 def with_system(row: Row, turns: list[Message]) -> list[Message]:
-    """Return the turns with the column `system` in front, unless the row has none or they begin with it."""
+    """Return the turns, with the row's column `system` in front unless they begin with a system message."""
     if not row.fields.get("system"):
         return turns
     system = {"role": "system", "content": text_of(row, "system")}

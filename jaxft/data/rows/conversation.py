@@ -235,7 +235,7 @@ def _respelled(row: Row) -> Row:
 
 
 def _with_columns(row: Row, columns: dict[str, str]) -> Row:
-    """Return the row with further columns, copies of those that `columns` names."""
+    """Return the row with copies of some columns under further names. columns: new name to existing name."""
     if not columns:
         return row
     return Row(row.name, {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}})

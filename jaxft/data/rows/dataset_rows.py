@@ -44,8 +44,8 @@ _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 class Listing:
     """A dataset in chunks, each of which one process can read.
 
-    labels: prefixes of the names of its rows, such as file names. folder: of the files, "" without any.
-    digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
+    labels: prefixes of the names of its rows, such as file names. folder: the folder of the files, "" for
+    none. digest: a hash of the contents. size: bytes of the files; local Parquet files count unpacked.
     chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
     about how the files are read that are not obvious, such as their encoding.
     """
@@ -136,7 +136,7 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
     """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once.
 
     used: the columns that are read from Parquet files, None for all; others have the value NOT_READ.
-    sample_by: what is a row of a text file, see text_files.py.
+    sample_by: the unit of text that is a row, see text_files.py.
     """
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")

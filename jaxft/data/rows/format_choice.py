@@ -57,10 +57,12 @@ MOST_LABELS = 100  # that are counted
 
 
 class ChosenFormat(NamedTuple):
-    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
-    theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
-    the rows have in addition to a text, or the text in addition to another format. labels: of a classifier's
-    rows, where data.labels names none. reading: how answers name a choice, see decisions.READINGS.
+    """The format of a dataset, chosen from its rows.
+
+    plain: strings are plain text, without a chat template. columns: (the format's name, the dataset's name)
+    of each renamed column, in addition to data.columns. unread: pairs of the same kind for columns that are
+    not read, because the rows have both a text and another format. labels: the labels of a classifier's rows
+    if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
     """
 
     name: str
@@ -102,7 +104,7 @@ def _as_item(stored: Any) -> Any:
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
-    """Yield what each row contains, or its error, which calls renamed columns as the file does."""
+    """Yield the contents of each row, or its error. Errors use the file's names of renamed columns."""
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     chosen, order_by = formats[format.name], settings.order_by
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
@@ -274,7 +276,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return a row with some columns, from those of other names if it lacks them."""
+    """Return a row with these columns; a missing one is copied from the column that replaces it."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
@@ -292,8 +294,8 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
 
 
 def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], formats: Formats) -> list[str]:
-    """Return the columns of a row with text of several words that its format does not read; those of Parquet
-    files that are not even loaded are among them, whatever they have.
+    """Return the columns of a row with text of several words that its format does not read; including columns
+    of Parquet files that are not even loaded, whatever they have.
     """
     names = _Names.of(columns, formats)._replace(others=format.columns)
     read = {*formats[format.name].columns, *MEDIA}
@@ -462,7 +464,7 @@ def _rename(row: Row, names: _Names) -> Row:
         if theirs not in row.fields and ours not in names.optional:
             raise row.invalid(
                 f"missing column {theirs!r}",
-                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; name one that the row has: "
                 f"{', '.join(map(str, row.fields))}",
             )
     others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in names.spellings}

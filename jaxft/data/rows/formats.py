@@ -119,8 +119,8 @@ def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict
 def _labelled(
     row: Row, settings: RowSettings, prompt: str, response: str | None = None
 ) -> dict[str, Example]:
-    """Return the response as chosen or rejected, as the row's label says. response: its column, None for that
-    of an instruction.
+    """Return the response as chosen or rejected, as the row's label says. response: column of the response,
+    None for an instruction's usual column.
     """
     names = [name for name in _LABEL if name in row.fields]
     name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
@@ -230,7 +230,9 @@ def number_of(row: Row, column: str, setting: str) -> float:
     if value is None:
         columns = ", ".join(map(str, row.fields))
         raise row.invalid(
-            "missing number", f"no number in column {column!r}, which {setting} names; the row has {columns}"
+            "missing number",
+            f"no number in column {column!r}, which {setting} names; add it, or name one that the row has: "
+            f"{columns}",
         )
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
@@ -257,8 +259,8 @@ class RowFormat:
     read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
     labelled: whether its choices are the labels of all rows. answer: the column that rows may lack where they
     are only scored. fits(row): whether a row with its columns is one, by its values, for errors about rows of
-    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, of a format
-    that has none.
+    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, for a
+    format without such a column.
     """
 
     name: str

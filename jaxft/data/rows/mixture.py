@@ -85,7 +85,9 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
 
 
 def _find(ref: str) -> Path | None:
-    """Return a file or folder, None if there is none, and for text that is too long for a file name."""
+    """Return the path if a file or folder exists there. None otherwise, also if the text is too long for a
+    file name.
+    """
     try:
         return find_data(ref)
     except OSError:
@@ -186,7 +188,7 @@ def _name(ref: str) -> str:
 
 
 def sources_with_metrics(text: str) -> tuple[str, ...]:
-    """Return the names of several sources, each of which has metrics; () for a single one."""
+    """Return the names of the sources if there are several, which then have separate metrics; else ()."""
     sources = parse_sources(text)
     return tuple(source.name for source in sources) if len(sources) > 1 else ()
 

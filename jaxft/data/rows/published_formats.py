@@ -235,7 +235,9 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
-        raise row.invalid("no preference", f"column {column!r} is 0, no response is better; remove the row")
+        raise row.invalid(
+            "no preference", f"column {column!r} is 0: neither response is better; remove the row"
+        )
     scores = {_RATING + "chosen": abs(value), _RATING + "rejected": 0.0}
     return _pair(row, responses if value < 0 else responses[::-1], scores)
 

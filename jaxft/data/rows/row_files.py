@@ -56,8 +56,8 @@ NOT_READ = NotRead.NOT_READ
 class Chunk:
     """Rows that one process reads independently of others.
 
-    label: the prefix of the names of its rows, or the folder of several files. size: the number of rows, with
-    those that cannot be read. read: a module's function, or a partial of one, so that it can be pickled.
+    label: the prefix of the names of its rows, or the folder of several files. size: number of rows,
+    unreadable rows included. read: a module's function, or a partial of one, so that it can be pickled.
     """
 
     label: str

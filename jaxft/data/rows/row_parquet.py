@@ -47,8 +47,8 @@ def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
 class GroupPlan(NamedTuple):
     """The plan for reading a row group.
 
-    columns: the names of those that are read. others: of the others. encoded: paths of columns whose
-    dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
+    columns: names of the columns that are read. others: names of the other columns. encoded: paths of columns
+    whose dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
     LINE_BYTES as text. size: bytes of all rows.
     """
 

@@ -155,7 +155,7 @@ def bias_paths(
 def token_specs(
     base: Mapping[str, ParamSpec], token_ids: Sequence[int], with_head: bool, taken: Collection[str]
 ) -> dict[str, dict[str, ParamSpec]]:
-    """Declare the trained rows of the table and, with_head, of a head of its own.
+    """Declare the trained rows of the table and, if `with_head`, of the separate head.
 
     taken: paths with a pair or a replacement. Raises ValueError for ids that are no tokens or listed twice,
     and for rows of a parameter that is trained otherwise.

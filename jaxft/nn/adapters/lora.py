@@ -122,12 +122,12 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the base is stored without a part of it, which the adapter has at step 0."""
+        """Whether `init` moves a part of the base's weights into the adapter at step 0, as PiSSA does."""
         return self.init in RESIDUAL_INITS
 
     @property
     def exported(self) -> "Adapter":
-        """The settings of the adapter that a run writes: of twice the rank if the base was changed, for the
+        """The settings of the adapter that a run writes: with twice the rank if the base was changed, for the
         unchanged one.
         """
         return self.doubled if self.changes_base else self
@@ -358,8 +358,8 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
 
 
 def several(stacks: dict[str, Any]) -> dict[str, Several]:
-    """Return stacks of adapters and heads by name for one forward pass with all of them: the axis over
-    adapters is behind the lead axes.
+    """Return stacks of K adapters or heads, by name, in the form that one forward pass over all K takes: the
+    axis over adapters moves from the front to behind the lead axes.
     """
     moved = tree.map_with_path(lambda path, x: jnp.moveaxis(x, 0, adapters_axis(path)), stacks)
     return {name: Several(x) for name, x in moved.items()}

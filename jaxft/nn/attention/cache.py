@@ -202,7 +202,7 @@ class LayerKeys:
 
 @struct
 class RecurrentState:
-    """A recurrent layer's state of each prompt or row. axes: the names of those behind the first two."""
+    """A recurrent layer's state of each prompt or row. axes: names of the axes after the first two."""
 
     value: Any  # [L, B, ...]
     axes: tuple[str, ...] = static()

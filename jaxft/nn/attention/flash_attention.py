@@ -48,7 +48,9 @@ class KeyRanges:
 
     @property
     def pairs(self) -> list[tuple[Any, Any]]:
-        """Start and end of the own ranges and, if rows have branches, of the prompts'."""
+        """Return start and end of each query's own key range and, if rows have branches, of its prompt's
+        range.
+        """
         own, prompts = (self.own_start, self.own_end), (self.prompt_start, self.prompt_end)
         return [own] if self.prompt_start is None else [own, prompts]
 

@@ -206,7 +206,8 @@ def attend_rows(
     """Return the attention of rows in one layer, and the keys, with rope, and values that it attends to.
 
     qkv: queries, keys and values before rope. kind: the index of the layer's LayerKind; None if there is only
-    one. angles: of each LayerKind. ranges: of the batch. packed: as in attention.attention.
+    one. angles: rope angles of each LayerKind. ranges: key ranges of the batch. packed: as in
+    attention.attention.
     """
     q, k, v = qkv
     needs = attention_needs(a, q.shape[1], packed, ranges.prompt_start is not None)

@@ -72,7 +72,9 @@ def _mirrored(x: jax.Array, devices: int) -> jax.Array:
 
 
 def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
-    """Return the parts that this device computes, of an array of which each device has a part [B, L, ...]."""
+    """Exchange parts of an array that is divided over the devices, [B, L, ...] each; return the parts that
+    this device computes.
+    """
     length = x_BL.shape[1]
     half = length // 2
     arrived = _mirrored(x_BL[:, length - half :], devices)

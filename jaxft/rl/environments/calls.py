@@ -60,7 +60,9 @@ class Task:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Return function(*args, **named) and what it awaits. Each call has the whole time-out."""
+        """Call function(*args, **named), await its result if it is async, and return it. Each call has the
+        whole time-out.
+        """
         self.began = time.monotonic()
         try:
             value = function(*args, **named)

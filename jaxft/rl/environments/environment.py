@@ -78,7 +78,7 @@ class Beginning(NamedTuple):
 
 class StepResult(NamedTuple):
     """The answer to a turn. observation: messages that the model is shown; () ends the episode, as `done`
-    does. reward: of the turn, NaN for none.
+    does. reward: reward of the turn, NaN for none.
     """
 
     observation: tuple[Message, ...]
@@ -131,7 +131,7 @@ def single_turn() -> Environment:
 
 
 def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
-    """Return the environment of what a user's file defines, with further tools.
+    """Return the environment that a user's file defines, with further tools.
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
     reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
@@ -260,12 +260,12 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
 
 @cache
 def _made_by(factory: Callable[[], Any]) -> type:
-    """Return the class of what a factory makes, which may be a connection to a server: it makes one."""
+    """Return the class of a factory's objects. It makes one, which may connect to a server."""
     try:
         return type(factory())
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"environment {name_of(factory)} made no object: {text}"[:200]) from error
+        raise ValueError(f"environment {name_of(factory)}() raised {text:.150}; fix that call") from error
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
@@ -358,7 +358,7 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
 
 
 def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Environment:
-    """Return the environment with what the annotation of its reset says about prompts."""
+    """Return the environment with `resets` and `prompts` set from the return annotation of `reset`."""
     annotation = inspect.signature(reset).return_annotation
     return replace(environment, resets=annotation not in (None, "None"), prompts=annotation in (str, "str"))
 
@@ -482,12 +482,12 @@ def openenv(
 
         echo = openenv(lambda: EchoEnv(base_url="http://host:8000"), lambda text: EchoAction(message=text))
 
-    Any object with reset(**options) and step(action) will do that return an observation, a reward and whether
-    the episode is done, as StepResult has them; either may be async. Its observation is the text that the
-    model reads; the score is the sum of the rewards.
+    The client may be any object whose reset(**options) and step(action) return a result with `observation`,
+    `reward` and `done`; both may be async. The model reads the observation as text; the score is the sum of
+    the rewards.
 
     connect: makes a client; each serves one episode at a time and is used again, unless that had a fault; its
-    close() is called at the end. action: a turn's text -> the action; ValueError for text that is none.
+    close() is called at the end. action: a turn's text -> the action; raises ValueError if it has no action.
     options: a row -> arguments of reset, such as a seed. observation: an observation -> text for the model,
     by default its only field that is a string, or JSON.
     """

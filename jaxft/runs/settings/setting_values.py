@@ -1,7 +1,7 @@
 """Values of settings: parsed by their type annotations, and recorded as comparable JSON.
 
-Settings may name Python files and functions, which are loaded here. A record has the differences between two
-runs' settings.
+Settings may name Python files and functions, which are loaded here. Records of two runs are compared here
+too.
 """
 
 import ast
@@ -47,7 +47,7 @@ def describe(value: Any) -> Any:
 
     A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
     or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. URLs lose
-    passwords and signatures, see urls.without_secrets, except in PROMPT_TEXTS.
+    passwords and signatures, see remote.without_secrets, except in PROMPT_TEXTS.
     """
     if isinstance(value, str):
         return without_secrets(value)
@@ -139,8 +139,8 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
 
 
 def _source_hash(definition: Any) -> str | None:
-    """A hash of the source of a function or class; of its whole file where that is a user's, whose helpers it
-    may call.
+    """Return a hash of the source of a function or class; in a user's file, of the whole file, because it may
+    call helpers there. None if the source cannot be read.
     """
     try:
         if str(definition.__module__).endswith(".py"):
@@ -311,9 +311,9 @@ def format_error(error: BaseException, file: Path) -> str:
 
 def load_callable(text: str, or_dict: bool = False) -> Any:
     """Import what `package.module:name` or `file.py:name` names: a function, or a dataclass instance such as
-    a reward. or_dict: or a dict of functions.
+    a reward. or_dict: allow a dict of functions too.
 
-    Raises ValueError or FileNotFoundError.
+    Raises ValueError for a name that isn't one of these, and FileNotFoundError for a missing file.
     """
     where, _, name = text.rpartition(":")
     if not where or not name:
@@ -339,8 +339,8 @@ def load_callable(text: str, or_dict: bool = False) -> Any:
 
 
 def _functions_of(module: types.ModuleType, name: str) -> str:
-    """Return which functions a module has, for an error: all that a user's file defines, in its order; of a
-    package the nearest.
+    """Return which functions a module has, for an error: all that a user's file defines, in its order; for a
+    package only the nearest names.
     """
     named = vars(module).items()
     functions = [n for n, v in named if callable(v) and not isinstance(v, type) and not n.startswith("_")]
@@ -479,7 +479,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _expected(text: str, kind: Any) -> ValueError:
-    """The error of a value that is none of the annotation `kind`."""
+    """Return the error of a value that the annotation `kind` does not allow."""
     expected = describe_kind(kind)
     if text.strip("+- ").lower() == "nan":  # a float, but no number
         expected = expected.replace("float", "a finite number")

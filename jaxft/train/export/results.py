@@ -202,7 +202,9 @@ def _result_lines(
     notes: list[list[str]],
     table: str,
 ) -> list[str]:
-    """The lines printed at the end. notes: of each member, at last about the time of all."""
+    """The lines printed at the end. notes: each member's lines, of which the last one is about the time of
+    all members.
+    """
     if job.sweep is None:
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates

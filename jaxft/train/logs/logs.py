@@ -120,7 +120,7 @@ def announce(watchdog: Watchdog, logs: Logs, line: str) -> None:
 
 
 def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
-    """Speed of all members together; they share time and memory."""
+    """Return the summed speed of all members; the other values, such as memory, are the first member's."""
     if not perf[0]:
         return {}
     added = ("tokens_per_second", "mfu")
@@ -318,7 +318,7 @@ def early_end_lines(job: Job) -> list[str]:
 def write_contents(job: Job, number: int, first: int) -> None:
     """Write parameters.json and data.json into the folder of a member, unless it resumes and has them.
 
-    parameters.json: the rows of the parameter table. data.json: see data.summary. first: steps done before.
+    parameters.json: the rows of the parameter table. data.json: see data_summary. first: steps done before.
     """
     member = job.members[number]
     programs, paths = member.programs, [member.folder / name for name in (PARAMETERS_JSON, DATA_JSON)]

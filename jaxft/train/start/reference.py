@@ -117,7 +117,10 @@ def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        return f"{path}: the reference log-probs can't be cached ({error.strerror})"
+        return (
+            f"{path}: the reference log-probs can't be cached ({error.strerror}); the next run computes them "
+            "again"
+        )
     return None
 
 
