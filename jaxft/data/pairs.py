@@ -47,12 +47,12 @@ class PairRows(DataSettings):
     before each; "auto" uses branches where they save 2 % of the tokens, if the model's rope does not depend
     on the length of a text. unpaired: also accept rows of one response and a label, for losses of single
     responses (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold"
-    (column reference, for TPO). responses: number of responses of a ranking that are read. With 2 it is a
-    pair, the best response against the worst; with k also those between, as kinds "rank_2" to "rank_{k - 1}",
-    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. Rows with fewer
-    responses lack the last of those between; of more, the best, the worst and those at even distances between
-    them are read. best_first: whether responses without ratings are from the best to the worst; otherwise
-    such a row is an error. Other fields: see DataSettings; batch counts pairs.
+    (column reference, for TPO). responses: how many responses of a ranking are read. With 2 it is a pair, the
+    best response against the worst; with k > 2 also responses between, as kinds "rank_2" to "rank_{k - 1}",
+    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. A row with fewer
+    responses lacks the last kinds between; of a row with more, the best, the worst and responses at even
+    distances between them are read. best_first: whether responses without ratings are from the best to the
+    worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -106,7 +106,7 @@ class PairRows(DataSettings):
         """Return the settings for a model with these layers: layout "plain" where its rope depends on the
         length of a text. Responses that share a prompt would have the rope of the longest one.
 
-        Raises ValueError for layout "branches" there.
+        Raises ValueError for layout "branches" with such a model.
         """
         if not varies_with_length(a, self.max_length):
             return self
@@ -123,7 +123,7 @@ class PairRows(DataSettings):
             return []
         return [
             "responses don't share prompts (data.layout=plain): the model's rope depends on the length of a "
-            "text, and that of a shared prompt would be the longer response's"
+            "text, and a shared prompt would have the longer response's rope"
         ]
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
@@ -203,7 +203,7 @@ class PairStats(source.RowStats):
 
 @dataclass(frozen=True)
 class PairBatches(source.BatchLayout[Pairs]):
-    """Pairs in rows, as data.layout says. rows: of a microbatch."""
+    """Pairs in rows, as data.layout says. rows: the layout of a microbatch."""
 
     rows: PairLayout
 
@@ -302,7 +302,7 @@ class PairSource(source.RowSource[Pairs]):
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference's log-probs in its batches.
 
-        logps: of every pair, as `values` has them.
+        logps: the log-probs of every pair, in the form that `values` returns.
         """
         rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
         layout = replace(self.layout, rows=rows)
@@ -331,7 +331,7 @@ def _reference(
     if missing:
         raise ValueError(
             f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
-            "compute all"
+            "compute them for all pairs"
         )
     for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
         if len(logps[i]) != expected or not np.isfinite(logps[i]).all():

@@ -164,7 +164,8 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
 
 
 def token_ids(value: Any, name: str, vocab: int) -> list[int]:
-    """Return the token ids of a setting in a JSON file: one, a list of them, or null. name: of the setting.
+    """Return the token ids of a setting in a JSON file: one, a list of them, or null. name: the setting, for
+    errors.
 
     Raises ValueError for an id that a vocabulary of this size does not have.
     """

@@ -179,7 +179,7 @@ def test_questions_with_answers_are_not_sent_to_preferences(fields):
     with pytest.raises(ValueError, match="does not rate|is an object; use a list|'question' and 'context'"):
         pairs([row(fields)])
     for rated in ({"prompt": "p", "answers": [{"answer": "x", "rank": 1}, {"answer": "y", "rank": 2}]},):
-        with pytest.raises(ValueError, match="are those of preference pairs"):
+        with pytest.raises(ValueError, match="belong to preference pairs"):
             examples([row(rated)])
 
 

@@ -44,10 +44,10 @@ _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 class Listing:
     """A dataset in chunks, each of which one process can read.
 
-    labels: prefixes of the names of its rows, such as file names. folder: the folder of the files, "" for
-    none. digest: a hash of the contents. size: bytes of the files; local Parquet files count unpacked.
-    chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
-    about how the files are read that are not obvious, such as their encoding.
+    labels: prefixes of the names of its rows, such as file names. folder: the folder of local files, else "".
+    digest: a hash of the contents. size: bytes of the files; of local Parquet files, unpacked. chunks: lists
+    the chunks, in order. rows: number of rows, None if only reading them can tell. notes: lines about what is
+    not obvious in how the files are read, such as their encoding.
     """
 
     labels: tuple[str, ...]
@@ -67,7 +67,8 @@ class Listing:
 
 
 def find_data(ref: str) -> Path | None:
-    """Return the file or folder `ref` in the working directory, else in ROOT, or None if it is in neither.
+    """Return the file or folder `ref` in the working directory, else in ROOT (the clone or the installed
+    files), or None if it is in neither.
 
     FOLDER:SPLIT is the folder of a split that DatasetDict.save_to_disk has written.
     """

@@ -93,7 +93,7 @@ class InvalidRows:
     def check_begun(self, ref: str, seen: int, total: int | None) -> None:
         """Raise the error of `check` as soon as it is certain, or likely where the total is unknown.
 
-        seen: rows of the dataset that are read. total: all of them, None if it is not known.
+        seen: rows read so far. total: all rows of the dataset, None if unknown.
         """
         if self.names_first and (total is not None or self.total > max(100, seen // 2)):
             self.check(ref, seen if total is None else total)

@@ -98,7 +98,7 @@ def loaded(rows: Sequence[Outcome], label: str) -> Chunk:
 
 
 def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[Chunk]:
-    """Yield chunks in memory, of limited number and length of rows."""
+    """Yield chunks in memory, each of at most CHUNK_ROWS rows and about ROW_CHUNK_BYTES of text."""
     window: list[Outcome] = []
     size = 0
     for row in rows:

@@ -51,8 +51,8 @@ def sniff_encoding(path: Path) -> str:
     """Return the encoding of a text file, by its byte order mark or by all of its bytes.
 
     A file that is not UTF-8 is cp1252 if its bytes above 127 are few, and nearly all where that encoding has
-    letters inside words, quotes or dashes; up to two thirds may be words of one letter. A file with valid
-    characters of UTF-8 is damaged UTF-8, of which readers find the rows.
+    letters inside words, quotes or dashes; up to two thirds may be words of one letter. A file with any
+    multi-byte character of UTF-8 is damaged UTF-8, whose invalid rows the readers find.
     """
     wide = wide_encoding(path)
     if wide is not None:
@@ -90,7 +90,7 @@ SEPARATOR = "<|endoftext|>"  # on a line of its own, between the documents of a 
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Return the text files of a folder and its subfolders, but hidden ones, ordered by name."""
+    """Return the text files of a folder and its subfolders, except hidden ones, ordered by name."""
 
     def is_hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -174,8 +174,9 @@ class CsvText(NamedTuple):
 
 
 def sniff_csv(path: Path) -> CsvText:
-    """Return the encoding and the delimiter of a CSV file: the one that a first line for Excel names, or of
-    those that divide its header, the one with which most of the first records have as many fields as it.
+    """Return the encoding and the delimiter of a CSV file. A first line for Excel may name the delimiter.
+    Otherwise, of the delimiters in the header, it is the one with which most of the first records have as
+    many fields as the header.
     """
     encoding = sniff_encoding(path)
     with path.open(newline="", encoding=encoding, errors="replace") as file:

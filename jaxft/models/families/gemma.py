@@ -80,8 +80,8 @@ def check_causal(hf: dict[str, Any]) -> None:
     """Raise ValueError for an encoder, such as EmbeddingGemma."""
     if hf.get("use_bidirectional_attention"):
         raise ValueError(
-            "config: use_bidirectional_attention=true is not supported: this model is an encoder, and jaxft "
-            "has causal language models"
+            "config: use_bidirectional_attention=true is not supported: this model is an encoder; use a "
+            "causal language model"
         )
 
 
