@@ -90,13 +90,13 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; it is verified when it is restored."""
+        """Return the step of the newest complete checkpoint, None without one; `restore` verifies it."""
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:
         """Return the (step, score) of the checkpoint with the lowest score, None without scores.
 
-        member: of a sweep; 0 for a run alone. Called by every process.
+        member: its number in a sweep, 0 for a run alone. Called by every process.
         """
         ranked = sync.exchange_first(sync.gather_texts, self._best_first)
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
@@ -254,7 +254,7 @@ class Checkpoints:
             self.report(f"an old checkpoint could not be removed: {error}")
 
     def _agree_on_error(self, step: int, error: Exception, exchange: sync.FileExchange) -> OSError:
-        """Return a save's error as process 0 reports it, or as this process does if process 0 does not
+        """Return a save's error as process 0 reports it, or this process's report if process 0 does not
         respond.
         """
         try:
@@ -321,7 +321,7 @@ class Checkpoints:
         The leaves get the shardings of `abstract_state`, on any mesh and any number of processes. A corrupt
         checkpoint is renamed to `<step>.bad`; then the same step in a store, or the next older one, is tried.
         step: restore only this one; FileNotFoundError if it is missing, ValueError if it is corrupt. Raises
-        ValueError if the leaves are not those of `abstract_state`. Called by every process.
+        ValueError if its leaves differ from `abstract_state`. Called by every process.
         """
         self.wait()
         steps = sync.exchange_first(sync.gather_texts, self._steps)
@@ -337,7 +337,7 @@ class Checkpoints:
                 read = partial(read_checkpoint, folder, abstract_state, restored)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
-                text = f"the checkpoint cannot be read: {error.strerror}"
+                text = f"the checkpoint cannot be read: {error.strerror}; correct that and start again"
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
@@ -349,7 +349,7 @@ class Checkpoints:
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
-                raise ValueError(f"{folder}: {reasons[0]}")
+                raise ValueError(f"{folder}: {reasons[0]}; start again, or restore the folder from a copy")
             if instead is not None:
                 fetched.add(instead)
                 candidates.append(instead)

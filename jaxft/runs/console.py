@@ -216,14 +216,14 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
 
 
 def _rates(perf: dict[str, float]) -> list[str]:
-    """Speed and memory, and the time of an evaluation if it is a second or more."""
+    """Return speed and memory as texts, and the times of evaluation and sampling from a second on."""
     times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
     shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
     return [format_metric(name, value) for name, value in shown.items()]
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
-    """The names of at most `most` metrics in display order, and the number of skipped steps if any."""
+    """Return the names of at most `most` metrics in display order, then SKIPPED if steps were skipped."""
     trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))

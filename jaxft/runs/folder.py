@@ -49,7 +49,7 @@ NOT_COMPARED = (
 
 
 def folder_of(root: Path, name: str) -> Path:
-    """The folder of the run called `name`. Raises ValueError for a name that leads out of `root`."""
+    """Return the folder of the run called `name`. Raises ValueError for a name that leads out of `root`."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
         raise ValueError(f"name={name!r} is not the name of a folder in {root}; use letters, digits, - and _")
@@ -176,7 +176,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def finished_steps(folder: Path) -> int:
-    """The number of steps of a finished run, 0 for one that is not finished."""
+    """Return the number of steps of a finished run, 0 for a run that is not finished."""
     path = folder / SUMMARY
     steps = read_saved_json(path).get("steps") if path.exists() else 0
     if type(steps) is not int or steps < 0:
@@ -199,7 +199,7 @@ def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
 
 
 def failed_members(folder: Path) -> list[str]:
-    """The labels of a sweep's members that ended with steps or losses that are not finite."""
+    """Return the labels of a sweep's members that ended with non-finite steps or losses."""
     path = folder / SUMMARY
     return list(read_saved_json(path).get("failed", [])) if path.exists() else []
 
@@ -216,11 +216,11 @@ def permitted_changes(
     new: dict[str, Any],
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> list[str]:
-    """The differences between a run's original settings and today's, one line each.
+    """Return the differences between a run's original settings and today's, one line each.
 
-    folder: where the original settings are. defaults: of settings by dotted name, see recorded_defaults; a
-    run that began before a setting existed continues with its default. Raises ValueError that lists the
-    differences which would change what the run computes.
+    folder: where the original settings are, for errors. defaults: each setting's default by dotted name, see
+    recorded_defaults; a run that began before a setting existed continues with its default. Raises ValueError
+    that lists the differences which would change what the run computes.
     """
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     lines = differences(old, json.loads(json.dumps(new)))
@@ -259,7 +259,7 @@ def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
 
 
 def process_independent(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings and library versions that every process of a run must agree on."""
+    """Return the settings and library versions that every process of a run must agree on."""
     own = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
     return {**{name: value for name, value in record.items() if name not in own}, **versions()}
 
@@ -276,7 +276,7 @@ def sync_results(folder: Path) -> None:
 
 
 def result_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weights, settings and tokenizers that a run has written, by path in its folder."""
+    """Return the SHA-256 of the weights, settings and tokenizers that a run wrote, by path in its folder."""
     paths = sorted(
         path
         for name in RESULTS
@@ -288,7 +288,8 @@ def result_hashes(folder: Path) -> dict[str, str]:
 
 
 def recorded_results(folder: Path) -> dict[Path, str] | None:
-    """SHA-256 of the files that a finished run wrote into `folder`, by path, from its summary.json.
+    """Return the SHA-256 of the files that a finished run wrote into `folder`, by path, from its
+    summary.json.
 
     folder: a run's folder, or a result in it, such as adapter/. None for a run without recorded hashes and
     for other folders.
@@ -516,7 +517,7 @@ def weights_fingerprint(ref: str) -> str:
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    """A hash of an adapter's files. Raises FileNotFoundError where one is missing."""
+    """Return a hash of an adapter's files. Raises FileNotFoundError if one is missing."""
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = folder / name

@@ -319,7 +319,7 @@ def load_named(
 ) -> LoadedWeights:
     """Load named weights onto a mesh.
 
-    dtype: of the computation; None for the run's, or bfloat16 without a run. kind: how the base is quantised;
+    dtype: the compute dtype; None for the run's, or bfloat16 without a run. kind: how the base is quantised;
     None for the setting of an adapter's run, else not at all. Raises ValueError for an adapter that doesn't
     fit the base.
     """

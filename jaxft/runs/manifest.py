@@ -64,13 +64,13 @@ def join_entries(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def format_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
-    """A shard's index as text, "0:4,0:8"."""
+    """Return a shard's index as text, "0:4,0:8"."""
     ranges = (s.indices(n) for s, n in zip(index, shape, strict=True))
     return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
 
 
 def parse_index(text: str) -> tuple[slice, ...]:
-    """The inverse of `format_index`."""
+    """Return the index that `format_index` wrote as text."""
     return tuple(slice(*map(int, part.split(":"))) for part in text.split(",") if part)
 
 
@@ -87,7 +87,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def format_manifest(body: dict[str, Any]) -> str:
-    """The text of manifest.json, with a hash of itself."""
+    """Return the text of manifest.json, with a hash of itself. body: its other entries."""
     text = json.dumps(body, sort_keys=True)
     return json.dumps({"xxh3": xxhash.xxh3_128_hexdigest(text.encode()), **body}, indent=1)
 
@@ -120,7 +120,7 @@ def file_hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file."""
+    """Return the xxh3-128 of a file's bytes, in hex."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -214,5 +214,5 @@ def _read_slabs(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened."""
+    """Return the first line of an error's message, at most 300 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

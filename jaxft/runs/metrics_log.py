@@ -40,7 +40,7 @@ def json_value(value: Any) -> Any:
 
 
 def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-    """One line of metrics.jsonl without the newline. Raises ValueError for a metric called step or perf."""
+    """Format a line of metrics.jsonl without newline. Raises ValueError for a metric called step or perf."""
     reserved = sorted({"step", "perf"} & metrics.keys())
     if reserved:
         raise ValueError(
@@ -51,8 +51,8 @@ def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) ->
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The objects of a metrics.jsonl; [] where there is none. A line that a killed run left half written is
-    skipped.
+    """Return the objects of a metrics.jsonl, [] if it does not exist. A line that a killed run left half
+    written is skipped.
     """
     return [entry for _, entry in _lines(path)]
 
@@ -103,7 +103,7 @@ def step_ranges(steps: Iterable[int]) -> list[list[int]]:
 
 
 class EntrySteps:
-    """The steps of the entries of a file, which a checkpoint stores."""
+    """The steps of a log's entries, which a checkpoint stores to find lost entries."""
 
     def __init__(self, entries: Iterable[Entry] = ()):
         self._steps = [entry["step"] for entry in entries]
@@ -145,7 +145,7 @@ class Jsonl:
         self._file = path.open("ab")
 
     def has(self, entry: Entry) -> bool:
-        """Whether the file had this entry before the restart."""
+        """Return whether the file had this entry (without "perf") before the restart."""
         return entry in self._repeated
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
@@ -182,7 +182,7 @@ def next_digest(before: str, content: bytes) -> str:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file, [] without one, and without one that a killed process left half written."""
+    """Return the lines of a file, except a last one that is half written; [] if the file does not exist."""
     content = path.read_bytes() if path.is_file() else b""
     return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 

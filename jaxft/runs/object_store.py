@@ -65,7 +65,7 @@ class Store:
         return sorted(key.decode() for key in keys)
 
     def read(self, name: str) -> bytes | None:
-        """Return an object, None if there is none of this name."""
+        """Return an object's content, None if it does not exist."""
         result = self._call(lambda: self.kv.read(name).result())
         return result.value if result.state == "value" else None
 
@@ -529,7 +529,7 @@ class Mirror:
         self._write_index()
 
     def _files(self) -> list[Path]:
-        """The files of the folder that are sent, the summary last."""
+        """Return the files of the folder that are sent, the summary last."""
         paths = [
             path
             for path in self.folder.rglob("*")
@@ -549,18 +549,18 @@ class Mirror:
 
 
 def _marker(step: int) -> str:
-    """The name of the object without which a checkpoint is incomplete."""
+    """Return the name of the object without which a checkpoint is incomplete: its manifest."""
     return f"{CHECKPOINTS}/{step}/{manifest.NAME}"
 
 
 def _complete_steps(names: list[str]) -> list[int]:
-    """Return the steps of the checkpoints that have a manifest. names: of the store's objects."""
+    """Return the steps of the checkpoints that have a manifest. names: the names of all objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
 
 
 def _is_set_aside(path: Path) -> bool:
-    """Whether a file is in a damaged result. path: in the folder of the run or sweep."""
+    """Return whether a file is in a damaged result. path: relative to the folder of the run or sweep."""
     return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
@@ -625,16 +625,16 @@ def local_folder(place: str) -> Path:
 
 
 def is_fetched(folder: Path) -> bool:
-    """Whether local_folder has fetched a folder."""
+    """Return whether `folder` is a copy that local_folder has fetched."""
     return folder.is_relative_to(cache_folder() / "runs")
 
 
 def fetch_run(url: str) -> Path:
     """Fetch the folder of a run or a sweep, without checkpoints, into the cache; return its path there.
 
-    url: of the folder, or of a folder in it. Files in the cache are not fetched again, and files that are
-    gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError
-    if the store has no run there, and OSError if the store fails.
+    url: the address of the folder, or of a folder in it. Files in the cache are not fetched again, and files
+    that are gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError if the
+    store has no run there, and OSError if the store fails.
     """
     check_store_url(url, "run")
     parts = url.rstrip("/").split("/")

@@ -47,7 +47,7 @@ class Evaluation(TypedDict):
     """The evaluation before the first step or after the last one.
 
     samples: completions of held-out prompts that are shown. scored: number of prompts whose completions were
-    scored. intervals: of the metrics that are means over these prompts. score_faults: lines about completions
+    scored. intervals: 95 % intervals of the means over these prompts. score_faults: lines about completions
     without a score. nonfinite: number of prompts of which a completion ended because of non-finite logits.
     part: which held-out rows the metrics are of, such as "11 of 50 held-out rows", if these are not all;
     part_note: a line about it with the interval of the loss.
@@ -104,7 +104,7 @@ class StepRows:
 
 
 def empty_slot_lines(rows: StepRows) -> list[str]:
-    """One line if a step computes on empty rows, with settings that avoid it; otherwise nothing."""
+    """Return a line with a remedy if a step computes on empty rows, else []."""
     filled, slots, multiple = rows.filled, rows.slots, rows.micro * rows.shards
     if slots == filled:
         return []
@@ -121,7 +121,7 @@ def empty_slot_lines(rows: StepRows) -> list[str]:
 
 
 def parameter_line(model: ModelSummary) -> str:
-    """Trainable and total parameters, and how the frozen ones are quantised."""
+    """Return a line with the trainable and total parameters, and how the frozen ones are quantised."""
     percent = 100 * model.trainable / model.total
     line = f"{model.trainable:,} of {model.total:,} parameters are trainable ({percent:.2f} %)"
     return line + (f"; frozen: {model.quantised}" if model.quantised else "")
@@ -130,17 +130,17 @@ def parameter_line(model: ModelSummary) -> str:
 def header_lines(
     devices: str, model: ModelSummary, data_lines: list[str], preview: str, resumed: list[str]
 ) -> list[str]:
-    """The lines printed before anything is loaded.
+    """Return the lines printed before anything is loaded.
 
-    data_lines: the source's summary and what is noteworthy about it. preview: the first row as text. resumed:
-    lines about the checkpoint that the run continues from, none for a fresh run.
+    data_lines: the source's summary and notes about it. preview: the first row as text. resumed: lines about
+    the checkpoint that the run continues from, [] for a fresh run.
     """
     shown = f"{FIRST_ROW}\n{preview}"
     return [devices, parameter_line(model), *data_lines, shown, *resumed]
 
 
 def resumed_lines(step: int, changes: list[str]) -> list[str]:
-    """Where a run resumes, and which settings have changed since its start."""
+    """Return lines about where a run resumes, and which settings have changed since its start."""
     return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
 
 
@@ -159,10 +159,10 @@ def result_lines(
     notes: list[str],
     script: str = "generate",
 ) -> list[str]:
-    """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
-    tries them.
+    """Return the lines printed at the end: two samples, losses, notes, where the weights are and a command
+    that tries them.
 
-    notes: the objective's summary and the alarms. script: of the command, a key of TRIED_WITH.
+    notes: the objective's summary and the alarms. script: the command's script, a key of TRIED_WITH.
     """
     lines = []
     for old, new in same_prompts(before["samples"], after["samples"])[:2]:

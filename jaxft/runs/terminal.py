@@ -31,7 +31,7 @@ def printable_text(text: str) -> str:
 
 
 def printable_message(text: str) -> str:
-    """Return a message as printable_text does; URLs lose their secrets."""
+    """Return a message for a terminal, like printable_text; secrets are left out of URLs."""
     return without_secrets(printable_text(text))
 
 

@@ -76,8 +76,9 @@ class Tracker(Protocol):
     """
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool | None:
-        """Record the metrics after `step` optimizer steps. One step may have several calls, with different
-        metrics: of training, and of an evaluation as eval_*. True ends the run after this step.
+        """Record the metrics after `step` optimizer steps. One step may have several calls with different
+        metrics: training metrics, and eval_* for an evaluation. perf: timings and memory. Return True to end
+        the run after this step.
         """
 
     def close(self, end: RunEnd) -> None:

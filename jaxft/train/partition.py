@@ -64,8 +64,8 @@ def partition_params(
 
     pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's
     `scale` and the initial adapter are always frozen. ref: where the weights come from; quant=checkpoint
-    reads the headers of its files. dtype: of trainable base parameters, by default float32 or wider. Raises
-    ValueError for a pattern that matches nothing, and where `quant` selects a trainable parameter.
+    reads the headers of its files. dtype: dtype of trainable base weights, by default at least float32.
+    Raises ValueError for a pattern that matches nothing, and where `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)

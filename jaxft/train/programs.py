@@ -232,9 +232,9 @@ def start(
     """Return (state, frozen parameters); weights are loaded leaf by leaf.
 
     restored: a state to continue from; without one, the adapter and optimizer are fresh. base: the frozen
-    base of another member of a sweep, whose arrays are shared. folder: of the run, where an adapter that
-    changes the base is stored as it is at step 0. rows: for an EVA adapter; None starts it as a plain one,
-    which computes the same at step 0.
+    base of another member of a sweep, whose arrays are shared. folder: the run's, where an adapter that
+    changes the base is stored as it is at step 0. rows: initialise an EVA adapter; None starts it as a plain
+    one, which computes the same at step 0.
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:
@@ -421,7 +421,7 @@ def _check_dora(run: Run, parts: Partition) -> None:
 def _check_eva(specs: Mapping[str, param.ParamSpec], layouts: Collection[str]) -> None:
     """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none.
 
-    specs: of the base. layouts: paths of the adapted modules.
+    specs: the base's. layouts: paths of the adapted modules.
     """
     others = [path for path in layouts if path not in specs or param.lead_axes(specs[path]) != ("layers",)]
     if others or not layouts:

@@ -245,7 +245,7 @@ class RunResult:
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Columns of all logged metrics by step, NaN where a step has none: metrics of an evaluation
+        """Columns of all logged metrics by step, NaN where a step lacks a metric. Metrics of an evaluation
         are eval_*, timings and memory perf/*.
         """
         by_step: dict[int, dict[str, Any]] = {}

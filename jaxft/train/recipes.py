@@ -125,9 +125,7 @@ class ModelKnobs:
         return None
 
     def build(self, weights: str | None = None) -> Model:
-        """Build the model. weights: of another model with the same settings of computation, such as a
-        reference.
-        """
+        """Build the model. weights: of another model with the same computation, such as a reference."""
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}

@@ -113,9 +113,9 @@ def evaluate_during(
 
 
 def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
-    """Return the job, with `done` as its last step if a callback has ended it there, or loop.patience
-    evaluations of every member were no better than one before. saved: what the checkpoint at that step
-    stores, None for a fresh run.
+    """Return the job, with `done` as its last step if a callback has ended it there, or if the last
+    loop.patience evaluations of every member were no better than an earlier one. saved: the JSON of the
+    checkpoint at that step, None for a fresh run.
     """
     patience, history = job.lead.run.loop.patience, (saved or {}).get("scores", [])
     by_callback = saved is not None and saved.get("ended_by") == "callback"
@@ -131,7 +131,7 @@ def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
     """Return the job as it continues after `done` steps; see ended_early.
 
     Its evaluations read the same rows as before, although their limit depends on loop.steps and
-    loop.eval_every, which may have changed. saved: what the checkpoint at that step stores, None for a fresh
+    loop.eval_every, which may have changed. saved: the JSON of the checkpoint at that step, None for a fresh
     run.
     """
     if saved is not None:

@@ -37,9 +37,9 @@ MAY_DIFFER = (
 class Sweep:
     """Runs that are trained together.
 
-    runs: by label, which is also the name of the member's folder. at_once: adapters that go through the
-    model in one forward pass, a divisor of their number; more of them cost activations and pay where one
-    leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
+    runs: by label, which is also the name of the member's folder. at_once: how many adapters go through the
+    model in one forward pass, a divisor of their number; more need memory for activations, and are faster if
+    one leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
     adapter, or with dropout.
     """
 

@@ -66,8 +66,8 @@ class Resolved:
 
     value: what the config returned, with fields replaced. knobs: the values of all knobs. fields: the values
     of the fields that dotted keys set. line: the recipe and the overrides as the command line has them.
-    defaults: of the knobs. chosen: settings that train/start/open_settings.py chose because the command
-    leaves them open.
+    defaults: the knobs' defaults. chosen: settings that train/start/open_settings.py chose because the
+    command leaves them open.
     """
 
     value: Any
@@ -134,12 +134,12 @@ def recipe_defaults(path: str) -> Any:
 
 
 def knob_names(recipe: Recipe) -> list[str]:
-    """The knobs of a config file, in order."""
+    """Return the names of a config file's knobs, in order."""
     return list(recipe_knobs(recipe))
 
 
 def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
-    """The knobs of a config file by name, in order."""
+    """Return a config file's knobs by name, in order."""
     return _knobs(_config_function(recipe)[0])
 
 
@@ -247,7 +247,7 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
-    """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    """Parse an override by its setting's annotation, or by the setting's value `now` if `kind` is unknown."""
     if isinstance(text, ObjectText):
         return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):
@@ -366,7 +366,7 @@ def _get(node: Any, steps: Steps) -> Any:
 
 
 def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
-    """The node with fields replaced, all fields of a dataclass at once, so that it checks them together."""
+    """Return `node` with fields replaced, all fields of a dataclass at once, as it checks them together."""
     values: dict[str, Any] = {}
     for name in dict.fromkeys(steps[0] for steps in fields):
         now = getattr(node, name)
@@ -393,7 +393,7 @@ def recipe_docstring(recipe: str) -> str:
 
 
 def knob_comments(recipe: Recipe) -> dict[str, str]:
-    """The comments that end the lines of a config file's knobs, by name."""
+    """Return the comment at the end of each knob's line in a config file, by the knob's name."""
     return _knob_comments(_config_function(recipe)[0])
 
 

@@ -408,7 +408,7 @@ def setting_names(recipe: str) -> list[str]:
 
 
 def settings_called(name: str, recipe: str) -> list[str]:
-    """Return the setting of a recipe with this name, or else those whose last part it is.
+    """Return the setting of a recipe with this name, or else the settings with this last part.
 
     >>> settings_called("eval_every", "sft")
     ['loop.eval_every']
@@ -432,7 +432,7 @@ def settings_file(path: str) -> str | None:
 
 
 def _has_rows(file: Path) -> bool:
-    """Whether a file has rows by its name, or is a JSON list."""
+    """Return whether a file has rows, by its name or because it is a JSON list."""
     if not file.is_file() or file.suffix.lower() not in (".json", *ROW_FILES):
         return False
     with file.open("rb") as stream:

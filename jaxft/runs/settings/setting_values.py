@@ -36,14 +36,14 @@ PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands 
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
-    """The members of a union annotation, or the annotation alone."""
+    """Return the members of a union annotation, or the annotation alone."""
     if typing.get_origin(kind) is typing.Annotated:
         return union_members(typing.get_args(kind)[0])
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON.
+    """Return a value as JSON, for the record of a run.
 
     A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
     or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. URLs lose
@@ -178,7 +178,7 @@ def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`a.b: 1 -> 2` for each place where two records differ; `absent` for a key that one of them lacks."""
+    """Return `a.b: 1 -> 2` for each difference of two records; `absent` is a key that a record lacks."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in dict.fromkeys([*old, *new]):
@@ -254,8 +254,8 @@ def short_path(file: Path) -> str:
 
 
 def may_define(file: Path, function: str) -> bool:
-    """Whether the source of a Python file defines or imports a function of this name; False for an object,
-    `config = DPOConfig(...)`, True for a file that cannot be read as Python.
+    """Return whether the source of a Python file defines or imports a function of this name: False for an
+    object such as `config = DPOConfig(...)`, True for a file that cannot be read as Python.
     """
     try:
         tree = ast.parse(file.read_bytes())
@@ -289,7 +289,7 @@ def run_file(file: Path) -> types.ModuleType:
         line = f":{error.lineno}" if error.lineno else ""
         raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}; correct it") from error
     except ValueError as error:  # a null byte, before Python 3.12
-        raise ValueError(f"{short_path(file)}: not a Python file ({error})") from error
+        raise ValueError(f"{short_path(file)}: not a Python file ({error}); name one") from error
     try:
         exec(code, module.__dict__)
     except (ValueError, OSError):
@@ -300,7 +300,7 @@ def run_file(file: Path) -> types.ModuleType:
 
 
 def format_error(error: BaseException, file: Path) -> str:
-    """The error's type and text with the last line of `file` in its traceback."""
+    """Return an error's type and text, with the number of the last line of `file` in its traceback."""
     lines, trace = [], error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(file):
@@ -401,7 +401,7 @@ def _marks(kind: Any) -> list[ShortNames]:
 
 
 def is_callable(kind: Any) -> bool:
-    """Whether an annotation, or a member of a union, is Callable."""
+    """Return whether an annotation, or a member of a union, is Callable."""
     members = union_members(kind)
     return collections.abc.Callable in (*members, *map(typing.get_origin, members))
 

@@ -231,8 +231,9 @@ class PairScore(NamedTuple):
 class Evaluated(NamedTuple):
     """The result of an evaluation.
 
-    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: one per
-    row, of metrics that are means over rows: of an accuracy 1, 0, or 1/2 for a tie; NaN for no value.
+    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: for
+    each metric that is a mean over rows, one value per row; an accuracy's is 1, 0, or 1/2 for a tie. NaN: no
+    value.
     """
 
     metrics: dict[str, float]

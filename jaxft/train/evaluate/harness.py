@@ -270,7 +270,7 @@ def make_harness_model(backend: HarnessBackend) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):
-        """The names and parameters are lm_eval's."""
+        """A model of lm_eval, which gives its methods their names and parameters."""
 
         tokenizer = backend.tokenizer
         tokenizer_name = str(backend.tokenizer.name_or_path).replace("/", "__")
@@ -507,8 +507,8 @@ def require_harness() -> None:
 
 
 def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
-    """Return tasks and groups with their rows. names: of lm-evaluation-harness, patterns such as "arc_*", or
-    YAML files. folder: where further tasks are.
+    """Return tasks and groups with their rows. names: tasks of lm-evaluation-harness, patterns such as
+    "arc_*", or YAML files. folder: where further tasks are.
 
     Raises ValueError for an unknown name, and for a task whose configuration or rows cannot be read.
     """

@@ -369,7 +369,7 @@ def _prompt_name(text: PromptText, number: int) -> str:
 
 
 class ScoredPrompt(NamedTuple):
-    """A prompt of a file with the columns of its row, and "answer": the row's own, or else its response."""
+    """A prompt of a file with its row's columns. "answer" is the row's response if it has no such column."""
 
     row: str
     prompt: Chat | Completion

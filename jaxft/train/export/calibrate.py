@@ -101,7 +101,7 @@ class Calibration:
 class CalibrationPlan:
     """The inputs of a calibration, and their name in the cache.
 
-    ref: where the base comes from. ranks: of low-rank corrections, see calibrated_base.calibrate_layers.
+    ref: where the base comes from. ranks: ranks of low-rank corrections, see calibrate_layers.
     """
 
     name: str
@@ -179,7 +179,7 @@ def plan_file(
 
 
 def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan | None:
-    """Return the calibration of a run's base, None if it has none. source: of the run's rows.
+    """Return the calibration of a run's base, None without quant.calibrate. source: the run's rows.
 
     Raises ValueError for rows that cannot be used.
     """
@@ -210,8 +210,8 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
 
 
 def _as_in_run(run: Run, quant: Quant) -> Calibration:
-    """Return the calibration rows of a file, read and rendered as the run's own; columns are renamed if these
-    are rows of SFT too.
+    """Return the settings of calibration rows in a file, read and rendered like the run's rows. data.columns
+    applies to them if the run's rows are for SFT.
     """
     assert quant.calibrate is not None
     rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
@@ -271,7 +271,7 @@ def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
 def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progress) -> None:
     """Compute the calibrated codes of a run, or find them in the cache; every process calls it.
 
-    folder: of the run, in which their hash is recorded. Raises ValueError if the codes differ from the
+    folder: the run's, in which their hash is recorded. Raises ValueError if the codes differ from the
     recorded ones, or between processes.
     """
     if plan is None:

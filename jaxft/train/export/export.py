@@ -136,9 +136,10 @@ def export_model(
 ) -> str:
     """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16; a
-    multimodal model keeps the dtype of its files, and its unchanged weights are copies. text_only: write
-    only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
+    After an error there is no folder. dtype: dtype of the weights that are not quantised, by default
+    bfloat16; a multimodal model keeps the dtype of its files, and its unchanged weights are copies.
+    text_only: write only the text decoder of such a model. Raises ValueError for an `out` that check_output
+    refuses.
 
         export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
     """
@@ -200,7 +201,7 @@ def _readers(source: ExportSource) -> dict[str, ParamReader]:
 
 
 def _changed_paths(source: ExportSource, merged: Params) -> set[str]:
-    """Return the parameters whose merged values are not those in the source's files."""
+    """Return the parameters whose merged values differ from the source's files."""
     rounded = quantised_paths(source.model.specs, source.quant) if source.quant else ()
     new = {path for path in tree.paths(merged) if path not in source.model.weight_names}
     return {*lora.pairs_by_path(source.adapter), *rounded, *new}
@@ -221,7 +222,7 @@ def merged_base(source: ExportSource) -> Params:
 
 
 def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer | None) -> Card:
-    """The model card of an exported folder."""
+    """Return the model card of an exported folder."""
     merged = " with a LoRA adapter merged into it" if source.adapter else ""
     text = f"`{base_name(source.ref)}`{merged}, written by jaxft."
     library = "transformers"

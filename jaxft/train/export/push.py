@@ -85,7 +85,7 @@ def finished_run(folder: Path) -> Path | None:
 
 
 def _weights_of(run: Path) -> Path:
-    """The folder of a run's weights, which exists if the run is finished."""
+    """Return the folder of a run's weights, which exists if the run is finished."""
     return run / "adapter" if (run / "adapter").is_dir() else run / "model"
 
 
@@ -106,7 +106,7 @@ def run_of_weights(folder: Path) -> Path | None:
 
 
 def _folder(folder: Path, repo: str) -> Push:
-    """The files of a folder of weights."""
+    """Return the files to push from a folder of weights. repo: org/name."""
     check_results(folder)
     templates = folder / TEMPLATES_FOLDER
     inside = templates.iterdir() if templates.is_dir() else ()

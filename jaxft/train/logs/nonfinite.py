@@ -46,7 +46,7 @@ ArraysByPath = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Norms of a step: of parameters and gradients by path, [L] if stacked; of layer outputs in each pass."""
+    """Norms of a step: parameters' and gradients' by path, [L] if stacked; layer outputs' for each pass."""
 
     parameters: ArraysByPath
     gradients: ArraysByPath
@@ -249,7 +249,7 @@ def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str
 def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tuple[str, np.ndarray]:
     """Return (which layer's output is the first that is not finite, its rows [micro, rows]); "" for none.
 
-    outputs, of_teacher: of each pass of the model and of the second model, [micro, 1 + layer, row].
+    outputs, of_teacher: norms [micro, 1 + layer, row] of each pass of the model and of the second model.
     """
     whose = [""] * len(outputs) + [" of the second model"] * len(of_teacher)
     for norms, model in zip([*outputs, *of_teacher], whose, strict=True):

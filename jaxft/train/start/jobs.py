@@ -66,7 +66,7 @@ class Job:
     sources: one for all members, or one for each. steps: the number of the last step. planned: the number of
     steps by the settings, greater than `steps` if ended_by ended the job early. stop: the token ids that end
     a completion. all_general: batches of the general text. sweep: its settings, None for a single run.
-    calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest: the shape
+    calibration: the base's, None if it is not calibrated. limit: how much evaluations read. widest: the shape
     that batches are padded to, None for the smallest one that holds the batches of every source.
     """
 
@@ -151,7 +151,8 @@ class Job:
     ) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores in addition to the states.
 
-        saved: of the checkpoint before, or of the evaluation before the first step. logged: see Logs.sync.
+        counters: see Meters.counters. saved: the JSON of the checkpoint before, or what evaluate_start
+        returned. logged: see Logs.sync.
         """
         return {
             "records": {member.label: member.record for member in self.members},

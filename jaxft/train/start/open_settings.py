@@ -110,7 +110,7 @@ def fitted(
 
 
 def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does. Raises ValueError or OSError for rows or a tokenizer that cannot be read."""
+    """Do the same as `fitted`. Raises ValueError or OSError if rows or tokenizer cannot be read."""
     run, lines = settings.value, _first_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
     if recorded:
@@ -129,9 +129,9 @@ def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolv
 
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does, without any download: with the recipe's own lengths, and a warning, if the
-    rows or the tokenizer are not files of this machine or cannot be read. Raises ValueError for rows of this
-    machine that a run would refuse.
+    """Do the same as `fitted` without any download. If the rows or the tokenizer are not on this machine or
+    cannot be read, return the settings unchanged, with a warning. Raises ValueError for rows on this machine
+    that a run would refuse.
     """
     names = _open_names(settings)
     if not names and not _has_own_rows(settings):
@@ -227,7 +227,7 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
 
 
 def _budget(settings: Resolved) -> int:
-    """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or the recipe's own."""
+    """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or more if the recipe has more."""
     data: Any = settings.value.data
 
     def own(name: str) -> int:
@@ -244,8 +244,8 @@ def _budget(settings: Resolved) -> int:
 class Fit:
     """A run, the lengths of its rows, and what its settings may cost.
 
-    budget: the largest number of tokens of a microbatch. remat: of the model. devices: over which rows may
-    be divided.
+    budget: the largest number of tokens of a microbatch. remat: the model's setting. devices: how many
+    devices the rows of a microbatch may be sharded over.
     """
 
     run: Run
@@ -483,7 +483,7 @@ def _first_lines(settings: Resolved) -> list[str]:
 
 
 def _reward_lines(settings: Resolved) -> list[str]:
-    """Return a line if the recipe's own reward scores other rows than the recipe's."""
+    """Return a line if the recipe's reward is used with the user's rows."""
     data: Any = settings.value.data
     knob = next((name for name in ("rewards", "reward") if name in settings.knobs), None)
     if not isinstance(data, Rollouts) or knob is None or not _is_open(settings, knob):
@@ -501,7 +501,7 @@ def _reward_lines(settings: Resolved) -> list[str]:
 
 
 def _environment_lines(settings: Resolved) -> list[str]:
-    """Return a line if the recipe's own environment is used with the user's rows, tools or rewards."""
+    """Return a line if the recipe's environment is used with the user's rows, tools or rewards."""
     knobs, defaults, data = settings.knobs, settings.defaults, settings.value.data
     given = any(knobs.get(name) != defaults.get(name) for name in ("data", "tools", "rewards"))
     environment = defaults.get("environment")

@@ -120,7 +120,7 @@ def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
 
 
 def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition:
-    """Return the partition with a teacher's own weights stored as its settings say."""
+    """Return the partition with the storage of a teacher that has its own weights."""
     if teacher is None or teacher.model is None:
         return parts
     own = {f"{TEACHER}/{path}": storage for path, storage in _stored(teacher).storage.items()}
