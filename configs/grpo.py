@@ -99,7 +99,7 @@ def config(
             "use loss=unclipped"
         )
     if kl_in == "rewards" and not beta:
-        raise ValueError("kl_in=rewards needs a beta above 0")
+        raise ValueError("kl_in=rewards needs a beta above 0; set beta=0.05")
     if advantage is maxrl and (missing_eos or overlong is not None or kl_in == "rewards"):
         raise ValueError(
             "advantage=maxrl divides by the mean score, which missing_eos, overlong and kl_in=rewards make "
@@ -111,7 +111,7 @@ def config(
     all_rewards: tuple[Any, ...] = (*prompts.rewards(rewards, exact), *models)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     if other.reference_model and not beta:
-        raise ValueError(f"reference_model={other.reference_model} needs a KL penalty: a beta above 0")
+        raise ValueError(f"reference_model={other.reference_model} needs a KL penalty; set beta=0.05")
     penalty: Any = beta
     if kl_in == "rewards":
         penalty = KLInReward(FixedKL(beta, k1, other.penalty_reference))

@@ -17,7 +17,7 @@ reference_model=.
 classifier with one label in a folder or as org/name@revision, which is a separate model, stored in bfloat16
 or as set by quant=; or a function of (prompt, completion, row). `critic` is one of
     fresh    a fresh adapter and head
-    reward   the same, starting as the reward model; the default where that shares the base
+    reward   the same, starting as the reward model; the default if the reward model shares the base
     shared   a head on the policy's hidden states, which saves the critic's passes; the default otherwise
     full     a separate model, trained in full
 

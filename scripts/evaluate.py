@@ -103,7 +103,7 @@ def arguments(
 ) -> argparse.Namespace:
     """Parse and check the command line, and fill in the defaults of options that were not given.
 
-    argv: its arguments, by default those of this process. scores: functions, as if --by had named them.
+    argv: arguments, by default of this process. scores: functions, as if --by had named them.
     """
     from jaxft.cli.cli import check_weights_options
 
@@ -271,7 +271,8 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if task == SFT:
         if args.out:
             raise ValueError(
-                "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
+                "--out writes results of pairs, decisions or completions; these rows only have a loss; "
+                "omit --out"
             )
         held, row_loss = {"held_out": args.file, "packing": args.packing}, make_row_loss(model)
         return {
@@ -308,7 +309,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
         )
     if args.out:
         raise ValueError(
-            "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
+            "--out writes results of pairs, decisions or completions; these rows only have a loss; omit --out"
         )
     row_loss = make_row_loss(model, args.check)
     return {name: row_loss(one, rows) for name, one in loaded.items()}

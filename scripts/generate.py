@@ -140,7 +140,7 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     if args.file and args.file.endswith(".txt"):
         path = find_data(args.file)
         if path is None or not path.is_file():
-            raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
+            raise FileNotFoundError(f"--file {args.file}: no such file (in {Path.cwd()}); use another")
         try:
             with path.open(encoding="utf-8-sig") as file:
                 lines = list(enumerate((line.rstrip("\n") for line in file), 1))

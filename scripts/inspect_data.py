@@ -330,7 +330,7 @@ def show_episodes(folder: Path, args: argparse.Namespace) -> int:
     record = runfolder.read_saved_json(folder / "config.json")
     data = loaded_weights.recorded_data(record)
     if not isinstance(data, Prompts):
-        raise ValueError(f"{folder} has no episodes to show: only runs of reinforcement learning sample them")
+        raise ValueError(f"{folder} has no episodes, which only reinforcement learning samples; use --config")
     number = args.step // data.steps_per_rollout
     tokenizer, console = pretrained.load_tokenizer(record["weights"]), Console(highlight=False)
     for example in itertools.islice(inspect_episodes(folder, number), args.rows):

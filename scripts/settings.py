@@ -5,8 +5,8 @@
     python scripts/settings.py learning_rate      # a name of TRL, PEFT, Axolotl, LLaMA-Factory or Unsloth
     python scripts/settings.py dpo loss           # knobs too, with the defaults of a recipe
 
-Without a recipe the defaults of the sections are listed, and those of sft, dpo, reward and grpo if they
-differ. A setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
+Without a recipe it lists the defaults of the sections, and other defaults in sft, dpo, reward and grpo. A
+setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
 """
 
 import argparse

@@ -106,7 +106,7 @@ EXAMPLES = "h100:8, h100:2x8 (hosts x GPUs), 24gb (a GPU of that memory), v5e:4x
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices to compile for and their chip, which is None if CHIPS has no such chip."""
+    """Devices to compile for and their chip, None if the chip is not in CHIPS."""
 
     name: str
     chip: Chip | None
@@ -223,8 +223,8 @@ def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(
-            f"compiling for {kind} needs jax's CUDA plugin: pip install 'jaxft[cuda12]'; `jaxft plan` alone "
-            f"prints what fits where ({reason})"
+            f"compiling for {kind} needs jax's CUDA plugin: pip install 'jaxft[cuda12]'; without it, `jaxft "
+            f"plan` without arguments prints what fits where ({reason})"
         ) from e
 
 

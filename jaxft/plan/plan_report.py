@@ -416,7 +416,7 @@ def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
 
 
 def changed_knobs(settings: Resolved) -> list[Change]:
-    """Return the changes of the recipe's knobs, some of which, such as loss=ipo, are no field of the run."""
+    """Return the changes of the recipe's knobs; some knobs, such as loss, are not fields of the run."""
     return [
         (name, as_written(knob.default, knob.kind), as_written(settings.knobs[name], knob.kind))
         for name, knob in recipe_knobs(settings.line[0]).items()

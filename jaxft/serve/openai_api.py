@@ -278,7 +278,7 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
-        raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS}", "stop")
+        raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS} strings", "stop")
     if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
         raise ApiError(400, f"stop: strings must have 1 to {LONGEST_STOP} characters", "stop")
     return tuple(stops)

@@ -73,8 +73,8 @@ def chat_prompt(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation that ends before an assistant turn.
 
-    Raises ValueError for messages that are wrong, or that the model's chat template rejects, for tools that
-    it does not render, and for a text of more tokens than `most`, of which only the beginning is tokenised.
+    Raises ValueError for messages that are wrong or that the model's chat template rejects, for tools that
+    the template does not render, and for more than `most` tokens (a longer text is not tokenised to its end).
     """
     _require_chats(model)
     fields: dict[str, Any] = {"messages": list(messages)}

@@ -13,8 +13,8 @@ loss's minimiser on them is printed as `limit`.
 
 Each world is a study: a random Llama with one layer, successive halving of `--trials` trials of learning rate
 and beta, three seeds of the best setting. The full grid trains every trial with every seed to the end, by the
-same compiled program in the same process, before or after the study in turn. Times are those of training,
-evaluation and writing, without compilation.
+same compiled program in the same process, before or after the study in turn. Times include training,
+evaluation and writing, not compilation.
 
 Two busy AVX512 cores, --worlds 10 --grids 2: the planted best is found in 10 of 10 worlds, in 0.257 of the
 full grid's seconds and 0.210 of its steps (commit adec3de8).

@@ -2,7 +2,7 @@
 
     python scripts/bench/bench_sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 [--alone 2]
 
-`whole` is the ratio of the sweep command's time to that of all single runs. Only the first --alone members
+`whole` is the sweep command's time divided by the time of all single runs. Only the first --alone members
 are run singly (half of them before the sweep, half after), and their mean is used for the others. `step` is
 the ratio of the sweep's median step time to the time of as many single steps. Peaks are the processes' memory
 peaks, reported by the operating system.

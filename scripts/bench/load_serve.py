@@ -5,11 +5,11 @@
 The script starts scripts/serve.py on this machine's own address, requests each of --pool different
 completions alone, and then lets --clients request them for --seconds in random order, most of them streamed.
 One more client sends malformed requests, and another leaves in the middle of its streams. The last line is a
-JSON object: `wrong` are responses that differ from the one alone; `errors` are statuses other than 200 and
-429 for correct requests, or other than 4xx for malformed ones; `rss_mb`, `files` (descriptors) and `threads`
-of the server are measured before the load, a minute into it, and after it; `compiled` counts programs that
-were compiled during the load. The exit code is 1 if a response is wrong or an error, or if the number of
-programs or open files has grown. Linux only.
+JSON object: `wrong` are responses that differ from those without load; `errors` are statuses other than 200
+and 429 for correct requests, or other than 4xx for malformed ones; `rss_mb`, `files` (descriptors) and
+`threads` of the server are measured before the load, a minute into it, and after it; `compiled` counts
+programs that were compiled during the load. The exit code is 1 if a response is wrong or an error, or if the
+number of programs or open files has grown. Linux only.
 """
 
 import argparse

@@ -170,7 +170,7 @@ def _span(source: bytes, node: Any) -> tuple[int, int]:
 
 
 def _offset(source: bytes, line: int, column: int) -> int:
-    """Return the byte offset of a place in a text; ast counts columns in bytes."""
+    """Return the byte offset of a line (from 1) and column in a text; ast counts columns in bytes."""
     return sum(map(len, source.splitlines(keepends=True)[: line - 1])) + column
 
 

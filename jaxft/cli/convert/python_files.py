@@ -526,7 +526,7 @@ def _stoppers(tree: ast.Module) -> set[str]:
 
 
 def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
-    """Whether a trainer's callbacks are EarlyStoppingCallbacks alone, whose arguments are options."""
+    """Whether all callbacks of a trainer are EarlyStoppingCallbacks, whose arguments are options."""
     given = next((k.value for k in node.keywords if k.arg == "callbacks"), None)
     return isinstance(given, ast.List) and all(ast.unparse(each) in stoppers for each in given.elts)
 

@@ -104,7 +104,8 @@ def read(file: Path) -> ForeignConfig:
     if file.suffix in (".sh", ".bash", ".slurm", ".sbatch", ".txt", ".md", ""):
         return read_commands(file, text)
     raise ValueError(
-        f"{file}: convert reads YAML (.yml, .yaml), Python (.py), notebooks (.ipynb) and shell scripts (.sh)"
+        f"{file}: convert reads YAML (.yml, .yaml), Python (.py), notebooks (.ipynb) and shell scripts "
+        "(.sh); name one of these"
     )
 
 
