@@ -139,7 +139,7 @@ class DecisionRows(Rows):
 
     @property
     def batches(self) -> Callable[..., PackedBatches]:
-        """The layout of the batches."""
+        """The BatchLayout class of these rows."""
         return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
@@ -147,8 +147,8 @@ class DecisionRows(Rows):
         return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
 
     def settled(self, train: Sequence[TokenisedRows]) -> "DecisionRows":
-        """Return the settings with the labels of the training rows, if these have any and data.labels names
-        none. Raises ValueError for sources with different labels.
+        """Return the settings with the labels of the training rows, if these have any and data.labels is
+        empty. Raises ValueError for sources with different labels.
         """
         label_sets = dict.fromkeys(rows.labels for rows in train if rows.labels)
         if len(label_sets) > 1:

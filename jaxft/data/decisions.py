@@ -108,7 +108,7 @@ def user_messages(text: str, system: str | None = None) -> list[Message]:
 @dataclass(frozen=True)
 class DecisionPrompts:
     """The parts of a decision model's prompts that all rows share: the labels of a classifier in the order of
-    their letters, () of others, and data.question.
+    their letters, () for other models, and data.question.
     """
 
     labels: tuple[str, ...] = ()
@@ -205,7 +205,7 @@ def label_names(value: Any) -> Iterable[str]:
 def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
     """Return the labels of rows in the order of their letters: numbers by size, others as text.
 
-    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for less than
+    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for fewer than
     two labels, and for more than there are letters.
     """
     distinct = {*labels}
@@ -436,7 +436,7 @@ def answer_tokens(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids of a prefix, and the token of each answer after it.
 
-    Raises ValueError for an answer that is not one token of its own there.
+    Raises ValueError for an answer that is not a single token there.
     """
     encoded = tokenizer([prefix, *(prefix + x for x in answers)], add_special_tokens=False).input_ids
     before, *answer_ids = encoded if prefix else ([], *encoded[1:])

@@ -244,7 +244,7 @@ class PairBatches(source.BatchLayout[Pairs]):
         return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
     def positions(self, batch: Pairs) -> int:
-        """Return how many values metrics.PerRow has: one of each slot."""
+        """Return how many values metrics.PerRow has: one for each slot."""
         return batch.index.size
 
     def name_at(self, batch: Pairs, number: int, position: int) -> str:

@@ -182,7 +182,7 @@ class Prompts(DataSettings):
 
 
 def padded_length(size: int) -> int:
-    """Return the next multiple of LENGTH_STEP."""
+    """Round a length up to a multiple of LENGTH_STEP."""
     return round_up(size, LENGTH_STEP)
 
 
@@ -207,7 +207,8 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
 class PromptRows:
     """The training or the held-out prompts of a split, in the order of `chosen`, their indices in split.rows.
 
-    settings: of each dataset of this side. source_names: names of these datasets, () for a single one.
+    settings: the RowSettings of each dataset of this side. source_names: names of these datasets, () for a
+    single one.
     """
 
     split: SplitRows

@@ -113,7 +113,7 @@ class Rows(DataSettings):
 
     @property
     def batches(self) -> "Callable[..., PackedBatches]":
-        """The layout of the batches."""
+        """The BatchLayout class of these rows."""
         return PackedBatches
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
@@ -507,7 +507,7 @@ class SolutionRows(Rows):
 
     @property
     def batches(self) -> type[PackedBatches]:
-        """The layout of the batches."""
+        """The BatchLayout class of these rows."""
         return StepBatches
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:

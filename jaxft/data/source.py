@@ -35,7 +35,9 @@ class Prompt(NamedTuple):
 
 
 class HeldOutMetrics(NamedTuple):
-    """Held-out metrics of a source that evaluates itself, and values of single rows by their position."""
+    """Held-out metrics of a source that evaluates itself, and metrics of single rows by `held_out_name`'s
+    position.
+    """
 
     metrics: dict[str, float]
     rows: dict[int, dict[str, float]]
@@ -63,8 +65,8 @@ class SourceStats:
 class RowStats(SourceStats):
     """Statistics of tokenised rows.
 
-    truncated: number of truncated examples. tokens: of the first epoch. learned_tokens: tokens of the first
-    epoch with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
+    truncated: number of truncated examples. tokens: tokens of the first epoch. learned_tokens: its tokens
+    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
     batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
     slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
     """
@@ -320,8 +322,8 @@ class RowSource(Generic[SomeBatch]):
 def row_stats(
     layout: BatchLayout[Any], noun: str, shape: tuple[int, int], learned: tuple[int, str]
 ) -> RowStats:
-    """Count rows and tokens of the first epoch. noun: for the examples, such as "pairs". shape: tokens and
-    read positions of a row. learned: the number of tokens with a loss, and the line about them.
+    """Count rows and tokens of the first epoch. noun: a name for the examples, such as "pairs". shape: tokens
+    and read positions of a row. learned: the number of tokens with a loss, and the line about them.
     """
     split, rows, plan = layout.split, layout.split.rows, layout.plan(0)
     tokens, truncated = int(plan.lengths_of(layout.lengths).sum()), int(rows.truncated.sum())

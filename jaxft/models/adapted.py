@@ -8,7 +8,7 @@ base, each with its adapter and head under its name: {"base", "adapter", "critic
 QERA), these models see that base together with the adapter as it is at step 0, "initial_adapter", which is
 frozen: with the residual base alone they would compute something else.
 
-The second, frozen model is a teacher, or a reference policy with weights of its own. Its parameters are named
+The second, frozen model is a teacher, or a reference policy with separate weights. Its parameters are named
 "teacher": {"base", "adapter"}, without "base" if it shares the run's. A teacher that is the run's base
 without an adapter has no parameters and takes no memory. An objective reads it as it reads the run's model,
 with the same parameters and log-probs of both in one pass over the heads:

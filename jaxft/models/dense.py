@@ -71,8 +71,9 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer of a stack's blocks. layer: computes it. mixer(config, attention settings of these layers): how
-    it mixes tokens. name: the key of its parameters in the stack's, if a block has several layers.
+    """A layer of a stack's blocks. layer: the function that computes it. mixer(config, attention settings of
+    these layers): how it mixes tokens. name: the key of its parameters in the stack's, if a block has several
+    layers.
     """
 
     layer: LayerFunction

@@ -25,8 +25,8 @@ class DenseConfig:
 
     heads * head_dim may differ from width. tied: the embedding is also the head. rope: rope of all layers; in
     families with a second one, of the layers with full attention. max_positions: tokens of the longest row.
-    activation: of the gated MLP; gelu is exact, gelu_tanh its tanh approximation. Raises ValueError for a
-    value out of range.
+    activation: the gated MLP's activation; gelu is exact, gelu_tanh its tanh approximation. Raises ValueError
+    for a value out of range.
     """
 
     vocab: Size

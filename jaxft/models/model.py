@@ -59,7 +59,7 @@ class ModelConfig(Protocol):
 
     @property
     def max_positions(self) -> int:
-        """The longest row."""
+        """Tokens of the longest row."""
 
 
 def no_scalar_head(params: Params, h: Array) -> Array:
@@ -131,7 +131,7 @@ Config = TypeVar("Config", bound=ModelConfig)
 class ForwardOptions(Generic[Config]):
     """The compute options of a family's forward pass.
 
-    dtype: of activations and matmuls. residual: of the residual stream between layers. remat: see
+    dtype: dtype of activations and matmuls. residual: dtype of the residual stream between layers. remat: see
     nn.stack.RematPolicy.
     """
 

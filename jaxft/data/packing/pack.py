@@ -263,7 +263,7 @@ def number_groups(values: Shaped[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Return the next multiple of `multiple`."""
+    """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 

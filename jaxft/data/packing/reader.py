@@ -522,7 +522,7 @@ def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     """Return the rows that warnings are derived from: the first, and the first with a system message and with
     tools.
 
-    rows: the valid ones. columns: see data.columns.
+    rows: valid rows. columns: see data.columns.
     """
     return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
 

@@ -514,9 +514,9 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
 
 
 def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the JSON schema of a function, as a row's tools have it, from its signature and docstring.
+    """Return the JSON schema of a function in the form of a row's tools, from its signature and docstring.
 
-    Raises ValueError if they lack types or descriptions, or if an argument cannot be passed by its name.
+    Raises ValueError if these lack types or descriptions, or if an argument cannot be passed by its name.
     Example: tool_schema(add) is {"type": "function", "function": {"name": "add", "description": ...}}.
     """
     from transformers.utils import get_json_schema

@@ -95,8 +95,8 @@ def saved_splits(path: Path) -> list[str]:
 
 
 def evaluation_split(ref: str) -> str | None:
-    """Return FOLDER:SPLIT, the split for evaluation of a folder as DatasetDict.save_to_disk writes; None
-    without any.
+    """Return FOLDER:SPLIT for the evaluation split of a folder that DatasetDict.save_to_disk has written;
+    None without such a split.
     """
     try:
         path = find_data(ref)
@@ -223,8 +223,8 @@ def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
 
 
 def _split_notes(folder: Path, files: list[Path]) -> list[str]:
-    """Return a line if files of a folder are named as a split for training and others as one for evaluation:
-    all of them are read.
+    """Return a line if a folder has files named like a training split and files named like an evaluation
+    split: all of them are read for training.
     """
     words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
     train = [name for name, parts in words.items() if "train" in parts]

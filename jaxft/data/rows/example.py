@@ -82,8 +82,8 @@ class DecisionChoice:
 class Decision:
     """A question to a model: the messages of its prompt, and the choices.
 
-    answers: the response for each choice, after `prefix`; each is one token. probabilities: of the choices,
-    which sum to 1; () where they are not known. arguments: as in Chat.
+    answers: the response for each choice, after `prefix`; each is one token. probabilities: one for each
+    choice, with sum 1; () if unknown. arguments: as in Chat.
     """
 
     name: str

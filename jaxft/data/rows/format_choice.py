@@ -530,7 +530,8 @@ def _other_task(row: Row, formats: Formats) -> str | None:
 
 def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
     """Return the missing columns of the nearest format: it lacks the fewest columns for which no name of the
-    row may be meant, then it has the most others. If all lack all their columns, return those of an example.
+    row may be meant, then it has the most others. If every format lacks all its columns, return the columns
+    of an example format.
     """
     near: list[tuple[int, int, list[str]]] = []
     named = [

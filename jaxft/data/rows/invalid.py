@@ -1,5 +1,5 @@
 """Invalid rows: the error of a row, and whether it ends the run or only excludes the row (`data.invalid`):
-FEW leaves out up to FEW_ROWS of a dataset, as most public ones need, and takes more for a mistake.
+FEW leaves out up to FEW_ROWS of a dataset, as most public ones need, and ends the run if there are more.
 
 Code that reads, normalises, renders or tokenises a row raises InvalidRow. Loops over rows pass these errors
 on as values (`attempt`, `valid`) up to `InvalidRows.skip`, which raises or collects them.

@@ -1,6 +1,6 @@
 """Mix several sources of rows by weights, as in data=a.jsonl,b.parquet:0.3,org/name:train:0.2.
 
-A source's columns and format, where they differ from data.columns and data.format, are written behind it:
+A source's columns and format, where they differ from data.columns and data.format, follow it after colons:
 data=a.jsonl:prompt=question:completion=answer,b.csv:format=instruction:0.3.
 
 Which rows of each source an epoch contains is a pure function of (numbers of rows, weights, seed, epoch).
@@ -53,9 +53,9 @@ class SourceRef:
 def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ...]:
     """Return the sources that a setting names, separated by commas, with their fractions of an epoch.
 
-    A source's weight is a number after a colon, and an option NAME=VALUE after one. If all sources have
-    weights, these are divided by their sum; if only some have, their weights are fractions, and the others
-    divide the rest evenly. Raises ValueError for other weights, and for a source that is named twice.
+    A source's weight is a number after a colon; an option NAME=VALUE also follows a colon. If all sources
+    have weights, these are divided by their sum; if only some have, their weights are fractions, and the
+    others divide the rest evenly. Raises ValueError for other weights, and for a source that is named twice.
     """
     if "," not in text or _find(text) is not None:
         bare, options = _split_options(text, setting)

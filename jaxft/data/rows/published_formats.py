@@ -164,7 +164,7 @@ def ranking_note(settings: RowSettings) -> str:
 
 
 def _first(row: Row, names: Sequence[str]) -> str:
-    """Return the first of the columns that is not null, or that the row has."""
+    """Return the first of the columns that is not null; if all are null, the first that the row has."""
     there = [name for name in names if name in row.fields]
     return next((name for name in there if row.fields[name] is not None), there[0])
 
@@ -197,7 +197,9 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
 
 
 def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
-    """Return the rating of each response, from a parallel column or its own; None without any."""
+    """Return the rating of each response, from a parallel column or the response's own key; None without
+    ratings.
+    """
     parallel = next((name for name in RATINGS if _is_list(row.fields.get(name))), None)
     if parallel is not None:
         values = list_of(row, parallel)

@@ -344,7 +344,7 @@ def read_json(path: Path) -> Iterator[Outcome]:
 
 
 def _key_of_rows(value: dict[str, Any]) -> str | None:
-    """Return the key of a file's only object under which it has a list of rows, None without one."""
+    """Return the key of the list of rows in a file that is one object, None without such a list."""
     lists = (key for key in KEYS_OF_ROWS if isinstance(value.get(key), list) and value[key])
     return next((key for key in lists if all(isinstance(row, dict) for row in value[key])), None)
 

@@ -50,7 +50,7 @@ def wide_encoding(path: Path) -> str | None:
 def sniff_encoding(path: Path) -> str:
     """Return the encoding of a text file, by its byte order mark or by all of its bytes.
 
-    A file that is not UTF-8 is cp1252 if its bytes above 127 are few, and nearly all where that encoding has
+    A file that is not UTF-8 is cp1252 if its bytes above 127 are few, and in that encoding nearly all are
     letters inside words, quotes or dashes; up to two thirds may be words of one letter. A file with any
     multi-byte character of UTF-8 is damaged UTF-8, whose invalid rows the readers find.
     """
@@ -104,7 +104,8 @@ def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator
 
     label: the file in the rows' names. sample_by: "document" is the file, or each part of it between lines
     <|endoftext|>; "paragraph" also divides it at blank lines, and "line" after each line. Blank parts are no
-    rows. Raises ValueError for a part of more than LINE_BYTES, and for bytes that are not of the encoding.
+    rows. Raises ValueError for a part of more than LINE_BYTES, and for bytes that the encoding does not have;
+    with UTF-8, a part with such bytes is an InvalidRow instead.
     """
     errors = "surrogateescape" if encoding == UTF8 else "strict"
     with path.open(encoding=encoding, errors=errors) as file:  # line ends become \n

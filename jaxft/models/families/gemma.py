@@ -291,7 +291,7 @@ FOUR_NORMS: WeightNames = {
 
 @dataclass(frozen=True)
 class Gemma3Config(Gemma2Config):
-    """Sizes of a Gemma 3. rope: of layers with full attention; local_rope: of layers with a window."""
+    """Sizes of a Gemma 3. rope: for layers with full attention; local_rope: for layers with a window."""
 
     local_rope: Rope = Rope()
 
