@@ -81,8 +81,8 @@ class ChoiceText:
 
 
 class Generation:
-    """The choices of a request that is queued. Iterate over `pieces`, and call `cancel` in any case at the
-    end.
+    """The choices of a request that is queued. Iterate over `pieces`, and call `cancel` at the end, also
+    after an error.
     """
 
     def __init__(self, choices: list[ChoiceText], prompt_tokens: int, count: int):

@@ -10,9 +10,9 @@ Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, and for dpo
 and a question, and the rejected response ends in a wrong number. The programs are those of scripts/train.py.
 
 `tokens_per_second` is all tokens divided by all seconds of the steps after the first two. Only tokens of the
-rows count, without padding and added EOS; for dpo those of prompt and chosen plus those of prompt and
-rejected. `peak_rss_gib` is the process's peak reported by the operating system, including loading and
-compilation; on an accelerator it is host memory only.
+rows count, without padding and added EOS; for dpo a prompt counts with each of its two responses.
+`peak_rss_gib` is the process's peak reported by the operating system, including loading and compilation; on
+an accelerator it is host memory only.
 """
 
 import argparse
