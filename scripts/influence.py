@@ -69,7 +69,7 @@ def duplicate_lines(gradients: Any) -> list[str]:
 
 
 def leave_out(run: Any) -> int:
-    """Train without each source, and print what that changes."""
+    """Train without each source, and print the changes of the held-out loss."""
     from jaxft.lab.influence import train_without_sources
 
     effects = train_without_sources(run)

@@ -166,7 +166,7 @@ def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
 
 
 def limits_table(data: Data, lengths: RowLengths, context: int) -> Table:
-    """Return the fractions and costs of limits of the rows' lengths."""
+    """Return a table of limits of a row's length: the rows and tokens that each keeps, and its cost."""
     result = Table(box=None, pad_edge=False, header_style="dim")
     name = data.length_settings[0]
     longer = "split" if data.too_long == "split" else "truncated"

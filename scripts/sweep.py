@@ -103,8 +103,8 @@ def sweep_name(option: str | None, overrides: list[str]) -> tuple[str | None, li
 
 
 def lines_of_runs(about: Mapping[str, list[str]]) -> list[str]:
-    """Return lines about each run, by label, as one list: lines that all runs have once, others with the
-    label.
+    """Return lines about runs, given by label, as one list: the lines once if all runs have the same ones, or
+    each line with its run's label.
     """
     first, *others = about.values()
     if all(lines == first for lines in others):

@@ -316,7 +316,7 @@ PROMPTS_NOTE = "They are prompts, from which completions are sampled, and have n
 
 
 def data_section(runs: Runs) -> str:
-    """Statistics of the training rows, and examples token by token; runs with the same data together."""
+    """Statistics of the training rows, and examples token by token; runs with equal data share them."""
     parts = []
     groups = grouped((run.name, run.data) for run in runs)
     for names, data in groups[:KINDS_OF_DATA]:
@@ -378,7 +378,7 @@ def example_view(example: Mapping[str, Any]) -> str:
 
 
 def parameters_section(runs: Runs) -> str:
-    """The parameter table; runs with the same one together."""
+    """The parameter tables; runs with equal tables share one."""
     parts = []
     groups = grouped((run.name, run.parameters) for run in runs)
     for names, rows in groups:
@@ -455,7 +455,7 @@ SIZE, MARGIN = 240, 34  # pixels of the diagram, and of the space for its labels
 
 
 class Bin(NamedTuple):
-    """The held-out decisions whose confidence is in one range: their number and two means."""
+    """A bin of held-out decisions by confidence: their number, mean confidence and accuracy."""
 
     decisions: int
     confidence: float

@@ -50,7 +50,7 @@ def planted(gradients: Any, flipped: np.ndarray, names: Any = None) -> Any:
 
 
 def auroc(gradients: Any, seed: int) -> float:
-    """Return the area under the ROC curve of a fifth of the labels, flipped at random."""
+    """Return the area under the ROC curve for finding a fifth of the labels, flipped at random."""
     rng, count = np.random.default_rng(seed), len(gradients.train)
     flipped = np.isin(np.arange(count), rng.choice(count, count // 5, replace=False))
     values = planted(gradients, flipped).values

@@ -204,7 +204,7 @@ def steps_of(log: Sequence[dict[str, Any]]) -> int:
 
 
 def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, Any]:
-    """Run the study and, if wanted, the full grid of a world in the working directory; return the results."""
+    """Run a world's study and, if with_grid, its full grid in the working directory; return the results."""
     import jax
 
     from jaxft.distributed import sharding

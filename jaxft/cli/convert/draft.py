@@ -67,10 +67,10 @@ class GivenOption(NamedTuple):
 class ForeignConfig:
     """A configuration of another tool.
 
-    file: where it was read. tool: one of option_names.py. trainer: the method, in the tool's word ("dpo",
-    "kto", ...), "" where it follows from the options. lora: whether an adapter is trained, None where it
-    follows from the options. devices: how many, None if the file does not state it. notes: lines about the
-    file.
+    file: where it was read. tool: a constant of option_names.py. trainer: the method, in the tool's word
+    ("dpo", "kto", ...), "" if it follows from the options. lora: whether an adapter is trained, None if it
+    follows from the options. devices: their number, None if the file does not state it. notes: lines about
+    the file.
     """
 
     file: Path
