@@ -217,8 +217,8 @@ class DataSettings:
             return ()
         return (
             f"note: {held:,} of {count:,} rows are held out, and data.held_out={self.held_out} asks for "
-            f"{wanted:,}: rows with the same prompt stay together. Name a file with held_out=, or "
-            "held_out=none",
+            f"{wanted:,}: rows with the same prompt stay together. Set data.held_out to a file "
+            "or to none",
         )
 
     def total_steps(self, epochs: Epochs) -> int:

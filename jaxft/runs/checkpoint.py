@@ -251,7 +251,7 @@ class Checkpoints:
             for folder in self.folder.glob("*.tmp"):
                 shutil.rmtree(folder)
         except OSError as error:
-            self.report(f"an old checkpoint could not be removed: {error}")
+            self.report(f"an old checkpoint could not be removed: {error}; the next save tries again")
 
     def _agree_on_error(self, step: int, error: Exception, exchange: sync.FileExchange) -> OSError:
         """Return a save's error as process 0 reports it, or this process's report if process 0 does not

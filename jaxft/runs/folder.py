@@ -411,7 +411,7 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
     if template is not None and template != record.get("chat_template"):
         lines.append(
             f"{ref} was trained with another chat template than this run's, so prompts differ; "
-            f"use the tokenizer of {ref} to continue with the same prompts"
+            "set chat_template= as in that run to continue with the same prompts"
         )
     date, today = (r["data"].get("date") for r in (old, record))
     if date is not None and date != today:

@@ -146,7 +146,10 @@ def open_store(url: str) -> Store:
     try:
         return Store(url.rstrip("/"), tensorstore.KvStore.open(spec, context=context).result())
     except Exception as error:
-        raise OSError(f"{url}: {' '.join(str(error).split(' [')[0].split())[:300]}") from error
+        reason = " ".join(str(error).split(" [")[0].split())[:300]
+        raise OSError(
+            f"{url}: {reason}; check the credentials ({'gcloud' if match[1] == 'gs' else 'AWS_*'})"
+        ) from error
 
 
 INDEX = "index.json"

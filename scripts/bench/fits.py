@@ -1,4 +1,4 @@
-"""Compile which models and methods fit which hardware; print a Markdown table and write JSON.
+"""Compile to find which models and methods fit which hardware; print a Markdown table and write JSON.
 
     python scripts/bench/fits.py --out fits.json                # all cells, one or two hours of one CPU core
     python scripts/bench/fits.py --out fits.json --hardware h100 rtx4090 --models 8B

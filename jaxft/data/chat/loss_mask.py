@@ -241,7 +241,7 @@ def content_warnings(
             role = prompt[index]["role"]
             if role in warnings or _shows(own, chat, prompt, index):
                 continue
-            remedy = "use a tokenizer whose template does"
+            remedy = "use a tokenizer whose template shows it"
             if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
                 remedy = "set data.system=merge"
             warnings[role] = (
@@ -549,7 +549,7 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         hidden = render_turns(template, chat, unlearned)[1] if unlearned else []
     except HiddenPart as error:
         has_calls = "tool call" in str(error)
-        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template does"
+        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template shows it"
         remedy += ", fix or remove the row"
         if targets and min(targets) < chat.response:
             remedy += ", or set data.loss_on=completion if that turn is not part of the last response"

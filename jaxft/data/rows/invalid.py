@@ -113,8 +113,8 @@ class InvalidRows:
         listed = [f"{rows} x {reason} (first {shortened(first)})" for reason, rows, first in reasons[:5]]
         listed += [f"and {len(reasons) - 5} further reasons"] if len(reasons) > 5 else []
         raise ValueError(
-            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. Otherwise correct "
-            "data.format or data.columns, or raise data.invalid_limit"
+            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. Fix them, or "
+            "correct data.format or data.columns, or raise data.invalid_limit"
         )
 
 
