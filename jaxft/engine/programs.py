@@ -73,8 +73,8 @@ def next_tokens(
 ) -> _Sampled:
     """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
 
-    Log-probs are the model's, also in a constrained row, at the temperature of the sampling unless the engine
-    serves. A token whose logits are not finite is NONFINITE.
+    Log-probs are the model's, without the grammar of a constrained row, at the sampling temperature, or at 1
+    if the engine serves. A token whose logits are not finite is NONFINITE.
     """
     rows, (keys, numbers) = len(h_RD), at
     if rows < MIN_MATMUL_ROWS:

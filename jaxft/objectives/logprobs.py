@@ -279,7 +279,7 @@ def _axes(specs: Specs, head: Params) -> Axes:
 
 
 def _gather(head: Params, axes: Axes, dtype: DTypeLike) -> Params:
-    """Return the head gathered for matmuls in `dtype`: rounded to `dtype` for the transfer, then cast back."""
+    """Return the head gathered for matmuls in `dtype`: rounded to `dtype`, moved and cast back."""
     leaves, structure = jax.tree.flatten(head)
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:

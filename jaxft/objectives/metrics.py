@@ -98,14 +98,14 @@ class PerLayer:
 
 @struct
 class Max:
-    """The largest value."""
+    """The largest value over all parts that are added."""
 
     value: Stored
 
 
 @struct
 class Min:
-    """The smallest value."""
+    """The smallest value over all parts that are added."""
 
     value: Stored
 

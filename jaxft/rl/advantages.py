@@ -72,7 +72,7 @@ def overlong(lengths: GroupLengths, max_new: int, soft: int) -> GroupScores:
     """
     if not 0 < soft <= max_new:
         raise ValueError(
-            f"overlong must be between 1 and max_new={max_new} tokens, got {soft}. Use a number of tokens."
+            f"overlong must be between 1 and max_new={max_new} tokens, got {soft}. Use a number in between."
         )
     return -np.clip((np.asarray(lengths, np.float64) - (max_new - soft)) / soft, 0, 1)
 

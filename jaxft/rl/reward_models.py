@@ -278,7 +278,7 @@ class ModelReward(Reward):
         return runfolder.weights_fingerprint(self.ref)
 
     def start_lines(self) -> list[str]:
-        """Return a warning if the reward model's run was continued after it had exported these weights."""
+        """Return a warning if the model's run was continued and has not finished again; else []."""
         return runfolder.earlier_end_notes(self.ref)
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:

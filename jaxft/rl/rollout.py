@@ -407,8 +407,8 @@ class RolloutSource(PromptSource):
         if self.current is None or self.current.number != number:
             if part:
                 raise ValueError(
-                    f"step {step} is inside rollout {number}, which begins at step {step - part}. Resume from a "
-                    "checkpoint at the first step of a rollout."
+                    f"step {step} is inside rollout {number}, which begins at step {step - part}. Resume "
+                    "from a checkpoint at the first step of a rollout."
                 )
             self.current = self._new_rollout(number, state)
         chosen = prompts.prompts_of_step(data, number, part)
@@ -525,11 +525,11 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
             "; the tokenizer has no end token: unless the model or its template has one, completions end at "
             "data.max_new"
         )
-    out = [] if data.rules.train_on_truncated else ["those that are cut off at data.max_new"]
-    out += [] if data.rules.filter is None else ["those that the filter leaves out"]
+    out = [] if data.rules.train_on_truncated else ["completions truncated at data.max_new"]
+    out += [] if data.rules.filter is None else ["completions that the filter leaves out"]
     learned = "100.0 % of the tokens of completions are learned"
     if out:
-        learned = f"all tokens of completions are learned, except of {' and '.join(out)}"
+        learned = f"all tokens of completions are learned, except in {' and '.join(out)}"
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),
