@@ -183,8 +183,8 @@ class RowChoices:
     """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: see lora_rows.py. top: NO_TOP, or of which tokens the most likely ones are wanted (OF_ALLOWED:
-    allowed ones).
+    adapter: see lora_rows.py. top: return the most likely of no tokens (NO_TOP), of all (OF_ALL) or of the
+    allowed ones (OF_ALLOWED).
     """
 
     sampling: RowSampling
