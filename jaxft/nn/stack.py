@@ -40,9 +40,9 @@ def _nothing(carry: Any, values: Any) -> None:
 class Pass(NamedTuple):
     """The token mixing of some layers in one pass over a model.
 
-    mix(x, carry): returns the Mix of a layer. xs: [L, ...], of which each layer gets its x. carry: goes from
-    layer to layer; in generation `Extras.cached` of a layer is (carry, value), and end(carry, values
-    [L, ...]) returns what is cached after the pass, by default nothing.
+    mix(x, carry) -> the Mix of a layer. xs [L, ...]: a layer gets its entry as x. carry: passed from layer to
+    layer. In generation a layer's `Extras.cached` is (carry, value), and end(carry, values [L, ...]) -> the
+    cache after the pass, by default None.
     """
 
     mix: Callable[[Any, Any], Mix]
@@ -54,12 +54,12 @@ class Pass(NamedTuple):
 class Mixer(NamedTuple):
     """The token mixing of layers and their part of a cache: attention (attention_mixer.py), or a recurrence.
 
-    rows(tokens, dtype) -> Pass over rows of texts, in training. prompts(tokens, new, dtype) -> Pass over
-    left-padded prompts (segment 0 is padding) whose end returns their part of a cache; new: the most tokens
-    of a completion. token(cache, at, dtype), chunk(cache, chunk, dtype) -> Pass over one token of every row,
-    or some tokens of some rows, whose end returns the rows' part; cache: with the parts of these layers
-    alone. empty((prompts, slots), (rows, tokens), dtype, stored) -> the parts of prompts and of rows without
-    any tokens.
+    Training: rows(tokens, dtype) -> Pass over rows of texts. Generation, where `cache` has the parts of these
+    layers alone: prompts(tokens, new, dtype) -> Pass over left-padded prompts (segment 0 is padding), whose
+    end returns the prompts' part; new: the most tokens of a completion. token(cache, at, dtype) -> Pass over
+    one token of every row; chunk(cache, chunk, dtype) -> over some tokens of some rows; their ends return the
+    rows' part. empty((prompts, slots), (rows, tokens), dtype, stored) -> (prompts' part, rows' part) without
+    tokens.
     """
 
     rows: Callable[[Batch, DTypeLike], Pass]

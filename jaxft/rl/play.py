@@ -525,7 +525,7 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
 def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task) -> _Scored:
     """Return the environment's score, and the rewards of functions that read the environment.
 
-    given: arguments of those functions. What they log with TRL's log_extra and log_metric is dropped.
+    given: arguments of those functions. Their calls of TRL's log_extra and log_metric have no effect.
     """
     environment, rewards = play.environment, dict[str, float]()
     score = environment.score(state, task) if environment.scored else math.nan

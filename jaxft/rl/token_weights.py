@@ -70,7 +70,7 @@ def constant_length(
     longest = np.max(lengths, initial=0)
     if longest > length:
         raise ValueError(
-            f"constant_length: a completion has {longest} tokens, more than length={length}. Raise it."
+            f"constant_length: a completion has {longest} tokens, more than length={length}. Raise length."
         )
     return _with_tokens(lengths, mask) / (max(int((np.asarray(lengths) > 0).sum()), 1) * length)
 

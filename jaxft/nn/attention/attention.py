@@ -142,7 +142,7 @@ def kernel_for(
 
 
 def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
-    """Return why a GPU or TPU has no kernel of its own for these heads, for any rows; "" if it has."""
+    """Return why a GPU or TPU has no special kernel for these heads, whatever the rows; "" if it has one."""
     kind, dtype = device.device_kind, jnp.dtype(dtype)
     if device.platform == "tpu":
         takes = dtype in (jnp.bfloat16, jnp.float32)

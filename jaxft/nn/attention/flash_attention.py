@@ -36,8 +36,8 @@ class KeyRanges:
     """The keys that each query sees: at positions [own_start, own_end) and [prompt_start, prompt_end).
 
     int32 arrays [..., T] of storage positions in the row. The prompt's are None if no row has branches, and a
-    range without keys is [2^30, 0). The prompt's range ends before the own range starts. windowed: a sliding
-    window may have shortened the ranges.
+    range without keys is [2^30, 0). The prompt's range ends before the query's own range starts. windowed: a
+    sliding window may have shortened the ranges.
     """
 
     own_start: Any

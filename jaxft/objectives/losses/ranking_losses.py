@@ -37,7 +37,7 @@ from jaxft.objectives.pair import (
     square,
 )
 
-RATING = "score_"  # what the names of the columns of ratings begin with
+RATING = "score_"  # prefix of the columns of ratings
 
 
 class Ranking(NamedTuple):

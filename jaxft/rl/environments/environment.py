@@ -97,11 +97,11 @@ class Environment:
     as when a limit ends an episode that only called tools. task.call calls a user's function, with the
     time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
     they may have a second turn. resets: whether reset may return a prompt; a class whose reset is annotated
-    `-> None` declares that it does not. prompts: whether it always returns one, as in a class whose reset is
-    annotated `-> str`, so that rows need none. by_name: of several environments, the schemas of each, by the
-    value of a row's column `environment`; {} where all rows have `schemas`. tool_errors: exceptions of tools
-    that are returned to the model; others exclude the episode. owner(state) -> the object that rewards with
-    an argument `environments` read.
+    `-> None` declares that it does not. prompts: whether reset always returns a prompt, as in a class whose
+    reset is annotated `-> str`, so that rows need no prompt. by_name: the schemas of each of several
+    environments, by the value of a row's column `environment`; {} where all rows have `schemas`. tool_errors:
+    exceptions of tools that are returned to the model; others exclude the episode. owner(state) -> the object
+    that rewards with an argument `environments` read.
     """
 
     name: str
