@@ -348,4 +348,7 @@ def check_range(x: Any) -> None:
         wrong = ~(np.abs(host.astype(np.float32)) < LARGEST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))
         where = f"the first {float(host[first])} at {first}"
-        raise ValueError(f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, {where}")
+        raise ValueError(
+            f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, {where}; correct the "
+            "weight, or set quant=none"
+        )
