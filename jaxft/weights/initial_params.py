@@ -40,9 +40,10 @@ def init_all_but_base(
     """Initialise or load all parameters outside the base of a model over the whole tree, except the initial
     adapter, which weights.lora_start computes, and the teacher's.
 
-    policy: settings of the policy's adapter and head; without a start, the head is loaded from the files of
-    `ref`, the base, if they contain one. scorers: settings of the further models on the base. Raises
-    ValueError if the adapter in a folder has other settings, and for a frozen model without a head.
+    policy: settings of the policy's adapter and head. Without policy.start, the head is loaded from the files
+    of `ref`, the base, if they contain one. scorers: settings by name of critics and reward models on the
+    same base. Raises ValueError if the adapter in a start folder has other settings, and for a frozen reward
+    model without a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
     others = {"base", INITIAL_ADAPTER, TEACHER, *scorers}
@@ -86,8 +87,8 @@ def _init_parts(
     settings: HeadSettings,
     ref: str | None = None,
 ) -> dict[str, Params]:
-    """Return an adapter, a head, or both; or a whole base with a head. Parameters that no folder contains are
-    initialised.
+    """Load or initialise the parameters of one model: an adapter, a head, or both; or a full base and a head
+    if settings.weights names a classifier. Parameters that no folder contains are initialised.
     """
     dtype = np.promote_types(model.dtype, np.float32)
     loaded: dict[str, Params] = {}
@@ -130,13 +131,16 @@ def _init_parts(
 def _with_base_weights(
     params: Params, specs: param.Specs, model: Model, mesh: Mesh, source: tuple[Adapter, str | None]
 ) -> Params:
-    """Return an adapter with the parameters and rows that it replaces set to the base's, read from its files.
+    """Return an adapter whose modules_to_save, biases and token rows start at the base's values.
 
-    source: the adapter's settings, and where the base comes from.
+    source: (the adapter's settings, the ref of the base whose files are read).
     """
     settings, ref = source
     if ref is None:
-        raise ValueError("parameters that replace the base's start from its files; give the base's name")
+        raise ValueError(
+            "adapter.modules_to_save, adapter.bias and adapter.trainable_token_indices start from the base's "
+            "files; set model="
+        )
     readers = pretrained.open_params(ref, model)
     readers.setdefault("head", _tied_head(readers["embed"]))
     dtype = np.promote_types(model.dtype, np.float32)
@@ -158,14 +162,14 @@ def _with_base_weights(
 
 
 def _tied_head(table: ParamReader) -> ParamReader:
-    """Return a reader of a tied head [D, V]: the table transposed."""
+    """Return a reader of a tied head [D, V], which transposes the embedding table [V, D]."""
     (tensor,) = table.tensors
     tensor = replace(tensor, transposed=True, values=tensor.values[::-1])
     return replace(table, tensors=(tensor,), shape=tensor.values, layout=None)
 
 
 def _start_folder(settings: HeadSettings) -> Path:
-    """Return the adapter's folder that training starts from."""
+    """Return the adapter folder that settings.start names. Raises FileNotFoundError if it does not exist."""
     start = str(settings.start)
     folder = adapter_folder(start)
     if not folder.is_dir():
@@ -179,14 +183,16 @@ def _start_folder(settings: HeadSettings) -> Path:
 def _check_start(
     settings: HeadSettings, declared: tuple[tuple[str, ...], Adapter], specs: dict[str, Any], model: Model
 ) -> None:
-    """Raise ValueError if the folder that training starts from has another adapter than the run, or a head
-    that the run lacks. declared: see peft_read.read_declared.
+    """Raise ValueError if the adapter in settings.start has other settings than the run's, or a scalar head
+    that the run lacks. declared: (parts in the folder, adapter settings), from peft_read.read_declared.
     """
     (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)
     ours = settings.adapter
     if ours is None:
-        raise ValueError(f"{start}: an adapter, but the run trains none; leave start out, or set adapter")
+        raise ValueError(
+            f"{start}: it has an adapter, but this run trains none; leave start out, or set adapter"
+        )
     fields = differing_fields(base, theirs, ours, model.weight_names)
     if fields:
         values = [", ".join(f"{name}={getattr(x, name)!r}" for name in fields) for x in (theirs, ours)]
@@ -201,7 +207,7 @@ def _check_start(
 
 
 def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) -> dict[str, Params]:
-    """Load the whole base of a scorer onto the mesh, and its head on the host if the files contain one."""
+    """Load a scorer's full base onto the mesh, and its head, if the files contain one, on the host."""
     dtype = np.promote_types(model.dtype, np.float32)
     files = pretrained.open_files(ref)
     in_both = {**specs["base"], **({"score": specs["score"]} if SCORE.template in files.tensors else {})}

@@ -45,10 +45,10 @@ Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an inde
 class ParamReader:
     """A parameter and its tensors in a model's files; `read_values` and `read_quantised` read parts of it.
 
-    tensors: in row-major order. shape: the parameter's. dtype: the files' dtype, float32 if its tensors
-    differ. layout: the quantised layout of all of its tensors in the files, None if they differ, or if
-    other parameters share them. changed(tensor, index): returns values in place of those in the files, None
-    for the same.
+    tensors: in row-major order. shape: of the parameter. dtype: the dtype in the files, float32 if the
+    tensors' dtypes differ. layout: the quantised layout that all tensors have in the files, None if their
+    layouts differ or other parameters share them. changed(tensor, index): returns the values that replace the
+    files', such as merged ones; None to read the files.
     """
 
     files: ModelFiles
@@ -64,8 +64,8 @@ class ParamReader:
 
 
 def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
-    """Return a reader for every base parameter by path. Raises ValueError if the files do not contain exactly
-    the model's.
+    """Return a reader for every base parameter by path. Raises ValueError unless the files contain exactly
+    the model's tensors.
     """
     hf_read.check_tensors(files, model)
     readers = {}
@@ -96,10 +96,10 @@ def read_values(reader: ParamReader, tensor: Tensor, index: Index = ()) -> np.nd
 
 
 def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QTensor:
-    """Read the codes and scales of the part of a tensor's values [in, out] at `index`, which begins and ends
+    """Read codes and scales of a quantised tensor [in, out], or of the part at `index`, which begins and ends
     at blocks.
 
-    Only for a reader with a layout. Raises ValueError for scales that are not finite.
+    The reader must have a layout. Raises ValueError for scales that are not finite.
     """
     stored = reader.files.tensors[tensor.name].quantised
     value = stored and require_finite_scales(stored.read(index))
@@ -108,7 +108,7 @@ def read_quantised(reader: ParamReader, tensor: Tensor, index: Index = ()) -> QT
 
 
 def read_whole(reader: ParamReader) -> np.ndarray:
-    """Read a whole parameter in the reader's dtype."""
+    """Read a full parameter on the host, in the reader's dtype."""
     out = np.empty(reader.shape, reader.dtype)
     for tensor in reader.tensors:
         for index in _small_parts(reader, tensor, full_index((), tensor.values)):
@@ -119,7 +119,7 @@ def read_whole(reader: ParamReader) -> np.ndarray:
 
 
 def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: bool) -> np.ndarray:
-    """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`."""
+    """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`. numbers: token ids."""
     rows, (tensor,) = [], reader.tensors
     for number in numbers:
         row = (slice(number, number + 1),)
@@ -161,9 +161,7 @@ def errors_name_tensor(reader: ParamReader, tensor: Tensor, index: Index) -> Ite
 
 
 def _copy_into(out: np.ndarray, value: np.ndarray) -> None:
-    """Set `out[...] = value` fast: transposed values some columns at a time, dtypes unknown to NumPy as
-    unsigned integers.
-    """
+    """Set `out[...] = value`, faster than NumPy for transposed values and for dtypes such as bfloat16."""
     if out.dtype == value.dtype and out.dtype.itemsize in (1, 2, 4, 8):
         bits = np.dtype(f"u{out.dtype.itemsize}")
         out, value = out.view(bits), value.view(bits)
@@ -181,9 +179,8 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
     """Load a parameter onto the mesh of `shardings`. All processes of the mesh call this together.
 
     like: the parameter as it is to be stored, a ShapeDtypeStruct or a QTensor of them. unchanged: store the
-    codes and scales in the files, which have the layout of `like`; otherwise the values are cast or quantised
-    from the files' own precision. Host memory holds the local shards of the parameter and one part of a
-    tensor.
+    files' codes and scales, which must have the layout of `like`; otherwise read the values in the files'
+    precision and cast or quantise them. Host memory contains the local shards and one part of a tensor.
     """
     parts_by_process = _plan_parts(reader, like, shardings)
     parts = parts_by_process[jax.process_index()]
@@ -223,7 +220,7 @@ def _plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, l
 
 
 def _parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
-    """Yield the tensors that contain these parts of the parameter, each with the part of its values."""
+    """Yield (tensor, index of the part in it) for every tensor that contains some of these parts."""
     for tensor in reader.tensors:
         lead = len(tensor.index)
         for part in parts:
@@ -232,7 +229,7 @@ def _parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple
 
 
 def _merge_parts(parts: set[Limits]) -> list[Limits]:
-    """Merge disjoint parts of an array into one if their union is a box; otherwise return them sorted."""
+    """Merge disjoint parts of an array into one if they fill a rectangular block; else return them sorted."""
 
     def size(part: Limits) -> int:
         return math.prod(stop - start for start, stop in part)
@@ -254,8 +251,8 @@ def _load_parts(
 ) -> Leaf:
     """Read parts of a parameter, convert them unless they are stored unchanged, and place them.
 
-    unchanged: as for load_param. shared: scales [..., 1, out] that other parts have too; None computes
-    them for each part alone.
+    unchanged: as for load_param. shared: scales [..., 1, out] common to all parts; None computes scales for
+    each part alone.
     """
     buffers = Buffers(like, shardings)
     for tensor, part in _parts_of_tensors(reader, parts):
@@ -295,7 +292,7 @@ def _load_with_quantised_scales(
 
 
 def _channel_scales(reader: ParamReader, like: QTensor, shardings: QTensor, parts: list[Index]) -> np.ndarray:
-    """Return the scale [..., 1, out] of each output channel: the largest scale of the parts of its inputs."""
+    """Return the scale [..., 1, out] of each output channel: the largest over the shards of its inputs."""
     *lead, rows, outs = like.codes.shape
     count = rows // shardings.codes.shard_shape(like.codes.shape)[-2]  # parts that the inputs are split into
     part_scales = jax.ShapeDtypeStruct((*lead, count, outs), np.float32)
@@ -333,8 +330,8 @@ class Buffers:
         }
 
     def write(self, lead: tuple[int, ...], index: Index, value: Leaf) -> None:
-        """Write a value, which is the part at `index` of the parameter at `lead` along its leading axes, into
-        the shards that overlap it.
+        """Copy a part of the parameter into the shards that overlap it. lead: where the part is along the
+        leading axes. index: where `value` is along the other axes.
         """
         for name, x in _arrays_by_name(value).items():
             part = array_index(self.like, name, index) if isinstance(self.like, QTensor) else index
@@ -352,8 +349,8 @@ class Buffers:
                     _copy_into(buffer[(..., *to)], x[of])
 
     def to_devices(self) -> Leaf:
-        """Copy the shards to their devices, each buffer being released before the next is copied; return the
-        parameter.
+        """Copy the shards to their devices and return the parameter. Each buffer is released before the next
+        is copied.
         """
         arrays: dict[str, Any] = {}
         for name, x in self.arrays.items():
@@ -388,10 +385,10 @@ def is_quantised(like: Leaf) -> bool:
 
 
 def store_as(value: np.ndarray, like: Leaf, scale: np.ndarray | None = None) -> Leaf:
-    """Cast or quantise values on the host to the dtype, kind and blocks of `like`. scale: see
-    nn.quant.quantize.
+    """Cast or quantise values on the host to the dtype, kind and blocks of `like`.
 
-    Raises ValueError for values or scales that are too large for their dtype.
+    scale: scales to quantise with, None to compute them from `value`. Raises ValueError for values that are
+    too large for the dtype, and for scales that are not finite.
     """
     if not isinstance(like, QTensor):
         return cast_finite(value, like.dtype)

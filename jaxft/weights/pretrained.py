@@ -49,8 +49,8 @@ DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"
 
 
 def read_config(located: hub.Located) -> dict[str, Any]:
-    """Return the model's configuration as the dict of a config.json, from that file or from GGUF metadata;
-    for a multimodal model, of its text decoder. Raises ValueError if it is malformed.
+    """Return the model's configuration as the dict of a config.json, read from that file or from GGUF
+    metadata. For a multimodal model it is the text decoder's. Raises ValueError if it is malformed.
     """
     if located.kind == "gguf":
         return gguf_config.gguf_config(gguf_file.read_gguf_header(located.path))
@@ -64,7 +64,7 @@ def read_config(located: hub.Located) -> dict[str, Any]:
 
 
 def model_for(ref: str, **options: Any) -> Model:
-    """Return the Model that `ref` names. options: options of the architecture (dtype, remat, residual,
+    """Return the Model that `ref` names. options: passed to the architecture (dtype, remat, residual,
     attention_settings).
 
     A preset touches neither disk nor network; a hub model downloads only its config and tokenizer files. If
@@ -107,8 +107,8 @@ def _has_other_head(located: hub.Located) -> bool:
 
 
 def file_notes(ref: str, model: Model) -> list[str]:
-    """Return lines about files of `ref` that are loaded in part or otherwise than their config.json states:
-    only the text decoder of a multimodal model; a head that is not tied; dropout that is not applied.
+    """Return a line for each way in which the loaded model differs from the files of `ref` or their
+    config.json: only a text decoder is loaded; dropout is not applied; the head is not tied.
     """
     located = hub.locate(ref, config_only=True)
     if located.kind != "folder":
@@ -144,7 +144,7 @@ def open_files(ref: str) -> ModelFiles:
 def check_preset(ref: str, config: ModelConfig) -> None:
     """Raise ValueError if the files of `ref`, a preset's name, have other settings than the preset `config`.
 
-    Names, token ids and the longest row do not count: they change no value that the model computes.
+    BOS, EOS and max_positions may differ: they change no value that the model computes.
     """
     if Path(ref).is_dir() or model_types.preset_config(ref) != config:
         return
@@ -161,8 +161,9 @@ def check_preset(ref: str, config: ModelConfig) -> None:
 def config_differences(one: Any, other: Any, ignored: Collection[str] = NOT_COMPUTED) -> list[str]:
     """Return the fields in which two configs differ, each with both values: `norm_eps 1e-05 and 1e-06`.
 
-    Fields of rope are named one by one. Floats may differ by the rounding of float32, in which GGUF files
-    store them. ignored: fields that are not compared. Configs of different classes differ in their class.
+    Fields of rope are listed one by one. Floats may differ by float32 rounding, since GGUF files store
+    float32. ignored: fields that are not compared. For configs of different classes, the only entry is the
+    two class names.
     """
     if type(one) is not type(other):
         return [f"{type(one).__name__} and {type(other).__name__}"]
@@ -205,8 +206,8 @@ def load_tokenizer(ref: str) -> Any:
         raise ValueError(f"{ref}: {tokenizer_files.reading_failed(located.path, e)}") from e
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{ref}: its tokenizer has no tokenizer.json, and jaxft needs a fast tokenizer, for the offsets "
-            "of tokens; use a model that has one"
+            f"{ref}: its tokenizer has no tokenizer.json, and jaxft needs a fast tokenizer, which reports "
+            "where tokens are in a text; use a model that has one"
         )
     if isinstance(templates, dict) and "default" not in templates:
         raise ValueError(
@@ -238,7 +239,8 @@ def stored_model(
     """Choose how each parameter of `model`, a model over the whole tree, is stored (see
     storage.choose_storage).
 
-    ref: the model whose files have the layouts for quant=checkpoint. Raises ValueError if they have none.
+    ref: the model from whose files quant=checkpoint takes the layouts. Raises ValueError if quant=checkpoint
+    is set and the files have no quantised weights.
     """
     layouts = {}
     if quant and quant.kind == CHECKPOINT:
@@ -249,15 +251,15 @@ def stored_model(
 def frozen_model(
     model: Model, quant: Quant | None, ref: str | None, adapter: Adapter | None = None
 ) -> StoredModel:
-    """Return the model over the whole tree with every parameter stored as inference needs it."""
+    """Return `model`, with an adapter if given, as it is stored for inference: no parameter is trainable."""
     return stored_model(adapted(model, adapter), quant, ref)
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return, from headers, the layouts of the parameters at `paths` that the files of `ref` quantise."""
+    """Return by path the layouts of the parameters at `paths` that the files quantise, from headers."""
     if ref is None:
         raise ValueError(
-            f"quant={CHECKPOINT} stores the base as its files do, but no files are given; set model"
+            f"quant={CHECKPOINT} stores the base as its files do, but there are none; set model="
         )
     files = open_files(ref)
     readers = param_readers(files, model)
@@ -283,7 +285,8 @@ def load_base(
     devices' shards.
 
     skip: paths in the whole tree of parameters that are not read and are None in the result. adapter: a PEFT
-    folder, which is merged into the weights in float32. without: an adapter that is subtracted from them.
+    folder that is merged into the weights in float32. without: an adapter that is subtracted from the
+    weights.
     """
     check_preset(ref, stored.model.config)
     files = open_files(ref)
@@ -309,8 +312,8 @@ def load_base(
 
 
 def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, bool]:
-    """Return a parameter's reader with its calibrated codes if it has them, and whether codes and scales are
-    stored as they are read.
+    """Return (reader, unchanged). The reader reads calibrated codes in place of the weight if the storage
+    names them. unchanged: whether codes and scales are stored as they are in the files.
     """
     if storage.codes is not None:
         return replace(reader, files=open_codes(storage.codes)), True
@@ -328,8 +331,8 @@ def load_frozen(ref: str, model: Model, mesh: Mesh, quant: Quant | None = None) 
 
 
 def storage_changes(ref: str, stored: StoredModel) -> list[str]:
-    """Return a line for each group of weights that are quantised in the files but stored otherwise, with the
-    reason, after the lines of file_notes.
+    """Return the lines of file_notes, and a line with the reason for each group of weights that the files
+    quantise but that are stored in another form.
     """
     files = open_files(ref)
     groups: dict[str, list[str]] = {}
@@ -359,7 +362,7 @@ def _storage_change(storage: Storage, layout: QTensor | None, tensor: QuantisedT
 def with_storage_rounding(
     readers: Mapping[str, ParamReader], model: Model, quant: Quant, ref: str
 ) -> dict[str, ParamReader]:
-    """Return the readers of `ref` with values rounded as in a run with this quant."""
+    """Return `readers`, of the files of `ref`, with values rounded as in a run with this quant."""
     stored = frozen_model(model, quant, ref)
     specs = param.spec_paths(stored.specs["base"])
     return {

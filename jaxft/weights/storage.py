@@ -26,11 +26,10 @@ from jaxft.weights.quantised.file_format import same_layout
 class Storage:
     """The storage of one parameter: its dtype, or its quantisation.
 
-    quantize: arguments of nn.quant.quantize after the weight (kind, block, double), or None for a plain
-    array. layout: the quantised layout of one layer in the checkpoint, as ShapeDtypeStructs, where its codes
-    and scales are stored unchanged. fp8_matmul: see nn.quant.Quant. codes: the name of calibrated codes in
-    the cache (weights/edit/calibrated_base.py), which replace the checkpoint's weights; None: these are
-    quantised when they are loaded.
+    quantize: (kind, block, double), the arguments of nn.quant.quantize; None for a plain array, or if layout
+    is set. layout: the checkpoint's quantised layout of one layer, as ShapeDtypeStructs, if its codes and
+    scales are stored unchanged. fp8_matmul: see nn.quant.Quant. codes: name of the calibrated codes in the
+    cache (weights/edit/calibrated_base.py) that replace the checkpoint's weights; None without calibration.
     """
 
     dtype: DTypeLike
@@ -69,11 +68,12 @@ def choose_storage(
 ) -> StoredModel:
     """Choose the storage of every parameter of `model`, which is a model over the whole tree.
 
-    Trainable parameters and those outside the base are stored in float32 or wider, trainable parameters of
-    the base in `trainable_dtype` if it is given. Frozen parameters of the base are stored in the compute
-    dtype (16-bit matrices as raw bits), or quantised where `quant.targets` selects them. layouts: the
-    checkpoint's quantised layouts by path in the base, for quant=checkpoint. Raises ValueError where `quant`
-    selects a trainable parameter.
+    Trainable parameters and all parameters outside the base are stored in float32 or wider; trainable
+    parameters of the base in `trainable_dtype` if it is given. Frozen parameters of the base are stored in
+    the compute dtype (16-bit matrices as raw bits), or quantised where `quant.targets` selects them.
+    trainable: paths in the whole tree. layouts: the checkpoint's quantised layouts by path in the base, for
+    quant=checkpoint. Raises ValueError if `quant` selects a trainable parameter, or if quant.fp8_matmul is
+    set and the checkpoint has no FP8 weights with a scale per output channel.
     """
     if quant and quant.kind == CHECKPOINT:
         selected = list(layouts)
@@ -114,8 +114,8 @@ def in_base(path: str) -> bool:
 
 
 def quantised_paths(base: Any, quant: Quant) -> list[str]:
-    """Return the paths of the base's kernels that `quant.targets` selects. Raises ValueError if there are
-    none.
+    """Return the paths of the base's kernels that `quant.targets` selects. Raises ValueError if a pattern
+    matches none.
     """
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
@@ -124,7 +124,7 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
     selected = [path for path in matrices if pattern.fullmatch(path)]
     if not selected:
         raise ValueError(
-            f"quant.targets={quant.targets!r} matches no matrix; the paths are {', '.join(matrices)}"
+            f"quant.targets={quant.targets!r} matches no matrix; use a pattern of {', '.join(matrices)}"
         )
     return selected
 
@@ -155,8 +155,8 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
 
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
-    """Return the sharding of a parameter as it is stored. For a QTensor it is a QTensor of the shardings of
-    its arrays.
+    """Return the sharding of a parameter as it is stored; for a QTensor, a QTensor with the sharding of each
+    array. path: for messages.
     """
     full = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
@@ -182,8 +182,8 @@ def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:
 
 
 def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
-    """Summarise the quantised fraction of the base, its format and its bits per parameter, and of FP8 weights
-    how they are multiplied on the mesh; "" if nothing is quantised.
+    """Return a line with the quantised fraction of the base, its format and its bits per parameter; "" if
+    nothing is quantised. With a mesh it also states how FP8 weights are multiplied there.
     """
     all_specs = param.spec_paths(stored.specs)
     by_path = {

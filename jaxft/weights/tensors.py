@@ -1,4 +1,4 @@
-"""Tensors in a model's files: read by Hugging Face name from every format, and their table by parameter.
+"""Tensors in a model's files: read by Hugging Face name from every format, and listed by parameter.
 
 Readers, writers, adapters' files, merging, extraction and calibration use the table (`tensors_of`), so that
 none of them knows how tensors are named, or along which axes the files split a parameter. Values are checked
@@ -37,10 +37,11 @@ class QuantisedTensor:
     """A weight [in, out] that the files store quantised.
 
     method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
-    exactly the values in the files; None if there is none. read(index): returns the weight, or the part of it
-    at `index` [in, out], which begins and ends at blocks: a QTensor of NumPy arrays in that layout, or
-    without one the values in float32. reason: why there is no layout, or not the smallest one. tensors: in
-    the files that it consists of, if these have other names.
+    exactly the values in the files; None if no QTensor can. read(index): returns the weight, or the part of
+    it at `index` [in, out], which begins and ends at blocks: a QTensor of NumPy arrays in that layout, or
+    float32 values if layout is None. reason: why layout is None, or larger than the files; "" otherwise.
+    tensors: names in the files of the codes and scales that make up the weight, empty if the weight is one
+    tensor under its usual name.
     """
 
     method: str
@@ -67,8 +68,8 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The tensors of a model by name. where: the file or folder, for messages. ignored: tensors in the files
-    that belong to other parts of a multimodal model than its text decoder.
+    """The tensors of a model by name. where: the file or folder, for messages. ignored: names of tensors of a
+    multimodal model that do not belong to its text decoder.
     """
 
     where: str
@@ -100,12 +101,13 @@ def lengths(index: Index) -> tuple[int, ...]:
 class Tensor:
     """A tensor in a model's files, or the part of one that belongs to a parameter.
 
-    path: path of the parameter. index: where its values are along the parameter's leading axes, () for all of
-    the parameter. name, shape: in the files. transposed: whether the files store [out, in]. values: the shape
-    of its values in the parameter, [..., in, out] of a kernel. offset: number of the first of its outputs in
-    a tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
-    linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
-    the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
+    path: path of the parameter. index: where the values are along the parameter's leading axes, such as the
+    layer; () if the tensor is the whole parameter. name, shape: of the tensor in the files. transposed:
+    whether the files store [out, in]. values: shape of the values in the parameter, [..., in, out] for a
+    kernel. offset: the parameter's first output in a tensor that several parameters share; None if none share
+    it. is_kernel: whether the tensor is the weight of one linear layer. layer: number of the layer in the
+    model, None outside layers. in_layer: name of the module inside the layer, such as mlp.gate_proj; the full
+    name outside layers.
     """
 
     path: str
@@ -125,11 +127,11 @@ class Tensor:
         return self.name.removesuffix(".weight").removesuffix(".bias")
 
     def turned(self, values: Any) -> Any:
-        """Transpose values between their layouts in the files and in the parameter, where these differ."""
+        """Transpose values from the files' layout to the parameter's, or back, if the two layouts differ."""
         return values.swapaxes(-1, -2) if self.transposed else values
 
     def in_file(self, index: Index) -> Index:
-        """Return where in the files the values at `index` are."""
+        """Return the index in the stored tensor of the values at `index` [..., in, out]."""
         if self.offset is None and not index:
             return ()
         *above, outs = full_index(index, self.values)
@@ -138,7 +140,7 @@ class Tensor:
         return (*above[:-1], outs, above[-1]) if self.transposed else (*above, outs)
 
     def read(self, files: ModelFiles, index: Index = ()) -> np.ndarray:
-        """Read its values, or the part of them at `index`, from the files."""
+        """Read the values, or the part of them at `index`, in the parameter's layout."""
         return self.turned(files.read(self.name, self.in_file(index)))
 
 
@@ -148,8 +150,8 @@ TensorTable = dict[str, tuple[Tensor, ...]]  # by path of the parameter, in row-
 def tensors_of(model: Model, tied_head: bool = False) -> TensorTable:
     """Map each parameter of a model's base to its tensors in Hugging Face files.
 
-    tied_head: with the "head" of a language model whose head is the embedding. The model's files have no such
-    tensor, but an adapter's or a merged model's may.
+    tied_head: also list the "head" of a language model whose head is the embedding. The model's own files do
+    not contain this tensor, but an adapter or a merged model may.
 
     >>> from jaxft.weights.pretrained import model_for
     >>> tensors_of(model_for("HuggingFaceTB/SmolLM2-135M"))["layers/attn/q"][3].name
@@ -179,14 +181,14 @@ def _tensors(path: str, names: WeightNames, specs: Mapping[str, ParamSpec]) -> t
 
 
 def stack(tensors: Sequence[Tensor], values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return a parameter from the values of all its tensors, which are in the same order."""
+    """Stack values, one array for each of the `tensors` of a parameter, into the parameter."""
     lead = tuple(n + 1 for n in tensors[-1].index)
     return np.stack(values).reshape(lead + np.shape(values[0]))
 
 
 def tensor_on_host(parts: Sequence[Tensor], leaves: Mapping[str, Any]) -> np.ndarray:
-    """Return a tensor in the layout of the files. parts: its parts, each of a parameter. leaves: parameters
-    by path.
+    """Return a tensor in the layout of the files. parts: the parameters' parts that it is made of, several if
+    parameters share the tensor. leaves: parameters by path.
     """
     in_order = sorted(parts, key=lambda part: part.offset or 0)
     values = [layer_on_host(leaves[part.path], part.index) for part in in_order]
@@ -194,10 +196,10 @@ def tensor_on_host(parts: Sequence[Tensor], leaves: Mapping[str, Any]) -> np.nda
 
 
 def layer_on_host(leaf: Any, index: tuple[int, ...] = ()) -> np.ndarray:
-    """Return a parameter at an index along its leading axes (all of it for ()) on the host, a QTensor
-    dequantised.
+    """Return the part of a parameter at an index along its leading axes on the host; () means all of it. A
+    QTensor is dequantised.
 
-    If several processes store it, only that part is gathered, and all of them call this.
+    If the parameter is sharded over processes, all of them call this, and only that part is gathered.
     """
     leaf = jax.tree.map(lambda x: _take(x, index), leaf)
     return np.asarray(dequantize(leaf) if is_qtensor(leaf) else leaf)
@@ -213,7 +215,7 @@ def _take(x: Any, index: tuple[int, ...]) -> Any:
 
 @functools.cache
 def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
-    """Compile once for all layers: the index is an argument."""
+    """Return a compiled function that gathers a part of an array; one serves all layers."""
 
     def part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
         for number in index:
@@ -239,7 +241,7 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
-    """Return the array. Raises ValueError with the number and the place of values that are not finite."""
+    """Return the array. Raises ValueError with the count and first place of values that are not finite."""
     if not is_finite(x):
         bad = ~np.isfinite(x.astype(np.float32))
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
@@ -250,7 +252,7 @@ def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
 
 
 def require_finite_scales(x: Any) -> Any:
-    """Return a QTensor of NumPy arrays. Raises ValueError that names a scale that is not finite."""
+    """Return a QTensor, or any other value. Raises ValueError for scales that are not finite."""
     if isinstance(x, QTensor):
         for name in ("scale", "offset", "outer", "mean"):
             array = getattr(x, name)
@@ -271,7 +273,7 @@ def cast_finite(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def errors_name(where: str) -> Iterator[None]:
-    """Put the file and the tensor in front of the message of a ValueError."""
+    """Put `where`, such as a file and a tensor in it, in front of the message of a ValueError."""
     try:
         yield
     except ValueError as error:

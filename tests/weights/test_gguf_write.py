@@ -294,7 +294,7 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
     tokenizer = copy.deepcopy(plain_tokenizer())
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     refused(path, r"splits text as none of llama.cpp's pre-tokenizers", reference, tokenizer=tokenizer)
-    refused(path, r"a byte-level tokenizer without merges cannot", reference, tokenizer=tiny_tokenizer())
+    refused(path, r"a BPE tokenizer without merges cannot", reference, tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """The calibrated base of a run: calibrate a model's quantised layers one by one, and cache their codes.
 
-Memory holds the weights of one layer, and the activations between two layers. Two streams of activations pass
-through the layers: of the exact model, and of the quantised one. The weights of a layer are rounded in the
-order in which the layer uses them (q, k and v; o; gate and up; down), each on inputs computed with the
-weights that are quantised already.
+Memory contains the weights of one layer, and the activations between two layers, both of the exact and of the
+quantised model. The weights of a layer are rounded in the order in which the layer uses them (q, k and v; o;
+gate and up; down), each on inputs computed with the weights that are quantised already.
 
 The folder in the cache is named by a hash of the model's files, the rows and all settings that the codes
 depend on. A run stores this name in its record, and every command that uses the run reads the same codes.
@@ -69,8 +68,8 @@ AGAIN = "Start the run's command again, which computes it, or set --quant (nf4 r
 class CalibratedLayer:
     """A calibrated layer, on the host.
 
-    weights: its quantised weights, QTensors [in, out], by Hugging Face name. pairs: low-rank corrections
-    (a [in, R], b [R, out]) of some of them; the weight plus `a b` approximates the original.
+    weights: quantised weights, QTensors [in, out], by Hugging Face name. pairs: low-rank corrections (a [in,
+    R], b [R, out]) of some weights, by the same names; the weight plus `a b` approximates the original.
     """
 
     weights: dict[str, Any]
@@ -79,7 +78,7 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Rows of tokens for calibration, int32 [N, T]; see batch.Tokens."""
+    """N packed rows of T tokens for calibration, int32; fields as in batch.Tokens."""
 
     ids: Int[np.ndarray, "N T"]
     segments: Int[np.ndarray, "N T"]
@@ -97,7 +96,7 @@ class CalibrationRows:
         return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()
 
     def batches(self) -> list[Tokens]:
-        """The rows in batches of the same shape; the last is filled up with padding."""
+        """Return the rows in batches of about BATCH_TOKENS and one shape; the last is padded."""
         count, length = self.ids.shape
         size = min(count, max(1, BATCH_TOKENS // length))
 
@@ -116,11 +115,12 @@ class CalibrationRows:
 
 @dataclass(frozen=True)
 class _Programs:
-    """The programs of a layer.
+    """The functions that run one layer. params: of the layer. h: activations [B, T, D]. index: of the layer.
 
-    forward(params, h, tokens, index) -> h; index: of the layer's block. inputs(params, h, tokens, index,
-    names) -> the inputs [B, T, I] of these weights, 0 at padding. both(...) -> (h, inputs). groups(params, h,
-    tokens, index) -> names of weights with the same input, in the order of their use.
+    forward(params, h, tokens, index) -> h after the layer. inputs(params, h, tokens, index, names) -> by name
+    the inputs [B, T, I] of these weights, 0 at padding. both(params, h, tokens, index, names) -> (h after the
+    layer, inputs). groups(params, h, tokens, index) -> groups of names of weights that have the same input,
+    in the order in which the layer uses them.
     """
 
     forward: Callable[..., Array]
@@ -152,7 +152,7 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
         return both(params, h, tokens, index, names)[1]
 
     def groups(params: Params, h: Array, tokens: Tokens, index: Any) -> list[tuple[str, ...]]:
-        """Names of weights with the same input, in the order of their use."""
+        """Return groups of names of weights that have the same input, in the order of their use."""
         by_input = dict[int, tuple[str, ...]]()
 
         def trace(params: Params, h: Array) -> Array:
@@ -182,15 +182,16 @@ def calibrate_layers(
 ) -> Iterator[CalibratedLayer]:
     """Yield the calibrated weights of each layer of a model.
 
-    readers: of the base's parameters by path. ranks: of a low-rank correction of the weights at these paths,
-    one per layer, 0 for none; the following layers are calibrated with it. Call it with a mesh of one device.
+    readers: of the base's parameters by path. ranks: by path of a parameter, the rank of the low-rank
+    correction in each layer, 0 for none; corrections are applied before later layers are calibrated. Call it
+    with a mesh of one device. Raises ValueError for a parameter with axes other than layers, such as experts.
     """
     specs, paths = spec_paths(model.specs), layer_paths(model.specs, quant)
     for path in paths:
         if lead_axes(specs[path]) != ("layers",):
             raise ValueError(
-                f"quant.calibrate={quant.calibrate}: {path} has kernels with inputs of their own along "
-                f"{lead_axes(specs[path])[-1]}, which are not read; leave it out of quant.targets"
+                f"quant.calibrate={quant.calibrate}: {path} has a kernel for each of its "
+                f"{lead_axes(specs[path])[-1]}, which cannot be calibrated; leave it out of quant.targets"
             )
     batches, by_path = rows.batches(), dict[str, _Programs]()
     table = {"embed": jnp.asarray(read_whole(readers["embed"])).astype(model.dtype)}
@@ -243,7 +244,7 @@ def calibrate_layers(
 
 
 def layer_paths(specs: Specs, quant: Quant) -> list[str]:
-    """Return the paths of the quantised parameters of layers."""
+    """Return the paths of the parameters in layers that `quant` quantises, which are calibrated."""
     of_layers = {path for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
     return [path for path in quantised_paths(specs, quant) if path in of_layers]
 
@@ -265,8 +266,8 @@ def _with_leaf(params: Params, path: str, value: Array) -> Params:
 
 
 def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> str:
-    """Return the name of a model's calibrated codes. rows: a hash of the calibration rows. ranks: of the
-    corrections, by path.
+    """Return the name in the cache of a model's calibrated codes. rows: CalibrationRows.digest. ranks: see
+    calibrate_layers.
     """
     located = hub.locate(ref)
     files = hub.files_of(located)
@@ -283,23 +284,23 @@ def codes_folder(name: str) -> Path:
 
 
 def codes_damage(name: str) -> str | None:
-    """Return how calibrated codes in the cache are damaged; None if they are complete or not there."""
+    """Return the problem with calibrated codes in the cache; None if they are complete or do not exist."""
     folder = codes_folder(name)
     return folder_damage(folder) if folder.is_dir() else None
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Whether the cache lacks a run's codes or has them unchanged. record: their name and codes_sha256."""
+    """Whether the cache has a run's codes unchanged, or not at all. record: "codes", their name, "sha256"."""
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
 
 
 def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
-    """Compute and write calibrated codes unless the cache has them; yield the number of each layer, from 1,
-    when it is written.
+    """Compute and write calibrated codes unless the cache has them. After each layer, yield the number of
+    layers written so far.
 
-    layers: computes them one after the other. The folder appears when it is complete; another process may be
-    faster. Damaged codes are replaced. Raises OSError if the cache cannot be written.
+    layers: returns the layers one by one. The folder appears in the cache only when it is complete, and
+    replaces damaged codes. Raises OSError if the cache cannot be written.
     """
     out = codes_folder(name)
     if out.is_dir() and codes_damage(name) is None:
@@ -329,13 +330,16 @@ def _returning(x: Any) -> Callable[[], Any]:
 
 
 def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low-rank correction (a [in, R], b [R, out]) of a weight by its Hugging Face name."""
+    """Return the correction (a [in, R], b [R, out]) of the weight with this Hugging Face name. name: of the
+    codes.
+    """
     a, b = (open_codes(name).read(f"{weight}.{side}") for side in _SIDES)
     return a, b
 
 
 def open_codes(name: str) -> ModelFiles:
-    """Open calibrated codes in the cache, weights by Hugging Face name; each process verifies them once.
+    """Open the calibrated codes `name` in the cache, with weights by Hugging Face name. Each process verifies
+    their hashes once.
 
     Raises FileNotFoundError if the cache does not have them, ValueError if they are damaged.
     """
@@ -356,6 +360,6 @@ def _open(folder: Path, version: tuple[tuple[int, int, int], ...]) -> ModelFiles
 
 
 def codes_sha256(name: str) -> str:
-    """Return a hash of all bytes of calibrated codes in the cache."""
+    """Return a hash of all bytes of the calibrated codes `name` in the cache."""
     files = sorted(codes_folder(name).glob("layer-*.safetensors"))
     return hashlib.sha256("".join(files_sha256(files, content_sha256)).encode()).hexdigest()

@@ -1,14 +1,14 @@
 """Calibrated rounding: codes and scales of a weight that minimise the error of its outputs on given inputs.
 
-With `H = sum x x^T` over a layer's inputs x, the squared error of the outputs of a rounded weight V in place
-of W is `tr((V - W)^T H (V - W))`. Here W is not the layer's own weight where the layers before it are
-quantised already: it is the least-squares solution that maps their inputs x to the outputs of the exact
-model, `W + H^-1 (C - H) W` with `C = sum x y^T` and the exact model's inputs y (Li et al. 2025, GPTAQ,
-arXiv:2504.02692).
+With `H = sum x x^T` over a layer's inputs x, a rounded weight V in place of a target weight W changes the
+outputs by the squared error `tr((V - W)^T H (V - W))`. The inputs x come from a model whose earlier layers
+are quantised already, so the target is not the original weight W0 but the least-squares solution that maps x
+to the outputs of the exact model: `W = W0 + H^-1 (C - H) W0` with `C = sum x y^T` and the exact model's
+inputs y (Li et al. 2025, GPTAQ, arXiv:2504.02692).
 
-Scales: of each block the best of some fractions of the plain scale, each input weighted by its mean square.
-Codes: GPTQ (Frantar et al. 2023, arXiv:2210.17323), then coordinate descent on codes and scales by turns
-(Behdin et al. 2023, QuantEase, arXiv:2309.01885), which lowers this error at every step. It takes as
+Scales: for each block the best of some fractions of the plain scale, each input weighted by its mean square.
+Codes: GPTQ (Frantar et al. 2023, arXiv:2210.17323), then coordinate descent, alternately on scales and codes
+(Behdin et al. 2023, QuantEase, arXiv:2309.01885), which lowers this error at every step. The result has as
 many bits as plain rounding.
 """
 
@@ -37,9 +37,8 @@ FirstPair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
 
 
 class InputMoments(NamedTuple):
-    """Sums over the inputs x of a layer, and over the inputs y of the exact model's layer: float32 [I, I].
-
-    gram: the sum of x x^T. cross: the sum of x y^T.
+    """Sums over the inputs of a layer, float32 [I, I]. gram: the sum of x x^T, with inputs x in the quantised
+    model. cross: the sum of x y^T, with inputs y in the exact model.
     """
 
     gram: Any
@@ -47,9 +46,9 @@ class InputMoments(NamedTuple):
 
 
 class InverseFactor(NamedTuple):
-    """The inverse of a damped moment H [I, I]: `H[order][:, order]^-1 = upper^T upper / mean`.
+    """The inverse of a damped moment H [I, I], factorised: `H[order][:, order]^-1 = upper^T upper / mean`.
 
-    order: of inputs, the largest first. upper: upper triangular [I, I]. mean: of H's diagonal.
+    order: the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: of H's diagonal.
     """
 
     order: Array
@@ -59,7 +58,7 @@ class InverseFactor(NamedTuple):
 
 @jax.jit
 def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
-    """Factorise the inverse of a damped moment. Weights with the same inputs share it."""
+    """Damp a moment and factorise its inverse. Weights with the same inputs can share the result."""
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))
@@ -77,9 +76,10 @@ def quantize_calibrated(
     double: bool | None = None,
     factor: InverseFactor | None = None,
 ) -> QTensor:
-    """Quantise a weight as nn.quant.quantize does, in as many bits, with a smaller error of its outputs.
+    """Quantise a weight to the layout of nn.quant.quantize, with a smaller error of the outputs.
 
-    gram: sum of x x^T over its inputs. factor: inverse_factor of it, if it is known. The error is never
+    target: the weight to approximate. gram: sum of x x^T over the inputs. kind, block, double: see
+    nn.quant.Quant. factor: inverse_factor(gram), None to compute it. The error, with damped gram, is never
     above the error of rounding to nearest. Raises ValueError for a target or inputs that are not finite.
     """
     if not all(np.isfinite(np.asarray(x)).all() for x in (target, gram)):
@@ -107,9 +107,9 @@ def quantize_calibrated(
 def exact_outputs(
     weight: Float[Array, "I O"], moments: InputMoments, factor: InverseFactor
 ) -> Float[Array, "I O"]:
-    """Return the weight that maps a layer's inputs to the outputs of the exact model with the least error.
+    """Return the weight that maps a layer's inputs to the exact model's outputs with the least error.
 
-    factor: inverse_factor of moments.gram.
+    weight: the original. factor: inverse_factor(moments.gram).
     """
     order, upper, mean = factor
     change = jnp.matmul((moments.cross - moments.gram)[order], weight, precision=HIGHEST)
@@ -124,7 +124,7 @@ def _output_error(q: QTensor, weight: Array, moment: Array) -> Array:
 
 
 def _with_scales(q: QTensor, scale: Any) -> QTensor:
-    """Return a weight on the host with other scales [N, O], stored as the format does."""
+    """Replace the scales of a QTensor on the host by `scale` [N, O], quantised if the QTensor's are."""
     scale = np.asarray(scale).astype(FORMATS[q.kind].scale_dtype)
     if q.outer is None:
         return replace(q, scale=scale)
@@ -133,7 +133,7 @@ def _with_scales(q: QTensor, scale: Any) -> QTensor:
 
 
 def _with_searched_scales(plain: QTensor, weight: Array, squares: Array) -> QTensor:
-    """Return a weight with the scales and offsets whose rounding to nearest has the least weighted error."""
+    """Replace scales and offsets by those with the least error. squares: weights of the inputs [I]."""
     if plain.block is None:
         return plain
     scale, offset = _searched_scales(weight, squares, plain.kind, plain.block)
@@ -167,7 +167,7 @@ def _searched_scales(weight: Array, squares: Array, kind: str, block: int) -> tu
 
 @jax.jit
 def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
-    """Return codes [I, O] after one pass over all inputs; each is set to its best level, given all others."""
+    """Return codes [I, O] after one pass over all inputs, each set to its best value given the others."""
     format, (scale, offset) = FORMATS[q.kind], grid(q)
     codes = qf.unpack(q.codes) if is_paired(q.kind) else jnp.asarray(q.codes)
     value = format.decode(codes) * scale
@@ -186,7 +186,7 @@ def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
 
 @partial(jax.jit, static_argnames="size")
 def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array:
-    """Return scales [N, O] after one pass over all blocks; each is set to its best value given the others."""
+    """Return scales [N, O] after one pass over all blocks of `size` inputs, each best given the others."""
     ins, outs = weight.shape
     scale, offset = grid(q)
     units = FORMATS[q.kind].decode(qf.unpack(q.codes) if is_paired(q.kind) else jnp.asarray(q.codes))
@@ -214,14 +214,14 @@ def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:
-    """Return a weight on the host with other codes [I, O], not packed."""
+    """Replace the codes of a QTensor on the host. codes: [I, O], not packed."""
     on_host: Any = np.asarray(codes)
     return replace(q, codes=qf.pack(on_host) if is_paired(q.kind) else on_host)
 
 
 def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
-    """Add DAMPING of the mean square to the squares of all inputs, and all of it to inputs that were always
-    zero.
+    """Add DAMPING times the mean square to the diagonal, and for inputs that were always zero the mean square
+    itself, so that the moment can be inverted.
     """
     squares = jnp.diagonal(moment)
     mean = jnp.mean(squares)
@@ -230,8 +230,7 @@ def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
 
 @partial(jax.jit, static_argnames="kind")
 def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) -> Array:
-    """Return the codes [I, O] of GPTQ with the scales of `plain`, one layer's weight as nn.quant.quantize
-    returns it.
+    """Return the codes [I, O] that GPTQ chooses with the scales of `plain`, a QTensor of one layer's weight.
 
     The largest inputs are rounded first, while many others can still compensate for them. The weights of an
     input that was always zero are rounded to nearest.
@@ -256,10 +255,13 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
 def swept(
     matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, choose: Callable
 ) -> Array:
-    """Choose codes [I, O] input by input, in blocks; each choice changes the remaining inputs.
+    """Choose codes [I, O] input by input; each choice changes the state of other inputs. Blocks of inputs
+    make this fast.
 
-    choose(j, state of the input, arrays of its block, block of the matrix) -> (change, code): the change of
-    the j-th input of a block, times its row of the matrix, is subtracted from the state of all inputs.
+    state: of each input, such as its weights or gradients. codes: initial codes. arrays: a tuple of arrays
+    with a row for each input. choose(j, state of input j, arrays, matrix) -> (change, code), where j, arrays
+    and matrix are of the input's block: change times the input's row of the matrix is subtracted from the
+    state.
     """
     ins, outs = state.shape
     size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
@@ -292,9 +294,10 @@ def swept(
 
 
 def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out] so that `scale a b` has the R largest singular values of a weight.
+    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of a weight of rank R: its R
+    largest singular values.
 
-    Each side has the square roots of these values. The vectors are eigenvectors of the smaller Gram matrix,
+    Columns of a and rows of b have equal norms. Singular vectors are eigenvectors of the smaller Gram matrix,
     computed in float64.
     """
     import scipy.linalg  # not at the top: most runs do not need it
@@ -314,8 +317,8 @@ def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
 
 
 def _qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out]: the first R columns and rows of the QR decomposition of `weight.T`, as in
-    peft, whatever the scale.
+    """Return a [in, R], b [R, out]: the first R rows of the r and columns of the q of the QR decomposition of
+    `weight.T`, transposed. As in peft, `scale` is not used.
     """
     q, r = np.linalg.qr(weight.T)
     return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
@@ -327,10 +330,11 @@ FIRST_PAIRS = {"pissa": principal_pair, "olora": _qr_pair}  # by the name of the
 def correction(
     error: Float[Array, "I O"], gram: Float[Array, "I I"], rank: int
 ) -> tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]:
-    """Return a [I, R], b [R, O] whose product is the best approximation of a weight's error: it leaves the
-    least error of the outputs (Zhang et al. 2025, QERA, arXiv:2410.06040).
+    """Return a [I, R], b [R, O] whose product, added to a rounded weight, gives the least error of the
+    outputs (Zhang et al. 2025, QERA, arXiv:2410.06040).
 
-    gram: sum of x x^T over its inputs. Columns of a and rows of b have equal norms.
+    error: target minus rounded weight. gram: sum of x x^T over the inputs. Columns of a and rows of b have
+    equal norms.
     """
     low = jnp.linalg.cholesky(damped(jnp.asarray(gram)))
     a, b = principal_pair(np.asarray(jnp.matmul(low.T, error, precision=HIGHEST)), rank, 1.0)

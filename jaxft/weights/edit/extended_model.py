@@ -1,8 +1,8 @@
 """Write a model with new tokens in its tokenizer, embedding table and head, and with a chat template.
 
-The rows of new tokens start as a mean of other rows and have to be trained: their ids are in
-untrained_tokens.json of the folder, which recipes read (trainable_token_indices), and without training them a
-run does not start.
+The rows of new tokens start as a mean of other rows and have to be trained. Their ids are in the folder's
+untrained_tokens.json, which recipes read to set adapter.trainable_token_indices; a run that would not train
+them raises an error at its start.
 """
 
 import hashlib
@@ -46,10 +46,10 @@ VERSION = 1  # of the models in the cache; another one if a new token starts wit
 class Extension:
     """The tokens and the template that are added to a model.
 
-    tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: their first rows, the
-    mean of the rows of their pieces, or of all rows. multiple: a growing table is padded to a multiple of
-    this many rows. template: the name of a chat template (see TEMPLATES) or a .jinja file; the
-    special tokens of a named one are added if they are new.
+    tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: initial rows of new
+    tokens: "pieces" for the mean of the rows of the tokens into which the text was split before, "mean" for
+    the mean of all rows. multiple: a table that grows is padded to a multiple of this many rows. template: a
+    name in TEMPLATES, whose special tokens are added if they are new, or a .jinja file.
     """
 
     tokens: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Extension:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The new tokens, without the template's."""
+        """The tokens to add, without the chat template's special tokens."""
         return (*self.tokens, *self.special_tokens)
 
 
@@ -114,7 +114,9 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
 def _extended_model(
     model: Model, ref: str, extension: Extension
 ) -> tuple[Model, Any, dict[int, tuple[int, ...]]]:
-    """Return the model with room for the new tokens, the tokenizer with them, and their pieces by id."""
+    """Return the model with a vocabulary for the new tokens, the extended tokenizer, and by id of each new
+    token the ids into which its text was split before.
+    """
     tokenizer, vocab = pretrained.load_tokenizer(ref), model.config.vocab
     pieces = add_tokens(tokenizer, extension)
     if pieces and max(pieces) >= vocab:
@@ -127,7 +129,9 @@ def _ids_by_token(tokenizer: Any, numbers: Collection[int]) -> dict[str, int]:
 
 
 def _draft(folder: Path, ref: str, extension: Extension) -> str:
-    """Return a folder below `folder` with the configuration and the tokenizer of an extended model."""
+    """Write an extended model's configuration and tokenizer, without weights, below `folder`; return the
+    path.
+    """
     digest = hashlib.sha256(json.dumps([ref, repr(extension)]).encode()).hexdigest()[:16]
     out = folder / digest / "extended"
     if not out.is_dir():
@@ -142,13 +146,13 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
 
 
 def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = None) -> tuple[str, list[str]]:
-    """Return a folder in the cache with the model `ref` and an extension, and lines about a damaged folder
-    that it replaces. Without an extension, return `ref`. drafts: a folder for configuration and tokenizer
-    alone, in place of the cache, for plans, which need no weights.
+    """Return (path of the model `ref` with an extension, notes). It is a folder in the cache, written if it
+    is missing or damaged; a note reports damage. Without an extension, return (ref, []).
 
-    The folder is written once for these files and this extension, also if several processes call this. If
-    the extension adds no tokens, it has links to the weights of `ref`, which has to stay where it is, or to
-    be named again. The weights of a GGUF file are copied. Raises ValueError as extend_model does.
+    drafts: for plans, which need no weights: a folder for only configuration and tokenizer, used instead of
+    the cache. Several processes may call this. If the extension adds no tokens, the folder has links to the
+    weights of `ref`, unless it is a GGUF file; after a move of `ref`, call this with the new path. Raises
+    ValueError as extend_model does.
     """
     if extension is None:
         return ref, []
@@ -180,7 +184,7 @@ def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = No
 def _link_model(out: Path, ref: str, extension: Extension) -> bool:
     """Write the model `ref` with another chat template to the new folder `out`, with links to its weights.
 
-    Return whether it was written: only for a model in a folder, and an extension that adds no tokens.
+    Return whether it was written: False for GGUF files and for an extension that adds tokens.
     """
     located = hub.locate(ref)
     if extension.named or located.kind != "folder":
@@ -214,8 +218,8 @@ def _link(path: Path, file: Path) -> None:
 
 
 def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:
-    """Return a line about tokens of a named template that the tokenizer had: a base model may have them
-    untrained.
+    """Return a line if the tokenizer had some of a named template's special tokens already, since a base
+    model may not be trained on them. known: ids by token.
     """
     named = () if extension.template is None else find_template(extension.template).tokens
     ids = {token: known[token] for token in named if token in known}
@@ -229,8 +233,11 @@ def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[s
 
 
 def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...]]:
-    """Add the tokens and the template of an extension to a tokenizer; return the pieces of each new token,
-    which it had before, by id. Raises ValueError for tokens that exist already or are split.
+    """Add the tokens and the template of an extension to a tokenizer, in place. Return by id of each new
+    token the ids into which its text was split before.
+
+    Raises ValueError for tokens that exist already or would still be split, and for a template that cannot
+    render a conversation or does not end turns with a special token.
     """
     from tokenizers import AddedToken
 
@@ -276,7 +283,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return a text in which a token's neighbours make no other added token of it."""
+    """Return a text with a token in which its neighbours do not form another added token."""
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):
@@ -291,8 +298,10 @@ def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
 
 
 def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
-    """Return a table [V, D], or a head [D, V], with rows of new tokens: means of the rows that `sources`
-    names, or of all rows where it names none and for padding.
+    """Return an embedding table [V, D], or a head [D, V], extended to `vocab` tokens.
+
+    sources: by id of a new token, the ids whose mean row it gets; () for the mean of all rows, which padding
+    gets too.
     """
 
     def make(_: tuple[int, ...]) -> np.ndarray:
@@ -310,20 +319,20 @@ def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int,
 
 
 def untrained_tokens(ref: str) -> dict[str, int]:
-    """Return the ids of new tokens with untrained rows, by token; {} for most models."""
+    """Return the ids of a model's new, untrained tokens by token; {} unless jaxft added tokens to it."""
     path = Path(ref) / UNTRAINED
     return read_model_json(path).get("tokens", {}) if path.is_file() else {}
 
 
 def extension_notes(ref: str) -> list[str]:
-    """Return lines for the start of a run about tokens that may be untrained; [] for most models."""
+    """Return lines for the start of a run about tokens that may be untrained; [] unless jaxft extended it."""
     path = Path(ref) / UNTRAINED
     return read_model_json(path).get("notes", []) if path.is_file() else []
 
 
 def mark_untrained(folder: Path, ids: Mapping[str, int], notes: Sequence[str] = ()) -> None:
-    """Note in a model's folder which tokens have rows that are still to be trained; ids: by token. notes:
-    lines about tokens that may be untrained, for the start of runs.
+    """Write untrained_tokens.json to a model's folder. ids: of new tokens with untrained rows, by token.
+    notes: lines about tokens that may be untrained, for the start of runs.
     """
     if ids or notes:
         write_model_json(
@@ -481,8 +490,8 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> NamedTemplate:
-    """Return a chat template by name, or from a .jinja file, whose special tokens are not known. Raises
-    ValueError or FileNotFoundError.
+    """Return the chat template with this name, or in this .jinja file. Raises ValueError for an unknown name,
+    FileNotFoundError for a missing file.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]

@@ -1,12 +1,12 @@
-"""Adapters that start from the base's weights: DoRA's magnitudes, and pairs that the base is then stored
-without.
+"""Adapters that start from the base's weights: DoRA's magnitudes, and pairs that are subtracted from the
+base.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular values of a weight W, OLoRA
 (Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition; the base is stored as `W - s A B`, so that the
-model is unchanged at step 0. If the base is quantised, that residual is (QPiSSA). LoftQ (Li et al. 2023,
-arXiv:2310.08659) alternates: quantise `W - s A B`, then set A B to the largest singular values of what is
-missing. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best corrects the
-outputs of a base with calibrated rounding, which is computed with its codes
+model is unchanged at step 0. A quantised base stores this residual quantised (QPiSSA). LoftQ (Li et al. 2023,
+arXiv:2310.08659) alternates: quantise `W - s A B`, then set `s A B` to the largest singular values of W minus
+the quantised weight. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best
+corrects the outputs of a base with calibrated rounding; it is computed when the base is calibrated
 (weights/edit/calibrated_rounding.py).
 
 A run stores its first pairs in `initial_adapter/` of its folder, and resumes with them. Critics and reward
@@ -54,8 +54,8 @@ _Stored = Callable[[np.ndarray], np.ndarray]  # a weight as it is stored
 
 
 class StartPairs(NamedTuple):
-    """Two adapters of a run whose adapter starts from the base's weights: the adapter at step 0, and the one
-    that is subtracted from the stored base. They are the same, except for LoftQ and QERA.
+    """The two adapters of a run that starts from the base's weights. start: the adapter at step 0. without:
+    the adapter that is subtracted from the stored base. They are the same, except for LoftQ and QERA.
     """
 
     start: Params
@@ -65,7 +65,7 @@ class StartPairs(NamedTuple):
 def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     """Compute the pairs at step 0 from the weights in the files of `ref`, on the host, layer by layer.
 
-    Raises ValueError for settings that check_ranks refuses.
+    stored: how the base is stored, for LoftQ's quantisation errors. Raises ValueError as check_ranks does.
     """
     files, table = pretrained.open_files(ref), tensors_of(stored.model)
     base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
@@ -87,10 +87,11 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
 
 
 def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
-    """Return the ranks and alphas of the adapted layers by path.
+    """Return the ranks and alphas of the adapted layers by path, after checking that the initialisation
+    settings.init supports them.
 
-    Raises ValueError for a rank above the smaller side of a weight, for several ranks in the layers of a
-    kernel, and for the head if it is tied to the embeddings.
+    Raises ValueError for a rank above the smaller side of a weight, for different ranks in the layers of a
+    kernel, for adapted embeddings, and for an adapted head that is tied to them.
     """
     setting, specs = f"adapter.init={settings.init}", spec_paths(base)
     layouts = pair_layouts(base, settings, names)
@@ -117,10 +118,11 @@ def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str,
 def run_pairs(
     ref: str, stored: StoredModel, settings: Adapter, folder: Path | None, resumed: bool
 ) -> StartPairs:
-    """Return the pairs at step 0 of a run and store them in its folder; a resumed run reads them there.
+    """Compute a run's pairs at step 0 and store them in its folder; a resumed run reads them from there.
 
-    folder: None stores nothing. Every process calls it and returns process 0's pairs, because other hosts'
-    libraries may round otherwise. Raises FileNotFoundError if a resumed run has no such file.
+    folder: the run's, None stores nothing. All processes call this and use the pairs that process 0 stored,
+    because libraries of other hosts may round differently. Raises FileNotFoundError if a resumed run has no
+    stored pairs.
     """
     model = stored.model
     folders = [] if folder is None else [folder / INITIAL_ADAPTER / name for name in ("without", "start")]
@@ -135,22 +137,22 @@ def run_pairs(
 
 
 def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
-    """Return the adapter at step 0 that a run's folder stores; None if it didn't change the base."""
+    """Read the adapter at step 0 from a run's folder; None if the run's adapter does not change the base."""
     if settings is None or not settings.changes_base:
         return None
     return peft_read.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]
 
 
 def place_pairs(pairs: Params, adapter: Params) -> Params:
-    """Return pairs on the mesh, sharded as the leaves of `adapter` are and in their dtypes."""
+    """Place pairs on the mesh with the shardings and dtypes of the leaves of `adapter`."""
     return jax.tree.map(
         lambda x, like: shard_host_array(np.asarray(x).astype(like.dtype), like.sharding), pairs, adapter
     )
 
 
 def for_unchanged_base(adapter: Params, start: Params, settings: Adapter) -> tuple[Params, Adapter]:
-    """Return (adapter of twice the rank, its settings) that changes the unchanged base as `adapter` changes
-    the base without `start`: `[a, a0] [b; -b0]`.
+    """Convert a trained adapter to (adapter of twice the rank, its settings) for the unchanged base: `[a, a0]
+    [b; -b0]`. start: the pairs (a0, b0) that were subtracted from the stored base.
     """
 
     def without(adapter: Params, start: Params) -> Params:
@@ -161,10 +163,11 @@ def for_unchanged_base(adapter: Params, start: Params, settings: Adapter) -> tup
 
 
 def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None) -> Params:
-    """Return a DoRA adapter with the norms of the adapted weights as magnitudes; 0 in layers without a pair.
+    """Return a DoRA adapter whose magnitudes are the norms of the adapted weights; 0 in layers without a
+    pair.
 
-    initial: the policy's pairs at step 0, which the base of a head includes. Norms are computed layer by
-    layer.
+    initial: for a critic's or reward model's adapter, the policy's pairs at step 0, which are part of the
+    base that it sees. Norms are computed layer by layer.
     """
 
     def norms(weight: Array, pair: Params) -> Array:
@@ -186,10 +189,11 @@ def init_magnitudes(base: Params, adapter: Params, initial: Params | None = None
 def with_magnitudes(
     base: Params, others: dict[str, Params], settings: Mapping[str, HeadSettings]
 ) -> dict[str, Params]:
-    """Return the parameters outside the base, with the norms of the base's weights as the magnitudes of fresh
-    DoRA adapters, of heads after adding the initial adapter in `others`.
+    """Return `others`, the parameters outside the base, with the magnitudes of fresh DoRA adapters set by
+    init_magnitudes.
 
-    settings: of the policy's adapter, "adapter", and of the further models on the base.
+    settings: by name, of the policy ("adapter") and of critics and reward models. The weights that critics
+    and reward models adapt include the initial adapter in `others`.
     """
     out = dict(others)
     for name, head in settings.items():
@@ -211,8 +215,8 @@ def _as_stored(like: object, weight: np.ndarray) -> np.ndarray:
 def _layer_pairs(
     init: str, weight: _Weight, rank: int, scale: float, stored: _Stored
 ) -> tuple[FirstPair, FirstPair]:
-    """Return a weight's pair (a, b) at step 0, and the pair without which the base is stored. weight: [in,
-    out] of a layer. stored: rounds a weight as the base's storage does.
+    """Return a weight's pair (a, b) at step 0, and the pair that is subtracted from the stored base. weight:
+    [in, out] of a layer. stored(weight): rounds it as the base's storage does.
     """
     if init == "loftq":
         ins, outs = weight.shape
@@ -227,7 +231,7 @@ def _layer_pairs(
 
 
 def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, FirstPair]:
-    """Return a weight's correction as the pair at step 0, and the pair that the base is stored without: 0."""
+    """Return a calibrated weight's correction as the pair at step 0, and zeros: nothing is subtracted."""
     assert codes is not None  # adapter.init=qera needs quant.calibrate
     a, b = read_correction(codes, name)
     root = np.sqrt(np.float32(abs(scale)))

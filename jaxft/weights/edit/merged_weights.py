@@ -20,8 +20,8 @@ from jaxft.weights.tensors import Index, Tensor, full_index, layer_on_host
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A parameter that is computed in parts: `make(index)` returns the part at an index along its leading
-    axes, all of it for ().
+    """A parameter that is computed when it is needed. make(index): returns the part at an index along the
+    leading axes, such as a layer; all of it for ().
     """
 
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class LazyTensor:
         return self.make(())
 
     def map(self, dtype: DTypeLike, fn: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
-        """Return the parameter with `fn` applied to each part, which returns `dtype`."""
+        """Return the parameter with `fn` applied to each part. dtype: of the values that `fn` returns."""
         return LazyTensor(self.shape, np.dtype(dtype), lambda index: fn(self.make(index)))
 
     def astype(self, dtype: DTypeLike) -> "LazyTensor":
@@ -44,18 +44,18 @@ class LazyTensor:
 
 
 class RoundingError:
-    """The accumulated rounding error of the weights that were made so far."""
+    """The accumulated rounding error of all weights that were rounded so far."""
 
     def __init__(self) -> None:
         self._error, self._total = 0.0, 0.0
 
     @property
     def fraction(self) -> float:
-        """Root mean square of the error as a fraction of the weights' own."""
+        """Root mean square of the error, divided by the root mean square of the weights."""
         return (self._error / self._total) ** 0.5 if self._total else 0.0
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
-        """Add the rounding error of a weight and its rounded value."""
+        """Add the difference of a weight and its rounded value to the error."""
         with np.errstate(over="ignore", invalid="ignore"):  # the writer refuses values that are not finite
             self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
             self._total += float(np.square(exact, dtype=np.float64).sum())
@@ -79,10 +79,10 @@ def merge_files(
     dtype: DTypeLike,
     token_ids: tuple[int, ...] = (),
 ) -> Params:
-    """Merge an adapter (arrays, or None) into the base in a model's files; return LazyTensors in `dtype`.
+    """Merge an adapter into the base in a model's files. Return the tree of LazyTensors in `dtype`.
 
-    token_ids: the tokens of replaced rows. A tied head is untied if the adapter changes it, or the
-    embedding table alone.
+    adapter: a tree of arrays; None for the base alone. token_ids: of the rows that the adapter replaces. A
+    tied head is untied if the adapter changes the head, or only the embedding table.
     """
     merged = tree.paths(merge_params(lazy_params(readers), adapter, dtype, token_ids))
     paths = [path for path in merged if path != "head" or model.generates]
@@ -106,9 +106,10 @@ def _read_lazily(reader: ParamReader) -> LazyTensor:
 def merge_on_read(
     readers: Mapping[str, ParamReader], model: Model, adapter: Params, token_ids: tuple[int, ...] = ()
 ) -> dict[str, ParamReader]:
-    """Return the readers with an adapter merged into the weights, in float32, as they are read.
+    """Return readers that merge an adapter into the weights, in float32, when they are read.
 
-    Raises ValueError for an adapter that gives a tied head a matrix of its own, which the files lack.
+    token_ids: of the rows that the adapter replaces. Raises ValueError for an adapter that unties a tied
+    head, since the files have no tensor for it.
     """
     nodes, out = lora.pairs_by_path(adapter), dict(readers)
     if full_modules.unties(nodes) and "head" not in readers and model.generates:
@@ -126,7 +127,7 @@ def merge_on_read(
 def _merged_part(
     reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
 ) -> np.ndarray:
-    """Return the part of a tensor's values at `index`, merged with an adapter's."""
+    """Return the part of a tensor's values at `index`, merged with `node`, an adapter's leaves for it."""
     if "magnitude" in node and index:  # norms are over all inputs
         return _merged_part(reader, node, token_ids, tensor)[index]
     index = full_index(index, tensor.values)
@@ -154,10 +155,11 @@ def _merged_part(
 def merge_params(
     base: Params, adapter: Params | None, dtype: DTypeLike, token_ids: tuple[int, ...] = ()
 ) -> Params:
-    """Merge an adapter (or None) into a base tree as it is stored, also on the devices of several processes.
+    """Merge an adapter (or None) into a base tree, which may be sharded over the devices of several
+    processes.
 
-    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched. A
-    tied head is untied if the adapter changes it, or the embedding table alone.
+    The adapted parameters become LazyTensors in `dtype`; a layer is gathered and merged when it is fetched.
+    token_ids, and when a tied head is untied: see merge_files.
     """
     leaves, nodes = tree.paths(base, is_qtensor), lora.pairs_by_path(adapter)
     merged = dict(leaves)

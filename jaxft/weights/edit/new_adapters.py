@@ -1,18 +1,17 @@
-"""LoRA adapters made of others, or of two models: weighted combinations, written as one adapter; and the
-difference of two full models.
+"""New LoRA adapters: weighted combinations of several adapters, and the difference of two full models.
 
-The formulas of combinations are PEFT's (`add_weighted_adapter`). With weights w_k, scales s_k and pairs
-A_k B_k of a module, and c_k = w_k s_k:
+The formulas of combinations are PEFT's (`add_weighted_adapter`). Adapter k has the weight w_k, the scale s_k
+and, in each module, the pair A_k B_k; c_k = w_k s_k:
 
 - cat: `sum_k c_k A_k B_k`, exactly: the pairs side by side, with the sum of their ranks.
 - svd: the same sum, reduced to a rank by its largest singular values.
 - linear: `(sum_k sign(c_k) sqrt|c_k| A_k) (sum_k sqrt|c_k| B_k)`, which has cross terms.
-- ties (Yadav et al. 2023, arXiv:2306.01708): of each A_k and B_k the largest values by magnitude, `density`
-  of them; of these, the ones with the sign of their sum over k; then the mean of the weighted ones.
-- dare_linear, dare_ties (Yu et al. 2024, arXiv:2311.03099): a random `density` of the values, divided by it,
-  in place of the largest; then as linear, or as ties.
+- ties (Yadav et al. 2023, arXiv:2306.01708): keep the fraction `density` of each A_k and B_k with the largest
+  magnitudes; of these, the values with the sign of their sum over k; then average the weighted values.
+- dare_linear, dare_ties (Yu et al. 2024, arXiv:2311.03099): keep a random fraction `density` of the values,
+  divided by density, instead of the largest; then proceed as linear, or as ties.
 
-linear and the ones after it combine A and B separately, so they need adapters of equal ranks.
+All methods but cat and svd combine A and B separately, so they need adapters of equal ranks.
 """
 
 import math
@@ -49,9 +48,9 @@ _B = Float[np.ndarray, "_ _"]  # [R, O]
 class Combination:
     """Method and settings of a combination of adapters.
 
-    weights: one for each adapter, of either sign. density: the fraction of values that pruning methods keep,
-    None for 0.5. rank: rank of the result of svd, None for the largest rank of the adapters. seed: random
-    seed of the random methods, None for 0.
+    weights: one for each adapter, of either sign. density: fraction of values that the methods in PRUNING
+    keep, None for 0.5. rank: rank of the result of svd, None for the largest rank of the adapters. seed: seed
+    of the methods in RANDOM, None for 0.
     """
 
     method: CombineMethod
@@ -79,12 +78,12 @@ class Combination:
 
     @property
     def listed_weights(self) -> str:
-        """The weights as on the command line."""
+        """The weights as on the command line, such as 1,-0.5."""
         return ",".join(f"{weight:g}" for weight in self.weights)
 
 
 class NamedAdapter(NamedTuple):
-    """An adapter to combine. name: where it is from, for messages."""
+    """An adapter to combine. name: its folder, for messages."""
 
     name: str
     params: Params
@@ -92,7 +91,7 @@ class NamedAdapter(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """A combined adapter. dropped: the fraction of the sum's Frobenius norm that svd dropped."""
+    """A combined adapter. dropped: norm of the part that svd dropped, as a fraction of the sum's norm."""
 
     params: Params
     settings: Adapter
@@ -100,7 +99,7 @@ class Combined(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The pair of one adapter in a module, with c = weight * scale."""
+    """The pair of one adapter in a module. factor: the adapter's weight times its scale, c_k."""
 
     a: _A
     b: _B
@@ -109,11 +108,11 @@ class _Part(NamedTuple):
 
 @np.errstate(over="ignore", invalid="ignore")  # _square_norm refuses overflows
 def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combination) -> Combined:
-    """Combine adapters on a model into one with rank = alpha, which is the largest rank of any module.
+    """Combine adapters on a model into one adapter. Its rank and alpha are the largest rank of any module.
 
     A module that some of the adapters lack is combined from the others. Raises ValueError for adapters that
-    are no plain LoRA, ranks that the method cannot combine, a number of weights other than of
-    adapters, and a result that is 0 or has values too large for float32.
+    are not plain LoRA, for ranks that the method cannot combine, unless there is one weight for each adapter,
+    and for a result that is 0 or has values too large for float32.
     """
     if len(adapters) < 2 or len(how.weights) != len(adapters):
         raise ValueError(
@@ -173,13 +172,13 @@ def _check_plain(adapter: NamedAdapter) -> None:
 
 
 def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
-    """Return a module's pair, without the zeros beyond its rank."""
+    """Return an adapter's pair of one module, without the zeros beyond its rank. weight: the adapter's."""
     a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
 
 def _square_norm(a: _A, b: _B, how: Combination, factor: float = 1.0) -> float:
-    """Return the squared Frobenius norm of factor a b. Raises ValueError if it is too large for float32."""
+    """Return the squared Frobenius norm of `factor a b`. Raises ValueError if the norm overflows float32."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norm = abs(factor) * math.sqrt(max(float(((a.T @ a) * (b @ b.T)).sum()), 0.0))
     if not norm < np.finfo(np.float32).max:
@@ -207,8 +206,8 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
 
 
 def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float, float]]:
-    """Return `sum c a b` reduced to a rank, and the squared norms of the dropped part and of the sum. The SVD
-    is of a matrix of the summed ranks, after two QRs.
+    """Return the sum of `factor a b` over the parts, reduced to a rank, and (squared norm of the dropped
+    part, squared norm of the sum). Two QR decompositions reduce the SVD to the size of the summed ranks.
     """
     a = np.concatenate([part.a * part.factor for part in parts], 1).astype(np.float64)
     b = np.concatenate([part.b for part in parts]).astype(np.float64)
@@ -224,7 +223,7 @@ def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float,
 
 
 def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
-    """Return the pair of a module by a method other than svd. name: of the module, for random values."""
+    """Combine the pairs of a module by a method other than svd. name: of the module, for the random seed."""
     if how.method == "cat":
         scaled = [part.a * np.float32(part.factor) for part in parts]
         return np.concatenate(scaled, 1), np.concatenate([part.b for part in parts])
@@ -237,7 +236,7 @@ def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
 def _merged(
     values: Float[np.ndarray, "K M N"], weights: Float[np.ndarray, " K"], how: Combination, name: str
 ) -> Float[np.ndarray, "M N"]:
-    """Combine one side of K pairs elementwise."""
+    """Combine the A, or the B, of K pairs elementwise. weights: of the pairs. name: for the random seed."""
     density = DEFAULT_DENSITY if how.density is None else how.density
     if how.method == "ties":
         values = np.stack([_largest(x, density) for x in values])
@@ -253,7 +252,7 @@ def _merged(
 
 
 def _largest(values: Float[np.ndarray, "M N"], density: float) -> Float[np.ndarray, "M N"]:
-    """Return the largest values by magnitude, `density` of them rounded down, and 0 for the others."""
+    """Keep the fraction `density` of values of largest magnitude, rounded down; set the others to 0."""
     count = int(density * values.size)
     mask = np.zeros(values.size, bool)
     if count:
@@ -267,8 +266,8 @@ def _as_adapter(
     model: Model,
     dropped: float,
 ) -> Combined:
-    """Return pairs by path and module as an adapter of one rank, padded with zeros, which every program
-    loads.
+    """Return an adapter of these pairs, by path and module, padded with zeros to one rank, because some
+    programs load no adapters of several ranks.
     """
     rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
 
@@ -299,8 +298,8 @@ _Matrix = Float[np.ndarray, "I O"]
 
 @dataclass(frozen=True)
 class Extraction:
-    """The settings of an extraction. rank: of each pair. targets: as adapter.targets. save_others: store
-    parameters that changed and have no pair in the adapter as well, as modules_to_save and biases.
+    """The settings of an extraction. rank: of each pair. targets: see nn.adapters.lora.Adapter. save_others:
+    whether the adapter also stores, as modules_to_save and biases, changed parameters that have no pair.
     """
 
     rank: int
@@ -313,8 +312,9 @@ class Extraction:
 
 
 class KindError(NamedTuple):
-    """The change of a kind of matrix in all layers. change: its norm divided by the norm of the base. error:
-    the norm of the part that the pairs lack, divided by the norm of the change.
+    """The change of a parameter over all its layers, and the error of its pairs. path: of the parameter.
+    change: norm of the change divided by the norm of the base. error: norm of the part of the change that the
+    pairs lack, divided by the norm of the change.
     """
 
     path: str
@@ -323,7 +323,7 @@ class KindError(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """An extracted adapter, the errors of its kinds of matrices (last the total), and lines about others."""
+    """An extracted adapter. errors: of its parameters, then in total. others: lines on other changes."""
 
     params: Params
     settings: Adapter
@@ -334,11 +334,11 @@ class Extracted(NamedTuple):
 def extract_adapter(
     base_ref: str, tuned_ref: str, model: Model, what: Extraction, progress: Callable[[str], None]
 ) -> Extracted:
-    """Extract an adapter from two models of the same architecture. model: of the base, without a head of
-    another kind.
+    """Extract an adapter from the difference of two models of the same architecture.
 
-    Raises ValueError for two models that differ in more than the values of their tensors, a rank above that
-    of a matrix, and models without a difference.
+    model: the base's. progress(line): called with a line about each parameter. Raises ValueError if the
+    models differ in more than the values of their tensors, if their weights are equal, and if the rank is
+    larger than a side of a matrix.
     """
     table, paths = tensors_of(model, tied_head=True), target_paths(model.specs, what.targets)
     _check_rank(what.rank, {path: table[path] for path in paths})
@@ -353,7 +353,7 @@ def extract_adapter(
         for tensors in table.values()
         for before, after in _matrices(tensors, base, tuned)
     ):
-        raise ValueError(f"{tuned.where}: its weights are those of {base.where}; there is nothing to extract")
+        raise ValueError(f"{tuned.where} and {base.where} have the same weights: nothing to extract")
     pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
     errors = dict[str, KindError]()
     total = np.zeros(3)  # squared norms of the base, of the change, of the part that the pairs lack
@@ -399,7 +399,7 @@ def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> Non
             ours, theirs = (shapes.get(name, shapes.get(EMBEDDING)) for shapes in (before, after))
             if ours == theirs and (name in after or name == HEAD):
                 continue
-            advice = "is the model tuned from this base?"
+            advice = "use the base that the model was tuned from"
             if name in (EMBEDDING, HEAD) and name in after:
                 advice = (
                     "their vocabularies differ; add the tokens to the base with scripts/extend.py first, and "
@@ -413,8 +413,8 @@ def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> Non
 
 
 def _check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
-    """Raise ValueError if the configs of two models differ in a setting that no adapter carries, such as
-    rope_theta, or if the tuned model has tensors that the base lacks. model: of the base.
+    """Raise ValueError if the configs of two models differ in a setting that no adapter can store, such as
+    rope_theta, or if the tuned model's tensors do not fit its config. model: the base's.
     """
     pretrained.check_preset(base_ref, model.config)
     theirs = pretrained.model_for(tuned_ref)
@@ -432,7 +432,7 @@ def _check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
 def _matrices(
     tensors: Sequence[Tensor], base: ModelFiles, tuned: ModelFiles
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the values of a parameter's tensors in both models, in float32, [in, out] of a kernel."""
+    """Yield (base, tuned) values of each of a parameter's tensors in float32, [in, out] for a kernel."""
     for tensor in tensors:
         values = []
         for files in (base, tuned):
@@ -443,10 +443,10 @@ def _matrices(
 
 
 def _low_rank(matrix: _Matrix, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a [in, R], b [R, out] with the product nearest to a matrix.
+    """Return a [in, R], b [R, out] whose product is the best approximation of a matrix with this rank.
 
-    Above FULL_SVD the SVD is the randomised one of Halko et al. 2011 (arXiv:0909.4061) with power iterations.
-    name: for its random directions.
+    Above FULL_SVD the SVD is randomised with power iterations (Halko et al. 2011, arXiv:0909.4061). name:
+    seed of its random directions.
     """
     ins, outs = matrix.shape
     if min(ins, outs) <= FULL_SVD:
@@ -480,7 +480,7 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 def _with_others(
     settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return nodes of the changed parameters with the tuned model's values, and the settings with them."""
+    """Return (nodes, settings) that store the parameters in `changed` in full, with the tuned values."""
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model
@@ -496,7 +496,7 @@ def _with_others(
 
 
 def _lines(changed: dict[str, float], saved: bool) -> list[str]:
-    """Return a line about the parameters without a pair that changed."""
+    """Return a line about changed parameters without a pair, or []. saved: if the adapter stores them."""
     if not changed:
         return []
     named = ", ".join(f"{path} by {100 * change:.2g} %" for path, change in changed.items())

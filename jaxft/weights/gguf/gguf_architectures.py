@@ -1,5 +1,4 @@
-"""The supported architectures of GGUF files: names and storage of their tensors, metadata that llama.cpp
-reads.
+"""The supported architectures of GGUF files: names and layouts of tensors, and metadata that llama.cpp reads.
 
 Sources are llama.cpp's converter (convert_hf_to_gguf.py and its folder conversion/), its src/llama-model.cpp
 and src/models/.
@@ -66,16 +65,16 @@ ALWAYS_READ = frozenset({  # keys that llama.cpp reads for every architecture
 class Architecture:
     """The layout of one architecture's tensors in GGUF files, and the metadata that llama.cpp reads for it.
 
-    model_type, model_class: the model's in Hugging Face files. modules: a layer's modules, GGUF name to
-    Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over neighbouring
-    dimensions (LlamaModel.permute of the converter). norms_plus_one: whether 1 is added to the weights of all
-    norms, as for Gemma, which multiplies by 1 + weight where llama.cpp multiplies by the weight. biases:
-    modules that have a bias.
+    model_type, model_class: model_type and architecture class in config.json. modules: a layer's modules,
+    GGUF name to Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over
+    neighbouring dimensions (LlamaModel.permute of the converter). norms_plus_one: whether 1 is added to the
+    weights of all norms, as for Gemma, which multiplies by 1 + weight where llama.cpp multiplies by the
+    weight. biases: modules that have a bias.
 
-    reads: keys in addition to ALWAYS_READ that change what llama.cpp computes. tables: tensors of rope that
-    it loads; it refuses a file with others. local_theta: the key of the base of rope in layers with windows,
-    where frequencies are not scaled; None in an architecture with one rope. local_attn_factor: whether
-    rope.scaling.attn_factor applies there.
+    reads: metadata keys in addition to ALWAYS_READ that change what llama.cpp computes. tables: rope tensors
+    that llama.cpp loads; it refuses a file with others. local_theta: metadata key of rope's theta in layers
+    with windows, whose frequencies are not scaled; None if all layers have the same rope. local_attn_factor:
+    whether rope.scaling.attn_factor applies in layers with windows.
     """
 
     model_type: str
@@ -137,8 +136,8 @@ def architecture_of(header: GgufHeader) -> Architecture:
 
 
 def hf_name(architecture: Architecture, name: str) -> str:
-    """Return the Hugging Face name of a tensor. A tensor that the architecture does not have keeps its name,
-    and loading reports it.
+    """Return the Hugging Face name of a GGUF tensor. A tensor that the architecture does not have keeps its
+    name, and loading the file then raises an error.
     """
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match is None:
@@ -169,8 +168,9 @@ def gguf_name(architecture: str, name: str) -> str:
 
 
 class StoredAs(NamedTuple):
-    """The changes that llama.cpp makes to a tensor's values. heads: the number by which it orders rows of q
-    or k (see gguf_write.permute_heads), None for rows in their order. plus_one: whether it adds 1.
+    """How a tensor's values in GGUF differ from the Hugging Face values. heads: number of heads within which
+    the rows of q or k are permuted (see gguf_write.permute_heads); None for rows in the same order. plus_one:
+    whether 1 is added.
     """
 
     heads: int | None
@@ -178,7 +178,7 @@ class StoredAs(NamedTuple):
 
 
 def stored_as(architecture: Architecture, name: str, heads: int, kv_heads: int) -> StoredAs:
-    """Return how the values of a tensor are stored. name: Hugging Face's. heads, kv_heads: of the model."""
+    """Return how a tensor's values are stored. name: its Hugging Face name. heads, kv_heads: of the model."""
     ordered = {"q_proj": heads, "k_proj": kv_heads} if architecture.interleaved else {}
     module = name.rpartition(".")[0].rpartition(".")[2]
     return StoredAs(ordered.get(module), architecture.norms_plus_one and name.endswith("norm.weight"))
@@ -196,7 +196,7 @@ def kv_head_count(header: GgufHeader) -> int:
 
 
 def _count_in_all_layers(header: GgufHeader, name: str) -> int:
-    """Return a number of heads. Some files repeat it for every layer."""
+    """Return a number of heads, which some files state per layer. Raises ValueError if layers differ."""
     key = header.key(name)
     if isinstance(header.metadata.get(key), list):
         counts = header.array(key, int) or []

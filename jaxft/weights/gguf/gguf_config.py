@@ -1,7 +1,7 @@
 """The configuration in a GGUF file's metadata, read as the dict of a config.json, and written.
 
-A value that a file does not state is the one that llama.cpp assumes for its architecture (src/models/), next
-to the line that uses it.
+For a value that a file does not state, jaxft uses the default of llama.cpp for the architecture
+(src/models/); it is next to the line that needs it.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ ARCHITECTURE_OF = {spec.model_type: name for name, spec in ARCHITECTURES.items()
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that several settings follow from. rotated: head dimensions that rope turns."""
+    """Sizes of a model that several settings depend on. rotated: dimensions of a head that rope rotates."""
 
     layers: int
     width: int
@@ -77,11 +77,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GgufSettings:
-    """The metadata of an architecture in addition to KNOWN_METADATA.
+    """How the settings of one architecture are read from and written to GGUF metadata.
 
-    read: returns the settings for config.json. metadata: the keys that it reads. partial_rope: whether rope
-    may rotate a part of a head's dimensions. write: functions of (architecture, config.json) that return
-    metadata.
+    read(header, sizes): returns settings for config.json. metadata: keys that `read` reads in addition to
+    KNOWN_METADATA. partial_rope: whether rope may rotate only some of a head's dimensions. write: functions
+    of (architecture, config.json) that return metadata.
     """
 
     read: Callable[[GgufHeader, Sizes], dict[str, Any]]
@@ -91,8 +91,8 @@ class GgufSettings:
 
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
-    """Return the metadata as the dict of a config.json. Raises ValueError for metadata that would
-    change the arithmetic in a way that no config.json of the architecture states.
+    """Return the metadata as the dict of a config.json. Raises ValueError for metadata that may change what
+    the model computes and that config.json cannot express for this architecture.
     """
     architecture, settings = architecture_of(header), SETTINGS[header.architecture]
     _check_metadata(header, settings)
@@ -164,13 +164,14 @@ def _one_rope(header: GgufHeader, sizes: Sizes, **others: Any) -> dict[str, Any]
 
 
 def _window(header: GgufHeader, default: int = 0) -> int | None:
-    """Return how many keys a windowed layer sees, None without windows, which some files state as 0."""
+    """Return the number of keys in a layer's window, None without windows, which some files state as 0."""
     return header.optional(header.key(WINDOW), default) or None
 
 
 def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
-    """Return config.json's layer_types. The pattern in the metadata is a period (its last layer sees all
-    keys), or a Boolean for each layer: whether it has a window (llama_hparams::set_swa_pattern).
+    """Return config.json's layer_types. The metadata state whether each layer has a window, or a period n, by
+    default `period`: every n-th layer has full attention, the others windows
+    (llama_hparams::set_swa_pattern).
     """
     key = header.key("attention.sliding_window_pattern")
     if isinstance(header.metadata.get(key), list):
@@ -192,22 +193,22 @@ def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
 
 
 def _llama(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Mistral's files are of architecture llama too; only a window tells them apart."""
+    """Read Llama's settings, or Mistral's if there is a window: both have the architecture llama."""
     window = _window(header)
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return _one_rope(header, sizes, **(mistral if window else {}))
 
 
 def _query_scale(sizes: Sizes, layers_of_27b: int) -> dict[str, Any]:
-    """Return Gemma's query_pre_attn_scalar, which files do not state: the width of a head, but width / heads
-    in the 27B models, which llama.cpp recognises by their number of layers.
+    """Return Gemma's query_pre_attn_scalar, which files do not state: head_dim, except for width / heads in
+    the 27B models, which llama.cpp recognises by their number of layers.
     """
     is_27b = sizes.layers == layers_of_27b
     return {"query_pre_attn_scalar": sizes.width // sizes.heads if is_27b else sizes.head_dim}
 
 
 def _gemma2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Windows of 4096 in every other layer, first in layer 0; soft caps 50 and 30 (gemma2.cpp, hparams)."""
+    """Read Gemma 2's settings: windows of 4096 in even layers, soft caps 50 and 30 (gemma2.cpp, hparams)."""
     return {
         **_one_rope(header, sizes),
         **_query_scale(sizes, layers_of_27b=46),
@@ -220,7 +221,7 @@ def _gemma2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 
 
 def _gemma3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Windows in five of six layers, whose rope has theta 10000 and no scaling (gemma3.cpp)."""
+    """Read Gemma 3's settings: windows in five of six layers, where rope is not scaled (gemma3.cpp)."""
     window = _window(header)
     period = 6 if window else 1
     return {
@@ -242,7 +243,7 @@ def _default_rope(theta: float) -> dict[str, Any]:
 
 
 def _phi3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """The length before scaling is a setting of its own in Phi-3's config.json."""
+    """Read Phi-3's settings; its config.json has the length before scaling outside rope_scaling."""
     length = header.required(header.key("context_length"), int)
     original = header.optional(header.key("rope.scaling.original_context_length"), length)
     scaling = rope_scaling(header, sizes.rotated)
@@ -258,7 +259,7 @@ def _phi3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 
 
 def _smollm3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """No rope in every fourth layer (n_no_rope_layer_step in llama.cpp)."""
+    """Read SmolLM3's settings; every fourth layer has no rope (n_no_rope_layer_step in llama.cpp)."""
     return {
         **_one_rope(header, sizes),
         "no_rope_layer_interval": 4,
@@ -268,8 +269,8 @@ def _smollm3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 
 
 def _olmo2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """OLMo 3's files are of architecture olmo2 too; a window tells them apart: in three of four layers, whose
-    rope has no scaling (olmo2.cpp).
+    """Read OLMo 2's settings, or OLMo 3's if there is a window: both have the architecture olmo2. OLMo 3 has
+    windows in three of four layers, whose rope is not scaled (olmo2.cpp).
     """
     window = _window(header)
     if window is None:
@@ -288,7 +289,7 @@ def _olmo2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 
 
 def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Scales of 0 are not applied (granite.cpp); rope.scaling.finetuned=false switches rope off."""
+    """Read Granite's settings. A scale of 0 is not applied (granite.cpp); finetuned=false means no rope."""
     if not header.optional(header.key("rope.scaling.finetuned"), True):
         raise ValueError(
             f"{header.path}: metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite "
@@ -346,7 +347,7 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
 
 
 def context_notes(config: ModelConfig) -> list[str]:
-    """Return warnings if llama.cpp computes what the model does for short texts only."""
+    """Return warnings if llama.cpp computes the same only up to some length, or with some context size."""
     assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0
@@ -369,7 +370,7 @@ def _window_fields(name: str, hf: dict[str, Any]) -> list[Field]:
 
 
 def _pattern_fields(name: str, hf: dict[str, Any], period: int) -> list[Field]:
-    """State which layers have windows, if it is not every layer but each period's last."""
+    """Return metadata of the layers with windows; [] for llama.cpp's default, all but each period's last."""
     windowed = [kind == "sliding_attention" for kind in hf["layer_types"]]
     if not hf.get("sliding_window") or windowed == [i % period < period - 1 for i in range(len(windowed))]:
         return []
@@ -410,8 +411,8 @@ def _granite_fields(name: str, hf: dict[str, Any]) -> list[Field]:
 
 
 def _exact_context(architecture: str, config: DenseConfig) -> int:
-    """Return the length up to which llama.cpp computes what the model does: the window where llama.cpp
-    applies none, else the model's context.
+    """Return the length up to which llama.cpp computes the same as the model: the window if llama.cpp ignores
+    windows in this architecture, else the model's context.
     """
     window = model_types.config_to_hf(config).get("sliding_window")
     if not window or WINDOW in ARCHITECTURES[architecture].reads:

@@ -32,14 +32,15 @@ ALIGNMENT = 32  # of tensors, bytes; the format's default
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 T = TypeVar("T", int, float, str, bool)
+ADVICE = "use another GGUF file of the model, or its Hugging Face folder"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "a Boolean"}
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of llama.cpp's split files, counted from 1
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor: its file, name of its type, shape (rows first), bytes per row, and its first byte in the
-    file.
+    """A tensor in a GGUF file. kind: its type, such as Q8_0. shape: [rows, columns] of a matrix. offset: the
+    byte of the file at which it begins.
     """
 
     path: Path
@@ -51,7 +52,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensors of a GGUF file. path: the file, the first part of a split one."""
+    """Metadata and tensors of a GGUF file. path: the file, or the first part of a split file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -85,14 +86,16 @@ class GgufHeader:
             return None
         items = self.metadata[key]
         if not isinstance(items, list):
-            raise ValueError(f"{self.path}: metadata {key} must be an array, got {_short(items)}")
+            raise ValueError(f"{self.path}: metadata {key} must be an array, got {_short(items)}; {ADVICE}")
         wrong = next((i for i, item in enumerate(items) if not _has_type(item, kind)), None)
         if wrong is not None:
             self._refuse(f"{key}[{wrong}]", items[wrong], kind)
         return items
 
     def _refuse(self, key: str, value: Any, kind: type) -> NoReturn:
-        raise ValueError(f"{self.path}: metadata {key} must be {TYPE_NAMES[kind]}, got {_short(value)}")
+        raise ValueError(
+            f"{self.path}: metadata {key} must be {TYPE_NAMES[kind]}, got {_short(value)}; {ADVICE}"
+        )
 
 
 def _has_type(value: Any, kind: type) -> bool:
@@ -102,7 +105,7 @@ def _has_type(value: Any, kind: type) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Return a metadata value for a message, at most 60 characters of it."""
+    """Return a metadata value as text of at most 60 characters, for a message."""
     text = f"an array of {len(value)}" if isinstance(value, list) else ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -164,8 +167,7 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read metadata and tensor table of a GGUF file, and of the other parts of a split one, whichever is
-    given.
+    """Read metadata and tensor table of a GGUF file. path: of a split file, any part; all parts are read.
 
     Raises ValueError for an invalid or incomplete file, FileNotFoundError for a part that is missing.
     """
@@ -186,7 +188,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def part_files(path: Path) -> list[Path]:
-    """Return all parts of a split GGUF file by the name of any of them; else the file alone."""
+    """Return all parts of a split GGUF file, given any of them; [path] for a file that is not split."""
     match = PART_NAME.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [path]
@@ -201,7 +203,7 @@ def part_files(path: Path) -> list[Path]:
 
 
 def metadata_bytes(path: Path) -> dict[str, bytes]:
-    """Return type and value of each metadata entry of a GGUF file, as its bytes."""
+    """Return for each metadata key of a GGUF file the bytes that store its type and value."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor, entries = _Cursor(data), {}
         cursor.take(16)  # GGUF, version, count of tensors
@@ -288,8 +290,8 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
 class Field(NamedTuple):
     """A metadata entry.
 
-    kind: the type of the value, or of its items if it is a list, of KIND_CODES; RAW for type and value as
-    bytes of another file.
+    kind: a key of KIND_CODES, the type of the value, or of the items of a list; RAW if the value is bytes
+    from metadata_bytes.
     """
 
     key: str
@@ -326,8 +328,9 @@ def write_gguf_file(
 ) -> None:
     """Write a GGUF file and rename it into place when it is complete; on an error no file is left.
 
-    check(part): called with the unfinished file, with complete header and 1-D tensors, before the matrices
-    are fetched; its errors end the writing. Raises ValueError for a tensor whose values are not finite.
+    check(part): called once the header and the 1-D tensors are written and before the matrices are fetched;
+    part: the unfinished file. An error in it ends the writing. Raises ValueError for a tensor whose values
+    are not finite.
     """
     tensors = sorted(tensors, key=lambda tensor: len(tensor.shape) > 1)  # 1-D ones first
     part = path.with_name(path.name + ".part")
@@ -381,7 +384,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(field: Field) -> bytes:
-    """Pack a metadata value with its type; RAW is packed already."""
+    """Return the bytes that store a metadata entry's type and value."""
     if field.kind == "RAW":
         return field.value
     code = KIND_CODES[field.kind]

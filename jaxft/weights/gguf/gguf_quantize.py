@@ -1,15 +1,16 @@
 """Quantise matrices to GGUF's block types, and choose the type of each tensor in a mixture such as Q4_K_M.
 
-Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 have the bytes of llama.cpp's reference (ggml-quants.c), by the gguf package.
-The scales of the K types, and of the others with importances, are fitted by weighted least squares.
+Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are quantised by the gguf package, with the same bytes as llama.cpp's
+reference (ggml-quants.c). The scales of the K types, and of all types but Q8_0 if importances are given, are
+fitted by weighted least squares.
 
-As llama.cpp's quantisers do, the codes of a sub-block come from several trial scales, each with the scale and
-the minimum that fit its codes best, and the trial with the smallest weighted error is taken. The weights of
-errors are importances times sqrt(2 mean(x^2) + x^2), for Q6_K importances alone; without importances they are
-sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. With a minimum, jaxft then fits the
-scale and the minimum to the codes that they round to, REFITS times, and Q4_K and Q5_K choose the 6-bit scale
-and minimum of a sub-block by its error, for errors below llama.cpp's.
-Compiled with jax for blocks of a fixed number, so it runs on the default device.
+The fit follows llama.cpp's quantisers. Each trial scale gives the codes of a sub-block, and these codes the
+scale and the minimum that fit them best; the trial with the smallest weighted error wins. The weights of
+errors are importances times sqrt(2 mean(x^2) + x^2), for Q6_K only importances; without importances they are
+sqrt(mean(x^2)) + |x| for types with a minimum, and x^2 for the others. jaxft adds two steps, which make
+errors smaller than llama.cpp's: for types with a minimum, scale and minimum are fitted again, REFITS times,
+to the codes that they round to; and Q4_K and Q5_K choose a sub-block's 6-bit scale and minimum by its error.
+The fit is compiled with jax for a fixed number of blocks, and runs on the default device.
 
 Mixtures are llama-quantize's of llama.cpp (src/llama-quant.cpp), for dense models.
 """
@@ -39,8 +40,8 @@ REFITS = 3  # times that a fitted scale and minimum are fitted to the codes that
 def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
     """Return a tensor [rows, inputs], or a vector in a type without blocks, as the bytes of a GGUF type.
 
-    importance: weights of the inputs' rounding errors; types without blocks and Q8_0 take none.
-    Raises ValueError for values that are not finite or too large.
+    importance: weights [inputs] of rounding errors, None for equal ones; ignored for Q8_0 and for types
+    without blocks. Raises ValueError for values that are not finite or too large.
     """
     require_finite(values, WRITE_ADVICE)
     if kind in FLOAT_TYPES:
@@ -66,7 +67,7 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
 
 
 class Trials(NamedTuple):
-    """Trial scales: for codes up to `start` + levels, `start` + `step` + levels, and so on."""
+    """Trial scales: the i-th of `number` maps the largest value to the code levels + start + i * step."""
 
     start: float
     step: float
@@ -75,10 +76,11 @@ class Trials(NamedTuple):
 
 @dataclass(frozen=True)
 class FittedType:
-    """Parameters by which scales of a GGUF type are fitted.
+    """How a GGUF type is fitted and packed.
 
-    blocks: values of a block and of a sub-block. levels: the largest code; of types without a minimum, codes
-    run from -levels to levels - 1. trials: without and with importances.
+    blocks: number of values in a block and in a sub-block. levels: the largest code of types with a minimum;
+    other types have codes from -levels to levels - 1. offset: whether the type has a minimum. trials: without
+    and with importances. pack: returns the bytes of blocks from the arrays that the fit returns.
     """
 
     blocks: tuple[int, int]
@@ -89,9 +91,9 @@ class FittedType:
 
 
 def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
-    """Return a matrix [rows, inputs] as the bytes of a type of FITTED.
+    """Return a matrix [rows, inputs] as the bytes of a type in FITTED.
 
-    importance: a weight for each input, such as its mean square in calibration rows; None: all inputs alike.
+    importance: weight of each input, such as its mean square over calibration rows; None for equal weights.
     """
     spec = FITTED[kind]
     block, sub = spec.blocks
@@ -116,7 +118,7 @@ def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) 
 def _chunks(
     values: np.ndarray, importance: np.ndarray | None, count: int, block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-    """Yield (blocks [count, block], their importances or None, how many of them are values)."""
+    """Yield (blocks [count, block], their importances or None, number of blocks that are not padding)."""
     blocks = values.reshape(-1, block)
     per_row = values.shape[-1] // block
     of_row = None
@@ -139,7 +141,7 @@ def _weights(x: Float[Array, "N S E"], importance: Float[Array, "N S E"] | None)
 
 
 def _safe(x: Array) -> Array:
-    """Return the inverse, 0 for 0."""
+    """Return 1 / x, and 0 where x is 0."""
     return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
 
 
@@ -151,8 +153,8 @@ def _fit_offset(
     trials: Trials,
     nested: bool,
 ) -> tuple[Array, ...]:
-    """Fit x by scale * code + low, with low <= 0 if nested. Return codes, scales and minima, and
-    for nested the scales of those (see _nested_offset).
+    """Fit x by scale * code + minimum in N blocks of S sub-blocks. Return codes, and scales and minima as
+    float16; for `nested`, where minima are at most 0, the result of _nested_offset.
     """
     w = _weights(x, importance)
     low = x.min(-1)
@@ -193,9 +195,9 @@ def _fit_offset(
 
 
 def _nested_offset(x: Array, w: Array, scale: Array, base: Array, levels: int) -> tuple[Array, ...]:
-    """Store scales and minima of the sub-blocks as 6-bit multiples of a float16 per block: of the nearest
-    multiples and their neighbours, those with the smallest error. Return codes, 6-bit scales and minima, and
-    the two float16.
+    """Quantise the scales and minima of sub-blocks to 6-bit multiples of a float16 per block: of the nearest
+    multiples and their neighbours, the pair with the smallest error. Return codes, 6-bit scales, 6-bit
+    minima, and the float16 of each.
     """
 
     def six_bits(numbers: Array) -> tuple[Array, Array, Array]:
@@ -229,8 +231,8 @@ def _fit_symmetric(
     trials: Trials,
     nested: bool,
 ) -> tuple[Array, ...]:
-    """Fit x by scale * code, codes from -levels to levels - 1. Return codes + levels, 8-bit scales if nested,
-    and the float16 scale of a block.
+    """Fit x by scale * code in N blocks of S sub-blocks, codes from -levels to levels - 1. Return codes +
+    levels, the 8-bit scales of sub-blocks if nested, and the float16 scale of each block.
     """
     w = jnp.square(x) if importance is None else importance if nested else _weights(x, importance)
     index = jnp.abs(x).argmax(-1, keepdims=True)
@@ -272,19 +274,22 @@ def _half_bytes(x: np.ndarray) -> np.ndarray:
 
 
 def _pack_4_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
-    """Return blocks of 32 codes [N, 1, 32] and their float16 scales, and minima, [N, 1] as bytes."""
+    """Return the bytes of blocks of 32 4-bit codes [N, 1, 32]. scales: scales, and minima if any, [N, 1]."""
     return np.concatenate([*map(_half_bytes, scales), nibbles(codes[:, 0])], -1)
 
 
 def _pack_5_bits(codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
-    """The same with the fifth bits of the codes apart, the first one lowest."""
+    """Return the bytes of blocks of 32 5-bit codes [N, 1, 32], fifth bits first. scales: as _pack_4_bits."""
     high = np.packbits(codes[:, 0] >> np.uint8(4), axis=-1, bitorder="little")
     return np.concatenate([*map(_half_bytes, scales), high, nibbles(codes[:, 0] & np.uint8(15))], -1)
 
 
 def _pack_scales(scales: np.ndarray, lows: np.ndarray) -> np.ndarray:
-    """Pack 8 scales and 8 minima of 6 bits into 12 bytes: the first four sub-blocks' in the low bits
-    of 4 bytes each, the low four bits of the others in the last 4, their high bits above the first ones.
+    """Pack the 6-bit scales and minima of 8 sub-blocks into 12 bytes.
+
+    Bytes 0 to 3 have the scales of sub-blocks 0 to 3 in their low six bits, bytes 4 to 7 their minima. Bytes
+    8 to 11 have the low four bits of sub-blocks 4 to 7: scales low, minima high. The two high bits of these
+    scales are at the top of bytes 0 to 3, the two high bits of these minima at the top of bytes 4 to 7.
     """
     top = np.uint8(6)
     first, second = scales[:, :4], scales[:, 4:]
@@ -363,9 +368,8 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """The facts that determine a tensor's type, in addition to its name and shape. weighted: whether
-    inputs have importances; tied: whether the embedding is the head too; layers, heads and kv_heads of an
-    architecture.
+    """The properties of a model that determine the types of its tensors in a mixture. architecture: in GGUF.
+    tied: whether the embedding is also the head. weighted: whether inputs have importances.
     """
 
     architecture: str
@@ -377,7 +381,7 @@ class MixtureModel:
 
 
 def mixture_named(name: str) -> str:
-    """Return the mixture of a name as users write it (q4_k_m, Q4_K). Raises ValueError for an unknown one."""
+    """Return a key of MIXTURES for a user's spelling (q4_k_m, Q4_K). Raises ValueError for other names."""
     mixture = name.upper().replace("-", "_")
     mixture = ALIASES.get(mixture, mixture)
     if mixture not in MIXTURES:
@@ -390,8 +394,8 @@ def mixture_named(name: str) -> str:
 
 
 def tensor_kind(name: str, shape: tuple[int, ...], mixture: str, model: MixtureModel) -> str:
-    """Return the type of a tensor: F32 for vectors, the mixture's for matrices, or a fallback where the
-    inputs are not a multiple of the type's block.
+    """Return the type of a tensor: F32 for a vector; for a matrix the type that the mixture chooses, or a
+    fallback if the inputs are not a multiple of that type's block. name: in GGUF. mixture: a key of MIXTURES.
     """
     if len(shape) < 2:
         return "F32"

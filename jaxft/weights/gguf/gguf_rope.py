@@ -30,7 +30,7 @@ def shortest(value: float) -> float:
 
 
 def rope_theta(header: GgufHeader, name: str = "rope.freq_base", default: float = 10000.0) -> float:
-    """Return the base of rope's frequencies."""
+    """Return rope's theta from the metadata `name`, or the default if the file does not state it."""
     return shortest(header.optional(header.key(name), default))
 
 
@@ -44,8 +44,7 @@ def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
-    """Return the rope_scaling of a config.json; None without scaling. rotated: the rotated dimensions of a
-    head.
+    """Return rope_scaling as in a config.json; None without scaling. rotated: rotated dimensions of a head.
 
     Raises ValueError if metadata and tables contradict each other, or if no rope_scaling can express them.
     """
@@ -76,7 +75,7 @@ def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
 
 
 def _check_keys(header: GgufHeader, kind: str) -> None:
-    """Raise ValueError if a table or metadata belongs to another type of scaling than the file's."""
+    """Raise ValueError if a table or metadata belongs to another type of scaling than `kind`."""
     tables = {FREQUENCIES: {"none", "linear"}, LONG: {"longrope"}, SHORT: {"longrope"}}
     numbers = {f"rope.scaling.{name}": {"yarn"} for name in YARN_KEYS}
     numbers["rope.scaling.attn_factor"] = {"yarn", "longrope"}
@@ -93,8 +92,8 @@ def _check_keys(header: GgufHeader, kind: str) -> None:
 
 
 def _linear_factor(header: GgufHeader) -> float:
-    """Return the divisor of positions. Files from before September 2023 have it as rope.scale_linear. 0 means
-    1, as in llama.cpp.
+    """Return the factor that divides positions: rope.scaling.factor, or rope.scale_linear in files from
+    before September 2023. 0 means 1, as in llama.cpp.
     """
     keys = (header.key("rope.scaling.factor"), header.key("rope.scale_linear"))
     given = {key: header.required(key, float) or 1.0 for key in keys if key in header.metadata}
@@ -113,9 +112,11 @@ def _original_length(header: GgufHeader) -> int:
 
 
 def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
-    """Return YaRN's scaling. rope.scaling.attn_factor is a factor on the default of attention_factor,
-    0.1 log(factor) + 1. llama.cpp's converter writes config.json's attention_factor as yarn_attn_factor,
-    which llama.cpp ignores, and its mscale_all_dim as yarn_log_multiplier (conversion/base.py, mistral3.py).
+    """Return YaRN's rope_scaling.
+
+    llama.cpp multiplies rope.scaling.attn_factor by 0.1 log(factor) + 1, the default of config.json's
+    attention_factor. Its converter (conversion/base.py, mistral3.py) writes attention_factor as
+    yarn_attn_factor, which llama.cpp ignores, and mscale_all_dim as yarn_log_multiplier.
     """
     factor = _linear_factor(header)
     extrapolation = header.optional(header.key("rope.scaling.yarn_ext_factor"), 1.0)
@@ -154,9 +155,10 @@ def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
 
 
 def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return LongRoPE's scaling from its two tables of divisors. rope.scaling.attn_factor becomes
-    attention_factor unless it is config.json's default, sqrt(1 + log(s) / log(original length)) with
-    s = context length / original length.
+    """Return LongRoPE's rope_scaling from its two tables of divisors.
+
+    rope.scaling.attn_factor becomes attention_factor, unless it is the default in config.json: sqrt(1 +
+    log(context length / original length) / log(original length)).
     """
     missing = [name for name in (LONG, SHORT) if name not in header.tensors]
     if missing:
@@ -182,7 +184,8 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     if original < 2 or length < original:
         raise ValueError(
             f"{header.path}: rope scaling 'longrope' from {original} to {length} tokens is not supported; "
-            "the original length must be above 1 and at most the context length"
+            "the original length must be above 1 and at most the context length. "
+            "Use the model's Hugging Face folder"
         )
     default = math.sqrt(1 + math.log(length / original) / math.log(original))
     attention = shortest(header.optional(header.key("rope.scaling.attn_factor"), 1.0))
@@ -208,8 +211,10 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
 
 
 def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
-    """Return Llama 3's scaling with the original length 8192; its factor is the largest divisor. Another
-    original length is the same as other limits. Raises ValueError for a table of another form.
+    """Return Llama 3's rope_scaling from the table of divisors, the largest of which is the factor.
+
+    The table does not state the original length; 8192 with suitable low_freq_factor and high_freq_factor
+    expresses any other. Raises ValueError for a table that is not Llama 3's.
     """
     divisors, theta, original = _table(header, FREQUENCIES), rope_theta(header), 8192
     factor = shortest(divisors.max())
@@ -231,8 +236,9 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
-    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and the limits of the line on
-    which the frequencies between them are. turns: full turns of each frequency in the original length.
+    """Return candidates of (low_freq_factor, high_freq_factor): Llama 3's (1, 4), and the two limits that a
+    line through the partly scaled frequencies gives. turns: full turns of each frequency in the original
+    length.
     """
     if divisors.shape != turns.shape:
         return []
@@ -249,12 +255,12 @@ def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> li
 
 
 def float_field(architecture: str, key: str, value: float) -> Field:
-    """Return the metadata entry of a number, with the key after the name of the architecture."""
+    """Return the metadata entry `architecture.key` with a float32 value."""
     return Field(f"{architecture}.{key}", "FLOAT32", float(value))
 
 
 def rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    """Return the metadata of a model's rope, and its tables by tensor name. name: of the architecture."""
+    """Return the metadata of a model's rope, and its tables by tensor name. name: the GGUF architecture."""
     rope = config.rope
     tables: dict[str, np.ndarray] = {}
     fields = [float_field(name, "rope.freq_base", rope.theta)]

@@ -36,13 +36,13 @@ Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 class BlockFormat:
     """The conversion of a GGUF type to a QTensor with the same values.
 
-    kind: of the QTensor. sub_block: inputs that share a scale. scale_dtype: of scales, and of offsets if
-    kind has them; products of a float16 and a 6 or 8-bit number are exact in float32. bits: of a code in the
-    file, where a QTensor takes more for it.
+    kind: of the QTensor. sub_block: inputs that share a scale. scale_dtype: dtype of scales and offsets;
+    products of a float16 and a 6 or 8-bit number are exact in float32. bits: bits of a code in the file, if a
+    code of the QTensor has more; else None.
 
-    decode(raw blocks [R, N, bytes of a block] of R rows): return codes [R, N, elements of a block], scales
-    [R, N, S] and offsets [R, N, S] or None, for S equal sub-blocks. Codes are as the kind stores them: int8;
-    uint8 0 .. 15 of int4, which is 8 more than the number, or of affine4.
+    decode(raw [R, N, bytes of a block]), for N blocks in each of R rows: returns codes [R, N, elements of a
+    block], scales [R, N, S] and offsets [R, N, S] or None, for S equal sub-blocks. Codes are as the kind
+    stores them: int8; uint8 from 0 to 15 for affine4, and for int4, where it is the number plus 8.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class BlockFormat:
 
     @property
     def reason(self) -> str:
-        """Why a QTensor is larger than the file; "" where it is not."""
+        """Why the QTensor is larger than the weight in the file; "" if it is not."""
         return f"each code of {self.bits} bits takes {8 if self.kind == 'int8' else 4}" if self.bits else ""
 
 
@@ -73,8 +73,8 @@ def _single(raw: np.ndarray) -> np.ndarray:
 
 
 def _fields(raw: np.ndarray, group: int, bits: int) -> np.ndarray:
-    """Unpack numbers of 1, 2 or 4 bits: of each `group` bytes first the lowest bits of all, then the next
-    ones.
+    """Unpack numbers of 1, 2 or 4 bits. Each `group` bytes yield the numbers in their lowest bits first, then
+    the numbers in the next bits, and so on.
     """
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     grouped = raw.reshape(*raw.shape[:-1], -1, 1, group)
@@ -82,22 +82,22 @@ def _fields(raw: np.ndarray, group: int, bits: int) -> np.ndarray:
 
 
 def q8_0(raw: np.ndarray) -> Decoded:
-    """32 numbers of 8 bits and a float16 scale."""
+    """Decode Q8_0: blocks of 32 numbers of 8 bits and a float16 scale."""
     return raw[..., 2:].view(np.int8), _halves(raw[..., :2]), None
 
 
 def q4_0(raw: np.ndarray) -> Decoded:
-    """32 numbers of 4 bits less 8, and a float16 scale."""
+    """Decode Q4_0: blocks of 32 numbers of 4 bits, minus 8, and a float16 scale."""
     return _fields(raw[..., 2:], 16, 4), _halves(raw[..., :2]), None
 
 
 def q4_1(raw: np.ndarray) -> Decoded:
-    """32 numbers of 4 bits, a float16 scale and minimum."""
+    """Decode Q4_1: blocks of 32 numbers of 4 bits, a float16 scale and a float16 minimum."""
     return _fields(raw[..., 4:], 16, 4), _halves(raw[..., :2]), _halves(raw[..., 2:4])
 
 
 def q4_0_as_q4_1(raw: np.ndarray) -> Decoded:
-    """Q4_0 with the offset -8 * scale, for a parameter whose other layers are Q4_1."""
+    """Decode Q4_0 as Q4_1, with the offset -8 * scale, for a parameter with other layers in Q4_1."""
     codes, scales, _ = q4_0(raw)
     if not (np.abs(scales) < 8188).all():  # 8 times larger ones, and NaN, are not float16 numbers
         raise ValueError("a scale of its Q4_0 blocks is not finite or too large")
@@ -105,7 +105,7 @@ def q4_0_as_q4_1(raw: np.ndarray) -> Decoded:
 
 
 def q5_0(raw: np.ndarray) -> Decoded:
-    """32 numbers of 5 bits less 16, their highest bits apart, and a float16 scale."""
+    """Decode Q5_0: blocks of 32 numbers of 5 bits, minus 16, fifth bits separate, and a float16 scale."""
     high = np.unpackbits(raw[..., 2:6], axis=-1, bitorder="little")
     codes = _fields(raw[..., 6:], 16, 4) | high << np.uint8(4)
     return codes.view(np.int8) - np.int8(16), _halves(raw[..., :2]), None
@@ -121,7 +121,7 @@ def q2_k(raw: np.ndarray) -> Decoded:
 
 
 def q3_k(raw: np.ndarray) -> Decoded:
-    """16 times 16 numbers of 3 bits less 4, their highest bits apart; a 6-bit scale each, times a float16."""
+    """Decode Q3_K: 16 sub-blocks of 16 3-bit numbers, minus 4, third bits apart; 6-bit scales * float16."""
     codes = _fields(raw[..., 32:96], 32, 2) | _fields(raw[..., :32], 32, 1) << np.uint8(2)
     low, high = _fields(raw[..., 96:104], 8, 4), _fields(raw[..., 104:108], 4, 2)
     small = (low | high << np.uint8(4)).astype(np.float32) - np.float32(32)
@@ -129,7 +129,7 @@ def q3_k(raw: np.ndarray) -> Decoded:
 
 
 def q4_k(raw: np.ndarray) -> Decoded:
-    """8 times 32 numbers of 4 bits; a scale and a minimum of 6 bits each, times a float16 for all."""
+    """Decode Q4_K: 8 sub-blocks of 32 4-bit numbers; each has a scale and a minimum of 6 bits * float16."""
     scale, minimum = _single(raw[..., :2]), _single(raw[..., 2:4])
     first, second, third = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
     six = np.uint8(63), np.uint8(48)
@@ -139,7 +139,7 @@ def q4_k(raw: np.ndarray) -> Decoded:
 
 
 def q6_k(raw: np.ndarray) -> Decoded:
-    """16 times 16 numbers of 6 bits less 32, their highest two apart; an 8-bit scale each and a float16."""
+    """Decode Q6_K: 16 sub-blocks of 16 6-bit numbers, minus 32, top bits separate; 8-bit scales * float16."""
     codes = _fields(raw[..., :128], 64, 4) | _fields(raw[..., 128:192], 32, 2) << np.uint8(4)
     small = raw[..., 192:208].view(np.int8)
     return codes.view(np.int8) - np.int8(32), _single(raw[..., 208:210]) * small, None
@@ -159,10 +159,10 @@ Q4_0_AMONG_Q4_1 = BlockFormat("affine4", 32, np.float16, q4_0_as_q4_1)
 
 
 def open_gguf(header: GgufHeader) -> ModelFiles:
-    """Open the tensors of a GGUF file under their Hugging Face names and in that layout.
+    """Open the tensors of a GGUF file under their Hugging Face names, shapes and row order.
 
-    Every type that the gguf package dequantises can be read. The types of BLOCK_FORMATS can also be
-    stored as QTensors with the same values.
+    The types of BLOCK_FORMATS can also be stored as QTensors with the same values. Raises ValueError for a
+    tensor of a type that the gguf package cannot dequantise.
     """
     architecture = architecture_of(header)
     weights = {name: tensor for name, tensor in header.tensors.items() if name not in ROPE_TABLES}
@@ -192,7 +192,7 @@ def _read(tensor: GgufTensor, heads: int | None, plus_one: bool, index: Index) -
 
 
 def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None) -> QuantisedTensor:
-    """Return a weight in blocks of a format; None if no QTensor has their values."""
+    """Return a quantised weight. format: None if no QTensor has its values; then it is read dequantised."""
     (outs, ins), method = tensor.shape, f"GGUF {tensor.kind}"
     if format is None:
         read, reason = partial(_read_expanded, tensor, heads), "no packed form has its values"
@@ -215,9 +215,10 @@ def _is_readable(kind: str) -> bool:
 
 
 def _block_format(tensors: dict[str, GgufTensor], name: str) -> BlockFormat | None:
-    """Return the format of a tensor's blocks: for Q4_0 the format of Q4_1 if another layer is Q4_1.
+    """Return the BlockFormat of a tensor, None if no QTensor has its values.
 
-    llama-quantize stores the first layers of mlp.down_proj of a Q4_0 model as Q4_1.
+    A Q4_0 tensor is decoded as Q4_1 if the same tensor of another layer is Q4_1, so that all layers are
+    alike: llama-quantize stores the first layers of mlp.down_proj of a Q4_0 model as Q4_1.
     """
     format = BLOCK_FORMATS.get(tensors[name].kind)
     if tensors[name].kind == "Q4_0" and (match := re.fullmatch(r"(model\.layers\.)\d+(\..*)", name)):
@@ -228,14 +229,14 @@ def _block_format(tensors: dict[str, GgufTensor], name: str) -> BlockFormat | No
 
 
 def _read_expanded(tensor: GgufTensor, heads: int | None, index: Index = ()) -> np.ndarray:
-    """Read part of a weight [in, out] in float32."""
+    """Read the part at `index` of a weight [in, out], dequantised to float32."""
     return read_dequantised(tensor, full_index(index, tensor.shape[::-1])[::-1], heads).T
 
 
 def _read_blocks(
     tensor: GgufTensor, format: BlockFormat, layout: QTensor, heads: int | None, index: Index = ()
 ) -> QTensor:
-    """Read codes, scales and offsets of part of a weight [in, out]; only its blocks are read."""
+    """Read codes, scales and offsets of the part at `index` of a weight [in, out], and no other blocks."""
     (ins, outs), (elements, size) = full_index(index, layout.shape), block_size(tensor.kind)
     first, last = ins.start // elements, -(-ins.stop // elements)
     raw = _read_bytes(tensor, _rows_in_file(tensor, heads)[outs], slice(first * size, last * size))
@@ -269,8 +270,8 @@ def _read_bytes(tensor: GgufTensor, rows: Any, columns: slice) -> np.ndarray:
 
 
 def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
-    """Return the number that each row of the Hugging Face tensor has in the file. In q and k, llama.cpp
-    interleaves the two halves of each head, which rope rotates together.
+    """Return for each row of the Hugging Face tensor its row number in the file. heads: of q or k, where
+    llama.cpp interleaves the two halves of each head; None for tensors in the same order.
     """
     count = math.prod(tensor.shape[:-1])
     rows = np.arange(count)
@@ -278,8 +279,8 @@ def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
 
 
 def read_dequantised(tensor: GgufTensor, index: Index = (), heads: int | None = None) -> np.ndarray:
-    """Read part of a tensor, dequantised a few rows at a time; all of one that is not 2-D. heads: of q or k;
-    their rows are returned in the order of Hugging Face.
+    """Read the part at `index` of a tensor, dequantised, with rows in Hugging Face order. heads: see
+    _rows_in_file. Only the index's part of a matrix is read, a few rows at a time.
     """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

@@ -1,12 +1,12 @@
 """The tokenizer in a GGUF file's metadata, read and written: byte-level BPE (tokenizer.ggml.model is gpt2) or
 SentencePiece BPE (llama).
 
-transformers' AutoTokenizer(gguf_file=...) needs torch, does not split digits as the published tokenizers do,
-and drops a space at the start of a SentencePiece text, which llama.cpp and SentencePiece keep.
+transformers' AutoTokenizer(gguf_file=...) is not used: it needs torch, does not split digits as the published
+tokenizers do, and drops a space at the start of a SentencePiece text, which llama.cpp and SentencePiece keep.
 
-Names of pre-tokenizers (tokenizer.ggml.pre) are llama.cpp's (src/llama-vocab.cpp); text is split as by
-the models' published tokenizer.json. llama.cpp splits otherwise where its regular expressions cannot express
-that, and does not normalise Unicode.
+Names of pre-tokenizers (tokenizer.ggml.pre) are llama.cpp's (src/llama-vocab.cpp), but text is split as by
+the models' published tokenizer.json. llama.cpp splits some texts differently, because its regular expressions
+are less expressive, and it does not normalise Unicode.
 """
 
 import json
@@ -56,10 +56,10 @@ GPT4O_PATTERN = (
 class PreTokenizer:
     """The rules that split text into pieces before merging.
 
-    pattern: the regular expression of a piece; None for GPT-2's. single_digits: every digit is a piece of its
-    own. whole_words: a piece that is in the vocabulary becomes that token without merging. bos: whether texts
-    begin with the BOS token by default, if the metadata lacks add_bos_token. nfc: whether text is
-    NFC-normalised first.
+    pattern: the regular expression of a piece; None for GPT-2's. single_digits: split text into single digits
+    first. whole_words: a piece that is in the vocabulary becomes that token without merging. bos: whether
+    texts begin with the BOS token if the metadata lacks add_bos_token. nfc: whether text is NFC-normalised
+    first.
     """
 
     pattern: str | None = None
@@ -94,8 +94,8 @@ UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.gg
 
 
 def _pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
-    """Return how the file's tokenizer splits text. Raises ValueError for an unknown name, and for a missing
-    one unless the architecture is llama, since its first files had none.
+    """Return the pre-tokenizer that tokenizer.ggml.pre names. Raises ValueError for an unknown name, and for
+    a missing one unless the architecture is llama, whose first files did not state it.
     """
     name = header.optional("tokenizer.ggml.pre", UNSTATED)
     if name == UNSTATED and header.architecture != "llama":
@@ -181,7 +181,7 @@ def build_tokenizer(header: GgufHeader) -> Any:
 
 
 def _chat_templates(header: GgufHeader) -> str | dict[str, str] | None:
-    """Return the chat template, several by name, as in a tokenizer of transformers; None without any."""
+    """Return the chat template, or a dict of templates by name if there are several; None without any."""
     default = header.optional("tokenizer.chat_template", "")
     names = header.array("tokenizer.chat_templates", str) or []
     others = {name: header.required(f"tokenizer.chat_template.{name}", str) for name in names}
@@ -189,8 +189,8 @@ def _chat_templates(header: GgufHeader) -> str | dict[str, str] | None:
 
 
 def special_token_id(header: GgufHeader, name: str) -> int | None:
-    """Return the id of a special token (a key of SPECIAL_TOKENS), None without one. Raises ValueError for an
-    id that is not in the vocabulary.
+    """Return the id of a special token, None without one. name: a key of SPECIAL_TOKENS. Raises ValueError
+    for an id that is not in the vocabulary.
     """
     key = f"tokenizer.ggml.{SPECIAL_TOKENS[name]}_token_id"
     tokens = header.metadata.get("tokenizer.ggml.tokens")
@@ -220,7 +220,7 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     pairs = [merge.split(" ") for merge in listed]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.merges has one that is not a pair; "
+            f"{header.path}: metadata tokenizer.ggml.merges has an entry that is not a pair of tokens; "
             "use the model's Hugging Face folder"
         )
     merges = [(first, second) for first, second in pairs]
@@ -243,8 +243,9 @@ def _bpe(header: GgufHeader, tokens: list[str], merges: list[tuple[str, str]], *
 
 
 def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
-    """SentencePiece BPE, as the published tokenizer.json of Llama 1 and 2 has it: a space before the text and
-    after each special token, spaces as SPACE, characters that are not in the vocabulary as their bytes.
+    """Build a SentencePiece BPE tokenizer like the published tokenizer.json of Llama 1 and 2: a space is put
+    before the text and after each special token, spaces become SPACE, and characters that are not in the
+    vocabulary become their bytes.
     """
     from tokenizers import decoders, normalizers
 
@@ -278,8 +279,8 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
 
 
 def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return every pair of tokens that makes a token, in the order of the tokens' scores, best first:
-    SentencePiece merges the neighbours that make the token with the best score.
+    """Return all pairs of tokens that concatenate to a token, sorted by its score, best first: SentencePiece
+    merges the neighbours whose token has the best score. scores: by token.
     """
     merges: list[tuple[float, str, str]] = []
     for token, score in scores.items():
@@ -295,7 +296,7 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Add the start and end tokens that the metadata states, by default as llama.cpp does."""
+    """Return the post-processor that adds BOS and EOS tokens, as the metadata state or llama.cpp defaults."""
     from tokenizers import processors
 
     starts = header.required("tokenizer.ggml.model", str) == "llama" or _pre_tokenizer_of(header).bos
@@ -322,7 +323,8 @@ def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list
 
 
 def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Field]:
-    """Return a tokenizer's metadata. rows: of the embedding. ends: token ids that end a completion.
+    """Return a tokenizer's metadata. rows: number of rows of the embedding. ends: token ids that end a
+    completion.
 
     Raises ValueError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE, that splits text
     as no pre-tokenizer of llama.cpp does, or that has more tokens than rows.
@@ -340,7 +342,7 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     prefix = "tokenizer.ggml"
     if not merges:
         raise ValueError(
-            "a byte-level tokenizer without merges cannot be written as GGUF; "
+            "a BPE tokenizer without merges cannot be written as GGUF; "
             "write a Hugging Face folder, without --gguf"
         )
     if model.get("byte_fallback"):
@@ -365,7 +367,7 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
 
 
 def _tokens(tokenizer: Any, state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Return the token and its type of every row of the embedding."""
+    """Return (tokens, their types), one of each per row of the embedding; rows without token are UNUSED."""
     by_id = {index: token for token, index in state["model"]["vocab"].items()}
     added = {token["id"]: token for token in state["added_tokens"]}
     by_id |= {index: token["content"] for index, token in added.items()}
@@ -391,8 +393,8 @@ def _tokens(tokenizer: Any, state: dict[str, Any], rows: int) -> tuple[list[str]
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Return scores with which SentencePiece merges in the order of `merges`: tokens that are merged earlier
-    have higher ones, as in the files of SentencePiece, whose BPE scores are 0, -1, -2, ...
+    """Return a score for each token, with which SentencePiece merges in the order of `merges`: 0, -1, -2, ...
+    for tokens in the order in which they are merged, as in SentencePiece's own files.
     """
     rank: dict[str, int] = {}
     for merge in merges:
@@ -401,13 +403,13 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _begins_with_space(tokenizer: Any) -> bool:
-    """Whether a space is put in front of texts."""
+    """Whether the tokenizer puts a space in front of texts."""
     ids = tokenizer("x", add_special_tokens=False).input_ids
     return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
 
 
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:
-    """Return the name of the pre-tokenizer that normalises and splits the probes as this tokenizer does."""
+    """Return llama.cpp's name of the pre-tokenizer that splits SPLIT_PROBES as this tokenizer does."""
     from tokenizers import Tokenizer, models
 
     def pieces(core: Any) -> list[list[str]]:
@@ -433,7 +435,7 @@ def _pre_name(tokenizer: Any, whole_words: bool) -> str:
 
 
 def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Field]:
-    """Return ids of special tokens, whether texts begin and end with them, and the chat template."""
+    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates."""
     eos = tokenizer.eos_token_id
     others = [end for end in ends if end != eos and end < rows]
     eos = others.pop(0) if eos is None and others else eos
@@ -468,11 +470,11 @@ def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Fiel
 
 
 def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
-    """Return a line if a GGUF file's tokenizer has other ids for some text, as SentencePiece has for leading
-    spaces if tokenizer.json does not put another one in front.
+    """Return a warning if the tokenizer in a GGUF file produces other ids than `tokenizer` for some text,
+    such as one with leading spaces if tokenizer.json does not put a space in front of texts.
 
-    Raises ValueError if a token of the file has another id, if an added token is split, or if the ids of most
-    texts differ: the file would be useless.
+    Raises ValueError if a token has another id in the file, if an added token is split, or if the ids of most
+    texts differ.
     """
     read = build_tokenizer(read_gguf_header(path))
     _check_tokens(read, tokenizer)
@@ -489,7 +491,7 @@ def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
 
 
 def _check_tokens(read: Any, tokenizer: Any) -> None:
-    """Raise ValueError if a tokenizer read from a file has other ids for its tokens, or splits added ones."""
+    """Raise ValueError if the tokenizer `read` from a file has other token ids, or splits added tokens."""
     ids = read.get_vocab()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if ids.get(token) != number:

@@ -1,9 +1,9 @@
-"""Write a model, or an adapter alone, as a GGUF file for llama.cpp and what is built on it.
+"""Write a model, or only an adapter, as a GGUF file for llama.cpp and programs built on it.
 
-A written file is checked as llama.cpp reads it. jaxft's own reader (gguf_config, gguf_rope) takes every key
-as the value in the model's config.json; llama.cpp ignores some, even some that its converter writes. Sources
-are llama.cpp's src/llama-model.cpp, src/llama-context.cpp and src/models/, and ggml's rope_yarn;
-tests/weights/test_gguf_runtime.py compares log-probs of its runtime.
+A written file is checked for what llama.cpp would compute from it: llama.cpp ignores some metadata keys, even
+some that its converter writes, while jaxft's reader (gguf_config, gguf_rope) uses all. Sources are
+llama.cpp's src/llama-model.cpp, src/llama-context.cpp and src/models/, and ggml's rope_yarn;
+tests/weights/test_gguf_runtime.py compares log-probs with llama.cpp's runtime.
 """
 
 import math
@@ -72,11 +72,11 @@ class GgufOptions:
     """Options of writing a GGUF file.
 
     mixture: a name of gguf_quantize.MIXTURES. name: the model's name, for listings. ends: token ids that end
-    a completion. license: the model's license, "" if unknown. source: the GGUF file that the model comes
-    from, None for another model. changed: Hugging Face names of tensors whose values differ from it; of the
-    others the bytes are copied where the type is the same. keep: keep the types and the metadata of the
-    source instead of the mixture's types and new metadata. importances: of the inputs of weights by Hugging
-    Face name, by which rounding errors are weighted.
+    a completion. license: the model's license, "" if unknown. source: the GGUF file that the model was loaded
+    from; None if it was loaded from other files. changed: Hugging Face names of the tensors whose values
+    differ from the source; the bytes of all others are copied if the type is the same. keep: use the types
+    and the metadata of the source instead of the mixture's types and new metadata. importances: by Hugging
+    Face name of a weight, the weights [inputs] of its rounding errors.
     """
 
     mixture: str
@@ -97,7 +97,7 @@ class Saved(NamedTuple):
 
 
 def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: GgufOptions) -> Saved:
-    """Write a merged model.
+    """Write a model, with adapters already merged, as a GGUF file.
 
     base: the tree of base weights, LazyTensors or arrays, which are read as float32. Raises ValueError, and
     leaves no file, for a model or a tokenizer that GGUF cannot express, and for weights that are not finite.
@@ -148,10 +148,11 @@ def save_gguf(path: Path, model: Model, base: Params, tokenizer: Any, options: G
 def save_gguf_adapter(
     path: Path, model: Model, adapter: Params, kind: str, architecture: str | None = None
 ) -> int:
-    """Write an adapter's pairs, for llama.cpp's --lora and Ollama's ADAPTER; return the number of weights.
+    """Write an adapter's pairs as a GGUF file for llama.cpp's --lora and Ollama's ADAPTER. Return the number
+    of pairs.
 
-    The layout is llama.cpp's (convert_lora_to_gguf.py), read by its src/llama-adapter.cpp: for a weight
-    W of the base, W.lora_a [R, in] and W.lora_b [out, R], and W + alpha / R * lora_b @ lora_a.
+    The layout is llama.cpp's (convert_lora_to_gguf.py), read by its src/llama-adapter.cpp: for a weight W of
+    the base, W.lora_a [R, in] and W.lora_b [out, R], and W + alpha / R * lora_b @ lora_a.
 
     kind: F32, F16 or BF16. architecture: of the base's GGUF file, None for the one that jaxft writes. Raises
     ValueError, and leaves no file, for an adapter that llama.cpp cannot apply.
@@ -195,7 +196,7 @@ def save_gguf_adapter(
 def encoded(
     tensor: TensorToWrite, stored: StoredAs, kind: str, importance: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the bytes of a tensor's values as llama.cpp stores them."""
+    """Return the bytes of a tensor in a GGUF file, of type `kind`. importance: see tensor_bytes."""
     values = np.asarray(tensor.fetch(), np.float32)
     values = values + np.float32(1) if stored.plus_one else values
     values = permute_heads(values, stored.heads) if stored.heads else values
@@ -203,7 +204,7 @@ def encoded(
 
 
 def _kept_fields(source: GgufHeader) -> list[Field]:
-    """Return the metadata of a file, except for its layout."""
+    """Return the metadata to copy: all but architecture, alignment and the keys of split files."""
     layout = ("general.architecture", "general.alignment")
     return [
         Field(key, "RAW", raw)
@@ -213,7 +214,7 @@ def _kept_fields(source: GgufHeader) -> list[Field]:
 
 
 def _kept_kind(source: GgufHeader, name: str, changed: bool) -> str:
-    """Return the type of a tensor in a file; a head that was tied before has the embedding's."""
+    """Return the type of a tensor in the source file; a head that is not in it gets the embedding's type."""
     tensor = source.tensors.get(name) or source.tensors["token_embd.weight"]
     if changed and tensor.kind not in WRITTEN_TYPES:
         raise ValueError(
@@ -234,8 +235,8 @@ def _general_fields(options: GgufOptions) -> list[Field]:
 
 
 def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Order the rows of q or k as llama.cpp does: of each head, the two dimensions that rope rotates together
-    are neighbours.
+    """Order the rows of q or k as llama.cpp does: in each head, two dimensions that rope rotates together are
+    neighbours.
     """
     rows = len(weight)
     halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
@@ -246,8 +247,8 @@ def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 class RopeNumbers(NamedTuple):
-    """A rope as numbers: the frequencies [d/2] of texts up to `original` tokens and of longer ones, and the
-    factor on cos and sin.
+    """A rope as numbers. short, long: frequencies [rotated dimensions / 2] for texts of up to `original`
+    tokens and for longer texts. scale: the factor on cos and sin.
     """
 
     short: np.ndarray
@@ -259,8 +260,8 @@ class RopeNumbers(NamedTuple):
 def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
     """Raise ValueError unless llama.cpp computes a written file as jaxft computes a model of this config.
 
-    tied: whether the head is the embedding, which an adapter of the head may have changed. source: the file
-    whose metadata were copied; settings that llama.cpp ignores there too are returned as a warning.
+    tied: whether the head is the embedding; config.tied may differ after an adapter changed the head. source:
+    the file whose metadata were copied; settings that llama.cpp ignores in it too are returned as a warning.
     """
     header = read_gguf_header(path)
     name, lacking = header.architecture, _differences(config, header)
@@ -287,7 +288,7 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
 
 
 def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
-    """Return the settings of a config that llama.cpp does not compute from a file, as name=value."""
+    """Return as name=value the settings of a config that llama.cpp ignores or reads otherwise in a file."""
     architecture = ARCHITECTURES[header.architecture]
     seen = _as_llama_cpp_reads(header)
     hf = gguf_config(  # without scaling of rope, which is compared by its numbers
@@ -323,8 +324,8 @@ def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
 
 
 def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
-    """Return a header without the metadata of its architecture that llama.cpp ignores, and without tables of
-    rope that it does not load.
+    """Return a header without the metadata that llama.cpp ignores for its architecture, and without rope
+    tables that it does not load.
     """
     prefix, architecture = f"{header.architecture}.", ARCHITECTURES[header.architecture]
     known = {prefix + key for key in ALWAYS_READ | architecture.reads}
@@ -338,7 +339,7 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
 
 
 def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dict[str, RopeNumbers]:
-    """Return the ropes that llama.cpp computes, by the names of a config's fields."""
+    """Return the ropes that llama.cpp computes, by config field: rope, and local_rope if windows have one."""
 
     def number(name: str, default: float) -> float:
         return header.optional(header.key(name), default)
@@ -370,7 +371,7 @@ def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dic
 
 
 def _tables(architecture: Architecture, kind: str) -> tuple[str, str]:
-    """Return the tables of divisors for short and for long texts. llama.cpp loads them if a file has them."""
+    """Return the names of the tables that divide the frequencies of short and long texts, if in the file."""
     longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
     return (SHORT, LONG) if longrope else (FREQUENCIES, FREQUENCIES)
 

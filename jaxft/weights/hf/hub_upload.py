@@ -42,9 +42,9 @@ class HubTarget:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """The state of the repository after an upload. url: where the files are. commit: its hash; new: whether
-    this upload made it, False if all files were there already. deleted: files of an earlier upload that it
-    removed. notes: lines for the user.
+    """The state of the repository after an upload. url: the address of the files. commit: hash of the
+    branch's last commit. new: whether this upload made that commit; False if the branch had all files
+    already. deleted: files of an earlier upload that this one removed. notes: lines for the user.
     """
 
     url: str
@@ -57,7 +57,7 @@ class Uploaded:
 
 
 def is_uploaded(name: str, patterns: Iterable[str] = UPLOADED) -> bool:
-    """Whether a file of a model's folder is uploaded."""
+    """Whether a file of a model's folder is uploaded: whether its name matches one of `patterns`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -90,12 +90,12 @@ def hub_endpoint() -> str:
 def upload_files(
     files: Mapping[str, FileContent], target: HubTarget, defaults: Mapping[str, FileContent] | None = None
 ) -> Uploaded:
-    """Commit files to a repository in one commit, which also deletes its stale_files.
+    """Upload files in one commit, which also deletes the repository's outdated files (see stale_files).
 
-    files: by their name in the repository. defaults: further files, written unless the branch has a file of
-    that name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without a
-    token, or for an existing public repository unless target.public is set. Raises OSError if the upload
-    fails; the branch then keeps its files.
+    files: by name in the repository. defaults: further files, uploaded unless the branch has a file of that
+    name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without a token, or
+    for an existing public repository unless target.public is set. Raises OSError if the upload fails; the
+    branch then keeps its files.
     """
     api, progress = _signed_in(target), _Progress()
     with _one_line(target, progress):
@@ -125,9 +125,9 @@ def upload_files(
 def check_access(target: HubTarget) -> None:
     """Raise what upload_files would raise for lack of access, without a change of the hub.
 
-    That is ValueError if offline, without a token, for one that only reads, and for an existing public
-    repository without public=True; OSError if the hub cannot be reached or does not accept the token.
-    Whether the token may write to this repository is known only to the upload.
+    Raises ValueError offline, without a token, for a token that may only read, and for an existing public
+    repository without public=True; OSError if the hub cannot be reached or does not accept the token. Only
+    the upload can find out whether the token may write to this repository.
     """
     api = _signed_in(target)
     with _one_line(target, _Progress()):
@@ -164,12 +164,12 @@ def deletions(files: Mapping[str, FileContent], target: HubTarget) -> list[str] 
 
 
 def stale_files(there: Iterable[str], files: Iterable[str]) -> list[str]:
-    """Return the files of an earlier upload that would be read with the uploaded ones, such as a shard or an
-    index: these are deleted.
+    """Return the files of an earlier upload that a new upload deletes, because loaders would read them with
+    the new files: an old shard, for example.
 
     there: names in the repository. files: the uploaded names. A model or adapter replaces weights,
-    configurations and tokenizers in the repository's root, except GGUF files; a GGUF file replaces the parts
-    of a model of its own name. Other GGUF files, and all else, stay.
+    configurations and tokenizers in the repository's root, except GGUF files. A GGUF file replaces the file
+    or parts of the same model name. All other files remain.
     """
     new = set(files)
     ggufs = {_gguf_model(name) for name in new if name.endswith(".gguf")}
@@ -188,24 +188,26 @@ def stale_files(there: Iterable[str], files: Iterable[str]) -> list[str]:
 
 
 def _gguf_model(name: str) -> str:
-    """Return the name of the model that a GGUF file, or a part of a split one, has."""
+    """Return a GGUF file's name without .gguf, and without the part number of a split file."""
     part = PART_NAME.fullmatch(name)
     return part[1] if part else name.removesuffix(".gguf")
 
 
 class _Public(ValueError):
-    """An upload to a repository that everyone may read, and that was not asked for."""
+    """Raised for an upload to an existing public repository without HubTarget.public."""
 
 
 @dataclass
 class _Progress:
-    """The changes of an upload. created: such as "the repository". committing: the commit was begun."""
+    """The progress of an upload. created: such as "the repository". committing: whether the commit has
+    started.
+    """
 
     created: list[str] = field(default_factory=list)
     committing: bool = False
 
     def outcome(self, place: str) -> str:
-        """Return the state of the repository after an error."""
+        """Return the state of the repository after an error, for its message. place: its address."""
         if self.committing:
             return f"no commit to {place} was confirmed; the same command starts again"
         if self.created:
@@ -216,7 +218,7 @@ class _Progress:
 
 @contextmanager
 def _one_line(target: HubTarget, progress: _Progress) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into OSErrors of one line with the state of the repository."""
+    """Raise errors of huggingface_hub as one-line OSErrors that state what happened to the repository."""
     where = hub_endpoint()
     try:
         yield
@@ -271,7 +273,7 @@ def _open_repository(api: Any, target: HubTarget, progress: _Progress) -> bool:
 
 
 def _open_branch(api: Any, target: HubTarget, progress: _Progress) -> str:
-    """Create the branch from main if it does not exist. Return its commit."""
+    """Create the branch from main if it does not exist. Return the hash of the branch's last commit."""
     from huggingface_hub import errors
 
     try:
@@ -294,7 +296,7 @@ def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[
 
 
 def _reason(error: Exception, where: str, uploading: bool) -> str:
-    """Return why the hub did not take an upload, with the remedy, as one line."""
+    """Return why an upload failed, and the remedy, as one line. uploading: whether the commit had started."""
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

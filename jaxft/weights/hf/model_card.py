@@ -20,11 +20,11 @@ USE_SECTION = "## Use"  # the heading of the section on how weights are loaded
 class Card:
     """The contents of the card of a folder of weights.
 
-    base: where the base comes from, see weights.hf.hub. library: which loads the weights. data: where the
-    training rows came from, None for untrained weights. scores: whether the model is a classifier that
-    returns rewards. pad: the padding token id that such an adapter is loaded with. loads: whether
-    transformers has a class for the model. multimodal: whether the weights are of a multimodal model, or for
-    one. text_decoder: whether an adapter is for the text decoder of a multimodal base alone.
+    base: the base model, as weights.hf.hub.locate takes it. library: the library that loads the weights, such
+    as peft. data: the data.train of the run, None for untrained weights. scores: whether the model is a
+    classifier that returns rewards. pad: padding token id with which a classifier's adapter is loaded. loads:
+    whether transformers has a class for the model. multimodal: whether the weights are a multimodal model's,
+    or an adapter for one. text_decoder: whether an adapter is only for a multimodal base's text decoder.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Card:
 
 TEXT_ONLY = "The base is multimodal. Only its text decoder was trained, on text; all else is the base's."
 NO_CLASSIFIER = (
-    "transformers has no sequence classifier of this model type. Rewards with jaxft: "
+    "transformers has no sequence classifier of this model type. Compute rewards with jaxft: "
     "`jaxft score --run RUN --file PAIRS`."
 )
 
@@ -59,15 +59,15 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def front_matter(card: Card) -> str:
-    """Return the metadata as YAML between two lines `---`: base_model, license, library_name, pipeline_tag,
-    tags and datasets, as far as they are names on the hub.
+    """Return the metadata as YAML between two lines `---`: license, library_name, pipeline_tag and tags, and
+    base_model and datasets if they are on the hub.
     """
     import huggingface_hub
 
     source = _source_metadata(card.base)
     named = hub.hub_name(card.base)
     base = named[0] if named else None
-    if base is None and card.relation != "adapter":  # an adapter of a local model is not one of that's base
+    if base is None and card.relation != "adapter":  # an adapter does not fit its base's base
         base = source.get("base_model")
     sources = parse_sources(card.data) if card.data else ()
     datasets = [name for source in sources if (name := hub_dataset(source.ref))]
@@ -192,7 +192,7 @@ def _usage(card: Card) -> list[str]:
 
 
 def _text_base(card: Card) -> list[str]:
-    """How to get the model that an adapter of a multimodal base's text decoder applies to."""
+    """Return lines that show how to write the text model to which a text decoder's adapter applies."""
     _, revision = hub.hub_name(card.base) or (None, None)
     ref = base_name(card.base) + (f"@{revision}" if revision else "")
     return [
@@ -202,7 +202,7 @@ def _text_base(card: Card) -> list[str]:
 
 
 def _python(card: Card) -> list[str]:
-    """The lines that import the classes and load the model."""
+    """Return the lines of Python that import the classes and load the model."""
     kind = "ImageTextToText" if card.multimodal else "SequenceClassification" if card.scores else "CausalLM"
     options = f", num_labels=1, pad_token_id={card.pad}" if card.scores and card.library == "peft" else ""
     auto, adapted = f"AutoModelFor{kind}", f"AutoPeftModelFor{kind}"

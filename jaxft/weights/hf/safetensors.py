@@ -35,8 +35,8 @@ WRITE_ADVICE = "find the step that made them, or, if it is only the range of the
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: the file, its name and first byte there. A dtype outside DTYPES is
-    UNSUPPORTED.
+    """A tensor in a safetensors file. name: in the file. offset: the byte of the file at which it begins.
+    dtype: one of DTYPES, else UNSUPPORTED.
     """
 
     path: Path
@@ -82,7 +82,8 @@ def _open(path: Path) -> safe_open:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if HEADER_BYTES < size < total:  # the library would read it
-        raise ValueError(f"{path}: its header has {size >> 20} MiB, above the limit; use another file")
+        limit = f"above the limit of {HEADER_BYTES >> 20} MiB"
+        raise ValueError(f"{path}: its header has {size >> 20} MiB, {limit}; use another file")
     try:
         return safe_open(path, framework="np")
     except SafetensorError as e:
@@ -97,8 +98,8 @@ def required(files: SafetensorsFiles, name: str, shape: tuple[int, ...] | None =
     tensor = files.tensors[name]
     if shape is not None and tensor.shape != shape:
         raise ValueError(
-            f"{files.where}: {name} has shape {tensor.shape}, expected {shape}; "
-            "is it the file of another model?"
+            f"{files.where}: {name} has shape {tensor.shape}, expected {shape}; use the file that belongs to "
+            "this model"
         )
     return tensor
 
@@ -128,7 +129,7 @@ def read_stored(tensor: StoredTensor, index: Index = ()) -> np.ndarray:
 def read_view(
     tensor: StoredTensor, dtype: DTypeLike, shape: tuple[int, ...], index: Index = ()
 ) -> np.ndarray:
-    """Read part of a tensor whose bytes are interpreted as an array of this dtype and shape."""
+    """Read the part at `index` of a tensor after viewing its bytes as an array of this dtype and shape."""
     index = full_index(index, shape)
     if not math.prod(lengths(index)):
         return np.empty(lengths(index), dtype)
@@ -136,7 +137,7 @@ def read_view(
 
 
 def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    """Copy part of an array that is stored at byte `offset` of a file; only the pages of it are read."""
+    """Copy the part at `index` of an array stored at byte `offset` of a file, reading no other pages."""
     try:
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
     except OSError as e:
@@ -161,12 +162,12 @@ class TensorToWrite:
 
 
 def write_safetensors(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
-    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. The
-    folder is synced when it is published, see distributed.disk.
+    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. The folder
+    is synced when it is published, see distributed.disk.
 
-    source: a file whose other tensors are copied, byte for byte and in their order. With several processes,
-    all call this and fetch the same tensors; process 0 writes, and its error is raised on all. Raises
-    ValueError, and leaves no file, if a tensor has values that are not finite.
+    source: a safetensors file whose tensors are copied unchanged unless `tensors` has them. With several
+    processes, all call this and fetch the same tensors; process 0 writes, and its error is raised on all.
+    Raises ValueError, and leaves no file, if a tensor has values that are not finite.
     """
 
     def write() -> None:
@@ -184,7 +185,7 @@ def _fetch_all(tensors: list[TensorToWrite]) -> None:
 
 
 def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
-    """Write a safetensors file by this process alone, as write_safetensors does."""
+    """Write a safetensors file as write_safetensors does, but from this process alone."""
     stored: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which older transformers require
     part = path.with_name(path.name + ".part")
     stored_at = fetched = 0
@@ -243,8 +244,8 @@ def _copy_bytes(source: Path, start: int, size: int, out: BinaryIO) -> None:
 def _header(stored: dict[str, Any], tensors: list[TensorToWrite]) -> tuple[bytes, dict[str, int]]:
     """Return the first bytes of a safetensors file, and the byte at which each tensor begins.
 
-    stored: the header of the file that others are copied from, or its metadata alone. Wide dtypes come first,
-    so that each tensor stays aligned.
+    stored: header of the file whose tensors are copied, or only {"__metadata__": ...} without copies. Wide
+    dtypes come first, so that each tensor is aligned.
     """
     new = {
         tensor.name: {
@@ -278,15 +279,15 @@ def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> N
 def read_model_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not JSON (it is not a regular file)")
+        raise ValueError(f"{path}: not JSON (it is not a regular file); replace it by a file")
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from e
+        raise FileNotFoundError(f"{path}: no such file; use a Hugging Face model folder") from e
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e}); correct or download it again") from e
     except ValueError as e:
-        raise ValueError(f"{path}: not JSON (a number has thousands of digits)") from e
+        raise ValueError(f"{path}: not JSON (a number has thousands of digits); correct it") from e
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}; correct the file")
     return value

@@ -1,8 +1,8 @@
 """Tokenizer files of folders: check and read them, and write them so that transformers 4 and 5 load them.
 
-Other people's files are checked against limits before a library loads them: a tokenizer.json has steps that
-rewrite a text, and tables of tokens. Without limits, one of a few kilobytes makes a text 2^40 times as long,
-or fills the memory when it is loaded.
+Downloaded files are checked against limits before a library loads them, because a tokenizer.json contains
+steps that rewrite texts. Without limits, a file of a few kilobytes can make a text 2^40 times as long, or
+fill the memory when it is loaded.
 """
 
 import base64
@@ -32,8 +32,8 @@ IN_BOTH = "PreTrainedTokenizerFast"  # both take tokenizer.json as it is
 def read_tokenizer(folder: Path) -> Any:
     """Read a folder's tokenizer with transformers, without running code in the folder.
 
-    Return a fast or a slow tokenizer; raises what transformers and tokenizers raise, and FileNotFoundError if
-    there is no file with a vocabulary.
+    Return a fast or a slow tokenizer. Raises FileNotFoundError if there is no file with a vocabulary, and any
+    error of transformers and tokenizers.
     """
     from transformers import AutoTokenizer
 
@@ -67,9 +67,9 @@ def reading_failed(folder: Path, error: Exception) -> str:
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer so that AutoTokenizer of transformers 4.57 and 5 load it without arguments.
 
-    The files that it was read from are copied unchanged if it has not been changed since and both versions
-    know its class. Otherwise its own state is written under a class that both know, and tokenizer_config.json
-    has all chat templates if there are several. Files of another tokenizer in the folder are removed.
+    If the tokenizer has not changed since it was read and both versions know its class, its files are copied.
+    Otherwise its state is written under PreTrainedTokenizerFast, which both know, with several chat templates
+    in tokenizer_config.json. Files of another tokenizer in the folder are removed.
     """
     source = Path(tokenizer.name_or_path) if tokenizer.name_or_path else None
     if source is not None and not (source / "tokenizer.json").is_file():
@@ -107,15 +107,15 @@ def _known_to_both(source: Path) -> bool:
 
 
 def is_unchanged(tokenizer: Any, source: Path) -> bool:
-    """Whether a tokenizer is that in a folder."""
+    """Whether a tokenizer equals the one in the folder `source`, apart from padding and truncation."""
     if not (source / "tokenizer.json").is_file():
         return False
     return _state(tokenizer) == _state(read_tokenizer(source))
 
 
 def _state(tokenizer: Any) -> tuple[Any, ...]:
-    """The part of a tokenizer that tokens and texts depend on, without the padding and truncation of the last
-    call.
+    """Return everything that a tokenizer's ids and texts depend on, for comparison; padding and truncation,
+    which the last call has set, are left out.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"padding": None, "truncation": None}
@@ -169,8 +169,8 @@ class OverLimit(ValueError):
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Check the files of a tokenizer against all limits. Raises OverLimit; ValueError or RecursionError for a
-    file that is not JSON.
+    """Check the files of a tokenizer against all limits. Raises OverLimit if one is exceeded, ValueError or
+    RecursionError for a file that is not JSON.
     """
     for pattern in (*JSON_FILES, *SIZED_FILES):
         for path in folder.glob(pattern):
@@ -187,7 +187,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    """Read a JSON file without garbage collections: these take two thirds of the time for Gemma's merges."""
+    """Read a JSON file with garbage collection off, which takes two thirds of the time for Gemma's merges."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -242,7 +242,7 @@ def _check_model(name: str, model: dict[str, Any], added: list[dict[str, Any]]) 
 
 
 def _steps(where: str, part: Any) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a part one by one."""
+    """Yield the steps of a part of a tokenizer.json, such as its normalizer; sequences are flattened."""
     if not isinstance(part, dict):
         raise OverLimit(f"{where} has a step that is not a JSON object; use another tokenizer")
     nested = [part[key] for key in SEQUENCES if isinstance(part.get(key), list)]
@@ -253,10 +253,11 @@ def _steps(where: str, part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _total_growth(steps: list[dict[str, Any]]) -> float:
-    """Return a bound of the factor by which all steps together lengthen a text.
+    """Return an upper bound of the factor by which all steps together lengthen a text.
 
-    Factors multiply, but for steps in a row that each replace one character which no earlier of them has
-    written: a character of the text is replaced by one of them at most.
+    It is the product of the steps' factors, with one exception: of consecutive steps that each replace a
+    character that none of the earlier ones wrote, only the largest factor counts, because at most one of them
+    replaces a given character.
     """
     total, largest, written = 1.0, 1.0, ""
     for step in steps:
@@ -276,7 +277,7 @@ def _literal(step: dict[str, Any]) -> str:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """Return a bound of the factor by which a step lengthens a text."""
+    """Return an upper bound of the factor by which one step lengthens a text."""
     content, template, literal = step.get("content"), step.get("single"), _literal(step)
     if isinstance(step.get("pattern"), dict) and isinstance(content, str):  # Replace
         if literal:

@@ -35,7 +35,7 @@ from jaxft.weights.peft.peft_config import read_adapter_config
 
 def adapter_folder(start: str) -> Path:
     """Return the PEFT folder that `start` names: the folder itself, `adapter` in a run's folder, or the only
-    subfolder with an adapter, as peft saves one with a name.
+    subfolder with an adapter, which is where peft saves a named adapter.
     """
     folder, inner = Path(start), Path(start) / "adapter"
     if inner.is_dir() or not folder.is_dir() or (folder / "adapter_config.json").is_file():
@@ -66,11 +66,11 @@ def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapt
 
 
 def reward_head_settings(start: str, model: Model) -> HeadSettings:
-    """Return the settings of a frozen reward model on the run's base, from a run's folder or a PEFT folder
+    """Return the settings of a frozen reward model on the run's base. start: a run's folder or a PEFT folder
     with a head.
 
-    Without such a folder they are the defaults of configs/reward.py, because a plan needs no weights; a run
-    without it ends with an error when it starts.
+    If the folder does not exist, return the defaults of configs/reward.py: a plan needs no weights, and a run
+    raises an error when it starts.
     """
     settings = (
         read_adapter_settings(start, model) if Path(start).exists() else adapter_settings(None, None, model)
@@ -96,7 +96,7 @@ def on_every_device(tree: Params, dtype: DTypeLike | None, mesh: Mesh) -> Params
 
 
 def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
-    """Return a line if merging an adapter gives a tied head a matrix of its own, else nothing."""
+    """Return a line if merging an adapter unties the head of a model with tied embeddings, else []."""
     if settings is None or not model.generates or "head" in model.specs:
         return []
     nodes = pairs_by_path(adapter_specs(model.specs, settings, model.weight_names))
@@ -110,7 +110,7 @@ def untying_notes(model: Model, settings: Adapter | None) -> list[str]:
 
 
 def cached_base_notes(folder: Path, ref: str) -> list[str]:
-    """Return a line if an adapter's base is a model of this machine's cache, else nothing."""
+    """Return a line if an adapter's base `ref` exists only in this machine's cache, else []."""
     if not hub.is_extended(ref):
         return []
     merged = (
@@ -118,8 +118,8 @@ def cached_base_notes(folder: Path, ref: str) -> list[str]:
     )
     if any(file.is_symlink() for file in Path(ref).glob("*.safetensors")):  # the weights of another model
         return [
-            f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or name the "
-            "model that it was made of as the base, whose weights are the same"
+            f"the adapter's base is in this machine's cache ({ref}); elsewhere use {merged}, or the "
+            "model from which the cached one was made, which has the same weights, as the base"
         ]
     return [
         f"the adapter is for a base with new tokens that is only in this machine's cache ({ref}); elsewhere "
@@ -128,8 +128,8 @@ def cached_base_notes(folder: Path, ref: str) -> list[str]:
 
 
 def left_out_notes(model: Model, start: str | None) -> list[str]:
-    """Return a line if a run of a model with a scalar head starts from an adapter that trained the language
-    model head, else nothing.
+    """Return a line if `model` has a scalar head and the adapter in `start` trained the language model head,
+    which is then not loaded; else [].
     """
     if model.generates or start is None or not peft_read.has_language_head(adapter_folder(start)):
         return []
@@ -141,8 +141,8 @@ def left_out_notes(model: Model, start: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter to be written: arrays, settings, and the base `ref` that it is for. description: for its
-    card. tokenizer_from: a folder whose tokenizer is written with it, None for none.
+    """An adapter to write. ref: its base model. description: text for the model card. tokenizer_from: a
+    folder whose tokenizer is written with the adapter; None writes none.
     """
 
     params: Params
@@ -165,8 +165,8 @@ def write_adapter(out: Path, adapter: NewAdapter, model: Model) -> None:
 
 
 def check_adapter_output(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise ValueError if an adapter cannot be written to `out`: a folder that is read, or one that is not
-    new.
+    """Raise ValueError if an adapter cannot be written to `out`, because it is one of the folders `inputs`
+    that are read, or not a new folder.
     """
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"--out {out} is also an input; choose another folder")
@@ -184,7 +184,7 @@ def run_of_adapter(folder: Path) -> Path | None:
 
 
 def other_base_name(folder: Path, ref: str) -> list[str]:
-    """Return a line if an adapter's configuration names another base than `ref`, else nothing."""
+    """Return a warning if an adapter's configuration names another base than `ref`, else []."""
     name = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or name in ("", ref):
         return []
@@ -203,9 +203,9 @@ def base_differences(
     """Return a line for each way in which the base differs from the one that the adapter in `start` was
     trained on.
 
-    ref, fingerprint: this run's weights, and runs.folder.weights_fingerprint of them. adapter: the
-    policy's adapter settings, on which a quantised base depends if init is one of RESIDUAL_INITS. A folder
-    that is not a run's has only the name of its base.
+    ref, fingerprint: this run's base, and its runs.folder.weights_fingerprint. adapter: the policy's adapter
+    settings; if its init is one of RESIDUAL_INITS, the stored base depends on them. If `start` is not a run's
+    folder, only the name of the base is compared.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):
@@ -236,14 +236,14 @@ def base_differences(
     elif now != "none" and own_init in RESIDUAL_INITS:
         lines.append(
             f"the adapter in {start} was trained on a base with quant={before}, but {here} with "
-            f"adapter.init={own_init}, whose rounding is another"
+            f"adapter.init={own_init}, which rounds the base differently"
         )
     return lines
 
 
 def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant | None) -> bool:
-    """Whether a recorded run has the settings of adapter and quant on which the base's storage depends: the
-    adapter of a reward model then adds up to the same weights as in its own run.
+    """Whether a recorded run stored its base as a run with these settings does: adapter and quant are the
+    same, except for dropout. The adapter of that run, such as a reward model's, then fits this run's base.
     """
 
     def facts(settings: Any) -> Any:

@@ -1,9 +1,8 @@
 """PEFT's adapter_config.json: read it and check it; names of the tensors in PEFT's layout.
 
 PEFT's `save_pretrained` writes `base_model.model.MODULE.lora_A.weight`. State dicts of the wrapped model, and
-trainers that save these, have the adapter's name in it (`lora_A.default.weight`,
-`modules_to_save.default.weight`), a second prefix, none, or the names of wrappers (torch.compile, FSDP,
-activation checkpointing).
+trainers that save these, add the adapter's name (`lora_A.default.weight`, `modules_to_save.default.weight`),
+repeat or omit the prefix, or add the names of wrappers (torch.compile, FSDP, activation checkpointing).
 """
 
 import re
@@ -56,7 +55,7 @@ QUANTISED_BASE = (
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises FileNotFoundError, also with the names of adapters in subfolders."""
+    """Read adapter_config.json. Raises FileNotFoundError; its message lists adapters in subfolders."""
     path = folder / "adapter_config.json"
     if folder.is_dir() and not path.is_file():
         named = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
@@ -112,8 +111,8 @@ def check_targets(
 ) -> None:
     """Raise ValueError unless the configuration targets exactly the modules with a LoRA pair.
 
-    peft would silently ignore the pair of a module that is not targeted. To a module that is targeted by its
-    name and has no pair it would add a fresh one, so a part of the model would be the base alone.
+    peft would silently ignore the pair of a module that is not targeted, and would add a fresh, untrained
+    pair to a module that is targeted by its name and has none.
 
     present, absent: the model's modules with and without a pair, such as model.layers.0.self_attn.q_proj.
     """
@@ -143,8 +142,8 @@ def _are_strings(value: Any) -> bool:
 
 
 def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[[str], str | None]:
-    """Return a function that applies PEFT's rule: it returns the field that leaves a module out, None for a
-    module with a pair.
+    """Return a function of a module's name that applies PEFT's rule: it returns None if the configuration
+    targets the module, else the field of adapter_config.json that leaves it out.
     """
     excluded, layers = config.get("exclude_modules") or (), config.get("layers_to_transform")
     listed, unlisted = (x if isinstance(x, str) else frozenset(x) for x in (targets, excluded))
@@ -240,9 +239,10 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
 
 
 def of_decoder(files: SafetensorsFiles) -> tuple[SafetensorsFiles, str | None]:
-    """Return an adapter on a multimodal model as one on its text decoder, and the prefix of its tensors'
-    names; tensors of the other parts change nothing about text. Another adapter is returned as it is, with
-    None.
+    """Convert an adapter on a multimodal model to an adapter on its text decoder: return (files, prefix).
+
+    files: the decoder's tensors, with the names of the text-only model. prefix: the text decoder's prefix in
+    the multimodal model's names; None for an adapter on a text model, whose tensors keep their names.
     """
     bare = {name: name.removeprefix(PREFIX) for name in files.tensors}
     prefix = decoder_prefix(bare.values())
@@ -254,8 +254,9 @@ def of_decoder(files: SafetensorsFiles) -> tuple[SafetensorsFiles, str | None]:
 
 
 def config_of_decoder(config: dict[str, Any], prefix: str | None, modules: Sequence[str]) -> dict[str, Any]:
-    """Return the configuration of an adapter on a multimodal model with the names that its text decoder's
-    modules have in the text-only model. prefix: see of_decoder. modules: of the text-only model.
+    """Replace a multimodal model's module names in adapter_config.json by the names in the text-only model.
+
+    prefix: see of_decoder; None returns the configuration unchanged. modules: names in the text-only model.
     """
     if prefix is None:
         return config
@@ -279,5 +280,5 @@ def config_of_decoder(config: dict[str, Any], prefix: str | None, modules: Seque
 
 
 def renamed(files: SafetensorsFiles, stored: dict[str, str]) -> SafetensorsFiles:
-    """Return the tensors `stored`: the names in `files` by new name."""
+    """Select and rename tensors. stored: new name -> name in `files`."""
     return replace(files, tensors={new: files.tensors[old] for new, old in stored.items()})

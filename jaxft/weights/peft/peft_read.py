@@ -71,11 +71,11 @@ ReadFirstPair = Callable[..., FirstPair]  # (where, init, tensor, rank, scale) -
 def read_adapter(folder: str | Path, model: Model, base: ModelFiles | None = None) -> tuple[Params, Adapter]:
     """Read an adapter folder; return its tree of NumPy arrays and its settings.
 
-    Modules of different ranks are padded with zeros to the largest rank of any layer; a layer that the
-    configuration leaves out gets a zero pair. The copies of the base's weights that peft adds to an adapter
-    on lm_head are not read; see check_base_copies. base: the files of the base, which only unconverted PiSSA
-    and OLoRA adapters need. Raises ValueError for anything but plain LoRA on this
-    model's linear layers, and for a reward model's adapter.
+    Pairs are padded with zeros to the largest rank of a kernel's layers; a layer without a pair gets zeros.
+    The copies of the base's weights that peft adds to an adapter on lm_head are not read; see
+    check_base_copies. base: the files of the base, which only unconverted PiSSA and OLoRA adapters need.
+    Raises ValueError for a configuration that check_plain_lora refuses, for tensors that do not fit this
+    model, and for a reward model's adapter.
     """
     parts, settings = read_parts(folder, model, base)
     if "score" in parts:
@@ -99,8 +99,8 @@ def read_parts(
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
-    """Check an adapter folder as read_parts does, but without the base; return (names of the parts,
-    settings).
+    """Check an adapter folder as read_parts does, but without the base. Return (names of the parts, such as
+    ("adapter", "score"), settings).
     """
     parts, settings = _read(Path(folder), model, _no_first_pair)
     return tuple(parts), settings
@@ -155,8 +155,8 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
 
 
 def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's configuration with lm_head in modules_to_save or target_modules, whichever lists
-    the embeddings.
+    """Return an adapter's configuration with lm_head added to the list that has the embeddings,
+    modules_to_save or target_modules.
     """
     saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
     if isinstance(saved, list) and any(is_saved(str(name), TABLE_MODULE) for name in saved):
@@ -167,7 +167,7 @@ def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_tied(files: SafetensorsFiles) -> None:
-    """Raise ValueError if an adapter's files have other values for the head than for the embeddings."""
+    """Raise ValueError if an adapter that ties the head to the embeddings has different values for them."""
     for of_head, of_table, transposed in TIED_TENSORS:
         head, table = f"{PREFIX}{HEAD_MODULE}.{of_head}", f"{PREFIX}{TABLE_MODULE}.{of_table}"
         if head not in files.tensors or table not in files.tensors:
@@ -182,7 +182,7 @@ def _check_tied(files: SafetensorsFiles) -> None:
 
 
 def has_language_head(folder: Path) -> bool:
-    """Whether an adapter trains the language model head: by a LoRA pair, in full, or some tokens' rows."""
+    """Whether an adapter trains the language model head: by a LoRA pair, in full, or in rows of tokens."""
     saved = read_adapter_config(folder).get("modules_to_save") or ()
     names = [name for name in _open_tensors(folder).tensors if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
     return any(name not in HEAD_COPIES or HEAD_MODULE in saved for name in names)
@@ -194,11 +194,11 @@ def has_base_copies(folder: Path) -> bool:
 
 
 def check_base_copies(folder: Path, base: ModelFiles) -> None:
-    """Raise ValueError if an adapter on lm_head has copies of other weights than the base's.
+    """Raise ValueError if the base's weights that peft saved in an adapter differ from this base's.
 
-    peft saves the head and the embedding with such an adapter, and puts them in the place of the base's. They
-    are equal if rounding one to the other's dtype makes them so. Copies of a quantised base are not
-    compared, nor the head of an unconverted PiSSA or OLoRA adapter, which lacks the first pair.
+    peft saves copies of the head and the embedding with an adapter on lm_head, and replaces the base's
+    weights by them. Copies may differ by rounding to one of the two dtypes. Quantised weights are not
+    compared, nor the head of an unconverted PiSSA or OLoRA adapter, from which the first pair is subtracted.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.tensors else EMBEDDING
@@ -241,7 +241,9 @@ def _open_stored(folder: Path) -> SafetensorsFiles:
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         advice = "adapter_model.bin is a pickle and is not read; load it with peft and call save_pretrained"
-        raise FileNotFoundError(f"{path}: no such file{f'; {advice}' if pickled else ''}")
+        raise FileNotFoundError(
+            f"{path}: no such file; {advice if pickled else 'download the adapter again'}"
+        )
     return with_plain_names(open_safetensors(path, [path]))
 
 
@@ -262,7 +264,7 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the adapter has a scalar head. Raises ValueError for another task, or a head of another one."""
+    """Whether an adapter has a scalar head. Raises ValueError for other tasks, and for other heads."""
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(
@@ -325,7 +327,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _start_of_unconverted(config: Mapping[str, Any]) -> str | None:
-    """Return the key of FIRST_PAIRS that an unconverted adapter's configuration has, None for others."""
+    """Return "pissa" or "olora" for an adapter that PEFT has not converted to plain LoRA, else None."""
     start = config.get("init_lora_weights")
     return start if isinstance(start, str) and start in FIRST_PAIRS else None
 
@@ -333,12 +335,11 @@ def _start_of_unconverted(config: Mapping[str, Any]) -> str | None:
 def _first_pair(
     base: ModelFiles | None, where: Path, init: str, tensor: Tensor, rank: int, scale: float
 ) -> FirstPair:
-    """Return the first pair of a weight that an unconverted adapter changes, computed from the files of the
-    base as PEFT does in float32.
+    """Compute from the base's files the first pair (a0, b0) of a weight, which an unconverted adapter lacks.
 
     where: adapter_config.json. init: a key of FIRST_PAIRS. rank, scale: of the adapter's pair. Raises
     ValueError without a base, for a weight that the base lacks or stores quantised, and in runs of several
-    processes, since their libraries may compute other signs.
+    processes, whose libraries may compute different signs.
     """
     about, name = f"{where}: init_lora_weights={init!r}", tensor.name
     if base is None or processes.is_multi_process():
@@ -361,7 +362,7 @@ def _first_pair(
 
 
 def _no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
-    """Return a pair of zeros in place of the first one, which needs no base: for settings alone."""
+    """Return zeros in place of _first_pair, without a base, if only an adapter's settings are needed."""
     ins, outs = tensor.values
     return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
 
@@ -372,10 +373,11 @@ def _on_unchanged_base(
     settings: Adapter,
     read_first: Callable[[Tensor, int, float], FirstPair],
 ) -> list[Pair | None]:
-    """Return the pairs of an unconverted adapter's kernel as `[a, a0] [b; -b0]`, of twice the rank and the
-    same scale, in float32; the table's, which PEFT initialises as LoRA's, as they are.
+    """Convert a kernel's pairs of an unconverted adapter to pairs for the unchanged base: `[a, a0] [b; -b0]`,
+    of twice the rank and the same scale, in float32.
 
-    settings: of the adapter, which compute the scale.
+    Pairs of the embedding table are returned unchanged, because PEFT initialises them as plain LoRA.
+    settings: the adapter's. read_first(tensor, rank, scale): returns (a0, b0).
     """
     out = list(pairs)
     for i, (tensor, pair) in enumerate(zip(tensors, pairs, strict=True)):

@@ -43,9 +43,7 @@ Number = TypeVar("Number", int, float)
 
 
 def _read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
-    """Read a float tensor, at most in float32. Raises ValueError that names it if it has another type, or a
-    value that is not finite.
-    """
+    """Read a float tensor; float64 becomes float32. Raises ValueError for other types, NaN and infinity."""
     with errors_name(f"{files.where}: tensor {name}"):
         value = require_finite(read_tensor(files, name))
         if not jnp.issubdtype(value.dtype, np.floating):
@@ -54,11 +52,14 @@ def _read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
-    """Read a float tensor of this shape, as _read_float does. because: a reason for the error message."""
+    """Read a float tensor of this shape, as _read_float does. because: why the model needs it, for errors."""
     stored = files.tensors.get(name)
     if stored is None or stored.shape != shape:
         state = "is missing" if stored is None else f"has shape {stored.shape}"
-        raise ValueError(f"{files.where}: tensor {name} {state}; this model needs {shape}, because {because}")
+        raise ValueError(
+            f"{files.where}: tensor {name} {state}; this model needs {shape}, because {because}; "
+            "use the base model of the adapter, or download the adapter again"
+        )
     return _read_float(files, name)
 
 
@@ -80,8 +81,8 @@ class Pair(NamedTuple):
 
 
 def adaptable_tensors(model: Model) -> TensorTable:
-    """Return the tensors of the weights that may have a pair, by path: linear layers, the table, and the head
-    of a language model, also a tied one. Each tensor is the weight of one module.
+    """Return by path the tensors of all weights that may have a LoRA pair: linear layers, the embedding table
+    and a language model's head, tied or not. Each tensor is the weight of one module.
     """
     table = tensors_of(model, tied_head=True)
     kernels = [path for path, (first, *_) in table.items() if first.is_kernel or path == "embed"]
@@ -89,14 +90,14 @@ def adaptable_tensors(model: Model) -> TensorTable:
 
 
 def pair_names(tensor: Tensor, dora: bool = False) -> tuple[str, ...]:
-    """Return the names of a module's tensors A [R, in] and B [out, R], with DoRA of its magnitude."""
+    """Return the names in PEFT files of a module's A [R, in] and B [out, R], and with DoRA its magnitude."""
     form = "lora_embedding_{}" if tensor.path == "embed" else "lora_{}.weight"
     ends = [form.format("A"), form.format("B"), *([MAGNITUDE] if dora else [])]
     return tuple(f"{PREFIX}{tensor.module}.{end}" for end in ends)
 
 
 def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -> Pair | None:
-    """Read the pair of a module, None if the files have none."""
+    """Read the pair of a module; None if the files have none. config: adapter_config.json."""
     names, module, (ins, outs) = pair_names(tensor), tensor.module, tensor.values
     if not files.tensors.keys() & set(names):
         return None
@@ -106,7 +107,9 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
             raise ValueError(f"{files.where}: tensor {name} is missing; copy or download the file again")
         shape = files.tensors[name].shape
         if len(shape) != 2:
-            raise ValueError(f"{files.where}: {name} has shape {shape}, expected two dimensions")
+            raise ValueError(
+                f"{files.where}: {name} has shape {shape}, expected two dimensions; download the file again"
+            )
         arrays.append(_read_float(files, name).T)
     a, b = arrays
     rank = _matching(config, "rank_pattern", module, config["r"])
@@ -124,8 +127,8 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """Apply PEFT's rule: the first pattern that matches the end of the module's name after a dot, or the
-    whole name.
+    """Return the value of a module in config[key], a dict by pattern, else the default. As in PEFT, the first
+    pattern counts that matches the full name of the module or its end after a dot.
     """
     for pattern, value in (config.get(key) or {}).items():
         if matches_module(pattern, (module,), key):
@@ -136,11 +139,11 @@ def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> An
 def adapter_of(
     pairs: Mapping[str, Sequence[Pair | None]], default: Adapter, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return the nodes {"a", "b", "scale"} by path of an adapter with these pairs, and settings that declare
-    them.
+    """Build an adapter from pairs: return its nodes {"a", "b", "scale"} by path, and settings that declare
+    the pairs' ranks and alphas.
 
-    pairs: of each adapted kernel's modules in row-major order, None for a module without one. default: the
-    settings of everything but ranks and alphas. Pairs are padded with zeros to the largest rank of a kernel.
+    pairs: by path, the pairs of a kernel's modules in row-major order, None for a module without a pair; they
+    are padded with zeros to the kernel's largest rank. default: all other settings.
     """
     nodes, layouts, table = {}, dict[str, PairRanks](), adaptable_tensors(model)
     for path, of_path in pairs.items():
@@ -153,7 +156,7 @@ def adapter_of(
 def _stacked(
     tensors: Sequence[Tensor], pairs: Sequence[Pair | None], settings: Adapter
 ) -> dict[str, np.ndarray]:
-    """Return the leaves [L, in, R], [L, R, out] and [L] of a kernel, with DoRA [L, out]."""
+    """Return a kernel's leaves a [L, in, R], b [L, R, out] and scale [L], with DoRA magnitude [L, out]."""
     (ins, outs), without = tensors[0].values, np.float32
     none = Pair(np.zeros((ins, 0), without), np.zeros((0, outs), without), 0.0, np.zeros(outs, without))
     full = [none if pair is None else pair for pair in pairs]
@@ -171,7 +174,7 @@ def _stacked(
 
 
 def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tensor, tuple[int, float]]:
-    """Return the rank and alpha of each module that has a pair. layouts: by path."""
+    """Return (rank, alpha) of each module with a pair, by tensor. layouts: ranks and alphas by path."""
     table = adaptable_tensors(model)
     return {
         tensor: (rank, alpha)
@@ -182,7 +185,7 @@ def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tenso
 
 
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
-    """Return the settings that declare these pairs. default: the settings of everything else."""
+    """Return settings that declare pairs of these ranks and alphas, by path. default: all other settings."""
     ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
     targets = tuple(dict.fromkeys(tensor.path.rpartition("/")[2] for tensor in ranked))
     modules = base_modules(spec_paths(base), model.weight_names)
@@ -194,8 +197,9 @@ def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Mod
 def with_module_names(
     default: Adapter, layouts: Mapping[str, PairRanks], model: Model, full_names: bool = False
 ) -> Adapter:
-    """Return the settings that declare pairs of these ranks and alphas, by path, with the names of modules in
-    Hugging Face files as targets, as PEFT reads them. full_names: name every module with its layer.
+    """Return the settings of with_patterns with Hugging Face names of modules as targets, as PEFT reads them.
+
+    full_names: use full names, such as model.layers.0.self_attn.q_proj, in place of their ends.
     """
     ranked, layers = ranked_modules(layouts, model), dict[str, int | None]()
     for tensors in tensors_of(model, tied_head=True).values():
@@ -218,10 +222,11 @@ def with_module_names(
 def _declared(
     default: Adapter, ranked: Mapping[Tensor, tuple[int, float]], selected: Mapping[ModuleNames, int | None]
 ) -> Adapter:
-    """Return settings with the ranks and alphas of modules, and the layers to which these are limited, or the
-    names of the other modules that the targets select.
+    """Return `default` with the ranks and alphas of the modules in `ranked`, and limited to these modules.
 
-    selected: the layers of all modules that the targets select, by the names that patterns match.
+    selected: layer of every module that the targets select, by the names that patterns match. If the targets
+    select more modules than `ranked` has, layers_to_transform limits them or, where layers cannot,
+    exclude_modules lists the others.
     """
     wanted = {tensor.module: tensor for tensor in ranked}
     limits = {layer for (name, *_), layer in selected.items() if name in wanted and layer is not None}
@@ -243,8 +248,10 @@ def _declared(
 def _patterns(
     values: Mapping[Tensor, Number], default: Number, names: Mapping[Tensor, ModuleNames]
 ) -> Iterator[tuple[str, Number]]:
-    """Yield patterns and values: the shortest ones that match modules of the same value only, for all layers
-    and numbers in a module's name, or for all layers; else full names.
+    """Yield (pattern, value) for the modules whose value, a rank or an alpha, is not the default.
+
+    A pattern matches only modules with the same value. It is a module's name inside its layer, so that it
+    matches all layers, or the same with any number in place of numbers in it; else the full name.
     """
     patterns = {tensor: tensor.module for tensor, value in values.items() if value != default}
     for number in (r"\g<0>", r".\\d+."):
@@ -261,9 +268,10 @@ def _patterns(
 
 
 class Modules(NamedTuple):
-    """The tensors of an adapter's files in addition to LoRA pairs.
+    """The parameters that an adapter trains in full, in addition to LoRA pairs.
 
-    nodes: {"weight"} or {"rows"} by path. settings: fields of nn.lora.Adapter. used: names of tensors.
+    nodes: {"weight"} or {"rows"} by path. settings: values of nn.adapters.lora.Adapter's fields by name.
+    used: names of their tensors in the files.
     """
 
     nodes: dict[str, dict[str, np.ndarray]]
@@ -274,10 +282,10 @@ class Modules(NamedTuple):
 def read_modules(
     where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model, adapted: set[str]
 ) -> Modules:
-    """Read the parameters that an adapter replaces. where: path of adapter_config.json, for errors. adapted:
-    full names of the modules with pairs.
+    """Read the parameters that an adapter trains in full: modules_to_save, biases and rows of tokens.
 
-    Raises ValueError for modules, biases and tokens that the model or the files lack, or have in part.
+    where: path of adapter_config.json, for errors. adapted: full names of the modules with pairs. Raises
+    ValueError for parameters that the model or the files lack, and for modules in only some layers.
     """
     nodes: dict[str, dict[str, np.ndarray]] = {}
     used = set[str]()
@@ -305,7 +313,7 @@ def read_modules(
     for path in dict.fromkeys([*in_modules, *trained]):
         tensors = table[path]
         names = [_tensor_name(files, tensor) for tensor in tensors]
-        listed = "bias or modules_to_save in adapter_config.json has it"
+        listed = "bias or modules_to_save in adapter_config.json lists it"
         values = [
             tensor.turned(read_shaped(files, name, tensor.shape, listed))
             for name, tensor in zip(names, tensors, strict=True)
@@ -319,8 +327,8 @@ def read_modules(
 
 
 def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[str, Any], SafetensorsFiles]:
-    """Return an adapter's configuration and tensors without the language model head's, for a model with a
-    scalar head in its place.
+    """Return an adapter's configuration and tensors without the language model head's entries, for a model
+    that has a scalar head instead.
     """
 
     def others(names: Any) -> Any:
@@ -339,15 +347,15 @@ def _is_head(name: Any) -> bool:
 
 
 def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
-    """Return the name of a saved parameter in an adapter's files; the bias of an adapted layer is named after
-    the layer that the adapter wraps.
+    """Return the name of a parameter in an adapter's files. The bias of an adapted layer may be
+    MODULE.base_layer.bias, since peft wraps the layer.
     """
     wrapped = f"{PREFIX}{tensor.module}.base_layer.bias"
     return wrapped if tensor.path.endswith("_bias") and wrapped in files.tensors else PREFIX + tensor.name
 
 
 def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model) -> Modules:
-    """Read the rows of trainable tokens in the table, and in a head of its own."""
+    """Read the rows of trainable tokens in the embedding table, and in the head if it is not tied."""
     only = config.get("peft_type") == ONLY_TOKENS
     listed = config.get("token_indices" if only else "trainable_token_indices")
     if not listed:
@@ -371,7 +379,7 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     nodes, used = {}, set()
     for path in ("embed", *(["head"] if own_head and "lm_head" in ends else [])):
         name = f"{PREFIX}{table[path][0].module}.{ONLY_TOKEN_ROWS if only else TOKEN_ROWS}"
-        listed = "trainable_token_indices or token_indices of adapter_config.json has them"
+        listed = "trainable_token_indices or token_indices of adapter_config.json lists them"
         nodes[path] = {"rows": read_shaped(files, name, (len(ids), model.config.width), listed)}
         used.add(name)
     settings = {"trainable_token_indices": tuple(ids), "token_head": "head" in nodes or not own_head}
@@ -389,10 +397,11 @@ def _are_ids(ids: Any, vocab: int) -> bool:
 def module_tensors(
     nodes: Mapping[str, dict[str, Any]], model: Model, adapted: Collection[str], only_tokens: bool
 ) -> list[TensorToWrite]:
-    """Return the tensors of replaced parameters and rows.
+    """Return the tensors to write for parameters and token rows that an adapter trains in full.
 
-    adapted: names of the modules that have a pair, such as model.layers.0.self_attn.q_proj, whose biases peft
-    names after the layer that it wraps. only_tokens: for PEFT's type of adapters with rows of tokens alone.
+    nodes: {"weight"} or {"rows"} by path. adapted: names of the modules that have a pair, such as
+    model.layers.0.self_attn.q_proj, whose biases peft names MODULE.base_layer.bias. only_tokens: whether the
+    adapter has only token rows, for which PEFT has a separate type.
     """
     tensors, table = [], tensors_of(model, tied_head=True)
     for path, node in nodes.items():
@@ -412,8 +421,9 @@ def module_tensors(
 def module_fields(
     nodes: Mapping[str, dict[str, Any]], settings: Adapter, model: Model, full_names: bool = False
 ) -> dict[str, Any]:
-    """Return the fields of adapter_config.json that declare replaced parameters and rows. full_names: see
-    module_list.
+    """Return the fields of adapter_config.json that declare parameters and token rows trained in full.
+
+    nodes, full_names: see module_tensors, module_list.
     """
     fields: dict[str, Any] = {"bias": settings.bias}
     saved = {path for path, node in nodes.items() if "weight" in node}
@@ -430,9 +440,11 @@ def module_fields(
 
 
 def module_list(saved: set[str], model: Model, full_names: bool = False) -> list[str]:
-    """Return names for modules_to_save that select, by their ends, exactly the modules of these paths: the
-    shortest ones with which no other module ends, else full names. full_names: of a model with other modules
-    than `model` has.
+    """Return names for modules_to_save that select exactly the modules of the paths `saved`.
+
+    PEFT selects every module whose name ends with an entry, so entries are the shortest ends that no other
+    module has, else full names. full_names: use full names, except for embeddings and head, because PEFT will
+    load the adapter on a model with more modules.
     """
     modules = base_modules(spec_paths(model.specs.get("base", model.specs)), model.weight_names)
     wanted = {module.name for path in saved for module in modules[path]}

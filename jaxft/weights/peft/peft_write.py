@@ -40,10 +40,11 @@ def save_adapter(
 ) -> None:
     """Write an adapter tree so that `peft.PeftModel.from_pretrained(base, folder)` and vLLM load it.
 
-    The adapter of a multimodal model's text decoder has the names of transformers' multimodal class; a
-    scorer's has the text-only model's names, since few of these classes have a classifier. score: a scalar
-    head [D, 1], which makes it an adapter for sequence classification with one label. Raises ValueError for a
-    pair that does not fit the model. With several processes, all call this, and process 0 writes.
+    base_ref: the base model; if it is multimodal, modules have the names of transformers' multimodal class,
+    or with a score the names of the text-only model, since few multimodal classes have a classifier. score: a
+    scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises
+    ValueError for a pair that does not fit the settings. With several processes, all call this, and process 0
+    writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
@@ -110,12 +111,12 @@ def save_adapter(
 
 
 def _in_full(tensor: TensorToWrite, prefix: str) -> TensorToWrite:
-    """Return a tensor of an adapter under its name in the multimodal model. prefix: see full_name."""
+    """Rename an adapter's tensor to the name in the base that PEFT loads. prefix: see full_name."""
     return replace(tensor, name=PREFIX + full_name(tensor.name.removeprefix(PREFIX), prefix))
 
 
 def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
-    """Return the configuration of an adapter that trains rows of tokens only, for PEFT's own type of it."""
+    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter with only token rows."""
     ids = config["trainable_token_indices"]
     common = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
     return {
@@ -144,7 +145,7 @@ def _whole(value: float) -> float:
 
 
 def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
-    """Raise ValueError for a pair that the settings do not declare."""
+    """Raise ValueError unless a pair has the rank that the settings declare. layout: None if they lack it."""
     a, b = pair["a"], pair["b"]
     rank = 0 if layout is None else max(layout.ranks)
     if b.shape[-2] != a.shape[-1] or a.shape[-1] != rank:
@@ -157,8 +158,8 @@ def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> No
 def pair_tensors(tensor: Tensor, pair: Mapping[str, Any], rank: int, exact: float) -> list[TensorToWrite]:
     """Return lora_A [R, in] and lora_B [out, R] of one module, with DoRA lora_magnitude_vector [out].
 
-    pair: leaves of the kernel, with zeros beyond `rank`. exact: the scale that PEFT computes
-    from its settings; another one is folded into B.
+    pair: the kernel's leaves, with zeros beyond `rank`. exact: the scale that PEFT computes from the
+    settings; if the pair's scale differs, B is multiplied by their ratio.
     """
 
     def leaf(name: str) -> np.ndarray:

@@ -27,7 +27,7 @@ SCALES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")  # aft
 
 
 def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
-    """4-bit weights have a quant_state, 8-bit weights an SCB."""
+    """Open 4-bit weights, which have a quant_state tensor, and 8-bit weights, which have scales SCB."""
     weights = {}
     for name in files.tensors:
         weight, mark, kind = name.partition(STATE)
@@ -40,7 +40,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
 
 
 class _Weight4Bit(NamedTuple):
-    """A 4-bit weight `name` [outs, ins] in the files, with its number of blocks. state: its quant_state."""
+    """A 4-bit weight [outs, ins] in the files. blocks: their number. state: the parsed quant_state."""
 
     files: SafetensorsFiles
     name: str
@@ -50,7 +50,7 @@ class _Weight4Bit(NamedTuple):
     state: dict[str, Any]
 
     def read(self, ending: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Read a tensor of the weight."""
+        """Read the tensor of the weight whose name has this ending, such as .absmax."""
         return read_tensor(self.files, self.name + ending, (), shape)
 
 
@@ -61,7 +61,7 @@ def _open_4bit(files: SafetensorsFiles, name: str, kind: str) -> QuantisedTensor
     weight = _Weight4Bit(files, name, outs, ins, -(-outs * ins // block), state)
     tensors = frozenset(name + ending for ending in ("", STATE + kind, *SCALES))
     table = weight.read(".quant_map", (16,))
-    reason = "" if np.array_equal(table, TABLES[kind]) else f"its quant_map is not that of {kind}"
+    reason = "" if np.array_equal(table, TABLES[kind]) else f"its quant_map is not the table of {kind}"
     if ins % block and not reason:
         reason = f"its blocks of {block} run across its rows of {ins}"
     if reason:
@@ -98,7 +98,7 @@ def _decode_4bit(weight: _Weight4Bit, layout: QTensor, index: Index) -> dict[str
 
 
 def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> np.ndarray:
-    """Dequantise all of a weight that no QTensor represents."""
+    """Dequantise a weight that no QTensor represents; returns all of it, [in, out], whatever the index."""
     count = weight.outs * weight.ins
     pairs = _read_bytes(weight, (-(-count // 2),))
     codes = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:count]
@@ -107,7 +107,7 @@ def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> n
 
 
 def _read_bytes(weight: _Weight4Bit, shape: tuple[int, ...], index: Index = ()) -> np.ndarray:
-    """Read part of the codes as bytes of this shape; bnb_4bit_quant_storage may store them as floats."""
+    """Read part of the codes, viewed as bytes of this shape; bnb_4bit_quant_storage may make them floats."""
     tensor, where = required(weight.files, weight.name), weight.files.where
     size, needed = math.prod(tensor.shape) * tensor.dtype.itemsize, math.prod(shape)
     if size != needed:

@@ -19,7 +19,7 @@ Weights = dict[str, QuantisedTensor]  # by the names that they have in a plain m
 
 
 class WrittenTensor(NamedTuple):
-    """A tensor that a quantised weight is written as. values: computes it from the weight on the host."""
+    """A tensor to write for a quantised weight, such as its scales. values(weight): computes it."""
 
     name: str
     dtype: DTypeLike
@@ -31,18 +31,18 @@ class WrittenTensor(NamedTuple):
 class FileFormat:
     """A file format of quantised weights.
 
-    name: the `quant_method` of its quantization_config. open(files, settings): returns the quantised weights,
-    each with its layout and a function that decodes parts of it (see quantised_tensor). It reads only headers
-    and small tensors. Raises ValueError for weights that jaxft does not read.
+    name: the `quant_method` of config.json's quantization_config. open(files, settings): returns the
+    quantised weights, each with its layout and a function that decodes parts of it (see quantised_tensor); it
+    reads only headers and small tensors, and raises ValueError for weights that jaxft does not read.
 
-    The others are for writing. kinds: of weights (see nn.quant) that it stores; () if it is only read.
-    summary: a line for the user, with the programs that load it; head_summary: with a quantised head.
-    write(name, layout): the tensors of a weight `name`. config(quant, plain, packed): its quantization_config
-    without the quant_method. plain: modules that are not quantised, see
-    quantised_checkpoints.exceptions. packed: names of quantised modules inside a layer, such as
-    self_attn.q_proj. scale_dtype: of written scales, None for their own. with_head: whether the head can be
-    quantised. whole_blocks: whether blocks must divide a weight's inputs. int4_multiples: numbers
-    that must divide the inputs and the outputs of an int4 weight.
+    All other fields are for writing. kinds: kinds of weights (see nn.quant) that the format stores; () if
+    jaxft only reads it. summary: a line for the user that names the programs that load the format;
+    head_summary: the same for a model with a quantised head. write(name, layout): returns the tensors of the
+    weight `name`. config(quant, plain, packed): returns the quantization_config without quant_method; plain:
+    modules that are not quantised, see quantised_checkpoints.exceptions; packed: names of quantised modules
+    inside a layer, such as self_attn.q_proj. scale_dtype: dtype of written scales, None for the dtype that
+    they have. with_head: whether the head can be quantised. whole_blocks: whether the block size must divide
+    a weight's inputs. int4_multiples: numbers that must divide the inputs and outputs of an int4 weight.
     """
 
     name: str
@@ -65,10 +65,10 @@ def quantised_tensor(
     decode: Callable[[Index], dict[str, Any]],
     reason: str = "",
 ) -> QuantisedTensor:
-    """Return a quantised weight of a file format. tensors, reason: see QuantisedTensor.
+    """Return a quantised weight of the file format named `format`. tensors, reason: see QuantisedTensor.
 
-    decode(index): returns the arrays, by name, of the part of the weight at a full index [in, out]
-    that begins and ends at blocks.
+    decode(index): returns the QTensor's arrays by name for the part of the weight at a full index [in, out],
+    which begins and ends at blocks.
     """
 
     def read(index: Index = ()) -> QTensor:
@@ -78,7 +78,7 @@ def quantised_tensor(
 
 
 def stems(files: SafetensorsFiles, ending: str) -> list[str]:
-    """Return the names of the tensors with this ending, without it."""
+    """Return the names of all tensors that end with `ending`, with the ending removed."""
     return [name.removesuffix(ending) for name in files.tensors if name.endswith(ending)]
 
 
@@ -90,7 +90,7 @@ def matrix_shape(files: SafetensorsFiles, name: str, dtype: DTypeLike) -> tuple[
     if codes.dtype != expected or len(codes.shape) != 2:
         raise ValueError(
             f"{files.where}: {name} is {codes.dtype}{list(codes.shape)}, expected a matrix of {expected}, "
-            "the codes of a quantised weight"
+            "the codes of a quantised weight; download the model again"
         )
     return codes.shape[0], codes.shape[1]
 
@@ -109,7 +109,8 @@ def block_layout(
     """Return the layout of a weight [in, out] with one scale (and offset, if it has a dtype) per block of
     inputs.
 
-    block: None is one block of all inputs. indexed: whether an array stores the block of each input.
+    block: inputs of a block, None for one block of all inputs. indexed: whether the files store which block
+    each input belongs to, so that blocks need not be consecutive inputs.
     """
     ins, outs = shape
     blocks = -(-ins // block) if block else 1
@@ -149,8 +150,8 @@ def arrays_of(q: QTensor) -> dict[str, Any]:
 
 
 def array_index(layout: QTensor, array: str, index: Index) -> Index:
-    """Return where in one of a layout's arrays the part of a weight [..., in, out] at `index` is; the limits
-    of the part are limits of blocks.
+    """Convert the index of a part of a weight [..., in, out], which begins and ends at blocks, to the index
+    in one of its arrays. array: the array's name, such as "codes" or "scale".
     """
     *above, ins, outs = index
     if array in ("outer", "mean", "index"):

@@ -3,7 +3,7 @@
 GPTQ and AWQ have 4-bit codes, eight in an int32, with a scale and a zero per group. GPTQ packs codes along
 the inputs and is written with symmetric codes only; AWQ packs them along the outputs in an order of its own.
 compressed-tensors has E4M3, int8 or int4 numbers with scales per tensor, output channel, group of inputs or
-block, and is written with scales per channel or group. `quant_method` of DeepSeek's layout is "fp8".
+block, and is written with scales per channel or group. DeepSeek's layout has the `quant_method` "fp8".
 """
 
 import re
@@ -31,9 +31,10 @@ def read_eights(
     index: Index,
     order: Iterable[int] = IN_ORDER,
 ) -> Any:
-    """Read the part at `index` of codes of this shape; along `axis`, an int32 has eight.
+    """Read the part at `index` of 4-bit codes of this shape. The files pack eight codes along `axis` into an
+    int32.
 
-    order[i]: which of its eight codes has the i-th lowest four bits.
+    order[i]: the position, from 0 to 7, of the code in the i-th lowest four bits of the int32.
     """
     part, stored, at = index[axis], [*shape], [*index]
     stored[axis], at[axis] = shape[axis] // 8, slice(part.start // 8, -(-part.stop // 8))
@@ -59,8 +60,8 @@ def pack_eights(codes: Any, axis: int, order: Iterable[int] = IN_ORDER) -> np.nd
 class Grouping(NamedTuple):
     """The packing of a weight [in, out] in GPTQ or AWQ files.
 
-    axis: of the codes that has eight in an int32; zeros have them along the outputs. order: see read_eights.
-    shift: a number that is added to zeros in the files.
+    axis: the axis of the codes along which an int32 packs eight; zeros are always packed along the outputs.
+    order: see read_eights. shift: a number that is added to the zeros in the files after reading.
     """
 
     axis: int
@@ -71,8 +72,8 @@ class Grouping(NamedTuple):
 def _read_grouped(
     files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
 ) -> dict[str, Any]:
-    """Read the arrays of `(code - zero) * scale`: the offset -zero * scale is exact in float32. Raises
-    ValueError for an int4 layout if the zeros are not int4's.
+    """Read the QTensor arrays of values `(code - zero) * scale`. In an affine4 layout the offset is -zero *
+    scale, exact in float32. Raises ValueError for an int4 layout unless all zeros are 8.
     """
     grid, rows = layout.scale.shape, ff.array_index(layout, "scale", index)
     codes = read_eights(files, f"{stem}.qweight", layout.shape, how.axis, index, how.order)
@@ -84,13 +85,13 @@ def _read_grouped(
     if not (zeros == ZERO).all():
         raise ValueError(
             f"{files.where}: {stem}.qzeros are not all 8, which requires sym=false in quantization_config; "
-            "correct one of them"
+            "set it, or download the model again"
         )
     return arrays
 
 
 def write_grouped(name: str, layout: QTensor, how: Grouping) -> list[ff.WrittenTensor]:
-    """Return the tensors of an int4 weight `name`."""
+    """Return the tensors qweight, qzeros and scales of an int4 weight `name`."""
     grid, stem, packed = layout.scale.shape, name.removesuffix("weight"), [*layout.shape]
     packed[how.axis] //= 8
 
@@ -113,19 +114,21 @@ def group_size(where: str, settings: ff.QuantConfig) -> int | None:
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
         raise ValueError(
-            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads those of 4; "
+            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads only 4 bits; "
             "use the model's unquantised weights"
         )
     if type(group) is not int or group == 0 or group < -1:
         raise ValueError(
-            f"{where}: quantization_config.group_size is {group!r}, expected a number of inputs or -1"
+            f"{where}: quantization_config.group_size is {group!r}, expected a number of inputs or -1; "
+            "correct config.json"
         )
     return None if group == -1 else group
 
 
 def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readable: tuple[str, ...]) -> str:
-    """Return the layout of the packed weights, which tools name under several keys; by default the first of
-    `readable`. Raises ValueError for one that is not readable, and for keys that disagree.
+    """Return the layout that quantization_config states under one of `keys`, by default the first of
+    `readable`. Raises ValueError for a layout that is not in `readable`, and for keys that state different
+    ones.
     """
     given = {key: settings[key] for key in keys if settings.get(key) is not None}
     names = {str(value).lower() for value in given.values()} or {readable[0]}
@@ -149,8 +152,9 @@ ZEROS_LESS_1 = Grouping(axis=0, shift=1)
 
 
 def _open_gptq(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
-    """Zeros are stored less 1, except in gptq_v2. With sym=true all of them are 8, which is int4; others are
-    affine4. With desc_act the files have the group of each input.
+    """Open GPTQ weights: int4 with sym=true, where all zeros are 8, else affine4.
+
+    Zeros are stored less 1, except in gptq_v2. With desc_act, g_idx states the group of each input.
     """
     version = variant(files.where, settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"))
     how = ZEROS_LESS_1 if version == "gptq" else Grouping(axis=0)
@@ -181,7 +185,7 @@ def _decode_gptq(
     if layout.index is None and not np.array_equal(groups, in_order):
         raise ValueError(
             f"{files.where}: {name} is not in order, which requires desc_act=true in quantization_config; "
-            "correct one of them"
+            "set it, or download the model again"
         )
     arrays = _read_grouped(files, stem, layout, how, index)
     return arrays if layout.index is None else {**arrays, "index": groups}
@@ -196,8 +200,8 @@ def _write_gptq(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 
 def _config_gptq(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
-    """GPTQModel and vLLM read the exceptions in `dynamic`, transformers (optimum) in
-    modules_in_block_to_quantize.
+    """Return GPTQ's quantization_config. GPTQModel and vLLM read the modules that are not quantised from
+    `dynamic`, transformers (optimum) reads the quantised ones from modules_in_block_to_quantize.
     """
     names = [name for name in plain if name != "lm_head"]
     skipped: dict[str, Any] = {
@@ -289,16 +293,17 @@ def _open_fp8(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
 
 
 def not_read(where: str, weights: str, readable: str) -> ValueError:
-    """Return the error for weights that jaxft does not read."""
+    """Return the error for a model with `weights` that jaxft does not read. readable: what it reads."""
     return ValueError(f"{where}: {weights}, but jaxft reads {readable}; use the model's unquantised weights")
 
 
 def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
-    """Return a setting that is a pair of positive integers. Raises ValueError for others."""
+    """Return a setting (outputs, inputs). Raises ValueError unless it is a pair of positive integers."""
     sizes = tuple(value) if isinstance(value, list | tuple) else ()
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(
-            f"{where}: {name} in quantization_config is {value!r}, expected numbers of outputs and inputs"
+            f"{where}: {name} in quantization_config is {value!r}, expected numbers of outputs and inputs; "
+            "correct config.json"
         )
     return sizes[0], sizes[1]
 
@@ -306,7 +311,7 @@ def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
 def _scaled_weights(
     files: SafetensorsFiles, format: str, kind: str, ending: str, blocks_of: BlocksOf
 ) -> ff.Weights:
-    """Open the weights of a format by the `ending` of the names of their scales. kind: fp8, int8 or int4."""
+    """Open all weights whose scales have names with this ending. kind: fp8, int8 or int4."""
     static = next((name for name in files.tensors if name.endswith(STATIC_SCALES)), None)
     if static:
         raise not_read(files.where, f"{static} is a calibrated scale of activations", "dynamic ones")
@@ -338,7 +343,9 @@ def _scaled_weight(
         )
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
-        raise ValueError(f"{files.where}: {scales} has shape {given.shape}, expected {grid}")
+        raise ValueError(
+            f"{files.where}: {scales} has shape {given.shape}, expected {grid}; download the model again"
+        )
     layout = ff.block_layout(kind, (ins, outs), None if columns >= ins else columns, np.float32)
 
     def decode(index: Index) -> dict[str, Any]:
@@ -397,7 +404,7 @@ def _open_compressed(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.We
 
 
 def _common_weights(where: str, settings: ff.QuantConfig) -> dict[str, Any]:
-    """Return the settings of the weights, which all groups of layers must have in common."""
+    """Return the weights' settings in config_groups. Raises ValueError unless all groups have the same."""
     groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, dict) else []
     if not schemes or not all(isinstance(s, dict) and isinstance(s.get("weights"), dict) for s in schemes):
@@ -441,7 +448,7 @@ def _write_compressed(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 
 def _config_compressed(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
-    """fp8 for matmuls in FP8 with a scale per token, int8 and int4 for activations in 16 bits."""
+    """Return the quantization_config; fp8 quantises activations too, per token, int8 and int4 do not."""
     numbers = _numbers(quant.kind)
     grouped = {"strategy": "group", "group_size": quant.block} if quant.block else {"strategy": "channel"}
     token = {**numbers, "strategy": "token", "dynamic": True}

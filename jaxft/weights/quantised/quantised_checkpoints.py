@@ -94,13 +94,13 @@ def open_tensors(files: SafetensorsFiles, settings: QuantConfig | None) -> Model
 
 
 def dequantised(x: QTensor | np.ndarray) -> np.ndarray:
-    """Return a weight on the host in float32 if it is a QTensor, else itself."""
+    """Return a QTensor dequantised to float32 on the host, and an array as it is."""
     return np.asarray(dequantize(replace(x, dtype=jnp.dtype(jnp.float32)))) if isinstance(x, QTensor) else x
 
 
 def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
-    """Return the part of a quantised weight [out, in] at `index`. Only its blocks are read, unless an array
-    belongs to the whole weight.
+    """Return the part of a quantised weight [out, in] at `index`, dequantised to float32. Only the part's
+    blocks are read, unless the format quantises its scales or stores an index of blocks.
     """
     layout = tensor.layout
     if layout is None or layout.outer is not None or layout.index is not None:
@@ -118,8 +118,9 @@ def dequantised_part(tensor: QuantisedTensor, index: Index = ()) -> np.ndarray:
 def written_format(layouts: Mapping[str, QTensor], requested: str | None = None) -> tuple[FileFormat, str]:
     """Return the format for writing weights, and one sentence for the user.
 
-    Without a request it is the usual format of the weights' kind if all of them fit, else jaxft's own.
-    layouts: by parameter path. Raises ValueError if the weights do not fit into the requested format.
+    layouts: of the weights, by parameter path. requested: a format's name; None for the usual format of the
+    weights' kind, or jaxft's own if a weight does not fit. Raises ValueError if a weight does not fit into
+    the requested format.
     """
     if requested is not None:
         written = {name: format for name, format in FILE_FORMATS.items() if format.kinds}
@@ -133,27 +134,31 @@ def written_format(layouts: Mapping[str, QTensor], requested: str | None = None)
     if wrong and requested:
         raise ValueError(f"--format {requested}: {wrong}")
     if wrong:
-        return OWN_ARRAYS, f"warning: {OWN_ARRAYS.summary} and not that of {format.name}, because {wrong}"
+        return (
+            OWN_ARRAYS,
+            f"warning: {OWN_ARRAYS.summary} and not the layout of {format.name}, because {wrong}",
+        )
     return format, format.head_summary if "head" in layouts and format.head_summary else format.summary
 
 
 def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
-    """Say why a weight does not fit into a format; "" if it does."""
+    """Return why a weight cannot be written in a format; "" if it can. path: of the parameter."""
     ins, outs = q.shape[-2:]
     if q.kind not in format.kinds:
-        return f"its weights are {' or '.join(format.kinds)}, not {q.kind}; choose one of these"
+        return f"its weights are {' or '.join(format.kinds)}, not {q.kind}; quantise to {format.kinds[0]}"
     if format.whole_blocks and ins % (q.block or ins):
-        return f"{path} has {ins} inputs, which are not a multiple of the block size {q.block}"
+        return f"the block size {q.block} does not divide the {ins} inputs of {path}; use one that does"
     if path == "head" and not format.with_head:
         return f"transformers loads no head in the layout of {format.name}; leave the head out of the targets"
     if q.kind == "int4" and (ins % format.int4_multiples[0] or outs % format.int4_multiples[1]):
-        return f"{path} has {ins} inputs and {outs} outputs, and eight codes share an int32"
+        sizes = " and ".join(map(str, format.int4_multiples))
+        return f"{path} has {ins} inputs and {outs} outputs, which must be multiples of {sizes}"
     return ""
 
 
 def exceptions(plain: Collection[str], packed: Collection[str]) -> list[str]:
-    """Return names by which a format excludes the modules that are not quantised: the last part of the name,
-    or the full name if a quantised module's name has that part too.
+    """Return the names by which a quantization_config excludes modules: the last part of each name in
+    `plain`, or the full name if the name of a quantised module in `packed` contains that part.
     """
     last = {name.rpartition(".")[2] for name in plain}
     clashing = {part for part in last if any(part in name for name in packed)}
@@ -161,10 +166,11 @@ def exceptions(plain: Collection[str], packed: Collection[str]) -> list[str]:
 
 
 def as_stored(q: QTensor, format: FileFormat, where: str) -> tuple[QTensor, str]:
-    """Return a quantised weight with the scales that a format stores, and a warning if some are rounded.
+    """Return a quantised weight with its scales in the format's dtype, and a warning if that rounds some; ""
+    if not.
 
-    float16 has more digits than bfloat16, but not its range. where: the weight, for messages. Raises
-    ValueError for scales above the range.
+    Scales below float16's normal range lose digits. where: the weight, for messages. Raises ValueError for
+    scales that are too large for the dtype.
     """
     if format.scale_dtype is None:
         return q, ""
@@ -188,8 +194,8 @@ def quantised_tensors(
 ) -> list[TensorToWrite]:
     """Return the tensors of the weight `name` in the format `method`.
 
-    make: returns the weight on the host in this layout, see `as_stored`. It is called once, when the first of
-    the tensors is written.
+    method: a key of FILE_FORMATS. make: returns the weight on the host in this layout, see `as_stored`;
+    called once, when the first of the tensors is written.
     """
     parts, values = FILE_FORMATS[method].write(name, layout), dict[str, np.ndarray]()
 
