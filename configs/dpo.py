@@ -8,9 +8,9 @@ second copy. 26 steps, about 2 minutes and 2 GB on a 2-core CPU. In half of the 
 configs/data/extraction_pairs.jsonl the message lacks a part, and the better completion has null there; in
 the others the worse one has null for a value that is given. The completions differ in a few tokens, so that
 DPO soon lowers the probability of the better one as well: its learning rate is low, and 2e-4 needs
-DPO-Positive, loss=dpop. The first loss is log 2 = 0.6931. After
-configs/sft.py json_match of 60 held-out messages is 0.42 to 0.63, depending on the CPU's rounding; expect it
-to rise by about 0.07, and with DPO-Positive by about 0.22.
+DPO-Positive, loss=dpop. The first loss is log 2 = 0.6931. After configs/sft.py, json_match of 60 held-out
+messages is 0.42 to 0.63, depending on the CPU's rounding; expect it to rise by about 0.07, and with
+DPO-Positive by about 0.22.
 
 `loss` is any loss of jaxft.objectives.losses.preference_losses that has a beta, such as loss=ipo, or your
 own, such as loss=configs/examples/my_losses.py:mine. A loss that is declared reference-free runs no

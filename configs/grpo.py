@@ -70,7 +70,7 @@ def config(
     lr: float = 5e-4,  # auto: by the model's width, and the default with another model
     rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
     reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
-    combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds those with a score
+    combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds rewards with a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
     overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over the last so many tokens of an episode
@@ -80,12 +80,12 @@ def config(
     filter: FilterFunction | None = None,
     train_on_truncated: bool = True,
     loss: PolicyLossFunction = clipped,  # of a sampled token
-    eps_low: float | None = None,  # clipping bounds, the loss's own by default
+    eps_low: float | None = None,  # the lower clipping bound; the loss's default if unset
     eps_high: float | None = None,  # the upper one, such as DAPO's 0.28
     beta: float = 0.0,  # of a KL penalty; 0 runs no reference
     kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is
     correction: CorrectionFunction | None = None,
-    correction_bounds: tuple[float, float] | None = None,  # of these weights, the function's own by default
+    correction_bounds: tuple[float, float] | None = None,  # of its weights; the function's if unset
     ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
@@ -99,7 +99,7 @@ def config(
             "use loss=unclipped"
         )
     if kl_in == "rewards" and not beta:
-        raise ValueError("kl_in=rewards needs a beta above 0")
+        raise ValueError("kl_in=rewards needs a beta above 0; set beta=0.05")
     if advantage is maxrl and (missing_eos or overlong is not None or kl_in == "rewards"):
         raise ValueError(
             "advantage=maxrl divides by the mean score, which missing_eos, overlong and kl_in=rewards make "
@@ -111,7 +111,7 @@ def config(
     all_rewards: tuple[Any, ...] = (*prompts.rewards(rewards, exact), *models)
     bounds = {name: x for name, x in (("eps_low", eps_low), ("eps_high", eps_high)) if x is not None}
     if other.reference_model and not beta:
-        raise ValueError(f"reference_model={other.reference_model} needs a KL penalty: a beta above 0")
+        raise ValueError(f"reference_model={other.reference_model} needs a KL penalty; set beta=0.05")
     penalty: Any = beta
     if kl_in == "rewards":
         penalty = KLInReward(FixedKL(beta, k1, other.penalty_reference))

@@ -9,14 +9,14 @@
 SmolLM2-135M-Instruct, which writes no tool calls by itself, first learns their format from 30 conversations
 with one call or two. Then it plays episodes of up to three turns on questions that need both tools, one after
 the other, such as 17 * 23 + 58 and (17 + 23) * 58: it calls `add` or `multiply`, reads the result, and calls
-again or answers. The reward is 1 for the right number in the last turn. Expect right answers to rise from one
-in twenty to more than four in five in 14 steps of 4 x 8 episodes (configs/README.md has the curves).
+again or answers. The reward is 1 for the right number in the last turn. Expect right answers to rise from 5 %
+to more than 80 % in 14 steps of 4 x 8 episodes (configs/README.md has the curves).
 
-An environment is a class or a function as in environment.py, also one that TRL's environment_factory
-takes; tools are plain functions, whose signature and docstring the policy is shown. Tokens that the policy
-did not sample, such as results, have no loss. `jaxft inspect --run runs/grpo_tools` shows episodes turn by
-turn. Faults of an environment exclude the episode, and are counted in episodes/faults. For longer episodes
-than these set max_new, max_turns and max_episode.
+An environment is a class or a function as in jaxft/rl/environments/environment.py, or one that TRL's
+environment_factory takes. Tools are plain functions; their signatures and docstrings are in the prompt.
+Tokens that the policy did not sample, such as results, have no loss. `jaxft inspect --run runs/grpo_tools`
+shows episodes turn by turn. Faults of an environment exclude the episode, and are counted in episodes/faults.
+For longer episodes set max_new, max_turns and max_episode.
 
 Hardware: 2 CPU cores with AVX512-BF16, 3 GB; 12 minutes.
 """

@@ -4,7 +4,7 @@
     python scripts/train.py --config configs/kto.py data=rows.jsonl held_out=0.1
 
 Ethayarajh et al. 2024, arXiv:2402.01306. Rows of your own are {prompt, completion, label} or pairs. The KL is
-estimated on mismatched completions, a third one in every row. SmolLM2-135M on the pairs in configs/data. The
+estimated on a third, mismatched completion in every row. SmolLM2-135M on the pairs in configs/data. The
 first loss is 0.5; expect the held-out one to fall to 0.446, with rewards/chosen 0.22, rewards/rejected -0.23
 and 94 % of the held-out pairs in order.
 

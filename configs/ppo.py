@@ -17,7 +17,7 @@ reference_model=.
 classifier with one label in a folder or as org/name@revision, which is a separate model, stored in bfloat16
 or as set by quant=; or a function of (prompt, completion, row). `critic` is one of
     fresh    a fresh adapter and head
-    reward   the same, starting as the reward model; the default where that shares the base
+    reward   the same, starting as the reward model; the default if the reward model shares the base
     shared   a head on the policy's hidden states, which saves the critic's passes; the default otherwise
     full     a separate model, trained in full
 
@@ -60,10 +60,10 @@ def actor_and_critic(
     shared: bool,
     target_kl: float | None,
 ) -> Objective:
-    """The objective of a policy and its critic, which runs its own forward pass or is a head on the policy's
-    hidden states.
+    """Return the objective of a policy and its critic, which has a separate forward pass or, if `shared`, is
+    a head on the policy's hidden states.
 
-    A shared critic does not change these: its gradient would move the policy more than the rewards do.
+    A shared critic sends no gradient to the hidden states: it would move the policy more than the rewards do.
     """
 
     def hidden(params: Any, batch: Any, policy_hidden: Any) -> Any:
@@ -79,11 +79,11 @@ def actor_and_critic(
 
 
 def critic_head(kind: str, reward_head: HeadSettings | None, base: LoraKnobs) -> HeadSettings:
-    """The parts that the critic has in addition to the base and the policy."""
+    """Return the critic's head, with an adapter or a separate base model as its kind requires."""
     if kind == "reward":
         if reward_head is None:
             raise ValueError(
-                "critic=reward starts from a reward model's adapter; there is none, use shared, fresh or full"
+                "critic=reward needs a reward model that shares the base; use critic=shared, fresh or full"
             )
         return replace(reward_head, trained=True)
     if kind == "fresh":
@@ -113,7 +113,7 @@ def config(
     lam: float = 0.95,  # lambda of GAE
     eps: float | None = None,  # clipping bound of the ratio, the loss's own by default
     value_coef: float = 0.1,  # of the critic's loss
-    value_clip: float | None = 0.2,  # most change of a value from the one at sampling
+    value_clip: float | None = 0.2,  # largest change of a value since sampling
     entropy: float = 0.0,  # of a bonus for the policy's entropy
     warm_up: int = 0,
     other: ReferenceKnobs = ReferenceKnobs(),

@@ -3,14 +3,14 @@
     python scripts/train.py --config configs/pretrain.py data=docs/                  # Markdown and text files
     python scripts/train.py --config configs/pretrain.py data=books.jsonl full=true  # rows {"text"}
 
-Of a folder each file is a document, and so is each part of a file between lines <|endoftext|>;
-data.sample_by=line or paragraph divides files further. Documents in random order are cut into rows of 512
-tokens, and a row attends over all of its documents, so that no token is lost and none is padding.
+In a folder, each file is a document, or each part of a file between lines <|endoftext|>;
+data.sample_by=line or paragraph divides files further. Documents are joined in random order and split into
+rows of 512 tokens, which attend over all of their documents, so that no token is lost and none is padding.
 
 By default the documents are the answers about fine-tuning in configs/data: SmolLM2-135M-Instruct, LoRA on
 every linear layer, one row of 512 tokens per step: 78 steps of 3 epochs. Expect the held-out loss to fall
 from 4.46 to 3.69, and `general_loss`, of text on other subjects, from 3.72 to 3.62. Before and after training
-the model continues the beginnings of held-out texts. Own documents want epochs=1 where they are many.
+the model continues the beginnings of held-out texts. For many documents of your own, use epochs=1.
 
 Hardware: 2 CPU cores, 2 GB; 3 minutes.
 """

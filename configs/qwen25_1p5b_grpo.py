@@ -6,9 +6,8 @@
 
 The settings are DAPO's: no KL penalty and so no reference, eps_high=0.28, the same weight for every token,
 no training on groups whose completions all have the same score, and a penalty for completions that almost
-reach max_new tokens. For Dr. GRPO add advantage=centred token_weights=constant_length
-eps_high=0.2 overlong=none. Other rewards and methods:
-configs/grpo.py.
+reach max_new tokens. For Dr. GRPO add advantage=centred token_weights=constant_length eps_high=0.2
+overlong=none. Other rewards and methods: configs/grpo.py.
 
 Plan for one H100: 31.1 GiB, 4.4 s for each of the four optimizer steps of a rollout of 64 x 8 completions;
 the 460 steps of an epoch take 35 minutes, plus the time of sampling. For a TPU v5e slice of eight chips

@@ -5,13 +5,13 @@
     python scripts/train.py --config configs/qwen3_4b_agent.py environment=my_env.py:Library data=mine.jsonl
 
 Rows have a prompt and an answer; the reward is 1 for the right answer in the last turn. An episode has up to
-six turns and 4,096 tokens. Qwen3's template leaves the reasoning of earlier questions out; where that
-rewrites what the policy has sampled, the next turn begins a new training row. The settings are
-DAPO's, as in configs/qwen25_1p5b_grpo.py: eps_high=0.28, no KL penalty, groups with equal scores left out.
+six turns and 4,096 tokens. Qwen3's template leaves the reasoning of earlier questions out; if that changes
+tokens that the policy has sampled, the next turn begins a new training row. The settings are DAPO's, as in
+configs/qwen25_1p5b_grpo.py: eps_high=0.28, no KL penalty, groups with equal scores left out.
 The code interpreter runs what the model writes in a process with limits, which is no security boundary.
 
 `jaxft plan qwen3_4b_agent --devices h100:1` compiles a train step of 28 GiB and sampling of 47 GiB, of
-which the keys of 64 rows are 39.
+which the key/value cache of 64 rows takes 39 GiB.
 
 Hardware: a GPU of 80 GB; 79 s a step plus sampling on an H100 (planned).
 """

@@ -7,7 +7,7 @@ configs/data.
 SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each
 completion: 27 steps. The first loss is near log 2 = 0.69 (a fresh head is random). Expect held-out accuracy
 to rise from 0.50 to 0.84, and the held-out loss to fall from 0.73 to 0.43; always preferring the longer
-completion gives 0.50. full=true trains all weights; model=runs/reward/model continues from what that wrote.
+completion gives 0.50. full=true trains all weights; model=runs/reward/model then continues from its result.
 scripts/score.py scores pairs with the result. data.responses=4 compares all pairs of rankings of four
 responses; margin=score is the difference of their ratings (score_chosen, score_rejected).
 
@@ -29,7 +29,7 @@ def config(
     name: str = "reward",
     lr: float = 2e-4,  # auto: by the model's width, and the default with another model
     margin: str
-    | None = None,  # a column: by how much the chosen reward should exceed; score: the difference of ratings
+    | None = None,  # the least difference of the rewards: a column, or score for the difference of ratings
     center: float = 0.01,  # weight of the term that keeps rewards around 0
 ) -> Run:
     """Reward modelling."""

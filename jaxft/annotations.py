@@ -124,8 +124,8 @@ CHECKED_TYPES = (*TYPE_TEXTS, list, tuple, dict)  # other objects, such as array
 
 @dataclass(frozen=True)
 class _Kind:
-    """An annotation. name: of the setting, as users write it. members: of its union. choices: all of its
-    values, None if it doesn't list them.
+    """A setting's annotation. name: the setting's name, as users write it. members: the types of its union.
+    choices: all allowed values, None if the annotation does not list them.
     """
 
     name: str
@@ -182,7 +182,7 @@ def _kinds(cls: Any) -> dict[str, _Kind]:
 def check_bounds(settings: Any, section: str = "") -> None:
     """Raise ValueError for the first field of a dataclass whose value its annotation does not allow.
 
-    section: the section's name, such as "optim", or the file that has them, "config:"; "" for none.
+    section: the prefix of names in errors: a section such as "optim", or "config:" for a file; "" for none.
 
     >>> @dataclass(frozen=True)
     ... class Batches:

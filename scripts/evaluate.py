@@ -103,7 +103,7 @@ def arguments(
 ) -> argparse.Namespace:
     """Parse and check the command line, and fill in the defaults of options that were not given.
 
-    argv: its arguments, by default those of this process. scores: functions, as if --by had named them.
+    argv: arguments, by default of this process. scores: functions, as if --by had named them.
     """
     from jaxft.cli.cli import check_weights_options
 
@@ -205,8 +205,8 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
 
 
 def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[str, Any]:
-    """Return --file, or where the run's held-out rows are: a file, or the rows that it trained on with the
-    settings that hold out a fraction of them. The settings are None for a file.
+    """Return (dataset, settings) of the rows to evaluate: --file or the run's data.held_out with None, or the
+    run's training rows with the settings that hold out a fraction of them.
 
     Raises ValueError if the run has no held-out rows, and for options that would read them in another way.
     """
@@ -231,7 +231,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     """Return the loss of SFT rows, the preferences of pairs or the probabilities of decisions, by the name of
     the adapter.
 
-    data: settings of the rows of each.
+    data: settings of the rows by the name of the adapter.
     """
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
@@ -271,7 +271,8 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
     if task == SFT:
         if args.out:
             raise ValueError(
-                "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
+                "--out writes results of pairs, decisions or completions; these rows only have a loss; "
+                "omit --out"
             )
         held, row_loss = {"held_out": args.file, "packing": args.packing}, make_row_loss(model)
         return {
@@ -289,7 +290,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
 
 
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate the rows of which the run held out a fraction, as its own evaluations do."""
+    """Evaluate the fraction of the rows that the run held out, as the run's evaluations do."""
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
@@ -308,7 +309,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
         )
     if args.out:
         raise ValueError(
-            "--out writes results of pairs, decisions or completions; these rows have a loss; remove it"
+            "--out writes results of pairs, decisions or completions; these rows only have a loss; omit --out"
         )
     row_loss = make_row_loss(model, args.check)
     return {name: row_loss(one, rows) for name, one in loaded.items()}
@@ -317,7 +318,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
 def evaluate_completions(
     args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any], functions: list[Any]
 ) -> dict[str, Any]:
-    """Return the scores of completions by the name of the adapter. data: settings of the rows of each."""
+    """Return the scores of completions by the name of the adapter. data: settings of rows, by it too."""
     from jaxft.data.rows.dataset_rows import read_rows
     from jaxft.data.rows.mixture import held_out_sources, parse_sources
     from jaxft.engine.sampling import Sampling
@@ -443,7 +444,7 @@ def print_metrics(results: dict[str, Any], as_json: bool) -> None:
 
 
 def with_intervals(one: Any) -> dict[str, Any]:
-    """Return the metrics of an Evaluated with its intervals as lists, by the metric's name."""
+    """Return the metrics of an Evaluated by name, with `intervals`: metric -> [low, high]."""
     from jaxft.objectives.intervals import interval_of
 
     intervals = {name: list(interval_of(values)) for name, values in one.values.items()}
@@ -480,7 +481,7 @@ def write_tasks(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Evaluate, print the metrics, and write the results that are asked for."""
+    """Evaluate, print the metrics, and write --out or the run's results of --tasks."""
     args = arguments()
     results = evaluate(args)
     for line in dict.fromkeys(line for one in results.values() for line in one.notes):

@@ -102,7 +102,10 @@ def arguments() -> argparse.Namespace:
 
 
 def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, Any]:
-    """Return the importances of the inputs of the blocks' linear layers of the merged model."""
+    """Return the importances of the linear layers' inputs, by a pass of the merged model over `rows`.
+
+    adapter_folder: None without an adapter.
+    """
     from jaxft.nn.quant import Quant
     from jaxft.train.export.calibrate import Calibration, input_squares
     from jaxft.train.export.export import importances_of

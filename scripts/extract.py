@@ -4,9 +4,9 @@
     python scripts/extract.py BASE TUNED --rank 16 --targets q_proj,v_proj --out adapter
     python scripts/extract.py BASE TUNED --rank 32 --save-others --out adapter   # norms and others too
 
-BASE, TUNED are Hugging Face models (org/name), folders or .gguf files of one architecture. Printed are, for
-each kind of matrix, the size of the change relative to the base and the error: the part of the change that
-the adapter lacks. A model that was tuned with LoRA of rank R has an error near 0 at that rank. Memory holds
+BASE, TUNED are Hugging Face models (org/name), folders or .gguf files of one architecture. For each kind of
+matrix it prints the size of the change relative to the base, and the error: the part of the change that the
+adapter lacks. A model that was tuned with LoRA of rank R has an error near 0 at that rank. Memory holds
 two matrices and the adapter.
 """
 

@@ -12,7 +12,7 @@ prompt per line; .jsonl, .json, .csv and .parquet files have rows as training re
 are ignored. A string is the user's turn in the model's chat template, as in training; --raw, or a run with
 data.format=plain, continues it as plain text. Prompts are rendered with a run's data.columns,
 data.chat_template_kwargs, data.system and data.date; options replace them. Several adapters share one base
-and one program; the completions of each are those that it has alone.
+and one program; each has the same completions as alone.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SYSTEM = ("turn", "merge")
 
 
 class Source(NamedTuple):
-    """Base, adapter and tokenizer to load, dtypes of the computation and of the residual stream (None for the
-    model's default), quantisation of the base, and run settings.
+    """Weights to load. ref: the base. residual: dtype of the residual stream, None for the model's default.
+    quant: of the base. record: settings of the run, None without a run.
     """
 
     ref: str
@@ -140,7 +140,7 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     if args.file and args.file.endswith(".txt"):
         path = find_data(args.file)
         if path is None or not path.is_file():
-            raise FileNotFoundError(f"--file {args.file}: no such file (relative to {Path.cwd()})")
+            raise FileNotFoundError(f"--file {args.file}: no such file (in {Path.cwd()}); use another")
         try:
             with path.open(encoding="utf-8-sig") as file:
                 lines = list(enumerate((line.rstrip("\n") for line in file), 1))
@@ -181,9 +181,9 @@ def grammar_of(args: argparse.Namespace) -> str:
         schema = json.loads(Path(args.json_schema).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         detail = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"--json-schema {args.json_schema}: {detail}") from error
+        raise ValueError(f"--json-schema {args.json_schema}: {detail}; name a JSON file") from error
     if not isinstance(schema, dict):
-        raise ValueError(f"--json-schema {args.json_schema}: a JSON schema is an object")
+        raise ValueError(f"--json-schema {args.json_schema}: not a JSON object; write a schema into it")
     return json_grammar(schema)
 
 
@@ -281,8 +281,8 @@ def completions(
 def load_adapters(
     sources: dict[str, Source], model: Any, base: Any, mesh: Any
 ) -> tuple[dict[str, dict[str, Any]], Any]:
-    """Return the parameters that each source adds to the base, and the settings of its adapter, if it is one
-    alone. Parameters of several have the same shapes.
+    """Return (parameters that each source adds to the base, settings of the adapter). Several adapters have
+    parameters of the same shapes and no settings (None).
     """
     from jaxft.runs import loaded_weights
     from jaxft.weights import pretrained
@@ -304,7 +304,7 @@ def load_adapters(
 def described(
     prompt: Any, tokenizer: Any, new: list[int], stop: tuple[int, ...], name: str
 ) -> dict[str, Any]:
-    """Return a completion as an object. name: of its adapter, "" if there are not several."""
+    """Return a completion as an object. name: name of its adapter, "" for a single model."""
     from jaxft.data.rows.example import as_given
     from jaxft.engine.sampling import without_stop
 

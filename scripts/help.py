@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-MOST = 12  # topics that are listed, those first that are most about the words
+MOST = 12  # topics that are listed, the most relevant first
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,8 +36,8 @@ def overview() -> str:
     from jaxft.data.rows.shipped import own_commands
 
     lines = [
-        own_commands("`python scripts/help.py TOPIC` prints a section of the documentation, with the name"),
-        "of a setting or a loss its reference, and with a command its arguments. Topics:",
+        own_commands("`python scripts/help.py NAME` prints a section of the documentation, the reference of"),
+        "a setting or a loss, or the arguments of a command. Sections:",
     ]
     known = commands.topics()
     for file, title in commands.DOCUMENTS.items():

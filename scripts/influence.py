@@ -5,9 +5,9 @@
     python scripts/influence.py dpo data=pairs.jsonl name=first --keep 0.5 --out best.jsonl
     python scripts/influence.py dpo data=a.jsonl,b.jsonl,c.jsonl --leave-out
 
-The same recipe and settings as of `train`. It reads the newest checkpoint of runs/<name>, or without one the
-model at step 0. A row's influence is the margin that all other rows, held-out ones included, predict for it
-from their gradients: below 0 its label is probably wrong. That takes less than half an epoch of training.
+Give the recipe and settings as for `train`. It reads the newest checkpoint of runs/<name>, or the model at
+step 0 without one. A row's influence is the margin that all other rows, held-out ones included, predict for
+it from their gradients: below 0 its label is probably wrong. That takes less than half an epoch of training.
 With --gradients it is the cosine of the gradients of the losses, for any loss, and rows that repeat one
 another are found; it takes longer than an epoch. With --leave-out an adapter is trained without each source,
 and one with all of them, together in one program. runs/<name>/influence.csv has all influences; --keep writes
@@ -69,11 +69,11 @@ def duplicate_lines(gradients: Any) -> list[str]:
 
 
 def leave_out(run: Any) -> int:
-    """Train without each source, and print what that changes."""
+    """Train without each source, and print the changes of the held-out loss."""
     from jaxft.lab.influence import train_without_sources
 
     effects = train_without_sources(run)
-    print("\nheld-out loss without a source, minus that with all; above 0 the source helps:")
+    print("\nheld-out loss without a source minus the loss with all; above 0 the source helps:")
     print("\n".join(f"  {effect.text()}" for effect in effects))
     return 0
 

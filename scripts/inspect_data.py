@@ -8,9 +8,9 @@
 
 First come the invalid rows, counted by reason with the first of each, whatever data.invalid is; warnings;
 training rows that repeat one another, held-out rows that are also training rows, and responses such as N/A;
-and the settings that leave all these rows out (repetitions of the first 200,000 rows, which are compared by
-their token ids). Then come lengths in tokens before any row is truncated, and what each max_length keeps and
-costs: time of an epoch and memory, relative to the one that is set.
+and the settings that leave all these rows out (only the first 200,000 rows are checked for repetitions, by
+token ids). Then come lengths in tokens before any row is truncated, and what each max_length keeps and
+costs: time of an epoch and memory, relative to the max_length that is set.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
@@ -108,8 +108,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> tuple[Data, str, int]:
-    """Return the settings of the dataset, the model or folder that has the tokenizer, and the positions of a
-    recipe's model.
+    """Return the settings of the dataset, the model or folder that has the tokenizer, and the positions of
+    the recipe's model (UNLIMITED with --data).
     """
     if not args.data:
         resolved = open_settings.resolve(*cli.recipe_and_overrides(args.config, args.overrides))
@@ -166,7 +166,7 @@ def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
 
 
 def limits_table(data: Data, lengths: RowLengths, context: int) -> Table:
-    """Return the fractions and costs of limits of the rows' lengths."""
+    """Return a table of limits of a row's length: the rows and tokens that each keeps, and its cost."""
     result = Table(box=None, pad_edge=False, header_style="dim")
     name = data.length_settings[0]
     longer = "split" if data.too_long == "split" else "truncated"
@@ -207,7 +207,7 @@ def table(statistics: dict[str, Any]) -> Table:
 def invalid_text(dataset: Inspected, setting: str) -> str:
     """Return the invalid rows by reason, most frequent first, and what a run does about them.
 
-    setting: what leaves them out.
+    setting: from invalid_setting.
     """
     if not dataset.invalid:
         return "no invalid rows"
@@ -218,7 +218,7 @@ def invalid_text(dataset: Inspected, setting: str) -> str:
 
 
 def invalid_setting(dataset: Inspected, data: Data, tokenizer: Any) -> str:
-    """Return the setting that keeps a run from ending at an invalid row, "" if it leaves them out already."""
+    """Return the setting that makes a run leave out invalid rows, "" if it does so already or has none."""
     if not dataset.invalid:
         return ""
     if any(row.reason == HIDDEN_CALLS for row in dataset.invalid):
@@ -306,7 +306,7 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
 def chosen_examples(
     dataset: Inspected, args: argparse.Namespace, problem: Callable[[str], str]
 ) -> Iterator[ShownExample]:
-    """Yield the examples to show: all of the rows named by --row, with or without the folder of their file,
+    """Yield the examples to show: all examples of the rows named by --row (the folder in a name is ignored),
     or the first --rows of a batch.
 
     Raises ValueError with problem(name) if no example is of a row named by --row.
@@ -330,7 +330,7 @@ def show_episodes(folder: Path, args: argparse.Namespace) -> int:
     record = runfolder.read_saved_json(folder / "config.json")
     data = loaded_weights.recorded_data(record)
     if not isinstance(data, Prompts):
-        raise ValueError(f"{folder} has no episodes to show: only runs of reinforcement learning sample them")
+        raise ValueError(f"{folder} has no episodes, which only reinforcement learning samples; use --config")
     number = args.step // data.steps_per_rollout
     tokenizer, console = pretrained.load_tokenizer(record["weights"]), Console(highlight=False)
     for example in itertools.islice(inspect_episodes(folder, number), args.rows):

@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Print the recipes, those for CPUs first."""
+    """Print the recipes, recipes for CPUs first."""
     args = make_parser().parse_args()
     if args.source:
         from jaxft.runs.settings.setting_values import find_recipe

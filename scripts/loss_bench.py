@@ -9,9 +9,9 @@
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft/objectives/losses/; its knobs
 follow after commas. Curves are plotted in <out>/<name>.png. The exit code is 1 if a check of a --loss fails;
 then nothing is trained. The run trains one adapter per loss, all together on one base, on the config's pairs
-(by default those in configs/data). Its table has the number of held-out pairs, 95 % intervals, losses
-relative to step 0, and accuracies at the same KL; the differences to the first loss of --against are those on
-the same pairs, or with --seeds over seeds. Table and picture are in <out>/<losses>-<hash of the settings>; a
+(by default the pairs in configs/data). Its table has the number of held-out pairs, 95 % intervals, losses
+relative to step 0, and accuracies at the same KL; differences to the first loss of --against are over the
+same pairs, or with --seeds over seeds. Table and picture are in <out>/<losses>-<hash of the settings>; a
 finished run with the same settings is not repeated.
 """
 
@@ -273,7 +273,7 @@ def race(
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
         raise ValueError(
-            f"some losses need a third response {' and some '.join(sorted(thirds))}. Use two runs"
+            f"the losses need different third responses ({', '.join(sorted(thirds))}); run them separately"
         )
     looked_up = (column for probe in probes.values() for column in probe.columns if column != "margin")
     extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))

@@ -8,8 +8,8 @@
     python scripts/plan.py --config configs/llama31_8b_sft.py --devices v5p:2x2x2 v5p:4x4x4 full=true \\
         batch={devices} micro=1
 
-No weights or devices are used. Rows are read only of data=FILE, whose lengths are planned, and for
---hours and --price; lengths of other rows are chosen when the run starts. Nothing is downloaded but the
+No weights or devices are used. Rows are read only from data=FILE, to plan for their lengths, and for --hours
+and --price; for other rows, lengths are chosen when the run starts. Nothing is downloaded but the
 configuration of model=org/name, and for --hours and --price a dataset on the hub. Compiling for NVIDIA GPUs
 needs jax's CUDA plugin (pip install 'jaxft[cuda12]'), for TPUs libtpu (pip install 'jaxft[tpu]').
 
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--devices", nargs="+", help="one or several machines, such as h100:1, 3090 or 24gb")
     parser.add_argument("--hours", action="store_true", help="print the hours of the run, for its rows")
-    parser.add_argument("--price", type=float, help="of a device and hour: print the run's hours and cost")
+    parser.add_argument("--price", type=float, help="price per device and hour: print hours and cost")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per plan, in bytes and seconds"
     )
@@ -71,7 +71,7 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_intermixed_args()
     if args.price is not None and not 0 <= args.price < 1e6:
-        parser.error(f"--price {args.price}: expected the price of a device and hour, such as 2.5")
+        parser.error(f"--price {args.price}: expected a price per device and hour, such as 2.5")
     if args.search and (args.hours or args.price is not None):
         parser.error("--hours and --price are for one choice of settings; leave out --search")
     of_a_run = args.config or args.overrides or args.hours or args.price is not None

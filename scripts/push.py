@@ -6,8 +6,8 @@
     python scripts/push.py runs/sft org/name --dry-run          # lists files and sizes, sends nothing
 
 SOURCE is a finished run, one in an object store too (s3://bucket/runs/sft), a folder that export.py,
-quantize.py, combine.py or extract.py wrote, or a .gguf file. Uploaded are weights, configurations, tokenizer,
-license and model card, in one commit; never checkpoints, optimizer states or logs. A model or adapter
+quantize.py, combine.py or extract.py wrote, or a .gguf file. One commit has weights, configurations,
+tokenizer, license and model card; never checkpoints, optimizer states or logs. A model or adapter
 replaces the one in the branch: weights, configurations and tokenizer files that are not pushed are deleted,
 except .gguf files. A .gguf file deletes only old parts of its own name. Deleted files are listed. The token
 comes from HF_TOKEN or `hf auth login`; HF_ENDPOINT is the address of another hub.
@@ -85,7 +85,7 @@ def decimal_size(count: float) -> str:
 
 
 def print_deletions(files: dict[str, Any], target: Any) -> None:
-    """Print the files that a push would delete from the branch, or that they are not known."""
+    """Print the files that a push would delete from the branch, or a line if they are unknown."""
     from jaxft.runs.terminal import printable_line
     from jaxft.weights.hf.hub_upload import deletions
 
@@ -93,7 +93,7 @@ def print_deletions(files: dict[str, Any], target: Any) -> None:
     for name in stale or []:
         print(f"{'deleted':>12}  {printable_line(name)}")
     if stale is None:
-        print("not known without the hub and a token: which files of the branch would be deleted")
+        print("unknown without the hub and a token: the files of the branch that would be deleted")
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ are written in jaxft's layout, or with --format in the layout of gptq, awq or co
 compressed-tensors (int8).
 Embeddings, head and norms stay bfloat16. Memory holds one layer of floats and one file of quantised weights.
 
---calibrate takes rows like the ones that the model will read, in the formats of training; all of their tokens
+--calibrate takes rows like the rows that the model will read, in the formats of training; all of their tokens
 count. Codes and scales are then chosen so that the outputs of the layers change least on these rows. The
 model runs layer by layer: memory holds one layer and the activations between two. The result is stored in the
 cache; training with quant=nf4 quant.calibrate=ROWS uses the same.

@@ -5,8 +5,8 @@
     python scripts/report.py runs/dpo-beta                               # a sweep, with all of its members
 
 The page is a single file that loads nothing from any network, so it can be mailed or kept. The runs may be
-finished or running. Without --out it is report.html in the folder of the run or sweep, or, for several and
-for one in an object store, in the working directory.
+finished or running. Without --out it is report.html in the folder of the run or sweep, or in the working
+directory for several runs or a run in an object store.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> int:
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])
     if others:
-        print(f"skipped, no runs: {', '.join(map(str, others))}", file=sys.stderr)
+        print(f"skipped, not runs: {', '.join(map(str, others))}", file=sys.stderr)
     beside = len(runs) == 1 and not is_fetched(runs[0])
     out = args.out or (runs[0] if beside else Path()) / "report.html"
     if out.is_dir():

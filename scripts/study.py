@@ -5,10 +5,10 @@
     python scripts/study.py runs/four-losses --report   # write page and tables of a finished study again
 
 The file has a function `study() -> Study` (jaxft/lab/study.py has an example): losses with the values of
-their knobs that are searched, a recipe, learning rates, seeds. Before anything is trained, it is written to
+their knobs to search, a recipe, learning rates, seeds. Before anything is trained, it is written to
 runs/<name>/declaration.json with hashes of the rows, the losses and the versions; a study that has changed
 since then is refused. Each loss has the same number of trials, of which successive halving trains the best
-ones on; the best setting is trained with every seed. Losses are compared on held-out prompts that selected
+longer; the best setting is trained with every seed. Losses are compared on held-out prompts that selected
 nothing, paired by prompt and seed. The same command continues a stopped study. At the end report.html is the
 appendix of a paper, and tables/ has its tables as LaTeX and CSV.
 """

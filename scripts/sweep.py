@@ -1,14 +1,14 @@
-"""Train a recipe with several values of its knobs, on one base if that can be.
+"""Train a recipe with several values of its knobs, on one base if possible.
 
     python scripts/sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 --over lr=5e-5,2e-4
     python scripts/sweep.py --config configs/dpo.py --over loss=dpo,ipo --over seed=0,1,2
     python scripts/sweep.py --config configs/sft.py --over rank=4,16,64 --name ranks epochs=1
 
 Every combination is a run with its own adapter, optimizer, clipping, log and PEFT export in
-runs/<name>/<knob=value,...>/. Where objective, optimizer, seed and adapter rank alone differ, the base is in
-memory once and the reference runs once; each run has the same result as with scripts/train.py alone. Others,
-such as batch=4,8, and those that sample completions, are trained one after the other. All hold out the same
-rows; runs that differ in seeds alone are one setting, with mean and spread, and the best one is named with
+runs/<name>/<knob=value,...>/. If only objective, optimizer, seed and adapter rank differ, the base is in
+memory once and the reference runs once; each run has the same result as with scripts/train.py alone. Other
+runs, such as batch=4,8, and runs that sample completions are trained one after the other. All hold out the
+same rows; runs that differ only in seeds are one setting, with mean and spread. The best one is named with
 its interval. Common settings follow as knob=value or section.field=value. The same command resumes a stopped
 sweep. SIGTERM or Ctrl-C finishes the step, saves and exits with code 143 or 130.
 """
@@ -103,8 +103,8 @@ def sweep_name(option: str | None, overrides: list[str]) -> tuple[str | None, li
 
 
 def lines_of_runs(about: Mapping[str, list[str]]) -> list[str]:
-    """Return lines about each run, by label, as one list: lines that all runs have once, others with the
-    label.
+    """Return lines about runs, given by label, as one list: the lines once if all runs have the same ones, or
+    each line with its run's label.
     """
     first, *others = about.values()
     if all(lines == first for lines in others):

@@ -5,8 +5,8 @@
     python scripts/verify.py runs/four-losses          # a study: declaration, log, files of all trials
 
 Every line of metrics.jsonl has a digest in metrics_digests.jsonl that depends on all lines before it; at the
-end of a run those of its settings, versions, held-out values and summary follow. Weights and checkpoints have
-hashes too. The last digest is printed: published with a paper, it fixes the whole record. Exit code 1 if
+end of a run digests of its settings, versions, held-out values and summary follow. Weights and checkpoints
+have hashes too. The last digest is printed: published with a paper, it fixes the whole record. Exit code 1 if
 something has changed.
 """
 

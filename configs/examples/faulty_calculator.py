@@ -1,10 +1,10 @@
-"""An environment in a file of your own: the calculator, one in ten of whose calls fails as a service does.
+"""An environment in a file of your own: the calculator, where 10 % of the calls fail, as a service's may.
 
     python scripts/train.py --config configs/grpo_tools.py start=runs/calculator_format
         environment=configs/examples/faulty_calculator.py:Faulty
 
-An exception of a tool excludes the episode from training and means and is counted in episodes/faults/raised,
-unless it is an error in the policy's call (ValueError, TypeError, ...), of which the policy gets the message.
+If a tool raises, the episode is excluded from training and means and counted in episodes/faults/raised. An
+error in the policy's call (ValueError, TypeError, ...) is not counted: the policy gets its message.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jaxft.rl.environments.shipped_environments import Calculator
 
 
 def faulty(tool):
-    """Return the tool with its signature and docstring, of whose calls one in ten fails."""
+    """Return the tool with the same signature and docstring; 10 % of its calls raise ConnectionError."""
 
     @functools.wraps(tool)
     def call(*args, **named):

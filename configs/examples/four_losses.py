@@ -1,8 +1,8 @@
 """A study of four preference losses on the shipped pairs: `jaxft study configs/examples/four_losses.py`.
 
-Each loss has 6 trials of its learning rate and knobs, of which the best ones train on, and 3 seeds of its
-best setting; 60 held-out prompts select settings or are compared. SimPO reads no reference, which the others
-share.
+Each loss has 6 trials of its learning rate and knobs, of which the best ones train longer, and 3 seeds of its
+best setting. 40 % of the 60 held-out prompts select settings, the others compare the losses. SimPO reads no
+reference; the other losses share one.
 """
 
 from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe
@@ -14,7 +14,7 @@ def study() -> Study:
     """Declare the study."""
     return Study(
         name="four-losses",
-        recipe=study_recipe("dpo", "loop.steps=26"),
+        recipe=study_recipe("dpo", "loop.steps=22"),
         losses={
             "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
             "ipo": SearchedLoss(ipo, {"beta": LogRange(0.03, 0.3)}),

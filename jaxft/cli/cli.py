@@ -30,8 +30,8 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print the error of the command line and exit. An unknown --option is often a setting, which is
-        written without dashes.
+        """Print one line and exit with WRONG_USAGE. An unknown --option is often a setting: the line then
+        shows how to write it, without dashes.
         """
         if message.startswith("unrecognized arguments: "):
             options = list(self._option_string_actions)
@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of how weights are stored and computed with in generation."""
+    """Add the options of generation --dtype, --quant and --kv-cache."""
     kinds = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
     dtypes, caches = ("bfloat16", "float16", "float32"), ("compute", "int8", "fp8")
     parser.add_argument("--dtype", choices=dtypes, help="compute dtype (default: as in the run, or bfloat16)")
@@ -62,7 +62,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 def add_served_models(parser: argparse.ArgumentParser) -> None:
     """Add the options that name several models on one base, see loaded_weights.named_models."""
     parser.add_argument("--run", action="append", default=[], help="[NAME=]FOLDER of a run; can be repeated")
-    parser.add_argument("--model", help=f"the base model (default: the adapters' own, or {DEFAULT_MODEL})")
+    parser.add_argument("--model", help=f"the base model (default: the adapters' base, or {DEFAULT_MODEL})")
     add_adapters(parser)
 
 
@@ -74,8 +74,8 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error where --run is given together with --model or --adapter, --batch is too small, or
-    --top-k or --top-p is given without a temperature.
+    """End with an error if --run is given with --model or --adapter, --batch is below 1, or --top-k, --top-p
+    or --min-p is given without a temperature.
     """
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")
@@ -103,14 +103,14 @@ def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, lis
         return config, items
     if not items or "=" in items[0]:
         raise ValueError(
-            "no recipe; begin with the name of one, such as sft, or a file with config(...) -> Run"
+            "no recipe; write one first: its name, such as sft, or a Python file with config(...) -> Run"
         )
     return items[0], items[1:]
 
 
 def quiet() -> None:
-    """Switch off libraries' log lines, and on the persistent compilation cache and the platform's defaults
-    for XLA (see distributed/xla_flags.py). Call it before jax is imported.
+    """Silence the logs of libraries, enable the persistent compilation cache, and apply XLA settings for the
+    platform (see distributed/xla_flags.py). Call it before jax is imported.
 
     Settings in the user's environment take precedence.
     """
@@ -132,15 +132,15 @@ def quiet() -> None:
 
 
 def _without_late_writes(raised: Any) -> None:
-    """Print unraisable errors, but not TensorStore's for each write under way when another one failed."""
+    """Print unraisable errors, except TensorStore's about writes that were under way when another failed."""
     if str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main`. A user's error becomes one line on stderr and exit code 1, or RESTART_CODE for one after
-    which a restart is enough; JAXFT_TRACEBACK=1 adds its traceback. If the reader of the output has ended
-    (`| head`), the command ends silently with READER_GONE.
+    """Run `main`. A user's error becomes one line on stderr and exit code 1, or RESTART_CODE if the same
+    command need only be started again; JAXFT_TRACEBACK=1 adds the traceback. If the reader of the output has
+    ended (`| head`), the command ends silently with READER_GONE.
     """
     try:
         code = main()

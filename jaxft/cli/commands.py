@@ -1,7 +1,7 @@
 """The command `jaxft`, which runs the scripts, its shell completion, and the topics of `jaxft help`.
 
-`jaxft train sft lr=1e-3` runs scripts/train.py with the same arguments. Completions of commands, options,
-recipes, their settings and values are found without jax. Topics are the sections of the README files, in a
+`jaxft train sft lr=1e-3` runs scripts/train.py with the same arguments. The shell completes commands,
+options, recipes, settings and values without importing jax. Topics are the sections of the README files, in a
 clone or an installed wheel; `jaxft list` reads the docstrings of the recipes.
 """
 
@@ -56,7 +56,7 @@ def topics() -> list[Topic]:
 
 
 def topics_of(file: str, text: str) -> Iterator[Topic]:
-    """Yield the sections of a Markdown file; a section contains those below it."""
+    """Yield the sections of a Markdown file; a section contains its subsections."""
     code = [match.span() for match in re.finditer(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)]
     headings = [
         match
@@ -79,7 +79,7 @@ def link_name(title: str) -> str:
 
 
 def with_topics(text: str) -> str:
-    """Return Markdown whose links to sections name topics, without pictures and links to other files.
+    """Return Markdown with `jaxft help` commands as links to sections, without pictures and other file links.
 
     >>> with_topics("see [rows](configs/README.md#rows-for-sft) in [the code](jaxft/loop.py)")
     'see rows (`jaxft help rows-for-sft`) in the code'
@@ -90,8 +90,8 @@ def with_topics(text: str) -> str:
 
 
 def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
-    """Return the topic of this name; else the topics with all words in their titles, the shortest title
-    first; else in their texts, the densest first. A word matches the beginning of words.
+    """Return the topic that the words name; else the topics with all words in the title, shortest title
+    first; else the topics with all words in the text, densest first. A word matches the beginning of a word.
     """
     named = [topic for topic in known if topic.name == link_name(" ".join(words))]
     if named:
@@ -103,7 +103,7 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
         return sorted(titled, key=lambda topic: len(topic.title))
 
     def weight(topic: Topic) -> float:
-        """How often the rarest word is in the text, for its length."""
+        """Return the count of the rarest word, divided by the square root of the text's length."""
         return min(len(p.findall(topic.text)) for p in patterns) / len(topic.text) ** 0.5
 
     matching = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
@@ -122,7 +122,7 @@ class ShippedRecipe(NamedTuple):
 
 
 def read_recipe(file: Path) -> ShippedRecipe:
-    """Read a recipe's docstring. Raises ValueError if it has no first sentence or no line of hardware."""
+    """Read a recipe's docstring. Raises ValueError without a first sentence or a Hardware line."""
     paragraphs = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
     hardware = next(
         (match for text in paragraphs if (match := HARDWARE_LINE.match(" ".join(text.split())))), None
@@ -134,7 +134,7 @@ def read_recipe(file: Path) -> ShippedRecipe:
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
-    """Return the recipes that ship with jaxft, those for CPUs first."""
+    """Return the recipes that ship with jaxft, recipes for CPUs first."""
     recipes = [read_recipe(file) for file in sorted((ROOT / "configs").glob("*.py"))]
     return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
 
@@ -232,7 +232,7 @@ def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs and dotted
-    fields, and after one of these and `=` its values.
+    fields; after `NAME=`, the values of that setting.
     """
     given = [parsed_args.config, *(parsed_args.overrides or ())]
     recipe = next((item for item in given if item and "=" not in item and item != prefix), None)
@@ -254,7 +254,7 @@ def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any)
 
 
 def values(name: str, prefix: str, recipe: Path) -> list[str]:
-    """Return the values of a setting that begin with `prefix`; files too, where it takes any text."""
+    """Return completions of a setting's value, which begins with `prefix`; files if it may be any text."""
     known = (*knobs(recipe), *dotted_fields(recipe))
     kind = next((setting.kind for setting in known if setting.name == name), None)
     if kind is None:

@@ -43,8 +43,8 @@ DATA_KINDS = {
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
-    """Return heading -> settings, with the defaults of their classes and of some recipes; of data first the
-    settings that all kinds share.
+    """Return heading -> settings, with the defaults of their classes and of COMPARED_RECIPES. Settings of
+    data that all kinds of rows share come before the settings of each kind.
     """
     with without_model_weights():
         recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}
@@ -69,7 +69,7 @@ def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def named_functions() -> dict[str, dict[str, str]]:
-    """Return title -> short name -> package.module:name of the tables of annotations.py."""
+    """Return the tables of annotations.py as title -> short name -> package.module:name."""
     return {
         name.capitalize().replace("_", " ").replace("Kl ", "KL "): table
         for name, table in annotations.FUNCTION_TABLES.items()
@@ -79,7 +79,8 @@ def named_functions() -> dict[str, dict[str, str]]:
 def described(name: str) -> str | None:
     """Return the reference of a setting, a knob or a function with a short name; None for any other name.
 
-    A setting is named whole or by its last part. Of several recipes with a knob the first is shown.
+    name: of a setting, in full or the last part: optim.lr or lr. Of several recipes with a knob, the first is
+    shown.
     """
     texts = []
     names_first = dict.fromkeys((*COMPARED_RECIPES, *(recipe.recipe for recipe in shipped_recipes())))
@@ -147,7 +148,7 @@ def _options() -> Iterator[str]:
 
 
 def _docstring(path: str) -> str:
-    """Return the docstring of the function `package.module:name`, also of one that is wrapped."""
+    """Return the docstring of the function `package.module:name`, which a PreferenceLoss may wrap."""
     fn = load_callable(path)
     return inspect.getdoc(fn.fn if isinstance(fn, PreferenceLoss) else fn) or ""
 

@@ -34,22 +34,22 @@ class DataSettings:
 
     train: a file, folder or hub dataset (see dataset_rows.py), or several (see mixture.py). held_out: a
     fraction of the rows, another file, or "none". format: how rows are read; each kind of data lists its own.
-    columns: renames columns, "ours=theirs". batch: rows of one optimizer step, over all devices. micro:
-    number of microbatches that a step is computed in. seed: of the order, and of the split unless split_seed
-    is set. split_seed: of the split into training and held-out rows, so that runs with other seeds hold out
-    the same rows. epochs: passes over the rows, fractions allowed. tokens: the length of the run in tokens,
-    in place of epochs (none). date: the date that chat templates print as today's. chat_template_kwargs:
-    further arguments of the chat template, "name=value", such as enable_thinking=false; a row's column of
-    that name overrides them. system: a system message is a "turn" of its own, or "merge" puts it in front of
-    the first user turn, for templates without that role. invalid: up to 1 % invalid rows of a dataset are
-    left out, counted and reported, and more end the run with the error of the first ("few"); any ends it
-    ("error"); or up to invalid_limit of them are left out ("drop"). invalid_limit: a fraction of a dataset's
-    rows. workers: processes that tokenise the rows; none: one per CPU, or this process alone for a dataset of
-    at most 16 MiB. order_by: a column of numbers; every epoch goes from its smallest to its largest (a
-    curriculum). none: every epoch is shuffled. max_samples: rows that are read of each dataset, the first
-    ones; none: all. drop: rows that are left out and counted, any of "duplicates" (training rows with the
-    tokens of another one or of a row of a held-out file) and "placeholders" (responses such as N/A, nan or
-    -).
+    columns: renames columns of the dataset, jaxft's name first: prompt=question reads "question" as the
+    prompt. batch: rows of one optimizer step, over all devices. micro: number of microbatches that a step is
+    computed in. seed: seed of the order, and of the split unless split_seed is set. split_seed: seed of the
+    split into training and held-out rows, so that runs with other seeds hold out the same rows. epochs:
+    passes over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs
+    (none). date: the date that chat templates print as today's. chat_template_kwargs: further arguments of
+    the chat template, "name=value", such as enable_thinking=false; a row's column of that name overrides
+    them. system: a system message is a "turn" of its own, or "merge" puts it in front of the first user turn,
+    for templates without that role. invalid: "few" leaves out, counts and reports up to 1 % invalid rows of a
+    dataset, and ends the run with the first one's error if there are more; "error" ends the run at the first
+    one; "drop" leaves out as many as invalid_limit allows. invalid_limit: a fraction of a dataset's rows.
+    workers: processes that tokenise the rows; none: one per CPU, or this process alone for a dataset of at
+    most 16 MiB. order_by: a column of numbers; every epoch goes from its smallest to its largest (a
+    curriculum). none: every epoch is shuffled. max_samples: how many of each dataset's first rows are read;
+    none: all. drop: rows that are left out and counted, any of "duplicates" (training rows with the tokens of
+    another one or of a row of a held-out file) and "placeholders" (responses such as N/A, nan or -).
     """
 
     train: str
@@ -111,7 +111,7 @@ class DataSettings:
         return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
     def row_settings(self, **own: Any) -> RowSettings:
-        """Return the RowSettings that all kinds of data share. own: further ones of this kind of data."""
+        """Return RowSettings with the fields that all kinds of data share. own: further fields."""
         return RowSettings(
             columns=self.columns, format=self.format, template=self.template_settings,
             order_by=self.order_by, max_samples=self.max_samples, **own,
@@ -129,8 +129,8 @@ class DataSettings:
         return Reader(self.task, tokenizer, self.token_settings, how)
 
     def settled(self, train: Sequence[TokenisedRows]) -> Self:
-        """Return the settings with those filled in that follow from the training rows, such as the labels of
-        a classifier. train: the rows of each source.
+        """Return the settings, completed by those that follow from the training rows, such as the labels of a
+        classifier. train: the rows of each source.
         """
         return self
 
@@ -142,7 +142,7 @@ class DataSettings:
 
     def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
         """Return lines for the start of a run about how its log-probs are computed. objective: the run's
-        Objective. a: of the model.
+        Objective. a: the model's attention layers.
         """
         return []
 
@@ -180,19 +180,19 @@ class DataSettings:
 
     @property
     def packing(self) -> bool | Literal["wrapped"]:
-        """Whether a row may contain several sequences. They attend to one another in "wrapped" rows alone."""
+        """Whether a row may contain several sequences. They attend to one another only if it is "wrapped"."""
         raise NotImplementedError
 
     @property
     def least_held_out(self) -> int:
-        """The fewest rows that a fraction of the rows holds out."""
+        """The fewest rows that are held out if held_out is a fraction."""
         return 1
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
         """Return the mask of a dataset's rows to hold out, at least the fraction held_out of them.
 
-        All rows with one prompt are on one side, and neither is empty; rows that all have the same prompt are
-        divided one by one.
+        Rows with the same prompt are on the same side, and neither side is empty; if all rows have the same
+        prompt, they are divided one by one.
         """
         prompts = rows.group_by(0)
         groups = prompts if prompts.any() else np.arange(len(rows))
@@ -217,8 +217,8 @@ class DataSettings:
             return ()
         return (
             f"note: {held:,} of {count:,} rows are held out, and data.held_out={self.held_out} asks for "
-            f"{wanted:,}: rows with the same prompt stay together. Name a file with held_out=, or "
-            "held_out=none",
+            f"{wanted:,}: rows with the same prompt stay together. Set data.held_out to a file "
+            "or to none",
         )
 
     def total_steps(self, epochs: Epochs) -> int:

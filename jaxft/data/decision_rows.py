@@ -86,13 +86,13 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
 class DecisionRows(Rows):
     """Questions with choices, of which one is right or each has a probability: the data of decision models.
 
-    format: "auto" or a name of decisions.py. labels: of rows with a text and a label, in the order of their
-    letters; none: those of the training rows, sorted, which are recorded with the run and its weights.
-    question: asked about the text of such rows, or the instruction of a reranker's. unlabelled: the rows are
-    only scored: they may lack an answer, or have choices of their own in place of the labels. too_long:
-    "drop" leaves a row out that has more tokens than max_length, "error" stops; a decision cannot be
-    truncated. packing: whether a row of max_length tokens has several decisions. Other fields: see Rows;
-    loss_on, weighting and sample_by have no meaning here.
+    format: "auto" or a name of decisions.py. labels: the choices of rows with a text and a label, in the
+    order of their letters; none: the labels in the training rows, sorted and recorded with the run and its
+    weights. question: the question about the text of such rows, or the instruction in a reranker's rows.
+    unlabelled: the rows are only scored: they may lack an answer, or have choices of their own in place of
+    the labels. too_long: "drop" leaves out a row of more than max_length tokens, "error" stops; a decision
+    cannot be truncated. packing: whether a row of max_length tokens has several decisions. Other fields: see
+    Rows; loss_on, weighting and sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ class DecisionRows(Rows):
         if self.labels and not rows.labels and not self.unlabelled:
             raise ValueError(
                 f"data.labels={','.join(self.labels)} are the choices of rows with a text and a label; the "
-                f"rows of data.train={self.train} have their own; remove data.labels"
+                f"rows of data.train={self.train} have other choices; remove data.labels"
             )
         stats = replace(opened.info.stats, learned=_learned_line(rows, train))
         recorded = {"formats": [*rows.formats], "labels": [*rows.labels]}
@@ -139,7 +139,7 @@ class DecisionRows(Rows):
 
     @property
     def batches(self) -> Callable[..., PackedBatches]:
-        """The layout of the batches."""
+        """The BatchLayout class of these rows."""
         return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
@@ -147,15 +147,15 @@ class DecisionRows(Rows):
         return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
 
     def settled(self, train: Sequence[TokenisedRows]) -> "DecisionRows":
-        """Return the settings with the labels of the training rows, if these have any and data.labels names
-        none. Raises ValueError for sources with different labels.
+        """Return the settings with the labels of the training rows, if these have any and data.labels is
+        empty. Raises ValueError for sources with different labels.
         """
         label_sets = dict.fromkeys(rows.labels for rows in train if rows.labels)
         if len(label_sets) > 1:
             sets = " and ".join(",".join(labels)[:80] for labels in label_sets)
             raise ValueError(
-                f"data.train={self.train}: the sources have different labels, {sets}; name those that every "
-                "text is to choose from by data.labels, or give rows choices of their own"
+                f"data.train={self.train}: the sources have different labels, {sets}; set data.labels to the "
+                "labels that every text chooses from, or give each row a column of choices"
             )
         return replace(self, labels=next(iter(label_sets), ()))
 
@@ -178,8 +178,8 @@ def choice_names(rows: TokenisedRows, example: int) -> list[str]:
 
 
 def with_choices(rows: Tokens, most: int, tokens: tuple[int, ...]) -> Decisions:
-    """Return the shapes of a batch of decisions, given those of its token rows. most: the largest number of
-    choices.
+    """Return the shapes of a batch of decisions. rows: the shapes of its token arrays. most: the largest
+    number of choices. tokens: see Decisions.
     """
     shape = (*rows.read.shape, most)
     choices, probabilities = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
@@ -218,7 +218,7 @@ class DecisionBatches(PackedBatches):
         return tuple(map(self._with_choices, filled, parts))
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values metrics.PerRow has: one of each read position."""
+        """Return how many values metrics.PerRow has: one for each read position."""
         return int(np.prod(batch.read.shape))
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
@@ -248,7 +248,7 @@ class DecisionBatches(PackedBatches):
         return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)
 
     def _of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the choices [n, C] as indices of `tokens`, -1 for none, and their probabilities [n, C]."""
+        """Return the choices [n, C] as indices into `tokens`, -1 for none, and their probabilities [n, C]."""
         own, counts = self.choices, self.choices.counts[members]
         at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
         where, shape = ranges(own.offsets[members], counts), (len(members), int(own.counts.max()))

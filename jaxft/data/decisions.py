@@ -3,15 +3,16 @@
 Accepted rows (`format="auto"` uses the one whose columns are present):
 
     decision   {"question" (a string) or "messages", "choices", "answer"}
-    label      {"text", "label"}: a classifier; its labels are data.labels, or those of the rows
+    label      {"text", "label"}: a classifier; its labels are data.labels, or the labels in the rows
     reranker   {"query", "document", "label"}: whether the document is relevant, yes or no
 
 choices: strings, or {"value", "description"} objects (value: a string, a number or a boolean), or ARC's two
 lists {"label", "text"}. answer: a value, an index from 0, a letter A, B, ..., or the probability of each
-choice, {"value": p} or a list in their order. All answers of a dataset are read in the same way, as values,
-indices or letters (see reading_of). "context" is put in front of the question. label: a name, an index where
-the names are not all numbers, or the probability of each name; of a reranker true or false, yes or no, 1 or
-0, or the probability of yes. All of them may have "weight" and "chat_template_kwargs".
+choice, {"value": p} or a list in the order of the choices. All answers of a dataset are read in the same way,
+as values, indices or letters (see reading_of). "context" is put in front of the question. label: a name, an
+index where the names are not all numbers, or the probability of each name; for a reranker, true or false, yes
+or no, 1 or 0, or the probability of yes. Rows of all three formats may have "weight" and
+"chat_template_kwargs".
 
 A prompt lists its choices as "choice#A ...", and the response is "choice#" with one letter, which is one
 token, so that the probabilities of the choices are read at one position. The response to a reranker's prompt
@@ -56,8 +57,8 @@ def decide(
 ) -> Decision:
     """Make a Decision: append the list of lettered choices to the last message, which must be a user's.
 
-    more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, and two
-    of the same value.
+    more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, two of
+    the same value, and a last message that is not a user's.
     """
     names = [choice.name for choice in choices]
     if not 2 <= len(names) <= len(LETTERS):
@@ -78,7 +79,7 @@ def decide(
         raise InvalidRow(
             name,
             "no question",
-            f"the last message is from the {messages[-1]['role']}; a decision ends with a user's question",
+            f"the last message is from the {messages[-1]['role']}; end the row with a user's question",
         )
     answers = tuple(LETTERS[: len(names)])
     lines = [
@@ -107,7 +108,7 @@ def user_messages(text: str, system: str | None = None) -> list[Message]:
 @dataclass(frozen=True)
 class DecisionPrompts:
     """The parts of a decision model's prompts that all rows share: the labels of a classifier in the order of
-    their letters, () of others, and data.question.
+    their letters, () for other models, and data.question.
     """
 
     labels: tuple[str, ...] = ()
@@ -115,7 +116,7 @@ class DecisionPrompts:
 
     @classmethod
     def read(cls, folder: Path) -> "DecisionPrompts":
-        """Read them from a folder of weights. Raises ValueError for a file that is not jaxft's."""
+        """Read decision.json, empty if the folder has none. Raises ValueError for another program's file."""
         path = folder / DECISION_FILE
         if not path.is_file():
             return cls()
@@ -138,7 +139,7 @@ class DecisionPrompts:
         return f" Its labels, in the order of their letters: {named}." if named else ""
 
     def write(self, folder: Path) -> None:
-        """Write them into a folder of weights, if there are any."""
+        """Write decision.json into a folder of weights, unless there is neither a label nor a question."""
         if self.labels or self.question:
             text = json.dumps({"labels": self.labels, "question": self.question}, indent=2) + "\n"
             (folder / DECISION_FILE).write_text(text, encoding="utf-8")
@@ -195,7 +196,7 @@ def label_name(label: str | int | float) -> str:
 
 
 def label_names(value: Any) -> Iterable[str]:
-    """Return the labels in the column `label` of a classifier's row, [] for a row without any."""
+    """Return the labels in the column `label` of a classifier's row, [] for a row without a label."""
     each = value if isinstance(value, Mapping) else (value,)
     names = (label_name(label) for label in each if isinstance(label, str | int | float))
     return [name for name in names if name]
@@ -204,23 +205,23 @@ def label_names(value: Any) -> Iterable[str]:
 def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
     """Return the labels of rows in the order of their letters: numbers by size, others as text.
 
-    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for less than
+    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for fewer than
     two labels, and for more than there are letters.
     """
     distinct = {*labels}
     if distinct >= {"0", "1", "2"}:
         distinct.discard(NO_LABEL)
     if not distinct:
-        raise ValueError(f"{ref}: no row has a label by name; name the labels by data.labels")
+        raise ValueError(f"{ref}: no row names a label; list the labels in data.labels")
     if len(distinct) < 2:
         raise ValueError(
-            f"{ref}: all rows have the same label, {', '.join(distinct)[:60]!r}; name all labels by "
+            f"{ref}: all rows have the same label, {', '.join(distinct)[:60]!r}; list all labels in "
             "data.labels"
         )
     if len(distinct) > len(LETTERS):
         raise ValueError(
-            f"{ref}: the rows have {len(distinct)} different labels or more, and a decision has at most "
-            f"{len(LETTERS)} choices; name fewer by data.labels, or give each row its own choices"
+            f"{ref}: the rows have at least {len(distinct)} different labels, and a decision has at most "
+            f"{len(LETTERS)} choices; list fewer in data.labels, or give each row a column of choices"
         )
     numbers = all(label.lstrip("-").isdecimal() for label in distinct)
     return tuple(sorted(distinct, key=int if numbers else str))
@@ -259,7 +260,7 @@ def _with_texts_as_choices(row: Row) -> Row:
         return row
     labels, texts = choices.get("label"), choices.get("text")
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
-        raise row.invalid("choices of a wrong type", "choices: label and text must be lists of one length")
+        raise row.invalid("choices of a wrong type", "choices: label and text must be lists of equal length")
     if answer in labels:  # as probabilities, which are read whatever the other answers are
         answer = [int(label == answer) for label in labels]
     return Row(row.name, {**row.fields, "choices": texts, "answer": answer})
@@ -269,11 +270,11 @@ def _with_texts_as_choices(row: Row) -> Row:
 
 
 def answer_readings(row: Row) -> tuple[str, ...]:
-    """Return the READINGS by which a row's answer is one of its choices, the most likely first; () of
-    probabilities and of a row that cannot be read.
+    """Return the READINGS by which a row's answer names one of its choices, the most likely first; () for
+    probabilities and for a row that cannot be read.
 
-    A JSON number is an index rather than a value, and other answers are values rather than letters or
-    indices. A number among numbers is no index, and "B" is no letter where "b" is a choice.
+    A JSON number is more likely an index than a value, and another answer a value than a letter or an index.
+    Where choices are numbers, a number is no index; where "b" is a choice, "B" is no letter.
     """
     try:
         row = _with_texts_as_choices(row)
@@ -292,8 +293,8 @@ def answer_readings(row: Row) -> tuple[str, ...]:
 
 
 def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
-    """Return how the answers of a dataset are read: in the way by which most of them are a choice; of equal
-    ones, the way that is the most likely one for most. votes: the number of rows by their answer_readings.
+    """Return how the answers of a dataset are read: by the reading for which most answers name a choice; in a
+    tie, by the one that is the most likely reading of more rows. votes: answer_readings → number of rows.
     """
 
     def support(reading: str) -> tuple[int, int]:
@@ -306,7 +307,7 @@ def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
 
 
 def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None:
-    """Return the number of the choice that an answer names, None if it names none."""
+    """Return the index of the choice that an answer names, None if it names no choice."""
     if not isinstance(value, str | int | float):
         return None
     if reading == VALUE:
@@ -348,8 +349,8 @@ def _label(row: Row, choices: Sequence[DecisionChoice]) -> tuple[float, ...]:
         number = _choice_number(value, plain, VALUE)
         if number is None and value == NO_LABEL:
             raise InvalidRow(
-                row.name, "no label", "label -1 means that the row has no label; remove it, or name -1 among "
-                "data.labels",
+                row.name, "no label", "label -1 means that the row has no label; remove the row, or list -1 "
+                "in data.labels",
             )  # fmt: skip
     if number is None and not all(name.lstrip("-").isdecimal() for name in plain):
         number = _choice_number(value, names, INDEX)
@@ -363,7 +364,7 @@ def _certain(number: int, names: Sequence[str]) -> tuple[float, ...]:
 
 
 def _soft(row: str, column: str, value: Any, names: Sequence[str]) -> tuple[float, ...] | None:
-    """Return the probabilities in a row's answer or label, None for one without."""
+    """Return the probabilities in a row's answer or label, None if it has no probabilities."""
     if isinstance(value, list | tuple) and len(value) == len(names):
         return _probabilities(row, column, dict(zip(names, value, strict=True)), names)
     if not isinstance(value, Mapping):
@@ -378,8 +379,8 @@ def _soft(row: str, column: str, value: Any, names: Sequence[str]) -> tuple[floa
 def _no_choice(row: str, column: str, value: Any, names: Sequence[str], reading: str = VALUE) -> InvalidRow:
     remedies = {
         VALUE: f"near: {', '.join(similar_names(str(value), list(names)))[:200]}",
-        LETTER: f"most answers are letters, here A to {LETTERS[: len(names)][-1:]}",
-        INDEX: f"most answers are indices, here 0 to {len(names) - 1}",
+        LETTER: f"use A to {LETTERS[: len(names)][-1:]}, as most answers are letters",
+        INDEX: f"use 0 to {len(names) - 1}, as most answers are indices",
     }
     return InvalidRow(
         row,
@@ -435,7 +436,7 @@ def answer_tokens(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids of a prefix, and the token of each answer after it.
 
-    Raises ValueError for an answer that is not one token of its own there.
+    Raises ValueError for an answer that is not a single token there.
     """
     encoded = tokenizer([prefix, *(prefix + x for x in answers)], add_special_tokens=False).input_ids
     before, *answer_ids = encoded if prefix else ([], *encoded[1:])

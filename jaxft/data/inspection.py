@@ -61,9 +61,9 @@ class ShownExample(NamedTuple):
 class Inspected(NamedTuple):
     """A dataset: statistics of its valid rows by name, counts of its invalid rows, and its examples.
 
-    rows: their number, with invalid and dropped ones. placeholders: names of the rows whose response is a
-    placeholder. split: all rows. of_step(step) yields the examples of that step's
-    batch; train() and held_out() yield all of them.
+    rows: number of rows, with invalid and dropped ones. placeholders: names of the rows whose response is a
+    placeholder. split: all rows. of_step(step) yields the examples of that step's batch; train() and
+    held_out() yield all examples of that side.
     """
 
     statistics: dict[str, Any]
@@ -77,7 +77,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
-    """Read and tokenise a dataset. Invalid rows are left out and counted, with any data.invalid."""
+    """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
         return inspect_prompts(data, *prompts.split_prompts(data, tokenizer))
@@ -85,7 +85,7 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
 
 
 def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
-    """Explain why no example is of a row (FILE:LINE): its error, the setting that leaves it out, or that no
+    """Explain why a row (FILE:LINE) has no example: its error, the setting that leaves it out, or that no
     dataset has such a row.
     """
     held_out = data.held_out if isinstance(data.held_out, str) else None
@@ -138,7 +138,7 @@ def _inspected(
     of_step: Callable[[int], Iterator[ShownExample]],
     example: Callable[[int], ShownExample],
 ) -> Inspected:
-    """Return a dataset. example(index): one of split.rows."""
+    """Return the inspected dataset. example: returns the example of an index in split.rows."""
     rows, used = split.rows, np.concatenate([split.train, split.held])
     count = int(rows.begins_row.sum()) + rows.dropped + sum(kind.rows for kind in rows.invalid)
     empty = used[rows.placeholders[used] & rows.begins_row[used]]
@@ -155,8 +155,8 @@ def _inspected(
 
 
 def _parts(rows: TokenisedRows, index: int, factor: float) -> list[ShownPart]:
-    """Return an example as one part, or if it has several responses, the prompt and each of them. factor: of
-    the weights of its targets.
+    """Return an example as one part, or if it has several responses, as the prompt and each of them. factor:
+    multiplies the weights of its targets.
     """
     ids, own = rows.sequence(index), rows.extras.get(TOKEN_WEIGHTS)
     weights = factor * rows.learned[rows.offsets[index] : rows.offsets[index + 1]]
@@ -187,7 +187,7 @@ def _pair(rows: TokenisedRows, index: int, weight: float) -> ShownExample:
 
 
 def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]:
-    """Yield the examples of an SFT batch; a row of concatenated documents is one.
+    """Yield the examples of an SFT batch; a row of concatenated documents is one example.
 
     names: the names of the examples packed into each row of the batch.
     """
@@ -293,7 +293,7 @@ def part_lengths(split: SplitRows, most: int) -> dict[str, np.ndarray]:
     """Return the token counts of each part in the first `most` training rows; rows without the part have no
     count.
 
-    A row with one response is one part, "all"; the counts of its prompt and of its targets are added.
+    Rows with one response have the parts "all", "prompt" and "with loss" (their targets).
     """
     rows, members = split.rows, split.train[:most]
     counts = rows.counts[members]
@@ -354,8 +354,8 @@ OVERLAPS = {  # kind of overlap of a row with an earlier training row -> the lin
 def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]]]:
     """Find rows that repeat an earlier training row, as pairs of indices by kind of OVERLAPS.
 
-    most: training rows, and held-out rows, that are compared. Rows that share only their prompt have
-    different responses.
+    most: how many training rows, and how many held-out rows, are compared. Rows that share only their prompt
+    have different responses.
     """
     overlaps = {kind: list[tuple[int, int]]() for kind in OVERLAPS}
     rows, known, prompts = split.rows, dict[int, int](), dict[int, int]()
@@ -401,10 +401,10 @@ ANSWER_COLUMNS = ("answer", "solution", "response", "completion", "output", "tar
 class RowLengths:
     """Tokens of each row's prompt and responses, without any limit.
 
-    responses: a column for each of `kinds`, none for prompts of rollouts. targets: tokens of each row that
-    have a loss. answers: tokens of the reference answers that rows of prompts have. read: rows that
-    were read, also invalid ones. total: of the dataset, of which these are a sample if `read` is less; None
-    if it is not known.
+    responses: a column for each of `kinds`; prompts of rollouts have no column. targets: tokens of each row
+    that have a loss. answers: tokens of the reference answers that rows of prompts have. read: rows that were
+    read, also invalid ones. total: rows of the dataset, None if unknown; if `read` is less, these rows are a
+    sample.
     """
 
     prompts: Int[np.ndarray, " rows"]
@@ -451,7 +451,7 @@ class RowLengths:
         return {name: counts for name, counts in parts.items() if counts.any()}
 
     def covered(self, limit: int) -> float:
-        """Return the fraction of the rows that are whole with this limit."""
+        """Return the fraction of the rows that fit this limit whole."""
         return float((self.longest <= limit).mean())
 
     def kept(self, limit: int) -> Int[np.ndarray, " rows"]:
@@ -462,7 +462,7 @@ class RowLengths:
 
 
 def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None = None) -> RowLengths:
-    """Tokenise the training rows, or load their tokens from the cache, without a limit of their length.
+    """Tokenise the training rows without a length limit, or load their tokens from the cache.
 
     Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
     """
@@ -473,7 +473,7 @@ def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None 
 
 
 def measure_datasets(refs: Sequence[str], readers: Sequence[Reader]) -> RowLengths:
-    """Tokenise datasets without a limit of their rows' lengths. readers: of each."""
+    """Tokenise datasets without a length limit. readers: the reader of each dataset."""
     parts = []
     for ref, reader in zip(refs, readers, strict=True):
         free = replace(reader.settings, max_length=UNLIMITED, too_long="truncate")
@@ -484,7 +484,9 @@ def measure_datasets(refs: Sequence[str], readers: Sequence[Reader]) -> RowLengt
 
 
 def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, " answers"]:
-    """Return the tokens of the reference answers of some prompts: of each, the first column that is one."""
+    """Return the token counts of the reference answers of up to ANSWERS prompts. A row's reference answer is
+    the first string among ANSWER_COLUMNS.
+    """
     some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
     each = (
         [fields.get(name) for name in ANSWER_COLUMNS] for fields in (row_fields(rows, int(i)) for i in some)
@@ -496,7 +498,7 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
 
 
 def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens of the largest microbatch with a limit of the rows' lengths."""
+    """Return the tokens of the largest microbatch with a length limit."""
     rows = -(-data.units_per_step // data.micro)
     if isinstance(data, Prompts):
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
@@ -516,10 +518,10 @@ def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
 
 @dataclass(frozen=True)
 class LimitCost:
-    """The fractions that a limit of the rows' lengths keeps, and its cost.
+    """What a length limit keeps, and its cost.
 
-    whole, truncated, dropped: numbers of rows. tokens: of an epoch. time, memory: of an epoch, and for the
-    activations of the largest microbatch, relative to the setting's own limit.
+    whole, truncated, dropped: numbers of rows. tokens: tokens of an epoch. time: the time of an epoch, and
+    memory: the memory of the activations of the largest microbatch, both relative to the present limit.
     """
 
     limit: int
@@ -554,7 +556,7 @@ def limit_costs(
 
 
 def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens that an epoch trains on, of rollouts with completions of full length."""
+    """Return the tokens that an epoch trains on; completions of rollouts count with their full length."""
     if data.too_long == "split":
         return int(lengths.longest.sum())
     kept = lengths.kept(limit)

@@ -39,20 +39,20 @@ class PairRows(DataSettings):
     """Responses to compare: the data of a run with a preference loss or a reward model.
 
     All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
-    "plain" or a name of formats.py. max_length: tokens of a prompt and one response. too_long:
-    "truncate" keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair
-    out, "error" stops. weighting: "pair" gives every pair
-    of the optimizer batch the same weight, "token" every token of its responses. weight_column: a column of
-    numbers that multiply the weights. extras: columns of numbers that the loss can read. layout: "branches"
-    stores a prompt once for all its responses, "plain" before each; "auto" uses branches where they save 2 %
-    of the tokens, if the model's rope does not depend on the length of a text. unpaired: also accept rows of
-    one response and a label, for losses of single responses (KTO, BCO). third: a third response, "mismatched"
-    (another pair's, for KTO's KL) or "gold" (column reference, for TPO). responses: of a ranking that are
-    read. With 2 it is a pair, the best response against the worst; with k also those between, as kinds
-    "rank_2" to "rank_{k - 1}", and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2"
-    and so on. Rows with fewer responses lack the last of those between; of more, the best, the worst and
-    those at even distances between them are read. best_first: whether responses without ratings are from the
-    best to the worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
+    "plain" or a name of formats.py. max_length: tokens of a prompt and one response. too_long: "truncate"
+    keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair out,
+    "error" stops. weighting: "pair" gives every pair of the optimizer batch the same weight, "token" every
+    token of its responses. weight_column: a column of numbers that multiply the weights. extras: columns of
+    numbers that the loss can read. layout: "branches" stores a prompt once for all its responses, "plain"
+    before each; "auto" uses branches where they save 2 % of the tokens, if the model's rope does not depend
+    on the length of a text. unpaired: also accept rows of one response and a label, for losses of single
+    responses (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold"
+    (column reference, for TPO). responses: how many responses of a ranking are read. With 2 it is a pair, the
+    best response against the worst; with k > 2 also responses between, as kinds "rank_2" to "rank_{k - 1}",
+    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. A row with fewer
+    responses lacks the last kinds between; of a row with more, the best, the worst and responses at even
+    distances between them are read. best_first: whether responses without ratings are from the best to the
+    worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -106,7 +106,7 @@ class PairRows(DataSettings):
         """Return the settings for a model with these layers: layout "plain" where its rope depends on the
         length of a text. Responses that share a prompt would have the rope of the longest one.
 
-        Raises ValueError for layout "branches" there.
+        Raises ValueError for layout "branches" with such a model.
         """
         if not varies_with_length(a, self.max_length):
             return self
@@ -123,7 +123,7 @@ class PairRows(DataSettings):
             return []
         return [
             "responses don't share prompts (data.layout=plain): the model's rope depends on the length of a "
-            "text, and that of a shared prompt would be the longer response's"
+            "text, and a shared prompt would have the longer response's rope"
         ]
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
@@ -203,7 +203,7 @@ class PairStats(source.RowStats):
 
 @dataclass(frozen=True)
 class PairBatches(source.BatchLayout[Pairs]):
-    """Pairs in rows, as data.layout says. rows: of a microbatch."""
+    """Pairs in rows, as data.layout says. rows: the layout of a microbatch."""
 
     rows: PairLayout
 
@@ -244,7 +244,7 @@ class PairBatches(source.BatchLayout[Pairs]):
         return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
     def positions(self, batch: Pairs) -> int:
-        """Return how many values metrics.PerRow has: one of each slot."""
+        """Return how many values metrics.PerRow has: one for each slot."""
         return batch.index.size
 
     def name_at(self, batch: Pairs, number: int, position: int) -> str:
@@ -302,7 +302,7 @@ class PairSource(source.RowSource[Pairs]):
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference's log-probs in its batches.
 
-        logps: of every pair, as `values` has them.
+        logps: the log-probs of every pair, in the form that `values` returns.
         """
         rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
         layout = replace(self.layout, rows=rows)
@@ -326,12 +326,12 @@ def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]
 def _reference(
     pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the reference's log-prob of each token, 0 of those that are no targets."""
+    """Return the reference's log-prob of each target token, and 0 for other tokens."""
     missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
     if missing:
         raise ValueError(
             f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
-            "compute all"
+            "compute them for all pairs"
         )
     for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
         if len(logps[i]) != expected or not np.isfinite(logps[i]).all():

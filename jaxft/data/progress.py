@@ -29,7 +29,7 @@ class RowProgress:
         return self
 
     def add(self, rows: int) -> None:
-        """Count further rows as done. Print a line if it is due; at the last row, if any was printed."""
+        """Count further rows as done. Print a line if one is due, or at the last row if any was printed."""
         self._rows += rows
         now = self._clock()
         if not (self._printed if self._rows == self._total else now >= self._next):

@@ -37,16 +37,16 @@ class Prompts(DataSettings):
     format: "auto" uses a string as the user's turn, "plain" as text to continue; the others of
     conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
     of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
-    environment or tools give tokens. max_episode: the most tokens of an episode of several turns after its
+    environment or tools add tokens. max_episode: the most tokens of an episode of several turns after its
     prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts out,
     "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group: completions of
-    each held-out prompt. temperature, top_k, top_p, min_p: of sampling. decode_rows: completions that are
-    sampled at the same time; the next prompts take the rows of completions that ended. None: all on a CPU, at
-    most 256 per GPU or TPU over which rows are divided. Another number may round sums differently, and change
-    a token where two are almost equally likely, but not in bfloat16 on a CPU that multiplies it itself.
-    kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes: how often the
-    policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer steps of each
-    pass, of `micro` microbatches each. Other fields: see DataSettings.
+    each held-out prompt. temperature, top_k, top_p, min_p: settings of sampling. decode_rows: completions
+    that are sampled at the same time; the next prompts take the rows of completions that ended. None: all on
+    a CPU, at most 256 per GPU or TPU over which rows are divided. Another number may round sums differently
+    and so change a token where two are almost equally likely, except in bfloat16 on a CPU with bfloat16
+    instructions. kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes:
+    how often the policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer
+    steps of each pass, of `micro` microbatches each. Other fields: see DataSettings.
     """
 
     format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"
@@ -123,7 +123,7 @@ class Prompts(DataSettings):
 
     @property
     def row_tools(self) -> str:
-        """Tools of prompts, in addition to the tools of their rows; see RowSettings."""
+        """The environments' tools, which replace the tools of rows; see RowSettings. "" for none."""
         return ""
 
     @property
@@ -153,7 +153,7 @@ class Prompts(DataSettings):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches also read the log-probs of given tokens, in addition to those of sampled ones."""
+        """Whether batches also read the log-probs of given tokens, not only of sampled tokens."""
         return False
 
     @property
@@ -182,7 +182,7 @@ class Prompts(DataSettings):
 
 
 def padded_length(size: int) -> int:
-    """Return the next multiple of LENGTH_STEP."""
+    """Round a length up to a multiple of LENGTH_STEP."""
     return round_up(size, LENGTH_STEP)
 
 
@@ -207,7 +207,8 @@ def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rol
 class PromptRows:
     """The training or the held-out prompts of a split, in the order of `chosen`, their indices in split.rows.
 
-    settings, source_names: of the datasets of this side, names () for a single one.
+    settings: the RowSettings of each dataset of this side. source_names: names of these datasets, () for a
+    single one.
     """
 
     split: SplitRows

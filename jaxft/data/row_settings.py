@@ -16,7 +16,7 @@ TURN, MERGE = SYSTEM
 
 @dataclass(frozen=True)
 class TemplateSettings:
-    """The settings in DataSettings that affect how a chat template renders a row. Meanings: see there.
+    """The settings in DataSettings that affect how a chat template renders a row. They are explained there.
 
     Raises ValueError for an argument that is not name=value, or that jaxft sets itself.
     """
@@ -67,14 +67,14 @@ DEFAULT_TEMPLATE_SETTINGS = TemplateSettings()
 class RowSettings:
     """The settings that the tokens of a row depend on; they are part of the cache key.
 
-    kinds: of the responses that are read. max_length: tokens of a prompt with a response, of a prompt alone
-    where no response is read. extras: columns of numbers. loss_on, sample_by: see sft.Rows. weight_column:
-    see pairs.PairRows. tools: JSON of name -> schemas of the tools that a row's prompt has, where the row's
-    column "environment" is this name, or of "", every row; "" for the rows' own tools. optional:
-    whether a row without a prompt has an empty one, to which an environment adds. separator, last_step: see
-    sft.SolutionRows. best_first: see pairs.PairRows. labels, question, unlabelled: see
-    decision_rows.DecisionRows. reading: how the answers of a dataset of decisions name a choice, see
-    decisions.reading_of; None decides it by each row alone. Others: see DataSettings.
+    kinds: the kinds of responses that are read. max_length: tokens of a prompt with a response, or of a
+    prompt alone where no response is read. extras: columns of numbers. loss_on, sample_by: see sft.Rows.
+    weight_column: see pairs.PairRows. tools: JSON of {environment: schemas of its tools}, which replace the
+    tools of rows whose column "environment" has this name; the name "" is for all rows. "" keeps the tools of
+    the rows. optional: whether a row without a prompt has an empty one, to which an environment adds.
+    separator, last_step: see sft.SolutionRows. best_first: see pairs.PairRows. labels, question, unlabelled:
+    see decision_rows.DecisionRows. reading: how the answers of a dataset of decisions name a choice, see
+    decisions.reading_of; None: each row decides. Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()

@@ -44,17 +44,17 @@ class Rows(DataSettings):
     run.
 
     format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
-    conversation), "completion" (only its last turn) or "all" (every token). Of a row with a prompt and a
-    response, the first two train on the response; of a text row, all three train on every token.
-    max_length: tokens of a row. too_long: "truncate" keeps the start, and leaves out an example of which only
-    its prompt would be left; "split" makes several examples of a document, "drop" leaves the example out,
-    "error" stops. packing: True packs several examples into a row
-    of max_length tokens, and they do not attend to one another; "wrapped" concatenates documents and cuts
-    them into rows of max_length tokens, which attend over all of their documents (needs too_long=split).
-    weighting: "token" gives every target token of the optimizer batch the same weight, "sequence" every
-    example; a column `weight` multiplies them. sample_by: what is a row of a text file: "document" (all of
-    it, or the parts between lines <|endoftext|>), "paragraph" or "line". Other fields: see DataSettings;
-    batch counts packed rows, or examples without packing.
+    conversation), "completion" (only its last turn) or "all" (every token). In a row with a prompt and a
+    response, the first two train on the response; in a text row, all three train on every token. max_length:
+    tokens of a row. too_long: "truncate" keeps the start, and leaves out an example if only its prompt would
+    remain; "split" makes several examples of a document, "drop" leaves the example out, "error" stops.
+    packing: True packs several examples into a row of max_length tokens, and they do not attend to one
+    another; "wrapped" concatenates documents and cuts them into rows of max_length tokens, which attend over
+    all of their documents (needs too_long=split). weighting: "token" gives every target token of the
+    optimizer batch the same weight, "sequence" every example; a column `weight` multiplies them. sample_by:
+    what is a row of a text file: "document" (all of it, or the parts between lines <|endoftext|>),
+    "paragraph" or "line". Other fields: see DataSettings; batch counts packed rows, or examples without
+    packing.
     """
 
     loss_on: Annotated[str, one_of(loss_mask.LOSS_ON)] = "assistant"
@@ -69,7 +69,7 @@ class Rows(DataSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.too_long == "split" and self.max_length < 3:
-            raise ValueError(f"data.max_length={self.max_length}; use at least 3")
+            raise ValueError(f"data.max_length={self.max_length} with data.too_long=split; use at least 3")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
             raise ValueError(
                 "data.packing=wrapped cuts documents anywhere, so none is too long or weighted as a whole: "
@@ -113,12 +113,12 @@ class Rows(DataSettings):
 
     @property
     def batches(self) -> "Callable[..., PackedBatches]":
-        """The layout of the batches."""
+        """The BatchLayout class of these rows."""
         return PackedBatches
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
-        """Return the mask of the held-out examples. All pieces of a split document are on one side, unless it
-        is the only one, of which the end is held out.
+        """Return the mask of the held-out examples. All pieces of a split document are on one side; if it is
+        the only document, its last pieces are held out.
         """
         count = int(rows.documents[-1]) + 1
         if count == 1:
@@ -177,12 +177,12 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return replace(flat, packed=self.settings.packing is True, source_names=names)
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values metrics.PerRow has: T + 1 of each row, by an example's number in it."""
+        """Return how many values metrics.PerRow has: T + 1 per row, indexed by the number of an example."""
         _, rows, length = batch.ids.shape
         return rows * (length + 1)
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
-        """Return the name of an example, in wrapped rows of all examples of the row."""
+        """Return the name of an example, or in wrapped rows the names of all examples of the row."""
         _, rows, length = batch.ids.shape
         row, example = divmod(position, length + 1)
         row += number * rows
@@ -302,7 +302,7 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
 
 
 def member_targets(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
-    """Return the number of target tokens of each member of a plan; of wrapped rows all tokens but the
+    """Return the number of target tokens of each member of a plan; in wrapped rows, all tokens but the row's
     first.
     """
     if plan.counts is None:
@@ -345,9 +345,9 @@ def fill_rows(
 ) -> Tokens:
     """Return the plan's rows as arrays of `shape` (rows, T, M); further rows stay empty.
 
-    Each member is a segment. A wrapped row, whose plan has starts, is a single segment. Targets are the
-    tokens that follow a read position, or the labels of the tokens there. sources: the index of each
-    example's source; None for a single source.
+    weights: see weights_of_members. Each member is a segment. A wrapped row, whose plan has starts, is a
+    single segment. Targets are the tokens that follow a read position, or the labels of the tokens there.
+    sources: the index of each example's source; None for a single source.
     """
     rows, length, reads = shape
     counts = plan.lengths_of(examples.lengths)
@@ -507,7 +507,7 @@ class SolutionRows(Rows):
 
     @property
     def batches(self) -> type[PackedBatches]:
-        """The layout of the batches."""
+        """The BatchLayout class of these rows."""
         return StepBatches
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:

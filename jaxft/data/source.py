@@ -35,7 +35,9 @@ class Prompt(NamedTuple):
 
 
 class HeldOutMetrics(NamedTuple):
-    """Held-out metrics of a source that evaluates itself, and values of single rows by their position."""
+    """Held-out metrics of a source that evaluates itself, and metrics of single rows by `held_out_name`'s
+    position.
+    """
 
     metrics: dict[str, float]
     rows: dict[int, dict[str, float]]
@@ -63,8 +65,8 @@ class SourceStats:
 class RowStats(SourceStats):
     """Statistics of tokenised rows.
 
-    truncated: number of truncated examples. tokens: of the first epoch. learned_tokens: tokens of the first
-    epoch with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
+    truncated: number of truncated examples. tokens: tokens of the first epoch. learned_tokens: its tokens
+    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
     batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
     slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
     """
@@ -89,8 +91,8 @@ class SourceInfo:
     where the run may be saved. samples: whether batches are sampled from the model, which takes as long as an
     evaluation. recorded: what the batches depend on in addition to the settings, by its name in the run's
     record: fingerprints of other models, the labels of a classifier. eval_cost: the work of evaluating
-    held-out rows, relative to that of training on as many: without gradients a third, of sampled completions
-    their number. learned_ends: token id -> number of training and held-out sequences whose last target it is,
+    held-out rows, relative to training on as many rows: 1/3 without gradients; for sampled completions, their
+    number. learned_ends: token id -> number of training and held-out sequences whose last target it is,
     without truncated ones. warnings: lines for the start of a run.
     """
 
@@ -124,7 +126,7 @@ class Source(Protocol[BoundTo]):
 
     @property
     def held_out(self) -> tuple[Batch, ...]:
-        """Batches for evaluation. Empty if nothing is held out or `evaluate` does it."""
+        """Batches for evaluation. Empty if nothing is held out or `evaluate` evaluates it."""
 
     def bind(self, run: BoundTo, saved: dict[str, Any] | None) -> "Source[BoundTo]":
         """Return the source that makes batches for this run.
@@ -138,16 +140,17 @@ class Source(Protocol[BoundTo]):
         """
 
     def given(self, step: int) -> Batch:
-        """Return the facts about a step's batch before the run has weights: the batch itself, or the prompts
-        whose completions it is going to have.
+        """Return what is known about a step's batch before the model is loaded: the batch itself, or the
+        prompts whose completions it will have.
         """
 
     def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source whose `evaluate` reads at most `most` held-out rows, None for all. Where the
-        train loop evaluates on `held_out`, these are batches, of which `held_out_name` names the rows.
+        """Return the source whose `evaluate` reads at most `most` held-out rows, None for all. A source with
+        `held_out` returns one whose `held_out_name` assumes that the train loop evaluates `most` of these
+        batches, as chosen by `spread`.
         """
 
     def row_names(self, step: int) -> list[str]:
@@ -174,8 +177,8 @@ def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int
 class BatchLayout(Generic[SomeBatch]):
     """The batches of a source of fixed rows: the parts that differ between packed texts, pairs and others.
 
-    settings: of the data. split: all rows. plan(epoch): the examples of each row of an epoch; batch k has the
-    rows from k * rows_per_step on. held_plan: the held-out examples of each row.
+    settings: the settings of the data. split: all rows. plan(epoch): the examples of each row of an epoch;
+    batch k has the rows from k * rows_per_step on. held_plan: the held-out examples of each row.
     """
 
     settings: Any
@@ -206,11 +209,11 @@ class BatchLayout(Generic[SomeBatch]):
         raise NotImplementedError
 
     def positions(self, batch: SomeBatch) -> int:
-        """Return how many values metrics.PerRow has of an evaluated batch."""
+        """Return how many values metrics.PerRow has for an evaluated batch."""
         raise NotImplementedError
 
     def name_at(self, batch: SomeBatch, number: int, position: int) -> str:
-        """Return the name of the row of a value of metrics.PerRow. number: of the batch in held_out."""
+        """Return the name of the row at a position of metrics.PerRow's values for held-out batch `number`."""
         raise NotImplementedError
 
     def prompts_of(self, batch: SomeBatch, row: int) -> Iterator[Prompt]:
@@ -233,7 +236,7 @@ class RowSource(Generic[SomeBatch]):
 
     @classmethod
     def of(cls, layout: Any, epochs: Epochs, tokenizer: Any, stats: SourceStats, fingerprint: str) -> Self:
-        """Return the source of a layout."""
+        """Return the source with this layout of batches, its held-out batches and facts about its rows."""
         split = layout.split
         info = SourceInfo(
             steps=layout.settings.total_steps(epochs),
@@ -278,7 +281,7 @@ class RowSource(Generic[SomeBatch]):
         return None
 
     def limit_evaluation(self, most: int | None) -> Any:
-        """Return the source that names the rows of the batches that the train loop chooses of `held_out`."""
+        """Return the source whose `held_out_name` assumes that `most` batches of `held_out` are evaluated."""
         return replace(self, most_evaluated=most)
 
     def row_names(self, step: int) -> list[str]:
@@ -319,8 +322,8 @@ class RowSource(Generic[SomeBatch]):
 def row_stats(
     layout: BatchLayout[Any], noun: str, shape: tuple[int, int], learned: tuple[int, str]
 ) -> RowStats:
-    """Count rows and tokens of the first epoch. noun: for the examples, such as "pairs". shape: tokens and
-    read positions of a row. learned: the number of tokens with a loss, and the line about them.
+    """Count rows and tokens of the first epoch. noun: a name for the examples, such as "pairs". shape: tokens
+    and read positions of a row. learned: the number of tokens with a loss, and the line about them.
     """
     split, rows, plan = layout.split, layout.split.rows, layout.plan(0)
     tokens, truncated = int(plan.lengths_of(layout.lengths).sum()), int(rows.truncated.sum())
@@ -351,8 +354,8 @@ def row_stats(
 def plan_epochs(
     split: SplitRows, plan: Callable[[int], RowPlan], tokens: Int[np.ndarray, " examples"], rows_per_step: int
 ) -> Epochs:
-    """Count the tokens and steps of epochs. plan(epoch): as in BatchLayout. tokens: of each example in a
-    row.
+    """Count the tokens and steps of epochs. plan(epoch): as in BatchLayout. tokens: the tokens that each
+    example takes in a row.
     """
 
     def batch_tokens(epoch: int) -> Int[np.ndarray, " steps"]:

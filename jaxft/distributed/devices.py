@@ -59,7 +59,7 @@ def has_fp8_matmuls(device: Any) -> bool:
 
 
 def peak_fp8_flops(device: Any) -> float:
-    """Return the peak FLOP/s of dense FP8 matmuls; where the device has none, the peak of bfloat16 ones."""
+    """Return the peak FLOP/s of dense FP8 matmuls; if the device has no FP8, the bfloat16 peak."""
     if not has_fp8_matmuls(device):
         return peak_flops(device)
     for kind, peak in PEAK_FP8.items():
@@ -106,7 +106,9 @@ def peak_flops(device: Any) -> float:
 
 
 def memory_gib(device: Any) -> float:
-    """Return the peak memory use in GiB: of the device, or on CPU (no statistics) of the process."""
+    """Return the peak memory use of the device in GiB; on CPU, which has no such statistics, the peak memory
+    use of this process.
+    """
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30

@@ -1,10 +1,10 @@
 """Files and folders that survive a power cut or a killed process.
 
-Durable: everything is synced before it gets its final name, and the folder of that name after. Written data
-reaches the disk up to 30 s later, and an empty file may get its final name before its content.
+Durable: content is synced before it gets its final name, and the folder with that name afterwards. Without
+that, written data reaches the disk up to 30 s later, and a file may get its final name before its content.
 
-Temporary: the owner locks the file or the folder, which ends with the process, so that the next command
-removes the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
+Temporary: the process locks its file or folder. The lock ends with the process, so that the next command can
+remove the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
 none: there, files older than a day have no owner.
 """
 
@@ -105,10 +105,8 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed at the end; first remove those that killed processes
-    left.
-
-    prefix: of their names, which nobody else uses in this folder.
+    """Yield a new folder in `parent` that is removed at the end; first remove folders that killed processes
+    left. prefix: beginning of the names of all such folders; nothing else in `parent` may begin with it.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))

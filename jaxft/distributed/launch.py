@@ -132,7 +132,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 def _local_gpus(
     environ: Mapping[str, str], rank: int | None, processes: int | None
 ) -> tuple[int, ...] | None:
-    """Return the indices, among the visible GPUs, of the GPUs of a process; None if unknown.
+    """Return which of the visible GPUs a process uses, as indices; None if unknown.
 
     rank: local rank of the process among the `processes` on this host.
 

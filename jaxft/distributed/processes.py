@@ -153,7 +153,9 @@ def _join(launched: launch.Launch, hosts: Hosts) -> None:
         text = f"{name}: could not join the others at {where}: {shorten_error(error)}"
         if exit.means_peer_lost(str(error)):
             exit.exit_for_restart(f"{text}; run the same command again on all hosts")
-        raise ValueError(text) from error
+        raise ValueError(
+            f"{text}; check the coordinator's address, and the devices of each process"
+        ) from error
     _announce(launched)
     if is_multi_process():
         exit.set_killed_message(
@@ -296,7 +298,7 @@ def first_then_others(work: Callable[[], Any]) -> Any:
 def in_step(lines: Iterator[str]) -> Iterator[str]:
     """Yield the lines of a long computation on all processes: one after each step of any of them.
 
-    lines: of this process, one for each of its steps, never empty. A process without steps left waits for the
+    lines: one text for each step of this process, never empty. A process without steps left waits for the
     others at each of theirs, so its watchdog sees their progress. A user error raises AgreedError on all.
     """
     if not is_multi_process():

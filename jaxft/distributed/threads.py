@@ -1,4 +1,4 @@
-"""Computing on parts of host arrays, and compiling, in several threads; returning the memory that it took."""
+"""Compute on parts of host arrays, and compile, in several threads; return freed memory to the system."""
 
 import ctypes
 import os

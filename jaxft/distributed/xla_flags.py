@@ -67,8 +67,8 @@ JAX_FRACTION = 0.75  # jax's default
 class PlatformSetting:
     """A row of the table. variable: the environment variable. flag: its name in a variable that contains
     flags, "" for a variable with one value. same_as: other variables that set the same. includes: flags of
-    XLA_FLAGS that this setting switches on even where they are false. together: flags of `variable` of which
-    all are set, or, if the user has set one, none.
+    XLA_FLAGS that this setting switches on even where they are false. together: flags of `variable` that are
+    set only together: none of them if the user has set one.
     """
 
     platform: str

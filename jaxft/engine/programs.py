@@ -73,8 +73,8 @@ def next_tokens(
 ) -> _Sampled:
     """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
 
-    Log-probs are the model's, also in a constrained row, at the temperature of the sampling unless the engine
-    serves. A token whose logits are not finite is NONFINITE.
+    Log-probs are the model's, without the grammar of a constrained row, at the sampling temperature, or at 1
+    if the engine serves. A token whose logits are not finite is NONFINITE.
     """
     rows, (keys, numbers) = len(h_RD), at
     if rows < MIN_MATMUL_ROWS:
@@ -265,7 +265,7 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
 
 @dataclass(frozen=True)
 class Engine:
-    """Compiled programs for one Decoding and one size, by their sizes.
+    """Compiled programs for one Decoding and its slots. The keys are the programs' sizes:
 
     start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots that are read of rows' keys,
     and of prompts' keys). keep: (rows, rows of the next state).
@@ -297,8 +297,8 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
 def compiler_options(platform: str) -> dict[str, str | bool]:
     """Return the options for jax's `compile` with which a sum of a row does not depend on the number of rows.
 
-    platform: of the devices, "cpu", "gpu" or "tpu". {} where none is known, or if the installed XLA has no
-    such option: then sums may be rounded differently with other numbers of rows.
+    platform: "cpu", "gpu" or "tpu". {} where no such option is known, or if the installed XLA lacks it: then
+    sums may be rounded differently with other numbers of rows.
     """
     if platform != "cpu":
         return {}

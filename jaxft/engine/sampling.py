@@ -103,8 +103,8 @@ def sample_rows(
 ) -> Int[Array, "B"]:
     """Sample a token per row. keys: a random key per row, so that no row's token depends on other rows.
 
-    uniform: the settings of all rows, if they are known when the program is compiled. What no row needs is
-    not computed.
+    uniform: the settings of all rows, if they are known when the program is compiled. Truncation
+    that no row needs is not computed.
 
     >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
     >>> greedy = jax.tree.map(lambda x: jnp.asarray(x)[None], row_sampling(Sampling(), vocab=3))

@@ -176,7 +176,7 @@ class Scheduler:
         """Queue requests, all or none.
 
         Raises ValueError for a prompt that is empty or too long, for too many tokens and for more requests
-        than the server ever has place for, QueueFull if they do not fit into the queue now, and Stopped after
+        than rows and queue can ever take, QueueFull if they do not fit into the queue now, and Stopped after
         `close`.
         """
         rows = self.sizes.rows
@@ -265,7 +265,9 @@ class Scheduler:
             return not self.closing
 
     def _begin_again(self, failed: NewTokens) -> bool:
-        """Deliver a failure to all requests in rows, and begin with an empty state, if the device has one."""
+        """Deliver a failure to all requests in rows, and begin with an empty state, if the device still
+        works.
+        """
         self.log(f"{failed.error} (with {len(self.rows)} requests)")
         self.failures += 1
         for number in list(self.rows):

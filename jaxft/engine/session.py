@@ -36,12 +36,12 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 
 @dataclass(frozen=True, eq=False)
 class RequestSettings:
-    """The settings of a request. Settings that an engine does not have need one that serves; see Decoding.
+    """The settings of a request. Settings other than the engine's need an engine with Decoding.serving.
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
-    log-probs of the most likely tokens are needed; among_allowed: of the tokens that the grammar allows.
-    grammar: what the completion must match, a Grammar of serve/constraint.py. key: data of the random key,
-    None for the session's.
+    log-probs of the most likely tokens are needed. among_allowed: whether these are normalised over the
+    tokens that the grammar allows. grammar: what the completion must match, a Grammar of serve/constraint.py.
+    key: data of the random key, None for the session's.
     """
 
     sampling: Sampling
@@ -70,9 +70,10 @@ class Sampled(NamedTuple):
 class Running:
     """A completion in a row.
 
-    size: tokens of its prompt. limit: of its tokens. text: all tokens, with the prompt. first: the token with
-    random number 0. begun: the first token of the present turn. seen, count: tokens before the last call of
-    Session.step, and now. given: tokens to append. finish: None while it is in progress.
+    size: tokens of its prompt. limit: the most tokens that it may get. text: all tokens, with the prompt.
+    first: index of the token that is sampled with random number 0. begun: index of the present turn's first
+    token. seen, count: tokens before the last call of Session.step, and now. given: tokens to append. finish:
+    None while it is in progress.
     """
 
     episode: int
@@ -143,7 +144,10 @@ class Session:
         choice, d = choice or self.choice, self.engine.decoding
         same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
         if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
-            raise ValueError(f"the engine is not compiled for {choice}; see engine.state.Decoding")
+            raise ValueError(
+                f"the engine is not compiled for {choice}; compile it with these settings, or for requests "
+                "with settings of their own (Decoding.serving)"
+            )
         limit = min(max_new or choice.sampling.max_new, d.sampling.max_new)
         item = _Waiting(prompt, episodes, number, limit, choice)
         insort(self.waiting, item, key=lambda item: -len(item.prompt))
@@ -267,7 +271,9 @@ class Session:
         return True
 
     def _level(self) -> tuple[int, int]:
-        """Return the (prompts, tokens) of the smallest program for the first waiting prompt, the longest."""
+        """Return (prompts, tokens) of the smallest program that fits the first waiting prompt, the longest
+        one.
+        """
         longest = len(self.waiting[0].prompt)
         return min((size[1:] for size in self.engine.start if size[2] >= longest), key=lambda size: size[1])
 
@@ -275,7 +281,7 @@ class Session:
         return {it.slot for it in self.running.values()}
 
     def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
-        """Set what the request of a row chooses."""
+        """Set the sampling settings of a row's request."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
         settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN
@@ -375,7 +381,7 @@ class Session:
 
 
 class SampledTokens(NamedTuple):
-    """Completions of n prompts, G each. tokens: -1 beyond the end. logps: 0 there."""
+    """G completions of each of n prompts, of at most N tokens. tokens: -1 beyond the end. logps: 0 there."""
 
     tokens: Int[np.ndarray, "n G N"]
     logps: Float[np.ndarray, "n G N"]
@@ -388,7 +394,7 @@ def complete(
     is_enough: Callable[[list[int]], bool] | None = None,
     ended: Callable[[int], Any] | None = None,
 ) -> SampledTokens:
-    """Complete every prompt as often as the engine's groups are large. Raises ValueError if a grammar fails.
+    """Sample the engine's Decoding.group completions of every prompt. Raises ValueError if a grammar fails.
 
     numbers: of the prompts, for their random keys, by default their indices. is_enough: called with the
     tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends it, for stop strings. ended:

@@ -183,7 +183,8 @@ class RowChoices:
     """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: see lora_rows.py. top: whether log-probs of the most likely tokens are computed, and of which.
+    adapter: see lora_rows.py. top: return the most likely of no tokens (NO_TOP), of all (OF_ALL) or of the
+    allowed ones (OF_ALLOWED).
     """
 
     sampling: RowSampling
@@ -198,7 +199,7 @@ class State:
     """Completions in progress, in R rows.
 
     cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
-    top_logps [R, TOP_STEPS, top]: of the most likely tokens, in place of token t in t % TOP_STEPS. last [R]:
+    top_logps [R, TOP_STEPS, top]: the most likely tokens at token t, in entry t % TOP_STEPS. last [R]:
     the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows
     that continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of
     that prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
@@ -225,9 +226,9 @@ class State:
 class NewPrompts:
     """Prompts to start, padded on the left, and their rows.
 
-    slots: prompt slot of each [p]; the number of slots for none. numbers [p]: folded into their random keys.
-    rows: of their completions [p, G]; the number of rows for none. keys [p, ...]: data of random keys.
-    settings [p]: of their rows. allowed: see programs.allowed_logits.
+    slots [p]: prompt slot of each prompt. rows [p, G]: row of each completion. An empty prompt or completion
+    has an index beyond the last slot or row. numbers [p]: folded into the random keys. keys [p, ...]: data of
+    random keys. settings [p]: of the rows. allowed: see programs.allowed_logits.
     """
 
     tokens: Tokens
@@ -283,7 +284,7 @@ def _shape_of_key() -> jax.ShapeDtypeStruct:
 
 
 def no_keys(count: int) -> np.ndarray:
-    """Return the data of `count` random keys as zeros, without a device: a plan has none."""
+    """Return the data of `count` random keys, all zeros. It needs no device, so a plan can use it."""
     data = _shape_of_key()
     return np.zeros((count, *data.shape), data.dtype)
 

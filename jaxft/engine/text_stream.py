@@ -23,12 +23,11 @@ def _no_bytes(token: int) -> bytes | None:
 class TokenDecoder:
     """A tokenizer's decoding of a completion's tokens into text.
 
-    decode: token ids -> text. skipped: ids that add no text, such as special tokens; those from `size` on
-    are of no token: a model may have more than its tokenizer. byte_ids: ids of single
-    bytes in tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole:
-    one wrong byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is
-    a sequence of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of such a token, None
-    for others.
+    decode: token ids -> text. skipped: ids that add no text, such as special tokens. size: ids from here on
+    have no token, since a model may have more ids than its tokenizer. byte_ids: ids of single bytes in
+    tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole: one wrong
+    byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is a sequence
+    of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of such a token, None for others.
     """
 
     decode: Callable[[list[int]], str]

@@ -1,4 +1,4 @@
-"""Research on losses: declared comparisons, and what is chance in them.
+"""Research on losses: comparisons declared in advance, and their statistics.
 
 A loss alone, without a model:
 loss_evaluation.py: losses by name, their values and gradients on synthetic pairs
@@ -9,7 +9,7 @@ zoo.py: losses side by side on exact toys, as one page
 Studies:
 study.py: the declaration of a study, decided before training
 halving.py: runs a study: trials as arrays in one compiled program, successive halving, then every seed
-results.py: the results of a study: comparisons, curves, sensitivity
+results.py: the results of a study: comparisons (their statistics: report/statistics.py), curves, sensitivity
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 verify.py: checks of a record, and a step computed again to the bit
 

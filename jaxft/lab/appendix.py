@@ -39,7 +39,9 @@ LATEX = {
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the appendix. name: of its files. head: titles of the columns. rows: texts."""
+    """A table of the appendix. name: the name of its files, without suffix. head: titles of the columns.
+    rows: texts.
+    """
 
     name: str
     caption: str
@@ -271,7 +273,7 @@ def _finite_text(value: float) -> str:
 
 
 def trials_table(study: StudyResult) -> PaperTable:
-    """Every trial that was tried, also those that lost."""
+    """Return the table of all trials, including the ones that were stopped early."""
     rows = [
         (loss.label, setting, f"{step}", _finite_text(-math.inf if value is None else value))
         for loss in study.losses
@@ -296,7 +298,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
     steps, against_kl, chosen, margin, length = {}, {}, {}, {}, {}
     of_seeds, of_seeds_by_kl = {}, {}
     for loss in study.losses:
-        curves = loss.common_curves
+        curves = loss.curves
         x, each = curves[0].steps, [[_mean(values) for values in curve.values] for curve in curves]
         mean = np.mean(each, 0)
         steps[loss.label] = (x, mean.tolist())

@@ -48,6 +48,7 @@ from jaxft.objectives.pair import PairBatch
 
 COPIES = 512  # pairs of the batch that stands for the population of a coupled loss
 FAR = 1e4  # nats from the reference where a search ends
+END_MARGIN = 1.0  # nats, the mean margin at which a path from the reference ends
 FLAT = 1e-7  # rise of the risk, relative to its change since the reference, that counts as none
 CLAIMS = (
     "antisymmetric",
@@ -102,16 +103,6 @@ def bradley_terry_toy(
     compared = (1 - np.eye(N)) / (N * (N - 1))
     tokens = np.ones(N, int) if length is None else np.asarray(length, int)
     return Toy(known, r, prefer, compared, tokens, np.eye(N) if features is None else np.asarray(features))
-
-
-def cyclic(strength: float = 2.0, reference: Sequence[float] | None = None) -> Toy:
-    """Return a toy of three responses that beat one another in a circle, so that no reward explains them.
-
-    strength: log-odds of each preference. The true rewards are 0.
-    """
-    toy = bradley_terry_toy(np.zeros(3).tolist(), reference)
-    circle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
-    return replace(toy, prefer=1 / (1 + np.exp(-strength * circle)))
 
 
 def log_softmax(logits: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
@@ -286,43 +277,42 @@ class DisplacementPath(NamedTuple):
     rejected: Float[np.ndarray, " n1"]
 
 
-def displacement_path(risk: Risk, toy: Toy, nats: float = 1.0, steps: int = 100) -> DisplacementPath:
-    """Follow the gradient from the reference until the mean margin is `nats`, or for ten times as many steps
-    as a straight way would take.
+def displacement_path(risk: Risk, toy: Toy) -> DisplacementPath:
+    """Follow the gradient from the reference until the mean margin is END_MARGIN, in steps of a hundredth of
+    it, or for ten times as many steps as a straight path would take.
     """
     weight = 2 * toy.compared * toy.prefer
     theta = np.zeros(toy.features.shape[1])
-    size, moved = nats / steps, [np.zeros(2)]
-    for _ in range(10 * steps):
+    size, moved = END_MARGIN / 100, [np.zeros(2)]
+    for _ in range(10 * 100):
         slope = risk.of_theta(theta)[1]
         if not np.abs(slope).max() > 1e-12:
             break
         theta = theta - size * slope / np.linalg.norm(slope)
         c = log_softmax(toy.reference + toy.features @ theta) - toy.reference
         moved.append(np.array([weight.sum(1) @ c, weight.sum(0) @ c]))
-        if moved[-1][0] - moved[-1][1] >= nats:
+        if moved[-1][0] - moved[-1][1] >= END_MARGIN:
             break
     return DisplacementPath(*np.array(moved).T)
 
 
-def displacement(path: DisplacementPath, nats: float = 1.0) -> Displacement | None:
-    """Return where a path ends; None if its margin does not rise to `nats`.
+def displacement(path: DisplacementPath) -> Displacement | None:
+    """Return where a path ends; None if its margin does not rise to END_MARGIN.
 
     Chosen responses may lose probability although the margin grows, where responses share features
     (Razin et al. 2024, arXiv:2410.08847).
     """
     chosen, rejected = float(path.chosen[-1]), float(path.rejected[-1])
-    return Displacement(chosen, rejected) if chosen - rejected >= nats else None
+    return Displacement(chosen, rejected) if chosen - rejected >= END_MARGIN else None
 
 
-def overlapping(overlap: float = 0.9, outside: int = 3, seed: int = 0) -> Toy:
-    """Return a toy of two responses that are compared and share most of their features, and others that are
-    in no pair.
+def overlapping(overlap: float = 0.9) -> Toy:
+    """Return a toy of two responses that are compared and share most of their features, and three others that
+    are in no pair. The reference prefers those three, and their features are random.
 
-    overlap: the cosine between the features of the two. outside: number of the others, which the reference
-    prefers and whose features are random.
+    overlap: the cosine between the features of the two.
     """
-    rng = np.random.default_rng(seed)
+    rng, outside = np.random.default_rng(0), 3
     N = 2 + outside
     basis = np.linalg.qr(rng.normal(size=(N + 1, N + 1)))[0]
     near = np.sqrt(overlap) * basis[0] + np.sqrt(1 - overlap) * basis[1:3]

@@ -107,12 +107,14 @@ class HeldOutPairs:
         return {own.name: list(getattr(self, own.name)) for own in fields(self)}
 
     def prompt_counts(self) -> tuple[int, int]:
-        """Return the numbers of prompts that select settings and that are compared."""
+        """Return (number of prompts that select settings, number of prompts on which losses are compared)."""
         known = dict(zip(self.prompts, self.tuning, strict=True))
         return sum(known.values()), len(known) - sum(known.values())
 
     def by_prompt(self, values: Sequence[float], tuning: bool) -> np.ndarray:
-        """Return the mean of each prompt's pairs, of the prompts that select settings or of the others."""
+        """Return the mean over each prompt's pairs, for the prompts that select settings if `tuning`,
+        otherwise for the other prompts.
+        """
         x, prompts = np.asarray(values, np.float64), np.asarray(self.prompts)
         chosen = np.asarray(self.tuning) == tuning
         numbers, inverse = np.unique(prompts[chosen], return_inverse=True)
@@ -395,7 +397,8 @@ class PairsEvaluation:
 
 
 def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str, Any]]) -> States:
-    """Return the states of a wave's trials: of their checkpoints, or at step 0 with the trials' numbers.
+    """Return the states of a wave's trials: read from their checkpoints, or made for step 0 with the trials'
+    numbers.
 
     done: the log. Raises ValueError if a file that the wave goes on from is not the one that it has.
     """
@@ -445,7 +448,7 @@ def check_state(checkpoint: Path, sha256: str) -> None:
 
 
 def state_sha256(checkpoint: Path) -> str:
-    """Return a hash of the arrays of a checkpoint, from its manifest. Raises ValueError if that is damaged."""
+    """Return a hash of a checkpoint's arrays, from its manifest. Raises ValueError if that is damaged."""
     try:
         leaves = manifest.read_manifest(checkpoint)["leaves"]
     except manifest.Corrupt as error:
@@ -461,7 +464,7 @@ def checkpoints_of(trial: Path) -> Checkpoints:
 
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
-    """Evaluate the held-out pairs; metrics: of the step before."""
+    """Evaluate the held-out pairs. metrics: metrics of the training step before."""
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     evaluations = []
     for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):

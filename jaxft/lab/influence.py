@@ -169,9 +169,11 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     state = parts.state if state is None else state
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     # a sharding on this mesh: an array that is put on a device keeps the type of its old mesh
-    arrays = jax.device_put((state.trainable, parts.frozen, state.aux), sharding.replicated(mesh))
+    trainable, frozen, aux = jax.device_put(
+        (state.trainable, parts.frozen, state.aux), sharding.replicated(mesh)
+    )
     names = np.asarray([source.split.rows.names[i] for i in source.split.train])
-    return _Opened(source, mesh, *arrays, names)
+    return _Opened(source, mesh, trainable, frozen, aux, names)
 
 
 # Margins that the other rows predict
@@ -187,7 +189,7 @@ def margins_of_rows(parts: Prepared, state: TrainState | None = None) -> Influen
 def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int = 0) -> MarginGradients:
     """Return the gradients of the margins of all training and held-out pairs.
 
-    state: of the run, after some of its steps; by default the state at step 0. seed: of the projection. Runs
+    state: the run's state after some steps, by default at step 0. seed: random seed of the projection. Runs
     on one device. Raises ValueError for a run of other data or another kind of objective, and without
     held-out rows.
     """

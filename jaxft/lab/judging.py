@@ -1,4 +1,4 @@
-"""Which of two models answers better: verdicts of judges on the same prompts, and what is chance in them.
+"""Which of two models answers better: verdicts of judges on the same prompts, and their significance.
 
 A judge compares two answers to a prompt, each pair in both orders. The value of a prompt is 1 if the first
 model wins, 0 if the other does, 1/2 for a tie, and the mean of both orders where a judge sees them. A prompt

@@ -153,9 +153,9 @@ def synthetic_pairs(
     """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs: a number or an array
     [N] per kind.
 
-    The log-prob of a response is spread evenly over its tokens, log sum_v p_v^2 is -1, columns are 1,
-    those of ZERO_COLUMNS 0. A response of length 0 is missing; a mean length is that of the N pairs. The
-    arrays are NumPy's. Raises ValueError if a pair has more than `reads` tokens.
+    The log-prob of a response is spread evenly over its tokens, log sum_v p_v^2 is -1, columns are 1, and
+    ZERO_COLUMNS 0. A response of length 0 is missing; the mean length is over the N pairs. The arrays are
+    NumPy's. Raises ValueError if a pair has more than `reads` tokens.
     """
     kinds = tuple(sorted(ratio))  # the order of a dict's keys after jax.jit
     given = [

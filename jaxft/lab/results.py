@@ -55,12 +55,6 @@ class FinalCurve:
     per_token: Float[np.ndarray, " E"]
     metrics: tuple[Mapping[str, float], ...]
 
-    def at_steps(self, steps: Sequence[int]) -> "FinalCurve":
-        """Return the curve with the evaluations after these steps alone."""
-        which = [self.steps.index(step) for step in steps]
-        metrics = tuple(self.metrics[n] for n in which)
-        return FinalCurve(tuple(steps), self.kl[which], self.values[which], self.per_token[which], metrics)
-
     @property
     def diverged(self) -> bool:
         """Whether no held-out prompt has a value after the last step."""
@@ -105,16 +99,8 @@ class LossOutcome:
 
     @property
     def final(self) -> Float[np.ndarray, "S P"]:
-        """Values after the last step, of each seed and compared prompt."""
+        """Return the values after the last step, one for each seed and compared prompt."""
         return np.stack([curve.values[-1] for curve in self.curves])
-
-    @property
-    def common_curves(self) -> tuple[FinalCurve, ...]:
-        """The curves at the steps after which all runs were evaluated: the run that was selected has further
-        ones, at the ends of its stages.
-        """
-        steps = sorted(set.intersection(*(set(curve.steps) for curve in self.curves)))
-        return tuple(curve.at_steps(steps) for curve in self.curves)
 
     @property
     def mean(self) -> float:
@@ -128,7 +114,7 @@ class LossOutcome:
         return min(curve.largest_kl for curve in self.curves)
 
     def at_kl(self, kl: float) -> Float[np.ndarray, "S P"]:
-        """Values where the KL is `kl`, of each seed and compared prompt."""
+        """Return the values at the KL `kl`, one for each seed and compared prompt."""
         return np.stack([curve.at_kl(kl) for curve in self.curves])
 
 
@@ -302,8 +288,18 @@ def _loss_outcome(
     values = sorted(-math.inf if x is None else x for x in scores)
     sensitivity = Sensitivity(step, values[-1], median(values), values[0])
     finals = [trial_folder(folder, label, winner["trial"], seed) for seed in seeds]
-    curves = tuple(final_curve(read_evaluations(final / EVALUATIONS), *compared) for final in finals)
+    curves = final_curves([read_evaluations(final / EVALUATIONS) for final in finals], *compared)
     return LossOutcome(label, winner["setting"], trials, sensitivity, curves)
+
+
+def final_curves(
+    runs: Sequence[Sequence[PairsEvaluation]], metric: str, pairs: HeldOutPairs
+) -> tuple[FinalCurve, ...]:
+    """Return the curve of each seed's run, at the steps that all of them have: the first seed's run has the
+    ends of the stages too.
+    """
+    common = set.intersection(*({e.step for e in run} for run in runs))
+    return tuple(final_curve([e for e in run if e.step in common], metric, pairs) for run in runs)
 
 
 def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: HeldOutPairs) -> FinalCurve:

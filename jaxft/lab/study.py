@@ -102,11 +102,11 @@ class Study:
     loss, and its loop.steps is the length of a full run. losses: by label. lr: learning rates that are
     searched, the same for every loss. trials: settings of each loss that are tried, with the first seed.
     keep: fraction of the trials that train on after each stage of successive halving; 1 trains all to the
-    end. seeds: of the final runs of each loss with its best setting; a seed determines the adapter at step 0
-    and the order of the rows. metric: of single held-out pairs, which selects a setting and is compared:
-    rewards/accuracies, or rewards/margins in nats. margin: the largest difference in it that does not matter,
-    for tests of equivalence; None for none. tuning: fraction of the held-out prompts that select settings;
-    the comparison reads the others. evaluations: of the held-out pairs during a full run.
+    end. seeds: the seeds of the final runs of each loss with its best setting; a seed determines the adapter
+    at step 0 and the order of the rows. metric: of single held-out pairs, which selects a setting and is
+    compared: rewards/accuracies, or rewards/margins in nats. margin: the largest difference in it that does
+    not matter, for tests of equivalence; None for none. tuning: fraction of the held-out prompts that select
+    settings; the comparison reads the others. evaluations: of the held-out pairs during a full run.
     """
 
     name: str
@@ -234,7 +234,7 @@ class Study:
 
     @property
     def steps_per_loss(self) -> int:
-        """Optimizer steps of each loss: of its trials, and of the final runs of the other seeds."""
+        """Number of optimizer steps for each loss: its trials, plus the final runs of the other seeds."""
         done = [0, *(rung.steps for rung in self.rungs)]
         search = sum(r.trials * (r.steps - before) for r, before in zip(self.rungs, done, strict=False))
         return search + (len(self.seeds) - 1) * (self.recipe.loop.steps or 0)
@@ -336,7 +336,7 @@ def digest_of(value: Any) -> str:
 
 
 def check_declared(folder: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError if a study is not what was declared before its first trial."""
+    """Raise ValueError if a study differs from its declaration before the first trial."""
     body = {name: value for name, value in known.items() if name != "digest"}
     if known.get("digest") != digest_of(body):
         raise ValueError(f"{folder}: the declaration was edited after it was written; choose another name=")

@@ -23,10 +23,10 @@ from jaxft.tree import Aux, Params, combine
 
 
 class TrainingNumbers(NamedTuple):
-    """The numbers by which a held-out loss is differentiated.
+    """The values with respect to which a held-out loss is differentiated.
 
-    knobs: of the loss, such as beta, by name; {} for none. weights [S]: of the sources, at least 0; only
-    their ratios matter.
+    knobs: the loss's knobs, such as beta, by name; {} for none. weights [S]: weights of the sources, at least
+    0; only their ratios matter.
     """
 
     knobs: dict[str, Float[Array, ""]]

@@ -21,7 +21,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints, verify
 from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.log import NullLog
-from jaxft.runs.manifest import NAME, Corrupt, named_leaves
+from jaxft.runs.manifest import NAME, Corrupt, check_files, named_leaves, read_manifest
 from jaxft.runs.metrics_log import (
     METRICS,
     check_chain,
@@ -30,6 +30,7 @@ from jaxft.runs.metrics_log import (
     format_line,
     read_entries,
     whole_lines,
+    without_perf,
 )
 from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import recorded_defaults
@@ -43,8 +44,8 @@ from jaxft.train.start_and_end import continued
 
 def record_problems(folder: Path) -> Iterator[str]:
     """Yield a line for each part of a record that is not as the run wrote it: the log, the files that its
-    digests name, weights, and checkpoints; of a sweep, of all members. Raises FileNotFoundError for a folder
-    without a log.
+    digests name, weights, and checkpoints; for a sweep, those of all members. Raises FileNotFoundError for a
+    folder without a log.
     """
     if (folder / DECLARATION).is_file():
         yield from _study_problems(folder)
@@ -69,6 +70,7 @@ def _checkpoint_problems(folder: Path) -> Iterator[str]:
     for checkpoint in sorted((folder / CHECKPOINTS).glob("*/" + NAME)):
         try:
             verify(checkpoint.parent)
+            check_files(checkpoint.parent, read_manifest(checkpoint.parent)["files"])
         except (Corrupt, ValueError, OSError) as error:
             yield f"{checkpoint.parent}: {error}"
 
@@ -130,7 +132,7 @@ def recompute_step(folder: Path, step: int) -> list[str]:
     Nothing is written. Raises ValueError if a bit differs, and for a run whose settings have changed, whose
     batches are sampled, or whose log has no entry of that step.
     """
-    logged = [_without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
+    logged = [without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
     if not logged:
         raise ValueError(f"{folder / METRICS}: has no training metrics of step {step}; choose a logged step")
     line = runfolder.read_record(folder).get("command", {}).get("line") or []
@@ -183,10 +185,6 @@ def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[s
         if (number + 1) % job.lead.run.loop.log_every == 0 or number + 1 == job.steps:
             numbers, _ = meters.read()
     return json.loads(format_line(step, numbers[0], {})), states
-
-
-def _without_perf(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != "perf"}
 
 
 def differing_leaves(one: Any, other: Any) -> list[str]:

@@ -76,7 +76,7 @@ class World:
         check_bounds(self, "world")
         if self.noise > 0.5:
             raise ValueError(f"world.noise={self.noise}; more than 0.5 is another world. Use at most 0.5")
-        if self.pairs < 2 or self.duplicates >= 1:
+        if self.duplicates >= 1:
             raise ValueError(f"world.duplicates={self.duplicates} leaves no row of its own; use less than 1")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -227,7 +227,7 @@ def completion_of(right: str, others: Sequence[str], rng: random.Random) -> str:
 
 
 def _spoilt_fields(fields: Mapping[str, Any], others: Sequence[str], rng: random.Random) -> str:
-    """Replace 0 to 3 values by those of other rows, or by null."""
+    """Replace 0 to 3 values by values of other rows, or by null."""
     out = dict(fields)
     names = list(out)
     for name in rng.sample(names, min(rng.choice((0, 0, 1, 1, 2, 3)), len(names))):

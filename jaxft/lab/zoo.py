@@ -183,7 +183,8 @@ class Line(NamedTuple):
 @dataclass(frozen=True)
 class Plot:
     """A picture of curves. levels: horizontal lines with a name. x_ticks: places and texts of the horizontal
-    axis, None for round numbers. y_range: None for that of the curves. wide: twice the size.
+    axis, None for round numbers. y_range: limits of the vertical axis, None to fit the curves. wide: twice
+    the size.
     """
 
     title: str

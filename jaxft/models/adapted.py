@@ -8,10 +8,10 @@ base, each with its adapter and head under its name: {"base", "adapter", "critic
 QERA), these models see that base together with the adapter as it is at step 0, "initial_adapter", which is
 frozen: with the residual base alone they would compute something else.
 
-The second, frozen model is a teacher, or a reference policy with weights of its own. Its parameters are named
-"teacher": {"base", "adapter"}, without "base" if it shares the run's. The run's base without an adapter has
-no parameters there and takes no memory. An objective reads it as it reads the run's model, with the same
-parameters and log-probs of both in one pass over the heads:
+The second, frozen model is a teacher, or a reference policy with separate weights. Its parameters are named
+"teacher": {"base", "adapter"}, without "base" if it shares the run's. A teacher that is the run's base
+without an adapter has no parameters and takes no memory. An objective reads it as it reads the run's model,
+with the same parameters and log-probs of both in one pass over the heads:
 
     heads = [HeadInput(one, params, one.hidden(params, batch)[0]) for one in (model, model.teacher)]
     student, teacher = read_logps_of_heads(heads, (batch.read, batch.targets))
@@ -157,10 +157,10 @@ class Viewed:
 
 def view(params: Params, name: str) -> Params:
     """Return the parameters of the critic, reward model or teacher `name`: its own, and the shared base
-    unless it has a base of its own. "viewed" names it, so that the run's model attaches its adapter as its
-    settings say.
+    unless it has a base of its own. The entry "viewed" names the model, so that the run's model applies the
+    settings of its adapter.
 
-    Its adapter then contains the pairs of "initial_adapter", if there are any.
+    The adapter of a model on the shared base also contains the pairs of "initial_adapter", if there are any.
     """
     viewed = {"base": params["base"], **params[name], "viewed": Viewed(name)}
     if "base" in params[name] or INITIAL_ADAPTER not in params:
@@ -216,7 +216,9 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
 
 
 def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:
-    """Return the model over parameters of these specs, of which `base(params)` are the model's."""
+    """Return the model as functions of parameters with these specs. base(params): the parameters that the
+    given model reads.
+    """
 
     def on_whole(fn: Callable) -> Callable:
         return lambda params, *rest, **kw: fn(base(params), *rest, **kw)
@@ -227,7 +229,7 @@ def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> M
 
 
 def adapted_like(model: Model, adapter: Params) -> Model:
-    """Return the model over {"base", "adapter"}, where the adapter has no settings: one of several of equal
+    """Return the model over {"base", "adapter"}, for an adapter without settings: one of several of equal
     shapes, see nn/adapters/lora_rows.py.
     """
     return replace(
@@ -251,9 +253,9 @@ def adapted_by_row(model: Model) -> Model:
 class Teacher:
     """Settings of a second, frozen language model; by default it is the run's base without its adapter.
 
-    start: a PEFT folder, or a run's, with an adapter that it has. adapter: the settings of that adapter.
-    weights: where a base of its own comes from (see weights.hf.hub); None shares the run's. model: the
-    architecture of `weights`. quant: how these are stored; None for the compute dtype.
+    start: a PEFT folder or a run's folder from which its adapter is loaded. adapter: the settings of that
+    adapter. weights: the checkpoint of a separate base (see weights.hf.hub); None shares the run's base.
+    model: the architecture of `weights`. quant: how `weights` are stored; None for the compute dtype.
 
         Teacher()  # the base
         Teacher(weights="org/large", model=model_for("org/large"), quant=Quant("nf4"))
@@ -272,20 +274,20 @@ class Teacher:
             raise ValueError("teacher.weights and teacher.model belong together; set both or neither")
         if self.quant and self.weights is None:
             raise ValueError(
-                f"teacher.quant={self.quant.kind} needs teacher.weights: the run's base, which the teacher "
-                "shares, is stored as quant says"
+                f"teacher.quant={self.quant.kind} needs teacher.weights, because this teacher shares the "
+                "run's base, whose storage the setting quant decides; set it, or remove teacher.quant"
             )
         if self.quant and self.quant.calibrate:
             raise ValueError("teacher.quant.calibrate: only the run's own base is calibrated; leave it out")
 
     @property
     def shares_base(self) -> bool:
-        """Whether its base is the run's."""
+        """Whether the teacher's base is the run's."""
         return self.weights is None
 
 
 def with_teacher(model: Model, teacher: Teacher | None) -> Model:
-    """Return the model with a second one, whose parameters are named "teacher"; itself without a teacher."""
+    """Return the model with a teacher, whose parameters are named "teacher"; itself if teacher is None."""
     if teacher is None:
         return model
     second = adapted(teacher.model or model, teacher.adapter)

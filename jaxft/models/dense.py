@@ -71,8 +71,9 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer of a stack's blocks. layer: computes it. mixer(config, attention settings of these layers): how
-    it mixes tokens. name: of its part of the stack's parameters, if a block has several layers.
+    """A layer of a stack's blocks. layer: the function that computes it. mixer(config, attention settings of
+    these layers): how it mixes tokens. name: the key of its parameters in the stack's, if a block has several
+    layers.
     """
 
     layer: LayerFunction
@@ -82,7 +83,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """Equal blocks of layers. name: of its parameters [blocks, ...] in the model's."""
+    """A stack of equal blocks of layers. name: key of its parameters [blocks, ...] in the model's."""
 
     name: str
     blocks: int
@@ -94,7 +95,7 @@ class DecoderSpec:
     """A family's parameters and functions, from which dense_model builds its Model.
 
     specs: the parameters. names: their tensor names in Hugging Face files. stacks: the layers. attention:
-    rope, window and soft cap of each layer of the model; None in its layout for a recurrent one. norm: the
+    rope, window and soft cap of each layer of the model; None in its layout for a recurrent layer. norm: the
     final norm. embed_scale: factor on the embeddings, None for 1. logits: (head parameters, h) -> logits.
     """
 
@@ -125,7 +126,7 @@ def one_stack(
 
 @dataclass(frozen=True)
 class Decoder:
-    """An architecture with its compute options, and its layers with them."""
+    """An architecture, its compute options, and its layers, built with these options."""
 
     options: ForwardOptions
     architecture: DecoderSpec
@@ -185,7 +186,9 @@ def _stacks(options: ForwardOptions, architecture: DecoderSpec, attention: Atten
 
 
 def _numbered(specs: Specs, stacks: Stacks) -> Specs:
-    """Return the specs with the numbers of their layers, if there are several stacks or layers of a block."""
+    """Return the specs with the numbers of their layers in the model, if there are several stacks, or several
+    layers in a block.
+    """
     if len(layers_of(stacks)) == 1:
         return specs
     numbers = {place.path: place.layer.numbers for place in layer_places(stacks)}
@@ -247,8 +250,8 @@ def hidden(
 
 
 def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[Array, "P T D"], PromptKeys]:
-    """Return hidden states [P, T, D] of left-padded prompts, and their cached arrays. new: the most tokens of
-    a completion.
+    """Return hidden states [P, T, D] of P left-padded prompts of T tokens, and their cached arrays. new: the
+    most tokens of a completion.
     """
     h = _embed(d, params, tokens.ids)
     h, parts = run_stacks(d.stacks, h, params, lambda _, mixer: mixer.prompts(tokens, new, h.dtype))
@@ -258,7 +261,7 @@ def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[
 def extend(
     d: Decoder, params: Params, cache: Cache, chunk: GivenChunk
 ) -> tuple[Float[Array, "r C D"], Cache]:
-    """Process a chunk of given tokens per row. Return hidden states [r, C, D] and the cache with them."""
+    """Process C given tokens in each of r rows. Return hidden states [r, C, D] and the cache with them."""
     h = _embed(d, params, chunk.ids)
     h, rows = run_stacks(d.stacks, h, params, lambda i, mixer: mixer.chunk(cache.part(i), chunk, h.dtype))
     return _final_norm(d, params, h), replace(cache, rows=rows)
@@ -267,7 +270,7 @@ def extend(
 def decode(
     d: Decoder, params: Params, cache: Cache, ids: Int[Array, " R"], at: NextToken
 ) -> tuple[Float[Array, "R D"], Cache]:
-    """Process one token per row. Return hidden states [R, D] and the cache with it."""
+    """Process one token in each of R rows. Return hidden states [R, D] and the cache with it."""
     h = _embed(d, params, ids[:, None])
     h, rows = run_stacks(d.stacks, h, params, lambda i, mixer: mixer.token(cache.part(i), at, h.dtype))
     return _final_norm(d, params, h)[:, 0], replace(cache, rows=rows)
@@ -276,7 +279,9 @@ def decode(
 def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
-    """Return a cache without any tokens. prompts: their number, and slots of each. rows: of `new` tokens."""
+    """Return an empty cache. prompts: (number of prompts, token slots of each). rows: number of rows, with
+    `new` token slots each.
+    """
     parts = [one.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for one in layers_of(d.stacks)]
     of_prompts, of_rows = zip(*parts, strict=True)
     return Cache(PromptKeys(of_prompts, jnp.zeros(prompts, bool)), of_rows, new)
@@ -298,7 +303,7 @@ def self_attention(
     keys: Any,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
 ) -> tuple[Float[Array, "B T D"], Extras]:
-    """Compute attention with its four projections. Return it and the extras of `attend`.
+    """Compute attention with its four projections. Return its output and the extras of `attend`.
 
     keys: the dropout keys of q, k, v and o; None disables dropout. norms(p, q [B, T, H, E], k [B, T, K, E]):
     applied to queries and keys before rope.

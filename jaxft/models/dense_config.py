@@ -23,10 +23,10 @@ ACTIVATIONS: dict[str, Activation] = {
 class DenseConfig:
     """Sizes and settings of a dense decoder. Families add their own fields in subclasses.
 
-    heads * head_dim may differ from width. tied: the embedding is also the head. rope: of all layers, or of
-    those with full attention in families with a second one. max_positions: tokens of the longest row.
-    activation: of the gated MLP; gelu is exact, gelu_tanh its tanh approximation. Raises ValueError for a
-    value out of range.
+    heads * head_dim may differ from width. tied: the embedding is also the head. rope: rope of all layers; in
+    families with a second one, of the layers with full attention. max_positions: tokens of the longest row.
+    activation: the gated MLP's activation; gelu is exact, gelu_tanh its tanh approximation. Raises ValueError
+    for a value out of range.
     """
 
     vocab: Size
@@ -164,7 +164,8 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
 
 
 def token_ids(value: Any, name: str, vocab: int) -> list[int]:
-    """Return the token ids of a setting in a JSON file: one, a list of them, or null. name: of the setting.
+    """Return the token ids of a setting in a JSON file: one, a list of them, or null. name: the setting, for
+    errors.
 
     Raises ValueError for an id that a vocabulary of this size does not have.
     """
@@ -490,8 +491,8 @@ def _parameters(rope: Rope, max_positions: int) -> Settings:
     """Return the object rope_parameters of transformers 5, without settings that have their default."""
     if rope.kind == "none":
         raise ValueError(
-            "rope_parameters in config.json cannot describe layers without RoPE; use a model type that lists "
-            "them elsewhere, such as smollm3"
+            "rope_parameters of config.json cannot describe a layer without RoPE; build the model with a "
+            "family whose configuration lists these layers, such as smollm3"
         )
     plain, out = Rope(kind="none"), Settings(rope_type=rope.kind, rope_theta=rope.theta)
     needed = NEEDED_BY_ROPE.get(rope.kind, ())

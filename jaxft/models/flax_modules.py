@@ -135,7 +135,7 @@ def trainable(module: NnxModel, pattern: str) -> Callable[[tuple, Any], bool]:
 
 
 class FlaxModel(nn.Module):
-    """A module from tokens to logits, in the model's dtype. param_dtype: of initialised parameters.
+    """A module from tokens to logits, in the model's dtype. param_dtype: dtype of initialised parameters.
 
     The leaves of `init(key, tokens)["params"]` are bit-equal to `init_params(model.specs, key, param_dtype)`.
     As a submodule of another Module it is initialised from the key that Flax derives from its path.

@@ -59,7 +59,7 @@ class ModelConfig(Protocol):
 
     @property
     def max_positions(self) -> int:
-        """The longest row."""
+        """Tokens of the longest row."""
 
 
 def no_scalar_head(params: Params, h: Array) -> Array:
@@ -78,8 +78,8 @@ class Model:
     stacks: the layers, see nn/stack.py, where run_layer computes a single one.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
-        of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and for the embeddings' noise of
-        NEFTune's alpha; None disables both. outputs: by name, [L, B, ...], {} for dense models; with the
+        of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and NEFTune's noise, whose alpha is
+        neftune; None disables both. outputs: by name, [L, B, ...], {} for dense models; with the
         values [L, ...] of observe(h before, h after a layer) -> {name: value}.
     embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
     head(params) -> the subtree of parameters that `logits` reads.
@@ -131,8 +131,8 @@ Config = TypeVar("Config", bound=ModelConfig)
 class ForwardOptions(Generic[Config]):
     """The compute options of a family's forward pass.
 
-    dtype: of activations and matmuls. residual: of the residual stream between layers. remat: a key of
-    nn.scan.REMAT.
+    dtype: dtype of activations and matmuls. residual: dtype of the residual stream between layers. remat: see
+    nn.stack.RematPolicy.
     """
 
     config: Config

@@ -20,10 +20,10 @@ from jaxft.tree import nearest
 class Family:
     """A family's functions and data.
 
-    config: the class of its configs. form: of its config.json. build(config, **options of dense_model) ->
-    Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a config, from the dict of a
-    config.json; it raises ValueError that names a missing or unsupported setting. write(config, form) -> the
-    dict of a config.json.
+    config: the class of its configs. form: how its config.json differs from other families'. build(config,
+    **options of dense_model) -> Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a
+    config, from the dict of a config.json; it raises ValueError that names a missing or unsupported setting.
+    write(config, form) -> the dict of a config.json.
     """
 
     config: type
@@ -142,7 +142,7 @@ def has_classifier(config: ModelConfig) -> bool:
 
 
 def with_vocab(model: Model, vocab: int) -> Model:
-    """Return the base model with a table of another number of rows."""
+    """Return the base model with an embedding table of `vocab` rows."""
     family = next(family for family in FAMILIES.values() if type(model.config) is family.config)
     config: Any = model.config
     return family.build(replace(config, vocab=vocab), dtype=model.dtype)
@@ -249,7 +249,7 @@ def refusal(hf: Mapping[str, Any], implemented: list[str]) -> str:
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     if inner in implemented:
         return (
-            f"{line}; its text decoder ({inner}) is supported: save it as a model of its own with "
+            f"{line}; its text decoder ({inner}) is supported: save it as a separate model with "
             "transformers, and load that"
         )
     return f"{line}; supported types: python scripts/help.py models"
@@ -263,10 +263,10 @@ class TextPart:
     """The text decoder of one multimodal model_type.
 
     decoders: model_types that text_config may have, each with the model_type of the equal text-only model;
-    the first is for a text_config without a model_type. prefix: of the names of the decoder's modules in
-    transformers' class. tied: whether the head is the embedding if the config.json does not state it. flat:
-    whether older files have the decoder's settings at the top level. ignored: settings that transformers
-    applies in the text-only model but not in the multimodal one.
+    the first is for a text_config without a model_type. prefix: what the names of the decoder's modules begin
+    with in transformers' class. tied: whether the head is the embedding if the config.json does not state it.
+    flat: whether older files have the decoder's settings at the top level. ignored: settings that
+    transformers applies in the text-only model but not in the multimodal one.
     """
 
     decoders: Mapping[str, str]
@@ -349,8 +349,8 @@ def text_part(hf: Mapping[str, Any]) -> TextPart | None:
 
 
 def text_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a multimodal checkpoint's text decoder. One of a text model is returned
-    unchanged.
+    """Return the config.json of a multimodal checkpoint's text decoder. The config.json of a text model is
+    returned unchanged.
 
     Raises ValueError if text_config is missing or not supported.
     """
@@ -384,7 +384,7 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
 def _refused(text: dict[str, Any], part: TextPart) -> str:
     kind, decoders = text["model_type"], list(dict.fromkeys(part.decoders.values()))
     if kind in FAMILIES:
-        return f"model_type {kind!r} is supported alone, but not in this one, which may have {decoders}"
+        return f"model_type {kind!r} is supported alone, but not as its decoder; use one of {decoders}"
     return refusal(text, decoders)
 
 
@@ -407,8 +407,8 @@ def _with_plain_rope(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_prefix(names: Iterable[str]) -> str | None:
-    """Return the prefix of the decoder's tensors in the files of a model or of an adapter on it; None if
-    they have none of it.
+    """Return the prefix of the decoder's tensors in the files of a model or of an adapter on it; None if no
+    name is the decoder's.
     """
     names = list(names)
     plain = ("model.layers.", "model.embed_tokens.", "model.norm.")  # as in Qwen2-VL's first files

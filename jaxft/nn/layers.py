@@ -72,7 +72,7 @@ _take.defvjp(lambda table, ids, dtype: (_take(table, ids, dtype), (table, ids)),
 
 
 def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Return the term that the adapter of a table, or with `rows` of each row, adds to embeddings."""
+    """Return the term that a table's adapter, or with `rows` the adapter of each row, adds to embeddings."""
     if table.rows is None:
         a = sharding.constrain(table.a, None, "rank")
         low = _take(a, ids, dtype) * table.scale.astype(dtype)
@@ -85,7 +85,7 @@ def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> 
 def with_token_rows(
     h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Return embeddings with the replaced rows of tokens that have some."""
+    """Return embeddings in which tokens with a trained row have that row."""
     order = np.argsort(table.ids)
     ordered = jnp.asarray(np.asarray(table.ids)[order], ids.dtype)
     at = jnp.minimum(jnp.searchsorted(ordered, ids), len(order) - 1)

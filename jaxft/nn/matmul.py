@@ -3,7 +3,7 @@
 Contractions accumulate in float32 or wider, in the way that is fastest on the device; 16-bit floats that are
 stacked or concatenated are raw bits, which XLA's CPU compiler does not widen. Frozen E4M3 weights are
 multiplied in FP8 on devices that have such matmuls. A tap on a weight collects its inputs while a layer is
-traced, which the layer's outputs may then contain.
+traced, so that the layer can return values computed from them.
 """
 
 import math
@@ -120,14 +120,14 @@ def expand_after(w: Weight, x: Array) -> Array:
 
 
 def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "... O"]:
-    """Return `x @ w` as `out`, in FP8 where w is multiplied so."""
+    """Return `x @ w` in dtype `out`, multiplied in FP8 if multiplies_in_fp8(w)."""
     if multiplies_in_fp8(w):
         return times_in_fp8(x, w).astype(out)
     return dot(x, expand_after(w, x), (-1, 0), out)
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` as `out`, the gradient by the input of `times`, in FP8 where w is multiplied so."""
+    """Return `g @ w^T` in dtype `out`: the gradient of `times` by its input, in FP8 where `times` is."""
     if multiplies_in_fp8(w):
         return times_transposed_in_fp8(g, w).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
@@ -203,9 +203,9 @@ def matmul(
     dtype.
 
     w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
-    that no dequantised copy is a residual; or it is multiplied in FP8 (nn/matmul.py), but not for a `wide`
-    result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the fast path
-    of every backend), and the gradient of a weight has the precision of the accumulator.
+    that no dequantised copy is a residual; or it is multiplied in FP8 (multiplies_in_fp8), but not for a
+    `wide` result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the
+    fast path of every backend), and the gradient of a weight has the precision of the accumulator.
     """
     if not (transposed or wide):
         return times(x, w, x.dtype)
@@ -290,8 +290,8 @@ def _input_gradients_joined(g, w, b):
 
 
 def _input_gradients(g, w, b):
-    """The same by two matmuls: where these run at full rate, concatenating and splitting cost time and
-    memory.
+    """Return `g w^T` and `g b^T` by two matmuls: where these run at full rate, concatenating and splitting
+    cost time and memory.
     """
     return times_transposed(g, w, g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
@@ -386,16 +386,16 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
 
 
 class Tapped:
-    """The inputs that taps have collected of the layer that is traced."""
+    """The inputs that taps collect while a layer is traced."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Float[Array, "... I"]] = {}
 
     def take(self) -> dict[str, Float[Array, "... I"]]:
-        """Return the inputs of the layer's tapped weights by the names of the taps, and forget them.
+        """Return the collected inputs by the names of their taps, and clear the collection.
 
-        They are tracers: the function of the layer, or the `observe` of a scan over layers, has to call this
-        and to return what it computes from them.
+        The inputs are tracers, valid only while the layer is traced. So the function of the layer, or the
+        `observe` of a scan over layers, must call this and return the values it computes from them.
         """
         taken, self.inputs = self.inputs, {}
         return taken
@@ -403,7 +403,7 @@ class Tapped:
 
 @struct
 class InputTap:
-    """A weight [I, O] of which every matmul puts its input into `tapped` under `name`."""
+    """A weight [I, O] with a tap: every matmul with it stores its input in `tapped` under `name`."""
 
     weight: Any
     name: str = static()

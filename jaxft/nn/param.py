@@ -120,8 +120,8 @@ def is_spec(x: Any) -> bool:
 
 
 def layer_numbers(spec: ParamSpec) -> range:
-    """Return which layers of the model are along a parameter's "layers" axis: all of them, unless it is part
-    of one of several stacks. Empty without that axis.
+    """Return the numbers in the model of the layers along a parameter's "layers" axis: 0, 1, ... unless the
+    spec has `numbers`, as in models with several stacks. Empty without that axis.
     """
     sizes = dict(zip(spec.axes, spec.shape, strict=True))
     return range(sizes.get("layers", 0)) if spec.numbers is None else spec.numbers

@@ -76,10 +76,10 @@ class Quant:
 
 
 def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quant | None:
-    """Return the settings of a kind, or without one those in the record of a run.
+    """Return the quantisation of `kind`; with kind=None, the one in a run's record (config.json).
 
-    A run with one of RESIDUAL_INITS has another quantised base than the files; its exported adapter is for
-    the base in its own precision, so these are None.
+    None for a record whose adapter.init is one of RESIDUAL_INITS: that run quantised a changed base, and its
+    exported adapter is for the unquantised base.
     """
     if kind is not None:
         return Quant.parse(kind)
@@ -240,7 +240,7 @@ def _columns(weight: Any) -> int:
 
 
 def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, Any]:
-    """Return (packed codes, scales, offsets) of a weight; scale: already known scales, or None."""
+    """Return (packed codes, scales, offsets) of a weight. scale: its scales; None computes them."""
     *lead, ins, outs = weight.shape
     step = _columns(weight)
     if isinstance(weight, np.ndarray) and step < outs:

@@ -252,11 +252,11 @@ def decode_scales(
 class Format:
     """A number format of quantised weights.
 
-    bits: of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale, None
-    for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
+    bits: bits of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale,
+    None for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
     scale_dtype: stores scales and offsets exactly. scale: blocks of finite float32 -> (scales, offsets).
     nearest: (float32 values, scales, offsets) -> codes. decode: codes -> float32 multiples of the scale.
-    code_dtype: of codes.
+    code_dtype: dtype of the stored codes.
     """
 
     bits: int
@@ -348,4 +348,7 @@ def check_range(x: Any) -> None:
         wrong = ~(np.abs(host.astype(np.float32)) < LARGEST)
         first = tuple(int(i[0]) for i in np.nonzero(wrong))
         where = f"the first {float(host[first])} at {first}"
-        raise ValueError(f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, {where}")
+        raise ValueError(
+            f"{int(wrong.sum())} of {wrong.size} values are not finite or too large, {where}; correct the "
+            "weight, or set quant=none"
+        )

@@ -191,8 +191,8 @@ def _llama3(rope: Rope, freqs: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, freqs: np.ndarray) -> np.ndarray:
-    """Divide by the factor the frequencies with fewer than beta_slow turns in the original length, keep those
-    with more than beta_fast turns, and interpolate linearly in between.
+    """Divide by the factor the frequencies with fewer than beta_slow turns in the original length, keep
+    frequencies with more than beta_fast turns, and interpolate linearly in between.
     """
     dims = 2 * len(freqs)
 

@@ -40,9 +40,9 @@ def _nothing(carry: Any, values: Any) -> None:
 class Pass(NamedTuple):
     """The token mixing of some layers in one pass over a model.
 
-    mix(x, carry): returns the Mix of a layer. xs: [L, ...], of which each layer gets its x. carry: goes from
-    layer to layer; in generation `Extras.cached` of a layer is (carry, value), and end(carry, values
-    [L, ...]) returns what is cached after the pass, by default nothing.
+    mix(x, carry) -> the Mix of a layer. xs [L, ...]: a layer gets its entry as x. carry: passed from layer to
+    layer. In generation a layer's `Extras.cached` is (carry, value), and end(carry, values [L, ...]) -> the
+    cache after the pass, by default None.
     """
 
     mix: Callable[[Any, Any], Mix]
@@ -54,12 +54,12 @@ class Pass(NamedTuple):
 class Mixer(NamedTuple):
     """The token mixing of layers and their part of a cache: attention (attention_mixer.py), or a recurrence.
 
-    rows(tokens, dtype) -> Pass over rows of texts, in training. prompts(tokens, new, dtype) -> Pass over
-    left-padded prompts (segment 0 is padding) whose end returns their part of a cache; new: the most tokens
-    of a completion. token(cache, at, dtype), chunk(cache, chunk, dtype) -> Pass over one token of every row,
-    or some tokens of some rows, whose end returns the rows' part; cache: with the parts of these layers
-    alone. empty((prompts, slots), (rows, tokens), dtype, stored) -> the parts of prompts and of rows without
-    any tokens.
+    Training: rows(tokens, dtype) -> Pass over rows of texts. Generation, where `cache` has the parts of these
+    layers alone: prompts(tokens, new, dtype) -> Pass over left-padded prompts (segment 0 is padding), whose
+    end returns the prompts' part; new: the most tokens of a completion. token(cache, at, dtype) -> Pass over
+    one token of every row; chunk(cache, chunk, dtype) -> over some tokens of some rows; their ends return the
+    rows' part. empty((prompts, slots), (rows, tokens), dtype, stored) -> (prompts' part, rows' part) without
+    tokens.
     """
 
     rows: Callable[[Batch, DTypeLike], Pass]
@@ -71,8 +71,8 @@ class Mixer(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """A layer of a block. name: the key of its parameters in the block's; "" if it is the only one. numbers:
-    which layers of the model it is in the stack's blocks.
+    """A layer of a block. name: the key of its parameters among the block's; "" if it is the only layer.
+    numbers: its number in the model, for each block of the stack.
     """
 
     layer: Layer
@@ -87,7 +87,9 @@ class BlockLayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal blocks of layers that one scan runs. name: of its parameters, [blocks, ...], in the model's."""
+    """Equal blocks of layers that one scan runs. name: key of its parameters [blocks, ...] in the model's
+    parameters.
+    """
 
     name: str
     layers: tuple[BlockLayer, ...]
@@ -175,9 +177,9 @@ class RowOptions:
 
 @struct
 class LayerMean:
-    """A mean that layers have among their outputs and objectives log: its two sums over each row, [B].
+    """A mean that a layer outputs and objectives log, as two sums over each row, [B].
 
-    numbers: of the layers, once they are stacked.
+    numbers: the layers' numbers in the model, after the outputs of several layers are stacked.
     """
 
     total: Any
@@ -299,7 +301,7 @@ def run_layer(
 ) -> tuple[Float[Array, "B T D"], LayerOutputs]:
     """Return the residual stream after one layer, and the layer's outputs.
 
-    params: its parameters, without the stacked axis. index: of its block in the stack.
+    params: its parameters, without the stacked axis. index: number of its block in the stack.
     """
     rows = layer.mixer.rows(tokens, h_BTD.dtype)
     xs = jax.tree.map(lambda x: jnp.asarray(x)[index], rows.xs)
@@ -345,7 +347,7 @@ FLOATS_OF_SIZE: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.f
 
 
 class CallCount:
-    """Counts the uses of FusedLayers in a forward pass: their cotangents are right after exactly one."""
+    """Counts the uses of FusedLayers in a forward pass: their cotangents are correct for exactly one use."""
 
     def __init__(self) -> None:
         self.count = 0

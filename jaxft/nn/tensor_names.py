@@ -131,15 +131,15 @@ def is_name(text: str) -> bool:
 
 
 def is_saved(listed: str, module: str) -> bool:
-    """Whether a name of modules_to_save selects a module by its Hugging Face name: it is the end of that
-    name, or of a module's around it ("mlp" all layers of the MLP), as in PEFT.
+    """Whether an entry of modules_to_save selects a module by its Hugging Face name, as in PEFT: the name of
+    the module, or of a module that contains it, ends with the entry ("mlp" selects all layers of the MLP).
     """
     parts = module.split(".")
     return any(".".join(parts[: n + 1]).endswith(listed) for n in range(len(parts)))
 
 
 def name_ends(names: ModuleNames) -> list[str]:
-    """Return the ends of a module's names that follow a dot, and the names themselves."""
+    """Return a module's names and all their ends after a dot: a.b.c, b.c and c."""
     parts = [name.split(".") for name in names]
     return [".".join(one[n:]) for one in parts for n in range(len(one))]
 

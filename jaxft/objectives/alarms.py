@@ -222,7 +222,7 @@ def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare the final held-out accuracy with that of always preferring the longer, or the shorter,
+    """Compare the final held-out accuracy with the accuracy of always preferring the longer, or the shorter,
     response. accuracy: the metric's name.
     """
     reached, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
@@ -335,7 +335,7 @@ def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> 
         return Alarms({**memory, "streak": streak}, [], [])
     alarm = (
         f"most completions of the last {streak} logged steps reached data.max_new without an end token, so "
-        "that rewards see unfinished text. Write a larger max_new=, or check that the model has an end token"
+        "that rewards see unfinished text. Raise data.max_new, or check that the model has an end token"
     )
     return Alarms({**memory, "streak": streak, "next": REPEAT * streak}, [], [alarm])
 

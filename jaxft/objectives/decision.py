@@ -65,8 +65,8 @@ def brier(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
 
 
 def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]) -> Float[Array, "B M C"]:
-    """Return the log-softmax over the choices of each decision. choices: indices of U, -1 for none, which
-    gets NONE.
+    """Return the log-softmax over the choices of each decision. choices: indices into U, -1 for no
+    choice, whose logit is NONE.
     """
     of_choices = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
     return jax.nn.log_softmax(jnp.where(choices >= 0, of_choices, jnp.asarray(NONE, of_choices.dtype)), -1)

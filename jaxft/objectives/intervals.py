@@ -32,8 +32,8 @@ class Interval(NamedTuple):
 class Paired(NamedTuple):
     """The mean difference of two models on the same rows.
 
-    rows: their number. p: of the sign test, None for values that are no fractions. distinguishable: the
-    difference is unlikely to be chance.
+    rows: number of rows. p: p-value of the sign test, None if the values are not fractions. distinguishable:
+    the difference is unlikely to be chance.
     """
 
     rows: int
@@ -43,7 +43,7 @@ class Paired(NamedTuple):
 
     @property
     def distinguishable(self) -> bool:
-        """Whether p < 0.05, or without p whether the interval leaves out 0."""
+        """Whether p < 0.05, or without p whether the interval excludes 0."""
         return not self.interval.has(0) if self.p is None else self.p < 1 - LEVEL
 
     def text(self, unit: str = "rows") -> str:
@@ -61,7 +61,7 @@ def wilson(fraction: float, count: float) -> Interval:
     covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). Of values
     between 0 and 1 that are not all 0 or 1, such as ties that count 1/2, it is somewhat too wide.
 
-    [NaN, NaN] of NaN, the accuracy of a model that is not finite.
+    Returns [NaN, NaN] for NaN, such as the accuracy of a model whose outputs are not finite.
     """
     if math.isnan(fraction):
         return Interval(math.nan, math.nan)
@@ -78,8 +78,8 @@ def sign_test(wins: int, losses: int) -> float:
     """Return the two-sided p-value that wins and losses are equally likely: min(1, 2 P(X <= min(wins,
     losses))), X ~ Binomial(wins + losses, 1/2).
 
-    Of two models' correct answers on the same rows this is McNemar's exact test (McNemar 1947, Psychometrika
-    12, 153-157): only rows that one of them has right and the other wrong count.
+    For two models on the same rows this is McNemar's exact test (McNemar 1947, Psychometrika 12, 153-157):
+    only the rows count on which one model is right and the other wrong.
     """
     n, least = wins + losses, min(wins, losses)
     tail = sum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(least + 1))
@@ -112,7 +112,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
 
 def interval_of(values: Sequence[float]) -> Interval:
     """Return the interval of the mean of a value per row: Wilson's if all are 0, 1 or 1/2, else Student's.
-    NaN is no value.
+    NaN values are left out.
     """
     known = [x for x in values if not math.isnan(x)]
     return wilson(float(np.mean(known)), len(known)) if _are_wins(known) else mean_interval(known)

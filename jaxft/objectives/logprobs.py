@@ -99,8 +99,8 @@ def _given(x: Float[Array, "..."] | None) -> Float[Array, "..."]:
     """Return x. Raises ValueError for None: a sweep's forward pass follows its first member."""
     if x is None:
         raise ValueError(
-            "label_smoothing or z_loss of a member of a sweep needs the first member to have it too; list "
-            "the members so, or train this one alone"
+            "a sweep member sets label_smoothing or z_loss, but the sweep's first member does not, and all "
+            "members share its forward pass; make a member that sets it the first, or train this one alone"
         )
     return x
 
@@ -208,10 +208,10 @@ def weighted_loss(
     weights: Float[Array, "B M"],
     loss: TargetLoss = CROSS_ENTROPY,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """(sum of weights * loss of a token, LogProbs without gradient): token_logps for a loss of each token
-    that is known beforehand.
+    """Return (sum of weights * the loss of each token, LogProbs without gradient).
 
-    The head's gradient too is then computed while a chunk's logits exist, and nothing runs twice.
+    Unlike token_logps it knows the loss, so it also computes the head's gradient while a chunk's logits
+    exist, and the backward pass recomputes nothing.
     """
     plan, pad = _plan([HeadInput(model, params, h_BMD)], ("logp",))
     plan, padded = replace(plan, loss=loss), (_padded(x, pad) for x in (h_BMD, targets, weights))
@@ -279,7 +279,7 @@ def _axes(specs: Specs, head: Params) -> Axes:
 
 
 def _gather(head: Params, axes: Axes, dtype: DTypeLike) -> Params:
-    """The head gathered for matmuls in `dtype`: rounded to that before it is gathered, then in its own."""
+    """Return the head gathered for matmuls in `dtype`: rounded to `dtype`, moved and cast back."""
     leaves, structure = jax.tree.flatten(head)
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:

@@ -98,14 +98,14 @@ class PerLayer:
 
 @struct
 class Max:
-    """The largest value."""
+    """The largest value over all parts that are added."""
 
     value: Stored
 
 
 @struct
 class Min:
-    """The smallest value."""
+    """The smallest value over all parts that are added."""
 
     value: Stored
 
@@ -257,7 +257,7 @@ Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | Calibrati
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """Combine the metrics of two parts of a batch; join_rows does values of single rows."""
+    """Combine the metrics of two parts of a batch, other than per-row values (see join_rows)."""
     return {name: _add(a[name], b[name]) for name in a}
 
 
@@ -279,7 +279,7 @@ def join_rows(parts: Sequence[Metrics]) -> Metrics:
 
 
 def neutral(like: Metrics) -> Metrics:
-    """Return the metrics of no rows, with the shapes and dtypes of `like` (arrays or abstract ones)."""
+    """Return metrics that `add` leaves without effect, with the shapes and dtypes of `like`."""
 
     def neutral_of(m: Any) -> Metric:
         if isinstance(m, (*SUMS, PerRow)):
@@ -299,7 +299,7 @@ def by_layer(metrics: Metrics) -> Metrics:
 
 
 def as_ties(metrics: Metrics) -> Metrics:
-    """Replace metrics of pairs by those of ties, for pairs whose margins differ by rounding only."""
+    """Count all pairs as ties in the metrics: their margins differ only by rounding."""
 
     def tied(m: Any) -> Any:
         if isinstance(m, WinRate):
@@ -335,7 +335,7 @@ def pair_counts(metrics: Metrics) -> FloatMetrics:
 
 
 class Count(NamedTuple):
-    """The number of pairs or prompts that a fraction is of."""
+    """The number of pairs or prompts behind a fraction."""
 
     number: float
     unit: str
@@ -357,8 +357,8 @@ def without_count(name: str) -> str:
 
 
 def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
-    """Return the values of each row that evaluation computes, by the position of the row; with WEIGHT, that
-    of its loss among all rows.
+    """Return the per-row values of an evaluation, {position of the row: {name: value}}. WEIGHT is the weight
+    of the row's loss among all rows.
     """
     rows: dict[int, FloatMetrics] = {}
     for name, m in jax.device_get(metrics).items():

@@ -21,8 +21,8 @@ ReferenceKind = Literal["none", "start", "moving", "precomputed", "teacher"]
 
 
 class Scores(NamedTuple):
-    """Values per read position [B, M] that a rollout records before its batches are trained on, on the host
-    per sampled token [n, S]; None where there is none.
+    """Values that a rollout records before it is trained on: per read position [B, M] in programs, per
+    sampled token [n, S] on the host. None for a value that the objective does not have.
     """
 
     logps: Float[Any, "B M"] | None = None  # of the policy
@@ -122,7 +122,7 @@ class Objective(NamedTuple):
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.
     eval_loss: the loss of held-out rows, perhaps with values of single rows among its metrics, None for
-        `loss`; eval_one_pass: the same as `one_pass` is of `loss`. text: the objective that evaluates general
+        `loss`; eval_one_pass: the one_pass of eval_loss. text: the objective that evaluates general
         text, None for this one. one_pass(params, batch, key, aux) -> (loss, metrics): the same result as
         loss(forward(...)) at less cost; None to compute it so.
 
@@ -162,7 +162,7 @@ class Objective(NamedTuple):
         return self.loss(self.forward(params, batch, key, aux), aux)
 
     def for_evaluation(self) -> "Objective":
-        """Return the objective with the loss of held-out rows as its loss."""
+        """Return the objective for held-out rows: `eval_loss`, if it has one, replaces `loss`."""
         if self.eval_loss is None:
             return self
         return self._replace(loss=self.eval_loss, one_pass=self.eval_one_pass)

@@ -310,7 +310,7 @@ def declaration(loss: Callable[..., Array]) -> PreferenceLoss:
 
 
 def loss_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Any:
-    """Call a loss with the pairs and, if it couples them, its state. The result is not checked."""
+    """Call a loss with the pairs and, if it couples them, its state. The result's shape is not checked."""
     return loss(pair, state=state) if declaration(loss).coupled else loss(pair)
 
 

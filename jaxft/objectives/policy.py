@@ -95,7 +95,8 @@ def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollo
     """Return the critic's weighted loss and its metrics. Raises ValueError if the batch lacks a field."""
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
         raise ValueError(
-            "a critic needs values, returns and value_weights in the batch. Let the rollout compute them"
+            "a critic needs values, returns and value_weights in the batch. Take batches from "
+            "rl.rollout.Rollouts, which compute them"
         )
     chex.assert_equal_shape([values, batch.values, batch.returns, batch.value_weights])
     weights = batch.value_weights.astype(values.dtype)
@@ -275,8 +276,8 @@ def echo(
         value, metrics = inner.loss(outputs, aux)
         if outputs.batch.observation_weights is None:
             raise ValueError(
-                "ECHO needs observation_weights in the batch. Let the rollout compute them "
-                "(Rollouts.observations)"
+                "ECHO needs observation_weights in the batch. Take batches from "
+                "rl.rollout.Rollouts(observations=True), which compute them"
             )
         weights = outputs.batch.observation_weights.astype(outputs.logp.dtype)
         cost = -jnp.sum(jnp.where(weights != 0, weights * outputs.logp, 0))
@@ -358,8 +359,8 @@ def _policy_terms(
     if penalty:
         if batch.reference is None:
             raise ValueError(
-                "a KL penalty needs the reference's log-probs in the batch. "
-                "Let the rollout compute them or set beta=0"
+                "a KL penalty needs the reference's log-probs in the batch. Take batches from "
+                "rl.rollout.Rollouts, which compute them, or set beta=0"
             )
         if not isinstance(penalty, KLInReward):
             coef = aux[KL_COEF].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef
@@ -387,8 +388,8 @@ def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]
 
 
 def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> Metrics:
-    """Distance to the sampling policy and clipped fractions over the tokens with a policy weight; the entropy
-    of all.
+    """Return the distance to the sampling policy and the clipped fractions, over the tokens with a policy
+    weight, and the entropy over all tokens.
 
     clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no gradient
     although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and high_max

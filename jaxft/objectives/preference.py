@@ -241,7 +241,9 @@ def reference_head(
     params, aux = trees
     if kind == "teacher":
         if model.teacher is None:
-            raise ValueError("the reference is the run's teacher, but the run has none. Set teacher")
+            raise ValueError(
+                "the reference is the run's teacher, but the run has none. Set Run.teacher (reference_model=)"
+            )
         model = model.teacher
     else:
         params = reference_params(params, aux)
@@ -250,8 +252,8 @@ def reference_head(
 
 
 def reference_params(params: Params, aux: Aux) -> Params:
-    """Return the reference's parameters: the copy in aux, or the base without the adapter, with the initial
-    one if there is one.
+    """Return the reference's parameters: the copy in aux, or else the base without the trained adapter (with
+    a frozen initial adapter, if the run has one).
     """
     if "reference" in aux:
         return tree.combine(aux["reference"], stack.unfused(params))
@@ -267,7 +269,7 @@ def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Au
 
 
 def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
-    """aux for a moving reference at step 0, whose adapters get room for blends if it is ever a blend."""
+    """Return aux at step 0 for a moving reference. With alpha < 1 its adapters are widened_pairs."""
     reference = jax.tree.map(jnp.copy, trainable)
     if ema.alpha < 1:
         reference = widened_pairs(reference)
@@ -356,11 +358,12 @@ def widened_pairs(params: Params) -> Params:
     """Return the tree with the rank of every (a, b) pair multiplied by RANKS, padded with zeros: room for
     blends.
 
-    A pair of which only one side is there is left as it is. Raises ValueError for DoRA.
+    A pair that lacks one of its sides is left as it is. Raises ValueError for DoRA.
     """
     if isinstance(params, dict) and params.get("magnitude") is not None:
         raise ValueError(
-            "a mean of DoRA adapters is no adapter of a low rank; set adapter.dora=false, or moving=none"
+            "a moving reference averages adapters, and a mean of DoRA adapters has no low rank; set "
+            "adapter.dora=false, or moving=none"
         )
     if _is_pair(params):
         return padded_pair(params, RANKS * params["a"].shape[-1])

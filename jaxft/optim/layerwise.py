@@ -56,8 +56,8 @@ class LayerParts(NamedTuple):
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer states of a layerwise optimizer: of the stacked leaves (see joined_states), of the other
-    leaves, and of each large matrix.
+    """Optimizer states of a layerwise optimizer: one for the stacked leaves (see joined_states), one for the
+    other leaves, and one for each large matrix.
     """
 
     layers: OptState
@@ -224,7 +224,7 @@ def _split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Par
 
 
 def joined_states(states: list[OptState]) -> OptState:
-    """Join the optimizer states of all stacks: a tuple, a single state as it is, None for no stack."""
+    """Join the optimizer states of all stacks: None for no stack, the state for one, a tuple for several."""
     return states[0] if len(states) == 1 else tuple(states) or None
 
 
@@ -297,7 +297,7 @@ def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Ar
 
 
 def _row_pieces(grads: Grads) -> int:
-    """The number of pieces that the rows of a large matrix are updated in; 1 on a mesh."""
+    """Return in how many pieces the rows of a large matrix are updated; 1 on a mesh."""
     matrix = jax.tree.leaves(grads)[0]
     if sharding.is_multi_device():
         return 1

@@ -1,7 +1,7 @@
 """AdamW with moments in 8-bit blocks, or in bfloat16 with stochastic rounding.
 
-`optim.optimizer=adamw_8bit` needs a quarter of the memory of Adam's float32
-moments, `adamw_bf16` half of it.
+Compared with Adam's float32 moments, `optim.optimizer=adamw_8bit` needs a quarter of the memory, `adamw_bf16`
+half.
 """
 
 import math
@@ -33,8 +33,8 @@ POSITIVE_BOUNDS = (POSITIVE[:-1] + POSITIVE[1:]) * np.float32(0.5)
 class Codes:
     """A float32 array in blocks of 8 bits: `table[codes] * absmax of the block`.
 
-    The format is from Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, so that they
-    are sharded as it is; absmax: float32 [rows, blocks].
+    The format is from Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, sharded
+    like the array; absmax: float32 [rows, blocks].
     """
 
     codes: UInt8[Array, "..."]

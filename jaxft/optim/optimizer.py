@@ -101,29 +101,28 @@ MakeSchedule = Annotated[Callable[..., optax.Schedule], ShortNames.of(SCHEDULES)
 class Optim:
     """Optimizer settings.
 
-    lr: the highest learning rate, after the warmup. optimizer: a function of rules.py or
-    low_precision.py, one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs,
-    weight_decay, **hyper) -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword
-    arguments. b1: decay of the average of gradients; none for the optimizer's default, 0.9 of AdamW and Lion.
-    b2: decay of the average of their squares; none for the optimizer's default, 0.999 of AdamW and 0.99 of
-    Lion. eps: added to the root of the average square; none for the optimizer's default, 1e-8 of AdamW.
-    weight_decay: decoupled, of matrices only, the embedding table included (see rules.decay_mask).
-    optimizer_kwargs: further arguments of the optimizer, pairs of a name and a value. schedule: one of
-    schedules.py or your own. schedule_kwargs: its options, such as decay:0.1. warmup: how many
-    steps have a rising learning rate, below 1 as a fraction of all steps. end: the schedule's last value as a
-    fraction of lr. clip: largest global gradient norm, None for no clipping.
-    lr_groups: (path pattern, factor) pairs; a leaf's updates are multiplied by the factor of the first
-    pattern that matches it. lora_plus: learning rate of the LoRA matrices b as a multiple of the matrices a's
-    (LoRA+, Hayou et al. 2024, arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups
-    matches. As in PEFT, it applies to an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on
-    the embedding table has 1e-6. ema: decay of a moving average of the trained weights, which is evaluated
-    and exported in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D
-    standard deviations above the mean of the N steps before it, see skip_spikes. layerwise: update
-    stacked layers one after the other, so that only one layer's updates are in memory; results are the same,
-    except for the random bits of stochastic rounding. fused_backward: update layers inside the backward pass,
-    so that only one layer's gradient is in memory. It needs one microbatch per step and clip=none, since the
-    global norm is known only at the end; if a gradient or an update is not finite, the layers above it have
-    been updated already.
+    lr: the highest learning rate, after the warmup. optimizer: a function of rules.py or low_precision.py,
+    one of optax such as `optax:lamb`, or your own. It is called as `(schedule, specs, weight_decay, **hyper)
+    -> UpdateRule | optax.GradientTransformation` with its hyper-parameters as keyword arguments. b1: decay of
+    the average of gradients; none for the optimizer's default, 0.9 of AdamW and Lion. b2: decay of the
+    average of squared gradients; none for the optimizer's default, 0.999 of AdamW and 0.99 of Lion. eps:
+    added to the root of the average square; none for the optimizer's default, 1e-8 of AdamW. weight_decay:
+    decoupled, of matrices only, the embedding table included (see rules.decay_mask). optimizer_kwargs:
+    further arguments of the optimizer, pairs of a name and a value. schedule: one of schedules.py or your
+    own. schedule_kwargs: the schedule's options, such as decay:0.1. warmup: number of steps with a rising
+    learning rate, or below 1 their fraction of all steps. end: the schedule's last value as a fraction of lr.
+    clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
+    leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
+    of the LoRA matrices b, as a multiple of the learning rate of a (LoRA+, Hayou et al. 2024,
+    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches. As in PEFT, it
+    applies to an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table has
+    1e-6. ema: decay of a moving average of the trained weights, which is evaluated and exported in their
+    place. skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations
+    above the mean of the N steps before it, see skip_spikes. layerwise: update stacked layers one after the
+    other, so that only one layer's updates are in memory; results are the same, except for the random bits of
+    stochastic rounding. fused_backward: update layers inside the backward pass, so that only one layer's
+    gradient is in memory. It needs one microbatch per step and clip=none, since the global norm is known only
+    at the end; if a gradient or an update is not finite, the layers above it have been updated already.
     """
 
     lr: float = 2e-4
@@ -290,7 +289,7 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return how weights are averaged, None if they are not. Raises ValueError for settings that conflict."""
+    """Return the averaging of the weights, None without one. Raises ValueError for settings that conflict."""
     if rule.averaging is None:
         return None if o.ema is None else ema(o.ema)
     name = f"optim.optimizer={name_of(o.optimizer)}"
@@ -318,7 +317,7 @@ def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
     """Call `o.optimizer`. One of optax gets the schedule as its learning rate, decays matrices only, and
     updates each layer as a separate parameter.
 
-    Raises ValueError for what is not an optimizer or cannot update parameters of these shapes.
+    Raises ValueError if it is not an optimizer or cannot update parameters of these shapes.
     """
     name, of_optax = name_of(o.optimizer), takes_learning_rate(o.optimizer)
     masked: dict[str, object] = {"weight_decay": o.weight_decay, "mask": mask_of_matrices(specs)}

@@ -23,7 +23,7 @@ class StepInfo(NamedTuple):
     norm: global norm of the gradients. finite: if False, parameters and optimizer state stay unchanged. key:
     for the stochastic rounding of bfloat16 parameters; None if there are none. frozen: if True, the policy
     and its optimizer state stay unchanged, and without optimizer.freezable all others too; None for no
-    freezing. loss: of the step, for skip_spikes; None where no optimizer reads it.
+    freezing. loss: loss of the step, for skip_spikes; None where no optimizer reads it.
     """
 
     norm: Float[Array, ""]

@@ -25,7 +25,10 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One HLO instruction: `name = type opcode(operands), attributes`."""
+    """One HLO instruction: `name = type opcode(operands), attributes`.
+
+    literal: the text between the brackets, such as a constant's value or a parameter's number.
+    """
 
     name: str
     type: str
@@ -37,7 +40,7 @@ class Instruction:
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of its result; of a tuple, in order."""
+        """The arrays of its result, or of a tuple's elements in order."""
         return arrays(self.type)
 
 
@@ -54,7 +57,7 @@ class HloProgram:
 
 
 def bits(dtype: str) -> int:
-    """Return the bits per element of a dtype in XLA's spelling: pred, bf16, u8, f8e4m3fn."""
+    """Return the bits per element of a dtype in XLA's spelling (bf16, u8, f8e4m3fn); 8 for pred."""
     match = re.match(r"[a-z]+(\d+)", dtype)
     return int(match[1]) if match else 8
 
@@ -84,7 +87,8 @@ def parse_hlo(text: str) -> HloProgram:
             now[one.name] = one
     if text and (not entry or now is not None):
         raise ValueError(
-            "the HLO text of the compiled program has no complete entry computation; report the jax version"
+            "the HLO text of the compiled program has no complete entry computation; report it with the "
+            "version of jax"
         )
     return HloProgram(computations, entry)
 

@@ -106,7 +106,7 @@ EXAMPLES = "h100:8, h100:2x8 (hosts x GPUs), 24gb (a GPU of that memory), v5e:4x
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices to compile for and their chip, which is None if CHIPS has no such chip."""
+    """Devices to compile for and their chip, None if the chip is not in CHIPS."""
 
     name: str
     chip: Chip | None
@@ -127,14 +127,14 @@ class Machine:
 
     @property
     def peak_fp8(self) -> float:
-        """Dense FP8 FLOP/s of a device; where it has none, its bfloat16 ones."""
+        """Dense FP8 FLOP/s of a device, or its bfloat16 FLOP/s if it computes no FP8."""
         if self.chip is not None and self.chip.compiled_for is not None:
             return devices.PEAK_FP8.get(self.chip.kind, self.peak)
         return devices.peak_fp8_flops(self.devices[0])
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines about differences between a plan for it and the machine."""
+        """A line for plans whose programs are compiled for another chip, see Chip.compiled_for."""
         if self.chip is None or self.chip.compiled_for is None:
             return ()
         used = f"compiled for {self.chip.compiled_for}, with the memory and the speed of {self.chip.kind}"
@@ -223,8 +223,8 @@ def _gpu_devices(kind: str, sizes: list[int]) -> list[Any]:
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(
-            f"compiling for {kind} needs jax's CUDA plugin: pip install 'jaxft[cuda12]'; `jaxft plan` alone "
-            f"prints what fits where ({reason})"
+            f"compiling for {kind} needs jax's CUDA plugin: pip install 'jaxft[cuda12]'; without it, `jaxft "
+            f"plan` without arguments prints what fits where ({reason})"
         ) from e
 
 
@@ -315,7 +315,9 @@ def stored_cells() -> dict[str, Any]:
 
 
 def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
-    """Return the smallest size that fits; {} if none does, None if a size is not yet compiled."""
+    """Return the cell of the smallest size that fits, with the size as `name`; {} if none fits, None if a
+    size is not yet compiled.
+    """
     for size in HARDWARE[chip][1]:
         cell = cells.get(f"{chip}:{size} {model} {method} {objective}")
         if cell is None:

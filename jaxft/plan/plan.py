@@ -56,7 +56,7 @@ class Estimate:
     weights: seconds of the collectives that gather weights and scatter gradients, overlapped or exposed.
     serial: seconds of a step in which nothing overlaps.
     bottleneck: the largest part of the step, as text.
-    mfu, hfu: fractions of the peak FLOP/s of bfloat16, see flops.Flops.
+    mfu, hfu: fractions of the peak FLOP/s of bfloat16, see Flops.
     without_fp8: seconds of the matmuls if those in FP8 ran in bfloat16.
     """
 
@@ -256,8 +256,8 @@ class Program:
 
 
 def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> list[Program]:
-    """Return the train step of a run. pairs: the source of its preference rows, whose batches are smaller
-    than the largest ones that the settings allow.
+    """Return the train step of a run. pairs: the open source of its preference rows, which knows the shape of
+    their batches; without it, the shape is the largest that the settings allow.
     """
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if pairs is not None:

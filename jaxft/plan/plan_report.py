@@ -200,7 +200,7 @@ CHARACTERS = 4  # of a token, where the rows cannot be tokenised
 
 @dataclass(frozen=True)
 class RunSteps:
-    """Optimizer steps of a run, and where their number comes from. samples: they train on rollouts."""
+    """Number of optimizer steps of a run. source: where it comes from. samples: steps train on rollouts."""
 
     count: int
     source: str
@@ -233,7 +233,7 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
 class Cost:
     """Hours and money of a run.
 
-    seconds: of a step. price: of a device and hour, in any currency; None for an unknown one.
+    seconds: of a step. price: per device and hour, in any currency; None if unknown.
     """
 
     steps: RunSteps
@@ -248,11 +248,11 @@ class Cost:
 
     @property
     def money(self) -> float | None:
-        """The price of the hours on all devices."""
+        """The price of the run on all devices, None if the price of an hour is unknown."""
         return None if self.price is None else self.hours * self.devices * self.price
 
     def lines(self) -> list[str]:
-        """Return lines of a report."""
+        """Return the lines about hours and cost in a plan's report."""
         lines = [
             f"time: {self.steps.count:,} steps ({self.steps.source}) x {self.seconds:.3f} s = "
             f"{time_in_words(3600 * self.hours)}, without loading, compiling, evaluation and sampling"
@@ -265,7 +265,7 @@ class Cost:
         return lines
 
     def json(self) -> dict[str, Any]:
-        """Return the same as plain values."""
+        """Return steps, hours and cost as plain values."""
         return {
             "steps": self.steps.count,
             "steps_from": self.steps.source,
@@ -275,7 +275,7 @@ class Cost:
 
 
 def unknown_lines(step: Plan) -> list[str]:
-    """Return the lines in place of a cost, for a train step without an estimate of its time."""
+    """Return the report in place of Cost.lines for a train step without an estimate of its time."""
     why = f"no speed of {step.machine} is known" if step.fits else "the train step does not fit"
     return [f"time and cost: unknown, because {why}"]
 
@@ -302,13 +302,13 @@ def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
 
 
 def _estimated(data: Rows | PairRows | Prompts, length: str) -> RunSteps:
-    """Return the steps of rows that are not tokenised."""
+    """Estimate the steps of a run from the characters of its rows. length: its epochs or tokens, as text."""
     parts = [_count(source.adapt(data), source.ref) for source in parse_sources(data.train)]
     rows, characters = (sum(values) for values in zip(*parts, strict=True))
     is_fraction = isinstance(data.held_out, int | float) and data.held_out > 0
     trained = rows - (data.held_out_count(rows) if is_fraction else 0)
     source = f"{length} of {trained:,} {data.unit}, at {CHARACTERS} characters per token"
-    source += f", with those that data.drop={','.join(data.drop)} leaves out" if data.drop else ""
+    source += f", including rows that data.drop={','.join(data.drop)} removes" if data.drop else ""
     tokens, epochs = characters / CHARACTERS * trained / rows, data.epochs or 1.0
     if data.tokens is not None:
         steps = math.ceil(data.tokens / (data.batch * data.max_length))
@@ -328,10 +328,11 @@ Change = tuple[str, str | None, str | None]
 
 @dataclass(frozen=True)
 class DryRun:
-    """A run that is not started: its settings and their record, parameters, settings of XLA, and plan.
+    """Facts about a run that is not started.
 
-    changed: settings that differ from the recipe's own defaults, as (name, default, value). notes: lines
-    about settings that follow from the rows.
+    record: settings as config.json has them. defaults: of each setting in its class. changed: settings that
+    differ from the recipe's defaults. table: `parameters` as text. notes: lines about settings that follow
+    from the rows.
     """
 
     name: str
@@ -347,8 +348,8 @@ class DryRun:
 
 
 def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -> DryRun:
-    """Plan a run for the devices of this machine. recipe: the same recipe without any setting, None if it
-    cannot be called so.
+    """Plan a run for the devices of this machine. recipe: the Run of the same recipe without overrides, None
+    if the recipe requires some.
     """
     run: Run = settings.value
     mesh = sharding.make_mesh(run.mesh)
@@ -376,11 +377,11 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
 
 
 def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
-    """Return (the source of a run's preference rows, no lines), or (None, lines for the user about the plan).
+    """Return (open source of a run's preference rows, []), or (None, lines for the user about the plan).
 
-    Without their source, the plan of preference rows is an upper bound, as the line says. Other rows need
-    none: their plan has the shape of the run's batches. For prompts the lines are the warnings of a run's
-    start. Raises ValueError for rows that a run would refuse.
+    If the rows or the tokenizer are not on this machine, the plan of preference rows is an upper bound, and a
+    line reports it. Other rows need no source, as their batches have one shape. For prompts the lines are the
+    warnings of a run's start. Raises ValueError for rows that a run would refuse.
     """
     if not isinstance(run.data, PairRows | Rollouts):
         return None, []
@@ -398,15 +399,15 @@ def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
 
 
 def current_settings(run: Run) -> list[Setting]:
-    """Return the settings of a run. A section that is none is listed as one setting."""
+    """Return the settings of a run. A section that is None, such as adapter=none, is one setting."""
     none = {field.name for field in fields(run) if getattr(run, field.name) is None}
     listed = [setting for setting in settings_of(run) if setting.name.partition(".")[0] not in none]
     return [*listed, *(Setting(name, "", "none", "") for name in sorted(none))]
 
 
 def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
-    """Return (name, old value, new value) of the settings that differ; None where a run lacks one. A section
-    that is none in the new settings is listed as one.
+    """Return (name, old value, new value) of the settings that differ; a value is None if a run lacks the
+    setting. A section that is None in `new`, such as adapter=none, is one change.
     """
     before, after = ({s.name: s.default for s in settings} for settings in (old, new))
     sections = {name.partition(".")[0] for name in after if "." in name}
@@ -415,7 +416,7 @@ def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
 
 
 def changed_knobs(settings: Resolved) -> list[Change]:
-    """Return the changes of the recipe's knobs, some of which, such as loss=ipo, are no field of the run."""
+    """Return the changes of the recipe's knobs; some knobs, such as loss, are not fields of the run."""
     return [
         (name, as_written(knob.default, knob.kind), as_written(settings.knobs[name], knob.kind))
         for name, knob in recipe_knobs(settings.line[0]).items()

@@ -315,8 +315,8 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # updates in place -> the o
 def memory_bytes(program: HloProgram) -> float:
     """Return the bytes of main memory that a step reads and writes, per device.
 
-    These are the operands and results of all instructions outside fusions. Of an array that is only sliced,
-    the slice counts, and of one updated in place, the update. Arrays whose layout is in another memory (a
+    These are the operands and results of all instructions outside fusions. If an array is only sliced, only
+    the slice counts; if it is updated in place, only the update. Arrays whose layout is in another memory (a
     TPU's VMEM, the host's) do not count.
     """
     total = 0.0

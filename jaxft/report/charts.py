@@ -28,8 +28,8 @@ STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with a curve a label. dashed: further curves in the label's colour; level: a horizontal line to
-    compare with. faint: values behind a smoothed curve.
+    """Axes with one curve per label. dashed: further curves in the label's colour. level: y of a horizontal
+    reference line. faint: the values that a smoothed curve is made from.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Panel:
 
 def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
     """Write a PNG with the panels that have a curve, `columns` in a row, and one legend below. Raises
-    ValueError without any.
+    ValueError if no panel has a curve.
     """
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
@@ -134,7 +134,7 @@ class ChartKind:
 class RunCurve:
     """A metric of a run by step, on training or held-out rows; None for a value that was not finite.
 
-    intervals: of an accuracy whose number of pairs is known, None elsewhere.
+    intervals: 95 % interval of each value that is a fraction of a known count, else None; () if all are None.
     """
 
     label: str
@@ -245,7 +245,7 @@ def loss_unit(known: Set[str]) -> str:
 
 
 def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
-    """Return the charts of what the model learns, for the metrics that the runs have."""
+    """Return the charts of losses, rewards and accuracies, for the metrics that the runs have."""
     entries = [entry for own in runs.values() for entry in own]
     known = _metric_names(entries)
     units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
@@ -273,7 +273,7 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
 
 
 def _metric_names(entries: Iterable[Entry]) -> Set[str]:
-    """Return the names in the order of the entries, without the prefix of held-out rows."""
+    """Return the names of metrics in the order of the entries, without the prefix of held-out rows."""
     return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
 
 
@@ -295,7 +295,7 @@ def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
 
 
 def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...]:
-    """Return the curves of a run in a chart, those without any finite value left out."""
+    """Return the curves of a run in a chart, except curves without any finite value."""
     curves = []
     for line in kind.lines:
         for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
@@ -313,7 +313,7 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
 
 
 def _interval(entry: Entry, metric: str) -> Interval | None:
-    """The interval of a fraction whose number of pairs or prompts is in the entry."""
+    """Return the interval of a fraction whose number of pairs or prompts is in the entry, else None."""
     value, count = entry.get(metric), names.count_of(entry, metric)
     if not isinstance(value, int | float) or count is None or not isinstance(count.number, int | float):
         return None
@@ -321,7 +321,7 @@ def _interval(entry: Entry, metric: str) -> Interval | None:
 
 
 def _values(entry: Entry, metric: str) -> list[float | None]:
-    """The value of a metric in an entry or its timings, [] where it has none."""
+    """Return [value] of a metric in an entry or its timings, [None] if it was not finite, [] without one."""
     perf = entry.get("perf")
     source = entry if metric in entry else perf if isinstance(perf, dict) else {}
     value = source.get(metric, "")
@@ -334,14 +334,14 @@ def _values(entry: Entry, metric: str) -> list[float | None]:
 
 
 def smoothing_factor(curve: RunCurve) -> float:
-    """Return the factor f with which the report smooths a noisy curve: an exponential moving average, 0 for
+    """Return the factor f of the exponential moving average that smooths a noisy curve in the report, 0 for
     none.
 
-    The noise is s = the standard deviation of neighbours' differences over sqrt(2), which a trend hardly
-    changes. The average leaves s sqrt((1 - f) / (1 + f)) of it in white noise; f is the smallest one that
-    leaves NOISE of the curve's change, and at most one that averages over an eighth of the curve. The change
-    is the range of the means of these parts. Curves of held-out rows, which are the same every time, are
-    drawn as they are.
+    The noise s is the standard deviation of differences between neighbours over sqrt(2), which a trend hardly
+    changes. The average of white noise has the deviation s sqrt((1 - f) / (1 + f)). f is the smallest factor
+    for which this is at most NOISE times the curve's change, but it averages over at most an eighth of the
+    curve. The change is the range of the means of eight parts. Curves of held-out rows are not smoothed:
+    their rows are the same every time.
     """
     known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
     if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
@@ -356,8 +356,8 @@ def smoothing_factor(curve: RunCurve) -> float:
 
 
 def smoothed(values: Sequence[float | None], factor: float) -> list[float | None]:
-    """Return the exponential moving average of a curve, from which the pull of its start at 0 is removed;
-    gaps stay gaps.
+    """Return the exponential moving average of a curve, corrected for its start at 0 as in Adam; None stays
+    None.
     """
     total = weight = 0.0
     averages: list[float | None] = []
@@ -389,8 +389,8 @@ def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str
 
 
 def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
-    """Return the charts of what the models learn with a curve a run: on held-out rows, and dashed on training
-    rows, which stand alone where no run holds out rows.
+    """Return the charts of learning with one curve per run: of held-out rows, with training rows dashed, or
+    of training rows alone if no run holds out rows.
 
     runs: entries of metrics.jsonl by label.
     """
@@ -443,7 +443,7 @@ def _known_points(steps: Sequence[int], values: Sequence[float | None]) -> Point
 
 
 def side_label(curve: RunCurve) -> str:
-    """Return which rows a curve is of."""
+    """Return the rows that a curve is evaluated on, as text: HELD_OUT_ROWS or TRAINING."""
     return HELD_OUT_ROWS if curve.held_out else TRAINING
 
 

@@ -48,7 +48,7 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
 
 
 def _over_start(name: str) -> Column:
-    """The value at the end over that at step 0."""
+    """Return the column of a metric's value at the end divided by its value at step 0."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return after[name] / before[name] if name in after and before.get(name, 0) > 0 else None
@@ -57,7 +57,7 @@ def _over_start(name: str) -> Column:
 
 
 def _last(*choices: str) -> Column:
-    """The value at the end, of the first of these metrics that the run has."""
+    """Return the column of the value at the end of the first of these metrics that the run has."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return next((after[name] for name in choices if name in after), None)
@@ -66,7 +66,7 @@ def _last(*choices: str) -> Column:
 
 
 def _gained(name: str, minus: str | None = None) -> Column:
-    """How much a metric, or its difference to another one, has grown since step 0."""
+    """Return the column of the growth since step 0 of a metric, or of its difference to `minus`."""
     needed = [name] if minus is None else [name, minus]
 
     def column(before: Logged, after: Logged) -> float | None:
@@ -84,8 +84,8 @@ def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
 
 
 def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
-    """The same for a single reward's own scores, without penalties and bounds; None where they are the
-    reward.
+    """The growth of a single reward function's scores, before penalties and bounds, over their standard
+    deviation at step 0; None if the scores are the reward.
     """
     prefix, suffix = held_out("rewards/"), "/mean"
     means = [name for name in after if name.startswith(prefix) and name.endswith(suffix)]
@@ -171,8 +171,8 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Table:
-    """One row per run. titles: the columns that at least one run has; rows: None where a run lacks it;
-    starts: the same at step 0. intervals: of values at the end, by title, () for none of any run.
+    """A table with one row per run. titles: columns that at least one run has. rows, starts: values at the
+    end and at step 0, None if a run lacks one. intervals: of values at the end, by title, for each run.
     """
 
     labels: tuple[str, ...]
@@ -208,7 +208,7 @@ class Table:
         return Table(tuple(labels), tuple(known), rows, first, tuple(intervals))
 
     def cells(self) -> list[list[str]]:
-        """Return the cells as text: `start → value`, an accuracy, a reward and a score with its interval."""
+        """Return the cells as text: `start → value`; accuracies, rewards and scores have an interval."""
         sides = [
             tuple(dict(zip(self.titles, side, strict=True)) for side in both)
             for both in zip(self.starts, self.rows, strict=True)
@@ -227,12 +227,12 @@ class Table:
         return "\n".join([text_table(self.titles, self.labels, self.cells()), *self.notes()])
 
     def markdown(self) -> str:
-        """The same in Markdown."""
+        """The table in Markdown, with the meaning of its columns."""
         notes = "\n".join(f"- {note}" for note in self.notes())
         return f"{markdown_table(self.titles, self.labels, self.cells())}\n\n{notes}"
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
-        """Return the unrounded values, by label and title, and those at step 0 as `title before`."""
+        """Return label -> title -> unrounded value at the end; `title before` has the value at step 0."""
         values = {}
         for label, row, start in zip(self.labels, self.rows, self.starts, strict=True):
             before = {f"{t} before": x for t, x in zip(self.titles, start, strict=True) if t in WITH_START}
@@ -240,7 +240,7 @@ class Table:
         return values
 
     def notes(self) -> list[str]:
-        """Return explanations of columns that need one."""
+        """Return the explanations of the table's columns, for those that need one."""
         arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
         return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
 

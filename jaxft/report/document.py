@@ -1,7 +1,7 @@
 """The report of runs as one HTML page, without any other file and without requests to any network.
 
-The curves are drawn by plotly.js, which the package `plotly` has in it. It is stored compressed, because it
-is larger than everything else together.
+The curves are drawn by plotly.js from the package `plotly`. It is stored compressed, because it is larger
+than the rest of the page.
 """
 
 import base64
@@ -52,7 +52,7 @@ curves.png and training.png.</p></noscript>
 
 
 class PageSection(NamedTuple):
-    """A section of the page: the link to it, the file that it shows, and the function that writes it."""
+    """A section of the page: the text of its link, the file that it shows, and a function that writes it."""
 
     link: str
     file: str
@@ -116,8 +116,8 @@ def report_page(runs: Sequence[RunFiles], title: str) -> str:
 
 
 def html_page(title: str, note: str, shown: Mapping[str, tuple[str, str]], scripts: str = "") -> str:
-    """Return a page. note: the line below its title. shown: (anchor, HTML) of its sections by the text of the
-    link to them. scripts: further elements, and a button that changes between light and dark.
+    """Return a page. note: the line below its title. shown: text of a section's link -> (anchor, HTML).
+    scripts: further elements; with them the page has a button for light or dark colours.
     """
     links = "".join(f'<a href="#{anchor}">{link}</a>' for link, (anchor, _) in shown.items())
     button = '<button id="theme" type="button">Light or dark</button>' if scripts else ""
@@ -211,7 +211,7 @@ def chart_json(chart: Chart, most: int) -> dict[str, Any]:
 
 
 def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
-    """Return a curve of the run with that number."""
+    """Return a curve as JSON. run: the number of its run. most: points, see thinned."""
     x, y = thinned(curve.steps, curve.values, most)
     whole = len(x) == len(curve.intervals)
     bars = [[float(f"{end:.4g}") for end in one] if one else None for one in curve.intervals] if whole else []
@@ -230,8 +230,8 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
 def thinned(
     steps: Sequence[int], values: Sequence[float | None], most: int
 ) -> tuple[list[int], list[float | None]]:
-    """Return a curve with about `most` points: the lowest and the highest of equal ranges of its points, and
-    the first that is not finite.
+    """Return the steps and values of about `most` points: of each of equal ranges of points the lowest, the
+    highest and the first that is not finite (None).
     """
     if len(steps) <= most:
         return list(steps), list(values)

@@ -1,4 +1,4 @@
-// Draws the curves of a report with plotly.js, which the page has in it. The data is from curves_json.py.
+// Draws the curves of a report with plotly.js, which the page contains. The data is from document.py.
 "use strict";
 
 const THEMES = {
@@ -10,7 +10,7 @@ const DASHES = [["dot", "solid"], ["dashdot", "dash"]]; // [quantity of the char
 const SYMBOLS = [
   ["circle", "●"], ["square", "■"], ["diamond", "◆"], ["cross", "✚"], ["triangle-up", "▲"], ["x", "✖"], ["star", "★"],
 ];
-const FEW = 12; // points of a curve that get a mark each; as many marks at most has a longer curve
+const FEW = 12; // each point of a curve this short gets a mark; a longer curve has at most as many marks
 const PRINTED_WIDTH = 330; // pixels of a chart on paper, two in a row
 
 const data = JSON.parse(document.getElementById("curves-data").textContent);
@@ -24,7 +24,7 @@ function theme() {
   return document.documentElement.dataset.theme || (dark.matches ? "dark" : "light");
 }
 
-// The exponential moving average from which the pull of its start at 0 is removed; gaps stay gaps.
+// The exponential moving average, corrected for its start at 0 as in Adam; gaps stay gaps.
 function smoothed(values, factor) {
   let sum = 0, weight = 0;
   return values.map((value) => {

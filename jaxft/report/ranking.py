@@ -58,7 +58,7 @@ class RankedRun:
 
 
 class Criterion(NamedTuple):
-    """The metric that makes a run the best one. key: of values of single rows, "" without any."""
+    """The metric by which runs are ranked. key: its name in the values of a held-out row."""
 
     title: str
     metric: str
@@ -79,7 +79,7 @@ def read_result(label: str, folder: Path) -> RankedRun:
 
 
 def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
-    """Read the values of a run's held-out rows, by name; {} without any. A line that is not as jaxft writes
+    """Read row -> name -> value of a run's held-out rows; {} without any. A line that is not as jaxft writes
     it is left out.
     """
     path, rows = folder / HELD_OUT_ROWS, {}
@@ -143,7 +143,7 @@ def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
 
 
 def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The identity of a run's held-out rows: their dataset, and the names of the rows that have a value."""
+    """Return the identity of a run's held-out rows: files of the dataset, and names of rows with a value."""
     data = part_of(run.settings, "data")
     held_out = data.get("held_out")
     dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
@@ -224,7 +224,7 @@ def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> st
 
 
 def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]] | None:
-    """Return the titles and the rows of that table, each row with its label first; None without any
+    """Return the titles and the rows of repetition_table, each row with its label first; None without any
     repetition.
     """
     groups = repetitions(results)
@@ -253,7 +253,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
-    others are behind. Runs of different held-out rows have no best one.
+    others are behind. Runs with different held-out rows are not ranked.
     """
     ended = have_last_evaluation(results)
     missing = [
@@ -282,7 +282,7 @@ def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     if len(order) > 1 + len(shown):
         lines.append(f"  {len(order) - 1 - len(shown)} more are further behind")
     if len(groups) > 2:
-        lines.append("the best of several has been lucky too: its value on new rows is likely a bit worse")
+        lines.append("the best of several is partly best by chance: expect a slightly worse one on new rows")
     return lines
 
 
@@ -297,7 +297,9 @@ def best_labels(results: Sequence[RankedRun]) -> set[str]:
 
 
 def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
-    """Return how the accuracy of each setting differs from the setting with the label `baseline`."""
+    """Return lines: the difference in accuracy of each setting to the setting with the label `baseline`; []
+    if a run has no accuracy.
+    """
     name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
     groups = repetitions(results)
     if name is None or baseline not in groups:
@@ -374,8 +376,8 @@ def _mean_text(values: Sequence[float], by: Criterion) -> str:
 
 
 def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> str:
-    """Return the difference of two settings with its interval, and whether it may be chance: on the same
-    held-out rows, and over the same seeds where both have several.
+    """Return the difference `other` - `best` of two settings with its interval, and if it may be chance: on
+    the same held-out rows, and over the same seeds if both have several.
     """
     unit = "pairs" if by.title == compare.ACCURACY else "prompts" if by.of_prompts else "rows"
     if max(len(best), len(other)) > 1:
@@ -390,8 +392,8 @@ def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: C
 def _difference_over_seeds(
     best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion, unit: str
 ) -> str:
-    """Two settings with several seeds are compared over their common seeds and rows (statistics.py);
-    without values of the same rows, over the seeds alone.
+    """Compare two settings with several seeds over their common seeds and rows (statistics.py), or without
+    values of the same rows over the seeds alone.
     """
     runs = [{result.seed: result for result in group} for group in (best, other)]
     common = [seed for seed in runs[0] if seed in runs[1]]
@@ -413,7 +415,7 @@ def _difference_over_seeds(
 
 
 def _common_rows(runs: Sequence[RankedRun], by: Criterion) -> list[str]:
-    """The names of the rows that all runs hold out."""
+    """Return the names of the rows that all runs hold out."""
     return [row for row in runs[0].rows if all(by.key in run.rows.get(row, {}) for run in runs)]
 
 

@@ -17,10 +17,10 @@ from jaxft.runs.run_texts import Sample
 class RunFiles:
     """A run as its folder has it; {} and [] for a file that is not there (yet).
 
-    entries: of metrics.jsonl. is_finished: summary.json is of the last step, not of an earlier end from which
-    the run continues. before, after: samples of held-out prompts. completions: of completions.jsonl.
-    parameters: rows of the parameter table. data: see inspection.data_summary. rows: values of held-out rows
-    by name. seconds: of each phase of a finished run.
+    entries: the lines of metrics.jsonl. is_finished: summary.json is of the last step, not of an earlier end
+    from which the run continues. before, after: samples of held-out prompts. completions: the lines of
+    completions.jsonl. parameters: rows of the parameter table. data: see inspection.data_summary. rows:
+    values of held-out rows by name. seconds: of each phase of a finished run.
     """
 
     name: str
@@ -55,7 +55,7 @@ def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Return the folders of runs by name; a sweep's folder is replaced by its members' folders.
 
-    Raises ValueError for a folder that is no run's, a run without any logged step and two runs of one name.
+    Raises ValueError for a folder without metrics.jsonl, and for two runs of the same name.
     """
     by_label: dict[str, Path] = {}
     for path in paths:
@@ -81,7 +81,7 @@ def sweep_members(folder: Path) -> dict[str, Path]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path}: members is not a list of names; restore the file")
     if any(Path(label).name != label for label in labels):
-        raise ValueError(f"{path}: members has a name that is not a folder's in {folder}; restore the file")
+        raise ValueError(f"{path}: members has a name that is not of a folder in {folder}; restore the file")
     return {label: folder / label for label in labels}
 
 
@@ -125,7 +125,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _list(record: Any, name: str, kind: type) -> list[Any]:
-    """The values of a type in the list called `name`; [] where a record has no such list."""
+    """Return the values of type `kind` in the list record[name]; [] without such a list."""
     values = record.get(name) if isinstance(record, dict) else None
     return [x for x in values if isinstance(x, kind)] if isinstance(values, list) else []
 

@@ -61,7 +61,7 @@ def result_of(run: RunFiles) -> ranking.RankedRun:
 
 
 def facts_of_runs(runs: Runs) -> str:
-    """The facts of a run; of several runs the shared facts, then the differences."""
+    """Return the facts of a run. For several runs: the shared facts, then the differences."""
     facts = {run.name: run_facts(run) for run in runs}
     if len(runs) == 1:
         return record_table(facts)
@@ -201,12 +201,12 @@ def settings_section(runs: Runs) -> str:
 
 
 def plain_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without the command, whose result they are; a function by its name and arguments."""
+    """Return settings without the command and the run's name; functions as their name and arguments."""
     return {name: plain_value(value) for name, value in record.items() if name not in ("command", "name")}
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value of a record of settings with functions as names, without the hashes of their source."""
+    """Return a value from a record of settings, without the hashes of functions' source code."""
     if isinstance(value, list):
         return [plain_value(item) for item in value]
     if not isinstance(value, dict):
@@ -289,7 +289,7 @@ def turns_html(turns: Any) -> str:
 
 
 def last_message(prompt: Any) -> str:
-    """Return a prompt's text, of a conversation its last message."""
+    """Return a prompt's text, or the last message of a conversation."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         return str(prompt[-1].get("content", ""))
     return str(prompt)
@@ -298,16 +298,16 @@ def last_message(prompt: Any) -> str:
 # Descriptions of statistics whose names are unclear.
 STATISTICS = {
     "chosen_longer": "fraction of pairs whose chosen response is longer",
-    "fill": "fraction of the places in rows that have a token",
+    "fill": "fraction of the slots in rows that have a token",
     "largest_id": "largest token id",
     "learned": "loss",
     "learned_tokens": "tokens with a loss",
     "pairs_per_row": "most pairs in a row",
     "prompt_end_moved": "pairs with a token across the end of the prompt",
-    "read_length": "places in a row for tokens with a loss",
-    "row_length": "places in a row for tokens",
+    "read_length": "slots in a row for tokens with a loss",
+    "row_length": "slots in a row for tokens",
     "shared_prompts_save": "fraction of tokens saved by shared prompts",
-    "steps": "steps of all epochs, if loop.steps does not end before",
+    "steps": "steps of all epochs; loop.steps may end a run earlier",
     "tokens_with_a_loss": "fraction of tokens with a loss",
 }
 EXAMPLES_NOTE = "Examples of the first batch; every second token has a fainter line below it. "
@@ -316,7 +316,7 @@ PROMPTS_NOTE = "They are prompts, from which completions are sampled, and have n
 
 
 def data_section(runs: Runs) -> str:
-    """Statistics of the training rows, and examples token by token; runs with the same data together."""
+    """Statistics of the training rows, and examples token by token; runs with equal data share them."""
     parts = []
     groups = grouped((run.name, run.data) for run in runs)
     for names, data in groups[:KINDS_OF_DATA]:
@@ -378,7 +378,7 @@ def example_view(example: Mapping[str, Any]) -> str:
 
 
 def parameters_section(runs: Runs) -> str:
-    """The parameter table; runs with the same one together."""
+    """The parameter tables; runs with equal tables share one."""
     parts = []
     groups = grouped((run.name, run.parameters) for run in runs)
     for names, rows in groups:
@@ -443,7 +443,7 @@ def environment_section(runs: Runs) -> str:
 
 
 def grouped(named: Iterable[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
-    """Return values that are alike once, each with the names that have it; empty values are left out."""
+    """Group names by equal values, as [(names, value), ...] without empty values."""
     groups: dict[str, tuple[list[str], Any]] = {}
     for name, value in named:
         if value:
@@ -455,7 +455,7 @@ SIZE, MARGIN = 240, 34  # pixels of the diagram, and of the space for its labels
 
 
 class Bin(NamedTuple):
-    """The held-out decisions whose confidence is in one range: their number and two means."""
+    """A bin of held-out decisions by confidence: their number, mean confidence and accuracy."""
 
     decisions: int
     confidence: float
@@ -492,9 +492,9 @@ def reliability_section(runs: Sequence[RunFiles]) -> str:
             + folded("The bins", table)
         )
     note = (
-        '<p class="note">Of the held-out decisions after the last step: a bar is how many of the choices '
-        "with a confidence are right; of a calibrated model it ends at the diagonal. The darker a bar, the "
-        "more decisions it has.</p>"
+        '<p class="note">Held-out decisions after the last step: a bar is the fraction of right choices in a '
+        "range of confidences; for a calibrated model it ends at the diagonal. The darker a bar, the more "
+        "decisions it has.</p>"
     )
     return section("reliability", "Reliability", note + "\n".join(parts)) if parts else ""
 
@@ -532,7 +532,7 @@ TEXT_CHARACTERS = 3000  # of a sample, a completion or a setting
 
 
 def escaped(text: object, most: int = TEXT_CHARACTERS) -> str:
-    """Return text for HTML: printable, escaped, and cut after `most` characters."""
+    """Return text for HTML: printable, escaped, and truncated to `most` characters."""
     shown = printable_message(str(text))
     more = f" [... {len(shown) - most:,} more characters]" if len(shown) > most else ""
     return html.escape(shown[:most]) + more
@@ -573,7 +573,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: bool
 
 
 def folded(title: str, content: str, is_open: bool = False) -> str:
-    """Return content that a click on its title shows."""
+    """Return a details element: content that a click on its title shows."""
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>\n{content}\n</details>"
 
 

@@ -75,15 +75,15 @@ class Difference:
     unpaired_error: float
     components: Components
 
-    def different(self, level: float = 1 - LEVEL, p: float | None = None) -> bool:
+    def different(self, p: float | None = None) -> bool:
         """Whether both the test and the bootstrap exclude 0. p: adjusted for several comparisons."""
-        return (self.p if p is None else p) < level and not self.bootstrap.has(0)
+        return (self.p if p is None else p) < 1 - LEVEL and not self.bootstrap.has(0)
 
     def verdict(
         self, adjusted: Adjusted | None = None, margin: float | None = None, unit: str = "prompts"
     ) -> str:
         """Return the result in words. adjusted: p-values for several comparisons. margin: the largest
-        difference that does not matter. unit: what the values are of.
+        difference that does not matter. unit: plural noun for the values, such as "prompts".
         """
         if adjusted is None:
             adjusted = Adjusted(self.p, 1.0 if margin is None else equivalence(self, margin))
@@ -143,7 +143,9 @@ def paired_difference(
 
 
 def _linearised(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Values whose plain mean, and its error, are those of the weighted mean; weights of mean 1."""
+    """Return values whose plain mean and standard error equal those of the weighted mean. The weights have
+    mean 1.
+    """
     mean = (w * x).mean()
     return mean + w * (x - mean)
 
@@ -208,7 +210,7 @@ def bootstrap(d: Float[np.ndarray, "S P"], key: int = 0, resamples: int = RESAMP
 
     Resampling both factors never understates the variance (Owen 2007, The pigeonhole bootstrap, Annals of
     Applied Statistics 1, 386-411), apart from the factor (n - 1) / n of n seeds or prompts, for which the
-    deviations of their means are widened. The interval is that of percentiles. One seed is not resampled.
+    deviations of their means are widened. The interval lies between percentiles. One seed is not resampled.
     """
     seeds, prompts = d.shape
     mean, by_seed, by_prompt = d.mean(), d.mean(1, keepdims=True), d.mean(0, keepdims=True)

@@ -72,7 +72,7 @@ def overlong(lengths: GroupLengths, max_new: int, soft: int) -> GroupScores:
     """
     if not 0 < soft <= max_new:
         raise ValueError(
-            f"overlong must be between 1 and max_new={max_new} tokens, got {soft}. Use a number of tokens."
+            f"overlong must be between 1 and max_new={max_new} tokens, got {soft}. Use a number in between."
         )
     return -np.clip((np.asarray(lengths, np.float64) - (max_new - soft)) / soft, 0, 1)
 
@@ -263,9 +263,10 @@ def adaptive_gfpo(
 ) -> GroupScores:
     """gfpo that retains more of harder prompts: Adaptive Difficulty GFPO (arXiv:2508.09726).
 
-    fractions: of a group that are retained, for prompts of the lowest quarter of mean scores to the highest;
-    by default the paper's 8, 8, 6 and 4 of 16. Quarters are of the rollout's prompts; the paper's are
-    of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0, 1].
+    fractions: fraction of a group that is retained, for prompts of the lowest quarter of mean scores to the
+    highest; by default the paper's 8, 8, 6 and 4 of 16. Quarters are of the rollout's prompts; the paper's
+    are of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0,
+    1].
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(

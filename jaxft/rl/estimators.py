@@ -29,13 +29,13 @@ class RolloutScores:
     """Scores and log-probs of a rollout: N episodes of each of G prompts, n = G N. A completion is an episode
     of one turn. All arrays are over sampled tokens: given ones, such as a tool's results, are left out.
 
-    scores: of episodes, NaN for none. ended: by a stop token rather than by the limit.
-    logps, reference, values: of each token, 0 beyond the length; None without a reference or a critic.
-    recomputed: whether logps are the training program's rather than the sampler's.
-    reward_scores: of each reward, before weights and shaping.
-    turns: of each token, None where every episode has one. turn_rewards: the part of the score that a turn
-    has earned, at its last token; None for none.
-    kl_coef: coefficient of a KL penalty that belongs in the rewards (kl.KLInReward), None without one.
+    scores: score of each episode, NaN for none. ended: whether it ended with a stop token rather than at the
+    limit. logps, reference, values: one value per token, 0 beyond the length; None without a reference or a
+    critic. recomputed: whether logps are the training program's rather than the sampler's. reward_scores:
+    scores by each reward, before weights and shaping. turns: number of each token's turn, None if every
+    episode has one turn. turn_rewards: the part of the score that a turn has earned, at its last token; None
+    for none. kl_coef: coefficient of a KL penalty that belongs in the rewards (policy_losses.KLInReward),
+    None without one.
     """
 
     scores: GroupScores
@@ -111,8 +111,8 @@ def by_group(
 def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: float = 1.0) -> AdvantageEstimate:
     """Give every token its turn's return-to-go within the group: `R_k = r_k + gamma R_(k+1)`.
 
-    Baseline and deviation are over the same turn of the group's episodes. The score that is not of a turn is
-    a reward of the last one. With one turn it is `by_group`. Options: see by_group.
+    Baseline and deviation are over the same turn of the group's episodes. The part of the score that
+    no turn has earned is a reward of the last turn. With one turn it is `by_group`. Options: see by_group.
     """
     _require_no_kl(rollout, "by_turn")
     mask = rollout.token_mask
@@ -186,8 +186,8 @@ def actor_critic(
 def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
     """Return a small rollout with distinct scores, to try an estimator before anything is sampled.
 
-    facts: of the objective, which determine whether there are a reference, values and a KL penalty in the
-    rewards.
+    group: episodes of each prompt. weights: one for each reward. facts: of the objective, which say whether
+    it has a reference, values and a KL penalty in the rewards.
     """
     scores = np.arange(2.0 * group).reshape(2, group)
     tokens = np.zeros((2 * group, 3))

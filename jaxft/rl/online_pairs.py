@@ -35,7 +35,7 @@ def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:
 def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRollout:
     """Pair the best and the worst episode of each prompt; there is no pair if all scores are equal.
 
-    shape: of a batch. The policy mask is one entry for each pair.
+    shape: shape of a batch. The policy mask is one entry for each pair.
     """
     scored, rules = rollout.scored, data.rules
     valid = has_score(scored.scores) & (scored.episodes.ended | rules.train_on_truncated)
@@ -55,7 +55,7 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
 def to_pairs(rows: Rollout) -> Pairs:
     """Convert rows of a prompt with two episodes to pairs, the first one chosen. Weights are zero."""
     lengths, count = rows.lengths[:, None, :], len(rows.ids)
-    assert rows.last is not None  # layout.py writes it
+    assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)
     for response in (0, 1):
         own = rows.responses == response

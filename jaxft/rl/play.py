@@ -57,10 +57,10 @@ FAULT_SIZE = 200  # characters of an error's text
 class EpisodeLimits:
     """The largest sizes and times of an episode.
 
-    turns: of the model. turn_tokens: sampled in a turn. tokens: of all turns and answers together; where a
-    template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout: seconds of each
-    call of an environment or a tool. observation: characters of what reset, step or a tool returns. workers:
-    calls at once.
+    turns: turns of the model. turn_tokens: tokens sampled in a turn. tokens: tokens of all turns and answers
+    together; where a template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout:
+    seconds of each call of an environment or a tool. observation: characters of what reset, step or a tool
+    returns. workers: calls at once.
     """
 
     turns: Annotated[int, at_least(1)] = 8
@@ -218,8 +218,8 @@ class _Episode:
 
 
 class _Scored(NamedTuple):
-    """The environment's own score of an episode; None: the sum of its turns' rewards, 0 without any. rewards:
-    of functions that read the environment.
+    """The environment's score of an episode; None for the sum of its turns' rewards, 0 without any. rewards:
+    by the reward functions that read the environment.
     """
 
     score: float | None
@@ -236,8 +236,9 @@ class _Answer(NamedTuple):
 class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
-    do: "start", "extend", "wait" (for its score) or "end". ids: of a prompt or an answer. reward: of the turn
-    before. rewards: of functions that read the environment. fault: excludes the episode. faults: others.
+    do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
+    reply. reward: reward of the turn before. rewards: by functions that read the environment. fault: (kind,
+    text) of a fault that excludes the episode. faults: the others.
     """
 
     number: int
@@ -373,7 +374,7 @@ class _Rollout:
         return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
 
     def _too_large(self, what: str, value: Any) -> tuple[str, str] | None:
-        """Return the fault of what an environment returned if it has too many characters, as JSON."""
+        """Return a fault if a value from an environment has, as JSON, too many characters; else None."""
         size, most = len(json.dumps(value, ensure_ascii=False)), self.play.limits.observation
         text = f"{what} has {size} characters, more than data.max_observation={most}; raise it"
         return (LARGE_OBSERVATION, text) if size > most else None
@@ -524,7 +525,7 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
 def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task) -> _Scored:
     """Return the environment's score, and the rewards of functions that read the environment.
 
-    given: arguments of those functions. What they log with TRL's log_extra and log_metric is dropped.
+    given: arguments of those functions. Their calls of TRL's log_extra and log_metric have no effect.
     """
     environment, rewards = play.environment, dict[str, float]()
     score = environment.score(state, task) if environment.scored else math.nan
@@ -538,7 +539,7 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
-    """Return the kind and text of what a call raised."""
+    """Return kind and text of the fault for an exception that a call raised."""
     if isinstance(error, Overdue):
         return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
     kind, text = (
@@ -550,7 +551,7 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
 
 
 def _with_prompt(own: Chat | Completion, prompt: FirstPrompt) -> Chat:
-    """Return a row's prompt with what the environment's reset returned."""
+    """Return a row's prompt combined with the prompt that the environment's reset returned."""
     if isinstance(own, Completion):
         own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)
     messages = own.messages[: own.response]

@@ -161,7 +161,9 @@ def pad_token_of(ref: str, adapter: str | Path | None = None) -> int | None:
         return pretrained.load_tokenizer(str(adapter)).pad_token_id
     pad = pretrained.read_config(hub.locate(ref, config_only=True)).get("pad_token_id")
     if pad is not None and type(pad) is not int:
-        raise ValueError(f"{ref}: pad_token_id={pad!r:.60} in config.json is no token id. Use one, or null.")
+        raise ValueError(
+            f"{ref}: pad_token_id={pad!r:.60} in config.json is no token id. Set a token id, or null."
+        )
     return pad if pad is not None and 0 <= pad < 1 << 31 else None
 
 
@@ -195,7 +197,7 @@ def is_classifier(ref: str) -> bool:
 
 @dataclass(frozen=True)
 class HeadReward(Reward):
-    """A frozen reward model on the run's base: the one of Run.heads with this name.
+    """A frozen reward model on the run's base: the model in Run.heads with this name.
 
     pad: a token at which no reward is read, as transformers' classifiers do at padding; the reward is read
     before it.
@@ -213,7 +215,7 @@ class HeadReward(Reward):
         model = programs.run.model
         if self.name not in model.heads:
             raise ValueError(
-                f"rewards have HeadReward({self.name!r}), but Run.heads has no model of that name. Add it."
+                f"rewards have HeadReward({self.name!r}), but Run.heads lacks that name. Add the model there."
             )
         if varies_with_length(model.attention, programs.max_length):
             raise ValueError(
@@ -237,7 +239,7 @@ def head_scores(
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
         own, last, branches = adapted.view(params, reward.name), rows.last, rows.branches
-        assert last is not None and branches is not None  # layout.py writes both
+        assert last is not None and branches is not None  # rollout_layout.py writes both
         if reward.pad is not None:  # a completion of that one token is read at the prompt's last token
             shared = (rows.segments == 1) & (branches == 0)
             prompt = jnp.maximum(jnp.sum(shared, 1, dtype=jnp.int32) - 1, 0)[:, None]
@@ -255,9 +257,9 @@ def head_scores(
 class ModelReward(Reward):
     """A frozen classifier with one label and its own base, tokenizer and chat template.
 
-    quant: of its layers, None for `dtype`, in which it computes. max_length: tokens of a prompt with its
-    completion; a longer one has no score. batch: texts of a pass. A truncated completion is scored as if it
-    had ended there.
+    quant: quantisation of its layers, None to store them in `dtype`, in which it computes. max_length: tokens
+    of a prompt with its completion; a longer one has no score. batch: texts of a pass. A truncated completion
+    is scored as if it had ended there.
     """
 
     ref: str
@@ -276,7 +278,7 @@ class ModelReward(Reward):
         return runfolder.weights_fingerprint(self.ref)
 
     def start_lines(self) -> list[str]:
-        """Return a warning if its run was later continued, so that these weights are from an earlier end."""
+        """Return a warning if the model's run was continued and has not finished again; else []."""
         return runfolder.earlier_end_notes(self.ref)
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
@@ -300,8 +302,8 @@ class ModelReward(Reward):
         """Load the weights and return `(prompts, completions, settings) -> scores`, NaN for a text that is
         too long.
 
-        prompts: without responses. settings: of the run's chat template; the model's own template gets the
-        arguments that it reads.
+        prompts: without responses. settings: arguments of the run's chat template; the model's own template
+        gets the arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         return make_text_scorer(loaded, mesh, self.ref, None, self.max_length, self.batch)
@@ -318,9 +320,9 @@ def make_text_scorer(
     """Compile a loaded reward model for texts, and return `(prompts, completions, settings) -> scores`, NaN
     for a text of more than max_length tokens.
 
-    ref, adapter: from which it was loaded, and which have its tokenizer. batch: texts of a pass. prompts:
-    without responses. settings: of a run's chat template; the reward model's own gets those of its arguments
-    that it reads.
+    ref, adapter: the files that it was loaded from, which have its tokenizer. batch: texts of a pass.
+    prompts: without responses. settings: arguments of a run's chat template; the reward model's own template
+    gets those that it reads.
     """
     own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)

@@ -48,7 +48,7 @@ NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(
 
 @dataclass(frozen=True)
 class Faults:
-    """Counts of completions that a reward gave no score. first: a message about the first of them."""
+    """Counts of completions without a score from a reward. first: a message about the first of them."""
 
     raised: int = 0
     not_a_number: int = 0
@@ -61,8 +61,8 @@ class Faults:
 
 
 class RewardScores(NamedTuple):
-    """The scores of n completions by one reward, NaN for no score, and counts of faults. skips: which of them
-    the reward leaves to the others.
+    """The scores of n completions by one reward, NaN for no score, and counts of faults. skips: completions
+    that the reward leaves to the other rewards.
     """
 
     scores: Float[np.ndarray, " n"]

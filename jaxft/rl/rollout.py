@@ -1,6 +1,6 @@
 """Rollouts: sample episodes with the current policy, score them, and make batches for an objective.
 
-The way of a rollout: sample -> Episodes; pack_episodes -> rows; rewards and Rules.score -> scores;
+The steps of a rollout: sample -> Episodes; pack_episodes -> rows; rewards and Rules.score -> scores;
 Rules.estimate -> advantages; policy_rows writes these into the rows; rollout_batch makes a step's batch.
 
 Rollout k is sampled at step k * steps_per_rollout, with the state of that step, and used for that many steps.
@@ -156,13 +156,12 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn. Of a dict, a row's column `environment` names its own. A row is large enough for a prompt of each
-    episode, unless `reset` is annotated to return None. tools: functions that the policy may call. timeout:
-    seconds of each call of them. max_observation: characters of what each call returns. replay: the folder of
-    a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out prompts are
-    sampled as ever.
-    observations: whether a batch has weights of the tokens that episodes were given, for the objective
-    policy.echo. Other fields: see Prompts.
+    turn; in a dict of several, a row's column `environment` names one. A row is large enough for a prompt of
+    each episode, unless `reset` is annotated to return None. tools: functions that the policy may call.
+    timeout: seconds of each call of them. max_observation: characters of what each call returns. replay: the
+    folder of a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out
+    prompts are still sampled. observations: whether a batch has weights of the tokens that episodes were
+    given, for the objective policy.echo. Other fields: see Prompts.
     """
 
     rules: Rules
@@ -254,8 +253,12 @@ class Rollouts(Prompts):
         names = [reward.name for reward in self.object_rewards]
         if names and (self.environment is None or len({*names}) < len(names)):
             raise ValueError(
-                f"rewards {', '.join(names)} read the objects of an environment; "
-                + ("set environment=my_env.py:Name" if self.environment is None else "give each its own name")
+                f"rewards {', '.join(names)} take the argument `environments`; "
+                + (
+                    "set environment=my_env.py:Name"
+                    if self.environment is None
+                    else "two have the same name, so rename one of the functions"
+                )
             )
         self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
@@ -404,7 +407,8 @@ class RolloutSource(PromptSource):
         if self.current is None or self.current.number != number:
             if part:
                 raise ValueError(
-                    f"step {step} is inside rollout {number}. A run resumes at the first step of a rollout."
+                    f"step {step} is inside rollout {number}, which begins at step {step - part}. Resume "
+                    "from a checkpoint at the first step of a rollout."
                 )
             self.current = self._new_rollout(number, state)
         chosen = prompts.prompts_of_step(data, number, part)
@@ -507,7 +511,7 @@ class RolloutSource(PromptSource):
 
 
 def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts: PromptRows) -> SourceInfo:
-    """Return steps, counts and fingerprints of a source of rollouts."""
+    """Return the number of steps, the counts and the fingerprints of a source of rollouts."""
     longest, rows = prompts.longest_prompt(train, eval_prompts), train.split.rows
     rollouts = max(1, -(-int(1e9 * (data.epochs or 1) * len(train)) // int(1e9 * data.batch)))
     summary = (
@@ -521,11 +525,11 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
             "; the tokenizer has no end token: unless the model or its template has one, completions end at "
             "data.max_new"
         )
-    out = [] if data.rules.train_on_truncated else ["those that are cut off at data.max_new"]
-    out += [] if data.rules.filter is None else ["those that the filter leaves out"]
+    out = [] if data.rules.train_on_truncated else ["completions truncated at data.max_new"]
+    out += [] if data.rules.filter is None else ["completions that the filter leaves out"]
     learned = "100.0 % of the tokens of completions are learned"
     if out:
-        learned = f"all tokens of completions are learned, except of {' and '.join(out)}"
+        learned = f"all tokens of completions are learned, except in {' and '.join(out)}"
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),

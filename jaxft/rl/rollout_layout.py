@@ -67,9 +67,9 @@ class PackedRows:
 
 
 class _Piece(NamedTuple):
-    """A training row of an episode up to its last sampled token: after the prompt that its group shares if
-    `is_branch`, otherwise with its own start. sampled: indices of sampled tokens in ids. given: of the tokens
-    between them, none of an episode with a fault.
+    """A training row of an episode up to its last sampled token. is_branch: ids follow the prompt that the
+    group shares; otherwise ids begin with the episode's own prompt. sampled: indices in ids of sampled
+    tokens. given: indices of the tokens between those; empty for an episode with a fault.
     """
 
     slot: int
@@ -80,8 +80,8 @@ class _Piece(NamedTuple):
 
 
 def _groups(episodes: Episodes) -> list[tuple[tuple[int, ...], list[_Piece]]]:
-    """Return, for each group, the prompt of its row (of the first episode that has one) and the training rows
-    of its episodes. Rows that share the prompt come first.
+    """Return for each group the prompt of its row, which is the first prompt among its episodes, and the
+    training rows of its episodes. Those that share the prompt come first.
     """
     groups = []
     for first in range(0, len(episodes.trajectories), episodes.group):
@@ -111,7 +111,7 @@ def pack_episodes(
 ) -> PackedRows:
     """Pack each prompt with its episodes into a row of the first of the shapes that holds them all.
 
-    size: (rows, episode slots of a row), None for those that the episodes need; the others stay empty.
+    size: (rows, episode slots of a row), None for as many as the episodes need; the others stay empty.
     reads_given: whether tokens that an episode was given before its last turn have read positions too, after
     all sampled tokens, as padding with an observation weight of 1.
     """
@@ -223,8 +223,8 @@ class BoundRun:
 class RolloutPrograms:
     """Compile functions of a rollout's rows, one program for each row shape.
 
-    shapes: of a batch [micro, rows, ...] by row shape. rows: rows of a batch before padding for the mesh.
-    complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt with an
+    shapes: of a batch [micro, rows, ...] by row shape. rows: number of rows of a batch before padding for the
+    mesh. complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt with an
     episode.
     """
 

@@ -135,7 +135,7 @@ def rollout_metrics(
 ) -> Metrics:
     """Return the metrics of a rollout, the same names every time.
 
-    names: of the rewards. trained_on: completions that the policy is trained on.
+    names: names of the rewards. trained_on: completions that the policy is trained on.
     """
     episodes = scored.episodes
     valid, count = episodes.valid, episodes.lengths.size

@@ -24,8 +24,8 @@ Filter = Callable[[GroupScores], GroupMask]
 
 @dataclass(frozen=True)
 class ScoredEpisodes:
-    """Episodes with the scores of each reward, their combination, and the combination after shaping; NaN for
-    none.
+    """Episodes with their scores; NaN for an episode without one. reward_scores: by each reward. combined: by
+    Rules.combine. scores: after Rules.shape.
     """
 
     episodes: Episodes
@@ -53,7 +53,7 @@ class Rules:
         its lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
-    correction: importance weights between sampler and training program, see importance.py; None for none.
+    correction: importance weights between sampler and training program, see token_weights.py; None for none.
     ratio_to_sampler: whether the ratio of a policy loss is to the sampler's probabilities rather than to the
         training program's at sampling: verl's bypass mode, advised for DPPO (arXiv:2602.04879, section 5.2).
     """
@@ -111,8 +111,8 @@ class Rules:
 
     @property
     def turn_weight(self) -> float:
-        """The weight of per-turn rewards: the one of the environment's score, or 0 if that is no reward of
-        the run.
+        """The weight of per-turn rewards: the environment's entry of reward_weights, 0 if the environment's
+        score is no reward of the run.
         """
         own = [isinstance(reward, EnvironmentReward) for reward in self.rewards]
         return float(np.dot(own, self.reward_weights))

@@ -124,8 +124,9 @@ def _writers(t: Trajectory) -> list[str]:
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """Recorded rollouts. folder: of this run's. replay: the folder of the run that is replayed, or None.
-    weights: the checksum of the policy's trainable weights. prompts: `prompts_hash` of the rollout.
+    """Recorded rollouts. folder: where this run writes its rollouts. replay: the folder of the run that is
+    replayed, or None. weights: the checksum of the policy's trainable weights. prompts: `prompts_hash` of the
+    rollout.
     """
 
     folder: Path
@@ -198,7 +199,9 @@ def about_of(content: bytes, path: Path) -> tuple[int, str]:
         with np.load(io.BytesIO(content)) as arrays:
             return int(arrays["weights"]), str(arrays["prompts"])
     except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or of another version; remove it, or sample it again") from error
+        raise ValueError(
+            f"{path} is damaged or of another version; remove it, so that its run samples it again"
+        ) from error
 
 
 def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = "") -> bytes:
@@ -248,8 +251,8 @@ def from_bytes(content: bytes) -> list[Trajectory]:
 def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_size: int) -> SampleEpisodes:
     """Compile the sampling programs of a run, and return (prompts, group, number, state) -> episodes.
 
-    prompt_size: tokens of the longest prompt, padded. group: data.group or data.eval_group. number: of the
-    rollout, for the keys; EVALUATION is not recorded.
+    prompt_size: tokens of the longest prompt, padded. group: data.group or data.eval_group. number: number of
+    the rollout, from which random keys derive; a rollout numbered EVALUATION is not recorded.
     """
     play = data.play(tokenizer, run.stop)
     sampler = compile_engines(run, data, prompt_size)

@@ -70,15 +70,17 @@ def constant_length(
     longest = np.max(lengths, initial=0)
     if longest > length:
         raise ValueError(
-            f"constant_length: a completion has {longest} tokens, more than length={length}. Raise it."
+            f"constant_length: a completion has {longest} tokens, more than length={length}. Raise length."
         )
     return _with_tokens(lengths, mask) / (max(int((np.asarray(lengths) > 0).sum()), 1) * length)
 
 
 def sequence_sum(lengths: GroupLengths, mask: GroupMask, max_new: int) -> GroupScores:
     """Return `1 / completions`: the weight of a completion is proportional to its length, as in RLOO and
-    LUSPO (arXiv:2602.05261). The weights sum to the mean length of the completions in the mask, by which loss
-    and gradients are larger.
+    LUSPO (arXiv:2602.05261).
+
+    The weights do not sum to 1 but to the mean length of the completions in the mask, so loss and gradients
+    are larger by that factor.
     """
     mask = _with_tokens(lengths, mask)
     return mask / max(int(mask.sum()), 1)

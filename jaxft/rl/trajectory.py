@@ -35,10 +35,10 @@ class Fault(NamedTuple):
 class Segment:
     """Consecutive token ids of an episode, all sampled or all given.
 
-    logps: of sampled tokens, at the sampling temperature; None for given tokens: an observation, a tool's
-    result, or a stop token that was not sampled. reward: of the turn that these sampled tokens are; NaN for
-    none. begins: whether these given tokens are the prompt of a new training row. It begins where a template
-    rewrites earlier turns, so that the next turn's prompt is not the previous ids plus a suffix.
+    logps: log-probs of sampled tokens, at the sampling temperature; None for given tokens: an observation, a
+    tool's result, or a stop token that was not sampled. reward: reward of the turn whose tokens these are;
+    NaN for none. begins: whether these given tokens are the prompt of a new training row. It begins where a
+    template rewrites earlier turns, so that the next turn's prompt is not the previous ids plus a suffix.
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -53,7 +53,7 @@ class Segment:
 
 
 class TrainingRow(NamedTuple):
-    """A prompt and what follows it. start: tokens of the prompt. sampled: which of the ids were sampled."""
+    """A prompt and the tokens after it. start: number of prompt tokens. sampled: which ids were sampled."""
 
     start: int
     ids: Int[np.ndarray, " n"]
@@ -65,11 +65,11 @@ class Trajectory:
     """One episode.
 
     prompt: index of the dataset row in the rollout. start: token ids of the prompt. score: the environment's
-    of the whole episode, NaN for none. ended: by a stop token or by the environment rather than by a limit.
-    fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
-    messages as the model was shown them, for completions.jsonl. faults: all of them, also calls that were
-    answered with an error message and exclude nothing. rewards: of functions that read the environment, by
-    name; NaN where they returned None.
+    score of the whole episode, NaN for none. ended: by a stop token or by the environment rather than by a
+    limit. fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
+    messages as the model was shown them, for completions.jsonl. faults: all faults, also calls that were
+    answered with an error message and exclude nothing. rewards: values of the reward functions that read the
+    environment, by name; NaN where one returned None.
     """
 
     prompt: int

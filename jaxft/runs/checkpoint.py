@@ -90,20 +90,20 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; it is verified when it is restored."""
+        """Return the step of the newest complete checkpoint, None without one; `restore` verifies it."""
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:
-        """(step, score) of the checkpoint with a member's lowest score, None if none has one.
+        """Return the (step, score) of the checkpoint with the lowest score, None without scores.
 
-        Called by every process.
+        member: its number in a sweep, 0 for a run alone. Called by every process.
         """
         ranked = sync.exchange_first(sync.gather_texts, self._best_first)
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
-        """(step, score) of the checkpoints that have a score, for each member, the best first; of equal ones
-        the newer.
+        """Return for each member the (step, score) of its checkpoints with a score, the best first. Of two
+        equal scores the newer checkpoint comes first.
         """
         ranked: list[list[tuple[int, float]]] = []
         for step in self.steps():
@@ -120,9 +120,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: Sequence[float | None] = ()) -> None:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
-        meta: JSON that `restore` returns. scores: for keep_best, of each member of a sweep, or one of a run
-        alone; the lower the better, None for one that was not evaluated. Raises OSError if this save cannot
-        begin or an earlier one failed; the checkpoints before it are then unchanged.
+        meta: JSON that `restore` returns. scores: one for each member of a sweep, or one for a run, from
+        which keep_best selects the lowest; None if not evaluated. Raises OSError if this save cannot begin or
+        an earlier one failed; earlier checkpoints are then unchanged.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}
@@ -154,7 +154,7 @@ class Checkpoints:
         self._thread.start()
 
     def _begin(self, step: int) -> str:
-        """Make the folders of a save, on process 0. Return a name that no save had before."""
+        """Make the folders of a save, on process 0. Return a unique name for the messages of this save."""
         make_folder(self.folder)
         for stale in (
             *self.folder.glob("*.tmp"),
@@ -172,8 +172,8 @@ class Checkpoints:
             raise OSError(errno.ENOENT, text)
 
     def _start_writing(self, folder: Path, leaves: dict[str, Any]) -> Callable[[], None]:
-        """Pass the arrays to Orbax, which copies them. Return a function that waits until this process's are
-        written.
+        """Pass the arrays to Orbax, which copies them. Return a function that waits until this process has
+        written its shards.
         """
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}  # zarr has no empty arrays
         chunks = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
@@ -195,9 +195,9 @@ class Checkpoints:
         wait_written: Callable[[], None],
         exchange: sync.FileExchange,
     ) -> None:
-        """The stages of a save after its begin; each begins when all processes are through the one before.
+        """Run the stages of a save after `_begin`, each when all processes have finished the one before.
 
-        It runs in a thread, so no device takes part.
+        body: the manifest without leaves and files. It runs in a thread, so it uses no device.
         """
         step = body["step"]
         temporary = self.folder / f"{step}.tmp"
@@ -220,8 +220,8 @@ class Checkpoints:
             shutil.rmtree(self.folder / EXCHANGE, ignore_errors=True)
 
     def _merge(self, temporary: Path) -> list[str]:
-        """Merge the files of all processes, on process 0, and sync them: Orbax does so with few. Return their
-        names.
+        """Merge the files of all processes, on process 0, and sync them to disk, as Orbax syncs only a few.
+        Return their paths in the checkpoint.
         """
         assert self._orbax is not None
         self._orbax.finalize(epath.Path(temporary / "state"))
@@ -251,10 +251,10 @@ class Checkpoints:
             for folder in self.folder.glob("*.tmp"):
                 shutil.rmtree(folder)
         except OSError as error:
-            self.report(f"an old checkpoint could not be removed: {error}")
+            self.report(f"an old checkpoint could not be removed: {error}; the next save tries again")
 
     def _agree_on_error(self, step: int, error: Exception, exchange: sync.FileExchange) -> OSError:
-        """Return a save's error as process 0 reports it, or as this process does if process 0 does not
+        """Return a save's error as process 0 reports it, or this process's report if process 0 does not
         respond.
         """
         try:
@@ -266,14 +266,12 @@ class Checkpoints:
         return OSError(number, text, str(self.folder))
 
     def _failed(self, step: int, error: Exception) -> OSError:
-        """Remove the files of a failed save. Return its error, after which the run can be started again if
-        another process is gone.
-        """
+        """Remove the files of a failed save. Return its error: a PeerLostError if another process is gone."""
         kind = PeerLostError if processes.is_peer_lost(error, connected=True) else OSError
         return kind(*self._clean_up(step, error), str(self.folder))
 
     def _clean_up(self, step: int, error: Exception) -> tuple[int, str]:
-        """Remove the files of a failed save. Return the errno and a line about intact checkpoints."""
+        """Remove the files of a failed save. Return the errno and a message with the intact checkpoints."""
         published = (self.folder / str(step)).exists() and not (self.folder / f"{step}.tmp").exists()
         if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
@@ -318,12 +316,12 @@ class Checkpoints:
     # Restoring
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int] | None:
-        """(state, meta, step) of the newest checkpoint that matches its manifest, None if there is none.
-        Called by every process.
+        """Return (state, meta, step) of the newest checkpoint that matches its manifest, None without one.
 
         The leaves get the shardings of `abstract_state`, on any mesh and any number of processes. A corrupt
-        checkpoint is renamed to `<step>.bad`, and the next older one is tried, which may be the same in a
-        store; with `step` only that one. Raises ValueError for a checkpoint of another tree.
+        checkpoint is renamed to `<step>.bad`; then the same step in a store, or the next older one, is tried.
+        step: restore only this one; FileNotFoundError if it is missing, ValueError if it is corrupt. Raises
+        ValueError if its leaves differ from `abstract_state`. Called by every process.
         """
         self.wait()
         steps = sync.exchange_first(sync.gather_texts, self._steps)
@@ -339,7 +337,7 @@ class Checkpoints:
                 read = partial(read_checkpoint, folder, abstract_state, restored)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
-                text = f"the checkpoint cannot be read: {error.strerror}"
+                text = f"the checkpoint cannot be read: {error.strerror}; correct that and start again"
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
@@ -351,15 +349,15 @@ class Checkpoints:
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
-                raise ValueError(f"{folder}: {reasons[0]}")
+                raise ValueError(f"{folder}: {reasons[0]}; start again, or restore the folder from a copy")
             if instead is not None:
                 fetched.add(instead)
                 candidates.append(instead)
         return None
 
     def _quarantine(self, folder: Path, reason: str, limit: int) -> int | None:
-        """Set a checkpoint aside, on process 0, and fetch one of at most step `limit` from a store that has a
-        newer one than the disk; return its step.
+        """Rename a corrupt checkpoint, on process 0. If the store has a newer checkpoint of at most step
+        `limit` than the disk, fetch it and return its step; else return None.
         """
         try:
             moved = f"renamed to {manifest.set_aside(folder).name}"
@@ -374,15 +372,15 @@ class Checkpoints:
 
 
 def in_flight_gb(leaves: Iterable[Any]) -> float:
-    """Return how many GB of leaves Orbax may encode and write at a time. By default it is 96, which is a copy
-    of the whole state. Orbax refuses a leaf that is not smaller than the limit.
+    """Return how many GB of leaves Orbax may encode and write at a time. Its default of 96 would copy most
+    states as a whole. The limit is larger than the largest leaf, since Orbax refuses a leaf of that size.
     """
     return max(IN_FLIGHT_BYTES, 2 * max((leaf.nbytes for leaf in leaves), default=0) + 1) / 1e9
 
 
 def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
-    """Return the array as Orbax expects it. An array that every process has in full is the same on all, and
-    process 0 writes it.
+    """Return the array as Orbax expects it: an array that every process has in full becomes a NumPy array,
+    which process 0 writes.
     """
     is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     return leaf if is_global else np.asarray(leaf)
@@ -409,8 +407,8 @@ def _my_part(work: list[Any]) -> list[Any]:
 
 
 def verify(folder: Path) -> None:
-    """Check the arrays on disk against the hashes of the arrays in memory, each process a part of the shards.
-    Raises Corrupt.
+    """Check the arrays on disk against the manifest's hashes of the arrays in memory; each process checks a
+    part of the shards. Raises Corrupt.
     """
     entries = manifest.read_manifest(folder)["leaves"]
     shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
@@ -498,8 +496,8 @@ def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> di
 
 
 def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
-    """Compare the shards on this process's devices with their hashes, as far as the manifest has shards of
-    that index.
+    """Compare the shards on this process's devices with their hashes, where the manifest has a shard with the
+    same index. Raises Corrupt.
     """
     manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
     shards = {

@@ -74,7 +74,7 @@ class ConsoleView:
             atexit.register(self._live.stop)  # shows the cursor again where close() is never reached
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Update the live view, or print a line."""
+        """Update the live view, or print a line. perf: speed, memory and timings by metric name."""
         if step > self._step:
             now = time.monotonic()
             if not self._pace and names.SECONDS in perf:
@@ -89,14 +89,14 @@ class ConsoleView:
             self.message(self._line(step, metrics, perf))
 
     def tabulate(self, labels: Sequence[str]) -> None:
-        """Show entries of a sweep from now on: a line has one column for each label, from metrics that end in
-        its number, "loss 1".
+        """Show a sweep's metrics as a table from now on, with a column for each label. The metric "loss 1" is
+        the loss of the first label.
         """
         self._columns, self._needs_head = tuple(labels), True
 
     def progress(self, text: str) -> None:
-        """Show the progress of a phase inside the run; "" ends it. Without a live view, a long phase has a
-        line now and then.
+        """Show the progress of a phase inside the run; "" ends it. Without a live view, a line is printed
+        after 3 s and then every 10 s.
         """
         now = time.monotonic()
         if not (text and self._status):
@@ -111,7 +111,7 @@ class ConsoleView:
         self._total_steps = step
 
     def message(self, text: str) -> None:
-        """Print a line, above the live view where there is one. The text of rows keeps its URLs whole."""
+        """Print a line, above a live view. Secrets in URLs are left out, except in the text of rows."""
         shown = printable_text if text.startswith(ROW_TEXTS) else printable_message
         text, encoding = shown(text), self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
@@ -140,7 +140,7 @@ class ConsoleView:
         return "  ".join([f"step {step}/{self._total_steps}", *values, *rates, *eta, *remarks(metrics)])
 
     def _rows(self, step: int, metrics: dict[str, float], rates: list[str]) -> list[str]:
-        """Return a line of a sweep's table for each metric of all members."""
+        """Return the lines of a sweep's table: one for each metric, the first time after a heading."""
         kinds = dict.fromkeys(name.rpartition(" ")[0] for name in metrics)
         head = [self._row("step", "", [_shorten(label) for label in self._columns])] * self._needs_head
         self._needs_head, lines = False, []
@@ -181,7 +181,7 @@ class ConsoleView:
 
 
 def remarks(metrics: dict[str, float]) -> list[str]:
-    """Return remarks about a step without a training signal."""
+    """Return a remark about a step without a training signal, [] for other steps."""
     equal = metrics.get(names.ZERO_STD) == 1 and not metrics.get(names.GRAD_NORM)
     return ["(nothing learned: the rewards of every group are equal)"] if equal else []
 
@@ -206,8 +206,8 @@ def format_metric(name: str, value: float) -> str:
 
 
 def _with_interval(name: str, metrics: dict[str, float]) -> str:
-    """A metric for people; an accuracy, and a mean of rewards 0 and 1, with its 95 % interval and the number
-    of pairs or prompts, where that is known.
+    """Format a metric for people. An accuracy, or a mean of rewards that are 0 or 1, has its 95 % interval
+    and the number of pairs or prompts, if the metrics have it.
     """
     value, count = metrics[name], names.count_of(metrics, name)
     if count is None or not 0 <= value <= 1:
@@ -216,14 +216,14 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
 
 
 def _rates(perf: dict[str, float]) -> list[str]:
-    """Speed and memory, and the time of an evaluation if it is a second or more."""
+    """Return speed and memory as texts, and the times of evaluation and sampling from a second on."""
     times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
     shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
     return [format_metric(name, value) for name, value in shown.items()]
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
-    """The names of at most `most` metrics in display order, and the number of skipped steps if any."""
+    """Return the names of at most `most` metrics in display order, then SKIPPED if steps were skipped."""
     trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))

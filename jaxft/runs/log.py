@@ -38,7 +38,7 @@ class NullLog:
         self.last: Entry = {}
 
     def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
-        """Return False."""
+        """Do nothing; return False, because no tracker ends the run."""
         return False
 
     def sync(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Log:
         return [*messages, *new]
 
     def add_alarms(self, texts: list[str]) -> None:
-        """Append alarms to those in the folder's alarms.json, which a run that ends early has too."""
+        """Append alarms to alarms.json, which also a run that ends early has."""
         if texts:
             self.alarms += texts
             write_durable_json(self._folder / ALARMS_JSON, {"alarms": self.alarms})

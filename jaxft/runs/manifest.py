@@ -31,10 +31,10 @@ class Corrupt(Exception):
 
 
 def named_leaves(state: Any) -> dict[str, Any]:
-    """Leaves by their names on disk: the paths with dots, Orbax's separator."""
+    """Return the leaves of a state by their names on disk: their paths with dots, Orbax's separator."""
     leaves = {path.replace("/", "."): leaf for path, leaf in tree.paths(state).items()}
     if len(leaves) != len(jax.tree.leaves(state)):
-        raise ValueError("two leaves of the state have the same path; its names must not contain '.' or '/'")
+        raise ValueError("two leaves of the state have the same path; use no '.' or '/' in parameters' names")
     for name, leaf in leaves.items():
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(
@@ -44,8 +44,8 @@ def named_leaves(state: Any) -> dict[str, Any]:
 
 
 def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str, Any]:
-    """A leaf's entry with the shards of this process. owns_host_arrays: this process enters arrays that are
-    not on devices.
+    """Return the manifest's entry of a leaf, with the hashes of this process's shards. owns_host_arrays:
+    whether this process also hashes arrays that are not on devices; one process does.
     """
     if isinstance(leaf, jax.Array):
         shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
@@ -56,7 +56,7 @@ def leaf_entry(leaf: jax.Array | np.ndarray, owns_host_arrays: bool) -> dict[str
 
 
 def join_entries(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all processes as one."""
+    """Merge the entries that the processes have made: the union of their shards."""
     return {
         name: {**entry, "shards": {k: v for part in parts for k, v in part[name]["shards"].items()}}
         for name, entry in parts[0].items()
@@ -64,18 +64,18 @@ def join_entries(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def format_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
-    """A shard's index as text, "0:4,0:8"."""
+    """Return a shard's index as text, "0:4,0:8"."""
     ranges = (s.indices(n) for s, n in zip(index, shape, strict=True))
     return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
 
 
 def parse_index(text: str) -> tuple[slice, ...]:
-    """The inverse of `format_index`."""
+    """Return the index that `format_index` wrote as text."""
     return tuple(slice(*map(int, part.split(":"))) for part in text.split(",") if part)
 
 
 def hash_array(array: np.ndarray) -> str:
-    """xxh3-128 of the bytes in C order."""
+    """Return the xxh3-128 of an array's bytes in C order, in hex."""
     return xxhash.xxh3_128_hexdigest(_bytes_of(array))
 
 
@@ -87,7 +87,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def format_manifest(body: dict[str, Any]) -> str:
-    """The text of manifest.json, with a hash of itself."""
+    """Return the text of manifest.json, with a hash of itself. body: its other entries."""
     text = json.dumps(body, sort_keys=True)
     return json.dumps({"xxh3": xxhash.xxh3_128_hexdigest(text.encode()), **body}, indent=1)
 
@@ -109,18 +109,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Corrupt(f"{NAME} belongs to step {body.get('step')}")
     if body.get("layout") != LAYOUT:
         raise ValueError(
-            f"{folder} was written by another version of jaxft; use that one, or another name=..."
+            f"{folder} was written by another version of jaxft; use that version, or another name=..."
         )
     return body
 
 
 def file_hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """[size, hash] of files in a checkpoint."""
+    """Return [size in bytes, hash] of files in a checkpoint, by name."""
     return {name: [(folder / name).stat().st_size, hash_file(folder / name)] for name in names}
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file."""
+    """Return the xxh3-128 of a file's bytes, in hex."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -214,5 +214,5 @@ def _read_slabs(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened."""
+    """Return the first line of an error's message, at most 300 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -5,9 +5,9 @@ Floats are written in full (the shortest text that reads back as the same float6
 infinity: both are written as null.
 
 The lines are chained by digests, so that a line that is changed, removed, added or moved is found: line n of
-metrics_digests.jsonl is the SHA-256 of the digest before it and of line n of the log. At the end of a run
-further digests are of its other files. Who publishes the last digest has published the record: it cannot be
-changed afterwards without changing that.
+metrics_digests.jsonl is the SHA-256 of the digest before it and of line n of the log. At the end of a run,
+digests of its other files follow. The last digest thus covers the whole record: once it is published, any
+later change of the record is found.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ HELD_OUT_ROWS = "held_out.jsonl"  # values of single held-out rows after the las
 
 
 def json_value(value: Any) -> Any:
-    """The value as JSON has it: NaN and infinity as null."""
+    """Return a value as JSON can express it: NaN and infinity become None, tuples lists."""
     if isinstance(value, dict):
         return {k: json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -40,7 +40,7 @@ def json_value(value: Any) -> Any:
 
 
 def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-    """One line of metrics.jsonl without the newline. Raises ValueError for a metric called step or perf."""
+    """Format a line of metrics.jsonl without newline. Raises ValueError for a metric called step or perf."""
     reserved = sorted({"step", "perf"} & metrics.keys())
     if reserved:
         raise ValueError(
@@ -51,8 +51,8 @@ def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) ->
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The objects of a metrics.jsonl; [] where there is none. A line that a killed run left half written is
-    skipped.
+    """Return the objects of a metrics.jsonl, [] if it does not exist. A line that a killed run left half
+    written is skipped.
     """
     return [entry for _, entry in _lines(path)]
 
@@ -92,7 +92,7 @@ def truncate(path: Path, step: int) -> list[Entry]:
 
 
 def step_ranges(steps: Iterable[int]) -> list[list[int]]:
-    """Return steps as [first, last, distance between two], ascending."""
+    """Return steps as ascending ranges [first, last, stride]; the stride of a single step is 0."""
     ranges: list[list[int]] = []
     for step in sorted(set(steps)):
         if ranges and (ranges[-1][2] in (0, step - ranges[-1][1])):
@@ -103,7 +103,7 @@ def step_ranges(steps: Iterable[int]) -> list[list[int]]:
 
 
 class EntrySteps:
-    """The steps of the entries of a file, which a checkpoint stores."""
+    """The steps of a log's entries, which a checkpoint stores to find lost entries."""
 
     def __init__(self, entries: Iterable[Entry] = ()):
         self._steps = [entry["step"] for entry in entries]
@@ -117,7 +117,7 @@ class EntrySteps:
         return {"entries": len(self._steps), "steps": step_ranges(self._steps)}
 
     def missing(self, logged: dict[str, Any]) -> str:
-        """Return which entries of an earlier `logged` are not there, "" if all are."""
+        """Return which entries of an earlier `logged` are missing now, "steps 3-9", or "" if none is."""
         steps = {
             step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
         }
@@ -132,20 +132,20 @@ class EntrySteps:
 
 
 class Jsonl:
-    """Appends to a metrics.jsonl that was truncated at `start_step`, with digests.
+    """Truncates a metrics.jsonl after `start_step` and appends to it, and writes its digests.
 
-    steps: of its entries.
+    steps: the EntrySteps of the file.
     """
 
     def __init__(self, path: Path, start_step: int = 0):
         entries = truncate(path, start_step)
-        self._repeated = [_without_perf(entry) for entry in entries if entry["step"] == start_step]
+        self._repeated = [without_perf(entry) for entry in entries if entry["step"] == start_step]
         self.steps = EntrySteps(entries)
         self._digests = DigestWriter(path, whole_lines(path))
         self._file = path.open("ab")
 
     def has(self, entry: Entry) -> bool:
-        """Whether the file had this entry before the restart."""
+        """Return whether the file had this entry (without "perf") before the restart."""
         return entry in self._repeated
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
@@ -157,12 +157,13 @@ class Jsonl:
         self.steps.add(step)
 
     def close(self, end: RunEnd) -> None:
-        """Close the file and that of its digests."""
+        """Close metrics.jsonl and the file of its digests."""
         self._file.close()
         self._digests.close()
 
 
-def _without_perf(entry: Entry) -> Entry:
+def without_perf(entry: Entry) -> Entry:
+    """Return an entry without its timings and memory, which differ between equal runs."""
     return {name: value for name, value in entry.items() if name != "perf"}
 
 
@@ -181,16 +182,16 @@ def next_digest(before: str, content: bytes) -> str:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file, [] without one, and without one that a killed process left half written."""
+    """Return the lines of a file, except a last one that is half written; [] if the file does not exist."""
     content = path.read_bytes() if path.is_file() else b""
     return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 class DigestWriter:
-    """Appends digests for a log that has only the lines of `kept`; digests of other lines are removed.
+    """Appends digests for a log whose lines are `kept`; digests beyond these lines are removed.
 
-    Lines that have no digest yet, as of a killed process, get one. A digest that does not fit its line stays,
-    so that the change is still found.
+    Lines without a digest, which a killed process may leave, get one. A digest that does not fit its line is
+    not corrected, so that the change is still found.
     """
 
     def __init__(self, log: Path, kept: list[bytes]):
@@ -220,7 +221,7 @@ class DigestWriter:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file when it is on disk."""
+        """Close the file and sync it to disk."""
         self._file.close()
         fsync(self._path)
 
@@ -236,7 +237,7 @@ def add_files(log: Path, files: Iterable[Path]) -> str:
 
 
 def digested_files(log: Path) -> set[str]:
-    """Return the names of the files whose digests follow those of a log."""
+    """Return the names of the files whose digests add_files has appended to a log's."""
     return {entry[FILE] for entry in _entries(digests_path(log)) if FILE in entry}
 
 
@@ -253,7 +254,7 @@ def append_entry(log: Path, entry: dict[str, Any]) -> None:
 
 def read_unfinished(log: Path) -> list[dict[str, Any]]:
     """Return the entries of a log that a killed process may have left incomplete, [] without a log. A last
-    line that has no digest is removed. Raises ValueError as check_chain does.
+    line that has no digest is removed. Raises the errors of check_chain.
     """
     if not log.is_file():
         return []
@@ -267,12 +268,12 @@ def read_unfinished(log: Path) -> list[dict[str, Any]]:
 
 
 def check_chain(log: Path) -> str:
-    """Return the last digest of a log. Raises ValueError for the first line of it, or the first file, that is
-    not as it was written, and FileNotFoundError for a log without digests.
+    """Return the last digest of a log. Raises ValueError for the first line or file that has changed since
+    its digest was written, and FileNotFoundError for a log without digests.
     """
     path = digests_path(log)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the log of an earlier jaxft has no digests")
+        raise FileNotFoundError(f"{path}: no such file; restore it (logs of earlier versions never had one)")
     lines, entries, last = whole_lines(log), _entries(path, strict=True), ""
     count = sum(FILE not in entry for entry in entries)
     if log.is_file() and not log.read_bytes() == b"".join(lines):
@@ -299,7 +300,7 @@ def check_chain(log: Path) -> str:
 
 
 def _entries(path: Path, strict: bool = False) -> list[dict[str, Any]]:
-    """The entries of a digests file. strict: raise ValueError for a line that is none."""
+    """Return the entries of a digests file up to the first invalid line. strict: raise ValueError for it."""
     entries = []
     for number, line in enumerate(whole_lines(path), 1):
         try:

@@ -1,16 +1,16 @@
-"""Runs in object stores, gs://bucket/path or s3://bucket/path, through TensorStore: a copy of a run's folder,
-sent at every checkpoint and at the end, fetched elsewhere and by commands that name it.
+"""Runs in object stores, gs://bucket/path or s3://bucket/path, through TensorStore. A run's folder is copied
+there at every checkpoint and at the end, and fetched where the run is resumed or a command names it.
 
 Credentials come from the clouds' own tools: GOOGLE_APPLICATION_CREDENTIALS or gcloud's for gs://, AWS_*
 variables or ~/.aws for s3://. AWS_ENDPOINT_URL is the address of another store with the interface of S3.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
-Verified checkpoints are copied in the background, each with the other files of the folder that have changed;
-one that a newer one has overtaken is left out. `index.json` has their sizes and hashes, and which start sends
-them: the last one that was accepted. The checkpoint's manifest is sent after all of these: a checkpoint
-without one is incomplete, and one with it has its logs. A start that finds a newer checkpoint in the store
-than on disk fetches the folder first, and one whose checkpoint on disk is damaged fetches that.
-A start whose settings differ from the run in the store is refused and leaves the store as it is.
+Verified checkpoints are copied in the background, each with the other files of the folder that have changed.
+A checkpoint is skipped if a newer one exists by then. `index.json` has the sizes and hashes of the files, and
+names the start of the run that sends them, the last one that was accepted. A checkpoint's manifest is sent
+last: a checkpoint without one is incomplete, and one with a manifest has its logs. A start fetches the folder
+first if the store has a newer checkpoint than the disk, and a checkpoint if the one on disk is damaged. A
+start whose settings differ from the run in the store is refused and leaves the store as it is.
 """
 
 import contextlib
@@ -60,12 +60,12 @@ class Store:
     kv: tensorstore.KvStore
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the names of all objects in a folder of it."""
+        """Return the names of all objects in a folder of the store; "" is all of it."""
         keys = self._call(lambda: self.kv.list(_keys_in(folder)).result())
         return sorted(key.decode() for key in keys)
 
     def read(self, name: str) -> bytes | None:
-        """Return an object, None if there is none of this name."""
+        """Return an object's content, None if it does not exist."""
         result = self._call(lambda: self.kv.read(name).result())
         return result.value if result.state == "value" else None
 
@@ -87,7 +87,7 @@ class Store:
         self._wait(writing)
 
     def delete(self, name: str) -> None:
-        """Delete an object; of a name that ends in a slash all objects in that folder."""
+        """Delete an object, or all objects in a folder if the name ends in a slash."""
         if name.endswith("/"):
             self._call(lambda: self.kv.delete_range(_keys_in(name)).result())
         else:
@@ -105,7 +105,7 @@ class Store:
 
 
 def _keys_in(folder: str) -> tensorstore.KvStore.KeyRange:
-    """The keys that begin with the name of a folder and its slash; all for ""."""
+    """Return the range of keys in a folder, whose name ends in a slash; all keys for ""."""
     return tensorstore.KvStore.KeyRange(folder, folder and f"{folder[:-1]}0")  # 0 comes after the slash
 
 
@@ -117,7 +117,7 @@ def check_store_url(url: str, name: str) -> None:
 
 
 def check_stored_name(name: str, store: str | None) -> None:
-    """Raise ValueError if the folder of a run of this name cannot be in the store at that address."""
+    """Raise ValueError if a run called `name` cannot have a folder in loop.store=`store` (None: no store)."""
     if store is not None and URL.fullmatch(f"{store.rstrip('/')}/{name}") is None:
         raise ValueError(
             f"name={name} cannot be a folder in loop.store={store}; use letters, digits, and . _ - = only"
@@ -127,7 +127,7 @@ def check_stored_name(name: str, store: str | None) -> None:
 def open_store(url: str) -> Store:
     """Open a folder in an object store; nothing is read yet.
 
-    Raises ValueError for another address, and OSError for credentials that cannot be read.
+    Raises ValueError for an address of another form, and OSError for credentials that cannot be read.
     """
     check_store_url(url, "store")
     match = URL.fullmatch(url)
@@ -146,7 +146,10 @@ def open_store(url: str) -> Store:
     try:
         return Store(url.rstrip("/"), tensorstore.KvStore.open(spec, context=context).result())
     except Exception as error:
-        raise OSError(f"{url}: {' '.join(str(error).split(' [')[0].split())[:300]}") from error
+        reason = " ".join(str(error).split(" [")[0].split())[:300]
+        raise OSError(
+            f"{url}: {reason}; check the credentials ({'gcloud' if match[1] == 'gs' else 'AWS_*'})"
+        ) from error
 
 
 INDEX = "index.json"
@@ -182,7 +185,7 @@ LOCAL_ONLY = Copies()
 
 
 class Damaged(Exception):
-    """A result in a store that is not the one that was sent."""
+    """A result in a store does not match index.json."""
 
 
 class Mirror:
@@ -233,7 +236,7 @@ class Mirror:
             self._fetch(sorted(set(stored) - set(local)))
 
     def fetch_step(self, limit: int) -> int | None:
-        """Fetch the newest checkpoint of at most step `limit`, unless the disk has a newer one of these.
+        """Fetch the store's newest intact checkpoint of at most step `limit`, if it is newer than the disk's.
         Return its step, None if nothing was fetched. Raises OSError if the store fails.
         """
         local = max((step for step in self._local_steps() if step <= limit), default=-1)
@@ -256,7 +259,7 @@ class Mirror:
         self.is_accepted = True
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
-        """The owner and the files in the store, {} where there are none."""
+        """Return {"owner", "files"} of index.json, each {} where it is missing."""
         try:
             index = json.loads(self.store.read(INDEX) or b"{}")
         except ValueError as error:
@@ -314,7 +317,8 @@ class Mirror:
 
     def fetch_results(self) -> list[str]:
         """Write the files of the store, without checkpoints, into the folder; return their names, [] if the
-        store has no run. What is there already is not fetched again. Raises OSError if the store fails.
+        store has no run. Files that the folder has already are not fetched. Raises OSError if the store
+        fails.
         """
         self._sent = self._read_index()["files"]
         paths = {name: self._path_of(name) for name in self._sent}
@@ -330,8 +334,9 @@ class Mirror:
                 self._fetch_file(name)
             except Damaged as error:
                 raise ValueError(
-                    f"{error}. Start the run's command again: elsewhere it writes the file from the last "
-                    f"checkpoint; where the run's folder is, delete {INDEX} in the store first"
+                    f"{error}. On the machine with the run's folder, delete {INDEX} in the store and start "
+                    "the run's command again, which copies the file; without that folder, the command alone "
+                    "writes the file again from the last checkpoint"
                 ) from error
         return list(self._sent)
 
@@ -378,7 +383,7 @@ class Mirror:
     def _read_object(self, name: str) -> bytes:
         content = self.store.read(name)
         if content is None:
-            raise OSError(f"{self.store.url}/{name}: it is listed, but there is no such object; start again")
+            raise OSError(f"{self.store.url}/{name}: it is listed, but was deleted meanwhile; start again")
         return content
 
     def _path_of(self, name: str) -> Path:
@@ -405,8 +410,9 @@ class Mirror:
     def _copy(self, step: int) -> None:
         """Send a new checkpoint and the other files that have changed; delete older ones that are not here.
 
-        A store that has later ones stays as it is: the run has begun again because those on disk are damaged.
-        Any error is only reported, because the checkpoint is on disk; the next call sends missing files.
+        Nothing is sent if the store has a later checkpoint: the run has gone back, because later checkpoints
+        on disk were damaged. Errors are only reported, because the checkpoint is on disk; the next call sends
+        missing files.
         """
         if step < self._newest:
             return
@@ -438,8 +444,8 @@ class Mirror:
             self.sending = frozenset()
 
     def finish(self) -> None:
-        """Send the files that have changed. Raises OSError if the store lacks something of the folder, and
-        RestartError if the cause is a store that fails.
+        """Send the files that have changed. Raises OSError if files could not be sent: RestartError if the
+        store failed.
         """
         try:
             if self.is_accepted:
@@ -470,11 +476,11 @@ class Mirror:
             self.report(f"warning: {error}")
 
     def stop(self) -> None:
-        """Note that a signal has ended the run, whose exit code a store that fails must not change."""
+        """Note that a signal has ended the run, so that a failing store doesn't change its exit code."""
         self.is_stopped = True
 
     def _is_behind(self, stored: list[str], step: int) -> bool:
-        """Whether the store has a checkpoint later than `step`; it is reported."""
+        """Return whether the store has a checkpoint later than `step`, and report it."""
         latest = max(_complete_steps(stored), default=step)
         if latest > step:
             self.report(f"{self.store.url} has step {latest}: nothing is copied before the run has passed it")
@@ -485,7 +491,7 @@ class Mirror:
         owner = self._read_index()["owner"]
         if owner.get("id", self.owner["id"]) != self.owner["id"]:
             where = "process {} on {} since {}".format(*(owner.get(k, "?") for k in ("pid", "host", "since")))
-            raise OSError(f"{self.store.url} is written by another start of this run, {where}")
+            raise OSError(f"{self.store.url} is written by another start of this run, {where}; stop one")
 
     def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
         """Send the states of checkpoints, then the logs of the run, then the manifests. Results, which may be
@@ -509,7 +515,7 @@ class Mirror:
         self.store.delete(f"{CHECKPOINTS}/{step}/")
 
     def _send_files(self, paths: list[Path]) -> None:
-        """Send files that are not in the store as they are, then the index."""
+        """Send the files that are not in the store in their present state, then the index."""
         for path in paths:
             name = path.relative_to(self.folder).as_posix()
             with contextlib.suppress(FileNotFoundError):  # replaced just now; the next call sends it
@@ -526,7 +532,7 @@ class Mirror:
         self._write_index()
 
     def _files(self) -> list[Path]:
-        """The files of the folder that are sent, the summary last."""
+        """Return the files of the folder that are sent, the summary last."""
         paths = [
             path
             for path in self.folder.rglob("*")
@@ -546,18 +552,18 @@ class Mirror:
 
 
 def _marker(step: int) -> str:
-    """The name of the object without which a checkpoint is incomplete."""
+    """Return the name of the object without which a checkpoint is incomplete: its manifest."""
     return f"{CHECKPOINTS}/{step}/{manifest.NAME}"
 
 
 def _complete_steps(names: list[str]) -> list[int]:
-    """Steps of the checkpoints that have a manifest. names: of objects."""
+    """Return the steps of the checkpoints that have a manifest. names: the names of all objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
 
 
 def _is_set_aside(path: Path) -> bool:
-    """Whether a file is in a damaged result. path: in the folder of the run or sweep."""
+    """Return whether a file is in a damaged result. path: relative to the folder of the run or sweep."""
     return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
@@ -566,7 +572,7 @@ def _entry_of(content: bytes) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The text of an error, with the type of errors that are no user's."""
+    """Return the text of an error, with its type if it is a bug and not a user's."""
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -582,7 +588,7 @@ def mirrored(
     at the end. Without a store it does nothing.
 
     records: settings of this start. defaults: see permitted_changes. A start that fails before it is accepted
-    copies nothing. Raises as Mirror.open and Mirror.finish do.
+    copies nothing. Raises the errors of Mirror.open and Mirror.finish.
     """
     if url is None:
         yield LOCAL_ONLY
@@ -622,16 +628,16 @@ def local_folder(place: str) -> Path:
 
 
 def is_fetched(folder: Path) -> bool:
-    """Whether local_folder has fetched a folder."""
+    """Return whether `folder` is a copy that local_folder has fetched."""
     return folder.is_relative_to(cache_folder() / "runs")
 
 
 def fetch_run(url: str) -> Path:
     """Fetch the folder of a run or a sweep, without checkpoints, into the cache; return its path there.
 
-    url: of the folder, or of a folder in it. Files in the cache are not fetched again, and files that are
-    gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError
-    if the store has no run there, and OSError if the store fails.
+    url: the address of the folder, or of a folder in it. Files in the cache are not fetched again, and files
+    that are gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError if the
+    store has no run there, and OSError if the store fails.
     """
     check_store_url(url, "run")
     parts = url.rstrip("/").split("/")

@@ -28,6 +28,7 @@ HEADLINES = {  # metrics that the result lines show, in this order
 FIRST_ROW = "first row as the model reads it:"
 ROW_TEXTS = (FIRST_ROW, "\nprompt: ", "after: ", "expected: ")  # how messages with the text of rows begin
 INTERVALS = "In brackets: the 95 % interval for that number of pairs or prompts."
+COMPLETIONS_PER_STEP = 5  # in the model card's table
 ALL_TIES = "all ties"  # an accuracy where the model prefers neither response of any pair
 
 
@@ -46,7 +47,7 @@ class Evaluation(TypedDict):
     """The evaluation before the first step or after the last one.
 
     samples: completions of held-out prompts that are shown. scored: number of prompts whose completions were
-    scored. intervals: of the metrics that are means over these prompts. score_faults: lines about completions
+    scored. intervals: 95 % intervals of the means over these prompts. score_faults: lines about completions
     without a score. nonfinite: number of prompts of which a completion ended because of non-finite logits.
     part: which held-out rows the metrics are of, such as "11 of 50 held-out rows", if these are not all;
     part_note: a line about it with the interval of the loss.
@@ -103,7 +104,7 @@ class StepRows:
 
 
 def empty_slot_lines(rows: StepRows) -> list[str]:
-    """One line if a step computes on empty rows, with settings that avoid it; otherwise nothing."""
+    """Return a line with a remedy if a step computes on empty rows, else []."""
     filled, slots, multiple = rows.filled, rows.slots, rows.micro * rows.shards
     if slots == filled:
         return []
@@ -120,7 +121,7 @@ def empty_slot_lines(rows: StepRows) -> list[str]:
 
 
 def parameter_line(model: ModelSummary) -> str:
-    """Trainable and total parameters, and how the frozen ones are quantised."""
+    """Return a line with the trainable and total parameters, and how the frozen ones are quantised."""
     percent = 100 * model.trainable / model.total
     line = f"{model.trainable:,} of {model.total:,} parameters are trainable ({percent:.2f} %)"
     return line + (f"; frozen: {model.quantised}" if model.quantised else "")
@@ -129,17 +130,17 @@ def parameter_line(model: ModelSummary) -> str:
 def header_lines(
     devices: str, model: ModelSummary, data_lines: list[str], preview: str, resumed: list[str]
 ) -> list[str]:
-    """The lines printed before anything is loaded.
+    """Return the lines printed before anything is loaded.
 
-    data_lines: the source's summary and what is noteworthy about it. preview: the first row as text. resumed:
-    lines about the checkpoint that the run continues from, none for a fresh run.
+    data_lines: the source's summary and notes about it. preview: the first row as text. resumed: lines about
+    the checkpoint that the run continues from, [] for a fresh run.
     """
     shown = f"{FIRST_ROW}\n{preview}"
     return [devices, parameter_line(model), *data_lines, shown, *resumed]
 
 
 def resumed_lines(step: int, changes: list[str]) -> list[str]:
-    """Where a run resumes, and which settings have changed since its start."""
+    """Return lines about where a run resumes, and which settings have changed since its start."""
     return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
 
 
@@ -158,10 +159,10 @@ def result_lines(
     notes: list[str],
     script: str = "generate",
 ) -> list[str]:
-    """The lines printed at the end: two samples, losses, notes, where the weights are and a command that
-    tries them.
+    """Return the lines printed at the end: two samples, losses, notes, where the weights are and a command
+    that tries them.
 
-    notes: the objective's summary and the alarms. script: of the command, a key of TRIED_WITH.
+    notes: the objective's summary and the alarms. script: the command's script, a key of TRIED_WITH.
     """
     lines = []
     for old, new in same_prompts(before["samples"], after["samples"])[:2]:
@@ -206,7 +207,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
     """Return each alarm once, with the runs that raised it. Of alarms that differ in numbers alone the first
     is returned, with a note.
 
-    alarms: of each run, by name.
+    alarms: the alarms of each run, by its name.
     """
     by_text: dict[str, list[tuple[str, str]]] = {}
     for name, own in alarms.items():
@@ -254,12 +255,12 @@ def same_prompts(before: Sequence[Sample], after: Sequence[Sample]) -> list[tupl
 class ModelCard:
     """The contents of a run's model card, README.md.
 
-    metadata: for the hub, see weights.card.front_matter. base: the base model as a reader knows it. merged:
-    the weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token
-    id that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
-    base. curves, completions: sections with pictures and with sampled completions, or "". command: what
-    trains the same run, or "". labels: a sentence about those of a classifier, or "". served: paths of the
-    server for the questions of a decision model.
+    metadata: for the hub, see model_card.front_matter. base: the base model as a reader knows it. merged: the
+    weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id
+    that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
+    base. curves, completions: sections with pictures and with sampled completions, or "". command: the
+    command line that trains the same run, or "". labels: a sentence about a classifier's labels, or "".
+    served: paths of the server for the questions of a decision model.
     """
 
     name: str
@@ -391,16 +392,18 @@ def _quoted(label: str, text: str) -> str:
     return f"{label}\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""]) + "\n"
 
 
-def completions_section(folder: Path, count: int = 5) -> str:
-    """A table of the first and the last sampled completions of a run with their rewards; "" without any.
+def completions_section(folder: Path) -> str:
+    """Return the model card's table of the first and the last sampled completions of a run, with rewards.
 
-    Reads completions.jsonl in `folder`.
+    Reads completions.jsonl in `folder`; "" if it has no entry.
     """
     entries = read_entries(folder / COMPLETIONS)
     if not entries:
         return ""
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
-    shown = [entry for step in steps for entry in [e for e in entries if e["step"] == step][:count]]
+    shown = [
+        entry for step in steps for entry in [e for e in entries if e["step"] == step][:COMPLETIONS_PER_STEP]
+    ]
     by_function = list(shown[0]["rewards"])
     lines = ["## Sampled completions", ""]
     lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in by_function)} reward |")

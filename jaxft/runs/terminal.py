@@ -31,7 +31,7 @@ def printable_text(text: str) -> str:
 
 
 def printable_message(text: str) -> str:
-    """Return a message as printable_text does; URLs lose their secrets."""
+    """Return a message for a terminal, like printable_text; secrets are left out of URLs."""
     return without_secrets(printable_text(text))
 
 
@@ -140,7 +140,7 @@ def print_error(error: BaseException) -> int:
 def error_line(error: BaseException) -> str | None:
     """A user's error in one line of printable characters; None for a bug."""
     if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
-        return printable_line(f"the tokenizer's files cannot be used: {error}")
+        return printable_line(f"the tokenizer's files cannot be used: {error}; download them again")
     if (backend := backend_error(error)) is not None:
         return backend
     if not isinstance(error, USER_ERRORS):

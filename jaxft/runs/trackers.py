@@ -1,5 +1,5 @@
 """Destinations of a run's metrics: the Tracker type, which callbacks have too, TensorBoard, which every run
-has, and the optional W&B, Trackio and MLflow. A restarted run continues its run there.
+has, and the optional W&B, Trackio and MLflow. A resumed run continues the same run in each tracker.
 """
 
 import importlib
@@ -35,8 +35,8 @@ PARAMS_BATCH, LONGEST_PARAM = 100, 500  # MLflow's limits; the second of servers
 class Tracking:
     """Names and tags under which optional trackers store a run.
 
-    project: of W&B and Trackio, experiment of MLflow; None for WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or
-    MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
+    project: project of W&B and Trackio, experiment of MLflow; None for WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
+    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
     run is a member of. tags: words to filter runs by. artifact: upload the adapter at the end; full weights
     are never uploaded.
     """
@@ -76,8 +76,9 @@ class Tracker(Protocol):
     """
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool | None:
-        """Record the metrics after `step` optimizer steps. One step may have several calls, with different
-        metrics: of training, and of an evaluation as eval_*. True ends the run after this step.
+        """Record the metrics after `step` optimizer steps. One step may have several calls with different
+        metrics: training metrics, and eval_* for an evaluation. perf: timings and memory. Return True to end
+        the run after this step.
         """
 
     def close(self, end: RunEnd) -> None:
@@ -88,10 +89,10 @@ OpenTracker: TypeAlias = Callable[[Path, int], Tracker]  # (folder, start_step)
 
 
 class Callback:
-    """A function (step, metrics), or an object with the methods of a Tracker, as a tracker.
+    """Makes a tracker of a user's function (step, metrics), or of an object with the methods of a Tracker.
 
-    Metrics contain timings and memory as perf/name. An error that it raises becomes a RuntimeError, which
-    keeps its traceback. Raises ValueError for anything else than these two.
+    A function's metrics contain timings and memory as perf/name. An error in the callback is raised as a
+    RuntimeError from it. Raises ValueError for an object that is neither.
     """
 
     def __init__(self, callback: Any):
@@ -104,7 +105,7 @@ class Callback:
         self._callback, self._is_function = callback, is_function
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
-        """Call it; True ends the run."""
+        """Call the callback; return whether it returned True, which ends the run."""
         try:
             if self._is_function:
                 return self._callback(step, with_perf(metrics, perf)) is True
@@ -115,18 +116,18 @@ class Callback:
             ) from error
 
     def close(self, end: RunEnd) -> None:
-        """Close an object."""
+        """Close the callback if it is an object."""
         if not self._is_function:
             self._callback.close(end)
 
 
 def with_perf(metrics: dict[str, float], perf: dict[str, float]) -> dict[str, float]:
-    """One dict of both; timings and memory as perf/name."""
+    """Merge both dicts; the names of timings and memory get the prefix perf/."""
     return {**metrics, **{f"perf/{name}": value for name, value in perf.items()}}
 
 
 def tracked_run(folder: Path) -> TrackedRun:
-    """Read the run in a folder; without a config.json, one without settings."""
+    """Read the run in a folder; without a config.json its settings are {}."""
     settings, above = (_read_settings(place) for place in (folder, folder.parent))
     fields = settings.get("tracking") or {}
     tracking = Tracking(**{**fields, "tags": tuple(fields.get("tags", ()))})
@@ -247,8 +248,8 @@ def open_wandb(folder: Path, start_step: int) -> Tracker:
     """Open the W&B run whose id is stored in the folder, with the settings in its config.json. The members of
     a sweep, which are trained at the same time, have a W&B run each.
 
-    WANDB_PROJECT, WANDB_RUN_GROUP and WANDB_TAGS count where the settings of `tracking` are not given; of
-    W&B's other variables, such as WANDB_ENTITY and WANDB_MODE, all do.
+    W&B's environment variables, such as WANDB_ENTITY and WANDB_MODE, apply; WANDB_PROJECT, WANDB_RUN_GROUP
+    and WANDB_TAGS only where `tracking` leaves these settings open.
     """
     settings, tracking, sweep = tracked_run(folder)
     path = folder / "wandb_id"
@@ -298,8 +299,8 @@ class Trackio:
 
 
 def open_trackio(folder: Path, start_step: int) -> Tracker:
-    """Open the Trackio run that is named like the folder, with the settings in its config.json. Tags,
-    which Trackio does not have, are one of these.
+    """Open the Trackio run with the folder's name and the settings in its config.json. Trackio has no tags:
+    they are only among the settings.
     """
     run, context = tracked_run(folder), Context()
     trackio = import_package("trackio")
@@ -396,7 +397,7 @@ def _new_mlflow_run(mlflow: ModuleType, client: Any, name: str, run: TrackedRun)
 
 
 def _mlflow_experiment(client: Any, tracking: Tracking) -> str:
-    """Return the id of the experiment, which is made if there is none of this name."""
+    """Return the id of the run's MLflow experiment; create it if it does not exist."""
     number, name = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if tracking.project is None and number and not name:
         return number
@@ -429,8 +430,8 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[OpenTra
 def open_trackers(
     trackers_or_names: tuple[str | Tracker, ...], folder: Path, start_step: int
 ) -> list[Tracker]:
-    """Open the optional trackers that are given by name; return them and the given objects. Raises as
-    check_trackers does, before any is open.
+    """Open the optional trackers that are given by name; return them and the given objects. Raises the errors
+    of check_trackers before any is open.
     """
     opened = [open_tracker(folder, start_step) for open_tracker in check_trackers(trackers_or_names)]
     return opened + [one for one in trackers_or_names if not isinstance(one, str)]

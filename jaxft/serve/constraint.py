@@ -1,5 +1,5 @@
-"""Constrained sampling: which tokens may come next for a completion to be JSON that fits a schema, to match a
-regular expression, or to call a tool. Grammars are llguidance's, in its dialect of Lark.
+"""Constrained sampling: restrict each next token so that a completion is JSON that fits a schema, matches a
+regular expression, or calls a tool. Grammars are written in llguidance's dialect of Lark.
 
 llguidance comes with the extra `serve` and is imported where a grammar is compiled.
 """
@@ -45,8 +45,8 @@ class Constraint:
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
 
     def accept(self, tokens: Sequence[int]) -> str:
-        """Follow tokens of the completion. Return an error, for example of a grammar that is too complex for
-        them, "" without one.
+        """Advance by tokens of the completion. Return an error as text, for example if the grammar is too
+        complex, or "".
         """
         self._matcher.consume_tokens(list(tokens))
         return f"the grammar failed: {_line(self._matcher.get_error())}" if self._matcher.is_error() else ""
@@ -83,8 +83,8 @@ def call_grammar(
     known = call_format(format)
     if known is None:
         raise ValueError(
-            "tool_choice needs a model whose tool calls are read: this one's chat template writes them in no "
-            "known format; use tool_choice=auto, or start the server with --tool-format"
+            "tool_choice needs a known format of tool calls, and this model's chat template has none; use "
+            "tool_choice=auto, or start the server with --tool-format"
         )
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
 
@@ -121,7 +121,7 @@ def either(first: str, second: str) -> str:
 
 
 def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Grammar:
-    """Compile a grammar over the tokens of a tokenizer, which a stop token ends.
+    """Compile a grammar over the tokens of a tokenizer. stop: token ids that end a completion.
 
     Raises ValueError for a grammar that is wrong, or that llguidance does not support, such as some keywords
     of JSON schemas, and ImportError without llguidance.
@@ -139,7 +139,7 @@ def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Gramma
 
 @lru_cache(maxsize=32)
 def _vocabulary(tokenizer: Any, stop: tuple[int, ...]) -> Any:
-    """Return the bytes of all tokens as llguidance has them, which takes 0.3 s for 49,152."""
+    """Return llguidance's table of the bytes of all tokens, which takes 0.3 s for 49,152 tokens."""
     _llguidance()
     from llguidance.hf import from_tokenizer
 
@@ -158,6 +158,6 @@ def _llguidance() -> Any:
 
 
 def _line(text: str) -> str:
-    """Return an error of llguidance as one line, without the grammar and the place in it."""
+    """Return an error of llguidance as one line, without the excerpt and the position in the grammar."""
     problem = re.split(r"\n *\d+ \|", text)[0]
     return " ".join(re.sub(r"^at \d+\(\d+\): ", "", problem).split())[:300]

@@ -41,7 +41,7 @@ YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a request. type: predicate, choice or score. name: as the answer repeats it."""
+    """A question of a request. type: predicate, choice or score. name: the answer repeats it."""
 
     type: str
     name: str | None
@@ -59,7 +59,7 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
-    known: of the model. A question of type choice without choices and instructions gets a classifier's.
+    known: a classifier's labels and question, for a question of type choice without choices or instructions.
     """
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")
@@ -148,8 +148,8 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
 
 @dataclass(frozen=True)
 class RerankBody:
-    """A request of /v1/rerank. documents: their texts. decisions: whether each is relevant. most: results.
-    with_texts: whether these have the texts.
+    """A request of /v1/rerank. decisions: the question for each document whether it is relevant. most: the
+    number of results. with_texts: whether results have the documents' texts.
     """
 
     documents: tuple[str, ...]
@@ -159,7 +159,7 @@ class RerankBody:
 
 
 def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
-    """Check a request of /v1/rerank. known: of the model. Raises ApiError."""
+    """Check a request of /v1/rerank. known: its question is the default instruction. Raises ApiError."""
     _check_fields(body, RERANK_FIELDS, "")
     query, items = body.get("query"), body.get("documents")
     if not isinstance(query, str) or not query.strip():
@@ -172,7 +172,7 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
     most, with_texts = body.get("top_n"), body.get("return_documents")
     most, with_texts = len(texts) if most is None else most, True if with_texts is None else with_texts
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ApiError(400, f"top_n must be a number of documents from 1, got {most!r:.40}", "top_n")
+        raise ApiError(400, f"top_n must be a whole number of at least 1, got {most!r:.40}", "top_n")
     if not isinstance(with_texts, bool):
         raise ApiError(400, "return_documents must be true or false", "return_documents")
     instruction = body.get("instruction")
@@ -203,9 +203,9 @@ def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -
 
 @dataclass(frozen=True)
 class OneOf:
-    """A constraint of a completion to one token of a given set. It has no state, so it is its own Grammar.
+    """Constrains a completion to one token of a given set. It has no state, so it is its own Grammar.
 
-    tokens: of the choices. vocab: size of the vocabulary.
+    tokens: one token for each choice. vocab: size of the vocabulary.
     """
 
     tokens: tuple[int, ...]
@@ -223,7 +223,7 @@ class OneOf:
         return words
 
     def accept(self, tokens: Sequence[int]) -> str:
-        """Return no error."""
+        """Return "", since no token leads to an error."""
         return ""
 
 
@@ -236,7 +236,7 @@ class Read:
 
 
 def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
-    """Return the request that reads a decision. Raises ValueError; most: tokens of a prompt."""
+    """Return the request that reads a decision. Raises ValueError for a prompt of over `most` tokens."""
     prompt, tokens = decision_prompt(model, decision, most)
     grammar = OneOf(tokens, model.vocab)
     settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)
@@ -244,8 +244,8 @@ def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
 
 
 def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], float]:
-    """Return the probabilities of the choices, which sum to 1, and the confidence: the probability of the
-    most probable one among all tokens of the vocabulary.
+    """Return the probabilities of the choices, which sum to 1, and the confidence: the probability that the
+    model gives the most probable choice among all tokens of the vocabulary.
     """
     logps = dict(sampled.top)
     own = np.array([logps[token] for token in read.tokens])

@@ -21,7 +21,7 @@ class ChoiceText:
     """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
 
     calls: takes tool calls out of the text; None for plain text. places: whether pieces have their
-    tokens, for log-probs. tokens: their number so far. characters: complete characters so far.
+    tokens, for log-probs. tokens: number of tokens so far. characters: complete characters so far.
     """
 
     index: int
@@ -68,7 +68,7 @@ class ChoiceText:
         return Piece(self.index, text, placed, finish, calls)
 
     def _placed(self, sampled: SampledToken) -> PlacedToken:
-        """Return a token with its place in the text, of which parts may not have been sent yet."""
+        """Return a token with its position in the choice's text, also if the text is not sent yet."""
         first = not self.begun
         content = self.stream.decoder.bytes_of(sampled.token, first)
         added = content or b""
@@ -81,8 +81,8 @@ class ChoiceText:
 
 
 class Generation:
-    """The choices of a request that is queued. Iterate over `pieces`, and call `cancel` in any case at the
-    end.
+    """The choices of a request that is queued. Iterate over `pieces`, and call `cancel` at the end, also
+    after an error.
     """
 
     def __init__(self, choices: list[ChoiceText], prompt_tokens: int, count: int):

@@ -95,8 +95,8 @@ class Streaming(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatBody:
-    """A request of /v1/chat/completions. messages, tools, arguments: see columns.py. required: None if
-    the model chooses whether to call a tool.
+    """A request of /v1/chat/completions. arguments: chat_template_kwargs. required: None if the model chooses
+    whether to call a tool.
     """
 
     model: str | None
@@ -119,7 +119,7 @@ class CompletionBody:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Return the object that a body has. Raises ApiError."""
+    """Parse the body of a request as a JSON object. Raises ApiError."""
 
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -278,7 +278,7 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
-        raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS}", "stop")
+        raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS} strings", "stop")
     if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
         raise ApiError(400, f"stop: strings must have 1 to {LONGEST_STOP} characters", "stop")
     return tuple(stops)
@@ -357,8 +357,8 @@ class PlacedToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of choice `index`: text, the tokens that it is from, why the choice ended, if it has, and tool
-    calls.
+    """The next part of choice `index`. tokens: of the text, if log-probs are returned. finish: the
+    finish_reason, None while the choice goes on. calls: tool calls in it.
     """
 
     index: int
@@ -370,7 +370,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The fields that all chunks of a response share. top: as in api_request.ChoiceSettings."""
+    """The fields that all chunks of a response share. top: as in ChoiceSettings."""
 
     id: str
     created: int
@@ -386,7 +386,7 @@ class Envelope:
 
 
 def usage_of(prompt: int, completion: int) -> dict[str, int]:
-    """Return the numbers of tokens."""
+    """Return the field `usage` of a response from the numbers of tokens."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -395,7 +395,7 @@ def usage_of(prompt: int, completion: int) -> dict[str, int]:
 
 
 def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
-    """Return a piece as the choice of a chunk. first: of its choice."""
+    """Return a piece as the choice of a chunk. first: whether it is the first piece of its choice."""
     choice = {"index": piece.index, "logprobs": _logprobs(e, piece), "finish_reason": piece.finish}
     if not e.chat:
         return {**choice, "text": piece.text}
@@ -450,8 +450,8 @@ def _logprobs(e: Envelope, piece: Piece) -> dict[str, Any] | None:
 
 
 def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
-    """Return the most likely tokens and the sampled one by their texts; of tokens with the same text the most
-    likely one.
+    """Return text -> log-prob of the most likely tokens and the sampled one. If tokens have the same text,
+    the most likely one counts.
     """
     logps: dict[str, float] = {}
     for token, logp in (*sampled.top[: e.top], (sampled.token, sampled.logp)):

@@ -1,6 +1,6 @@
-"""The models of the server and the chat, one base with any number of adapters: loaded, and by their names.
+"""Load the models of the server and the chat: one base with any number of adapters, each under a name.
 
-A model by its name turns a request into token ids, as in training, and tokens into text.
+A request to one of them becomes token ids, as in training, and its tokens become text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,8 +73,8 @@ def chat_prompt(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation that ends before an assistant turn.
 
-    Raises ValueError for messages that are wrong, or that the model's chat template rejects, for tools that
-    it does not render, and for a text of more tokens than `most`, of which only the beginning is tokenised.
+    Raises ValueError for messages that are wrong or that the model's chat template rejects, for tools that
+    the template does not render, and for more than `most` tokens (a longer text is not tokenised to its end).
     """
     _require_chats(model)
     fields: dict[str, Any] = {"messages": list(messages)}
@@ -135,8 +135,8 @@ def decision_prompt(
 
 
 def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:
-    """Return the token ids of plain text that is continued. Raises ValueError if it has none, and as
-    chat_prompt does.
+    """Return the token ids of plain text to continue. Raises ValueError for a text without tokens, or with
+    more than `most`.
     """
     return _prompt(model, Completion("prompt", text, ""), most)
 
@@ -152,7 +152,7 @@ def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) ->
 
 
 def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
-    """Return token ids that are continued. Raises ValueError for ids that the model does not have."""
+    """Check token ids to continue, and return them. Raises ValueError for ids outside the vocabulary."""
     return _checked(model, ids)
 
 
@@ -177,7 +177,7 @@ def token_text(model: ServedModel, token: int) -> str:
 class ServeFlags:
     """Options of the command line, None for the defaults of the weights.
 
-    tools: the format of tool calls, None for the chat template's.
+    prompt, new: most tokens of a prompt and of a completion. tools: format of tool calls.
     """
 
     dtype: str | None = None

@@ -158,8 +158,8 @@ def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitab
 
 
 async def _stoppable(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """Run the application. A request that uvicorn cancels, when the grace of a stop is over, ends with an
-    error for its client.
+    """Run the application. A request that uvicorn cancels at the end of a shutdown's grace period ends with
+    an error for its client.
     """
     started = False
 
@@ -179,12 +179,12 @@ async def _stoppable(app: Any, scope: Any, receive: Any, send: Any) -> None:
 
 
 def _refusal(path: str, headers: Mapping[bytes, str], limits: ServerLimits) -> ApiError | None:
-    """Return why a request is refused before it is read. The check of Host keeps web pages out that point a
-    name of theirs at this machine (DNS rebinding).
+    """Return the error of a request that is refused before its body is read, or None. The check of Host keeps
+    out web pages that point a domain at this machine (DNS rebinding).
     """
     host = re.sub(r":\d*$", "", headers.get(b"host", "")).strip("[]").lower()
     if limits.hosts and host not in limits.hosts:
-        return ApiError(403, f"the Host header has {host!r:.80}; this server is {limits.hosts[0]}")
+        return ApiError(403, f"the Host header has {host!r:.80}; use the host {limits.hosts[0]}")
     if limits.key and path.startswith("/v1/"):
         given = headers.get(b"authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {limits.key}".encode()):
@@ -213,7 +213,7 @@ async def _http_error(request: Any, error: Any) -> Any:
 
 
 async def _bug(request: Any, error: Exception) -> Any:
-    return _json(ApiError(500, "the server has a bug; its log has the traceback").body(), 500)
+    return _json(ApiError(500, "the server has a bug; report the traceback in its log").body(), 500)
 
 
 async def _page(service: Service, request: Any) -> Any:
@@ -353,7 +353,7 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
 @contextlib.contextmanager
 def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Turn errors of the scheduler and of prompts into ApiError. fields: of the body."""
+    """Turn errors of the scheduler and of prompts into ApiError. fields: names of the body's fields."""
     try:
         yield
     except ValueError as error:
@@ -387,8 +387,8 @@ async def _rerank(service: Service, request: Any) -> Any:
 async def _probabilities(
     service: Service, request: Any, model: ServedModel, decisions: Sequence[Decision]
 ) -> tuple[list[tuple[list[float], float]], int]:
-    """Return the probabilities of the choices of each decision, with the confidence, and the tokens of all
-    prompts.
+    """Return ((probabilities of the choices, confidence) of each decision, number of tokens of all prompts),
+    with one token sampled for each decision.
     """
     most = service.scheduler.sizes.prompt
     loop = asyncio.get_running_loop()
@@ -509,8 +509,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(app: Any, grace: int) -> Any:
-    """Return the settings of uvicorn. This file limits connections and requests, because uvicorn's response
-    to one above its limit is no JSON. Its idle timer never ends first.
+    """Return the settings of uvicorn. Its own limits are off or out of reach: this file limits connections,
+    requests and idle time, because uvicorn's refusals are not JSON.
     """
     import uvicorn
 
@@ -521,8 +521,8 @@ def uvicorn_config(app: Any, grace: int) -> Any:
 
 
 def _connection_class() -> Any:
-    """Return uvicorn's protocol of a connection, with limits of the time and the number of connections that
-    have no request: the header of one may be on its way.
+    """Return uvicorn's connection protocol with limits for connections without a complete request header:
+    HEADER_SECONDS for each, and MOST_WAITING at once.
     """
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 

@@ -1,5 +1,5 @@
-"""In the terminal: a conversation with models and its commands; a person who plays episodes of an
-environment in the policy's place.
+"""In the terminal: a conversation with models and its commands, and episodes of an environment that a person
+plays in place of the policy.
 """
 
 import json
@@ -44,13 +44,15 @@ class Turn:
     responses: dict[str, str] = field(default_factory=dict)
 
     def response(self, name: str) -> str:
-        """Return the response of a model or, without one of it, the first response."""
+        """Return the response of a model, or the first response if the model has none."""
         return self.responses.get(name) or next(iter(self.responses.values()), "")
 
 
 @dataclass
 class Conversation:
-    """The state of a chat. active: the names of the one or two models that respond."""
+    """The state of a chat. active: the names of the one or two models that respond. most_new: the most that
+    /set max_new may set.
+    """
 
     models: dict[str, ServedModel]
     active: tuple[str, ...]
@@ -73,8 +75,8 @@ class Conversation:
         return messages
 
     def prompt(self, name: str) -> tuple[int, ...]:
-        """Return the token ids that this model continues: all messages without the responses to the last one,
-        of plain text only the last one.
+        """Return the token ids that this model continues: all messages without the responses to the last one;
+        for a model of plain text, only the last message.
         """
         model = self.models[name]
         if model.plain:
@@ -129,7 +131,7 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
         return CommandResult(as_markdown(chat))
     if name == "/save":
         return CommandResult(f"saved to {save(chat, rest)}")
-    raise ValueError(f"{name[:40]} is no command; /help lists them")
+    raise ValueError(f"{name[:40]} is not a command; /help lists the commands")
 
 
 def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
@@ -160,7 +162,7 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
     except ValueError as error:
         raise ValueError(f"{name}={value[:40]} is not a number; use one such as 0.7") from error
     if values["max_new"] > chat.most_new:
-        raise ValueError(f"max_new may be at most {chat.most_new}; start with a larger --max-new")
+        raise ValueError(f"max_new may be at most {chat.most_new}; start chat with a larger --max-new")
     seed = values.pop("seed")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError("seed must be a whole number from 0 to 2^63 - 1, or none")
@@ -249,10 +251,10 @@ def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedMo
 
 
 class TypedTurns:
-    """A session whose turns a person types; see play.TurnSession.
+    """A session whose turns a person types; see TurnSession in rl/play.py.
 
-    read() -> a turn; it ends the program by EOFError. show(text): prints what the policy is given. A turn
-    "/call NAME {...}" is written as a call of a tool in the template's format.
+    read() -> a turn; its EOFError ends the program. show(text) prints the policy's input. A turn
+    "/call NAME {...}" becomes a call of a tool in the template's format.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ class Compiled:
 
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     averaged(states) -> the states with the weights that are evaluated and exported, which are averages with
-    optim.ema and schedule-free optimizers; all members but step take such states. evaluate and general:
-    metrics of the held-out rows and of the general text, {} without any; evaluate(states, True) also the
+    optim.ema and schedule-free optimizers. The programs below take such states. evaluate, general: metrics
+    of the held-out rows and of the general text, {} without any; evaluate(states, True) also returns the
     values of single rows, see HeldOut. sample: completions of held-out prompts and their scores.
     last_loss(states, batch): the loss of a training batch in a forward pass without dropout; {} with held-out
     rows, whose loss is computed after the last step anyway.
@@ -96,8 +96,8 @@ class Compiled:
         )
 
     def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
-        """Metrics of the held-out rows under their names in the log, with averaged weights. scores: and the
-        scores of completions.
+        """Return each member's metrics of the held-out rows by their names in the log, with averaged weights.
+        scores: add the scores of completions.
         """
         states = self.averaged(states)
         of_rows = [own.named_metrics() for own in self.evaluate(states, False)]
@@ -199,8 +199,8 @@ def compile_eval(
     batches: tuple[Batch, ...],
     over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
 ) -> Callable[[States, bool], list[Metrics]]:
-    """Return `metrics(states, with_rows)` of batches of one shape, not yet divided; {} without any. over:
-    yields the batches, and shows the progress.
+    """Return `metrics(states, with_rows)`: each member's sums over batches of one shape, not yet divided, {}
+    without batches. over: yields the batches, and shows the progress.
     """
     if not batches:
         return lambda states, with_rows: [{} for _ in states]

@@ -58,10 +58,9 @@ def run(
 ) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: of a run or a sweep. record: the same as JSON, for config.json. callbacks: further
-    trackers. clock: with the time of earlier work, such as measuring lengths. Returns 0 if
-    finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
-    with a remedy.
+    settings: a run's or a sweep's. record: the same as JSON, for config.json. callbacks: further trackers.
+    clock: has the time of earlier work, such as measuring lengths. Returns 0 if finished, 1 if a member of a
+    sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder, clock = lead.loop, run_folder(settings, root), clock or Clock()
@@ -145,8 +144,8 @@ def load_and_compile(
 ) -> tuple[Job, Any, Any, Compiled]:
     """Load weights onto the mesh, compute the reference where it is precomputed, and compile the programs.
 
-    states, saved: of the checkpoint, None without one. Returns the job with its sources bound, the states,
-    the frozen parameters and the programs.
+    states, saved: contents of the checkpoint, None without one. Returns the job with its sources bound, the
+    states, the frozen parameters and the programs.
     """
     watchdog.at("loading and compiling")
     logs.message(f"rows and settings read in {logs.clock.at('loading')}")
@@ -212,8 +211,8 @@ def train_sweep(
 
 
 def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
-    """Train one run after the other, then write the sweep's table. One that ends with steps or a loss that
-    are not finite is left out; the others continue.
+    """Train one run after the other, then write the sweep's table. A run that ends with non-finite steps or a
+    non-finite loss is left out; the others continue.
     """
     folder, failed = runfolder.folder_of(root, name), []
     record: dict[str, Any] = {"members": list(runs), "at_once": None}

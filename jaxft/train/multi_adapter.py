@@ -198,7 +198,7 @@ def own_params(params: Params) -> Params:
 
 
 def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
-    """The objective of a block of adapters: the sum of their losses."""
+    """Return the objective of a block of adapters: the sum of their losses."""
 
     def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
         return _forward(adapters, params, batch, references)
@@ -210,12 +210,12 @@ def _block_objective(adapters: MultiAdapter, block: Block, references: Params | 
 
 
 def _stacks(trainable: Sequence[Params], frozen: SharedFrozen) -> tuple[Params, Params]:
-    """(trainable, frozen) parameters of the adapters, each leaf [K, ...]."""
+    """Return the (trainable, frozen) parameters of the adapters, each leaf [K, ...]."""
     return lora.stack_adapters([own_params(x) for x in trainable]), lora.stack_adapters(frozen.own)
 
 
 def _row_count(batch: Batch) -> int:
-    """Rows of a microbatch."""
+    """Return the number of rows of a microbatch."""
     return jax.tree.leaves(batch)[0].shape[1]
 
 
@@ -224,7 +224,7 @@ def _first(stack: Any) -> Any:
 
 
 def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
-    """fn(number, stacks of the block, its references) for every block; results [K, ...]."""
+    """Return fn(number, stacks of the block, its references) of every block, joined to [K, ...]."""
     count = len(adapters.objectives) // adapters.at_once
     blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
     if count == 1:
@@ -234,7 +234,7 @@ def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: P
 
 
 def _own_references(adapters: MultiAdapter, aux: Sequence[Aux]) -> Params | None:
-    """The reference policies in the adapters' aux, [K, ...]; None if they share one or have none there."""
+    """Return the adapters' reference policies from aux, [K, ...]; None if they share one or aux has none."""
     lead = aux[adapters.lead]
     if adapters.shares_reference or "reference" not in lead:
         return None
@@ -248,7 +248,7 @@ def _with_reference(
     batch: Batch,
     aux: Sequence[Aux],
 ) -> Batch:
-    """The batch with log-probs of a reference policy that is the same for all adapters."""
+    """Return the batch with the reference's log-probs if all adapters share it, else the batch as it is."""
     if not adapters.shares_reference:
         return batch
     lead, params = adapters.lead, {"base": frozen.base}
@@ -265,7 +265,7 @@ def _with_reference(
 
 
 def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: Params | None) -> Outputs:
-    """Outputs of a block's adapters, [at_once * rows, ...]; the adapters in params are [at_once, ...]."""
+    """Return the outputs of a block's adapters, [at_once * rows, ...]. params: [at_once, ...] adapters."""
 
     joined = _first if adapters.at_once == 1 else lora.several
     block = {"base": params["base"], **joined(own_params(params))}
@@ -283,9 +283,9 @@ def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: P
 def _loss(
     adapters: MultiAdapter, block: Block, outputs: Outputs, aux: Sequence[Aux]
 ) -> tuple[Array, Metrics]:
-    """(sum of the losses, metrics [at_once]) of a block's outputs.
+    """Return (sum of the losses, metrics [at_once]) of a block's outputs.
 
-    The rows of several microbatches follow one another in them.
+    outputs: the rows of all microbatches, one microbatch after the other.
     """
     G, objectives = adapters.at_once, adapters.objectives
 
@@ -308,13 +308,13 @@ def _loss(
 
 
 def _union(each: Sequence[Metrics]) -> Metrics:
-    """A metric of every name."""
+    """Return one metric for each name that occurs."""
     return {name: metric for metrics in each for name, metric in metrics.items()}
 
 
 def stack_metrics(each: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
-    """Stack metrics to [K] each. names: a metric of every name, by default of those that any has; one that an
-    adapter does not have is neutral.
+    """Stack the adapters' metrics to [K] each. names: an example of each metric, by default all that occur.
+    An adapter without a metric gets a neutral value.
     """
     names = _union(each) if names is None else names
     whole = [
@@ -381,7 +381,7 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
 
 
 def _own_batches(batch: Batch, count: int) -> list[Batch]:
-    """The batches of the members, which are concatenated along the microbatches."""
+    """Return each member's batch from a batch in which they are concatenated along the microbatches."""
     micro = jax.tree.leaves(batch)[0].shape[0] // count
     return [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(count)]
 
@@ -389,8 +389,8 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
 def compile_sweep_metrics(
     adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
 ) -> RowMetrics:
-    """Return `metrics(states, batches, with_rows)`, not yet divided, of `batch_count` batches of one shape
-    [1, rows, ...] together. with_rows: see compile_metrics.
+    """Return `metrics(states, batches, with_rows)`: each member's sums over `batch_count` batches of one
+    shape [1, rows, ...], not yet divided. with_rows: see compile_metrics.
     """
     count = len(job.members)
     mesh, states = job.lead.programs.mesh, job.abstract_states
@@ -426,5 +426,5 @@ def compile_sweep_metrics(
 
 
 def _loss_aux(states: tuple[TrainState, ...]) -> list[dict[str, Any]]:
-    """The part of the members' aux that their losses read."""
+    """Return the part of each member's aux that its loss reads."""
     return [{name: s.aux[name] for name in ("loss", LOSS_KNOBS) if name in s.aux} for s in states]

@@ -29,7 +29,7 @@ class Partition:
     """A model over the whole tree {"base", "adapter", ...heads}, which of its parameters are trainable, and
     how each is stored.
 
-    mask, trainable_specs: trees like the model's specs; a frozen leaf is False, and None.
+    mask: whether each parameter is trainable. trainable_specs: the model's specs, None for frozen parameters.
     """
 
     stored: StoredModel
@@ -64,8 +64,8 @@ def partition_params(
 
     pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's
     `scale` and the initial adapter are always frozen. ref: where the weights come from; quant=checkpoint
-    reads the headers of its files. dtype: of trainable base parameters, by default float32 or wider. Raises
-    ValueError for a pattern that matches nothing, and where `quant` selects a trainable parameter.
+    reads the headers of its files. dtype: dtype of trainable base weights, by default at least float32.
+    Raises ValueError for a pattern that matches nothing, and where `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
@@ -103,8 +103,8 @@ def trainable_patterns(
 ) -> tuple[str, ...]:
     """Return path patterns of the trainable parameters.
 
-    By default: the adapter, or without one the base, and the model's heads; `pattern` overrides that.
-    scorers: further models on the base, of which those with `trained` are added in either case.
+    By default: the adapter, or without one the base, and the model's heads; `pattern` replaces this default.
+    scorers: further models on the base; the patterns of those with `trained` are always added.
     """
     scorers = scorers or {}
     heads = [re.escape(name) for name in model.heads if name not in (*scorers, TEACHER)]
@@ -128,8 +128,8 @@ def trains_base(partition: Partition) -> bool:
 
 
 def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
-    """Return (trainable, frozen) of the whole tree; the leaves of the other one are None. A QTensor is one
-    leaf.
+    """Split parameters into (trainable, frozen) trees of the same structure, with None in place of the other
+    tree's leaves. A QTensor is one leaf.
     """
 
     def is_leaf(x: Any) -> bool:

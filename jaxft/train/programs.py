@@ -47,7 +47,7 @@ from jaxft.weights.peft.adapter_folders import adapter_folder
 class Programs:
     """The jitted programs of a run. state, frozen: ShapeDtypeStructs with shardings.
 
-    eval_step: of held-out rows. text_step: the token loss of general text, for any objective.
+    eval_step: metrics of held-out rows. text_step: the token loss of general text, for any objective.
     """
 
     partition: partition.Partition
@@ -78,8 +78,8 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
         )
     if run.samples and run.sampling.max_new >= longest:
         raise ValueError(
-            f"sampling.max_new={run.sampling.max_new} leaves no position for a prompt in the model's "
-            f"{longest}. Lower it."
+            f"sampling.max_new={run.sampling.max_new} leaves no position for a prompt: the model has "
+            f"{longest}. Lower sampling.max_new."
         )
     if run.adapter and run.adapter.highest_rank > run.model.config.width:
         setting = "rank" if run.adapter.rank == run.adapter.highest_rank else "rank_pattern"
@@ -147,8 +147,8 @@ def _check_dropout(run: Run, objective: Objective) -> None:
 
 
 def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError if the mesh shards experts that the model lacks, or if the model asks how devices get
-    the keys of rows that no mesh axis shards.
+    """Raise ValueError if mesh.expert does not divide the model's experts, or the model has none, and if
+    context_keys is set without mesh.context.
     """
     sizes = {
         dict(zip(spec.axes, spec.shape, strict=True)).get("experts", 0)
@@ -232,13 +232,13 @@ def start(
     """Return (state, frozen parameters); weights are loaded leaf by leaf.
 
     restored: a state to continue from; without one, the adapter and optimizer are fresh. base: the frozen
-    base of another member of a sweep, whose arrays are shared. folder: of the run, where an adapter that
-    changes the base is stored as it is at step 0. rows: for an EVA adapter; None starts it as a plain one,
-    which computes the same at step 0.
+    base of another member of a sweep, whose arrays are shared. folder: the run's, where an adapter that
+    changes the base is stored as it is at step 0. rows: initialise an EVA adapter; None starts it as a plain
+    one, which computes the same at step 0.
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:
-        raise ValueError("quant.calibrate: this run's codes are not computed; start it by train.loop.run")
+        raise ValueError("quant.calibrate: the codes are not computed; use jaxft.train or jaxft.prepare")
     if run.adapter and run.adapter.changes_base:
         pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:
@@ -295,7 +295,9 @@ def compile_step(p: Programs, *batches: Batch) -> TrainStep:
 
 
 def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
-    """Return a function from a state to one with the parameters that are evaluated and exported."""
+    """Return a function that replaces a state's parameters by their averages, which are evaluated and
+    exported; without optim.ema and schedule-free optimizers it returns the state.
+    """
     average = p.optimizer.averaged
     if average is None:
         return lambda state: state
@@ -307,8 +309,8 @@ def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
 def compile_metrics(
     p: Programs, step: jax.stages.Wrapped, frozen: Params, shape: Batch, count: int
 ) -> Callable[[TrainState, Iterable[Batch], bool], Metrics]:
-    """Return `metrics(state, batches, with_rows)`, not yet divided, of `count` batches of one shape [1, rows,
-    ...] together. with_rows: and the values of single rows.
+    """Return `metrics(state, batches, with_rows)`: sums over `count` batches of one shape [1, rows, ...], not
+    yet divided. with_rows: add the values of single rows.
     """
     compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, shape), p.state.aux).compile()
 
@@ -419,7 +421,7 @@ def _check_dora(run: Run, parts: Partition) -> None:
 def _check_eva(specs: Mapping[str, param.ParamSpec], layouts: Collection[str]) -> None:
     """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none.
 
-    specs: of the base. layouts: paths of the adapted modules.
+    specs: the base's. layouts: paths of the adapted modules.
     """
     others = [path for path in layouts if path not in specs or param.lead_axes(specs[path]) != ("layers",)]
     if others or not layouts:

@@ -99,7 +99,7 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def setting_text(value: Any) -> str:
-    """Return a value of a setting as a command line has it; an ObjectText for what that cannot express.
+    """Return a value of a setting as a command line has it; an ObjectText for a value that it cannot express.
 
     >>> setting_text(None), setting_text([0.9, 0.95]), setting_text(("<tool>", "</tool>"))
     ('none', '0.9,0.95', '<tool>,</tool>')
@@ -150,7 +150,7 @@ def override(name: str, value: Any) -> str:
 
 
 def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
-    """Return the settings with those that follow from the rows, and print lines about these."""
+    """Return the settings with lengths and batches that follow from the rows, and print lines about them."""
     fitted, lines = open_settings.fitted(settings, root=Path(root))
     for line in lines if processes.is_first() else ():
         print(line, flush=True)
@@ -245,7 +245,7 @@ class RunResult:
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Columns of all logged metrics by step, NaN where a step has none: metrics of an evaluation
+        """Columns of all logged metrics by step, NaN where a step lacks a metric. Metrics of an evaluation
         are eval_*, timings and memory perf/*.
         """
         by_step: dict[int, dict[str, Any]] = {}
@@ -400,8 +400,9 @@ def _name_of(source: Any) -> str | Path:
 def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = None) -> LoadedModel:
     """Load a run, an adapter on its own base, or a model, for generation and for programs of one's own.
 
-    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: of the
-    computation; None is the run's, or bfloat16. quant: of the base; None is as in the run, or none.
+    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: dtype of
+    the computation, None for the run's, or bfloat16. quant: storage of the base, None for the run's, or no
+    quantisation.
 
         model = jaxft.load("runs/sft")
         model.generate(["Who are you?"])
@@ -429,7 +430,7 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
     results of pairs or completions) and `notes`.
 
     source: as for jaxft.load. rows: a list of dicts or a file; None for the held-out rows of a run. options:
-    as of the command, such as by="json_match", by=[my_score], samples=4, tasks="arc_easy", packing=True.
+    the command's, such as by="json_match", by=[my_score], samples=4, tasks="arc_easy", packing=True.
 
         jaxft.evaluate(result, pairs).metrics["accuracy"]
         jaxft.evaluate("runs/sft", rows, by=lambda prompt, completion, row: len(completion) < 80).metrics
@@ -484,11 +485,11 @@ def command_script(name: str) -> types.ModuleType:
 class Prepared:
     """The pieces of a run, for a training loop of one's own, from `jaxft.prepare`.
 
-    run: its settings. model, tokenizer: of the policy. objective: a value of pure functions;
+    run: its settings. model, tokenizer: the policy's. objective: pure functions;
     `objective(params, rows, key, aux)` returns (loss, metrics). source: the batches. state: step, trainable
     parameters, optimizer state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable,
     frozen)` has all. steps: of the run. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around
-    programs of your own.
+    programs of your own. train_step: the recipe's; see `step`.
     """
 
     run: Run
@@ -508,8 +509,8 @@ class Prepared:
             return self.train_step(state, self.frozen, batch)
 
     def batch(self, step: int, state: TrainState | None = None) -> Batch:
-        """Return the batch [micro, rows, ...] of a step on the devices. state: of rollouts, which sample from
-        it; the first one by default.
+        """Return the batch [micro, rows, ...] of a step on the devices. state: what rollouts sample from, by
+        default the initial state.
         """
         return sharding.shard_batch(self.mesh, self.source.batch(step, state or self.state)[0])
 

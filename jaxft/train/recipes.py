@@ -125,16 +125,16 @@ class ModelKnobs:
         return None
 
     def build(self, weights: str | None = None) -> Model:
-        """Build the model. weights: of another model with the same settings of computation, such as a
-        reference.
-        """
+        """Build the model. weights: of another model with the same computation, such as a reference."""
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
         return model_for(weights or self.weights, dtype=jnp.dtype(self.dtype), **options)
 
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
-        """Return the knobs with the base of full fine-tuning from `start`, and what start_of_full merges."""
+        """Return the knobs with the base that full fine-tuning from `start` trains, and the folder whose
+        adapter is merged into it or None.
+        """
         weights, merged = start_of_full(self.model, start)
         base = _extended(weights, self.extension)
         extended = replace(self, model=base, add_tokens=(), add_special_tokens=(), chat_template=None)
@@ -147,8 +147,8 @@ _DRAFTS: ContextVar[Path | None] = ContextVar("folder of models without weights"
 
 @contextlib.contextmanager
 def without_model_weights() -> Iterator[None]:
-    """While this is entered, recipes write only configuration and tokenizer of a model with new tokens, into
-    a temporary folder that is removed at the end. For plans, which need no weights.
+    """Within this context, recipes write only the configuration and tokenizer of a model with new tokens,
+    into a temporary folder that is removed at the end. It is for plans, which need no weights.
     """
     with temporary_folder(Path(tempfile.gettempdir()), "jaxft-plan-") as folder:
         token = _DRAFTS.set(folder)
@@ -186,7 +186,7 @@ class LoraKnobs(ModelKnobs):
         return Optim(lr=lr, lora_plus=self.lora_plus)
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
-        """The fields of a Run that follow. head: adds a head to the model."""
+        """Return the fields of a Run that these knobs decide. head: adds a head to the model."""
         model = self.build() if head is None else head(self.build())
         return {
             "weights": self.weights,
@@ -206,7 +206,7 @@ class LoraKnobs(ModelKnobs):
         empty for None.
 
         max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is
-        quantised as that is, but never stored as its files have it.
+        quantised like the base, or not at all with quant=checkpoint.
         """
         if not isinstance(reward, str):
             return {}, () if reward is None else (reward,)
@@ -226,8 +226,8 @@ class LoraOrFullKnobs(LoraKnobs):
     full: bool = False  # train all weights instead of an adapter
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
-        """The fields of a Run that follow. Raises ValueError for settings of an adapter together with
-        full=true.
+        """Return the fields of a Run that these knobs decide. Raises ValueError for settings of an adapter
+        together with full=true.
         """
         if not self.full:
             return super().sections(head)
@@ -252,7 +252,7 @@ class FullKnobs(ModelKnobs):
     start: str | None = None  # a run or PEFT folder whose weights, or adapter merged into them, to start from
 
     def sections(self) -> dict[str, Any]:
-        """The fields of a Run that follow."""
+        """Return the fields of a Run that these knobs decide."""
         base, start = self.full_start(self.start)
         return {"weights": base.model, "model": base.build(), "adapter": None, "start": start}
 
@@ -296,7 +296,7 @@ class GpuKnobs(LoraOrFullKnobs):
         return self.lr if self.lr is not None else 1e-5 if self.full else 2e-4
 
     def sharded_run(self, every: int = 100, optim: Optim | None = None) -> dict[str, Any]:
-        """The fields of a Run that `sections` returns, an optimizer (AdamW by default), a mesh that shards
+        """Return the fields of a Run: `sections`, an optimizer (AdamW by default), a mesh that shards
         parameters over all devices, and a loop. every: steps between evaluations, and between checkpoints.
         """
         return {
@@ -319,16 +319,18 @@ class ReferenceKnobs:
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
     def reference(self, otherwise: Reference = "start") -> Reference:
-        """The reference of an objective: the run's second model if there is one."""
+        """Return the reference of an objective: "teacher" with a reference_model, else `otherwise`."""
         return otherwise if self.reference_model is None else "teacher"
 
     @property
     def penalty_reference(self) -> PenaltyReference:
-        """The reference of a KL penalty."""
+        """The reference of a KL penalty: "teacher" with a reference_model, else "start"."""
         return "start" if self.reference_model is None else "teacher"
 
     def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
-        """The run's second model; None without one. full: whether the run trains its base."""
+        """Return the run's second model, None without a reference_model. full: whether the run trains its
+        base.
+        """
         if self.reference_model is None:
             if self.reference_quant != "none":
                 raise ValueError(
@@ -410,7 +412,9 @@ class SourceKnobs:
         return {"train": train, "held_out": held_out, **known}
 
     def source(self, make: Callable[..., DataSettings], **more: Any) -> dict[str, Any]:
-        """The fields `data` and `seed` of a Run. make: such as data.sft.Rows; more: its other arguments."""
+        """Return the fields `data` and `seed` of a Run. make: a class of data settings, such as
+        data.sft.Rows. more: further arguments of that class.
+        """
         return {"data": make(**self.settings(), **more), "seed": self.seed}
 
 
@@ -493,7 +497,7 @@ class RolloutKnobs(PromptKnobs):
         return min(of_turns, self.max_episode or of_turns)
 
     def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
-        """The environment's score, if it has one, and the functions; the default without any of them."""
+        """Return the rewards: the environment's score, if it has one, and `functions`; else `default`."""
         played = environment_of(self.environment, self.tools)
         own: tuple[Any, ...] = (EnvironmentReward(),) if played.scored else ()
         return (*own, *functions) or (default,)

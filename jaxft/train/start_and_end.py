@@ -66,21 +66,21 @@ def evaluate_start(
             where = first_parameter(params, p.partition.specs, p.mesh)
             raise processes.AgreedError(
                 f"{member.folder}: {wrong} before the first step: {where or 'all parameters are finite'}. "
-                "Check the weights, or compute in float32"
+                "Check the weights, or set dtype=float32"
             )
     return {"before": before, "counters": None, "last_faults": None}
 
 
 def without_accuracies(end: Evaluation) -> Evaluation:
-    """Replace the pairs of an evaluation by ties, for pairs whose margins differ by rounding only."""
+    """Remove the accuracies of an evaluation whose pairs are all ties up to rounding."""
     metrics = end["metrics"]
     kept = {name: value for name, value in metrics.items() if name + PAIR_COUNT not in metrics}
     return {**end, "metrics": kept}
 
 
 def check_selection(job: Job, before: list[Evaluation]) -> None:
-    """Raise AgreedError if loop.best_metric is no metric of the evaluation or of unknown direction, or
-    loop.patience has none.
+    """Raise AgreedError if loop.best_metric is not a metric of the evaluation, if it is not known whether
+    greater is better, or if loop.patience has no metric.
     """
     for member, end in zip(job.members, before, strict=True):
         # an accuracy of ties alone has no value yet, and the number of its pairs
@@ -113,9 +113,9 @@ def evaluate_during(
 
 
 def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
-    """Return the job, with `done` as its last step if a callback has ended it there, or loop.patience
-    evaluations of every member were no better than one before. saved: what the checkpoint at that step
-    stores, None for a fresh run.
+    """Return the job, with `done` as its last step if a callback has ended it there, or if the last
+    loop.patience evaluations of every member were no better than an earlier one. saved: the JSON of the
+    checkpoint at that step, None for a fresh run.
     """
     patience, history = job.lead.run.loop.patience, (saved or {}).get("scores", [])
     by_callback = saved is not None and saved.get("ended_by") == "callback"
@@ -131,7 +131,7 @@ def continued(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
     """Return the job as it continues after `done` steps; see ended_early.
 
     Its evaluations read the same rows as before, although their limit depends on loop.steps and
-    loop.eval_every, which may have changed. saved: what the checkpoint at that step stores, None for a fresh
+    loop.eval_every, which may have changed. saved: the JSON of the checkpoint at that step, None for a fresh
     run.
     """
     if saved is not None:
@@ -160,7 +160,7 @@ def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: M
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:
-    """Return the problem with the loss of the last step's batch after that step, for each member.
+    """Return for each member a problem with the loss of the last step's batch after that step, [] for none.
 
     It is the only forward pass with the last update in a run without held-out rows.
     """
@@ -211,8 +211,8 @@ def evaluate_end(
     """Evaluate and log the model after the last step, and write the values of single held-out rows; return
     the evaluations and which members are finished.
 
-    last: of last_faults. Logs an alarm for each member that is not finished. Raises AgreedError for a run
-    alone that is not.
+    last: the result of last_faults. Logs an alarm for each member that is not finished. Without a sweep,
+    raises AgreedError if the run is not finished.
     """
     after, values = compiled.evaluation(states)
     after = [with_part(job, end, own.rows) for end, own in zip(after, values, strict=True)]

@@ -94,7 +94,7 @@ def next_state(
     """Return the next step's state, and the metrics grad_norm, learning_rate and skipped, and with
     optim.skip_spikes loss_spikes, the fraction of the steps that were skipped as spikes.
 
-    updated: new parameters and optimizer state. info: of the step that made them.
+    updated: new parameters and optimizer state. info: facts about the step that made them.
     """
     trainable, opt_state = updated
     aux, moves = objective.update(state.aux, trainable, metrics), info.finite

@@ -37,9 +37,9 @@ MAY_DIFFER = (
 class Sweep:
     """Runs that are trained together.
 
-    runs: by label, which is also the name of the member's folder. at_once: adapters that go through the
-    model in one forward pass, a divisor of their number; more of them cost activations and pay where one
-    leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
+    runs: by label, which is also the name of the member's folder. at_once: how many adapters go through the
+    model in one forward pass, a divisor of their number; more need memory for activations, and are faster if
+    one leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
     adapter, or with dropout.
     """
 
@@ -59,7 +59,8 @@ class Sweep:
         if self.at_once < 1 or count % self.at_once:
             divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             raise ValueError(
-                f"{count} adapters don't divide into blocks of {self.at_once}; use one of {divisors}"
+                f"{count} adapters don't divide into blocks of {self.at_once}; use one of {divisors} "
+                "(--at-once)"
             )
         for run in runs:
             if run.adapter is None or run.train is not None or run.heads or run.teacher:
@@ -110,8 +111,8 @@ class Sweep:
 
 
 def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """Return the runs so that all hold out the same rows: where a fraction of them is held out and the seeds
-    differ, by the seed of the first run.
+    """Return the runs so that all hold out the same rows: if a fraction is held out and the seeds differ, by
+    the seed of the first run.
     """
     first = next(iter(runs.values())).data.seed_of_split
     divided = [
@@ -123,7 +124,7 @@ def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
 
 
 def _with_split_seed(run: Run, seed: int) -> Run:
-    """Return a run with another split of its rows; one with data of a user's own kind as it is."""
+    """Return a run with data.split_seed=seed, unchanged if its data are of a user's own class."""
     if not isinstance(run.data, DataSettings):
         return run
     return replace(run, data=replace(run.data, split_seed=seed))

@@ -64,12 +64,12 @@ def read_config(located: hub.Located) -> dict[str, Any]:
 
 
 def model_for(ref: str, **options: Any) -> Model:
-    """Return the Model that `ref` names. options: of the architecture (dtype, remat, residual,
+    """Return the Model that `ref` names. options: options of the architecture (dtype, remat, residual,
     attention_settings).
 
-    A preset touches neither disk nor network; of a hub model only config and tokenizer files are downloaded.
-    If the weights are on this machine and have a head that is not the embedding, the head is untied,
-    whatever the config states. Raises ValueError for an architecture that is not implemented.
+    A preset touches neither disk nor network; a hub model downloads only its config and tokenizer files. If
+    the weights are on this machine and have a head that is not the embedding, the head is untied, whatever
+    the config states. Raises ValueError for an architecture that is not implemented.
 
     >>> model_for("HuggingFaceTB/SmolLM2-135M").config.layers
     30
@@ -205,9 +205,8 @@ def load_tokenizer(ref: str) -> Any:
         raise ValueError(f"{ref}: {tokenizer_files.reading_failed(located.path, e)}") from e
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{ref}: its tokenizer has no tokenizer.json (a fast tokenizer), which offsets and batches "
-            "require; "
-            "use a model that has one"
+            f"{ref}: its tokenizer has no tokenizer.json, and jaxft needs a fast tokenizer, for the offsets "
+            "of tokens; use a model that has one"
         )
     if isinstance(templates, dict) and "default" not in templates:
         raise ValueError(

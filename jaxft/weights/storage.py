@@ -155,8 +155,8 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
 
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
-    """Return the sharding of a parameter as it is stored; of a QTensor, a QTensor with the sharding of each
-    of its arrays.
+    """Return the sharding of a parameter as it is stored. For a QTensor it is a QTensor of the shardings of
+    its arrays.
     """
     full = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):

@@ -100,10 +100,10 @@ def lengths(index: Index) -> tuple[int, ...]:
 class Tensor:
     """A tensor in a model's files, or the part of one that belongs to a parameter.
 
-    path: of the parameter. index: where its values are along the parameter's leading axes, () for all of the
-    parameter. name, shape: in the files. transposed: whether the files store [out, in]. values: the shape of
-    its values in the parameter, [..., in, out] of a kernel. offset: number of the first of its outputs in a
-    tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
+    path: path of the parameter. index: where its values are along the parameter's leading axes, () for all of
+    the parameter. name, shape: in the files. transposed: whether the files store [out, in]. values: the shape
+    of its values in the parameter, [..., in, out] of a kernel. offset: number of the first of its outputs in
+    a tensor that several parameters share, None in one of its own. is_kernel: whether it is the weight of one
     linear layer and nothing else. layer: the number of the layer in the model, None outside layers. in_layer:
     the name of its module inside its layer, such as mlp.gate_proj; outside layers the whole name.
     """
@@ -121,7 +121,7 @@ class Tensor:
 
     @property
     def module(self) -> str:
-        """The name of its module."""
+        """The name of the linear layer or norm in the files: the tensor's name without .weight or .bias."""
         return self.name.removesuffix(".weight").removesuffix(".bias")
 
     def turned(self, values: Any) -> Any:

@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 
 def layouts(tokens: int) -> dict[str, tuple[list[int], list[int] | None]]:
-    """Return segments and branches (or None) of a row of each case."""
+    """Return case -> (segments, branches or None) of a row, with an entry for each token."""
     at = np.arange(tokens)
     segments_of: dict[str, tuple[list[int], list[int] | None]] = {
         f"packed {count}": ((at * count // tokens + 1).tolist(), None) for count in (1, 4, 16)

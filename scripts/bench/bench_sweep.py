@@ -1,11 +1,11 @@
-"""Compare the time of scripts/sweep.py with that of scripts/train.py once per member, as one JSON line.
+"""Compare the time of scripts/sweep.py with scripts/train.py run once per member, as one JSON line.
 
     python scripts/bench/bench_sweep.py --config configs/dpo.py --over beta=0.05,0.1,0.2 [--alone 2]
 
-`whole` is the ratio of the sweep command's time to that of all single runs. Only the first --alone members
+`whole` is the sweep command's time divided by the time of all single runs. Only the first --alone members
 are run singly (half of them before the sweep, half after), and their mean is used for the others. `step` is
-the ratio of the median step time to that of as many single steps. Peaks are those of the processes, reported
-by the operating system.
+the ratio of the sweep's median step time to the time of as many single steps. Peaks are the processes' memory
+peaks, reported by the operating system.
 """
 
 import argparse

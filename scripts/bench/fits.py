@@ -1,4 +1,4 @@
-"""Compile which models and methods fit which hardware; print a Markdown table and write JSON.
+"""Compile to find which models and methods fit which hardware; print a Markdown table and write JSON.
 
     python scripts/bench/fits.py --out fits.json                # all cells, one or two hours of one CPU core
     python scripts/bench/fits.py --out fits.json --hardware h100 rtx4090 --models 8B
@@ -78,7 +78,9 @@ def cells_of(a: argparse.Namespace) -> Iterator[tuple[str, str, str, str]]:
 
 
 def settings(model: str, method: str, objective: str, devices: int) -> tuple[str, list[str]]:
-    """Return (config, overrides) of a cell."""
+    """Return the recipe and the settings of a cell of the table: a model, method and objective on some
+    devices.
+    """
     rows = [f"batch={devices}", "micro=1", f"max_length={LENGTH if objective == 'sft' else LENGTH // 2}"]
     return f"configs/llama31_8b_{objective}.py", [
         f"model={MODELS[model]}",

@@ -33,7 +33,7 @@ def address() -> str:
 
 
 def train(arguments: list[str], environ: dict[str, str]) -> int:
-    """Run `jaxft train` on this node and return its exit code; one of a signal is 128 plus its number."""
+    """Run `jaxft train` on this node and return its exit code, 128 plus the number if a signal ended it."""
     path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     code = subprocess.run(
         [*TRAIN, *arguments],

@@ -70,7 +70,7 @@ def test_columns_that_are_renamed_are_not_read_by_their_own_names():
         ({"Prompt": "q", "prompt ": "x", "completion": "a"}, "did you mean prompt for 'Prompt'"),
         (
             {"prompt": "q", "Chosen": "a", "rejected": "b"},
-            "prompt, Chosen, rejected are those of preference pairs; train on pairs with the recipe dpo$",
+            "prompt, Chosen, rejected belong to preference pairs; train on pairs with the recipe dpo$",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_note_says_why_many_more_rows_are_held_out_than_asked_for(tmp_path):
 @pytest.mark.parametrize("names", ["id conversations", "messages", "prompt completion", "instruction output"])
 def test_rows_of_sft_are_no_pairs_with_other_names(names):
     row = Row("r:1", dict.fromkeys(names.split(), "a"))
-    with pytest.raises(ValueError, match="are those of SFT, for which there is the recipe sft") as error:
+    with pytest.raises(ValueError, match="belong to SFT; train on them with the recipe sft") as error:
         pairs([row])
     assert "data.columns" not in str(error.value)
 
@@ -169,7 +169,7 @@ def test_pairs_and_prompts_are_read_by_other_names_too():
     [
         (
             "text question Answer",
-            "the column text is read, not question and Answer; otherwise set "
+            "the column text is read, not question and Answer; to read these, set "
             "data.columns=prompt=question,completion=Answer",
         ),
         ("text question", None),

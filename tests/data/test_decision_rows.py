@@ -223,7 +223,7 @@ def test_all_answers_of_a_file_are_read_in_the_same_way(rows, expected):
         (asked(["x", "y", "z"], 0, 1) + asked(["3", "4", "5"], 4), "r.jsonl:2: answer '4' is none of the 3"),
         (
             asked(["x", "y"], "A", "B", 1),
-            "r.jsonl:2: answer '1' is none of the 2 choices; .* letters, here A",
+            "r.jsonl:2: answer '1' is none of the 2 choices; use A to B, as most",
         ),
         (asked(["b", "a"], "B"), "answer 'B' is none of the 2 choices; near: "),
         (asked(["x", "y"], "x", "y", 0), "r.jsonl:2: answer '0' is none of the 2 choices"),
@@ -291,7 +291,7 @@ def test_errors_of_labels_name_the_source(tmp_path):
     one, two = write(tmp_path, labelled("bad", "bad")), write(tmp_path, labelled("bad", "good"), "o.jsonl")
     with pytest.raises(ValueError, match=r"r.jsonl: all rows have the same label, 'bad'"):
         DecisionRows(f"{two},{one}", held_out="none").open(tiny("chatml"), cache=tmp_path / "c")
-    with pytest.raises(ValueError, match="no row has a label by name; name the labels by data.labels"):
+    with pytest.raises(ValueError, match="no row names a label; list the labels in data.labels"):
         source_of(tmp_path, labelled([0.2, 0.8], [0.6, 0.4]))
 
 
@@ -386,12 +386,12 @@ def test_a_held_out_file_and_all_sources_have_the_labels_of_the_training_rows(tm
     split = DecisionRows(train, held_out=held).open(tiny("chatml"), cache=tmp_path / "c").split
     assert choice_names(split.rows, 3) == ["a", "b", "c"]
     other = write(tmp_path, labelled("x", "y"), "o.jsonl")
-    with pytest.raises(ValueError, match="different labels, a,b,c and x,y; name .* by data.labels"):
+    with pytest.raises(ValueError, match="different labels, a,b,c and x,y; set data.labels to"):
         DecisionRows(f"{train},{other}", held_out="none").open(tiny("chatml"), cache=tmp_path / "c")
     with pytest.raises(ValueError, match="h.jsonl:1: label 'z' is none of the 3 choices"):
         write(tmp_path, labelled("z"), "h.jsonl")
         DecisionRows(train, held_out=held).open(tiny("chatml"), cache=tmp_path / "c")
-    for labels, message in ((("a",), "the same label, 'a'"), (range(30), "30 different labels or more")):
+    for labels, message in ((("a",), "the same label, 'a'"), (range(30), "at least 30 different labels")):
         with pytest.raises(ValueError, match=f"{message}.*data.labels"):
             source_of(tmp_path, labelled(*labels))
 

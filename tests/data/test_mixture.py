@@ -88,7 +88,7 @@ def test_a_file_whose_name_looks_like_an_option_is_a_file(sources):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("a.jsonl:prompt=q,completion=a", "completion=a is no dataset; columns of a source are behind it"),
+        ("a.jsonl:prompt=q,completion=a", "completion=a is no dataset; write a source's columns after it"),
         ("a.jsonl:max_samples=none", "a.jsonl:max_samples=none has max_samples=none; use a whole number"),
         ("a.jsonl:promt=prompt", "unknown column 'promt'; use one of prompt"),
         ("a.jsonl:prompt=question", "a.jsonl:1: no column 'question', which data.columns=prompt=question"),

@@ -140,7 +140,7 @@ def test_columns_with_text_that_no_format_reads_are_named_at_the_start(tmp_path)
 def test_rows_with_images_are_invalid_and_without_any_they_are_text(media):
     fields = {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]}
     for read in (lambda x: examples([x]), prompt_of):
-        with pytest.raises(InvalidRow, match="only text is supported; remove the row"):
+        with pytest.raises(InvalidRow, match="jaxft reads only text; remove the row"):
             read(row({**fields, **media}))
         read(row({**fields, **dict.fromkeys(media, [])}))
     examples([row({**fields, "image": "https://example.org/1.jpg"})])
@@ -179,7 +179,7 @@ def test_questions_with_answers_are_not_sent_to_preferences(fields):
     with pytest.raises(ValueError, match="does not rate|is an object; use a list|'question' and 'context'"):
         pairs([row(fields)])
     for rated in ({"prompt": "p", "answers": [{"answer": "x", "rank": 1}, {"answer": "y", "rank": 2}]},):
-        with pytest.raises(ValueError, match="are those of preference pairs"):
+        with pytest.raises(ValueError, match="belong to preference pairs"):
             examples([row(rated)])
 
 

@@ -27,8 +27,8 @@ def answer(text):
 
 
 def pair(fields, name="r:1", **options):
-    (found,) = pairs([Row(name, fields)], PairRows("r", **options).token_settings)
-    return found
+    (parsed,) = pairs([Row(name, fields)], PairRows("r", **options).token_settings)
+    return parsed
 
 
 Q, A, B = user("q"), answer("a"), answer("b")
@@ -82,32 +82,32 @@ def test_formats_are_recognised(fields, prompt, plain):
 
 def test_responses_may_have_several_turns_after_the_common_ones():
     longer = [Q, A, user("r"), answer("c")]
-    found = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).examples
-    assert found["chosen"] == Chat("r:1", tuple(longer), 1) and found["rejected"].messages[1] == B
+    examples = pair({"chosen": longer, "rejected": [Q, B, user("r"), answer("d")]}).examples
+    assert examples["chosen"] == Chat("r:1", tuple(longer), 1) and examples["rejected"].messages[1] == B
 
 
 def test_plain_format_keeps_text_as_it_is():
-    found = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").examples
-    assert found == {"chosen": Completion("r:1", "q ", "a"), "rejected": Completion("r:1", "q ", "b")}
-    found = pair({"prompt": "", "completion": "a", "label": True}, format="plain").examples
-    assert found == {"chosen": Completion("r:1", "", "a")}
+    examples = pair({"prompt": "q ", "chosen": "a", "rejected": "b"}, format="plain").examples
+    assert examples == {"chosen": Completion("r:1", "q ", "a"), "rejected": Completion("r:1", "q ", "b")}
+    examples = pair({"prompt": "", "completion": "a", "label": True}, format="plain").examples
+    assert examples == {"chosen": Completion("r:1", "", "a")}
 
 
 @pytest.mark.parametrize("name", ("label", "kto_tag"))
 @pytest.mark.parametrize("written", ("true", "False", " TRUE", "1", "0", "1.0", "0.0", 1.0, 0.0))
 def test_a_label_of_a_table_is_read_however_it_is_written(written, name):
     is_chosen = str(written).strip().lower() in ("true", "1", "1.0")
-    found = pair({"prompt": "q", "completion": "a", name: written}).examples
-    assert [*found] == ["chosen" if is_chosen else "rejected"]
+    examples = pair({"prompt": "q", "completion": "a", name: written}).examples
+    assert [*examples] == ["chosen" if is_chosen else "rejected"]
 
 
 def test_labels_and_numbers_of_a_csv_file_are_read(tmp_path):
     text = "prompt,completion,kto_tag,label,weight\nq,a,,True,2\nq,b,0,,0.5\nq,c,True,,1e0\n"
     (tmp_path / "r.csv").write_text(text)
     settings = PairRows("r", weight_column="weight").token_settings
-    found = pairs(read_rows(str(tmp_path / "r.csv")), settings)
-    assert ["chosen" in p.examples for p in found] == [True, False, True]
-    assert [p.weight for p in found] == [2.0, 0.5, 1.0]
+    parsed = pairs(read_rows(str(tmp_path / "r.csv")), settings)
+    assert ["chosen" in p.examples for p in parsed] == [True, False, True]
+    assert [p.weight for p in parsed] == [2.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("label", (True, False, 1, 0))
@@ -116,9 +116,9 @@ def test_an_unpaired_row_has_only_the_response_of_its_label(label):
         ({"prompt": "q", "completion": "a"}, True),
         ({"prompt": [Q], "completion": [A]}, False),
     ):
-        found = pair({**fields, "label": label}).examples
+        examples = pair({**fields, "label": label}).examples
         there = "chosen" if label else "rejected"
-        assert found == {there: Chat("r:1", (Q, A), 1, plain)}
+        assert examples == {there: Chat("r:1", (Q, A), 1, plain)}
     whole = pair({"prompt": "q", "completion": [*LONG, A], "label": label}).examples
     assert whole[there] == Chat("r:1", (*LONG, A), len(LONG))
 
@@ -130,12 +130,12 @@ def test_a_labelled_conversation_is_an_unpaired_row(name):
         {"messages": turns},
         {"conversations": [{"from": m["role"], "value": m["content"]} for m in turns]},
     ):
-        found = pair({**fields, name: False}).examples
-        assert found == {"rejected": Chat("r:1", tuple(turns), len(LONG))}
-    found = pair({"instruction": "q", "input": "", "output": "a", name: True}).examples
-    assert found == {"chosen": Chat("r:1", (Q, A), 1, True)}
-    found = pair({"prompt": "q", "completion": "a", name: True}).examples
-    assert found == {"chosen": Chat("r:1", (Q, A), 1, True)}
+        examples = pair({**fields, name: False}).examples
+        assert examples == {"rejected": Chat("r:1", tuple(turns), len(LONG))}
+    examples = pair({"instruction": "q", "input": "", "output": "a", name: True}).examples
+    assert examples == {"chosen": Chat("r:1", (Q, A), 1, True)}
+    examples = pair({"prompt": "q", "completion": "a", name: True}).examples
+    assert examples == {"chosen": Chat("r:1", (Q, A), 1, True)}
     with pytest.raises(ValueError, match="r:1: the response in column 'messages' is empty"):
         pair({"messages": [*LONG, A, Q], name: True})
 
@@ -154,15 +154,15 @@ def test_columns_are_renamed_and_numbers_are_read():
         "columns": ("prompt=question", "chosen=good", "rejected=bad", "weight=sure"),
         "extras": ("gap", "margin"),
     }
-    found = pair(fields, weight_column="weight", **options)
-    assert found.examples == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).examples
-    assert found.numbers == (2.0, 0.5) and found.weight == 3.0
+    parsed = pair(fields, weight_column="weight", **options)
+    assert parsed.examples == pair({"prompt": "q", "chosen": "a", "rejected": "b"}).examples
+    assert parsed.numbers == (2.0, 0.5) and parsed.weight == 3.0
 
 
 def test_tools_reach_the_template():
     tools = [{"type": "function", "function": {"name": "sum"}}]
-    found = pair({"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps(tools)})
-    assert found.examples["chosen"].tools == found.examples["rejected"].tools == tools
+    parsed = pair({"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps(tools)})
+    assert parsed.examples["chosen"].tools == parsed.examples["rejected"].tools == tools
 
 
 GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -252,7 +252,7 @@ SAD = [
     (
         GOOD,
         {"extras": ("margin",)},
-        r"no number in column 'margin', which data.extras names; the row has prompt, chosen, rejected",
+        r"no number in column 'margin', .* add it, or name one that the row has: prompt, chosen, rejected",
     ),
     ({**GOOD, "margin": "one"}, {"extras": ("margin",)}, "column 'margin' .* is 'one'; use a finite number"),
     ({**GOOD, "margin": True}, {"extras": ("margin",)}, "column 'margin' .* is True; use a finite number"),
@@ -309,11 +309,11 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         writer = csv.DictWriter(file, list(GOOD))
         writer.writeheader()
         writer.writerows(rows)
-    found = [
+    parsed = [
         [p.examples["chosen"].messages for p in pairs(read_rows(str(f)), PairRows("r").token_settings)]
         for f in tmp_path.iterdir()
     ]
-    assert len(found) == 3 and found[0] == found[1] == found[2]
+    assert len(parsed) == 3 and parsed[0] == parsed[1] == parsed[2]
 
 
 def test_conversations_need_a_template_and_strings_do_not(tmp_path):

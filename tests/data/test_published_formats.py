@@ -182,7 +182,7 @@ BAD = [
     ({**RESPONSES, "ranks": [1, None]}, r"ranks\[1\] is None; use a finite number"),
     (
         {**RESPONSES, "ranks": [1, 2, 3]},
-        "column 'ranks' has 3 entries and 'responses' 2 responses; use as many",
+        "column 'ranks' has 3 entries and 'responses' 2 responses; use one for each response",
     ),
     ({**RESPONSES, "ratings": [3, 3]}, "all responses have the rating 3; remove the row"),
     (
@@ -196,7 +196,7 @@ BAD = [
     ({"prompt": "q", "responses": ["x", "x"], "ratings": [1, 2]}, "chosen and rejected are identical"),
     (
         {**TWO["helpsteer3"][0], "overall_preference": 0},
-        "column 'overall_preference' is 0, no response is better; remove the row",
+        "column 'overall_preference' is 0: neither response is better; remove the row",
     ),
     (
         {**TWO["shp"][0], "labels": 0},

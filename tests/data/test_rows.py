@@ -250,7 +250,7 @@ def test_a_text_beside_the_columns_of_another_format_is_not_read(tmp_path):
             r"r:1: no column 'question', which data.columns=prompt=question names",
         ),
         ({"text": "t"}, {"columns": ("promt=text",)}, "unknown column 'promt'; use one of prompt"),
-        ({"text": "t"}, {"columns": ("text",)}, "must be of the form ours=theirs, .*, got 'text'"),
+        ({"text": "t"}, {"columns": ("text",)}, "must be of the form NAME=COLUMN, .*, got 'text'"),
         ({"text": "t"}, {"columns": ("text=a", "text=b")}, "'text' is mapped twice"),
         ({"text": 3}, {}, "r:1: column 'text' must be a string, got int"),
         ({"text": " \n"}, {}, "r:1: column 'text' is empty"),

@@ -161,7 +161,7 @@ def test_all_pieces_of_a_document_are_on_one_side_of_the_split(texts):
         ({"packing": "wrapped", "too_long": "truncate"}, "set data.too_long=split data.weighting=token"),
         ({"packing": "wrapped", "weighting": "sequence"}, "set data.too_long=split data.weighting=token"),
         ({"packing": "wrap"}, "data.packing='wrap'; use one of true, false, wrapped"),
-        ({"max_length": 2}, "data.max_length=2; use at least 3"),
+        ({"max_length": 2}, "data.max_length=2 with data.too_long=split; use at least 3"),
         ({"tokens": 5}, "data.epochs=1.0 and data.tokens=5: set exactly one of them"),
         ({"epochs": None}, "data.epochs=None and data.tokens=None: set exactly one of them"),
         ({"tokens": 0, "epochs": None}, "data.tokens=0; expected at least 1"),

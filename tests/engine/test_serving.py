@@ -26,9 +26,9 @@ SAMPLED = Sampling(12, 0.8, 20, 0.9)
 
 @pytest.fixture(scope="module")
 def scheduler():
-    found, lines = tiny.scheduler()
-    yield found
-    found.close()
+    started, lines = tiny.scheduler()
+    yield started
+    started.close()
     assert not lines
 
 
@@ -54,16 +54,16 @@ def numbered(seed, **options):
 @pytest.mark.parametrize("seed", [0, 7, 2**31 + 3, 2**40 + 9])
 def test_completions_equal_those_of_generate_for_the_same_seed(scheduler, seed):
     expected = engine_completions(seed)
-    found = tiny.complete(scheduler, numbered(seed))
-    assert [one.ids for one in found] == expected
-    for one in found:
+    completions = tiny.complete(scheduler, numbered(seed))
+    assert [one.ids for one in completions] == expected
+    for one in completions:
         assert one.finish == ("stop" if one.ids[-1] in tiny.STOP else "length")
     assert len({len(ids) for ids in expected}) > 1 or seed
 
 
 def test_an_adapter_s_completions_equal_those_of_generate_with_it(scheduler):
-    found = tiny.complete(scheduler, numbered(3, adapter=1))
-    assert [one.ids for one in found] == engine_completions(3, "polite") != engine_completions(3)
+    completions = tiny.complete(scheduler, numbered(3, adapter=1))
+    assert [one.ids for one in completions] == engine_completions(3, "polite") != engine_completions(3)
 
 
 @pytest.mark.slow
@@ -73,15 +73,15 @@ def test_16_adapters_of_all_ranks_and_kinds_each_have_the_completions_of_their_m
     requests = [
         tiny.TokenRequest(tuple(PROMPTS[3]), RequestSettings(Sampling(10), adapter=i)) for i in range(17)
     ]
-    found = [one.ids for one in tiny.complete(scheduler, requests)]
+    completions = [one.ids for one in tiny.complete(scheduler, requests)]
     logits = jax.jit(
         lambda params, row: tiny.MODEL.logits(tiny.MODEL.head(params), tiny.MODEL.hidden(params, row)[0])
     )
-    for ids, adapter in zip(found, [{}, *map(tiny.adapter, names)], strict=True):
+    for ids, adapter in zip(completions, [{}, *map(tiny.adapter, names)], strict=True):
         merged = merged_arrays(tiny.base(), adapter, jnp.float32)
         row = left_pad([PROMPTS[3] + ids], 1, 64)
         assert logits(merged, row)[0, -len(ids) - 1 : -1].argmax(-1).tolist() == ids
-    assert len({tuple(ids) for ids in found}) >= 15
+    assert len({tuple(ids) for ids in completions}) >= 15
 
 
 def test_a_completion_does_not_depend_on_the_other_rows_and_nothing_is_compiled(scheduler):
@@ -132,13 +132,13 @@ def test_greedy_is_the_most_likely_token_and_log_probs_are_those_of_the_model(sc
     for prompt in PROMPTS[:4] + PROMPTS[5:]:
         request = tiny.TokenRequest(tuple(prompt), RequestSettings(Sampling(10), adapter=2, top=True))
         again = tiny.TokenRequest(tuple(prompt), RequestSettings(Sampling(10, 1.5, 1), adapter=2), seed=9)
-        (found, sampled) = tiny.complete(scheduler, [request, again])
-        assert found.ids == sampled.ids and not sampled.tokens[0].top
-        rounded = model_logps(jnp.float32, prompt, found.ids)
+        (greedy, sampled) = tiny.complete(scheduler, [request, again])
+        assert greedy.ids == sampled.ids and not sampled.tokens[0].top
+        rounded = model_logps(jnp.float32, prompt, greedy.ids)
         with jax.enable_x64(True):
-            exact = model_logps(jnp.float64, prompt, found.ids)
-            other = model_logps(jnp.float64, prompt, found.ids, "polite")
-        for i, token in enumerate(found.tokens):
+            exact = model_logps(jnp.float64, prompt, greedy.ids)
+            other = model_logps(jnp.float64, prompt, greedy.ids, "polite")
+        for i, token in enumerate(greedy.tokens):
             order = np.argsort(-exact[i], kind="stable")[:TOP]
             assert token.token == order[0] == token.top[0][0] and len(token.top) == TOP
             assert token.logp == token.top[0][1]
@@ -158,64 +158,64 @@ def test_rows_are_sampled_as_each_alone():
         Sampling(temperature=1.0, top_k=99, top_p=1.0), Sampling(temperature=1.0, min_p=0.3),
     ]  # fmt: skip
     each = [row_sampling(s, 50) for s in settings]
-    found = sample_rows(logits, jax.tree.map(lambda *x: jnp.stack(x), *each), keys)
+    tokens = sample_rows(logits, jax.tree.map(lambda *x: jnp.stack(x), *each), keys)
     alone = [
         int(sample_rows(logits[i : i + 1], jax.tree.map(lambda x: x[None], own), keys[i : i + 1], s)[0])
         for i, (s, own) in enumerate(zip(settings, each, strict=True))
     ]
-    assert found.tolist() == alone
+    assert tokens.tolist() == alone
 
 
 def test_a_row_is_free_after_its_request_is_cancelled(scheduler):
-    found = [tiny.Collected() for _ in range(8)]
-    requests = [tiny.request(PROMPTS[0], max_new=24, temperature=0.0) for _ in found]
-    tickets = scheduler.submit([(request, one) for request, one in zip(requests, found, strict=True)])
+    collected = [tiny.Collected() for _ in range(8)]
+    requests = [tiny.request(PROMPTS[0], max_new=24, temperature=0.0) for _ in collected]
+    tickets = scheduler.submit([(request, one) for request, one in zip(requests, collected, strict=True)])
     for ticket in tickets[:7]:
         ticket.cancel()
-    assert all(one.ended.wait(30) for one in found)
-    assert found[7].finish == "length" or found[7].ids[-1] in tiny.STOP
-    assert sum(one.finish == "cancelled" for one in found) >= 4  # those that waited, at least
+    assert all(one.ended.wait(30) for one in collected)
+    assert collected[7].finish == "length" or collected[7].ids[-1] in tiny.STOP
+    assert sum(one.finish == "cancelled" for one in collected) >= 4  # those that waited, at least
     assert scheduler.load().running == scheduler.load().waiting == 0
 
 
 def test_a_full_queue_refuses_all_of_a_request_and_a_closed_one_everything():
-    found, _ = tiny.scheduler(queue=2)
+    full, _ = tiny.scheduler(queue=2)
     gate = tiny.Gate()
     try:
         running = [tiny.Collected() for _ in range(6)]
-        found.submit([(tiny.request(PROMPTS[0], max_new=24), gate(one)) for one in running])
+        full.submit([(tiny.request(PROMPTS[0], max_new=24), gate(one)) for one in running])
         with pytest.raises(QueueFull, match="queue of 2 places"):
-            found.submit([(tiny.request(PROMPTS[0]), print)] * 3)
+            full.submit([(tiny.request(PROMPTS[0]), print)] * 3)
         with pytest.raises(ValueError, match="7 completions at once"):  # which no waiting helps
-            found.submit([(tiny.request(PROMPTS[0]), print)] * 7)
+            full.submit([(tiny.request(PROMPTS[0]), print)] * 7)
         gate.open.set()
         assert all(one.ended.wait(30) for one in running)
     finally:
         gate.open.set()
-        found.close()
+        full.close()
     with pytest.raises(Stopped, match="stopping"):
-        found.submit([(tiny.request(PROMPTS[0]), print)])
+        full.submit([(tiny.request(PROMPTS[0]), print)])
 
 
 def test_cancelled_requests_hold_no_place_in_the_queue():
-    found, _ = tiny.scheduler(queue=2)
+    small, _ = tiny.scheduler(queue=2)
     gate = tiny.Gate()
     try:
         running, waiting = ([tiny.Collected() for _ in range(n)] for n in (4, 4))
-        found.submit([(tiny.request(PROMPTS[0]), gate(one)) for one in running])
-        first = found.submit([(tiny.request(PROMPTS[0]), one) for one in waiting[:2]])
+        small.submit([(tiny.request(PROMPTS[0]), gate(one)) for one in running])
+        first = small.submit([(tiny.request(PROMPTS[0]), one) for one in waiting[:2]])
         for ticket in first:
             ticket.cancel()
-        found.submit([(tiny.request(PROMPTS[0]), one) for one in waiting[2:]])
+        small.submit([(tiny.request(PROMPTS[0]), one) for one in waiting[2:]])
         assert [one.finish for one in waiting[:2]] == ["cancelled"] * 2
         with pytest.raises(QueueFull):
-            found.submit([(tiny.request(PROMPTS[0]), print)])
+            small.submit([(tiny.request(PROMPTS[0]), print)])
         gate.open.set()
         assert all(one.ended.wait(30) for one in running + waiting)
         assert "cancelled" not in {one.finish for one in running + waiting[2:]}
     finally:
         gate.open.set()
-        found.close()
+        small.close()
 
 
 WRONG = {
@@ -240,12 +240,12 @@ def test_a_failure_of_the_device_ends_its_requests_only():
         return run(*args)
 
     ((size, run),) = engine.decode.items()
-    found, lines = tiny.scheduler(own=replace(engine, decode={size: broken}))
-    first, second = (tiny.complete(found, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
-    found.close()
+    failing, lines = tiny.scheduler(own=replace(engine, decode={size: broken}))
+    first, second = (tiny.complete(failing, [tiny.request(PROMPTS[0], seed)])[0] for seed in (1, 1))
+    failing.close()
     assert first.finish == "error" and "out of memory" in first.progress[-1].error
     assert second.finish in ("stop", "length") and second.ids[:1] == first.ids[:1]
-    assert len(lines) == 1 and "\n" not in lines[0] and found.failures == 1
+    assert len(lines) == 1 and "\n" not in lines[0] and failing.failures == 1
 
 
 def test_requests_end_with_a_device_that_does_not_recover():
@@ -255,20 +255,20 @@ def test_requests_end_with_a_device_that_does_not_recover():
         raise RuntimeError("halted")
 
     decode = dict.fromkeys(engine.decode, broken)
-    found, lines = tiny.scheduler(own=replace(engine, empty=lambda: states.pop()(), decode=decode))
-    ended = tiny.complete(found, [tiny.request(PROMPTS[0])] * 6)
+    failing, lines = tiny.scheduler(own=replace(engine, empty=lambda: states.pop()(), decode=decode))
+    ended = tiny.complete(failing, [tiny.request(PROMPTS[0])] * 6)
     assert {one.finish for one in ended} == {"error"} and "halted" in ended[-1].progress[-1].error
-    found.thread.join(30)
+    failing.thread.join(30)
     with pytest.raises(Stopped, match="does not recover"):
-        found.submit([(tiny.request(PROMPTS[0]), print)])
+        failing.submit([(tiny.request(PROMPTS[0]), print)])
     assert len(lines) == 2
-    found.close(1.0)
+    failing.close(1.0)
 
 
 def test_a_completion_that_is_not_finite_ends_with_an_error():
     params = {**tiny.params(), "base": {**tiny.base(), "embed": tiny.base()["embed"].at[39].set(jnp.nan)}}
-    found = Scheduler(tiny.engine(), tiny.SIZES, params)
-    found.start()
-    bad, good = tiny.complete(found, [tiny.request([39, 3], temperature=0.0), tiny.request([5], max_new=1)])
-    found.close()
+    started = Scheduler(tiny.engine(), tiny.SIZES, params)
+    started.start()
+    bad, good = tiny.complete(started, [tiny.request([39, 3], temperature=0.0), tiny.request([5], max_new=1)])
+    started.close()
     assert bad.finish == "error" and "not finite" in bad.progress[-1].error and good.finish != "error"

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -12,7 +13,6 @@ import pytest
 
 from jaxft.lab.exact_toys import (
     bradley_terry_toy,
-    cyclic,
     displacement,
     displacement_path,
     minimise,
@@ -83,7 +83,10 @@ def test_nll_with_unlimited_data_is_the_distribution_of_chosen_responses():
 
 
 def test_preferences_in_a_circle_leave_dpo_at_the_reference():
-    toy = cyclic(reference=[0.0, 1.0, 2.0])
+    """Three responses beat one another in a circle, with log-odds of 2, so no reward explains them."""
+    circle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
+    toy = bradley_terry_toy([0.0, 0.0, 0.0], reference=[0.0, 1.0, 2.0])
+    toy = replace(toy, prefer=1 / (1 + np.exp(-2.0 * circle)))
     np.testing.assert_allclose(optimum(P.dpo, toy).logp, toy.reference, atol=1e-5)
 
 

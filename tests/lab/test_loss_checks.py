@@ -46,12 +46,12 @@ from jaxft.runs import terminal
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "loss_bench.py")
 
 
-def failing(found):
-    return {c.name for c in found if c.ok is False}
+def failing(checks):
+    return {c.name for c in checks if c.ok is False}
 
 
-def message(found, name):
-    return next(c.message for c in found if c.name == name)
+def message(checks, name):
+    return next(c.message for c in checks if c.name == name)
 
 
 # Shipped losses
@@ -69,49 +69,49 @@ DISTINCT = [name for name in EVERY if not name.endswith((" eps", " tau", " below
 def test_every_shipped_loss_passes_all_checks(name):
     loss, _, knobs = EVERY[name]
     seen = probe(name, with_knobs(loss, knobs))
-    found = check_loss(seen)
-    assert not failing(found), [c for c in found if c.ok is False]
+    checks = check_loss(seen)
+    assert not failing(checks), [c for c in checks if c.ok is False]
     assert seen.kinds == (*PAIR, third_of(name))[: 3 if third_of(name) else 2]
-    assert ("`margin`" in message(found, "inputs")) == (name == "dpo_margin")
-    assert all(c.message.isascii() and "\n" not in c.message for c in found)
+    assert ("`margin`" in message(checks, "inputs")) == (name == "dpo_margin")
+    assert all(c.message.isascii() and "\n" not in c.message for c in checks)
 
 
 def test_the_description_of_dpo():
-    found = check_loss(probe("dpo", P.dpo), claims=("antisymmetric", "difference"))
-    assert all(c.ok for c in found if c.name in ("antisymmetric", "difference"))
-    assert "0.6931 = log 2 where the policy is the reference, for all log-probs" in message(found, "start")
-    assert "-0.05 on chosen, 0.05 on rejected" in message(found, "first step")
-    assert "= -0.1 times the margin of summed log-ratios" in message(found, "antisymmetric")
-    assert "the value is the same" in message(found, "length, sums equal")
-    assert "the longer response's log-ratio counts for more" in message(found, "length, means equal")
+    checks = check_loss(probe("dpo", P.dpo), claims=("antisymmetric", "difference"))
+    assert all(c.ok for c in checks if c.name in ("antisymmetric", "difference"))
+    assert "0.6931 = log 2 where the policy is the reference, for all log-probs" in message(checks, "start")
+    assert "-0.05 on chosen, 0.05 on rejected" in message(checks, "first step")
+    assert "= -0.1 times the margin of summed log-ratios" in message(checks, "antisymmetric")
+    assert "the value is the same" in message(checks, "length, sums equal")
+    assert "the longer response's log-ratio counts for more" in message(checks, "length, means equal")
 
 
 def test_the_description_of_simpo():
-    found = check_loss(probe("simpo", partial(F.simpo, gamma=0.0)))
-    assert message(found, "reference") == "not read"
-    assert "= -2 times the margin of mean log-probs" in message(found, "antisymmetric")
-    assert "lower where the chosen response is the longer one" in message(found, "length, sums equal")
-    assert "the value is the same" in message(found, "length, means equal")
+    checks = check_loss(probe("simpo", partial(F.simpo, gamma=0.0)))
+    assert message(checks, "reference") == "not read"
+    assert "= -2 times the margin of mean log-probs" in message(checks, "antisymmetric")
+    assert "lower where the chosen response is the longer one" in message(checks, "length, sums equal")
+    assert "the value is the same" in message(checks, "length, means equal")
 
 
 def test_a_gradient_in_the_other_direction_is_described_and_no_failure():
-    found = check_loss(probe("ipo", P.ipo))
-    assert not failing(found)
-    text = message(found, "direction")
+    checks = check_loss(probe("ipo", P.ipo))
+    assert not failing(checks)
+    text = message(checks, "direction")
     assert "lowers the margin and lowers chosen and raises rejected at margins" in text and text.endswith(
         "to 100"
     )
     assert (
         80 < float(text.split("margins ")[1].split()[0]) < 83
     )  # its minimum is at 16 tokens times 1 / (2 beta)
-    assert "the margin of mean log-ratios" in message(found, "antisymmetric")
+    assert "the margin of mean log-ratios" in message(checks, "antisymmetric")
 
 
 def test_a_dependence_on_the_sum_of_lengths_favours_neither_response():
-    found = check_loss(
+    checks = check_loss(
         probe("both", lambda pair: P.dpo(pair) * (pair.chosen.length + pair.rejected.length) / 32)
     )
-    assert "not which of the two responses" in message(found, "length, sums equal")
+    assert "not which of the two responses" in message(checks, "length, sums equal")
 
 
 # Broken losses
@@ -196,9 +196,9 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_loss_fails_its_check_and_no_other(name):
     loss, target, text = BROKEN[name]
-    found = check_loss(probe(name, loss))
-    assert failing(found) == target
-    assert re.search(text, next(c.message for c in found if c.ok is False))
+    checks = check_loss(probe(name, loss))
+    assert failing(checks) == target
+    assert re.search(text, next(c.message for c in checks if c.ok is False))
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_a_broken_loss_fails_its_check_and_no_other(name):
     ],
 )
 def test_other_ways_to_break_a_law(loss, law, text):
-    found = law(probe("it", loss))
-    assert found.ok is False and re.search(text, found.message)
+    check = law(probe("it", loss))
+    assert check.ok is False and re.search(text, check.message)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_a_false_claim_fails(loss, claim, text):
         probe("it", loss),
         {"antisymmetric": check_antisymmetry, "difference": check_difference}[claim],
     )
-    found = law(seen, claimed=True)
-    assert found.ok is False and re.search(text, found.message) and law(seen).ok is None
+    check = law(seen, claimed=True)
+    assert check.ok is False and re.search(text, check.message) and law(seen).ok is None
 
 
 def test_claims_are_checked_with_the_rest():
@@ -356,41 +356,41 @@ def test_a_pair_alone_equals_the_pair_in_a_batch():
 
 def test_dpo_is_log_2_with_gradients_of_half_beta_where_policy_is_reference():
     beta = 0.3
-    found = evaluate_pairs(probe("dpo", partial(P.dpo, beta=beta)), ratio=dict.fromkeys(PAIR, np.zeros(100)))
-    assert found.value.shape == (100,)
-    np.testing.assert_allclose(found.value, math.log(2), rtol=1e-6)
-    np.testing.assert_allclose(found.gradient["chosen"], -beta / 2, rtol=1e-6)
-    np.testing.assert_allclose(found.gradient["rejected"], beta / 2, rtol=1e-6)
+    result = evaluate_pairs(probe("dpo", partial(P.dpo, beta=beta)), ratio=dict.fromkeys(PAIR, np.zeros(100)))
+    assert result.value.shape == (100,)
+    np.testing.assert_allclose(result.value, math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(result.gradient["chosen"], -beta / 2, rtol=1e-6)
+    np.testing.assert_allclose(result.gradient["rejected"], beta / 2, rtol=1e-6)
 
 
 def test_the_curve_of_dpo_is_its_formula():
     beta = 0.1
-    found = margin_curve(probe("dpo", P.dpo), 30.0)
-    x = beta * found.margin
+    curve = margin_curve(probe("dpo", P.dpo), 30.0)
+    x = beta * curve.margin
     assert (
-        found.margin[[0, -1]].tolist() == [-30, 30]
-        and 0.0 in found.margin
-        and (np.diff(found.margin) > 0).all()
+        curve.margin[[0, -1]].tolist() == [-30, 30]
+        and 0.0 in curve.margin
+        and (np.diff(curve.margin) > 0).all()
     )
-    np.testing.assert_allclose(found.value, np.log1p(np.exp(-x)), rtol=1e-4)
-    np.testing.assert_allclose(found.gradient["chosen"], -beta / (1 + np.exp(x)), rtol=1e-4)
-    np.testing.assert_allclose(found.gradient["rejected"], beta / (1 + np.exp(x)), rtol=1e-4)
+    np.testing.assert_allclose(curve.value, np.log1p(np.exp(-x)), rtol=1e-4)
+    np.testing.assert_allclose(curve.gradient["chosen"], -beta / (1 + np.exp(x)), rtol=1e-4)
+    np.testing.assert_allclose(curve.gradient["rejected"], beta / (1 + np.exp(x)), rtol=1e-4)
 
 
 def test_an_added_nat_is_spread_over_the_tokens():
     """LD-DPO counts 16 of 64 tokens in full and 48 by alpha."""
     loss = P.length_desensitised(P.dpo, alpha=0.3)
-    found = evaluate_pairs(
+    result = evaluate_pairs(
         probe("ld", loss), ratio=dict.fromkeys(PAIR, np.zeros(1)), length={"chosen": 64, "rejected": 16}
     )
-    np.testing.assert_allclose(found.gradient["chosen"], -0.05 * (16 + 0.3 * 48) / 64, rtol=1e-5)
-    np.testing.assert_allclose(found.gradient["rejected"], 0.05, rtol=1e-5)
+    np.testing.assert_allclose(result.gradient["chosen"], -0.05 * (16 + 0.3 * 48) / 64, rtol=1e-5)
+    np.testing.assert_allclose(result.gradient["rejected"], 0.05, rtol=1e-5)
 
 
 def test_the_default_pair():
-    found = evaluate_pairs(probe("simpo", F.simpo), ratio=dict.fromkeys(PAIR, np.array([0.0, 2.0])))
+    result = evaluate_pairs(probe("simpo", F.simpo), ratio=dict.fromkeys(PAIR, np.array([0.0, 2.0])))
     a = PER_TOKEN + np.array([0.0, 2.0]) / TOKENS
-    np.testing.assert_allclose(found.value, np.log1p(np.exp(1.0 - 2.0 * (a - a))), rtol=1e-6)
+    np.testing.assert_allclose(result.value, np.log1p(np.exp(1.0 - 2.0 * (a - a))), rtol=1e-6)
 
 
 @pytest.mark.parametrize("beta, reach", [(1.0, 3.0), (0.1, 30.0), (0.01, 300.0)])

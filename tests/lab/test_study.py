@@ -44,7 +44,7 @@ def study() -> Study:
             "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
             "ipo": SearchedLoss(ipo, {"beta": (0.05, 0.1)}),
         },
-        evaluations=3,
+        evaluations=2,
         lr=LogRange(1e-3, 2e-2),
         trials=3,
         seeds=(0, 1),
@@ -101,6 +101,7 @@ def files_of(folder):
 def test_a_trial_has_the_metrics_of_a_run_with_its_settings(place):
     """Knobs and learning rates that are arrays are those that a run has as settings."""
     text = FILE.replace('name="tiny"', 'name="alone"').replace("seeds=(0, 1)", "seeds=(0,), keep=1.0")
+    text = text.replace("evaluations=2", "evaluations=3")
     assert run(place, text, "alone.py") == 0
     with working_directory(place):
         study, _ = load_study("alone.py")
@@ -409,5 +410,5 @@ def test_the_example_study_is_declared_on_the_shipped_pairs(tmp_path, monkeypatc
     with working_directory(tmp_path), pytest.raises(KeyboardInterrupt):
         halving.run_study(*load_study(str(EXAMPLE)))
     out = capsys.readouterr().out
-    assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 9, then 1 to step 26)" in out
+    assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 8, then 1 to step 22)" in out
     assert "24 held-out prompts select settings, 36 are compared" in out

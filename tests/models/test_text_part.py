@@ -168,7 +168,7 @@ REFUSED = {
     ),
     "a type whose head scales": (
         {"model_type": "llava_next", "text_config": {"model_type": "granite"}},
-        "text_config of this 'llava_next': model_type 'granite' is supported alone, but not in this one",
+        "text_config of this 'llava_next': model_type 'granite' is supported alone, but not as its decoder",
     ),
 }
 

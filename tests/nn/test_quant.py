@@ -551,7 +551,8 @@ def test_values_without_a_code_are_refused_with_their_position(kind, value, wrap
     shown = {np.inf: "inf", -np.inf: "-inf"}.get(value, f"{value}")
     with pytest.raises(ValueError) as error:
         quantize(wrap(w), kind)
-    assert str(error.value) == f"1 of 48 values are not finite or too large, the first {shown} at (1, 3, 2)"
+    problem = f"1 of 48 values are not finite or too large, the first {shown} at (1, 3, 2)"
+    assert str(error.value) == f"{problem}; correct the weight, or set quant=none"
 
 
 def test_quant_settings_have_the_defaults_of_their_kind():

@@ -327,7 +327,7 @@ def test_failing_rewards_raise_an_alarm_at_once_and_when_their_fraction_has_doub
         ({"grad_norm": 0.0, "frac_reward_zero_std": 1.0}, "had no training signal"),
         ({"reward_std": 0.0}, "had no training signal"),
         ({"frac_learned": 0.0}, "had no training signal"),
-        ({"completions/clipped_ratio": 0.6}, "Write a larger max_new="),
+        ({"completions/clipped_ratio": 0.6}, "Raise data.max_new"),
     ],
 )
 def test_rollouts_without_anything_to_learn_raise_an_alarm_after_five_in_a_row(entry, message):

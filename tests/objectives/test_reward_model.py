@@ -451,5 +451,5 @@ def test_a_padding_id_is_a_token_id_or_none(classifier, tmp_path):
     assert time.monotonic() - begin < 5
     for written in ("x" * 99, [7], True, 7.0):
         (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": written}))
-        with pytest.raises(ValueError, match=r"pad_token_id=.{1,60} in config.json is no token id. Use"):
+        with pytest.raises(ValueError, match=r"pad_token_id=.{1,60} in config.json is no token id. Set"):
             reward_models.pad_token_of(str(tmp_path))

@@ -142,7 +142,7 @@ def test_a_sweep_whose_first_member_has_no_label_smoothing_refuses_one_that_has(
     batch = one_by_one(examples(4))
     outputs = sft(model).forward(whole, batch, None, {})
     for settings in (dict(label_smoothing=0.1), dict(z_loss=0.1)):
-        with pytest.raises(ValueError, match="needs the first member to have it too"):
+        with pytest.raises(ValueError, match="the sweep.s first member does not"):
             sft(model, **settings).loss(outputs, {})
 
 

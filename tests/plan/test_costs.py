@@ -75,7 +75,7 @@ def test_steps_are_of_the_rows_that_a_run_reads(tmp_path):
     file.write_text("\n".join([lines[0]] * 100 + lines[1:]) + "\n")
     drop = Rows(str(file), drop=("duplicates",), **options)
     assert steps_of(run(drop), lambda: tiny("none")).count == 100
-    assert "with those that data.drop=duplicates leaves out" in steps_of(run(drop), unavailable).source
+    assert "including rows that data.drop=duplicates removes" in steps_of(run(drop), unavailable).source
 
 
 def test_money_is_hours_times_devices_times_price():

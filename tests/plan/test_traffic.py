@@ -28,8 +28,8 @@ def test_an_all_gather_moves_all_shards_but_the_local_one():
     mesh = sharding.make_mesh(sharding.MeshShape(**MESH), jax.devices()[:N])
     w = on(mesh, (64, 32), "width", "act_width")
     with jax.set_mesh(mesh):
-        _, found = compiled(lambda w: jnp.sin(w), w, out_shardings=sharding.replicated(mesh))
-    (one,) = found
+        _, collectives = compiled(lambda w: jnp.sin(w), w, out_shardings=sharding.replicated(mesh))
+    (one,) = collectives
     assert (one.kind, one.size, one.group, one.span, one.times) == ("all-gather", 64 * 32 * 4, 8, 1, 1)
     assert one.moved == 64 * 32 * 4 * 7 / 8 and one.across == 0
 
@@ -48,9 +48,9 @@ def test_trip_counts_of_nested_loops_multiply():
         return jax.lax.scan(outer, jnp.ones(16), None, length=3)[0]
 
     with jax.set_mesh(mesh):
-        module, found = compiled(program, x)
+        module, collectives = compiled(program, x)
     assert not module.unknown_loops
-    reduces = [c for c in found if c.kind == "all-reduce"]
+    reduces = [c for c in collectives if c.kind == "all-reduce"]
     assert sum(c.times * c.size for c in reduces) == 3 * 5 * 16 * 4
     assert sum(c.times * c.moved for c in reduces) == 3 * 5 * 16 * 4 * 2 * 7 / 8
 
@@ -85,8 +85,8 @@ def test_traffic_across_hosts_is_divided_over_their_devices():
     ],
 )
 def test_every_format_of_replica_groups_is_parsed(text, groups):
-    found = program_bytes.replica_groups(text, 4)
-    assert {frozenset(g) for g in found} == {frozenset(g) for g in groups}
+    parsed = program_bytes.replica_groups(text, 4)
+    assert {frozenset(g) for g in parsed} == {frozenset(g) for g in groups}
 
 
 HAND = """HloModule hand
@@ -150,14 +150,14 @@ HAND = HAND.replace(
 
 def test_chained_pieces_count_once_and_trip_counts_follow_from_start_step_and_limit():
     program = hlo.parse_hlo(HAND)
-    found = {c.name: c for c in program_bytes.collectives(program, [0, 0, 1, 1])}
-    assert found.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
-    assert all(found[name].times == 4 for name in ("all-gather.1", "all-reduce.3", "start"))  # 2, 4, 6, 8
-    assert found["all-gather.1"].size == 8 * 16 * 2 and found["wait"].size == 64 * 4 + 12
-    scatter = found["all-reduce.3"]
+    by_name = {c.name: c for c in program_bytes.collectives(program, [0, 0, 1, 1])}
+    assert by_name.keys() == {"all-gather.1", "all-reduce.3", "start", "wait", "over"}
+    assert all(by_name[name].times == 4 for name in ("all-gather.1", "all-reduce.3", "start"))  # 2, 4, 6, 8
+    assert by_name["all-gather.1"].size == 8 * 16 * 2 and by_name["wait"].size == 64 * 4 + 12
+    scatter = by_name["all-reduce.3"]
     assert (scatter.kind, scatter.size, scatter.span) == ("reduce-scatter", 16 * 4, 2)
-    assert (found["start"].size, found["start"].span, found["start"].moved) == (16, 1, 16)
-    assert (found["over"].kind, found["over"].span, found["over"].across, found["over"].times) == (
+    assert (by_name["start"].size, by_name["start"].span, by_name["start"].moved) == (16, 1, 16)
+    assert (by_name["over"].kind, by_name["over"].span, by_name["over"].across, by_name["over"].times) == (
         "all-reduce",
         2,
         32,
@@ -172,8 +172,8 @@ def test_loops_without_a_known_trip_count_are_reported():
     threaded = HAND.replace(body_end, '}, execution_thread="sparsecore"\n\nENTRY')
     for text in (HAND, copied, threaded):
         program = hlo.parse_hlo(text)
-        found = {c.name: c.times for c in program_bytes.collectives(program, [0, 0, 1, 1])}
-        assert found["all-gather.1"] == 4 and program.unknown_loops == ["free"]
+        times = {c.name: c.times for c in program_bytes.collectives(program, [0, 0, 1, 1])}
+        assert times["all-gather.1"] == 4 and program.unknown_loops == ["free"]
     for old, new in ((start, "  %two.1 = s32[] parameter(1)\n"), ("add(%at.1, %two)", "add(%at.1, %x)")):
         assert old in HAND
         program = hlo.parse_hlo(HAND.replace(old, new))
@@ -261,25 +261,25 @@ ENTRY %main (a: bf16[3,2,16], b: f32[8,16], at.2: u32[], n: s32[]) -> f32[2,16] 
 
 
 def test_an_all_reduce_that_gathers_or_scatters_is_recognised_and_counts_twice():
-    found = {c.name: c for c in program_bytes.collectives(hlo.parse_hlo(SUMMED), [0, 0, 1, 1])}
-    kinds = {name: (c.kind, c.as_all_reduce) for name, c in found.items() if "gather-" not in name}
+    by_name = {c.name: c for c in program_bytes.collectives(hlo.parse_hlo(SUMMED), [0, 0, 1, 1])}
+    kinds = {name: (c.kind, c.as_all_reduce) for name, c in by_name.items() if "gather-" not in name}
     assert kinds == {
         "gathered": ("all-gather", True), "scattered": ("reduce-scatter", True),
         "pair": ("reduce-scatter", True), "added": ("all-reduce", False), "real": ("all-reduce", False),
         "plain": ("all-gather", False), "start": ("all-gather", False), "waiting": ("all-gather", False),
     }  # fmt: skip
     assert (
-        found["gathered"].moved == 2 * (2 * 8 * 16 * 2) * 3 / 4
-        and found["gathered"].across == 2 * (2 * 8 * 16 * 2) / 2 / 2
+        by_name["gathered"].moved == 2 * (2 * 8 * 16 * 2) * 3 / 4
+        and by_name["gathered"].across == 2 * (2 * 8 * 16 * 2) / 2 / 2
     )
     assert (
-        found["scattered"].moved
-        == found["added"].moved
-        == 2 * found["plain"].moved
+        by_name["scattered"].moved
+        == by_name["added"].moved
+        == 2 * by_name["plain"].moved
         == 2 * (8 * 16 * 4) * 3 / 4
     )
-    assert {name for name, c in found.items() if c.overlapped} == {"start"}  # the others are synchronous
-    assert {name for name, c in found.items() if not c.gathers_or_scatters} == {"added", "real"}
+    assert {name for name, c in by_name.items() if c.overlapped} == {"start"}  # the others are synchronous
+    assert {name for name, c in by_name.items() if not c.gathers_or_scatters} == {"added", "real"}
 
 
 def test_memory_traffic_of_a_slice_or_in_place_update_is_its_size():
@@ -290,18 +290,18 @@ def test_memory_traffic_of_a_slice_or_in_place_update_is_its_size():
         return jax.lax.fori_loop(0, 256, step, x)
 
     x = jax.ShapeDtypeStruct((256, 4096), jnp.float32)
-    found = program_bytes.memory_bytes(
+    moved = program_bytes.memory_bytes(
         hlo.parse_hlo(jax.jit(program, donate_argnums=0).lower(x).compile().as_text())
     )
     size = 256 * 4096 * 4
-    assert 2 * size <= found < 6 * size  # not 256 times the array
+    assert 2 * size <= moved < 6 * size  # not 256 times the array
 
 
 def test_memory_traffic_of_a_matmul_is_its_operands_and_result():
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 128)))
-    found = program_bytes.memory_bytes(hlo.parse_hlo(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
+    moved = program_bytes.memory_bytes(hlo.parse_hlo(jax.jit(jnp.dot).lower(a, b).compile().as_text()))
     exact = 4 * (256 * 512 + 512 * 128 + 256 * 128)
-    np.testing.assert_allclose(found, exact, rtol=0.01)
+    np.testing.assert_allclose(moved, exact, rtol=0.01)
 
 
 def test_bits_per_element_of_hlo_dtypes():

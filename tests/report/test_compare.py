@@ -185,7 +185,7 @@ def test_a_sweep_is_its_members_and_other_files_are_skipped(compared):
     assert code == 0 and "seed=0" in out and "seed=1" in out and "held-out loss" in out and not err
     code, by_pattern, err = compared(*map(str, sorted(members.iterdir())))
     assert code == 0 and by_pattern == out
-    assert err.startswith("skipped, no runs: runs/seeds/README.md, runs/seeds/checkpoints")
+    assert err.startswith("skipped, not runs: runs/seeds/README.md, runs/seeds/checkpoints")
     assert compared("runs/a", "runs/seeds")[1].count("seed=") >= 2
 
 

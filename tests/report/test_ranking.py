@@ -234,7 +234,7 @@ def test_many_runs_name_the_nearest_only():
         result.settings["optim"] = {"lr": i}
     lines = ranking.ranking_lines(results)
     assert lines[1].startswith("  lr=1 against it: +1.000") and "11 more are further behind" in lines[9]
-    assert lines[-1].startswith("the best of several has been lucky")
+    assert lines[-1].startswith("the best of several is partly best by chance")
 
 
 def test_the_loss_bench_needs_a_seed(monkeypatch, capsys):

@@ -40,7 +40,9 @@ def test_a_tool_that_the_environment_has_too_is_refused_with_the_setting_that_le
         """Add two numbers."""
         return a + b
 
-    with pytest.raises(ValueError, match="environment Calculator has its own add. .* environment=none"):
+    with pytest.raises(
+        ValueError, match="environment Calculator already has a tool add. .* environment=none"
+    ):
         environment_of(Calculator, (add,))
 
 

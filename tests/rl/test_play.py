@@ -72,9 +72,9 @@ def played(environment, texts, name="qwen2.5", questions=("q",), limits=LIMITS, 
     play = Play(environment, tokenizer, stop_of(tokenizer), limits)
     sampler = ScriptedSampler(say(tokenizer, texts))
     rows = rows_of(tokenizer, questions, how, list(environment.schemas) or None)
-    found = rollout(sampler, play, rows, group, KEY)
+    episodes = rollout(sampler, play, rows, group, KEY)
     assert not sampler.opened.ids, "each row is dropped"
-    return found
+    return episodes
 
 
 def add(a: int, b: int) -> int:
@@ -163,12 +163,12 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
         play = Play(environment_of(Moody), tokenizer, stop_of(tokenizer), LIMITS)
     sampler = ScriptedSampler(write, at_once=2)
     rows = rows_of(tokenizer, ["q", "what?"], how, list(play.environment.schemas) or None)
-    found = rollout(sampler, play, rows, 2, KEY)
+    episodes = rollout(sampler, play, rows, 2, KEY)
     by_session = {}
     for episode, ids in sampler.opened.dropped:
         by_session.setdefault(episode, []).append(ids)
-    assert [episode.prompt for episode in found] == [0, 0, 1, 1]
-    for number, episode in enumerate(found):
+    assert [episode.prompt for episode in episodes] == [0, 0, 1, 1]
+    for number, episode in enumerate(episodes):
         rows = episode.rows()
         assert [row.ids.tolist() for row in rows if row.start] == by_session.get(number, [])
         turns = [s.tokens.tolist() for s in episode.sampled]
@@ -180,17 +180,17 @@ def test_trained_ids_are_sampled_and_given_ids(name, seed):
 
 
 def test_a_conversation_with_a_tool_is_one_row():
-    (found,) = played(environment_of(None, [add]), [f"I add.\n{CALL}", "It is 5."])
+    (episode,) = played(environment_of(None, [add]), [f"I add.\n{CALL}", "It is 5."])
     tokenizer = stock_tokenizer("qwen2.5")
-    roles = [turn["role"] for turn in found.turns]
-    assert roles == ["user", "assistant", "tool", "assistant"] and found.turns[2]["content"] == "5"
-    assert found.turns[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2, "b": 3}}
-    first, given_ids, last = found.segments
-    assert (first.sampled, given_ids.sampled, last.sampled) == (True, False, True) and found.ended
+    roles = [turn["role"] for turn in episode.turns]
+    assert roles == ["user", "assistant", "tool", "assistant"] and episode.turns[2]["content"] == "5"
+    assert episode.turns[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2, "b": 3}}
+    first, given_ids, last = episode.segments
+    assert (first.sampled, given_ids.sampled, last.sampled) == (True, False, True) and episode.ended
     assert tokenizer.decode(given_ids.tokens) == (
         "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
-    assert "add" in tokenizer.decode(found.start), "the model is shown the tool"
+    assert "add" in tokenizer.decode(episode.start), "the model is shown the tool"
 
 
 def test_a_template_that_cuts_reasoning_begins_a_second_row():
@@ -198,15 +198,15 @@ def test_a_template_that_cuts_reasoning_begins_a_second_row():
         return "And now?", 1.0, False, state
 
     limits = replace(LIMITS, turns=2)
-    found = played(environment_of(ask), ["<think>\nhm\n</think>\n\nyes"], "qwen3", limits=limits)
-    first, second = found[0].rows()
+    episodes = played(environment_of(ask), ["<think>\nhm\n</think>\n\nyes"], "qwen3", limits=limits)
+    first, second = episodes[0].rows()
     start = stock_tokenizer("qwen3").decode(second.ids[: second.start])
-    assert "hm" not in start and "yes" in start and len(found[0].start) == first.start
-    assert found[0].score == 2.0 and not found[0].ended and len(found) == 1
+    assert "hm" not in start and "yes" in start and len(episodes[0].start) == first.start
+    assert episodes[0].score == 2.0 and not episodes[0].ended and len(episodes) == 1
 
 
-def ids_of(found):
-    return [row.ids.tolist() for episode in found for row in episode.rows()]
+def ids_of(episodes):
+    return [row.ids.tolist() for episode in episodes for row in episode.rows()]
 
 
 def test_decisions_reach_other_processes_as_json(monkeypatch):
@@ -235,18 +235,18 @@ def test_the_score_is_the_sum_of_the_turns_rewards():
         turn = (state or 0) + 1
         return "next", float(turn), turn == 3, turn
 
-    (found,) = played(environment_of(count), ["a"])
-    assert [s.reward for s in found.segments if s.sampled] == [1.0, 2.0, 3.0]
-    assert found.score == 6.0 and found.ended and not found.fault
+    (episode,) = played(environment_of(count), ["a"])
+    assert [s.reward for s in episode.segments if s.sampled] == [1.0, 2.0, 3.0]
+    assert episode.score == 6.0 and episode.ended and not episode.fault
 
 
 def test_an_episode_at_a_limit_has_a_score_and_has_not_ended():
     def again(state, text, row):
         return "again", 0.5, False, state
 
-    (found,) = played(environment_of(again), ["a"])
-    assert len([s for s in found.segments if s.sampled]) == LIMITS.turns
-    assert found.score == 2.0 and not found.ended
+    (episode,) = played(environment_of(again), ["a"])
+    assert len([s for s in episode.segments if s.sampled]) == LIMITS.turns
+    assert episode.score == 2.0 and not episode.ended
     (short,) = played(environment_of(again), ["a"], limits=replace(LIMITS, tokens=30))
     assert short.score and not short.ended and short.segments[-1].sampled
 
@@ -270,9 +270,9 @@ def test_an_episode_that_calls_tools_up_to_its_limit_counts_as_wrong(text):
 
     play = Play(environment_of(Calculator), tokenizer, stop_of(tokenizer), replace(LIMITS, turns=3))
     rows = rows_of(tokenizer, ["q"], how, answer="5")
-    found = collect(rows, rollout(ScriptedSampler(write), play, rows, 8, KEY), 2000, 3000, 3)
+    collected = collect(rows, rollout(ScriptedSampler(write), play, rows, 8, KEY), 2000, 3000, 3)
     rules = Rules((EnvironmentReward(),))
-    scored = rules.score(found, [RewardScores(found.scores)])
+    scored = rules.score(collected, [RewardScores(collected.scores)])
     assert scored.scores.tolist() == [[1.0] + [0.0] * 7] and rules.policy_mask(scored).all()
     metrics = score_metrics(scored.scores)
     assert metrics["reward"] == 0.125 and metrics["frac_unscorable"] == 0.0
@@ -292,14 +292,14 @@ def test_an_environment_without_rewards_adds_nothing_to_those_of_the_run():
             return None, None, True, state
 
     for given_by_user in (twice, Silent):
-        found = played(environment_of(given_by_user), ["a"])
-        assert [part.score for part in found] == [0.0] and not found[0].fault
+        episodes = played(environment_of(given_by_user), ["a"])
+        assert [part.score for part in episodes] == [0.0] and not episodes[0].fault
     several = environment_of({"silent": Silent, "tools": AddsOnly})
     tokenizer = stock_tokenizer("qwen2.5")
     rows = rows_of(tokenizer, ["q"], TEMPLATES["qwen2.5"].settings, environment="tools")
     play = Play(several, tokenizer, stop_of(tokenizer), LIMITS)
-    (found,) = rollout(ScriptedSampler(say(tokenizer, ["a"])), play, rows, 1, KEY)
-    assert found.score == 0.0
+    (episode,) = rollout(ScriptedSampler(say(tokenizer, ["a"])), play, rows, 1, KEY)
+    assert episode.score == 0.0
 
 
 class AddsOnly:
@@ -319,9 +319,9 @@ class AddsOnly:
 
 
 def test_an_episode_without_an_environment_is_one_turn():
-    found = played(single_turn(), ["a", "b"], questions=("q", "r"), group=2)
-    assert [part.prompt for part in found] == [0, 0, 1, 1]
-    assert all(len(part.segments) == 1 and np.isnan(part.score) and part.ended for part in found)
+    episodes = played(single_turn(), ["a", "b"], questions=("q", "r"), group=2)
+    assert [part.prompt for part in episodes] == [0, 0, 1, 1]
+    assert all(len(part.segments) == 1 and np.isnan(part.score) and part.ended for part in episodes)
 
 
 def test_trl_environments_run_unchanged():
@@ -350,9 +350,9 @@ def test_trl_environments_run_unchanged():
 
     call = '<tool_call>\n{"name": "increment", "arguments": {"step": 4}}\n</tool_call>'
     for given_to_trl in (Counter, lambda: Counter()):
-        found = played(environment_of(given_to_trl), [call, call, "done"], questions=("q", "r"))
-        assert [part.score for part in found] == [8.0, 9.0]
-        assert [part.turns[0]["content"] for part in found] == ["q Start at 0.", "r Start at 1."]
+        episodes = played(environment_of(given_to_trl), [call, call, "done"], questions=("q", "r"))
+        assert [part.score for part in episodes] == [8.0, 9.0]
+        assert [part.turns[0]["content"] for part in episodes] == ["q Start at 0.", "r Start at 1."]
 
 
 def test_the_tools_of_a_prompt_count_in_its_length(tmp_path):
@@ -362,8 +362,8 @@ def test_the_tools_of_a_prompt_count_in_its_length(tmp_path):
     rows = Rollouts(str(tmp_path / "r.jsonl"), rules=Rules((exact,)), max_prompt=2000)
     plain = read_prompts(rows.train, rows.reader(tokenizer, tmp_path)).lengths
     with_tools = replace(rows, tools=(add,), max_turns=2)
-    found = read_prompts(rows.train, with_tools.reader(tokenizer, tmp_path))
-    (first, second), shown = found.lengths, tokenizer.decode(found.token_ids[0])
+    prompts = read_prompts(rows.train, with_tools.reader(tokenizer, tmp_path))
+    (first, second), shown = prompts.lengths, tokenizer.decode(prompts.token_ids[0])
     assert first - plain[0] == second - plain[1] > 100 and '"name": "add"' in shown
     limited = replace(with_tools, max_prompt=int(first))
     assert first > plain[1] and limited.reader(tokenizer, tmp_path).read(rows.train).dropped == 1
@@ -393,13 +393,13 @@ def test_a_row_names_its_environment_of_a_dict_as_with_trl(tmp_path, monkeypatch
     data = Rollouts("r.jsonl", rules=Rules((exact,)), environment=given, max_prompt=2000, max_turns=2)
     data = replace(data, invalid="drop", invalid_limit=0.5)
     tokenizer, environment = stock_tokenizer("qwen2.5"), environment_of(given)
-    found = read_prompts("r.jsonl", data.reader(tokenizer, tmp_path))
-    (unknown,) = found.split.rows.invalid
+    prompts = read_prompts("r.jsonl", data.reader(tokenizer, tmp_path))
+    (unknown,) = prompts.split.rows.invalid
     assert unknown.first.endswith("'none', which names no environment; use adder, judge")
     call = '<tool_call>\n{"name": "more", "arguments": {"by": 4}}\n</tool_call>'
     sampler = ScriptedSampler(say(tokenizer, [call, "done"]))
     play = Play(environment, tokenizer, stop_of(tokenizer), LIMITS)
-    adder, judge = rollout(sampler, play, found.select([0, 1]), 1, KEY)
+    adder, judge = rollout(sampler, play, prompts.select([0, 1]), 1, KEY)
     assert "more" in tokenizer.decode(adder.start) and "more" not in tokenizer.decode(judge.start)
     assert (adder.score, judge.score) == (4.0, -1.0)
 
@@ -422,15 +422,15 @@ def test_scores_arrive_while_other_rows_are_sampled():
 
     play = Play(environment_of(patient), tokenizer, stop_of(tokenizer), LIMITS)
     sampler = ScriptedSampler(say(tokenizer, ["a"]))
-    found = rollout(sampler, play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, end)
-    assert [part.fault for part in found] == ["", ""] and ended == [1, 0]
+    episodes = rollout(sampler, play, rows_of(tokenizer, ["q", "r"], how), 1, KEY, end)
+    assert [part.fault for part in episodes] == ["", ""] and ended == [1, 0]
 
 
 # ---- faults
 
 
-def fault_counts(found):
-    return Counter(fault.kind for episode in found for fault in episode.faults)
+def fault_counts(episodes):
+    return Counter(fault.kind for episode in episodes for fault in episode.faults)
 
 
 def hang(state, text, row):
@@ -482,11 +482,11 @@ def test_a_fault_of_the_environment_excludes_the_episode_alone(kind):
 
         environment = environment_of(lambda state, text, row: some(state, text, row))
         limits = replace(LIMITS, timeout=0.2 if kind == "timeout" else 30.0, workers=2)
-        found = played(environment, ["a"], questions=("q", "r", "s"), limits=limits)
-        assert [part.fault for part in found] == ["", kind, ""]
-        assert [part.score for part in found][::2] == [1.0, 1.0] and np.isnan(found[1].score)
-        assert fault_counts(found) == {kind: 1} and found[1].faults[0].text
-        assert [turn["content"] for turn in found[1].turns] == ["r", "a"]
+        episodes = played(environment, ["a"], questions=("q", "r", "s"), limits=limits)
+        assert [part.fault for part in episodes] == ["", kind, ""]
+        assert [part.score for part in episodes][::2] == [1.0, 1.0] and np.isnan(episodes[1].score)
+        assert fault_counts(episodes) == {kind: 1} and episodes[1].faults[0].text
+        assert [turn["content"] for turn in episodes[1].turns] == ["r", "a"]
 
 
 def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
@@ -500,13 +500,13 @@ def test_a_reset_that_fails_excludes_the_episode_and_starts_the_others():
             return None, 1.0, True, state
 
     limits = replace(LIMITS, observation=10_000)
-    found = played(environment_of(Failing), ["a"], questions=tuple("qrstu"), group=2, limits=limits)
-    assert [part.fault for part in found[::2]] == [
+    episodes = played(environment_of(Failing), ["a"], questions=tuple("qrstu"), group=2, limits=limits)
+    assert [part.fault for part in episodes[::2]] == [
         "raised", "wrong_type", "long_prompt", "large_observation", "",
     ]  # fmt: skip
-    assert found[0].faults[0].text == "OSError: no such server" and found[8].score == 1.0
-    assert "tokens, more than data.max_prompt=2000; raise it" in found[4].faults[0].text
-    assert "more than data.max_observation=10000; raise it" in found[6].faults[0].text
+    assert episodes[0].faults[0].text == "OSError: no such server" and episodes[8].score == 1.0
+    assert "tokens, more than data.max_prompt=2000; raise it" in episodes[4].faults[0].text
+    assert "more than data.max_observation=10000; raise it" in episodes[6].faults[0].text
 
 
 def test_text_that_is_no_unicode_reaches_the_model_with_replacements():
@@ -530,18 +530,18 @@ def test_text_that_is_no_unicode_reaches_the_model_with_replacements():
             return path + "\udce9"
 
     calls = [f'<tool_call>{{"name": "read", "arguments": {{"path": "{path}"}}}}</tool_call>' for path in "ab"]
-    (found,) = played(environment_of(Broken), [*calls, "a"])
-    assert not found.fault and fault_counts([found]) == {"tool_error": 1} and found.score == 2.0
-    said = [turn["content"] for turn in found.turns if turn["role"] != "assistant"]
+    (episode,) = played(environment_of(Broken), [*calls, "a"])
+    assert not episode.fault and fault_counts([episode]) == {"tool_error": 1} and episode.score == 2.0
+    said = [turn["content"] for turn in episode.turns if turn["role"] != "assistant"]
     assert said == ["q caf\ufffd", "a\ufffd", '{"error": "ValueError: caf\ufffd"}', "\ufffd more"]
-    json.dumps(found.turns, ensure_ascii=False).encode()  # as completions.jsonl has them
+    json.dumps(episode.turns, ensure_ascii=False).encode()  # as completions.jsonl has them
 
 
 def test_a_malformed_call_beside_a_right_one_is_counted_and_answered_too():
     bad = "<tool_call>\n{bad\n</tool_call>"
-    (found,) = played(environment_of(None, [add]), [f"{CALL}\n{bad}\n{bad}", "It is 5."])
-    assert fault_counts([found]) == {"malformed_call": 2} and not found.fault
-    results = [turn["content"] for turn in found.turns if turn["role"] == "tool"]
+    (episode,) = played(environment_of(None, [add]), [f"{CALL}\n{bad}\n{bad}", "It is 5."])
+    assert fault_counts([episode]) == {"malformed_call": 2} and not episode.fault
+    results = [turn["content"] for turn in episode.turns if turn["role"] == "tool"]
     assert results[0] == "5" and len(results) == 3 and "not valid JSON" in results[2]
 
 
@@ -555,8 +555,8 @@ def test_the_error_of_a_tool_is_stored_shortened():
         raise ValueError("x" * 1_000_000)
 
     call = '<tool_call>{"name": "fail", "arguments": {"a": 1}}</tool_call>'
-    (found,) = played(environment_of(None, [fail]), [call, "a"])
-    assert len(found.faults[0].text) == 200 and len(found.turns[2]["content"]) < 250
+    (episode,) = played(environment_of(None, [fail]), [call, "a"])
+    assert len(episode.faults[0].text) == 200 and len(episode.turns[2]["content"]) < 250
 
 
 def test_a_rollout_waits_for_tools_where_no_row_is_in_progress():
@@ -596,8 +596,8 @@ def test_a_rollout_waits_for_tools_where_no_row_is_in_progress():
 
     play = Play(environment_of(slow), tokenizer, stop_of(tokenizer), LIMITS)
     row = OneRow()
-    found = rollout(lambda key: row, play, rows_of(tokenizer, ["q", "r"], how), 1, KEY)
-    assert [part.score for part in found] == [1.0, 1.0] and len(waits) < 20
+    episodes = rollout(lambda key: row, play, rows_of(tokenizer, ["q", "r"], how), 1, KEY)
+    assert [part.score for part in episodes] == [1.0, 1.0] and len(waits) < 20
 
 
 ERRORS = {
@@ -646,13 +646,13 @@ def choose(colour: Literal["red", "green"], sizes: list[int] = [], weight: float
 def test_arguments_of_other_types_than_the_schemas_are_returned_to_the_model():
     def told(name, arguments):
         call = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-        (found,) = played(environment_of(None, [add, choose]), [call, "a"])
-        return found
+        (episode,) = played(environment_of(None, [add, choose]), [call, "a"])
+        return episode
 
     for name, arguments, message in WRONG_TYPES:
-        found = told(name, arguments)
-        assert fault_counts([found]) == {"bad_arguments": 1}
-        assert found.faults[0].text == f"{name}: {message}"
+        episode = told(name, arguments)
+        assert fault_counts([episode]) == {"bad_arguments": 1}
+        assert episode.faults[0].text == f"{name}: {message}"
     right = told("choose", {"colour": "red", "sizes": [1, 2], "weight": None})
     assert not right.faults and right.turns[2]["content"] == "red [1, 2] None"
     assert told("choose", {"colour": "green", "weight": 2}).turns[2]["content"] == "green [] 2"
@@ -661,18 +661,18 @@ def test_arguments_of_other_types_than_the_schemas_are_returned_to_the_model():
 @pytest.mark.parametrize("kind", ERRORS)
 def test_an_error_in_the_models_call_is_returned_to_the_model(kind):
     limits = replace(LIMITS, turn_tokens=600, tokens=2000)
-    (found,) = played(environment_of(None, [add, repeat]), [ERRORS[kind], "I see."], limits=limits)
-    assert not found.fault and found.ended and fault_counts([found]) == {kind: 1}
-    assert [turn["role"] for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
-    assert '"error"' in found.turns[2]["content"]
+    (episode,) = played(environment_of(None, [add, repeat]), [ERRORS[kind], "I see."], limits=limits)
+    assert not episode.fault and episode.ended and fault_counts([episode]) == {kind: 1}
+    assert [turn["role"] for turn in episode.turns] == ["user", "assistant", "tool", "assistant"]
+    assert '"error"' in episode.turns[2]["content"]
 
 
 def test_a_template_that_rejects_an_answer_is_a_fault():
     def answer(state, text, row):
         return {"role": "assistant", "content": "me"}, 0.0, False, state
 
-    (found,) = played(environment_of(answer), ["a"], "gemma")
-    assert found.fault == "template" and "rejects" in found.faults[0].text
+    (episode,) = played(environment_of(answer), ["a"], "gemma")
+    assert episode.fault == "template" and "rejects" in episode.faults[0].text
 
 
 def test_random_faults_neither_stop_the_rollout_nor_bias_the_mean():
@@ -685,9 +685,11 @@ def test_random_faults_neither_stop_the_rollout_nor_bias_the_mean():
         turn = (state or 0) + 1
         return "more", float(row["number"] % 2), turn == 2, turn
 
-    found = played(environment_of(answer), ["a"], questions=["q"] * 200)
-    kept = [part.score for part in found if not part.fault]
-    assert 20 <= fault_counts(found)["raised"] <= 60 and len(kept) + fault_counts(found)["raised"] == 200
+    episodes = played(environment_of(answer), ["a"], questions=["q"] * 200)
+    kept = [part.score for part in episodes if not part.fault]
+    assert (
+        20 <= fault_counts(episodes)["raised"] <= 60 and len(kept) + fault_counts(episodes)["raised"] == 200
+    )
     assert abs(np.mean(kept) - 1.0) < 0.2
 
 
@@ -727,7 +729,7 @@ BAD = {
     "neither a class nor a function": 3,
     "has no reset": type("Empty", (), {}),
     "missing a required argument: 'url', and its objects are made without any. Set environment= to a": Game,
-    "made no object: ZeroDivisionError: division by zero": lambda: 1 / 0,
+    "raised ZeroDivisionError: division by zero; fix that call": lambda: 1 / 0,
     "is an object of Game, and episodes play at the same time": Game("here"),
     "If step is no tool: Define reset(self, row) and step(self, state, text)": Gym,
 }
@@ -742,8 +744,8 @@ def test_a_class_with_arguments_is_given_with_them():
             return None, 1.0, True, state
 
     assert environment_of(Board).name == "Board"
-    (found,) = played(environment_of(partial(Game, "here", port=8)), ["a"])
-    assert found.score == 1.0 and found.turns[0]["content"] == "q here:8"
+    (episode,) = played(environment_of(partial(Game, "here", port=8)), ["a"])
+    assert episode.score == 1.0 and episode.turns[0]["content"] == "q here:8"
 
 
 def test_a_step_with_arguments_of_its_own_is_a_tool_of_a_class_with_get_reward():
@@ -778,8 +780,8 @@ def test_functions_of_one_file_are_named_after_it_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_tools.py").write_text("def add(a): return a\ndef search(q): return q\n")
     (tmp_path / "other.py").write_text("def count(a): return a\n")
-    found = parse_value("my_tools.py:add,search,other.py:count", tuple[Callable, ...])
-    assert [function.__name__ for function in found] == ["add", "search", "count"]
+    functions = parse_value("my_tools.py:add,search,other.py:count", tuple[Callable, ...])
+    assert [function.__name__ for function in functions] == ["add", "search", "count"]
     with pytest.raises(ValueError, match="my_tools.py has no 'serch'; it has: add, search"):
         parse_value("my_tools.py:add,serch", tuple[Callable, ...])
 

@@ -294,12 +294,12 @@ def test_a_fault_of_such_a_reward_excludes_the_episode(function, kind):
 
 def test_such_a_reward_without_an_environment_is_refused():
     with pytest.raises(
-        ValueError, match="rewards reward_score read the objects .* set environment=my_env.py"
+        ValueError, match="rewards reward_score take the argument `environments`; set environment=my_env.py"
     ):
         Rollouts("r.jsonl", rules=Rules((reward_score, exact))).open(None)
     with pytest.raises(ValueError, match="reward_score.* reads the objects of an environment, which only a"):
         FunctionReward(reward_score)
-    with pytest.raises(ValueError, match="give each its own name"):
+    with pytest.raises(ValueError, match="two have the same name, so rename one"):
         Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging, max_turns=2).open(None)
 
 

@@ -166,7 +166,7 @@ def test_grpos_kl_penalty_is_to_the_second_model_that_is_asked_for(kl_in):
     run = config.load_config("configs/grpo.py", ["beta=0.1", f"kl_in={kl_in}", f"reference_model={SMOLLM2}"])
     penalty = run.objective.keywords["beta"]
     assert (penalty.coef, penalty.reference, run.teacher) == (0.1, "teacher", Teacher())
-    with pytest.raises(ValueError, match=f"^reference_model={SMOLLM2} needs a KL penalty: a beta above 0$"):
+    with pytest.raises(ValueError, match=f"^reference_model={SMOLLM2} needs a KL penalty; set beta=0.05$"):
         config.load_config("configs/grpo.py", [f"reference_model={SMOLLM2}"])
 
 
@@ -201,7 +201,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     assert critic() == critic("critic=reward") == replace(head, trained=True) and head.start
     assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
-    with pytest.raises(ValueError, match="critic=reward starts from a reward model's adapter"):
+    with pytest.raises(ValueError, match="critic=reward needs a reward model that shares the base"):
         critic("reward=jaxft.rl.rewards:exact", "critic=reward")
 
 

@@ -129,8 +129,8 @@ def test_truncation_is_atomic_and_leaves_a_complete_file_unchanged(tmp_path, mon
 @given(st.floats(allow_nan=False, allow_infinity=False))
 @settings(max_examples=200)
 def test_a_float_comes_back_as_the_same_bits(value):
-    found = json.loads(metrics_log.format_line(1, {"x": value}, {}))["x"]
-    assert struct.pack("<d", found) == struct.pack("<d", value)
+    parsed = json.loads(metrics_log.format_line(1, {"x": value}, {}))["x"]
+    assert struct.pack("<d", parsed) == struct.pack("<d", value)
 
 
 def test_float32_scalars_are_written_by_their_exact_value():
@@ -142,8 +142,8 @@ def test_values_that_are_not_finite_are_null_and_the_line_is_json():
     text = metrics_log.format_line(
         1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 7}, {"mfu": math.nan}
     )
-    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert found == {"step": 1, "a": None, "b": None, "c": None, "d": 7, "perf": {"mfu": None}}
+    parsed = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert parsed == {"step": 1, "a": None, "b": None, "c": None, "d": 7, "perf": {"mfu": None}}
 
 
 def test_times_and_memory_are_nowhere_but_under_perf():
@@ -160,25 +160,25 @@ def test_a_metric_does_not_hide_the_step(name):
 
 def records(path: Path) -> list[bytes]:
     """Records of length, crc, content, crc."""
-    data, at, found = path.read_bytes(), 0, []
+    data, at, contents = path.read_bytes(), 0, []
     while at < len(data):
         (size,) = struct.unpack_from("<Q", data, at)
-        found.append(data[at + 12 : at + 12 + size])
+        contents.append(data[at + 12 : at + 12 + size])
         at += 16 + size
-    return found
+    return contents
 
 
 def events(folder: Path) -> list[tuple[int, str, float]]:
     """All scalars of a TensorBoard folder."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    scalars = []
     for record in (r for path in sorted(folder.iterdir()) for r in records(path)):
         event = Event.FromString(record)
-        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
         if event.session_log.status:
-            found.append((event.step, "start", 0.0))
-    return found
+            scalars.append((event.step, "start", 0.0))
+    return scalars
 
 
 def test_the_tensorboard_file_is_what_tensorboardx_would_write(tmp_path):
@@ -230,9 +230,9 @@ def test_tensorboard_has_every_finite_number_and_a_mark_where_the_run_went_on(tm
     second = Log(tmp_path, 4, start_step=1, quiet=True)
     second.step(2, {"loss": 0.125}, {})
     second.close()
-    found = events(tmp_path / "tensorboard")
-    assert {(1, "loss", 0.5), (1, "perf/mfu", 0.25), (2, "start", 0.0), (2, "loss", 0.125)} <= set(found)
-    assert "bad" not in {tag for _, tag, _ in found}
+    scalars = events(tmp_path / "tensorboard")
+    assert {(1, "loss", 0.5), (1, "perf/mfu", 0.25), (2, "start", 0.0), (2, "loss", 0.125)} <= set(scalars)
+    assert "bad" not in {tag for _, tag, _ in scalars}
 
 
 def plain_log(folder: Path, **settings) -> tuple[Log, io.StringIO]:
@@ -511,19 +511,19 @@ def no_variables(monkeypatch):
 @pytest.mark.usefixtures("no_variables")
 def test_trackers_get_the_settings_where_a_run_is_filed_and_the_adapter_at_the_end(tmp_path, monkeypatch):
     folder = tmp_path / "r"
-    found = tracked(folder, monkeypatch, project="team", group="lr", tags=["a", "b"])
-    (wandb,), (trackio,) = found["init"], found["trackio init"]
+    calls = tracked(folder, monkeypatch, project="team", group="lr", tags=["a", "b"])
+    (wandb,), (trackio,) = calls["init"], calls["trackio init"]
     assert (wandb["project"], wandb["group"], wandb["tags"]) == ("team", "lr", ("a", "b"))
     assert wandb["config"]["optim"]["lr"] == 0.1 and wandb["allow_val_change"]
     assert (trackio["project"], trackio["group"], trackio["name"]) == ("team", "lr", "r")
     assert trackio["config"]["optim.lr"] == 0.1 and "optim.b1" not in trackio["config"]
-    assert found["mlflow experiment"] == ("team",)
-    assert found["mlflow create"][2] == {"a": "true", "b": "true", "group": "lr"}
-    assert found["mlflow params"][0]["optim.lr"] == "0.1" and found["mlflow params"][0]["seed"] == "3"
+    assert calls["mlflow experiment"] == ("team",)
+    assert calls["mlflow create"][2] == {"a": "true", "b": "true", "group": "lr"}
+    assert calls["mlflow params"][0]["optim.lr"] == "0.1" and calls["mlflow params"][0]["seed"] == "3"
     adapter = folder / "adapter"
-    assert found["wandb artifact"] == ("w1-adapter", "model", adapter)
-    assert found["trackio artifact"] == ("r-adapter", "model", adapter)
-    assert found["mlflow artifact"] == (adapter, "adapter")
+    assert calls["wandb artifact"] == ("w1-adapter", "model", adapter)
+    assert calls["trackio artifact"] == ("r-adapter", "model", adapter)
+    assert calls["mlflow artifact"] == (adapter, "adapter")
 
 
 @pytest.mark.usefixtures("no_variables")
@@ -532,11 +532,11 @@ def test_each_member_of_a_sweep_is_a_run_of_the_trackers_in_a_group_named_like_t
 ):
     (tmp_path / "beta").mkdir()
     (tmp_path / "beta" / "config.json").write_text(json.dumps({"members": ["beta=1", "beta=2"]}))
-    found = tracked(tmp_path / "beta" / "beta=1", monkeypatch)
+    calls = tracked(tmp_path / "beta" / "beta=1", monkeypatch)
     for name in ("init", "trackio init"):
-        assert (found[name][0]["name"], found[name][0]["group"]) == ("beta=1", "beta")
-    assert found["mlflow create"][1:] == ("beta=1", {"group": "beta"})
-    assert found["init"][0]["reinit"] == "create_new"  # the runs of the other members go on
+        assert (calls[name][0]["name"], calls[name][0]["group"]) == ("beta=1", "beta")
+    assert calls["mlflow create"][1:] == ("beta=1", {"group": "beta"})
+    assert calls["init"][0]["reinit"] == "create_new"  # the runs of the other members go on
     assert tracked(tmp_path / "beta" / "beta=2", monkeypatch, group="g")["init"][0]["group"] == "g"
     (wandb,) = tracked(tmp_path / "beta" / "other", monkeypatch)["init"]  # no member
     assert wandb["group"] is None and wandb["reinit"] is None
@@ -572,8 +572,8 @@ def test_no_adapter_is_uploaded_of_a_run_that_is_not_finished_or_without_the_set
 @pytest.mark.usefixtures("no_variables")
 def test_a_project_is_that_of_the_setting_then_of_the_environment_then_jaxft(tmp_path, monkeypatch):
     def projects(name, **settings):
-        found = tracked(tmp_path / name, monkeypatch, **settings)
-        return found["init"][0]["project"], found["mlflow experiment"][0]
+        calls = tracked(tmp_path / name, monkeypatch, **settings)
+        return calls["init"][0]["project"], calls["mlflow experiment"][0]
 
     assert projects("a") == ("jaxft", "jaxft")
     monkeypatch.setenv("WANDB_PROJECT", "w")
@@ -616,8 +616,8 @@ def test_the_trackers_own_packages_store_metrics_settings_and_adapter(tmp_path, 
     assert done.returncode == 0, done.stderr
     assert "not uploaded" not in done.stderr
     if files is not None:
-        found = b"".join(path.read_bytes() for path in tmp_path.glob(files))
-        assert b"adapter" in found and b"team" in found and b"0.25" in found
+        stored = b"".join(path.read_bytes() for path in tmp_path.glob(files))
+        assert b"adapter" in stored and b"team" in stored and b"0.25" in stored
         return
     (run,) = (tmp_path / "mlruns").glob("*/*/params/optim.lr")
     run = run.parents[1]

@@ -384,7 +384,7 @@ def test_a_folder_of_gguf_files_gets_a_card_and_a_dry_run_without_the_hub_says_w
     assert "license: unknown" in hub.repos[REPO].files()["README.md"].decode()
     monkeypatch.setenv("HF_TOKEN", "")
     code, out, _ = push(tmp_path / "out", REPO, "--dry-run")
-    assert code == 0 and "not known without the hub and a token" in out
+    assert code == 0 and "unknown without the hub and a token" in out
 
 
 def test_a_card_with_metadata_that_the_hub_refuses_is_not_pushed(hub, push, run):

@@ -472,7 +472,7 @@ def test_weights_that_do_not_match_the_index_are_not_used(store, tmp_path):
         copy(1)
     weights = "runs/a/adapter/weights"
     store.objects[weights] = b"weightz"
-    refusal = rf"^s3://bucket/{weights} does not match index\.json: .* Start the run's command again"
+    refusal = rf"^s3://bucket/{weights} does not match index\.json: .* start the run's command again"
     with pytest.raises(ValueError, match=refusal):
         object_store.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
     assert not (tmp_path / "cache" / "adapter").exists()

@@ -66,13 +66,13 @@ def bench(place, monkeypatch, capsys):
 )
 def test_the_line_has_the_baselines_fields_and_sensible_values(bench, mode):
     code, out, _ = bench(*mode)
-    found = json.loads(out)
-    assert code == 0 and found.keys() >= PEER and out.count("\n") == 1
-    assert found["mode"] == ("full" if "--full" in mode else "lora-r4") and found["packing"] == (
+    line = json.loads(out)
+    assert code == 0 and line.keys() >= PEER and out.count("\n") == 1
+    assert line["mode"] == ("full" if "--full" in mode else "lora-r4") and line["packing"] == (
         "--full" not in mode
     )
-    assert found["timed_steps"] == found["steps"] - 2 >= 6 and found["tokens_per_second"] > 0
-    assert 0.5 * np.log(320) < found["loss"] < 2 * np.log(320) and 0.05 < found["peak_rss_gib"] < 50
+    assert line["timed_steps"] == line["steps"] - 2 >= 6 and line["tokens_per_second"] > 0
+    assert 0.5 * np.log(320) < line["loss"] < 2 * np.log(320) and 0.05 < line["peak_rss_gib"] < 50
 
 
 @pytest.mark.quick_cases("precomputed")
@@ -81,9 +81,9 @@ def test_dpo_starts_at_log_2_and_falls(bench, monkeypatch, tmp_path, mode):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     code, out, err = bench("--dtype", "fp32", *mode, objective="dpo", data="pairs.jsonl")
     assert code == 0, err
-    found = json.loads(out)
-    assert found.keys() >= PEER and found["objective"] == "dpo" and found["precompute_ref"] is bool(mode)
-    assert 0.5 < found["loss"] <= np.log(2) and found["tokens_per_second"] > 0
+    line = json.loads(out)
+    assert line.keys() >= PEER and line["objective"] == "dpo" and line["precompute_ref"] is bool(mode)
+    assert 0.5 < line["loss"] <= np.log(2) and line["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize("layout", ["branches", "plain"])
@@ -175,18 +175,18 @@ PLANS = runpy.run_path(SCRIPT.replace("bench.py", "bench_plan.py"))
     ],
 )
 def test_overrides_of_the_planners_benchmark_reach_every_case(line, cases, overrides):
-    found = PLANS["arguments"](line.split())
-    assert (found.cases, sorted(found.overrides), found.here) == (cases, sorted(overrides), False)
-    each = [PLANS["arguments"](command) for command in PLANS["commands"](found)]
+    parsed = PLANS["arguments"](line.split())
+    assert (parsed.cases, sorted(parsed.overrides), parsed.here) == (cases, sorted(overrides), False)
+    each = [PLANS["arguments"](command) for command in PLANS["commands"](parsed)]
     assert [(a.cases, a.overrides, a.here) for a in each] == [
-        ([name], found.overrides, True) for name in cases
+        ([name], parsed.overrides, True) for name in cases
     ]
 
 
 def test_the_planners_benchmark_takes_a_config_and_refuses_what_is_neither_case_nor_override(capsys):
     (command,) = PLANS["commands"](PLANS["arguments"](["--config", "mine.py", "batch=2"]))
-    found = PLANS["arguments"](command)
-    assert (found.config, found.overrides, found.here) == ("mine.py", ["batch=2"], True)
+    parsed = PLANS["arguments"](command)
+    assert (parsed.config, parsed.overrides, parsed.here) == ("mine.py", ["batch=2"], True)
     both = "--cases lora --config x"
     for line, says in (
         ("--cases dpo", "no case 'dpo'"),
@@ -211,15 +211,15 @@ def test_the_planners_benchmark_measures_what_a_step_holds_and_takes(place):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    measured = json.loads(done.stdout)
     planned = (
-        found["planned_bytes"] - found["planned_temporaries"]
+        measured["planned_bytes"] - measured["planned_temporaries"]
     )  # with results, which are arrays too, and the program itself
-    assert found["case"] == "mine" and 0.9 * planned < found["held"] <= planned
+    assert measured["case"] == "mine" and 0.9 * planned < measured["held"] <= planned
     assert (
-        found["bytes"] == found["held"] + found["growth"]
-        and found["growth"] >= 0
-        and found["seconds"] >= found["fastest"] > 0
+        measured["bytes"] == measured["held"] + measured["growth"]
+        and measured["growth"] >= 0
+        and measured["seconds"] >= measured["fastest"] > 0
     )
 
 
@@ -243,12 +243,12 @@ def test_windows_shrink_the_cache_to_the_window(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     script = runpy.run_path(str(Path(SCRIPT).with_name("bench_window.py")))
     sizes = dict(layers=4, full=1, window=8, slots=64, batch=2, width=64, tokens=2, rounds=1)
-    found = script["measure"](argparse.Namespace(**sizes))
+    measured = script["measure"](argparse.Namespace(**sizes))
     layer = 2 * 2 * 4 * 8 * 2  # keys and values, rows, kv heads, head dim, bytes
     windows = 8 + 8  # of the 16 tokens of the prompt, and of the 48 of the completion
     expected = {"full_attention": 4 * 64 * layer, "windows": (64 + 3 * windows) * layer}
-    assert {name: one["cache_mb"] * 1e6 for name, one in found.items()} == pytest.approx(expected)
-    assert all(one["ms_per_token"] > 0 for one in found.values())
+    assert {name: one["cache_mb"] * 1e6 for name, one in measured.items()} == pytest.approx(expected)
+    assert all(one["ms_per_token"] > 0 for one in measured.values())
     with pytest.raises(ValueError, match="--tokens must be from 1 to 48 with --slots 64"):
         script["measure"](argparse.Namespace(**{**sizes, "tokens": 49}))
 
@@ -257,11 +257,13 @@ def test_every_attention_kernel_is_measured_by_the_visible_pairs_of_each_case(mo
     monkeypatch.setattr(sys, "path", list(sys.path))
     script = runpy.run_path(str(Path(SCRIPT).with_name("attention.py")))
     sizes = argparse.Namespace(**script["TINY"], window=None, softcap=None, dtype="float32", blocks=[32])
-    found = script["measure"](sizes)
+    measured = script["measure"](sizes)
     names = ["packed 1", "packed 4", "packed 16", "shared prompt"]
     expected = [(name, kernel) for name in names for kernel in ("flash", "flash 32")]
-    assert [(one["case"], one["kernel"]) for one in found] == expected
-    assert all(value > 0 for one in found for key, value in one.items() if key.endswith(("_ms", "_tflops")))
+    assert [(one["case"], one["kernel"]) for one in measured] == expected
+    assert all(
+        value > 0 for one in measured for key, value in one.items() if key.endswith(("_ms", "_tflops"))
+    )
     counted = {name: script["pairs"](ranges) for name, ranges in script["cases"](sizes)}
     row = {  # 128 tokens: causal triangles, and 4 responses of 16 tokens that see a prompt of 64
         "packed 1": 128 * 129 // 2,
@@ -279,9 +281,11 @@ def test_the_guards_cost_is_measured_against_a_step_that_takes_any_update(tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     script = runpy.run_path(str(Path(SCRIPT).with_name("bench_guard.py")))
-    found = script["measure"](["data.held_out=none"], "config.py", 1)
-    assert found["seconds_checked"] > 0 and found["seconds_unchecked"] > 0 and found["shape"][0] == 1
-    assert found["cost"] == pytest.approx(found["seconds_checked"] / found["seconds_unchecked"] - 1, abs=0.05)
+    measured = script["measure"](["data.held_out=none"], "config.py", 1)
+    assert measured["seconds_checked"] > 0 and measured["seconds_unchecked"] > 0 and measured["shape"][0] == 1
+    assert measured["cost"] == pytest.approx(
+        measured["seconds_checked"] / measured["seconds_unchecked"] - 1, abs=0.05
+    )
     optimizer = make_optimizer(
         Optim(lr=1e38, warmup=0.0, clip=None), {"w": ParamSpec((1,), (None,), normal(1.0))}, 1
     )

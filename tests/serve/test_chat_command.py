@@ -341,7 +341,7 @@ def test_the_script_chats_with_adapters_by_name_and_responds_as_generate(place, 
         "8",
     ]
     code, out, err = call(monkeypatch, capsys, "chat", *options, "--use", "a", "--seed", "0")
-    assert code == 0 and "error: /wat is no command" in err and "never" not in out
+    assert code == 0 and "error: /wat is not a command" in err and "never" not in out
     ask = ["--prompt", "hello", "--max-new", "8", "--dtype", "float32", "--json"]
     expected = json.loads(call(monkeypatch, capsys, "generate", "--run", "runs/b", *ask)[1])["completion"]
     assert f"**b**: {printable_text(expected)}" in out and f"[b] {printable_text(expected)}\n[base] " in out

@@ -196,7 +196,7 @@ def test_a_grammar_that_fails_ends_generate():
     ("options", "message"),
     [
         (["--json-schema", "nowhere.json"], "--json-schema nowhere.json: No such file or directory"),
-        (["--json-schema", "list.json"], "--json-schema list.json: a JSON schema is an object"),
+        (["--json-schema", "list.json"], "--json-schema list.json: not a JSON object"),
         (["--json-schema", "list.json", "--regex", "a"], "not allowed with argument --json-schema"),
     ],
 )

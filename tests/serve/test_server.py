@@ -31,10 +31,10 @@ from jaxft.serve.server import ServerLimits
 
 @pytest.fixture(scope="module")
 def running():
-    found = Running()
-    yield found
-    found.close()
-    assert not found.lines
+    started = Running()
+    yield started
+    started.close()
+    assert not started.lines
 
 
 def expected_text(scheduler, seed, adapter=0, prompt=None, **options):
@@ -65,13 +65,13 @@ def test_a_chat_completion_streamed_and_whole_is_that_of_the_seed(running):
 
 
 def test_completions_of_several_prompts_and_choices_with_log_probs(running):
-    found = running.client().completions.create(
+    response = running.client().completions.create(
         model="base", prompt=["the rank", [5, 6, 7]], n=2, max_tokens=4, temperature=0.0, logprobs=3, seed=0
     )
-    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-    assert found.choices[0].text == found.choices[1].text
-    assert found.choices[2].text == expected_text(running.scheduler, 0, 0, (5, 6, 7), max_new=4)
-    logprobs = found.choices[0].logprobs
+    assert [choice.index for choice in response.choices] == [0, 1, 2, 3]
+    assert response.choices[0].text == response.choices[1].text
+    assert response.choices[2].text == expected_text(running.scheduler, 0, 0, (5, 6, 7), max_new=4)
+    logprobs = response.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) >= 2
     assert all(max(top.values()) == logp for top, logp in zip(logprobs.top_logprobs, logprobs.token_logprobs))
     random = running.client().completions.create(
@@ -82,8 +82,8 @@ def test_completions_of_several_prompts_and_choices_with_log_probs(running):
         top[t] >= p for t, top, p in zip(logprobs.tokens, logprobs.top_logprobs, logprobs.token_logprobs)
     )
     assert {len(top) for top in logprobs.top_logprobs} >= {3}  # the sampled one is among them too
-    assert found.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in found.choices)
-    assert found.usage.prompt_tokens == 3 + len(text_prompt(tiny.models()["base"], "the rank"))
+    assert response.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in response.choices)
+    assert response.usage.prompt_tokens == 3 + len(text_prompt(tiny.models()["base"], "the rank"))
     chat = running.client().chat.completions.create(
         model="base", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2, temperature=0
     )
@@ -98,9 +98,9 @@ def test_a_stop_string_ends_the_text_before_it(running):
     text = expected_text(running.scheduler, 1, temperature=1.0, max_new=24)
     stop = text[len(text) // 2 :][:3]
     asked = dict(model="base", messages=MESSAGES, max_tokens=24, temperature=1.0, seed=1, stop=[stop])
-    found = running.client().chat.completions.create(**asked)
-    assert found.choices[0].message.content == text.partition(stop)[0]
-    assert found.choices[0].finish_reason == "stop" and found.usage.completion_tokens <= 24
+    response = running.client().chat.completions.create(**asked)
+    assert response.choices[0].message.content == text.partition(stop)[0]
+    assert response.choices[0].finish_reason == "stop" and response.usage.completion_tokens <= 24
     pieces = [
         c.choices[0].delta.content or ""
         for c in running.client().chat.completions.create(**asked, stream=True)
@@ -179,9 +179,9 @@ REFUSED = [  # method, path, body, headers, status, word
     ("method", "path", "body", "headers", "status", "word"), REFUSED, ids=lambda x: str(x)[:20]
 )
 def test_a_wrong_request_is_refused_in_one_line(running, method, path, body, headers, status, word):
-    found, reply, _ = running.send(method, path, body, headers)
+    got, reply, _ = running.send(method, path, body, headers)
     message = reply["error"]["message"]
-    assert found == status and word in message and "\n" not in message and len(message) <= 500
+    assert got == status and word in message and "\n" not in message and len(message) <= 500
     assert reply["error"]["param"] == ("max_tokens" if word == "24" else reply["error"]["param"])
 
 
@@ -288,22 +288,22 @@ def test_a_client_that_leaves_frees_its_row(running):
 
 
 def test_a_full_queue_is_status_429_and_a_key_is_needed_where_there_is_one():
-    found, gate = Running(queue=1, limits=ServerLimits(key="secret")), tiny.Gate()
+    started, gate = Running(queue=1, limits=ServerLimits(key="secret")), tiny.Gate()
     try:
-        found.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected())) for _ in range(5)])
+        started.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected())) for _ in range(5)])
         with pytest.raises(openai.RateLimitError, match="queue of 1 places"):
-            found.client("secret").chat.completions.create(model="base", messages=MESSAGES)
+            started.client("secret").chat.completions.create(model="base", messages=MESSAGES)
         key = {"Authorization": "Bearer secret"}
-        assert found.send("POST", CHAT, {"messages": MESSAGES}, key)[2]["Retry-After"] == "1"
+        assert started.send("POST", CHAT, {"messages": MESSAGES}, key)[2]["Retry-After"] == "1"
         for wrong in ("other", "secret "):
             with pytest.raises(openai.AuthenticationError, match="API key"):
-                found.client(wrong.strip() + "x").models.list()
-        assert found.send("GET", "/health")[0] == found.send("GET", "/")[0] == 200
+                started.client(wrong.strip() + "x").models.list()
+        assert started.send("GET", "/health")[0] == started.send("GET", "/")[0] == 200
     finally:
         gate.open.set()
-        found.close()
+        started.close()
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", found.port), timeout=2)
+        socket.create_connection(("127.0.0.1", started.port), timeout=2)
 
 
 def is_lost(error):
@@ -314,15 +314,15 @@ def is_lost(error):
 @pytest.mark.parametrize("grace", [5, 1])
 def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
     """Six streams for four rows: two of them have not begun when the server is stopped."""
-    found, gate = Running(grace=grace), tiny.Gate()
-    expected = [expected_text(found.scheduler, seed, temperature=1.0, max_new=24) for seed in range(6)]
-    found.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected()))])  # holds the device
+    started, gate = Running(grace=grace), tiny.Gate()
+    expected = [expected_text(started.scheduler, seed, temperature=1.0, max_new=24) for seed in range(6)]
+    started.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected()))])  # holds the device
     assert gate.holds.wait(60)
-    texts, deadline = found.streams(6), time.monotonic() + 60
-    while found.scheduler.load().waiting < 6:
+    texts, deadline = started.streams(6), time.monotonic() + 60
+    while started.scheduler.load().waiting < 6:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    found.uvicorn.should_exit = True
+    started.uvicorn.should_exit = True
     if grace > 1:
         time.sleep(0.2)
         gate.open.set()
@@ -331,9 +331,9 @@ def test_a_stop_finishes_the_requests_in_flight_within_the_grace(grace):
         for text in texts:  # every client gets to know, within the grace
             assert is_lost(text.exception(10))
         gate.open.set()
-    found.close()
+    started.close()
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", found.port), timeout=2)
+        socket.create_connection(("127.0.0.1", started.port), timeout=2)
 
 
 def half(running, text=b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
@@ -391,13 +391,13 @@ SLOW_BODY = (
 
 def test_requests_above_the_limit_get_json_and_a_stop_ends_slow_ones_without_a_traceback(monkeypatch, caplog):
     monkeypatch.setattr(server, "SPARE_REQUESTS", -2 - tiny.SIZES.rows)  # two at once, with queue=4
-    found = Running(queue=4, grace=1)
-    slow = [half(found, SLOW_BODY) for _ in range(2)]
+    started = Running(queue=4, grace=1)
+    slow = [half(started, SLOW_BODY) for _ in range(2)]
     deadline = time.monotonic() + 60
-    while (reply := found.send("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
+    while (reply := started.send("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert reply[0] == 503 and "2 requests at once" in reply[1]["error"]["message"]
-    found.close()
+    started.close()
     assert [received(connection) for connection in slow] == [(503, "the server is stopping")] * 2
     assert not any(record.exc_info for record in caplog.records)
 

@@ -48,14 +48,14 @@ def packed():
     """The same in two rows of two segments."""
     rows, width = padded(), 96
     blank = np.zeros((2, width), np.int32)
-    found = {name: blank.copy() for name in ("ids", "segments", "positions")}
+    arrays = {name: blank.copy() for name in ("ids", "segments", "positions")}
     for number, length in enumerate(LENGTHS):
         at = 0 if number < 2 else LENGTHS[number - 2]
         part = number % 2, slice(at, at + length)
-        found["ids"][part] = rows.ids[number, :length]
-        found["segments"][part] = 1 + number // 2
-        found["positions"][part] = np.arange(length)
-    return replace(some_tokens(2, width), **found)
+        arrays["ids"][part] = rows.ids[number, :length]
+        arrays["segments"][part] = 1 + number // 2
+        arrays["positions"][part] = np.arange(length)
+    return replace(some_tokens(2, width), **arrays)
 
 
 def begin(world, settings=SETTINGS, batches=None, shape=MeshShape(), devices=1, quant=None):  # noqa: B008
@@ -70,8 +70,8 @@ def begin(world, settings=SETTINGS, batches=None, shape=MeshShape(), devices=1, 
         fresh = initial_params.init_all_but_base(whole, mesh, 0, initial_params.HeadSettings(settings), ref)[
             "adapter"
         ]
-        found = eva.eva_adapter(whole, base, fresh, settings, rows, mesh)
-        return whole, base, jax.device_get(found), lines
+        started = eva.eva_adapter(whole, base, fresh, settings, rows, mesh)
+        return whole, base, jax.device_get(started), lines
 
 
 def theirs(world, monkeypatch, **config):
@@ -95,8 +95,8 @@ def theirs(world, monkeypatch, **config):
     model = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(world[0]).eval(), settings, low_cpu_mem_usage=True
     )
-    found = peft.get_eva_state_dict(model, [batch], show_progress_bar=False)
-    return model, {name.removeprefix("base_model.model.model."): u for name, u in found.items()}
+    vectors = peft.get_eva_state_dict(model, [batch], show_progress_bar=False)
+    return model, {name.removeprefix("base_model.model.model."): u for name, u in vectors.items()}
 
 
 def ranks_of(pairs):
@@ -131,15 +131,15 @@ def test_directions_and_ranks_are_pefts(world, monkeypatch, rho):
 def test_the_start_is_the_same_for_any_layout_of_the_rows(world, rows):
     *_, expected, _ = begin(world)
     if rows == "packed":
-        *_, found, _ = begin(world, batches=[packed()])
+        *_, started, _ = begin(world, batches=[packed()])
     elif rows == "in batches":
         parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], padded()) for i in range(4)]
-        *_, found, _ = begin(world, batches=parts)
+        *_, started, _ = begin(world, batches=parts)
     else:
         sizes = {name: int(size) for name, size in (x.split("=") for x in rows.split(","))}
-        *_, found, _ = begin(world, shape=MeshShape(**{"data": 1, "fsdp": 1, **sizes}), devices=4)
-    assert ranks_of(found) == ranks_of(expected)
-    same = jax.tree.map(partial(np.testing.assert_allclose, atol=2e-3), found, expected)
+        *_, started, _ = begin(world, shape=MeshShape(**{"data": 1, "fsdp": 1, **sizes}), devices=4)
+    assert ranks_of(started) == ranks_of(expected)
+    same = jax.tree.map(partial(np.testing.assert_allclose, atol=2e-3), started, expected)
     assert jax.tree.leaves(same) == []
 
 
@@ -151,18 +151,18 @@ def test_covariances_in_several_parts_lead_to_the_same_start(world, monkeypatch)
     monkeypatch.setattr(eva, "MOMENT_BYTES", limit)
     groups = eva._groups({"o": (3, 64, 12), "down": (3, 96, 12)})
     assert groups == [{"o": (0, 64)}, {"down": (0, 69)}, {"down": (69, 96)}]
-    *_, found, lines = begin(world, settings)
+    *_, started, lines = begin(world, settings)
     assert len(whole) == 2 and len(lines) == 4 and "down (70 to 96 of 96)" in lines[2]
-    assert ranks_of(found) == ranks_of(expected)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
+    assert ranks_of(started) == ranks_of(expected)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), started, expected)
 
 
 @pytest.mark.slow
 def test_a_quantised_base_gives_nearly_the_directions_of_its_weights(world):
     *_, exact, _ = begin(world)
-    *_, found, _ = begin(world, quant=Quant("int8"))
+    *_, quantised, _ = begin(world, quant=Quant("int8"))
     for path in ("layers/attn/o", "layers/mlp/down"):
-        one, two = (tree.paths(x)[f"{path}/a"] for x in (exact, found))
+        one, two = (tree.paths(x)[f"{path}/a"] for x in (exact, quantised))
         angles = np.linalg.svd(one[1][:, :3].T @ two[1][:, :3], compute_uv=False)
         assert angles.min() > 0.9
 
@@ -234,8 +234,8 @@ def test_an_adapter_that_peft_started_by_eva_has_the_same_logits_here(world, mon
     adapter, settings = peft_layout.read_adapter(tmp_path, world[1])
     mesh = sharding.make_mesh(MeshShape(), jax.devices()[:1])
     base = pretrained.load_frozen(*world, mesh)
-    found = our_logits(adapted(world[1], settings), {"base": base, "adapter": adapter}, tokens)
-    np.testing.assert_allclose(found, torch_logits(model, tokens), atol=1e-4)
+    ours = our_logits(adapted(world[1], settings), {"base": base, "adapter": adapter}, tokens)
+    np.testing.assert_allclose(ours, torch_logits(model, tokens), atol=1e-4)
     assert settings.rank_pattern and settings.alpha_pattern
 
 
@@ -245,8 +245,8 @@ def test_ranks_go_to_the_largest_fractions_and_a_module_may_get_none():
         "layers/attn/q": [np.array([0.9, 0.05, 0.01, 0.0]), np.array([0.04, 0.03, 0.02, 0.01])],
         "layers/attn/o": [np.array([0.5, 0.3, 0.1, 0.06]), np.array([1.0, 0.0, 0.0, 0.0])],
     }
-    found = eva.redistributed_ranks(layouts, explained, 2.0)
-    assert found == {"layers/attn/q": (2, 0), "layers/attn/o": (4, 0)}
+    ranks = eva.redistributed_ranks(layouts, explained, 2.0)
+    assert ranks == {"layers/attn/q": (2, 0), "layers/attn/o": (4, 0)}
     assert eva.redistributed_ranks(layouts, explained, 1.0)["layers/attn/o"] == (2, 0)
 
 
@@ -255,9 +255,9 @@ def test_lanczos_finds_the_directions_of_a_whole_decomposition(monkeypatch):
     x = rng.normal(size=(200, 40)) * np.logspace(0, -2, 40)
     whole = eva.principal_directions(x.T @ x, 8)
     monkeypatch.setattr(eva, "EXACT_INPUTS", 8)
-    found = eva.principal_directions(x.T @ x, 8)
-    np.testing.assert_allclose(found.vectors, whole.vectors, atol=1e-5)
-    np.testing.assert_allclose(found.explained, whole.explained, rtol=1e-6)
+    directions = eva.principal_directions(x.T @ x, 8)
+    np.testing.assert_allclose(directions.vectors, whole.vectors, atol=1e-5)
+    np.testing.assert_allclose(directions.explained, whole.explained, rtol=1e-6)
     with pytest.raises(ValueError, match="a layer's inputs are not finite; use adapter.init=default"):
         eva.principal_directions(np.full((3, 3), np.nan), 1)
 

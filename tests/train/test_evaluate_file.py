@@ -46,12 +46,12 @@ def test_loss_and_perplexity_are_those_of_transformers(place, evaluate, options)
     eos = 257  # the tokenizer adds no BOS
     sums = [torch_loss(place[1], [*bytes_of(text), eos], 1) for text in TEXTS]
     total, count = map(sum, zip(*sums, strict=True))
-    found = evaluate("--file", "texts.jsonl", *options)
-    assert found["tokens"] == count and found["examples"] == len(TEXTS)
-    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-3)
+    metrics = evaluate("--file", "texts.jsonl", *options)
+    assert metrics["tokens"] == count and metrics["examples"] == len(TEXTS)
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-3)
     hits = [torch_hits(place[1], [*bytes_of(text), eos]) for text in TEXTS]
-    assert found["mean_token_accuracy"] == pytest.approx(sum(hits) / count)
+    assert metrics["mean_token_accuracy"] == pytest.approx(sum(hits) / count)
 
 
 def torch_hits(model, ids):
@@ -77,12 +77,12 @@ def test_only_responses_count_in_the_loss_of_rows_with_prompts(place, evaluate):
     whole = [chat(prompt, response) for prompt, response, _ in PAIRS]
     sums = [torch_loss(place[1], ids, first + 1) for ids, first in whole]  # every turn's <s> is not learned
     total, count = map(sum, zip(*sums, strict=True))
-    found = evaluate("--file", "rows.jsonl")
-    assert found["tokens"] == count and found["loss"] == pytest.approx(total / count, rel=1e-5)
+    metrics = evaluate("--file", "rows.jsonl")
+    assert metrics["tokens"] == count and metrics["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_preferences_are_those_of_transformers_log_probabilities(place, evaluate, tmp_path):
-    found = evaluate("--file", "pairs.jsonl", "--out", str(tmp_path / "out.jsonl"))
+    metrics = evaluate("--file", "pairs.jsonl", "--out", str(tmp_path / "out.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     wins, means = [], []
     for (prompt, *responses), row in zip(PAIRS, rows, strict=True):
@@ -92,10 +92,10 @@ def test_preferences_are_those_of_transformers_log_probabilities(place, evaluate
         assert row["rejected"] == pytest.approx(-rejected, rel=1e-4) and row["rejected_tokens"] == n
         wins.append(chosen < rejected)
         means.append(chosen / m < rejected / n)
-    assert found["pairs"] == 4 and found["accuracy"] == np.mean(wins)
-    assert found["accuracy_per_token"] == np.mean(means) and "accuracy_against_base" not in found
+    assert metrics["pairs"] == 4 and metrics["accuracy"] == np.mean(wins)
+    assert metrics["accuracy_per_token"] == np.mean(means) and "accuracy_against_base" not in metrics
     for name in ("chosen", "rejected"):
-        assert found[f"logps/{name}"] == pytest.approx(np.mean([row[name] for row in rows]))
+        assert metrics[f"logps/{name}"] == pytest.approx(np.mean([row[name] for row in rows]))
     assert 0 < np.mean(wins) < 1  # the law can fail
 
 
@@ -116,10 +116,10 @@ def test_accuracy_against_the_base_compares_what_the_responses_gained():
         PairScore("c", -1.0, -1.0, 1, 1, (-1.0, -1.0)),
         PairScore("d", -8.0, -2.0, 4, 2, (-13.0, -3.0)),
     ]
-    found = preference_metrics(scores)
-    assert found["accuracy_against_base"] == (2 + 1 / 2) / 4
-    assert found["accuracy"] == (1 + 1 / 2) / 4
-    assert found["accuracy_per_token"] == (2 + 1 / 2) / 4  # -2 and -3, -1 and -2, equal, -2 and -1
+    metrics = preference_metrics(scores)
+    assert metrics["accuracy_against_base"] == (2 + 1 / 2) / 4
+    assert metrics["accuracy"] == (1 + 1 / 2) / 4
+    assert metrics["accuracy_per_token"] == (2 + 1 / 2) / 4  # -2 and -3, -1 and -2, equal, -2 and -1
 
 
 def test_rows_with_one_response_are_in_no_accuracy():
@@ -160,10 +160,10 @@ def test_completions_are_scored_against_the_answers_of_rows(place, evaluate, tmp
         "    return len(prompt)\n"
     )
     argv = ("--file", str(tmp_path / "known.jsonl"), "--by", "exact", "--by", f"{tmp_path}/mine.py:short")
-    found = evaluate(*argv, *options)
-    assert found["exact"] == 0.75 and found["short"] == pytest.approx((4 + 6 + 5) / 3)
-    assert found["intervals"]["exact"] == pytest.approx(wilson(0.75, 4))
-    assert found["intervals"]["short"] == pytest.approx(mean_interval([4, 6, 5]))
+    metrics = evaluate(*argv, *options)
+    assert metrics["exact"] == 0.75 and metrics["short"] == pytest.approx((4 + 6 + 5) / 3)
+    assert metrics["intervals"]["exact"] == pytest.approx(wilson(0.75, 4))
+    assert metrics["intervals"]["short"] == pytest.approx(mean_interval([4, 6, 5]))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["scores"]["exact"] for row in rows] == [1, 1, 0, 1] and rows[1]["scores"]["short"] is None
 
@@ -173,39 +173,39 @@ def test_several_completions_of_a_prompt_have_pass_at_k_lengths_and_ends(place, 
     out = tmp_path / "out.jsonl"
     sampled = ("--samples", "3", "--temperature", "1", "--seed", "5", "--pass-at", "1,2", "--max-new", "12")
     regex = "(?s).{0,9}"
-    found = evaluate("--file", "rows.jsonl", "--regex", regex, *sampled, "--limit", "3", "--out", str(out))
+    metrics = evaluate("--file", "rows.jsonl", "--regex", regex, *sampled, "--limit", "3", "--out", str(out))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == found["completions"] == 9 and found["prompts"] == 3
+    assert len(rows) == metrics["completions"] == 9 and metrics["prompts"] == 3
     passed = np.array([len(row["completion"]) <= 9 for row in rows], float)
     assert [row["scores"]["matches"] for row in rows] == passed.tolist() and 0 < passed.sum() < 9
-    assert found["matches"] == pytest.approx(passed.mean()) == pytest.approx(found["pass@1/matches"])
-    assert found["pass@2/matches"] == pytest.approx(np.mean(pass_at(passed.reshape(3, 3), (2,))[2]))
+    assert metrics["matches"] == pytest.approx(passed.mean()) == pytest.approx(metrics["pass@1/matches"])
+    assert metrics["pass@2/matches"] == pytest.approx(np.mean(pass_at(passed.reshape(3, 3), (2,))[2]))
     clipped = np.mean([row["finish"] == "length" for row in rows])
-    assert found["completions/clipped_ratio"] == pytest.approx(clipped)
-    assert 1 <= found["completions/mean_length"] <= 12 and len({row["completion"] for row in rows}) > 3
+    assert metrics["completions/clipped_ratio"] == pytest.approx(clipped)
+    assert 1 <= metrics["completions/mean_length"] <= 12 and len({row["completion"] for row in rows}) > 3
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets_of_k_completions():
     scores = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, np.nan, np.nan], [0.5, 0, 2, 0, np.nan]])
-    found = pass_at(scores, (1, 2, 4, 5))
+    rates = pass_at(scores, (1, 2, 4, 5))
     for k in (1, 2, 4, 5):
         means = []
         for own in scores:
             known = [x >= 1 for x in own if not np.isnan(x)]
             if len(known) >= k:
                 means.append(np.mean([any(part) for part in itertools.combinations(known, k)]))
-        assert np.nanmean(found[k]) == pytest.approx(np.mean(means))
-        assert np.isnan(found[k]).sum() == len(scores) - len(means)
+        assert np.nanmean(rates[k]) == pytest.approx(np.mean(means))
+        assert np.isnan(rates[k]).sum() == len(scores) - len(means)
     assert pass_at(scores[2:3], (4,)) == {}
 
 
 def test_metrics_are_printed_before_the_results_are_written(monkeypatch, capsys, tmp_path):
     script = load("evaluate")
-    found = Evaluated({"exact": 0.5}, [{"row": "a"}], [])
+    evaluated = Evaluated({"exact": 0.5}, [{"row": "a"}], [])
     out = tmp_path / "out.jsonl"
     args = SimpleNamespace(out=out, json=True, way=script.COMPLETIONS)
     monkeypatch.setattr(script, "arguments", lambda: args)
-    monkeypatch.setattr(script, "evaluate", lambda args: {"": found})
+    monkeypatch.setattr(script, "evaluate", lambda args: {"": evaluated})
     assert script.main() == 0 and json.loads(out.read_text()) == {"row": "a"}
     capsys.readouterr()
     args.out = tmp_path / "gone" / "out.jsonl"  # removed during the evaluation

@@ -190,9 +190,9 @@ def test_documents_that_are_split_have_a_line_with_a_limit_within_the_models_con
     fit = fit_of([5000] * 40, {**ROWS, "too_long": "split"}, context=1000)
     line = fit.lines({})[1]
     assert line.startswith(
-        "longer rows are split (data.too_long), so that no token is lost: with max_length=512"
+        "longer rows are split (data.too_long), so that no token is lost: max_length=512 splits 100.0 %,"
     )
-    assert "100.0 % are" in line and "max_length=1000 splits 100.0 % and needs 2.0 x the memory" in line
+    assert "max_length=1000 splits 100.0 % and needs 2.0 x the memory" in line
     whole = fit_of([5000] * 40, {**ROWS, "too_long": "split"}).lines({})[1]
     assert "max_length=5056 splits 0.0 % and needs 9.9 x the memory" in whole
     short = fit_of([500] * 40, {**ROWS, "too_long": "split"}).lines({})[1]
@@ -240,7 +240,7 @@ def test_rows_that_cannot_be_read_leave_their_error_to_the_run(place):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["data=org/rows"], "org/rows is no file of this machine"),
+        (["data=org/rows"], "org/rows is not a file on this machine"),
         (["data=rows.jsonl", "model=none/here"], "the tokenizer of none/here is not on this machine"),
     ],
 )

@@ -35,7 +35,7 @@ REFUSED = {
     ("openai_rft", "sft"): "the loss mask is empty because there is no assistant turn",
     ("glaive_v2", "sft"): "the chat template .* it does not show the name of tool call 1",
     ("math_shepherd", "dpo"): "the row has the steps of one response, with labels; train a process",
-    ("nectar", "sft"): "are those of preference pairs; train on pairs with the recipe dpo",
+    ("nectar", "sft"): "belong to preference pairs; train on pairs with the recipe dpo",
 }
 
 

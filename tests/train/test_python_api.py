@@ -102,7 +102,7 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
         held = [row for row in rows() if row["prompt"] == sample["prompt"]]
         scores = jaxft.evaluate(result, held, by=lambda prompt, completion, row: len(prompt), max_new=4)
         assert scores.metrics["<lambda>"] == len(sample["prompt"])
-        with pytest.raises(jaxft.Error, match="a LoadedModel in place of a model's name; give what jaxft"):
+        with pytest.raises(jaxft.Error, match="a LoadedModel in place of a model's name; give the result"):
             jaxft.evaluate(result.loaded, held)
         with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
             result.generate(["a"], max_new_tokens=4)

@@ -123,7 +123,7 @@ def changed_row(place, name, **change):
         (
             {},
             ["margin=ahead"],
-            "no number in column 'ahead', which data.extras names; the row has prompt, chosen, rejected",
+            "which data.extras names; add it, or name one that the row has: prompt, chosen, rejected",
         ),
         ({"ahead": "much"}, ["margin=ahead"], "no number in column 'ahead'"),
         (

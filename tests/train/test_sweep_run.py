@@ -257,7 +257,7 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     assert bench("--loss", "mine.py:weighted", "--against", "--steps", "1", "--out", "runs/bench") == 1
     assert "hardness" in place.err() and place.err().count("\n") == 1  # the rows have no such column
     assert bench("--loss", "kto", "--against", "tpo") == 1
-    assert "some losses need a third response gold and some mismatched. Use two runs" in place.err()
+    assert "the losses need different third responses (gold, mismatched); run them separately" in place.err()
 
 
 @pytest.mark.parametrize(

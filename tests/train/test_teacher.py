@@ -259,7 +259,7 @@ def small(folder):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (with_other_token, "foreign has other tokens than .*base: '!' is token 0 here and is none there"),
+        (with_other_token, "foreign has other tokens than .*base: '!' is token 0 here and no token there"),
         (without_weights, "empty: no .*safetensors|empty.* has no weights|empty"),
         (small, "small: the tokenizer produces token id 300, but the model has embeddings for 0 to 257"),
     ],

@@ -396,7 +396,7 @@ class TestRefusals:
     def test_a_module_without_the_pair_that_peft_would_add(self, world, folder, tmp_path_factory):
         deeper = write_folder(tmp_path_factory.mktemp("deeper"), tiny_torch(num_hidden_layers=4))
         other = pretrained.model_for(str(deeper), dtype=jnp.float32)
-        words = ("target_modules", "no LoRA pair of it", "another base model")
+        words = ("target_modules", "no LoRA pair of it", "use the base model of the adapter")
         self.check_refuses((deeper, other), folder, "model.layers.3.self_attn.q_proj", *words)
         path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
         save_file({name: x for name, x in load_file(path).items() if ".1." not in name}, path)
@@ -417,7 +417,10 @@ class TestRefusals:
             ({a: np.zeros((64,), np.float32)}, "two dimensions"),
             ({a.replace("lora_A", "lora_B"): None}, "missing"),
             ({a.replace(".1.", ".9."): np.zeros((2, 64), np.float32)}, ".9."),
-            ({a.replace("q_proj", "qkv_proj"): np.zeros((2, 64), np.float32)}, "another base model"),
+            (
+                {a.replace("q_proj", "qkv_proj"): np.zeros((2, 64), np.float32)},
+                "use the base model of the adapter",
+            ),
             (dict.fromkeys(good), "no LoRA pair"),
         ]:
             save_file({k: v for k, v in {**good, **change}.items() if v is not None}, path)

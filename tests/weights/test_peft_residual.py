@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path
     def changed(**fields):
         return replace(files, tensors={**files.tensors, name: replace(files.tensors[name], **fields)})
 
-    refused(name, "another base model", files=changed(shape=(64, 32)))
+    refused(name, "use the base model of the adapter", files=changed(shape=(64, 32)))
     packed = QuantisedTensor("nf4", (64, 64), None, lambda index=(): np.zeros((64, 64)))
     refused(name, "quantised (nf4)", "quant=nf4", files=changed(quantised=packed))
     text = config.read_text()

@@ -5,5 +5,5 @@ rows_and_batches.py: datasets, templates, rows of a step, schedules, rollouts
 python_files.py: Python files and notebooks, with their datasets
 conversion_text.py: a conversion as a command, a report and a recipe
 draft.py: the options that a file gives, and a conversion under way; no file is executed
-to_recipe.py: a configuration of one of these tools as a recipe with settings
+to_recipe.py: converts a configuration of another tool to a recipe with settings
 """

@@ -1,6 +1,6 @@
 """A conversion as text: the command, lines about it, and a recipe.
 
-The recipe is the shipped one with other defaults of its knobs, and with fields set.
+The recipe is a shipped one whose knobs have other defaults and whose Run has other fields.
 """
 
 import ast
@@ -31,7 +31,7 @@ class Edit(NamedTuple):
 
 
 def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
-    """Write a recipe with comments. Raises ValueError for a file that exists, or is not called .py."""
+    """Write a recipe with `lines` as comments. Raises ValueError if `path` exists or does not end in .py."""
     if path.suffix != ".py":
         raise ValueError(f"--out {path}: a recipe is a Python file; write --out {path.stem or 'mine'}.py")
     if path.exists():
@@ -63,7 +63,7 @@ def recipe_text(conversion: Conversion, lines: list[str]) -> str:
 
 
 def _without_remarks(source: bytes) -> bytes:
-    """Return a recipe without the comments in its return statement, which are about its own rows."""
+    """Return a recipe without the comments in its return statement, which describe the shipped rows."""
     head, returned, tail = source.rpartition(b"\n    return ")
     return head + returned + re.sub(rb"  # .*", b"", tail)
 
@@ -76,7 +76,7 @@ class _Code(NamedTuple):
 
     @classmethod
     def of(cls, knob: Knob, text: str) -> "_Code":
-        """Return the source of a knob's value, whose text is as on the command line."""
+        """Return the source of a knob's value. text: the value as on the command line."""
         parsed = parse_value(text, knob.kind)
         if callable(parsed):
             return cls._function(parsed)
@@ -102,7 +102,7 @@ def _literal(value: Any) -> str:
 
 
 def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: list[str]) -> Edit:
-    """Replace the docstring by one about the conversion, and comments with its lines."""
+    """Return the edit that replaces the docstring by one about the conversion, and `lines` as comments."""
     name = re.sub(r"[^\w .-]", "_", conversion.source.file.name)
     comments = [
         part
@@ -120,7 +120,7 @@ def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: l
 def _defaults(
     source: bytes, config: ast.FunctionDef, knobs: dict[str, Knob], values: dict[str, _Code]
 ) -> list[Edit]:
-    """Replace the defaults of parameters, and of the groups that knobs belong to."""
+    """Return the edits that set the defaults of parameters, and of the groups that knobs belong to."""
     arguments = config.args.args
     first = len(arguments) - len(config.args.defaults)
     edits = []
@@ -145,7 +145,7 @@ def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dic
 
 
 def _returned(source: bytes, config: ast.FunctionDef, fields: list[str]) -> Edit:
-    """Apply fields to the value that the recipe returns."""
+    """Return the edit that sets fields (`name=value`) of the Run that the recipe returns."""
     returned = next(n for n in ast.walk(config) if isinstance(n, ast.Return))
     assert returned.value is not None
     written = "".join(f"        {_literal(field)},\n" for field in fields)
@@ -170,7 +170,7 @@ def _span(source: bytes, node: Any) -> tuple[int, int]:
 
 
 def _offset(source: bytes, line: int, column: int) -> int:
-    """Return the byte offset of a place in a text; ast counts columns in bytes."""
+    """Return the byte offset of a line (from 1) and column in a text; ast counts columns in bytes."""
     return sum(map(len, source.splitlines(keepends=True)[: line - 1])) + column
 
 
@@ -192,7 +192,7 @@ def command(conversion: Conversion) -> str:
 
 
 def conversion_lines(conversion: Conversion) -> list[str]:
-    """Return lines: the tool, how many options are expressed how, and each that is not as it was."""
+    """Return a report: the tool, counts of options by outcome, and each option that is changed or lost."""
     c, lines = conversion, list[str]()
     counts = [
         (len(c.same), "expressed as they are"),
@@ -216,7 +216,7 @@ def conversion_lines(conversion: Conversion) -> list[str]:
 
 
 def _section(title: str, pairs: Iterable[tuple[GivenOption, str]]) -> list[str]:
-    """Lines of one list; options with the same remark share a line."""
+    """Return the lines of one list; options with the same remark share a line."""
     by_remark: dict[str, list[GivenOption]] = {}
     for option, remark in pairs:
         by_remark.setdefault(remark, []).append(option)

@@ -1,5 +1,5 @@
-"""The options that a configuration of another tool gives, and a conversion under way: options that are left,
-settings that are found, and lines about the rest.
+"""The options that a configuration of another tool gives, and a conversion under way: options that are not
+converted yet, settings so far, and lines about options that are changed or lost.
 """
 
 import difflib
@@ -33,7 +33,7 @@ NESTED = ("trl", "peft", "special_tokens", "fsdp_config", "env", "model_init_kwa
 
 @dataclass(frozen=True)
 class Expression:
-    """A value that only running the file would give; text: as the file has it."""
+    """A value that is known only by running the file. text: its source."""
 
     text: str
 
@@ -44,7 +44,7 @@ class Expression:
 class GivenOption(NamedTuple):
     """An option as a file has it. name: with dots for sections, such as fsdp_config.fsdp_offload_params.
 
-    value: an Expression where it is no literal. line: its line in the file, counted from 1. remark: why it
+    value: an Expression if it is not a literal. line: its line in the file, counted from 1. remark: why it
     cannot be expressed, "" for an option that is converted.
     """
 
@@ -67,10 +67,10 @@ class GivenOption(NamedTuple):
 class ForeignConfig:
     """A configuration of another tool.
 
-    file: where it was read. tool: one of option_names.py. trainer: the method, in the tool's word ("dpo",
-    "kto", ...), "" where it follows from the options. lora: whether an adapter is trained, None where it
-    follows from the options. devices: how many, None if the file does not state it. notes: lines about the
-    file.
+    file: where it was read. tool: a constant of option_names.py. trainer: the method, in the tool's word
+    ("dpo", "kto", ...), "" if it follows from the options. lora: whether an adapter is trained, None if it
+    follows from the options. devices: their number, None if the file does not state it. notes: lines about
+    the file.
     """
 
     file: Path
@@ -90,11 +90,11 @@ def short_value(value: Any) -> str:
 def read_config_text(file: Path) -> str:
     """Return a file's text. Raises ValueError for a folder, and a file that is too large or not UTF-8."""
     if file.exists() and not file.is_file():
-        raise ValueError(f"{file}: not a file; name a configuration")
+        raise ValueError(f"{file}: not a file; name a configuration file")
     with file.open("rb") as stream:
         data = stream.read(LARGEST_FILE + 1)
     if len(data) > LARGEST_FILE:
-        raise ValueError(f"{file}: larger than {LARGEST_FILE >> 20} MiB; a configuration is smaller")
+        raise ValueError(f"{file}: larger than {LARGEST_FILE >> 20} MiB; name a configuration file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,9 +104,9 @@ def read_config_text(file: Path) -> str:
 def option_parts(
     option: GivenOption, lines: Mapping[str, int] = MappingProxyType({})
 ) -> Iterator[GivenOption]:
-    """The options of a section with dotted names, or the option itself if it is none of NESTED.
+    """Yield the options of a section in NESTED with dotted names, or any other option itself.
 
-    lines: dotted name -> its line; others have the section's.
+    lines: dotted name -> its line in the file. A name without one gets the section's line.
     """
     if option.name.partition(".")[0] in NESTED and isinstance(option.value, Mapping) and option.value:
         for key, value in option.value.items():
@@ -124,7 +124,7 @@ def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
             "one of them"
         )
     if len(options) > MOST_OPTIONS:
-        raise ValueError(f"{file}: more than {MOST_OPTIONS} options; a configuration has fewer")
+        raise ValueError(f"{file}: more than {MOST_OPTIONS} options; name a configuration file")
 
 
 LARGEST_NUMBER = 2**53
@@ -140,10 +140,11 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 class Draft:
     """A conversion under way.
 
-    method: of training, in the tool's word. recipe: of jaxft. full: whether all weights are trained. all: the
-    options of the file. options: the options that no rule has taken yet, by name. settings: knob or field ->
-    text. same, otherwise, lost, unneeded: options that are expressed as they are, otherwise or not at all
-    (with a remark), or that need no setting. defaults: settings that are the tool's defaults.
+    method: the training method, in the tool's word. recipe: the recipe of jaxft. full: whether all weights
+    are trained. all: the options of the file. options: the options that no rule has taken yet, by name.
+    settings: knob or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are,
+    otherwise or not at all (with a remark), or that need no setting. defaults: settings that are the tool's
+    defaults.
     """
 
     source: ForeignConfig
@@ -162,11 +163,11 @@ class Draft:
     notes: list[str] = field(default_factory=list)
 
     def take(self, *names: str) -> GivenOption | None:
-        """Remove and return the first of these options that the file gives, None without one."""
+        """Remove and return the first of these options that the file gives, None if it gives none."""
         return next((self.options.pop(name) for name in names if name in self.options), None)
 
     def peek(self, *names: str) -> Any:
-        """Return the value of the first of these options that the file gives, None without one."""
+        """Return the value of the first of these options that the file gives, None if it gives none."""
         return next((self.options[name].value for name in names if name in self.options), None)
 
     def number(self, *names: str) -> float | None:
@@ -211,14 +212,14 @@ class Draft:
         self.settings[name] = self.defaults[name] = text
 
     def missing(self) -> list[GivenOption]:
-        """Return the options of the file that no list has."""
+        """Return the options of the file that are in none of same, otherwise, lost and unneeded."""
         listed = [*self.same, *self.unneeded, *(option for option, _ in (*self.otherwise, *self.lost))]
         names = {option.name for option in listed}
         return [option for option in self.all if option.name not in names]
 
 
 def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
-    """Return the rows of the table for a name in a file of this tool."""
+    """Return the rows of option_names.OPTIONS for an option `name` in a file of this tool, () without one."""
     for lookup in (*LOOKUP[tool], None):
         rows = find_options(name.rpartition(".")[2], lookup, recipe)
         if rows:
@@ -227,7 +228,7 @@ def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
 
 
 def by_table(draft: Draft, option: GivenOption) -> None:
-    """Convert one option by its row in the table."""
+    """Convert one option by its row in option_names.OPTIONS."""
     if isinstance(option.value, Expression):
         setting = meant_setting(draft, option)
         remedy = f"; set {setting}= yourself" if setting else ""
@@ -259,13 +260,13 @@ def by_table(draft: Draft, option: GivenOption) -> None:
 
 
 def meant_setting(draft: Draft, option: GivenOption) -> str | None:
-    """Return the setting of an option in the table, None without one."""
+    """Return the setting that option_names.OPTIONS has for an option, None without one."""
     rows = table_rows(draft.source.tool, option.name, draft.recipe)
     return rows[0].setting if rows else None
 
 
 def _difference(row: Option, value: Any) -> str:
-    """A remark about a value that trains a little differently here, "" for most."""
+    """Return a remark about a value that trains a little differently in jaxft, "" for most values."""
     text = as_text(value).lower()
     if row.setting == "optim.optimizer":
         if text.startswith("paged"):
@@ -286,5 +287,5 @@ def run_name(text: str) -> str:
 
 
 def short(option: GivenOption) -> str:
-    """An option in one line without its line number."""
+    """Return an option as `name: value` in one line, without its line number."""
     return f"{option.name}: {short_value(option.value)}"

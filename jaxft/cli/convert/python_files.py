@@ -29,8 +29,8 @@ LOADING = ("path", "name", "split", "data_files", "streaming", "num_proc", "cach
            "trust_remote_code", "keep_in_memory", "download_mode", "verification_mode")  # fmt: skip
 DEFAULT_TEST_SIZE = 0.25  # of train_test_split
 REMARKS = {  # a call on rows -> what to do in its place
-    "map": "code; write rows in their final form, or name columns by data.columns=",
-    "filter": "code; leave these rows out of the file, all of them are read",
+    "map": "code is not run; write rows in their final form, or name columns by data.columns=",
+    "filter": "code is not run, so all rows are read; leave the filtered ones out of the file",
     "select": "data.max_samples=1000 reads the first rows; others are not selected",
     "train_test_split": "held_out=0.1 holds out a fraction, and the other rows are trained on",
 }
@@ -40,11 +40,11 @@ UNTRACED = "these rows are not followed back to one load_dataset"
 
 @dataclass(frozen=True)
 class DatasetCall:
-    """Rows of one load_dataset call.
+    """Rows of one load_dataset call, and the calls that change them.
 
-    split: of the dataset. part: a slice of it, such as [:90%]. divided: the train_test_split call, and half:
-    its part. first: the number of rows that the call `selected` takes, after the call `shuffled` where there
-    is one. calls: others that change the rows. parts: the names of split=[...].
+    split: of the dataset. part: a slice or sum of splits, such as train[:90%]. divided: the train_test_split
+    call, and half: "train" or "test" of it. first: the number of rows that the call `selected` takes, after
+    the call `shuffled` if there is one. calls: other changes of the rows. parts: the list in split=[...].
     """
 
     load: ast.Call
@@ -62,14 +62,14 @@ class DatasetCall:
     parts: tuple[str, ...] = ()
 
     def overlaps(self, other: "DatasetCall") -> bool:
-        """Whether rows of both have the same file, or split of a dataset."""
+        """Whether both read a common file, or the same split of a dataset."""
         if self.is_file and other.is_file:
             return not set(map(normpath, self._names())).isdisjoint(map(normpath, other._names()))
         split = self.split or "train"
         return (self.path, self.config, split) == (other.path, other.config, other.split or "train")
 
     def rest(self, other: "DatasetCall") -> float | None:
-        """The fraction that `other` has if both are a split's parts, such as [:90%] and [90%:], else None."""
+        """Return the fraction of a split in `other` if both add up to it, as [:90%] and [90%:], or None."""
         first, last = (re.fullmatch(r"\w+\[(:?)(\d{1,2})%(:?)\]", rows.part) for rows in (self, other))
         if first is None or last is None or first[2] != last[2] or {first[1], last[1]} != {"", ":"}:
             return None
@@ -99,7 +99,7 @@ class DatasetCall:
 
 
 def call_name(node: ast.expr) -> str:
-    """The last name of `name` or `owner.name`."""
+    """Return the last name of `name` or `owner.name`, "" for any other expression."""
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
@@ -121,7 +121,7 @@ def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[Give
         train = next(filter(None, map(follow.rows, loads)), None)
         if train is not None and "train_dataset" in given:
             node = given["train_dataset"]
-            remark = f"{UNTRACED}; data= is the first of the file"
+            remark = f"{UNTRACED}; data= has the rows of the file's first load_dataset"
             options.append(GivenOption("train_dataset", ast.unparse(node), node.lineno, remark))
     if train is not None:
         options += _train(train)
@@ -150,7 +150,7 @@ def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[Give
     if train is not None:
         for call in calls:
             if id(call) not in followed and call_name(call.func) in ("load_dataset", *UNSEEN):
-                remark = "not followed to the trainer's rows; see to these rows yourself"
+                remark = "not followed to the trainer's rows; write these rows to a file for data= yourself"
                 options.append(_named(call, remark))
     return _numbered(options)
 
@@ -166,7 +166,7 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
     if train.split is not None and not train.is_file:
         yield GivenOption("dataset_train_split", train.split, line)
     if train.files is not None and not train.is_file:
-        yield GivenOption("data_files", str(train.files), line, "all files are read; set data=")
+        yield GivenOption("data_files", str(train.files), line, "data= reads all files; name some")
     if train.first is not None:
         yield GivenOption("max_samples", train.first, line)
     if train.divided is not None and train.half != "train":
@@ -176,7 +176,7 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
 def _divided(
     call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None
 ) -> Iterator[GivenOption]:
-    """The fraction and the seed of train_test_split, whose first part is trained on."""
+    """Yield the fraction and the seed of a train_test_split whose part "train" is trained on."""
     given = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg}
     size = value(call.args[0]) if call.args else given.get("test_size")
     rest = given.get("train_size")
@@ -196,7 +196,7 @@ def _divided(
 
 
 def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | None) -> Iterator[GivenOption]:
-    """The rows of eval_dataset=, if they are not the other part of train_test_split."""
+    """Yield eval_dataset= unless its rows are the part "test" of train_dataset's train_test_split."""
     text, line = ast.unparse(node), node.lineno
     if held is None or not held.known:
         yield GivenOption("eval_dataset", text, line, f"{UNTRACED}; held_out=FILE, or a fraction of the rows")
@@ -213,7 +213,7 @@ def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | N
         yield GivenOption("eval_dataset", item, line)
     elif train.divided is not None and (train.half, held.half) == ("train", "test"):
         if train.divided is not held.divided:
-            remark = "another train_test_split than train_dataset's; held_out= is the split of that"
+            remark = "from another train_test_split than train_dataset; held_out= is from train_dataset's"
             yield GivenOption("eval_dataset", text, line, remark)
     elif (fraction := train.rest(held)) is not None:
         yield GivenOption("eval_dataset", fraction, line)
@@ -223,7 +223,7 @@ def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | N
 
 
 def _change(call: ast.Call, sampled: bool, value: Callable[[ast.expr], Any]) -> GivenOption:
-    """A call that changes rows."""
+    """Return the option of a call that changes rows. sampled: a select or take of first rows follows it."""
     name = call_name(call.func)
     if name == "shuffle":
         return _named(call, "max_samples= are the first rows, not shuffled ones" if sampled else "")
@@ -261,7 +261,7 @@ def _is_none(node: ast.expr) -> bool:
 
 
 class _Followed:
-    """Expressions of a file as rows: a name has the value of its last assignment above."""
+    """Follows expressions back to load_dataset; a name has the value of its last assignment above."""
 
     def __init__(self, tree: ast.Module, value: Callable[[ast.expr], Any]) -> None:
         self.value = value
@@ -373,8 +373,8 @@ PASSED_ON = (  # arguments of trainers that are objects of the file
     "quantization_config",
 )  # fmt: skip
 OTHER_CALLS = {  # functions without an option of a configuration -> what to do instead
-    "train_on_responses_only": "nothing to write for conversations: responses alone have a loss by default; "
-    "rows of one `text` are learned whole",
+    "train_on_responses_only": "nothing to write for conversations: only responses have a loss by default; "
+    "rows with one column `text` have a loss on all tokens",
     "save_pretrained_merged": "after the run: jaxft export --run runs/NAME --out merged",
     "save_pretrained_gguf": "after the run: jaxft export --run runs/NAME --out NAME.gguf --gguf TYPE, such "
     "as Q4_K_M for q4_k_m",
@@ -393,7 +393,7 @@ ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def notebook_code(file: Path, text: str) -> str:
-    """Return the code cells of a notebook, without lines of its shell. Raises ValueError for other JSON."""
+    """Return the code cells of a notebook, without ! and % lines. Raises ValueError for any other file."""
     try:
         cells = json.loads(text)["cells"]
         sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
@@ -404,9 +404,9 @@ def notebook_code(file: Path, text: str) -> str:
 
 
 def read_python(file: Path, text: str) -> ForeignConfig:
-    """Return the options of the calls of CONFIGS in a Python file, or else of a command in its docstring.
+    """Return the options of a Python file: of its calls of CONFIGS, or else of a command in its docstring.
 
-    Raises ValueError with one line for a file that cannot be parsed, or has none of them.
+    Raises ValueError with one line for a file that cannot be parsed or has neither.
     """
     try:
         tree = ast.parse(text)
@@ -441,7 +441,7 @@ def read_python(file: Path, text: str) -> ForeignConfig:
 
 
 def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
-    """Read the first command of a file's texts, as TRL's scripts have them."""
+    """Read the command in a file's docstring (the first string with an --option), as in TRL's scripts."""
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             value = node.value.value
@@ -506,7 +506,7 @@ def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
 
 
 def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
-    """The arguments without a name. first: the name of the first one."""
+    """Yield the positional arguments of a call. first: the parameter that the first one sets."""
     for index, argument in enumerate(node.args):
         if index == 0:
             yield GivenOption(first, _value(argument, names), argument.lineno)
@@ -517,7 +517,7 @@ def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[G
 
 
 def _stoppers(tree: ast.Module) -> set[str]:
-    """Return EarlyStoppingCallback calls, and names that the file sets to one, as source."""
+    """Return the source of EarlyStoppingCallback calls, and the names that the file assigns them to."""
     stopping = {ast.unparse(node) for node in ast.walk(tree)
              if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -526,13 +526,13 @@ def _stoppers(tree: ast.Module) -> set[str]:
 
 
 def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
-    """Whether a trainer's callbacks are EarlyStoppingCallbacks alone, whose arguments are options."""
+    """Whether all callbacks of a trainer are EarlyStoppingCallbacks, whose arguments are options."""
     given = next((k.value for k in node.keywords if k.arg == "callbacks"), None)
     return isinstance(given, ast.List) and all(ast.unparse(each) in stoppers for each in given.elts)
 
 
 def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
-    """The name of the model: the first argument, or `model`, if it is a text."""
+    """Yield the model's name: `model`, `model_name` or else the first argument, if it is a string."""
     named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
     argument = next(iter([*named, *node.args]), None)
     value = None if argument is None else _value(argument, names)
@@ -602,5 +602,5 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _owner(node: ast.expr) -> str:
-    """The name before the dot, such as AutoModelForCausalLM in AutoModelForCausalLM.from_pretrained."""
+    """Return the name before the dot, such as FastModel in FastModel.from_pretrained, "" without one."""
     return call_name(node.value) if isinstance(node, ast.Attribute) else ""

@@ -1,5 +1,5 @@
-"""Options that belong together: datasets, columns and templates; rows of a step, length of a run, schedule
-and rollouts.
+"""Convert options that belong together: datasets, columns and templates; rows of a step, length of a run,
+schedule and rollouts.
 """
 
 import json
@@ -51,7 +51,7 @@ def rows(draft: Draft) -> None:
 
 
 def templates(draft: Draft) -> None:
-    """Set chat_template= where the file asks for one, and report the differences of prompts."""
+    """Set chat_template= if the file names a template, and report how prompts will differ."""
     option = draft.take("chat_template", "template")
     jinja = draft.take("chat_template_jinja")
     if jinja is not None:
@@ -150,7 +150,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
         pair = (mapping.get("role", "role"), mapping.get("content", "content"))
         if pair not in (("role", "content"), ("from", "value")):
             remarks.append(f"messages need role and content (or from and value), not {pair[0]} and {pair[1]}")
-    for name, effect in (("shards", "all of them are read"), ("drop_system_message", "they stay"),
+    for name, effect in (("shards", "all of them are read"), ("drop_system_message", "not dropped"),
                          ("train_on_eos", "the token that ends a turn is trained on"),
                          ("message_field_training", "messages have the key train")):  # fmt: skip
         if options.get(name) not in (None, False, "turn"):
@@ -159,7 +159,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
 
 
 def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> list[str]:
-    """Return the overrides of datasets: columns of several datasets are written behind each."""
+    """Return the overrides that name datasets and their columns, as in data=a.jsonl:text=story,b.jsonl."""
     if len(refs) == 1 and columns[0] and setting == "data":
         return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
     parts = [":".join([ref, *dict.fromkeys(own)]) for ref, own in zip(refs, columns, strict=True)]
@@ -167,7 +167,7 @@ def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> li
 
 
 def _reference(item: Mapping) -> str:
-    """Return a dataset of Axolotl or TRL as data= has it: a file, or org/name/config:split."""
+    """Return a dataset of Axolotl or TRL as data= takes it: a file, or org/name/config:split."""
     path = str(item.get("path") or item.get("dataset_name") or "")
     files = item.get("data_files")
     if files:
@@ -185,7 +185,7 @@ def _trl(draft: Draft) -> None:
     mixture = draft.take("datasets")
     if mixture is not None and isinstance(mixture.value, list):
         items = [item if isinstance(item, Mapping) else {"path": item} for item in mixture.value]
-        remarks = [f"columns {as_text(item['columns'])} alone are not selected"
+        remarks = [f"all columns are read, not only {as_text(item['columns'])}"
                    for item in items if item.get("columns")]  # fmt: skip
         draft.express(mixture, [f"data={','.join(map(_reference, items))}"], "; ".join(remarks))
     option = draft.take("dataset_name")
@@ -232,7 +232,7 @@ def _trl(draft: Draft) -> None:
 
 
 def _rows_of_code(draft: Draft) -> None:
-    """Options that Python code gives of its rows; see python_rows.py."""
+    """Convert the options that python_files.row_options returns."""
     held = draft.take("eval_dataset")
     if held is not None and isinstance(held.value, Mapping):
         count = held.value.get("max_samples")
@@ -316,7 +316,7 @@ def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
 
 
 def _factory_columns(entry: Mapping, stage: str) -> list[str]:
-    """Return our columns=theirs of an entry of dataset_info.json. In stage pt the prompt is the text."""
+    """Return `ours=theirs` for each renamed column of a dataset. In stage pt their prompt is our text."""
     columns = entry.get("columns")
     renamed = []
     for theirs, name in columns.items() if isinstance(columns, Mapping) else ():
@@ -372,7 +372,7 @@ def schedule(draft: Draft) -> None:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """Return a dict, also one that a command line has as JSON; {} for anything else."""
+    """Return a dict, parsed if it is JSON of a command line; {} for any other value."""
     try:
         arguments = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -449,7 +449,7 @@ def importance_weights(draft: Draft) -> None:
 
 
 def rollouts(draft: Draft) -> None:
-    """Set the prompts of a rollout, completions of each, and the optimizer steps on them."""
+    """Set prompts per rollout, completions per prompt, optimizer steps per rollout, and the policy loss."""
     if draft.recipe != "grpo":
         return
     for name in [name for name in draft.options if name.startswith("trl.")]:
@@ -495,7 +495,7 @@ def rollouts(draft: Draft) -> None:
     draft.lose(
         rewards,
         "write rewards=my_rewards.py:name, a function (prompt, completion, row) -> float of one completion; "
-        "theirs take lists",
+        "TRL's functions take lists",
     )
     weights = draft.take("reward_weights")
     if weights is not None:

@@ -1,4 +1,4 @@
-"""A configuration of another tool as a recipe with settings."""
+"""Convert a configuration of another tool to a recipe with settings."""
 
 import re
 from collections.abc import Callable
@@ -90,9 +90,9 @@ class Conversion:
 
 
 def read(file: Path) -> ForeignConfig:
-    """Return the options of a configuration, whichever tool's and kind it is. Nothing in it is executed.
+    """Read a configuration of any supported tool and kind of file. Nothing in it is executed.
 
-    Raises ValueError or OSError with one line for a file that is none.
+    Raises ValueError or OSError with one line for any other file.
     """
     text = read_config_text(file)
     if file.suffix in (".yml", ".yaml"):
@@ -104,7 +104,8 @@ def read(file: Path) -> ForeignConfig:
     if file.suffix in (".sh", ".bash", ".slurm", ".sbatch", ".txt", ".md", ""):
         return read_commands(file, text)
     raise ValueError(
-        f"{file}: convert reads YAML (.yml, .yaml), Python (.py), notebooks (.ipynb) and shell scripts (.sh)"
+        f"{file}: convert reads YAML (.yml, .yaml), Python (.py), notebooks (.ipynb) and shell scripts "
+        "(.sh); name one of these"
     )
 
 
@@ -166,7 +167,7 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
 
 
 def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
-    """Return the method that a configuration trains by, in its tool's word."""
+    """Return the training method of a configuration in its tool's word, such as dpo or rm."""
 
     def value(name: str) -> str:
         return as_text(options[name].value).lower() if name in options else ""
@@ -221,7 +222,7 @@ def _choose_training(draft: Draft) -> None:
         if kind in ("lora", "full"):
             draft.express(chosen, [])
         else:
-            draft.lose(chosen, "lora and full; sft_full with train=base/layers/.* freezes the embeddings")
+            draft.lose(chosen, "not lora or full; sft_full with train=base/layers/.* freezes the embeddings")
     elif source.tool == UNSLOTH:
         full = draft.take("full_finetuning")
         lora = full is None or full.value is not True
@@ -240,7 +241,7 @@ def _choose_training(draft: Draft) -> None:
 
 
 def _adapter(draft: Draft) -> None:
-    """The adapter's rank, scale and modules."""
+    """Convert the adapter's rank, scale and modules."""
     if draft.full:
         for name in ADAPTER_ONLY:
             option = draft.take(name)
@@ -291,7 +292,7 @@ def _adapter(draft: Draft) -> None:
 
 
 def _quantisation(draft: Draft) -> None:
-    """How the frozen base is stored."""
+    """Convert the quantisation of the frozen base."""
     kind = draft.take("quantization_type", "bnb_4bit_quant_type")
     bits = as_text(draft.peek("quantization_bit"))
     four = draft.peek("load_in_4bit") is True or bits == "4" or draft.settings.get("quant") == "nf4"
@@ -315,7 +316,7 @@ def _quantisation(draft: Draft) -> None:
 
 
 def _mixed(draft: Draft, name: str, kinds: list) -> str:
-    """Return the losses of a mix by their names here, each with its weight."""
+    """Return a mix of losses as source: "(name in jaxft, weight), ...". name: the option with `kinds`."""
     given = draft.peek("loss_weights", "dpo_loss_weights")
     weights = given if isinstance(given, list) and len(given) == len(kinds) else [1.0] * len(kinds)
     (row,) = table_rows(draft.source.tool, name, draft.recipe)
@@ -330,7 +331,7 @@ def _mixed(draft: Draft, name: str, kinds: list) -> str:
 
 
 def _preferences(draft: Draft) -> None:
-    """Losses of pairs, and their references."""
+    """Convert losses of pairs, and options of the reference model."""
     if draft.recipe not in ("dpo", "kto", "orpo", "simpo"):
         return
     for name in ("loss_type", "dpo_loss_type"):
@@ -368,7 +369,7 @@ def _preferences(draft: Draft) -> None:
 
 
 def _machine(draft: Draft) -> None:
-    """Sharding over devices, plugins, and options of the machine."""
+    """Convert sharding over devices, plugins, and options of the machine."""
     draft.drop("dataset_num_proc", "preprocessing_num_workers", "dataset_processes")
     plugins = draft.take("plugins")
     if plugins is not None and re.fullmatch("((.*[Ll]iger.*|.*[Cc]ut_?[Cc]ross_?[Ee]ntropy.*),?)+",
@@ -402,7 +403,7 @@ def _machine(draft: Draft) -> None:
 
 
 def _evaluation(draft: Draft) -> None:
-    """Held-out rows, and when they are evaluated and checkpoints are written."""
+    """Convert the intervals of evaluation, checkpoints and logs, early stopping and the best metric."""
     strategy = draft.take("eval_strategy", "evaluation_strategy")
     off = strategy is not None and as_text(strategy.value) == "no"
     if draft.source.tool in (TRL, UNSLOTH, FACTORY) and (strategy is None or off):
@@ -450,7 +451,7 @@ def _evaluation(draft: Draft) -> None:
 
 
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
-    """Set an interval to a fraction of the run, for so many times an epoch."""
+    """Set an interval, as a fraction of the run, for an event that happens `times` per epoch."""
     given = draft.number("num_train_epochs") or draft.number("num_epochs")
     epochs = given or EPOCHS[draft.source.tool]
     if not times or times * epochs <= 1 or "loop.steps" in draft.settings:
@@ -461,7 +462,7 @@ def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | N
 
 
 def _names(draft: Draft) -> None:
-    """The run's name and its trackers."""
+    """Convert the run's name, its trackers and the upload to the hub."""
     folder = draft.take("output_dir")
     if folder is not None:
         name = run_name(as_text(folder.value))
@@ -495,7 +496,7 @@ def _names(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> dict[str, str]:
-    """The defaults of a tool that differ from the recipe's, for settings that the file leaves out."""
+    """Return setting -> the tool's default, if it differs from the recipe's. The file's settings win."""
     tool, recipe = draft.source.tool, draft.recipe
     packs = recipe in ("sft", "sft_full")
     defaults = {"optim.warmup": "0", "held_out": "none", "epochs": str(EPOCHS[tool])}
@@ -529,7 +530,7 @@ def _defaults(draft: Draft) -> dict[str, str]:
 
 
 def _keep_known(draft: Draft) -> None:
-    """Report settings that the recipe does not have, such as the packing of pairs."""
+    """Remove and report settings that the recipe does not have, such as the packing of pairs."""
     if "trackers" not in draft.settings:
         for name in ("tracking.project", "tracking.artifact"):
             if draft.settings.pop(name, None) is not None:
@@ -545,7 +546,7 @@ def _keep_known(draft: Draft) -> None:
 
 
 def _ordered(settings: dict[str, str]) -> list[tuple[str, str]]:
-    """Model and rows first, then knobs, then dotted fields."""
+    """Return (name, value) in the order of a command line: model and rows, then knobs, then dotted fields."""
     first = ("model", "data", "held_out", "start", "name")
     ordered = [(name, settings[name]) for name in first if name in settings]
     rest = [(name, text) for name, text in settings.items() if name not in first]

@@ -24,23 +24,22 @@ DEEPEST = 20
 FACTORY_KEYS = {"stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset"}
 TRL_KEYS = {"dataset_name", "datasets", "dataset_train_split"}
 UNREAD_FILES = {  # keys of files that are not read -> whose they are
-    "compute_environment": "accelerate's; convert the file or the command that it is started with",
-    "distributed_type": "accelerate's; convert the file or the command that it is started with",
-    "train_micro_batch_size_per_gpu": "DeepSpeed's; convert the file or the command that it is started with",
+    "compute_environment": "accelerate's; convert the training script or the command that uses it",
+    "distributed_type": "accelerate's; convert the training script or the command that uses it",
+    "train_micro_batch_size_per_gpu": "DeepSpeed's; convert the training script or the command that uses it",
 }
 
 
 def read_yaml(file: Path, text: str) -> ForeignConfig:
-    """Return the options of a YAML file. Nothing in it is executed. Raises ValueError with one line for a
-    file that is no YAML, or of no known tool.
+    """Return the options of a YAML file. Nothing in it is executed.
 
-    Raises ValueError with one line for a file that is no YAML, or of no tool that is known.
+    Raises ValueError with one line for a file that is not YAML, or of an unknown tool.
     """
     options = yaml_options(file, text)
     keys = {option.name.partition(".")[0] for option in options}
     if "_component_:" in text:
         raise ValueError(
-            f"{file}: torchtune's configurations are not read; `jaxft settings` lists what to write"
+            f"{file}: torchtune's configurations are not read; `jaxft settings` lists the settings to write"
         )
     for key, what in UNREAD_FILES.items():
         if key in keys:
@@ -52,9 +51,8 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
     if "model_name_or_path" in keys or keys & TRL_KEYS:
         return ForeignConfig(file, TRL, options)
     raise ValueError(
-        f"{file}: neither Axolotl's (base_model), LLaMA-Factory's (model_name_or_path and stage) nor TRL's "
-        "(model_name_or_path and dataset_name) configuration; "
-        "name a file of one of them"
+        f"{file}: not a configuration of Axolotl (base_model), LLaMA-Factory (model_name_or_path and stage) "
+        "or TRL (model_name_or_path and dataset_name); name a file of one of them"
     )
 
 
@@ -63,7 +61,7 @@ def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
     content, lines = _load(file, text)
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"{file}: a list of options `name: value` was expected, not a {type(content).__name__}"
+            f"{file}: expected options as `name: value`, got a {type(content).__name__}; correct the file"
         )
     options: list[GivenOption] = []
     for key, value in content.items():
@@ -96,7 +94,7 @@ def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
 
 
 def _number(node: yaml.Node, name: str, lines: dict[str, int], count: list[int]) -> None:
-    """Fill in `lines`, and raise ValueError for more nodes than a configuration has. count: so far."""
+    """Fill in `lines`, and raise ValueError for more than MOST_NODES nodes. count: [nodes so far]."""
     count[0] += 1
     if count[0] > MOST_NODES or name.count(".") > DEEPEST:
         raise ValueError("more values, aliases or levels than a configuration has")
@@ -121,7 +119,7 @@ COMMANDS_OF = {"trl": TRAINERS, "llamafactory-cli": ("train",), "lmf": ("train",
 
 
 class Started(NamedTuple):
-    """A command of a script. line: of its first word. variables: of the shell, as far as they are known."""
+    """A command of a script. line: of its first word. variables: of the shell, as set by lines above."""
 
     words: list[str]
     line: int
@@ -249,7 +247,7 @@ def _source(file: Path, command: Started, at: int) -> ForeignConfig:
 
 
 def trainer_of(name: str) -> str:
-    """Return the trainer that a script's name has, such as dpo for run_dpo.py; sft for others."""
+    """Return the trainer that a script's name contains, such as dpo for run_dpo.py; sft without one."""
     stem = Path(name).stem.lower()
     if "reward" in stem:
         return "reward"
@@ -257,7 +255,7 @@ def trainer_of(name: str) -> str:
 
 
 def _tool_of(given: Sequence[GivenOption], tool: str) -> str:
-    """LLaMA-Factory's scripts are started by other names too; its options tell."""
+    """Return FACTORY if the options show it, since LLaMA-Factory's scripts have any name; else `tool`."""
     return FACTORY if {"stage", "finetuning_type"} & {option.name for option in given} else tool
 
 
@@ -270,7 +268,7 @@ def _config(file: Path, name: str, tool: str) -> ForeignConfig:
             if tool == AXOLOTL:
                 return ForeignConfig(path, tool, yaml_options(path, text))
             return read_yaml(path, text)
-    raise ValueError(f"{file}: its command reads {name}, which is not here; convert that file")
+    raise ValueError(f"{file}: its command reads {name}, which is not here or near it; convert that file")
 
 
 def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:

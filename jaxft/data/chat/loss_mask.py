@@ -2,12 +2,12 @@
 
 Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding
 special tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that
-the tokenizer adds, and EOS. A plain prompt has the tokens from which generation starts, also where one token
-could span its end. The loss mask is computed on the rendered text, as ranges of characters, and mapped to
-tokens by their offsets: a token is a target if it contains any character of a response. An assistant turn is
-what the template's {% generation %} markers enclose or, without markers, everything after the prompt that
-generation would start from. It includes the end-of-turn token, from which the model learns to stop, and must
-show all of the turn (see turns.py). Every token of a text row is a target.
+the tokenizer adds, and EOS. A plain prompt is tokenised alone, as for generation, even where one token could
+span its end. The loss mask is computed on the rendered text, as ranges of characters, and mapped to tokens by
+their offsets: a token is a target if it contains any character of a response. An assistant turn is what the
+template's {% generation %} markers enclose or, without markers, everything after the prompt that generation
+would start from. It includes the end-of-turn token, from which the model learns to stop, and must show all of
+the turn (see turns.py). Every token of a text row is a target.
 
 Without a chat template, instruction rows use FALLBACK; conversations need a template.
 """
@@ -68,8 +68,8 @@ class Rendered:
     """A rendered example.
 
     learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
-    whether that EOS is a target. weights: of ranges whose targets have another weight than 1. prompt: length
-    of a prompt that keeps the tokens it has alone, 0 for none.
+    whether that EOS is a target. weights: character ranges whose targets have a loss weight other than 1.
+    prompt: characters of a plain prompt, which is tokenised alone; 0 for none.
     """
 
     name: str
@@ -124,7 +124,7 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
 
 @contextmanager
 def _named(example: Chat) -> Iterator[None]:
-    """Name the row at which the template turned out to be of no use."""
+    """Add the row's name to an UnusableTemplate that the body raises."""
     try:
         yield
     except UnusableTemplate as error:
@@ -156,7 +156,7 @@ def tokenise_weighted(
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[WeightedTokens | InvalidRow]:
-    """Yield the tokens, the loss mask and the weights of each example in order, as `tokenise_examples`."""
+    """Do what `tokenise_examples` does, and also yield the loss weight of each token."""
     if not tokenizer.is_fast:
         raise ValueError(
             "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
@@ -194,7 +194,7 @@ def tokenise_weighted(
 def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield (chunk, function's results). InvalidRows pass through."""
+    """Yield (chunk of examples, the function's result or an InvalidRow for each of them)."""
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
@@ -206,7 +206,7 @@ def tools_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning if the tools of the first example that has some don't change the rendered prompt."""
+    """Return a warning if the prompt of the first example with tools is rendered the same without them."""
     chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
     template = template_of(tokenizer, settings) if chat else None
     if template is None or chat is None:
@@ -241,7 +241,7 @@ def content_warnings(
             role = prompt[index]["role"]
             if role in warnings or _shows(own, chat, prompt, index):
                 continue
-            remedy = "use a tokenizer whose template does"
+            remedy = "use a tokenizer whose template shows it"
             if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
                 remedy = "set data.system=merge"
             warnings[role] = (
@@ -252,8 +252,8 @@ def content_warnings(
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
-    """Return up to 100 messages, not the assistant's, that the template may drop: their markers are missing
-    when every content is a marker.
+    """Return the indices of up to 100 messages, not the assistant's, that the template may drop: if every
+    content is replaced by a marker, the rendering lacks theirs.
     """
     asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
     words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
@@ -266,7 +266,7 @@ def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -
 
 
 def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
-    """Whether a prompt shows a word in the place of a message's content, or is rejected with it."""
+    """Whether the rendered prompt shows a word in place of a message's content; True if it is rejected."""
     word = "Qx7wZk9y"
     message = {**prompt[index], "content": word}
     try:
@@ -305,7 +305,9 @@ def prompt_warnings(
 
 
 def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
-    """Return the part of a response's prompt that is absent in training; "" for a rejected row."""
+    """Return the end of the generation prompt that does not precede the response in training, or "" if all of
+    it does or the template rejects the row.
+    """
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
         text = render_messages(template, chat.messages, chat.tools)
@@ -324,7 +326,7 @@ def example_prompt_ids(
 
     most: the number of tokens above which a long prompt is refused before all of it is tokenised.
 
-    All prompts come from here: of preferences, rollouts and generation. In SFT they precede the response.
+    Preference rows, rollouts and generation get their prompts here. In SFT the same ids precede the response.
     """
     template = template_of(tokenizer, settings)
 
@@ -398,11 +400,12 @@ def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[in
 def _from_prompt(
     r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
 ) -> tuple[list[int], list[Span]]:
-    """Return the tokens of a text that begins with a prompt. They begin with the prompt's own tokens.
+    """Return the ids and offsets of a text that begins with a prompt, so that its ids begin with the
+    prompt's.
 
-    ids, offsets: of the text as a whole. They are returned as they are unless a token spans the end of the
-    prompt. What follows the prompt is then tokenised after one of ANCHORS, because a tokenizer may put a
-    space in front of a text's first word.
+    ids, offsets: of the text tokenised as a whole; returned unchanged unless a token spans the prompt's end.
+    Then the rest of the text is tokenised after one of ANCHORS, because a tokenizer may put a space in front
+    of a text's first word.
     """
     if ids[: len(prompt)] == prompt:
         return ids, offsets
@@ -427,11 +430,10 @@ def fallback_prompt(messages: Sequence[Message]) -> str:
 
 
 def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
-    """Tokenise a long text, all of which is learned, in pieces, whose tokens take less memory than all at
-    once. Raises InvalidRow.
+    """Tokenise a long text, all of which is learned, in pieces, to save memory. Raises InvalidRow.
 
-    The pieces overlap and are joined where both have a token that begins at the same character, so the tokens
-    are those of the whole text for a tokenizer whose tokens depend on fewer characters than OVERLAP / 2.
+    Pieces overlap and are joined where both have a token that begins at the same character. The ids equal the
+    ids of the whole text if each token depends on fewer than OVERLAP / 2 characters.
     """
     begins = r.begin and not _has_bos(r.text, tokenizer)
     with_special, (plain,) = next(_ids_of(["a"], tokenizer, begins)), _ids_of(["a"], tokenizer, False)
@@ -468,7 +470,7 @@ def _encoded(text: str, tokenizer: Any) -> tuple[Any, np.ndarray]:
 
 
 def _token_at(encoding: Any, place: int) -> int | None:
-    """Return the index of the token that begins at a character, None if none does."""
+    """Return the index of the token that begins at character `place`, or None."""
     index = encoding.char_to_token(place)
     return index if index is not None and encoding.token_to_chars(index)[0] == place else None
 
@@ -490,7 +492,7 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
 def _span_of_each(
     spans: Sequence[Span], first: Int[np.ndarray, " tokens"], last: Int[np.ndarray, " tokens"]
 ) -> Int[np.ndarray, " tokens"]:
-    """Return the index of the last span that contains a character of each token, -1 for none.
+    """For each token, return the index of the last span that contains one of its characters, or -1.
 
     spans: disjoint, in order. first, last: where each token begins and ends.
     """
@@ -547,7 +549,7 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         hidden = render_turns(template, chat, unlearned)[1] if unlearned else []
     except HiddenPart as error:
         has_calls = "tool call" in str(error)
-        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template does"
+        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template shows it"
         remedy += ", fix or remove the row"
         if targets and min(targets) < chat.response:
             remedy += ", or set data.loss_on=completion if that turn is not part of the last response"

@@ -1,11 +1,12 @@
-"""The token ids between two assistant turns: the end of the first, what answers it, and the next prompt.
+"""The token ids between two assistant turns: the end of the first, the messages that answer it, and the next
+generation prompt.
 
-The ids of a conversation that a model continues are those that it was given and those that it sampled. What
-the template adds after a turn is a suffix of text: the rendering with the turn and its answers, minus the
-rendering up to the end of the turn. Only this suffix is tokenised.
+A conversation that a model continues keeps its given and its sampled ids; none of them is tokenised again.
+What the template adds after a turn is a suffix of text: the rendering with the turn and its answers, minus
+the rendering up to the end of the turn. Only this suffix is tokenised.
 
 A template that rewrites what comes before, such as one that drops earlier reasoning, has no such suffix: the
-next prompt is then rendered as a whole, and the ids before it are of another row.
+next prompt is then rendered as a whole and begins a new row.
 """
 
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ class TurnWording(NamedTuple):
 class NextPrompt(NamedTuple):
     """The prompt of the next turn.
 
-    ids: those that follow the ids so far; with `restarts`, the whole prompt, with which a new row begins.
-    messages: the conversation up to there.
+    ids: the ids to append to the conversation; with `restarts`, the whole prompt, which begins a new row.
+    messages: the conversation up to this prompt.
     """
 
     ids: list[int]
@@ -42,7 +43,7 @@ class NextPrompt(NamedTuple):
 
 
 class _Suffix(NamedTuple):
-    """The text that follows a turn: the text of its end token, "" for none, and the text behind it."""
+    """The text after a turn: its end token (end; "" for none) and everything behind it (rest)."""
 
     end: str
     rest: str
@@ -53,9 +54,9 @@ def next_prompt(
 ) -> NextPrompt:
     """Return the prompt after a turn that answers the messages of `chat`.
 
-    ways: in which the turn may be written; the first that the template only appends is used, or else the
-    first that it renders. stopped: whether the turn's stop token was sampled; otherwise the template's end
-    token is among the ids. Raises InvalidRow if the template rejects all ways.
+    ways: alternative wordings of the turn; the first that the template appends without a change of earlier
+    text is used, else the first that it renders. stopped: whether the turn's stop token was sampled; if not,
+    the returned ids begin with the template's end token. Raises InvalidRow if the template rejects all ways.
 
     Example: with ChatML, a sampled turn "4<|im_end|>" and the answer {"role": "user", "content": "Why?"}, the
     ids encode "\\n<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n".
@@ -77,8 +78,8 @@ def next_prompt(
 
 
 def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -> tuple[int, _Suffix | None]:
-    """Return the number of the first way that the template only appends, with its suffix; without such a
-    way, the number of the first that it shows in full.
+    """Return (index, suffix) of the first way that the template appends without a change of earlier text;
+    without one, (index, None) of the first way that it shows in full, else (0, None).
     """
     prompt, shown = render_messages(template, chat.messages, chat.tools, generation=True), list[int]()
     for number, way in enumerate(ways):

@@ -37,29 +37,29 @@ REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for mes
 
 
 class UnusableTemplate(ValueError):
-    """A chat template fails for every row, or takes too long; it ends a run with data.invalid=drop too."""
+    """A chat template fails for every row, or takes too long. It ends a run even with data.invalid=drop."""
 
 
 class TemplateFault(jinja2.TemplateError):
-    """A chat template fails otherwise than by raise_exception, such as by a division by zero."""
+    """A chat template fails by another error than raise_exception's, such as a division by zero."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template with a pinned date. It does not have the tokenizer, so copying it is cheap.
+    """A tokenizer's chat template with a pinned date. It contains no tokenizer, so copying it is cheap.
 
     name: for error messages. variables: texts of special tokens by the names that templates use, such as
-    bos_token. tokens: all special and added tokens. marked: it has {% generation %} markers. opening: the
-    generation prompt. header: without a generation prompt, what comes before a response. earlier_header: what
-    comes before a response that others follow; None if the template renders the prompt of such a response in
-    another way. ends: the texts that end an assistant turn, such as "<|im_end|>"; () if no special token
-    does. last_ends: the ends of a conversation's last turn. arguments: further arguments that
-    it is rendered with. merges: whether a system message is put in front of the first user turn. failure: why
-    it renders not even a question with a response, "" if it does. last_tokens: ids of the tokens that end the
-    last turn. tool_use: the template of conversations with tools, None if it is this one. needs_content: it
-    rejects a content that is null, as turns of tool calls have, or renders it as the word None, and gets an
-    empty text in its place. needs_parts: it reads a content as a list of parts, as the templates of
-    vision models do, and gets a text as a list of one.
+    bos_token. tokens: all special and added tokens. marked: whether it has {% generation %} markers. opening:
+    the generation prompt. header: without a generation prompt, what comes before a response. earlier_header:
+    what comes before a response that other turns follow; None if the template renders the prompt of such a
+    response in another way. ends: the texts that end an assistant turn, such as "<|im_end|>"; () if no
+    special token does. last_ends: the ends of a conversation's last turn. arguments: further arguments that
+    it is rendered with. merges: whether a system message is put in front of the first user turn. failure: the
+    error for even a simple question and response, "" if it renders them. last_tokens: ids of the tokens that
+    end the last turn. tool_use: the template of conversations with tools, None if it is this one.
+    needs_content: null contents, as in turns of tool calls, become "", because it rejects null or renders it
+    as the word None. needs_parts: contents are passed as lists of one text part, as the templates of vision
+    models expect.
     """
 
     name: str
@@ -100,8 +100,8 @@ class Template:
         return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
     def of_chat(self, chat: Chat) -> "Template":
-        """Return the template for a conversation with its own arguments, which override the run's: the one
-        for tools if the conversation has some, as transformers' apply_chat_template chooses.
+        """Return the template for a conversation, with the conversation's arguments in place of the run's:
+        the template for tools if it has tools, as transformers' apply_chat_template chooses.
         """
         own = self.tool_use if chat.tools and self.tool_use else self
         return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own
@@ -113,14 +113,14 @@ def name_of_template(tokenizer: Any) -> str:
 
 
 def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS) -> Template | None:
-    """Return the tokenizer's template, None if it has none. The date of the settings replaces today's.
+    """Return the tokenizer's template, None if it has none. It prints the date in the settings as today's.
 
-    Raises ValueError for an argument that the template does not read.
+    Raises ValueError for an argument that the template does not read, and a date in another format than DATE.
     """
     unread = _unread_arguments(tokenizer, settings)
     if unread:
         words = sorted(set(re.findall(r"[A-Za-z_]\w+", " ".join(_sources(tokenizer)))))
-        near = f"near: {', '.join(similar_names(unread[0], words))}" if words else "the tokenizer has none"
+        near = f"near: {', '.join(similar_names(unread[0], words))}" if words else "there is no template"
         raise ValueError(
             f"data.chat_template_kwargs: {name_of_template(tokenizer)} does not read {unread[0]!r} ({near}); "
             "correct or remove it"
@@ -149,7 +149,7 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
 
 
 def _sources(tokenizer: Any) -> list[str]:
-    """Return the tokenizer's chat template, and the one for tools where that is another; [] without any."""
+    """Return the sources of the tokenizer's chat template and, if it differs, of the one for tools."""
     if not tokenizer.chat_template:
         return []
     sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
@@ -163,8 +163,8 @@ def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool = False) -> Template:
-    """Return the template with what its renderings of short conversations show, which have a tool if asked
-    to.
+    """Return the template with the fields that are read from its renderings of short conversations. tools:
+    whether these have a tool.
     """
     added = (str(token) for token in tokenizer.added_tokens_decoder.values())
     bare = Template(
@@ -201,7 +201,9 @@ def failure_text(error: Exception) -> str:
 
 
 def _probed_after(bare: Template, system: list[Message], tools: list | None) -> Template:
-    """Read from renderings of conversations that begin with `system` how turns begin and end."""
+    """Return the template with the texts that begin and end turns, read from its renderings of conversations
+    that begin with `system`.
+    """
 
     def rendered(messages: Sequence[Message], generation: bool = False) -> str:
         return render_messages(bare, messages, tools, generation)
@@ -256,7 +258,7 @@ def _ends_of_text(
 def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> list[str]:
     """Return the special token that ends an assistant turn of tool calls, [] if the template renders none.
 
-    asked: a question.
+    asked: the messages of a question.
     """
     for count, content in ((2, None), (2, ""), (1, None), (1, "")):
         calls = [_probe_call(number) for number in range(count)]
@@ -282,8 +284,8 @@ def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> 
 
 
 def _needs_content(bare: Template, system: list[Message], tools: list | None) -> bool:
-    """Whether a turn of tool calls is rendered only with an empty text as its content, or better: null is
-    rejected, or becomes the word None.
+    """Whether a turn of tool calls needs "" as its content, because null is rejected or rendered as the word
+    None.
     """
     texts, asked = list[str | None](), [*system, {"role": "user", "content": PROBES[0]}]
     for content in (None, ""):
@@ -397,8 +399,8 @@ class _TooSlow(Exception):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TooSlow in the body after `seconds`. It holds in the main thread alone, to which signals go, and
-    for loops of a template, not for a single operation such as 9**9**9.
+    """Raise _TooSlow in the body after `seconds`. It works only in the main thread, which receives signals,
+    and does not interrupt a single operation of a template, such as 9**9**9.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -439,7 +441,8 @@ NINE = re.compile(r"[A-Za-z0-9]{9}")  # the format of tool call ids that Mistral
 def rejection(
     template: Template, messages: Sequence[Message], tools: list | None, error: Exception, what: str
 ) -> str:
-    """Return the error message for messages that a template rejects. what: a name for them, such as "row".
+    """Return the error message for messages that a template rejects. what: how the message calls them, such
+    as "row".
 
     Raises UnusableTemplate if the template has the same error for a simple question and response.
     """

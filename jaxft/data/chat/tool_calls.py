@@ -25,7 +25,7 @@ PYTHON_TAG = "<|python_tag|>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool. index: among the calls of its choice. arguments: the JSON text of an object."""
+    """A tool call. index: its place among a completion's calls. arguments: the JSON text of an object."""
 
     index: int
     id: str
@@ -81,7 +81,7 @@ def call_format(name: ToolFormat) -> CallFormat | None:
 
 
 class CallStream:
-    """Takes tool calls out of a text that arrives in pieces. count: the number of calls so far.
+    """Extract tool calls from a text that arrives in pieces. count: the number of calls so far.
 
     Whitespace before calls, between them and after the last is dropped, as chat templates add their own.
     """
@@ -126,8 +126,8 @@ class CallStream:
         return text
 
     def _opening(self) -> tuple[int, int | None]:
-        """Return where the next call and whitespace before it begin in the waiting text, and where the mark
-        that opens the call ends, None without a call.
+        """Return where the next call begins in the waiting text, with the whitespace before it, and where its
+        opening mark ends; (0, None) without a call.
         """
         text, opens = self._waiting, self.format.opens
         if self.format.bare and not self._has_text and text.lstrip().startswith("{"):
@@ -136,7 +136,7 @@ class CallStream:
         return (0, None) if at < 0 else (len(text[:at].rstrip()), at + len(opens))
 
     def _text_end(self, is_last: bool) -> int:
-        """Return how much of the waiting text, without a call, cannot become a part of one."""
+        """Return how many characters of the waiting text, which has no call, cannot become part of one."""
         text, opens = self._waiting, self.format.opens
         if is_last:
             return len(text)
@@ -209,14 +209,16 @@ def _named(item: Any) -> tuple[str, Any]:
 
 
 def _hermes(text: str) -> list[tuple[str, Any]]:
-    """Return the calls of a text, in which the arguments of a tool without any may be left out."""
+    """Return (name, arguments) of each call in a text. A call without arguments has {}."""
     parsed = json.loads(text)
     calls = map(_named, parsed if isinstance(parsed, list) else [parsed])
     return [(name, {} if arguments is None else arguments) for name, arguments in calls]
 
 
 def _llama3(text: str) -> list[tuple[str, Any]]:
-    """Return the calls of a text. They need arguments, as a JSON answer may have a name."""
+    """Return (name, arguments) of each call in a text. Without arguments it is no call, as any JSON may have
+    a name.
+    """
     calls, rest = list[tuple[str, Any]](), text
     while rest:
         item, end = json.JSONDecoder().raw_decode(rest)

@@ -75,8 +75,8 @@ def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[
 
 
 def _last_end(parts: Sequence[Part], text: str) -> Part | int:
-    """Return where the last part ends, or the first missing part. Each is searched after the previous one
-    first.
+    """Return where the last part ends, or the first missing part. Each is searched for after the previous
+    part, then from the beginning.
     """
     at = last = 0
     for part in parts:
@@ -306,7 +306,7 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
     """Return where turn `index` starts: after the previous messages and the generation prompt.
 
     With enable_thinking=false, Qwen 3's generation prompt ends with an empty thinking block. Earlier turns
-    lack it, so they start after their header. None if the template renders the previous messages otherwise
+    lack it, so they start after their header. None if the template renders the previous messages differently
     when a response follows.
     """
     if index == 0:
@@ -341,7 +341,7 @@ def _turn_of_text(template: Template, chat: Chat, text: str, index: int, start: 
 def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
     """Return a position after the turn and before the content of the next message.
 
-    None if the template renders the turn otherwise when fewer messages follow.
+    None if the template renders the turn differently when fewer messages follow.
     """
     through = chat.messages[: index + 1]
     if len(through) == len(chat.messages):
@@ -412,7 +412,8 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
 def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidden:
     """Return a function: turn's index → name of a part that the template drops, or None.
 
-    One rendering in which all turns have such words is enough if it shows them all.
+    All turns are first rendered together with words in place of their texts; a turn is rendered alone only if
+    its words are missing there.
     """
 
     @functools.cache

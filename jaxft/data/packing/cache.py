@@ -1,8 +1,8 @@
 """Tokenised rows on disk: files of columns, named by a hash of everything that the columns depend on.
 
-A file has the arrays of the columns of each chunk of the dataset, one after the other, then JSON with their
-places and facts about the dataset, the length of the JSON, and a checksum of all of these. It is written
-under a temporary name and renamed when it is complete. Its columns are memory-mapped: see Flat.
+A file has an array of each column, chunk after chunk of the dataset; then JSON with the offsets of the arrays
+and facts about the dataset; then the length of the JSON and a checksum of all this. It is written under a
+temporary name and renamed when it is complete. Its columns are memory-mapped: see Flat.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class Made(Sequence[Item]):
 class RowNames(Made[str]):
     """The names of rows, FILE:LINE.
 
-    labels: names of files. sources: index of each row's file in `labels`. numbers: its line.
+    labels: names of files. sources: index of each row's file in `labels`. numbers: line of each row.
     """
 
     def __init__(self, labels: Sequence[str], sources: Flat, numbers: Flat):
@@ -156,8 +156,8 @@ Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
 
 
 class StoredRows(NamedTuple):
-    """The columns of a cache file and its facts: those that `make` returned, and `digest`, a hash of the
-    columns of tokens, masks and weights.
+    """The columns of a cache file and its facts: what load_or_make's `make` returned, and `digest`, a hash of
+    the columns of tokens, masks and weights.
     """
 
     columns: dict[str, Flat]
@@ -197,7 +197,7 @@ def template_fingerprint(tokenizer: Any) -> str:
 
 
 def load_or_make(path: Path, columns: ColumnTypes, make: Make) -> tuple[StoredRows, str]:
-    """Load the rows of a cache file, or make and store them. Return them, and which of these was done.
+    """Load the rows of a cache file, or make and store them. Return the rows, and which of these was done.
 
     make(add): calls add with the columns of each chunk of the dataset, and returns facts about the dataset.
     The second value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". If the

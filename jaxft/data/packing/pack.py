@@ -55,7 +55,7 @@ class RowPlan:
         return RowPlan(self.members[chosen], offsets - offsets[0], *parts)
 
     def lengths_of(self, lengths: Int[np.ndarray, " all"]) -> Int[np.ndarray, " examples"]:
-        """Return the tokens of each member. lengths: of all examples as a whole."""
+        """Return the number of tokens of each member. lengths: number of tokens of each example."""
         return lengths[self.members] if self.counts is None else self.counts
 
     def row_sums(self, values: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " rows"]:
@@ -263,7 +263,7 @@ def number_groups(values: Shaped[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Return the next multiple of `multiple`."""
+    """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 

@@ -35,7 +35,7 @@ def order_batches(
     keys: Float[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, "batches size"]:
     """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded
-    with -1. With keys, batches go from small to large ones, except among ORDER_WINDOW batches.
+    with -1. With keys, batches go from small to large keys, except within windows of ORDER_WINDOW batches.
     """
     order = pack.permutation(len(tokens), seed, 1, epoch) if keys is None else pack.ascending(keys, seed)
     whole = len(tokens) // size * size
@@ -69,8 +69,8 @@ def _stratified(
 def assign_rows(
     members: Int[np.ndarray, "batches size"], tokens: Int[np.ndarray, " n"], rows: int
 ) -> pack.RowPlan:
-    """Return the rows of all batches one after the other, `rows` of each: from long to short, each pair in
-    turn goes to the row with fewest tokens.
+    """Divide each batch into `rows` rows: from long to short, each pair goes to the row with the fewest
+    tokens. Return the rows of all batches one after the other.
 
     members: the pairs of each batch; padding is -1.
     """
@@ -89,7 +89,7 @@ def assign_rows(
 
 
 def plan_rows(members: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], rows: int) -> pack.RowPlan:
-    """Return the plan of pairs that are assigned to `row`."""
+    """Return the plan of `rows` rows in which pair members[i] is in row row[i]."""
     order = np.argsort(row, kind="stable")
     return pack.RowPlan(members[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]))
 
@@ -159,8 +159,9 @@ def fit_rows(
 class PairLayout:
     """The shape and packing of the microbatches of pairs.
 
-    columns: names of the extra "numbers". max_length: as in Pairs. reference: the reference's log-prob of
-    each token of the rows; None before they are computed.
+    rows: rows of a microbatch. branches: whether responses share the tokens of their prompt. columns: names
+    of the columns of numbers. max_length: see Pairs. reference: the reference's log-prob of each token of the
+    rows; None before they are computed.
     """
 
     rows: int
@@ -183,8 +184,8 @@ class BatchMeans:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Runs of consecutive tokens, an array [pairs of the plan, runs of a pair] each; count 0 for a missing
-    run.
+    """Runs of consecutive tokens. Each field is an array [pairs of the plan, runs of a pair]; a missing run
+    has count 0.
     """
 
     start: np.ndarray  # index into TokenisedRows.ids
@@ -279,7 +280,7 @@ def _runs(pairs: TokenisedRows, plan: pack.RowPlan, row: np.ndarray, branches: b
 
 
 def _sum_before(counts: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Return the sum of the counts before each in its row; rows must not decrease."""
+    """For each value, return the sum of the counts before it in its row; rows must not decrease."""
     total = np.concatenate([[0], np.cumsum(counts)])
     return total[:-1] - total[np.searchsorted(row, row)]
 
@@ -292,7 +293,7 @@ def _count_within(groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 def _read_arrays(
     pairs: TokenisedRows, layout: PairLayout, row: np.ndarray, values: tuple[np.ndarray, ...]
 ) -> dict[str, Any]:
-    """Return the fields [rows, M].
+    """Return the fields of Pairs of shape [rows, M]. row: the row of each target.
 
     values: column, response id, position in the response, and index into pairs.ids of each target.
     """
@@ -329,7 +330,7 @@ def _last_columns(
 def _slot_arrays(
     pairs: TokenisedRows, layout: PairLayout, at: tuple[np.ndarray, ...], means: BatchMeans
 ) -> dict[str, Any]:
-    """Return the fields [rows, P, ...]. at: row, slot and number of each pair."""
+    """Return the fields of Pairs of shape [rows, P, ...]. at: row, slot and index of each pair."""
     row, slot, members = at
     shape = (layout.rows, layout.shape.slots)
     lengths = np.zeros((*shape, len(pairs.kinds)), np.int32)
@@ -385,7 +386,7 @@ def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Flo
 def with_sources(batch: Pairs, names: tuple[str, ...], numbers: np.ndarray | None = None) -> Pairs:
     """Add the source of each pair to a batch (or, without numbers, to its shapes) if there are several.
 
-    numbers: of the sources of all pairs.
+    numbers: the index of each pair's source, for all pairs of the dataset.
     """
     if not names:
         return batch
@@ -402,8 +403,8 @@ def mismatch_responses(
     pairs: TokenisedRows, sides: tuple[Int[np.ndarray, " _"], ...], seed: int, limit: int
 ) -> TokenisedRows:
     """Add to each pair a response of another pair of the same split, if possible with another prompt.
-    Otherwise the other pair has the same prompt and other responses. limit: tokens of the prompt with that
-    response.
+    Otherwise the other pair has the same prompt and other responses. sides: the training and the held-out
+    pairs. limit: tokens of the prompt with that response.
     """
     donors = np.arange(len(pairs))
     prompts, everything = pairs.group_by(0), pairs.group_by(*range(1 + len(pairs.kinds)))

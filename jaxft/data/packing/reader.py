@@ -60,8 +60,8 @@ SMALL_DATASET = 8  # chunks; up to here one process is faster, because further o
 class TokenisedRow(NamedTuple):
     """An example: the tokens and the loss mask of its prompt and of each continuation, one after the other.
 
-    counts: tokens of each of these pieces, 0 of a missing response. truncated, responses, learned_responses,
-    extras: see TokenisedRows. piece: its number within the row.
+    counts: tokens of each of these pieces, 0 for a missing response. truncated, responses, learned_responses,
+    extras: see TokenisedRows. piece: number of the example within its row.
     """
 
     ids: np.ndarray
@@ -82,11 +82,11 @@ CheckExamples = Callable[[Sequence[Example], Any, TemplateSettings], tuple[str, 
 class RowTask(NamedTuple):
     """The purpose of reading rows, such as SFT: one object for each kind of data.
 
-    name: of the task in formats.ROW_FORMATS; one without formats reads each row by itself, with any columns.
-    version: increase it when the same rows become other tokens; both are part of the cache key. limit: the
-    setting that limits the tokens of a row. tokenise(rows, reader) yields the examples of each row, [] if it
-    is too long. extras(settings): the further columns of examples. parse(format, rows, settings, task)
-    yields what each row contains. checks: yield warnings about the first examples.
+    name: the task's key in formats.ROW_FORMATS; a task without formats reads each row by itself, with any
+    columns. version: to be increased when the same rows become other tokens. Name and version are part of the
+    cache key. limit: the setting that limits the tokens of a row. tokenise(rows, reader) yields the examples
+    of each row, [] if it is too long. extras(settings): the further columns of examples. parse(format, rows,
+    settings, task) yields what each row contains. checks: yield warnings about the first examples.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Tokenising:
     """Settings of tokenisation on this machine, such as workers and cache; the tokens do not depend on them.
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
-    workers: processes; None for one per CPU, or this one alone for a small dataset. progress: whether to
+    workers: processes; None for one per CPU, or this process alone for a small dataset. progress: whether to
     print the progress of a long tokenisation. sample: tokenise this many rows of a larger dataset, at even
     distances; None for all. only: the name of a row, FILE:LINE, that is tokenised alone.
     """
@@ -133,8 +133,8 @@ class Reader:
     def read(self, ref: str) -> TokenisedRows:
         """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
 
-        Raises ValueError if rows are invalid, or more of them than how.invalid_limit allows, if all are
-        too long, and if the dataset has no rows.
+        Raises ValueError if more rows are invalid than how.invalid_limit allows, if all rows are too long,
+        and if the dataset has no rows.
         """
         settings, how = self.settings, self.how
         listing = list_chunks(ref, self.used, settings.sample_by).first(settings.max_samples)
@@ -241,7 +241,7 @@ class Reader:
 
 
 def row_alone(listing: Listing, name: str) -> Listing:
-    """Return a dataset of the row with this name alone, or of none."""
+    """Return a dataset that has only the row with this name, or no row."""
 
     def chunks() -> Iterator[Chunk]:
         for chunk in listing.chunks():
@@ -254,8 +254,8 @@ def row_alone(listing: Listing, name: str) -> Listing:
 def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> tuple[Listing, int | None]:
     """Return a dataset of `count` rows at even distances of a larger one, and the number of all rows.
 
-    Where the rows must be read to count them, all are read; of files on the network only the first ones,
-    and their number stays unknown. progress: see Tokenising.
+    If only reading the rows can count them, all are read. Of files on the network, the first `count` rows are
+    read, and the number of all rows is None. progress: see Tokenising.
     """
     if is_remote(ref):
         return listing.first(count), None
@@ -455,7 +455,7 @@ class _Columns:
                 values[counts].append(len(value))
 
     def arrays(self) -> ChunkColumns:
-        """Return all columns but "source"; the collected ones are given up."""
+        """Return all columns but "source"; the collected values are removed."""
         part: ChunkColumns = {}
         further = next((self.values[name] for name in OF_CONTENT if name in self.values), None)
         for name, (dtype, along, width) in self.types.items():
@@ -483,7 +483,7 @@ def _hashes(
 ) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    ends: of the pieces. further: another part of each example's content.
+    ends: where each piece ends in ids. further: another part of each example's content.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
@@ -522,7 +522,7 @@ def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     """Return the rows that warnings are derived from: the first, and the first with a system message and with
     tools.
 
-    rows: the valid ones. columns: see data.columns.
+    rows: valid rows. columns: see data.columns.
     """
     return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
 

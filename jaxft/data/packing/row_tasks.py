@@ -45,14 +45,14 @@ from jaxft.data.rows.row_files import Row
 
 
 def text_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns of text examples: the sum of their target weights before the factor
-    `weights`, and the weights of all tokens if some differ from 1.
+    """Return the further columns of SFT examples: MASS, the sum of their target weights before the factor
+    `weights`, and TOKEN_WEIGHTS, the weights of all tokens if some differ from 1.
     """
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
 
 def _tokenise_sft(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
-    """Yield the examples of each row: one, or a piece of a document that is split each."""
+    """Yield the examples of each row: one, or the pieces of a document that is split."""
     settings, tokenizer = reader.settings, reader.tokenizer
     examples = [row if isinstance(row, InvalidRow) else row.examples[RESPONSE] for row in rows]
     tokenised = loss_mask.tokenise_weighted(examples, tokenizer, settings.loss_on, settings.template)
@@ -230,7 +230,7 @@ def _border(
     """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
     prompt.
 
-    The second value is also true if the loss mask of chat.tokenise_examples begins elsewhere.
+    The second value is also true if the loss mask of loss_mask.tokenise_examples begins elsewhere.
     """
     alone = np.asarray(prompt, np.int32)
     border = min(_common_length(alone, ids) for ids, _ in responses.values())
@@ -275,8 +275,9 @@ def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedT
 def _shortened(
     name: str, longest: int, responses: dict[str, MaskedTokens], settings: RowSettings
 ) -> dict[str, MaskedTokens] | None:
-    """Return the sequences of a pair that is too long truncated, None for a pair that is left out, because of
-    data.too_long=drop or because its prompt leaves nothing of a response. longest: tokens of a sequence.
+    """Return the truncated sequences of a pair that is too long, None to leave the pair out: with
+    data.too_long=drop, or if its prompt leaves no room for a response. longest: tokens of its longest
+    sequence.
     """
     limit = settings.max_length
     if settings.too_long == "error":
@@ -372,7 +373,7 @@ def row_fields(rows: TokenisedRows, number: int) -> dict[str, Any]:
 
 
 def rename_columns(row: Row, columns: Sequence[str]) -> Row:
-    """Rename the columns of a row that items of data.columns, "ours=theirs", name; others stay.
+    """Rename a row's columns by data.columns (jaxft's name=the row's name). Other columns are unchanged.
 
     Raises InvalidRow if the row lacks one of them.
     """
@@ -383,7 +384,7 @@ def rename_columns(row: Row, columns: Sequence[str]) -> Row:
         if theirs not in row.fields:
             raise row.invalid(
                 f"missing column {theirs!r}",
-                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; name one that the row has: "
                 f"{', '.join(map(str, row.fields))}",
             )
         fields[ours] = row.fields[theirs]
@@ -429,7 +430,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def _json_of(value: Any) -> Any:
-    """Return JSON for a value of a table: of other types than _READERS its text."""
+    """Return JSON for a value that JSON lacks. Values of types that _READERS cannot read become text."""
     name = type(value).__name__
     if isinstance(value, bytes):
         return {_TYPE: name, "value": base64.b64encode(value).decode()}

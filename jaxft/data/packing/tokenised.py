@@ -1,7 +1,7 @@
 """Tokenised rows in a memory-mapped file: a prompt and its continuations as token ids with a loss mask.
 
-A row has one continuation for SFT, two or three in a pair, and none if it is a prompt of a rollout. What else
-rows have, such as weights of tokens or the columns that rewards read, are extra columns.
+A row has one continuation for SFT, two or three in a pair, and none if it is a prompt of a rollout. Further
+contents of rows, such as weights of tokens or the columns that rewards read, are extra columns.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Ragged:
 
     @cached_property
     def offsets(self) -> Int[np.ndarray, " rows"]:
-        """Index in `values` of each row's first one."""
+        """Index in `values` of each row's first value."""
         return np.cumsum(self.counts, dtype=np.int64) - self.counts
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -53,7 +53,7 @@ class Ragged:
 
 
 def ragged_counts(name: str) -> str:
-    """Return the stored column with the number of each row's values of an extra column."""
+    """Return the name of the column that stores how many values of an extra column each row has."""
     return f"{name}_counts"
 
 
@@ -63,7 +63,7 @@ def ragged(name: str, dtype: Any) -> ColumnTypes:
 
 
 def column_types(responses: int, extras: ColumnTypes) -> ColumnTypes:
-    """Return the columns of tokenised rows in a cache file. responses: continuations of a row."""
+    """Return the columns of tokenised rows in a cache file. responses: number of continuations of a row."""
     of_responses = {"reads": np.int64, "ends": np.int32} if responses else {}
     return {
         "ids": ColumnType(np.int32, "counts"),
@@ -89,20 +89,21 @@ def column_types(responses: int, extras: ColumnTypes) -> ColumnTypes:
 class TokenisedRows:
     """Examples of K = 1 + k pieces each, the prompt and a continuation of each of `kinds`, empty if missing.
 
-    Example i has the tokens ids[offsets[i]:offsets[i + 1]], and piece p of it those from starts[i, p] on.
+    Example i has the tokens ids[offsets[i]:offsets[i + 1]], and its piece p begins at ids[starts[i, p]].
     learned: mask of the tokens that are targets; the first token of a sequence never is. counts: tokens of
-    each piece. hashes: of the tokens of each piece. content: a hash that duplicates share. reads, ends:
-    targets of each continuation, and the last one that is not whitespace, -1 of a missing continuation.
+    each piece. hashes: a hash of each piece's tokens. content: a hash that duplicates share. reads, ends:
+    number of targets of each continuation, and its last target that is not whitespace, -1 if it is missing.
     truncated: mask of truncated examples. responses: tokens of each example's responses before truncation;
     learned_responses: how many of them are targets with a weight above 0. weights: a factor of the weights of
     an example's targets. order: the numbers of data.order_by, 0 without it. placeholders: mask of examples
-    whose response is a placeholder such as N/A. pieces: number of each example within its row, of a row that
-    is several examples (data.too_long=split), which follow one another. extras: further columns by name.
-    names: the row of each example. digest: a hash of the columns, see cache.StoredRows. largest_id: the
-    largest token id. formats: of the datasets. labels: that a classifier chooses from, () without any.
-    dropped: number of rows that were left out as too long. invalid: the invalid rows that were left out.
-    warnings: lines for the start of a run. read, total: rows that were read, and rows of the dataset, None if
-    unknown. cache: whether the cache had the columns, see cache.load_or_make.
+    whose response is a placeholder such as N/A. pieces: number of each example within its row, above 0 only
+    if the row is split into several examples (data.too_long=split), which follow one another. extras: further
+    columns by name. names: the row of each example. digest: a hash of the columns, see cache.StoredRows.
+    largest_id: the largest token id. formats: row formats of the datasets. labels: the labels that a
+    classifier chooses from, else (). dropped: number of rows that were left out as too long. invalid: the
+    invalid rows that were left out. warnings: lines for the start of a run. read, total: rows that were read,
+    and rows of the dataset, None if unknown. cache: whether the cache had the columns, see
+    cache.load_or_make.
     """
 
     kinds: tuple[str, ...]
@@ -143,7 +144,7 @@ class TokenisedRows:
 
     @cached_property
     def offsets(self) -> Int[np.ndarray, " examples_plus_1"]:
-        """Index of the first token of each example."""
+        """Index of the first token of each example, then the number of all tokens."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @cached_property
@@ -258,7 +259,9 @@ def stored_columns(
 
 
 def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
-    """Return an example as text; of several responses, a line for the prompt and each of them."""
+    """Return an example as text, on several lines if it has several responses: the prompt, then each
+    response.
+    """
     if len(rows.kinds) < 2:
         return str(tokenizer.decode(rows.sequence(example), skip_special_tokens=False))
     lines = [

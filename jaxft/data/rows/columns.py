@@ -136,9 +136,11 @@ def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
 
 
 def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
-    """Return the columns that a message suggests for data.columns, such as "prompt=question
-    completion=answer": guesses from the row's names, and its next names as an example where there is no
-    guess. Names of labels and of tasks are no examples, and columns of PROPOSED_BY_NAME have none.
+    """Return the setting that an error message suggests, such as
+    "data.columns=prompt=question,completion=answer".
+
+    A column of `ours` gets the row's name that seems to mean it, else its next other name as an example.
+    Names of labels and tasks are never examples, and columns of PROPOSED_BY_NAME have no example but "...".
     """
     meant = meant_columns([name for name in names if name not in LABEL_NAMES], ours)
     meant = {column: name for column, name in meant.items() if _is_proposed(column, str(name))}
@@ -252,8 +254,8 @@ def require_text_alone(row: Row) -> None:
         if value and (is_file or column.endswith("s")):
             raise row.invalid(
                 "content that is no text",
-                f"column {column!r} has {column}, and only text is supported; remove the row, or the column "
-                "with its marks in the text",
+                f"column {column!r} is not empty, and jaxft reads only text; remove the row, or remove the "
+                "column and its placeholders in the text, such as <image>",
             )
 
 
@@ -333,7 +335,7 @@ def _content(row: Row, where: str, content: Any) -> str | None:
         if other is not None:
             raise row.invalid(
                 "content that is no text",
-                f"{where} has a content part of type {str(other)[:40]!r}; only text is supported",
+                f"{where} has a content part of type {str(other)[:40]!r}; only text is supported: remove it",
             )
         if any(p.get("type") != "text" for p in content):
             raise row.invalid(
@@ -433,7 +435,7 @@ def is_open_dialogue(text: str) -> bool:
 
 
 def with_system(row: Row, turns: list[Message]) -> list[Message]:
-    """Return the turns with the column `system` in front, unless the row has none or they begin with it."""
+    """Return the turns, with the row's column `system` in front unless they begin with a system message."""
     if not row.fields.get("system"):
         return turns
     system = {"role": "system", "content": text_of(row, "system")}
@@ -457,8 +459,8 @@ def instruction_of(row: Row) -> list[Message]:
         if not isinstance(row.fields["input"], str):
             raise row.invalid(
                 "column 'input' of a wrong type",
-                f"column 'input' must be a string, got {type(row.fields['input']).__name__}; otherwise name "
-                "the columns that are read, for example with data.columns=prompt=question,completion=answer",
+                f"column 'input' must be a string, got {type(row.fields['input']).__name__}; fix it, or "
+                "name other columns, for example with data.columns=prompt=question,completion=answer",
             )
         user = f"{user}\n\n{text_of(row, 'input')}"
     earlier: list[Message] = []
@@ -512,9 +514,9 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
 
 
 def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the JSON schema of a function, as a row's tools have it, from its signature and docstring.
+    """Return the JSON schema of a function in the form of a row's tools, from its signature and docstring.
 
-    Raises ValueError if they lack types or descriptions, or if no call by names of arguments can be made.
+    Raises ValueError if these lack types or descriptions, or if an argument cannot be passed by its name.
     Example: tool_schema(add) is {"type": "function", "function": {"name": "add", "description": ...}}.
     """
     from transformers.utils import get_json_schema

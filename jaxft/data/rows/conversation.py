@@ -208,8 +208,8 @@ def prompt_in_columns(row: Row, format: str = "auto") -> Chat | Completion:
 
 
 def with_prompt(row: Row, format: str = "auto") -> Row:
-    """Rename a row's columns that differ in case or surrounding spaces, and the synonym of a missing column,
-    such as question for prompt. All other columns stay.
+    """Add the columns that a row has only in another spelling or under a synonym, such as question for
+    prompt. All columns of the row stay.
     """
     row = _respelled(row)
     return _with_columns(row, other_columns(row, format))
@@ -235,14 +235,16 @@ def _respelled(row: Row) -> Row:
 
 
 def _with_columns(row: Row, columns: dict[str, str]) -> Row:
-    """Return the row with further columns, copies of those that `columns` names."""
+    """Return the row with further columns: `columns` maps each new name to the column that it copies."""
     if not columns:
         return row
     return Row(row.name, {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}})
 
 
 def other_prompt(row: Row) -> str | None:
-    """Return the column that is read as the prompt of a row without one, None for a row with one."""
+    """Return the column, such as question, that is read as the prompt of a row without a prompt; None if the
+    row has one.
+    """
     has = {column for column, value in row.fields.items() if value is not None}
     if has & {*PROMPT_COLUMNS}:
         return None
@@ -252,7 +254,7 @@ def other_prompt(row: Row) -> str | None:
 
 
 def holds_responses(row: Row) -> bool:
-    """Whether chosen and rejected are responses as text, and no dialogues that begin with a prompt."""
+    """Whether chosen and rejected are responses as text, not dialogues that begin with a prompt."""
     values = [json_of(row, column) for column in ("chosen", "rejected")]
     return all(isinstance(value, str) and not is_dialogue(value) for value in values)
 

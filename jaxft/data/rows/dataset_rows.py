@@ -44,10 +44,10 @@ _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 class Listing:
     """A dataset in chunks, each of which one process can read.
 
-    labels: prefixes of the names of its rows, such as file names. folder: of the files, "" without any.
-    digest: a hash of the contents. size: bytes of the files, of local Parquet files as they are unpacked.
-    chunks: lists the chunks, in order. rows: their number, None if the rows must be read for it. notes: lines
-    about how the files are read that are not obvious, such as their encoding.
+    labels: prefixes of the names of its rows, such as file names. folder: the folder of local files, else "".
+    digest: a hash of the contents. size: bytes of the files; of local Parquet files, unpacked. chunks: lists
+    the chunks, in order. rows: number of rows, None if only reading them can tell. notes: lines about what is
+    not obvious in how the files are read, such as their encoding.
     """
 
     labels: tuple[str, ...]
@@ -67,7 +67,8 @@ class Listing:
 
 
 def find_data(ref: str) -> Path | None:
-    """Return the file or folder `ref` in the working directory, else in ROOT, or None if it is in neither.
+    """Return the file or folder `ref` in the working directory, else in ROOT (the clone or the installed
+    files), or None if it is in neither.
 
     FOLDER:SPLIT is the folder of a split that DatasetDict.save_to_disk has written.
     """
@@ -94,8 +95,8 @@ def saved_splits(path: Path) -> list[str]:
 
 
 def evaluation_split(ref: str) -> str | None:
-    """Return FOLDER:SPLIT, the split for evaluation of a folder as DatasetDict.save_to_disk writes; None
-    without any.
+    """Return FOLDER:SPLIT for the evaluation split of a folder that DatasetDict.save_to_disk has written;
+    None without such a split.
     """
     try:
         path = find_data(ref)
@@ -136,7 +137,7 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
     """Divide a dataset into chunks, see `read_rows`, and hash it. Every file is read once.
 
     used: the columns that are read from Parquet files, None for all; others have the value NOT_READ.
-    sample_by: what is a row of a text file, see text_files.py.
+    sample_by: the unit of text that is a row, see text_files.py.
     """
     if not ref.strip():
         raise ValueError("data is empty; name a file, a folder or a hub dataset")
@@ -222,8 +223,8 @@ def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
 
 
 def _split_notes(folder: Path, files: list[Path]) -> list[str]:
-    """Return a line if files of a folder are named as a split for training and others as one for evaluation:
-    all of them are read.
+    """Return a line if a folder has files named like a training split and files named like an evaluation
+    split: all of them are read for training.
     """
     words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
     train = [name for name, parts in words.items() if "train" in parts]

@@ -35,9 +35,9 @@ class Chat:
     """A conversation: the prompt is messages[:response], the response is what follows.
 
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
-    further arguments of the chat template. given: earlier assistant turns than this message are never learned
-    with data.loss_on=assistant; 0 in a conversation, `response` where the row has a prompt of its own.
-    weights: of those messages that have one in the row, by index; 0 is not learned.
+    further arguments of the chat template. given: with data.loss_on=assistant, assistant turns before this
+    message are learned only if they have a weight; 0 in a conversation, `response` where the row has a
+    separate prompt. weights: the messages' weights in the row, by index; 0 is not learned.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A plain-text prompt, the steps of a solution, and for each whether it is right. weight: as in Text."""
+    """A plain-text prompt, the steps of a solution, and for each whether it is right."""
 
     name: str
     prompt: str
@@ -82,8 +82,8 @@ class DecisionChoice:
 class Decision:
     """A question to a model: the messages of its prompt, and the choices.
 
-    answers: the response for each choice, after `prefix`; each is one token. probabilities: of the choices,
-    which sum to 1; () where they are not known. arguments: as in Chat.
+    answers: the response for each choice, after `prefix`; each is one token. probabilities: one for each
+    choice, with sum 1; () if unknown. arguments: as in Chat.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Decision:
 
     def prompt(self, arguments: dict[str, Any]) -> Chat:
         """Return the conversation that the response follows, without thinking unless the run or the row asks
-        for it. arguments: of the run's chat template.
+        for it. arguments: the run's arguments of the chat template.
         """
         arguments = {"enable_thinking": False, **arguments, **self.arguments}
         plain = [message["role"] for message in self.messages] == ["user"]
@@ -113,7 +113,8 @@ class ParsedRow:
 
     examples: the prompt with each of its responses, by kind: "response" for SFT, "chosen" and "rejected" in a
     pair, or "prompt" alone. weight: a factor of the weights of all targets. order: the number in the column
-    data.order_by. numbers: those in the columns data.extras. fields: all columns, where rewards read them.
+    data.order_by. numbers: the numbers in the columns data.extras. fields: all columns, if rewards may read
+    them.
     """
 
     name: str
@@ -215,7 +216,9 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
 
 
 def _number(value: Any) -> float | None:
-    """Return a value, or its text as in CSV files, as a finite number of at least 0; None if it is none."""
+    """Return a value, or its text as in CSV files, as a finite number of at least 0; None for any other
+    value.
+    """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -233,7 +236,7 @@ def split_weights(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dic
 
 def target_weights(chat: Chat, loss_on: str) -> dict[int, float]:
     """Return the loss weights of the learned assistant turns, by index: the message's own weight, else 1 if
-    loss_on selects the turn (see chat.LOSS_ON).
+    loss_on selects the turn (see loss_mask.LOSS_ON).
 
     Raises InvalidRow if no turn is learned (except with "all"), or if a message of another role has a weight
     that contradicts loss_on.

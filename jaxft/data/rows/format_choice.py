@@ -1,8 +1,8 @@
 """Choose the format of a dataset by the columns of its rows, and read the rows in it.
 
-`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's.
-Names may have upper case and spaces around them. Rows that fit no format, but would with one of the
-columns.COLUMN_SYNONYMS for each column that is missing, such as "question" and "answer", are read so.
+`columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's. In
+this file the former is called `ours`, the latter `theirs`. Names may have upper case and spaces around them.
+Rows that fit no format are read by COLUMN_SYNONYMS of missing columns, such as "question", if one fits then.
 """
 
 import re
@@ -57,10 +57,12 @@ MOST_LABELS = 100  # that are counted
 
 
 class ChosenFormat(NamedTuple):
-    """The format of a dataset. plain: its strings are plain text, without a chat template. columns: (ours,
-    theirs) of columns with other names, in addition to data.columns. unread: columns of another format that
-    the rows have in addition to a text, or the text in addition to another format. labels: of a classifier's
-    rows, where data.labels names none. reading: how answers name a choice, see decisions.READINGS.
+    """The format of a dataset, chosen from its rows.
+
+    plain: strings are plain text, without a chat template. columns: (the format's name, the dataset's name)
+    of each renamed column, in addition to data.columns. unread: pairs of the same kind for columns that are
+    not read, because the rows have both a text and another format. labels: the labels of a classifier's rows
+    if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
     """
 
     name: str
@@ -77,13 +79,13 @@ class ChosenFormat(NamedTuple):
         return cls(*items)
 
     def note(self) -> list[str]:
-        """Return a line about columns with other names, [] without any."""
+        """Return a line about columns or labels that may be read otherwise than expected, [] without any."""
         if self.unread and self.name != TEXT:
             return [f"the columns of format {self.name} are read, not text; data.format=text reads it"]
         if self.unread:
             names = " and ".join(theirs.strip() for _, theirs in self.unread)
             setting = ",".join(f"{ours}={theirs.strip()}" for ours, theirs in self.unread)
-            return [f"the column text is read, not {names}; otherwise set data.columns={setting}"]
+            return [f"the column text is read, not {names}; to read these, set data.columns={setting}"]
         if {*self.labels} == {NO_LABEL, "0", "1"}:
             return ["the label -1 is a choice as 0 and 1 are; data.labels=0,1 reads it as no label"]
         if self.labels[:1] == ("0",) and all(map(str.isdecimal, self.labels)):
@@ -102,7 +104,7 @@ def _as_item(stored: Any) -> Any:
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
-    """Yield what each row contains, or its error, which calls renamed columns as the file does."""
+    """Yield the contents of each row, or its error. Errors use the file's names of renamed columns."""
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     chosen, order_by = formats[format.name], settings.order_by
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
@@ -144,8 +146,8 @@ def parse_dataset(
 
 
 def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
-    """Return a row's prompt without a response, as its format in ROW_FORMATS reads it; a question has its
-    choices.
+    """Return a row's prompt without a response, as its format in ROW_FORMATS reads it; the prompt of a
+    question lists its choices.
 
     format: one of conversation.PROMPT_FORMATS. Raises InvalidRow.
     """
@@ -159,8 +161,8 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
 
 @lru_cache(maxsize=1024)
 def _prompt_format(names: tuple[str, ...]) -> tuple[RowFormat | None, tuple[tuple[str, str], ...]]:
-    """Return the format of rows with these columns whose prompt is in none of PROMPT_COLUMNS, and (ours,
-    theirs) of its columns with other names; None for other rows.
+    """Return the format of rows with these columns, and (ours, theirs) of its columns with other names. None
+    for rows whose prompt is in one of PROMPT_COLUMNS, or that fit no format.
     """
     formats = [x if x.name != DECISION else replace(x, required=x.required[:2]) for x in ROW_FORMATS]
     formats = [x for x in formats if x.prompt is not None]
@@ -205,9 +207,9 @@ class ColumnCounts:
     """Counts of the columns of a dataset's rows, from which its format is chosen.
 
     rows: non-null columns -> the number of rows with exactly these, and the first such row, whose fields are
-    None for a null column and True for others. first: the dataset's first row, or its error.
-    labels: of a classifier's rows, if there is a format of these; MOST_LABELS of more. answers: the number of
-    rows by decisions.answer_readings, if there is a format of decisions.
+    None for a null column and True for others. first: the dataset's first row, or its error. labels: the
+    labels in the rows, if a format is a classifier's; only some if there are more than MOST_LABELS. answers:
+    decisions.answer_readings -> number of rows, if a format is for decisions.
     """
 
     rows: dict[tuple[str, ...], tuple[int, Row]] = field(default_factory=dict)
@@ -274,15 +276,13 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return a row with some columns, from those of other names if it lacks them."""
+    """Return a row in which missing ones of these columns are filled from their synonyms."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
 
 def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[str, str], ...]:
-    """Return (ours, theirs) of a format's columns that rows with a text have too by other names; the text, if
-    another format is chosen.
-    """
+    """Return ChosenFormat.unread, from the columns that the most rows have."""
     _, row = max(counts.rows.values(), key=lambda read: read[0])
     if chosen != TEXT:
         return ((TEXT, TEXT),) if row.fields.get(TEXT) is not None else ()
@@ -292,9 +292,7 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
 
 
 def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], formats: Formats) -> list[str]:
-    """Return the columns of a row with text of several words that its format does not read; those of Parquet
-    files that are not even loaded are among them, whatever they have.
-    """
+    """Return the columns of a row that its format does not read and whose text has several words."""
     names = _Names.of(columns, formats)._replace(others=format.columns)
     read = {*formats[format.name].columns, *MEDIA}
     kept = {ours: theirs for ours, theirs in (*names.mapping.items(), *format.columns) if ours in read}
@@ -319,9 +317,9 @@ def rename_rows(
 def _most_common_format(
     counts: ColumnCounts, mapped: set[str], formats: Formats
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the format that most rows fit, and the columns with other names that it needs if no row fits
-    one without, and further ones of its rows. Raises the first row's InvalidRow if none fits one with these
-    either.
+    """Return the format that most rows fit, and (ours, theirs) of its columns that are read by synonyms:
+    required ones if no row fits a format as it is, and optional ones. Raises the first row's InvalidRow if no
+    row fits a format with synonyms either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
         votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
@@ -347,8 +345,8 @@ def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str,
 def _detect_by_other_names(
     row: Row, mapped: set[str], formats: Formats
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and these. A question with a context
-    is an instruction with an input.
+    """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and (ours, theirs) of these. A
+    question with a context is an instruction with an input.
     """
     renamed = dict[str, dict[str, str]]()
     has_input = row.fields.get("input") is None and other_name(row.fields, "input") is not None
@@ -407,11 +405,13 @@ def _column_mapping(columns: Sequence[str], formats: Formats) -> dict[str, str]:
 
 
 def split_column(item: str) -> tuple[str, str]:
-    """Split an item of data.columns, "ours=theirs". Raises ValueError for another form."""
+    """Split an item of data.columns, "prompt=question", into jaxft's name and the dataset's. Raises
+    ValueError for another form.
+    """
     ours, equals, theirs = (part.strip() for part in item.partition("="))
     if not (ours and equals and theirs):
         raise ValueError(
-            f"data.columns must be of the form ours=theirs, for example prompt=question, got {item!r}"
+            f"data.columns must be of the form NAME=COLUMN, for example prompt=question, got {item!r}"
         )
     return ours, theirs
 
@@ -419,9 +419,9 @@ def split_column(item: str) -> tuple[str, str]:
 class _Names(NamedTuple):
     """A renaming of columns.
 
-    mapping: data.columns. others: (ours, theirs) of columns with other names. known: all columns that the
-    formats may have. optional: those that a row may lack. spellings: all names of a mapped column, such as
-    response and output.
+    mapping: data.columns as ours -> theirs. others: (ours, theirs) of columns that are read by synonyms.
+    known: all columns that the formats may have. optional: columns that a row may lack. spellings: all names
+    of a mapped column, such as response and output.
     """
 
     mapping: dict[str, str]
@@ -443,7 +443,7 @@ class _Names(NamedTuple):
 
 
 def _rename(row: Row, names: _Names) -> Row:
-    """Return the row with the columns that data.columns, their spelling or their other names say.
+    """Return the row with its columns renamed by data.columns, by their spelling and by synonyms.
 
     Other spellings of a mapped column, such as output for response, are removed.
     """
@@ -462,7 +462,7 @@ def _rename(row: Row, names: _Names) -> Row:
         if theirs not in row.fields and ours not in names.optional:
             raise row.invalid(
                 f"missing column {theirs!r}",
-                f"no column {theirs!r}, which data.columns={ours}={theirs} names; the row has "
+                f"no column {theirs!r}, which data.columns={ours}={theirs} names; name one that the row has: "
                 f"{', '.join(map(str, row.fields))}",
             )
     others = {c: v for c, v in row.fields.items() if c not in mapping.values() and c not in names.spellings}
@@ -500,7 +500,7 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
     names = [str(name) for name in row.fields]
     other = _other_task(row, formats)
     if other is not None:
-        raise row.invalid("columns of no format", f"the columns {columns} are those of {TASKS[other]}")
+        raise row.invalid("columns of no format", f"the columns {columns} belong to {TASKS[other]}")
     ours = _nearest_columns(names, formats)
     near = misspelled(names, ours)
     meant = f"did you mean {' and '.join(f'{ours} for {theirs!r}' for ours, theirs in near.items())}? "
@@ -513,8 +513,8 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
 
 
 def _other_task(row: Row, formats: Formats) -> str | None:
-    """Return the task that has a format for a row: one with columns of which no format here has one, or with
-    all columns of the row that may be a response or a label; None without one.
+    """Return a task that has a format for a row, None without one: a format with a column that no format here
+    has, or with all columns of the row.
     """
     here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
     named = {str(name).strip().lower(): value for name, value in row.fields.items()}
@@ -529,8 +529,9 @@ def _other_task(row: Row, formats: Formats) -> str | None:
 
 
 def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
-    """Return the missing columns of the format that has the fewest without a name that may be meant, and the
-    most with one; those of the example if no name is one of any format.
+    """Return the missing columns of the nearest format: it lacks the fewest columns for which no name of the
+    row may be meant, then it has the most others. If every format lacks all its columns, return the columns
+    of an example format.
     """
     near: list[tuple[int, int, list[str]]] = []
     named = [

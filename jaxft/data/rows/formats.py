@@ -104,8 +104,8 @@ def response_column(row: Row) -> str:
 
 
 def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Example]:
-    """Return the chosen and the rejected response, and those between in a ranking. prompt: its column, None
-    for that which they share.
+    """Return the chosen and the rejected response, and those between in a ranking. prompt: the prompt's
+    column, None if it is their common beginning.
     """
     between = [kind for kind in settings.kinds if kind.startswith("rank_") and kind in row.fields]
     return _compared(row, settings, prompt, {kind: kind for kind in ("chosen", "rejected", *between)})
@@ -119,8 +119,8 @@ def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict
 def _labelled(
     row: Row, settings: RowSettings, prompt: str, response: str | None = None
 ) -> dict[str, Example]:
-    """Return the response as chosen or rejected, as the row's label says. response: its column, None for that
-    of an instruction.
+    """Return the response as chosen or rejected, as the row's label says. response: the response's column,
+    None for the response to an instruction.
     """
     names = [name for name in _LABEL if name in row.fields]
     name = next((name for name in names if row.fields[name] not in (None, "")), names[0])
@@ -147,7 +147,7 @@ def _label(row: Row, where: str, value: Any) -> bool:
 
 
 def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Columns) -> dict[str, Example]:
-    """Return the prompt with each response of settings.kinds. columns: of the responses by kind."""
+    """Return the prompt with each response of settings.kinds. columns: the responses' columns by kind."""
     if "gold" in settings.kinds:
         if row.fields.get("reference") is None:
             raise row.invalid(
@@ -230,7 +230,9 @@ def number_of(row: Row, column: str, setting: str) -> float:
     if value is None:
         columns = ", ".join(map(str, row.fields))
         raise row.invalid(
-            "missing number", f"no number in column {column!r}, which {setting} names; the row has {columns}"
+            "missing number",
+            f"no number in column {column!r}, which {setting} names; add it, or name one that the row has: "
+            f"{columns}",
         )
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
@@ -250,15 +252,15 @@ def number_of(row: Row, column: str, setting: str) -> float:
 class RowFormat:
     """A format of rows. A new one is an entry in ROW_FORMATS and its `parse`.
 
-    name: of data.format. task: what its rows are for. required: its columns; a tuple lists the accepted names
-    of one. parse(row, settings): the prompt with each response, by kind. optional: columns that it may have.
-    plain: whether its strings may be plain text. weight: of a row in the loss. rewrite(row, settings): the
-    row in the columns of another format, before anything is read from it. note(settings): how the rows are
-    read, for the start of a run. listed: whether errors name it; formats of a single dataset are not.
-    labelled: whether its choices are the labels of all rows. answer: the column that rows may lack where they
-    are only scored. fits(row): whether a row with its columns is one, by its values, for errors about rows of
-    another task. prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS, of a format
-    that has none.
+    name: its value of data.format. task: what its rows are for. required: its columns; each tuple lists the
+    accepted names of one column. parse(row, settings): the prompt with each response, by kind. optional:
+    columns that it may have. plain: whether its strings may be plain text. weight(row, settings): the weight
+    of a row in the loss. rewrite(row, settings): the row in the columns of another format, before anything is
+    read from it. note(settings): how the rows are read, for the start of a run. listed: whether errors name
+    it; formats of a single dataset are not. labelled: whether its choices are the labels of all rows. answer:
+    the column that rows may lack where they are only scored. fits(row): whether the values of a row with
+    these columns fit too, for errors about rows of another task. prompt(row): the row with its prompt in a
+    column of conversation.PROMPT_COLUMNS; None if it always has one.
     """
 
     name: str
@@ -317,8 +319,8 @@ def _options(
     reading: str | None,
     first: int = 0,
 ) -> RowFormat:
-    """Return a format of questions with options. reading: how its answers name one, None as all
-    answers of the dataset.
+    """Return a format of questions with options. reading: how an answer names an option, None to decide it by
+    all answers of the dataset. Others: see from_options.
     """
     required = tuple((column,) for column in (*question, *options, answer))
     rewrite = partial(from_options, question=question, options=options, answer=answer, first=first)
@@ -441,7 +443,7 @@ ROW_FORMATS = (
 )  # fmt: skip
 # A name for rows of a task, for errors where another one reads them.
 TASKS = {
-    SFT: "SFT, for which there is the recipe sft",
+    SFT: "SFT; train on them with the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",
     STEPS: "steps with labels; train a process reward model with the recipe process_reward",
     DECISIONS: "decisions; train on them with the recipe decision",
@@ -449,8 +451,8 @@ TASKS = {
 
 
 def formats_of(task: str, numbers: tuple[str, ...] = (), unlabelled: bool = False) -> dict[str, RowFormat]:
-    """Return the formats of a task by name. numbers: columns of numbers that rows of each may also have.
-    unlabelled: whether decisions may lack the column of their answer.
+    """Return the formats of a task by name. numbers: columns of numbers that rows of every format may also
+    have. unlabelled: whether decisions may lack the column of their answer.
     """
     formats = [replace(f, optional=(*f.optional, *numbers)) for f in ROW_FORMATS if f.task == task]
     if unlabelled:

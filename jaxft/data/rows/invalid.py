@@ -1,5 +1,5 @@
 """Invalid rows: the error of a row, and whether it ends the run or only excludes the row (`data.invalid`):
-FEW leaves out up to FEW_ROWS of a dataset, as most public ones need, and takes more for a mistake.
+FEW leaves out up to FEW_ROWS of a dataset, as most public ones need, and ends the run if there are more.
 
 Code that reads, normalises, renders or tokenises a row raises InvalidRow. Loops over rows pass these errors
 on as values (`attempt`, `valid`) up to `InvalidRows.skip`, which raises or collects them.
@@ -93,7 +93,7 @@ class InvalidRows:
     def check_begun(self, ref: str, seen: int, total: int | None) -> None:
         """Raise the error of `check` as soon as it is certain, or likely where the total is unknown.
 
-        seen: rows of the dataset that are read. total: all of them, None if it is not known.
+        seen: rows read so far. total: all rows of the dataset, None if unknown.
         """
         if self.names_first and (total is not None or self.total > max(100, seen // 2)):
             self.check(ref, seen if total is None else total)
@@ -113,8 +113,8 @@ class InvalidRows:
         listed = [f"{rows} x {reason} (first {shortened(first)})" for reason, rows, first in reasons[:5]]
         listed += [f"and {len(reasons) - 5} further reasons"] if len(reasons) > 5 else []
         raise ValueError(
-            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. Otherwise correct "
-            "data.format or data.columns, or raise data.invalid_limit"
+            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. Fix them, or "
+            "correct data.format or data.columns, or raise data.invalid_limit"
         )
 
 

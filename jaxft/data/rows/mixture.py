@@ -1,6 +1,6 @@
 """Mix several sources of rows by weights, as in data=a.jsonl,b.parquet:0.3,org/name:train:0.2.
 
-A source's columns and format, where they differ from data.columns and data.format, are written behind it:
+A source's columns and format, where they differ from data.columns and data.format, follow it after colons:
 data=a.jsonl:prompt=question:completion=answer,b.csv:format=instruction:0.3.
 
 Which rows of each source an epoch contains is a pure function of (numbers of rows, weights, seed, epoch).
@@ -34,10 +34,10 @@ _OPTION = re.compile(r"[A-Za-z_]\w*=[^/?#]+")
 
 @dataclass(frozen=True)
 class SourceRef:
-    """A dataset, see rows.read_rows.
+    """A dataset, see dataset_rows.read_rows.
 
-    share: its fraction of an epoch's rows; None: every row once. name: the last part of its metrics' names.
-    options: settings of its rows that replace the run's: SOURCE_OPTIONS and "columns".
+    share: its fraction of an epoch's rows; None: an epoch has each of its rows once. name: the last part of
+    its metrics' names. options: settings of its rows that replace the run's: SOURCE_OPTIONS and "columns".
     """
 
     ref: str
@@ -53,9 +53,9 @@ class SourceRef:
 def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ...]:
     """Return the sources that a setting names, separated by commas, with their fractions of an epoch.
 
-    A source's weight is a number after a colon, and an option NAME=VALUE after one. If all sources have
-    weights, these are divided by their sum; if only some have, their weights are fractions, and the others
-    divide the rest evenly. Raises ValueError for other weights, and for a source that is named twice.
+    A source's weight is a number after a colon; an option NAME=VALUE also follows a colon. If all sources
+    have weights, these are divided by their sum; if only some have, their weights are fractions, and the
+    others divide the rest evenly. Raises ValueError for other weights, and for a source that is named twice.
     """
     if "," not in text or _find(text) is not None:
         bare, options = _split_options(text, setting)
@@ -85,7 +85,7 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
 
 
 def _find(ref: str) -> Path | None:
-    """Return a file or folder, None if there is none, and for text that is too long for a file name."""
+    """Return the file or folder `ref`, None if there is none or the text is too long for a file name."""
     try:
         return find_data(ref)
     except OSError:
@@ -103,7 +103,7 @@ def held_out_sources(text: str) -> tuple[SourceRef, ...]:
 def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
     """Return a dataset, with its weight, and its options: settings of its rows by name.
 
-    Columns are items "ours=theirs" as in data.columns; SOURCE_OPTIONS have other values.
+    Columns are items such as "prompt=question", as in data.columns; SOURCE_OPTIONS have other values.
     """
     parts, bare = list[str](), item
     weight = ""
@@ -118,7 +118,7 @@ def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
         bare = head
     if _OPTION.fullmatch(bare) and _find(bare) is None:
         raise ValueError(
-            f"{setting}: {bare} is no dataset; columns of a source are behind it with colons, as in "
+            f"{setting}: {bare} is no dataset; write a source's columns after it, each with a colon, as in "
             "a.jsonl:prompt=question:completion=answer"
         )
     options: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def _name(ref: str) -> str:
 
 
 def sources_with_metrics(text: str) -> tuple[str, ...]:
-    """Return the names of several sources, each of which has metrics; () for a single one."""
+    """Return the names of the sources if there are several, which then have separate metrics; else ()."""
     sources = parse_sources(text)
     return tuple(source.name for source in sources) if len(sources) > 1 else ()
 
@@ -226,7 +226,7 @@ class Mixture:
 def make_mixture(
     rows: Sequence[Int[np.ndarray, " _"]], sources: Sequence[SourceRef], seed: int
 ) -> Mixture | None:
-    """Return the mixture of sources with weights, None for sources without any.
+    """Return the mixture of sources with weights, None if no source has a weight.
 
     The counts are the shares of all rows, rounded so that they add up (largest remainders). Raises ValueError
     for a source that would get no row.
@@ -256,11 +256,12 @@ def make_mixture(
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The tokenised rows of all sources, and the indices of those for training and of the held-out ones.
+    """The tokenised rows of all sources, and the indices of the training and the held-out examples.
 
     sources: for each example, the index of its source in data.train or, if data.held_out names files, in
     data.held_out. train_names, held_names: the names of several sources, for their metrics; () for one.
-    left_out: a clause that counts what data.drop has left out of both. warnings: lines for a run's start.
+    left_out: a clause with the number of rows that data.drop has left out, "" for none. warnings: lines for a
+    run's start.
     """
 
     rows: TokenisedRows
@@ -340,7 +341,7 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
 def _left_out(settings: DataSettings, rows: TokenisedRows, from_file: np.ndarray) -> tuple[np.ndarray, str]:
     """Return the mask of the examples that data.drop leaves out, and a clause that counts their rows.
 
-    from_file: mask of the examples of files that data.held_out names. None of these is a duplicate, while
+    from_file: mask of the examples of files that data.held_out names. They are never left out as duplicates;
     training rows that equal one of them are. Of equal training rows the first is kept.
     """
     begins = rows.begins_row

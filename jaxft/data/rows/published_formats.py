@@ -38,7 +38,8 @@ def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
 def from_options(
     row: Row, settings: RowSettings, question: Sequence[str], options: Sequence[str], answer: str, first: int
 ) -> Row:
-    """Return a question with the texts, the choices and the answer of some columns.
+    """Return a row with columns question, choices and answer, made of a format's columns. question: its
+    texts.
 
     options: a column with a list, one for each choice, or () for false and true. first: the index of the
     first choice.
@@ -72,7 +73,7 @@ def best_first(kinds: Sequence[str]) -> list[str]:
 
 
 def rating_columns(responses: int) -> tuple[str, ...]:
-    """Return the columns of the ratings of a number of responses."""
+    """Return the columns of the ratings in a ranking of this many responses."""
     return tuple(_RATING + kind for kind in kinds_of_ranking(responses))
 
 
@@ -91,8 +92,8 @@ def with_ratings(row: Row, settings: RowSettings) -> Row:
 def from_ranking(row: Row, settings: RowSettings) -> Row:
     """Return a ranking as a pair or, with data.responses above 2, as that many responses.
 
-    Of a row with more, the best, the worst and those at even distances between them are read. Responses of
-    equal ratings stay in the order of the row. Raises InvalidRow for a row without ratings, unless
+    Of a row with more, the best, the worst and responses at even distances between them are read. Responses
+    of equal ratings stay in the order of the row. Raises InvalidRow for a row without ratings, unless
     data.best_first says that its order is the ranking.
     """
     column = _first(row, RANKED)
@@ -157,13 +158,13 @@ def ranking_note(settings: RowSettings) -> str:
             f"{order}"
         )
     return (
-        f"up to data.responses={count} responses of each ranking are read; of more, the best, the worst and "
-        f"those at even distances between them{order}"
+        f"up to data.responses={count} responses of each ranking are read: the best, the worst and, of a "
+        f"longer one, responses at even distances between them{order}"
     )
 
 
 def _first(row: Row, names: Sequence[str]) -> str:
-    """Return the first of the columns that is not null, or that the row has."""
+    """Return the first of the columns that is not null; if all are null, the first that the row has."""
     there = [name for name in names if name in row.fields]
     return next((name for name in there if row.fields[name] is not None), there[0])
 
@@ -196,7 +197,9 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
 
 
 def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
-    """Return the rating of each response, from a parallel column or its own; None without any."""
+    """Return the rating of each response, from a parallel column or the response's own key; None without
+    ratings.
+    """
     parallel = next((name for name in RATINGS if _is_list(row.fields.get(name))), None)
     if parallel is not None:
         values = list_of(row, parallel)
@@ -204,7 +207,7 @@ def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
             raise row.invalid(
                 "ratings of another number",
                 f"column {parallel!r} has {len(values)} entries and {column!r} {len(items)} responses; use "
-                "as many",
+                "one for each response",
             )
         return [_rating(row, f"{parallel}[{i}]", x, parallel == "ranks") for i, x in enumerate(values)]
     own = [item if isinstance(item, dict) else {} for item in items]
@@ -235,7 +238,9 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
-        raise row.invalid("no preference", f"column {column!r} is 0, no response is better; remove the row")
+        raise row.invalid(
+            "no preference", f"column {column!r} is 0: neither response is better; remove the row"
+        )
     scores = {_RATING + "chosen": abs(value), _RATING + "rejected": 0.0}
     return _pair(row, responses if value < 0 else responses[::-1], scores)
 
@@ -243,8 +248,8 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
 def from_better(
     row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
 ) -> Row:
-    """Return two responses as a pair. column: names the better one, by its values in `better` for the first
-    and the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
+    """Return two responses as a pair. column: names the better one, with the value better[0] for the first
+    and better[1] for the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
     """
     value = row.fields[column]
     written = str(int(value)) if isinstance(value, bool) or value in (0.0, 1.0) else str(value).strip()
@@ -287,7 +292,9 @@ def from_openai(row: Row, settings: RowSettings) -> Row:
 
 
 def with_openai_prompt(row: Row) -> Row:
-    """Return a row of OpenAI's preference fine-tuning with its messages and tools in columns of these."""
+    """Return a row of OpenAI's preference fine-tuning with input's messages in `prompt`, its tools in
+    `tools`.
+    """
     given = row.fields["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise row.invalid("input without messages", "column 'input' has no messages; use {'messages': [...]}")

@@ -102,7 +102,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """The last part of the file's path."""
         return file_name(self.url)
 
     def __str__(self) -> str:
@@ -265,7 +265,7 @@ def _hub_files(ref: str, repo: str, revision: str | None, pattern: str) -> list[
     paths = [path for path in paths if path.endswith(".parquet")]
     chosen = [path for path in paths if fnmatch.fnmatch(path, pattern) or path.startswith(f"{pattern}/")]
     if not chosen:
-        known = f"it has {', '.join(paths[:5])}" if paths else "it has none"
+        known = f"it has {', '.join(paths[:5])}" if paths else f"it has none: try data={repo}"
         raise ValueError(f"{ref}: no Parquet file of the dataset matches {pattern!r}; {known}")
     headers = utils.build_hf_headers()
     private = tuple((k, v) for k, v in headers.items() if k.lower() == "authorization")

@@ -56,8 +56,8 @@ NOT_READ = NotRead.NOT_READ
 class Chunk:
     """Rows that one process reads independently of others.
 
-    label: the prefix of the names of its rows, or the folder of several files. size: the number of rows, with
-    those that cannot be read. read: a module's function, or a partial of one, so that it can be pickled.
+    label: the prefix of the names of its rows, or the folder of several files. size: number of rows,
+    unreadable rows included. read: a module's function, or a partial of one, so that it can be pickled.
     """
 
     label: str
@@ -98,7 +98,7 @@ def loaded(rows: Sequence[Outcome], label: str) -> Chunk:
 
 
 def in_windows(rows: Iterable[Outcome], label: str) -> Iterator[Chunk]:
-    """Yield chunks in memory, of limited number and length of rows."""
+    """Yield chunks in memory, each of at most CHUNK_ROWS rows and about ROW_CHUNK_BYTES of text."""
     window: list[Outcome] = []
     size = 0
     for row in rows:
@@ -344,7 +344,7 @@ def read_json(path: Path) -> Iterator[Outcome]:
 
 
 def _key_of_rows(value: dict[str, Any]) -> str | None:
-    """Return the key of a file's only object under which it has a list of rows, None without one."""
+    """Return the key of the list of rows in a file that is one object, None without such a list."""
     lists = (key for key in KEYS_OF_ROWS if isinstance(value.get(key), list) and value[key])
     return next((key for key in lists if all(isinstance(row, dict) for row in value[key])), None)
 

@@ -40,15 +40,18 @@ def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
     except (OSError, pyarrow.ArrowException) as error:
         problem, first = "not a readable Parquet file", str(error).splitlines()[0]
         if isinstance(error, pyarrow.ArrowNotImplementedError) or "Not yet implemented" in first:
-            problem, remedy = "a column has a type or an encoding that is not supported", "write it without"
+            problem, remedy = (
+                "a column has a type or an encoding that is not supported",
+                "write it without that column",
+            )
         raise ValueError(f"{where}: {problem} ({first}); {remedy}") from error
 
 
 class GroupPlan(NamedTuple):
     """The plan for reading a row group.
 
-    columns: the names of those that are read. others: of the others. encoded: paths of columns whose
-    dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
+    columns: names of the columns that are read. others: names of the other columns. encoded: paths of columns
+    whose dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
     LINE_BYTES as text. size: bytes of all rows.
     """
 
@@ -98,7 +101,7 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
             passed = most if size > most else limit
             raise ValueError(
                 f"{where}: row group {group} takes more than {passed >> 20} MiB, {RATIO} times its size in "
-                "the file; write the file again without rows that repeat so long values"
+                "the file; write the file again without rows that repeat such long values"
             )
     chunk = max(1, min(BATCH_ROWS, LINE_BYTES * rows // max(1, total)))
     others = tuple(name for name in names if name not in columns)
@@ -114,9 +117,9 @@ def planned_batches(file: Any, source: Any, group: int, plan: GroupPlan) -> Iter
 
 
 class _Column(NamedTuple):
-    """A column of a row group. packed: its bytes in the file. unpacked: of its values without a dictionary's
-    repetition. at_once: that one batch may take, however few rows it has. rows: of the group. has_dictionary:
-    one that need not be expanded.
+    """A column of a row group. packed: its bytes in the file. unpacked: bytes of its values, each value of a
+    dictionary once. at_once: bytes that one batch may take, however few rows it has. rows: rows of the group.
+    has_dictionary: whether it has a dictionary that need not be expanded.
     """
 
     path: str
@@ -163,8 +166,8 @@ def _is_long(source: Any, metadata: Any, group: int, column: _Column) -> bool:
 
 
 def _measure(source: Any, metadata: Any, group: int, column: _Column, limit: int) -> tuple[int, int]:
-    """Return the bytes of a column's values (above `limit` only that it is), and a number of rows of which no
-    batch takes more than about LINE_BYTES in Arrow's memory.
+    """Return the bytes of a column's values, counted until they exceed `limit`, and how many rows a batch may
+    have to take no more than about LINE_BYTES in Arrow's memory.
 
     A value of DELTA_BYTE_ARRAY repeats the beginning of the one before it, so that each may have all bytes of
     the column: it is first read a few rows at a time.

@@ -50,9 +50,9 @@ def wide_encoding(path: Path) -> str | None:
 def sniff_encoding(path: Path) -> str:
     """Return the encoding of a text file, by its byte order mark or by all of its bytes.
 
-    A file that is not UTF-8 is cp1252 if its bytes above 127 are few, and nearly all where that encoding has
-    letters inside words, quotes or dashes; up to two thirds may be words of one letter. A file with valid
-    characters of UTF-8 is damaged UTF-8, of which readers find the rows.
+    A file that is not UTF-8 is cp1252 if its bytes above 127 are few, and in that encoding nearly all are
+    letters inside words, quotes or dashes; up to two thirds may be words of one letter. A file with any
+    multi-byte character of UTF-8 is damaged UTF-8, whose invalid rows the readers find.
     """
     wide = wide_encoding(path)
     if wide is not None:
@@ -90,7 +90,7 @@ SEPARATOR = "<|endoftext|>"  # on a line of its own, between the documents of a 
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Return the text files of a folder and its subfolders, but hidden ones, ordered by name."""
+    """Return the text files of a folder and its subfolders, except hidden ones, ordered by name."""
 
     def is_hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -104,7 +104,8 @@ def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator
 
     label: the file in the rows' names. sample_by: "document" is the file, or each part of it between lines
     <|endoftext|>; "paragraph" also divides it at blank lines, and "line" after each line. Blank parts are no
-    rows. Raises ValueError for a part of more than LINE_BYTES, and for bytes that are not of the encoding.
+    rows. Raises ValueError for a part of more than LINE_BYTES, and for bytes that the encoding does not have;
+    with UTF-8, a part with such bytes is an InvalidRow instead.
     """
     errors = "surrogateescape" if encoding == UTF8 else "strict"
     with path.open(encoding=encoding, errors=errors) as file:  # line ends become \n
@@ -174,8 +175,9 @@ class CsvText(NamedTuple):
 
 
 def sniff_csv(path: Path) -> CsvText:
-    """Return the encoding and the delimiter of a CSV file: the one that a first line for Excel names, or of
-    those that divide its header, the one with which most of the first records have as many fields as it.
+    """Return the encoding and the delimiter of a CSV file. A first line for Excel may name the delimiter.
+    Otherwise, of the delimiters in the header, it is the one with which most of the first records have as
+    many fields as the header.
     """
     encoding = sniff_encoding(path)
     with path.open(newline="", encoding=encoding, errors="replace") as file:

@@ -80,8 +80,8 @@ def check_causal(hf: dict[str, Any]) -> None:
     """Raise ValueError for an encoder, such as EmbeddingGemma."""
     if hf.get("use_bidirectional_attention"):
         raise ValueError(
-            "config: use_bidirectional_attention=true is not supported: this model is an encoder, and jaxft "
-            "has causal language models"
+            "config: use_bidirectional_attention=true is not supported: this model is an encoder; use a "
+            "causal language model"
         )
 
 
@@ -291,7 +291,7 @@ FOUR_NORMS: WeightNames = {
 
 @dataclass(frozen=True)
 class Gemma3Config(Gemma2Config):
-    """Sizes of a Gemma 3. rope: of layers with full attention; local_rope: of layers with a window."""
+    """Sizes of a Gemma 3. rope: for layers with full attention; local_rope: for layers with a window."""
 
     local_rope: Rope = Rope()
 

@@ -52,7 +52,7 @@ class Olmo2Config(DenseConfig):
 
 @dataclass(frozen=True)
 class Olmo3Config(Olmo2Config, WindowConfig):
-    """Sizes of an OLMo 3. local_rope: of layers with the window, in place of rope."""
+    """Sizes of an OLMo 3. rope: for layers with full attention; local_rope: for layers with a window."""
 
     window: int | None = 4096
     local_rope: Rope = Rope()

@@ -21,7 +21,7 @@ from jaxft.tree import static, struct
 
 @struct
 class Replaced:
-    """The embedding table of an adapter in place of the base's, which a tied head still reads."""
+    """An embedding table that an adapter trains in full; a tied head still reads the base's table."""
 
     weight: Any  # [V, D]
     base: Any
@@ -37,7 +37,7 @@ class TokenRows:
 
 
 def attach_replacement(name: str, base: Any, node: Mapping[str, Any], token_ids: tuple[int, ...]) -> Any:
-    """Return the array that replaces the base's parameter `name`."""
+    """Return the base's parameter `name` after replacement: an array, Replaced (a table) or TokenRows."""
     if "rows" in node:
         return TokenRows(base, node["rows"], token_ids)
     return Replaced(node["weight"], base) if name == "embed" else node["weight"]
@@ -49,8 +49,8 @@ def is_replacement(node: Any) -> bool:
 
 
 def unties(paths: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether merging an adapter with these nodes, by path, makes a tied head a separate matrix: it has a
-    part of the head, or changes the table only where tokens are read.
+    """Whether merging an adapter makes a tied head a separate matrix, because the adapter adapts the head,
+    or changes the table only where tokens are read. paths: the adapter's nodes by path.
     """
     return "head" in paths or ("embed" in paths and "rows" not in paths["embed"])
 
@@ -84,9 +84,10 @@ def base_modules(base: Mapping[str, ParamSpec], names: WeightNames) -> dict[str,
 def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: WeightNames) -> list[str]:
     """Return the paths of the parameters of the modules that modules_to_save names.
 
-    As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm" all norms), with the
-    modules in it ("mlp"). The end of a path's name after a dot does as well. A score head, which is no part
-    of the base, may be named too. Raises ValueError for a name that selects nothing, or only some layers.
+    As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm": all norms), with all
+    modules inside ("mlp"). The end of a parameter's path, after a dot, selects too. "score", a head that is
+    no part of the base, may be listed. Raises ValueError for a name that selects nothing, or only some
+    layers.
     """
     modules = base_modules(base, names) if listed else {}
     of_base = [name for name in listed if name not in SCORE_MODULES or "score" not in names]
@@ -119,8 +120,8 @@ def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> se
 def in_all_layers(
     selected: set[str], modules: Mapping[str, Sequence[str]], setting: str, why: str
 ) -> list[str]:
-    """Return the paths whose modules, by full name, are selected. Raises ValueError for a path with only some
-    of them.
+    """Return the paths whose modules, by full name, are selected. Raises ValueError if only some layers of a
+    path are. setting, why: beginning and end of that error.
     """
     for path, names in modules.items():
         if 0 < len(selected.intersection(names)) < len({*names}):
@@ -155,7 +156,7 @@ def bias_paths(
 def token_specs(
     base: Mapping[str, ParamSpec], token_ids: Sequence[int], with_head: bool, taken: Collection[str]
 ) -> dict[str, dict[str, ParamSpec]]:
-    """Declare the trained rows of the table and, with_head, of a head of its own.
+    """Declare the trained rows of the table and, if `with_head`, of the separate head.
 
     taken: paths with a pair or a replacement. Raises ValueError for ids that are no tokens or listed twice,
     and for rows of a parameter that is trained otherwise.

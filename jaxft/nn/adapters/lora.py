@@ -6,8 +6,8 @@ I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank, or alpha / sqr
 Adapter.scale_of); with DoRA also `magnitude` [*L, O]. Without attaching it, the model is the base model bit
 for bit.
 
-Where kernels of a stack have different ranks, R is the largest: the further columns of `a` and rows of `b`
-are zero. Both of their gradients are then zero, so that they stay zero in training; they are not exported.
+Where kernels of a stack have different ranks, R is the largest rank. The columns of `a` and rows of `b`
+beyond a kernel's rank start at zero, have zero gradients, and are not exported.
 
 Several adapters that go through the model together have one more axis, "adapters", the last of the lead axes.
 """
@@ -122,13 +122,13 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the base is stored without a part of it, which the adapter has at step 0."""
+        """Whether `init` moves a part of the base's weights into the adapter at step 0, as PiSSA does."""
         return self.init in RESIDUAL_INITS
 
     @property
     def exported(self) -> "Adapter":
-        """The settings of the adapter that a run writes: of twice the rank if the base was changed, for the
-        unchanged one.
+        """The settings of the adapter that a run exports. If `init` changed the base, it has twice the rank,
+        so that it fits the unchanged base.
         """
         return self.doubled if self.changes_base else self
 
@@ -177,7 +177,7 @@ class Adapted:
     dropout: float = static(default=0.0)
     magnitude: Any = None  # [*L, O] with DoRA
     gain: Any = None  # [*L, O], in place of a magnitude: constant factors of the outputs, for inference
-    rows: Any = None  # [*L, B]: the adapter of each row of the input, where all others are over K adapters
+    rows: Any = None  # [*L, B]: the adapter of each row of the input; all other leaves are over K adapters
     over: tuple[str, ...] = static(default=())
 
 
@@ -229,7 +229,9 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
 
 
 def _refuse_part(name: str, known: AbstractSet[str]) -> None:
-    """Raise ValueError for a part of a fused layer of the model, or a fused layer that it has in parts."""
+    """Raise ValueError if `name` is a part of a fused layer of the model, or a fused layer that the model has
+    as separate layers.
+    """
     kernel_name = name.removesuffix("_proj")
     for fused, parts in FUSED_PARTS.items():
         if kernel_name in parts and fused in known:
@@ -292,8 +294,8 @@ def join_adapters(adapter: Any, other: Any) -> Any:
     """Return the adapter that changes a base as both do together: pairs side by side, with the sum of their
     ranks.
 
-    adapter: None for none. A parameter that it replaces stays as it is, and the weights that its magnitudes
-    (DoRA) rescale include the pairs of `other`, which has nothing but pairs.
+    adapter: may be None, may replace parameters (they stay as they are) and have DoRA's magnitudes, which
+    then rescale weights that include the pairs of `other`. other: has pairs only.
     """
     if not adapter:
         return other
@@ -358,8 +360,8 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
 
 
 def several(stacks: dict[str, Any]) -> dict[str, Several]:
-    """Return stacks of adapters and heads by name for one forward pass with all of them: the axis over
-    adapters is behind the lead axes.
+    """Return stacks of K adapters or heads, by name, in the form that one forward pass over all K takes: the
+    axis over adapters moves from the front to behind the lead axes.
     """
     moved = tree.map_with_path(lambda path, x: jnp.moveaxis(x, 0, adapters_axis(path)), stacks)
     return {name: Several(x) for name, x in moved.items()}

@@ -35,7 +35,7 @@ BASE = 0  # the number of the adapter in a stack that changes nothing
 
 
 def not_stackable(adapter: Params) -> str:
-    """Return why an adapter cannot be in a stack, "" if it can."""
+    """Return the reason why an adapter cannot be in a stack; "" if it can."""
     replaces = [path for path, node in pairs_by_path(adapter).items() if is_replacement(node)]
     return f"it trains {replaces[0]} in full" if replaces else ""
 
@@ -46,16 +46,16 @@ def check_stackable(adapters: Mapping[str, Params]) -> None:
         why = not_stackable(adapter)
         if why and len(adapters) > 1:
             raise ValueError(
-                f"adapter {name} cannot be used together with others: {why}; use it alone, or use what "
-                "scripts/export.py merges"
+                f"adapter {name} cannot be used together with others: {why}; use it alone, or merge it "
+                "into its base with scripts/export.py"
             )
 
 
 def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
     """Return the adapters as trees of the same paths and shapes, so that one compiled program takes each.
 
-    Smaller ranks are padded with zeros; a kernel that only others adapt gets a zero pair, one without DoRA
-    gains of 1 where others have some. Leaves may be NumPy's.
+    Smaller ranks are padded with zeros. A kernel that only other adapters adapt gets a pair of zeros, and
+    gains of 1 if another adapter has gains for it. Leaves may be NumPy's.
     """
     nodes = [pairs_by_path(adapter) for adapter in adapters]
     trees: list[dict[str, Any]] = [{} for _ in adapters]
@@ -74,7 +74,7 @@ def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
 
 
 def specs_like(base: Specs, adapter: Params) -> Specs:
-    """Return the specs of an adapter of of_equal_shapes, which has no settings of its own."""
+    """Return the specs of an adapter that of_equal_shapes returned, from its arrays alone."""
     specs = spec_paths(base)
 
     def spec_of(path: str, leaf: Any) -> ParamSpec:
@@ -140,12 +140,12 @@ def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
 
 
 def chosen(stored: Array, at: Any, dtype: DTypeLike) -> Array:
-    """Return the elements of a stack's matrix at an index. dtype: of the values that raw bits stand for."""
+    """Return the elements of a stored stack's matrix at an index, as `dtype`."""
     values = stored[at]
     return jax.lax.bitcast_convert_type(values, dtype) if stored.dtype == jnp.uint16 else values
 
 
 def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:
-    """Return a weight with an adapter for each row, chosen from a stack as stored. dtype: of the matmul."""
+    """Return a weight with an adapter for each row, chosen from a stored stack. dtype: of the matmul."""
     a, b = chosen(w.a, w.rows, dtype), chosen(w.b, w.rows, dtype)
     return replace(w, a=a, b=b, scale=w.scale[w.rows], gain=None if w.gain is None else w.gain[w.rows])

@@ -19,8 +19,8 @@ from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, 
 
 
 class PairRanks(NamedTuple):
-    """Rank and alpha of the pair of each kernel of a stack, both 0 for no pair, in the order of
-    np.ndindex(lead_shape(spec)); one of each for a single kernel.
+    """Rank and alpha of the pair of each kernel of a stack, in the order of np.ndindex(lead_shape(spec));
+    both are 0 for a kernel without a pair. A single kernel is a stack of one.
     """
 
     ranks: tuple[int, ...]
@@ -87,7 +87,7 @@ def _check_no_pairs(settings: Adapter) -> None:
     for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "dora"):
         if getattr(settings, name) not in (getattr(Adapter, name), ""):
             raise ValueError(
-                f"adapter.{name} has no effect without adapter.targets; leave it out, or name some"
+                f"adapter.{name} has no effect without adapter.targets; leave it out, or set adapter.targets"
             )
 
 
@@ -124,7 +124,9 @@ def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet
 
 
 def _check_own_tensor(path: str, base: Mapping[str, ParamSpec], names: WeightNames) -> None:
-    """Raise ValueError for an adapted kernel that is no linear layer of the files: its pair has no name."""
+    """Raise ValueError for an adapted kernel that is no linear layer in the model's files, where its LoRA
+    pair would have no name.
+    """
     if path in base.keys() & names.keys() - {"embed"} and not names[path].is_linear(base[path]):
         raise ValueError(
             f"adapter.targets: {path} is a part of {names[path].template} in the model's files, so that a "

@@ -59,7 +59,7 @@ def dense(
 def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal["cudnn", "xla"] = "cudnn"):
     """cuDNN's flash attention for NVIDIA GPUs. A row is one example, padded at its end."""
     if ranges.prompt_start is not None or ranges.windowed or softcap is not None:
-        raise ValueError("cuDNN attention has no shared prompts, window or soft cap: use pallas")
+        raise ValueError("cuDNN attention has no shared prompts, window or soft cap: use attention=pallas")
     lengths_B = jnp.maximum((ranges.own_end > 0).sum(1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHE, k_BTKE, v_BTKE, is_causal=True, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
@@ -101,9 +101,10 @@ VARIABLE = "JAXFT_ATTENTION"  # of the environment: a kernel for all models of a
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Settings of all layers of a model. softcap: see dense. context_keys: keys of a row that mesh.context
-    shards are gathered, or passed around a ring; "auto": heads are sharded instead where they divide, and
-    keys pass around a ring from RING_LEAST tokens of a row per device. kernel: what runs on each device.
+    """Attention settings that all layers of a model share. softcap: see dense. context_keys: if mesh.context
+    shards rows, gather a row's keys or pass them around a ring; "auto" shards heads instead where they
+    divide, and else uses a ring from RING_LEAST tokens per device on. kernel: the kernel that each device
+    runs.
     """
 
     softcap: float | None = None
@@ -141,7 +142,7 @@ def kernel_for(
 
 
 def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
-    """Return why a GPU or TPU has no kernel of its own for these heads, for any rows; "" if it has."""
+    """Return why a GPU or TPU has no special kernel for these heads, whatever the rows; "" if it has one."""
     kind, dtype = device.device_kind, jnp.dtype(dtype)
     if device.platform == "tpu":
         takes = dtype in (jnp.bfloat16, jnp.float32)
@@ -341,7 +342,7 @@ def attention_line(
 
 
 def _of_arrays(kernel: Kernel, windowed: bool, softcap: float | None) -> Kernel:
-    """Return a kernel of arrays alone, as per_device shards them."""
+    """Wrap a kernel so that it takes the key ranges as separate arrays, which per_device can shard."""
 
     def fn(q_BTHE, k_BTKE, v_BTKE, *of_queries):
         return kernel(q_BTHE, k_BTKE, v_BTKE, KeyRanges(*of_queries, windowed=windowed), softcap)

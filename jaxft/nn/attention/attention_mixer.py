@@ -121,8 +121,8 @@ def _chunk(a: AttentionLayers, cache: Cache, chunk: GivenChunk, dtype: DTypeLike
 def _cached(
     a: AttentionLayers, cache: Cache, angles: Any, stored: Callable[..., Keys] | None, attended: Callable
 ) -> Pass:
-    """Return a pass over new tokens of rows, which attend to cached keys; it carries the rows' keys with the
-    new ones, or if `stored` is None without them, and then its values are the new Keys.
+    """Return a pass over new tokens of rows, which attend to cached keys. With `stored`, the pass carries the
+    rows' keys and adds the new ones; without, it leaves them as they are and returns the new Keys as values.
 
     stored(keys, k, v, index of the layer in keys, whether to store) -> keys; attended((q, k, v), (keys of
     prompts, and of rows), index, rule) -> o. The rows' keys are updated in place: as xs and ys they would be

@@ -1,4 +1,5 @@
-"""Caches for generation, prompts once and the tokens that each completion adds, and attention to them.
+"""Caches for generation: keys and values of each prompt, stored once, and of the tokens that each completion
+adds; attention to them.
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
 completions of the prompt share and which are read once for all of them (Hydragen, Juravsky et al. 2024,
@@ -30,9 +31,9 @@ from jaxft.tree import static, struct
 class Keys:
     """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
 
-    As raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
-
-    Those of one layer, in attention, have no L and are in the compute dtype, to be multiplied by the scales.
+    Stored as raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
+    Inside attention, the Keys of one layer lack the axis L and are in the compute dtype, not yet multiplied
+    by the scales.
     """
 
     k: Any
@@ -69,7 +70,7 @@ class RowGroups:
     """The assignment of rows to the prompts that they complete.
 
     rows: the row of each completion of each prompt, int32 [P, G]. places: the index of each row in
-    `rows.ravel()`, int32 [R]. A place without a row may name any row; its result is not used.
+    `rows.ravel()`, int32 [R]. An entry of `rows` without a completion may be any row; its result is not used.
     """
 
     rows: Any
@@ -136,8 +137,8 @@ def chunk_attention(
 ) -> Float[Array, "R C H E"]:
     """Return softmax(q k^T / sqrt(E)) v of several queries for each row over the row's visible keys.
 
-    at: where in the row's text the keys and the queries are. A query sees the keys at its place and before
-    it, within the window.
+    at: positions of the keys and of the queries in the row's text. A query sees the keys at its position and
+    before it, within the window.
     """
     (R, C, H, E), K, (of_keys_RS, of_queries_RC) = q_RCHE.shape, keys.k.shape[1], at
 
@@ -202,7 +203,7 @@ class LayerKeys:
 
 @struct
 class RecurrentState:
-    """A recurrent layer's state of each prompt or row. axes: the names of those behind the first two."""
+    """A recurrent layer's state of each prompt or row. axes: names of the axes after the first two."""
 
     value: Any  # [L, B, ...]
     axes: tuple[str, ...] = static()
@@ -223,8 +224,8 @@ class PromptKeys:
 class Cache:
     """The cached arrays of P prompts and of R completions of at most `new` tokens.
 
-    rows: with N slots for each row, token i of its completion is in slot i % N. So attention adds over a
-    row's keys in the same order whenever the row started.
+    rows: a row has N slots, and token i of its completion is in slot i % N. So attention adds over a row's
+    keys in the same order, no matter at which step the row started.
     """
 
     prompts: PromptKeys

@@ -33,11 +33,11 @@ NEVER = np.int32(2**30)  # an empty range is [NEVER, 0), so that min and max ove
 
 @struct
 class KeyRanges:
-    """The keys that each query sees: those in [own_start, own_end) and those in [prompt_start, prompt_end).
+    """The keys that each query sees: at positions [own_start, own_end) and [prompt_start, prompt_end).
 
     int32 arrays [..., T] of storage positions in the row. The prompt's are None if no row has branches, and a
-    range without keys is [2^30, 0). The prompt's range ends before the own range starts. windowed: a sliding
-    window may have shortened the ranges.
+    range without keys is [2^30, 0). The prompt's range ends before the query's own range starts. windowed: a
+    sliding window may have shortened the ranges.
     """
 
     own_start: Any
@@ -48,7 +48,9 @@ class KeyRanges:
 
     @property
     def pairs(self) -> list[tuple[Any, Any]]:
-        """Start and end of the own ranges and, if rows have branches, of the prompts'."""
+        """Return start and end of each query's own key range and, if rows have branches, of its prompt's
+        range.
+        """
         own, prompts = (self.own_start, self.own_end), (self.prompt_start, self.prompt_end)
         return [own] if self.prompt_start is None else [own, prompts]
 

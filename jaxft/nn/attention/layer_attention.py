@@ -73,8 +73,8 @@ class AttentionLayers:
     """Attention settings of every layer of a model.
 
     kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer, None for one without
-    attention. scale: factor on the scores
-    q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and what overrides the choice of a kernel.
+    attention. scale: factor on the scores q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and
+    overrides of the choice of a kernel.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -206,7 +206,8 @@ def attend_rows(
     """Return the attention of rows in one layer, and the keys, with rope, and values that it attends to.
 
     qkv: queries, keys and values before rope. kind: the index of the layer's LayerKind; None if there is only
-    one. angles: of each LayerKind. ranges: of the batch. packed: as in attention.attention.
+    one. angles: rope angles of each LayerKind. ranges: key ranges of the batch. packed: as in
+    attention.attention.
     """
     q, k, v = qkv
     needs = attention_needs(a, q.shape[1], packed, ranges.prompt_start is not None)

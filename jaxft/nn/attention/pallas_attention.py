@@ -1,7 +1,7 @@
 """Attention by key ranges for NVIDIA GPUs: FlashAttention-2 (arXiv 2307.08691) as Pallas kernels for Triton.
 
 Each program visits only blocks of keys (or, for the gradients of keys and values, of queries) in which
-something is visible: of a block of queries, first the blocks of the shared prompts, then those of the
+something is visible: of a block of queries, first the blocks of the shared prompts, then the blocks of the
 queries' own ranges. Query heads read the keys of their key head where they are. A block is a power of two,
 and a head is padded to one while it is in a kernel.
 
@@ -93,7 +93,7 @@ def ranged_attention(
 def _in_tiles(
     qkv: tuple[jax.Array, ...], ranges: KeyRanges, softcap: float | None, options: KernelOptions
 ) -> tuple[tuple[jax.Array, ...], KeyRanges, _Settings]:
-    """Return q, k, v and the ranges of q, padded to full tiles, and what the kernels are compiled for."""
+    """Return q, k, v and the ranges of q, padded to full tiles, and the kernels' static settings."""
     T, S = qkv[0].shape[1], qkv[1].shape[1]
     tiles = options.tiles or tiles_for(qkv[0].shape[3])
     all_tiles = tiles.output, tiles.queries, tiles.keys

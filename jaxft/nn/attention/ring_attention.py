@@ -3,8 +3,8 @@
 A query sees the keys before it, so the last part of a row has many times the work of the first one. Of 2 n
 parts of a row, device i stores parts 2 i and 2 i + 1 and computes the queries of parts 2 i and 2 n - 1 - 2 i,
 an early and a late one, which together see as many keys on every device. It swaps its second part with device
-n - 1 - i for that, and the outputs back. (Llama 3, arXiv 2407.21783, and ring-flash-attention pair the parts
-i and 2 n - 1 - i, of which twice as many are to be moved.)
+n - 1 - i for that, and swaps the outputs back. (Llama 3, arXiv 2407.21783, and
+ring-flash-attention pair parts i and 2 n - 1 - i, which would move twice as many parts.)
 
 The swap is inside attention, since everything else that depends on the place of a token (dropout, noise,
 positions that are read, other attention layouts) is then as on one device; keys that are gathered keep their
@@ -32,8 +32,9 @@ from jaxft.nn.attention.flash_attention import MASKED, KeyRanges, in_parts
 
 
 class BlockKernel(NamedTuple):
-    """A kernel for one block of keys of several. output: returns the log-sum-exp too. gradients: from the
-    output and log-sum-exp of all blocks. See flash_attention.flash_output and flash_gradients.
+    """A kernel for attention to one of several blocks of keys. output: returns the log-sum-exp too.
+    gradients: from the output and log-sum-exp over all blocks. See flash_attention.flash_output and
+    flash_gradients.
     """
 
     output: Callable
@@ -72,7 +73,9 @@ def _mirrored(x: jax.Array, devices: int) -> jax.Array:
 
 
 def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
-    """Return the parts that this device computes, of an array of which each device has a part [B, L, ...]."""
+    """Exchange parts of an array that is divided over the devices, [B, L, ...] each; return the parts that
+    this device computes.
+    """
     length = x_BL.shape[1]
     half = length // 2
     arrived = _mirrored(x_BL[:, length - half :], devices)
@@ -100,8 +103,8 @@ def _rows_of_parts(x_BT: Int[Array, "B T"], parts: Parts, length: int) -> Int[Ar
 
 
 def balanced(kernel: Callable, devices: int) -> Callable:
-    """Return a kernel of a device's part of the queries [B, L, H, E], all keys and all ranges, which are
-    arrays [B, T], that divides the causal work evenly over the context axis.
+    """Return a kernel that divides the causal work evenly over the context axis. Its arguments: a device's
+    part of the queries [B, L, H, E], all keys and values, and all ranges as arrays [B, T].
     """
 
     def fn(q_BLHE, k_BSKE, v_BSKE, *of_queries):
@@ -134,7 +137,7 @@ def _next_device(tree: Any, devices: int) -> Any:
 
 
 def _ranges_in_block(ranges: KeyRanges, step: jax.Array, devices: int, length: int) -> KeyRanges:
-    """Return the ranges in the block of keys that is here after `step` steps."""
+    """Return the ranges as positions in the block of keys that this device has after `step` steps."""
     source = lax.rem(lax.axis_index("context") - step + np.int32(devices), np.int32(devices))
     return in_parts(ranges, early_and_late(source, devices, length))
 

@@ -1,8 +1,9 @@
 """Pallas's splash attention for TPUs by key ranges: packed rows, and responses that share their prompt.
 
-Splash masks by one segment id per token. So the own ranges are one call, and the prompts a second one, whose
-queries have the id of their prompt. The two are merged by their log-sum-exps. The backward kernels of each
-call take the merged output and log-sum-exp, so that their sum is the gradient of the merged output.
+Splash masks by one segment id per token. So each example's own keys take one call, and its shared prompt a
+second one, in which queries have the id of their prompt. The outputs are merged by their log-sum-exps. The
+backward kernels of both calls take the merged output and log-sum-exp; their gradients add up to the gradient
+of the merged output.
 
 Splash multiplies scores by no factor, so queries must be scaled. The layers of a model scale them as part of
 rope, before queries are rounded (`splash_of_scaled`); `splash` scales queries that are rounded already.
@@ -76,7 +77,7 @@ def splash_of_scaled(
     the layers of a scan have a traced one.
     """
     if ranges.windowed:
-        raise ValueError("splash attention has no window: use flash")
+        raise ValueError("splash attention has no window: use attention=flash")
     T, H = q_BTHE.shape[1:3]
     ranges = pad_queries(ranges, -T % 128)
     q, k, v = (pad_time(x, -T % 128).swapaxes(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))

@@ -373,12 +373,13 @@ def with_corrected_kl(
     """`loss + coef r KL`: the KL estimated at tokens that an older policy sampled (DeepSeek-V3.2,
     arXiv:2512.02556).
 
-    TRL's use_bias_correction_kl. It replaces policy(beta=...), which takes r as 1. Raises ValueError without
-    the reference's log-probs.
+    TRL's use_bias_correction_kl. Use it with policy(beta=FixedKL(0)), which computes the reference's
+    log-probs and adds no penalty; the penalty of another beta takes r as 1. Raises ValueError without the
+    reference's log-probs.
     """
     if batch.reference is None:
         raise ValueError(
-            "with_corrected_kl needs the reference's log-probs in the batch. Let the rollout compute them "
-            "(Rollout.reference)"
+            "with_corrected_kl needs the reference's log-probs in the batch. Set policy(beta=FixedKL(0)), "
+            "which computes them and adds no penalty"
         )
     return loss(batch) + coef * batch.ratio * estimate(batch.logp, batch.reference)

@@ -63,25 +63,27 @@ Score = Callable[[Array], Array]
 
 
 def reverse_kl(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """s = c: DPO's own score."""
+    """Return the log-ratio itself: the score of DPO, which follows from the reverse KL divergence."""
     return ratio
 
 
 def forward_kl(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """s = 1 - exp(-c) (Wang et al. 2023, arXiv:2309.16240), -c capped at 80; TRL's overflows at c < -88 in
-    float32.
+    """Return the score 1 - exp(-ratio) of the forward KL divergence (Wang et al. 2023, arXiv:2309.16240).
+
+    -ratio is capped at 80; TRL's overflows at a ratio below -88 in float32.
     """
     return -jnp.expm1(capped(-ratio))
 
 
 def js_divergence(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """s = log 2 + LS(c) (arXiv:2309.16240)."""
+    """Return the score log 2 + log sigmoid(ratio) of the Jensen-Shannon divergence (arXiv:2309.16240)."""
     return math.log(2) + log_sigmoid(ratio)
 
 
 def alpha_divergence(ratio: Float[Array, "..."], alpha: float = 0.5) -> Float[Array, "..."]:
-    """s = (exp((alpha - 1) c) - 1) / (alpha - 1), exponent capped; at alpha = 1 its limit c
-    (arXiv:2309.16240).
+    """Return the score (exp((alpha - 1) ratio) - 1) / (alpha - 1) of the alpha divergence (arXiv:2309.16240).
+
+    At alpha = 1 it is its limit, the ratio. The exponent is capped.
     """
     k = alpha - 1.0
     limit = jnp.abs(k) < 1e-6
@@ -156,8 +158,8 @@ def rdpo(
 ) -> Annotated[PairLoss, Claims.of("difference", "finite", "raises_margin")]:
     """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, length is not rewarded (Park et al. 2024, arXiv:2403.19159).
 
-    The policy maximises r - alpha |y| with a KL penalty beta, so r = beta log(pi / pi_ref) + alpha |y|: what
-    length explains of the preferences is taken out of the policy's part.
+    The policy maximises reward - alpha |y| with a KL penalty beta, so reward = beta log(pi / pi_ref) + alpha
+    |y|: the part of the preferences that length explains is not learned by the policy.
     """
     return logistic(beta * _difference(pair, score) + alpha * (pair.chosen.length - pair.rejected.length))
 

@@ -37,7 +37,7 @@ from jaxft.objectives.pair import (
     square,
 )
 
-RATING = "score_"  # what the names of the columns of ratings begin with
+RATING = "score_"  # prefix of the columns of ratings
 
 
 class Ranking(NamedTuple):
@@ -55,8 +55,8 @@ def ranked_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, "B P"]]:
-    """Return the rating of each ranked kind; without columns of ratings K - 1 for the best, ..., 0 for the
-    worst.
+    """Return the ratings of the K ranked responses, by kind ("chosen", ...). Without columns of ratings they
+    are K - 1 for the best response, ..., 0 for the worst.
 
     loss: the name of a loss that needs the columns. Raises ValueError if the rows have none, or only some.
     """
@@ -75,7 +75,7 @@ def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, 
 
 
 def ranking_of(pair: PairBatch, loss: str | None = None) -> Ranking:
-    """Return the ranked responses of each slot. loss: see `ratings`."""
+    """Return log-ratios and ratings of the K responses in each slot of the batch. loss: see `ratings`."""
     scores = ratings(pair, loss)
     responses = [pair.responses[kind] for kind in scores]
     ratio, present = (
@@ -110,7 +110,7 @@ def info_nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss
     """`-sum_i softmax(s / alpha)_i log softmax(beta c)_i`: the policy's choice among the responses is as
     likely as their ratings say.
 
-    InfoNCA (Chen et al. 2024, arXiv:2402.05369, eq. 7). alpha: of a difference of ratings, how much is one
+    InfoNCA (Chen et al. 2024, arXiv:2402.05369, eq. 7). alpha: the difference of ratings that counts as one
     nat; towards 0 only the best response counts.
     """
     require(alpha > 0, f"info_nca: alpha must be above 0, got {alpha}")

@@ -236,7 +236,7 @@ def _bco_update(state: LossState, metrics: Metrics) -> dict[str, Array]:
 
 
 def _bco_eval_state(state: LossState) -> dict[str, Array]:
-    """With infinitely many rewards behind it, the mean does not move."""
+    """Return the state with an infinite count, so that held-out rewards do not move the mean."""
     return {**state, "count": jnp.full_like(state["count"], jnp.inf)}
 
 
@@ -246,7 +246,7 @@ def bco(pair: PairBatch, state: LossState, beta: float = 0.1) -> PairLoss:
     all rewards so far.
 
     Rewards are beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656;
-    TRL 1.13's BCOTrainer). Held-out pairs are not included: they get the delta that training has left. After
+    TRL 1.13's BCOTrainer). Held-out pairs are not included: they use training's last delta. After
     a step delta is updated from the metrics rewards/chosen and rewards/rejected, so the objective's beta must
     equal this one. Every response has the same weight in delta, independent of its row's weight. A slot
     with both responses has the mean of the two. TRL's density ratio weights (UDM) are not implemented.

@@ -43,8 +43,8 @@ class _Interrupt(BaseException):
 class Task:
     """Work of an episode's thread that consists of several calls in turn, each with the time-out.
 
-    began: when the current call began, None before the first. awaited: what an async function will return.
-    result: of the work, or its exception.
+    began: when the current call began, None before the first. awaited: the future of an async function's
+    result. result: the work's result, or its exception.
     """
 
     number: int
@@ -60,7 +60,9 @@ class Task:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Return function(*args, **named) and what it awaits. Each call has the whole time-out."""
+        """Call function(*args, **named), await its result if it is async, and return it. Each call has the
+        whole time-out.
+        """
         self.began = time.monotonic()
         try:
             value = function(*args, **named)
@@ -80,8 +82,8 @@ class Task:
             raise
 
     def object(self, make: Callable[[], T], close: Callable[[T], Any] | None = None) -> T:
-        """Return the object that make() made for this thread: by its first episode, for all later ones too.
-        close: called with it at the end.
+        """Return this thread's object of make(), which the first call makes; later episodes in the thread get
+        the same object. close: called with it at the end.
         """
         objects = self.worker.objects
         if make not in objects:
@@ -139,7 +141,8 @@ def shared_loop() -> EventLoop:
 class _Worker:
     """A thread that makes the calls of an episode, and what belongs to it: objects, and an event loop.
 
-    slots: how many workers may call at once. closing: closes the objects. episode: of the first rollout.
+    slots: limits how many workers call at once. closing: functions that close the objects. episode: the
+    number of the episode that started it.
     """
 
     def __init__(self, episode: int, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
@@ -245,7 +248,7 @@ class Calls:
             self.release(number, keep=False)
 
     def submit(self, number: int, work: Callable[[Task], Any]) -> None:
-        """Queue work. number: of the episode, which has no other work in progress."""
+        """Queue work of an episode by its number. It must have no other work in progress."""
         if number not in self.workers:
             self.workers[number] = self.idle.pop() if self.idle else self._started(number)
         worker = self.workers[number]

@@ -78,7 +78,7 @@ class Beginning(NamedTuple):
 
 class StepResult(NamedTuple):
     """The answer to a turn. observation: messages that the model is shown; () ends the episode, as `done`
-    does. reward: of the turn, NaN for none.
+    does. reward: reward of the turn, NaN for none.
     """
 
     observation: tuple[Message, ...]
@@ -97,11 +97,11 @@ class Environment:
     as when a limit ends an episode that only called tools. task.call calls a user's function, with the
     time-out. name: in logs and metrics. scored: whether its episodes have a score at all. continues: whether
     they may have a second turn. resets: whether reset may return a prompt; a class whose reset is annotated
-    `-> None` declares that it does not. prompts: whether it always returns one, as in a class whose reset is
-    annotated `-> str`, so that rows need none. by_name: of several environments, the schemas of each, by the
-    value of a row's column `environment`; {} where all rows have `schemas`. tool_errors: exceptions of tools
-    that are returned to the model; others exclude the episode. owner(state) -> the object that rewards with
-    an argument `environments` read.
+    `-> None` declares that it does not. prompts: whether reset always returns a prompt, as in a class whose
+    reset is annotated `-> str`, so that rows need no prompt. by_name: the schemas of each of several
+    environments, by the value of a row's column `environment`; {} where all rows have `schemas`. tool_errors:
+    exceptions of tools that are returned to the model; others exclude the episode. owner(state) -> the object
+    that rewards with an argument `environments` read.
     """
 
     name: str
@@ -131,7 +131,7 @@ def single_turn() -> Environment:
 
 
 def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
-    """Return the environment of what a user's file defines, with further tools.
+    """Return the environment that a user's file defines, with further tools.
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
     reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
@@ -180,8 +180,8 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     own = {schema["function"]["name"] for schema in environment.schemas}
     if own & added.keys():
         raise ValueError(
-            f"tools: the environment {environment.name} has its own {min(own & added.keys())}. Rename one, "
-            "or leave that environment out with environment=none."
+            f"tools: the environment {environment.name} already has a tool {min(own & added.keys())}. "
+            "Rename one, or leave that environment out with environment=none."
         )
 
     def all_tools(state: EpisodeState) -> Mapping[str, Tool]:
@@ -260,12 +260,12 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
 
 @cache
 def _made_by(factory: Callable[[], Any]) -> type:
-    """Return the class of what a factory makes, which may be a connection to a server: it makes one."""
+    """Return the class of a factory's objects, by making one, which may connect to a server."""
     try:
         return type(factory())
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"environment {name_of(factory)} made no object: {text}"[:200]) from error
+        raise ValueError(f"environment {name_of(factory)}() raised {text:.150}; fix that call") from error
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
@@ -295,7 +295,7 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
 
 
 def _missing_argument(make: Callable[[], Any]) -> str:
-    """Return the problem with a call without arguments, "" for nothing."""
+    """Return why `make` cannot be called without arguments; "" if it can."""
     try:
         inspect.signature(make).bind()
     except TypeError as error:
@@ -358,7 +358,7 @@ def _schemas(methods: Mapping[str, Any]) -> tuple[Schema, ...]:
 
 
 def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Environment:
-    """Return the environment with what the annotation of its reset says about prompts."""
+    """Return the environment with `resets` and `prompts` set from the return annotation of `reset`."""
     annotation = inspect.signature(reset).return_annotation
     return replace(environment, resets=annotation not in (None, "None"), prompts=annotation in (str, "str"))
 
@@ -482,14 +482,14 @@ def openenv(
 
         echo = openenv(lambda: EchoEnv(base_url="http://host:8000"), lambda text: EchoAction(message=text))
 
-    Any object with reset(**options) and step(action) will do that return an observation, a reward and whether
-    the episode is done, as StepResult has them; either may be async. Its observation is the text that the
-    model reads; the score is the sum of the rewards.
+    The client may be any object whose reset(**options) and step(action) return a result with `observation`,
+    `reward` and `done`; both may be async. The model reads the observation as text; the score is the sum of
+    the rewards.
 
-    connect: makes a client; each serves one episode at a time and is used again, unless that had a fault; its
-    close() is called at the end. action: a turn's text -> the action; ValueError for text that is none.
-    options: a row -> arguments of reset, such as a seed. observation: an observation -> text for the model,
-    by default its only field that is a string, or JSON.
+    connect: makes a client. A client serves one episode at a time, then the next one, unless the episode had
+    a fault; at the end its close() is called. action: a turn's text -> the action; raises ValueError if the
+    text has no action. options: a row -> arguments of reset, such as a seed. observation: an observation ->
+    text for the model, by default its only field that is a string, or JSON.
     """
     text_of = observation or observation_text
 

@@ -97,7 +97,7 @@ def calculator_rows(count: int, seed: int) -> list[RowColumns]:
 def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
     """Return conversations that show the format of calls: rows for SFT, with tools.
 
-    chained: the fraction of them with two calls, of the same tool or of both. Few need both, so that a model
+    chained: the fraction of them with two calls, to the same tool or to both. Few need both, so that a model
     still has to learn that.
     """
     rng = random.Random(seed)
@@ -163,8 +163,9 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 @dataclass(frozen=True)
 class SandboxLimits:
     """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
-    of each process. files: bytes of all files together, of each where it is not isolated. processes: at once,
-    with threads; only where it is isolated, and not for root. output: characters that are returned.
+    of each process. files: bytes of all files together, or of each file where the run is not isolated.
+    processes: processes and threads at once, where the run is isolated and the user is not root. output:
+    characters that are returned.
     """
 
     seconds: Annotated[float, above(0)] = 5.0
@@ -234,8 +235,8 @@ def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, 
 class CodeInterpreter:
     """A Python tool: the model writes programs, which the sandbox runs, and reads their output.
 
-    The reward is 1 if the last number of the final turn is the last of the row's answer, or if the text is
-    the answer where that has no number. A subclass may have other `limits`.
+    The reward is 1 if the last number of the final turn equals the last number of the row's answer. If the
+    answer has no number, the whole text must equal it. A subclass may set other `limits`.
     """
 
     limits = SandboxLimits()
@@ -360,7 +361,7 @@ def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowCol
 
 @functools.cache
 def _facts() -> tuple[tuple[str, str, int, str], ...]:
-    """Return (village, river, year, painter), of which no name occurs twice."""
+    """Return (village, river, year, painter) for each village; no name occurs twice."""
     rng = random.Random(7)
 
     def joined(first: str, second: str, between: str = "") -> list[str]:

@@ -41,7 +41,7 @@ JSON_TYPES: dict[str, Any] = {
 
 
 class ParsedTurn(NamedTuple):
-    """A sampled turn. text: what is not part of a call. malformed: how many of its calls are no JSON."""
+    """A sampled turn. text: what is not part of a call. malformed: number of calls that are not JSON."""
 
     text: str
     calls: tuple[ToolCall, ...]
@@ -118,8 +118,8 @@ def answer_calls(
 ) -> tuple[list[Message], list[Fault]]:
     """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
 
-    longest: characters of a result. errors: exceptions that are returned to the model. Raises what excludes
-    the episode.
+    longest: characters of a result. errors: exceptions that are returned to the model. Raises an
+    exception that excludes the episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:

@@ -52,7 +52,7 @@ class ObjectText(str):
 
     @classmethod
     def of(cls, value: Any, key: str = "") -> "ObjectText":
-        """Return `key=NAME`, or NAME alone: of the object, or of its type."""
+        """Return `key=NAME`, or NAME without a key: the name of a function or class, or of a value's type."""
         named = inspect.isroutine(value) or isinstance(value, type)
         name = value.__qualname__ if named else type(value).__qualname__
         text = cls(f"{key}={name}" if key else name)
@@ -64,9 +64,10 @@ class ObjectText(str):
 class Resolved:
     """A recipe with all of its settings applied.
 
-    value: what the config returned, with fields replaced. knobs: all of its knobs. fields: those set by
-    dotted keys. line: the recipe and the overrides as the command line has them. defaults: of the knobs.
-    chosen: settings that were chosen because the command leaves them open, see train/start/open_settings.py.
+    value: what the config returned, with fields replaced. knobs: the values of all knobs. fields: the values
+    of the fields that dotted keys set. line: the recipe and the overrides as the command line has them.
+    defaults: the knobs' defaults. chosen: settings that train/start/open_settings.py chose because the
+    command leaves them open.
     """
 
     value: Any
@@ -123,8 +124,8 @@ def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object
 
 
 def recipe_defaults(path: str) -> Any:
-    """Return the value of a config without any setting; None if it has a knob without a default, or refuses
-    its defaults.
+    """Return what a config returns with its defaults; None if a knob has no default or the config raises an
+    error.
     """
     try:
         return load_config(path, [])
@@ -133,12 +134,12 @@ def recipe_defaults(path: str) -> Any:
 
 
 def knob_names(recipe: Recipe) -> list[str]:
-    """The knobs of a config file, in order."""
+    """Return the names of a config file's knobs, in order."""
     return list(recipe_knobs(recipe))
 
 
 def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
-    """The knobs of a config file by name, in order."""
+    """Return a config file's knobs by name, in order."""
     return _knobs(_config_function(recipe)[0])
 
 
@@ -171,7 +172,9 @@ def _config_function(path: Recipe) -> tuple[Callable, types.ModuleType | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """A parameter of `config`, or a field of its parameter `group`."""
+    """A parameter of `config`, or a field of its parameter `group`. kind: its annotation. kind and default
+    are UNANNOTATED where the parameter has none.
+    """
 
     kind: Any
     default: Any
@@ -179,7 +182,7 @@ class Knob:
 
     @property
     def written_kind(self) -> str:
-        """How a value is written."""
+        """How a value is written on the command line, for help: "true or false"."""
         return describe_kind(type(self.default) if self.kind in (UNANNOTATED, Any) else self.kind)
 
     @property
@@ -207,11 +210,12 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
 
 
 def type_hints(thing: Any) -> dict[str, Any]:
-    """Return the annotations of a function or class with their marks. Raises ValueError for unknown names."""
+    """Return the annotations of a function or class, with Annotated. Raises ValueError for unknown names."""
     try:
         return typing.get_type_hints(thing, include_extras=True)
     except NameError as error:
-        raise ValueError(f"cannot read the annotations of {thing.__qualname__}: {error}") from error
+        text = f"cannot read the annotations of {thing.__qualname__}: {error}; import it in that file"
+        raise ValueError(text) from error
 
 
 def _split(overrides: list[str]) -> dict[str, str]:
@@ -243,7 +247,7 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
-    """Parse an override by the annotation of its setting, or by its present value where it has none."""
+    """Parse an override by its setting's annotation, or by the setting's value `now` if `kind` is unknown."""
     if isinstance(text, ObjectText):
         return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):
@@ -271,8 +275,8 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
 
 
 def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
-    """Return the object of a setting if its annotation takes it; a list of objects, or one alone, becomes a
-    tuple where one is annotated, and its strings are parsed.
+    """Return the Python object of a setting. For a tuple annotation, a list or a single object becomes a
+    tuple and strings in it are parsed. Raises ValueError for an object of another type than the annotation's.
     """
     value, members = text.value, union_members(kind)
     origins = [typing.get_origin(member) or member for member in members]
@@ -362,7 +366,7 @@ def _get(node: Any, steps: Steps) -> Any:
 
 
 def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
-    """The node with fields replaced, all fields of a dataclass at once, so that it checks them together."""
+    """Return `node` with fields replaced, all fields of a dataclass at once, as it checks them together."""
     values: dict[str, Any] = {}
     for name in dict.fromkeys(steps[0] for steps in fields):
         now = getattr(node, name)
@@ -389,7 +393,7 @@ def recipe_docstring(recipe: str) -> str:
 
 
 def knob_comments(recipe: Recipe) -> dict[str, str]:
-    """The comments that end the lines of a config file's knobs, by name."""
+    """Return the comment at the end of each knob's line in a config file, by the knob's name."""
     return _knob_comments(_config_function(recipe)[0])
 
 
@@ -403,9 +407,8 @@ def _knob_comments(fn: Callable) -> dict[str, str]:
 
 
 def _comments(definition: Any) -> dict[str, str]:
-    """Parameter of a function, or field of a class and its bases -> the comment that ends its line.
-
-    Where a line has several, the comment belongs to the last.
+    """Return the comment at the end of the line of each parameter of a function, or each field of a class and
+    its bases, by name. On a line with several, the comment belongs to the last.
     """
     comments: dict[str, str] = {}
     for cls in reversed(inspect.getmro(definition)) if isinstance(definition, type) else [definition]:

@@ -110,7 +110,7 @@ def _options(names: str, **fields: Any) -> Iterator[Option]:
 
 
 def _same(names: str, setting: str, example: Any, note: str = "", recipe: str = "sft") -> Iterator[Option]:
-    """Options whose values the setting takes."""
+    """Options whose values the setting takes as they are."""
     return _options(names, setting=setting, note=note, example=example, recipe=recipe)
 
 
@@ -129,7 +129,7 @@ def _together(names: str, setting: str | None, note: str, recipe: str = "sft") -
 
 
 def _unneeded(names: str, note: str) -> Iterator[Option]:
-    """Options of what jaxft always does, or has no use for."""
+    """Options for which there is nothing to set, as the note explains."""
     return _options(names, setting=None, note=note, kind="unneeded")
 
 

@@ -1,4 +1,4 @@
-"""Names of settings, without jax: of a recipe's source, and in place of names and files of other tools.
+"""Names of settings, without importing jax: read from a recipe's source, or meant by a name of another tool.
 
 Completion of the shell reads a recipe's settings from its source in a few milliseconds: names as `jaxft
 settings` lists them; values of booleans, literals and short names of functions.
@@ -43,8 +43,8 @@ class SettingSource(NamedTuple):
 
 @functools.cache
 def statements(file: Path) -> dict[str, str]:
-    """Return name -> source of the class, function, assignment or import at the top of a file that defines
-    it; {} for a file that cannot be read.
+    """Return the source of each class, function, assignment and import at the top of a file, by the names
+    that it defines; {} for a file that cannot be read.
 
     A statement begins at a line that is not indented. Parsing all of a file would take most of the time.
     """
@@ -106,7 +106,7 @@ def module_file(module: str) -> Path:
 
 
 def members(kind: Definition) -> list[Definition]:
-    """Return the members of a union, or the annotation alone; aliases and Annotated are looked through."""
+    """Return the members of a union, or the annotation alone. An alias is replaced by what it stands for."""
     node, file = kind
     if isinstance(node, ast.BinOp):
         return [m for side in (node.left, node.right) for m in members(Definition(side, file))]
@@ -194,7 +194,7 @@ def data_class(recipe: Path) -> Definition | None:
 
 
 def is_writable(kind: Definition) -> bool:
-    """Return whether a member of a union can be written on the command line; see parse.can_be_written."""
+    """Return whether a member of a union can be written on the command line, as can_be_written does."""
     node, file = kind
     if isinstance(node, ast.Constant):
         return node.value is not None and node.value is not Ellipsis
@@ -400,7 +400,7 @@ def nearest_settings(name: str, settings: Sequence[str]) -> list[str]:
 
 
 def setting_names(recipe: str) -> list[str]:
-    """Return the knobs and dotted fields of a recipe, of sft if this is none."""
+    """Return the knobs and dotted fields of a recipe; for an unknown one, of sft."""
     shipped = ROOT / "configs" / f"{recipe}.py"
     path = Path(recipe) if recipe.endswith(".py") else shipped
     path = path if path.is_file() else ROOT / "configs" / "sft.py"
@@ -408,7 +408,7 @@ def setting_names(recipe: str) -> list[str]:
 
 
 def settings_called(name: str, recipe: str) -> list[str]:
-    """Return the setting of a recipe with this name, or else those whose last part it is.
+    """Return the setting of a recipe with this name, or else the settings with this last part.
 
     >>> settings_called("eval_every", "sft")
     ['loop.eval_every']
@@ -432,7 +432,7 @@ def settings_file(path: str) -> str | None:
 
 
 def _has_rows(file: Path) -> bool:
-    """Whether a file has rows by its name, or is a JSON list."""
+    """Return whether a file has rows, by its name or because it is a JSON list."""
     if not file.is_file() or file.suffix.lower() not in (".json", *ROW_FILES):
         return False
     with file.open("rb") as stream:

@@ -1,7 +1,7 @@
 """Values of settings: parsed by their type annotations, and recorded as comparable JSON.
 
-Settings may name Python files and functions, which are loaded here. A record has the differences between two
-runs' settings.
+Settings may name Python files and functions, which are loaded here. Records of two runs are compared here
+too.
 """
 
 import ast
@@ -36,18 +36,18 @@ PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands 
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
-    """The members of a union annotation, or the annotation alone."""
+    """Return the members of a union annotation, or the annotation alone."""
     if typing.get_origin(kind) is typing.Annotated:
         return union_members(typing.get_args(kind)[0])
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON.
+    """Return a value as JSON, for the record of a run.
 
     A dataclass becomes a dict of its fields; a function its name, its arguments (bound by `partial`, a method
     or a closure) and a hash of its source; a model its config; an array its shape, dtype and hash. URLs lose
-    passwords and signatures, see urls.without_secrets, except in PROMPT_TEXTS.
+    passwords and signatures, see remote.without_secrets, except in PROMPT_TEXTS.
     """
     if isinstance(value, str):
         return without_secrets(value)
@@ -139,8 +139,8 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
 
 
 def _source_hash(definition: Any) -> str | None:
-    """A hash of the source of a function or class; of its whole file where that is a user's, whose helpers it
-    may call.
+    """Return a hash of the source of a function or class; in a user's file, of the whole file, because it may
+    call helpers there. None if the source cannot be read.
     """
     try:
         if str(definition.__module__).endswith(".py"):
@@ -178,7 +178,7 @@ def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`a.b: 1 -> 2` for each place where two records differ; `absent` for a key that one of them lacks."""
+    """Return `a.b: 1 -> 2` for each difference of two records; `absent` is a key that a record lacks."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in dict.fromkeys([*old, *new]):
@@ -219,7 +219,7 @@ def find_file(path: str) -> Path:
     own = sorted((folder / p.name).as_posix() for p in folder.glob("*.py"))
     configs = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*.py"))
     near = list(dict.fromkeys([*difflib.get_close_matches(path, own, 3, 0.5), *nearest(path, configs, 5)]))
-    hint = f"; there are: {', '.join(near[:5])}" if near else ""
+    hint = f"; there are: {', '.join(near[:5])}" if near else "; correct the path"
     folders = " or ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT))))
     raise FileNotFoundError(f"{path}: no such file in {folders}{hint}")
 
@@ -254,8 +254,8 @@ def short_path(file: Path) -> str:
 
 
 def may_define(file: Path, function: str) -> bool:
-    """Whether the source of a Python file defines or imports a function of this name; False for an object,
-    `config = DPOConfig(...)`, True for a file that cannot be read as Python.
+    """Return whether the source of a Python file defines or imports a function of this name: False for an
+    object such as `config = DPOConfig(...)`, True for a file that cannot be read as Python.
     """
     try:
         tree = ast.parse(file.read_bytes())
@@ -289,7 +289,7 @@ def run_file(file: Path) -> types.ModuleType:
         line = f":{error.lineno}" if error.lineno else ""
         raise ValueError(f"{short_path(file)}{line}: syntax error: {error.msg}; correct it") from error
     except ValueError as error:  # a null byte, before Python 3.12
-        raise ValueError(f"{short_path(file)}: not a Python file ({error})") from error
+        raise ValueError(f"{short_path(file)}: not a Python file ({error}); name one") from error
     try:
         exec(code, module.__dict__)
     except (ValueError, OSError):
@@ -300,7 +300,7 @@ def run_file(file: Path) -> types.ModuleType:
 
 
 def format_error(error: BaseException, file: Path) -> str:
-    """The error's type and text with the last line of `file` in its traceback."""
+    """Return an error's type and text, with the number of the last line of `file` in its traceback."""
     lines, trace = [], error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(file):
@@ -311,9 +311,9 @@ def format_error(error: BaseException, file: Path) -> str:
 
 def load_callable(text: str, or_dict: bool = False) -> Any:
     """Import what `package.module:name` or `file.py:name` names: a function, or a dataclass instance such as
-    a reward. or_dict: or a dict of functions.
+    a reward. or_dict: allow a dict of functions too.
 
-    Raises ValueError or FileNotFoundError.
+    Raises ValueError for a name that isn't one of these, and FileNotFoundError for a missing file.
     """
     where, _, name = text.rpartition(":")
     if not where or not name:
@@ -339,8 +339,8 @@ def load_callable(text: str, or_dict: bool = False) -> Any:
 
 
 def _functions_of(module: types.ModuleType, name: str) -> str:
-    """Return which functions a module has, for an error: all that a user's file defines, in its order; of a
-    package the nearest.
+    """Return which functions a module has, for an error: all that a user's file defines, in its order; for a
+    package only the nearest names.
     """
     named = vars(module).items()
     functions = [n for n, v in named if callable(v) and not isinstance(v, type) and not n.startswith("_")]
@@ -401,7 +401,7 @@ def _marks(kind: Any) -> list[ShortNames]:
 
 
 def is_callable(kind: Any) -> bool:
-    """Whether an annotation, or a member of a union, is Callable."""
+    """Return whether an annotation, or a member of a union, is Callable."""
     members = union_members(kind)
     return collections.abc.Callable in (*members, *map(typing.get_origin, members))
 
@@ -479,7 +479,7 @@ def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _expected(text: str, kind: Any) -> ValueError:
-    """The error of a value that is none of the annotation `kind`."""
+    """Return the error of a value that the annotation `kind` does not allow."""
     expected = describe_kind(kind)
     if text.strip("+- ").lower() == "nan":  # a float, but no number
         expected = expected.replace("float", "a finite number")

@@ -35,8 +35,8 @@ class Setting:
     """A setting as `--help` lists it: a recipe's knob or a dotted field such as optim.lr.
 
     kind: how its values are written. default: as written, None where a recipe must set it. text: its
-    description. section: the description of its section. names: of functions, if they are too many for
-    `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: of its numbers.
+    description. section: the description of its section. names: names of functions, if they are too many for
+    `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: the bounds of its numbers.
     """
 
     name: str

@@ -76,7 +76,9 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics of all batches, and the numbers of pairs: summed on the host and divided once."""
+    """Return the metrics of all batches, and the numbers of pairs. They are summed on the host and divided
+    once.
+    """
     return held_out_floats(sum_metrics(step, batches))
 
 
@@ -90,7 +92,7 @@ def sum_metrics(
 ) -> Metrics:
     """Return the metrics of all batches on the host, not yet divided.
 
-    with_rows: and the values of single rows.
+    with_rows: add the values of single rows.
     """
     total: Metrics | None = None
     rows: list[Metrics] = []  # joined once: joining them batch by batch is quadratic in their number
@@ -213,7 +215,7 @@ def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
 
 
 class PairScore(NamedTuple):
-    """Log-probabilities of the responses of a pair, in nats, and their tokens.
+    """The log-probabilities of a pair's responses, in nats, and their numbers of tokens.
 
     base: log-probabilities of chosen and rejected by the base without the adapter; None for a model alone.
     """
@@ -229,8 +231,9 @@ class PairScore(NamedTuple):
 class Evaluated(NamedTuple):
     """The result of an evaluation.
 
-    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: one per
-    row, of metrics that are means over rows: of an accuracy 1, 0, or 1/2 for a tie; NaN for no value.
+    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: for
+    each metric that is a mean over rows, one value per row; an accuracy's is 1, 0, or 1/2 for a tie. NaN: no
+    value.
     """
 
     metrics: dict[str, float]
@@ -304,13 +307,13 @@ def make_pair_preferences(
 def _pair_preferences(
     forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows, check: FingerprintCheck
 ) -> Evaluated:
-    """Return which response of each pair the model finds more likely, and the fractions of pairs: of the
-    held-out pairs, or of all if there are none.
+    """Return the log-probabilities of each pair's responses, and in which fraction of the pairs the chosen
+    one is preferred. Held-out pairs are evaluated, or all pairs if none are held out.
 
-    accuracy: log p(chosen) > log p(rejected); in all of them a tie counts 1/2, and one of ties alone is left
-    out. accuracy_per_token: the same for the mean over the response's
-    tokens. With an adapter also accuracy_against_base: the adapter raises log p of the chosen response above
-    the base's by more than of the rejected one, which is DPO's reward accuracy.
+    accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the means over the responses'
+    tokens. accuracy_against_base, with an adapter: the adapter raises log p(chosen) by more than
+    log p(rejected) over the base, which is DPO's reward accuracy. A tie counts 1/2; an accuracy is left out
+    if all pairs are ties.
     """
     source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check(source.info.fingerprint)
@@ -414,10 +417,10 @@ def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
-    """Return the means over pairs; see pair_preferences.
+    """Return the means over pairs; see _pair_preferences.
 
-    Of rows with a single labelled response there are also counts and means per token, of chosen and of
-    rejected ones.
+    If some rows have a single labelled response, there are also counts and means per token of the chosen and
+    of the rejected responses.
     """
     pairs = _pairs(scores)
     metrics: dict[str, float] = {"pairs": len(pairs)}
@@ -438,8 +441,8 @@ def _pairs(scores: Sequence[PairScore]) -> list[PairScore]:
 
 
 def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
-    """Return, by accuracy, 1 for each pair that is won, 0 for a lost one and 1/2 for a tie. An accuracy of
-    ties alone is left out.
+    """Return for each accuracy of _pair_preferences the result of each pair: 1 if the chosen response is
+    preferred, 0 if not, 1/2 for a tie. An accuracy is left out if all pairs are ties.
     """
     pairs = _pairs(scores)
     margins = {

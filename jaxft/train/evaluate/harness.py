@@ -52,8 +52,8 @@ class HarnessSettings:
     """Settings of a model that responds to requests.
 
     length: the most tokens that the model reads, None for its positions. batch: rows that are computed
-    together. seed: of sampling. cache: how keys and values are stored. chat: whether prompts are rendered
-    with the chat template. template: how it renders them.
+    together. seed: random seed of sampling. cache: how keys and values are stored. chat: whether prompts are
+    rendered with the chat template. template: how it renders them.
     """
 
     length: int | None = None
@@ -270,7 +270,7 @@ def make_harness_model(backend: HarnessBackend) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):
-        """The names and parameters are lm_eval's."""
+        """A model of lm_eval, which gives its methods their names and parameters."""
 
         tokenizer = backend.tokenizer
         tokenizer_name = str(backend.tokenizer.name_or_path).replace("/", "__")
@@ -331,8 +331,8 @@ class _Read(NamedTuple):
 
 
 class _ScoredRow(NamedTuple):
-    """Tokens that the model reads, and what is read from it. Continuations that differ in the last token only
-    share a row.
+    """The tokens of a row, and the positions whose log-probabilities are read. Continuations that differ only
+    in the last token share a row.
     """
 
     ids: tuple[int, ...]
@@ -449,8 +449,8 @@ def read_sizes(size: int) -> tuple[int, ...]:
 def batches_of(
     rows: Sequence[_ScoredRow], batch: int, length: int
 ) -> list[tuple[tuple[int, int], list[_ScoredRow]]]:
-    """Return (tokens, read positions) of a padded row and its rows for each batch, the longest first: what is
-    too large for the memory fails at once.
+    """Return batches as ((tokens, read positions) of a padded row, rows). The longest come first, so that a
+    lack of memory shows at once.
     """
     of_shape: dict[tuple[int, int], list[_ScoredRow]] = {}
     for row in rows:
@@ -484,8 +484,8 @@ class HarnessResult(NamedTuple):
     """The results of tasks of lm-evaluation-harness.
 
     metrics: by "task/metric". table: lm-evaluation-harness's own. report: its results as a JSON object, with
-    the responses to each row under "samples". notes: lines for the user. values: none; the table has standard
-    errors.
+    the responses to each row under "samples". notes: lines for the user. values: empty, unlike Evaluated's;
+    the table has standard errors.
     """
 
     metrics: dict[str, float]
@@ -507,8 +507,8 @@ def require_harness() -> None:
 
 
 def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
-    """Return tasks and groups with their rows. names: of lm-evaluation-harness, patterns such as "arc_*", or
-    YAML files. folder: where further tasks are.
+    """Return tasks and groups with their rows. names: tasks of lm-evaluation-harness, patterns such as
+    "arc_*", or YAML files. folder: where further tasks are.
 
     Raises ValueError for an unknown name, and for a task whose configuration or rows cannot be read.
     """
@@ -534,7 +534,8 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
                 loaded = manager.load([one])
             except Exception as error:  # files, data and code of others
                 problem = f"{type(error).__name__}: {error}"
-                raise ValueError(f"--tasks {one}: the task cannot be loaded: {problem}") from error
+                text = f"--tasks {one}: the task cannot be loaded: {problem}; correct it, or leave it out"
+                raise ValueError(text) from error
             groups = list(loaded.get("groups", {}).values())  # the first one contains the others
             loaded_tasks += groups[:1] or list(loaded["tasks"].values())
     return loaded_tasks
@@ -547,7 +548,7 @@ def evaluate_tasks(
     settings: HarnessSettings,
     about: dict[str, Any],
 ) -> HarnessResult:
-    """Evaluate what load_tasks returned. about: facts about the model, for the report.
+    """Evaluate a model on tasks from load_tasks. about: facts about the model, for the report.
 
     Raises ValueError for requests that the model cannot read or generate.
     """

@@ -1,5 +1,5 @@
-"""Completions with their scores: of a run's held-out prompts before and after training, and of the prompts
-in a file (`jaxft evaluate --by`). pass@k.
+"""Completions with their scores and pass@k: of a run's held-out prompts before and after training, and of the
+prompts in a file (`jaxft evaluate --by`).
 """
 
 import hashlib
@@ -169,7 +169,7 @@ def compile_sampler(
 class Completer:
     """Completes prompts by loaded weights. Programs are compiled once for weights of one model and shapes.
 
-    batch: completions at the same time. seed: of sampling. cache: how keys and values are stored.
+    batch: completions at the same time. seed: random seed of sampling. cache: how keys and values are stored.
     """
 
     batch: int = 8
@@ -187,7 +187,7 @@ class Completer:
     ) -> Int[np.ndarray, "n G S"]:
         """Return the token ids of `samples` completions of each prompt, below 0 after their ends.
 
-        prompts: names for errors, and token ids. is_enough: see generate.complete. Raises ValueError for a
+        prompts: names for errors, and token ids. is_enough: see session.complete. Raises ValueError for a
         token that the model does not have, and for logits that are not finite.
         """
         ids = [tokens for _, tokens in prompts]
@@ -209,8 +209,8 @@ class Completer:
 
 
 class FunctionScores(NamedTuple):
-    """Scores of completions by a function. values: of G completions of n prompts, NaN for no score. fault:
-    a message about the first completion without a score, "" for none.
+    """Scores of completions by a function. values: scores of G completions of each of n prompts, NaN for no
+    score. fault: a message about the first completion without a score, "" for none.
     """
 
     name: str
@@ -223,7 +223,7 @@ class FunctionScores(NamedTuple):
         return f"{int(np.isnan(self.values).sum())} of {self.values.size}"
 
     def figures(self, ks: Sequence[int]) -> Iterator[tuple[str, float, list[float]]]:
-        """Yield the name, the mean and the value of each prompt, of the score and of pass@k for each k."""
+        """Yield (name, mean, value of each prompt) of the score, and of pass@k for each k."""
         known = self.values[~np.isnan(self.values)]
         if len(known):
             yield self.name, float(known.mean()), prompt_means(self.values)
@@ -251,11 +251,11 @@ def score_texts(
 class Scored(NamedTuple):
     """Held-out completions of a model.
 
-    samples: those that logs and cards show. scored: number of prompts whose completions were scored. metrics:
-    mean score by each function, and pass@k. intervals: of these means over the prompts. values: of each
-    prompt, by a name that is the same in every run that has the prompt. faults: a line for
-    each function that returned no score for some completions. nonfinite: number of prompts of which a
-    completion ended because of non-finite logits.
+    samples: completions that logs and cards show. scored: number of prompts whose completions were scored.
+    metrics: mean score by each function, and pass@k. intervals: confidence intervals of these means over the
+    prompts. values: a value for each prompt, by a name that is the same in every run that has the prompt.
+    faults: a line for each function that returned no score for some completions. nonfinite: number of prompts
+    of which a completion ended because of non-finite logits.
     """
 
     samples: list[Sample]
@@ -369,7 +369,7 @@ def _prompt_name(text: PromptText, number: int) -> str:
 
 
 class ScoredPrompt(NamedTuple):
-    """A prompt of a file with the columns of its row, and "answer": the row's own, or else its response."""
+    """A prompt of a file with its row's columns. "answer" is the row's response if it has no such column."""
 
     row: str
     prompt: Chat | Completion

@@ -1,4 +1,4 @@
-"""Calibration: the rows on which a base is calibrated, and its codes in the cache; squares of the inputs
+"""Calibration: the rows on which a base is calibrated, its codes in the cache, and sums of the squared inputs
 of linear layers.
 """
 
@@ -55,8 +55,8 @@ Progress = Callable[[str], None]
 class Calibration:
     """Calibration rows, in the formats of SFT; all of their tokens count.
 
-    rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: of a packed row. columns,
-    invalid, invalid_limit, format, template: as in data.
+    rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: tokens of a packed row.
+    columns, invalid, invalid_limit, format, template: as in data.
     """
 
     rows: str
@@ -101,7 +101,7 @@ class Calibration:
 class CalibrationPlan:
     """The inputs of a calibration, and their name in the cache.
 
-    ref: where the base comes from. ranks: of low-rank corrections, see layerwise.calibrate_layers.
+    ref: where the base comes from. ranks: ranks of low-rank corrections, see calibrate_layers.
     """
 
     name: str
@@ -179,7 +179,7 @@ def plan_file(
 
 
 def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan | None:
-    """Return the calibration of a run's base, None if it has none. source: of the run's rows.
+    """Return the calibration of a run's base, None without quant.calibrate. source: the run's rows.
 
     Raises ValueError for rows that cannot be used.
     """
@@ -210,8 +210,8 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
 
 
 def _as_in_run(run: Run, quant: Quant) -> Calibration:
-    """Return the calibration rows of a file, read and rendered as the run's own; columns are renamed if these
-    are rows of SFT too.
+    """Return the settings of calibration rows in a file, read and rendered like the run's rows. data.columns
+    applies to them if the run's rows are for SFT.
     """
     assert quant.calibrate is not None
     rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
@@ -271,17 +271,17 @@ def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
 def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progress) -> None:
     """Compute the calibrated codes of a run, or find them in the cache; every process calls it.
 
-    folder: of the run, which records them. Raises ValueError if they are not those that the run began with,
-    or if the processes have different ones.
+    folder: the run's, in which their hash is recorded. Raises ValueError if the codes differ from the
+    recorded ones, or between processes.
     """
     if plan is None:
         return
     path = folder / CALIBRATED_JSON
     calibrated_codes(plan, progress)
     record = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
-    again = f"remove its folder {plan.name} from the cache on the machines that computed it otherwise"
+    again = f"remove its folder {plan.name} from the cache of each machine that has another one"
     if not processes.all_equal(record):
-        raise ValueError(f"the processes have computed different calibrated bases; {again}")
+        raise ValueError(f"the processes have different calibrated bases; {again}, and start again")
     with processes.agreement():
         before = read_model_json(path) if path.is_file() else record
         if before["codes"] == plan.name and before != record:

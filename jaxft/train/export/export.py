@@ -83,9 +83,10 @@ class ExportSource:
 
 
 def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
-    """Return the weights that a command line names, as they are written: the base, with its adapter merged.
+    """Return the weights that a command line names as a model to be written: the base, with its adapter
+    merged.
 
-    quant: how the base was stored, as --quant has it, by default as in the run that trained the adapter.
+    quant: how the base was stored, from --quant; None for the setting of the run that trained the adapter.
     Raises ValueError for an adapter that does not fit the base.
     """
     ref, folder, record, _ = named
@@ -109,8 +110,8 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
 class ExportQuant:
     """Quantisation of written weights, each rounded once from float32.
 
-    quant: with calibrated codes, these are written. format: the layout of the files, a key of
-    weights.quantised.formats.FILE_FORMATS, by default the usual one of the kind.
+    quant: calibrated codes are written as they are. format: the layout of the files, a key of
+    quantised_checkpoints.FILE_FORMATS, by default the usual one of the kind.
     """
 
     quant: Quant
@@ -135,9 +136,10 @@ def export_model(
 ) -> str:
     """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
 
-    After an error there is no folder. dtype: of the weights that are not quantised, by default bfloat16; a
-    multimodal model keeps the dtype of its files, and its unchanged weights are copies. text_only: write
-    only the text decoder of such a model. Raises ValueError for an `out` that check_output refuses.
+    After an error there is no folder. dtype: dtype of the weights that are not quantised, by default
+    bfloat16; a multimodal model keeps the dtype of its files, and its unchanged weights are copies.
+    text_only: write only the text decoder of such a model. Raises ValueError for an `out` that check_output
+    refuses.
 
         export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
     """
@@ -199,7 +201,7 @@ def _readers(source: ExportSource) -> dict[str, ParamReader]:
 
 
 def _changed_paths(source: ExportSource, merged: Params) -> set[str]:
-    """Return the parameters whose merged values are not those in the source's files."""
+    """Return the parameters whose merged values differ from the source's files."""
     rounded = quantised_paths(source.model.specs, source.quant) if source.quant else ()
     new = {path for path in tree.paths(merged) if path not in source.model.weight_names}
     return {*lora.pairs_by_path(source.adapter), *rounded, *new}
@@ -220,7 +222,7 @@ def merged_base(source: ExportSource) -> Params:
 
 
 def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer | None) -> Card:
-    """The model card of an exported folder."""
+    """Return the model card of an exported folder."""
     merged = " with a LoRA adapter merged into it" if source.adapter else ""
     text = f"`{base_name(source.ref)}`{merged}, written by jaxft."
     library = "transformers"
@@ -355,10 +357,9 @@ def export_gguf(
 ) -> str:
     """Write a model to the file `out`, tensor by tensor; return a summary.
 
-    mixture: a name of gguf_types.MIXTURES, or "keep" for the types and metadata of the GGUF file that the
-    model comes from, which is copied bit for bit without an adapter. Raises ValueError, and leaves no file,
-    for a model that GGUF cannot express and for weights that are not finite.
-    importances: mean squares of the inputs of weights by Hugging Face name (see importances_of).
+    mixture: a name of gguf_quantize.MIXTURES, or "keep" for the types and metadata of the GGUF file that the
+    model comes from, which is copied bit for bit without an adapter. importances: see importances_of. Raises
+    ValueError, and leaves no file, for a model that GGUF cannot express and for weights that are not finite.
     """
     header = _gguf_header(source.ref)
     keep = mixture.lower() == KEEP
@@ -400,7 +401,7 @@ def export_gguf(
 
 
 def importances_of(squares: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
-    """Return the mean squares of the inputs of weights by Hugging Face name, up to a factor for each weight.
+    """Return the mean squared inputs of each weight, up to a factor, by the weight's Hugging Face name.
 
     squares: by parameter path, [L, I], see calibrate.input_squares.
     """
@@ -415,7 +416,7 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
     check_gguf_output(out, source.ref)
     if source.adapter is None or not source.model.generates:
         what = "a reward model" if source.adapter else "a model without an adapter"
-        raise ValueError(f"--adapter-only: {source.ref} is {what}; leave it out")
+        raise ValueError(f"--adapter-only: {source.ref} is {what}; leave --adapter-only out")
     header = _gguf_header(source.ref)
     architecture = header.architecture if header else None
     with parents_of(out):

@@ -48,9 +48,9 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
 
     repo: org/name, which the model card names as the place to load from. merged: a folder with the merged
     weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license
-    and card are taken; of a run those that its summary.json lists, its card, and the pictures that this
-    shows. Raises FileNotFoundError or ValueError for what has no weights, is not complete, or has links in
-    place of files.
+    and card are pushed: for a run, the files that its summary.json lists, its card, and the card's pictures.
+    Raises FileNotFoundError or ValueError for a source without weights, incomplete, or with links in place of
+    files.
     """
     if source.is_file():
         return _gguf(source, repo)
@@ -65,8 +65,8 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
 
 
 def finished_run(folder: Path) -> Path | None:
-    """Return what run_of_weights does. Raises FileNotFoundError or ValueError for a run that is not
-    finished, or that was continued after it had finished and has not reached its new end.
+    """Return the run of run_of_weights, None without one. Raises FileNotFoundError or ValueError for a run
+    that is not finished, or that was continued after it had finished and has not reached its new end.
     """
     run = run_of_weights(folder)
     if run is None:
@@ -78,12 +78,14 @@ def finished_run(folder: Path) -> Path | None:
         )
     line = earlier_end(run)
     if line:
-        raise ValueError(f"{line}: this run is not finished. Finish it with the command that continued it")
+        raise ValueError(
+            f"{line}: this run is not finished; finish it with the command that continued it, then push again"
+        )
     return run
 
 
 def _weights_of(run: Path) -> Path:
-    """The folder of a run's weights, which exists if the run is finished."""
+    """Return the folder of a run's weights, which exists if the run is finished."""
     return run / "adapter" if (run / "adapter").is_dir() else run / "model"
 
 
@@ -104,7 +106,7 @@ def run_of_weights(folder: Path) -> Path | None:
 
 
 def _folder(folder: Path, repo: str) -> Push:
-    """The files of a folder of weights."""
+    """Return the files to push from a folder of weights. repo: org/name."""
     check_results(folder)
     templates = folder / TEMPLATES_FOLDER
     inside = templates.iterdir() if templates.is_dir() else ()
@@ -199,10 +201,10 @@ def _base_notes(folder: Path) -> list[str]:
 
 
 def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -> dict[str, FileContent]:
-    """Return a run's card, with the metadata and the section on use of its weights' card, and the pictures
-    that it shows; nothing if one of the cards lacks that section.
+    """Return a run's card with its pictures. Its metadata and its section on use are from the weights' card;
+    {} if one of the cards lacks that section.
 
-    is_merged: the weights are not those that the run wrote, so their description is in the card too.
+    is_merged: the weights were merged after the run, so that the card describes them too.
     """
     if not (run / CARD).is_file() or not isinstance(weights_card, bytes):
         return {}
@@ -221,7 +223,7 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
 
 
 def _section(text: str) -> re.Match[str] | None:
-    """Return the section of a card on use."""
+    """Return the match of a card's section on use, None without one."""
     return re.search(rf"^{USE_SECTION}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
 
 

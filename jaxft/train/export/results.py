@@ -202,7 +202,9 @@ def _result_lines(
     notes: list[list[str]],
     table: str,
 ) -> list[str]:
-    """The lines printed at the end. notes: of each member, at last about the time of all."""
+    """Return the lines printed at the end. notes: each member's lines, the last of which is about the time of
+    all members.
+    """
     if job.sweep is None:
         (before,), (after,) = ends
         generates = job.lead.programs.partition.model.generates
@@ -232,7 +234,7 @@ def _export(member: Member, params: Params, tokenizer: Any, folder: Path) -> Pat
 
 
 def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
-    """The card of the folder with a member's weights; the run's own card has its metadata too."""
+    """Return the card of the folder with a member's weights; the run's card repeats its metadata."""
     run, merged = member.run, out.name == "model"
     kind = "Weights"
     if run.adapter and not merged:

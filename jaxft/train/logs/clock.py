@@ -18,8 +18,8 @@ BEAT = 5.0  # seconds after which a part that is under way is shown again
 
 
 class Clock:
-    """Seconds of each phase; the first is reading and tokenising the rows. A phase inside another one is not
-    counted in that. now: returns the time in seconds.
+    """Measures the seconds of each phase; the first is "rows", reading and tokenising. A phase inside another
+    one is not counted in the outer one. now: returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -37,7 +37,7 @@ class Clock:
         self._show = show
 
     def at(self, phase: Phase) -> str:
-        """Begin a phase, which ends the one before; return the time of that with its longer parts."""
+        """Begin a phase, which ends the one before; return the ended phase's time and long parts as text."""
         parts, self._parts = self._parts, {}
         self._show("")
         return time_by_phase({**parts, TOTAL: self._switch(phase)})
@@ -88,7 +88,7 @@ class Clock:
             self._show("")
 
     def timed(self, phase: Phase, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, whose calls are counted as a phase. name: of a call, for the progress."""
+        """Return the function with its calls counted as a phase. name: of a call, for the progress."""
 
         def call(*args: Any) -> Any:
             with self.within(phase), self.part(name):

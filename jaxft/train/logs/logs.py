@@ -39,8 +39,8 @@ from jaxft.weights.peft.adapter_folders import base_differences, left_out_notes,
 class Logs:
     """The members' logs, in their order. overview: a log of the sweep itself, None for a run alone.
 
-    ends: whether a callback has ended the run. clock: of the run; an entry without speeds gets the seconds of
-    its evaluation.
+    ends: whether a callback has ended the run. clock: the run's clock, whose seconds of evaluation and
+    sampling each entry gets.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ def announce(watchdog: Watchdog, logs: Logs, line: str) -> None:
 
 
 def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
-    """Speed of all members together; they share time and memory."""
+    """Return the summed speed of all members; the other values, such as memory, are the first member's."""
     if not perf[0]:
         return {}
     added = ("tokens_per_second", "mfu")
@@ -137,10 +137,10 @@ def open_logs(
 ) -> Logs:
     """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
-    first: steps done before. saved: what the checkpoint stores. changes: permitted changes of settings since
-    the run began. callbacks: further trackers. Raises ValueError if the settings
-    differ from the checkpoint's, or allow fewer steps than are done. clock: of the run, which goes on
-    with the seconds of the checkpoint.
+    first: steps done before. saved: the checkpoint's JSON, see Job.to_save. changes: permitted changes of
+    settings since the run began. callbacks: further trackers. clock: the run's clock, which continues from
+    the checkpoint's seconds. Raises ValueError if the settings differ from the checkpoint's, or allow fewer
+    steps than are done.
     """
     if first > job.steps:
         raise ValueError(
@@ -318,7 +318,7 @@ def early_end_lines(job: Job) -> list[str]:
 def write_contents(job: Job, number: int, first: int) -> None:
     """Write parameters.json and data.json into the folder of a member, unless it resumes and has them.
 
-    parameters.json: the rows of the parameter table. data.json: see data.summary. first: steps done before.
+    parameters.json: the rows of the parameter table. data.json: see data_summary. first: steps done before.
     """
     member = job.members[number]
     programs, paths = member.programs, [member.folder / name for name in (PARAMETERS_JSON, DATA_JSON)]

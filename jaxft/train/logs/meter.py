@@ -63,9 +63,9 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Queue the metrics of a step and add the previous step's, for which this waits.
+        """Queue the metrics of a step; wait for the previous step's metrics and add them to the log interval.
 
-        Raises ValueError that names the rows if too many steps in a row were not finite.
+        Raises ValueError that names the rows if loop.max_bad steps in a row were not finite.
         """
         tokens = int((batch.segments > 0).sum())
         self._tokens += tokens
@@ -74,8 +74,8 @@ class Meter:
         self._add_pending(1)
 
     def _forward_flops(self, batch: Batch, tokens: int) -> float:
-        """FLOPs that the model needs for a batch: of its tokens without padding, with attention within each
-        example, and of the head where it is read. Passes of a reference or a critic are not counted.
+        """Return the FLOPs of a forward pass of a batch, without padding: attention counts within each
+        example, the head at read positions. Passes of a reference or a critic are not counted.
         """
         earlier = float(batch.positions.sum(where=batch.segments > 0))  # all tokens' tokens before them
         return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))

@@ -6,7 +6,7 @@ the first step where one of them, or the update, is not finite this writes `runs
     batch.npz    the arrays of the batch, [micro, rows, ...]
     rows.json    the names of the dataset rows in each row of the batch
     norms.json   norms of parameters and gradients by path, and of layer outputs
-                 [pass, micro, 1 + layer, row]; the first is the embedding's; a second model's apart
+                 [pass, micro, 1 + layer, row], where 0 is the embedding; a second model's in teacher_outputs
 
 and logs the first parameter or layer output that is not finite, or if all are finite the layer whose gradient
 is the first that is not: gradients are computed from the last layer to the first. The run continues with the
@@ -46,14 +46,14 @@ ArraysByPath = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Norms of a step: of parameters and gradients by path, [L] if stacked; of layer outputs in each pass."""
+    """Norms of a step: parameters' and gradients' by path, [L] if stacked; layer outputs' for each pass."""
 
     parameters: ArraysByPath
     gradients: ArraysByPath
     outputs: list[np.ndarray]
     teacher_outputs: list[np.ndarray] = field(default_factory=list)
     nonfinite: str = ""  # the first parameter that is not finite
-    layers: dict[str, range] = field(default_factory=dict)  # which of the model the norms at a path are of
+    layers: dict[str, range] = field(default_factory=dict)  # numbers of the model's layers, by path
 
 
 class NonfiniteRecorder:
@@ -125,12 +125,12 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
 def make_layer_outputs(
     model: Model, objective_of: Callable[[Model], Objective], key: Any
 ) -> Callable[..., Any]:
-    """Return `(trainable, frozen, batch, aux) -> norms` of layer outputs of the model and of its teacher, as
-    in Diagnosis. key: of dropout.
+    """Return `(trainable, frozen, batch, aux) -> (norms, norms of the teacher)` of layer outputs, see
+    Diagnosis. key: for dropout, None for none.
     """
 
     def observed(model: Model, passes: list[Array]) -> Model:
-        """The model, whose forward passes append the norms of their rows."""
+        """Return the model with forward passes that append the norms of their rows to `passes`."""
 
         def hidden(*args: Any, **kwargs: Any) -> Any:
             h, outputs = model.hidden(*args, **kwargs, observe=_row_norms)
@@ -249,7 +249,7 @@ def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str
 def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tuple[str, np.ndarray]:
     """Return (which layer's output is the first that is not finite, its rows [micro, rows]); "" for none.
 
-    outputs, of_teacher: of each pass of the model and of the second model, [micro, 1 + layer, row].
+    outputs, of_teacher: norms [micro, 1 + layer, row] of each pass of the model and of the second model.
     """
     whose = [""] * len(outputs) + [" of the second model"] * len(of_teacher)
     for norms, model in zip([*outputs, *of_teacher], whose, strict=True):
@@ -262,7 +262,7 @@ def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tup
 
 
 def _rows(bad: np.ndarray, names: list[str]) -> str:
-    """The names of the rows where bad [micro, rows]; names follow one another over the microbatches."""
+    """Return text that names the rows where bad [micro, rows]. names: of the rows of all microbatches."""
     per_micro = -(-len(names) // bad.shape[0])
     flat = [
         i * per_micro + j for i, j in np.argwhere(bad) if i * per_micro + j < len(names) and j < per_micro

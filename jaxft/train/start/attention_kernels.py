@@ -54,7 +54,7 @@ def attention_summary(p: Programs, batch: Batch) -> str:
 
 
 def in_parts_of_rows(packed: bool, layout: attention.Layout, settings: attention.AttentionSettings) -> Any:
-    """Return attention as a kernel, divided over the ambient mesh in a run's layout."""
+    """Return attention as a function with a kernel's arguments, sharded over the ambient mesh in a layout."""
     if layout == "gathered" or layout == "ring":
         settings = replace(settings, context_keys=layout)
 
@@ -103,9 +103,10 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
 
 
 def sample_length(length: int, parts: int = 1) -> int:
-    """Return the tokens of sample rows for rows of `length` tokens in equal parts: the same number, or one of
-    at most LONGEST_SAMPLE. Such rows and their parts are divided into the same blocks as long ones if so many
-    parts can be (up to 8 always can), else their parts have the same remainder by 128.
+    """Return the length of sample rows for rows of `length` tokens that are sharded into equal `parts`.
+
+    It is `length`, or at most LONGEST_SAMPLE. A shortened row and its parts have the same block sizes as the
+    full ones if possible (always with up to 8 parts), else at least the same remainder of a part by 128.
     """
     if length <= LONGEST_SAMPLE:
         return length
@@ -173,8 +174,8 @@ def kernel_errors(
 
     An error is the root mean square of the difference from `flash` in float32, relative to the values';
     infinite if the kernel returns a NaN. q_BTHE: the sample rows have its heads, head dimension and dtype,
-    and their length follows from its own (sample_length). rows: what they have. Runs on the
-    first device of this process, or with mesh.context=parts on its first ones.
+    and the length sample_length(T). rows: whether they have branches, packing and windows. Runs on the first
+    device of this process, or with mesh.context=parts on its first ones.
     """
     (_, length, heads, head_dim), dtype = q_BTHE.shape, q_BTHE.dtype
     tokens, rng = sample_length(length, parts), np.random.default_rng(0)

@@ -3,12 +3,12 @@ rows, with ranks by explained variance.
 
 The columns of `a` are the principal directions of a layer's inputs, `b` is zero: the model at step 0 is the
 base. All singular values of all layers, as fractions of the variance of their layer's inputs, compete for the
-ranks; their sum follows the settings, and a module gets at most `eva_rho` times its own.
+ranks. The sum of the ranks stays as in the settings; a module gets at most `eva_rho` times its rank there.
 
 Arrays have that largest rank in all layers; unused columns are zero and stay zero (see lora.py). The
 adapter that is written has each module's rank, and modules that got none are left out, as in PEFT
 (init_lora_weights="eva"). alpha / rank stays as in the settings, as with PEFT's adjust_scaling_factors; with
-rsLoRA, where PEFT does not keep it, alpha / sqrt(rank) is.
+rsLoRA, alpha / sqrt(rank) does, unlike in PEFT.
 
 PEFT follows the principal components by an incremental, truncated SVD until they turn no further. Here the
 whole covariance is summed up and decomposed: what the incremental SVD without truncation converges to.
@@ -68,8 +68,8 @@ class InputStatistics:
 
 
 def first_batches(source: Source[Any], tokens: int) -> Iterator[Batch]:
-    """Yield the first batches of a run that together have at least this many tokens, or all of them; of a run
-    that samples completions, their prompts.
+    """Yield the first batches of a run that together have at least this many tokens, or all of them; a run
+    that samples completions reads its prompts.
     """
     step = 0
     while tokens > 0 and step < source.info.steps:
@@ -134,8 +134,9 @@ def input_statistics(
 ) -> InputStatistics:
     """Return statistics of the inputs of linear layers over all tokens but padding.
 
-    model: over the whole tree. parts: which rows of the sums, by path. Each batch is centred on its own mean
-    and merged with the earlier ones (Chan et al. 1979), so that a large mean costs no digits.
+    model: over the whole tree. parts: by path, which rows of the sum [I, I] are computed. Each batch is
+    centred on its own mean and merged with the earlier ones (Chan et al. 1979), so that a large mean costs no
+    digits.
     """
     everywhere = sharding.replicated(mesh)
     leaves = tree.paths(base, is_qtensor)
@@ -249,7 +250,7 @@ def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.nda
 class Directions(NamedTuple):
     """Principal directions of a layer's inputs, the largest first.
 
-    vectors: [I, C], orthonormal columns; of each the element of the largest magnitude is positive. explained:
+    vectors: [I, C], orthonormal columns; the element of the largest magnitude is positive in each. explained:
     [C], fractions of the variance.
     """
 
@@ -258,8 +259,9 @@ class Directions(NamedTuple):
 
 
 def input_of(path: str, paths: Sequence[str]) -> str:
-    """Return the first of `paths` that has the same input as the linear layer `path`: q, k and v have one, as
-    have gate and up.
+    """Return the first of `paths` that reads the same input as the linear layer `path`.
+
+    q, k and v share an input; gate and up share another.
     """
     above, _, name = path.rpartition("/")
     for parts in FUSED_PARTS.values():
@@ -296,7 +298,8 @@ def redistributed_ranks(
 ) -> dict[str, tuple[int, ...]]:
     """Return the rank of each layer of each path so that all together explain the most variance.
 
-    layouts: ranks of the settings by path. explained: of each layer of each path that input_of names.
+    layouts: ranks of the settings by path. explained: by the path of input_of, the fractions of each layer's
+    variance, see Directions.
     """
     paths = list(layouts)
     slots: list[tuple[float, bool, int, int]] = []  # sorted as in PEFT: of equal ones the first path leads

@@ -63,11 +63,11 @@ class Member:
 class Job:
     """The job of `loop.run`: the members, and the settings, sources and programs that they share.
 
-    sources: batches for all members, or of each member. steps: the number of the last step. planned: the
-    number by the settings, which is greater if loop.patience or a callback ended the job: ended_by. stop: the
-    token ids that end a completion. all_general: batches of the general text. sweep: its settings, None for a
-    single run. calibration: of the base, None if it is not calibrated. limit: what evaluations read. widest:
-    the shape that batches are padded to, None for the smallest one that holds those of every source.
+    sources: one for all members, or one for each. steps: the number of the last step. planned: the number of
+    steps by the settings, greater than `steps` if ended_by ended the job early. stop: the token ids that end
+    a completion. all_general: batches of the general text. sweep: its settings, None for a single run.
+    calibration: the base's, None if it is not calibrated. limit: how much evaluations read. widest: the shape
+    that batches are padded to, None for the smallest one that holds the batches of every source.
     """
 
     folder: Path
@@ -121,7 +121,7 @@ class Job:
         return tuple(member.programs.state for member in self.members)
 
     def source_of(self, number: int) -> Source[Any]:
-        """The source of a member's batches."""
+        """Return the source of the batches of member `number`."""
         return self.sources[min(number, len(self.sources) - 1)]
 
     def batch(self, step: int, states: tuple[TrainState, ...]) -> tuple[list[Batch], Batch, Metrics]:
@@ -151,7 +151,8 @@ class Job:
     ) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores in addition to the states.
 
-        saved: of the checkpoint before, or of the evaluation before the first step. logged: see Logs.sync.
+        counters: see Meters.counters. saved: the JSON of the checkpoint before, or what evaluate_start
+        returned. logged: see Logs.sync.
         """
         return {
             "records": {member.label: member.record for member in self.members},
@@ -206,7 +207,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     if sweep and sources[0].info.samples:
         raise ValueError(
             "the members of a sweep train on the same rows and can't sample their own completions; "
-            "use scripts/train.py"
+            "train each of them with scripts/train.py"
         )
     calibration = processes.first_then_others(lambda: plan_run(lead, sources[0], tokenizer))
     weights, members = weight_fingerprints(lead), []
@@ -318,8 +319,8 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     """Return (steps of a finished run or 0, changes of settings since it began).
 
-    A run that loop.patience ended is finished unless its patience has been raised, and one that a callback
-    ended unless loop.steps has been; one whose loop.steps has been raised is not. Raises ValueError for
+    A run is not finished if loop.steps has been raised since. A run that loop.patience ended is finished
+    until loop.patience is raised, and one that a callback ended until loop.steps is. Raises ValueError for
     changes that are not permitted.
     """
     steps = runfolder.finished_steps(job.folder)

@@ -76,11 +76,11 @@ def objective_kind(run: Run) -> str:
 
 
 def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
-    """Return the settings of a command that returns a Run, with a learning rate if the command leaves it
-    open.
+    """Return the settings of a command whose recipe returns a Run, with a learning rate if the command leaves
+    it open.
 
-    The rate is chosen if it is "auto", and if the command names no rate, but full=true or another model than
-    the recipe's.
+    A rate is chosen for lr=auto. It is also chosen if the command sets no rate, but full=true or another
+    model than the recipe's.
     """
     resolved = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
     names = [text.partition("=")[0] for text in overrides if text in AUTO]
@@ -98,7 +98,7 @@ def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
 def fitted(
     settings: Resolved, devices: int | None = None, root: Path = Path("runs")
 ) -> tuple[Resolved, list[str]]:
-    """Return the settings with those that follow from the rows, and lines about them for the start of a run.
+    """Return the settings with lengths and batches chosen for the rows, and lines about them for the user.
 
     Every process calls it. devices: of the run, by default of this machine. root: the folder of runs; a
     run that has a checkpoint keeps what it began with.
@@ -110,7 +110,7 @@ def fitted(
 
 
 def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does. Raises ValueError or OSError for rows or a tokenizer that cannot be read."""
+    """Do the same as `fitted`. Raises ValueError or OSError if rows or tokenizer cannot be read."""
     run, lines = settings.value, _first_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
     if recorded:
@@ -129,9 +129,9 @@ def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolv
 
 
 def fitted_here(settings: Resolved, devices: int | None = None) -> tuple[Resolved, list[str]]:
-    """Return what `fitted` does, without any download: with the recipe's own lengths, and a warning, if the
-    rows or the tokenizer are not files of this machine or cannot be read. Raises ValueError for rows of this
-    machine that a run would refuse.
+    """Do the same as `fitted` without any download. If the rows or the tokenizer are not on this machine or
+    cannot be read, return the settings unchanged, with a warning. Raises ValueError for rows on this machine
+    that a run would refuse.
     """
     names = _open_names(settings)
     if not names and not _has_own_rows(settings):
@@ -153,7 +153,7 @@ def not_here(run: Run) -> str:
     refs = [source.ref for source in parse_sources(run.data.train)]
     away = [ref for ref in refs if not find_data(ref)]
     if away:
-        return f"{away[0]} is no file of this machine"
+        return f"{away[0]} is not a file on this machine"
     return "" if hub.is_here(run.weights) else f"the tokenizer of {run.weights} is not on this machine"
 
 
@@ -163,8 +163,8 @@ def _measure(run: Run) -> RowLengths:
 
 
 def _open_names(settings: Resolved) -> list[str]:
-    """Return the settings that follow from the rows: of a recipe whose own rows ship with jaxft and whose
-    numbers are for those, and only for other rows.
+    """Return the names of the data settings to choose from the rows: [] unless the user's rows replace rows
+    that ship with jaxft, for which the recipe's numbers are made.
     """
     data = settings.value.data
     if not _has_own_rows(settings) or not isinstance(data, Rows | PairRows | Prompts):
@@ -176,7 +176,7 @@ def _open_names(settings: Resolved) -> list[str]:
 
 
 def _has_own_rows(settings: Resolved) -> bool:
-    """Return whether a recipe whose rows ship with jaxft has other ones."""
+    """Return whether the user's rows replace a recipe's rows that ship with jaxft."""
     default = settings.defaults.get("data")
     return isinstance(default, str) and _ships(default) and not _ships(settings.value.data.train)
 
@@ -192,7 +192,7 @@ def _is_open(settings: Resolved, *names: str) -> bool:
 
 
 def _name_of(settings: Resolved, name: str) -> str:
-    """Return how a field of the data is set: by a knob of the recipe, or as data.NAME."""
+    """Return the name by which a data setting is set: the recipe's knob if it has one, else data.NAME."""
     return name if name in settings.knobs else f"data.{name}"
 
 
@@ -208,7 +208,9 @@ def _with(settings: Resolved, more: Chosen) -> Resolved:
 
 
 def _recorded(settings: Resolved, root: Path) -> Chosen:
-    """Return the settings chosen when a run began that has a checkpoint, without what this command writes."""
+    """Return the settings that were chosen when the run began, {} without a checkpoint. Settings that this
+    command gives are left out.
+    """
     name, names = settings.value.name, _open_names(settings)
     folder = root / name
     own = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
@@ -225,7 +227,7 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
 
 
 def _budget(settings: Resolved) -> int:
-    """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or the recipe's own."""
+    """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or more if the recipe has more."""
     data: Any = settings.value.data
 
     def own(name: str) -> int:
@@ -242,8 +244,8 @@ def _budget(settings: Resolved) -> int:
 class Fit:
     """A run, the lengths of its rows, and what its settings may cost.
 
-    budget: the largest number of tokens of a microbatch. remat: of the model. devices: over which rows may
-    be divided.
+    budget: the largest number of tokens of a microbatch. remat: the model's setting. devices: how many
+    devices the rows of a microbatch may be sharded over.
     """
 
     run: Run
@@ -260,11 +262,11 @@ class Fit:
 
     @property
     def limit(self) -> str:
-        """The setting that limits the rows."""
+        """The name of the data setting that limits the length of rows, such as max_length."""
         return self.data.length_settings[0]
 
     def choose(self, names: list[str]) -> dict[str, int]:
-        """Return values for settings of the data."""
+        """Return a value for each of the data settings `names`."""
         data, chosen = self.data, dict[str, int]()
         if isinstance(data, Prompts) and "max_new" in names:
             wanted = self._wanted_length() if "max_prompt" in names else data.max_prompt
@@ -339,9 +341,10 @@ class Fit:
             return line
         tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, longer)]
         return (
-            f"{line}: with {self.limit}={limit} {100 * split:.1f} % are, and a part is read without those "
-            f"before it; {self.limit}={longer} splits {100 * (1 - self.lengths.covered(longer)):.1f} % and "
-            f"needs {tokens[1] / tokens[0]:.1f} x the memory for activations"
+            f"{line}: {self.limit}={limit} splits {100 * split:.1f} %, and the model reads each part without "
+            f"the parts before it; {self.limit}={longer} splits "
+            f"{100 * (1 - self.lengths.covered(longer)):.1f} % and needs {tokens[1] / tokens[0]:.1f} x the "
+            "memory for activations"
         )
 
     def _new_tokens_line(self) -> str:
@@ -356,8 +359,8 @@ class Fit:
 
     def _length(self) -> int:
         """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
-        least the recipe's, within budget and context. Prompts may have what completions leave of these, and
-        at least half of the budget.
+        least the recipe's limit, within budget and context. Prompts get what the completions leave of these,
+        but at least half of the budget.
         """
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
@@ -380,8 +383,8 @@ class Fit:
         return all_ if sizes[1] <= LITTLE * sizes[0] else wanted
 
     def _new_tokens(self, prompt: int) -> int:
-        """Return a length of completions: as the reference answers if the budget has it, and at least
-        NEW_TOKENS; less only where the model's context is too small, of which a prompt may have half.
+        """Return the length of completions: enough for the reference answers if the budget allows it, and at
+        least NEW_TOKENS. Only a small context lowers it; prompts get at most half of the context.
 
         prompt: tokens that the prompts need.
         """
@@ -393,8 +396,8 @@ class Fit:
         return min(max(least, min(wanted, fits)), context - min(prompt, context // 2))
 
     def _episode_tokens(self, prompt: int, new: int) -> int:
-        """Return a limit of an episode of several turns: all turns in full length if the budget has
-        it, and at least one turn and the recipe's.
+        """Return the length of an episode: all turns in full if the budget allows it, and at least one turn
+        and the recipe's length.
 
         prompt: tokens that the prompts need. new: tokens of a turn.
         """
@@ -419,7 +422,7 @@ class Fit:
         return multiple * 2 ** int(np.log2(wanted / multiple))
 
     def _micro(self) -> int:
-        """Return the least number of microbatches that are within the budget, or else the most."""
+        """Return the smallest number of microbatches whose size is within the budget, else the largest."""
         data = self.data
         units = data.units_per_step
         limit = getattr(data, self.limit)
@@ -452,8 +455,8 @@ def activation_bytes(model: Model, remat: RematPolicy) -> int:
 
 
 def _mlp_widths(model: Model) -> tuple[int, int]:
-    """Return the outputs of all kernels into hidden layers of MLPs, and the inputs of all kernels out of
-    them, each summed.
+    """Return the summed output widths of the kernels into MLP hidden layers, and the summed input widths of
+    the kernels out of them.
     """
     into = out = 0
     for spec in spec_paths(model.specs).values():
@@ -473,14 +476,14 @@ def _written(chosen: Mapping[str, Any]) -> str:
 
 
 def _first_lines(settings: Resolved) -> list[str]:
-    """Return the lines that need no rows: about a learning rate, and about a reward or an environment that
-    nobody has named.
+    """Return the lines that need no rows: about a chosen learning rate, and about a reward or an environment
+    of the recipe that is used with the user's rows.
     """
     return [*_rate_lines(settings), *_reward_lines(settings), *_environment_lines(settings)]
 
 
 def _reward_lines(settings: Resolved) -> list[str]:
-    """Return a line if the recipe's own reward scores other rows than the recipe's."""
+    """Return a line if the recipe's reward is used with the user's rows."""
     data: Any = settings.value.data
     knob = next((name for name in ("rewards", "reward") if name in settings.knobs), None)
     if not isinstance(data, Rollouts) or knob is None or not _is_open(settings, knob):
@@ -498,7 +501,7 @@ def _reward_lines(settings: Resolved) -> list[str]:
 
 
 def _environment_lines(settings: Resolved) -> list[str]:
-    """Return a line if the recipe's own environment is used with the user's rows, tools or rewards."""
+    """Return a line if the recipe's environment is used with the user's rows, tools or rewards."""
     knobs, defaults, data = settings.knobs, settings.defaults, settings.value.data
     given = any(knobs.get(name) != defaults.get(name) for name in ("data", "tools", "rewards"))
     environment = defaults.get("environment")

@@ -53,7 +53,7 @@ def precompute_reference(job: Job, report: Progress) -> Job:
 def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, Any], report: Progress) -> Any:
     """Return the pair source with log-probs of the model at step 0, computed now where the cache has none.
 
-    record: with the fingerprints of the run's weights.
+    record: the run's settings with the fingerprints of its weights.
     """
     settings = describe(run.model) | ({"quant": describe(run.quant)} if run.quant else {})
     if run.adapter and (run.adapter.changes_base or run.adapter.replaces_weights or run.adapter.dora):
@@ -117,7 +117,10 @@ def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        return f"{path}: the reference log-probs can't be cached ({error.strerror})"
+        return (
+            f"{path}: the reference log-probs can't be cached ({error.strerror}); the next run computes them "
+            "again"
+        )
     return None
 
 

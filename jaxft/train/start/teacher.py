@@ -32,15 +32,16 @@ def find_teacher(
     """Return the settings of the second model that `ref` names.
 
     ref: a run, a PEFT folder, or a model: org/name[@revision], a folder, a .gguf file. base: the run's
-    weights, which it shares if it is these, or an adapter on them, and `shares` is True. build: makes the
-    model of weights. quant: how weights of its own are stored. Raises ValueError or FileNotFoundError for a
-    folder without weights.
+    weights, which the second model shares if `shares` is True and `ref` is these weights or an adapter on
+    them. build: makes the model of weights. quant: how unshared weights are stored. Raises ValueError or
+    FileNotFoundError for a folder without weights.
     """
     named = named_weights(**source_options(ref))
     own_base, model = not shares or not _same_weights(named.ref, base), build(named.ref)
     teacher = Teacher(weights=named.ref, model=model, quant=quant) if own_base else Teacher()
     if quant and not own_base:
-        raise ValueError(f"{ref} shares the run's base, which quant stores; leave out {quant.kind} for it")
+        text = f"{ref} shares the run's base and its storage; leave out reference_quant={quant.kind}"
+        raise ValueError(text)
     if named.adapter is None:
         return teacher
     settings = adapter_folders.read_adapter_settings(str(named.adapter), model)
@@ -85,7 +86,7 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
 
 def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
     """Raise ValueError or OSError for a teacher whose files are incomplete, or which has other tokens than
-    the run. largest_id: of the rows.
+    the run. largest_id: the largest token id of the rows.
     """
     teacher = run.teacher
     if teacher is None:
@@ -95,7 +96,7 @@ def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
         other = pretrained.load_tokenizer(teacher.weights).get_vocab()
         for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
             if other.get(token) != number:
-                theirs = f"is {other[token]}" if token in other else "is none"
+                theirs = f"token {other[token]}" if token in other else "no token"
                 raise ValueError(
                     f"the teacher {teacher.weights} has other tokens than {run.weights}: {token!r} is token "
                     f"{number} here and {theirs} there; use a teacher with the same tokenizer"
@@ -119,7 +120,7 @@ def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
 
 
 def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition:
-    """Return the partition with a teacher's own weights stored as its settings say."""
+    """Return the partition with the storage of a teacher that has its own weights."""
     if teacher is None or teacher.model is None:
         return parts
     own = {f"{TEACHER}/{path}": storage for path, storage in _stored(teacher).storage.items()}
@@ -153,8 +154,8 @@ def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise MemoryError(
-                f"the second model {teacher.weights} does not fit into the memory that the run's own leaves; "
-                "quantise it by teacher.quant or reference_quant, or use more devices"
+                f"the second model {teacher.weights} does not fit into the memory that the run's model "
+                "leaves; quantise it by teacher.quant or reference_quant, or use more devices"
             ) from error
     if teacher.start is not None:
         ref, model = teacher.weights or run.weights, teacher.model or run.model

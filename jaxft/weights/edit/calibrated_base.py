@@ -67,8 +67,10 @@ AGAIN = "Start the run's command again, which computes it, or set --quant (nf4 r
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """Codes of the weights of a layer by Hugging Face name, QTensors [in, out] on the host, and low-rank
-    corrections (a [in, R], b [R, out]) of some of them: `a b` is to be added to the weight.
+    """A calibrated layer, on the host.
+
+    weights: its quantised weights, QTensors [in, out], by Hugging Face name. pairs: low-rank corrections
+    (a [in, R], b [R, out]) of some of them; the weight plus `a b` approximates the original.
     """
 
     weights: dict[str, Any]

@@ -39,7 +39,7 @@ FirstPair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
 class InputMoments(NamedTuple):
     """Sums over the inputs x of a layer, and over the inputs y of the exact model's layer: float32 [I, I].
 
-    gram: of x x^T. cross: of x y^T.
+    gram: the sum of x x^T. cross: the sum of x y^T.
     """
 
     gram: Any

@@ -292,7 +292,7 @@ def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
 
 def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
     """Return a table [V, D], or a head [D, V], with rows of new tokens: means of the rows that `sources`
-    names, of all rows for none and for padding.
+    names, or of all rows where it names none and for padding.
     """
 
     def make(_: tuple[int, ...]) -> np.ndarray:

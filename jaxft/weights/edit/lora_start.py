@@ -120,7 +120,7 @@ def run_pairs(
     """Return the pairs at step 0 of a run and store them in its folder; a resumed run reads them there.
 
     folder: None stores nothing. Every process calls it and returns process 0's pairs, because other hosts'
-    libraries may round otherwise. Raises FileNotFoundError if a resumed run has none.
+    libraries may round otherwise. Raises FileNotFoundError if a resumed run has no such file.
     """
     model = stored.model
     folders = [] if folder is None else [folder / INITIAL_ADAPTER / name for name in ("without", "start")]

@@ -50,8 +50,8 @@ class Combination:
     """Method and settings of a combination of adapters.
 
     weights: one for each adapter, of either sign. density: the fraction of values that pruning methods keep,
-    None for 0.5. rank: of svd, None for the largest rank of the adapters. seed: of the random methods, None
-    for 0.
+    None for 0.5. rank: rank of the result of svd, None for the largest rank of the adapters. seed: random
+    seed of the random methods, None for 0.
     """
 
     method: CombineMethod

@@ -220,7 +220,9 @@ def _read_part(path: Path, number: int, count: int) -> GgufHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, tensors = _parse(_Cursor(data), len(data), path)
     except (ValueError, OverflowError, struct.error) as e:
-        raise ValueError(f"{path}: not a complete GGUF file: {e}; download it again") from e
+        raise ValueError(
+            f"{path}: not a complete GGUF file of version 2 or 3: {e}; download it again, or use another file"
+        ) from e
     header = GgufHeader(path, metadata, tensors)
     stated = header.optional("split.no", 0), max(1, header.optional("split.count", 1))
     if stated != (number, count):
@@ -245,7 +247,7 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
         raise ValueError("it does not begin with GGUF")
     version = cursor.number("<I")
     if version not in (2, 3):
-        raise ValueError(f"its version is {version:#x}, but only little-endian versions 2 and 3 can be read")
+        raise ValueError(f"its version is {version:#x}, but jaxft reads little-endian versions 2 and 3")
     count, pairs = cursor.number("<Q"), cursor.number("<Q")
     metadata = {}
     for _ in range(pairs):

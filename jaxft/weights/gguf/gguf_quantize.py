@@ -91,7 +91,7 @@ class FittedType:
 def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
     """Return a matrix [rows, inputs] as the bytes of a type of FITTED.
 
-    importance: of each input, such as its mean square in calibration rows; None: all inputs alike.
+    importance: a weight for each input, such as its mean square in calibration rows; None: all inputs alike.
     """
     spec = FITTED[kind]
     block, sub = spec.blocks

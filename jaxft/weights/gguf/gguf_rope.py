@@ -231,8 +231,8 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
-    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and the limits of the line
-    on which the frequencies between them are. turns: of each frequency in the original length.
+    """Return candidates of low_freq_factor and high_freq_factor: Llama 3's, and the limits of the line on
+    which the frequencies between them are. turns: full turns of each frequency in the original length.
     """
     if divisors.shape != turns.shape:
         return []

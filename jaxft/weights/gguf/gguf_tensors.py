@@ -112,7 +112,9 @@ def q5_0(raw: np.ndarray) -> Decoded:
 
 
 def q2_k(raw: np.ndarray) -> Decoded:
-    """16 times 16 numbers of 2 bits; a scale and a minimum of 4 bits each, times a float16 for all."""
+    """Decode Q2_K: 16 sub-blocks of 16 numbers of 2 bits; each has a 4-bit scale and a 4-bit minimum,
+    multiplied by a float16 of the whole block.
+    """
     scale, minimum = _single(raw[..., 80:82]), _single(raw[..., 82:84])
     small = raw[..., :16]
     return _fields(raw[..., 16:80], 32, 2), scale * (small & 15), -(minimum * (small >> 4))

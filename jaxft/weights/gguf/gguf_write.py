@@ -71,12 +71,12 @@ NEUTRAL: tuple[Any, ...] = (None, False, 1, 1.0, [], ())  # values of a setting 
 class GgufOptions:
     """Options of writing a GGUF file.
 
-    mixture: a name of gguf_quantize.MIXTURES. name: of the model, for listings. ends: token ids that end a
-    completion. license: of the model, "" if unknown. source: the GGUF file that the model comes from, None
-    for another model. changed: Hugging Face names of tensors whose values differ from it; of the others the
-    bytes are copied where the type is the same. keep: keep the types and the metadata of the source instead
-    of the mixture's types and new metadata. importances: of the inputs of weights by Hugging Face name, by
-    which rounding errors are weighted.
+    mixture: a name of gguf_quantize.MIXTURES. name: the model's name, for listings. ends: token ids that end
+    a completion. license: the model's license, "" if unknown. source: the GGUF file that the model comes
+    from, None for another model. changed: Hugging Face names of tensors whose values differ from it; of the
+    others the bytes are copied where the type is the same. keep: keep the types and the metadata of the
+    source instead of the mixture's types and new metadata. importances: of the inputs of weights by Hugging
+    Face name, by which rounding errors are weighted.
     """
 
     mixture: str

@@ -78,7 +78,9 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 def open_folder(folder: Path) -> ModelFiles:
-    """Open the safetensors files of a folder; of a multimodal model the text decoder, under its own names."""
+    """Open the safetensors files of a folder; for a multimodal model, only the text decoder, under its own
+    names.
+    """
     path = folder / "config.json"
     stored = open_safetensors(folder, weight_files(folder))
     config = read_model_json(path) if path.is_file() else {}
@@ -152,7 +154,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
     if extra:
         raise ValueError(
             f"{files.where}: {len(extra)} tensors do not belong to this architecture, the first is "
-            f"{extra[0]}; is it another architecture, or does it have more layers than its config.json says?"
+            f"{extra[0]}; use the config.json that belongs to these files"
         )
     if model.generates and "head" not in model.weight_names and has_other_head(files):
         raise ValueError(
@@ -213,8 +215,8 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
     """Return the token ids that end a completion, in ascending order.
 
     They are the EOS tokens of the model's config, of generation_config.json of `ref` and of the tokenizer,
-    and those that end an assistant turn in its chat template. Raises ValueError if generation_config.json is
-    malformed or names an id that the model does not have.
+    and the ids that end an assistant turn in its chat template. Raises ValueError if generation_config.json
+    is malformed or names an id that the model does not have.
     """
     config = model.config
     return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *tokenizer_ends(tokenizer)}))

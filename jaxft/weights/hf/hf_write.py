@@ -80,9 +80,9 @@ class LayerQuantizer:
 class WriteOptions:
     """Options of writing weights to a Hugging Face folder.
 
-    max_shard: bytes of a file. quant: None for floats only. changed: paths of the parameters that are not
-    those in the files of the model that it came from; None for all. text_only: write only the text decoder
-    of a multimodal model.
+    max_shard: bytes of a file. quant: None for floats only. changed: paths of the parameters that differ from
+    the files of the model it came from; None for all. text_only: write only the text decoder of a multimodal
+    model.
     """
 
     max_shard: int = MAX_SHARD
@@ -381,8 +381,8 @@ def _with_stored_names(
     names = {HEAD: f"language_model.{HEAD}" if in_old_files else HEAD, **stored}
     if missing := [name for name in tensors if name not in names]:
         raise ValueError(
-            f"{where}: {missing[0]} of the text decoder is missing; has this folder changed since the "
-            "decoder was trained?"
+            f"{where}: {missing[0]} of the text decoder is missing; use the model's folder as it was when "
+            "the decoder was trained"
         )
     return [replace(tensor, name=names[name]) for name, tensor in tensors.items()]
 

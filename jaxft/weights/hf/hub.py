@@ -150,7 +150,8 @@ def files_of(located: Located) -> list[Path]:
 
 
 def _gguf_of_folder(folder: Path) -> Path | None:
-    """Return the GGUF file, or the first part of it, of a folder that has no config.json; None without one.
+    """Return the GGUF file of a folder without config.json, or its first part if it is split; None if there
+    is no such file.
 
     Raises ValueError for a folder with several.
     """

@@ -31,7 +31,7 @@ class HubTarget:
     """The destination of an upload: a repository `org/name` and a branch, both created if they do not exist.
 
     public: who may read a new repository; an existing public one is written only with public=True. message:
-    of the commit.
+    the commit message.
     """
 
     repo: str
@@ -42,8 +42,8 @@ class HubTarget:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """The state of the repository after an upload. url: of the files. commit: its hash; new: whether this
-    upload made it, False if all files were there already. deleted: files of an earlier upload that it
+    """The state of the repository after an upload. url: where the files are. commit: its hash; new: whether
+    this upload made it, False if all files were there already. deleted: files of an earlier upload that it
     removed. notes: lines for the user.
     """
 
@@ -57,7 +57,7 @@ class Uploaded:
 
 
 def is_uploaded(name: str, patterns: Iterable[str] = UPLOADED) -> bool:
-    """Whether a file of a model's folder is one of those that are uploaded."""
+    """Whether a file of a model's folder is uploaded."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -90,12 +90,12 @@ def hub_endpoint() -> str:
 def upload_files(
     files: Mapping[str, FileContent], target: HubTarget, defaults: Mapping[str, FileContent] | None = None
 ) -> Uploaded:
-    """Commit files to a repository, and delete its stale_files.
+    """Commit files to a repository in one commit, which also deletes its stale_files.
 
     files: by their name in the repository. defaults: further files, written unless the branch has a file of
-    that name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without
-    a token and for a public repository that the target does not call public, and OSError for a failed upload,
-    after which the branch has the files that it had.
+    that name. The token is huggingface_hub's: HF_TOKEN, or the last login's. Raises ValueError without a
+    token, or for an existing public repository unless target.public is set. Raises OSError if the upload
+    fails; the branch then keeps its files.
     """
     api, progress = _signed_in(target), _Progress()
     with _one_line(target, progress):

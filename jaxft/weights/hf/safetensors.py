@@ -204,8 +204,8 @@ def write_here(path: Path, tensors: list[TensorToWrite], source: Path | None = N
                 value = np.asarray(tensor.fetch(), order="C")  # ascontiguousarray would make a scalar 1-D
                 if value.shape != tensor.shape or value.dtype != tensor.dtype:
                     raise ValueError(
-                        f"{tensor.name}: expected {tensor.dtype}{tensor.shape}, got "
-                        f"{value.dtype}{value.shape}"
+                        f"{tensor.name}: its values are {value.dtype}{value.shape}, but the file's header "
+                        f"has {tensor.dtype}{tensor.shape}; correct the shapes in the model's family"
                     )
                 with errors_name(f"{path}: not written: tensor {tensor.name}"):
                     require_finite(value, WRITE_ADVICE)

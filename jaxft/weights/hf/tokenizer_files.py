@@ -68,8 +68,8 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer so that AutoTokenizer of transformers 4.57 and 5 load it without arguments.
 
     The files that it was read from are copied unchanged if it has not been changed since and both versions
-    know its class. Otherwise its own state is written under a class that both know; of several chat templates
-    all are then in tokenizer_config.json. Files of another tokenizer in the folder are removed.
+    know its class. Otherwise its own state is written under a class that both know, and tokenizer_config.json
+    has all chat templates if there are several. Files of another tokenizer in the folder are removed.
     """
     source = Path(tokenizer.name_or_path) if tokenizer.name_or_path else None
     if source is not None and not (source / "tokenizer.json").is_file():

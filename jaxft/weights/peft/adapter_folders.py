@@ -90,7 +90,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
 
 
 def on_every_device(tree: Params, dtype: DTypeLike | None, mesh: Mesh) -> Params:
-    """Put host arrays on all devices of the mesh in this dtype; None: as they are."""
+    """Replicate host arrays over the mesh, cast to `dtype`; None keeps their dtypes."""
     everywhere = sharding.replicated(mesh)
     return jax.tree.map(lambda x: shard_host_array(x.astype(dtype or x.dtype), everywhere), tree)
 

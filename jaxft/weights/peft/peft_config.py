@@ -110,7 +110,7 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 def check_targets(
     where: Path, config: dict[str, Any], present: Iterable[str], absent: Iterable[str] = ()
 ) -> None:
-    """Raise ValueError unless the modules with a LoRA pair are those that the configuration targets.
+    """Raise ValueError unless the configuration targets exactly the modules with a LoRA pair.
 
     peft would silently ignore the pair of a module that is not targeted. To a module that is targeted by its
     name and has no pair it would add a fresh one, so a part of the model would be the base alone.
@@ -134,7 +134,7 @@ def check_targets(
         if not left_out_by(module):
             raise ValueError(
                 f"{where}: target_modules={_short(targets)} has {module} of this model, but the adapter has "
-                "no LoRA pair of it; is the adapter for another base model, or its file incomplete?"
+                "no LoRA pair of it; use the base model of the adapter, or download the adapter again"
             )
 
 

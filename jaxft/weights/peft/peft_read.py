@@ -255,10 +255,10 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
     if extra:
         raise ValueError(
             f"{files.where}: tensor {files.tensors[extra[0]].name} is not part of a LoRA pair of this model, "
-            "nor of its modules_to_save; is the adapter for another base model?"
+            "nor of its modules_to_save; use the base model of the adapter"
         )
     if not targets:
-        raise ValueError(f"{files.where}: no LoRA pair of this model; is the adapter for another base model?")
+        raise ValueError(f"{files.where}: no LoRA pair of this model; use the base model of the adapter")
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
@@ -353,7 +353,7 @@ def _first_pair(
     if stored is None or stored.shape != tensor.shape:
         raise ValueError(
             f"{about} needs the base's weights, but {base.where} has no tensor {name} of shape "
-            f"{tensor.shape}; is the adapter for another base model?"
+            f"{tensor.shape}; use the base model of the adapter"
         )
     with errors_name(f"{base.where}: tensor {name}"):
         values = tensor.turned(require_finite(base.read(name)).astype(np.float32))

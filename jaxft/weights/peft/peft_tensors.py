@@ -103,7 +103,7 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
     arrays = []
     for name in names:
         if name not in files.tensors:
-            raise ValueError(f"{files.where}: tensor {name} is missing; is the file complete?")
+            raise ValueError(f"{files.where}: tensor {name} is missing; copy or download the file again")
         shape = files.tensors[name].shape
         if len(shape) != 2:
             raise ValueError(f"{files.where}: {name} has shape {shape}, expected two dimensions")
@@ -113,7 +113,8 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
     if a.shape != (ins, rank) or b.shape != (rank, outs):
         raise ValueError(
             f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
-            f"rank {rank} on this model needs {(rank, ins)} and {(outs, rank)}"
+            f"rank {rank} on this model needs {(rank, ins)} and {(outs, rank)}; use the base model of the "
+            "adapter"
         )
     alpha = float(_matching(config, "alpha_pattern", module, config["lora_alpha"]))
     if not config.get("use_dora"):
@@ -273,8 +274,8 @@ class Modules(NamedTuple):
 def read_modules(
     where: Path, config: Mapping[str, Any], files: SafetensorsFiles, model: Model, adapted: set[str]
 ) -> Modules:
-    """Read the parameters that an adapter replaces. where: of adapter_config.json. adapted: full names of the
-    modules with pairs.
+    """Read the parameters that an adapter replaces. where: path of adapter_config.json, for errors. adapted:
+    full names of the modules with pairs.
 
     Raises ValueError for modules, biases and tokens that the model or the files lack, or have in part.
     """
@@ -288,8 +289,8 @@ def read_modules(
     selected = {end: {x for of in modules.values() for x in of if is_saved(end, x)} for end in saved}
     if missing := [end for end, selected_modules in selected.items() if not selected_modules]:
         raise ValueError(
-            f"{where}: modules_to_save={saved!r}: this model has no module {min(missing)!r}; is the adapter "
-            "for another base model?"
+            f"{where}: modules_to_save={saved!r}: this model has no module {min(missing)!r}; use the base "
+            "model of the adapter"
         )
     why = f"which is not supported; {MERGE}"
     in_modules = in_all_layers(

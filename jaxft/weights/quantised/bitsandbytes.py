@@ -40,7 +40,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
 
 
 class _Weight4Bit(NamedTuple):
-    """A 4-bit weight `name` [outs, ins] in the files, of a number of blocks. state: its quant_state."""
+    """A 4-bit weight `name` [outs, ins] in the files, with its number of blocks. state: its quant_state."""
 
     files: SafetensorsFiles
     name: str
