@@ -50,7 +50,28 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def judge_models(args: argparse.Namespace, by: list) -> dict:
+def names_of_models(one: str, other: str) -> tuple[str, str]:
+    """Return short names of two models, which differ."""
+    from jaxft.lab.judges import ANSWER_FILES
+
+    short = [path.stem if path.suffix in ANSWER_FILES else path.name for path in (Path(one), Path(other))]
+    return (short[0], short[1]) if short[0] != short[1] else (one, other)
+
+
+def names_of_judges(by: list, texts: list[str]) -> list[str]:
+    """Return names of judges, which differ. texts: of --by. Raises ValueError for a judge that is named
+    twice.
+    """
+    from jaxft.data.rows.remote import without_secrets
+
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(f"--by {without_secrets(twice)} is given twice; name each judge once")
+    names = [judge.name for judge in by]
+    return names if len(set(names)) == len(names) else [without_secrets(text) for text in texts]
+
+
+def judge_models(args: argparse.Namespace, by: dict) -> dict:
     """Judge both models by each judge, print the results, and return them."""
     import numpy as np
 
@@ -61,10 +82,10 @@ def judge_models(args: argparse.Namespace, by: list) -> dict:
     one, other = (judges.answers_of(ref, prompts, args.max_new) for ref in (args.one, args.other))
     matches = judges.matches_of(prompts, one, other, (args.one, args.other))
     lengths = [np.array([len(text) for text in texts], float) for texts in zip(*[m[2:4] for m in matches])]
-    judged = []
-    for judge in by:
-        judged.append(Judged(judge.name, judge.compare(matches), *lengths))
-        print("\n".join(verdict_lines(judged[-1], Path(args.one).stem, Path(args.other).stem)), flush=True)
+    judged, models = [], names_of_models(args.one, args.other)
+    for name, judge in by.items():
+        judged.append(Judged(name, judge.compare(matches), *lengths))
+        print("\n".join(verdict_lines(judged[-1], *models)), flush=True)
     kappa_of = agreements(judged)
     for names, agreement in kappa_of.items():
         print(f"{' and '.join(names)} agree with kappa {agreement:.2f}")
@@ -73,7 +94,7 @@ def judge_models(args: argparse.Namespace, by: list) -> dict:
     return {"judges": [each.as_json() for each in judged], "kappa": kappas, "values": values}
 
 
-def judge_judges(args: argparse.Namespace, by: list) -> dict:
+def judge_judges(args: argparse.Namespace, by: dict) -> dict:
     """Print each judge's accuracy by subset of a reward benchmark, and return it."""
     import numpy as np
 
@@ -84,15 +105,17 @@ def judge_judges(args: argparse.Namespace, by: list) -> dict:
     rows = judges.read_preferences(args.preferences)
     matches, results = judges.preference_matches(rows), {}
     nothing = np.zeros(len(matches))
-    for judge in by:
-        values = Judged(judge.name, judge.compare(matches), nothing, nothing).by_prompt
+    for name, judge in by.items():
+        values = Judged(name, judge.compare(matches), nothing, nothing).by_prompt
         by_subset = judges.accuracy_by_subset(rows, values.tolist())
-        print(judge.name)
+        print(name)
         for subset, (right, count) in by_subset.items():
             print(f"  {subset}: {fraction_text(right / count, count, unit='rows')}")
         mean = sum(right / count for right, count in by_subset.values()) / len(by_subset)
         print(f"  mean over subsets: {mean:.3f}", flush=True)
-        results[judge.name] = {"subsets": by_subset, "mean": mean}
+        if judges.TIES in by_subset:
+            print(f"  RewardBench 2 also scores margins in {judges.TIES}, so its own mean is another one")
+        results[name] = {"subsets": by_subset, "mean": mean}
     return results
 
 
@@ -101,12 +124,14 @@ def main() -> int:
     args = arguments()
     from jaxft.annotations import REWARDS
     from jaxft.lab.judges import Replies, find_judge
+    from jaxft.runs.metrics_log import json_value
 
     replies = Replies(args.judge_max_new, args.budget)
-    by = [find_judge(text, REWARDS, replies) for text in args.by]
+    judges = [find_judge(text, REWARDS, replies) for text in args.by]
+    by = dict(zip(names_of_judges(judges, args.by), judges, strict=True))
     results = judge_judges(args, by) if args.preferences else judge_models(args, by)
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(json_value(results), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

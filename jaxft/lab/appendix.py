@@ -10,17 +10,18 @@ import io
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.results import Duel, LossOutcome, StudyResult
+from jaxft.lab.results import Duel, FinalCurve, LossOutcome, StudyResult
 from jaxft.objectives.metrics import HELD_OUT
-from jaxft.objectives.pair import MARGIN
+from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
 from jaxft.report.sections import escaped, flat_values, folded, html_table, record_table, section
@@ -29,7 +30,11 @@ from jaxft.runs import metric_names as names
 
 REPORT, TABLES = "report.html", "tables"
 PICTURE = "curves.png"
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+LATEX = {
+    "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+    "<": r"$<$", ">": r"$>$",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class PaperTable:
 
 
 def _latex(text: str) -> str:
-    return re.sub("[&%_#±]", lambda sign: LATEX[sign[0]], text)
+    return re.sub(f"[{re.escape(''.join(LATEX))}]", lambda sign: LATEX[sign[0]], text)
 
 
 def write_appendix(study: StudyResult) -> list[Path]:
@@ -110,13 +115,15 @@ def losses_table(study: StudyResult) -> PaperTable:
     seeds = len(study.losses[0].curves)
     rows = []
     for loss in study.order:
-        values = loss.final
-        interval = paired_difference(np.zeros_like(values), values).interval
+        finite = [curve for curve in loss.curves if not curve.diverged]
+        values = np.stack([curve.values[-1] for curve in finite or loss.curves])
+        interval = paired_difference(np.zeros_like(values), values).interval.text(4) if finite else ""
+        each = [f"{_mean(c.values[-1]):.4f}" if not c.diverged else "diverged" for c in loss.curves]
         rows.append(
             (
                 loss.label,
-                f"{np.nanmean(values):.4f} {interval.text(4)}",
-                ", ".join(f"{x:.4f}" for x in np.nanmean(values, 1)),
+                f"{loss.mean:.4f} {interval}" if finite else "diverged",
+                ", ".join(each),
                 _mean_metric(loss, MARGIN),
                 _mean_metric(loss, names.KL),
                 _mean_metric(loss, names.CHOSEN_LOGP),
@@ -144,6 +151,12 @@ def losses_table(study: StudyResult) -> PaperTable:
         head,
         tuple(rows),
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of the prompts that have a value, NaN if none has."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _mean_metric(loss: LossOutcome, name: str) -> str:
@@ -238,25 +251,31 @@ def same_length_table(study: StudyResult) -> PaperTable:
 def sensitivity_table(study: StudyResult) -> PaperTable:
     """How much a loss depends on its setting."""
     rows = [
-        (loss.label, *(f"{x:.4f}" for x in (known.best, known.median, known.worst)), f"{len(loss.trials)}")
+        (
+            loss.label,
+            *(_finite_text(x) for x in (known.best, known.median, known.worst)),
+            f"{len(loss.trials)}",
+        )
         for loss in study.losses
-        if (known := loss.sensitivity) is not None
+        for known in (loss.sensitivity,)
     ]
-    steps = {loss.sensitivity.step for loss in study.losses if loss.sensitivity}
-    at = f"step {min(steps)}" if steps else "no step"
     return PaperTable(
         "sensitivity",
-        f"The trials of each loss at {at}, which all of them have reached: {study.metric} on the prompts "
-        "that select settings.",
+        f"The trials of each loss at step {study.losses[0].sensitivity.step}, which all of them have "
+        f"reached: {study.metric} on the prompts that select settings.",
         ("", "best", "median", "worst", "trials"),
         tuple(rows),
     )
 
 
+def _finite_text(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
 def trials_table(study: StudyResult) -> PaperTable:
     """Return the table of all trials, including the ones that were stopped early."""
     rows = [
-        (loss.label, setting, f"{step}", "not finite" if value is None else f"{value:.4f}")
+        (loss.label, setting, f"{step}", _finite_text(-math.inf if value is None else value))
         for loss in study.losses
         for setting, step, value in loss.trials
     ]
@@ -273,32 +292,48 @@ def trials_table(study: StudyResult) -> PaperTable:
 
 
 def curve_panels(study: StudyResult) -> list[Panel]:
-    """Return the curves of the final runs, means over seeds: the metric over steps and against the KL, and
-    how the log-probs of chosen responses move.
+    """Return the curves of the final runs, means over seeds, with the single seeds faint: the metric over
+    steps and against the KL, and how the log-probs of chosen responses move.
     """
     steps, against_kl, chosen, margin, length = {}, {}, {}, {}, {}
+    of_seeds, of_seeds_by_kl = {}, {}
     for loss in study.losses:
-        x = loss.curves[0].steps
-        mean = np.mean([np.nanmean(curve.values, 1) for curve in loss.curves], 0)
-        kl = np.mean([curve.kl for curve in loss.curves], 0)
+        curves = loss.curves
+        x, each = curves[0].steps, [[_mean(values) for values in curve.values] for curve in curves]
+        mean = np.mean(each, 0)
         steps[loss.label] = (x, mean.tolist())
+        kl = np.mean([curve.kl for curve in curves], 0)
         order = np.argsort(kl, kind="stable")
         against_kl[loss.label] = (kl[order].tolist(), mean[order].tolist())
-        slopes = np.mean([curve.per_token for curve in loss.curves], 0)
+        of_seeds[loss.label] = _joined((curve.steps, y) for curve, y in zip(curves, each, strict=True))
+        of_seeds_by_kl[loss.label] = _joined((curve.kl, y) for curve, y in zip(curves, each, strict=True))
+        slopes = np.mean([curve.per_token for curve in curves], 0)
         length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
-        chosen[loss.label] = (x[1:], _means_by_step(loss, names.CHOSEN_LOGP))
-        margin[loss.label] = (x[1:], _means_by_step(loss, MARGIN))
+        chosen[loss.label] = (x[1:], _means_by_step(curves, names.CHOSEN_LOGP))
+        margin[loss.label] = (x[1:], _means_by_step(curves, MARGIN))
     return [
-        Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps),
-        Panel(f"{study.metric} against KL", "KL per token to the reference", "mean over prompts", against_kl),
+        Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps, faint=of_seeds),
+        Panel(
+            f"{study.metric} against KL", "KL per token to the reference", "mean over prompts and seeds",
+            against_kl, faint=of_seeds_by_kl,
+        ),
         Panel("liking for length against KL", "KL per token to the reference", "nats per token more", length),
         Panel("margin since step 0", "optimizer step", "nats per pair", margin),
         Panel("log-prob of chosen responses", "optimizer step", "nats per response", chosen),
-    ]
+    ]  # fmt: skip
 
 
-def _means_by_step(loss: LossOutcome, name: str) -> list[float]:
-    values = [[m.get(HELD_OUT + name, math.nan) for m in curve.metrics[1:]] for curve in loss.curves]
+def _joined(curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:
+    """Several curves as one with gaps."""
+    x, y = list[float](), list[float]()
+    for xs, ys in curves:
+        x += [*xs, math.nan]
+        y += [*ys, math.nan]
+    return x, y
+
+
+def _means_by_step(curves: Sequence[FinalCurve], name: str) -> list[float]:
+    values = [[m.get(HELD_OUT + name, math.nan) for m in curve.metrics[1:]] for curve in curves]
     return np.mean(values, 0).tolist()
 
 
@@ -308,7 +343,8 @@ def picture_html(study: StudyResult) -> str:
         path = Path(folder) / PICTURE
         draw(path, curve_panels(study), "", columns=2)
         encoded = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="Curves of the losses" style="max-width:100%" src="data:image/png;base64,{encoded}">'
+    picture = f'<img alt="Curves of the losses" style="max-width:100%" src="data:image/png;base64,{encoded}">'
+    return f'{picture}<p class="note">Means over the seeds; the faint lines are the single seeds.</p>'
 
 
 # The page
@@ -326,6 +362,12 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
         "log, last digest": study.digest,
         "losses": ", ".join(loss.label for loss in study.losses),
         "seeds": declared["study"]["seeds"],
+        "metric": study.metric,
+        "learning rates": _searched(declared["study"]["lr"]),
+        "knobs": {
+            name: {knob: _searched(values) for knob, values in loss["knobs"].items()} or "none"
+            for name, loss in declared["study"]["losses"].items()
+        },
         "trials of each loss": declared["study"]["trials"],
         "stages": _stages(study),
         "prompts": f"{tuning} select settings, {compared} are compared",
@@ -336,7 +378,7 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
         "versions": declared["versions"],
     }
     shown = {
-        "Results": section("results", "Results", f"<ul>{conclusions}</ul>{named['losses']}"),
+        "Results": section("results", "Results", f"{_summary(study)}<ul>{conclusions}</ul>{named['losses']}"),
         "Comparisons": section(
             "comparisons", "Comparisons", named["duels"] + named["same_kl"] + named["same_length"]
         ),
@@ -352,6 +394,34 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     note = f"A study declared before training, written by jaxft {__version__}"
     titled = {link: (link.lower(), text) for link, text in shown.items()}
     return html_page(study.folder.resolve().name, note, titled)
+
+
+METRICS = {
+    ACCURACY: "the fraction of pairs whose chosen response gains more log-prob over the reference than the "
+    "rejected one, 0.5 before training",
+    MARGIN: "by how many nats the log-prob of the chosen response grows more than that of the rejected one",
+}
+
+
+def _summary(study: StudyResult) -> str:
+    """A paragraph about what was compared."""
+    declared = study.declaration["study"]
+    recipe, seeds = declared["recipe"], declared["seeds"]
+    text = (
+        f"{len(study.losses)} losses train an adapter on {recipe['weights']} with the pairs of "
+        f"{recipe['data']['train']}: {recipe['loop']['steps']} steps of {recipe['data']['batch']} pairs. "
+        f"Each loss has {declared['trials']} trials of its learning rate and knobs with seed {seeds[0]}, of "
+        f"which the best ones are trained on, and its best setting is trained with {len(seeds)} seeds. "
+        f"{study.metric} is {METRICS[study.metric]}. Intervals are at 95 %."
+    )
+    return f'<p class="text">{escaped(text)}</p>'
+
+
+def _searched(values: Any) -> str:
+    """The values of a searched number, as declared."""
+    if isinstance(values, dict):
+        return f"{values['low']:g} to {values['high']:g}, evenly by the logarithm"
+    return ", ".join(f"{x:g}" for x in values)
 
 
 def _stages(study: StudyResult) -> list[str]:

@@ -10,6 +10,7 @@ study that is killed repeats the wave that it was in, and has the same results t
 """
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,16 +32,17 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.lab.loss_evaluation import loss_knobs
-from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare
+from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare, digest_of
 from jaxft.nn.param import Specs
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.objectives.objective import Objective, Outputs
-from jaxft.objectives.pair import CHOSEN_REWARD, REJECTED_REWARD, declaration
+from jaxft.objectives.pair import ACCURACY, CHOSEN_REWARD, MARGIN, REJECTED_REWARD, declaration
 from jaxft.objectives.preference import preference
 from jaxft.optim.optimizer import Optim, make_rule
 from jaxft.optim.rules import UpdateRule
 from jaxft.runs import folder as runfolder
+from jaxft.runs import manifest
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.metrics_log import (
     HELD_OUT_ROWS,
@@ -50,6 +52,7 @@ from jaxft.runs.metrics_log import (
     json_value,
     read_unfinished,
 )
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import describe
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock
@@ -61,7 +64,8 @@ from jaxft.train.sweep import Sweep
 from jaxft.tree import Aux, Metrics, Params
 from jaxft.weights.hf.complete_folders import files_sha256
 
-DECLARATION, LEDGER, EVALUATIONS, PAIRS = "declaration.json", "study.jsonl", "evaluations.jsonl", "pairs.json"
+DECLARATION, LEDGER, EVALUATIONS = "declaration.json", "study.jsonl", "evaluations.jsonl"
+TRIALS = "trials"  # folder of the trials' folders
 FEW_PROMPTS = 20  # below this number a comparison finds only very large differences
 
 PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, in the order of HeldOutPairs
@@ -117,6 +121,11 @@ class HeldOutPairs:
         return np.bincount(inverse, x[chosen], len(numbers)) / np.bincount(inverse)
 
 
+def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
+    """The folder of a trial."""
+    return folder / TRIALS / f"{label}-{number}-seed{seed}"
+
+
 @dataclass(frozen=True)
 class Wave:
     """A trial of each loss, trained together from step `first` to `last` with one seed."""
@@ -134,7 +143,7 @@ class Wave:
 
     def folder(self, root: Path, label: str) -> Path:
         """The folder of a loss's trial."""
-        return root / "trials" / f"{label}-{self.trials[label].number}-seed{self.seed}"
+        return trial_folder(root, label, self.trials[label].number, self.seed)
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,6 @@ def declared_lab(
         check_declared(folder, runfolder.read_saved_json(path), now)
     else:
         runfolder.write_durable_json(path, now)
-        runfolder.write_durable_json(folder / PAIRS, pairs.json())
     print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
     done = read_unfinished(folder / LEDGER)
     if not done:
@@ -256,18 +264,24 @@ def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
 
 
 def check_losses(study: Study, job: Job) -> None:
-    """Trace every loss on the shape of the rows. Raises ValueError for one that needs other rows, such as a
-    column or a response that they lack.
+    """Trace every loss on the shape of the rows, with its knobs as arrays and with the numbers of each trial.
+
+    Raises ValueError for one that needs other rows, such as a column or a response that they lack, or that
+    refuses a number.
     """
     for label, member in zip(study.losses, job.members, strict=True):
-        p = member.programs
+        p, fn = member.programs, study.losses[label].fn
 
-        def loss(state: TrainState, frozen: Params, batch: Any, objective: Any = p.objective) -> Any:
+        def forward(state: TrainState, frozen: Params, batch: Any, objective: Any = p.objective) -> Any:
             rows = jax.tree.map(lambda x: x[0], batch)
-            return objective(tree.combine(state.trainable, frozen), rows, None, state.aux)
+            return objective.forward(tree.combine(state.trainable, frozen), rows, None, state.aux)
 
+        outputs = jax.eval_shape(forward, p.state, p.frozen, job.sources[0].shapes[-1])
         try:
-            jax.eval_shape(loss, p.state, p.frozen, job.sources[0].shapes[-1])
+            jax.eval_shape(p.objective.loss, outputs, p.state.aux)
+            for trial in study.trials_of(label):
+                plain = preference(member.run.model, partial(fn, **trial.knobs), beta=1.0)
+                jax.eval_shape(plain.loss, outputs, p.state.aux)
         except ValueError as error:
             raise ValueError(f"study.losses[{label}]: {error}") from error
 
@@ -346,7 +360,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     """Train a wave unless the log has it; write the results of its trials, then its line of the log."""
     if any(entry.get("wave") == wave.key for entry in done):
         return done
-    states = start_states(lab, folder, wave)
+    states = start_states(lab, folder, wave, done)
     source, steps = lab.sources[wave.seed], lab.study.recipe.loop.steps or wave.last
     every = steps_between(1 / lab.study.evaluations, steps)
     shape = lab.job.padded_shape
@@ -368,6 +382,8 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     print(f"{number} of {lab.study.waves}, {wave.key}: {lab.study.metric} when tuning: {texts}", flush=True)
     entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
     entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
+    states = {label: wave.folder(folder, label) / CHECKPOINTS / str(wave.last) for label in wave.trials}
+    entry["states"] = {label: state_sha256(checkpoint) for label, checkpoint in states.items()}
     return logged(folder, done, {**entry, "files": files})
 
 
@@ -380,17 +396,31 @@ class PairsEvaluation:
     rows: PairValues
 
 
-def start_states(lab: Lab, folder: Path, wave: Wave) -> States:
+def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str, Any]]) -> States:
     """Return the states of a wave's trials: read from their checkpoints, or made for step 0 with the trials'
     numbers.
+
+    done: the log. Raises ValueError if a file that the wave goes on from is not the one that it has.
     """
     set_trial = make_set_trial(lab.study)
     states = []
+    earlier = {
+        label: next(
+            entry
+            for entry in done
+            if entry.get("seed") == wave.seed
+            and entry["steps"][1] == wave.first
+            and entry["trials"][label] == trial.number
+        )
+        for label, trial in wave.trials.items()
+        if wave.first
+    }
     for number, (label, trial) in enumerate(wave.trials.items()):
         if wave.first == 0:
             own = jax.tree.map(lambda x: x.copy(), lab.initial[wave.seed][number])  # the step donates it
             states.append(set_trial(own, trial))
             continue
+        check_earlier(wave.folder(folder, label), earlier[label], label)
         with contextlib.closing(checkpoints_of(wave.folder(folder, label))) as saved:
             restored = saved.restore(lab.job.abstract_states[number], wave.first)
         assert restored is not None
@@ -398,9 +428,39 @@ def start_states(lab: Lab, folder: Path, wave: Wave) -> States:
     return tuple(states)
 
 
+def check_earlier(trial: Path, wave: Mapping[str, Any], label: str) -> None:
+    """Raise ValueError if a trial's evaluations after an earlier wave, or its checkpoint, have changed since.
+
+    wave: its entry in the log. What a killed wave has written after it is not read.
+    """
+    step, path = wave["steps"][1], trial / EVALUATIONS
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+    if hashlib.sha256(kept).hexdigest() != wave["files"][label][path.name]:
+        raise ValueError(f"{path}: the file was changed after it was written; restore it")
+    check_state(trial / CHECKPOINTS / str(step), wave["states"][label])
+
+
+def check_state(checkpoint: Path, sha256: str) -> None:
+    """Raise ValueError if a checkpoint's hashes of its arrays are not those that the log has."""
+    if state_sha256(checkpoint) != sha256:
+        raise ValueError(f"{checkpoint}: the checkpoint was changed after it was written; restore it")
+
+
+def state_sha256(checkpoint: Path) -> str:
+    """Return a hash of a checkpoint's arrays, from its manifest. Raises ValueError if that is damaged."""
+    try:
+        leaves = manifest.read_manifest(checkpoint)["leaves"]
+    except manifest.Corrupt as error:
+        raise ValueError(f"{checkpoint}: {error}; restore it") from error
+    return digest_of(leaves)
+
+
 def checkpoints_of(trial: Path) -> Checkpoints:
-    """The checkpoints of a trial's folder."""
-    return Checkpoints(trial / "checkpoints", keep_last=1, keep_best=0)
+    """The checkpoints of a trial's folder: of its newest wave, and of the one before, from which the newest
+    one is repeated if it is killed before the log has it.
+    """
+    return Checkpoints(trial / CHECKPOINTS, keep_last=2, keep_best=0)
 
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
@@ -412,6 +472,9 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
         for at, row in rows.items():
             for name, value in row.items():
                 values.setdefault(name, [math.nan] * len(lab.pairs.names))[lab.pair_at(at)] = value
+        values[ACCURACY] = [
+            x if math.isfinite(m) else m for x, m in zip(values[ACCURACY], values[MARGIN], strict=True)
+        ]
         logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
         named = {HELD_OUT + name: value for name, value in own.items()}
         evaluations.append(PairsEvaluation(step, {**logged, **named}, values))
@@ -430,7 +493,7 @@ def write_trial(
 ) -> dict[str, str]:
     """Write a trial's folder after a wave; return the hashes of its files. result: state and evaluations."""
     own, (state, evaluations) = wave.folder(folder, label), result
-    (own / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (own / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with contextlib.closing(checkpoints_of(own)) as saved:
         saved.save(wave.last, state, {})
     earlier = read_evaluations(own / EVALUATIONS) if wave.first else []

@@ -208,6 +208,8 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
             used = batch.index >= 0
             by_index |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
     train, held_out = (np.stack([by_index[i] for i in which]) for which in (rows.train, rows.held))
+    if not (np.isfinite(train).all() and np.isfinite(held_out).all()):
+        raise ValueError("the gradients are not finite: the run has diverged; use an earlier checkpoint")
     return MarginGradients(run.names, train, held_out)
 
 

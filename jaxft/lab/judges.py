@@ -249,16 +249,21 @@ def find_judge(text: str, functions: dict[str, str], replies: Replies) -> Judge:
     return ModelJudge(name, text, replies)
 
 
+ANSWER_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TIES = "Ties"  # the subset of RewardBench 2 whose rows have several right answers
 QUESTION_COLUMNS = ("prompt", "instruction", "question")
 TEXT_COLUMNS = ("completion", "response", "output", "answer")
 NAME_COLUMNS = ("uid", "question_id", "id")  # columns that name a prompt
 
 
 class ModelAnswers(NamedTuple):
-    """A model's answers by the name of their prompt, in order. named: whether the file names the prompts."""
+    """A model's answers by the name of their prompt, in order. named: whether the file names the prompts.
+    prompts: those of the file by the same names, None if it lacks some.
+    """
 
     texts: dict[str, str]
     named: bool
+    prompts: dict[str, Any] | None = None
 
 
 class JudgedPrompts(NamedTuple):
@@ -301,12 +306,14 @@ def read_answers(ref: str) -> ModelAnswers:
     """
     rows = read_rows(ref)
     names, named = _names(rows)
-    return ModelAnswers({name: _answer(row) for name, row in zip(names, rows, strict=True)}, named)
+    prompts = {name: _prompt(row) for name, row in zip(names, rows, strict=True) if _has_prompt(row)}
+    texts = {name: _answer(row) for name, row in zip(names, rows, strict=True)}
+    return ModelAnswers(texts, named, prompts if len(prompts) == len(texts) else None)
 
 
 def answers_of(ref: str, prompts: JudgedPrompts, max_new: int) -> ModelAnswers:
     """Return a model's answers: from a file, or by completing the prompts greedily with a run or a model."""
-    if Path(ref).suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+    if Path(ref).suffix in ANSWER_FILES:
         return read_answers(ref)
     texts = load_model(ref).generate(list(prompts.texts.values()), max_new=max_new)
     return ModelAnswers(dict(zip(prompts.texts, texts, strict=True)), True)
@@ -315,7 +322,8 @@ def answers_of(ref: str, prompts: JudgedPrompts, max_new: int) -> ModelAnswers:
 def matches_of(
     prompts: JudgedPrompts, one: ModelAnswers, other: ModelAnswers, files: Sequence[str]
 ) -> list[Match]:
-    """Return the matches of two models. Answers belong to prompts by name, or else by their order.
+    """Return the matches of two models. Answers belong to prompts by name, or else by the prompt that their
+    row has, or else by their order.
 
     files: names of the answers, for errors. Raises ValueError where answers are missing.
     """
@@ -335,12 +343,40 @@ def matches_of(
                 "match them; add ids, or one answer for each prompt"
             )
         else:
-            by_name.append(dict(zip(prompts.texts, answers.texts.values(), strict=True)))
+            by_name.append(_in_order_of_prompts(prompts.texts, answers, file))
     first, second = by_name
     return [
         Match(name, prompt, first[name], second[name], prompts.columns[name])
         for name, prompt in prompts.texts.items()
     ]
+
+
+def _in_order_of_prompts(prompts: Mapping[str, Any], answers: ModelAnswers, file: str) -> dict[str, str]:
+    """Return the answers by the names of their prompts, which are as many: by the prompts that their rows
+    have, else by their order.
+    """
+    in_order = dict(zip(prompts, answers.texts.values(), strict=True))
+    if answers.prompts is None:
+        return in_order
+    expected, given = ([_text(prompt) for prompt in x.values()] for x in (prompts, answers.prompts))
+    if expected == given:
+        return in_order
+    by_text = dict(zip(given, answers.texts.values(), strict=True))
+    missing = [name for name, text in zip(prompts, expected, strict=True) if text not in by_text]
+    if missing or len(by_text) < len(given):
+        reason = f"no answer has the prompt of {missing[0]}" if missing else "some prompts are there twice"
+        raise ValueError(
+            f"{file}: its prompts are not in the order of the others, and {reason}; use answers to the same "
+            "prompts, or add ids"
+        )
+    return {name: by_text[text] for name, text in zip(prompts, expected, strict=True)}
+
+
+def _text(prompt: Any) -> str:
+    """A prompt as text; a list of one message is that message's."""
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0].get("content")
+    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def read_preferences(ref: str) -> list[BenchmarkRow]:
@@ -370,8 +406,9 @@ def preference_matches(rows: Sequence[BenchmarkRow]) -> list[Match]:
 def accuracy_by_subset(rows: Sequence[BenchmarkRow], values: Sequence[float]) -> dict[str, tuple[int, int]]:
     """Return (rows in which every chosen answer beats every rejected one, rows) of each subset.
 
-    values: of preference_matches. A match without a verdict counts as lost. RewardBench 2's score of its
-    subset Ties also weighs margins, which this does not.
+    values: of preference_matches. A match without a verdict counts as lost, as does a tie, where
+    RewardBench 2 gives 1 / n for n answers of the highest score. Its score of its subset Ties also weighs
+    margins, which this does not.
     """
     counts: dict[str, tuple[int, int]] = {}
     at = 0
@@ -398,6 +435,13 @@ def _names(rows: Sequence[Row]) -> tuple[list[str], bool]:
             raise ValueError(f"{row.name}: has the same {column} {name!r} as {seen[name]}; remove one")
         seen[name] = row.name
     return names, True
+
+
+def _has_prompt(row: Row) -> bool:
+    try:
+        return bool(_prompt(row))
+    except ValueError:
+        return False
 
 
 def _prompt(row: Row) -> Any:

@@ -1,7 +1,8 @@
 """Which of two models answers better: verdicts of judges on the same prompts, and their significance.
 
 A judge compares two answers to a prompt, each pair in both orders. The value of a prompt is 1 if the first
-model wins, 0 if the other does, 1/2 for a tie, and the mean of both orders where a judge sees them.
+model wins, 0 if the other does, 1/2 for a tie, and the mean of both orders where a judge sees them. A prompt
+whose verdict is missing in one order has no value: what was shown first would decide it.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.objectives.intervals import LEVEL, Interval, mean_interval, sign_test
+from jaxft.objectives.intervals import LEVEL, Interval, paired_fractions, sign_test
 from jaxft.report.statistics import components, needed
 
 MOST_WITHOUT = 0.5  # the fraction of replies without a verdict from which a judge is refused
@@ -142,11 +143,8 @@ class Judged:
 
     @property
     def by_prompt(self) -> Float[np.ndarray, " P"]:
-        """The mean of both orders, or the one that has a verdict; NaN if none has."""
-        both = np.stack(self.values)
-        known = ~np.isnan(both)
-        count = known.sum(0)
-        return np.where(count > 0, np.where(known, both, 0).sum(0) / np.maximum(count, 1), np.nan)
+        """The mean of both orders; NaN without a verdict in one of them."""
+        return (self.values.first + self.values.second) / 2
 
     @property
     def known(self) -> np.ndarray:
@@ -161,7 +159,7 @@ class Judged:
         wins, losses = int((values > 0.5).sum()), int((values < 0.5).sum())
         controlled, interval = length_controlled(self)
         first, second = (v[self.known] for v in self.values)
-        both = ~np.isnan(first + second)
+        longer = np.sign(self.one_length - self.other_length)[self.known]
         return {
             "judge": self.judge,
             "prompts": len(values),
@@ -170,15 +168,21 @@ class Judged:
             "ties": len(values) - wins - losses,
             "losses": losses,
             "win_rate": float(values.mean()),
-            "win_rate_interval": list(mean_interval(values.tolist())),
+            "win_rate_interval": list(win_rate_interval(values)),
             "length_controlled": controlled,
             "length_controlled_interval": list(interval),
             "p": sign_test(wins, losses),
-            "orders_disagree": float((first != second)[both].mean()) if both.any() else math.nan,
-            "first_shown_wins": float(np.concatenate([first[both], 1 - second[both]]).mean())
-            if both.any()
-            else math.nan,
+            "longer": int((longer > 0).sum()),
+            "shorter": int((longer < 0).sum()),
+            "orders_disagree": float((first != second).mean()),
+            "first_shown_wins": float(np.concatenate([first, 1 - second]).mean()),
         }
+
+
+def win_rate_interval(values: Float[np.ndarray, " P"]) -> Interval:
+    """Return the interval of a win rate: that of the difference of wins and losses, see paired_fractions."""
+    difference = paired_fractions(1 - values, values).interval
+    return Interval((1 + difference.low) / 2, (1 + difference.high) / 2)
 
 
 def length_controlled(judged: Judged, resamples: int = BOOTSTRAPS) -> tuple[float, Interval]:
@@ -187,12 +191,15 @@ def length_controlled(judged: Judged, resamples: int = BOOTSTRAPS) -> tuple[floa
     Dubois et al. 2024 (AlpacaEval 2, arXiv:2404.04475): values follow logistic(theta + phi tanh(d / std(d))),
     d the difference of the lengths, and the result is logistic(theta). Their third term, the difficulty of
     each prompt, comes from many models' results and has no counterpart for two. A penalty of RIDGE (theta^2 +
-    phi^2) / 2 on the summed log loss keeps both finite. The interval is a percentile bootstrap over prompts.
+    phi^2) / 2 on the summed log loss keeps both finite. The interval is a percentile bootstrap over prompts,
+    NaN where all values are the same.
     """
     y = judged.by_prompt[judged.known]
     d = (judged.one_length - judged.other_length)[judged.known]
     x = np.tanh(d / max(float(d.std()), 1e-12)) if d.std() > 0 else np.zeros_like(d)
     rate = float(_logistic_fit(x, y))
+    if np.ptp(y) == 0:
+        return rate, Interval(math.nan, math.nan)
     random = np.random.default_rng(0)
     again = [random.integers(0, len(y), len(y)) for _ in range(resamples)]
     rates = [float(_logistic_fit(x[rows], y[rows])) for rows in again]
@@ -240,7 +247,7 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
         return [f"{judged.judge}: no prompt has a verdict"]
     rate, controlled = (_with_interval(result, key) for key in ("win_rate", "length_controlled"))
     low, high = result["win_rate_interval"]
-    better = one if low > 0.5 else other if high < 0.5 else None
+    better = (one if low > 0.5 else other if high < 0.5 else None) if result["p"] < 1 - LEVEL else None
     lines = [
         f"{judged.judge}: {one} wins {result['wins']}, ties {result['ties']}, loses {result['losses']} of "
         f"{result['prompts']} prompts against {other}",
@@ -248,7 +255,15 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
         + (f"{better} is better" if better else needed_line(judged)),
     ]
     if result["without_verdict"]:
-        lines.append(f"  {result['without_verdict']} prompts have no verdict and are left out")
+        lines.append(
+            f"  {result['without_verdict']} prompts have no verdict, or not in both orders, and are left out"
+        )
+    if bool(result["longer"]) != bool(result["shorter"]):
+        never = "shorter" if result["longer"] else "longer"
+        lines.append(
+            f"  the answers of {one} are never the {never} ones, so that the rate at equal length is an "
+            "extrapolation"
+        )
     if result["orders_disagree"] > 0:
         lines.append(
             f"  the two orders disagree for {result['orders_disagree']:.0%} of the prompts; the answer shown "
@@ -263,7 +278,7 @@ def needed_line(judged: Judged) -> str:
     count = None
     if len(values) > 1:
         count = needed(components(values[None]), float(values.mean()), 1, len(values))[0]
-    if count is None or count <= len(values):
+    if count is None:
         return "not distinguishable"
     return f"not distinguishable; a difference of this size would need about {count:,} prompts"
 

@@ -229,9 +229,9 @@ def pack_rows(pair: PairBatch, slots: int) -> PairBatch:
     return jax.tree.map(lambda x: x.reshape(N // slots, slots * x.shape[1]), whole)
 
 
-def varied_pairs(kinds: tuple[str, ...], count: int, reach: float = 8.0) -> dict[str, Any]:
-    """Arguments of synthetic_pairs for distinct pairs with |log-ratio| <= reach."""
-    rng = np.random.default_rng(0)
+def varied_pairs(kinds: tuple[str, ...], count: int) -> dict[str, Any]:
+    """Return arguments of synthetic_pairs for distinct pairs with log-ratios from -8 to 8."""
+    rng, reach = np.random.default_rng(0), 8.0
     ratio = {kind: rng.uniform(-reach, reach, count) for kind in kinds}
     length = {kind: rng.permutation(np.linspace(4, 48, count)).astype(int) for kind in kinds}
     return {

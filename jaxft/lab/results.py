@@ -10,9 +10,10 @@ like length is right wherever the chosen response is the longer one.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,19 @@ from jaxft.lab.halving import (
     DECLARATION,
     EVALUATIONS,
     LEDGER,
-    PAIRS,
     HeldOutPairs,
     PairsEvaluation,
+    check_state,
     read_evaluations,
+    trial_folder,
 )
 from jaxft.objectives.metrics import HELD_OUT
 from jaxft.objectives.pair import ACCURACY, MARGIN
-from jaxft.report.statistics import Difference, holm, paired_difference
+from jaxft.report.statistics import Adjusted, Difference, equivalence, holm, paired_difference
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import read_saved_json
 from jaxft.runs.metrics_log import check_chain, whole_lines
+from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.weights.hf.complete_folders import files_sha256
 
 KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
@@ -52,16 +55,29 @@ class FinalCurve:
     per_token: Float[np.ndarray, " E"]
     metrics: tuple[Mapping[str, float], ...]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether no held-out prompt has a value after the last step."""
+        return not np.isfinite(self.values[-1]).any()
+
+    @property
+    def largest_kl(self) -> float:
+        """The largest KL among the evaluations, without those that have no finite one."""
+        return float(self.kl[np.isfinite(self.kl)].max())
+
     def at_kl(self, kl: float) -> Float[np.ndarray, " P"]:
         """Return the values where the KL is `kl`, interpolated between evaluations in order of their KL."""
-        order = np.argsort(self.kl, kind="stable")
+        order = [n for n in np.argsort(self.kl, kind="stable") if np.isfinite(self.kl[n])]
         weights = [np.interp(kl, self.kl[order], row) for row in np.eye(len(order))]
         return np.asarray(weights) @ self.values[order]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The values of a loss's trials on the tuning prompts at one step, which all of them have reached."""
+    """The values of a loss's trials on the tuning prompts at one step, which all of them have reached.
+
+    A trial that diverged has the value -inf.
+    """
 
     step: int
     best: float
@@ -78,7 +94,7 @@ class LossOutcome:
     label: str
     winner: str
     trials: tuple[tuple[str, int, float | None], ...]
-    sensitivity: Sensitivity | None
+    sensitivity: Sensitivity
     curves: tuple[FinalCurve, ...]
 
     @property
@@ -87,9 +103,15 @@ class LossOutcome:
         return np.stack([curve.values[-1] for curve in self.curves])
 
     @property
+    def mean(self) -> float:
+        """The mean over prompts and the seeds that did not diverge; NaN if all did."""
+        known = self.final[np.isfinite(self.final)]
+        return float(known.mean()) if known.size else math.nan
+
+    @property
     def largest_kl(self) -> float:
         """The largest KL that the runs of all seeds reach."""
-        return min(float(curve.kl.max()) for curve in self.curves)
+        return min(curve.largest_kl for curve in self.curves)
 
     def at_kl(self, kl: float) -> Float[np.ndarray, "S P"]:
         """Return the values at the KL `kl`, one for each seed and compared prompt."""
@@ -126,8 +148,9 @@ class MatchedKL:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two losses: the second minus the first. p: adjusted for the duels of the study (Holm). matched: along
-    the curve, from low to high KL.
+    """Two losses: the second minus the first. p, equivalence_p: adjusted for the duels of the study (Holm).
+    matched: along the curve, from low to high KL. diverged: how many runs of each loss, whose seeds are left
+    out of the comparison.
     """
 
     one: str
@@ -136,19 +159,29 @@ class Duel:
     p: float
     matched: tuple[MatchedKL, ...]
     margin: float | None
+    equivalence_p: float = 1.0
+    diverged: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """The result in words. A loss wins only where its curve does."""
-        text = self.difference.verdict(self.p, self.margin)
+        left_out = [
+            f"{label} diverged with {n} seed{'s' * (n > 1)}" for label, n in self.diverged.items() if n
+        ]
+        return "; ".join([self._verdict(), *left_out])
+
+    def _verdict(self) -> str:
+        text = self.difference.verdict(Adjusted(self.p, self.equivalence_p), self.margin)
         if text != "different":
             return text
         sign = int(np.sign(self.difference.mean))
         better = self.other if sign > 0 else self.one
         winners = [point.winner for point in self.matched]
-        if not winners or all(w == sign for w in winners):
-            where = " and at every KL that both reach" if winners else ""
-            if winners and self.matched[-1].same_length and self.matched[-1].length_winner != sign:
+        if not winners:
+            return f"{better} is better at the end; one of the two never leaves the reference"
+        if all(w == sign for w in winners):
+            where = " and at every KL that both reach"
+            if self.matched[-1].same_length and self.matched[-1].length_winner != sign:
                 where += ", but not where longer and shorter chosen responses count the same"
             return f"{better} is better at the end{where}"
         if -sign in winners:
@@ -173,8 +206,8 @@ class StudyResult:
 
     @property
     def order(self) -> list[LossOutcome]:
-        """The losses, the highest mean first."""
-        return sorted(self.losses, key=lambda loss: -float(np.nanmean(loss.final)))
+        """The losses, the highest mean first; those that diverged last."""
+        return sorted(self.losses, key=lambda loss: math.inf if math.isnan(loss.mean) else -loss.mean)
 
     def lines(self) -> list[str]:
         """Return the conclusions as sentences."""
@@ -184,6 +217,10 @@ class StudyResult:
             for d in self.duels
         ]
         first = self.losses[0].final
+        for loss in self.losses:
+            if diverged := [n for n, curve in enumerate(loss.curves) if curve.diverged]:
+                seeds = ", ".join(str(self.declaration["study"]["seeds"][n]) for n in diverged)
+                lines.append(f"{loss.label} diverged with seed {seeds}: no held-out value is finite")
         if len(self.losses[0].curves) < 2:
             lines.append("with one seed, all of this is about that seed alone")
         if not any(d.difference.different(p=d.p) for d in self.duels):
@@ -199,8 +236,7 @@ def read_study(folder: Path) -> StudyResult:
         raise ValueError(f"{folder} is not a finished study; run its command again, which continues it")
     digest = check_study(folder, log)
     declaration = read_saved_json(folder / DECLARATION)
-    saved = read_saved_json(folder / PAIRS)
-    pairs = HeldOutPairs.of_json(saved)
+    pairs = HeldOutPairs.of_json(declaration["facts"]["held_out"])
     metric, margin = declaration["study"]["metric"], declaration["study"]["margin"]
     waves = [entry for entry in log if "wave" in entry]
     losses = tuple(
@@ -214,13 +250,18 @@ def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
     """Return the last digest of a study's log. Raises ValueError for a file that is not as it was written."""
     digest = check_chain(folder / LEDGER)
     newest: dict[Path, str] = {}
+    states: dict[Path, tuple[Path, str]] = {}
     for entry in log:
         for label, files in entry.get("files", {}).items():
             own = trial_folder(folder, label, entry["trials"][label], entry["seed"])
             newest |= {own / name: sha256 for name, sha256 in files.items()}
+            states[own] = own / CHECKPOINTS / str(entry["steps"][1]), entry["states"][label]
     for path, sha256 in newest.items():
         if not path.is_file() or files_sha256([path]) != [sha256]:
             raise ValueError(f"{path}: the file was changed after it was written; restore it")
+    for checkpoint, sha256 in states.values():
+        if checkpoint.is_dir():  # it may be removed to save space
+            check_state(checkpoint, sha256)
     return digest
 
 
@@ -244,16 +285,11 @@ def _loss_outcome(
     settings = declared["trials"][label]
     trials = tuple((setting, *last[number]) for number, setting in enumerate(settings))
     step, scores = next(iter(stages.items()))
-    finite = sorted(x for x in scores if x is not None)
-    sensitivity = Sensitivity(step, finite[-1], float(np.median(finite)), finite[0]) if finite else None
+    values = sorted(-math.inf if x is None else x for x in scores)
+    sensitivity = Sensitivity(step, values[-1], median(values), values[0])
     finals = [trial_folder(folder, label, winner["trial"], seed) for seed in seeds]
     curves = final_curves([read_evaluations(final / EVALUATIONS) for final in finals], *compared)
     return LossOutcome(label, winner["setting"], trials, sensitivity, curves)
-
-
-def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
-    """Return the folder of a trial: of the loss `label`, its setting `number`, and a seed."""
-    return folder / "trials" / f"{label}-{number}-seed{seed}"
 
 
 def final_curves(
@@ -283,6 +319,8 @@ def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
     """
     x, y = (pairs.by_prompt(values, tuning=False) for values in (pairs.longer, margins))
     known = np.isfinite(y)
+    if not known.any():
+        return math.nan
     x, y = x[known] - x[known].mean(), y[known]
     return float(x @ y / (x @ x)) if x.any() else math.nan
 
@@ -305,22 +343,36 @@ def duels_of(
     """Compare every two losses, at the end and at the same KL. weights: of the prompts, see
     length_weights.
     """
-    two = list(combinations(losses, 2))
-    ends = [paired_difference(one.final, other.final) for one, other in two]
+    two = [(one, other, both) for one, other in combinations(losses, 2) if (both := _finite(one, other))]
+    ends = [paired_difference(one.final, other.final) for *_, (one, other) in two]
     points = []
-    for one, other in two:
+    for number, (*_, (one, other)) in enumerate(two):
         largest = min(one.largest_kl, other.largest_kl)
         for kl in (fraction * largest for fraction in KL_LEVELS if largest > 0):
             values = one.at_kl(kl), other.at_kl(kl)
             balanced = None if weights is None else paired_difference(*values, weights)
-            points.append((one, other, MatchedKL(kl, paired_difference(*values), 1.0, balanced)))
-    adjusted = holm([point.difference.p for *_, point in points])
-    of_length = holm([1.0 if point.same_length is None else point.same_length.p for *_, point in points])
+            points.append((number, MatchedKL(kl, paired_difference(*values), 1.0, balanced)))
+    adjusted = holm([point.difference.p for _, point in points])
+    of_length = holm([1.0 if point.same_length is None else point.same_length.p for _, point in points])
+    same = holm([1.0 if margin is None else equivalence(d, margin) for d in ends])
     known = [
-        (one, other, replace(point, p=p, length_p=length_p))
-        for (one, other, point), p, length_p in zip(points, adjusted, of_length, strict=True)
+        (number, replace(point, p=p, length_p=length_p))
+        for (number, point), p, length_p in zip(points, adjusted, of_length, strict=True)
     ]
     return tuple(
-        Duel(one.label, other.label, end, p, tuple(x for *own, x in known if own == [one, other]), margin)
-        for (one, other), end, p in zip(two, ends, holm([d.p for d in ends]), strict=True)
-    )
+        Duel(
+            one.label, other.label, ends[n], p, tuple(point for number, point in known if number == n),
+            margin, same[n], {loss.label: sum(c.diverged for c in loss.curves) for loss in (one, other)},
+        )
+        for n, ((one, other, _), p) in enumerate(zip(two, holm([d.p for d in ends]), strict=True))
+    )  # fmt: skip
+
+
+def _finite(one: LossOutcome, other: LossOutcome) -> tuple[LossOutcome, LossOutcome] | None:
+    """Two losses with the runs of the seeds with which neither diverged; None without any."""
+    pairs = zip(one.curves, other.curves, strict=True)
+    kept = [pair for pair in pairs if not any(curve.diverged for curve in pair)]
+    if not kept:
+        return None
+    first, second = zip(*kept, strict=True)
+    return replace(one, curves=first), replace(other, curves=second)

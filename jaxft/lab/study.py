@@ -35,7 +35,7 @@ from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, 
 from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, loss_name
 from jaxft.runs.environment import versions
-from jaxft.runs.settings.setting_values import describe, differences, find_file, run_file
+from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error, run_file
 from jaxft.train.settings import Run
 from jaxft.train.start import open_settings
 from jaxft.tree import nearest
@@ -125,6 +125,11 @@ class Study:
         check_bounds(self, "study")
         if len(self.losses) < 2:
             raise ValueError(f"study.losses has {len(self.losses)} losses; a comparison needs at least 2")
+        seeds = self.seeds if isinstance(self.seeds, tuple) else (None,)
+        if not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise ValueError(
+                f"study.seeds={self.seeds!r}: expected a tuple of whole numbers, such as (0, 1, 2)"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"study.seeds={self.seeds}: name at least one seed, and each once")
         if self.metric not in METRICS_OF_PAIRS:
@@ -144,9 +149,36 @@ class Study:
             raise ValueError(
                 "study.recipe holds out no pairs, which the losses are compared on; set held_out"
             )
+        kind = self.recipe.objective(self.recipe.model).facts.reference
+        if kind not in ("start", "none"):
+            raise ValueError(
+                f"study.recipe has a {kind} reference, but a study's reference is the policy at step 0; "
+                "leave it out"
+            )
+        self._check_stages()
+        _check_values("study", "lr", self.lr)
+        if isinstance(self.lr, tuple) and min(self.lr) <= 0:
+            raise ValueError(f"study.lr={self.lr}; use numbers above 0")
         for label, loss in self.losses.items():
             _check_loss(label, loss)
             self.trials_of(label)
+
+    def _check_stages(self) -> None:
+        """Raise ValueError for stages of successive halving without a step."""
+        steps = self.recipe.loop.steps or 0
+
+        def rise(steps: int) -> bool:
+            ends = [rung.steps for rung in self._rungs(steps)]
+            return all(before < after for before, after in zip([0, *ends], ends, strict=False))
+
+        if not rise(steps):
+            enough = next(more for more in range(steps, 2**31) if rise(more))
+            ends = ", ".join(str(rung.steps) for rung in self.rungs)
+            raise ValueError(
+                f"study.trials={self.trials}, keep={self.keep:g}: with loop.steps={steps} the stages end at "
+                f"steps {ends}, so that one has no step. Set loop.steps to {enough} or more, or lower "
+                "study.trials"
+            )
 
     def trials_of(self, label: str) -> list[LossTrial]:
         """Return the trials of a loss.
@@ -156,12 +188,8 @@ class Study:
         """
         searched = {"lr": self.lr, **self.losses[label].knobs}
         if all(isinstance(values, tuple) for values in searched.values()):
-            grid = list(product(*(values for values in searched.values() if isinstance(values, tuple))))
-            if len(set(grid)) < self.trials:
-                raise ValueError(
-                    f"study.trials={self.trials}, but {label} has only {len(set(grid))} settings; "
-                    "list more values, or use a LogRange"
-                )
+            every = product(*(values for values in searched.values() if isinstance(values, tuple)))
+            grid = list(dict.fromkeys(every))
             order = np.random.default_rng(0).permutation(len(grid))[: self.trials]
             points = [grid[i] for i in sorted(order)]
         else:
@@ -172,6 +200,11 @@ class Study:
                 )
                 for number in range(self.trials)
             ]
+        if len(set(points)) < self.trials:
+            raise ValueError(
+                f"study.trials={self.trials}, but {label} has only {len(set(points))} settings; list more "
+                "values, or use a wider LogRange"
+            )
         return [
             LossTrial(number, lr, dict(zip(self.losses[label].knobs, knobs, strict=True)))
             for number, (lr, *knobs) in enumerate(points)
@@ -182,12 +215,15 @@ class Study:
         """The stages of successive halving: of n trials, n * keep are trained on, for 1 / keep times as many
         steps.
         """
+        return self._rungs(self.recipe.loop.steps or 0)
+
+    def _rungs(self, steps: int) -> list[Rung]:
         counts = [self.trials]
         while counts[-1] > 1 and self.keep < 1:
-            counts.append(max(1, math.floor(counts[-1] * self.keep)))
-        steps, last = self.recipe.loop.steps or 0, len(counts) - 1
+            counts.append(max(1, math.floor(round(counts[-1] * self.keep, 9))))
+        last = len(counts) - 1
         return [
-            Rung(count, max(1, math.ceil(steps * self.keep ** (last - number))))
+            Rung(count, max(1, math.ceil(round(steps * self.keep ** (last - number), 9))))
             for number, count in enumerate(counts)
         ]
 
@@ -215,14 +251,28 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
             raise ValueError(
                 f"study.losses[{label}]: {loss_name(loss.fn)} has no knob {name!r}; near: {near}"
             )
-        if isinstance(values, tuple) and not values:
-            raise ValueError(f"study.losses[{label}]: {name} has no values; list some, or leave it out")
+        if isinstance(known[name][1], bool | str) or callable(known[name][1]):
+            raise ValueError(f"study.losses[{label}]: {name} is no number; fix it with partial")
+        _check_values(f"study.losses[{label}]", name, values)
     if len(loss.knobs) >= len(PRIMES):
         raise ValueError(
             f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched; "
             "fix some of them with partial"
         )
     check_knobs(loss.fn)
+
+
+def _check_values(where: str, name: str, values: Any) -> None:
+    """Raise ValueError for values of a searched number that are none."""
+    if isinstance(values, LogRange):
+        return
+    if not isinstance(values, tuple):
+        raise ValueError(f"{where}: {name}={values!r}; expected a LogRange, or a tuple of numbers")
+    if not values:
+        raise ValueError(f"{where}: {name} has no values; list some, or leave it out")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{where}: {name} has the value {value!r}; use finite numbers")
 
 
 def _value(values: Values, fraction: float) -> float:
@@ -252,7 +302,12 @@ def load_study(path: str) -> tuple[Study, Path]:
     make = vars(run_file(file)).get("study")
     if not callable(make):
         raise ValueError(f"{path} has no function study() -> Study; add one")
-    made = make()
+    try:
+        made = make()
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of a user's file
+        raise ValueError(f"{path}: {format_error(error, file)}") from error
     if not isinstance(made, Study):
         raise ValueError(f"{path}: study() returned type {type(made).__name__}; expected a Study")
     return made, file

@@ -13,7 +13,7 @@ from jaxft import __version__
 from jaxft.distributed import sharding
 from jaxft.distributed.processes import Watchdog
 from jaxft.lab.appendix import REPORT, appendix_files
-from jaxft.lab.halving import DECLARATION, LEDGER
+from jaxft.lab.halving import DECLARATION, LEDGER, TRIALS
 from jaxft.lab.results import check_study, read_study
 from jaxft.lab.study import check_declared
 from jaxft.report.run_files import sweep_members
@@ -21,7 +21,7 @@ from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints, verify
 from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.log import NullLog
-from jaxft.runs.manifest import NAME, Corrupt, named_leaves
+from jaxft.runs.manifest import NAME, Corrupt, check_files, named_leaves, read_manifest
 from jaxft.runs.metrics_log import (
     METRICS,
     check_chain,
@@ -63,9 +63,14 @@ def record_problems(folder: Path) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     yield from (changed.line for changed in runfolder.changed_results(folder))
+    yield from _checkpoint_problems(folder)
+
+
+def _checkpoint_problems(folder: Path) -> Iterator[str]:
     for checkpoint in sorted((folder / CHECKPOINTS).glob("*/" + NAME)):
         try:
             verify(checkpoint.parent)
+            check_files(checkpoint.parent, read_manifest(checkpoint.parent)["files"])
         except (Corrupt, ValueError, OSError) as error:
             yield f"{checkpoint.parent}: {error}"
 
@@ -89,10 +94,14 @@ def _study_problems(folder: Path) -> Iterator[str]:
     try:
         known = runfolder.read_saved_json(folder / DECLARATION)
         check_declared(folder, known, known)
+        if (folder / DECLARATION).read_bytes() != runfolder.durable_json(known):
+            yield f"{folder / DECLARATION}: is not as jaxft writes it; restore the file"
         log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
         check_study(folder, log)
         if log and log[0].get("declared") != known["digest"]:
             yield f"{folder / LEDGER}: the log is of another declaration"
+        for trial in sorted((folder / TRIALS).iterdir()) if (folder / TRIALS).is_dir() else ():
+            yield from _checkpoint_problems(trial)
         yield from _page_problems(folder, bool(log) and bool(log[-1].get("finished")))
     except ValueError as error:
         yield str(error)

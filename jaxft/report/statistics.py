@@ -8,8 +8,9 @@ and the third, so that a study also says what a larger one would need.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,16 +42,24 @@ class Components(NamedTuple):
         return math.sqrt(self.seeds / seeds + self.prompts / prompts + self.rest / (seeds * prompts))
 
 
+class Adjusted(NamedTuple):
+    """The p-values of a comparison among several, see holm: of no difference, and of no equivalence."""
+
+    difference: float
+    equivalence: float = 1.0
+
+
 @dataclass(frozen=True)
 class Difference:
     """The mean paired difference of two settings.
 
     mean: of the second setting minus the first. error: its standard error, with `freedom` degrees of freedom
-    (Satterthwaite). p: two-sided, of no difference. interval: at 95 %, by Student's distribution. bootstrap:
-    at 95 %, by resampling seeds and prompts. effect: Cohen's d of the prompts, the mean over the standard
-    deviation of the prompts' differences. wins: fraction of prompts on which the second setting is better; a
-    tie counts 1/2. unpaired_error: the standard error that other seeds and other prompts for each setting
-    would have.
+    (Satterthwaite). p: two-sided, of no difference, and not less than the least p of a sign test over the
+    prompts, so that five prompts never show a difference. interval: at 95 %, by Student's
+    distribution. bootstrap: at 95 %, by resampling seeds and prompts. effect: Cohen's d of the prompts,
+    the mean over the standard deviation of the prompts' differences. wins: fraction of prompts on which the
+    second setting is better; a tie counts 1/2. unpaired_error: the standard error that other seeds and other
+    prompts for each setting would have.
     """
 
     seeds: int
@@ -70,15 +79,20 @@ class Difference:
         """Whether both the test and the bootstrap exclude 0. p: adjusted for several comparisons."""
         return (self.p if p is None else p) < 1 - LEVEL and not self.bootstrap.has(0)
 
-    def verdict(self, p: float | None = None, margin: float | None = None, unit: str = "prompts") -> str:
-        """Return the result in words. p: adjusted for several comparisons (see holm). margin: the largest
+    def verdict(
+        self, adjusted: Adjusted | None = None, margin: float | None = None, unit: str = "prompts"
+    ) -> str:
+        """Return the result in words. adjusted: p-values for several comparisons. margin: the largest
         difference that does not matter. unit: plural noun for the values, such as "prompts".
         """
-        if self.different(p=p):
+        if adjusted is None:
+            adjusted = Adjusted(self.p, 1.0 if margin is None else equivalence(self, margin))
+        if self.different(p=adjusted.difference):
             return "different"
-        if margin is not None and equivalence(self, margin) < 1 - LEVEL:
+        if margin is not None and adjusted.equivalence < 1 - LEVEL:
             return f"equivalent within {margin:g}"
-        return f"not distinguishable; {needed_text(self, margin, unit)}"
+        level = (1 - LEVEL) * (self.p / adjusted.difference if adjusted.difference else 1.0)
+        return f"not distinguishable; {needed_text(self, margin, unit, level)}"
 
 
 def paired_difference(
@@ -118,7 +132,7 @@ def paired_difference(
         mean=mean,
         error=error,
         freedom=freedom,
-        p=_two_sided(mean, error, freedom),
+        p=max(_two_sided(mean, error, freedom), 2.0 ** (1 - prompts)),
         interval=Interval(mean - half, mean + half),
         bootstrap=bootstrap(d, key),
         effect=mean / spread if spread else 0.0 if mean == 0 else math.copysign(math.inf, mean),
@@ -164,18 +178,22 @@ def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
 
 
 def _error(d: np.ndarray) -> tuple[float, float]:
-    """The standard error of the mean, and its degrees of freedom.
+    """The standard error of the mean, and its degrees of freedom."""
+    return _error_of(_mean_squares(d), *d.shape)
+
+
+def _error_of(mean_squares: tuple[float, float, float], seeds: int, prompts: int) -> tuple[float, float]:
+    """The standard error of the mean that follows from the mean squares, and its degrees of freedom.
 
     The variance (MS_s + MS_p - MS_r) / SP is not less than that of the larger of seeds and prompts alone,
     so that the error is never estimated too small where the estimates of the parts are negative.
     """
-    seeds, prompts = d.shape
-    by_seed, by_prompt, rest = _mean_squares(d)
+    by_seed, by_prompt, rest = mean_squares
     if seeds == 1:
         return math.sqrt(by_prompt / prompts), prompts - 1.0
     parts = (by_seed, seeds - 1), (by_prompt, prompts - 1), (-rest, (seeds - 1) * (prompts - 1))
     total, largest = by_seed + by_prompt - rest, max(parts[:2])
-    if total <= largest[0]:
+    if total <= largest[0] * (1 + 1e-12):
         return math.sqrt(largest[0] / (seeds * prompts)), float(largest[1])
     freedom = total**2 / sum(x**2 / n for x, n in parts)
     return math.sqrt(total / (seeds * prompts)), float(max(seeds - 1, freedom))
@@ -229,12 +247,13 @@ def holm(p: Sequence[float]) -> list[float]:
 def equivalence(d: Difference, margin: float) -> float:
     """Return the p-value that the true difference is outside of [-margin, margin].
 
-    It is the larger one of two one-sided tests (Schuirmann 1987, TOST).
+    It is the larger one of two one-sided tests (Schuirmann 1987, TOST). Without any spread it is the chance
+    that n prompts are all alike although a fraction `margin` of all prompts differs by 1, (1 - margin)^n.
     """
     if margin <= 0:
         raise ValueError(f"the margin of an equivalence test must be above 0, got {margin}")
     if d.error == 0:
-        return float(abs(d.mean) >= margin)
+        return 1.0 if abs(d.mean) >= margin else (1 - min(1.0, margin)) ** d.prompts
     return float(max(_special().stdtr(d.freedom, (side * d.mean - margin) / d.error) for side in (1, -1)))
 
 
@@ -244,43 +263,83 @@ def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) ->
     >>> round(power(1.0, 1.0, 1000), 3)
     0.17
     """
-    limit, shift = float(_special().stdtrit(freedom, 1 - level / 2)), gap / error
-    other_side = _special().nctdtr(freedom, abs(shift), -limit)  # NaN where it is too small to compute
-    return float(1 - _special().nctdtr(freedom, abs(shift), limit) + np.nan_to_num(other_side))
+    limit, shift = float(_special().stdtrit(freedom, 1 - level / 2)), abs(gap) / error
+    missed = _special().nctdtr(freedom, shift, limit)  # NaN where it is too small to compute
+    if np.isnan(missed):
+        missed = _special().ndtr(limit - shift)
+    return float(1 - missed + np.nan_to_num(_special().nctdtr(freedom, shift, -limit)))
 
 
-def needed(parts: Components, gap: float, seeds: int, prompts: int) -> tuple[int | None, int | None]:
-    """Return how many prompts, with these seeds, and how many seeds, with these prompts, a study needs.
-
-    It then finds a true difference of `gap` with probability 80 %. None: no number suffices.
+def needed(
+    parts: Components, gap: float, seeds: int, prompts: int, level: float = 1 - LEVEL
+) -> tuple[int | None, int | None]:
+    """Return how many prompts, with these seeds, and how many seeds, with these prompts, a study needs; more
+    than it has. None: no feasible number suffices.
     """
+    finds = partial(_finds, parts, gap, level)
     if gap == 0:
         return None, None
-    allowed = (abs(gap) / float(_special().ndtri((1 + LEVEL) / 2) + _special().ndtri(POWER))) ** 2
-    return (
-        _least(parts.prompts + parts.rest / seeds, allowed - parts.seeds / seeds),
-        _least(parts.seeds + parts.rest / prompts, allowed - parts.prompts / prompts),
-    )
+    return _least(lambda n: finds(seeds, n), prompts), _least(lambda n: finds(n, prompts), seeds)
 
 
-def _least(variance: float, allowed: float) -> int | None:
-    return None if allowed <= 0 else math.ceil(variance / allowed)
+def _finds(parts: Components, gap: float, level: float, seeds: int, prompts: int) -> bool:
+    """Whether a study finds a true difference of `gap` at `level` with probability 80 %, by Student's
+    distribution with its degrees of freedom.
+    """
+    squares = (parts.rest + prompts * parts.seeds, parts.rest + seeds * parts.prompts, parts.rest)
+    error, freedom = _error_of(squares, seeds, prompts)
+    if 2.0 ** (1 - prompts) >= level:  # the least p that there is
+        return False
+    return error == 0 or power(gap, error, freedom, level) >= POWER
 
 
-def needed_text(d: Difference, margin: float | None = None, unit: str = "prompts") -> str:
-    """Return how many more prompts or seeds would be needed to find the difference.
+def _least(suffices: Callable[[int], bool], known: int) -> int | None:
+    """The least number above `known` that suffices, None if no feasible one does."""
+    low, high = known, UNFEASIBLE
+    if not suffices(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
+
+
+def needed_text(
+    d: Difference, margin: float | None = None, unit: str = "prompts", level: float = 1 - LEVEL
+) -> str:
+    """Return how many more prompts or seeds would be needed to find the difference at a level.
 
     It is taken as estimated, or as `margin` where that is larger.
     """
+    if d.error == 0 and d.mean == 0:
+        return _needed_of_none(d, margin, unit)
     gap = max(abs(d.mean), margin or 0.0)
-    counts = needed(d.components, gap, d.seeds, d.prompts)
+    counts = needed(d.components, gap, d.seeds, d.prompts, level)
     choices = [
-        f"about {more:,} more {name}"
+        f"about {count - known:,} more {name}"
         for name, count, known in zip((unit, "seeds"), counts, (d.prompts, d.seeds), strict=True)
-        if count is not None and 0 < (more := count - known) <= UNFEASIBLE
+        if count is not None
     ]
     if d.seeds == 1:
         choices = [text for text in choices if text.endswith(unit)] + ["at least 2 more seeds"]
     if not choices:
+        per_seed = d.prompts / d.seeds
+        finds = partial(_finds, d.components, gap, level)
+        both = _least(lambda n: finds(n, math.ceil(n * per_seed)), d.seeds) if gap else None
+        if both is not None:
+            more = f"{both - d.seeds:,} more seeds and {math.ceil(both * per_seed) - d.prompts:,} more {unit}"
+            choices = [f"about {more} together"]
+    if not choices:
         return f"no feasible number of {unit} or seeds would find a difference as small as this"
     return f"{' or '.join(choices)} would be needed to find a difference of {gap:.3g}"
+
+
+def _needed_of_none(d: Difference, margin: float | None, unit: str) -> str:
+    """How many more prompts would show equivalence where no prompt differs."""
+    if margin is None:
+        return f"no {unit} differ, and no feasible number of {unit} or seeds would find a difference of 0"
+    more = math.ceil(math.log(1 - LEVEL) / math.log1p(-min(margin, 0.999))) - d.prompts
+    return (
+        f"no {unit} differ; about {max(1, more):,} more {unit} would be needed to call them equivalent "
+        f"within {margin:g}"
+    )

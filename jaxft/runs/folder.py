@@ -108,7 +108,12 @@ def check_paths(folder: Path) -> None:
 
 def write_durable_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: a reader sees the old file or the new one, also after a power cut."""
-    write_durably(path, (json.dumps(json_value(value), indent=2, allow_nan=False) + "\n").encode())
+    write_durably(path, durable_json(value))
+
+
+def durable_json(value: Any) -> bytes:
+    """Return the content of a JSON file of the run folder."""
+    return (json.dumps(json_value(value), indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_saved_json(path: Path) -> dict[str, Any]:

@@ -183,8 +183,7 @@ def best_of_grid(lab: Any, folder: Path, log: Sequence[dict[str, Any]]) -> str:
     """Return the loss whose best trial, by the mean of all seeds on the tuning prompts, is best on the
     others.
     """
-    from jaxft.lab.halving import EVALUATIONS, read_evaluations
-    from jaxft.lab.results import trial_folder
+    from jaxft.lab.halving import EVALUATIONS, read_evaluations, trial_folder
 
     study, means = lab.study, dict[str, float]()
     for label in study.losses:

@@ -58,7 +58,13 @@ def test_a_judge_whose_replies_name_no_answer_is_refused():
     with pytest.raises(ValueError, match=r"judge tiny: 4 of 4 replies name neither answer A nor B"):
         judging.values_of(["I cannot say"] * 4, "tiny")
     values = judging.values_of(["[[A]]", "hm", "[[A]]", "[[B]]"], "some")  # one reply of four
-    np.testing.assert_array_equal(Judged("j", values, np.ones(2), np.ones(2)).by_prompt, [1.0, 1.0])
+    np.testing.assert_array_equal(Judged("j", values, np.ones(2), np.ones(2)).by_prompt, [np.nan, 1.0])
+
+
+def test_a_judge_that_prefers_the_first_answer_and_has_a_verdict_in_one_order_only_finds_nothing():
+    values = judging.values_of(["[[A]]", "hm"] * 20, "biased")
+    found = Judged("biased", values, np.ones(20), np.ones(20))
+    assert judging.verdict_lines(found, "a", "b") == ["biased: no prompt has a verdict"]
 
 
 def test_a_preference_for_length_alone_is_no_win_at_equal_length():
@@ -76,6 +82,26 @@ def test_a_preference_for_length_alone_is_no_win_at_equal_length():
 def test_equal_lengths_leave_the_win_rate_as_it_is():
     values = [1.0] * 30 + [0.0] * 10
     assert judging.length_controlled(judged(values), resamples=2)[0] == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_few_prompts_that_are_all_won_are_no_result():
+    """Three of three: p = 2 / 2^3. The interval of a win rate of 1 is not the point 1."""
+    text = "\n".join(judging.verdict_lines(judged([1.0] * 3), "a", "b"))
+    assert "a is better" not in text and "p = 0.25" in text and "would need about 6 prompts" in text
+    assert "a is better" in "\n".join(judging.verdict_lines(judged([1.0] * 6), "a", "b"))
+    low, high = judged([1.0] * 6).as_json()["win_rate_interval"]
+    assert 0.5 < low < 0.9 and high == 1
+
+
+def test_lengths_that_do_not_overlap_are_named():
+    values = [1.0] * 9 + [0.0] * 3
+    (*_, line) = judging.verdict_lines(judged(values, [20] * 12, range(12)), "a", "b")
+    assert line == (
+        "  the answers of a are never the shorter ones, so that the rate at equal length is an extrapolation"
+    )
+    assert "extrapolation" not in "".join(
+        judging.verdict_lines(judged(values, [5] * 12, range(12)), "a", "b")
+    )
 
 
 def test_kappa_of_a_table_of_three_categories():
@@ -255,7 +281,7 @@ def test_the_command_judges_two_files_by_functions_and_a_server(tmp_path, monkey
     assert code == 0
     assert "mine.py:brief: one wins 2, ties 0, loses 6 of 8 prompts against other" in out
     assert "m: one wins 6, ties 0, loses 2 of 8" in out and "agree with kappa -0.60" in out
-    found = json.loads((tmp_path / "r.json").read_text())
+    found = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert [judge["wins"] for judge in found["judges"]] == [2, 6] and len(found["values"]["m"]) == 8
 
 
@@ -311,6 +337,40 @@ def test_the_command_compares_two_released_files_of_alpaca_eval(tmp_path, monkey
     assert code == 0 and "short wins 6, ties 0, loses 0 of 6 prompts against long" in out
 
 
+def test_answers_in_another_order_belong_to_the_prompts_that_their_rows_have(tmp_path):
+    prompts = judges.read_judged_prompts(
+        write(tmp_path / "p.json", [{"instruction": f"{i}?"} for i in "abc"])
+    )
+
+    def answers(order):
+        file = write(tmp_path / f"{order}.json", [{"instruction": f"{i}?", "output": i} for i in order])
+        return judges.read_answers(file), file
+
+    (one, first), (other, second) = answers("abc"), answers("cab")
+    assert [m.other for m in judges.matches_of(prompts, one, other, (first, second))] == ["a", "b", "c"]
+    wrong, third = answers("cax")
+    with pytest.raises(ValueError, match=r"cax.json: its prompts are not in the order .* of p.json:2"):
+        judges.matches_of(prompts, one, wrong, (first, third))
+
+
+def test_models_and_judges_of_the_same_name_are_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, sign in (("a", "-"), ("b", "")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "j.py").write_text(
+            f"def f(prompt, completion, row):\n    return {sign}len(completion)\n"
+        )
+    for folder, text in (("a", "x"), ("b", "xx")):
+        write(tmp_path / folder / "m1.5.jsonl", [{"prompt": f"{i}?", "completion": text} for i in range(6)])
+    by = ("--by", "a/j.py:f", "--by", "b/j.py:f", "--out", "r.json")
+    code, out, _ = call(monkeypatch, capsys, "judge", "a/m1.5.jsonl", "b/m1.5.jsonl", *by)
+    assert (
+        code == 0
+        and "a/j.py:f: a/m1.5.jsonl wins 6, ties 0, loses 0 of 6 prompts against b/m1.5.jsonl" in out
+    )
+    assert {*json.loads((tmp_path / "r.json").read_text())["values"]} == {"a/j.py:f", "b/j.py:f"}
+
+
 def test_a_judge_of_the_command_that_names_no_answer_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
@@ -330,8 +390,9 @@ def test_a_judge_of_the_command_that_names_no_answer_is_one_line(tmp_path, monke
         (("a.jsonl", "--by", "exact"), "give two models or files of answers"),
         (("a.jsonl", "b.jsonl", "--by", "exact", "--preferences", "c"), "--preferences judges the judges"),
         (("a.jsonl", "b.jsonl", "--by", "exact", "--budget", "0"), "--budget must be at least 1"),
+        (("a.jsonl", "b.jsonl", "--by", "exact", "--by", "exact"), "--by exact is given twice"),
     ],
-    ids=["no model", "one model", "preferences", "budget"],
+    ids=["no model", "one model", "preferences", "budget", "twice"],
 )
 def test_command_lines_that_cannot_be_judged_are_one_line(monkeypatch, capsys, options, line):
     code, _, err = call(monkeypatch, capsys, "judge", *options)

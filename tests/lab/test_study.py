@@ -1,5 +1,7 @@
 """Studies on a tiny model: declared, halved, killed and continued; what a declaration refuses."""
 
+import contextlib
+import hashlib
 import shutil
 from contextlib import chdir
 from dataclasses import replace
@@ -18,7 +20,7 @@ from jaxft.lab.appendix import REPORT, write_appendix
 from jaxft.lab.results import read_study
 from jaxft.lab.study import LogRange, LossTrial, SearchedLoss, Study, load_study
 from jaxft.lab.verify import record_problems
-from jaxft.objectives.losses.preference_losses import dpo, ipo
+from jaxft.objectives.losses.preference_losses import cdpo, dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.objectives.metrics import Sum
 from jaxft.runs.metrics_log import digests_path, read_entries, read_unfinished
@@ -164,6 +166,17 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
         run(place)
     done = read_unfinished(place / "runs/tiny/study.jsonl")
     monkeypatch.setattr(halving, "compile_sweep", compile_sweep)
+    write_trial = halving.write_trial
+
+    def die_in_the_last_stage(lab, folder, wave, label, result):
+        if wave.first and label == "ipo":  # the other loss has its new checkpoint, the log has no line
+            raise Killed
+        return write_trial(lab, folder, wave, label, result)
+
+    monkeypatch.setattr(halving, "write_trial", die_in_the_last_stage)
+    with pytest.raises(Killed):
+        run(place)
+    monkeypatch.setattr(halving, "write_trial", write_trial)
     train_wave = halving.train_wave
     after_first = []
 
@@ -202,11 +215,18 @@ def problems_of_a_study(folder):
     assert not [*record_problems(folder)]
     page, table, log = (folder / name for name in (REPORT, "tables/duels.csv", "study.jsonl"))
     trial = next(folder.glob("trials/*/evaluations.jsonl"))
+    manifest = next(folder.glob("trials/*-seed1/checkpoints/*/manifest.json"))
+    stored = max(
+        (manifest.parent / "state").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size
+    )
     for path, change, message in (
         (page, lambda x: x.replace(b"not distinguishable", b"better", 1), "is not what jaxft"),
         (table, lambda x: x.replace(b"dpo", b"ipo", 1), "is not what jaxft"),
         (trial, lambda x: x.replace(b"0.", b"1.", 1), "the file was changed after it was written"),
         (log, lambda x: x.replace(b"0.", b"1.", 1), "the line was changed after it was written"),
+        (folder / "declaration.json", lambda x: x.replace(b"  ", b" ", 1), "is not as jaxft writes it"),
+        (manifest, lambda x: x.replace(b'"step"', b'"stop"', 1), "checkpoints/9"),
+        (stored, lambda x: x[:-9] + bytes([x[-9] ^ 1]) + x[-8:], "checkpoints/9"),
     ):
         content = path.read_bytes()
         assert change(content) != content
@@ -244,6 +264,34 @@ def test_a_study_whose_file_changed_after_its_declaration_is_refused_in_one_line
         with pytest.raises(ValueError, match="the declaration was edited after it was written") as error:
             halving.run_study(study, file)
         assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_there_until_the_log_has_the_next_one(tmp_path):
+    """A wave that is killed while its results are written is repeated from the checkpoint before it."""
+    with contextlib.closing(halving.checkpoints_of(tmp_path)) as saved:
+        for step in (3, 9, 27):
+            saved.save(step, {"x": jnp.full(2, step)}, {})
+        saved.wait()
+        assert saved.steps() == [9, 27]
+
+
+def test_a_wave_goes_on_only_from_the_files_that_the_log_has(tmp_path):
+    log = tmp_path / halving.EVALUATIONS
+    with contextlib.closing(halving.checkpoints_of(tmp_path)) as saved:
+        saved.save(3, {"x": jnp.ones(2)}, {})
+    log.write_text('{"step": 1}\n{"step": 3}\n')
+    files = {log.name: hashlib.sha256(log.read_bytes()).hexdigest()}
+    state = halving.state_sha256(tmp_path / "checkpoints/3")
+    wave = {"steps": [0, 3], "files": {"dpo": files}, "states": {"dpo": state}}
+    log.write_text('{"step": 1}\n{"step": 3}\n{"step": 9}\n')  # of a killed wave
+    halving.check_earlier(tmp_path, wave, "dpo")
+    with contextlib.closing(halving.checkpoints_of(tmp_path)) as saved:
+        saved.save(3, {"x": jnp.zeros(2)}, {})
+    with pytest.raises(ValueError, match="checkpoints/3: the checkpoint was changed after it was written"):
+        halving.check_earlier(tmp_path, wave, "dpo")
+    log.write_text('{"step": 1, "x": 1}\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="evaluations.jsonl: the file was changed after it was written"):
+        halving.check_earlier(tmp_path, wave, "dpo")
 
 
 def make(recipe, **more):
@@ -289,6 +337,23 @@ WRONG = {
         "study.trials=6, but a has only 1 settings",
     ),
     "range": (dict(lr=(0.1,), tuning=1.0), "leaves no held-out prompts"),
+    "a stage without a step": (
+        dict(trials=27),
+        "trials=27, keep=0.333333: with loop.steps=9 the stages end at steps 1, 1, 3, 9, so that one has no "
+        "step. Set loop.steps to 10 or more",
+    ),
+    "the same setting again": (dict(lr=LogRange(1e-4, 1e-4)), "study.trials=6, but ipo has only 1 settings"),
+    "seeds": (dict(seeds=3), "study.seeds=3: expected a tuple of whole numbers"),
+    "a learning rate": (dict(lr=1e-4), "study: lr=0.0001; expected a LogRange, or a tuple of numbers"),
+    "a negative learning rate": (dict(lr=(1e-4, -1e-4)), "use numbers above 0"),
+    "a text": (
+        dict(losses={"a": SearchedLoss(dpo, {"beta": ("0.1",)}), "b": SearchedLoss(ipo)}),
+        "study.losses[a]: beta has the value '0.1'; use finite numbers",
+    ),
+    "a function": (
+        dict(losses={"a": SearchedLoss(dpo, {"score": (1.0,)}), "b": SearchedLoss(ipo)}),
+        "study.losses[a]: score is no number; fix it with partial",
+    ),
 }
 
 
@@ -306,6 +371,7 @@ def test_a_recipe_without_pairs_steps_or_held_out_rows_is_refused(place):
             (["steps=none", "held_out=0.5"], "has no number of steps"),
             (["held_out=none"], "holds out no pairs"),
             (["full=true"], "must train a fresh adapter on pairs"),
+            (["reference=moving"], "has a moving reference, but a study's reference is the policy at step 0"),
         ):
             with pytest.raises(ValueError, match=message):
                 make(load_config("config.py", settings))
@@ -322,9 +388,12 @@ def test_losses_that_need_other_rows_and_too_few_prompts_are_refused_before_anyt
 ):
     monkeypatch.setattr(halving, "open_lab", lambda *_: pytest.fail("weights are loaded"))
     other = make(recipe, name="gold", losses={"dpo": SearchedLoss(dpo), "gold": SearchedLoss(gold_only)})
+    loud = SearchedLoss(cdpo, {"label_smoothing": (0.1, 0.9)})
+    loud = make(recipe, name="loud", losses={"dpo": SearchedLoss(dpo), "cdpo": loud})
     few = make(replace(recipe, data=replace(recipe.data, held_out=0.04)), name="few")
     for study, message in (
         (other, r"study.losses\[gold\]: loss gold_only: the pairs have no field 'gold' "),
+        (loud, r"study.losses\[cdpo\]: label_smoothing must be in \[0, 0.5\], got 0.9"),
         (few, "too few for any conclusion. Hold out more with data.held_out"),
     ):
         with working_directory(place), pytest.raises(ValueError, match=message):

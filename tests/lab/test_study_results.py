@@ -19,6 +19,7 @@ from jaxft.lab.results import (
     margin_per_token,
 )
 from jaxft.objectives.pair import ACCURACY
+from jaxft.report.statistics import equivalence, paired_difference
 
 PROMPTS, SEEDS, STEPS = 80, 3, (0, 5, 10, 15, 20)
 PAIRS = HeldOutPairs(
@@ -84,6 +85,56 @@ def test_losses_with_the_same_curve_are_equivalent_within_a_margin():
     assert verdicts(one, other)["one", "other"].startswith("not distinguishable; ")
 
 
+def diverged(loss, seeds):
+    """The loss whose runs with these seeds have no finite value at the end."""
+    bad = [
+        replace(c, values=np.vstack([c.values[:-1], c.values[-1:] * np.nan]), kl=np.append(c.kl[:-1], np.nan))
+        for c in loss.curves
+    ]
+    curves = (bad[n] if n in seeds else curve for n, curve in enumerate(loss.curves))
+    return replace(loss, curves=tuple(curves))
+
+
+def test_a_loss_that_diverges_is_a_result_and_the_others_are_compared(study):
+    """Before, one such run left no prompt with a value, and the study without a page."""
+    good, weak = loss("good", steep, 1.0, 1), loss("weak", flat, 1.0, 2)
+    once, always = (
+        diverged(replace(weak, label="once"), {1}),
+        diverged(replace(weak, label="always"), {0, 1, 2}),
+    )
+    losses = (good, once, always)
+    (duel,) = duels_of(losses, None, length_weights(PAIRS))
+    assert (duel.one, duel.other, duel.difference.seeds) == ("good", "once", 2)
+    assert (
+        duel.verdict == "good is better at the end and at every KL that both reach; once diverged with 1 seed"
+    )
+    study = replace(study, losses=losses, duels=(duel,))
+    assert [x.label for x in study.order] == ["good", "once", "always"]
+    assert "always diverged with seed 0, 1, 2: no held-out value is finite" in study.lines()
+    rows = {row[0]: row for row in tables_of(study)[0].rows}
+    assert rows["always"][1:3] == ("diverged", "diverged, diverged, diverged")
+    assert "diverged" in rows["once"][2] and "[" in rows["once"][1]
+    assert "always diverged with seed 0, 1, 2" in study_page(study, tables_of(study))
+
+
+def test_equivalence_is_adjusted_for_the_number_of_duels():
+    one, other = loss("one", steep, 1.0, 1), loss("other", steep, 1.0, 2)
+    margin = next(m for m in np.linspace(0.001, 0.02, 200) if equivalence_p(one, other, m) < 0.04)
+    assert verdicts(one, other, margin=margin)["one", "other"].startswith("equivalent")
+    far = loss("far", flat, 1.0, 3)
+    assert verdicts(one, other, far, margin=margin)["one", "other"].startswith("not distinguishable")
+
+
+def equivalence_p(one, other, margin):
+    return equivalence(paired_difference(one.final, other.final), margin)
+
+
+def test_a_trial_that_diverged_is_the_worst_of_its_loss(study):
+    losses = [replace(x, sensitivity=Sensitivity(5, 0.7, 0.6, -np.inf)) for x in study.losses]
+    table = next(t for t in tables_of(replace(study, losses=tuple(losses))) if t.name == "sensitivity")
+    assert table.rows[0][1:4] == ("0.7000", "0.6000", "not finite")
+
+
 def test_values_at_a_kl_are_interpolated_in_the_order_of_the_kl():
     values = np.array([[0.5, 0.5], [0.9, 0.7], [0.7, 0.6]])
     curve = FinalCurve(
@@ -144,8 +195,13 @@ def study(tmp_path):
             "trials": 2,
             "margin": 0.02,
             "metric": ACCURACY,
-            "losses": {},
-            "recipe": {},
+            "lr": {"type": "LogRange", "low": 1e-5, "high": 1e-4},
+            "losses": {x.label: {"fn": {"callable": "x"}, "knobs": {"beta": [0.1, 0.5]}} for x in losses},
+            "recipe": {
+                "weights": "tiny-model",
+                "data": {"train": "pairs.jsonl", "batch": 8},
+                "loop": {"steps": 20},
+            },
         },
         "facts": {"rows": {"0": "r" * 32}},
         "versions": {"python": "3.11"},
@@ -173,6 +229,9 @@ def test_the_page_has_declaration_comparisons_every_trial_and_hashes(study):
         "not finite",
         "lr=1, beta=0.1",
         "1 to step 5 with seed 0",
+        "2 losses train an adapter on tiny-model with the pairs of pairs.jsonl: 20 steps of 8 pairs",
+        "1e-05 to 0.0001, evenly by the logarithm",
+        "0.1, 0.5",
     ):
         assert text in page
     assert "dpo is better at the end and at every KL that both reach" in page and page.count("<section") == 6
@@ -187,6 +246,7 @@ def test_tables_are_the_same_in_csv_and_latex(study):
     (losses, *_) = tables_of(study)
     assert losses.rows[0][:1] + losses.rows[0][3:6] == ("dpo", "2", "1", "-1")  # margin, KL, chosen log-prob
     assert r"ipo\_50\%" in PaperTable("x", "", ("",), (("ipo_50%",),)).latex()
+    assert r"a\textasciicircum{}2\$" in PaperTable("x", "", ("",), (("a^2$",),)).latex()
 
 
 def test_a_study_of_one_seed_without_a_winner_says_so(study):

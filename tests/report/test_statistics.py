@@ -8,6 +8,7 @@ import pytest
 from jaxft.objectives.intervals import Interval
 from jaxft.report import statistics
 from jaxft.report.statistics import (
+    Adjusted,
     Components,
     components,
     equivalence,
@@ -126,6 +127,63 @@ def test_the_verdict_names_what_would_be_needed():
     assert text.startswith("not distinguishable; about ") and " more prompts" in text
     one_seed = paired_difference(*study(4, 0.02, shape=(1, 20))).verdict()
     assert "at least 2 more seeds" in one_seed
+
+
+def test_few_prompts_that_all_agree_are_neither_different_nor_equivalent():
+    """A fair coin falls on the same side five times with probability 2 / 2^5, above 5 %; six times below."""
+    for prompts, p in ((2, 1 / 2), (5, 1 / 16), (6, 1 / 32)):
+        d = paired_difference(np.zeros((3, prompts)), np.ones((3, prompts)))
+        assert d.p == p and d.different() == (prompts == 6)
+    assert (
+        paired_difference(np.zeros((3, 2)), np.ones((3, 2)))
+        .verdict()
+        .startswith("not distinguishable; about 4 more prompts")
+    )
+    same = paired_difference(np.ones((3, 36)), np.ones((3, 36)))
+    assert equivalence(same, 0.05) == pytest.approx(0.95**36) and same.verdict(margin=0.05).endswith(
+        "no prompts differ; about 23 more prompts would be needed to call them equivalent within 0.05"
+    )
+    assert 0.95 ** (36 + 23) < 0.05 < 0.95 ** (36 + 22)
+
+
+def test_a_difference_that_is_missed_by_its_degrees_of_freedom_or_by_holm_needs_more_seeds_or_prompts():
+    """Three seeds of means 0.03, 0.05, 0.07: t = 4.33 with 2 degrees of freedom, p = 0.049; adjusted 0.2."""
+    d = paired_difference(np.zeros((3, 40)), np.repeat([[0.03], [0.05], [0.07]], 40, 1))
+    assert d.p == pytest.approx(0.0494, abs=1e-4)
+    text = d.verdict(Adjusted(4 * d.p))
+    more = int(text.split("about ")[1].split()[0])
+    error = 0.02 / math.sqrt(3 + more)
+    assert (
+        text == f"not distinguishable; about {more} more seeds would be needed to find a difference of 0.05"
+    )
+    assert (
+        power(0.05, error, 3 + more - 1, 0.05 / 4)
+        >= 0.8
+        > power(0.05, 0.02 / math.sqrt(2 + more), 1 + more, 0.05 / 4)
+    )
+    x = np.tile([0.0, 2.0], 20)[None] + 1.9  # one seed: t = 1.9 * sqrt(40) / 1.01 without an end
+    for comparisons in (2, 10**30):
+        one = paired_difference(np.zeros((1, 40)), x)
+        found = one.verdict(Adjusted(min(1.0, comparisons * one.p)))
+        assert found == "different" if comparisons == 2 else "more prompts" in found
+
+
+def test_where_neither_prompts_nor_seeds_suffice_alone_both_together_do():
+    """A gap of half the spread of three seeds and of half of that of the prompts: either alone leaves the
+    other's error.
+    """
+    random = np.random.default_rng(0)
+    by_seed, by_prompt = random.normal(size=(3, 1)), random.normal(size=(1, 6))
+    d = (by_seed - by_seed.mean()) / by_seed.std(ddof=1) + (by_prompt - by_prompt.mean()) / by_prompt.std(
+        ddof=1
+    )
+    found = paired_difference(np.zeros((3, 6)), d + 0.3)
+    assert needed(found.components, 0.3, 3, 6) == (None, None)
+    text = found.verdict()
+    seeds, prompts = (int(text.split(f" more {unit}")[0].split()[-1]) for unit in ("seeds", "prompts"))
+    assert prompts == 2 * seeds  # six prompts for three seeds
+    error = math.sqrt(1 / (3 + seeds) + 1 / (6 + prompts))  # of variances 1
+    assert 2.8 * error == pytest.approx(0.3, rel=0.1)
 
 
 def test_prompts_without_a_value_are_left_out_and_too_few_are_refused():

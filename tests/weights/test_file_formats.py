@@ -57,8 +57,8 @@ def test_codes_that_are_no_matrix_or_no_codes_are_one_line_with_their_name(tmp_p
     for wrong in (np.zeros((2, 4, 8), kind), np.zeros(8, kind), np.zeros((8, 16), np.float32)):
         save_file({tensor: wrong}, path)
         shown = (
-            rf"{tensor} is {wrong.dtype}\[.*\], expected a matrix of {kind}, the codes of a quantised weight; "
-            "download the model again$"
+            rf"{tensor} is {wrong.dtype}\[.*\], expected a matrix of {kind}, the codes of a quantised "
+            "weight; download the model again$"
         )
         with pytest.raises(ValueError, match=shown):
             open_tensors(open_safetensors(tmp_path, [path]), {"quant_method": name, **settings})

@@ -31,6 +31,7 @@ from jaxft.weights.gguf.gguf_architectures import (
 from jaxft.weights.gguf.gguf_file import Field, GgufHeader
 from jaxft.weights.gguf.gguf_rope import (
     ROPE_METADATA,
+    decimal_field,
     float_field,
     rope_fields,
     rope_parameters,
@@ -155,10 +156,6 @@ def _sizes(header: GgufHeader, settings: GgufSettings) -> Sizes:
     return Sizes(layers, width, heads, head_dim, rotated)
 
 
-def _number(header: GgufHeader, name: str, default: float) -> float:
-    return shortest(header.optional(header.key(name), default))
-
-
 def _one_rope(header: GgufHeader, sizes: Sizes, **others: Any) -> dict[str, Any]:
     return {"rope_theta": rope_theta(header), "rope_scaling": rope_scaling(header, sizes.rotated), **others}
 
@@ -215,8 +212,8 @@ def _gemma2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": _window(header, 4096),
         "layer_types": _layer_types(header, sizes, period=2),
-        "attn_logit_softcapping": _number(header, "attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": _number(header, "final_logit_softcapping", 30.0),
+        "attn_logit_softcapping": decimal_field(header, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": decimal_field(header, "final_logit_softcapping", 30.0),
     }
 
 
@@ -234,7 +231,7 @@ def _gemma3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
             "sliding_attention": _default_rope(rope_theta(header, LOCAL_THETA)),
         },
         "attn_logit_softcapping": None,
-        "final_logit_softcapping": _number(header, "final_logit_softcapping", 0.0) or None,
+        "final_logit_softcapping": decimal_field(header, "final_logit_softcapping", 0.0) or None,
     }
 
 
@@ -298,9 +295,9 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
         )
     return {
         **_one_rope(header, sizes),
-        "attention_multiplier": _number(header, "attention.scale", 0.0) or sizes.head_dim**-0.5,
-        "embedding_multiplier": _number(header, "embedding_scale", 0.0) or 1.0,
-        "residual_multiplier": _number(header, "residual_scale", 0.0) or 1.0,
+        "attention_multiplier": decimal_field(header, "attention.scale", 0.0) or sizes.head_dim**-0.5,
+        "embedding_multiplier": decimal_field(header, "embedding_scale", 0.0) or 1.0,
+        "residual_multiplier": decimal_field(header, "residual_scale", 0.0) or 1.0,
         "logits_scaling": shortest(header.required(header.key("logit_scale"), float)),
     }
 

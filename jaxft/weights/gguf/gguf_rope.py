@@ -29,9 +29,14 @@ def shortest(value: float) -> float:
         return float(str(np.float32(value)))
 
 
+def decimal_field(header: GgufHeader, name: str, default: float) -> float:
+    """Return a number of the architecture's metadata as its shortest decimal."""
+    return shortest(header.optional(header.key(name), default))
+
+
 def rope_theta(header: GgufHeader, name: str = "rope.freq_base", default: float = 10000.0) -> float:
     """Return rope's theta from the metadata `name`, or the default if the file does not state it."""
-    return shortest(header.optional(header.key(name), default))
+    return decimal_field(header, name, default)
 
 
 def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
