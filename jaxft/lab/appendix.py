@@ -177,7 +177,7 @@ def duels_table(study: StudyResult) -> PaperTable:
             f"{d.difference.effect:+.2f}",
             f"{d.difference.wins:.2f}",
             _error_ratio(d),
-            d.verdict,
+            d.verdict.partition(";")[0],  # what more would be needed is among the conclusions
         )
         for d in study.duels
     ]
