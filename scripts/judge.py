@@ -113,8 +113,10 @@ def judge_judges(args: argparse.Namespace, by: dict) -> dict:
             print(f"  {subset}: {fraction_text(right / count, count, unit='rows')}")
         mean = sum(right / count for right, count in by_subset.values()) / len(by_subset)
         print(f"  mean over subsets: {mean:.3f}", flush=True)
-        if judges.TIES in by_subset:
-            print(f"  RewardBench 2 also scores margins in {judges.TIES}, so its own mean is another one")
+        if judges.TIES_SUBSET in by_subset:
+            print(
+                f"  RewardBench 2 also scores margins in {judges.TIES_SUBSET}, so its own mean is another one"
+            )
         results[name] = {"subsets": by_subset, "mean": mean}
     return results
 

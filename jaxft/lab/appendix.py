@@ -177,7 +177,7 @@ def duels_table(study: StudyResult) -> PaperTable:
             f"{d.difference.effect:+.2f}",
             f"{d.difference.wins:.2f}",
             _error_ratio(d),
-            d.verdict,
+            d.verdict.partition(";")[0],  # what more would be needed is among the conclusions
         )
         for d in study.duels
     ]
@@ -306,7 +306,9 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         order = np.argsort(kl, kind="stable")
         against_kl[loss.label] = (kl[order].tolist(), mean[order].tolist())
         of_seeds[loss.label] = _joined((curve.steps, y) for curve, y in zip(curves, each, strict=True))
-        of_seeds_by_kl[loss.label] = _joined((curve.kl, y) for curve, y in zip(curves, each, strict=True))
+        of_seeds_by_kl[loss.label] = _joined(
+            (curve.kl.tolist(), y) for curve, y in zip(curves, each, strict=True)
+        )
         slopes = np.mean([curve.per_token for curve in curves], 0)
         length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(curves, names.CHOSEN_LOGP))

@@ -382,8 +382,8 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     print(f"{number} of {lab.study.waves}, {wave.key}: {lab.study.metric} when tuning: {texts}", flush=True)
     entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
     entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
-    states = {label: wave.folder(folder, label) / CHECKPOINTS / str(wave.last) for label in wave.trials}
-    entry["states"] = {label: state_sha256(checkpoint) for label, checkpoint in states.items()}
+    saved = {label: wave.folder(folder, label) / CHECKPOINTS / str(wave.last) for label in wave.trials}
+    entry["states"] = {label: state_sha256(checkpoint) for label, checkpoint in saved.items()}
     return logged(folder, done, {**entry, "files": files})
 
 

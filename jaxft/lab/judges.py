@@ -250,7 +250,7 @@ def find_judge(text: str, functions: dict[str, str], replies: Replies) -> Judge:
 
 
 ANSWER_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-TIES = "Ties"  # the subset of RewardBench 2 whose rows have several right answers
+TIES_SUBSET = "Ties"  # the subset of RewardBench 2 whose rows have several right answers
 QUESTION_COLUMNS = ("prompt", "instruction", "question")
 TEXT_COLUMNS = ("completion", "response", "output", "answer")
 NAME_COLUMNS = ("uid", "question_id", "id")  # columns that name a prompt

@@ -181,7 +181,7 @@ class Judged:
 
 def win_rate_interval(values: Float[np.ndarray, " P"]) -> Interval:
     """Return the interval of a win rate: that of the difference of wins and losses, see paired_fractions."""
-    difference = paired_fractions(1 - values, values).interval
+    difference = paired_fractions((1 - values).tolist(), values.tolist()).interval
     return Interval((1 + difference.low) / 2, (1 + difference.high) / 2)
 
 

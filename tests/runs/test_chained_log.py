@@ -60,7 +60,7 @@ def test_lines_that_are_removed_added_or_moved_are_found(record):
         with pytest.raises(ValueError, match="expected"):
             check_chain(record)
     digests_path(record).unlink()
-    with pytest.raises(FileNotFoundError, match="has no digests"):
+    with pytest.raises(FileNotFoundError, match="no such file; restore it"):
         check_chain(record)
 
 
