@@ -14,7 +14,7 @@ def study() -> Study:
     """Declare the study."""
     return Study(
         name="four-losses",
-        recipe=study_recipe("dpo", "loop.steps=22"),
+        recipe=study_recipe("dpo", "loop.steps=20"),
         losses={
             "dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}),
             "ipo": SearchedLoss(ipo, {"beta": LogRange(0.03, 0.3)}),
@@ -26,4 +26,5 @@ def study() -> Study:
         seeds=(0, 1, 2),
         margin=0.05,
         tuning=0.4,
+        evaluations=3,
     )

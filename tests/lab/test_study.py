@@ -410,5 +410,5 @@ def test_the_example_study_is_declared_on_the_shipped_pairs(tmp_path, monkeypatc
     with working_directory(tmp_path), pytest.raises(KeyboardInterrupt):
         halving.run_study(*load_study(str(EXAMPLE)))
     out = capsys.readouterr().out
-    assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 8, then 1 to step 22)" in out
+    assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 7, then 1 to step 20)" in out
     assert "24 held-out prompts select settings, 36 are compared" in out
