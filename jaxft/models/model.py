@@ -25,7 +25,7 @@ from jaxft.tree import LayerOutputs, Params
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The sizes that code outside models/ reads. A family's config, a frozen dataclass, has further fields."""
+    """The sizes that code outside models/ reads. A family's config is a frozen dataclass with more fields."""
 
     @property
     def vocab(self) -> int:
