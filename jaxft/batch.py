@@ -167,9 +167,7 @@ def widened(batch: Any, like: Any) -> Any:
 
 
 def _relabel(batch: Any, wide: Any, old: int, new: int) -> Any:
-    """Return `batch.responses` padded to the shape of `wide`, with the id of padding changed from `old` to
-    `new`.
-    """
+    """Return `batch.responses` padded like `wide`, with the padding's id changed from `old` to `new`."""
     responses, rows, reads = (
         np.full_like(wide.responses, new),
         batch.responses.shape[-2],

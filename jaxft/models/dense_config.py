@@ -489,9 +489,7 @@ def ropes_to_hf(ropes: Mapping[str, Rope], max_positions: int, model_type: str) 
 
 
 def _parameters(rope: Rope, max_positions: int) -> Settings:
-    """Return the object rope_parameters of transformers 5 for a Rope, without settings that have the default
-    value.
-    """
+    """Return transformers 5's object rope_parameters for a Rope, without settings that have their default."""
     if rope.kind == "none":
         raise ValueError(
             "rope_parameters of config.json cannot describe a layer without RoPE; build the model with a "

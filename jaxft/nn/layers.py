@@ -182,9 +182,7 @@ def biased_linear(p: Params, name: str, x: Float[Array, "... I"], key: Array | N
 def gated_mlp(
     p: Params, x_BTD: Float[Array, "B T D"], keys: Any, activation: Callable[[Array], Array] = jax.nn.silu
 ) -> Float[Array, "B T D"]:
-    """Return `down(activation(gate(x)) * up(x))`. keys: three random keys for the adapters' dropout, or three
-    Nones.
-    """
+    """Return `down(activation(gate(x)) * up(x))`. keys: three keys for the adapters' dropout, or Nones."""
     gate = saveable(
         sharding.constrain(biased_linear(p, "gate", x_BTD, keys[0]), "rows", "time", "mlp"), "gate"
     )
@@ -243,9 +241,7 @@ def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"
 
 
 def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:
-    """Return logits by a table [V, D] (`transposed`) or a head [D, V]; in a TokenRows, some tokens have
-    trained rows.
-    """
+    """Return logits by a table [V, D] (`transposed`) or a head [D, V], with its trained rows if any."""
     if not isinstance(w, TokenRows):
         return matmul(h, w, transposed, True)
     return matmul(h, w.weight, transposed, True).at[..., np.asarray(w.ids)].set(matmul(h, w.rows, True, True))
@@ -261,9 +257,7 @@ def base_table(table: Weight) -> Weight:
 
 
 def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the part of `params` that lm_head reads: "head", or for a tied head "embed" and, if it has an
-    adapter, "head".
-    """
+    """Return the part of `params` that lm_head reads: "head"; if tied, "embed" and an adapter's "head"."""
     head = params.get("head")
     tied = head is None or (isinstance(head, Adapted) and head.weight is None)
     table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}

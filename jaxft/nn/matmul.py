@@ -474,9 +474,7 @@ def times_in_fp8(x: Float[Array, "*N I"], w: QTensor) -> Float[Array, "*N O"]:
 
 
 def times_transposed_in_fp8(g: Float[Array, "*N O"], w: QTensor) -> Float[Array, "*N I"]:
-    """Return `g @ w^T` in float32 or wider, with the rows of `g * (scales of w)` rounded to COTANGENT, an FP8
-    dtype.
-    """
+    """Return `g @ w^T` in float32 or wider, with the rows of `g * (scales of w)` rounded to COTANGENT."""
     wide = g.astype(accumulation_dtype(g.dtype))
     rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
     return _product(rounded, w, 1, g.dtype) * scale

@@ -130,9 +130,7 @@ def rotated_dims(rope: Rope, head_dim: int) -> int:
 
 
 def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
-    """Raise ValueError if a rope doesn't fit the head size, or if an angle below position max_positions
-    overflows float32.
-    """
+    """Raise ValueError if a rope doesn't fit the head size, or an angle up to max_positions overflows."""
     dims = rotated_dims(rope, head_dim)
     if dims % 2 or not dims:
         part = f"head_dim={head_dim}"
@@ -179,9 +177,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _long(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return longrope's frequencies for examples longer than original_max_positions; for other kinds the same
-    as `frequencies`.
-    """
+    """Return longrope's frequencies above original_max_positions; for other kinds those of `frequencies`."""
     freqs = frequencies(rope, head_dim)
     if rope.kind != "longrope":
         return freqs

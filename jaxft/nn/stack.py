@@ -222,9 +222,7 @@ def scan_stacks(
 
 
 def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callable:
-    """Return the body of the scan over a stack's blocks: `(h, (params, (keys, xs))) -> (h, outputs of each
-    layer)`. xs: of the passes.
-    """
+    """Return the body of a scan over a stack's blocks: `(h, (params, (keys, xs))) -> (h, outputs)`."""
     offload = REMAT[options.remat].offload
 
     def block(h: Array, x: Any) -> tuple[Array, list[LayerOutputs]]:

@@ -251,7 +251,7 @@ def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -
 
 
 def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report steps with a non-finite loss, gradient or update: the first, and each doubling of their count."""
+    """Report steps with a non-finite loss, gradient or update: the first, and each doubling of the count."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
     if total < max(1, REPEAT * reported):
         return Alarms({"total": total, "reported": reported}, [], [])

@@ -273,9 +273,7 @@ def _padded(x: Array, pad: int) -> Array:
 
 
 def _axes(specs: Specs, head: Params) -> Axes:
-    """Return the logical axes of each leaf of a head; () for leaves of quantised weights without the weight's
-    axes.
-    """
+    """Return the logical axes of each leaf of a head; () for quantised leaves without the weight's axes."""
 
     def axes_of(spec: ParamSpec, leaf: Any) -> list[tuple[str, ...]]:
         return [spec.axes if name in ("", *LIKE_WEIGHT) else () for name in tree.paths(leaf)]
@@ -434,7 +432,7 @@ def _filled(structure, leaves, floats):
 
 
 def _by_block(fn, *chunk):
-    """Apply fn to each block of rows of the chunk, so that each part of a mesh accumulates its own gradient."""
+    """Apply fn to each block of rows of a chunk, so that each part of a mesh accumulates its own gradient."""
     blocks = num_shards(("read_rows",), chunk[0].shape[:1])
     if blocks == 1:  # without vmap: XLA's CPU compiler sums over [1, rows, M, V] at 5 % of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))

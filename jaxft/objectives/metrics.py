@@ -1,4 +1,4 @@
-"""Metrics as sums, which are added over steps, microbatches and evaluation batches and divided for the log."""
+"""Metrics as sums, which are added over steps, microbatches and evaluation batches, divided for the log."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -297,9 +297,7 @@ def by_layer(metrics: Metrics) -> Metrics:
 
 
 def as_ties(metrics: Metrics) -> Metrics:
-    """Count all pairs as ties in the metrics, for a policy that equals its reference: margins are rounding
-    errors.
-    """
+    """Count all pairs as ties, for a policy that equals its reference: margins are rounding errors."""
 
     def tied(m: Any) -> Any:
         if isinstance(m, WinRate):

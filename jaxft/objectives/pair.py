@@ -47,9 +47,7 @@ def capped(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def square(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return x^2, with |x| clipped at half the square root of the dtype's largest number, so that the square
-    stays finite.
-    """
+    """Return x^2, with |x| clipped at half the square root of the dtype's maximum: the square is finite."""
     limit = float(jnp.finfo(x.dtype).max) ** 0.5 / 2
     return jnp.square(jnp.clip(x, -limit, limit))
 
@@ -295,9 +293,7 @@ def coupled(
 
 
 def reference_free(fn: Callable[..., Array]) -> PreferenceLoss:
-    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that the objective needs
-    none.
-    """
+    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that none is needed."""
     return PreferenceLoss(fn, reads_reference=False)
 
 

@@ -440,9 +440,7 @@ def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
 
 
 def _update_coef(penalty: Penalty | None, aux: Aux, metrics: Metrics) -> Aux:
-    """Return aux with the coefficient updated from the KL of the step's completions; unchanged if the step
-    did not train the policy.
-    """
+    """Return aux, with the coefficient updated from the step's KL if the step trained the policy."""
     if not isinstance(penalty, AdaptiveKL | KLInReward):
         return aux
     kl, updated = metrics[KL_PER_COMPLETION], metrics[POLICY_LOSS].weight != 0

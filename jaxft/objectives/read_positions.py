@@ -114,9 +114,7 @@ def read_logits(
     read: Int[Array, "B M"],
     tokens: Int[Array, " U"],
 ) -> Float[Array, "B M U"]:
-    """Return the logits of `tokens` at read positions, in float32 or wider. Only their part of the head is
-    used.
-    """
+    """Return the logits of `tokens` at read positions, in float32 or wider, by their part of the head."""
     return read_numbers(partial(model.logits, head_of_tokens(model.head(params), tokens)), h_BTD, read)
 
 

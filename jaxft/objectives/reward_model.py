@@ -76,7 +76,7 @@ def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Reward
 
 @struct
 class Outputs:
-    """The forward pass of a batch. rewards: by kind of response, the best first. batch: pairs without tokens."""
+    """The forward pass of a batch. rewards: by kind of response, best first. batch: pairs without tokens."""
 
     rewards: dict[str, Rewards]
     batch: Pairs

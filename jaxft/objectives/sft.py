@@ -164,9 +164,7 @@ def _metrics(loss: Array, outputs: Outputs, token_loss: TargetLoss) -> Metrics:
 
 
 def _example_losses(outputs: Outputs) -> Metrics:
-    """Return the PerRow mean cross-entropy of each example: example n = 1, 2, ... of row b is at index
-    b * (T + 1) + n.
-    """
+    """Return each example's mean cross-entropy as PerRow: example n >= 1 of row b is at b * (T + 1) + n."""
     B, slots = outputs.logp.shape[0], outputs.row_length + 1
     at = outputs.segments + slots * jnp.arange(B, dtype=outputs.segments.dtype)[:, None]
     loss, weight = (

@@ -214,8 +214,8 @@ def _check_optimizer(o: Optim) -> None:
         ) from error
     if of_optax and o.weight_decay and not decays_by_mask(o.optimizer):
         raise ValueError(
-            f"optim.optimizer={name_of(o.optimizer)} has no argument `mask` to exempt norms from weight decay;
-            " f"set optim.weight_decay=0, got {o.weight_decay}"
+            f"optim.optimizer={name_of(o.optimizer)} has no `mask` to exempt norms from weight decay; set "
+            f"optim.weight_decay=0, got {o.weight_decay}"
         )
 
 
@@ -271,8 +271,7 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return (path pattern, factor) pairs: o.lr_groups, then those for o.lora_plus if there are LoRA pairs.
-    """
+    """Return (path pattern, factor) pairs: o.lr_groups, then for o.lora_plus if there are LoRA pairs."""
     paths = spec_paths(specs)
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups

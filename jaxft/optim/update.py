@@ -149,7 +149,7 @@ def guarded_update(
 
 
 def _after(x: Array, done: Array) -> Array:
-    """Return x so that XLA uses it only after `done`; on a mesh plain x, so that `done` is not communicated."""
+    """Return x so that XLA uses it only after `done`; on a mesh plain x, to save communicating `done`."""
     if sharding.is_multi_device():
         return x
 

@@ -119,9 +119,7 @@ def fused_linear(
 
 
 def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
-    """Return a fused weight whose columns are sharded over `ways` devices, each with columns of every
-    projection.
-    """
+    """Shard the columns of a fused weight over `ways` devices, each with columns of every projection."""
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
         of_pair = partial(order, lead=w.over)

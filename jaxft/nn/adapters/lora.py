@@ -127,9 +127,7 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Whether `init` changes the base's weights at step 0, as PiSSA does, which moves a part of them into
-        the adapter.
-        """
+        """Whether `init` changes the base's weights at step 0; PiSSA moves a part of them into the adapter."""
         return self.init in RESIDUAL_INITS
 
     @property
@@ -190,9 +188,7 @@ class Adapted:
 
 @struct
 class Several:
-    """Parameters of K adapters that go through a model together: every leaf has an axis over adapters (see
-    above).
-    """
+    """Parameters of K adapters that go through a model together: each leaf has an axis over adapters."""
 
     params: Any
 
@@ -255,9 +251,7 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
 
 
 def pair_axes(base: ParamSpec) -> dict[str, tuple[str, ...]]:
-    """Return the logical axes of "a", "b", "scale", "magnitude" and "gain" of a kernel's pair. base: the
-    kernel's spec.
-    """
+    """Return the logical axes of a, b, scale, magnitude and gain for a kernel with the spec `base`."""
     *lead, ins, outs = base.axes
     of_outputs = dict.fromkeys(("magnitude", "gain"), (*lead, outs))
     return {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": (*lead,), **of_outputs}
@@ -357,9 +351,7 @@ def map_kernels(
 
 
 def stack_adapters(adapters: Sequence[Any]) -> Any:
-    """Stack adapters of the same kernels into one tree, each leaf [K, ...]; smaller ranks are padded with
-    zeros.
-    """
+    """Stack adapters of the same kernels: leaves [K, ...]; smaller ranks are padded with zeros."""
 
     def stack(*leaves: jax.Array) -> jax.Array:
         shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
@@ -433,9 +425,7 @@ def output_norms(
 
 
 def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float[Array, "*K O"]:
-    """Return DoRA's factor of each output, `magnitude / norms`, without a gradient for norms; 1 where the
-    magnitude is 0.
-    """
+    """Return DoRA's factor of each output, `magnitude / norms`, norms without gradient; 1 for magnitude 0."""
     none = magnitude == 0
     norms = jnp.where(none, jnp.ones((), norms.dtype), jax.lax.stop_gradient(norms))
     return jnp.where(none, jnp.ones((), norms.dtype), magnitude.astype(norms.dtype) / norms)
@@ -444,9 +434,7 @@ def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float
 def output_factors(
     magnitude: Float[Array, "*K O"], w: Float[Array, "I O"], a: Array, b: Array, scale: Array
 ) -> Float[Array, "*K O"]:
-    """Return DoRA's factor of each output of a base weight w with the pair a, b; only magnitude gets a
-    gradient.
-    """
+    """Return DoRA's factor of each output of w with the pair a, b; only magnitude gets a gradient."""
     return gains(magnitude, output_norms(*jax.lax.stop_gradient((w, a, b)), scale))
 
 

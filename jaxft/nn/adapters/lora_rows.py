@@ -117,9 +117,7 @@ def stack_by_row(adapters: Sequence[Params]) -> Params:
 
 
 def in_dtype(adapter: Params, dtype: DTypeLike) -> Params:
-    """Return an adapter, or a stack, as NumPy arrays in the dtype of the matmuls, which would round it
-    anyway; gains keep their dtype.
-    """
+    """Return an adapter, or a stack, as NumPy arrays in the dtype of the matmuls; gains keep their dtype."""
 
     def of(path: str, x: Any) -> np.ndarray:
         return np.asarray(x) if path.endswith("/gain") else np.asarray(x).astype(dtype)

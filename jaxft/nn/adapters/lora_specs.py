@@ -222,9 +222,7 @@ def _pair_specs(
 
 
 def most_components(rank: int, rho: float, inputs: int) -> int:
-    """Return the largest rank that EVA may give a module: rho times its rank, rounded as in PEFT, and at most
-    the number of its inputs.
-    """
+    """Return the largest rank that EVA gives a module: rho * rank as PEFT rounds it, at most `inputs`."""
     return min(round(rank * rho), inputs)
 
 

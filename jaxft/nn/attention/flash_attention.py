@@ -111,9 +111,7 @@ def visible(ranges: KeyRanges, keys: Int[Array, " S"]) -> Bool[Array, "..."]:
 
 
 def overlaps(ranges: KeyRanges, count: int, size: int) -> Bool[Array, "..."]:
-    """Divide the keys into `count` blocks of `size`; return whether a query sees any key of a block:
-    [..., T, count].
-    """
+    """Return whether a query sees any key in each of `count` blocks of `size` keys: [..., T, count]."""
     ndim = ranges.own_start.ndim
     first = lax.broadcasted_iota(jnp.int32, (1,) * ndim + (count,), ndim) * np.int32(size)
     last = first + np.int32(size - 1)
@@ -193,9 +191,7 @@ def default_block() -> int:
 def _in_blocks(
     qkv: tuple[jax.Array, ...], ranges: KeyRanges, block: int | None
 ) -> tuple[tuple[jax.Array, ...], KeyRanges, int]:
-    """Return (q as [B, T, K, G, E], k, v), ranges and the number of tokens of a block, where T and S are
-    padded to full blocks.
-    """
+    """Pad T and S to full blocks; return ((q as [B, T, K, G, E], k, v), ranges, tokens of a block)."""
     T, K = qkv[0].shape[1], qkv[1].shape[2]
     block = block or default_block()
     count = -(-T // block)

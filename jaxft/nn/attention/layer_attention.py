@@ -137,9 +137,7 @@ def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: boo
 
 
 def batch_ranges(tokens: Batch) -> KeyRanges:
-    """Return the key ranges of a batch's rows, computed once for all layers; tokens: Tokens, Pairs or
-    Rollout.
-    """
+    """Return the key ranges of rows, computed once for all layers. tokens: Tokens, Pairs or Rollout."""
     segments, branches = (
         None if x is None else constrain(x, "rows", "whole_time") for x in (tokens.segments, tokens.branches)
     )

@@ -56,9 +56,7 @@ def tiles_for(head_dim: int) -> Tiles:
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """Options of kernels. tiles: None for tiles_for(head_dim). interpret: run as JAX operations, which any
-    device can.
-    """
+    """Options of kernels. tiles: None for tiles_for(head_dim). interpret: run as JAX operations."""
 
     tiles: Tiles | None = None
     interpret: bool = False
@@ -249,9 +247,7 @@ def _in_head(padded: int, head_dim: int) -> jax.Array:
 
 
 def _scores(q_ME: jax.Array, k_NE: jax.Array, seen_MN: jax.Array, scale: float, softcap: float | None):
-    """Return the masked scores divided by log 2 (for exp2), and the derivative of the soft cap at each score
-    (None without a cap).
-    """
+    """Return the masked scores divided by log 2, for exp2, and the soft cap's derivative at each or None."""
     s_MN = _dot(q_ME, k_NE, 1, 1)
     if softcap is None:
         return jnp.where(seen_MN, s_MN * (scale * LOG2_E), MASKED), None
@@ -394,9 +390,7 @@ def _by_query(q: jax.Array, k: jax.Array, rows: jax.Array, tile: Tile) -> tuple[
 def output(
     qkv: tuple[jax.Array, jax.Array, jax.Array], ranges: KeyRanges, settings: _Settings
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
-    """Run the output kernel: return the output and the log-sum-exp of each query's scores (1e30 for a query
-    without keys).
-    """
+    """Run the output kernel: return the output and the log-sum-exp of scores (1e30 without visible keys)."""
     (q, k, v), tile, rows = qkv, settings.tiles.output, _rows_of(ranges)
     (B, T, H, E) = q.shape
     grid, in_specs, query, scalars = _by_query(q, k, rows, tile)

@@ -106,9 +106,7 @@ def _mean_difference(pair: PairBatch, score: Score) -> Array:
 
 
 def dpo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> Calibrated:
-    """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. It is log 2 if policy and
-    reference are equal.
-    """
+    """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. log 2 at the reference."""
     return logistic(beta * _difference(pair, score))
 
 
