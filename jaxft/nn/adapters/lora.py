@@ -127,7 +127,7 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Whether `init` changes the base's weights at step 0; PiSSA moves a part of them into the adapter."""
+        """Whether `init` changes the base at step 0; PiSSA moves a part of its weights into the adapter."""
         return self.init in RESIDUAL_INITS
 
     @property
