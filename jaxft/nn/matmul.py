@@ -130,7 +130,7 @@ def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` in dtype `out`: the gradient of `times` by its input, in FP8 where `times` is."""
+    """Return `g @ w^T` in dtype `out`, in FP8 if `times` is: the gradient of `times` with respect to x."""
     if multiplies_in_fp8(w):
         return times_transposed_in_fp8(g, w).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)

@@ -73,7 +73,7 @@ class Module(NamedTuple):
 
     @property
     def names(self) -> ModuleNames:
-        """Both names."""
+        """The module's two names, (name, path_name)."""
         return self.name, self.path_name
 
 

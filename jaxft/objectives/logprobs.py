@@ -36,7 +36,7 @@ class TokenValues(Protocol):
 
     @property
     def mean_logit(self) -> Float[Array, "..."] | None:
-        """Mean of the logits over the vocabulary; None as for lse."""
+        """Mean of the logits over the vocabulary; None if the loss of the forward pass does not need it."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def init_layerwise(
 def update_layerwise(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after an update of the other leaves, then of layer by layer."""
+    """Return (parameters, optimizer state) after updating leaves without layers, then each layer in turn."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
     update, states = partial(_update_piece, parts.update_layer, info), list[OptState]()
     stacks = zip(parts.split(grads)[0], parts.split(params)[0], parts.states(opt_state.layers), strict=True)
@@ -307,7 +307,7 @@ def _has_rows(x: Array, rows: int) -> bool:
 
 
 def _divide_rows(rows: int, pieces: int, x: Array) -> Array:
-    """Reshape an array whose first axis is the rows to [pieces, rows / pieces, ...]; repeat another array."""
+    """Reshape an array [rows, ...] to [pieces, rows / pieces, ...]; repeat an array without rows."""
     if _has_rows(x, rows):
         return x.reshape(pieces, rows // pieces, *x.shape[1:])
     return jnp.repeat(x[None], pieces, 0)

@@ -260,7 +260,7 @@ def _is_instance(kind: type, x: Any) -> bool:
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each layer (and expert) of a stacked parameter separately.
+    """Apply a transformation separately to each layer of a stacked parameter (see param.LEAD_AXES).
 
     Otherwise statistics of a parameter (factored moments, root mean squares) would mix its layers.
     """

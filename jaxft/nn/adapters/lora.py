@@ -2,7 +2,7 @@
 at trace time.
 
 An adapter is a tree with the paths of the base. At the path of an adapted kernel [*L, I, O], stacked along
-any lead axes L (layers, experts), it has a pair: `a` [*L, I, R], `b` [*L, R, O] and the frozen `scale` [*L] =
+any lead axes L, such as layers, it has a pair: `a` [*L, I, R], `b` [*L, R, O] and the frozen `scale` [*L] =
 alpha / rank, or alpha / sqrt(rank) with rslora (see Adapter.scale_of); with DoRA also `magnitude` [*L, O].
 Without attaching it, the model is the base model bit for bit.
 

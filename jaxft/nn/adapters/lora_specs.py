@@ -19,7 +19,7 @@ from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, 
 
 
 class PairRanks(NamedTuple):
-    """Ranks and alphas of the LoRA pairs of a stacked parameter: one per layer (and expert), in the order of
+    """Ranks and alphas of the LoRA pairs of a stacked parameter: one for each of its kernels, in the order of
     np.ndindex(lead_shape(spec)); both are 0 for a layer without a pair. A kernel that is not stacked has one.
     """
 
@@ -227,9 +227,9 @@ def most_components(rank: int, rho: float, inputs: int) -> int:
 
 
 def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
-    """Return an initialiser of stacked [*L, I, R] that sets columns beyond the rank of each layer to zero.
+    """Return an initialiser of stacked [*L, I, R] that sets columns beyond the rank of each kernel to zero.
 
-    start: initialises the other columns. ranks: one per layer (and expert).
+    start: initialises the other columns. ranks: one for each kernel of the stack.
     """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
