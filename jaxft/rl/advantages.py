@@ -85,7 +85,9 @@ def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
 
 
 def update_moments(moments: Moments, scores: GroupScores) -> Moments:
-    """Add scores to the moments of all earlier ones (Chan et al. 1979). NaN is left out."""
+    """Add scores to the moments (count, mean, sum of squared deviations) of all earlier scores, without NaN
+    (Chan et al. 1979).
+    """
     x = _float64(scores)[has_score(scores)]
     count, mean, squares = _float64(moments)
     if not len(x):
@@ -132,8 +134,8 @@ def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupSco
 def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: float = 1e-4) -> GroupScores:
     """Return advantages of K rewards: GRPO's of each reward, their weighted sum, standardised over the batch.
 
-    GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. These are no
-    scores: the estimator by_each uses them, while by_group would divide by each group's deviation once more.
+    GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. Use it through
+    the estimator by_each; by_group would divide by each group's deviation once more.
 
     >>> normalised_sum(np.array([[[1.0, 20.0], [0.0, 0.0]]]), (1.0, 1.0)).round(2)
     array([[ 0.71, -0.71]])
@@ -219,12 +221,12 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
 
 
 def brevity(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """Rank completions by their length, the shortest first: a metric of gfpo."""
+    """Return minus the length of each completion, so that gfpo retains the shortest: its default metric."""
     return -_float64(lengths)
 
 
 def token_efficiency(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """Rank completions by `r / |y|`, the score of each token: a metric of gfpo."""
+    """Return `r / |y|` of each completion, its score per token: a metric for gfpo."""
     return _float64(scores) / np.maximum(lengths, 1)
 
 
@@ -398,7 +400,7 @@ def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " 
 def _checked_weights(
     rewards: ScoresPerReward, weights: Sequence[float]
 ) -> tuple[ScoresPerReward, Float[np.ndarray, " K"]]:
-    """Both in float64. Raises ValueError unless there is one weight for each reward."""
+    """Return both in float64. Raises ValueError unless there is one weight for each reward."""
     x, w = _float64(rewards), np.asarray(weights, np.float64)
     if x.shape[-1:] != w.shape:
         raise ValueError(

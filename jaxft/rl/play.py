@@ -185,8 +185,8 @@ def rollout(
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. answered: turns that the environment has
-    answered. asked: the number of messages of its prompt. chat, state, asked: on the first process only.
+    """An episode in progress. start: None before it has a row. answered: number of turns that the environment
+    has answered. asked: number of messages in its prompt. chat, state, asked: only on the first process.
     """
 
     number: int
@@ -218,8 +218,8 @@ class _Episode:
 
 
 class _Scored(NamedTuple):
-    """The environment's score of an episode; None for the sum of its turns' rewards, 0 without any. rewards:
-    by the reward functions that read the environment.
+    """Result of scoring an episode. score: the environment's, or None for the sum of the turns' rewards (0
+    without any). rewards: values of the reward functions that read the environment, by name.
     """
 
     score: float | None
@@ -227,7 +227,7 @@ class _Scored(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """The answer to a turn, with faults that the model is shown."""
+    """The environment's answer to a turn, and the faults in the model's calls, which the model is shown."""
 
     step: StepResult
     faults: list[Fault]
@@ -237,8 +237,8 @@ class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
-    reply. reward: reward of the turn before. rewards: by functions that read the environment. fault: (kind,
-    text) of a fault that excludes the episode. faults: the others.
+    reply. reward: reward of the last turn. rewards: see _Scored. fault: (kind, text) of a fault that excludes
+    the episode. faults: (kind, text) of faults that do not.
     """
 
     number: int
@@ -303,7 +303,7 @@ class _Rollout:
     # ---- on the first process
 
     def _decide(self, number: int, value: Any) -> _Decision:
-        """Return the consequence of a call's result: a beginning, an answer, a score or an exception."""
+        """Return what to do after a call returned a beginning, an answer, a score or an exception."""
         episode = self.episodes[number]
         try:
             match value:
@@ -380,8 +380,8 @@ class _Rollout:
         return (LARGE_OBSERVATION, text) if size > most else None
 
     def _following(self, episode: _Episode, observation: tuple[Message, ...]) -> NextPrompt:
-        """Return the prompt of the next turn. A turn is written with its calls as such or, for a template
-        that hides them, as text; answers that a template cannot show as a tool's are shown as the user's.
+        """Return the prompt of the next turn. Tool calls of the last turn are written as calls or, if the
+        chat template omits these, as text; tools' results that it cannot show as such become user messages.
         """
         chat: Any = episode.chat
         turn, text = turn_message(episode.sampled), self._text(episode)
@@ -396,7 +396,7 @@ class _Rollout:
     # ---- on all processes
 
     def _apply(self, decision: _Decision) -> None:
-        """Carry a decision out."""
+        """Execute a decision."""
         episode = self.episodes[decision.number]
         episode.messages += tuple(decision.messages)
         episode.faults += [Fault(*fault) for fault in decision.faults]
@@ -414,7 +414,7 @@ class _Rollout:
             self._end(episode, decision)
 
     def _start(self, episode: _Episode, ids: list[int]) -> None:
-        """Start a row. The first rows of a prompt start together, as soon as all its prompts are known."""
+        """Start a row of an episode; the first rows of a group together, when all its prompts are known."""
         if episode.start is not None:
             self.session.drop(episode.number)
             episode.given(ids, begins=True)
@@ -424,7 +424,7 @@ class _Rollout:
         return self._start_group(episode.prompt)
 
     def _start_group(self, prompt: int) -> None:
-        """Start the first rows of a prompt's episodes, if all that have not ended are ready."""
+        """Start the first rows of a prompt's episodes, once all that have not ended know their prompt."""
         numbers = range(prompt * self.group, (prompt + 1) * self.group)
         waiting = self.ready.get(prompt, {})
         if not waiting or any(i in self.open and i not in waiting for i in numbers):
@@ -440,12 +440,12 @@ class _Rollout:
             self._begin_rows(list(ids), episodes, number)
 
     def _begin_rows(self, ids: list[int], episodes: list[_Episode], number: int) -> None:
-        """Start a row of each episode from one prompt. number: from which their keys derive."""
+        """Start a row of each episode from one prompt. number: the prompt's number, for the random keys."""
         numbers = [episode.number for episode in episodes]
         self.session.start(ids, numbers, number, min(map(self._turn_limit, episodes)))
 
     def _own_number(self, episode: _Episode) -> int:
-        """Return a number for the keys of a row that no other row has."""
+        """Return a number for the random keys of an episode's next row that no other row has."""
         return len(self.rows) + episode.number * (self.play.limits.turns + 1) + len(episode.turns)
 
     def _turn_limit(self, episode: _Episode) -> int:
@@ -513,7 +513,7 @@ class _Rollout:
 
 
 def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: Task) -> _Answer:
-    """Call the tools that a turn calls, or else the environment."""
+    """Call the tools that a turn calls or, if it calls none, the environment."""
     environment = play.environment
     if environment.schemas and (turn.calls or turn.malformed):
         how = task, play.limits.observation, environment.tool_errors
@@ -533,7 +533,8 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
     for function in play.rewards:
         values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
         if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
-            raise WrongType(f"reward {name_of(function)} returned no list of one number for an environment")
+            name, got = name_of(function), repr(values)[:80]
+            raise WrongType(f"reward {name} returned {got}, expected a list of one number")
         rewards[name_of(function)] = checked_reward(values[0])
     return _Scored(score, rewards)
 

@@ -48,7 +48,9 @@ NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(
 
 @dataclass(frozen=True)
 class Faults:
-    """Counts of completions without a score from a reward. first: a message about the first of them."""
+    """Counts of completions without a score, because a reward raised or returned no number. first: a message
+    about the first of them.
+    """
 
     raised: int = 0
     not_a_number: int = 0
@@ -125,8 +127,8 @@ class FunctionReward(Reward):
         return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
-        """Begin a call with copies that the function may change, and return a function that ends it. An async
-        function continues meanwhile.
+        """Begin a call, with copies that the function may change, and return a function that returns its
+        result. An async function runs meanwhile.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -146,7 +148,7 @@ class FunctionReward(Reward):
         return result
 
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
-        """Return the function that scores."""
+        """Return the function that scores a rollout's episodes."""
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
             prompts, chosen = episodes.prompts, np.flatnonzero(episodes.valid)
@@ -256,8 +258,8 @@ def unique_names(rewards: Sequence[Reward]) -> list[str]:
 def begin_async(
     rewards: Sequence[Any], prompts: TokenisedPrompts
 ) -> tuple[dict[Any, Callable[[], Any]], Ended]:
-    """Return (calls begun, a function that begins the async rewards of an episode that has ended); see
-    Episodes.begun.
+    """Return (begun, ended). ended(number, episode) begins the async rewards of an episode that has ended,
+    and stores the calls in `begun`; see Episodes.begun.
     """
     begun = dict[Any, Callable[[], Any]]()
     chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]
@@ -277,8 +279,8 @@ def call_reward(
     rows: Sequence[tuple[str, dict[str, Any]]],
     begun: Sequence[Callable[[], Any] | None] = (),
 ) -> RewardScores:
-    """Call a reward function for each completion, with copies that it may change. rows: names and columns.
-    begun: calls that have begun, if any has.
+    """Call a reward function for each completion, with copies that it may change. rows: (name, columns) of
+    each completion's row. begun: for each completion the call that `begin` has returned, or None.
 
     >>> rows = [("row 1", {"answer": "4"})] * 2
     >>> call_reward(FunctionReward(exact), ["2 + 2?"] * 2, ["4", "5"], rows).scores

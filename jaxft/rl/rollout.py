@@ -81,10 +81,10 @@ class TrainingRollout:
 class BatchKind(NamedTuple):
     """Conversion of scored rollouts to batches, as functions of the data's settings.
 
-    shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last.
-    rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
-    batch of some of its prompts. shape: of the largest batch. of_tokens: whether batches are for a policy
-    objective, which has log-probs and advantages of tokens.
+    shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last. rows(data,
+    rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the batch of
+    the prompts with these indices. shape: shape of the largest batch. of_tokens: whether batches are for a
+    policy objective, which needs log-probs and advantages of tokens.
     """
 
     shapes: Callable[[Any, int, int], tuple[Batch, ...]]
@@ -94,7 +94,7 @@ class BatchKind(NamedTuple):
 
 
 def policy_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Rollout, ...]:
-    """Return the shapes of an optimizer step's batch, whose rows hold a prompt and its group."""
+    """Return the shapes of an optimizer step's batch, whose rows hold a prompt and all of its episodes."""
     return tuple(rollout_shapes(data, longest, shards).values())
 
 
@@ -134,8 +134,8 @@ def rollout_batch(
     trains_policy: bool,
     shape: Rollout,
 ) -> Rollout:
-    """Return the batch of the chosen prompts, with weights that sum to 1. trains_policy: if False, only a
-    critic is trained.
+    """Return the batch of the prompts with indices `chosen`, with weights that sum to 1. trains_policy: if
+    False, only a critic is trained.
     """
     rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
     lengths, size = rollout.lengths[chosen], data.sampled_length
@@ -192,7 +192,9 @@ class Rollouts(Prompts):
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have; see RowSettings."""
+        """The schemas of the tools that prompts list, as JSON, "" without tools; see
+        row_settings.RowSettings.
+        """
         return self.played.row_tools
 
     @property
@@ -379,8 +381,9 @@ class History(NamedTuple):
 class RolloutSource(PromptSource):
     """Rollouts of a compiled run; see data.source.Source. A batch is a function of step, state and history.
 
-    token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: of rollouts, of
-    which each uses the smallest that holds its episodes. current: the rollout in use, None before the first.
+    token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: shapes of packed
+    rows; each rollout uses the smallest that holds its episodes. current: the rollout in use, None before the
+    first.
     """
 
     run: BoundRun
@@ -434,8 +437,8 @@ class RolloutSource(PromptSource):
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
         """Sample and score rollout `number`.
 
-        Without any score it trains nothing, such as while a server of the environment is away. Raises
-        ValueError if no rollout had one so far.
+        If none of its episodes has a score, for example while the environment's server is down, it trains
+        nothing. Raises ValueError if no earlier rollout had a score either.
         """
         data, rules = self.data, self.data.rules
         chosen = self.train.select(prompts.prompts_of_rollout(data, self.train, number))
@@ -572,8 +575,8 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if facts.observations != data.observations:
         raise ValueError(
-            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo "
-            "needs true, others false."
+            f"data.observations={str(data.observations).lower()} does not fit the objective: set true for "
+            "policy.echo, false for any other objective."
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(

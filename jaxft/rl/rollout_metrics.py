@@ -71,7 +71,7 @@ def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
 def prompt_counts(
     names: Sequence[str], scores: GroupScores, reward_scores: Float[np.ndarray, "G N K"]
 ) -> dict[str, float]:
-    """Count the prompts with a score, for each mean of rewards that are all 0 or 1.
+    """For each mean reward whose values are all 0 or 1, count the prompts with a score.
 
     Confidence intervals use these counts, because completions of one prompt are not independent.
     """
@@ -125,7 +125,7 @@ def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
 
 
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
-    """Return means over `count` completions as sums that add over steps; None is not logged."""
+    """Return means over `count` completions as sums that add over steps; a mean of None has no weight."""
     weights = {name: np.float64(0 if mean is None else count) for name, mean in means.items()}
     return {name: Sum(np.float64((mean or 0) * count), weights[name]) for name, mean in means.items()}
 

@@ -84,7 +84,7 @@ class Rules:
                 "Set one for each."
             )
         if not np.isfinite(self.reward_weights).all():
-            raise ValueError(f"reward_weights={self.reward_weights} must be finite.")
+            raise ValueError(f"reward_weights={self.reward_weights} must be finite. Set finite numbers.")
         if not self.reward_weights:
             object.__setattr__(self, "reward_weights", (1.0,) * count)
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))

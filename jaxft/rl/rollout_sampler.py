@@ -57,7 +57,7 @@ def table_indices(count: int, group: int) -> list[int]:
 
 
 def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]) -> None:
-    """Append some episodes with their rewards to completions.jsonl. names: of the rewards."""
+    """Append some episodes with their rewards to completions.jsonl. names: names of the rewards."""
     episodes, (_, group, count) = scored.episodes, scored.reward_scores.shape
     by_reward, scores = scored.reward_scores.reshape(-1, count), scored.scores.ravel()
     with path.open("a", encoding="utf-8") as file:
@@ -152,7 +152,9 @@ class RolloutRecord:
         return trajectories
 
     def _stored(self, number: int) -> str | None:
-        """The content of a record in base64, so that all processes get it."""
+        """Return the file of rollout `number` in base64, as text for all processes; None if none is to be
+        used.
+        """
         if self.replay is not None:
             path = Path(self.replay) / RECORDS / f"{number}.npz"
             if not path.is_file():

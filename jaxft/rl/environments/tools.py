@@ -62,8 +62,8 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 
 
 def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
-    """Take the tool calls out of a turn's text. number: of the turn, from which the calls' ids derive: they
-    are the same in each run.
+    """Take the tool calls out of a turn's text. number: number of the turn; calls have ids made from it, the
+    same in each run.
 
     >>> from jaxft.data.chat.tool_calls import call_format
     >>> text = '<tool_call>\\n{"name": "add", "arguments": {"a": 1, "b": 2}}\\n</tool_call>'
@@ -150,7 +150,7 @@ def valid_text(text: str) -> str:
 def _result_of(
     call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int, errors: tuple[type[Exception], ...]
 ) -> tuple[str, Fault | None]:
-    """Return the text of a call's result, or the fault that the model is shown."""
+    """Return (text of a call's result, None), or ("", fault) with a fault that the model is shown."""
     tool = tools.get(call.name)
     if call.index >= MOST_CALLS:
         return "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
