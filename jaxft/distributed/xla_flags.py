@@ -3,14 +3,15 @@
 If the user has set one of them, the user's value is kept. JAXFT_XLA_FLAGS=off switches the table off. This
 file does not import jax, because some of the settings are read when jax is imported.
 
-Not in the table: - Defaults of XLA. GPUs: command buffers and asynchronous collectives
-(xla_gpu_enable_command_buffer, xla_gpu_disable_async_collectives in
-github.com/openxla/xla/blob/main/xla/debug_options_flags.cc). TPUs: asynchronous all-gathers, fused with
-matmuls (xla_tpu_enable_async_collective_fusion and xla_tpu_enable_async_collective_fusion_fuse_all_gather are
-true in openxla.org/xla/flags_guidance). - Flags that make one generation of devices faster and another
-slower: CUDA_DEVICE_MAX_CONNECTIONS (docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance,
-"Blackwell"), xla_gpu_triton_gemm_any (docs.jax.dev/en/latest/gpu_performance_tips.html; off by default),
-xla_tpu_scoped_vmem_limit_kib (openxla.org/xla/flags_guidance: its range depends on the chip).
+Not in the table:
+- Defaults of XLA. GPUs: command buffers and asynchronous collectives (xla_gpu_enable_command_buffer,
+  xla_gpu_disable_async_collectives in github.com/openxla/xla/blob/main/xla/debug_options_flags.cc). TPUs:
+  asynchronous all-gathers, fused with matmuls (xla_tpu_enable_async_collective_fusion and
+  xla_tpu_enable_async_collective_fusion_fuse_all_gather are true in openxla.org/xla/flags_guidance).
+- Flags that make one generation of devices faster and another slower: CUDA_DEVICE_MAX_CONNECTIONS
+  (docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance, "Blackwell"), xla_gpu_triton_gemm_any
+  (docs.jax.dev/en/latest/gpu_performance_tips.html; off by default), xla_tpu_scoped_vmem_limit_kib
+  (openxla.org/xla/flags_guidance: its range depends on the chip).
 """
 
 import importlib.util

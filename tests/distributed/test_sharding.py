@@ -103,13 +103,15 @@ def test_mesh_that_does_not_match_the_devices_is_an_error(shape, message):
             SMOL,
             "embed",
             5,
-            "embed: vocab of size 49152 does not divide over tensor=5; use one of (1, 2, 3, 4) for mesh.tensor",
+            "embed: vocab of size 49152 does not divide over tensor=5; "
+            "use one of (1, 2, 3, 4) for mesh.tensor",
         ),
         (
             SMOL,
             "layers/mlp/up",
             5,
-            "layers/mlp/up: mlp of size 1536 does not divide over tensor=5; use one of (1, 2, 3, 4) for mesh.tensor",
+            "layers/mlp/up: mlp of size 1536 does not divide over tensor=5; "
+            "use one of (1, 2, 3, 4) for mesh.tensor",
         ),
     ],
     ids=lambda x: str(x) if isinstance(x, int | str) and len(str(x)) < 20 else "",
