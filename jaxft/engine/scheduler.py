@@ -363,7 +363,7 @@ class Scheduler:
             ticket.send(progress)
 
     def _end(self, number: int, progress: NewTokens) -> None:
-        """Deliver the last progress of a row's request."""
+        """Deliver the last progress of the request in a row, given by its episode number."""
         with self.changed:
             ticket = self.rows.pop(number)
             self.finished += 1

@@ -100,7 +100,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _byte_level(tokenizer: Any, token: int) -> bytes | None:
-    """Return the bytes of a token of byte-level BPE; None for one that was added as text."""
+    """Return the bytes of a token of byte-level BPE; None for a token that was added to it as text."""
     if token in tokenizer.added_tokens_decoder:
         return None
     bytes_by_character, text = _byte_alphabet(), tokenizer.convert_ids_to_tokens(token) or ""

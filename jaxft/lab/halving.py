@@ -126,7 +126,7 @@ class HeldOutPairs:
 
 
 def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
-    """Return the folder of a trial."""
+    """Return the folder of a trial, given by its loss's label, its number and its seed."""
     return folder / TRIALS / f"{label}-{number}-seed{seed}"
 
 

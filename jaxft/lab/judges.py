@@ -198,7 +198,9 @@ def request_key(url: str, body: dict[str, Any]) -> str:
 
 @dataclass
 class ReplyCache:
-    """Replies by the hash of their request, in a file of JSON lines. A half-written last line is ignored."""
+    """Replies by the hash of their request, in memory and, if there is a path, in a file of JSON lines. A
+    half-written last line is ignored.
+    """
 
     path: Path | None
     replies: dict[str, str] = field(default_factory=dict)

@@ -110,7 +110,7 @@ def in_both_orders(matches: Sequence[Match]) -> list[list[dict[str, str]]]:
 
 
 def values_of(replies: Sequence[str], judge: str) -> Verdicts:
-    """Return the values of replies to `in_both_orders`. Raises ValueError if most of them name no answer."""
+    """Return the values of replies to `in_both_orders`. Raises ValueError if most name no answer."""
     verdicts = np.array([verdict(reply) for reply in replies])
     without = int(np.isnan(verdicts).sum())
     if without > MOST_WITHOUT * len(verdicts):
@@ -123,7 +123,7 @@ def values_of(replies: Sequence[str], judge: str) -> Verdicts:
 
 
 def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Verdicts:
-    """Return the values from scores of single answers, for which the order cannot matter."""
+    """Return the values from the scores of both models' answers; the order of showing has no effect."""
     difference = one - other
     values = np.where(np.isnan(difference), np.nan, (np.sign(difference) + 1) / 2)
     return Verdicts(values, values)

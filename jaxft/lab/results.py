@@ -367,7 +367,7 @@ def duels_of(
 
 
 def _finite(one: LossOutcome, other: LossOutcome) -> tuple[LossOutcome, LossOutcome] | None:
-    """Return both losses with only the seeds with which neither diverged; None without such a seed."""
+    """Return both losses without the seeds with which either diverged; None if no seed is left."""
     pairs = zip(one.curves, other.curves, strict=True)
     kept = [pair for pair in pairs if not any(curve.diverged for curve in pair)]
     if not kept:

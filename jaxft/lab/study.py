@@ -340,7 +340,7 @@ def digest_of(value: Any) -> str:
 
 
 def check_declared(folder: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError if a study differs from its declaration before the first trial."""
+    """Raise ValueError if a study, declared `now`, differs from its stored declaration, `known`."""
     body = {name: value for name, value in known.items() if name != "digest"}
     if known.get("digest") != digest_of(body):
         raise ValueError(f"{folder}: the declaration was edited after it was written; choose another name=")

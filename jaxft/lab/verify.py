@@ -188,7 +188,7 @@ def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[s
 
 
 def differing_leaves(one: Any, other: Any) -> list[str]:
-    """Return the paths of the arrays that differ in a bit."""
+    """Return the paths of the arrays that differ in at least one bit between two pytrees."""
     first, second = (
         {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()} for tree in (one, other)
     )

@@ -125,7 +125,7 @@ def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupSco
     """Return `sum_k w_k r_k` over the rewards that are not NaN, NaN if all are: TRL's sum, where None counts
     as 0.
 
-    For rewards that apply to some of the rows only.
+    It is for rewards that apply only to some rows.
     """
     x, w = _checked_weights(rewards, weights)
     return np.where(np.isnan(x).all(-1), np.nan, np.nansum(w * x, -1))
@@ -360,7 +360,7 @@ def whiten(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> Per
 
 
 def whiten_around_mean(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
-    """Whiten and add the mean again, as TRL whitens rewards (shift_mean=False)."""
+    """Whiten as `whiten`, and add the mean again, as TRL whitens rewards (shift_mean=False)."""
     mean = _float64(x)[mask].mean() if np.any(mask) else 0.0
     return np.where(mask, whiten(x, mask, eps) + mean, 0)
 

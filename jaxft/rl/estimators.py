@@ -64,8 +64,8 @@ class RolloutScores:
 
 @dataclass(frozen=True)
 class AdvantageEstimate:
-    """The result of an estimator: advantages and returns [n, S]; metrics, each a mean over the rollout's
-    completions.
+    """The result of an estimator: advantages and returns (None without a critic) [n, S]; metrics, each a mean
+    over the rollout's completions.
     """
 
     advantages: Float[np.ndarray, "n S"]
@@ -238,7 +238,7 @@ def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
 def _token_rewards(
     rollout: RolloutScores, coef: float, kl: KLEstimate | None
 ) -> tuple[PerToken, dict[str, float]]:
-    """Return (reward of each token, metrics of rewards and entropy)."""
+    """Return (reward of each token, with the KL penalty `coef`; metrics of rewards and entropy)."""
     mask, scores = rollout.token_mask, rollout.scores.ravel()
     if coef and rollout.reference is None:
         raise ValueError(

@@ -213,7 +213,7 @@ class _Episode:
         return sum(len(s.tokens) for s in self.segments)
 
     def given(self, ids: list[int], begins: bool) -> None:
-        """Append tokens that are not sampled."""
+        """Append tokens that are not sampled. begins: whether they are the prompt of a new training row."""
         self.segments.append(Segment(np.asarray(ids, np.int32), None, begins=begins))
 
 
@@ -352,7 +352,7 @@ class _Rollout:
         return _Decision(episode.number, "start", ids, messages=list(messages))
 
     def _answered(self, episode: _Episode, answer: _Answer) -> _Decision:
-        """Return the decision to continue with an answer, or to end."""
+        """Return the decision to continue an episode with the environment's answer, or to end it."""
         step, limits = answer.step, self.play.limits
         episode.state = step.state
         turn: Message = turn_message(episode.sampled)
@@ -374,7 +374,7 @@ class _Rollout:
         return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
 
     def _too_large(self, what: str, value: Any) -> tuple[str, str] | None:
-        """Return a fault if a value from an environment has, as JSON, too many characters; else None."""
+        """Return a fault if a value, as JSON, has too many characters, else None. what: the value's name."""
         size, most = len(json.dumps(value, ensure_ascii=False)), self.play.limits.observation
         text = f"{what} has {size} characters, more than data.max_observation={most}; raise it"
         return (LARGE_OBSERVATION, text) if size > most else None
@@ -414,7 +414,7 @@ class _Rollout:
             self._end(episode, decision)
 
     def _start(self, episode: _Episode, ids: list[int]) -> None:
-        """Start a row of an episode; the first rows of a group together, when all its prompts are known."""
+        """Start a row of an episode with a prompt's ids; the first rows of a group start together."""
         if episode.start is not None:
             self.session.drop(episode.number)
             episode.given(ids, begins=True)
@@ -480,7 +480,7 @@ class _Rollout:
         return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])
 
     def _score(self, episode: _Episode, done: bool) -> None:
-        """Ask the environment for the score of an episode that is over."""
+        """Ask the environment for an episode's score. done: whether the environment has ended the episode."""
         episode.stopped = episode.stopped and done
         if self.play.environment.scored or self.play.rewards:
             given = {name: [value] for name, value in self._row(episode).items() if name != "prompt"}
@@ -540,7 +540,7 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
-    """Return kind and text of the fault for an exception that a call raised."""
+    """Return (kind, text) of the fault for an exception that a call raised."""
     if isinstance(error, Overdue):
         return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
     kind, text = (

@@ -128,7 +128,7 @@ class FunctionReward(Reward):
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
         """Begin a call, with copies that the function may change, and return a function that returns its
-        result. An async function runs meanwhile.
+        result. An async function runs meanwhile. columns: the row.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -303,7 +303,7 @@ def call_reward(
 
 
 def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequence[str]) -> RewardScores:
-    """Count the scores of a reward that are not finite and set them to NaN."""
+    """Count a reward's scores that are not finite, and set them to NaN. name: the reward's, for messages."""
     numbers = [_finite_number(value, name, row) for value, row in zip(scores, row_names, strict=True)]
     return RewardScores(
         np.array([value for value, _ in numbers]), sum((fault for _, fault in numbers), Faults())
@@ -311,7 +311,7 @@ def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequen
 
 
 def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
-    """Convert a reward's return value to a score; NaN and a fault if it is no real number."""
+    """Convert what a reward returned to a score; NaN and a fault if it is no finite real number."""
     score = finite_number(value)
     if math.isfinite(score):
         return score, Faults()
@@ -323,7 +323,7 @@ def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
 
 
 def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
-    """Return 1 if the completion equals the row's answer up to white space and case, else 0.
+    """Return 1 if the completion equals the row's `column` up to white space and case, else 0.
 
     >>> exact("Capital of France?", " paris ", {"answer": "Paris"})
     1.0
@@ -334,10 +334,10 @@ def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answ
 def number(
     prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
 ) -> float:
-    """Return 1 if the last numbers of the completion and of the row's answer are equal within a relative
+    """Return 1 if the last numbers of the completion and of the row's `column` are equal within a relative
     `tolerance`, else 0.
 
-    Raises ValueError for a row whose answer has no number.
+    Raises ValueError for a row whose column has no number.
 
     >>> number("6 * 7?", "6 * 7 = 42.", {"answer": "#### 42"})
     1.0
@@ -351,11 +351,11 @@ def number(
 
 
 def json_match(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
-    """Return 1 if the whole completion is JSON with the same value as the row's answer, else 0.
+    """Return 1 if the whole completion is JSON with the same value as the row's `column`, else 0.
 
     White space, the order of keys and the notation of numbers (3 and 3.0) make no difference. Everything else
-    does: a missing or an additional key, true in place of 1, text around the JSON, a repeated key. The answer
-    is JSON text or a JSON value; ValueError is raised for any other.
+    does: a missing or an additional key, true in place of 1, text around the JSON, a repeated key. The column
+    has JSON text or a JSON value; ValueError is raised for any other.
 
     >>> json_match("", '{"b": 2, "a": 1.0}', {"answer": {"a": 1, "b": 2}})
     1.0

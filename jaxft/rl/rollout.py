@@ -94,7 +94,7 @@ class BatchKind(NamedTuple):
 
 
 def policy_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Rollout, ...]:
-    """Return the shapes of an optimizer step's batch, whose rows hold a prompt and all of its episodes."""
+    """Return the shapes of a step's batch, whose rows hold a prompt of `longest` tokens and its group."""
     return tuple(rollout_shapes(data, longest, shards).values())
 
 
@@ -266,7 +266,9 @@ class Rollouts(Prompts):
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
     def abstract(self, shards: int = 1) -> Batch:
-        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+        """Return the shapes of the largest batch that the settings allow, without reading rows. shards: see
+        open.
+        """
         return self.kind.shapes(self, self.max_prompt, shards)[-1]
 
 
@@ -360,7 +362,7 @@ class PromptSource:
         return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of a held-out row."""
+        """Return the name of the held-out row at a position."""
         return self.eval_prompts.names[position]
 
     def state_dict(self) -> dict[str, Any]:
@@ -470,7 +472,7 @@ class RolloutSource(PromptSource):
     def _scored(
         self, chosen: TokenisedPrompts, group: int, number: int, state: TrainState
     ) -> tuple[ScoredEpisodes, PackedRows]:
-        """Sample `group` episodes of each prompt, arrange them in rows and score them."""
+        """Sample `group` episodes of each prompt in rollout `number`, arrange them in rows and score them."""
         episodes = self.sample(chosen, group, number, state)
         size = round_up(len(chosen), self.data.units_per_step), self.data.group
         packed = pack_episodes(episodes, self.row_shapes, size, self.data.reads_given)
@@ -500,8 +502,8 @@ class RolloutSource(PromptSource):
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
         """Return whether the KL to the sampling policy exceeds target_kl. Waits for the previous step.
 
-        aux has the approximate KL of the last step that trained the policy. That step belongs to this rollout
-        if an earlier step of the rollout trained the policy.
+        part: number of the step in the rollout. aux has the approximate KL of the last step that trained the
+        policy; it belongs to this rollout if an earlier step of the rollout trained the policy.
         """
         target = self.run.objective.facts.target_kl
         if target is None or rollout.number < self.data.rules.warm_up:

@@ -69,9 +69,10 @@ class PackedRows:
 
 
 class _Piece(NamedTuple):
-    """A training row of an episode up to its last sampled token. is_branch: ids follow the prompt that the
-    group shares; otherwise ids begin with the episode's own prompt. sampled: indices in ids of sampled
-    tokens. given: indices of the tokens between those; empty for an episode with a fault.
+    """A training row of an episode up to its last sampled token. slot: index of the episode in its group.
+    is_branch: ids follow the prompt that the group shares; otherwise ids begin with the episode's own prompt.
+    sampled: indices in ids of sampled tokens. given: indices of the tokens between those; empty for an
+    episode with a fault.
     """
 
     slot: int

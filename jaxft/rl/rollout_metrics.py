@@ -83,7 +83,7 @@ def prompt_counts(
 
 
 def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
-    """The means that rollouts and evaluations have; None if too few completions have a score."""
+    """The means that rollouts and evaluations log; None if too few completions have a score."""
     episodes, faults, count = scored.episodes, scored.faults, scored.reward_scores.size
     lengths, ended = episodes.lengths[episodes.valid], episodes.ended[episodes.valid]
     means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}
@@ -164,7 +164,7 @@ def rollout_metrics(
 def evaluation_metrics(
     names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores | None
 ) -> dict[str, float]:
-    """Return the metrics of held-out prompts. rollout: with a reference's log-probs, or None."""
+    """Return the metrics of held-out prompts. names: of the rewards. rollout: None without a reference."""
     means = _means(names, scored) | prompt_counts(names, scored.scores, scored.reward_scores)
     sums = source_rewards(scored) | episode_metrics(scored.episodes)
     means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}

@@ -118,7 +118,7 @@ class Rules:
         return float(np.dot(own, self.reward_weights))
 
     def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
-        """Combine and shape the scores of each reward. An episode with a fault has no score."""
+        """Combine and shape the scores, given by reward. An episode with a fault has no score."""
         lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
         each = np.where(valid[..., None], each.reshape(*lengths.shape, len(by_reward)), np.nan)

@@ -187,7 +187,7 @@ def clear_records(run: Path) -> None:
 
 
 def prompts_hash(prompts: TokenisedPrompts, group: int) -> str:
-    """Return a hash of the prompts of a rollout with their order, and of the episodes of each."""
+    """Return a hash of a rollout's prompts, their order and the number of episodes of each (`group`)."""
     content = json.dumps([group, [[*map(int, ids)] for ids in prompts.ids]])
     return xxhash.xxh64(content.encode()).hexdigest()
 
@@ -207,7 +207,7 @@ def about_of(content: bytes, path: Path) -> tuple[int, str]:
 
 
 def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = "") -> bytes:
-    """Return a rollout as the content of an npz file: flat arrays of tokens and log-probs, and JSON."""
+    """Return a rollout as the content of an npz file. weights, prompts: as in RolloutRecord."""
     segments = [segment for t in trajectories for segment in t.segments]
     sampled = [segment.logps for segment in segments if segment.logps is not None]
     about = [
@@ -305,7 +305,7 @@ def checksum(trainable: Params) -> UInt32[Array, ""]:
 
 
 def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Params, int], Sampler]:
-    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler."""
+    """Compile the sampling programs of training and of evaluation; return (params, group) -> Sampler."""
     engines = {}
     for group in {data.eval_group, data.group}:
         decoding, slots = engine_sizes(data, run.model, run.stop, group, prompt_size, run.mesh)
@@ -316,7 +316,7 @@ def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Par
 def engine_sizes(
     data: Any, model: Model, stop: tuple[int, ...], group: int, prompt_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Decoding, Slots]:
-    """Return the static arguments of a rollout's engine. group: episodes of a prompt."""
+    """Return a rollout's engine settings. stop: token ids. prompt_size: see compile_rollout_sampler."""
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
 
     def tokens(group: int) -> int:  # of a prompt with its episodes

@@ -115,7 +115,7 @@ def call_grammar(
 
 
 def either(first: str, second: str) -> str:
-    """Return the union of two grammars: a Lark grammar, and one of a single rule."""
+    """Return a grammar of the texts of two grammars: a Lark grammar, and one that is a single rule."""
     renamed = re.sub(r"^start:", "first:", first)
     return f"{renamed}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
 

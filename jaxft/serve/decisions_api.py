@@ -61,7 +61,7 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
-    known: a classifier's question and labels, for a question of type choice without instructions or choices.
+    known: a classifier's labels and question, for a question of type choice without choices or instructions.
     """
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")
@@ -129,7 +129,7 @@ def _question(text: str, number: int, item: Any) -> Question:
 
 
 def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
-    """Return the choices, or the levels, of a question."""
+    """Check a question's list of choices (key "value") or levels (key "label"), the field `field`."""
     if not isinstance(items, list):
         raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
     options, types = [], (str, bool) if key == "value" else str
@@ -161,7 +161,7 @@ class RerankBody:
 
 
 def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
-    """Check a request of /v1/rerank. known: has the question used without an instruction. Raises ApiError."""
+    """Check a request of /v1/rerank. known: its question is the default instruction. Raises ApiError."""
     _check_fields(body, RERANK_FIELDS, "")
     query, items = body.get("query"), body.get("documents")
     if not isinstance(query, str) or not query.strip():
@@ -186,7 +186,7 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
 
 
 def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
-    """Return the response to a request of /v1/rerank. scores: probability of each document to be relevant."""
+    """Return the response to a request of /v1/rerank. scores: relevance of each document, a probability."""
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
     results = [
         {

@@ -95,7 +95,7 @@ class Generation:
         return sum(choice.tokens for choice in self.choices)
 
     def deliver(self, index: int, progress: NewTokens) -> None:
-        """Pass tokens from the scheduler's thread to the event loop."""
+        """Pass new tokens of a choice, given by its index, from the scheduler's thread to the event loop."""
         self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, progress))
 
     async def pieces(self) -> AsyncIterator[Piece]:

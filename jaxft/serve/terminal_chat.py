@@ -44,7 +44,7 @@ class Turn:
     responses: dict[str, str] = field(default_factory=dict)
 
     def response(self, name: str) -> str:
-        """Return the response of a model, or the first response if the model has none."""
+        """Return the response of a model, given by its name; the first response if that model has none."""
         return self.responses.get(name) or next(iter(self.responses.values()), "")
 
 

@@ -108,7 +108,7 @@ class EventLoop:
         self.thread.start()
 
     def begin(self, value: Awaitable[Any]) -> Future:
-        """Start a coroutine; return a future of its result."""
+        """Start a coroutine (or another awaitable); return a future of its result."""
         return asyncio.run_coroutine_threadsafe(_awaited(value), self.loop)
 
     def end(self) -> None:
@@ -277,7 +277,7 @@ class Calls:
                 continue
 
     def release(self, number: int, keep: bool) -> None:
-        """End an episode. keep: whether its thread's objects may be used again."""
+        """End an episode, given by its number. keep: whether its thread's objects may be used again."""
         worker = self.workers.pop(number, None)
         if worker is not None and keep and worker.objects:
             self.idle.append(worker)

@@ -309,7 +309,8 @@ def _missing_argument(make: Callable[[], Any]) -> str:
 def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
     """Return the environment of a class with reset(row) -> prompt and step(state, text).
 
-    Its other public methods are tools. The first state is None.
+    make: makes the object of an episode. members: its methods; other public ones are tools. The first state
+    is None.
     """
     methods = _tool_methods(members, ("reset", "step"))
 
@@ -401,7 +402,7 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 
 
 def checked_step(value: Any) -> StepResult:
-    """Return the result of a user's step as a StepResult. Raises WrongType."""
+    """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
         raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
@@ -421,7 +422,7 @@ def _messages(observation: Any) -> tuple[Message, ...]:
 
 
 def _checked_messages(what: str, value: Any) -> tuple[Message, ...]:
-    """Return messages that a chat template can be given, with valid text. Raises WrongType."""
+    """Return `value` as messages for a chat template, with valid text. Raises WrongType about `what`."""
     try:
         if not isinstance(value, list | tuple):
             raise TypeError("no list")

@@ -137,7 +137,7 @@ def answer_calls(
 
 
 def error_text(text: str) -> str:
-    """Return the content of a tool message about an error."""
+    """Return the content of a tool message that reports an error to the model."""
     return json.dumps({"error": text}, ensure_ascii=False)
 
 
@@ -175,13 +175,13 @@ def _result_of(
 
 @cache
 def _properties(function: Callable[..., Any]) -> Mapping[str, Any]:
-    """Return the schemas of a tool's arguments."""
+    """Return the schemas of a tool's arguments, by argument name."""
     properties: Mapping[str, Any] = tool_schema(function)["function"]["parameters"]["properties"]
     return properties
 
 
 def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
-    """Raise TypeError for an argument that is not of its schema's type."""
+    """Raise TypeError for an argument without its schema's type. properties: name -> schema."""
     for name, value in arguments.items():
         schema = properties.get(name, {})
         if not _is_of(value, schema):
