@@ -362,7 +362,7 @@ def row_shards(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding of a batch's array [microbatches, rows, ...]: rows over slices, data and fsdp.
 
-    Raises ValueError if the number of rows is not divisible by that of the shards.
+    Raises ValueError if the number of rows is not divisible by the number of shards.
     """
     parts = row_shards(mesh)
     if shape[1] % parts:

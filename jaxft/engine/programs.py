@@ -127,7 +127,7 @@ def allowed_logits(logits: Array, allowed: Array) -> Array:
 
 
 def _put(rows: Array, old: Any, new: Any) -> Any:
-    """Replace rows of a tree of arrays [R, ...] by `new` [r, ...]. rows [r]: indices; from R on ignored."""
+    """Replace rows of a tree of arrays [R, ...] by `new` [r, ...]. rows [r]: indices; R means no row."""
     return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
 
 

@@ -148,7 +148,7 @@ class Judged:
 
     @property
     def known(self) -> np.ndarray:
-        """Which prompts have a value."""
+        """Mask [P] of the prompts that have a value."""
         return ~np.isnan(self.by_prompt)
 
     def as_json(self) -> dict[str, Any]:

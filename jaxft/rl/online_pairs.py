@@ -53,7 +53,7 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
 
 
 def to_pairs(rows: Rollout) -> Pairs:
-    """Convert rows of a prompt with two episodes to pairs, the first one chosen. Weights are zero."""
+    """Convert rows of a prompt with two episodes to pairs, the first one chosen, with weights of 0."""
     lengths, count = rows.lengths[:, None, :], len(rows.ids)
     assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)

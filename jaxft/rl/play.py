@@ -293,7 +293,9 @@ class _Rollout:
             self.calls.submit(episode.number, work)
 
     def _decisions(self, wait: bool) -> list[_Decision]:
-        """Return the same decisions on all processes. wait: until there is at least one."""
+        """Return decisions about the calls that have ended, the same on all processes. wait: for one at
+        least.
+        """
 
         def on_first() -> list[Any]:
             return [self._decide(number, value) for number, value in self.calls.finished(wait)]

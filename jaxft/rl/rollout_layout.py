@@ -61,7 +61,7 @@ class PackedRows:
         return flat[self.tokens]
 
     def to_tokens(self, rows: Float[np.ndarray, "G M"], episodes: Episodes) -> PerToken:
-        """Convert the rows of prompts to values of each sampled token in float64."""
+        """Convert values at read positions, a row per prompt, to values of each sampled token in float64."""
         x = np.zeros(episodes.lengths.size * episodes.size)
         index = self.tokens[: len(rows)]
         x[index[index >= 0]] = rows[index >= 0]

@@ -73,7 +73,8 @@ def prompt_counts(
 ) -> dict[str, float]:
     """For each mean reward whose values are all 0 or 1, count the prompts with a score.
 
-    Confidence intervals use these counts, because completions of one prompt are not independent.
+    Confidence intervals use these counts, because completions of one prompt are not independent. Keys are the
+    names of the means, followed by PROMPT_COUNT.
     """
     parts = {REWARD: np.asarray(scores, np.float64)}
     parts |= {f"rewards/{name}/mean": reward_scores[..., number] for number, name in enumerate(names)}
