@@ -324,7 +324,7 @@ def check_context_divides(length: int) -> None:
     if length % context:
         raise ValueError(
             f"rows of {length} tokens do not divide over mesh.context={context}; "
-            "use a data.max_length that does"
+            f"use a data.max_length that is divisible by {context}"
         )
 
 

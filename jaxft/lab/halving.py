@@ -217,7 +217,7 @@ def declared_lab(
     if not done:
         done = logged(folder, done, {"declared": now["digest"]})
     elif done[0].get("declared") != now["digest"]:
-        raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
+        raise ValueError(f"{folder / LEDGER}: the log belongs to another declaration; choose another name=")
     if done[-1].get("finished"):
         return None, done
     return open_lab(study, job, sources, pairs, clock), done

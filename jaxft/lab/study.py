@@ -138,7 +138,7 @@ class Study:
             raise ValueError("study.tuning=1 leaves no held-out prompts for the comparison; use 0.5")
         if not self.recipe.loop.steps:
             raise ValueError(
-                "study.recipe has no number of steps, on which stages and the schedule depend; set loop.steps"
+                "study.recipe has no number of steps, but stages and schedule depend on it; set loop.steps"
             )
         if self.recipe.adapter is None or self.recipe.start or self.recipe.data.unit != "pairs":
             raise ValueError(
@@ -146,9 +146,7 @@ class Study:
                 "leave out full=true and start"
             )
         if not self.recipe.data.holds_out:
-            raise ValueError(
-                "study.recipe holds out no pairs, which the losses are compared on; set held_out"
-            )
+            raise ValueError("study.recipe holds out no pairs to compare the losses with; set held_out")
         kind = self.recipe.objective(self.recipe.model).facts.reference
         if kind not in ("start", "none"):
             raise ValueError(

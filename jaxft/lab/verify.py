@@ -99,7 +99,7 @@ def _study_problems(folder: Path) -> Iterator[str]:
         log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
         check_study(folder, log)
         if log and log[0].get("declared") != known["digest"]:
-            yield f"{folder / LEDGER}: the log is of another declaration"
+            yield f"{folder / LEDGER}: the log belongs to another declaration than {DECLARATION}"
         for trial in sorted((folder / TRIALS).iterdir()) if (folder / TRIALS).is_dir() else ():
             yield from _checkpoint_problems(trial)
         yield from _page_problems(folder, bool(log) and bool(log[-1].get("finished")))

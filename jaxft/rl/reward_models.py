@@ -174,7 +174,8 @@ def require_classifier(ref: str) -> None:
     if not any(name.endswith(CLASSIFIER) for name in architectures):
         got = ", ".join(architectures) or "no architecture"
         raise ValueError(
-            f"{ref}: got {got}, expected a sequence classifier (...{CLASSIFIER}) or an adapter with a head."
+            f"{ref}: got {got}, expected a sequence classifier (...{CLASSIFIER}) or an adapter with a head. "
+            "Use such a reward model."
         )
     labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))  # transformers' default is two
     if labels != 1:

@@ -450,7 +450,7 @@ class RolloutSource(PromptSource):
             reason = next(iter(messages.values()), "none has all of its rewards.")
             text = f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
             if not self.history.moments[0]:
-                raise ValueError(text)
+                raise ValueError(f"{text} Correct the rewards, the environment or the rows.")
             if processes.is_first():
                 print(f"{text} It is left out of training.", flush=True)
         new = [kind for kind in messages if kind not in self.history.reported]
