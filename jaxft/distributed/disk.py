@@ -107,9 +107,8 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed when the block ends. First remove such folders of killed
-    processes. prefix: beginning of the names of all such folders; no other name in `parent` may begin with
-    it.
+    """Yield a new folder in `parent`, which is removed when the block ends. First remove the folders that
+    killed processes have left. prefix: how their names begin; no other name in `parent` may begin so.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))

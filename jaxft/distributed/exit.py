@@ -1,9 +1,9 @@
 """How a process ends: exit codes, signals, and a last line on stderr even if it is killed.
 
 The first SIGTERM, SIGINT or SIGHUP stops a run after the current step; the second ends the process at once. A
-second SIGHUP has no effect, because a terminal that hangs up often sends two. A process that was started with
-SIGHUP ignored (nohup) goes on ignoring it. SIGINT is never ignored: shell scripts start background commands
-with SIGINT ignored, and it should be possible to stop these with it.
+second SIGHUP has no effect, because a terminal that hangs up often sends two. If SIGHUP is ignored when the
+process starts (nohup), it stays ignored. SIGINT does not: shell scripts start background commands with SIGINT
+ignored, but SIGINT must be able to stop a run.
 """
 
 import contextlib

@@ -31,8 +31,8 @@ class Launch:
 
     launcher: source of the values, for messages: "SLURM", or "explicit" for settings and JAXFT_* variables.
     coordinator: host:port of process 0. processes: number of processes in the run. process: index of this
-    process. These three are None if JAX detects them. local_gpus: indices of the host's GPUs that this
-    process uses; None for JAX's default.
+    process. Values that JAX itself detects are None. local_gpus: indices of the host's GPUs that this process
+    uses; None for JAX's default.
     """
 
     launcher: str

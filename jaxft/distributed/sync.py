@@ -79,10 +79,10 @@ def array_of_first(x: np.ndarray) -> np.ndarray:
 class FileExchange:
     """Exchange of texts through files in a shared folder, with barriers of JAX's coordination service.
 
-    It uses no device, so any thread may call it. topic: name of the exchange, the same on all processes and
-    different from that of every earlier one. A process that cannot write its text writes an empty file with
-    the errno in its name. Raises PeerLostError (a TimeoutError, an OSError) if a process does not arrive
-    within `limit` seconds.
+    It uses no device, so any thread may call it. topic: name of the exchange, the same on all processes, and
+    used by no earlier exchange. A process that cannot write its text writes an empty file with the errno in
+    its name. Raises PeerLostError (a TimeoutError, an OSError) if a process does not arrive within `limit`
+    seconds.
     """
 
     def __init__(self, folder: Path, topic: str, limit: float):

@@ -274,7 +274,7 @@ def contains_name(file: Path, name: str) -> bool:
 def apply_settings() -> None:
     """Set the environment variables of the table for the platform that jax will use.
 
-    Call it before jax's devices are used. On a CPU it changes nothing: those variables need a `restart`.
+    Call it before jax's devices are used. GLIBC_TUNABLES, the only variable for CPUs, is left to `restart`.
     """
     changed = with_settings(accelerator(os.environ), os.environ, is_known)
     changed.pop(TUNABLES, None)

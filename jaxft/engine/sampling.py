@@ -203,7 +203,8 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = 
     """Pad prompts on the left to a batch of `rows` rows, as long as a multiple of BUCKET; rows without a
     prompt are empty.
 
-    longest: tokens of the longest prompt of all batches that have the same shape; None for that of `prompts`.
+    longest: tokens of the longest prompt of all batches that must have the same shape; by default of
+    `prompts`.
     """
     longest = longest or max(map(len, prompts))
     size = -(-longest // BUCKET) * BUCKET

@@ -40,8 +40,8 @@ class RequestSettings:
 
     sampling: max_new may be at most the engine's. stop: token ids. adapter: index of a LoRA adapter, see
     lora_rows.py. top: whether to return the most likely tokens with their log-probs. among_allowed: whether
-    these are only tokens that the grammar allows. grammar: what the completion must match, a Grammar of
-    serve/constraint.py. key: data of the random key, None for the session's.
+    to return only the most likely of the tokens that the grammar allows. grammar: what the completion must
+    match, a Grammar of serve/constraint.py. key: data of the random key, None for the session's.
     """
 
     sampling: Sampling
@@ -227,8 +227,8 @@ class Session:
         return self._collect()
 
     def _extend(self) -> bool:
-        """Append given tokens to as many rows as one program takes, those with the fewest given tokens first.
-        Return False if no row has any.
+        """Append given tokens to as many rows as one program takes, first to rows with the fewest given
+        tokens. Return False if there are no given tokens.
         """
         pending = [it for it in self.running.values() if it.given]
         if not pending:
@@ -365,7 +365,7 @@ class Session:
         return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
 
     def _fit(self) -> None:
-        """Move to a state with more rows if a waiting prompt needs them, or to one with fewer if these do."""
+        """Move to a state with more rows if a waiting prompt needs them, or with fewer if fewer suffice."""
         used, now = len(self.running), self.rows
         levels = [now, *(to for rows, to in self.engine.keep if rows == now)]
         if self.waiting:

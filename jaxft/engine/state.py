@@ -250,10 +250,9 @@ class NewPrompts:
 
 @struct
 class GivenTokens:
-    """Tokens to append to rows, padded on the right: the last token of each row and the given tokens after
-    it.
+    """Tokens to append to rows, padded on the right: a row's last token and the given tokens after it.
 
-    ids [r, C]. lengths [r]: ids without padding. counts [r]: tokens that the row's cache has before these.
+    ids [r, C]. lengths [r]: ids without padding. counts [r]: tokens that the row's cache has before `ids`.
     firsts [r]: see State; if the next token is the first, the row takes its key from `keys`. rows, keys,
     settings, allowed: as in NewPrompts, [r].
     """

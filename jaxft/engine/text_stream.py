@@ -25,9 +25,10 @@ class TokenDecoder:
 
     decode: token ids -> text. skipped: ids that add no text, such as special tokens. size: ids from here on
     have no token, since a model may have more ids than its tokenizer. byte_ids: ids of single bytes in
-    tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole: one wrong
-    byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is a sequence
-    of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of such a token, None for others.
+    tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode successive bytes as a whole: one
+    wrong byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is a
+    sequence of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of a byte-level token, or
+    None.
     """
 
     decode: Callable[[list[int]], str]
@@ -91,8 +92,8 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Return the bytes by the characters with which byte-level BPE writes them in its vocabulary: printable
-    ones by themselves, the others by U+0100 and up.
+    """Return character -> byte, as byte-level BPE writes bytes in its vocabulary: printable ones as they are,
+    the others as U+0100 and up.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -87,7 +87,7 @@ class HeldOutPairs:
     @staticmethod
     def of(source: Any, fraction: float) -> "HeldOutPairs":
         """Divide the held-out prompts of a source at random, the same in every study of these rows. fraction:
-        of the prompts, which select settings.
+        the fraction of prompts that select settings.
         """
         held, rows = np.asarray(source.split.held), source.split.rows
         groups = np.unique(rows.group_by(0)[held], return_inverse=True)[1]
@@ -433,8 +433,8 @@ def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str,
 
 
 def check_earlier(trial: Path, wave: Mapping[str, Any], label: str) -> None:
-    """Raise ValueError if the log's hashes after an earlier wave differ from those of a trial's evaluations
-    up to then, or of its checkpoint.
+    """Raise ValueError if a trial's evaluations until the end of an earlier wave, or its checkpoint there, no
+    longer have the hashes in the log.
 
     wave: its entry in the log. Later evaluations are ignored: a wave that was killed may have written them.
     """

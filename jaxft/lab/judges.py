@@ -353,8 +353,8 @@ def matches_of(
 
 
 def _in_order_of_prompts(prompts: Mapping[str, Any], answers: ModelAnswers, file: str) -> dict[str, str]:
-    """Return as many answers as prompts, by the names of these: matched by the prompt in an answer's row or,
-    if rows have none, by position.
+    """Return prompt name -> answer. Answers are matched by the prompts in their rows or, if rows have none,
+    by position; there are as many answers as prompts.
     """
     in_order = dict(zip(prompts, answers.texts.values(), strict=True))
     if answers.prompts is None:

@@ -180,7 +180,7 @@ class Judged:
 
 
 def win_rate_interval(values: Float[np.ndarray, " P"]) -> Interval:
-    """Return the 95 % interval of a win rate, from that of wins minus losses; see paired_fractions."""
+    """Return the 95 % interval of a win rate, computed from wins minus losses; see paired_fractions."""
     difference = paired_fractions((1 - values).tolist(), values.tolist()).interval
     return Interval((1 + difference.low) / 2, (1 + difference.high) / 2)
 

@@ -327,7 +327,7 @@ def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
 
 def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
     """Return weights of the compared prompts, with which prompts with longer chosen responses count as much
-    as those with shorter ones; None if there is only one of these kinds.
+    as prompts with shorter chosen responses; None if one of the two kinds is missing.
     """
     longer = np.sign(pairs.by_prompt(pairs.longer, tuning=False))
     counts = {side: int((longer == side).sum()) for side in (1, -1)}
@@ -340,7 +340,7 @@ def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
 def duels_of(
     losses: Sequence[LossOutcome], margin: float | None, weights: Float[np.ndarray, " P"] | None = None
 ) -> tuple[Duel, ...]:
-    """Compare every two losses, at the end and at the same KL. margin: see Study. weights: of the prompts."""
+    """Compare every two losses, at the end and at the same KL. margin: see Study. weights: length_weights."""
     two = [(one, other, both) for one, other in combinations(losses, 2) if (both := _finite(one, other))]
     ends = [paired_difference(one.final, other.final) for *_, (one, other) in two]
     points = []

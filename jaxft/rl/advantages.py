@@ -203,9 +203,9 @@ def opo(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
 def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
     """`(r - mean) / mean` of the group, 0 in a group without success (Tajwar et al. 2026, arXiv:2602.02710).
 
-    With binary scores, N of them in a group and p the probability of success, its gradient is in expectation
-    the gradient of `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a
-    negative score, as a negative mean would turn the gradient around.
+    With binary scores, groups of N and a probability p of success, its expected gradient is the gradient of
+    `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a negative score,
+    because a negative mean would reverse the gradient.
 
     >>> maxrl(np.array([[1.0, 0.0, 0.0, 0.0]]))
     array([[ 3., -1., -1., -1.]])
@@ -389,8 +389,8 @@ def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
 
 
 def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " G"]) -> GroupScores:
-    """The scores of the completions with the highest ranks, `retain` of each group; NaN for the others. The
-    first of equal completions is retained.
+    """Return the scores of the `retain` completions of each group with the highest ranks, NaN elsewhere. Of
+    completions with equal ranks the first is retained.
     """
     order = np.argsort(-np.where(has_score(scores), ranks, -np.inf), axis=1, kind="stable")
     places = np.argsort(order, axis=1)

@@ -187,8 +187,8 @@ def actor_critic(
 def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
     """Return a small rollout with distinct scores, to try an estimator before anything is sampled.
 
-    group: episodes of each prompt. weights: one for each reward. facts: of the objective, which say whether
-    it has a reference, values and a KL penalty in the rewards.
+    group: episodes of each prompt. weights: one for each reward. facts: the objective's facts: whether it has
+    a reference, values and a KL penalty in the rewards.
     """
     scores = np.arange(2.0 * group).reshape(2, group)
     tokens = np.zeros((2 * group, 3))

@@ -124,7 +124,7 @@ class TurnSession(Protocol):
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
         """Queue a prompt with a completion for each of the episodes, of at most `max_new` tokens.
 
-        number: of the prompt, from which the random keys of its completions derive.
+        number: the prompt's number, from which the random keys of its completions are derived.
         """
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
@@ -527,7 +527,7 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
 def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task) -> _Scored:
     """Return the environment's score, and the rewards of functions that read the environment.
 
-    given: arguments of those functions. Their calls of TRL's log_extra and log_metric have no effect.
+    given: arguments of these functions; log_extra and log_metric, which TRL passes them, do nothing here.
     """
     environment, rewards = play.environment, dict[str, float]()
     score = environment.score(state, task) if environment.scored else math.nan

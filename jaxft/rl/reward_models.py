@@ -306,7 +306,7 @@ class ModelReward(Reward):
         too long.
 
         prompts: chats or texts that end before the response. settings: arguments for the run's chat template;
-        of these, the model's own template gets the ones that it reads.
+        the model's own template gets those arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         return make_text_scorer(loaded, mesh, self.ref, None, self.max_length, self.batch)

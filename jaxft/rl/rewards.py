@@ -5,10 +5,11 @@ no number, the completion has no score: it is counted, excluded from training an
 silently worth 0.
 
 An async function, such as one that asks a judge on a server, is called as soon as a completion has ended, and
-goes on while others are sampled. Plain functions are called one after the other, on the main thread.
+runs while other completions are sampled. Plain functions are called one after the other, on the main thread.
 
-A function with an argument `environments` is one of TRL's that reads the objects of a run's environment: it
-is called on their threads, with lists of one. None leaves the episode to the other rewards.
+A function with an argument `environments` is a reward of TRL that reads the objects of a run's environment:
+it is called on their threads, with lists of length one. If it returns None, the episode is scored by the
+other rewards.
 """
 
 import asyncio

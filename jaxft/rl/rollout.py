@@ -371,8 +371,8 @@ class PromptSource:
 
 
 class History(NamedTuple):
-    """Values of a checkpoint that outlive a rollout. moments: of all scores so far, for Rules.scale.
-    reported: kinds of faults of which one has been printed.
+    """Values in checkpoints that outlive a rollout. moments: moments of all scores so far, for Rules.scale.
+    reported: kinds of faults that have been printed, each once.
     """
 
     moments: list[float] = [0.0, 0.0, 0.0]

@@ -71,8 +71,8 @@ class PackedRows:
 class _Piece(NamedTuple):
     """A training row of an episode up to its last sampled token. slot: index of the episode in its group.
     is_branch: ids follow the prompt that the group shares; otherwise ids begin with the episode's own prompt.
-    sampled: indices in ids of sampled tokens. given: indices of the tokens between those; empty for an
-    episode with a fault.
+    sampled: indices in ids of sampled tokens. given: indices of given tokens between sampled ones; empty for
+    an episode with a fault.
     """
 
     slot: int
@@ -84,7 +84,7 @@ class _Piece(NamedTuple):
 
 def _groups(episodes: Episodes) -> list[tuple[tuple[int, ...], list[_Piece]]]:
     """Return for each group the prompt of its row, which is the first prompt among its episodes, and the
-    training rows of its episodes. Those that share the prompt come first.
+    training rows of its episodes, beginning with those that share this prompt.
     """
     groups = []
     for first in range(0, len(episodes.trajectories), episodes.group):

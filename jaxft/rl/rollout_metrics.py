@@ -165,7 +165,7 @@ def rollout_metrics(
 def evaluation_metrics(
     names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores | None
 ) -> dict[str, float]:
-    """Return the metrics of held-out prompts. names: of the rewards. rollout: None without a reference."""
+    """Return the metrics of held-out prompts. names: names of rewards. rollout: None without a reference."""
     means = _means(names, scored) | prompt_counts(names, scored.scores, scored.reward_scores)
     sums = source_rewards(scored) | episode_metrics(scored.episodes)
     means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}

@@ -162,9 +162,9 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
-    of each process. files: bytes of all files together, or of each file where the run is not isolated.
-    processes: processes and threads at once, where the run is isolated and the user is not root. output:
+    """Limits of a run of code. seconds: wall-clock and processor time. memory: bytes of address space of each
+    process. files: bytes of all files together, or of each file where the run is not isolated. processes:
+    processes and threads at once, where the run is isolated and the user is not root. output: the most
     characters that are returned.
     """
 

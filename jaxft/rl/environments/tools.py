@@ -116,10 +116,10 @@ def answer_calls(
     longest: int,
     errors: tuple[type[Exception], ...] = MODELS_ERRORS,
 ) -> tuple[list[Message], list[Fault]]:
-    """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
+    """Call the tools that a turn names, one after the other. Return a message for each call, and the faults.
 
-    longest: characters of a result. errors: exceptions that are returned to the model. Raises an
-    exception that excludes the episode.
+    longest: the most characters of a result. errors: exceptions that are returned to the model; any other is
+    raised, and excludes the episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
