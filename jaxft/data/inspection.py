@@ -498,7 +498,7 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
 
 
 def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens of the largest microbatch with a length limit."""
+    """Return the number of tokens of the largest microbatch if rows have at most `limit` tokens."""
     rows = -(-data.units_per_step // data.micro)
     if isinstance(data, Prompts):
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
@@ -508,7 +508,7 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
 
 
 def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
-    """Return the tokens of a row, padding included, that has room for the pairs of any microbatch."""
+    """Return the length of a row, padding included, that fits the pairs of any microbatch."""
     tokens = tokens[tokens > 0]
     if not len(tokens):
         return LENGTH_STEP
@@ -556,7 +556,7 @@ def limit_costs(
 
 
 def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens that an epoch trains on; completions of rollouts count with their full length."""
+    """Return how many tokens an epoch trains on; completions of rollouts count with their full length."""
     if data.too_long == "split":
         return int(lengths.longest.sum())
     kept = lengths.kept(limit)

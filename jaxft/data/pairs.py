@@ -355,7 +355,7 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return the rows of all microbatches of a step."""
+    """Return the number of rows of all microbatches of a step."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

@@ -301,7 +301,7 @@ def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, "
 
 
 def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
-    """Return the tokens of the longest prompt."""
+    """Return the number of tokens of the longest prompt."""
     return int(max(train.lengths.max(), eval_prompts.lengths.max(initial=0)))
 
 

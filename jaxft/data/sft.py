@@ -223,7 +223,7 @@ def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
 
 
 def _rows_per_microbatch(rows: Rows, shards: int) -> int:
-    """Return the rows of a microbatch, with the empty ones that are added for the mesh."""
+    """Return the number of rows of a microbatch, including empty ones that are added for the mesh."""
     if rows.batch % rows.micro:
         fits = ", ".join(str(m) for m in range(1, rows.batch + 1) if rows.batch % m == 0)
         raise ValueError(

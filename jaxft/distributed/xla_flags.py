@@ -181,7 +181,7 @@ def unset_settings(platform: str, environ: Mapping[str, str]) -> list[PlatformSe
 
 
 def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
-    """Whether the environment has a value for a row's flag or variable, the row's or another one."""
+    """Whether the environment sets a row's variable or flag, or one of its same_as, includes or together."""
     names = row.same_as if row.flag else (row.variable, *row.same_as)
     flags = [("XLA_FLAGS", flag) for flag in row.includes]
     flags += [(row.variable, flag) for flag in (row.flag, *row.together) if flag]

@@ -311,7 +311,7 @@ class Scheduler:
         return None
 
     def _start(self, number: int, request: TokenRequest, before: Running | None) -> None:
-        """Go on with an idle row or, without one, start a prompt."""
+        """Start a request as row `number`. before: the idle row that it continues; None for a new row."""
         key = jax.random.key(np.uint32(request.seed & 0xFFFFFFFF))
         new = request.choice.sampling.max_new
         if before is not None:

@@ -141,7 +141,7 @@ class MatchedKL:
 
     @property
     def length_winner(self) -> int:
-        """The same with longer and shorter chosen responses counted the same."""
+        """`winner`, with longer and shorter chosen responses counted the same."""
         d = self.same_length
         return int(np.sign(d.mean)) if d is not None and d.different(p=self.length_p) else 0
 

@@ -342,7 +342,7 @@ def memory_bytes(program: HloProgram) -> float:
 
 
 def _main(arrays: list[Array]) -> int:
-    """Return the bytes of the arrays that are in main memory."""
+    """Return the total size in bytes of the arrays that are in main memory."""
     return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
 
 
@@ -427,7 +427,7 @@ def replicated_weights(p: Programs) -> list[str]:
 
 
 def device_bytes(arrays: Any) -> int:
-    """Return the bytes per device of arrays with shardings; 4-bit elements take half a byte."""
+    """Return the total size in bytes per device of arrays with shardings; 4-bit elements take half a byte."""
     leaves = jax.tree.leaves(arrays)
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * hlo.bits(_hlo_dtype(x.dtype)) // 8 for x in leaves

@@ -258,8 +258,8 @@ class ModelReward(Reward):
     """A frozen classifier with one label and its own base, tokenizer and chat template.
 
     quant: quantisation of its layers, None to store them in `dtype`, in which it computes. max_length: tokens
-    of a prompt with its completion; a longer one has no score. batch: texts of a pass. A truncated completion
-    is scored as if it had ended there.
+    of a prompt with its completion; a longer one has no score. batch: texts scored at once. A truncated
+    completion is scored as if it had ended there.
     """
 
     ref: str
@@ -302,8 +302,7 @@ class ModelReward(Reward):
         """Load the weights and return `(prompts, completions, settings) -> scores`, NaN for a text that is
         too long.
 
-        prompts: without responses. settings: arguments of the run's chat template; the model's own template
-        gets the arguments that it reads.
+        Its arguments are explained at make_text_scorer.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         return make_text_scorer(loaded, mesh, self.ref, None, self.max_length, self.batch)
@@ -320,9 +319,9 @@ def make_text_scorer(
     """Compile a loaded reward model for texts, and return `(prompts, completions, settings) -> scores`, NaN
     for a text of more than max_length tokens.
 
-    ref, adapter: the files that it was loaded from, which have its tokenizer. batch: texts of a pass.
-    prompts: without responses. settings: arguments of a run's chat template; the reward model's own template
-    gets those that it reads.
+    ref, adapter: the files that it was loaded from, which have its tokenizer. batch: texts scored at once.
+    prompts: conversations or texts that end before the response. settings: arguments of a run's chat
+    template; the reward model's own template gets those that it reads.
     """
     own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)

@@ -259,7 +259,8 @@ def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTens
     """Return by path the layouts of the parameters at `paths` that the files quantise, from headers."""
     if ref is None:
         raise ValueError(
-            f"quant={CHECKPOINT} stores the base as its files do, but there are none; set model="
+            f"quant={CHECKPOINT} stores the base as its files do, and this run has none; set model=REF or "
+            "another quant"
         )
     files = open_files(ref)
     readers = param_readers(files, model)

@@ -102,7 +102,7 @@ def programs(kernel: Callable, ranges: Any, softcap: float | None) -> tuple[Call
 
 
 def pairs(ranges: Any) -> int:
-    """Return the visible pairs of query and key in all rows."""
+    """Return the number of visible pairs of query and key in all rows."""
     count = np.maximum(np.asarray(ranges.own_end, np.int64) - np.asarray(ranges.own_start), 0).sum()
     if ranges.prompt_start is not None:
         prompt = np.asarray(ranges.prompt_end, np.int64) - np.asarray(ranges.prompt_start)

@@ -58,7 +58,7 @@ class Case:
     length: int = 4096
 
     def row_length(self, tiny: bool) -> int:
-        """Return the tokens of a row."""
+        """Return the number of tokens of a row."""
         return self.length // 32 if tiny else self.length
 
 

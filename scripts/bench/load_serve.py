@@ -148,7 +148,7 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             if "error" in chunk:
                 raise ValueError(chunk["error"]["message"])
             yield chunk
-    raise ValueError("the stream ended early")
+    raise ValueError("the stream ended before [DONE]; the server's output has the reason")
 
 
 class Load:

@@ -279,7 +279,7 @@ class Epochs:
     alike: bool = True
 
     def steps_in(self, epoch: int) -> int:
-        """Return the optimizer steps of an epoch."""
+        """Return the number of optimizer steps of an epoch."""
         return len(self.batch_tokens(0 if self.alike else epoch))
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -293,7 +293,7 @@ class Epochs:
         return epoch, step
 
     def steps_of_epochs(self, epochs: float) -> int:
-        """Return the optimizer steps of a number of epochs, which may be a fraction; at least 1."""
+        """Return the number of optimizer steps of `epochs` epochs, which may be a fraction; at least 1."""
         if self.alike:
             return max(1, math.ceil(epochs * self.steps_in(0) - 1e-9))
         whole = math.floor(epochs)
@@ -301,7 +301,7 @@ class Epochs:
         return max(1, sum(map(self.steps_in, range(whole))) + math.ceil(rest - 1e-9))
 
     def steps_of_tokens(self, tokens: int) -> int:
-        """Return the optimizer steps after which at least `tokens` tokens were read."""
+        """Return the number of optimizer steps after which at least `tokens` tokens were read."""
         steps = epoch = 0
         if self.alike:
             total = int(self.batch_tokens(0).sum())

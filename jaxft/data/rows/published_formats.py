@@ -30,7 +30,7 @@ _NUMBERS = ("score", "rating", "reward", "overall_score", "fine-grained_score", 
 
 
 def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
-    """Return a row of several texts and a label with the texts joined into one, a line each."""
+    """Return the row with a column `text` of one line `name: text` for each of `columns`."""
     text = "\n".join(f"{column}: {text_of(row, column)}" for column in columns)
     return Row(row.name, {**row.fields, "text": text})
 
@@ -38,11 +38,11 @@ def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
 def from_options(
     row: Row, settings: RowSettings, question: Sequence[str], options: Sequence[str], answer: str, first: int
 ) -> Row:
-    """Return a row with columns question, choices and answer, made of a format's columns. question: its
-    texts.
+    """Return the row with the columns question, choices and answer, made of a format's columns.
 
-    options: a column with a list, one for each choice, or () for false and true. first: the index of the
-    first choice.
+    question: columns whose texts are joined. options: a column with the list of choices, or a column for each
+    choice; () for the choices false and true. answer: the column of the answer. first: the number that means
+    the first choice there.
     """
     choices: list[Any] = [row.fields[column] for column in options] or [False, True]
     value: Any = row.fields.get(answer)

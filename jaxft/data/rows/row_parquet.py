@@ -66,9 +66,9 @@ class GroupPlan(NamedTuple):
 def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None, where: str) -> GroupPlan:
     """Return how to read a row group within limits, from the file's metadata and a pass over long columns.
 
-    A group is refused, with a ValueError, only if it takes more than RATIO times its bytes in the file, and
-    either ONCE_BYTES at one time, for any size of batches, or its rows' part of the file's TOTAL_BYTES
-    (EXPANDED_BYTES in a column that cannot stay encoded). Honest files that repeat long texts stay below
+    Raises ValueError for a group that takes more than RATIO times its bytes in the file and also exceeds one
+    of these: ONCE_BYTES at one time, even in the smallest batch; TOTAL_BYTES times its fraction of the file's
+    rows; EXPANDED_BYTES in a column that cannot stay encoded. Honest files that repeat long texts stay below
     these: their rows are read in batches of about LINE_BYTES.
 
     file: from open_parquet, of `source`. used: the names of columns that are read, None for all.
@@ -166,11 +166,11 @@ def _is_long(source: Any, metadata: Any, group: int, column: _Column) -> bool:
 
 
 def _measure(source: Any, metadata: Any, group: int, column: _Column, limit: int) -> tuple[int, int]:
-    """Return the bytes of a column's values, counted until they exceed `limit`, and how many rows a batch may
-    have to take no more than about LINE_BYTES in Arrow's memory.
+    """Return (the size in bytes of a column's values, counted until it exceeds `limit`; how many rows take
+    about LINE_BYTES in Arrow's memory).
 
-    A value of DELTA_BYTE_ARRAY repeats the beginning of the one before it, so that each may have all bytes of
-    the column: it is first read a few rows at a time.
+    A DELTA_BYTE_ARRAY value may repeat the beginning of the value before it, so each may be as long as the
+    whole stored column: such a column is read a few rows at a time.
     """
     rows = BATCH_ROWS
     if column.is_delta:
@@ -196,7 +196,7 @@ def _read_column(source: Any, metadata: Any, group: int, column: _Column, rows: 
 
 
 def _longest(array: Any) -> int:
-    """Return the bytes of the longest value in the dictionaries of an Arrow array."""
+    """Return the size in bytes of the longest value in the dictionaries of an Arrow array."""
     import pyarrow
     import pyarrow.compute as compute
 

@@ -61,7 +61,7 @@ class RoundingError:
             self._total += float(np.square(exact, dtype=np.float64).sum())
 
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
-        """Return the parameter in `dtype`; its rounding error is added when it is computed."""
+        """Return the parameter in `dtype`. Computing its values adds their rounding error to this total."""
 
         def rounded(exact: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):

@@ -171,7 +171,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             )
         if stored.dtype not in FLOATS.values():
             raise ValueError(
-                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; convert it"
+                f"{files.where}: {name} must be {' or '.join(FLOATS)}; write it in one of these dtypes"
             )
 
 

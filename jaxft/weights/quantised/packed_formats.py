@@ -339,7 +339,7 @@ def _scaled_weight(
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
         raise ValueError(
-            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}; convert it"
+            f"{files.where}: {scales} must be {' or '.join(FLOATS)}; write the scales in one of these dtypes"
         )
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
