@@ -267,7 +267,7 @@ class RolloutPrograms:
         return over_rollout
 
     def compile_scores(self) -> TokenScores:
-        """Compile the pass that returns log-probs, the reference's and values of each sampled token."""
+        """Compile the pass that computes each sampled token's log-prob, reference log-prob and value."""
         over_rollout = self.compile(partial(score_tokens, self.run.objective))
 
         def scores(packed: PackedRows, episodes: Episodes, state: TrainState) -> Scores:
@@ -278,5 +278,5 @@ class RolloutPrograms:
 
 
 def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:
-    """Return log-probs, the reference's and values of a batch [micro, rows, ...]."""
+    """Return log-probs, reference log-probs and values of a batch [micro, rows, ...]."""
     return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)

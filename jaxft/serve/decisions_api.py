@@ -254,7 +254,9 @@ def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], fl
 
 
 def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:
-    """Return an answer of the response. p: probabilities of the choices."""
+    """Return the answer to a question as JSON. p: probabilities of its choices. confidence: the model's
+    probability of the most probable choice among all tokens.
+    """
     common: dict[str, Any] = {"type": question.type, "name": question.name}
     choices = question.decision.choices
     if question.type == "predicate":
