@@ -176,7 +176,7 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch | None:
-    """torchrun, and launchers that set its variables.
+    """Read the variables of torchrun, which other launchers set too.
 
     Kubeflow's PyTorchJob sets no LOCAL_RANK: one process per pod.
     """
@@ -195,7 +195,7 @@ def _torchrun(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _skypilot(environ: Mapping[str, str]) -> Launch | None:
-    """SkyPilot: one process per node, except on TPU slices, where JAX detects the order of the hosts."""
+    """Read SkyPilot's variables: one process per node. On TPU slices None: JAX detects the order of hosts."""
     if "SKYPILOT_NODE_RANK" not in environ or "SKYPILOT_NODE_IPS" not in environ or _on_tpu(environ):
         return None
     addresses = environ["SKYPILOT_NODE_IPS"].split()
@@ -239,7 +239,7 @@ def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mappi
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
-    """A task of srun. The only task of a node uses all of its GPUs; JAX's default would be the first one."""
+    """Read the variables of a task of srun. A node's only task uses all of its GPUs; JAX's default is one."""
     if any(name not in environ for name in SLURM):
         return None
     size, rank, local = (_number(environ, name) for name in list(SLURM)[2:])

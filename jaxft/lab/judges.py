@@ -59,7 +59,7 @@ class FunctionJudge:
     function: Callable[..., float]
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. A missing score gives no verdict. Raises ValueError if all are
+        """Return the verdict on each match, NaN where a score is missing. Raises ValueError if all are
         missing.
         """
         prompts, rows = [m.prompt for m in matches], [(m.name, m.columns) for m in matches]
@@ -82,7 +82,7 @@ class RewardJudge:
     max_length: int = 2048
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. Texts above max_length have no verdict."""
+        """Return the verdict on each match, NaN where a text exceeds max_length."""
         mesh = sharding.make_mesh(sharding.MeshShape())
         with jax.set_mesh(mesh):
             loaded = load_reward_model(self.ref, mesh, self.adapter)
@@ -102,7 +102,7 @@ class ModelJudge:
     replies: Replies = Replies()
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. Raises ValueError if most replies name no answer."""
+        """Return the verdict on each match. Raises ValueError if most replies name no answer."""
         questions = in_both_orders(matches)
         replies = load_model(self.ref).generate(questions, max_new=self.replies.max_new)
         return values_of(replies, self.name)
@@ -127,7 +127,7 @@ class ServerJudge:
         return self.model
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match.
+        """Return the verdict on each match.
 
         Raises ValueError if the server refuses a request and, before anything is asked, if more requests are
         needed than the budget allows.

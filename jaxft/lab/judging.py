@@ -61,7 +61,7 @@ class Judge(Protocol):
         """The name in tables."""
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match, in both orders."""
+        """Return the verdict on each match, in both orders."""
 
 
 # Questions and replies

@@ -313,8 +313,9 @@ def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
 
 
 def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
-    """Return the accuracies of runs at the same KL to the reference: the largest that all of them have
-    reached, interpolated between their evaluations; "" if a run has no KL or accuracy.
+    """Return a line with each run's accuracy at the same KL to the reference; "" if a run lacks them.
+
+    This KL is the largest that all runs have reached; accuracies are interpolated between evaluations.
 
     curves: entries of metrics.jsonl by label. A run that has moved further is likely to have a higher
     accuracy, whatever its loss.
@@ -333,7 +334,7 @@ def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
 
 
 def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
-    """The evaluations of a run as (KL, accuracy), in the order of the KL; ties have accuracy 1/2."""
+    """Return (KL, accuracy) of a run's evaluations, ascending; an accuracy of ties alone is 1/2."""
     name, points = held_out(names.ACCURACY), []
     for entry in entries:
         kl, accuracy = entry.get(held_out(names.KL)), entry.get(name)
@@ -376,8 +377,9 @@ def _mean_text(values: Sequence[float], by: Criterion) -> str:
 
 
 def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> str:
-    """Return the difference `other` - `best` of two settings with its interval, and if it may be chance: on
-    the same held-out rows, and over the same seeds if both have several.
+    """Return the difference `other` - `best` of two settings with its interval and whether it may be chance.
+
+    It is paired by held-out row, and by seed if either setting has several.
     """
     unit = "pairs" if by.title == compare.ACCURACY else "prompts" if by.of_prompts else "rows"
     if max(len(best), len(other)) > 1:

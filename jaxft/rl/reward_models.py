@@ -139,8 +139,8 @@ def read_before_pad(batch: Pairs, pad: int) -> Pairs:
     """Return a batch [micro, rows, ...] with rewards read before a `pad` that ends a response, as
     transformers reads classifiers.
 
-    A response of that one token is read at the end of its prompt; with branches that is in front of the first
-    response only.
+    A response of only that token is read at the last token of its prompt. With branches, where responses
+    share the prompt, this token precedes the first response.
     """
     last = batch.last.reshape(*batch.ids.shape[:2], -1)
     ends = np.take_along_axis(batch.ids, last, 2).reshape(batch.last.shape)

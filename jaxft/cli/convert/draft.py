@@ -203,7 +203,7 @@ class Draft:
             self.lost.append((option, why))
 
     def drop(self, *names: str) -> None:
-        """Take options that need no setting."""
+        """Record options of the file as needing no setting."""
         self.unneeded += [self.options.pop(name) for name in names if name in self.options]
 
     def default(self, override: str) -> None:

@@ -45,8 +45,10 @@ from jaxft.data.rows.row_files import Row
 
 
 def text_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns of SFT examples: MASS, the sum of their target weights before the factor
-    `weights`, and TOKEN_WEIGHTS, the weights of all tokens if some differ from 1.
+    """Return the types of the extra columns of SFT examples.
+
+    MASS: the sum of their target weights before the factor `weights`. TOKEN_WEIGHTS: the weights of all
+    tokens if some differ from 1.
     """
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
@@ -360,7 +362,7 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
 
 
 def _prompt_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further column: the columns of the dataset as JSON, which rewards read."""
+    """Return the type of the extra column of prompts: the dataset's row as JSON, which rewards read."""
     return ragged(ROW_FIELDS, np.uint8)
 
 

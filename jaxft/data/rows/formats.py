@@ -112,7 +112,7 @@ def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Exam
 
 
 def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
-    """Raise InvalidRow: no row with these columns can be read, and why."""
+    """Raise InvalidRow with `problem`: the reader of a format that is known and not supported."""
     raise row.invalid(reason, problem)
 
 

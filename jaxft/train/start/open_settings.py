@@ -467,7 +467,7 @@ def _mlp_widths(model: Model) -> tuple[int, int]:
 
 
 def gib(size: float) -> str:
-    """Format a number of bytes."""
+    """Return a number of bytes as GiB, with the unit."""
     return f"{size / 2**30:.1f} GiB"
 
 
