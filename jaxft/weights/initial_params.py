@@ -105,7 +105,7 @@ def _init_parts(
     if not settings.trained and "score" not in loaded:
         source = settings.start or settings.weights
         if source is None:
-            raise ValueError("a frozen scorer needs the folder of a reward model; set its start")
+            raise ValueError("a frozen head needs a reward model; set start=FOLDER in its HeadSettings")
         raise ValueError(
             f"{source} is not a reward model: it has no scalar head; give the folder of a run of "
             "configs/reward.py, or a sequence classifier with one label"

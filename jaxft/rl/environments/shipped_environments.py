@@ -209,7 +209,7 @@ def run_python(code: str, limits: SandboxLimits = SandboxLimits()) -> SandboxRes
 
 
 def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, bool]:
-    """Run the code of a folder. Return its exit code, None if it took too long, and its `isolated`."""
+    """Run a folder's code. Return (exit code, None if it took too long; whether it was isolated)."""
     seconds, memory, files, processes, _ = astuple(limits)
     numbers = [str(x) for x in (max(1, round(seconds + 0.5)), memory, files, processes)]
     read, write = os.pipe()  # the process writes to it if it is isolated, and closes it before the code runs

@@ -294,7 +294,7 @@ def swept(
 
 
 def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of a weight of rank R: its R
+    """Return a [in, R], b [R, out] so that `scale a b` is a weight's best approximation of rank R, by its R
     largest singular values.
 
     Columns of a and rows of b have equal norms. Singular vectors are eigenvectors of the smaller Gram matrix,
@@ -317,8 +317,8 @@ def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
 
 
 def _qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out]: the first R rows of the r and columns of the q of the QR decomposition of
-    `weight.T`, transposed. As in peft, `scale` is not used.
+    """Return a [in, R], b [R, out] from the QR decomposition `weight.T = q r`: a is the transpose of r's
+    first R rows, b that of q's first R columns. As in peft, `scale` is not used.
     """
     q, r = np.linalg.qr(weight.T)
     return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)
