@@ -101,7 +101,7 @@ class RowSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether strings are plain text."""
+        """Whether data.format=plain: prompts are plain text, without a chat template."""
         return self.format == PLAIN
 
     @property

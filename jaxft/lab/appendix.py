@@ -353,7 +353,7 @@ def picture_html(study: StudyResult) -> str:
 
 
 def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
-    """Return the page."""
+    """Return the HTML page of a study: its declaration, conclusions, `tables` and curves."""
     named = {table.name: table.html() for table in tables}
     declared = study.declaration
     conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())

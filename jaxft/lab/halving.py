@@ -99,7 +99,7 @@ class HeldOutPairs:
 
     @staticmethod
     def of_json(saved: Mapping[str, Any]) -> "HeldOutPairs":
-        """Read what `json` wrote."""
+        """Return the pairs that `json` returned as JSON."""
         return HeldOutPairs(*(tuple(saved[own.name]) for own in fields(HeldOutPairs)))
 
     def json(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class HeldOutPairs:
 
 
 def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
-    """The folder of a trial."""
+    """Return the folder of trial `number` of a loss with this seed."""
     return folder / TRIALS / f"{label}-{number}-seed{seed}"
 
 

@@ -263,7 +263,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     for token, number in ids.items():
         encoded = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
         if encoded.count(number) != 1:
-            raise ValueError(f"new token {token!r} is split by the tokenizer although added; choose another text")
+            raise ValueError(f"new token {token!r}: the tokenizer would still split it; choose another text")
     if named is not None:
         # llama.cpp would render another token as the BOS of a tokenizer that has none.
         source = named.source if tokenizer.bos_token else named.source.removeprefix(BOS)
