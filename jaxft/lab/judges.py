@@ -173,10 +173,14 @@ class ServerJudge:
             except urllib.error.HTTPError as error:
                 text = printable_line(error.read(400).decode("utf-8", "replace"))
                 if attempt == REPLY_RETRIES or (error.code != 429 and error.code < 500):
-                    raise ValueError(f"{without_secrets(url)}: error {error.code}: {text}") from error
+                    raise ValueError(
+                        f"{without_secrets(url)}: error {error.code}: {text}; check URL, model and {KEY}"
+                    ) from error
             except (OSError, json.JSONDecodeError) as error:
                 if attempt == REPLY_RETRIES:
-                    raise ValueError(f"{without_secrets(url)}: {printable_line(str(error))}") from error
+                    raise ValueError(
+                        f"{without_secrets(url)}: {printable_line(str(error))}; check the URL and the server"
+                    ) from error
             time.sleep(self.pause * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 

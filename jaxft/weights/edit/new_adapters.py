@@ -353,7 +353,9 @@ def extract_adapter(
         for tensors in table.values()
         for before, after in _matrices(tensors, base, tuned)
     ):
-        raise ValueError(f"{tuned.where} and {base.where} have the same weights: nothing to extract")
+        raise ValueError(
+            f"{tuned.where} and {base.where} have the same weights: nothing to extract; name a tuned model"
+        )
     pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
     errors = dict[str, KindError]()
     total = np.zeros(3)  # squared norms of the base, of the change, of the part that the pairs lack
