@@ -178,10 +178,10 @@ class TextStream:
         return piece
 
     def _cut_in_broken_bytes(self, text: str, end: int) -> int | None:
-        """Return how many tokens of the tail end with a character, if `text` of the first `end` does not.
+        """Return after how many tokens to cut the tail where `text`, of its first `end` tokens, may end within a
+        character; None to wait for more tokens.
 
-        None: a character may be unfinished. A cut within a character, also a broken one, is seen from the
-        token after it: the two sides alone have another text.
+        After a cut within a character, also a broken one, the two sides alone would have another text.
         """
         if end - self._done <= LONGEST_TAIL:
             return None

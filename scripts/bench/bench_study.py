@@ -96,7 +96,7 @@ class WordWorld:
         return rows
 
     def limits(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the accuracy of the minimiser of each loss: of the true reward and the bias that is left."""
+        """Return each loss's accuracy at its minimiser, which has the true reward plus the remaining bias."""
         truth, longer = (np.array([row[name] for row in rows]) for name in ("truth", "longer"))
         return [float((truth + (BIASES[self.best] - alpha) * longer > 0).mean()) for alpha in BIASES]
 
