@@ -178,7 +178,7 @@ class TextStream:
         return piece
 
     def _cut_in_broken_bytes(self, text: str, end: int) -> int | None:
-        """Return after how many tokens to cut the tail where `text`, of its first `end` tokens, may end within a
+        """Return after how many tokens to cut the tail if `text`, of its first `end` tokens, may end within a
         character; None to wait for more tokens.
 
         After a cut within a character, also a broken one, the two sides alone would have another text.
