@@ -1,10 +1,10 @@
 """The results of a study: paired comparisons at the end and at the same KL, curves, and sensitivity to knobs.
 
-Values are means over the pairs of each held-out prompt that selected nothing. A loss that has moved further
-from the reference is likely to have a higher accuracy, whatever its loss, so that losses are also compared
-where their policies have the same KL, along the whole curve. There they are compared once more with prompts
-weighted so that longer and shorter chosen responses count the same, since a policy that has only learned to
-like length is right wherever the chosen response is the longer one.
+Values are means over the pairs of each held-out prompt that selected no settings. A policy that has moved
+further from the reference is likely to have a higher accuracy, whatever its loss. So losses are also
+compared where their policies have the same KL, along the whole curve. There they are compared once more with
+prompts weighted so that longer and shorter chosen responses count the same, since a policy that only prefers
+length is right wherever the chosen response is the longer one.
 """
 
 import json
