@@ -236,8 +236,7 @@ def stored_model(
     trainable: Collection[str] = (),
     trainable_dtype: DTypeLike | None = None,
 ) -> StoredModel:
-    """Choose how each parameter of `model`, a model over the whole tree, is stored (see
-    storage.choose_storage).
+    """Choose how each parameter of a model is stored. Other arguments and errors: see storage.choose_storage.
 
     ref: the model from whose files quant=checkpoint takes the layouts. Raises ValueError if quant=checkpoint
     is set and the files have no quantised weights.
@@ -256,10 +255,10 @@ def frozen_model(
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return by path the layouts of the parameters at `paths` that the files quantise, from headers."""
+    """Return by path the layouts of those parameters of `paths` that the files of `ref` store quantised."""
     if ref is None:
         raise ValueError(
-            f"quant={CHECKPOINT} stores the base as its files do, but there are none; set model="
+            f"quant={CHECKPOINT} stores the base as its files do, and no files are named; set model="
         )
     files = open_files(ref)
     readers = param_readers(files, model)

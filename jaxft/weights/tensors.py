@@ -241,7 +241,9 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
-    """Return the array. Raises ValueError with the count and first place of values that are not finite."""
+    """Return the array. Raises ValueError with the count and first place of values that are not finite, and
+    with `advice` as its remedy.
+    """
     if not is_finite(x):
         bad = ~np.isfinite(x.astype(np.float32))
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
@@ -252,7 +254,7 @@ def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
 
 
 def require_finite_scales(x: Any) -> Any:
-    """Return a QTensor, or any other value. Raises ValueError for scales that are not finite."""
+    """Return `x` unchanged. Raises ValueError if it is a QTensor with scales that are not finite."""
     if isinstance(x, QTensor):
         for name in ("scale", "offset", "outer", "mean"):
             array = getattr(x, name)

@@ -115,12 +115,13 @@ class CalibrationRows:
 
 @dataclass(frozen=True)
 class _Programs:
-    """The functions that run one layer. params: of the layer. h: activations [B, T, D]. index: of the layer.
+    """The functions that run one layer, with its parameters `params`, its number `index` and activations h
+    [B, T, D].
 
     forward(params, h, tokens, index) -> h after the layer. inputs(params, h, tokens, index, names) -> by name
-    the inputs [B, T, I] of these weights, 0 at padding. both(params, h, tokens, index, names) -> (h after the
-    layer, inputs). groups(params, h, tokens, index) -> groups of names of weights that have the same input,
-    in the order in which the layer uses them.
+    of a weight its inputs [B, T, I], 0 at padding. both(params, h, tokens, index, names) -> (h after the
+    layer, inputs). groups(params, h, tokens, index) -> tuples of the names of weights that have the same
+    input, in the order in which the layer uses them.
     """
 
     forward: Callable[..., Array]
@@ -290,7 +291,9 @@ def codes_damage(name: str) -> str | None:
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Whether the cache has a run's codes unchanged, or not at all. record: "codes", their name, "sha256"."""
+    """Whether the cache has a run's codes unchanged, or not at all. record: the run's {"codes": name of the
+    codes, "sha256": see codes_sha256}.
+    """
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
 

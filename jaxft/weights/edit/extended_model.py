@@ -263,7 +263,9 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     for token, number in ids.items():
         encoded = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
         if encoded.count(number) != 1:
-            raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
+            raise ValueError(
+                f"new token {token!r} would be split by the tokenizer even after it is added; choose another"
+            )
     if named is not None:
         # llama.cpp would render another token as the BOS of a tokenizer that has none.
         source = named.source if tokenizer.bos_token else named.source.removeprefix(BOS)
@@ -283,7 +285,9 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return a text with a token in which its neighbours do not form another added token."""
+    """Return `token` between two characters with which it forms no other of the tokens `added`; the token
+    alone if there are no such characters.
+    """
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):

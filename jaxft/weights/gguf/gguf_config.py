@@ -344,7 +344,9 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
 
 
 def context_notes(config: ModelConfig) -> list[str]:
-    """Return warnings if llama.cpp computes the same only up to some length, or with some context size."""
+    """Return warnings if llama.cpp computes the same log-probs as jaxft only for texts up to some length, or
+    only with some context size.
+    """
     assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0
@@ -367,7 +369,9 @@ def _window_fields(name: str, hf: dict[str, Any]) -> list[Field]:
 
 
 def _pattern_fields(name: str, hf: dict[str, Any], period: int) -> list[Field]:
-    """Return metadata of the layers with windows; [] for llama.cpp's default, all but each period's last."""
+    """Return the metadata that states which layers have windows; [] without windows, or if they are in all
+    layers but each `period`-th, which is llama.cpp's default for the architecture. hf: a config.json.
+    """
     windowed = [kind == "sliding_attention" for kind in hf["layer_types"]]
     if not hf.get("sliding_window") or windowed == [i % period < period - 1 for i in range(len(windowed))]:
         return []

@@ -259,12 +259,12 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
     for _ in range(count):
         name, rank = cursor.name(), cursor.number("<I")
         if rank > 4:
-            raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
+            raise ValueError(f"tensor {name[:100]} has {rank} dimensions, more than 4")
         dims = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
         listed.append((name, dims, cursor.number("<I"), cursor.number("<Q")))
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align < 1:
-        raise ValueError(f"its alignment is {align}")
+        raise ValueError(f"its general.alignment is {align}, expected a whole number above 0")
     start = -(-cursor.at // align) * align
     tensors = {}
     for name, dims, code, offset in listed:
@@ -350,7 +350,9 @@ def write_gguf_file(
                 with errors_name(f"{path}: not written: tensor {tensor.name}"):
                     raw = np.ascontiguousarray(tensor.fetch())
                 if raw.dtype != np.uint8 or raw.size != tensor.size:
-                    raise ValueError(f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}")
+                    raise ValueError(
+                        f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}; correct its fetch()"
+                    )
                 file.seek(int(at))
                 file.write(raw.reshape(-1).data)
         publish(part, path)

@@ -127,7 +127,7 @@ def _apply_pre_tokenizer(tokenizer: Any, pre: PreTokenizer) -> None:
 def build_tokenizer(header: GgufHeader) -> Any:
     """Build a transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
 
-    Raises ValueError for a vocabulary of another type, an unknown pre-tokenizer and invalid metadata.
+    Raises ValueError for a tokenizer that is not BPE, an unknown pre-tokenizer and invalid metadata.
     """
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -409,7 +409,9 @@ def _begins_with_space(tokenizer: Any) -> bool:
 
 
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:
-    """Return llama.cpp's name of the pre-tokenizer that splits SPLIT_PROBES as this tokenizer does."""
+    """Return llama.cpp's name of the pre-tokenizer with this `whole_words` that splits SPLIT_PROBES as the
+    tokenizer does. Raises ValueError if there is none.
+    """
     from tokenizers import Tokenizer, models
 
     def pieces(core: Any) -> list[list[str]]:
@@ -435,7 +437,9 @@ def _pre_name(tokenizer: Any, whole_words: bool) -> str:
 
 
 def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Field]:
-    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates."""
+    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates. ends,
+    rows: as in tokenizer_fields.
+    """
     eos = tokenizer.eos_token_id
     others = [end for end in ends if end != eos and end < rows]
     eos = others.pop(0) if eos is None and others else eos

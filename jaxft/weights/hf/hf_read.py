@@ -171,7 +171,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             )
         if stored.dtype not in FLOATS.values():
             raise ValueError(
-                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; convert it"
+                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; load the model with "
+                "transformers' from_pretrained(MODEL, dtype='bfloat16') and write it with save_pretrained"
             )
 
 

@@ -175,7 +175,9 @@ def _save_multimodal(
 def _changed_settings(
     model: Model, base: Params, located: Located, tensors: Collection[TensorToWrite]
 ) -> dict[str, Any]:
-    """Return the settings of a multimodal model's decoder that differ from its config.json, by name."""
+    """Return the settings of a multimodal model's decoder that differ from its config.json, by name: any of
+    vocab_size, tie_word_embeddings and dtype. tensors: the decoder's changed tensors.
+    """
     old, out = text_config(read_model_json(located.path / "config.json")), dict[str, Any]()
     if model.config.vocab != old["vocab_size"]:
         out["vocab_size"] = model.config.vocab

@@ -117,7 +117,8 @@ def read_stored(tensor: StoredTensor, index: Index = ()) -> np.ndarray:
     """Read a tensor, or the part of it at `index`. Raises ValueError for an unsupported dtype."""
     if tensor.dtype == UNSUPPORTED:
         raise ValueError(
-            f"{tensor.path}: tensor {tensor.name} has an unsupported dtype; use one of {', '.join(DTYPES)}"
+            f"{tensor.path}: the dtype of tensor {tensor.name} is not supported; write the file again with "
+            f"one of {', '.join(DTYPES)}"
         )
     index = full_index(index, tensor.shape)
     if tensor.dtype in FLOAT8.values() or not math.prod(lengths(index)) or not tensor.shape:
