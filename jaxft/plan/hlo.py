@@ -74,9 +74,8 @@ def arrays(text: str) -> list[Array]:
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """Parse the text of `compiled.as_text()`; an empty text is a program without instructions.
-
-    Raises ValueError for any other text without a complete entry computation.
+    """Parse the text of `compiled.as_text()`, which may be empty. Raises ValueError for a text without a
+    complete entry computation.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
@@ -227,7 +226,7 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
 
 
 def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
-    """Follow copies, bitcasts and conversions from `one` back to the instruction whose result they copy."""
+    """Follow copies, bitcasts and conversions in a computation from `one` back to what they copy."""
     while (
         one is not None
         and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")

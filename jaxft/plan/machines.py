@@ -147,7 +147,7 @@ class Machine:
         return self.devices[0].platform == "tpu"
 
     def domains(self) -> list[int]:
-        """Return the host of each GPU, or the slice of each TPU; links inside a host or slice are fast."""
+        """Return by device the number of its host, for TPUs of its slice, inside which links are fast."""
         if self.tpu:
             return [getattr(d, "slice_index", None) or 0 for d in self.devices]
         return [d.process_index for d in self.devices]
@@ -334,9 +334,8 @@ def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -
 
 
 def cell_text(one: Mapping[str, Any] | None) -> str:
-    """Return a result of `smallest` as text: GiB per device, and the number of devices if more than one.
-
-    "–" if nothing fits, "" for None.
+    """Return a result of `smallest` as text: GiB per device, and the number of devices if more than one; "–"
+    if nothing fits, "" for None.
     """
     if one is None:
         return ""

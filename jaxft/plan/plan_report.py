@@ -176,8 +176,8 @@ def scaling_report(plans: Sequence[Plan]) -> str:
 
 
 def scaling_limit(p: Plan) -> str:
-    """Return a line with the tokens per device at which matmuls take as long as weight gathers, for the plan
-    of a train step that has an estimate.
+    """Return a line with the tokens per device at which matmuls take as long as weight gathers. The plan must
+    have an estimate.
     """
     e = p.estimate
     assert e is not None and p.flops is not None
@@ -205,8 +205,8 @@ CHARACTERS = 4  # of a token, where the rows cannot be tokenised
 
 @dataclass(frozen=True)
 class RunSteps:
-    """Number of optimizer steps of a run. source: what the number follows from, such as loop.steps or the
-    rows, as text. samples: whether the steps train on rollouts.
+    """Number of optimizer steps of a run. source: setting or rows that it follows from, as text. samples:
+    whether the steps train on rollouts.
     """
 
     count: int

@@ -159,9 +159,7 @@ def _purpose(program: HloProgram, where: str, one: Instruction) -> str:
 
 
 def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instruction) -> bool:
-    """Whether an instruction of the computation `inside` makes a zero-padded shard: a dynamic-update-slice
-    into a constant, also in a fusion.
-    """
+    """Whether `one` makes a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
     given = [inside[name] for name in one.operands if name in inside]
     if one.opcode == "fusion" and called_computations(one):
         inner = program.computations.get(called_computations(one)[0], {})

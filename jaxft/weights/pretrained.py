@@ -218,9 +218,8 @@ def load_tokenizer(ref: str) -> Any:
 
 
 def check_token_id(ref: str, largest: int, vocab: int) -> None:
-    """Raise ValueError if a token id is beyond the model's embeddings.
-
-    A gather would silently read another row for it.
+    """Raise ValueError if the largest token id of a text is not below `vocab`, the model's number of
+    embeddings, because a gather would silently read another row.
     """
     if largest >= vocab:
         raise ValueError(
@@ -311,8 +310,8 @@ def load_base(
 
 
 def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, bool]:
-    """Return (reader, unchanged). The reader reads calibrated codes in place of the weight if the storage
-    names them. unchanged: whether codes and scales are stored as they are in the files.
+    """Return (reader, unchanged) to load a parameter with; the reader reads the storage's calibrated codes,
+    if any, instead of the weight. unchanged: whether codes and scales are stored as they are in the files.
     """
     if storage.codes is not None:
         return replace(reader, files=open_codes(storage.codes)), True

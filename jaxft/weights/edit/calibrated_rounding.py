@@ -300,7 +300,7 @@ def swept(
 
 
 def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of a weight of rank R: its R
+    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of rank R of a weight: its R
     largest singular values.
 
     Columns of a and rows of b have equal norms. Singular vectors are eigenvectors of the smaller Gram matrix,

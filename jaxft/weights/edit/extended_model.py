@@ -129,9 +129,7 @@ def _ids_by_token(tokenizer: Any, numbers: Collection[int]) -> dict[str, int]:
 
 
 def _draft(folder: Path, ref: str, extension: Extension) -> str:
-    """Write an extended model's configuration and tokenizer, without weights, below `folder`; return the
-    path.
-    """
+    """Write an extended model's configuration and tokenizer, no weights, below `folder`; return its path."""
     digest = hashlib.sha256(json.dumps([ref, repr(extension)]).encode()).hexdigest()[:16]
     out = folder / digest / "extended"
     if not out.is_dir():
@@ -335,7 +333,7 @@ def extension_notes(ref: str) -> list[str]:
 
 
 def mark_untrained(folder: Path, ids: Mapping[str, int], notes: Sequence[str] = ()) -> None:
-    """Write untrained_tokens.json to a model's folder. ids: of new tokens with untrained rows, by token.
+    """Write untrained_tokens.json to a model's folder. ids: ids, by token, of new tokens with untrained rows.
     notes: lines about tokens that may be untrained, for the start of runs.
     """
     if ids or notes:
@@ -353,7 +351,7 @@ def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:
 def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable: Collection[str]) -> None:
     """Raise ValueError if a run leaves rows of new tokens untrained, in the table or in the head.
 
-    trainable: paths of the whole tree.
+    trainable: paths of the run's trainable parameters in the whole tree.
     """
     new = untrained_tokens(ref)
     if not new:

@@ -196,8 +196,8 @@ def kv_head_count(header: GgufHeader) -> int:
 
 
 def _count_in_all_layers(header: GgufHeader, name: str) -> int:
-    """Return a number of heads, which some files state per layer. name: attention.head_count or
-    attention.head_count_kv. Raises ValueError if layers differ.
+    """Return the number of heads at the key `name`, which some files state per layer. Raises ValueError if
+    layers differ.
     """
     key = header.key(name)
     if isinstance(header.metadata.get(key), list):

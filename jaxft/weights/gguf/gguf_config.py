@@ -161,14 +161,14 @@ def _one_rope(header: GgufHeader, sizes: Sizes, **others: Any) -> dict[str, Any]
 
 
 def _window(header: GgufHeader, default: int = 0) -> int | None:
-    """Return the number of keys in a layer's window, None without windows, which some files state as 0."""
+    """Return the number of keys in a layer's window; None without windows, which some files state as 0."""
     return header.optional(header.key(WINDOW), default) or None
 
 
 def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
-    """Return config.json's layer_types. The metadata state whether each layer has a window, or a period n, by
-    default `period`: every n-th layer has full attention, the others windows
-    (llama_hparams::set_swa_pattern).
+    """Return config.json's layer_types. The metadata either list whether each layer has a window, or state a
+    period (by default `period`): then the last layer of each period has full attention, and all others have
+    windows (llama_hparams::set_swa_pattern).
     """
     key = header.key("attention.sliding_window_pattern")
     if isinstance(header.metadata.get(key), list):
@@ -240,7 +240,7 @@ def _default_rope(theta: float) -> dict[str, Any]:
 
 
 def _phi3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Read Phi-3's settings; its config.json has the length before scaling outside rope_scaling."""
+    """Read Phi-3's settings; its config.json has original_max_position_embeddings outside rope_scaling."""
     length = header.required(header.key("context_length"), int)
     original = header.optional(header.key("rope.scaling.original_context_length"), length)
     scaling = rope_scaling(header, sizes.rotated)

@@ -129,7 +129,7 @@ class _Cursor:
         return self.take(self.number("<Q")).decode("utf-8")
 
     def texts(self, count: int) -> list[str]:
-        """Read strings without a call for each value: a tokenizer has a hundred thousand."""
+        """Read `count` strings without a call for each: a tokenizer has a hundred thousand."""
         data, at, end, texts = self.data, self.at, len(self.data), []
         for _ in range(count):
             start = at + 8

@@ -370,8 +370,8 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """The properties of a model that determine the types of its tensors in a mixture. architecture: in GGUF.
-    tied: whether the embedding is also the head. weighted: whether inputs have importances.
+    """The properties of a model that determine the types of its tensors in a mixture. architecture: its GGUF
+    name. tied: whether the embedding is also the head. weighted: whether inputs have importances.
     """
 
     architecture: str
@@ -397,7 +397,7 @@ def mixture_named(name: str) -> str:
 
 def tensor_kind(name: str, shape: tuple[int, ...], mixture: str, model: MixtureModel) -> str:
     """Return the type of a tensor: F32 for a vector; for a matrix the type that the mixture chooses, or a
-    fallback if the inputs are not a multiple of that type's block. name: in GGUF. mixture: a key of MIXTURES.
+    fallback if the inputs are not a multiple of that type's block. name: GGUF name. mixture: key of MIXTURES.
     """
     if len(shape) < 2:
         return "F32"

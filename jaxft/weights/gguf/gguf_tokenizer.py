@@ -296,7 +296,9 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Return the post-processor that adds BOS and EOS tokens, as the metadata state or llama.cpp defaults."""
+    """Return the post-processor that adds BOS and EOS tokens if the metadata state so, else as llama.cpp does
+    by default. ids: ids of "bos" and "eos". tokens: all tokens by id.
+    """
     from tokenizers import processors
 
     starts = header.required("tokenizer.ggml.model", str) == "llama" or _pre_tokenizer_of(header).bos

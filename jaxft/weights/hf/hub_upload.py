@@ -285,7 +285,7 @@ def _open_branch(api: Any, target: HubTarget, progress: _Progress) -> str:
 
 
 def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[Any]:
-    """Return the additions and deletions of a commit."""
+    """Return the operations of a commit that adds `files` and deletes the files `stale`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     added = [

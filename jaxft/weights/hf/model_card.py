@@ -132,7 +132,7 @@ def license_of(ref: str) -> str:
 
 
 def base_name(ref: str) -> str:
-    """Return a base model's name for readers: on the hub, or the last part of its path."""
+    """Return the name of a base model in a card: its name on the hub, or the last part of its path."""
     named = hub.hub_name(ref)
     return named[0] if named else Path(ref).name
 

@@ -72,8 +72,9 @@ class Grouping(NamedTuple):
 def _read_grouped(
     files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
 ) -> dict[str, Any]:
-    """Read the QTensor arrays of values `(code - zero) * scale`. In an affine4 layout the offset is -zero *
-    scale, exact in float32. Raises ValueError for an int4 layout unless all zeros are 8.
+    """Read the part at `index` of the weight `stem`.weight, with values `(code - zero) * scale`, as a
+    QTensor's arrays by name. In an affine4 layout the offset is -zero * scale, exact in float32. Raises
+    ValueError for an int4 layout unless all zeros are 8.
     """
     grid, rows = layout.scale.shape, ff.array_index(layout, "scale", index)
     codes = read_eights(files, f"{stem}.qweight", layout.shape, how.axis, index, how.order)
@@ -109,7 +110,9 @@ def write_grouped(name: str, layout: QTensor, how: Grouping) -> list[ff.WrittenT
 
 
 def group_size(where: str, settings: ff.QuantConfig) -> int | None:
-    """Return how many inputs share a scale, None for all. Raises ValueError unless codes have 4 bits."""
+    """Return how many inputs share a scale by a GPTQ or AWQ quantization_config, None if all do. Raises
+    ValueError unless codes have 4 bits.
+    """
     bits = settings.get("bits", settings.get("w_bit"))
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
@@ -201,7 +204,8 @@ def _write_gptq(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 def _config_gptq(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
     """Return GPTQ's quantization_config. GPTQModel and vLLM read the modules that are not quantised from
-    `dynamic`, transformers (optimum) reads the quantised ones from modules_in_block_to_quantize.
+    `dynamic`, transformers (optimum) reads the quantised ones from modules_in_block_to_quantize. plain,
+    packed: see FileFormat.
     """
     names = [name for name in plain if name != "lm_head"]
     skipped: dict[str, Any] = {
