@@ -147,7 +147,7 @@ class Machine:
         return self.devices[0].platform == "tpu"
 
     def domains(self) -> list[int]:
-        """Return by device the number of its host, for TPUs of its slice, inside which links are fast."""
+        """Return for each device the number of its host, or of its slice for TPUs; links inside are fast."""
         if self.tpu:
             return [getattr(d, "slice_index", None) or 0 for d in self.devices]
         return [d.process_index for d in self.devices]

@@ -273,8 +273,9 @@ def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> li
 def all_programs(run: Run, p: Programs) -> list[Program]:
     """Return the train step and all other programs of a run.
 
-    These are evaluation, sample completions, evaluation on the text of Run.general, precomputed reference
-    log-probs, and for rollouts sampling, log-probs and reward heads.
+    As far as the run's settings ask for them, these are evaluation, sample completions, evaluation on the
+    text of Run.general, precomputed reference log-probs, and for rollouts sampling, log-probs and reward
+    heads.
     """
     shards, params = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
     (first,) = listed = train_programs(run, p)

@@ -215,7 +215,7 @@ class RunSteps:
 
 
 def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
-    """Return the steps of a run. tokenizer: loads the model's tokenizer, for the lengths of the rows.
+    """Return a run's number of steps. tokenizer: loads the model's tokenizer, for the lengths of the rows.
 
     Without a tokenizer that can be loaded, tokens are estimated from characters. Raises ValueError or
     FileNotFoundError if there are no rows.

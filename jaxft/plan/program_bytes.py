@@ -73,7 +73,7 @@ class Collective:
 
     @property
     def gathers_or_scatters(self) -> bool:
-        """Whether it gathers weights or scatters gradients, as overlapped collectives of any kind do."""
+        """Whether it counts as moving weights or their gradients: a gather, a scatter, or overlapped."""
         return self.kind in ("all-gather", "reduce-scatter") or self.overlapped
 
     @property
@@ -225,7 +225,7 @@ def _collective(one: Instruction, kind: str, devices: int) -> Collective:
 
 
 def _results(one: Instruction, kind: str) -> list[Array]:
-    """Return the result arrays of a collective; the type of a `-start` also lists operands and others."""
+    """Return the result arrays of a collective; the type of a `-start` lists its operands before them."""
     if not one.opcode.endswith("-start") or kind == "all-reduce":
         return one.arrays
     parts = _parts(one.type)

@@ -323,8 +323,8 @@ def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
 
 
 def _qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out]: the first R rows of the r and columns of the q of the QR decomposition of
-    `weight.T`, transposed. As in peft, `scale` is not used.
+    """Return a [in, R], b [R, out] from the QR decomposition `weight.T = q r`: the first R rows of r and the
+    first R columns of q, both transposed. As in peft, `scale` is not used.
     """
     q, r = np.linalg.qr(weight.T)
     return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)

@@ -185,7 +185,7 @@ def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tenso
 
 
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
-    """Return settings that declare pairs of these ranks and alphas. layouts: by path. default: all others."""
+    """Return `default` with settings that declare pairs with the ranks and alphas in `layouts`, by path."""
     ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
     targets = tuple(dict.fromkeys(tensor.path.rpartition("/")[2] for tensor in ranked))
     modules = base_modules(spec_paths(base), model.weight_names)
