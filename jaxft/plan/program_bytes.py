@@ -203,7 +203,7 @@ def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruc
 
 
 def _users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
-    """Return the instructions of a computation that read a result, by the name of the one that makes it."""
+    """Return, by the name of each instruction of a computation, the instructions that read its result."""
     users: dict[str, list[Instruction]] = {}
     for x in inside.values():
         for name in x.operands:

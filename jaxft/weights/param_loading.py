@@ -221,7 +221,7 @@ def _plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, l
 
 
 def _parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
-    """Yield (tensor, index of the part in it) for every tensor that contains some of these parts."""
+    """Yield (tensor, index in it) for each part of the parameter and each tensor that contains some of it."""
     for tensor in reader.tensors:
         lead = len(tensor.index)
         for part in parts:

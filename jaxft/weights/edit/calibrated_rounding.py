@@ -48,7 +48,7 @@ class InputMoments(NamedTuple):
 class InverseFactor(NamedTuple):
     """The inverse of a damped moment H [I, I], factorised: `H[order][:, order]^-1 = upper^T upper / mean`.
 
-    order: the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: of H's diagonal.
+    order: the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: H's mean diagonal.
     """
 
     order: Array

@@ -51,7 +51,7 @@ class RoundingError:
 
     @property
     def fraction(self) -> float:
-        """Root mean square of the error of all weights so far, divided by their root mean square."""
+        """Root mean square of all errors so far, divided by the root mean square of the weights."""
         return (self._error / self._total) ** 0.5 if self._total else 0.0
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:

@@ -167,7 +167,7 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read metadata and tensor table of a GGUF file. path: of a split file, any part; all parts are read.
+    """Read metadata and tensor table of a GGUF file. path: the file; any part of a split file, to read all.
 
     Raises ValueError for an invalid or incomplete file, FileNotFoundError for a part that is missing.
     """

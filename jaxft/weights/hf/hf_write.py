@@ -358,7 +358,7 @@ def _write_multimodal_weights(
     several processes, all call this, and process 0 writes.
 
     source: the model's folder. tensors: the new values, under the names of the text-only model. tied: whether
-    the head is the embedding. A head that `source` lacks is added; any other such tensor raises ValueError.
+    the head is the embedding. If `source` lacks a head, it is added; other new tensors raise ValueError.
     """
     files, new = weight_files(source), {tensor.name: tensor for tensor in tensors}
     opened = open_safetensors(source, files)
