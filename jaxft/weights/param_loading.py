@@ -45,11 +45,11 @@ Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an inde
 class ParamReader:
     """A parameter and its tensors in a model's files; `read_values` and `read_quantised` read parts of it.
 
-    tensors: one per layer or expert, in row-major order. shape: of the full parameter. dtype: of the values
-    that are read, by default the files', or float32 if the tensors' dtypes differ. layout: the quantised
-    layout of all tensors in the files; None if a tensor is not quantised, if layouts differ, or if a tensor
-    contains other parameters too. changed(tensor, index): returns the values that replace the files', such
-    as merged ones; None to read the files.
+    tensors: one per index along the leading axes, such as the layer, in row-major order. shape: of the full
+    parameter. dtype: of the values that are read, by default the files', or float32 if the tensors' dtypes
+    differ. layout: the quantised layout of all tensors in the files; None if a tensor is not quantised, if
+    layouts differ, or if a tensor contains other parameters too. changed(tensor, index): returns the values
+    that replace the files', such as merged ones; None to read the files.
     """
 
     files: ModelFiles
