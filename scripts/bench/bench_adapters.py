@@ -61,7 +61,9 @@ def random_adapter(model: Any, rank: int, seed: int) -> Any:
 
 
 def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new: int) -> list[list[int]]:
-    """Return the completion of each prompt with the adapter of its number."""
+    """Return the token ids of each prompt's completion. numbers: which adapter completes each prompt. new:
+    the length of a completion.
+    """
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import TokenRequest
     from jaxft.engine.session import RequestSettings

@@ -272,7 +272,7 @@ def test_the_learning_rate_ends_where_theirs_does(converted, kind, warmup):
         ("a.py", "f(SFTConfig(lr=" + "-" * 5000 + "1))", "a.py"),
         ("a.ipynb", "{}", "not a notebook"),
         ("a.sh", "echo hello", "no command that starts a trainer"),
-        ("a.sh", "axolotl train missing.yml", "missing.yml, which is not here or near"),
+        ("a.sh", "axolotl train missing.yml", "missing.yml, which is neither in the working directory"),
         ("a.toml", "x = 1", "convert reads YAML"),
     ],
 )  # fmt: skip
