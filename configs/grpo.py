@@ -6,9 +6,9 @@ group are made likelier.
 
 SmolLM2-135M-Instruct learns to say whether an opinion is positive, on the opinions in configs/data; LoRA on
 every linear layer. A rollout of 8 x 8 short completions and its step take about 9 seconds on two CPU cores
-without AVX512; the run is 24 of them. A reward is a function of (prompt, completion, row), see
-jaxft.rl.rewards; several are added. With environment= or tools= an episode has several turns, see
-configs/grpo_tools.py.
+without AVX512; the run has 24 of them. A reward is a function of (prompt, completion, row), see
+jaxft.rl.rewards; the scores of several are added. With environment= or tools= an episode has several turns,
+see configs/grpo_tools.py.
 
 Hardware: 2 CPU cores, 2 GB; 4 minutes.
 
@@ -82,10 +82,10 @@ def config(
     loss: PolicyLossFunction = clipped,  # of a sampled token
     eps_low: float | None = None,  # the lower clipping bound; the loss's default if unset
     eps_high: float | None = None,  # the upper one, such as DAPO's 0.28
-    beta: float = 0.0,  # of a KL penalty; 0 runs no reference
-    kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is
+    beta: float = 0.0,  # factor of a KL penalty; 0 runs no reference
+    kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is added
     correction: CorrectionFunction | None = None,
-    correction_bounds: tuple[float, float] | None = None,  # of its weights; the function's if unset
+    correction_bounds: tuple[float, float] | None = None,  # least and most weight; the function's if unset
     ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

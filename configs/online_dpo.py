@@ -1,5 +1,5 @@
-"""Online DPO with LoRA: the best and the worst of the policy's own completions, by a reward, and any
-preference loss.
+"""Online DPO with LoRA: any preference loss on pairs of the policy's own best and worst completions, ranked
+by a reward.
 
     python scripts/train.py --config configs/online_dpo.py
     python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl
