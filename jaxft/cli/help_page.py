@@ -44,9 +44,7 @@ DATA_KINDS = {
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
     """Return heading -> settings of a Run, with their defaults and those of COMPARED_RECIPES that differ.
-
-    Settings that all kinds of rows share come first, then under headings such as "Of SFT, data" the settings
-    of one kind.
+    Settings that all kinds of rows share come first; headings that begin as "Of SFT" have those of one kind.
     """
     with without_model_weights():
         recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}

@@ -31,9 +31,8 @@ class Edit(NamedTuple):
 
 
 def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
-    """Write a conversion as a recipe file, with `lines` as comments below its docstring.
-
-    Raises ValueError if `path` exists or does not end in .py.
+    """Write a conversion as a recipe file, with `lines` as comments below its docstring. Raises ValueError if
+    `path` exists or does not end in .py.
     """
     if path.suffix != ".py":
         raise ValueError(f"--out {path}: a recipe is a Python file; write --out {path.stem or 'mine'}.py")
@@ -106,7 +105,6 @@ def _literal(value: Any) -> str:
 
 def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: list[str]) -> Edit:
     """Return the edit that replaces the recipe's docstring by one about the conversion, and adds comments.
-
     source, tree: the shipped recipe, as text and parsed. lines: the comments.
     """
     name = re.sub(r"[^\w .-]", "_", conversion.source.file.name)
@@ -144,9 +142,8 @@ def _defaults(
 
 
 def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dict[str, _Code]) -> str:
-    """Return the source of a group's default with other values, such as RowKnobs(data="rows.jsonl").
-
-    default: the call so far. knobs: the recipe's, by name. values: knob of this group -> its new value.
+    """Return the source of a group's default with other values, such as RowKnobs(data="rows.jsonl"). default:
+    the call so far. knobs: the recipe's, by name. values: knob of this group -> its new value.
     """
     assert isinstance(default, ast.Call)
     names = [name for name, knob in knobs.items() if knob.group == knobs[next(iter(values))].group]
@@ -158,9 +155,8 @@ def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dic
 
 
 def _returned(source: bytes, config: ast.FunctionDef, fields: list[str]) -> Edit:
-    """Return the edit that makes `config` return its Run with other fields.
-
-    config: the recipe's function. fields: `name=value`, such as loop.steps=20.
+    """Return the edit that makes `config` return its Run with other fields. config: the recipe's function.
+    fields: `name=value`, such as loop.steps=20.
     """
     returned = next(n for n in ast.walk(config) if isinstance(n, ast.Return))
     assert returned.value is not None

@@ -175,9 +175,8 @@ class Draft:
         return next((self.options[name].value for name in names if name in self.options), None)
 
     def number(self, *names: str) -> float | None:
-        """Return the first of these options that the file gives as a number, without removing it.
-
-        None: the file gives none of them, or the value is not a number below 2**53.
+        """Return the first of these options that the file gives as a number, without removing it. None: the
+        file gives none of them, or the value is not a number below 2**53.
         """
         value = self.peek(*names)
         try:
@@ -192,9 +191,8 @@ class Draft:
         self.settings[name] = text
 
     def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
-        """Record settings, and that they express `option`, if there is one.
-
-        overrides: `setting=value`. note: how the settings differ from the option, "" for the same meaning.
+        """Record settings, and that they express `option`, if there is one. overrides: `setting=value`. note:
+        how the settings differ from the option, "" for the same meaning.
         """
         overrides = list(overrides)
         for override in overrides:

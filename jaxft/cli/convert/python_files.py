@@ -71,9 +71,8 @@ class DatasetCall:
         return (self.path, self.config, split) == (other.path, other.config, other.split or "train")
 
     def rest(self, other: "DatasetCall") -> float | None:
-        """Return which fraction of a split `other` is, if it is exactly the rest of the split; else None.
-
-        For self = train[:90%] and other = train[90%:] it is 0.1.
+        """Return which fraction of a split `other` is, if it is exactly the rest of the split; else None. For
+        self = train[:90%] and other = train[90%:] it is 0.1.
         """
         first, last = (re.fullmatch(r"\w+\[(:?)(\d{1,2})%(:?)\]", rows.part) for rows in (self, other))
         if first is None or last is None or first[2] != last[2] or {first[1], last[1]} != {"", ":"}:
@@ -109,9 +108,8 @@ def call_name(node: ast.expr) -> str:
 
 
 def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[GivenOption]:
-    """Return the options about rows in a file's code, for training and evaluation.
-
-    value: returns the value of an expression, or an Expression.
+    """Return the options about rows in a file's code, for training and evaluation. value: returns the value
+    of an expression, or an Expression.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls.sort(key=lambda node: (node.lineno, node.col_offset))
@@ -184,9 +182,8 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
 def _divided(
     call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None
 ) -> Iterator[GivenOption]:
-    """Yield the options test_split_size and test_split_seed of a train_test_split call.
-
-    call: its part "train" is trained on. held: the rows of eval_dataset=, None if they are unknown.
+    """Yield the options test_split_size and test_split_seed of a train_test_split call. call: its part
+    "train" is trained on. held: the rows of eval_dataset=, None if they are unknown.
     """
     given = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg}
     size = value(call.args[0]) if call.args else given.get("test_size")
@@ -208,7 +205,6 @@ def _divided(
 
 def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | None) -> Iterator[GivenOption]:
     """Yield the option eval_dataset, unless its rows are the part "test" of train_dataset's train_test_split.
-
     node: the trainer's argument. train, held: the rows of train_dataset and of `node`, None if unknown.
     """
     text, line = ast.unparse(node), node.lineno
@@ -237,9 +233,8 @@ def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | N
 
 
 def _change(call: ast.Call, sampled: bool, value: Callable[[ast.expr], Any]) -> GivenOption:
-    """Return an option for a call that changes rows, with a remark if convert does not do the same.
-
-    sampled: the call is a shuffle, and a select or take of the first rows follows it.
+    """Return an option for a call that changes rows, with a remark if convert does not do the same. sampled:
+    the call is a shuffle, and a select or take of the first rows follows it.
     """
     name = call_name(call.func)
     if name == "shuffle":
@@ -278,9 +273,8 @@ def _is_none(node: ast.expr) -> bool:
 
 
 class _Followed:
-    """Follows an expression back to load_dataset; a name has the value of its last assignment above it.
-
-    tree: the file. value: returns the value of an expression, or an Expression.
+    """Follows an expression back to load_dataset; a name has the value of its last assignment above it. tree:
+    the file. value: returns the value of an expression, or an Expression.
     """
 
     def __init__(self, tree: ast.Module, value: Callable[[ast.expr], Any]) -> None:
@@ -555,9 +549,8 @@ def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
 
 
 def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
-    """Yield the option model_name_or_path of a call: `model`, `model_name` or else the first argument.
-
-    names: known names -> values. Yields nothing if the argument is not a string.
+    """Yield the option model_name_or_path of a call: `model`, `model_name` or else the first argument. names:
+    known names -> values. Yields nothing if the argument is not a string.
     """
     named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
     argument = next(iter([*named, *node.args]), None)
@@ -590,9 +583,8 @@ def _assignments(tree: ast.Module) -> dict[str, Any]:
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """Return the value of an expression without running it; an Expression if that is not possible.
-
-    names: known names -> values.
+    """Return the value of an expression without running it; an Expression if that is not possible. names:
+    known names -> values.
     """
     try:
         return ast.literal_eval(node)

@@ -100,9 +100,8 @@ def _axolotl(draft: Draft) -> None:
 
 
 def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
-    """Add a dataset's renamed columns (`ours=theirs`) to `columns`, and return remarks about its rows.
-
-    item: an entry of Axolotl's `datasets`, whose `type` names columns and prompt format.
+    """Add a dataset's renamed columns (`ours=theirs`) to `columns`, and return remarks about its rows. item:
+    an entry of Axolotl's `datasets`, whose `type` names columns and prompt format.
     """
     kind, remarks = item.get("type", ""), list[str]()
     options = {**item, **(kind if isinstance(kind, Mapping) else {})}
@@ -162,9 +161,8 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
 
 
 def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> list[str]:
-    """Return overrides for datasets and their columns, such as data=a.jsonl:text=story,b.jsonl.
-
-    setting: data or held_out. refs: the datasets. columns: what follows each one, such as text=story.
+    """Return overrides for datasets and their columns, such as data=a.jsonl:text=story,b.jsonl. setting: data
+    or held_out. refs: the datasets. columns: what follows each one, such as text=story.
     """
     if len(refs) == 1 and columns[0] and setting == "data":
         return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
@@ -173,9 +171,8 @@ def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> li
 
 
 def _reference(item: Mapping) -> str:
-    """Return a dataset in the form that data= accepts: files, or org/name/config:split.
-
-    item: the dataset's keys in Axolotl or TRL, such as path, name, split and data_files.
+    """Return a dataset in the form that data= accepts: files, or org/name/config:split. item: the dataset's
+    keys in Axolotl or TRL, such as path, name, split and data_files.
     """
     path = str(item.get("path") or item.get("dataset_name") or "")
     files = item.get("data_files")
@@ -329,9 +326,8 @@ def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
 
 
 def _factory_columns(entry: Mapping, stage: str) -> list[str]:
-    """Return `ours=theirs` for each column of a dataset that is called otherwise in jaxft.
-
-    entry: of dataset_info.json. stage: LLaMA-Factory's; in pt (pre-training) its `prompt` is jaxft's `text`.
+    """Return `ours=theirs` for each column of a dataset that is called otherwise in jaxft. entry: of
+    dataset_info.json. stage: LLaMA-Factory's; in pt (pre-training) its `prompt` is jaxft's `text`.
     """
     columns = entry.get("columns")
     renamed = []
@@ -359,9 +355,7 @@ def length_of_run(draft: Draft) -> None:
 
 
 def schedule(draft: Draft) -> None:
-    """Set the learning-rate schedule and its warmup. It ends at 0, as in the other tools, unless the file
-    gives the end.
-    """
+    """Set the learning-rate schedule and its warmup. It ends at 0, as in the tools, or as the file says."""
     kind = draft.take("lr_scheduler_type", "lr_scheduler")
     further = draft.take("lr_scheduler_kwargs")
     kwargs = _mapping(None if further is None else further.value)

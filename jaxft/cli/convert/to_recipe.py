@@ -317,9 +317,8 @@ def _quantisation(draft: Draft) -> None:
 
 
 def _mixed(draft: Draft, name: str, kinds: list) -> str:
-    """Return a weighted sum of losses as Python source, such as "(dpo, 1.0), (nll, 0.5)".
-
-    name: the option that lists the losses. kinds: its items, in the tool's words.
+    """Return a weighted sum of losses as Python source, such as "(dpo, 1.0), (nll, 0.5)". name: the option
+    that lists the losses. kinds: its items, in the tool's words.
     """
     given = draft.peek("loss_weights", "dpo_loss_weights")
     weights = given if isinstance(given, list) and len(given) == len(kinds) else [1.0] * len(kinds)
@@ -457,8 +456,8 @@ def _evaluation(draft: Draft) -> None:
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
     """Convert `times` per epoch to an interval as a fraction of the run.
 
-    option: the option to record. setting: such as loop.eval_every. Without a known number of epochs, or with
-    loop.steps=, the option is recorded as lost.
+    option: the option to record; as lost if the interval is the whole run or loop.steps= is set. setting:
+    such as loop.eval_every.
     """
     given = draft.number("num_train_epochs") or draft.number("num_epochs")
     epochs = given or EPOCHS[draft.source.tool]
@@ -504,9 +503,7 @@ def _names(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> dict[str, str]:
-    """Return setting -> value for the tool's defaults that differ from the recipe's, even if the file sets
-    these options too.
-    """
+    """Return setting -> the tool's default where the recipe has another one, also if the file sets it."""
     tool, recipe = draft.source.tool, draft.recipe
     packs = recipe in ("sft", "sft_full")
     defaults = {"optim.warmup": "0", "held_out": "none", "epochs": str(EPOCHS[tool])}

@@ -58,7 +58,6 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
 
 def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
     """Return all options of a YAML file. A section that draft.NESTED lists becomes options with dotted names.
-
     file: for errors. text: its contents. Raises ValueError for a text that is not a mapping of options.
     """
     content, lines = _load(file, text)
