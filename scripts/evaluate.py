@@ -455,7 +455,7 @@ def with_intervals(one: Any) -> dict[str, Any]:
 
 
 def comparison_lines(results: dict[str, Any]) -> list[str]:
-    """Return a sentence per adapter and metric: its value minus the first adapter's, on the same rows."""
+    """Return sentences: each metric of each other adapter minus the first adapter's, on the same rows."""
     from jaxft.objectives.intervals import paired
 
     (first, base), *others = results.items()

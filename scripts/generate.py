@@ -169,7 +169,7 @@ def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]
 
 
 def grammar_of(args: argparse.Namespace) -> str:
-    """Return the grammar of --json-object, --regex or --json-schema, which completions match; "" for none."""
+    """Return the llguidance grammar of --json-object, --regex or --json-schema, "" without these options."""
     from jaxft.serve.constraint import json_grammar, regex_grammar
 
     if args.json_object:

@@ -104,7 +104,7 @@ def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, lis
         return config, items
     if not items or "=" in items[0]:
         raise ValueError(
-            "no recipe; write one first: its name, such as sft, or a Python file with config(...) -> Run"
+            "no recipe; begin with its name, such as sft, or with a Python file that has config(...) -> Run"
         )
     return items[0], items[1:]
 

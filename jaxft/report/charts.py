@@ -137,7 +137,8 @@ class ChartKind:
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A metric of a run by step, on training or held-out rows. values: None where it was not finite.
+    """A metric of a run by step, on training or held-out rows. label: as in ChartLine. values: None where it
+    was not finite.
 
     intervals: the 95 % interval of each value, None for a value that is not a fraction of a known number of
     pairs or prompts; () if all are None.
@@ -159,7 +160,7 @@ class Chart:
 
 
 def single_chart(title: str, unit: str, metric: str, about: str = "") -> ChartKind:
-    """Return a chart of one metric."""
+    """Return the ChartKind of one metric. unit: label of the y axis. about: how to read the chart."""
     return ChartKind(title, unit, (ChartLine(metric),), about)
 
 
@@ -350,8 +351,8 @@ def smoothing_factor(curve: RunCurve) -> float:
 
     The noise s is the standard deviation of differences between neighbours over sqrt(2), which a trend hardly
     changes. The average of white noise has the deviation s sqrt((1 - f) / (1 + f)). f is the smallest factor
-    for which this is at most NOISE times the curve's change, but it averages over at most an eighth of the
-    curve. The change: split the curve into eight parts; it is the largest of their means minus the smallest.
+    for which this deviation is at most NOISE times the curve's change, but it averages over at most an eighth
+    of the curve. The change: the means of eight parts of the curve, the largest minus the smallest.
     Curves of held-out rows are not smoothed: their rows are the same every time.
     """
     known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])

@@ -282,8 +282,8 @@ def needed(
 ) -> tuple[int | None, int | None]:
     """Return (prompts, seeds) that would suffice to find a true difference of `gap` with probability 80 %.
 
-    Each is a total if only it grows: the prompts with the present seeds, the seeds with the present prompts.
-    None: no number below UNFEASIBLE suffices. seeds, prompts: the present numbers. level: of the test.
+    seeds, prompts: how many there are now; only one of them grows. None: no number below UNFEASIBLE suffices.
+    level: of the test.
     """
     finds = partial(_finds, parts, gap, level)
     if gap == 0:

@@ -109,9 +109,9 @@ def write_model(folder: Path, seed: int) -> None:
     """Write a random Llama with one layer and a tokenizer of words.
 
     As in trained models, embeddings have a direction in common, so that a word can become more likely
-    everywhere, and the head is large enough for log-probs of any size. Most of the vocabulary is in no
-    sentence: otherwise a policy that makes some words likelier makes others rarer, so that its log-prob falls
-    with the length of a sentence, and no policy has the true reward as its reward.
+    everywhere, and the head is large enough for log-probs of any size. Most words of the vocabulary are in no
+    sentence. If all were, making some words likelier would make others rarer: log-probs would fall with the
+    length of a sentence, and no policy's implicit reward could be the true reward.
     """
     import jax
     from tokenizers import Tokenizer, models, pre_tokenizers

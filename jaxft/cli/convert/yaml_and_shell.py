@@ -268,8 +268,9 @@ def _tool_of(given: Sequence[GivenOption], tool: str) -> str:
 
 
 def _config(file: Path, name: str, tool: str) -> ForeignConfig:
-    """Read the YAML file that a command names. It may be in the working directory, or in a folder above the
-    script. file: the script. name: the path in the command. tool: AXOLOTL, or any tool that the YAML shows.
+    """Read the YAML file that a command names, relative to the working directory or to a folder above the
+    script. file: the script. name: the path in the command. tool: the command's; if it is not AXOLOTL, the
+    YAML's options show the tool.
     """
     for folder in (Path.cwd(), file.parent, *list(file.resolve().parents)[:4]):
         if (folder / name).is_file():
