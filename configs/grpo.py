@@ -70,7 +70,7 @@ def config(
     lr: float = 5e-4,  # auto: by the model's width, and the default with another model
     rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
     reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
-    combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds rewards with a score
+    combine: CombineFunction = weighted_sum,  # adds several rewards; sum_of_known only those with a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
     overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over the last so many tokens of an episode
@@ -79,9 +79,9 @@ def config(
     token_weights: TokenWeightsFunction = token_mean,
     filter: FilterFunction | None = None,
     train_on_truncated: bool = True,
-    loss: PolicyLossFunction = clipped,  # of a sampled token
+    loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     eps_low: float | None = None,  # the lower clipping bound; the loss's default if unset
-    eps_high: float | None = None,  # the upper one, such as DAPO's 0.28
+    eps_high: float | None = None,  # the upper clipping bound, such as DAPO's 0.28
     beta: float = 0.0,  # factor of a KL penalty; 0 runs no reference
     kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is added
     correction: CorrectionFunction | None = None,

@@ -37,7 +37,7 @@ def config(
     name: str = "online_dpo",
     lr: float = 1e-4,  # auto: by the model's width, and the default with another model
     reward: str | RewardFunction = exact,  # a run, a classifier or a function
-    loss: PairLossFunction = dpo,  # of a pair
+    loss: PairLossFunction = dpo,  # the loss of a pair
     beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

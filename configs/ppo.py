@@ -103,7 +103,7 @@ def config(
     reward: str | RewardFunction = "runs/reward",  # a run, a folder or org/name of a classifier, a function
     critic: Literal["fresh", "reward", "shared", "full"]
     | None = None,  # reward (default on its base): starts from it; shared (default otherwise): a head
-    loss: PolicyLossFunction = clipped,  # of a sampled token
+    loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     kl: KLFunction = k1,  # estimator of the KL in the rewards
     kl_coef: float = 0.05,  # factor of the KL in the rewards
     kl_target: float | None = None,  # nats per completion, which an adaptive coefficient aims for

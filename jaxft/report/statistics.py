@@ -84,8 +84,7 @@ class Difference:
     def verdict(
         self, adjusted: Adjusted | None = None, margin: float | None = None, unit: str = "prompts"
     ) -> str:
-        """Return "different", "equivalent within ...", or "not distinguishable" with the data that is
-        missing.
+        """Return "different", "equivalent within ...", or "not distinguishable" and how much data it needs.
 
         adjusted: p-values for one of several comparisons. margin: the largest difference that does not
         matter; None: equivalence is not tested. unit: plural noun for prompts, such as "pairs".
