@@ -91,7 +91,7 @@ def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new:
 
 
 def schedulers(args: argparse.Namespace) -> dict[str, Any]:
-    """Return running schedulers: "one" has one adapter, "many" all of them, and with --base "base" has none."""
+    """Return schedulers: "one" has one adapter, "many" has all, and with --base "base" has none."""
     import jax
     import jax.numpy as jnp
 
