@@ -257,7 +257,7 @@ def test_the_learning_rate_ends_where_theirs_does(converted, kind, warmup):
         ("a.yml", "base_model: [", "a.yml:1: not YAML"),
         ("a.yml", "base_model: !!python/object/apply:os.system [touch executed]", "not YAML: could not"),
         ("a.yml", "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n"
-                                            for a, b in zip("abcdefgh", "bcdefghi")), "more than 20,000 values"),
+                                            for a, b in zip("abcdefgh", "bcdefghi")), "20,000 values"),
         ("a.yml", "a: &a [*a]", "more than 20,000 values"),
         ("a.yml", "[" * 3000, "nested too deeply|not YAML"),
         ("a.yml", "", "the file is empty"),
