@@ -123,7 +123,7 @@ class Prompts(DataSettings):
 
     @property
     def row_tools(self) -> str:
-        """The environments' tools, which replace the tools of rows; see RowSettings. "" for none."""
+        """The environments' tools as JSON, which replace the tools of rows; see RowSettings. "" for none."""
         return ""
 
     @property
@@ -133,7 +133,7 @@ class Prompts(DataSettings):
 
     @property
     def max_length(self) -> int:
-        """Positions of a prompt with a completion."""
+        """The most tokens of a prompt and its episode."""
         return self.max_prompt + self.episode_length
 
     @property
@@ -158,12 +158,13 @@ class Prompts(DataSettings):
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has: one, unless the prompts of a group differ."""
+        """How many prompts a row of a batch has: one, unless the prompts of a group differ."""
         return 1
 
     def group_row_shape(self, longest: int, fraction: float = 1.0) -> RowShape:
-        """Return the shape of a row with a prompt of `longest` tokens and this fraction of a group of the
-        longest episodes.
+        """Return the shape of a batch's row, with room for a prompt of `longest` tokens and its group of
+        episodes. fraction: 1.0 if all episodes of the group may have their full length, less if only part of
+        these tokens must fit.
         """
         more = int(fraction * (self.starts_per_row - 1) * longest)
         read_length = self.episode_length if self.reads_given else self.sampled_length
@@ -293,7 +294,8 @@ def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np
 
 
 def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, " minibatch"]:
-    """Return which of a rollout's prompts its optimizer step `part` uses. Every pass is reshuffled."""
+    """Return the positions, in a rollout's prompts, of those that its step `part` uses, shuffled each pass.
+    """
     turn, minibatch = divmod(part, data.minibatches)
     order = permutation(data.batch, data.seed, 5, rollout, turn)
     size = data.units_per_step
@@ -301,7 +303,7 @@ def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, "
 
 
 def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
-    """Return the tokens of the longest prompt."""
+    """Return the number of tokens of the longest training or held-out prompt."""
     return int(max(train.lengths.max(), eval_prompts.lengths.max(initial=0)))
 
 
@@ -323,7 +325,7 @@ def prompt_tokens(data: Prompts, train: PromptRows, step: int, shards: int) -> T
 
 
 def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> str:
-    """Hash the prompts and all settings that their order and the sampling depend on."""
+    """Return a hash of the prompts and of all settings that their order and the sampling depend on."""
     settings = (
         data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
     )  # fmt: skip

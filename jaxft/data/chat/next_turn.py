@@ -24,7 +24,7 @@ SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in
 
 
 class TurnWording(NamedTuple):
-    """One way to write a turn and its answer as messages."""
+    """One way to write a turn as a message, and the messages that answer it."""
 
     turn: Message
     answers: tuple[Message, ...]
@@ -94,7 +94,8 @@ def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -
 
 
 def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _Suffix | None:
-    """Return the text that follows the turn; None if the template rewrites what is before it.
+    """Return the text that follows the turn; None if the template rewrites what is before it. prompt: the
+    rendered prompt of the turn.
 
     Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
     """

@@ -108,7 +108,7 @@ class Template:
 
 
 def name_of_template(tokenizer: Any) -> str:
-    """Return the name of a tokenizer's chat template for messages."""
+    """Return what errors call a tokenizer's chat template."""
     return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
@@ -240,7 +240,7 @@ def _ends_of_text(
     special: re.Pattern, opening: str, behind: str, between: str
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
-    ones.
+    ones, each in a list, [] for none.
 
     behind: what follows the last response. between: what follows a response before the next question.
     """

@@ -216,8 +216,8 @@ def _hermes(text: str) -> list[tuple[str, Any]]:
 
 
 def _llama3(text: str) -> list[tuple[str, Any]]:
-    """Return (name, arguments) of each call in a text. Without arguments it is no call, as any JSON may have
-    a name.
+    """Return (name, arguments) of each call in a text. Arguments are None in JSON that is no call, as other
+    JSON may have a name too.
     """
     calls, rest = list[tuple[str, Any]](), text
     while rest:

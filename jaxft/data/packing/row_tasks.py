@@ -228,9 +228,9 @@ def _border(
     name: str, prompt: list[int], responses: dict[str, MaskedTokens], tokenizer: Any
 ) -> tuple[int, bool]:
     """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
-    prompt.
+    prompt, or the loss mask of loss_mask.tokenise_examples begins elsewhere.
 
-    The second value is also true if the loss mask of loss_mask.tokenise_examples begins elsewhere.
+    prompt: tokens of the prompt alone. responses: tokens of the prompt with each response.
     """
     alone = np.asarray(prompt, np.int32)
     border = min(_common_length(alone, ids) for ids, _ in responses.values())
@@ -368,7 +368,7 @@ PROMPT_TASK = RowTask(formats.PROMPTS, 5, "max_prompt", _tokenise_prompts, _prom
 
 
 def row_fields(rows: TokenisedRows, number: int) -> dict[str, Any]:
-    """Return the columns of a row of the dataset."""
+    """Return the columns of the dataset in row `number`, stored for rewards to read."""
     return json.loads(rows.extras[ROW_FIELDS][number].tobytes(), object_hook=_value_of)
 
 

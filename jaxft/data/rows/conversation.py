@@ -46,7 +46,7 @@ Columns = dict[str, str]  # kind of response -> its column
 
 @dataclass(frozen=True)
 class SplitRow:
-    """A prompt and the responses to it, by kind.
+    """A prompt and the responses to it, by kind, such as "chosen".
 
     instruction: the prompt is one instruction, with or without a system message; it needs no chat template.
     """
@@ -96,7 +96,8 @@ def chat_of(
 ) -> Chat:
     """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row.
 
-    given: see Chat. Raises InvalidRow if the response follows an empty user turn.
+    response: see response_index. instruction: see SplitRow. given: see Chat. Raises InvalidRow if the
+    response follows an empty user turn.
     """
     asked = turns[response - 1] if response else None
     if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
@@ -174,8 +175,8 @@ def require_difference(row: Row, responses: dict) -> None:
 
 
 class _Reading(NamedTuple):
-    """A column with the prompt, and the response columns that may contain more of it. column None: the prompt
-    is the common beginning of the responses.
+    """Where a row has its prompt: in `column`, or with None in the common beginning of the responses.
+    responses: columns that may repeat the prompt, with earlier turns that `column` lacks.
     """
 
     column: str | None
@@ -183,8 +184,8 @@ class _Reading(NamedTuple):
 
 
 def prompt_in_columns(row: Row, format: str = "auto") -> Chat | Completion:
-    """Return the prompt without a response of a row in jaxft's columns, the same as in SFT and preferences
-    (others: format_choice.prompt_of).
+    """Return the prompt, without a response, of a row whose columns have jaxft's names; SFT and preferences
+    have the same prompt. For rows of other formats: format_choice.prompt_of.
 
     format: one of PROMPT_FORMATS: "auto", "plain", the column of the prompt, or "implicit" for the common
     beginning of chosen and rejected. Raises InvalidRow, for example if columns have different prompts.
@@ -345,7 +346,7 @@ def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
 
 
 def _whole_conversation(row: Row, column: str) -> Turns | None:
-    """Return the column's turns if they begin before the assistant's response; None otherwise."""
+    """Return the column's turns if it has a full conversation, not only a response; None otherwise."""
     value = json_of(row, column)
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list | tuple) or not items or not all(isinstance(i, dict) for i in items):

@@ -285,7 +285,7 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
 
 
 def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
-    """Read a file once. report: receives the file's bytes."""
+    """Read a file once and return its chunks. report: receives the file's bytes."""
     size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and row_files.has_json_lines(path)):
         encoding = wide_encoding(path)

@@ -74,7 +74,7 @@ class ChosenFormat(NamedTuple):
 
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
-        """Return a format from its JSON."""
+        """Return the format that a cache file stores as a JSON list."""
         items: list[Any] = [tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored]
         return cls(*items)
 
@@ -186,8 +186,8 @@ def task_of(
     row: Row, columns: Sequence[str], tasks: Sequence[str], settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> str:
     """Return the first of the tasks that has a format for a row, the last one if none has. columns: see
-    data.columns. Where values decide, a format must fit these too: ratings of responses, unless
-    settings.best_first, and labels that are true or false.
+    data.columns. A format must fit some values too: there are ratings of responses, unless
+    settings.best_first, and labels are true or false.
     """
     for task in tasks:
         formats = formats_of(task)
@@ -276,7 +276,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return a row in which missing ones of these columns are filled from their synonyms."""
+    """Return the row with each of these columns that it lacks filled from the row's synonym of it."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
@@ -381,7 +381,7 @@ def known_columns(formats: Formats) -> list[str]:
 
 
 def names_in_datasets(formats: Formats) -> list[str]:
-    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS, and of MEDIA."""
+    """Return all names by which the formats find columns: their own, COLUMN_SYNONYMS of these, and MEDIA."""
     known = known_columns(formats)
     return [*known, *MEDIA, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
 
@@ -513,8 +513,8 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
 
 
 def _other_task(row: Row, formats: Formats) -> str | None:
-    """Return a task that has a format for a row, None without one: a format with a column that no format here
-    has, or with all columns of the row.
+    """Return the task of a format that a row fits, other than the tasks of `formats`; None without one. That
+    format has a column that `formats` lack, or all columns of the row.
     """
     here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
     named = {str(name).strip().lower(): value for name, value in row.fields.items()}
@@ -529,9 +529,9 @@ def _other_task(row: Row, formats: Formats) -> str | None:
 
 
 def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
-    """Return the missing columns of the nearest format: it lacks the fewest columns for which no name of the
-    row may be meant, then it has the most others. If every format lacks all its columns, return the columns
-    of an example format.
+    """Return the columns that a row lacks of the format nearest to it. Nearest is the format with the fewest
+    columns that no name of the row seems to mean; of several, the one with the most other columns. If every
+    format lacks all its columns, return the columns of an example format.
     """
     near: list[tuple[int, int, list[str]]] = []
     named = [

@@ -71,11 +71,11 @@ class InvalidRows:
         return counts_of_tallies(self.tallies)
 
     def add(self, error: InvalidRow) -> None:
-        """Count the row, or raise its error with a hint at data.invalid=drop."""
+        """Count the row. Without a limit, raise its error with a hint at data.invalid=drop."""
         self.merge({error.reason: Tally(1, error)})
 
     def merge(self, tallies: Mapping[str, Tally]) -> None:
-        """Add the counts of later rows of the dataset, or raise the first of their errors."""
+        """Add the counts of later rows of the dataset. Without a limit, raise the first of their errors."""
         for reason, (rows, first) in tallies.items():
             if self.limit is None:
                 raise _with_hint(first) from first

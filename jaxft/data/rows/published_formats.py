@@ -30,7 +30,7 @@ _NUMBERS = ("score", "rating", "reward", "overall_score", "fine-grained_score", 
 
 
 def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
-    """Return a row of several texts and a label with the texts joined into one, a line each."""
+    """Return the row with a column `text` that joins the texts of `columns`, a line "COLUMN: TEXT" each."""
     text = "\n".join(f"{column}: {text_of(row, column)}" for column in columns)
     return Row(row.name, {**row.fields, "text": text})
 
@@ -38,11 +38,11 @@ def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
 def from_options(
     row: Row, settings: RowSettings, question: Sequence[str], options: Sequence[str], answer: str, first: int
 ) -> Row:
-    """Return a row with columns question, choices and answer, made of a format's columns. question: its
-    texts.
+    """Return a row with columns question, choices and answer, made from the columns of its dataset.
 
-    options: a column with a list, one for each choice, or () for false and true. first: the index of the
-    first choice.
+    question: columns of texts, which are joined. options: one column with a list of choices, or a column for
+    each choice, or () for the choices false and true. answer: the column of the answer. first: the number of
+    the first choice in answers, 0 or 1.
     """
     choices: list[Any] = [row.fields[column] for column in options] or [False, True]
     value: Any = row.fields.get(answer)
@@ -125,7 +125,9 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
 
 
 def with_ranked_prompt(row: Row) -> Row:
-    """Return a row whose column `prompt` is the prompt of several responses, with Alpaca's input."""
+    """Return a row of several responses with its prompt in the column `prompt`: the first of the columns
+    prompt, instruction, context and history that is not null, with Alpaca's input after an instruction.
+    """
     column = _first(row, (*PROMPT, "history"))
     if column == "context" and row.fields.get("question") is not None:
         raise row.invalid(
@@ -148,7 +150,7 @@ def has_ratings(row: Row) -> bool:
 
 
 def ranking_note(settings: RowSettings) -> str:
-    """Return how rankings are read, for the start of a run."""
+    """Return a line for the start of a run about how rankings are read."""
     count = len(best_first(settings.kinds))
     order = "; responses without ratings are from the best to the worst (data.best_first)"
     order *= settings.best_first
