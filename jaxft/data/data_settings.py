@@ -171,7 +171,7 @@ class DataSettings:
         raise NotImplementedError
 
     def abstract(self, shards: int = 1) -> Batch:
-        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+        """Return the shapes of the largest batch, without reading a row. shards: see `open`."""
         raise NotImplementedError
 
     @property

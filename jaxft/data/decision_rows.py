@@ -143,7 +143,7 @@ class DecisionRows(Rows):
         return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
-        """Return the shapes of the largest batch that the settings allow."""
+        """Return the shapes of the largest batch that the settings allow. shards: see DataSettings.open."""
         return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
 
     def settled(self, train: Sequence[TokenisedRows]) -> "DecisionRows":
@@ -169,7 +169,7 @@ def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
 
 
 def choice_names(rows: TokenisedRows, example: int) -> list[str]:
-    """Return the values of a row's choices, as text."""
+    """Return the values of the choices of example `example`, as text."""
     names: list[str] = json.loads(rows.extras[NAMES][example].tobytes())
     return names
 

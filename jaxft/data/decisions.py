@@ -92,8 +92,8 @@ def decide(
 
 
 def relevance(name: str, query: str, document: str, instruction: str | None = None) -> Decision:
-    """Return the decision whether a document is relevant, no or yes. name: of the row. instruction: to the
-    model; None for RELEVANCE.
+    """Return a Decision with the choices no and yes: whether a document is relevant to a query. name: the
+    row's name. instruction: which documents are relevant; None for RELEVANCE, a web search.
     """
     text = f"<Instruct>: {instruction or RELEVANCE}\n<Query>: {query}\n<Document>: {document}"
     return Decision(
@@ -269,7 +269,10 @@ def _with_texts_as_choices(row: Row) -> Row:
         return row
     labels, texts = choices.get("label"), choices.get("text")
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
-        raise row.invalid("choices of a wrong type", "choices: label and text must be lists of equal length")
+        raise row.invalid(
+            "choices of a wrong type",
+            "choices: label and text must be lists of equal length; fix or remove the row",
+        )
     if answer in labels:  # as probabilities, which are read whatever the other answers are
         answer = [int(label == answer) for label in labels]
     return Row(row.name, {**row.fields, "choices": texts, "answer": answer})
@@ -317,7 +320,7 @@ def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
 
 
 def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None:
-    """Return the index of the choice that an answer names, None if it names no choice."""
+    """Return the index of the choice that an answer names if read as a `reading`, None if it names none."""
     if not isinstance(value, str | int | float):
         return None
     if reading == VALUE:
@@ -333,7 +336,7 @@ def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None
 
 
 def _answer(row: Row, choices: Sequence[DecisionChoice], reading: str | None) -> tuple[float, ...]:
-    """Return the probability of each choice from a row's answer. Raises InvalidRow."""
+    """Return each choice's probability from a row's answer. reading: None to guess it. Raises InvalidRow."""
     value, names = row.fields.get("answer"), [choice.name for choice in choices]
     soft = _soft(row.name, "answer", value, names)
     if soft is not None:

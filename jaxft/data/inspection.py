@@ -561,7 +561,7 @@ def limit_costs(
 
 
 def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens that an epoch trains on; completions of rollouts count with their full length."""
+    """Return how many tokens an epoch trains on with this limit; completions of rollouts count in full."""
     if data.too_long == "split":
         return int(lengths.longest.sum())
     kept = lengths.kept(limit)

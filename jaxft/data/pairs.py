@@ -49,10 +49,10 @@ class PairRows(DataSettings):
     responses (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold"
     (column reference, for TPO). responses: how many responses of a ranking are read. With 2 it is a pair, the
     best response against the worst; with k > 2 also responses between, as kinds "rank_2" to "rank_{k - 1}",
-    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. A row with fewer
-    responses has no last ranks ("rank_{k - 1}", ...). Of a row with more, the best, the worst and responses
-    at even distances between them are read. best_first: whether responses without ratings are from the best
-    to the worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
+    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. Of a row with
+    fewer responses the last ranks are missing; of a row with more, the best, the worst and responses at even
+    distances between them are read. best_first: whether responses without ratings are from the best to the
+    worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -358,7 +358,7 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return the rows of all microbatches of a step."""
+    """Return the rows of all microbatches of a step. Raises ValueError if a batch has fewer pairs."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

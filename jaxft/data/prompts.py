@@ -294,8 +294,7 @@ def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np
 
 
 def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, " minibatch"]:
-    """Return the positions, in a rollout's prompts, of those that its step `part` uses, shuffled each pass.
-    """
+    """Return the positions, in a rollout's prompts, of those that step `part` uses; passes are shuffled."""
     turn, minibatch = divmod(part, data.minibatches)
     order = permutation(data.batch, data.seed, 5, rollout, turn)
     size = data.units_per_step

@@ -128,7 +128,7 @@ class Rows(DataSettings):
         return mask[rows.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:
-        """Return the shapes of the largest batch that the settings allow: T = M = max_length."""
+        """Return the shapes of the largest batch, with T = M = max_length. shards: see DataSettings.open."""
         return _shapes(self, (_rows_per_microbatch(self, shards), self.max_length, self.max_length))
 
 
@@ -179,9 +179,7 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return replace(flat, packed=self.settings.packing is True, source_names=names)
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values a metrics.PerRow has: T + 1 per row; example i of a row, from 1, has value
-        i.
-        """
+        """Return how many values a metrics.PerRow has: T + 1 per row; value i is of example i, from 1."""
         _, rows, length = batch.ids.shape
         return rows * (length + 1)
 
@@ -334,8 +332,10 @@ def weights_of_members(
     examples: TokenisedRows, plan: RowPlan, weighting: str
 ) -> Float[np.ndarray, " members"]:
     """Return the weight of each target token of a member, without the weights of turns, which multiply it.
+    weighting: see Rows.
 
-    With them, the weights sum to 1 over all targets of the plan, or are all 0 if all examples have weight 0.
+    With the weights of turns, all weights sum to 1 over the targets of the plan, or are 0 if all examples
+    have weight 0.
     """
     factors = examples.weights[plan.members]
     mass = examples.extras[MASS][plan.members] if plan.counts is None else member_targets(examples, plan)
@@ -397,7 +397,7 @@ def fill_rows(
 def _own_weights(
     own: Ragged, members: Int[np.ndarray, " members"], lengths: Int[np.ndarray, " examples"]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the weight of each token of the members, 1 in examples without weights. own: TOKEN_WEIGHTS."""
+    """Return the weight of each token of the members, 1 in examples without. own: column TOKEN_WEIGHTS."""
     weights = np.ones(lengths[members].sum(), np.float32)
     weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
     return weights

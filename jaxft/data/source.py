@@ -171,7 +171,9 @@ class Source(Protocol[BoundTo]):
 
 
 def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int = 1) -> Any:
-    """Open data with settings adapted to a model with these attention layers; a Run has adapted its data."""
+    """Open data with settings adapted to a model with these attention layers, as the data of a Run already
+    is. Return a Source. shards: see DataSettings.open.
+    """
     return data.for_attention(a).open(tokenizer, shards)
 
 

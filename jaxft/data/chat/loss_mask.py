@@ -97,7 +97,8 @@ def _require_short(name: str, text: str) -> None:
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
-    """Render an example and mark the parts of it that are targets. Raises ValueError that names the row."""
+    """Render an example and mark its targets. loss_on: LOSS_ON or NOTHING. Raises ValueError with its name.
+    """
     match example:
         case Text(name, text):
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
@@ -505,7 +506,8 @@ def _span_of_each(
 def _eos(r: Rendered, eos: int | None) -> int:
     if eos is None:
         raise ValueError(
-            f"{r.name}: plain text must end with EOS and the tokenizer has none; set its eos_token"
+            f"{r.name}: plain text must end with EOS and the tokenizer has none; set eos_token in its "
+            "tokenizer_config.json"
         )
     return eos
 

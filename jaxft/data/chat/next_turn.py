@@ -94,10 +94,10 @@ def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -
 
 
 def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _Suffix | None:
-    """Return the text that follows the turn; None if the template rewrites what is before it. prompt: the
+    """Return the text that follows the turn; None if the template rewrites the text before it. prompt: the
     rendered prompt of the turn.
 
-    Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
+    Raises HiddenPart if it doesn't show all of the turn and its answers, and the errors of render_messages.
     """
     index, turn = len(chat.messages), way.turn
     if not parts_of(turn):
@@ -116,7 +116,7 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
 def _require_answers(
     template: Template, chat: Chat, before: tuple[Message, ...], answers: tuple[Message, ...]
 ) -> None:
-    """Raise HiddenPart if the template drops the content of an answer, as some do with a tool's."""
+    """Raise HiddenPart if the template drops the content of an answer, a message after those in `before`."""
     words = [f"Qx7w{number}Zk" for number in range(len(answers))]
     marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
     text = render_messages(template, [*before, *marked], chat.tools).lower()

@@ -108,7 +108,7 @@ class Template:
 
 
 def name_of_template(tokenizer: Any) -> str:
-    """Return what errors call a tokenizer's chat template."""
+    """Return the name of a tokenizer's chat template in errors."""
     return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
@@ -163,8 +163,8 @@ def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool = False) -> Template:
-    """Return the template with the fields that are read from its renderings of short conversations. tools:
-    whether these have a tool.
+    """Return the template of this source with the fields that are read from its renderings of short
+    conversations. tools: whether these have a tool.
     """
     added = (str(token) for token in tokenizer.added_tokens_decoder.values())
     bare = Template(
@@ -499,7 +499,7 @@ def _with_ids(message: Message) -> Message:
 
 
 def _remedy_for_turns(messages: Sequence[Message], reason: str) -> str | None:
-    """Return the remedy for turns that do not alternate."""
+    """Return the remedy for turns that do not alternate, None if the template's error has another reason."""
     if "alternat" not in reason.lower():
         return None
     turns = [

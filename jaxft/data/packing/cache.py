@@ -83,7 +83,7 @@ class Flat:
         return whole if dtype is None else whole.astype(dtype)
 
     def concatenate(self, other: "Flat") -> "Flat":
-        """Return the values of both, the other's after these."""
+        """Return these values and then the other's."""
         return Flat((*self.parts, *other.parts), (*self.releases, *other.releases))
 
 
@@ -122,7 +122,7 @@ class RowNames(Made[str]):
         return f"{self.labels[int(self.sources[index])]}:{int(self.numbers[index])}"
 
     def concatenate(self, other: "RowNames") -> "RowNames":
-        """Return the names of both, the other's after these."""
+        """Return these names and then the other's."""
         sources = Flat([part + len(self.labels) for part in other.sources.parts])
         return RowNames(
             (*self.labels, *other.labels),

@@ -93,9 +93,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """Return the row of each example if each in turn goes into the first row with enough free tokens; lengths
-    must not increase. Examples of one length are placed together: a row receives free // length of them
-    before the next row gets any.
+    """Return the row of each example if each in turn goes into the first row, of `size` tokens, with enough
+    free tokens; lengths must not increase. Examples of one length are placed together: a row receives free //
+    length of them before the next row gets any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(

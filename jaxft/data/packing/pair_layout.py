@@ -327,7 +327,7 @@ def _read_arrays(
 def _last_columns(
     runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
 ) -> Int[np.ndarray, "B P A"]:
-    """Return the column of the last token of each response, which is a target."""
+    """Return the column of the last token of each response, which is a target. at: row and slot of pairs."""
     last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
     responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
     if responses.any():
@@ -467,8 +467,8 @@ def with_mismatched(pairs: TokenisedRows, donors: Int[np.ndarray, " pairs"], lim
 
 
 def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"] | None:
-    """Return for each member a partner from another group, every member once; None if one group has more than
-    half of the members.
+    """Return the index of each member's partner, which is in another group; every member is a partner once.
+    None if one group has more than half of the members. groups: the group of each member.
 
     Members are sorted by group, so a shift by the size of the largest group leads out of every group.
     """

@@ -132,7 +132,8 @@ class Reader:
     how: Tokenising = field(default_factory=Tokenising)
 
     def read(self, ref: str) -> TokenisedRows:
-        """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
+        """Read the rows of a dataset (see dataset_rows.read_rows) and tokenise them, or load the tokens from
+        the cache.
 
         Raises ValueError if more rows are invalid than how.invalid_limit allows, if all rows are too long,
         and if the dataset has no rows.
@@ -274,7 +275,7 @@ def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> t
 
 
 def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkColumns], None]) -> StoredFacts:
-    """Pass the columns of each chunk to `add` and return facts about the dataset; see cache.load_or_make."""
+    """Tokenise each chunk, pass its columns to `add`, and return facts about the dataset."""
     all_rows, how = None, reader.how
     if how.sample is not None:
         listing, all_rows = sampled(ref, listing, how.sample, how.progress)

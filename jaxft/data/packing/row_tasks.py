@@ -125,7 +125,9 @@ def _response_masks(
 
 
 def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
-    """Whether data.too_long keeps a row: whole, truncated or split. Raises ValueError if it ends the run."""
+    """Whether a row with this loss mask is kept, whole, truncated or split. Raises InvalidRow for an empty
+    mask, and ValueError if data.too_long ends the run.
+    """
     if not learned.any():
         raise InvalidRow(
             name,
@@ -291,7 +293,7 @@ def _shortened(
 
 
 def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:
-    """Whether the chosen and the rejected response are the same tokens."""
+    """Whether the chosen and the rejected response have the same tokens from `border` on."""
     bodies = [responses[kind][0][border:] for kind in ("chosen", "rejected") if kind in responses]
     return len(bodies) == 2 and np.array_equal(bodies[0], bodies[1])
 
@@ -322,7 +324,7 @@ class TokenisedPrompts:
         return len(self.ids)
 
     def as_given(self, number: int) -> str | list[Message]:
-        """Return a prompt as reward functions read it: a string or the messages."""
+        """Return prompt `number` as reward functions read it: a string or the messages."""
         return as_given(self.prompts[number])
 
 

@@ -48,7 +48,7 @@ class Ragged:
         return self.values[ranges(self.offsets[rows], self.counts[rows])]
 
     def concatenate(self, other: "Ragged") -> "Ragged":
-        """Return the rows of both, the other's after these."""
+        """Return these rows and then the other's."""
         return Ragged(self.values.concatenate(other.values), np.concatenate([self.counts, other.counts]))
 
 
@@ -92,18 +92,18 @@ class TokenisedRows:
     Example i has the tokens ids[offsets[i]:offsets[i + 1]], and its piece p begins at ids[starts[i, p]].
     learned: mask of the tokens that are targets; the first token of a sequence never is. counts: tokens of
     each piece. hashes: a hash of each piece's tokens. content: a hash that duplicates share. reads: number of
-    targets of each continuation. ends: the id of its last target that is not whitespace, -1 for a missing
-    one. truncated: mask of truncated examples. responses: tokens of each example's responses before
-    truncation; learned_responses: how many of them are targets with a weight above 0. weights: a factor of
-    the weights of an example's targets. order: the numbers of data.order_by, 0 without it. placeholders: mask
-    of examples whose response is a placeholder such as N/A. pieces: index of each example within its row,
-    above 0 only if the row is split into several examples (data.too_long=split), which follow one another.
-    extras: further columns by name. names: the row of each example. digest: a hash of the columns, see
-    cache.StoredRows. largest_id: the largest token id. formats: row formats of the datasets. labels: the
-    labels that a classifier chooses from, else (). dropped: number of rows that were left out as too long.
-    invalid: the invalid rows that were left out. warnings: lines for the start of a run. read, total: numbers
-    of rows that were read, and of all rows of the dataset, None if unknown. cache: whether the cache had the
-    columns, see cache.load_or_make.
+    targets of each continuation. ends: the token id of each continuation's last target that is not
+    whitespace, -1 if the continuation is missing. truncated: mask of truncated examples. responses: tokens of
+    each example's responses before truncation; learned_responses: how many of them are targets with a weight
+    above 0. weights: a factor of the weights of an example's targets. order: the numbers of data.order_by, 0
+    without it. placeholders: mask of examples whose response is a placeholder such as N/A. pieces: index of
+    each example within its row, above 0 only if the row is split into several examples (data.too_long=split),
+    which follow one another. extras: further columns by name. names: the name of each example's row. digest:
+    a hash of the columns, see cache.StoredRows. largest_id: the largest token id. formats: row formats of the
+    datasets. labels: the labels that a classifier chooses from, else (). dropped: number of rows that were
+    left out as too long. invalid: the invalid rows that were left out. warnings: lines for the start of a
+    run. read, total: numbers of rows that were read, and of all rows of the dataset, None if unknown. cache:
+    whether the cache had the columns, see cache.load_or_make.
     """
 
     kinds: tuple[str, ...]
@@ -162,7 +162,7 @@ class TokenisedRows:
         return self.ids[self.offsets[example] : self.offsets[example + 1]]
 
     def piece(self, example: int, number: int) -> Int[np.ndarray, " n"]:
-        """Return the token ids of the prompt (0) or a continuation (1, 2, ...)."""
+        """Return the token ids of an example's prompt (number 0) or continuation (1, 2, ...)."""
         start = self.starts[example, number]
         return self.ids[start : start + self.counts[example, number]]
 
@@ -183,7 +183,7 @@ class TokenisedRows:
         return ends[ends >= 0]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
-        """Return the number of each example's group. Pieces (0: the prompt) are equal within a group."""
+        """Group examples that have the same tokens in `pieces` (0: the prompt). Return each one's group."""
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
     def content_hashes(self) -> UInt64[np.ndarray, " rows"]:
@@ -212,7 +212,7 @@ class TokenisedRows:
         return digest.hexdigest()[:40]
 
     def concatenate(self, other: "TokenisedRows") -> "TokenisedRows":
-        """Return the examples of both, the other's after these."""
+        """Return these examples and then the other's."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)} | {"extras": None}
         return replace(
             self,

@@ -212,7 +212,7 @@ def json_of(row: Row, column: str) -> Any:
 
 
 def list_of(row: Row, column: str) -> list[Any]:
-    """Return the column, a list or its JSON string. Raises InvalidRow for anything else."""
+    """Return the list in a column, which may be its JSON string. Raises InvalidRow for anything else."""
     value = row.fields[column]
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list | tuple):

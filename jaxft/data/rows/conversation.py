@@ -60,8 +60,8 @@ def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
     """Split a row into messages.
 
     column: the column of the prompt, which is prompt, instruction, messages or conversations. With None, the
-    responses are full conversations and the prompt is their common beginning. Without responses the prompt is
-    the full conversation. Raises InvalidRow.
+    responses are full conversations and the prompt is their common beginning. responses: column of each kind;
+    without any the prompt is the full conversation. Raises InvalidRow.
     """
     if column is None:
         return _split_conversations(row, responses)
@@ -111,7 +111,8 @@ def chat_of(
 
 def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dict[str, Chat]:
     """Return the prompt with each response of a pair or ranking, by kind. prompt_column: None for the common
-    beginning of the responses. Raises InvalidRow, also for responses that are no assistant turns.
+    beginning of the responses. columns: column of each kind. Raises InvalidRow, also for responses that are
+    no assistant turns.
     """
     if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
         row = with_prompt(row)
@@ -148,7 +149,7 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
 
 
 def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
-    """Return the plain-text prompt with each response, by kind."""
+    """Return the plain-text prompt with each response, by kind. responses: column of each kind."""
     prompt = _plain_prompt(row, empty=True)
     return {kind: Completion(row.name, prompt, text_of(row, column)) for kind, column in responses.items()}
 
@@ -445,7 +446,7 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
-    """Split dialogues that differ only in their last turn."""
+    """Split dialogues that differ only in their last turn. whole: turns of each kind."""
     require_difference(row, whole)
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):

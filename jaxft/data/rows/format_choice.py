@@ -134,7 +134,7 @@ def parse_dataset(
     rows: Sequence[Row], task: str, settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> list[ParsedRow | InvalidRow]:
     """Return the content of each row, or the error that makes it invalid. All have one format, by default the
-    one that most rows fit. Raises the first row's InvalidRow if no row fits any format.
+    one that most rows fit. task: see RowFormat. Raises the first row's InvalidRow if no row fits any format.
     """
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     counts = count_columns(rows, settings.columns, formats)
@@ -253,7 +253,8 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats)
 def choose_format(
     counts: ColumnCounts, format: str, columns: Sequence[str], formats: Formats
 ) -> ChosenFormat:
-    """Return the format of a dataset. format: data.format; "auto" chooses the format that most rows fit.
+    """Return the format of a dataset. format, columns: the settings data.format, where "auto" chooses the
+    format that most rows fit, and data.columns.
 
     Raises the first row's InvalidRow if no row fits any format.
     """
@@ -276,7 +277,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with each of these columns that it lacks filled from the row's synonym of it."""
+    """Return the row with missing `columns` filled from the row's synonyms of them."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 

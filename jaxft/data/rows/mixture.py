@@ -226,10 +226,11 @@ class Mixture:
 def make_mixture(
     rows: Sequence[Int[np.ndarray, " _"]], sources: Sequence[SourceRef], seed: int
 ) -> Mixture | None:
-    """Return the mixture of sources with weights, None if no source has a weight.
+    """Return the mixture of sources with weights, None if no source has a weight. rows: the indices of each
+    source's rows.
 
-    The counts are the shares of all rows, rounded so that they add up (largest remainders). Raises ValueError
-    for a source that would get no row.
+    The counts of an epoch are the shares of all rows, rounded so that they add up (largest remainders).
+    Raises ValueError for a source that would get no row.
     """
     shares = [source.share for source in sources if source.share is not None]
     if not shares:

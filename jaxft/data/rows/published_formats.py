@@ -172,7 +172,7 @@ def _first(row: Row, names: Sequence[str]) -> str:
 
 
 def _response(row: Row, where: str, item: Any) -> Any:
-    """Return a response without its rating. where: its place, for errors."""
+    """Return a response without its rating. where: its place in the row, for errors."""
     if isinstance(item, dict) and "content" in item:  # a message
         item = {key: x for key, x in item.items() if key not in _NUMBERS} if item["content"] else None
         item = item if item is None or "role" in item else item["content"]
@@ -188,7 +188,7 @@ def _response(row: Row, where: str, item: Any) -> Any:
 
 
 def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
-    """Return a rating, or minus a rank."""
+    """Return a rating, or minus a rank. where: its place in the row, for errors."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -235,8 +235,9 @@ def _is_list(value: Any) -> bool:
 
 
 def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str], column: str) -> Row:
-    """Return two responses and a number as a pair: below 0 the first one is better, above 0 the second, and
-    the number's size is the difference of their ratings (HelpSteer2, HelpSteer3).
+    """Return the row with two responses as a pair. responses: their columns. column: a number, below 0 if the
+    first response is better, above 0 if the second is; its size is the difference of their ratings
+    (HelpSteer2, HelpSteer3).
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
@@ -280,7 +281,7 @@ def from_better(
 
 
 def _pair(row: Row, columns: Sequence[str], scores: dict[str, Any]) -> Row:
-    """Return a row with the responses in two columns as chosen and rejected."""
+    """Return the row with the texts of two columns as chosen and rejected, and with columns `scores`."""
     texts = {kind: row.fields[column] for kind, column in zip(("chosen", "rejected"), columns, strict=True)}
     return Row(row.name, {**with_ranked_prompt(row).fields, **texts, **scores})
 
@@ -319,7 +320,10 @@ def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
     """
     text, system = row.fields["chat"], row.fields["system"]
     if not isinstance(text, str) or not isinstance(system, str):
-        raise row.invalid("transcript that is no text", "columns 'system' and 'chat' must be strings")
+        raise row.invalid(
+            "transcript that is no text",
+            "columns 'system' and 'chat' must be strings; fix or remove the row",
+        )
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
         raise row.invalid(
