@@ -149,7 +149,7 @@ class DataSettings:
 
     @property
     def units_per_step(self) -> int:
-        """Rows, pairs or prompts (see `unit`) of one optimizer step."""
+        """Number of rows, pairs or prompts (see `unit`) of one optimizer step."""
         return self.batch
 
     @property
@@ -176,7 +176,7 @@ class DataSettings:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence that the model sees."""
+        """Number of tokens of the longest sequence that the model sees."""
         raise NotImplementedError
 
     @property
@@ -186,7 +186,7 @@ class DataSettings:
 
     @property
     def least_held_out(self) -> int:
-        """The fewest rows that are held out if held_out is a fraction."""
+        """The smallest number of rows to hold out if held_out is a fraction."""
         return 1
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
@@ -223,7 +223,7 @@ class DataSettings:
         )
 
     def total_steps(self, epochs: Epochs) -> int:
-        """Return the optimizer steps of the run. epochs: the steps and tokens of every epoch."""
+        """Return the run's number of optimizer steps. epochs: the steps and tokens of every epoch."""
         if self.tokens is not None:
             return epochs.steps_of_tokens(self.tokens)
         return epochs.steps_of_epochs(self.epochs or 1.0)

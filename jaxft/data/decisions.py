@@ -320,7 +320,7 @@ def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
 
 
 def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None:
-    """Return the index of the choice that an answer names if read as a `reading`, None if it names none."""
+    """Return the index of the choice that an answer names, read as `reading`; None if it names none."""
     if not isinstance(value, str | int | float):
         return None
     if reading == VALUE:
@@ -405,7 +405,7 @@ def _no_choice(row: str, column: str, value: Any, names: Sequence[str], reading:
 def _probabilities(
     row: str, column: str, given: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[float, ...]:
-    """Return probabilities in the order of the names, divided by their sum."""
+    """Return the probabilities `given` by name, in the order of `names`, divided by their sum."""
     for name, p in given.items():
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 + TOLERANCE:
             raise InvalidRow(

@@ -442,7 +442,7 @@ class RowLengths:
 
     @property
     def longest(self) -> Int[np.ndarray, " rows"]:
-        """Tokens of each row's longest sequence: what data.max_length, or data.max_prompt, limits."""
+        """Number of tokens of each row's longest sequence, the subject of data.max_length and max_prompt."""
         return self.prompts + self.responses.max(1, initial=0)
 
     @property
@@ -460,7 +460,7 @@ class RowLengths:
         return float((self.longest <= limit).mean())
 
     def kept(self, limit: int) -> Int[np.ndarray, " rows"]:
-        """Return the tokens of each row that a length limit keeps: 0 if it leaves nothing of a response."""
+        """Return how many tokens of each row a length limit keeps: 0 if it leaves nothing of a response."""
         room = limit - self.prompts[:, None]
         tokens = self.prompts + np.minimum(self.responses, room).sum(1)
         return np.where(self.prompts < limit + (not self.kinds), tokens, 0)

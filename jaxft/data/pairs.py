@@ -97,8 +97,8 @@ class PairRows(DataSettings):
 
     @property
     def least_held_out(self) -> int:
-        """The fewest pairs to hold out: 2 with third=mismatched, where each pair also has a response of
-        another one.
+        """The smallest number of pairs to hold out: 2 with third=mismatched, where each pair also has a
+        response of another one.
         """
         return 2 if self.third == "mismatched" else 1
 
@@ -210,12 +210,12 @@ class PairBatches(source.BatchLayout[Pairs]):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of all microbatches of a step."""
+        """Number of rows of all microbatches of a step."""
         return self.settings.micro * self.rows.rows
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " pairs"]:
-        """Tokens that each pair takes in a row."""
+        """Number of tokens that each pair takes in a row."""
         return pair_layout.tokens_per_pair(self.split.rows, self.rows.branches)
 
     def shapes(self, reference: bool = False) -> Pairs:
@@ -358,7 +358,7 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return the rows of all microbatches of a step. Raises ValueError if a batch has fewer pairs."""
+    """Return how many rows all microbatches of a step have. Raises ValueError if a batch has fewer pairs."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

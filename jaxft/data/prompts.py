@@ -133,7 +133,7 @@ class Prompts(DataSettings):
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a prompt and its episode."""
+        """The largest number of tokens of a prompt with its episode."""
         return self.max_prompt + self.episode_length
 
     @property
@@ -143,12 +143,12 @@ class Prompts(DataSettings):
 
     @property
     def episode_length(self) -> int:
-        """The most tokens of an episode after its prompt."""
+        """The largest number of tokens of an episode after its prompt."""
         return self.max_turns * self.max_new if self.max_episode is None else self.max_episode
 
     @property
     def sampled_length(self) -> int:
-        """The most tokens of an episode that the policy samples."""
+        """The largest number of tokens of an episode that the policy samples."""
         return min(self.max_turns * self.max_new, self.episode_length)
 
     @property
@@ -173,12 +173,12 @@ class Prompts(DataSettings):
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps that use the same rollout."""
+        """Number of optimizer steps that use the same rollout."""
         return self.passes * self.minibatches
 
     @property
     def units_per_step(self) -> int:
-        """Prompts of one optimizer step."""
+        """Number of prompts of one optimizer step."""
         return self.batch // self.minibatches
 
 
@@ -222,7 +222,7 @@ class PromptRows:
 
     @property
     def lengths(self) -> Int[np.ndarray, " prompts"]:
-        """Tokens of each prompt."""
+        """Number of tokens of each prompt."""
         return self.split.rows.lengths[self.chosen]
 
     @property

@@ -142,7 +142,7 @@ class PackedBatches(source.BatchLayout[Tokens]):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a plan that an optimizer step reads."""
+        """Number of rows of a plan that an optimizer step reads."""
         return self.settings.batch
 
     def shapes(self) -> Tokens:
@@ -227,7 +227,7 @@ def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
 
 
 def _rows_per_microbatch(rows: Rows, shards: int) -> int:
-    """Return the rows of a microbatch, with the empty ones that are added for the mesh."""
+    """Return the number of rows of a microbatch, with the empty ones that are added for the mesh."""
     if rows.batch % rows.micro:
         fits = ", ".join(str(m) for m in range(1, rows.batch + 1) if rows.batch % m == 0)
         raise ValueError(

@@ -193,12 +193,12 @@ class BatchLayout(Generic[SomeBatch]):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a plan that an optimizer step reads."""
+        """Number of rows of a plan that an optimizer step reads."""
         raise NotImplementedError
 
     @property
     def lengths(self) -> Int[np.ndarray, " examples"]:
-        """Tokens that each example takes in a row."""
+        """Number of tokens that each example takes in a row."""
         return self.split.rows.lengths
 
     def shapes(self) -> SomeBatch:

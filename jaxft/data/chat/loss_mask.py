@@ -97,8 +97,7 @@ def _require_short(name: str, text: str) -> None:
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
-    """Render an example and mark its targets. loss_on: LOSS_ON or NOTHING. Raises ValueError with its name.
-    """
+    """Render an example and mark its targets. loss_on: LOSS_ON or NOTHING. Raises ValueError."""
     match example:
         case Text(name, text):
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)

@@ -93,9 +93,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """Return the row of each example if each in turn goes into the first row, of `size` tokens, with enough
-    free tokens; lengths must not increase. Examples of one length are placed together: a row receives free //
-    length of them before the next row gets any.
+    """Return the index of each example's row if each in turn goes into the first row, of `size` tokens, with
+    enough free tokens; lengths must not increase. Examples of one length are placed together: a row receives
+    free // length of them before the next row gets any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(
@@ -144,7 +144,7 @@ def pack_examples(
 
 
 def ascending(keys: Float[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
-    """Return the order from the smallest to the largest key. Equal keys are shuffled once, for all epochs."""
+    """Return indices from the smallest to the largest key. Equal keys are shuffled once, for all epochs."""
     rank = np.empty(len(keys), np.int64)
     rank[permutation(len(keys), seed, 1)] = np.arange(len(keys))
     return np.lexsort((rank, keys))
@@ -279,7 +279,7 @@ class Epochs:
     alike: bool = True
 
     def steps_in(self, epoch: int) -> int:
-        """Return the optimizer steps of an epoch."""
+        """Return the number of optimizer steps of an epoch."""
         return len(self.batch_tokens(0 if self.alike else epoch))
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -293,7 +293,7 @@ class Epochs:
         return epoch, step
 
     def steps_of_epochs(self, epochs: float) -> int:
-        """Return the optimizer steps of a number of epochs, which may be a fraction; at least 1."""
+        """Return how many optimizer steps a number of epochs has, which may be a fraction; at least 1."""
         if self.alike:
             return max(1, math.ceil(epochs * self.steps_in(0) - 1e-9))
         whole = math.floor(epochs)
@@ -301,7 +301,7 @@ class Epochs:
         return max(1, sum(map(self.steps_in, range(whole))) + math.ceil(rest - 1e-9))
 
     def steps_of_tokens(self, tokens: int) -> int:
-        """Return the optimizer steps after which at least `tokens` tokens were read."""
+        """Return the number of optimizer steps after which at least `tokens` tokens were read."""
         steps = epoch = 0
         if self.alike:
             total = int(self.batch_tokens(0).sum())

@@ -432,7 +432,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def _json_of(value: Any) -> Any:
-    """Return JSON for a value that JSON lacks. Values of types that _READERS cannot read become text."""
+    """Return a JSON object for a value of a type in _READERS, such as bytes, and text for other values."""
     name = type(value).__name__
     if isinstance(value, bytes):
         return {_TYPE: name, "value": base64.b64encode(value).decode()}

@@ -144,7 +144,7 @@ class TokenisedRows:
 
     @cached_property
     def offsets(self) -> Int[np.ndarray, " examples_plus_1"]:
-        """Index of the first token of each example, then the number of all tokens."""
+        """Index of the first token of each example, and at the end the number of all tokens."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @cached_property

@@ -407,7 +407,7 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
-    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns."""
+    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns. row, column: for errors."""
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts or parts[0] != "Human":
         raise row.invalid(

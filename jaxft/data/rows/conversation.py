@@ -324,8 +324,8 @@ def _require_column(row: Row, present: bool) -> None:
 def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
     """Return the column `prompt` as messages, and whether it is a single instruction.
 
-    A string is a user turn. If the responses are full conversations, it is the last turn of their common
-    beginning, which is the prompt.
+    A string is a user turn. If the responses are full conversations, the prompt is their common beginning,
+    and the string must be its last turn.
     """
     if not isinstance(json_of(row, "prompt"), str):
         return with_system(row, messages_of(row, "prompt")), False

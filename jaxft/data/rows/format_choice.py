@@ -319,8 +319,8 @@ def _most_common_format(
     counts: ColumnCounts, mapped: set[str], formats: Formats
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the format that most rows fit, and (ours, theirs) of its columns that are read by synonyms:
-    required ones if no row fits a format as it is, and optional ones. Raises the first row's InvalidRow if no
-    row fits a format with synonyms either.
+    optional ones, and required ones if no row fits a format without synonyms. mapped: the columns that
+    data.columns sets. Raises the first row's InvalidRow if no row fits a format with synonyms either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
         votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()

@@ -104,8 +104,8 @@ def response_column(row: Row) -> str:
 
 
 def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Example]:
-    """Return the chosen and the rejected response, and those between in a ranking. prompt: the prompt's
-    column, None if it is their common beginning.
+    """Return the chosen and the rejected response, and of a ranking also the responses between these. prompt:
+    the prompt's column, None if the prompt is the common beginning of the responses.
     """
     between = [kind for kind in settings.kinds if kind.startswith("rank_") and kind in row.fields]
     return _compared(row, settings, prompt, {kind: kind for kind in ("chosen", "rejected", *between)})

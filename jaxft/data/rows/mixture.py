@@ -212,7 +212,7 @@ class Mixture:
     seed: int
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
-        """Return the rows of an epoch, one source after the other."""
+        """Return the indices of an epoch's rows, one source after the other."""
         return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
 
     def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:
@@ -276,7 +276,7 @@ class SplitRows:
     warnings: tuple[str, ...] = ()
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """Return the training examples of an epoch; a row of a mixture may be among them more than once."""
+        """Return the indices of an epoch's training examples; a mixture may use a row more than once."""
         if self.mixture is None:
             return self.train
         first = self.mixture.of_epoch(epoch)

@@ -199,7 +199,7 @@ def _read_column(source: Any, metadata: Any, group: int, column: _Column, rows: 
 
 
 def _longest(array: Any) -> int:
-    """Return the bytes of the longest value in the dictionaries of an Arrow array."""
+    """Return how many bytes the longest value in the dictionaries of an Arrow array has."""
     import pyarrow
     import pyarrow.compute as compute
 
