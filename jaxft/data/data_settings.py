@@ -165,8 +165,9 @@ class DataSettings:
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Any:
         """Read and tokenise the rows and plan the batches; return a Source.
 
-        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
-        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
+        shards: parts that the mesh divides the rows of a microbatch into. cache: the folder of the cache,
+        None for the default. Raises ValueError or FileNotFoundError that names the row or the setting at
+        fault.
         """
         raise NotImplementedError
 

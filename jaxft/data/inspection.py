@@ -541,7 +541,7 @@ class LimitCost:
 def limit_costs(
     data: Rows | PairRows | Prompts, lengths: RowLengths, context: int = UNLIMITED
 ) -> list[LimitCost]:
-    """Return the costs of limits that cover 50, 90, 95, 99 and 100 % of the rows, and of the present one.
+    """Return the costs of the present limit, and of limits that cover 50, 90, 95, 99 and 100 % of the rows.
 
     context: the positions of the model, which no limit exceeds.
     """

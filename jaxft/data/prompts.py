@@ -153,7 +153,7 @@ class Prompts(DataSettings):
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches also read the log-probs of given tokens, not only of sampled tokens."""
+        """Whether batches also read the log-probs of tokens that an environment adds to an episode."""
         return False
 
     @property
@@ -188,7 +188,9 @@ def padded_length(size: int) -> int:
 
 
 def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rollout:
-    """Return the shapes of a step's batch [micro, rows, ...]; a row holds a prompt and its group."""
+    """Return the shapes of a step's batch [micro, rows, ...]; a row has a prompt and its completions. shards:
+    see DataSettings.open.
+    """
     rows = round_up(data.units_per_step // data.micro, shards)
 
     def array(last: int, dtype: Any) -> Any:

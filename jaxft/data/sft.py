@@ -483,12 +483,12 @@ def _tokenised_steps(
 class SolutionRows(Rows):
     """Prompts, the steps of a solution, and whether each is right: the data of process reward models.
 
-    Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: the text behind every
+    Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: the text after every
     step; \\n is a line break. last_step_only: train on the last step of each solution alone, and leave out
-    solutions whose last step is behind max_length tokens; evaluation reads all steps. All solutions of one
-    prompt stay on one side of the split. too_long: "truncate" leaves out the steps behind max_length tokens,
-    "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same weight,
-    "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
+    solutions whose last step ends after max_length tokens; evaluation reads all steps. All solutions of one
+    prompt stay on one side of the split. too_long: "truncate" leaves out the steps that end after max_length
+    tokens, "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same
+    weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
     sample_by have no meaning here.
     """
 

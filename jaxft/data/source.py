@@ -232,7 +232,7 @@ class BatchLayout(Generic[SomeBatch]):
 class RowSource(Generic[SomeBatch]):
     """A source with a fixed set of rows; see Source.
 
-    most_evaluated: the batches of `held_out` that an evaluation reads, None for all.
+    most_evaluated: the number of batches of `held_out` that an evaluation reads, None for all.
     """
 
     info: SourceInfo

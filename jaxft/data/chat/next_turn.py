@@ -127,7 +127,7 @@ def _require_answers(
 def _restart(
     chat: Chat, ways: Sequence[TurnWording], tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
-    """Return the prompt of a new row. Raises InvalidRow if the template rejects all ways."""
+    """Return the whole conversation as a prompt of a new row. Raises InvalidRow if all ways are rejected."""
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)
         (ids,) = example_prompt_ids(

@@ -48,7 +48,7 @@ class RowPlan:
         return len(self.offsets) - 1
 
     def slice(self, start: int, stop: int) -> "RowPlan":
-        """Return rows `start` to `stop`, fewer at the end of the epoch."""
+        """Return the plan of rows `start` to before `stop`, fewer at the end of the epoch."""
         offsets = self.offsets[start : min(stop, self.rows) + 1]
         chosen = slice(offsets[0], offsets[-1])
         parts = [None if x is None else x[chosen] for x in (self.starts, self.counts)]

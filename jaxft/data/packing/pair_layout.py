@@ -168,8 +168,8 @@ class PairLayout:
     """The shape and packing of the microbatches of pairs.
 
     rows: rows of a microbatch. branches: whether responses share the tokens of their prompt. columns: names
-    of the columns of numbers. max_length: see Pairs. reference: the reference's log-prob of each token of the
-    rows; None before they are computed.
+    of the columns of numbers. max_length: see Pairs. reference: the reference model's log-prob of each token
+    in TokenisedRows.ids; None before they are computed.
     """
 
     rows: int

@@ -45,8 +45,8 @@ from jaxft.data.rows.row_files import Row
 
 
 def text_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns of SFT examples: MASS, the sum of their target weights before the factor
-    `weights`, and TOKEN_WEIGHTS, the weights of all tokens if some differ from 1.
+    """Return the types of the extra columns of SFT examples: MASS, the sum of their target weights before the
+    factor `weights`, and TOKEN_WEIGHTS, the weights of all tokens if some differ from 1.
     """
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
@@ -160,7 +160,7 @@ def remedy_for_too_long(limit: str) -> str:
 
 
 def _pair_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns: whether a token spans the end of the prompt, and data.extras."""
+    """Return the types of extra columns: whether a token spans the end of the prompt, and data.extras."""
     numbers = {NUMBERS: ColumnType(np.float64, width=len(settings.extras))} if settings.extras else {}
     return {PROMPT_END_MOVED: ColumnType(np.bool_), **numbers}
 
@@ -362,7 +362,7 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
 
 
 def _prompt_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further column: the columns of the dataset as JSON, which rewards read."""
+    """Return the type of the extra column: the columns of the dataset as JSON, which rewards read."""
     return ragged(ROW_FIELDS, np.uint8)
 
 

@@ -60,9 +60,9 @@ class ChosenFormat(NamedTuple):
     """The format of a dataset, chosen from its rows.
 
     plain: strings are plain text, without a chat template. columns: (the format's name, the dataset's name)
-    of each renamed column, in addition to data.columns. unread: pairs of the same kind for columns that are
-    not read, because the rows have both a text and another format. labels: the labels of a classifier's rows
-    if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
+    of each renamed column, in addition to data.columns. unread: (the format's name, the dataset's name) of
+    columns that are not read, because the rows have both a text and another format. labels: the labels of a
+    classifier's rows if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
     """
 
     name: str

@@ -91,7 +91,8 @@ class InvalidRows:
             self.add(error)
 
     def check_begun(self, ref: str, seen: int, total: int | None) -> None:
-        """Raise the error of `check` as soon as it is certain, or likely where the total is unknown.
+        """With names_first, raise the error of `check` as soon as it is certain, or likely if the total is
+        unknown.
 
         seen: rows read so far. total: all rows of the dataset, None if unknown.
         """

@@ -251,8 +251,9 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
 def from_better(
     row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
 ) -> Row:
-    """Return two responses as a pair. column: names the better one, with the value better[0] for the first
-    and better[1] for the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
+    """Return the row with two responses as a pair. responses: their columns. column: has better[0] if the
+    first one is better, better[1] if the second one is (PKU-SafeRLHF, and SHP, whose votes score_A and
+    score_B are the ratings).
     """
     value = row.fields[column]
     written = str(int(value)) if isinstance(value, bool) or value in (0.0, 1.0) else str(value).strip()

@@ -22,7 +22,7 @@ _LEVEL_BYTES = 16  # of a value's definition, repetition and index
 
 @contextmanager
 def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
-    """Open a Parquet file. Raises ValueError that names it and ends with the remedy if it cannot be read.
+    """Open a Parquet file. Raises ValueError with its name and the remedy if it cannot be read.
 
     source: a path or an open file. where: its name in errors.
     """
@@ -51,8 +51,8 @@ class GroupPlan(NamedTuple):
     """The plan for reading a row group.
 
     columns: names of the columns that are read. others: names of the other columns. encoded: paths of columns
-    whose dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
-    LINE_BYTES as text. size: bytes of all rows.
+    whose dictionaries are not expanded. batch: number of rows that Arrow unpacks at once. chunk: number of
+    rows that take about LINE_BYTES as text. size: bytes of all rows.
     """
 
     columns: tuple[str, ...]
