@@ -255,7 +255,9 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
         )
     if not isinstance(text, str | None):
         raise InvalidRow(
-            name, "description that is no text", f"choices[{number}]: the description must be a string"
+            name,
+            "description that is no text",
+            f"choices[{number}]: the description must be a string, got {type(text).__name__}",
         )
     return DecisionChoice(value, (text or "").strip())
 

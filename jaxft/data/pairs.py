@@ -334,7 +334,7 @@ def _reference(
     if missing:
         raise ValueError(
             f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
-            "compute them for all pairs"
+            "compute them for all pairs, on the batches that `cover` returns"
         )
     for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
         if len(logps[i]) != expected or not np.isfinite(logps[i]).all():

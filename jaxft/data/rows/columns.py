@@ -501,7 +501,8 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise row.invalid(
             "column 'chat_template_kwargs' of a wrong type",
-            "column 'chat_template_kwargs' must be an object with names and values of template arguments",
+            "column 'chat_template_kwargs' must be an object with names and values of template arguments, "
+            f"got {arguments!r:.60}",
         )
     taken = sorted(filter(is_set_by_jaxft, arguments))
     if taken:

@@ -196,7 +196,7 @@ def _require_split(ref: str) -> None:
     path = find_data(folder) if folder else None
     splits = saved_splits(path) if path is not None else []
     if splits:
-        raise ValueError(f"{folder}: the folder has no split {split!r}; it has {', '.join(splits)}")
+        raise ValueError(f"{folder}: the folder has no split {split!r}; use {' or '.join(splits)}")
 
 
 def _files(path: Path) -> tuple[Path, list[Path], list[str]]:

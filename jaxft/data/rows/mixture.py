@@ -246,8 +246,8 @@ def make_mixture(
     for source, count in zip(sources, counts, strict=True):
         if not count:
             raise ValueError(
-                f"{source.ref}: its weight, {source.share:g} of the sum of weights, is less than one of "
-                f"the {total} rows of an epoch; raise it, or leave the source out"
+                f"{source.ref}: its weight, {source.share:g} of the sum of weights, gives it none of the "
+                f"{total} rows of an epoch; raise the weight, or leave the source out"
             )
     return Mixture(tuple(rows), tuple(counts.tolist()), seed)
 

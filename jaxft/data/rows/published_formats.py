@@ -101,7 +101,7 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     if len(items) < 2:
         raise row.invalid(
             "ranking of one response",
-            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more",
+            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more: remove the row",
         )
     texts = [_response(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
     ratings = _ratings(row, column, items)
