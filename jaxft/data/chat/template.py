@@ -100,8 +100,8 @@ class Template:
         return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
     def of_chat(self, chat: Chat) -> "Template":
-        """Return the template for a conversation, with the conversation's arguments in place of the run's:
-        the template for tools if it has tools, as transformers' apply_chat_template chooses.
+        """Return the template for a conversation: the one for tools if the conversation has tools, as
+        transformers' apply_chat_template chooses. The conversation's arguments override the run's.
         """
         own = self.tool_use if chat.tools and self.tool_use else self
         return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own

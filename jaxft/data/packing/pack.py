@@ -70,7 +70,7 @@ class RowPlan:
         return mask
 
     def names(self, names: Sequence[str]) -> list[list[str]]:
-        """Return a list for each row, the names of its examples. names: the name of every example."""
+        """Return a list for each row: the names of its examples. names: the name of every example."""
         bounds = zip(self.offsets[:-1], self.offsets[1:], strict=True)
         return [[names[i] for i in self.members[start:stop]] for start, stop in bounds]
 

@@ -157,7 +157,9 @@ def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def _is_proposed(column: str, name: str) -> bool:
-    """Whether errors may propose a name of the row for a column; some need nearly the same or a synonym."""
+    """Whether an error may propose a row's name for a column. Columns of PROPOSED_BY_NAME need a synonym, or
+    nearly the same name.
+    """
     is_near = difflib.SequenceMatcher(None, column, name.strip().lower()).ratio() >= NEARER
     is_synonym = name.strip().lower() in COLUMN_SYNONYMS.get(column, ())
     return column not in PROPOSED_BY_NAME or is_near or is_synonym
