@@ -354,8 +354,8 @@ OVERLAPS = {  # kind of overlap of a row with an earlier training row -> the lin
 
 
 def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]]]:
-    """Find rows that repeat an earlier training row. Return pairs of indices in split.rows, (the row, the
-    earlier one), by kind, a key of OVERLAPS.
+    """Find rows that repeat an earlier training row. Return for each kind, a key of OVERLAPS, a list of (row,
+    earlier row), as indices in split.rows.
 
     most: how many training rows, and how many held-out rows, are compared. Rows that share only their prompt
     have different responses.

@@ -95,8 +95,8 @@ class Prompts(DataSettings):
         if self.max_episode is not None and (self.max_turns == 1 or self.max_episode < self.max_new):
             raise ValueError(
                 f"data.max_episode={self.max_episode} must be at least data.max_new={self.max_new}, and "
-                f"needs a data.max_turns of 2 or more, got {self.max_turns}; raise the one that is too small, "
-                "or set data.max_episode=none"
+                f"needs a data.max_turns of 2 or more, got {self.max_turns}; raise what is too "
+                "small, or set data.max_episode=none"
             )
         if self.decode_rows is not None and self.decode_rows < self.group:
             raise ValueError(
