@@ -25,8 +25,7 @@ PYTHON_TAG = "<|python_tag|>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call. index: its number among a completion's calls, from 0. arguments: JSON text of an object.
-    """
+    """A tool call. index: its number in the completion, from 0. arguments: the JSON text of an object."""
 
     index: int
     id: str
