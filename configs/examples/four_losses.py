@@ -2,7 +2,7 @@
 
 Each loss has 6 trials of its learning rate and knobs, of which the best ones train longer, and 3 seeds of its
 best setting. 40 % of the 60 held-out prompts select settings, the others compare the losses. SimPO reads no
-reference; the other losses share one.
+reference; the other losses share one. 32 minutes and 2.3 GB on two AMD Zen 4 cores.
 """
 
 from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe

@@ -30,6 +30,7 @@ from jaxft.runs import metric_names as names
 
 REPORT, TABLES = "report.html", "tables"
 PICTURE = "curves.png"
+WIDE_KL = 10  # a ratio of two losses' KLs from which their axis is logarithmic
 LATEX = {
     "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
@@ -312,14 +313,19 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         slopes = np.mean([curve.per_token for curve in curves], 0)
         length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(curves, names.CHOSEN_LOGP))
-        margin[loss.label] = (x[1:], _means_by_step(curves, MARGIN))
+        margin[loss.label] = (x, [0.0, *_means_by_step(curves, MARGIN)])
+    ends = [max(kl) for kl, _ in against_kl.values()]
+    log_kl = max(ends) > WIDE_KL * min(ends)
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps, faint=of_seeds),
         Panel(
             f"{study.metric} against KL", "KL per token to the reference", "mean over prompts and seeds",
-            against_kl, faint=of_seeds_by_kl,
+            against_kl, faint=of_seeds_by_kl, log_x=log_kl,
         ),
-        Panel("liking for length against KL", "KL per token to the reference", "nats per token more", length),
+        Panel(
+            "liking for length against KL", "KL per token to the reference", "nats per token more", length,
+            log_x=log_kl,
+        ),
         Panel("margin since step 0", "optimizer step", "nats per pair", margin),
         Panel("log-prob of chosen responses", "optimizer step", "nats per response", chosen),
     ]  # fmt: skip
@@ -355,6 +361,7 @@ def picture_html(study: StudyResult) -> str:
 def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     """Return the page."""
     named = {table.name: table.html() for table in tables}
+    distinguished = {table.name: _distinguished(table) for table in tables}
     declared = study.declaration
     conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())
     tuning, compared = study.pairs.prompt_counts()
@@ -382,7 +389,11 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     shown = {
         "Results": section("results", "Results", f"{_summary(study)}<ul>{conclusions}</ul>{named['losses']}"),
         "Comparisons": section(
-            "comparisons", "Comparisons", named["duels"] + named["same_kl"] + named["same_length"]
+            "comparisons",
+            "Comparisons",
+            named["duels"]
+            + folded(f"At the same KL to the reference: {distinguished['same_kl']}", named["same_kl"])
+            + folded(f"At the same KL and length: {distinguished['same_length']}", named["same_length"]),
         ),
         "Curves": section("curves", "Curves", picture_html(study)),
         "Sensitivity": section(
@@ -396,6 +407,12 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     note = f"A study declared before training, written by jaxft {__version__}"
     titled = {link: (link.lower(), text) for link, text in shown.items()}
     return html_page(study.folder.resolve().name, note, titled)
+
+
+def _distinguished(table: PaperTable) -> str:
+    """Return how many rows of a table have a loss that is better, for the line above the folded table."""
+    count = sum(row[-1].endswith("is better") for row in table.rows)
+    return f"a loss is better in {count} of {len(table.rows)} comparisons"
 
 
 METRICS = {

@@ -29,7 +29,8 @@ STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 @dataclass(frozen=True)
 class Panel:
     """Axes with one curve per label. dashed: further curves in the label's colour. level: y of a horizontal
-    reference line. faint: the values that a smoothed curve is made from.
+    reference line. faint: the values that a smoothed curve is made from. log_x: draw x logarithmically from
+    its smallest positive value on, and linearly below it.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Panel:
     dashed: Mapping[str, Points] = field(default_factory=dict)
     level: float | None = None
     faint: Mapping[str, Points] = field(default_factory=dict)
+    log_x: bool = False
 
 
 def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
@@ -99,6 +101,9 @@ def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
         ax.plot(x, y, color=_look(labels.index(label))["color"], linewidth=0.7, alpha=0.3, zorder=2)
     for label, (x, y) in panel.dashed.items():
         ax.plot(x, y, **{**_look(labels.index(label)), "linestyle": "--", "linewidth": 1.0, "alpha": 0.7})
+    positive = [value for x, _ in panel.curves.values() for value in x if value > 0]
+    if panel.log_x and positive:
+        ax.set_xscale("symlog", linthresh=min(positive))
     ax.set_title(panel.title, fontsize=9)
     ax.set_xlabel(panel.x, fontsize=8)
     ax.set_ylabel(panel.y, fontsize=8)

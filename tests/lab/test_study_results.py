@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxft.lab.appendix import PaperTable, study_page, tables_of
+from jaxft.lab.appendix import PaperTable, curve_panels, study_page, tables_of
 from jaxft.lab.halving import HeldOutPairs, PairsEvaluation
 from jaxft.lab.results import (
     FinalCurve,
@@ -236,6 +236,19 @@ def test_the_page_has_declaration_comparisons_every_trial_and_hashes(study):
         assert text in page
     assert "dpo is better at the end and at every KL that both reach" in page and page.count("<section") == 6
     assert "http" not in page.partition("<body>")[2]
+    same_kl = next(table for table in tables_of(study) if table.name == "same_kl")
+    better = sum("is better" in " ".join(row) for row in same_kl.rows)
+    assert f"a loss is better in {better} of {len(same_kl.rows)} comparisons" in page and better
+
+
+def test_the_axis_of_kl_is_logarithmic_where_one_loss_moves_much_further(study):
+    def scaled(kl):
+        one, other = study.losses
+        curves = tuple(replace(curve, kl=curve.kl * kl) for curve in other.curves)
+        panels = curve_panels(replace(study, losses=(one, replace(other, curves=curves))))
+        return [panel.log_x for panel in panels if panel.x == "KL per token to the reference"]
+
+    assert scaled(1.0) == [False, False] and scaled(100.0) == [True, True]
 
 
 def test_tables_are_the_same_in_csv_and_latex(study):
