@@ -33,9 +33,9 @@ def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
     from jaxft.report import charts, ranking
     from jaxft.report.run_files import folders_of_runs, runs_among
+    from jaxft.runs.folder_copies import local_folder
     from jaxft.runs.metric_names import HELD_OUT
     from jaxft.runs.metrics_log import read_entries
-    from jaxft.runs.object_store import local_folder
 
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])

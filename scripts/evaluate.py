@@ -144,7 +144,7 @@ def arguments(
     if way == TASKS and not args.names:
         parser.error("--tasks names no task; use names such as arc_easy,mmlu")
     if args.run is not None:
-        from jaxft.runs.object_store import local_folder
+        from jaxft.runs.folder_copies import local_folder
 
         args.run = local_folder(args.run)
     return args

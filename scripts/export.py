@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     if args.text_only and (args.gguf or args.pack):
         parser.error("--gguf and --pack write a multimodal model's text decoder alone; leave --text-only out")
     if args.run is not None:
-        from jaxft.runs.object_store import local_folder
+        from jaxft.runs.folder_copies import local_folder
 
         args.run = local_folder(args.run)
     return args

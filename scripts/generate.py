@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     if args.columns and (not args.file or args.file.endswith(".txt")):
         parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
     if args.run is not None:
-        from jaxft.runs.object_store import local_folder
+        from jaxft.runs.folder_copies import local_folder
 
         args.run = local_folder(args.run)
     return args

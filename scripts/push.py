@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dtype and not args.merged:
         parser.error("--dtype is for the weights of --merged; other weights are pushed as they are")
-    from jaxft.runs.object_store import local_folder
+    from jaxft.runs.folder_copies import local_folder
 
     args.source = local_folder(args.source)
     return args

@@ -31,7 +31,7 @@ def main() -> int:
     """Write the page and print where it is."""
     from jaxft.report.document import write_report
     from jaxft.report.run_files import runs_among
-    from jaxft.runs.object_store import is_fetched, local_folder
+    from jaxft.runs.folder_copies import is_fetched, local_folder
 
     args = make_parser().parse_args()
     runs, others = runs_among([local_folder(run) for run in args.runs])

@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("use either --run, or --model or --adapter or both")
     if args.run is not None:
-        from jaxft.runs.object_store import local_folder
+        from jaxft.runs.folder_copies import local_folder
 
         args.run = local_folder(args.run)
     return args

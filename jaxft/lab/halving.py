@@ -44,6 +44,7 @@ from jaxft.optim.rules import UpdateRule
 from jaxft.runs import folder as runfolder
 from jaxft.runs import manifest
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.folder import CHECKPOINTS
 from jaxft.runs.metrics_log import (
     HELD_OUT_ROWS,
     METRICS,
@@ -52,7 +53,6 @@ from jaxft.runs.metrics_log import (
     json_value,
     read_unfinished,
 )
-from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import describe
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock

@@ -20,6 +20,7 @@ from jaxft.report.run_files import sweep_members
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints, verify
 from jaxft.runs.environment import environment, environment_changes
+from jaxft.runs.folder import CHECKPOINTS
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, check_files, named_leaves, read_manifest
 from jaxft.runs.metrics_log import (
@@ -32,7 +33,6 @@ from jaxft.runs.metrics_log import (
     whole_lines,
     without_perf,
 )
-from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.train.logs.logs import Logs
 from jaxft.train.logs.meter import Meters

@@ -12,5 +12,6 @@ trackers.py: TensorBoard, W&B, Trackio, MLflow, and callbacks
 metric_names.py: names of metrics
 terminal.py: text that is safe to print, output to a console that may end
 run_texts.py: start-up lines and model card
-object_store.py: copies of a run's folder in object stores
+object_store.py: objects in gs:// and s3:// stores
+folder_copies.py: copies of a run's folder in an object store
 """

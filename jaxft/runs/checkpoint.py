@@ -41,8 +41,8 @@ from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.distributed.exit import PeerLostError
 from jaxft.runs import manifest
 from jaxft.runs.environment import versions
+from jaxft.runs.folder_copies import LOCAL_ONLY, Copies
 from jaxft.runs.manifest import Corrupt, first_line
-from jaxft.runs.object_store import LOCAL_ONLY, Copies
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself
@@ -54,7 +54,7 @@ class Checkpoints:
     """The checkpoints in a folder.
 
     report: called with a line about each event that matters to the user. copies: hooks that copy
-    checkpoints to an object store (object_store.Copies), called on process 0.
+    checkpoints to an object store (folder_copies.Copies), called on process 0.
     """
 
     def __init__(

@@ -12,8 +12,8 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.distributed.processes import Watchdog
 from jaxft.runs import folder as runfolder
+from jaxft.runs.folder_copies import Copies
 from jaxft.runs.metrics_log import METRICS
-from jaxft.runs.object_store import Copies
 from jaxft.runs.trackers import Tracker
 from jaxft.train.compiled import Compiled, compile_run
 from jaxft.train.export.results import export_best, export_members, report_finished, write_reports

@@ -47,7 +47,7 @@ from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal
-from jaxft.runs.folder import SUMMARY, read_record, read_saved_json
+from jaxft.runs.folder import CHECKPOINTS, SUMMARY, read_record, read_saved_json
 from jaxft.runs.loaded_weights import (
     LoadedWeights,
     NamedWeights,
@@ -57,7 +57,6 @@ from jaxft.runs.loaded_weights import (
     source_options,
 )
 from jaxft.runs.metrics_log import METRICS, read_entries
-from jaxft.runs.object_store import CHECKPOINTS
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
 from jaxft.runs.settings.setting_names import advice, join_lines

@@ -53,7 +53,7 @@ class Loop:
     are evaluated. None: all of them. A file of held-out rows is always evaluated in full. max_bad: non-finite
     steps in a row that end the run; one that ends with any is not finished either. store: a folder in an
     object store, gs://bucket/path or s3://bucket/path; the run's folder is copied there at every checkpoint
-    and at the end, and a start on another machine fetches it from there (see runs/object_store.py).
+    and at the end, and a start on another machine fetches it from there (see runs/folder_copies.py).
     profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
     update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
     run folder and log the first layer that is not finite, see train/logs/nonfinite.py.

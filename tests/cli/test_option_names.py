@@ -6,7 +6,8 @@ from itertools import zip_longest
 import pytest
 
 from jaxft.runs.settings.config import resolve_config
-from jaxft.runs.settings.option_names import OPTIONS, as_text, find_options
+from jaxft.runs.settings.option import as_text
+from jaxft.runs.settings.option_names import OPTIONS, find_options
 from jaxft.weights.edit.extended_model import find_template
 
 NEEDED = {  # overrides that are valid only with another one

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft import tree
 from jaxft.runs import checkpoint, manifest
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.object_store import LOCAL_ONLY
+from jaxft.runs.folder_copies import LOCAL_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,9 +13,9 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import Place, write_place
 
 from jaxft.report import document
-from jaxft.runs import loaded_weights, object_store
+from jaxft.runs import folder_copies, loaded_weights
 from jaxft.runs import object_store as stores
-from jaxft.runs.object_store import mirrored
+from jaxft.runs.folder_copies import mirrored
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key",
@@ -77,9 +77,9 @@ def test_a_sweep_and_its_members_are_fetched_together(store, tmp_path, monkeypat
     send(write_sweep(tmp_path / "away" / "sweep", 2, steps=5), url)
     code, out, err = call(monkeypatch, capsys, "report", url)
     assert code == 0 and "lr=2e-4" in Path("report.html").read_text(), err
-    member = object_store.local_folder(f"{url}/lr=1e-4")
+    member = folder_copies.local_folder(f"{url}/lr=1e-4")
     assert member.name == "lr=1e-4" and (member / "metrics.jsonl").is_file()
-    assert object_store.is_fetched(member) and not object_store.is_fetched(tmp_path)
+    assert folder_copies.is_fetched(member) and not folder_copies.is_fetched(tmp_path)
     assert capsys.readouterr().err == ""  # nothing was fetched again
 
 

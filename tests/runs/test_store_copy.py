@@ -18,9 +18,9 @@ from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import manifest, object_store, terminal
+from jaxft.runs import folder_copies, manifest, terminal
 from jaxft.runs import object_store as stores
-from jaxft.runs.object_store import mirrored
+from jaxft.runs.folder_copies import mirrored
 from jaxft.runs.settings.config import resolve_config
 from jaxft.train import loop
 from jaxft.train.settings import Run
@@ -84,7 +84,7 @@ class InTurn:
 def started(folder, url=PLACE["s3"], report=print, record=RECORD):
     """A start that is accepted; as `mirrored`, with only the function that copies a checkpoint, at once."""
     with (
-        mock.patch.object(object_store, "ThreadPoolExecutor", InTurn),
+        mock.patch.object(folder_copies, "ThreadPoolExecutor", InTurn),
         mirrored(folder, url, {"config.json": record}, report) as copies,
     ):
         copies.accepted()
@@ -474,7 +474,7 @@ def test_weights_that_do_not_match_the_index_are_not_used(store, tmp_path):
     store.objects[weights] = b"weightz"
     refusal = rf"^s3://bucket/{weights} does not match index\.json: .* start the run's command again"
     with pytest.raises(ValueError, match=refusal):
-        object_store.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
+        folder_copies.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
     assert not (tmp_path / "cache" / "adapter").exists()
     with started(there, report=lines.append):
         assert not (there / "adapter").exists() and (there / "checkpoints" / "1").is_dir()

@@ -11,18 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxft.runs.settings.option_names import (
-    AXOLOTL,
-    FACTORY,
-    OPTIONS,
-    PEFT,
-    TRL,
-    UNSLOTH,
-    Option,
-    as_text,
-    find_options,
-    normalised,
-)
+from jaxft.runs.settings.option import AXOLOTL, FACTORY, PEFT, TRL, UNSLOTH, Option, as_text, normalised
+from jaxft.runs.settings.option_names import OPTIONS, find_options
 from jaxft.runs.terminal import short_text
 
 LARGEST_FILE = 2**20  # bytes of a file
@@ -67,7 +57,7 @@ class GivenOption(NamedTuple):
 class ForeignConfig:
     """A configuration of another tool.
 
-    file: where it was read. tool: a constant of option_names.py. trainer: the method, in the tool's word
+    file: where it was read. tool: a constant of option.py. trainer: the method, in the tool's word
     ("dpo", "kto", ...), "" if it follows from the options. lora: whether an adapter is trained, None if it
     follows from the options. devices: their number, None if the file does not state it. notes: lines about
     the file.

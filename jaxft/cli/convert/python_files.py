@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxft.cli.convert.draft import Expression, ForeignConfig, GivenOption, check_count
 from jaxft.cli.convert.yaml_and_shell import read_commands, trainer_of
-from jaxft.runs.settings.option_names import TRL, UNSLOTH
+from jaxft.runs.settings.option import TRL, UNSLOTH
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # load_dataset's names of kinds of files
 UNSEEN = ("map", "filter", "select", "train_test_split", "rename_column", "rename_columns",

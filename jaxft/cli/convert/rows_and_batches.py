@@ -11,7 +11,7 @@ from typing import Any
 from jaxft.cli.convert.draft import LARGEST_FILE, Draft, GivenOption, short_value, table_rows
 from jaxft.data.rows.columns import KNOWN_ROLES, ROLES
 from jaxft.data.rows.dataset_rows import SUFFIXES
-from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
+from jaxft.runs.settings.option import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 INFO = "dataset_info.json"  # LLaMA-Factory's list of datasets
 AXOLOTL_TYPES = {  # a type of rows, or its last part -> our columns=theirs

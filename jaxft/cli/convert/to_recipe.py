@@ -27,7 +27,7 @@ from jaxft.cli.convert.rows_and_batches import (
     templates,
 )
 from jaxft.cli.convert.yaml_and_shell import read_commands, read_yaml
-from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
+from jaxft.runs.settings.option import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 RECIPES = {  # a tool's name of a method -> the recipe
     "sft": "sft", "pt": "pretrain", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo",

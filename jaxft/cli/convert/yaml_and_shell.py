@@ -17,7 +17,7 @@ from jaxft.cli.convert.draft import (
     option_parts,
     read_config_text,
 )
-from jaxft.runs.settings.option_names import AXOLOTL, FACTORY, TRL, UNSLOTH
+from jaxft.runs.settings.option import AXOLOTL, FACTORY, TRL, UNSLOTH
 
 MOST_NODES = 20_000  # counting nodes that aliases repeat
 DEEPEST = 20

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from jaxft import annotations
 from jaxft.data.rows.shipped import PACKAGE, ROOT
-from jaxft.runs.settings.option_names import Option, find_options, normalised
+from jaxft.runs.settings.option import Option, normalised
+from jaxft.runs.settings.option_names import find_options
 
 RUN_FILE = PACKAGE / "train" / "settings.py"
 WRITABLE = ("bool", "int", "float", "str", "Path")

@@ -20,8 +20,10 @@ from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
 from jaxft.rl.rollout_sampler import clear_records
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.folder import CHECKPOINTS
+from jaxft.runs.folder_copies import Copies, mirrored
 from jaxft.runs.manifest import set_aside
-from jaxft.runs.object_store import CHECKPOINTS, Copies, check_stored_name, mirrored
+from jaxft.runs.object_store import check_stored_name
 from jaxft.runs.settings.setting_values import describe, differences, recorded_defaults
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit

@@ -184,7 +184,7 @@ def calibrate_layers(
 
     readers: of the base's parameters by path. ranks: by path of a parameter, the rank of the low-rank
     correction in each layer, 0 for none; corrections are applied before later layers are calibrated. Call it
-    with a mesh of one device. Raises ValueError for a parameter with axes other than layers, such as experts.
+    with a mesh of one device. Raises ValueError for a parameter with several kernels per layer.
     """
     specs, paths = spec_paths(model.specs), layer_paths(model.specs, quant)
     for path in paths:

@@ -32,7 +32,7 @@ ALIGNMENT = 32  # of tensors, bytes; the format's default
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 T = TypeVar("T", int, float, str, bool)
-ADVICE = "use another GGUF file of the model, or its Hugging Face folder"
+GGUF_ADVICE = "use another GGUF file of the model, or its Hugging Face folder"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "a Boolean"}
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of llama.cpp's split files, counted from 1
 
@@ -86,7 +86,9 @@ class GgufHeader:
             return None
         items = self.metadata[key]
         if not isinstance(items, list):
-            raise ValueError(f"{self.path}: metadata {key} must be an array, got {_short(items)}; {ADVICE}")
+            raise ValueError(
+                f"{self.path}: metadata {key} must be an array, got {_short(items)}; {GGUF_ADVICE}"
+            )
         wrong = next((i for i, item in enumerate(items) if not _has_type(item, kind)), None)
         if wrong is not None:
             self._refuse(f"{key}[{wrong}]", items[wrong], kind)
@@ -94,7 +96,7 @@ class GgufHeader:
 
     def _refuse(self, key: str, value: Any, kind: type) -> NoReturn:
         raise ValueError(
-            f"{self.path}: metadata {key} must be {TYPE_NAMES[kind]}, got {_short(value)}; {ADVICE}"
+            f"{self.path}: metadata {key} must be {TYPE_NAMES[kind]}, got {_short(value)}; {GGUF_ADVICE}"
         )
 
 

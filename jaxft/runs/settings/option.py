@@ -1,0 +1,123 @@
+"""An option of another tool, such as TRL, and the five kinds of rows of the table of all options.
+
+names: options with the letters of their tools, such as "learning_rate:tafu lr:f"; see option_names.OPTIONS.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+TRL, PEFT, AXOLOTL, FACTORY, UNSLOTH = "TRL", "PEFT", "Axolotl", "LLaMA-Factory", "Unsloth"
+TOOL_LETTERS = {"t": TRL, "p": PEFT, "a": AXOLOTL, "f": FACTORY, "u": UNSLOTH}  # letter in the table -> tool
+
+# How an option becomes a setting:
+# same: the setting takes the option's value, or one that `values` gives for it.
+# together: it depends on further options, the rows or the devices; the note says how.
+# unneeded: jaxft always does so, or has nothing that it would change.
+# absent: jaxft has no equivalent; the note says what to do instead.
+Kind = Literal["same", "together", "unneeded", "absent"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of other tools.
+
+    setting: the knob or dotted field of `recipe` that does the same, None without one. values: overrides for
+    values that jaxft names differently, by their lower-case text; "" for nothing to set. only_values: whether
+    any other value has no equivalent. example: a value as the tools write it. note: one line for readers.
+    """
+
+    name: str
+    tools: tuple[str, ...]
+    setting: str | None
+    note: str = ""
+    kind: Kind = "same"
+    example: Any = None
+    values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    only_values: bool = False
+    recipe: str = "sft"
+
+    def overrides(self, value: Any) -> tuple[str, ...]:
+        """Return the overrides for a value of the option, such as ("lr=0.0001",); () for nothing to set.
+
+        Raises ValueError if the value has no equivalent.
+        """
+        text = as_text(value)
+        if text.lower() in self.values:
+            return tuple(self.values[text.lower()].split())
+        if self.kind != "same" or self.only_values:
+            known = ", ".join(self.values)
+            raise ValueError(self.note or f"{self.name}={text} has no equivalent; these have one: {known}")
+        return (f"{self.setting}={text}",)
+
+    def describe(self) -> str:
+        """Return one line that says what to write in place of the option."""
+        written = f"{self.name} is {self.setting} here" if self.setting else ""
+        if self.setting and self.kind == "same":
+            example = " ".join(self.overrides(self.example))
+            written += f": {example}" if example else ""
+        else:
+            written = written or f"{self.name}: {'nothing to set' if self.kind == 'unneeded' else 'none'}"
+        return f"{written}; {self.note}" if self.note else written
+
+
+def as_text(value: Any) -> str:
+    """Write a value of a YAML or Python file as on jaxft's command line.
+
+    >>> as_text([True, None, 1e-4, {"q_proj": 8}])
+    'true,none,0.0001,q_proj:8'
+    """
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}:{as_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        texts = [as_text(item) for item in value]
+        return json.dumps(texts) if any("," in t for t in texts) and all(
+            isinstance(item, str) for item in value
+        ) else ",".join(texts)  # fmt: skip
+    return str(value)
+
+
+def normalised(name: str) -> str:
+    """Return an option's name as the table has it: `--Learning-Rate` is learning_rate."""
+    return name.strip().lstrip("-").replace("-", "_").lower()
+
+
+def options(names: str, **fields: Any) -> Iterator[Option]:
+    """Yield one option per name of `names`, "name:letters", with the letters of its tools in TOOL_LETTERS."""
+    for item in names.split():
+        name, _, letters = item.partition(":")
+        yield Option(name, tuple(TOOL_LETTERS[letter] for letter in letters), **fields)
+
+
+def same(names: str, setting: str, example: Any, note: str = "", recipe: str = "sft") -> Iterator[Option]:
+    """Yield options whose values the setting takes as they are."""
+    return options(names, setting=setting, note=note, example=example, recipe=recipe)
+
+
+def mapped(
+    names: str, setting: str, values: dict[str, str], note: str = "", recipe: str = "sft"
+) -> Iterator[Option]:
+    """Yield options whose values jaxft names differently; other values have no equivalent."""
+    example = next((value for value, ours in values.items() if ours), next(iter(values)))
+    fields: dict[str, Any] = {"values": values, "only_values": True, "recipe": recipe}
+    return options(names, setting=setting, note=note, example=example, **fields)
+
+
+def combined(names: str, setting: str | None, note: str, recipe: str = "sft") -> Iterator[Option]:
+    """Yield options that become a setting together with others."""
+    return options(names, setting=setting, note=note, kind="together", recipe=recipe)
+
+
+def unneeded(names: str, note: str) -> Iterator[Option]:
+    """Yield options for which there is nothing to set, as the note explains."""
+    return options(names, setting=None, note=note, kind="unneeded")
+
+
+def absent(names: str, note: str, harmless: str = "") -> Iterator[Option]:
+    """Yield options without an equivalent. harmless: values with which they do nothing, in lower case."""
+    off = {"false": "", "none": "", "": "", **dict.fromkeys(harmless.split(), "")}
+    return options(names, setting=None, note=note, kind="absent", values=off)
