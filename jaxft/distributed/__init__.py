@@ -1,7 +1,7 @@
 """Devices, meshes, processes and how a run ends.
 
 sharding.py: the table from axis names to mesh axes; the only PartitionSpecs
-devices.py: peak speed and memory of a device; which have FP8 matmuls, and which CPUs bfloat16 ones
+devices.py: peak speed and memory of a device; whether it has FP8 matmuls, or a CPU bfloat16 matmuls
 xla_flags.py: settings of XLA and jax by platform, applied before jax starts
 threads.py: work on parts of host arrays, and compilation, in several threads; freed memory returned to the
     system

@@ -54,12 +54,14 @@ FP8_DEVICES = re.compile(
 
 
 def has_fp8_matmuls(device: Any) -> bool:
-    """Whether XLA multiplies in FP8 on a device, present or a jax.sharding.AbstractDevice."""
+    """Whether XLA multiplies in FP8 on a device: a jax.Device or a jax.sharding.AbstractDevice."""
     return device.platform in ("gpu", "cuda", "tpu") and FP8_DEVICES.match(device.device_kind) is not None
 
 
 def peak_fp8_flops(device: Any) -> float:
-    """Return the peak FLOP/s of dense FP8 matmuls; if the device has no FP8, the bfloat16 peak."""
+    """Return the peak FLOP/s of dense FP8 matmuls: from PEAK_FP8, else twice the bfloat16 peak; for a device
+    without FP8, the bfloat16 peak.
+    """
     if not has_fp8_matmuls(device):
         return peak_flops(device)
     for kind, peak in PEAK_FP8.items():
@@ -70,10 +72,10 @@ def peak_fp8_flops(device: Any) -> float:
 
 @cache
 def cpu_has_bfloat16_matmuls() -> bool:
-    """Whether this host's CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's bf16); True on
-    systems that do not list its features in /proc/cpuinfo.
+    """Whether this host's CPU can multiply bfloat16 matrices (AVX512-BF16, AMX, or Arm's bf16); True on
+    systems that do not list the CPU's features in /proc/cpuinfo.
 
-    On other CPUs XLA converts each element inside the product, at two thirds of the rate of float32.
+    On other CPUs XLA converts each element during the matmul, at two thirds of the speed of float32.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -84,9 +86,9 @@ def cpu_has_bfloat16_matmuls() -> bool:
 
 
 def peak_flops(device: Any) -> float:
-    """Return the peak FLOP/s of dense bfloat16 matmuls, or of float32 ones on a CPU without these.
+    """Return the peak FLOP/s of dense bfloat16 matmuls; of float32 ones on a CPU without bfloat16 matmuls.
 
-    Taken from PEAK_BF16; a device without an entry is benchmarked in about 0.3 s.
+    Taken from PEAK_BF16; a device that the table lacks is benchmarked in about 0.3 s.
     """
     for kind, peak in PEAK_BF16.items():
         if device.device_kind.startswith(kind):

@@ -1,11 +1,13 @@
 """Files and folders that survive a power cut or a killed process.
 
-Durable: content is synced before it gets its final name, and the folder with that name afterwards. Without
-that, written data reaches the disk up to 30 s later, and a file may get its final name before its content.
+Durable: a file's content is synced to disk before the file gets its final name; then the folder with that
+name is synced. Without this, written data reaches the disk up to 30 s later, and a file may get its final
+name before its content.
 
-Temporary: the process locks its file or folder. The lock ends with the process, so that the next command can
-remove the leftovers of killed processes. Another machine's locks may not be seen, and some file systems have
-none: there, files older than a day have no owner.
+Temporary: the process that uses a temporary file or folder locks it. The lock ends with the process, so the
+next command can recognise and remove the leftovers of killed processes. Locks of other machines may be
+invisible, and some file systems have no locks: in both cases, a file counts as a leftover once it is a day
+old.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot sync 
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk. Raises OSError that names it."""
+    """Wait until a file's content, or the names in a folder, are on disk. An OSError names the path."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -57,7 +59,7 @@ def publish(part: Path, target: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file in one step. Raises OSError that names it."""
+    """Write a file: after a power cut it has its old or all of its new content. An OSError names the path."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(content)
@@ -87,13 +89,13 @@ def here() -> str:
 
 
 def owned(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Mark a temporary file or folder as in use by this process until the block ends."""
+    """Lock a temporary file or folder until the block ends, so that `remove_leftovers` keeps it."""
     return locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Lock a file or folder, if its file system has locks, until the block ends. how: see fcntl.flock."""
+    """Lock a file or folder, where its file system has locks, until the block ends. how: see fcntl.flock."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -105,8 +107,8 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed at the end; first remove folders that killed processes
-    left. prefix: beginning of the names of all such folders; nothing else in `parent` may begin with it.
+    """Yield a new folder in `parent`, which is removed when the block ends. First remove the folders that
+    killed processes have left. prefix: how their names begin; no other name in `parent` may begin so.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))
@@ -120,9 +122,10 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file in the folder of `path`, to be renamed to it; otherwise it is removed at the end.
+    """Yield a new file in the folder of `path`, which the caller renames to `path` when it is complete. If it
+    isn't renamed, it is removed when the block ends.
 
-    First remove the folder's .tmp files whose processes were killed.
+    First remove the .tmp files of killed processes from the folder.
     """
     remove_leftovers(path.parent.glob("*.tmp"))
     part = path.with_suffix(f".{here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -134,7 +137,7 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove this user's files and folders that no process owns. Links and undeletable files stay."""
+    """Remove this user's files and folders among `paths` that no process has locked; not links."""
     for path in paths:
         with contextlib.suppress(OSError):
             if _has_owner(path):

@@ -1,9 +1,9 @@
 """How a process ends: exit codes, signals, and a last line on stderr even if it is killed.
 
-The first SIGTERM, SIGINT or SIGHUP stops a run after its step, the second ends the process at once. A
-terminal that hangs up sends SIGHUP, often twice, so that a second one has no effect. Where it is ignored from
-the start (nohup), it stays ignored. SIGINT does not: a script starts background commands with SIGINT ignored,
-and it is to end a run there in every phase.
+The first SIGTERM, SIGINT or SIGHUP stops a run after the current step; the second ends the process at once. A
+second SIGHUP has no effect, because a terminal that hangs up often sends two. If SIGHUP is ignored when the
+process starts (nohup), it stays ignored. SIGINT does not: shell scripts start background commands with SIGINT
+ignored, but SIGINT must be able to stop a run.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ def shorten_error(error: object) -> str:
 def means_peer_lost(text: str, connected: bool = False) -> bool:
     """Whether an error message of JAX means that another process has exited or stopped responding.
 
-    Such a run can be restarted. Messages that only name a library or a connection match only if the processes
-    were `connected` before, that is, finished a step together: until then, the cause may be a wrong network
+    The run can then be restarted. A message that only mentions gloo, NCCL or a connection counts only if
+    `connected`: all processes have finished a step together. Before that, the cause may be a wrong network
     interface or NCCL version, and the run would be restarted forever.
     """
     return PEER_LOST.search(text) is not None or (connected and COMMUNICATION.search(text) is not None)
@@ -63,7 +63,7 @@ def exit_for_restart(text: str) -> NoReturn:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Exit immediately with `code`, without waiting for other threads; drop the killed message."""
+    """Exit immediately with `code`, waiting for no thread and without the line of set_killed_message."""
     clear_killed_message()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
@@ -107,7 +107,7 @@ def set_killed_message(text: str) -> None:
 
 
 def clear_killed_message() -> None:
-    """Print nothing when this process ends."""
+    """Cancel `set_killed_message`: print no line if this process is killed."""
     if _sentinel.cache_info().currsize and not _sentinel().stdin.closed:
         with contextlib.suppress(OSError):
             _sentinel().stdin.write(b"\n")
@@ -118,7 +118,9 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupt:
-    """A context in which the first SIGTERM, SIGINT or SIGHUP only sets `signal`, checked between steps."""
+    """A context in which the first SIGTERM, SIGINT or SIGHUP does not end the process, but is stored in
+    `signal` (0 before). The training loop checks `signal` between steps.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -148,7 +150,7 @@ class Interrupt:
 
 
 def accept_interrupts() -> None:
-    """Let SIGINT raise KeyboardInterrupt also where it is ignored from the start."""
+    """Let SIGINT raise KeyboardInterrupt, even if the process was started with SIGINT ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

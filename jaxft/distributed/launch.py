@@ -27,11 +27,12 @@ GOOGLE = "0x1ae0"  # PCI vendor of a TPU
 
 @dataclass(frozen=True)
 class Launch:
-    """The launch of one process of a multi-process run. launcher: where the values come from.
+    """The launch of one process of a multi-process run.
 
-    coordinator: host:port of process 0. processes: their number. process: the index of this one. These three
-    are None if JAX detects them. local_gpus: indices of the host's GPUs that this process uses; None for
-    JAX's default.
+    launcher: source of the values, for messages: "SLURM", or "explicit" for settings and JAXFT_* variables.
+    coordinator: host:port of process 0. processes: number of processes in the run. process: index of this
+    process. Values that JAX itself detects are None. local_gpus: indices of the host's GPUs that this process
+    uses; None for JAX's default.
     """
 
     launcher: str
@@ -132,13 +133,13 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 def _local_gpus(
     environ: Mapping[str, str], rank: int | None, processes: int | None
 ) -> tuple[int, ...] | None:
-    """Return which of the visible GPUs a process uses, as indices; None if unknown.
+    """Return the indices of the visible GPUs that a process uses; None if JAX should decide.
 
-    rank: local rank of the process among the `processes` on this host.
+    rank: index of the process among the `processes` on this host.
 
-    A process uses all GPUs it sees if there are fewer of them than processes on the host, or if the launcher
-    assigned GPUs to each task. Raises ValueError if GPUs that are visible to all processes do not divide
-    evenly among them.
+    A process uses all visible GPUs if it is the only process on the host, if the processes outnumber the
+    GPUs, or if the launcher assigned GPUs to each task. Otherwise the processes divide the GPUs evenly;
+    ValueError if that is impossible.
     """
     if environ.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # JAX reads it
@@ -176,7 +177,7 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch | None:
-    """torchrun, and launchers that set its variables.
+    """Return the launch by torchrun, or by a launcher that sets its variables; None without these.
 
     Kubeflow's PyTorchJob sets no LOCAL_RANK: one process per pod.
     """
@@ -195,7 +196,9 @@ def _torchrun(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _skypilot(environ: Mapping[str, str]) -> Launch | None:
-    """SkyPilot: one process per node, except on TPU slices, where JAX detects the order of the hosts."""
+    """Return the launch of the only process on a node of SkyPilot; None elsewhere, and on TPU slices, where
+    JAX detects the order of the hosts.
+    """
     if "SKYPILOT_NODE_RANK" not in environ or "SKYPILOT_NODE_IPS" not in environ or _on_tpu(environ):
         return None
     addresses = environ["SKYPILOT_NODE_IPS"].split()
@@ -228,7 +231,9 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mapping[str, str]) -> None:
-    """Raise ValueError for variables that JAX would fail on, unless JAXFT_COORDINATOR replaces them."""
+    """Raise ValueError if a launcher's variable does not match its pattern, which JAX could not read, and
+    JAXFT_COORDINATOR is not set. patterns: variable -> regular expression.
+    """
     for name, pattern in patterns.items():
         text = environ.get(name, "")
         if not re.fullmatch(pattern, text, re.ASCII) and not environ.get(JAXFT_VARIABLES[0]):
@@ -239,7 +244,9 @@ def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mappi
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
-    """A task of srun. The only task of a node uses all of its GPUs; JAX's default would be the first one."""
+    """Return the launch of a task of srun, or None. The only task of a node uses all of the node's GPUs;
+    JAX's default would be the first one.
+    """
     if any(name not in environ for name in SLURM):
         return None
     size, rank, local = (_number(environ, name) for name in list(SLURM)[2:])
@@ -272,9 +279,8 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Launch | None:
-    """A pod of an indexed Kubernetes job, detected by JAX with the Kubernetes API.
-
-    Raises ValueError if the client library is missing.
+    """Return the launch of a pod of an indexed Kubernetes job; None elsewhere. JAX finds the other pods
+    through the Kubernetes API; ValueError if the Python package for it is missing.
     """
     if "KUBERNETES_SERVICE_HOST" not in environ or "JOB_COMPLETION_INDEX" not in environ:
         return None

@@ -104,7 +104,7 @@ def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterat
 
 
 def require_single_process(what: str) -> None:
-    """Raise ValueError if a launcher started this single-process program as one of several processes."""
+    """Raise ValueError if a launcher started several processes of a one-process program. what: its name."""
     launched = launch.detect((None, None, None), os.environ)
     # the launch of a single TPU host may have neither
     if launched is not None and (launched.processes or launched.process is not None):
@@ -190,15 +190,15 @@ def _check_counts(hosts: Hosts) -> None:
     """Raise AgreedError if the number of processes or devices differs from the settings."""
     if hosts.processes is not None and hosts.processes != jax.process_count():
         raise AgreedError(
-            f"hosts.processes={hosts.processes}, but {jax.process_count()} are running; start that many, or "
-            "check the launcher"
+            f"hosts.processes={hosts.processes}, but {jax.process_count()} are running; start "
+            f"{hosts.processes} processes, or correct the setting"
         )
     if hosts.devices is not None and hosts.devices != jax.device_count():
         sizes = {i: sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())}
         listed = ", ".join(f"{count} on process {i}" for i, count in list(sizes.items())[:8])
         raise AgreedError(
             f"hosts.devices={hosts.devices}, but there are {jax.device_count()} ({listed}); check which "
-            "devices each process gets"
+            "devices each process gets, or correct the setting"
         )
 
 
@@ -219,7 +219,7 @@ def process_name() -> str:
 
 
 def one_line_of(error: BaseException) -> str:
-    """Return the message of an error on one line, in the format of jaxft.cli.cli."""
+    """Return the message of an error on one line; for an OSError with a file, `FILE: REASON`."""
     if isinstance(error, OSError) and error.strerror and error.filename and error.filename2 is None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
@@ -228,7 +228,7 @@ def one_line_of(error: BaseException) -> str:
 def is_peer_lost(error: BaseException, connected: bool = False) -> bool:
     """Whether an error means that a computation failed because another process is gone.
 
-    connected: all processes finished a step of this run together, as in exit.means_peer_lost.
+    connected: whether all processes have finished a step of this run together; see exit.means_peer_lost.
     """
     return is_multi_process() and (
         isinstance(error, exit.PeerLostError)
@@ -237,7 +237,7 @@ def is_peer_lost(error: BaseException, connected: bool = False) -> bool:
 
 
 def peer_lost_message(error: BaseException, where: str) -> str:
-    """Return the message for the loss of another process; `where` is the phase of the run."""
+    """Return the message that another process is gone. where: phase of the run, such as "step 12"."""
     return (
         f"{process_name()}: another process is gone or stalled ({where}; {shorten_error(error)}); "
         "run the same command again on all hosts to resume from the newest checkpoint"
@@ -248,10 +248,12 @@ def peer_lost_message(error: BaseException, where: str) -> str:
 
 
 def on_all_processes(work: Callable[[], Any]) -> Any:
-    """Call `work()` on every process; a user error on any of them raises AgreedError, with its text, on all.
+    """Call `work()` on every process and return its result on this one. If it raises a ValueError, OSError or
+    ImportError on any process, all processes raise an AgreedError with the same text.
 
-    The other processes learn of the error at their next exchange, which may be inside `work`. `work` must not
-    wait for other processes in any other way, or it would deadlock after an error.
+    The other processes receive the error when they next communicate, possibly inside `work`. So `work` may
+    wait for other processes only with the functions of this module; anything else would deadlock after an
+    error.
     """
     with agreement():
         return work()
@@ -259,7 +261,7 @@ def on_all_processes(work: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def agreement() -> Iterator[None]:
-    """Turn a user error that any process raises in the body into an AgreedError on all processes."""
+    """Turn a ValueError, OSError or ImportError of any process in the body into an AgreedError on all."""
     if not is_multi_process():
         yield
         return
@@ -280,9 +282,9 @@ def barrier() -> None:
 
 
 def from_first_process(work: Callable[[], Any]) -> Any:
-    """Call `work()` on process 0 and return its result (JSON) on all processes.
+    """Call `work()` on process 0 and return its result, which must be valid JSON, on all processes.
 
-    A user error in it raises AgreedError on all.
+    If it raises a ValueError, OSError or ImportError, all processes raise an AgreedError.
     """
     if not is_multi_process():
         return work()
@@ -296,10 +298,12 @@ def first_then_others(work: Callable[[], Any]) -> Any:
 
 
 def in_step(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines of a long computation on all processes: one after each step of any of them.
+    """Run a long computation in rounds, in which each process does one step; yield the same text on all
+    processes after each round.
 
-    lines: one text for each step of this process, never empty. A process without steps left waits for the
-    others at each of theirs, so its watchdog sees their progress. A user error raises AgreedError on all.
+    lines: an iterator that does a step and returns a non-empty text. If it has fewer steps than another
+    process's, this process waits in the remaining rounds, so its watchdog sees progress. Errors as in
+    on_all_processes.
     """
     if not is_multi_process():
         yield from lines
@@ -309,7 +313,9 @@ def in_step(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _run_on_all(fn: Callable[[], Any]) -> list[Any]:
-    """Return the results of `fn()` by process; a user error on one of them raises AgreedError on all."""
+    """Call `fn()` on every process; return all results, by process index. A ValueError or OSError on one
+    process raises AgreedError on all.
+    """
     try:
         return sync.run_on_all(sync.gather_texts, fn)
     except (ValueError, OSError) as error:
@@ -350,8 +356,8 @@ def check_same(record: dict[str, Any], differences: Callable[[Any, Any], list[st
 class Votes:
     """Votes on whether to stop, so that a signal to one process stops all of them after the same step.
 
-    Every process casts its vote before a step. The maximum is computed on the devices between two steps and
-    is available when the earlier one has finished, so no host blocks on it. (JAX's
+    Every process casts its vote before a step. The devices compute the highest vote between two steps. It is
+    available when the earlier step has finished, so the host never waits for it. (JAX's
     reached_preemption_sync_point supports only SIGTERM, and only multi-process runs.)
     """
 
@@ -364,7 +370,10 @@ class Votes:
             self._cast(0).block_until_ready()
 
     def cast(self, vote: Callable[[], int]) -> Callable[[], int]:
-        """Cast a vote, a signal number or 0; return a function that returns the maximum of all votes."""
+        """Cast this process's vote; return a function that returns the highest vote of all processes.
+
+        vote: returns the number of the signal that this process has received, or 0.
+        """
         if not is_multi_process():
             return vote
         highest = self._cast(vote())
@@ -411,15 +420,15 @@ class Watchdog:
         self._thread.join()
 
     def at(self, phase: str, after_step: bool = False) -> None:
-        """Enter a phase other than a training step, limited by hosts.phase_seconds.
+        """Report the begin of a phase other than a training step; it is limited to hosts.phase_seconds.
 
-        after_step: the last step has finished, so all processes have reached one another.
+        after_step: whether a step has just finished, so that all processes have reached one another.
         """
         self._step_start, self._connected = 0.0, self._connected or after_step
         self._feed(phase, self._hosts.phase_seconds, "hosts.phase_seconds")
 
     def step(self, number: int) -> None:
-        """Enter training step `number`; the step before it has finished."""
+        """Report the begin of training step `number`, and with it the end of the step before."""
         now = time.monotonic()
         if self._step_start:
             self._steps.append(now - self._step_start)
@@ -439,7 +448,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Limit the time that closing may take after an error in the body.
+        """Limit the time that the program may take to close after an error in the body.
 
         If the error means that another process is lost, exit immediately for a restart. After any other error
         a multi-process run has CLOSING seconds to release its resources, because closing may wait for a

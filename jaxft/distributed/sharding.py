@@ -79,9 +79,10 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
-    """Make a mesh of all devices.
+    """Make a mesh of `devices`, by default all of them.
 
-    Raises ValueError if the sizes do not multiply to the number of devices, or if mesh.tensor crosses hosts.
+    Raises ValueError if the sizes do not multiply to the number of devices, if mesh.slices does not fit the
+    slices or hosts of the devices, or if mesh.tensor crosses hosts.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(shape, axis) for axis in MESH_AXES]
@@ -101,10 +102,11 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
 
 
 def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
-    """Return the devices [slices, ..., tensor], with the fastest links along the last axes.
+    """Return the devices as an array of shape `sizes`, in the order of MESH_AXES, with the fastest links
+    along the last axes.
 
-    Devices of a TPU slice share a slice_index and are linked in all directions; other devices have fast links
-    within a process.
+    Devices of a TPU slice share a slice_index and have fast links to one another; other devices have fast
+    links only within a process.
     """
 
     def slice_of(device: Any) -> int:
@@ -142,11 +144,12 @@ def partition_spec(
     path: str = "",
     heads: int | None = None,
 ) -> PartitionSpec:
-    """Return the PartitionSpec of an array with these logical axes.
+    """Return the PartitionSpec of an array with these logical axes, the keys of AXES.
 
-    With a shape, mesh axes that do not divide a dimension are left out; raises ValueError if tensor does not
-    divide it.
-    heads: number of units in a flattened dimension of COUNTED, such as heads; tensor never splits one.
+    shape: if given, a dimension is not sharded along mesh axes that do not divide it; if it is the mesh axis
+    tensor that does not, ValueError is raised. path: the array's name for this error. heads: the number of
+    heads in an axis of COUNTED, which may have heads x head_dim elements; tensor must divide this number, so
+    that no head is split.
     """
     sizes = dict(mesh.shape)
     entries: list[tuple[str, ...]] = []
@@ -161,7 +164,8 @@ def partition_spec(
                 fits = tuple(n for n in range(1, min(units, mesh.size) + 1) if units % n == 0)
                 where = path or "activation"
                 raise ValueError(
-                    f"{where}: {subject} not divide over tensor={sizes['tensor']}; use one of {fits}"
+                    f"{where}: {subject} not divide over tensor={sizes['tensor']}; use one of {fits} "
+                    "for mesh.tensor"
                 )
             mesh_axes = _dividing(mesh_axes, sizes, shape[i])
         entries.append(mesh_axes)
@@ -195,10 +199,12 @@ def array_sharding(
 def shard_between_blocks(
     sharding: NamedSharding, axes: tuple[str, ...], shape: tuple[int, ...], block: int, path: str
 ) -> NamedSharding:
-    """Adapt the sharding of a weight [..., I, O] to quantised storage: I is sharded between blocks only.
+    """Adapt the sharding of a weight [..., I, O] to quantised storage, in which I is only sharded between
+    blocks.
 
-    If fsdp and context do not divide their usual dimension, they shard the other one, or none. Raises
-    ValueError if tensor does not divide the blocks.
+    block: inputs per quantisation block. path: the weight's name, for the error. The mesh axes fsdp and
+    context shard the dimension that they usually do; if they do not divide it, I or O, or none. Raises
+    ValueError if the mesh axis tensor does not divide the number of blocks.
     """
     sizes = dict(sharding.mesh.shape)
     units = (*shape[:-2], shape[-2] // block if shape[-2] % block == 0 else 1, shape[-1])
@@ -221,7 +227,9 @@ def shard_between_blocks(
 
 
 def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Adapt `sharding` to an array with the same axes of other sizes (scales): dimensions of 1 unsharded."""
+    """Adapt a sharding to an array with the same axes but other sizes, such as the scales of a quantised
+    weight: dimensions of size 1 are not sharded.
+    """
     return NamedSharding(
         sharding.mesh,
         PartitionSpec(
@@ -231,7 +239,7 @@ def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> Named
 
 
 def describe_sharding(sharding: NamedSharding) -> str:
-    """Format the mesh axes of each dimension: `-,fsdp,tensor`."""
+    """Format the mesh axes of each dimension, "-" for none: `-,data*fsdp,tensor`."""
     entries = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec)
     return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
 
@@ -247,12 +255,12 @@ def _ambient() -> Any:
 
 
 def is_multi_device() -> bool:
-    """Whether there is an ambient mesh of more than one device."""
+    """Whether the ambient mesh (jax.set_mesh) has more than one device."""
     return _ambient() is not None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Shard an activation by its logical axes; None leaves the sharding of a dimension to XLA."""
+    """Shard an activation along its logical axes, one per dimension; where it is None, XLA decides."""
     mesh = _ambient()
     if mesh is None:
         return x
@@ -262,8 +270,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the logical axes of a weight for a matmul: gathered along fsdp and context, sharded along
-    tensor.
+    """Return the logical axes that a weight with these axes has in a matmul: there it is gathered along the
+    mesh axes fsdp and context, but still sharded along tensor.
     """
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
     used["fused_width"] = "part_shards"  # see models/families/phi3.py
@@ -271,13 +279,15 @@ def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def gathered_sharding(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
-    """Return the sharding of a weight for a matmul on the ambient mesh; None without a mesh."""
+    """Return the sharding that a weight with these logical axes has in a matmul on the ambient mesh, see
+    gathered_axes; None on a single device.
+    """
     mesh = _ambient()
     return None if mesh is None else array_sharding(mesh, gathered_axes(axes), shape)
 
 
 def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    """Return the number of shards of an array with these logical axes on the ambient mesh."""
+    """Return into how many shards an array with these logical axes is divided on the ambient mesh."""
     mesh = _ambient()
     if mesh is None:
         return 1
@@ -290,12 +300,14 @@ def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
 
 
 def shard_start(axis: str, size: int) -> jax.Array:
-    """Inside `per_device`: return the start of this device's shard of a dimension, in shards of `size`."""
+    """Inside `per_device`: return the index in the full dimension at which this device's shard begins. axis:
+    mesh axis that shards the dimension. size: elements of a shard.
+    """
     return jax.lax.axis_index(axis) * np.int32(size)
 
 
 def mesh_size(axis: str) -> int:
-    """Return the number of devices along an axis of the ambient mesh; 1 without one."""
+    """Return the number of devices along an axis of the ambient mesh; 1 without a mesh."""
     mesh = _ambient()
     return 1 if mesh is None else dict(mesh.shape)[axis]
 
@@ -312,7 +324,7 @@ def check_context_divides(length: int) -> None:
     if length % context:
         raise ValueError(
             f"rows of {length} tokens do not divide over mesh.context={context}; "
-            "use a data.max_length that does"
+            f"use a data.max_length that is divisible by {context}"
         )
 
 
@@ -343,14 +355,14 @@ def per_device(
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Return the number of shards of the rows of a batch."""
+    """Return the number of shards into which a mesh divides the rows of a batch: slices x data x fsdp."""
     return math.prod(dict(mesh.shape)[axis] for axis in AXES["rows"])
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Return the sharding of [micro, rows, ...]: rows over slices, data and fsdp.
+    """Return the sharding of a batch's array [microbatches, rows, ...]: rows over slices, data and fsdp.
 
-    Raises ValueError if the rows do not divide.
+    Raises ValueError if the number of rows is not divisible by the number of shards.
     """
     parts = row_shards(mesh)
     if shape[1] % parts:
@@ -362,7 +374,7 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Transfer host arrays [micro, rows, ...] to the mesh.
+    """Transfer a batch's host arrays [microbatches, rows, ...] to the devices of a mesh.
 
     Every process passes the same global arrays and transfers only the rows of its local devices.
     """

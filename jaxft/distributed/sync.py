@@ -39,7 +39,9 @@ def _barrier_numbers() -> Iterator[int]:
 
 
 def wait_for_all() -> None:
-    """Block until all processes arrive, without using devices. Main thread only, as `gather_texts`."""
+    """Block until all processes arrive, without using devices. Call it from the main thread only, as
+    gather_texts.
+    """
     if jax.process_count() > 1:
         import orbax.checkpoint as ocp  # slow to import, and only multi-process runs need it here
 
@@ -64,9 +66,9 @@ def gather_texts(text: str) -> list[str]:
 
 
 def array_of_first(x: np.ndarray) -> np.ndarray:
-    """Return process 0's array on every process. x: of the same shape and dtype on all.
+    """Return process 0's array on every process. x: an array with the same shape and dtype on all processes.
 
-    Main thread only, as gather_texts.
+    Call it from the main thread only, as gather_texts.
     """
     if jax.process_count() == 1:
         return x
@@ -77,9 +79,10 @@ def array_of_first(x: np.ndarray) -> np.ndarray:
 class FileExchange:
     """Exchange of texts through files in a shared folder, with barriers of JAX's coordination service.
 
-    It uses no device, so any thread may call it. topic: the same on all processes and never used before. A
-    process that cannot write its text writes an empty file with the errno in its name. Raises PeerLostError
-    (a TimeoutError, an OSError) if a process does not arrive within `limit` seconds.
+    It uses no device, so any thread may call it. topic: name of the exchange, the same on all processes, and
+    used by no earlier exchange. A process that cannot write its text writes an empty file with the errno in
+    its name. Raises PeerLostError (a TimeoutError, an OSError) if a process does not arrive within `limit`
+    seconds.
     """
 
     def __init__(self, folder: Path, topic: str, limit: float):

@@ -25,9 +25,8 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
     """Return `[fn(item) for item in items]`, computed in one thread per core.
 
     For NumPy code: NumPy releases Python's lock while it computes on an array. After an error no further call
-    begins, and once the begun calls are done, the first error in the order of the items is raised. The
-    caller's context variables, such as NumPy's error state, have their values in fn. Freed memory is returned
-    to the system.
+    begins; when the running calls have ended, the error of the earliest failed item is raised. fn runs with
+    the caller's context variables, such as NumPy's error state. Freed memory is returned to the system.
     """
     items = list(items)
     threads = min(cores(), MOST_THREADS, len(items))
@@ -45,10 +44,11 @@ def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> l
 
 
 def compile_all(lowered: Mapping[Key, Any], platform: str, options: Any = None) -> dict[Key, Any]:
-    """Compile several programs that jax has lowered: on CPUs at the same time, in one thread per core.
+    """Compile programs that jax has lowered, and return them by the same keys. On CPUs they are compiled at
+    the same time, in one thread per core.
 
-    On a GPU compiling times kernels, which would disturb one another. platform: of the devices. options: of
-    jax's `compile`.
+    On a GPU they are compiled one by one, because compiling measures the speed of kernels. platform: "cpu",
+    "gpu" or "tpu". options: compiler options for jax's `compile`.
     """
     run = map_in_threads if platform == "cpu" else map
     return dict(zip(lowered, run(lambda one: one.compile(options), lowered.values()), strict=True))

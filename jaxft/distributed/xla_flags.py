@@ -1,7 +1,7 @@
 """Settings of XLA and jax that jaxft applies before jax starts: one table, by platform, with sources.
 
-A setting that the user has made is kept, and the table's row for it is not applied. JAXFT_XLA_FLAGS=off
-applies no row. This file does not import jax, because some of the settings are read when jax is imported.
+If the user has set one of them, the user's value is kept. JAXFT_XLA_FLAGS=off switches the table off. This
+file does not import jax, because some of the settings are read when jax is imported.
 
 Not in the table:
 - Defaults of XLA. GPUs: command buffers and asynchronous collectives (xla_gpu_enable_command_buffer,
@@ -65,10 +65,12 @@ JAX_FRACTION = 0.75  # jax's default
 
 @dataclass(frozen=True)
 class PlatformSetting:
-    """A row of the table. variable: the environment variable. flag: its name in a variable that contains
-    flags, "" for a variable with one value. same_as: other variables that set the same. includes: flags of
-    XLA_FLAGS that this setting switches on even where they are false. together: flags of `variable` that are
-    set only together: none of them if the user has set one.
+    """A row of the table: a setting, why it is made, and its source.
+
+    variable: the environment variable. flag: the flag's name if the variable contains flags, "" if it has a
+    single value. The row is not applied if the user has set this flag (or single value) or one of these:
+    same_as, other variables with the same effect; includes, flags of XLA_FLAGS that this row would override;
+    together, flags of `variable` that must be set together.
     """
 
     platform: str
@@ -129,8 +131,8 @@ TABLE_OF_SETTINGS = (
 
 
 def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev"), pci: Path = PCI) -> str:
-    """Return the platform that jax will start, without starting it: "cuda", "tpu", "cpu" or another name that
-    JAX_PLATFORMS has.
+    """Return the platform that jax will use, without starting jax: "cuda", "tpu", "cpu", or another name from
+    JAX_PLATFORMS.
 
     environ: environment variables. dev: the folder of device files. pci: the folder of PCI devices.
     """
@@ -161,7 +163,7 @@ def has_tpu(dev: Path, pci: Path) -> bool:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported; it is not imported."""
+    """Whether a module could be imported; it is not imported here."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that the module is in
@@ -169,19 +171,21 @@ def is_installed(module: str) -> bool:
 
 
 def is_off(environ: Mapping[str, str]) -> bool:
-    """Whether JAXFT_XLA_FLAGS switches the table off."""
+    """Whether JAXFT_XLA_FLAGS switches off the table of settings."""
     return environ.get(SWITCH, "").strip().lower() in SWITCHED_OFF
 
 
 def unset_settings(platform: str, environ: Mapping[str, str]) -> list[PlatformSetting]:
-    """Return the rows of the table for a platform that the user has neither set nor switched off."""
+    """Return the rows of the table to apply on a platform: all of its rows that the user has not set; [] if
+    the table is switched off.
+    """
     if is_off(environ):
         return []
     return [row for row in TABLE_OF_SETTINGS if row.platform == platform and not is_set(row, environ)]
 
 
 def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
-    """Whether the environment has a value for a row's flag or variable, the row's or another one."""
+    """Whether the user has set a row's variable or flag, or one that replaces it; see PlatformSetting."""
     names = row.same_as if row.flag else (row.variable, *row.same_as)
     flags = [("XLA_FLAGS", flag) for flag in row.includes]
     flags += [(row.variable, flag) for flag in (row.flag, *row.together) if flag]
@@ -189,7 +193,9 @@ def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
 
 
 def has_flag(variable: str, flag: str, environ: Mapping[str, str]) -> bool:
-    """Whether the value of a variable may contain a flag: `--flag=value`, `--flag` or `--noflag`."""
+    """Whether the value of a variable contains a flag: `--flag=value`, `--flag` or `--noflag`. Also True for
+    an XLA_FLAGS that names a file of flags, which may contain it.
+    """
     text = environ.get(variable, "")
     if variable == "XLA_FLAGS" and text.strip() and not text.lstrip().startswith("-"):
         return True  # the name of a file of flags
@@ -198,17 +204,18 @@ def has_flag(variable: str, flag: str, environ: Mapping[str, str]) -> bool:
 
 
 def split_flags(variable: str, text: str) -> list[str]:
-    """Return the flags in the value of a variable."""
+    """Split a variable's value into flags: at colons for GLIBC_TUNABLES, otherwise at spaces."""
     return text.split(":" if variable == TUNABLES else None)
 
 
 def with_settings(
     platform: str, environ: Mapping[str, str], knows: Callable[[str, str], bool]
 ) -> dict[str, str]:
-    """Return the environment variables to set for a platform, with the flags that the user has set.
+    """Return the environment variables that apply the table on a platform: variable -> new value, which
+    includes the flags that the user has set.
 
-    knows(variable, flag): whether the libraries that read the variable know a flag. XLA and libtpu end the
-    process at one that they don't know.
+    knows(variable, flag): whether the libraries that read the variable know the flag. XLA and libtpu abort
+    the process for a flag that they do not know.
     """
     changed: dict[str, str] = {}
     for row in unset_settings(platform, environ):
@@ -222,8 +229,8 @@ def with_settings(
 
 
 def is_known(variable: str, flag: str) -> bool:
-    """Whether all installed libraries that read a variable contain a flag of this name; for glibc, whether it
-    is recent enough and, for huge pages, whether the system has them.
+    """Whether all installed libraries that read a variable know a flag. For GLIBC_TUNABLES: whether glibc is
+    recent enough and, for huge pages, whether the system has them.
     """
     if variable == TUNABLES:
         name, text = platform_module.libc_ver()
@@ -252,22 +259,22 @@ def flag_libraries(variable: str) -> list[Path]:
 
 
 def libraries(module: str, name: str) -> list[Path]:
-    """Return the file of this name in the folder of a module that can be imported, or []."""
+    """Return [path] of the file `name` in an installed module's folder, [] without the module or file."""
     spec = importlib.util.find_spec(module) if is_installed(module) else None
     folders = (spec.submodule_search_locations or []) if spec else []
     return [file for folder in folders if (file := Path(folder) / name).is_file()]
 
 
 def contains_name(file: Path, name: str) -> bool:
-    """Whether a library contains a name as a C string."""
+    """Whether a library file contains a name as a C string."""
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(b"\0" + name.encode() + b"\0") >= 0
 
 
 def apply_settings() -> None:
-    """Set the environment variables of the table for the platform that jax will start.
+    """Set the environment variables of the table for the platform that jax will use.
 
-    Call it before jax's devices are used. On a CPU nothing changes, see restart.
+    Call it before jax's devices are used. GLIBC_TUNABLES, the only variable for CPUs, is left to `restart`.
     """
     changed = with_settings(accelerator(os.environ), os.environ, is_known)
     changed.pop(TUNABLES, None)
@@ -279,9 +286,11 @@ def apply_settings() -> None:
 
 
 def restart() -> None:
-    """Start this command again, in this process, with the variables of the table that are only read when a
-    process starts. Nothing happens if there are none, if this is not the process of a command, or if it has
-    been started again: the system removes GLIBC_TUNABLES where a program has special rights.
+    """Start this command again in the same process if the table has a value for GLIBC_TUNABLES, which is read
+    only when a process starts.
+
+    Nothing happens if this is not the process of a command, or if it has been restarted before: the system
+    removes GLIBC_TUNABLES from programs with special rights, so it may be missing again.
     """
     changed, process = with_settings(accelerator(os.environ), os.environ, is_known), str(os.getpid())
     again = os.environ.get(RESTARTED) == process
@@ -294,7 +303,7 @@ def restart() -> None:
 def is_command(argv: list[str], started: list[str]) -> bool:
     """Whether a process was started as `python SCRIPT ARGUMENT ...` or `jaxft COMMAND ARGUMENT ...`.
 
-    argv: the script or the command, and its arguments. started: the command line of the process.
+    argv: its sys.argv. started: its full command line, sys.orig_argv.
     """
     names = {Path(argv[0]).name, argv[0].partition(" ")[0]}
     arguments = len(argv) - 1
@@ -304,7 +313,9 @@ def is_command(argv: list[str], started: list[str]) -> bool:
 
 
 def settings_in_effect(environ: Mapping[str, str]) -> list[str]:
-    """Return the table's rows for this process's platform that have the table's value, as text."""
+    """Return the settings of the table that the environment contains, for this process's platform:
+    `variable=value` or `--flag=value`.
+    """
     if is_off(environ):
         return []
     rows = [row for row in TABLE_OF_SETTINGS if row.platform == accelerator(environ)]
@@ -317,7 +328,7 @@ def settings_in_effect(environ: Mapping[str, str]) -> list[str]:
 
 
 def settings_lines(environ: Mapping[str, str]) -> list[str]:
-    """Return the start-up line about the settings in effect, if any."""
+    """Return [line], the line printed at the start about the settings in effect, or [] if none is."""
     rows = settings_in_effect(environ)
     platform = PLATFORM_NAMES.get(accelerator(environ))
     return [f"defaults for {platform}: {', '.join(rows)} ({SWITCH}=off omits them)"] if rows else []
@@ -326,8 +337,8 @@ def settings_lines(environ: Mapping[str, str]) -> list[str]:
 def compiler_settings(
     platform: str, environ: Mapping[str, str]
 ) -> tuple[dict[str, str | bool], dict[str, str]]:
-    """Return (compiler options, jax.config options) that a process needs to compile another platform's
-    program as a run there would.
+    """Return (compiler options, jax.config options) with which this process compiles a program for another
+    platform in the same way as a run on that platform.
     """
     rows = unset_settings(platform, environ)
     flags_of_xla = [row for row in rows if row.flag and row.variable != TUNABLES]

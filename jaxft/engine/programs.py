@@ -71,10 +71,12 @@ def next_tokens(
     at: tuple[Array, Array],
     allowed: Array,
 ) -> _Sampled:
-    """Sample a token per row from hidden states. at: random keys [r], and the numbers [r] to fold into them.
+    """Sample a token per row from hidden states. Return (tokens [r], log-probs [r], the most likely tokens
+    [r, top], their log-probs [r, top]).
 
-    Log-probs are the model's, without the grammar of a constrained row, at the sampling temperature, or at 1
-    if the engine serves. A token whose logits are not finite is NONFINITE.
+    at: random keys [r], and a number [r] that is folded into each. allowed: see allowed_logits; log-probs
+    ignore it. They are at the sampling temperature, or at 1 if d.serving. A row whose logits are not finite
+    gets the token NONFINITE.
     """
     rows, (keys, numbers) = len(h_RD), at
     if rows < MIN_MATMUL_ROWS:
@@ -125,12 +127,12 @@ def allowed_logits(logits: Array, allowed: Array) -> Array:
 
 
 def _put(rows: Array, old: Any, new: Any) -> Any:
-    """Return a tree of arrays [R, ...] with these rows replaced; rows beyond the last are ignored."""
+    """Replace rows of a tree of arrays [R, ...] by `new` [r, ...]. rows [r]: indices; R means no row."""
     return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
 
 
 def _with_tokens(state: State, rows: Array, sampled: _Sampled, counts: Array) -> State:
-    """Return the state with sampled tokens of rows. counts: tokens of these rows before."""
+    """Append a sampled token to each of these rows. counts: how many tokens the rows had before."""
 
     def at(columns: Array, old: Array, x: Array) -> Array:
         return old.at[rows, columns].set(x, mode="drop")
@@ -151,9 +153,7 @@ def _with_tokens(state: State, rows: Array, sampled: _Sampled, counts: Array) ->
 
 
 def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) -> State:
-    """Prefill prompts, padded to at most the tokens of a prompt slot, and sample the first token of their
-    completions.
-    """
+    """Prefill new prompts and sample the first token of each of their completions."""
     of_prompts = {**params, "rows": new.settings.adapter}
     h_PTD, keys = d.model.prefill(of_prompts, new.tokens, d.sampling.max_new)
     keys = widen_prompts(keys, state.cache.prompts)
@@ -186,7 +186,9 @@ def start_prompts(d: Decoding, params: Params, state: State, new: NewPrompts) ->
 
 
 def extend_rows(d: Decoding, params: Params, state: State, new: GivenTokens) -> State:
-    """Append given tokens to rows, and sample the next token of each, which further given tokens replace."""
+    """Append given tokens to rows, and sample the next token of each row. A later call for the same row
+    replaces the sampled token by given ones.
+    """
     rows, C = new.rows, new.ids.shape[1]
     of_rows = {**params, "rows": new.settings.adapter}
     chunk = GivenChunk(
@@ -218,9 +220,9 @@ def decode_rows(
 ) -> State:
     """Sample further tokens of all live rows.
 
-    read: how many first slots of rows' keys, and how many last slots of prompts' keys, are read. used [R]:
-    false for rows whose requests were dropped. until: the number of steps, or of live rows at which it stops,
-    int32 [2]; the allowed tokens of one step.
+    read: how many slots of cached keys attention reads: the first ones of each row, and the last ones of each
+    prompt. used [R]: false for rows whose requests were dropped. until: int32 [2], the number of steps and
+    the number of live rows, at which decoding stops; and the allowed tokens in every step.
     """
     limits, allowed = until
     state = replace(state, live=state.live & used)
@@ -252,9 +254,9 @@ def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
 
 
 def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Array) -> State:
-    """Copy rows [r] and prompt slots [p] into a state of other sizes.
+    """Copy rows [r] and prompt slots [p], given by their indices, to a state of r rows and p prompt slots.
 
-    slots [r]: the new prompt slot of each row. used [r]: false for rows that are empty.
+    slots [r]: the new prompt slot of each row. used [r]: false for rows of the new state that are empty.
     """
     old, others = state.cache, {name: x for name, x in vars(state).items() if name != "cache"}
     prompt_keys = PromptKeys(select_rows(old.prompts.layers, prompts), old.prompts.visible[prompts])
@@ -265,10 +267,10 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
 
 @dataclass(frozen=True)
 class Engine:
-    """Compiled programs for one Decoding and its slots. The keys are the programs' sizes:
+    """Compiled programs, by their sizes: the rows of the state first, then
 
-    start, extend: (rows, prompts or rows at once, tokens). decode: (rows, slots that are read of rows' keys,
-    and of prompts' keys). keep: (rows, rows of the next state).
+    start: prompts per call, tokens per prompt. extend: rows per call, tokens per row. decode: slots that are
+    read of each row's cached keys, and of each prompt's. keep: rows of the next state.
     """
 
     decoding: Decoding
@@ -295,10 +297,10 @@ def compile_engine(d: Decoding, params: Params, slots: Slots, mesh: Mesh | None 
 
 @cache
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Return the options for jax's `compile` with which a sum of a row does not depend on the number of rows.
+    """Return compiler options with which a sum over a row is rounded the same for every number of rows.
 
-    platform: "cpu", "gpu" or "tpu". {} where no such option is known, or if the installed XLA lacks it: then
-    sums may be rounded differently with other numbers of rows.
+    platform: "cpu", "gpu" or "tpu". {} if no such option is known or the installed XLA lacks it: then sums
+    may be rounded differently for another number of rows.
     """
     if platform != "cpu":
         return {}
@@ -312,12 +314,14 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
 def program_tracers(
     d: Decoding, params: Params, slots: Slots, mesh: Mesh | None = None
 ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Traced]]:
-    """Return a function that traces each program of an engine, by its name and sizes; see Engine."""
+    """Return a function for each program of an engine, which traces it. Keys: the program's name and its
+    sizes, such as ("start", rows, prompts, tokens); see Engine.
+    """
     sizes, out = row_levels(slots.rows, mesh), dict[tuple[Any, ...], Any]()
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
 
     def add(name: tuple[Any, ...], fn: Any, to: int, *inputs: Any) -> None:
-        """inputs: parameters and state, which is donated, and other arrays."""
+        """to: rows of the state that fn returns. inputs: arguments of fn; the second, a state, is donated."""
         where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[to])
         donated = () if name[0] in ("empty", "keep") else (1,)
         run = jax.jit(fn, donate_argnums=donated, out_shardings=where)

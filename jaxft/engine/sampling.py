@@ -21,10 +21,10 @@ NONFINITE = -2  # in place of a token whose logits are not finite; the completio
 class Sampling:
     """Sampling settings.
 
-    max_new: the largest number of tokens of a completion. temperature: 0 is greedy. top_k: sample from this
-    many of the likeliest tokens; None for all. top_p: sample from the likeliest tokens whose probabilities
-    add up to this; None for all. min_p: sample from tokens that are at least this fraction as likely as the
-    likeliest (Nguyen et al. 2024, arXiv:2407.01082); None for all.
+    max_new: the most tokens of a completion. temperature: 0 is greedy. top_k: sample from this many of the
+    likeliest tokens; None for all. top_p: sample from the likeliest tokens whose probabilities add up to
+    this; None for all. min_p: sample from tokens that are at least this fraction as likely as the likeliest
+    (Nguyen et al. 2024, arXiv:2407.01082); None for all.
     """
 
     max_new: Annotated[int, count_from(1)] = 64
@@ -43,8 +43,8 @@ class Sampling:
 class RowSampling:
     """Sampling settings of each row as arrays [B], so that one program serves all settings.
 
-    heat: 1 / temperature, 0 for greedy. top_k: at least the vocabulary's size for no truncation. top_p: 1 for
-    none. min_p: 0 for none.
+    heat: 1 / temperature, 0 for greedy. top_k: the vocabulary's size for all tokens. top_p: 1 for all. min_p:
+    0 for all.
     """
 
     heat: Any
@@ -54,9 +54,9 @@ class RowSampling:
 
 
 def row_sampling(s: Sampling, vocab: int) -> RowSampling:
-    """Return sampling settings as the scalars of one row.
+    """Return sampling settings as the scalars of one row. vocab: the vocabulary's size.
 
-    The heat is rounded as XLA rounds the reciprocal with which it replaces a division by a constant.
+    heat is rounded as in XLA, which replaces a division by a constant temperature with a multiplication.
     """
     heat = np.float32(1) / np.float32(s.temperature) if s.temperature else np.float32(0)
     top_k = np.int32(min(s.top_k or vocab, vocab))
@@ -75,11 +75,11 @@ def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> l
 def top_mask(
     x: Float[Array, "B V"], weights: Float[Array, "..."], target: float | Array
 ) -> Bool[Array, "B V"]:
-    """Mark the fewest largest values of each row whose weights sum to at least `target`, a number or one per
-    row; ties go together.
+    """Mark the largest values of each row, as few as have weights that sum to at least `target`, a number or
+    one per row. Equal values are marked together.
 
-    The smallest of them is found bit by bit, with 32 sums over the row: for 16 x 49152 on a CPU this takes 10
-    ms, a sort 230.
+    The smallest marked value is found bit by bit, with 32 sums over the row: for 16 x 49152 values on a CPU
+    this takes 10 ms, a sort 230 ms.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the floats
@@ -132,7 +132,8 @@ def sample_rows(
 
 
 def truncated(x: Float[Array, "B V"], s: RowSampling, known: RowSampling | None = None) -> Array:
-    """Return logits, at their temperature, with -inf outside top-k, top-p and min-p (as in transformers).
+    """Set logits outside top-k, top-p and min-p to -inf, as transformers does. x: logits divided by the
+    temperature.
 
     known: the settings of all rows, if they are known when the program is compiled.
     """
@@ -167,12 +168,12 @@ LOGITS_PER_BLOCK = 256  # successive ones
 
 
 def from_softmax(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
-    """Sample an index of each row with its probability softmax(logits), from a random key per row.
+    """Sample an index per row with probabilities softmax(logits), from a random key per row.
 
-    It is the index of the largest logit with Gumbel noise. So logits that differ by rounding give the same
-    index unless two candidates are as close; with a search in running sums any difference would move it. On a
-    CPU, where a random number costs more than an exponential, a block of successive logits is sampled first,
-    then a logit in it. Elsewhere that would move logits of a vocabulary that is sharded.
+    The index is that of the largest logit after Gumbel noise is added. A rounding difference in the logits
+    changes it only if two candidates are that close; a search in cumulative sums would be changed by any
+    difference. On a CPU, where a random number costs more than an exponential, a block of successive logits
+    is sampled first, then a logit in it. On other devices that would move logits of a sharded vocabulary.
     """
     return jax.lax.platform_dependent(logits, keys, cpu=_block_first, default=_by_noise)
 
@@ -183,7 +184,7 @@ def _by_noise(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
 
 
 def _block_first(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
-    """Sample a block of logits with its probability, and a logit with its probability within the block."""
+    """As from_softmax: sample a block of logits by its total probability, then a logit in the block."""
     B, V = logits.shape
     count = -(-V // LOGITS_PER_BLOCK)
     if count == 1:
@@ -199,9 +200,11 @@ def _block_first(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = None) -> Tokens:
-    """Pad prompts on the left to one batch of `rows` rows; rows without a prompt are empty.
+    """Pad prompts on the left to a batch of `rows` rows, as long as a multiple of BUCKET; rows without a
+    prompt are empty.
 
-    longest: tokens of the longest prompt that batches of the same shape hold, by default of these.
+    longest: tokens of the longest prompt of all batches that must have the same shape; by default of
+    `prompts`.
     """
     longest = longest or max(map(len, prompts))
     size = -(-longest // BUCKET) * BUCKET
@@ -215,6 +218,6 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = 
 
 
 def nonfinite_logits(tokens: np.ndarray) -> tuple[int, int] | None:
-    """Return (row, index) of the first token [B, N] whose logits were not finite, None without any."""
+    """Return (row, index) of the first token whose logits were not finite, or None. tokens: [B, N]."""
     where = np.argwhere(tokens == NONFINITE)
     return (int(where[0, 0]), int(where[0, 1])) if len(where) else None

@@ -1,9 +1,9 @@
 """A session in a thread that owns the device: it fills free rows from a queue and decodes in blocks of steps.
 
 Requests wait in a bounded queue. Tokens are delivered to each request as they are sampled, by a function that
-the scheduler's thread calls; it must return at once. With ServeSizes.continues, a row whose request has ended
-stays until another needs it: a request whose prompt begins with all tokens of the row goes on there, so that
-each token of a conversation is prefilled once.
+the scheduler's thread calls; it must return at once. With ServeSizes.continues, the row of a finished request
+is reserved until another request needs it: if a prompt begins with all tokens of the row, as the next message
+of a conversation does, only the rest of the prompt is prefilled.
 """
 
 import itertools
@@ -36,7 +36,8 @@ class ServeSizes:
 
     rows: completions in progress. prompt, new: the most tokens of a prompt and of a completion. stops: the
     most stop tokens of a request. block: decoding steps between two looks at new requests. continues: whether
-    ended rows are continued, for which each has slots for prompt + new tokens.
+    the row of a finished request can be continued by the next; each row then has slots for prompt + new
+    tokens.
     """
 
     rows: Annotated[int, at_least(1)] = 8
@@ -53,8 +54,8 @@ class ServeSizes:
 def compile_server(
     model: Model, sizes: ServeSizes, params: Params, mesh: Mesh | None = None, cache: CacheFormat = "compute"
 ) -> Engine:
-    """Compile the server's programs. model: over the whole tree with "rows", see models/adapted.py. mesh: of
-    one device, or None.
+    """Compile the server's programs. model: takes the whole parameter tree with the adapter of each row under
+    "rows", see models/adapted.py. mesh: a mesh of one device, or None.
     """
     d = Decoding(
         model, Sampling(sizes.new + sizes.prompt * sizes.continues), (), 1, cache, sizes.stops,
@@ -68,7 +69,7 @@ def compile_server(
 class TokenRequest:
     """A prompt to complete, as token ids, and how.
 
-    seed, number: the random key is the same as for prompt `number` of generate.py with this seed.
+    seed, number: determine the random key; generate.py with this seed uses the same for its prompt `number`.
     """
 
     prompt: tuple[int, ...]
@@ -78,7 +79,7 @@ class TokenRequest:
 
 
 class SampledToken(NamedTuple):
-    """A token, its log-prob at temperature 1, and the most likely tokens with theirs, if needed."""
+    """A token, its log-prob at temperature 1, and, if requested, the likeliest tokens with log-probs."""
 
     token: int
     logp: float
@@ -86,9 +87,9 @@ class SampledToken(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """New tokens of a request, and why it ended, None while it is in progress. error: what failed.
+    """New tokens of a request. finish: why it ended; None while it is in progress. error: what failed, or "".
 
-    If it ended with "stop", the last token is the stop token.
+    If finish is "stop", the last token is the stop token.
     """
 
     tokens: tuple[SampledToken, ...] = ()
@@ -122,7 +123,7 @@ class Ticket:
         self.cancelled.set()
 
     def send(self, progress: NewTokens) -> None:
-        """Deliver progress; a failure of the request's function concerns this request only."""
+        """Call the request's `deliver`; if it raises, cancel this request."""
         try:
             self.deliver(progress)
         except Exception:
@@ -130,8 +131,8 @@ class Ticket:
 
 
 class Load(NamedTuple):
-    """Counts of a scheduler: requests in rows, waiting requests, and since the start finished requests,
-    tokens and failures.
+    """Counts of a scheduler. running, waiting: requests in rows and in the queue now. finished, tokens,
+    failures: requests, sampled tokens and failures of the device since the start.
     """
 
     running: int
@@ -145,8 +146,8 @@ class Scheduler:
     """Completes requests with compiled programs, in a thread of its own between `start` and `close`.
 
     queue: the most waiting requests. log: called with a line when the device fails. refusal: why no more
-    requests are taken, "" while they are. rows: the requests in rows, by their numbers in the session. idle:
-    rows whose requests have ended, the oldest first.
+    requests are accepted; "" while they are. rows: the requests in rows, by their episode numbers in the
+    session. idle: rows that have ended and may be continued, by the same numbers, the oldest first.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class Scheduler:
             return Load(len(self.rows), len(self.waiting), self.finished, self.tokens, self.failures)
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more requests, finish the present ones for up to `grace` seconds, cancel the others."""
+        """Accept no more requests, continue present ones for up to `grace` seconds, and cancel the rest."""
         with self.changed:
             self.refusal = self.refusal or STOPPING
             self.changed.wait_for(lambda: self.is_idle() or self.closing, grace)
@@ -258,16 +259,14 @@ class Scheduler:
             self._end_all(left)  # also after a bug: nobody waits for a thread that has ended
 
     def _wait_for_requests(self) -> bool:
-        """Wait for something to do; return whether the thread goes on."""
+        """Wait for a request or for `close`; return False for `close`."""
         with self.changed:
             self.changed.notify_all()  # close waits for idleness
             self.changed.wait_for(lambda: self.closing or not self.is_idle())
             return not self.closing
 
     def _begin_again(self, failed: NewTokens) -> bool:
-        """Deliver a failure to all requests in rows, and begin with an empty state, if the device still
-        works.
-        """
+        """Deliver a failure to all requests in rows, and start an empty session; False if that fails, too."""
         self.log(f"{failed.error} (with {len(self.rows)} requests)")
         self.failures += 1
         for number in list(self.rows):
@@ -301,7 +300,9 @@ class Scheduler:
             self._start(number, ticket.request, before)
 
     def _continued(self, request: TokenRequest) -> Running | None:
-        """Return the idle row with which a prompt begins, if it has slots for the rest and a completion."""
+        """Return an idle row whose tokens are the beginning of the prompt, with slots for the rest of the
+        prompt and a completion; None without one.
+        """
         for it in self.idle.values():
             size, choice = len(it.text), request.choice
             needed = len(request.prompt) - size + choice.sampling.max_new
@@ -311,7 +312,7 @@ class Scheduler:
         return None
 
     def _start(self, number: int, request: TokenRequest, before: Running | None) -> None:
-        """Go on with an idle row or, without one, start a prompt."""
+        """Continue the idle row `before` or, if it is None, start a new one. number: its episode number."""
         key = jax.random.key(np.uint32(request.seed & 0xFFFFFFFF))
         new = request.choice.sampling.max_new
         if before is not None:
@@ -344,7 +345,7 @@ class Scheduler:
             self._end(it.episode, progress)
 
     def _drop_cancelled(self) -> None:
-        """Remove cancelled requests from the queue, so that they hold no place in it."""
+        """Remove cancelled requests from the queue, so that they take up no space in it."""
         with self.changed:
             dropped = [ticket for ticket in self.waiting if ticket.cancelled.is_set()]
             self.waiting = deque(ticket for ticket in self.waiting if ticket not in dropped)
@@ -352,7 +353,7 @@ class Scheduler:
             ticket.send(NewTokens(finish="cancelled"))
 
     def _end_all(self, progress: NewTokens) -> None:
-        """Take no more requests, and end all that are in rows or wait. The thread has ended."""
+        """After the thread's loop: accept no more requests, and end the present ones with `progress`."""
         with self.changed:
             self.closing, self.refusal = True, self.refusal or STOPPING
             tickets = [*self.waiting, *self.rows.values()]
@@ -362,7 +363,7 @@ class Scheduler:
             ticket.send(progress)
 
     def _end(self, number: int, progress: NewTokens) -> None:
-        """Deliver the last progress of a row's request."""
+        """Deliver the last progress of the request in a row, given by its episode number."""
         with self.changed:
             ticket = self.rows.pop(number)
             self.finished += 1

@@ -38,10 +38,10 @@ NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float
 class RequestSettings:
     """The settings of a request. Settings other than the engine's need an engine with Decoding.serving.
 
-    sampling: max_new may be at most the engine's. stop: token ids. adapter: see lora_rows.py. top: whether
-    log-probs of the most likely tokens are needed. among_allowed: whether these are normalised over the
-    tokens that the grammar allows. grammar: what the completion must match, a Grammar of serve/constraint.py.
-    key: data of the random key, None for the session's.
+    sampling: max_new may be at most the engine's. stop: token ids. adapter: index of a LoRA adapter, see
+    lora_rows.py. top: whether to return the most likely tokens with their log-probs. among_allowed: whether
+    to return only the most likely of the tokens that the grammar allows. grammar: what the completion must
+    match, a Grammar of serve/constraint.py. key: data of the random key, None for the session's.
     """
 
     sampling: Sampling
@@ -56,8 +56,8 @@ class RequestSettings:
 class Sampled(NamedTuple):
     """A turn that has ended: sampled token ids, with the stop token if one was sampled, and their log-probs.
 
-    episode: the caller's number. finish: "error" for a grammar that failed, and for logits that are not
-    finite, where the last token is NONFINITE.
+    episode: the number that the caller gave the completion. finish: "error" if the completion cannot match
+    its grammar, or if logits are not finite; then the last token is NONFINITE.
     """
 
     episode: int
@@ -68,12 +68,12 @@ class Sampled(NamedTuple):
 
 @dataclass(eq=False)
 class Running:
-    """A completion in a row.
+    """A completion in a row of the engine. Tokens are counted from its first one, given ones included.
 
-    size: tokens of its prompt. limit: the most tokens that it may get. text: all tokens, with the prompt.
-    first: index of the token that is sampled with random number 0. begun: index of the present turn's first
-    token. seen, count: tokens before the last call of Session.step, and now. given: tokens to append. finish:
-    None while it is in progress.
+    slot: prompt slot. size: tokens of its prompt. limit: the count at which the present turn ends. text: all
+    tokens, with the prompt. first: index of the token that is sampled with random number 0. begun: index of
+    the present turn's first sampled token. seen, count: number of tokens before the last Session.step, and
+    now. given: tokens to append. finish: why the turn ended; None while it is in progress.
     """
 
     episode: int
@@ -106,11 +106,11 @@ class Session:
 
     The random key of completion i of a prompt is derived from `key`, the prompt's number and i; the key of
     its token t from this key and t. So its tokens do not depend on other prompts, nor on the sizes of the
-    engine, but for rounding: kernels of other shapes may add in another order, which can swap a token for one
-    that is about as likely.
+    engine, except for rounding: kernels for other shapes may add in another order, which can replace a token
+    by one that is about as likely.
 
-    Where an engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
-    of requests that don't choose, by default the engine's sampling and stop tokens.
+    If the engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
+    settings of requests that are started without any; by default the engine's sampling and stop tokens.
 
         session = Session(engine, params, jax.random.key(0))
         session.start([1, 2, 3], episodes=[0, 1])
@@ -140,7 +140,11 @@ class Session:
         max_new: int | None = None,
         choice: RequestSettings | None = None,
     ) -> None:
-        """Queue a prompt with a completion, of at most max_new tokens, for each episode."""
+        """Queue a prompt with one completion for each episode, a number of the caller's choice.
+
+        number: the prompt's number, for random keys. max_new: the most tokens of a completion. Raises
+        ValueError for settings that the engine is not compiled for.
+        """
         choice, d = choice or self.choice, self.engine.decoding
         same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
         if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
@@ -157,12 +161,13 @@ class Session:
     ) -> None:
         """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
 
-        choice: new settings. A key in it becomes the row's, and the next token has random number 0. Raises
-        ValueError if the row has no slots for the tokens and one more.
+        choice: new settings, None for the present ones. If it has a key, this becomes the row's key, and the
+        next token has random number 0. Raises ValueError if the row has no slots for the given tokens and one
+        more.
         """
         it, space = self.running[episode], self.space(episode)
         if it.finish not in ("stop", "length"):
-            raise ValueError(f"episode {episode} has no turn that has ended; wait for it first")
+            raise ValueError(f"episode {episode} has no turn that has ended; call wait before extend")
         if len(tokens) >= space:
             raise ValueError(
                 f"episode {episode} has {it.count} of at most {it.count + space} tokens, so {len(tokens)} "
@@ -180,7 +185,7 @@ class Session:
         return self.engine.decoding.sampling.max_new - self.running[episode].count
 
     def drop(self, episode: int) -> None:
-        """Give up an episode, in a row or waiting; the row is free."""
+        """End an episode, in a row or in the queue, without a result; its row becomes free."""
         if self.running.pop(episode, None) is None:
             items = (
                 item._replace(episodes=[x for x in item.episodes if x != episode]) for item in self.waiting
@@ -189,7 +194,7 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """Whether a row is in progress, or there are rows for a prompt that waits."""
+        """Whether a row is in progress, or a waiting prompt can start because enough rows are free."""
         if any(it.finish is None for it in self.running.values()):
             return True
         slots, rows = self.engine.slots, len(self.running)
@@ -200,7 +205,7 @@ class Session:
         )
 
     def wait(self) -> list[Sampled]:
-        """Decode until at least one turn has ended; return all that have, [] when no row is in progress."""
+        """Decode until at least one turn has ended; return all that have, or [] if no row is in progress."""
         while self.busy:
             ended = [self.sampled(it) for it in self.step() if it.finish]
             if ended:
@@ -208,13 +213,13 @@ class Session:
         return []
 
     def sampled(self, it: Running) -> Sampled:
-        """Return the present turn of a row that step has returned."""
+        """Return what a row has sampled in its present turn. it: a row that `step` has returned."""
         turn = it.row, slice(it.begun, it.count)
         return Sampled(it.episode, self.tokens[turn].copy(), self.logps[turn].copy(), it.finish or "length")
 
     def step(self, steps: int | None = None) -> list[Running]:
         """Run one program: extend rows, start prompts, or decode up to `steps` steps. Return the rows that
-        have new tokens; `tokens` and `logps` then have the tokens of all rows.
+        have new tokens. The attributes `tokens` and `logps` [rows, max_new] then have all tokens so far.
         """
         self._fit()
         if not (self._extend() or self._start()):
@@ -222,7 +227,9 @@ class Session:
         return self._collect()
 
     def _extend(self) -> bool:
-        """Append given tokens to rows, as many as one program takes, the fewest first."""
+        """Append given tokens to as many rows as one program takes, first to rows with the fewest given
+        tokens. Return False if there are no given tokens.
+        """
         pending = [it for it in self.running.values() if it.given]
         if not pending:
             return False
@@ -244,7 +251,7 @@ class Session:
         return True
 
     def _start(self) -> bool:
-        """Start waiting prompts, as many as one program takes, when there are rows for so many."""
+        """Start as many waiting prompts as one program takes; False if there are none or too few rows."""
         if not self.waiting:
             return False
         slots, (together, size) = self.engine.slots, self._level()
@@ -271,9 +278,7 @@ class Session:
         return True
 
     def _level(self) -> tuple[int, int]:
-        """Return (prompts, tokens) of the smallest program that fits the first waiting prompt, the longest
-        one.
-        """
+        """Return (prompts, tokens) of the smallest program for the first and longest waiting prompt."""
         longest = len(self.waiting[0].prompt)
         return min((size[1:] for size in self.engine.start if size[2] >= longest), key=lambda size: size[1])
 
@@ -281,7 +286,7 @@ class Session:
         return {it.slot for it in self.running.values()}
 
     def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
-        """Set the sampling settings of a row's request."""
+        """Write a request's settings to entry `at` of the arrays for a program."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
         settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN
@@ -291,13 +296,13 @@ class Session:
         self._allow(allowed, at, it)
 
     def _allow(self, allowed: np.ndarray, at: int, it: Running) -> None:
-        """Set the tokens that may come next in a row."""
+        """Write the tokens that the grammar allows next in a row to entry `at` of `allowed`."""
         if it.constraint is not None:
             words = it.constraint.allowed()[: allowed.shape[1]]
             allowed[at], allowed[at, : len(words)] = 0, words
 
     def _decode(self, steps: int | None) -> None:
-        """Decode until rows can be given to waiting prompts, dropped or extended."""
+        """Decode until enough rows have ended for waiting prompts, a smaller program or given tokens."""
         live = [it for it in self.running.values() if it.finish is None]
         if not live:
             return
@@ -327,7 +332,7 @@ class Session:
         self.state = self.engine.decode[self.rows, read, prompt](self.params, self.state, used, until)
 
     def _collect(self) -> list[Running]:
-        """Return the rows that have new tokens. Rows that ended are free, unless they may be extended."""
+        """Return the rows with new tokens. A row whose turn has ended is free, unless it may be extended."""
         s, changed = self.state, []
         live, counts, self.tokens, self.logps = jax.device_get((s.live, s.counts, s.tokens, s.logps))
         if any(it.choice.top for it in self.running.values()):
@@ -352,7 +357,7 @@ class Session:
         return changed
 
     def top_of(self, it: Running) -> list[tuple[tuple[int, float], ...]]:
-        """Return the most likely tokens with their log-probs, for each new token of a row."""
+        """Return (token, log-prob) of the most likely tokens, for each new token of a row."""
         if not it.choice.top:
             return [()] * (it.count - it.seen)
         tokens, logps = self.top
@@ -360,7 +365,7 @@ class Session:
         return [tuple(zip(tokens[at].tolist(), logps[at].tolist(), strict=True)) for at in places]
 
     def _fit(self) -> None:
-        """Continue with more rows if a prompt needs them, or with fewer if these are enough."""
+        """Move to a state with more rows if a waiting prompt needs them, or with fewer if fewer suffice."""
         used, now = len(self.running), self.rows
         levels = [now, *(to for rows, to in self.engine.keep if rows == now)]
         if self.waiting:
@@ -381,7 +386,7 @@ class Session:
 
 
 class SampledTokens(NamedTuple):
-    """G completions of each of n prompts, of at most N tokens. tokens: -1 beyond the end. logps: 0 there."""
+    """G completions of each of n prompts, of at most N tokens. After the end, tokens are -1 and logps 0."""
 
     tokens: Int[np.ndarray, "n G N"]
     logps: Float[np.ndarray, "n G N"]
@@ -396,9 +401,9 @@ def complete(
 ) -> SampledTokens:
     """Sample the engine's Decoding.group completions of every prompt. Raises ValueError if a grammar fails.
 
-    numbers: of the prompts, for their random keys, by default their indices. is_enough: called with the
-    tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends it, for stop strings. ended:
-    called with the number of further completions that have ended.
+    numbers: numbers of the prompts, for their random keys; by default their indices. is_enough: called with
+    the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop
+    strings. ended: called with how many completions have ended since its last call.
     """
     d = session.engine.decoding
     group, new = d.group, d.sampling.max_new

@@ -51,13 +51,13 @@ EXTENDED_TOGETHER = 4  # rows
 class Decoding:
     """The static arguments of a compiled engine.
 
-    sampling, stop: of rows that have no settings of their own. sampling.max_new: the most tokens of a row's
-    completion, appended tokens included. group: completions of a prompt. cache: how keys and values are
-    stored. stops: the most stop tokens of a row, at least len(stop).
+    sampling, stop: settings of rows whose request has none; stop: token ids. sampling.max_new: the most
+    tokens of a row's completion, appended tokens included. group: completions per prompt. cache: how keys and
+    values are stored. stops: the most stop tokens of a row, at least len(stop).
 
-    extends: rows continue after given tokens. constrained: completions match a grammar. serving: rows have
-    their own settings, log-probs are at temperature 1 instead of the sampling temperature and include the
-    most likely tokens, and requests come and go.
+    extends: whether rows continue after given tokens. constrained: whether completions may have to match a
+    grammar. serving: whether rows have their own settings and may start while others decode; log-probs are
+    then at temperature 1 instead of the sampling temperature, and the most likely tokens are returned, too.
     """
 
     model: Model
@@ -92,9 +92,10 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress, at least one prompt's; None for all. If not all are in progress,
-    there are slots for twice as many prompts, because a prompt keeps its slot until its last completion has
-    ended, and at most a quarter of the rows is refilled at a time, for which the others wait.
+    rows: the most completions in progress (at least `group`); None for all. If that is fewer than all, there
+    are slots for twice as many prompts as are in progress, because a prompt keeps its slot until its last
+    completion has ended. At most a quarter of the rows is then refilled at a time, because the other rows
+    wait meanwhile.
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group
@@ -108,10 +109,11 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 
 
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
-    """Return the most completions that are sampled at the same time, None for all. asked: by the user.
+    """Return the most completions that are sampled at the same time, None for all. asked: the user's setting.
 
-    By default a CPU samples all; an accelerator as many as make its steps longer, so that rows that ended
-    take the next prompts instead of being computed up to the longest completion.
+    If it is None, a CPU samples all. An accelerator samples as many as cost no more time per step than fewer
+    would, so that new prompts take the rows of ended completions, which would otherwise be computed until the
+    longest has ended.
     """
     if asked is not None or first_device(mesh).platform == "cpu":
         return asked
@@ -119,14 +121,14 @@ def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
 
 
 def first_device(mesh: Mesh | None) -> Any:
-    """Return a device of the mesh, or without one the device that jax uses."""
+    """Return the first device of the mesh; without a mesh, jax's default device."""
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the row counts for which programs are compiled, descending, each half of the one before.
+    """Return the numbers of rows for which programs are compiled: `rows`, half of it, and so on.
 
-    On several devices there is only one: to change it, devices would have to exchange the keys of rows.
+    On several devices only `rows`: another number would move cached keys between devices.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
@@ -139,7 +141,9 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return how many slots of rows' keys the decode programs read, ascending: at most three numbers."""
+    """Return at most three numbers of slots, ascending; for each of them a decode program is compiled that
+    reads so many slots of each row's cached keys. new: the most tokens of a completion.
+    """
     levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
         levels.insert(0, -(-levels[0] // (2 * SMALLEST_READ)) * SMALLEST_READ)
@@ -147,7 +151,7 @@ def read_levels(new: int) -> list[int]:
 
 
 def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
-    """Return (prompts, tokens) of every program that prefills; short prompts are padded less."""
+    """Return (prompts, tokens per prompt) of every prefill program; smaller ones pad short prompts less."""
     sizes = [slots.size]
     while len(sizes) < 3 and sizes[0] > 2 * SMALLEST_PREFILL:
         sizes.insert(0, max(-(-sizes[0] // (4 * BUCKET)) * BUCKET, SMALLEST_PREFILL))
@@ -157,18 +161,21 @@ def prefill_levels(slots: Slots, mesh: Mesh | None) -> list[tuple[int, int]]:
 
 
 def extend_levels(rows: int, new: int) -> list[tuple[int, int]]:
-    """Return (rows, tokens) of every program that extends rows; more tokens are appended in parts."""
+    """Return (rows, tokens per row) of every program that extends rows. More tokens need several calls.
+
+    rows: rows of the engine. new: the most tokens of a completion.
+    """
     long = [(1, 8 * BUCKET)] if new > 8 * BUCKET else []
     several = [(EXTENDED_TOGETHER, BUCKET)] if rows >= EXTENDED_TOGETHER else []
     return [(1, BUCKET), *long, *several]
 
 
 def decode_levels(d: Decoding, slots: Slots, mesh: Mesh | None) -> list[tuple[int, int, int]]:
-    """Return (rows, read, prompt) of every program that decodes: its rows, and how many slots of rows' and of
-    prompts' keys it reads.
+    """Return (rows, read, prompt) of every decode program: its rows, and how many slots of each row's and
+    each prompt's cached keys it reads.
 
-    Programs of fewer rows read all slots. So do a server's, whose rows are at different tokens, unless its
-    rows are continued.
+    Programs for fewer rows read all slots. A server's programs do, too, because its rows differ in length,
+    unless its rows can be continued.
     """
     sizes, reads = row_levels(slots.rows, mesh), read_levels(d.sampling.max_new)
     half = -(-slots.size // (2 * BUCKET)) * BUCKET
@@ -183,8 +190,8 @@ class RowChoices:
     """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: see lora_rows.py. top: return the most likely of no tokens (NO_TOP), of all (OF_ALL) or of the
-    allowed ones (OF_ALLOWED).
+    adapter: index of a LoRA adapter, see lora_rows.py. top: whether to return no most likely tokens (NO_TOP),
+    the most likely of all tokens (OF_ALL), or of the allowed ones (OF_ALLOWED).
     """
 
     sampling: RowSampling
@@ -198,12 +205,12 @@ class RowChoices:
 class State:
     """Completions in progress, in R rows.
 
-    cache: keys and values. tokens, logps [R, max_new]: what was sampled, -1 and 0 elsewhere. top_tokens,
-    top_logps [R, TOP_STEPS, top]: the most likely tokens at token t, in entry t % TOP_STEPS. last [R]:
-    the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or given. live [R]: rows
-    that continue. prompts, places [R]: the prompt slot of each row, and its number among the completions of
-    that prompt. lengths [R]: tokens of its prompt. keys [R]: random keys, into which the number of a token is
-    folded. firsts [R]: the token that has number 0.
+    cache: keys and values. tokens, logps [R, max_new]: sampled tokens and their log-probs, -1 and 0
+    elsewhere. top_tokens, top_logps [R, TOP_STEPS, top]: the most likely tokens at token t, in entry t %
+    TOP_STEPS. last [R]: the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or
+    given. live [R]: whether the row decodes further tokens. prompts, places [R]: the prompt slot of each row,
+    and its index among the completions of that prompt. lengths [R]: tokens of its prompt. keys [R]: random
+    keys; firsts [R]: token t is sampled with fold_in(key, t - first).
     """
 
     cache: Cache
@@ -227,8 +234,9 @@ class NewPrompts:
     """Prompts to start, padded on the left, and their rows.
 
     slots [p]: prompt slot of each prompt. rows [p, G]: row of each completion. An empty prompt or completion
-    has an index beyond the last slot or row. numbers [p]: folded into the random keys. keys [p, ...]: data of
-    random keys. settings [p]: of the rows. allowed: see programs.allowed_logits.
+    has an index beyond the last slot or row. numbers [p]: prompts' numbers, folded into the random keys. keys
+    [p, ...]: data of random keys. settings [p]: settings of each prompt's rows. allowed: see
+    programs.allowed_logits.
     """
 
     tokens: Tokens
@@ -242,11 +250,11 @@ class NewPrompts:
 
 @struct
 class GivenTokens:
-    """Tokens to append to rows, padded on the right: the last token of each row and what follows it.
+    """Tokens to append to rows, padded on the right: a row's last token and the given tokens after it.
 
-    ids [r, C]. lengths [r]: how many of them are tokens. counts [r]: tokens of the row before these.
-    firsts [r]: see State; a row whose next token is the first has a new random key. rows, keys, settings,
-    allowed: as in NewPrompts, [r].
+    ids [r, C]. lengths [r]: ids without padding. counts [r]: tokens that the row's cache has before `ids`.
+    firsts [r]: see State; if the next token is the first, the row takes its key from `keys`. rows, keys,
+    settings, allowed: as in NewPrompts, [r].
     """
 
     ids: Any
@@ -260,7 +268,7 @@ class GivenTokens:
 
 
 def empty_settings(d: Decoding, rows: int) -> RowChoices:
-    """Return the settings of the engine for `rows` rows, as NumPy arrays."""
+    """Return the engine's default settings for `rows` rows, as NumPy arrays."""
     stops = np.full((rows, max(d.stops, len(d.stop), 1)), NO_TOKEN, np.int32)
     stops[:, : len(d.stop)] = d.stop
     sampling = jax.tree.map(lambda x: np.full(rows, x), row_sampling(d.sampling, d.model.config.vocab))
@@ -274,7 +282,7 @@ def all_allowed(d: Decoding, rows: int) -> np.ndarray:
 
 
 def key_data(key: jax.Array) -> np.ndarray:
-    """Return the data of a random key."""
+    """Return the data of a random key as a NumPy array."""
     return np.asarray(jax.random.key_data(key))
 
 
@@ -284,14 +292,14 @@ def _shape_of_key() -> jax.ShapeDtypeStruct:
 
 
 def no_keys(count: int) -> np.ndarray:
-    """Return the data of `count` random keys, all zeros. It needs no device, so a plan can use it."""
+    """Return the data of `count` random keys, all zeros. It needs no device, so a memory plan can use it."""
     data = _shape_of_key()
     return np.zeros((count, *data.shape), data.dtype)
 
 
 def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], prompts: Any = ()) -> NewPrompts:
-    """Return a NewPrompts of `size`, prompts and tokens, for a state of `rows` rows. Beyond the given ones
-    they are empty, and none of them has a slot or rows yet.
+    """Return a NewPrompts for a state of `rows` rows. size: (prompts, tokens per prompt). After the given
+    prompts come empty ones; none has a slot or rows yet.
     """
     count, keys = size[0], no_keys(size[0])
     return NewPrompts(
@@ -301,7 +309,7 @@ def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], pro
 
 
 def given_tokens(d: Decoding, rows: int, size: tuple[int, int]) -> GivenTokens:
-    """Return a GivenTokens of `size`, rows and tokens, for a state of `rows` rows, all empty."""
+    """Return an empty GivenTokens for a state of `rows` rows. size: (rows to extend, tokens per row)."""
     count, integers = size[0], np.zeros((3, size[0]), np.int32)
     return GivenTokens(
         np.zeros(size, np.int32), integers[0], integers[1], integers[2], np.full(count, rows, np.int32),
@@ -331,8 +339,8 @@ def empty_state(d: Decoding, slots: Slots, rows: int) -> State:
 
 
 def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> State:
-    """Return the shapes of a state of `rows` rows. Keys are sharded over rows and heads, the rest is on every
-    device.
+    """Return the shapes of a state of `rows` rows. Cached keys and values are sharded over rows and heads;
+    all other arrays are replicated.
     """
     shapes = jax.eval_shape(partial(empty_state, d, slots, rows))
     if mesh is None:
@@ -352,6 +360,6 @@ def state_shapes(d: Decoding, slots: Slots, rows: int, mesh: Mesh | None) -> Sta
 
 
 def replicated_shapes(tree: Any, mesh: Mesh | None) -> Any:
-    """Return the shapes of a tree of arrays that are on every device."""
+    """Return the shapes (jax.ShapeDtypeStruct) of a tree of arrays that are replicated on all devices."""
     where = None if mesh is None else sharding.replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)

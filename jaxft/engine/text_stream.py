@@ -25,9 +25,10 @@ class TokenDecoder:
 
     decode: token ids -> text. skipped: ids that add no text, such as special tokens. size: ids from here on
     have no token, since a model may have more ids than its tokenizer. byte_ids: ids of single bytes in
-    tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode a run of them as a whole: one wrong
-    byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is a sequence
-    of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of such a token, None for others.
+    tokenizers with byte fallback (Llama 2, Mistral, Gemma), which decode successive bytes as a whole: one
+    wrong byte spoils the characters before it. () if the tokenizer has no byte fallback; then a token is a
+    sequence of bytes (byte-level BPE) or of characters. raw: token id -> the bytes of a byte-level token, or
+    None.
     """
 
     decode: Callable[[list[int]], str]
@@ -91,8 +92,8 @@ def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Return the bytes by the characters with which byte-level BPE writes them in its vocabulary: printable
-    ones by themselves, the others by U+0100 and up.
+    """Return character -> byte, as byte-level BPE writes bytes in its vocabulary: printable ones as they are,
+    the others as U+0100 and up.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -100,7 +101,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _byte_level(tokenizer: Any, token: int) -> bytes | None:
-    """Return the bytes of a token of byte-level BPE; None for one that was added as text."""
+    """Return the bytes of a token of byte-level BPE; None for a token that was added to it as text."""
     if token in tokenizer.added_tokens_decoder:
         return None
     bytes_by_character, text = _byte_alphabet(), tokenizer.convert_ids_to_tokens(token) or ""
@@ -111,8 +112,8 @@ def _byte_level(tokenizer: Any, token: int) -> bytes | None:
 class TextStream:
     """Turns tokens into text, piece by piece. The pieces together are the text of all tokens.
 
-    stops: strings before which the text ends. No piece ends with what may be the beginning of a stop string,
-    nor within a character. `stopped`: whether a stop string came; further tokens then add nothing.
+    stops: strings before which the text ends. No piece ends within a character, or with what may be the
+    beginning of a stop string. `stopped`: whether a stop string was found; further tokens then add nothing.
     """
 
     def __init__(self, decoder: TokenDecoder, stops: Sequence[str] = ()):
@@ -136,7 +137,7 @@ class TextStream:
         return self.add_all([token])
 
     def add_all(self, tokens: Sequence[int]) -> str:
-        """Return the text that is certain after further tokens; with stop strings, add them one by one."""
+        """Return the text that is certain after more tokens. With stop strings, call `add` for each token."""
         if self.stopped:
             return ""
         for token in tokens:
@@ -178,10 +179,10 @@ class TextStream:
         return piece
 
     def _cut_in_broken_bytes(self, text: str, end: int) -> int | None:
-        """Return how many tokens of the tail end with a character, if `text` of the first `end` does not.
+        """Return how many tokens of the tail have a text that ends with a whole character, if `text`, the
+        text of the first `end` tokens, ends within one. None if that character may still be completed.
 
-        None: a character may be unfinished. A cut within a character, also a broken one, is seen from the
-        token after it: the two sides alone have another text.
+        After a cut within a character, the texts of both sides together differ from `text`.
         """
         if end - self._done <= LONGEST_TAIL:
             return None
@@ -190,9 +191,7 @@ class TextStream:
         return next((c for c in cuts if decode(self._tail[:c]) + decode(self._tail[c:end]) == text), None)
 
     def _piece(self, new: str, stops: Sequence[str]) -> str:
-        """Return the part of the waiting and the new text that certainly does not begin a stop string of
-        `stops`.
-        """
+        """Add text; return all text that can be passed on: up to a stop string, or to what may begin one."""
         text = self._waiting + new
         places = [at for at in (text.find(stop) for stop in stops) if at >= 0]
         if places:
@@ -206,5 +205,5 @@ class TextStream:
 
 
 def _begun(text: str, stop: str) -> int:
-    """Return the length of the longest end of the text that is the beginning of the stop string."""
+    """Return how many characters at the end of the text are the beginning of the stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
 """A study as the appendix of a paper: one HTML page, and its tables as LaTeX and CSV.
 
-The page has the declaration, the comparisons with their intervals, curves, the sensitivity of each loss,
-every trial that was tried, settings, versions and hashes. It loads nothing from any network.
+The page has the declaration, the comparisons with their intervals, curves, the sensitivity of each loss, all
+trials, settings, versions and hashes. It loads nothing from any network.
 """
 
 import base64
@@ -40,9 +40,7 @@ LATEX = {
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the appendix. name: the name of its files, without suffix. head: titles of the columns.
-    rows: texts.
-    """
+    """A table of the appendix. name: name of its files, without suffix. head: column titles."""
 
     name: str
     caption: str
@@ -87,7 +85,7 @@ def write_appendix(study: StudyResult) -> list[Path]:
 
 
 def appendix_files(study: StudyResult) -> dict[Path, bytes]:
-    """Return the contents of the page and the tables by their paths in the study's folder."""
+    """Return path in the study's folder -> content, for the page and the tables."""
     tables = tables_of(study)
     files = {study.folder / REPORT: study_page(study, tables).encode()}
     for table in tables:
@@ -112,7 +110,7 @@ def tables_of(study: StudyResult) -> list[PaperTable]:
 
 
 def losses_table(study: StudyResult) -> PaperTable:
-    """The losses with their best settings, the highest mean first."""
+    """Return the table of losses with their best settings, the highest mean first."""
     seeds = len(study.losses[0].curves)
     rows = []
     for loss in study.order:
@@ -155,7 +153,7 @@ def losses_table(study: StudyResult) -> PaperTable:
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of the prompts that have a value, NaN if none has."""
+    """Return the mean of the prompts' finite values, NaN if there is none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else math.nan
 
@@ -166,7 +164,7 @@ def _mean_metric(loss: LossOutcome, name: str) -> str:
 
 
 def duels_table(study: StudyResult) -> PaperTable:
-    """Every two losses after the last step."""
+    """Return the comparisons of every two losses after the last step."""
     rows = [
         (
             f"{d.other} - {d.one}",
@@ -199,7 +197,7 @@ def _error_ratio(duel: Duel) -> str:
 
 
 def same_kl_table(study: StudyResult) -> PaperTable:
-    """Every two losses where their policies have the same KL to the reference."""
+    """Return the comparisons of every two losses at equal KL of their policies to the reference."""
     rows = [
         (
             f"{d.other} - {d.one}",
@@ -222,7 +220,7 @@ def same_kl_table(study: StudyResult) -> PaperTable:
 
 
 def same_length_table(study: StudyResult) -> PaperTable:
-    """Every two losses at the same KL, with longer and shorter chosen responses counted the same."""
+    """Return the comparisons at equal KL, with prompts weighted as in results.length_weights."""
     rows = [
         (
             f"{d.other} - {d.one}",
@@ -250,7 +248,7 @@ def same_length_table(study: StudyResult) -> PaperTable:
 
 
 def sensitivity_table(study: StudyResult) -> PaperTable:
-    """How much a loss depends on its setting."""
+    """Return the best, median and worst value of each loss's trials: how much its setting matters."""
     rows = [
         (
             loss.label,
@@ -293,8 +291,8 @@ def trials_table(study: StudyResult) -> PaperTable:
 
 
 def curve_panels(study: StudyResult) -> list[Panel]:
-    """Return the curves of the final runs, means over seeds, with the single seeds faint: the metric over
-    steps and against the KL, and how the log-probs of chosen responses move.
+    """Return plots of the final runs, means over seeds with single seeds faint: the metric over steps and
+    over KL, liking for length, margin, and log-probs of chosen responses.
     """
     steps, against_kl, chosen, margin, length = {}, {}, {}, {}, {}
     of_seeds, of_seeds_by_kl = {}, {}
@@ -332,7 +330,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
 
 
 def _joined(curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:
-    """Several curves as one with gaps."""
+    """Return several curves as one, with a gap (NaN) after each."""
     x, y = list[float](), list[float]()
     for xs, ys in curves:
         x += [*xs, math.nan]
@@ -346,7 +344,7 @@ def _means_by_step(curves: Sequence[FinalCurve], name: str) -> list[float]:
 
 
 def picture_html(study: StudyResult) -> str:
-    """Return the curves as a picture that is part of the page."""
+    """Return the curves as an image in HTML."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
         draw(path, curve_panels(study), "", columns=2)
@@ -359,7 +357,7 @@ def picture_html(study: StudyResult) -> str:
 
 
 def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
-    """Return the page."""
+    """Return the HTML page of a study."""
     named = {table.name: table.html() for table in tables}
     distinguished = {table.name: _distinguished(table) for table in tables}
     declared = study.declaration
@@ -423,7 +421,7 @@ METRICS = {
 
 
 def _summary(study: StudyResult) -> str:
-    """A paragraph about what was compared."""
+    """Return a paragraph about what the study compared."""
     declared = study.declaration["study"]
     recipe, seeds = declared["recipe"], declared["seeds"]
     text = (
@@ -437,7 +435,7 @@ def _summary(study: StudyResult) -> str:
 
 
 def _searched(values: Any) -> str:
-    """The values of a searched number, as declared."""
+    """Return the declared values of a searched number as text."""
     if isinstance(values, dict):
         return f"{values['low']:g} to {values['high']:g}, evenly by the logarithm"
     return ", ".join(f"{x:g}" for x in values)

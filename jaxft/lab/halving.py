@@ -1,12 +1,13 @@
 """Run a study: successive halving of each loss's trials, then its best setting with every seed.
 
-One compiled program trains a trial of every loss at once, each in its own slot: an adapter on the base that
-all share, with the learning rate and the knobs as arrays. When a trial ends, the next one starts in its slot
-and nothing is compiled. Trials of a wave see the same rows in the same order.
+One compiled program trains a trial of every loss at once, each in its own slot: a LoRA adapter on the base
+that all share, with the learning rate and the knobs as arrays. When a trial ends, the next one starts in its
+slot, without compilation. Trials that are trained at the same time are a wave; they see the same rows in the
+same order.
 
-runs/<study>/ has declaration.json, the log study.jsonl, and trials/<loss>-<number>-seed<seed>/ in the form of
-a run's folder, so that `jaxft compare` and `jaxft report` read them. A wave is written when it is complete: a
-study that is killed repeats the wave that it was in, and has the same results to the bit.
+runs/<study>/ has declaration.json, the log study.jsonl, and a run's folder for each trial,
+trials/<loss>-<number>-seed<seed>/, which `jaxft compare` and `jaxft report` can read. A wave is written when
+it is complete: a study that is killed repeats the wave that it was in, with the same results to the bit.
 """
 
 import contextlib
@@ -73,8 +74,9 @@ PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, i
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The held-out pairs of a study: their names, the prompts that they belong to, whether they select
-    settings (True) or are compared, and how many tokens the chosen response has more than the rejected one.
+    """The held-out pairs of a study: for each its name, the number of its prompt, `tuning`: whether it
+    selects settings rather than compares losses, and `longer`: tokens of the chosen minus the rejected
+    response.
     """
 
     names: tuple[str, ...]
@@ -84,7 +86,9 @@ class HeldOutPairs:
 
     @staticmethod
     def of(source: Any, fraction: float) -> "HeldOutPairs":
-        """Divide the held-out prompts of a source at random, the same in every study of these rows."""
+        """Divide the held-out prompts of a source at random, the same in every study of these rows. fraction:
+        the fraction of prompts that select settings.
+        """
         held, rows = np.asarray(source.split.held), source.split.rows
         groups = np.unique(rows.group_by(0)[held], return_inverse=True)[1]
         count = int(groups.max()) + 1
@@ -99,7 +103,7 @@ class HeldOutPairs:
 
     @staticmethod
     def of_json(saved: Mapping[str, Any]) -> "HeldOutPairs":
-        """Read what `json` wrote."""
+        """Return the pairs that `json` has returned."""
         return HeldOutPairs(*(tuple(saved[own.name]) for own in fields(HeldOutPairs)))
 
     def json(self) -> dict[str, Any]:
@@ -112,8 +116,8 @@ class HeldOutPairs:
         return sum(known.values()), len(known) - sum(known.values())
 
     def by_prompt(self, values: Sequence[float], tuning: bool) -> np.ndarray:
-        """Return the mean over each prompt's pairs, for the prompts that select settings if `tuning`,
-        otherwise for the other prompts.
+        """Return the mean of the values of each prompt's pairs, for the prompts that select settings
+        (tuning=True) or those on which losses are compared.
         """
         x, prompts = np.asarray(values, np.float64), np.asarray(self.prompts)
         chosen = np.asarray(self.tuning) == tuning
@@ -122,7 +126,7 @@ class HeldOutPairs:
 
 
 def trial_folder(folder: Path, label: str, number: int, seed: int) -> Path:
-    """The folder of a trial."""
+    """Return the folder of a trial, given by its loss's label, its number and its seed."""
     return folder / TRIALS / f"{label}-{number}-seed{seed}"
 
 
@@ -137,19 +141,19 @@ class Wave:
 
     @property
     def key(self) -> str:
-        """The wave's identity in the log."""
+        """The name of the wave in the log."""
         numbers = ",".join(f"{label}-{trial.number}" for label, trial in self.trials.items())
         return f"seed {self.seed}, steps {self.first}-{self.last}: {numbers}"
 
     def folder(self, root: Path, label: str) -> Path:
-        """The folder of a loss's trial."""
+        """Return the folder of a loss's trial. root: the study's folder."""
         return trial_folder(root, label, self.trials[label].number, self.seed)
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Everything that the waves of a study share: the compiled programs, the rows and the states at step 0 of
-    every seed, and the frozen parameters.
+    """What all waves of a study share: settings, compiled programs, the source of rows and the initial states
+    of each seed, and the frozen parameters.
     """
 
     study: Study
@@ -195,8 +199,8 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
 def declared_lab(
     study: Study, file: Path, folder: Path, clock: Clock
 ) -> tuple[Lab | None, list[dict[str, Any]]]:
-    """Write the declaration of a study, or check it against the one that was written; return the compiled
-    lab, None for a finished study, and the log. To be called where the recipe's mesh is set.
+    """Write the declaration of a study, or check the study against its declaration; return (the compiled lab,
+    or None if the study is finished; the log). Call it where the recipe's mesh is set.
     """
     job, sources = prepare_study(study, folder)
     pairs = HeldOutPairs.of(job.sources[0], study.tuning)
@@ -213,15 +217,15 @@ def declared_lab(
     if not done:
         done = logged(folder, done, {"declared": now["digest"]})
     elif done[0].get("declared") != now["digest"]:
-        raise ValueError(f"{folder / LEDGER}: the log is of another declaration; choose another name=")
+        raise ValueError(f"{folder / LEDGER}: the log belongs to another declaration; choose another name=")
     if done[-1].get("finished"):
         return None, done
     return open_lab(study, job, sources, pairs, clock), done
 
 
 def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any]]]:
-    """Read the rows and build the programs as shapes: a member of each loss with the first seed, and a source
-    for every seed, whose batches fit into one shape.
+    """Read the rows and trace the programs. Return (a job with a run of each loss for the first seed, the
+    source of rows of each seed); all batches fit into one shape.
     """
     first = study.seeds[0]
     runs = {label: run_of(study, label, first) for label in study.losses}
@@ -241,9 +245,7 @@ def declared_facts(job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutP
 
 
 def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
-    """Return lines about the budget and the prompts. Raises ValueError for prompts that no comparison can be
-    made of.
-    """
+    """Return lines about the budget and the prompts. Raises ValueError for too few prompts."""
     tuning, compared = pairs.prompt_counts()
     if tuning < 1 or compared < 2:
         raise ValueError(
@@ -266,8 +268,8 @@ def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
 def check_losses(study: Study, job: Job) -> None:
     """Trace every loss on the shape of the rows, with its knobs as arrays and with the numbers of each trial.
 
-    Raises ValueError for one that needs other rows, such as a column or a response that they lack, or that
-    refuses a number.
+    Raises ValueError for a loss that needs a column or a response that the rows lack, or that refuses a
+    number.
     """
     for label, member in zip(study.losses, job.members, strict=True):
         p, fn = member.programs, study.losses[label].fn
@@ -311,7 +313,9 @@ def open_lab(
 def train_waves(
     lab: Lab, folder: Path, done: list[dict[str, Any]], interrupt: Interrupt
 ) -> list[dict[str, Any]] | None:
-    """Train all waves that the log does not have yet; return the log, None if a signal stopped the study."""
+    """Train all waves that the log does not have yet. Return the log, or None if a signal stopped the study.
+    done: the log so far.
+    """
     study, seed = lab.study, lab.study.seeds[0]
     alive = {label: study.trials_of(label) for label in study.losses}
     first = 0
@@ -338,8 +342,8 @@ def train_waves(
 
 
 def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[Wave]) -> list[LossTrial]:
-    """Return the trials of a loss in a stage, the best first; of equal ones the earlier. A trial without a
-    finite value is last.
+    """Return a loss's trials in these waves, the best first, and of equal ones the earlier first; a trial
+    without a finite value is last. done: the log.
     """
     scores = {entry["wave"]: entry["scores"][label] for entry in done if "wave" in entry}
 
@@ -351,13 +355,13 @@ def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[W
 
 
 def logged(folder: Path, done: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Append an entry to the study's log, which has `done`; return all."""
+    """Append an entry to the study's log; return all entries. done: the earlier ones."""
     append_entry(folder / LEDGER, entry)
     return [*done, entry]
 
 
 def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train a wave unless the log has it; write the results of its trials, then its line of the log."""
+    """Train a wave unless the log `done` has it; write its trials' folders and its entry; return the log."""
     if any(entry.get("wave") == wave.key for entry in done):
         return done
     states = start_states(lab, folder, wave, done)
@@ -389,7 +393,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
 
 @dataclass(frozen=True)
 class PairsEvaluation:
-    """The held-out pairs after a step: metrics under their names in the log, and values of single pairs."""
+    """The held-out pairs after a step. metrics: by their names in the log. rows: values of each pair."""
 
     step: int
     metrics: FloatMetrics
@@ -397,10 +401,10 @@ class PairsEvaluation:
 
 
 def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str, Any]]) -> States:
-    """Return the states of a wave's trials: read from their checkpoints, or made for step 0 with the trials'
-    numbers.
+    """Return the states of a wave's trials: read from their checkpoints or, at step 0, made with the trials'
+    learning rates and knobs.
 
-    done: the log. Raises ValueError if a file that the wave goes on from is not the one that it has.
+    done: the log. Raises ValueError if a file of an earlier wave differs from its hash in the log.
     """
     set_trial = make_set_trial(lab.study)
     states = []
@@ -429,9 +433,10 @@ def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str,
 
 
 def check_earlier(trial: Path, wave: Mapping[str, Any], label: str) -> None:
-    """Raise ValueError if a trial's evaluations after an earlier wave, or its checkpoint, have changed since.
+    """Raise ValueError if a trial's evaluations until the end of an earlier wave, or its checkpoint there, no
+    longer have the hashes in the log.
 
-    wave: its entry in the log. What a killed wave has written after it is not read.
+    wave: its entry in the log. Later evaluations are ignored: a wave that was killed may have written them.
     """
     step, path = wave["steps"][1], trial / EVALUATIONS
     lines = path.read_bytes().splitlines(keepends=True)
@@ -442,13 +447,13 @@ def check_earlier(trial: Path, wave: Mapping[str, Any], label: str) -> None:
 
 
 def check_state(checkpoint: Path, sha256: str) -> None:
-    """Raise ValueError if a checkpoint's hashes of its arrays are not those that the log has."""
+    """Raise ValueError if a checkpoint's arrays do not have the hash that the log has."""
     if state_sha256(checkpoint) != sha256:
         raise ValueError(f"{checkpoint}: the checkpoint was changed after it was written; restore it")
 
 
 def state_sha256(checkpoint: Path) -> str:
-    """Return a hash of a checkpoint's arrays, from its manifest. Raises ValueError if that is damaged."""
+    """Return a hash of a checkpoint's arrays, from its manifest. Raises ValueError for a damaged manifest."""
     try:
         leaves = manifest.read_manifest(checkpoint)["leaves"]
     except manifest.Corrupt as error:
@@ -457,14 +462,14 @@ def state_sha256(checkpoint: Path) -> str:
 
 
 def checkpoints_of(trial: Path) -> Checkpoints:
-    """The checkpoints of a trial's folder: of its newest wave, and of the one before, from which the newest
-    one is repeated if it is killed before the log has it.
+    """Return the checkpoints of a trial: of the last two waves, so that a wave that is killed before the log
+    has it can be repeated from the one before.
     """
     return Checkpoints(trial / CHECKPOINTS, keep_last=2, keep_best=0)
 
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
-    """Evaluate the held-out pairs. metrics: metrics of the training step before."""
+    """Evaluate each state on the held-out pairs after a step. metrics: metrics of that training step."""
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     evaluations = []
     for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
@@ -482,7 +487,7 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
 
 
 def tuning_score(lab: Lab, evaluation: PairsEvaluation) -> float | None:
-    """Return the study's metric on the prompts that select settings, None if none of them has a value."""
+    """Return the metric's mean over the prompts that select settings; None without a finite value."""
     values = lab.pairs.by_prompt(evaluation.rows[lab.study.metric], tuning=True)
     finite = values[np.isfinite(values)]  # others have no pair with a weight, or a loss that diverged
     return float(finite.mean()) if len(finite) else None
@@ -491,7 +496,7 @@ def tuning_score(lab: Lab, evaluation: PairsEvaluation) -> float | None:
 def write_trial(
     lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
 ) -> dict[str, str]:
-    """Write a trial's folder after a wave; return the hashes of its files. result: state and evaluations."""
+    """Write a trial's folder after a wave; return file name -> hash. result: (state, evaluations)."""
     own, (state, evaluations) = wave.folder(folder, label), result
     (own / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with contextlib.closing(checkpoints_of(own)) as saved:
@@ -542,9 +547,10 @@ class TrialRate(NamedTuple):
 
 
 def run_of(study: Study, label: str, seed: int) -> Run:
-    """Return the run of a loss: the study's recipe with this loss and seed, whose trial is set in its state.
+    """Return the run of a loss: the study's recipe with this loss and seed, and with a trial's numbers in its
+    state (see make_set_trial) instead of its settings.
 
-    Rewards are in nats: log-prob ratios to the reference, for any beta of the loss.
+    Rewards are log-prob ratios to the reference in nats, whatever the beta of the loss.
     """
     recipe, first = study.recipe, study.trials_of(label)[0]
     return replace(
@@ -565,8 +571,8 @@ def run_of(study: Study, label: str, seed: int) -> Run:
 
 
 def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
-    """Return the run that a trial equals: the recipe with the loss, its knobs, the learning rate and the seed
-    as settings. The rewards of a loss with a state are in units of its beta.
+    """Return the run that trains the same as a trial, with the trial's loss, knobs, learning rate and seed as
+    settings. The rewards of a loss with a state are in units of its beta.
     """
     run, loss = run_of(study, label, seed), study.losses[label]
     beta = trial.knobs.get("beta", own_beta(loss)) if declaration(loss.fn).init else 1.0
@@ -578,15 +584,15 @@ def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
 
 
 def own_beta(loss: SearchedLoss) -> float:
-    """Return the beta that a loss has where it is not searched, 1 for a loss without one."""
+    """Return the default beta of a loss; 1 for a loss without beta."""
     default = loss_knobs(loss.fn).get("beta", (None, 1.0))[1]
     return float(default) if isinstance(default, int | float) else 1.0
 
 
 def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
-    """The preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial: the values
-    that they start with. A loss with a state updates it from the logged rewards, as BCO does, which it
-    expects with its own beta.
+    """Return the preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial:
+    their first values. If the loss has a state that it updates from logged rewards, as BCO has, it gets them
+    in units of its beta.
     """
 
     def with_knobs(knobs: Mapping[str, Any]) -> Objective:
@@ -619,13 +625,13 @@ def _arrays(knobs: Mapping[str, float]) -> dict[str, Array]:
 
 
 def with_rate(schedule: optax.Schedule, specs: Specs, weight_decay: float, *, optim: Optim) -> UpdateRule:
-    """Return the update rule of a recipe, whose updates are multiplied by the state's TrialRate."""
+    """Return the recipe's update rule, with updates multiplied by the TrialRate in the optimizer state."""
     rule = make_rule(optim, schedule, specs)
     return rule._replace(transform=optax.chain(rule.transform, scale_by_trial_rate()))
 
 
 def scale_by_trial_rate() -> optax.GradientTransformation:
-    """Multiply updates by the factor in the state."""
+    """Multiply updates by the factor in this transformation's state."""
 
     def init(params: Params) -> TrialRate:
         return TrialRate(jnp.ones((), jnp.float32))
@@ -637,7 +643,7 @@ def scale_by_trial_rate() -> optax.GradientTransformation:
 
 
 def make_set_trial(study: Study) -> Callable[[TrainState, LossTrial], TrainState]:
-    """Return `set_trial(state, trial)`, which puts a trial's numbers into a state; nothing is compiled."""
+    """Return `set_trial(state, trial)`, which writes a trial's learning rate and knobs into a state."""
     lr = study.recipe.optim.lr
 
     def put(value: float, like: Array) -> Array:

@@ -41,8 +41,8 @@ REPLY_SECONDS = 120.0  # seconds for a reply
 class Replies(NamedTuple):
     """Settings of a judge that writes text.
 
-    max_new: tokens of a reply. budget: the most requests to a server that are not in the cache, None for any
-    number. workers: requests at the same time.
+    max_new: the most tokens of a reply. budget: the most new requests to a server, None for any number.
+    workers: requests at the same time. cache: file of a server's replies, None for no cache.
     """
 
     max_new: int = 512
@@ -59,9 +59,7 @@ class FunctionJudge:
     function: Callable[..., float]
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. A missing score gives no verdict. Raises ValueError if all are
-        missing.
-        """
+        """Return a verdict on each match, none for a missing score. Raises ValueError if all are missing."""
         prompts, rows = [m.prompt for m in matches], [(m.name, m.columns) for m in matches]
         one, other = (
             score_texts([self.function], prompts, texts, rows, 1)[0]
@@ -82,7 +80,7 @@ class RewardJudge:
     max_length: int = 2048
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. Texts above max_length have no verdict."""
+        """Return a verdict on each match; none for texts of more than max_length tokens."""
         mesh = sharding.make_mesh(sharding.MeshShape())
         with jax.set_mesh(mesh):
             loaded = load_reward_model(self.ref, mesh, self.adapter)
@@ -102,7 +100,7 @@ class ModelJudge:
     replies: Replies = Replies()
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match. Raises ValueError if most replies name no answer."""
+        """Return a verdict on each match in each order. Raises ValueError if most replies name no answer."""
         questions = in_both_orders(matches)
         replies = load_model(self.ref).generate(questions, max_new=self.replies.max_new)
         return values_of(replies, self.name)
@@ -127,10 +125,9 @@ class ServerJudge:
         return self.model
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match.
+        """Return a verdict on each match in each order.
 
-        Raises ValueError if the server refuses a request and, before anything is asked, if more requests are
-        needed than the budget allows.
+        Raises ValueError if the server refuses a request and, before any is sent, if the budget is too low.
         """
         requests = [self._body(messages) for messages in in_both_orders(matches)]
         cache = ReplyCache(self.replies.cache)
@@ -160,7 +157,7 @@ class ServerJudge:
         }
 
     def _reply(self, body: dict[str, Any]) -> str:
-        """Ask once, and again after errors that may pass: 429, 5xx and failed connections."""
+        """Send a request, and send it again after errors that may pass: 429, 5xx and failed connections."""
         url = self.url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
@@ -173,16 +170,18 @@ class ServerJudge:
             except urllib.error.HTTPError as error:
                 text = printable_line(error.read(400).decode("utf-8", "replace"))
                 if attempt == REPLY_RETRIES or (error.code != 429 and error.code < 500):
-                    raise ValueError(f"{without_secrets(url)}: error {error.code}: {text}") from error
+                    text = f"error {error.code}: {text}; check the URL, the model and OPENAI_API_KEY"
+                    raise ValueError(f"{without_secrets(url)}: {text}") from error
             except (OSError, json.JSONDecodeError) as error:
                 if attempt == REPLY_RETRIES:
-                    raise ValueError(f"{without_secrets(url)}: {printable_line(str(error))}") from error
+                    text = f"{printable_line(str(error))}; check the URL, and that the server is running"
+                    raise ValueError(f"{without_secrets(url)}: {text}") from error
             time.sleep(self.pause * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
 def _text_of(response: Any, url: str) -> str:
-    """Return the text of a response. Raises ValueError if it has none in the documented place."""
+    """Return the text of a response. Raises ValueError if it has no choices[0].message.content."""
     try:
         return str(response["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError) as error:
@@ -199,7 +198,9 @@ def request_key(url: str, body: dict[str, Any]) -> str:
 
 @dataclass
 class ReplyCache:
-    """Replies by the hash of their request, in a file of JSON lines. A half-written last line is ignored."""
+    """Replies by the hash of their request, in memory and, if there is a path, in a file of JSON lines. A
+    half-written last line is ignored.
+    """
 
     path: Path | None
     replies: dict[str, str] = field(default_factory=dict)
@@ -257,8 +258,8 @@ NAME_COLUMNS = ("uid", "question_id", "id")  # columns that name a prompt
 
 
 class ModelAnswers(NamedTuple):
-    """A model's answers by the name of their prompt, in order. named: whether the file names the prompts.
-    prompts: those of the file by the same names, None if it lacks some.
+    """A model's answers by the names of their prompts, in order. named: whether the file names the prompts.
+    prompts: the file's prompts by the same names, None if it lacks some.
     """
 
     texts: dict[str, str]
@@ -287,7 +288,7 @@ class BenchmarkRow(NamedTuple):
 def read_judged_prompts(ref: str) -> JudgedPrompts:
     """Read prompts: `prompt`, `instruction` or `question` as text, `messages`, or Arena-Hard's `turns`.
 
-    Raises ValueError, with file and row, for a row that has none of them.
+    Raises ValueError, which names the file and row, for a row without any of them.
     """
     rows = read_rows(ref)
     names, named = _names(rows)
@@ -302,7 +303,7 @@ def read_answers(ref: str) -> ModelAnswers:
     """Read answers: `completion`, `response`, `output` or `answer`, the last assistant's turn of `messages`,
     or Arena-Hard's `choices`.
 
-    Raises ValueError, with file and row, for a row that has none of them.
+    Raises ValueError, which names the file and row, for a row without any of them.
     """
     rows = read_rows(ref)
     names, named = _names(rows)
@@ -322,10 +323,10 @@ def answers_of(ref: str, prompts: JudgedPrompts, max_new: int) -> ModelAnswers:
 def matches_of(
     prompts: JudgedPrompts, one: ModelAnswers, other: ModelAnswers, files: Sequence[str]
 ) -> list[Match]:
-    """Return the matches of two models. Answers belong to prompts by name, or else by the prompt that their
-    row has, or else by their order.
+    """Return the matches of two models' answers. An answer is matched to its prompt by name; without names,
+    by the prompt in its row; without that, by its position.
 
-    files: names of the answers, for errors. Raises ValueError where answers are missing.
+    files: names of the answers, for errors. Raises ValueError if answers are missing.
     """
     by_name = []
     for answers, file in zip((one, other), files, strict=True):
@@ -352,8 +353,8 @@ def matches_of(
 
 
 def _in_order_of_prompts(prompts: Mapping[str, Any], answers: ModelAnswers, file: str) -> dict[str, str]:
-    """Return the answers by the names of their prompts, which are as many: by the prompts that their rows
-    have, else by their order.
+    """Return prompt name -> answer. Answers are matched by the prompts in their rows or, if rows have none,
+    by position; there are as many answers as prompts.
     """
     in_order = dict(zip(prompts, answers.texts.values(), strict=True))
     if answers.prompts is None:
@@ -366,14 +367,14 @@ def _in_order_of_prompts(prompts: Mapping[str, Any], answers: ModelAnswers, file
     if missing or len(by_text) < len(given):
         reason = f"no answer has the prompt of {missing[0]}" if missing else "some prompts are there twice"
         raise ValueError(
-            f"{file}: its prompts are not in the order of the others, and {reason}; use answers to the same "
-            "prompts, or add ids"
+            f"{file}: its prompts are not in the order of the judged prompts, and {reason}; use answers to "
+            "the same prompts, or add ids"
         )
     return {name: by_text[text] for name, text in zip(prompts, expected, strict=True)}
 
 
 def _text(prompt: Any) -> str:
-    """A prompt as text; a list of one message is that message's."""
+    """Return a prompt as text; for a list of one message, the message's text."""
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0].get("content")
     return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
@@ -382,7 +383,7 @@ def _text(prompt: Any) -> str:
 def read_preferences(ref: str) -> list[BenchmarkRow]:
     """Read RewardBench 2: `prompt`, `chosen` and `rejected` as lists of answers, and `subset`.
 
-    Raises ValueError, with file and row, for rows without them.
+    Raises ValueError, which names the file and row, for a row that lacks one.
     """
     rows = []
     for row in read_rows(ref):
@@ -394,7 +395,7 @@ def read_preferences(ref: str) -> list[BenchmarkRow]:
 
 
 def preference_matches(rows: Sequence[BenchmarkRow]) -> list[Match]:
-    """Return a match of each chosen with each rejected answer of each row, in order."""
+    """Return a match of each chosen with each rejected answer of each row, in the order of the rows."""
     return [
         Match(row.name, row.prompt, chosen, rejected, {})
         for row in rows
@@ -404,11 +405,12 @@ def preference_matches(rows: Sequence[BenchmarkRow]) -> list[Match]:
 
 
 def accuracy_by_subset(rows: Sequence[BenchmarkRow], values: Sequence[float]) -> dict[str, tuple[int, int]]:
-    """Return (rows in which every chosen answer beats every rejected one, rows) of each subset.
+    """Return subset -> (number of rows in which every chosen answer beats every rejected one, number of
+    rows).
 
-    values: of preference_matches. A match without a verdict counts as lost, as does a tie, where
-    RewardBench 2 gives 1 / n for n answers of the highest score. Its score of its subset Ties also weighs
-    margins, which this does not.
+    values: the values of preference_matches. A match without a verdict counts as lost, and so does a tie,
+    where RewardBench 2 gives 1 / n if n answers have the highest score. RewardBench 2 also weighs margins in
+    its subset Ties; this function does not.
     """
     counts: dict[str, tuple[int, int]] = {}
     at = 0
@@ -422,9 +424,7 @@ def accuracy_by_subset(rows: Sequence[BenchmarkRow], values: Sequence[float]) ->
 
 
 def _names(rows: Sequence[Row]) -> tuple[list[str], bool]:
-    """Return the names of rows, and whether a column has them. Raises ValueError for a name that is there
-    twice.
-    """
+    """Return (names of rows, whether they come from a column). Raises ValueError for two equal names."""
     column = next((c for c in NAME_COLUMNS if all(c in row.fields for row in rows)), None)
     if column is None:
         return [row.name for row in rows], False
@@ -453,7 +453,8 @@ def _prompt(row: Row) -> Any:
         return str(turns[0].get("content", ""))
     if isinstance(messages := fields.get("messages"), list) and messages:
         return messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    raise ValueError(f"{row.name}: no prompt; expected {', '.join(QUESTION_COLUMNS)}, messages or turns")
+    columns = ", ".join(QUESTION_COLUMNS)
+    raise ValueError(f"{row.name}: no prompt; expected {columns}, messages or turns; add such a column")
 
 
 def _answer(row: Row) -> str:
@@ -469,12 +470,13 @@ def _answer(row: Row) -> str:
             content = content.get("answer") if isinstance(content, Mapping) else content
             if isinstance(content, str):
                 return content
-    raise ValueError(f"{row.name}: no answer; expected {', '.join(TEXT_COLUMNS)}, messages or choices")
+    columns = ", ".join(TEXT_COLUMNS)
+    raise ValueError(f"{row.name}: no answer; expected {columns}, messages or choices; add such a column")
 
 
 def _texts(row: Row, column: str) -> list[str]:
     value = row.fields.get(column)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{row.name}: {column} must be a text or a list of texts")
+        raise ValueError(f"{row.name}: {column} must be a text or a list of texts; correct the row")
     return texts

@@ -1,8 +1,8 @@
 """Which of two models answers better: verdicts of judges on the same prompts, and their significance.
 
 A judge compares two answers to a prompt, each pair in both orders. The value of a prompt is 1 if the first
-model wins, 0 if the other does, 1/2 for a tie, and the mean of both orders where a judge sees them. A prompt
-whose verdict is missing in one order has no value: what was shown first would decide it.
+model wins, 0 if the other does, 1/2 for a tie; if the judge sees the order, the mean over both orders. A
+prompt that lacks the verdict in one order has no value, because the order would decide it.
 """
 
 import itertools
@@ -32,8 +32,8 @@ _ALONE = re.compile(r"\W*(A|B|C|tie)\W*", re.IGNORECASE)
 
 
 class Match(NamedTuple):
-    """Two models' answers to a prompt. name: of the prompt's row. prompt: a string or a list of messages.
-    columns: of the prompt's row.
+    """Two models' answers to a prompt. name: name of the prompt's row. prompt: a string or a list of
+    messages. columns: the row's columns.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Match(NamedTuple):
 class Verdicts(NamedTuple):
     """A judge's values for the first model's answers, in [0, 1]; NaN without a verdict.
 
-    first [P]: where its answers were shown first. second [P]: where they were shown second.
+    first [P]: values where the first model's answers were shown first. second [P]: where they came second.
     """
 
     first: Float[np.ndarray, " P"]
@@ -61,7 +61,7 @@ class Judge(Protocol):
         """The name in tables."""
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match, in both orders."""
+        """Return the values of each match, in both orders, see Verdicts."""
 
 
 # Questions and replies
@@ -110,7 +110,7 @@ def in_both_orders(matches: Sequence[Match]) -> list[list[dict[str, str]]]:
 
 
 def values_of(replies: Sequence[str], judge: str) -> Verdicts:
-    """Return the values of replies to `in_both_orders`. Raises ValueError if most of them name no answer."""
+    """Return the values of replies to `in_both_orders`. Raises ValueError if most name no answer."""
     verdicts = np.array([verdict(reply) for reply in replies])
     without = int(np.isnan(verdicts).sum())
     if without > MOST_WITHOUT * len(verdicts):
@@ -123,7 +123,7 @@ def values_of(replies: Sequence[str], judge: str) -> Verdicts:
 
 
 def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Verdicts:
-    """Return the values of answers that are scored alone, where the order cannot matter."""
+    """Return the values from the scores of both models' answers; the order of showing has no effect."""
     difference = one - other
     values = np.where(np.isnan(difference), np.nan, (np.sign(difference) + 1) / 2)
     return Verdicts(values, values)
@@ -143,12 +143,12 @@ class Judged:
 
     @property
     def by_prompt(self) -> Float[np.ndarray, " P"]:
-        """The mean of both orders; NaN without a verdict in one of them."""
+        """The mean over both orders; NaN if one of them has no verdict."""
         return (self.values.first + self.values.second) / 2
 
     @property
     def known(self) -> np.ndarray:
-        """Which prompts have a value."""
+        """Mask [P] of the prompts that have a value."""
         return ~np.isnan(self.by_prompt)
 
     def as_json(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Judged:
 
 
 def win_rate_interval(values: Float[np.ndarray, " P"]) -> Interval:
-    """Return the interval of a win rate: that of the difference of wins and losses, see paired_fractions."""
+    """Return the 95 % interval of a win rate, computed from wins minus losses; see paired_fractions."""
     difference = paired_fractions((1 - values).tolist(), values.tolist()).interval
     return Interval((1 + difference.low) / 2, (1 + difference.high) / 2)
 
@@ -223,8 +223,8 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kappa(one: Judged, other: Judged) -> float:
-    """Return Cohen's kappa (1960) of two judges' verdicts win, tie and loss on the same prompts; NaN if they
-    have no prompt in common, or both always say the same.
+    """Return Cohen's kappa (1960) of two judges' verdicts (win, tie, loss) on the same prompts; NaN if they
+    have no prompt in common, or if both always give the same verdict.
     """
     both = one.known & other.known
     a, b = (np.sign(judged.by_prompt[both] - 0.5) for judged in (one, other))
@@ -236,7 +236,7 @@ def kappa(one: Judged, other: Judged) -> float:
 
 
 def agreements(judged: Sequence[Judged]) -> dict[tuple[str, str], float]:
-    """Return the kappa of each two judges."""
+    """Return the kappa of every two judges, by their names."""
     return {(a.judge, b.judge): kappa(a, b) for a, b in itertools.combinations(judged, 2)}
 
 
@@ -273,7 +273,7 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
 
 
 def needed_line(judged: Judged) -> str:
-    """Return "not distinguishable", with how many prompts would show the difference that there is."""
+    """Return a line: not distinguishable, and how many prompts would show the present difference."""
     values = judged.by_prompt[judged.known] - 0.5
     count = None
     if len(values) > 1:

@@ -1,10 +1,10 @@
 """The results of a study: paired comparisons at the end and at the same KL, curves, and sensitivity to knobs.
 
-Values are means over the pairs of each held-out prompt that selected nothing. A loss that has moved further
-from the reference is likely to have a higher accuracy, whatever its loss, so that losses are also compared
-where their policies have the same KL, along the whole curve. There they are compared once more with prompts
-weighted so that longer and shorter chosen responses count the same, since a policy that has only learned to
-like length is right wherever the chosen response is the longer one.
+A value is the mean over the pairs of a held-out prompt; prompts that selected settings are left out. A policy
+that has moved further from the reference is likely to have a higher accuracy, whatever its loss. So losses
+are also compared where their policies have the same KL, along the whole curve. There they are compared once
+more with prompts weighted so that longer and shorter chosen responses count the same: a policy that has only
+learned to prefer length is right wherever the chosen response is the longer one.
 """
 
 import json
@@ -43,9 +43,9 @@ START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 
 
 @dataclass(frozen=True)
 class FinalCurve:
-    """A final run of a loss by evaluation: steps, KL per token to the reference, values [evaluations, P] of
-    the compared prompts, and by how many nats the margin grows for each token that the chosen response has
-    more. The first one is step 0.
+    """The evaluations of a loss's final run; the first one is at step 0. kl: KL per token to the reference.
+    values: metric of each of P compared prompts. per_token: growth of the margin, in nats, for each token by
+    which the chosen response is longer than the rejected one.
     """
 
     steps: tuple[int, ...]
@@ -56,12 +56,12 @@ class FinalCurve:
 
     @property
     def diverged(self) -> bool:
-        """Whether no held-out prompt has a value after the last step."""
+        """Whether no compared prompt has a finite value after the last step."""
         return not np.isfinite(self.values[-1]).any()
 
     @property
     def largest_kl(self) -> float:
-        """The largest KL among the evaluations, without those that have no finite one."""
+        """The largest finite KL among the evaluations."""
         return float(self.kl[np.isfinite(self.kl)].max())
 
     def at_kl(self, kl: float) -> Float[np.ndarray, " P"]:
@@ -73,7 +73,7 @@ class FinalCurve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The values of a loss's trials on the tuning prompts at one step, which all of them have reached.
+    """Best, median and worst value of a loss's trials on the tuning prompts, after the first stage (`step`).
 
     A trial that diverged has the value -inf.
     """
@@ -86,8 +86,8 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class LossOutcome:
-    """The results of one loss. trials: (setting, last step, value on the tuning prompts or None) of each.
-    curves: of the final run of each seed.
+    """The results of one loss. winner: its best setting. trials: (setting, last step, value on the tuning
+    prompts or None) of each trial. curves: the final run of each seed.
     """
 
     label: str
@@ -109,7 +109,7 @@ class LossOutcome:
 
     @property
     def largest_kl(self) -> float:
-        """The largest KL that the runs of all seeds reach."""
+        """The largest KL that the runs of all seeds have reached."""
         return min(curve.largest_kl for curve in self.curves)
 
     def at_kl(self, kl: float) -> Float[np.ndarray, "S P"]:
@@ -119,10 +119,10 @@ class LossOutcome:
 
 @dataclass(frozen=True)
 class MatchedKL:
-    """A comparison where both policies have the same KL, with its p-value adjusted for all comparisons.
+    """A comparison where both policies have the same KL. p: adjusted for all comparisons at a KL.
 
-    same_length: with prompts weighted so that longer and shorter chosen responses count the same; None where
-    all chosen responses are longer, or all are shorter. length_p: its adjusted p-value.
+    same_length: the comparison with prompts weighted so that longer and shorter chosen responses count the
+    same; None if all chosen responses are longer, or all shorter. length_p: its adjusted p-value.
     """
 
     kl: float
@@ -140,16 +140,16 @@ class MatchedKL:
 
     @property
     def length_winner(self) -> int:
-        """The same with longer and shorter chosen responses counted the same."""
+        """The winner in `same_length`, as in `winner`; 0 without it."""
         d = self.same_length
         return int(np.sign(d.mean)) if d is not None and d.different(p=self.length_p) else 0
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Two losses: the second minus the first. p, equivalence_p: adjusted for the duels of the study (Holm).
-    matched: along the curve, from low to high KL. diverged: how many runs of each loss, whose seeds are left
-    out of the comparison.
+    """A comparison of two losses. difference: the second minus the first. p, equivalence_p: adjusted for all
+    duels of the study (Holm). matched: comparisons from low to high KL. diverged: number of diverged runs by
+    loss; the seeds of these runs are left out.
     """
 
     one: str
@@ -163,7 +163,7 @@ class Duel:
 
     @property
     def verdict(self) -> str:
-        """The result in words. A loss wins only where its curve does."""
+        """The result in words. A loss wins only if it also wins along its curve, at equal KL."""
         left_out = [
             f"{label} diverged with {n} seed{'s' * (n > 1)}" for label, n in self.diverged.items() if n
         ]
@@ -192,7 +192,7 @@ class Duel:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A finished study. declaration: as it was written before training. digest: the last one of its log."""
+    """A finished study. declaration: as written before training. digest: the one of the log's last line."""
 
     folder: Path
     declaration: Mapping[str, Any]
@@ -246,7 +246,7 @@ def read_study(folder: Path) -> StudyResult:
 
 
 def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
-    """Return the last digest of a study's log. Raises ValueError for a file that is not as it was written."""
+    """Return the digest of the log's last line. Raises ValueError if a file was changed after writing."""
     digest = check_chain(folder / LEDGER)
     newest: dict[Path, str] = {}
     states: dict[Path, tuple[Path, str]] = {}
@@ -271,7 +271,7 @@ def _loss_outcome(
     waves: Sequence[Mapping[str, Any]],
     compared: tuple[str, HeldOutPairs],
 ) -> LossOutcome:
-    """Read the results of a loss. compared: the metric and the held-out pairs."""
+    """Read a loss's results. waves: the log's entries about waves. compared: (metric, held-out pairs)."""
     declared = read_saved_json(folder / DECLARATION)
     winner, seeds = log[-1]["winners"][label], declared["study"]["seeds"]
     last: dict[int, tuple[int, float | None]] = {}
@@ -294,15 +294,15 @@ def _loss_outcome(
 def final_curves(
     runs: Sequence[Sequence[PairsEvaluation]], metric: str, pairs: HeldOutPairs
 ) -> tuple[FinalCurve, ...]:
-    """Return the curve of each seed's run, at the steps that all of them have: the first seed's run has the
-    ends of the stages too.
+    """Return the curve of each seed's run, at the steps at which all were evaluated; only the first seed's
+    run is also evaluated at the ends of the stages.
     """
     common = set.intersection(*({e.step for e in run} for run in runs))
     return tuple(final_curve([e for e in run if e.step in common], metric, pairs) for run in runs)
 
 
 def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: HeldOutPairs) -> FinalCurve:
-    """Return the curve of a run, which begins at step 0 with the reference."""
+    """Return the curve of a run. Before the evaluations it has step 0, where the policy is the reference."""
     values = [pairs.by_prompt(e.rows[metric], tuning=False) for e in evaluations]
     first = np.full_like(values[0], START.get(metric, 0.0))
     kl = [0.0, *(e.metrics[HELD_OUT + names.KL] for e in evaluations)]
@@ -313,8 +313,8 @@ def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: Held
 
 
 def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
-    """Return the slope of the compared prompts' margins over the tokens that the chosen response has more,
-    by least squares; NaN where all have as many more.
+    """Return the slope of the compared prompts' margins over the number of tokens by which the chosen
+    response is longer, by least squares; NaN if this number is the same for all prompts.
     """
     x, y = (pairs.by_prompt(values, tuning=False) for values in (pairs.longer, margins))
     known = np.isfinite(y)
@@ -325,8 +325,8 @@ def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
 
 
 def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
-    """Return weights of the compared prompts with which those whose chosen responses are longer count as much
-    as those whose chosen responses are shorter; None without one of them.
+    """Return weights of the compared prompts, with which prompts with longer chosen responses count as much
+    as prompts with shorter chosen responses; None if one of the two kinds is missing.
     """
     longer = np.sign(pairs.by_prompt(pairs.longer, tuning=False))
     counts = {side: int((longer == side).sum()) for side in (1, -1)}
@@ -339,9 +339,7 @@ def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
 def duels_of(
     losses: Sequence[LossOutcome], margin: float | None, weights: Float[np.ndarray, " P"] | None = None
 ) -> tuple[Duel, ...]:
-    """Compare every two losses, at the end and at the same KL. weights: of the prompts, see
-    length_weights.
-    """
+    """Compare every two losses, at the end and at the same KL. margin: see Study. weights: length_weights."""
     two = [(one, other, both) for one, other in combinations(losses, 2) if (both := _finite(one, other))]
     ends = [paired_difference(one.final, other.final) for *_, (one, other) in two]
     points = []
@@ -368,7 +366,7 @@ def duels_of(
 
 
 def _finite(one: LossOutcome, other: LossOutcome) -> tuple[LossOutcome, LossOutcome] | None:
-    """Two losses with the runs of the seeds with which neither diverged; None without any."""
+    """Return both losses without the seeds with which either diverged; None if no seed is left."""
     pairs = zip(one.curves, other.curves, strict=True)
     kept = [pair for pair in pairs if not any(curve.diverged for curve in pair)]
     if not kept:

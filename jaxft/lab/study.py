@@ -88,7 +88,7 @@ class LossTrial:
 
 
 class Rung:
-    """A stage of successive halving: how many trials of each loss are trained on, and up to which step."""
+    """A stage of successive halving, which trains `trials` trials of each loss up to step `steps`."""
 
     def __init__(self, trials: int, steps: int):
         self.trials, self.steps = trials, steps
@@ -103,10 +103,10 @@ class Study:
     searched, the same for every loss. trials: settings of each loss that are tried, with the first seed.
     keep: fraction of the trials that train on after each stage of successive halving; 1 trains all to the
     end. seeds: the seeds of the final runs of each loss with its best setting; a seed determines the adapter
-    at step 0 and the order of the rows. metric: of single held-out pairs, which selects a setting and is
-    compared: rewards/accuracies, or rewards/margins in nats. margin: the largest difference in it that does
-    not matter, for tests of equivalence; None for none. tuning: fraction of the held-out prompts that select
-    settings; the comparison reads the others. evaluations: of the held-out pairs during a full run.
+    at step 0 and the order of the rows. metric: metric of single held-out pairs that selects settings and
+    compares losses: rewards/accuracies, or rewards/margins in nats. margin: the largest difference of the
+    metric that does not matter, for tests of equivalence; None for no test. tuning: fraction of the held-out
+    prompts that select settings; the others compare losses. evaluations: number of evaluations in a full run.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Study:
             raise ValueError("study.tuning=1 leaves no held-out prompts for the comparison; use 0.5")
         if not self.recipe.loop.steps:
             raise ValueError(
-                "study.recipe has no number of steps, on which stages and the schedule depend; set loop.steps"
+                "study.recipe has no number of steps, but stages and schedule depend on it; set loop.steps"
             )
         if self.recipe.adapter is None or self.recipe.start or self.recipe.data.unit != "pairs":
             raise ValueError(
@@ -146,14 +146,12 @@ class Study:
                 "leave out full=true and start"
             )
         if not self.recipe.data.holds_out:
-            raise ValueError(
-                "study.recipe holds out no pairs, which the losses are compared on; set held_out"
-            )
+            raise ValueError("study.recipe holds out no pairs to compare the losses with; set held_out")
         kind = self.recipe.objective(self.recipe.model).facts.reference
         if kind not in ("start", "none"):
             raise ValueError(
                 f"study.recipe has a {kind} reference, but a study's reference is the policy at step 0; "
-                "leave it out"
+                "set reference=start"
             )
         self._check_stages()
         _check_values("study", "lr", self.lr)
@@ -183,8 +181,9 @@ class Study:
     def trials_of(self, label: str) -> list[LossTrial]:
         """Return the trials of a loss.
 
-        Where all values are listed they are combinations in a fixed random order, else points of Halton's
-        sequence, which fill the ranges evenly. Every loss has the same learning rates as far as possible.
+        If all values are listed, trials are combinations of them in a fixed random order, otherwise points of
+        Halton's sequence, which fill the ranges evenly. Every loss has the same learning rates as far as
+        possible.
         """
         searched = {"lr": self.lr, **self.losses[label].knobs}
         if all(isinstance(values, tuple) for values in searched.values()):
@@ -212,8 +211,8 @@ class Study:
 
     @property
     def rungs(self) -> list[Rung]:
-        """The stages of successive halving: of n trials, n * keep are trained on, for 1 / keep times as many
-        steps.
+        """The stages of successive halving: each trains the best `keep` of the trials of the stage before,
+        for 1 / keep times as many steps.
         """
         return self._rungs(self.recipe.loop.steps or 0)
 
@@ -229,7 +228,7 @@ class Study:
 
     @property
     def waves(self) -> int:
-        """How many times a trial of each loss is trained: in every stage, and with the other seeds."""
+        """Number of waves, which train a trial of every loss: in all stages, and with the other seeds."""
         return sum(rung.trials for rung in self.rungs) + len(self.seeds) - 1
 
     @property
@@ -241,7 +240,7 @@ class Study:
 
 
 def _check_loss(label: str, loss: SearchedLoss) -> None:
-    """Raise ValueError for knobs that the loss does not have, or values that are none."""
+    """Raise ValueError for knobs that the loss does not have, or for values that are no finite numbers."""
     if not label or any(sign in label for sign in "/\\,= "):
         raise ValueError(f"study.losses has the label {label!r}; use letters, digits, - and _")
     known = loss_knobs(loss.fn)
@@ -252,7 +251,10 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
                 f"study.losses[{label}]: {loss_name(loss.fn)} has no knob {name!r}; near: {near}"
             )
         if isinstance(known[name][1], bool | str) or callable(known[name][1]):
-            raise ValueError(f"study.losses[{label}]: {name} is no number; fix it with partial")
+            fixed = f"partial({loss_name(loss.fn)}, {name}=...)"
+            raise ValueError(
+                f"study.losses[{label}]: {name} is no number; fix it with {fixed} instead of searching it"
+            )
         _check_values(f"study.losses[{label}]", name, values)
     if len(loss.knobs) >= len(PRIMES):
         raise ValueError(
@@ -263,7 +265,7 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
 
 
 def _check_values(where: str, name: str, values: Any) -> None:
-    """Raise ValueError for values of a searched number that are none."""
+    """Raise ValueError unless the values of a searched number are a LogRange or a tuple of finite numbers."""
     if isinstance(values, LogRange):
         return
     if not isinstance(values, tuple):
@@ -280,7 +282,7 @@ def _value(values: Values, fraction: float) -> float:
 
 
 def _halton(number: int, base: int) -> float:
-    """Number `number` of van der Corput's sequence in a base (Halton 1960), after the first, which is 0."""
+    """Return entry `number` of van der Corput's sequence in a base (Halton 1960); entry 0 is its second."""
     number, point, scale = number + 1, 0.0, 1.0
     while number:
         scale /= base
@@ -290,8 +292,8 @@ def _halton(number: int, base: int) -> float:
 
 
 def study_recipe(recipe: str, *overrides: str) -> Run:
-    """Return the run of a recipe with the settings of a command line, as `jaxft train` has it: lengths and
-    batches follow from the rows where they are left open.
+    """Return the run of a recipe with overrides as on the command line of `jaxft train`. Lengths and batches
+    that are not set follow from the rows.
     """
     return open_settings.fitted(open_settings.resolve(recipe, list(overrides)))[0].value
 
@@ -336,7 +338,7 @@ def digest_of(value: Any) -> str:
 
 
 def check_declared(folder: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError if a study differs from its declaration before the first trial."""
+    """Raise ValueError if a study, declared `now`, differs from its stored declaration, `known`."""
     body = {name: value for name, value in known.items() if name != "digest"}
     if known.get("digest") != digest_of(body):
         raise ValueError(f"{folder}: the declaration was edited after it was written; choose another name=")

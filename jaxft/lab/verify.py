@@ -43,9 +43,9 @@ from jaxft.train.start_and_end import continued
 
 
 def record_problems(folder: Path) -> Iterator[str]:
-    """Yield a line for each part of a record that is not as the run wrote it: the log, the files that its
-    digests name, weights, and checkpoints; for a sweep, those of all members. Raises FileNotFoundError for a
-    folder without a log.
+    """Yield a line for each part of a run's record that has changed since the run wrote it: the log, files
+    whose digests were recorded, weights, checkpoints; for a sweep, also those of all members. Raises
+    FileNotFoundError for a folder without a log.
     """
     if (folder / DECLARATION).is_file():
         yield from _study_problems(folder)
@@ -76,8 +76,8 @@ def _checkpoint_problems(folder: Path) -> Iterator[str]:
 
 
 def _removed_lines(folder: Path) -> Iterator[str]:
-    """Yield a line if the last lines of a finished run's log, or the digests of its files, were removed with
-    all that depends on them: the summary knows the number of steps, and the digest of each file is the last.
+    """Yield a line if the last lines of a finished run's log, or of its digests, were removed. The summary
+    has the number of steps, and the last digests are of the run's files.
     """
     steps, log = runfolder.finished_steps(folder), folder / METRICS
     reached = max((entry["step"] for entry in read_entries(log)), default=0)
@@ -99,7 +99,7 @@ def _study_problems(folder: Path) -> Iterator[str]:
         log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
         check_study(folder, log)
         if log and log[0].get("declared") != known["digest"]:
-            yield f"{folder / LEDGER}: the log is of another declaration"
+            yield f"{folder / LEDGER}: the log belongs to another declaration than {DECLARATION}"
         for trial in sorted((folder / TRIALS).iterdir()) if (folder / TRIALS).is_dir() else ():
             yield from _checkpoint_problems(trial)
         yield from _page_problems(folder, bool(log) and bool(log[-1].get("finished")))
@@ -108,8 +108,8 @@ def _study_problems(folder: Path) -> Iterator[str]:
 
 
 def _page_problems(folder: Path, finished: bool) -> Iterator[str]:
-    """Yield a line for a page or a table that does not follow from the record. The picture is not compared:
-    its bytes depend on matplotlib's version.
+    """Yield a line for a page or a table that differs from the one made from the record. The picture is not
+    compared: its bytes depend on matplotlib's version.
     """
     page = folder / REPORT
     if page.is_file() and not finished:
@@ -126,11 +126,11 @@ def _without_picture(content: bytes) -> bytes:
 
 
 def recompute_step(folder: Path, step: int) -> list[str]:
-    """Compute a step of a run again from the checkpoint before it, or from the start, and return lines about
-    the comparison with the log and the checkpoint of that step.
+    """Compute a step of a run again, from the checkpoint before it or from the start. Return lines that say
+    with what it was compared: the log and, if there is one, the checkpoint of that step.
 
-    Nothing is written. Raises ValueError if a bit differs, and for a run whose settings have changed, whose
-    batches are sampled, or whose log has no entry of that step.
+    Nothing is written. Raises ValueError if a bit differs, if the run's settings have changed or its batches
+    are sampled, or if the log has no entry of that step.
     """
     logged = [without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
     if not logged:
@@ -170,7 +170,7 @@ def recompute_step(folder: Path, step: int) -> list[str]:
 
 
 def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[str, Any], Any]:
-    """Train from the checkpoint of step `before` to `step`; return its log entry and the states."""
+    """Train from the checkpoint of step `before` to `step`; return (the log entry of `step`, the states)."""
     restored = saved.restore(job.abstract_states, before) if before else None
     states, meta = (restored[0], restored[1]) if restored else (None, None)
     job = continued(job, meta, before)
@@ -188,7 +188,7 @@ def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[s
 
 
 def differing_leaves(one: Any, other: Any) -> list[str]:
-    """Return the paths of the arrays that differ in a bit."""
+    """Return the paths of the arrays that differ in at least one bit between two pytrees."""
     first, second = (
         {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()} for tree in (one, other)
     )

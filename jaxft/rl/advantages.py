@@ -85,7 +85,9 @@ def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
 
 
 def update_moments(moments: Moments, scores: GroupScores) -> Moments:
-    """Add scores to the moments of all earlier ones (Chan et al. 1979). NaN is left out."""
+    """Add scores to the moments (count, mean, sum of squared deviations) of all earlier scores, without NaN
+    (Chan et al. 1979).
+    """
     x = _float64(scores)[has_score(scores)]
     count, mean, squares = _float64(moments)
     if not len(x):
@@ -123,7 +125,7 @@ def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupSco
     """Return `sum_k w_k r_k` over the rewards that are not NaN, NaN if all are: TRL's sum, where None counts
     as 0.
 
-    For rewards that apply to some of the rows only.
+    It is for rewards that apply only to some rows.
     """
     x, w = _checked_weights(rewards, weights)
     return np.where(np.isnan(x).all(-1), np.nan, np.nansum(w * x, -1))
@@ -132,8 +134,8 @@ def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupSco
 def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: float = 1e-4) -> GroupScores:
     """Return advantages of K rewards: GRPO's of each reward, their weighted sum, standardised over the batch.
 
-    GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. These are no
-    scores: the estimator by_each uses them, while by_group would divide by each group's deviation once more.
+    GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. Use it through
+    the estimator by_each; by_group would divide by each group's deviation once more.
 
     >>> normalised_sum(np.array([[[1.0, 20.0], [0.0, 0.0]]]), (1.0, 1.0)).round(2)
     array([[ 0.71, -0.71]])
@@ -201,9 +203,9 @@ def opo(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
 def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
     """`(r - mean) / mean` of the group, 0 in a group without success (Tajwar et al. 2026, arXiv:2602.02710).
 
-    With binary scores, N of them in a group and p the probability of success, its gradient is in expectation
-    the gradient of `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a
-    negative score, as a negative mean would turn the gradient around.
+    With binary scores, groups of N and a probability p of success, its expected gradient is the gradient of
+    `-sum_k (1 - p)^k / k` up to k = N - 1, the expansion of `log p`. Raises ValueError for a negative score,
+    because a negative mean would reverse the gradient.
 
     >>> maxrl(np.array([[1.0, 0.0, 0.0, 0.0]]))
     array([[ 3., -1., -1., -1.]])
@@ -219,12 +221,12 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
 
 
 def brevity(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """Rank completions by their length, the shortest first: a metric of gfpo."""
+    """Return minus the length of each completion, so that gfpo retains the shortest: its default metric."""
     return -_float64(lengths)
 
 
 def token_efficiency(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """Rank completions by `r / |y|`, the score of each token: a metric of gfpo."""
+    """Return `r / |y|` of each completion, its score per token: a metric for gfpo."""
     return _float64(scores) / np.maximum(lengths, 1)
 
 
@@ -358,7 +360,7 @@ def whiten(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> Per
 
 
 def whiten_around_mean(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
-    """Whiten and add the mean again, as TRL whitens rewards (shift_mean=False)."""
+    """Whiten as `whiten`, and add the mean again, as TRL whitens rewards (shift_mean=False)."""
     mean = _float64(x)[mask].mean() if np.any(mask) else 0.0
     return np.where(mask, whiten(x, mask, eps) + mean, 0)
 
@@ -387,8 +389,8 @@ def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
 
 
 def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " G"]) -> GroupScores:
-    """The scores of the completions with the highest ranks, `retain` of each group; NaN for the others. The
-    first of equal completions is retained.
+    """Return the scores of the `retain` completions of each group with the highest ranks, NaN elsewhere. Of
+    completions with equal ranks the first is retained.
     """
     order = np.argsort(-np.where(has_score(scores), ranks, -np.inf), axis=1, kind="stable")
     places = np.argsort(order, axis=1)
@@ -398,7 +400,7 @@ def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " 
 def _checked_weights(
     rewards: ScoresPerReward, weights: Sequence[float]
 ) -> tuple[ScoresPerReward, Float[np.ndarray, " K"]]:
-    """Both in float64. Raises ValueError unless there is one weight for each reward."""
+    """Return both in float64. Raises ValueError unless there is one weight for each reward."""
     x, w = _float64(rewards), np.asarray(weights, np.float64)
     if x.shape[-1:] != w.shape:
         raise ValueError(

@@ -64,8 +64,8 @@ class RolloutScores:
 
 @dataclass(frozen=True)
 class AdvantageEstimate:
-    """The result of an estimator: advantages and returns [n, S]; metrics, each a mean over the rollout's
-    completions.
+    """The result of an estimator: advantages and returns (None without a critic) [n, S]; metrics, each a mean
+    over the rollout's completions.
     """
 
     advantages: Float[np.ndarray, "n S"]
@@ -131,8 +131,8 @@ def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: floa
 
 
 def by_each(rollout: RolloutScores) -> AdvantageEstimate:
-    """Standardise the sum of GRPO's advantages of each reward, before `shape` and `scale`: GDPO
-    (arXiv:2601.05242).
+    """Compute GRPO's advantages of each reward, and standardise their weighted sum: GDPO (arXiv:2601.05242).
+    Rules.shape and Rules.scale have no effect on it.
     """
     _require_no_kl(rollout, "by_each")
     total = adv.normalised_sum(rollout.reward_scores, rollout.reward_weights)
@@ -140,7 +140,7 @@ def by_each(rollout: RolloutScores) -> AdvantageEstimate:
 
 
 def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
-    """Whiten the scores minus the group's mean over all tokens: REINFORCE++ with a group baseline."""
+    """Subtract each group's mean score, and whiten over all tokens: REINFORCE++ with a group baseline."""
     _require_no_kl(rollout, "group_whitened")
     centred = _per_token(rollout, adv.centred(rollout.scores))
     return AdvantageEstimate(adv.whiten(centred, rollout.token_mask), None, {})
@@ -149,7 +149,8 @@ def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
 def reinforce(
     rollout: RolloutScores, kl_coef: float | None = None, gamma: float = 1.0, kl: KLEstimate | None = None
 ) -> AdvantageEstimate:
-    """Whiten the returns of score and KL penalty over all tokens: REINFORCE++ (arXiv:2501.03262).
+    """Give every token its return from the score and a KL penalty, whitened over all tokens: REINFORCE++
+    (arXiv:2501.03262).
 
     Options: see actor_critic.
     """
@@ -166,9 +167,9 @@ def actor_critic(
     whiten_rewards: bool = False,
     kl: KLEstimate | None = None,
 ) -> AdvantageEstimate:
-    """Whiten generalised advantages of `-kl_coef KL_t` and the score at the last token: PPO.
+    """Give every token its whitened generalised advantage (GAE): PPO.
 
-    Returns are computed before whitening.
+    A token's reward is `-kl_coef KL_t`, plus the score at the last token. Returns are not whitened.
 
     kl_coef: None for the coefficient of the objective's KLInReward(...), 0 without one. kl: None for k1.
     """
@@ -186,8 +187,8 @@ def actor_critic(
 def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
     """Return a small rollout with distinct scores, to try an estimator before anything is sampled.
 
-    group: episodes of each prompt. weights: one for each reward. facts: of the objective, which say whether
-    it has a reference, values and a KL penalty in the rewards.
+    group: episodes of each prompt. weights: one for each reward. facts: the objective's facts: whether it has
+    a reference, values and a KL penalty in the rewards.
     """
     scores = np.arange(2.0 * group).reshape(2, group)
     tokens = np.zeros((2 * group, 3))
@@ -237,7 +238,7 @@ def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
 def _token_rewards(
     rollout: RolloutScores, coef: float, kl: KLEstimate | None
 ) -> tuple[PerToken, dict[str, float]]:
-    """(reward of each token, metrics of rewards and entropy)."""
+    """Return (reward of each token, with the KL penalty `coef`; metrics of rewards and entropy)."""
     mask, scores = rollout.token_mask, rollout.scores.ravel()
     if coef and rollout.reference is None:
         raise ValueError(

@@ -22,7 +22,7 @@ from jaxft.rl.rollout_rules import Rules
 
 
 def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:
-    """Return the shape of a step's batch, whose rows hold a prompt and two of the longest episodes."""
+    """Return the shape of a step's batch: rows hold the longest prompt with two of the longest episodes."""
     tokens, reads = 2 * data.episode_length, 2 * data.sampled_length
     shape = RowShape(padded_length(longest * min(data.starts_per_row, 2) + tokens), padded_length(reads))
     like = rollout_batch_shapes(data, shape, shards)
@@ -35,7 +35,7 @@ def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:
 def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRollout:
     """Pair the best and the worst episode of each prompt; there is no pair if all scores are equal.
 
-    shape: shape of a batch. The policy mask is one entry for each pair.
+    shape: shape of a batch. The result's policy_mask has one entry for each prompt: whether it has a pair.
     """
     scored, rules = rollout.scored, data.rules
     valid = has_score(scored.scores) & (scored.episodes.ended | rules.train_on_truncated)
@@ -53,7 +53,7 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
 
 
 def to_pairs(rows: Rollout) -> Pairs:
-    """Convert rows of a prompt with two episodes to pairs, the first one chosen. Weights are zero."""
+    """Convert rows of a prompt with two episodes to pairs, the first one chosen, with weights of 0."""
     lengths, count = rows.lengths[:, None, :], len(rows.ids)
     assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)
@@ -76,9 +76,9 @@ def best_and_worst_batch(
     trains_policy: bool,
     shape: Pairs,
 ) -> Pairs:
-    """Return the batch of some prompts' pairs, with equal weights.
+    """Return the batch of the chosen prompts' pairs, with equal weights. chosen: indices of prompts.
 
-    If none of them is a pair, only the optimizer's momentum is applied.
+    If none of these prompts has a pair, all gradients are 0, and only the optimizer's momentum is applied.
     """
     is_pair = rollout.policy_mask[chosen]
     rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)

@@ -124,7 +124,7 @@ class TurnSession(Protocol):
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
         """Queue a prompt with a completion for each of the episodes, of at most `max_new` tokens.
 
-        number: of the prompt, from which the random keys of its completions derive.
+        number: the prompt's number, from which the random keys of its completions are derived.
         """
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
@@ -185,8 +185,8 @@ def rollout(
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. answered: turns that the environment has
-    answered. asked: the number of messages of its prompt. chat, state, asked: on the first process only.
+    """An episode in progress. start: None before it has a row. answered: number of turns that the environment
+    has answered. asked: number of messages in its prompt. chat, state, asked: only on the first process.
     """
 
     number: int
@@ -213,13 +213,13 @@ class _Episode:
         return sum(len(s.tokens) for s in self.segments)
 
     def given(self, ids: list[int], begins: bool) -> None:
-        """Append tokens that are not sampled."""
+        """Append tokens that are not sampled. begins: whether they are the prompt of a new training row."""
         self.segments.append(Segment(np.asarray(ids, np.int32), None, begins=begins))
 
 
 class _Scored(NamedTuple):
-    """The environment's score of an episode; None for the sum of its turns' rewards, 0 without any. rewards:
-    by the reward functions that read the environment.
+    """Result of scoring an episode. score: the environment's, or None for the sum of the turns' rewards (0
+    without any). rewards: values of the reward functions that read the environment, by name.
     """
 
     score: float | None
@@ -227,7 +227,7 @@ class _Scored(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """The answer to a turn, with faults that the model is shown."""
+    """The environment's answer to a turn, and the faults in the model's calls, which the model is shown."""
 
     step: StepResult
     faults: list[Fault]
@@ -237,8 +237,8 @@ class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
-    reply. reward: reward of the turn before. rewards: by functions that read the environment. fault: (kind,
-    text) of a fault that excludes the episode. faults: the others.
+    reply. reward: reward of the last turn. rewards: see _Scored. fault: (kind, text) of a fault that excludes
+    the episode. faults: (kind, text) of faults that do not.
     """
 
     number: int
@@ -293,7 +293,9 @@ class _Rollout:
             self.calls.submit(episode.number, work)
 
     def _decisions(self, wait: bool) -> list[_Decision]:
-        """Return the same decisions on all processes. wait: until there is at least one."""
+        """Return decisions about the calls that have ended, the same on all processes. wait: for one at
+        least.
+        """
 
         def on_first() -> list[Any]:
             return [self._decide(number, value) for number, value in self.calls.finished(wait)]
@@ -303,7 +305,7 @@ class _Rollout:
     # ---- on the first process
 
     def _decide(self, number: int, value: Any) -> _Decision:
-        """Return the consequence of a call's result: a beginning, an answer, a score or an exception."""
+        """Return what to do after a call returned a beginning, an answer, a score or an exception."""
         episode = self.episodes[number]
         try:
             match value:
@@ -352,7 +354,7 @@ class _Rollout:
         return _Decision(episode.number, "start", ids, messages=list(messages))
 
     def _answered(self, episode: _Episode, answer: _Answer) -> _Decision:
-        """Return the decision to continue with an answer, or to end."""
+        """Return the decision to continue an episode with the environment's answer, or to end it."""
         step, limits = answer.step, self.play.limits
         episode.state = step.state
         turn: Message = turn_message(episode.sampled)
@@ -374,14 +376,14 @@ class _Rollout:
         return over._replace(do=do, ids=following.ids, messages=[turn, *step.observation])
 
     def _too_large(self, what: str, value: Any) -> tuple[str, str] | None:
-        """Return a fault if a value from an environment has, as JSON, too many characters; else None."""
+        """Return a fault if a value, as JSON, has too many characters, else None. what: the value's name."""
         size, most = len(json.dumps(value, ensure_ascii=False)), self.play.limits.observation
         text = f"{what} has {size} characters, more than data.max_observation={most}; raise it"
         return (LARGE_OBSERVATION, text) if size > most else None
 
     def _following(self, episode: _Episode, observation: tuple[Message, ...]) -> NextPrompt:
-        """Return the prompt of the next turn. A turn is written with its calls as such or, for a template
-        that hides them, as text; answers that a template cannot show as a tool's are shown as the user's.
+        """Return the prompt of the next turn. Tool calls of the last turn are written as calls or, if the
+        chat template omits these, as text; tools' results that it cannot show as such become user messages.
         """
         chat: Any = episode.chat
         turn, text = turn_message(episode.sampled), self._text(episode)
@@ -396,7 +398,7 @@ class _Rollout:
     # ---- on all processes
 
     def _apply(self, decision: _Decision) -> None:
-        """Carry a decision out."""
+        """Execute a decision."""
         episode = self.episodes[decision.number]
         episode.messages += tuple(decision.messages)
         episode.faults += [Fault(*fault) for fault in decision.faults]
@@ -414,7 +416,7 @@ class _Rollout:
             self._end(episode, decision)
 
     def _start(self, episode: _Episode, ids: list[int]) -> None:
-        """Start a row. The first rows of a prompt start together, as soon as all its prompts are known."""
+        """Start a row of an episode with a prompt's ids; the first rows of a group start together."""
         if episode.start is not None:
             self.session.drop(episode.number)
             episode.given(ids, begins=True)
@@ -424,7 +426,7 @@ class _Rollout:
         return self._start_group(episode.prompt)
 
     def _start_group(self, prompt: int) -> None:
-        """Start the first rows of a prompt's episodes, if all that have not ended are ready."""
+        """Start the first rows of a prompt's episodes, once all that have not ended know their prompt."""
         numbers = range(prompt * self.group, (prompt + 1) * self.group)
         waiting = self.ready.get(prompt, {})
         if not waiting or any(i in self.open and i not in waiting for i in numbers):
@@ -440,12 +442,12 @@ class _Rollout:
             self._begin_rows(list(ids), episodes, number)
 
     def _begin_rows(self, ids: list[int], episodes: list[_Episode], number: int) -> None:
-        """Start a row of each episode from one prompt. number: from which their keys derive."""
+        """Start a row of each episode from one prompt. number: the prompt's number, for the random keys."""
         numbers = [episode.number for episode in episodes]
         self.session.start(ids, numbers, number, min(map(self._turn_limit, episodes)))
 
     def _own_number(self, episode: _Episode) -> int:
-        """Return a number for the keys of a row that no other row has."""
+        """Return a number for the random keys of an episode's next row that no other row has."""
         return len(self.rows) + episode.number * (self.play.limits.turns + 1) + len(episode.turns)
 
     def _turn_limit(self, episode: _Episode) -> int:
@@ -480,7 +482,7 @@ class _Rollout:
         return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])
 
     def _score(self, episode: _Episode, done: bool) -> None:
-        """Ask the environment for the score of an episode that is over."""
+        """Ask the environment for an episode's score. done: whether the environment has ended the episode."""
         episode.stopped = episode.stopped and done
         if self.play.environment.scored or self.play.rewards:
             given = {name: [value] for name, value in self._row(episode).items() if name != "prompt"}
@@ -513,7 +515,7 @@ class _Rollout:
 
 
 def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: Task) -> _Answer:
-    """Call the tools that a turn calls, or else the environment."""
+    """Call the tools that a turn calls or, if it calls none, the environment."""
     environment = play.environment
     if environment.schemas and (turn.calls or turn.malformed):
         how = task, play.limits.observation, environment.tool_errors
@@ -525,7 +527,7 @@ def _answer(play: Play, state: EpisodeState, turn: ParsedTurn, text: str, task: 
 def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task) -> _Scored:
     """Return the environment's score, and the rewards of functions that read the environment.
 
-    given: arguments of those functions. Their calls of TRL's log_extra and log_metric have no effect.
+    given: arguments of these functions; log_extra and log_metric, which TRL passes them, do nothing here.
     """
     environment, rewards = play.environment, dict[str, float]()
     score = environment.score(state, task) if environment.scored else math.nan
@@ -533,13 +535,14 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
     for function in play.rewards:
         values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
         if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
-            raise WrongType(f"reward {name_of(function)} returned no list of one number for an environment")
+            name, got = name_of(function), repr(values)[:80]
+            raise WrongType(f"reward {name} returned {got}, expected a list of one number")
         rewards[name_of(function)] = checked_reward(values[0])
     return _Scored(score, rewards)
 
 
 def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
-    """Return kind and text of the fault for an exception that a call raised."""
+    """Return (kind, text) of the fault for an exception that a call raised."""
     if isinstance(error, Overdue):
         return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
     kind, text = (

@@ -47,8 +47,8 @@ CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 class LoadedRewardModel:
     """A frozen reward model on a mesh.
 
-    score(params, tokens) -> the reward of each row. model: over all of `params`. pad: the token at which
-    rewards are never read, None for none.
+    score(params, tokens) -> the reward of each row. model: takes all of `params`. pad: id of a padding token,
+    at which no reward is read; None without one.
     """
 
     score: Callable[[Params, Tokens], Float[Array, "B"]]
@@ -93,10 +93,11 @@ def load_reward_adapters(
     quant: Quant | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> dict[str, LoadedRewardModel]:
-    """Load several adapters with heads onto one base, by name; see load_reward_model.
+    """Load several adapters with heads onto one base, and return the reward models by the names of `folders`;
+    see load_reward_model.
 
-    Parameters of several have the same shapes, so that a program compiled for one scores with all. Raises
-    ValueError also for adapters that cannot share a program.
+    All have parameters of the same shapes, so that one compiled program scores with each. Raises ValueError
+    also for adapters that cannot share a program.
     """
     first = load_reward_model(ref, mesh, next(iter(folders.values())), quant, dtype)
     if len(folders) == 1:
@@ -124,7 +125,7 @@ def _headless(ref: str, dtype: DTypeLike) -> Model:
 
 
 def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
-    """Return the reward of each row of one text, read at the last token that isn't `pad`.
+    """Return the reward of each row, which holds one text, read at the last token that isn't `pad`.
 
     Rows may be padded on either side.
     """
@@ -136,11 +137,10 @@ def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = N
 
 
 def read_before_pad(batch: Pairs, pad: int) -> Pairs:
-    """Return a batch [micro, rows, ...] with rewards read before a `pad` that ends a response, as
-    transformers reads classifiers.
+    """If a response ends with the token `pad`, read its reward one token earlier, as transformers does.
 
-    A response of that one token is read at the end of its prompt; with branches that is in front of the first
-    response only.
+    batch: [micro, rows, ...]. If `pad` is the whole response, the reward is read at the last token before the
+    response; if the responses of a row share a prompt, always at the last token of that prompt.
     """
     last = batch.last.reshape(*batch.ids.shape[:2], -1)
     ends = np.take_along_axis(batch.ids, last, 2).reshape(batch.last.shape)
@@ -174,7 +174,8 @@ def require_classifier(ref: str) -> None:
     if not any(name.endswith(CLASSIFIER) for name in architectures):
         got = ", ".join(architectures) or "no architecture"
         raise ValueError(
-            f"{ref}: got {got}, expected a sequence classifier (...{CLASSIFIER}) or an adapter with a head."
+            f"{ref}: got {got}, expected a sequence classifier (...{CLASSIFIER}) or an adapter with a head. "
+            "Use such a reward model."
         )
     labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))  # transformers' default is two
     if labels != 1:
@@ -207,7 +208,7 @@ class HeadReward(Reward):
     pad: int | None = None
 
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
-        """Compile the pass that scores.
+        """Compile the forward pass, and return the scoring function.
 
         Raises ValueError if the run has no such model, or if its rope depends on the length of a text:
         completions that share a prompt have the rope of the longest one.
@@ -235,7 +236,7 @@ class HeadReward(Reward):
 def head_scores(
     model: Model, reward: HeadReward, params: Params, aux: Aux, batch: Rollout
 ) -> Float[Array, "micro B A"]:
-    """Return the reward of each completion of a batch [micro, rows, ...], read at its last token."""
+    """Return the reward of each of A completions per row of [micro, rows, ...], read at its last token."""
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
         own, last, branches = adapted.view(params, reward.name), rows.last, rows.branches
@@ -257,9 +258,9 @@ def head_scores(
 class ModelReward(Reward):
     """A frozen classifier with one label and its own base, tokenizer and chat template.
 
-    quant: quantisation of its layers, None to store them in `dtype`, in which it computes. max_length: tokens
-    of a prompt with its completion; a longer one has no score. batch: texts of a pass. A truncated completion
-    is scored as if it had ended there.
+    quant: quantisation of its layers, None to store them in `dtype`, in which it computes. max_length: the
+    most tokens of a prompt with its completion; a longer text has no score. batch: texts per forward pass. A
+    truncated completion is scored as if it had ended there.
     """
 
     ref: str
@@ -287,7 +288,9 @@ class ModelReward(Reward):
         return storage.sharded_shapes(stored, mesh)
 
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
-        """Load the weights onto the mesh and compile the pass that scores, for rows of several lengths."""
+        """Load the weights, compile the forward pass for several row lengths, and return the scoring
+        function.
+        """
         score_texts = self.load(programs.run.mesh)
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
@@ -302,8 +305,8 @@ class ModelReward(Reward):
         """Load the weights and return `(prompts, completions, settings) -> scores`, NaN for a text that is
         too long.
 
-        prompts: without responses. settings: arguments of the run's chat template; the model's own template
-        gets the arguments that it reads.
+        prompts: chats or texts that end before the response. settings: arguments for the run's chat template;
+        the model's own template gets those arguments that it reads.
         """
         loaded = load_reward_model(self.ref, mesh, quant=self.quant, dtype=self.dtype)
         return make_text_scorer(loaded, mesh, self.ref, None, self.max_length, self.batch)
@@ -320,9 +323,8 @@ def make_text_scorer(
     """Compile a loaded reward model for texts, and return `(prompts, completions, settings) -> scores`, NaN
     for a text of more than max_length tokens.
 
-    ref, adapter: the files that it was loaded from, which have its tokenizer. batch: texts of a pass.
-    prompts: without responses. settings: arguments of a run's chat template; the reward model's own template
-    gets those that it reads.
+    ref, adapter: the files that it was loaded from, which have its tokenizer. batch: texts per forward pass.
+    prompts, settings: see ModelReward.load.
     """
     own_files = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = pretrained.load_tokenizer(str(adapter) if own_files else ref)
@@ -363,7 +365,7 @@ def text_lengths(longest: int) -> list[int]:
 
 
 def until_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Return a text without the white space that a chat template adds after its last end token."""
+    """Return a text's ids without the white space that a chat template adds after the last end token."""
     end = max((i for i, token in enumerate(ids) if token == tokenizer.eos_token_id), default=len(ids) - 1)
     return ids[: end + 1] if not tokenizer.decode(ids[end + 1 :]).strip() else ids
 

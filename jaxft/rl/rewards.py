@@ -5,10 +5,11 @@ no number, the completion has no score: it is counted, excluded from training an
 silently worth 0.
 
 An async function, such as one that asks a judge on a server, is called as soon as a completion has ended, and
-goes on while others are sampled. Plain functions are called one after the other, on the main thread.
+runs while other completions are sampled. Plain functions are called one after the other, on the main thread.
 
-A function with an argument `environments` is one of TRL's that reads the objects of a run's environment: it
-is called on their threads, with lists of one. None leaves the episode to the other rewards.
+A function with an argument `environments` is a reward of TRL that reads the objects of a run's environment:
+it is called on their threads, with lists of length one. If it returns None, the episode is scored by the
+other rewards.
 """
 
 import asyncio
@@ -48,7 +49,9 @@ NUMBER = re.compile(rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(
 
 @dataclass(frozen=True)
 class Faults:
-    """Counts of completions without a score from a reward. first: a message about the first of them."""
+    """Counts of completions without a score, because a reward raised or returned no number. first: a message
+    about the first of them.
+    """
 
     raised: int = 0
     not_a_number: int = 0
@@ -125,8 +128,8 @@ class FunctionReward(Reward):
         return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
-        """Begin a call with copies that the function may change, and return a function that ends it. An async
-        function continues meanwhile.
+        """Begin a call, with copies that the function may change, and return a function that returns its
+        result. An async function runs meanwhile. columns: the row.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -146,7 +149,7 @@ class FunctionReward(Reward):
         return result
 
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
-        """Return the function that scores."""
+        """Return the function that scores a rollout's episodes."""
 
         def score(episodes: Episodes, rows: PackedRows, state: TrainState) -> RewardScores:
             prompts, chosen = episodes.prompts, np.flatnonzero(episodes.valid)
@@ -256,8 +259,8 @@ def unique_names(rewards: Sequence[Reward]) -> list[str]:
 def begin_async(
     rewards: Sequence[Any], prompts: TokenisedPrompts
 ) -> tuple[dict[Any, Callable[[], Any]], Ended]:
-    """Return (calls begun, a function that begins the async rewards of an episode that has ended); see
-    Episodes.begun.
+    """Return (begun, ended). ended(number, episode) begins the async rewards of an episode that has ended,
+    and stores the calls in `begun`; see Episodes.begun.
     """
     begun = dict[Any, Callable[[], Any]]()
     chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]
@@ -277,8 +280,8 @@ def call_reward(
     rows: Sequence[tuple[str, dict[str, Any]]],
     begun: Sequence[Callable[[], Any] | None] = (),
 ) -> RewardScores:
-    """Call a reward function for each completion, with copies that it may change. rows: names and columns.
-    begun: calls that have begun, if any has.
+    """Call a reward function for each completion, with copies that it may change. rows: (name, columns) of
+    each completion's row. begun: for each completion the call that `begin` has returned, or None.
 
     >>> rows = [("row 1", {"answer": "4"})] * 2
     >>> call_reward(FunctionReward(exact), ["2 + 2?"] * 2, ["4", "5"], rows).scores
@@ -301,7 +304,7 @@ def call_reward(
 
 
 def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequence[str]) -> RewardScores:
-    """Count the scores of a reward that are not finite and set them to NaN."""
+    """Count a reward's scores that are not finite, and set them to NaN. name: the reward's, for messages."""
     numbers = [_finite_number(value, name, row) for value, row in zip(scores, row_names, strict=True)]
     return RewardScores(
         np.array([value for value, _ in numbers]), sum((fault for _, fault in numbers), Faults())
@@ -309,7 +312,7 @@ def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequen
 
 
 def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
-    """Convert a reward's return value to a score; NaN and a fault if it is no real number."""
+    """Convert what a reward returned to a score; NaN and a fault if it is no finite real number."""
     score = finite_number(value)
     if math.isfinite(score):
         return score, Faults()
@@ -321,7 +324,7 @@ def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
 
 
 def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
-    """Return 1 if the completion equals the row's answer up to white space and case, else 0.
+    """Return 1 if the completion equals the row's `column` up to white space and case, else 0.
 
     >>> exact("Capital of France?", " paris ", {"answer": "Paris"})
     1.0
@@ -332,10 +335,10 @@ def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answ
 def number(
     prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
 ) -> float:
-    """Return 1 if the last numbers of the completion and of the row's answer are equal within a relative
+    """Return 1 if the last numbers of the completion and of the row's `column` are equal within a relative
     `tolerance`, else 0.
 
-    Raises ValueError for a row whose answer has no number.
+    Raises ValueError for a row whose column has no number.
 
     >>> number("6 * 7?", "6 * 7 = 42.", {"answer": "#### 42"})
     1.0
@@ -349,11 +352,11 @@ def number(
 
 
 def json_match(prompt: Any, completion: str, row: dict[str, Any], column: str = "answer") -> float:
-    """Return 1 if the whole completion is JSON with the same value as the row's answer, else 0.
+    """Return 1 if the whole completion is JSON with the same value as the row's `column`, else 0.
 
     White space, the order of keys and the notation of numbers (3 and 3.0) make no difference. Everything else
-    does: a missing or an additional key, true in place of 1, text around the JSON, a repeated key. The answer
-    is JSON text or a JSON value; ValueError is raised for any other.
+    does: a missing or an additional key, true in place of 1, text around the JSON, a repeated key. The column
+    has JSON text or a JSON value; ValueError is raised for any other.
 
     >>> json_match("", '{"b": 2, "a": 1.0}', {"answer": {"a": 1, "b": 2}})
     1.0

@@ -81,10 +81,10 @@ class TrainingRollout:
 class BatchKind(NamedTuple):
     """Conversion of scored rollouts to batches, as functions of the data's settings.
 
-    shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last.
-    rows(data, rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the
-    batch of some of its prompts. shape: of the largest batch. of_tokens: whether batches are for a policy
-    objective, which has log-probs and advantages of tokens.
+    shapes(data, longest prompt, shards) -> the shapes of training batches, the largest last. rows(data,
+    rollout, shape) -> TrainingRollout. batch(data, rollout, prompts, trains_policy, shape) -> the batch of
+    the prompts with these indices. shape: shape of the largest batch. of_tokens: whether batches are for a
+    policy objective, which needs log-probs and advantages of tokens.
     """
 
     shapes: Callable[[Any, int, int], tuple[Batch, ...]]
@@ -94,7 +94,7 @@ class BatchKind(NamedTuple):
 
 
 def policy_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Rollout, ...]:
-    """Return the shapes of an optimizer step's batch, whose rows hold a prompt and its group."""
+    """Return the shapes of a step's batch, whose rows hold a prompt of `longest` tokens and its group."""
     return tuple(rollout_shapes(data, longest, shards).values())
 
 
@@ -134,8 +134,8 @@ def rollout_batch(
     trains_policy: bool,
     shape: Rollout,
 ) -> Rollout:
-    """Return the batch of the chosen prompts, with weights that sum to 1. trains_policy: if False, only a
-    critic is trained.
+    """Return the batch of the prompts with indices `chosen`, with weights that sum to 1. trains_policy: if
+    False, only a critic is trained.
     """
     rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
     lengths, size = rollout.lengths[chosen], data.sampled_length
@@ -192,7 +192,9 @@ class Rollouts(Prompts):
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have; see RowSettings."""
+        """The schemas of the tools that prompts list, as JSON, "" without tools; see
+        row_settings.RowSettings.
+        """
         return self.played.row_tools
 
     @property
@@ -264,7 +266,9 @@ class Rollouts(Prompts):
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
     def abstract(self, shards: int = 1) -> Batch:
-        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+        """Return the shapes of the largest batch that the settings allow, without reading rows. shards: see
+        open.
+        """
         return self.kind.shapes(self, self.max_prompt, shards)[-1]
 
 
@@ -358,7 +362,7 @@ class PromptSource:
         return [Prompt(list(ids), []) for ids in self.eval_prompts.token_ids[:count]]
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of a held-out row."""
+        """Return the name of the held-out row at a position."""
         return self.eval_prompts.names[position]
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,8 +371,8 @@ class PromptSource:
 
 
 class History(NamedTuple):
-    """Values of a checkpoint that outlive a rollout. moments: of all scores so far, for Rules.scale.
-    reported: kinds of faults of which one has been printed.
+    """Values in checkpoints that outlive a rollout. moments: moments of all scores so far, for Rules.scale.
+    reported: kinds of faults that have been printed, each once.
     """
 
     moments: list[float] = [0.0, 0.0, 0.0]
@@ -379,8 +383,9 @@ class History(NamedTuple):
 class RolloutSource(PromptSource):
     """Rollouts of a compiled run; see data.source.Source. A batch is a function of step, state and history.
 
-    token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: of rollouts, of
-    which each uses the smallest that holds its episodes. current: the rollout in use, None before the first.
+    token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: shapes of packed
+    rows; each rollout uses the smallest that holds its episodes. current: the rollout in use, None before the
+    first.
     """
 
     run: BoundRun
@@ -434,8 +439,8 @@ class RolloutSource(PromptSource):
     def _new_rollout(self, number: int, state: TrainState) -> TrainingRollout:
         """Sample and score rollout `number`.
 
-        Without any score it trains nothing, such as while a server of the environment is away. Raises
-        ValueError if no rollout had one so far.
+        If none of its episodes has a score, for example while the environment's server is down, it trains
+        nothing. Raises ValueError if no earlier rollout had a score either.
         """
         data, rules = self.data, self.data.rules
         chosen = self.train.select(prompts.prompts_of_rollout(data, self.train, number))
@@ -445,7 +450,7 @@ class RolloutSource(PromptSource):
             reason = next(iter(messages.values()), "none has all of its rewards.")
             text = f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
             if not self.history.moments[0]:
-                raise ValueError(text)
+                raise ValueError(f"{text} Correct the rewards, the environment or the rows.")
             if processes.is_first():
                 print(f"{text} It is left out of training.", flush=True)
         new = [kind for kind in messages if kind not in self.history.reported]
@@ -467,7 +472,7 @@ class RolloutSource(PromptSource):
     def _scored(
         self, chosen: TokenisedPrompts, group: int, number: int, state: TrainState
     ) -> tuple[ScoredEpisodes, PackedRows]:
-        """Sample `group` episodes of each prompt, arrange them in rows and score them."""
+        """Sample `group` episodes of each prompt in rollout `number`, arrange them in rows and score them."""
         episodes = self.sample(chosen, group, number, state)
         size = round_up(len(chosen), self.data.units_per_step), self.data.group
         packed = pack_episodes(episodes, self.row_shapes, size, self.data.reads_given)
@@ -497,8 +502,8 @@ class RolloutSource(PromptSource):
     def _beyond_target_kl(self, rollout: TrainingRollout, part: int, state: TrainState) -> bool:
         """Return whether the KL to the sampling policy exceeds target_kl. Waits for the previous step.
 
-        aux has the approximate KL of the last step that trained the policy. That step belongs to this rollout
-        if an earlier step of the rollout trained the policy.
+        part: number of the step in the rollout. aux has the approximate KL of the last step that trained the
+        policy; it belongs to this rollout if an earlier step of the rollout trained the policy.
         """
         target = self.run.objective.facts.target_kl
         if target is None or rollout.number < self.data.rules.warm_up:
@@ -572,8 +577,8 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if facts.observations != data.observations:
         raise ValueError(
-            f"data.observations={str(data.observations).lower()} does not fit the objective: policy.echo "
-            "needs true, others false."
+            f"data.observations={str(data.observations).lower()} does not fit the objective: set true for "
+            "policy.echo, false for any other objective."
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(

@@ -1,10 +1,12 @@
 """Rows of a rollout, and compiled passes of a run's model over them.
 
-A row has a prompt once, then its episodes, which do not attend to one another. Later training rows of an
-episode (see Trajectory.rows) are after the others, each as a segment with its own start, and so is an episode
-whose prompt differs from the first one of its group. Given tokens are in the rows, but have no read
-position: no loss, entropy or KL is ever computed there. ECHO alone predicts them: its read positions follow
-the ones of sampled tokens and are padding to everything else.
+A row has a prompt once, then its episodes, which do not attend to one another. An episode whose prompt
+differs from the first one of its group is a segment of its own, after the others; so are later training rows
+of an episode (see Trajectory.rows).
+
+A read position is an index in a row whose logits predict a sampled token. Given tokens are in the rows, but
+without read positions: they have no loss, entropy or KL. Only ECHO predicts them: their read positions follow
+all others, and count as padding everywhere else.
 """
 
 import math
@@ -35,7 +37,7 @@ ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longe
 def rollout_shapes(data: Prompts, longest: int, shards: int) -> dict[RowShape, Rollout]:
     """Return the shape of an optimizer step's batch [micro, rows, ...] for each row shape, smallest first.
 
-    longest: tokens of the longest prompt. shards: the mesh's divisor of rows.
+    longest: tokens of the longest prompt. shards: number of devices among which the mesh divides rows.
     """
     rows = (data.group_row_shape(longest, fraction) for fraction in ROW_FRACTIONS)
     return {shape: rollout_batch_shapes(data, shape, shards) for shape in rows}
@@ -59,7 +61,7 @@ class PackedRows:
         return flat[self.tokens]
 
     def to_tokens(self, rows: Float[np.ndarray, "G M"], episodes: Episodes) -> PerToken:
-        """Convert the rows of prompts to values of each sampled token in float64."""
+        """Convert values at read positions, a row per prompt, to values of each sampled token in float64."""
         x = np.zeros(episodes.lengths.size * episodes.size)
         index = self.tokens[: len(rows)]
         x[index[index >= 0]] = rows[index >= 0]
@@ -67,9 +69,10 @@ class PackedRows:
 
 
 class _Piece(NamedTuple):
-    """A training row of an episode up to its last sampled token. is_branch: ids follow the prompt that the
-    group shares; otherwise ids begin with the episode's own prompt. sampled: indices in ids of sampled
-    tokens. given: indices of the tokens between those; empty for an episode with a fault.
+    """A training row of an episode up to its last sampled token. slot: index of the episode in its group.
+    is_branch: ids follow the prompt that the group shares; otherwise ids begin with the episode's own prompt.
+    sampled: indices in ids of sampled tokens. given: indices of given tokens between sampled ones; empty for
+    an episode with a fault.
     """
 
     slot: int
@@ -81,7 +84,7 @@ class _Piece(NamedTuple):
 
 def _groups(episodes: Episodes) -> list[tuple[tuple[int, ...], list[_Piece]]]:
     """Return for each group the prompt of its row, which is the first prompt among its episodes, and the
-    training rows of its episodes. Those that share the prompt come first.
+    training rows of its episodes, beginning with those that share this prompt.
     """
     groups = []
     for first in range(0, len(episodes.trajectories), episodes.group):
@@ -111,7 +114,7 @@ def pack_episodes(
 ) -> PackedRows:
     """Pack each prompt with its episodes into a row of the first of the shapes that holds them all.
 
-    size: (rows, episode slots of a row), None for as many as the episodes need; the others stay empty.
+    size: (rows, episode slots of a row), more than needed stay empty; None for as many as needed.
     reads_given: whether tokens that an episode was given before its last turn have read positions too, after
     all sampled tokens, as padding with an observation weight of 1.
     """
@@ -184,7 +187,7 @@ Counter = Callable[[str, int], Callable[[int], None]]  # Clock.counter
 
 
 def uncounted(text: str, total: int) -> Callable[[int], None]:
-    """Return a function that shows no progress."""
+    """Return a function that shows no progress: a Counter for BoundRun."""
     return lambda more: None
 
 
@@ -192,10 +195,10 @@ def uncounted(text: str, total: int) -> Callable[[int], None]:
 class BoundRun:
     """The parts of a run that a rollout source uses.
 
-    state, frozen_shapes: shapes and shardings of TrainState and of the frozen parameters. frozen: their
-    arrays. stop: tokens that end a completion. folder: of completions.jsonl. fused_backward: whether
-    parameters are updated inside the backward pass. counter(text, total) -> a function that is called with
-    the number of further items that are done, and shows the progress.
+    state, frozen_shapes: shapes and shardings of TrainState and of the frozen parameters. frozen: arrays of
+    the frozen parameters. stop: tokens that end a completion. folder: the run's folder. fused_backward:
+    whether parameters are updated inside the backward pass. counter(text, total): begins to show progress,
+    and returns a function to be called with the number of items done since its last call.
     """
 
     mesh: jax.sharding.Mesh
@@ -223,9 +226,9 @@ class BoundRun:
 class RolloutPrograms:
     """Compile functions of a rollout's rows, one program for each row shape.
 
-    shapes: of a batch [micro, rows, ...] by row shape. rows: number of rows of a batch before padding for the
-    mesh. complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt with an
-    episode.
+    shapes: shape of a batch [micro, rows, ...], by row shape. rows: number of rows of a batch before padding
+    for the mesh. complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt
+    with an episode.
     """
 
     run: BoundRun
@@ -267,7 +270,7 @@ class RolloutPrograms:
         return over_rollout
 
     def compile_scores(self) -> TokenScores:
-        """Compile the pass that returns log-probs, the reference's and values of each sampled token."""
+        """Compile the pass that returns log-probs, reference log-probs and values of sampled tokens."""
         over_rollout = self.compile(partial(score_tokens, self.run.objective))
 
         def scores(packed: PackedRows, episodes: Episodes, state: TrainState) -> Scores:
@@ -278,5 +281,5 @@ class RolloutPrograms:
 
 
 def score_tokens(objective: Objective, params: Params, aux: Aux, batch: Rollout) -> Scores:
-    """Return log-probs, the reference's and values of a batch [micro, rows, ...]."""
+    """Return log-probs, reference log-probs and critic values of a batch [micro, rows, ...]."""
     return jax.lax.map(lambda rows: objective.score(params, rows, aux), batch)

@@ -71,9 +71,10 @@ def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
 def prompt_counts(
     names: Sequence[str], scores: GroupScores, reward_scores: Float[np.ndarray, "G N K"]
 ) -> dict[str, float]:
-    """Count the prompts with a score, for each mean of rewards that are all 0 or 1.
+    """For each mean reward whose values are all 0 or 1, count the prompts with a score.
 
-    Confidence intervals use these counts, because completions of one prompt are not independent.
+    Confidence intervals use these counts, because completions of one prompt are not independent. Keys are the
+    names of the means, followed by PROMPT_COUNT.
     """
     parts = {REWARD: np.asarray(scores, np.float64)}
     parts |= {f"rewards/{name}/mean": reward_scores[..., number] for number, name in enumerate(names)}
@@ -83,7 +84,7 @@ def prompt_counts(
 
 
 def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
-    """The means that rollouts and evaluations have; None if too few completions have a score."""
+    """The means that rollouts and evaluations log; None if too few completions have a score."""
     episodes, faults, count = scored.episodes, scored.faults, scored.reward_scores.size
     lengths, ended = episodes.lengths[episodes.valid], episodes.ended[episodes.valid]
     means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}
@@ -125,7 +126,7 @@ def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
 
 
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
-    """Return means over `count` completions as sums that add over steps; None is not logged."""
+    """Return means over `count` completions as sums that add over steps; a mean of None has no weight."""
     weights = {name: np.float64(0 if mean is None else count) for name, mean in means.items()}
     return {name: Sum(np.float64((mean or 0) * count), weights[name]) for name, mean in means.items()}
 
@@ -164,7 +165,7 @@ def rollout_metrics(
 def evaluation_metrics(
     names: Sequence[str], scored: ScoredEpisodes, rollout: RolloutScores | None
 ) -> dict[str, float]:
-    """Return the metrics of held-out prompts. rollout: with a reference's log-probs, or None."""
+    """Return the metrics of held-out prompts. names: names of rewards. rollout: None without a reference."""
     means = _means(names, scored) | prompt_counts(names, scored.scores, scored.reward_scores)
     sums = source_rewards(scored) | episode_metrics(scored.episodes)
     means |= {name: float(x.total / x.weight) for name, x in sums.items() if x.weight}

@@ -84,7 +84,7 @@ class Rules:
                 "Set one for each."
             )
         if not np.isfinite(self.reward_weights).all():
-            raise ValueError(f"reward_weights={self.reward_weights} must be finite.")
+            raise ValueError(f"reward_weights={self.reward_weights} must be finite. Set finite numbers.")
         if not self.reward_weights:
             object.__setattr__(self, "reward_weights", (1.0,) * count)
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
@@ -118,7 +118,7 @@ class Rules:
         return float(np.dot(own, self.reward_weights))
 
     def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
-        """Combine and shape the scores of each reward. An episode with a fault has no score."""
+        """Combine and shape the scores, given by reward. An episode with a fault has no score."""
         lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
         each = np.where(valid[..., None], each.reshape(*lengths.shape, len(by_reward)), np.nan)

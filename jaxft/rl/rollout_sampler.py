@@ -57,7 +57,7 @@ def table_indices(count: int, group: int) -> list[int]:
 
 
 def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]) -> None:
-    """Append some episodes with their rewards to completions.jsonl. names: of the rewards."""
+    """Append some episodes with their rewards to completions.jsonl. names: names of the rewards."""
     episodes, (_, group, count) = scored.episodes, scored.reward_scores.shape
     by_reward, scores = scored.reward_scores.reshape(-1, count), scored.scores.ravel()
     with path.open("a", encoding="utf-8") as file:
@@ -152,7 +152,9 @@ class RolloutRecord:
         return trajectories
 
     def _stored(self, number: int) -> str | None:
-        """The content of a record in base64, so that all processes get it."""
+        """Return the file of rollout `number` in base64, as text for all processes; None if none is to be
+        used.
+        """
         if self.replay is not None:
             path = Path(self.replay) / RECORDS / f"{number}.npz"
             if not path.is_file():
@@ -185,7 +187,7 @@ def clear_records(run: Path) -> None:
 
 
 def prompts_hash(prompts: TokenisedPrompts, group: int) -> str:
-    """Return a hash of the prompts of a rollout with their order, and of the episodes of each."""
+    """Return a hash of a rollout's prompts, their order and the number of episodes of each (`group`)."""
     content = json.dumps([group, [[*map(int, ids)] for ids in prompts.ids]])
     return xxhash.xxh64(content.encode()).hexdigest()
 
@@ -205,7 +207,7 @@ def about_of(content: bytes, path: Path) -> tuple[int, str]:
 
 
 def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = "") -> bytes:
-    """Return a rollout as the content of an npz file: flat arrays of tokens and log-probs, and JSON."""
+    """Return a rollout as the content of an npz file. weights, prompts: as in RolloutRecord."""
     segments = [segment for t in trajectories for segment in t.segments]
     sampled = [segment.logps for segment in segments if segment.logps is not None]
     about = [
@@ -303,7 +305,7 @@ def checksum(trainable: Params) -> UInt32[Array, ""]:
 
 
 def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Params, int], Sampler]:
-    """Compile the sampling programs of training and of evaluation, and return (params, group) -> Sampler."""
+    """Compile the sampling programs of training and of evaluation; return (params, group) -> Sampler."""
     engines = {}
     for group in {data.eval_group, data.group}:
         decoding, slots = engine_sizes(data, run.model, run.stop, group, prompt_size, run.mesh)
@@ -314,7 +316,7 @@ def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Par
 def engine_sizes(
     data: Any, model: Model, stop: tuple[int, ...], group: int, prompt_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Decoding, Slots]:
-    """Return the static arguments of a rollout's engine. group: episodes of a prompt."""
+    """Return a rollout's engine settings. stop: token ids. prompt_size: see compile_rollout_sampler."""
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
 
     def tokens(group: int) -> int:  # of a prompt with its episodes

@@ -87,7 +87,7 @@ def sequence_sum(lengths: GroupLengths, mask: GroupMask, max_new: int) -> GroupS
 
 
 def _with_tokens(lengths: Int[np.ndarray, "..."], mask: np.ndarray) -> np.ndarray:
-    """The mask without empty slots. Raises ValueError unless it has the shape of lengths."""
+    """Return the mask without empty slots. Raises ValueError unless mask and lengths have the same shape."""
     if np.shape(lengths) != np.shape(mask):
         raise ValueError(
             f"the mask of completions has shape {np.shape(mask)}, the lengths {np.shape(lengths)}. "
@@ -219,7 +219,7 @@ def _exp(log_ratio: np.ndarray) -> np.ndarray:
 
 
 def _sums(log_ratio: PerToken, lengths: Lengths) -> Float[np.ndarray, " n"]:
-    """log rho of each completion."""
+    """Return log rho of each completion, the sum over its tokens."""
     return np.where(token_mask(lengths, log_ratio.shape[1]), log_ratio, 0).sum(1, dtype=np.float64)
 
 

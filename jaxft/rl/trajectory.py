@@ -104,7 +104,7 @@ class Trajectory:
         return own[-1] if own else ""
 
     def rows(self) -> list[TrainingRow]:
-        """Return the training rows of the episode: one, unless its template cuts earlier turns."""
+        """Return the training rows of the episode: one, unless its chat template rewrites earlier turns."""
         rows = list[list[Segment]]()
         for segment in (Segment(np.array(self.start, np.int32), None, begins=True), *self.segments):
             rows += [[]] if segment.begins else []
@@ -124,8 +124,8 @@ class Episodes:
     """N episodes of each of G prompts on the host; n = G N, in order.
 
     group: N. size: S, the most tokens that an episode may sample. longest: the most tokens of an episode
-    after its prompt, given ones included. most_turns: of an episode. begun: results of async rewards that
-    were called as episodes ended, by (reward, number of the episode).
+    after its prompt, given tokens included. most_turns: the most turns of an episode. begun: calls of async
+    rewards that began as episodes ended, by (reward, number of the episode); each returns the result.
     """
 
     prompts: TokenisedPrompts

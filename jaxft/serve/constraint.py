@@ -40,7 +40,7 @@ class Constraint:
 
     def allowed(self) -> np.ndarray:
         """Return a bit for each token, in words of 32, that is set if the token may come next. Stop tokens
-        may come where the completion may end.
+        are allowed where the completion may end.
         """
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
 
@@ -75,10 +75,10 @@ def regex_grammar(pattern: str) -> str:
 def call_grammar(
     format: ToolFormat, tools: Sequence[Mapping[str, Any]], tokenizer: Any, is_single: bool = False
 ) -> str:
-    """Return the grammar of one or more calls of tools, each with arguments that fit its schema, as the chat
-    template of the format writes them. Raises ValueError if the format is "none".
+    """Return the grammar of one or more tool calls, written as the chat template of the format writes them,
+    with arguments that fit the tool's schema. Raises ValueError if the format is "none".
 
-    tools: {"name": ..., "parameters": JSON schema}. is_single: for exactly one call.
+    tools: {"name": ..., "parameters": JSON schema}. is_single: whether there is exactly one call.
     """
     known = call_format(format)
     if known is None:
@@ -115,7 +115,7 @@ def call_grammar(
 
 
 def either(first: str, second: str) -> str:
-    """Return the union of two grammars: a Lark grammar, and one of a single rule."""
+    """Return a grammar of the texts of two grammars: a Lark grammar, and one that is a single rule."""
     renamed = re.sub(r"^start:", "first:", first)
     return f"{renamed}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
 
@@ -123,8 +123,8 @@ def either(first: str, second: str) -> str:
 def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Grammar:
     """Compile a grammar over the tokens of a tokenizer. stop: token ids that end a completion.
 
-    Raises ValueError for a grammar that is wrong, or that llguidance does not support, such as some keywords
-    of JSON schemas, and ImportError without llguidance.
+    Raises ValueError for a grammar that is wrong or that llguidance does not support, for example because of
+    a keyword in a JSON schema, and ImportError without llguidance.
     """
     if not stop:
         raise ValueError(

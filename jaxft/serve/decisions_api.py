@@ -41,7 +41,9 @@ YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a request. type: predicate, choice or score. name: the answer repeats it."""
+    """A question of a request. type: predicate, choice or score. name: the request's name for it, repeated in
+    the response. decision: its prompt and choices.
+    """
 
     type: str
     name: str | None
@@ -127,7 +129,7 @@ def _question(text: str, number: int, item: Any) -> Question:
 
 
 def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
-    """Return the choices, or the levels, of a question."""
+    """Check a question's list of choices (key "value") or levels (key "label"), the field `field`."""
     if not isinstance(items, list):
         raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
     options, types = [], (str, bool) if key == "value" else str
@@ -148,8 +150,8 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
 
 @dataclass(frozen=True)
 class RerankBody:
-    """A request of /v1/rerank. decisions: the question for each document whether it is relevant. most: the
-    number of results. with_texts: whether results have the documents' texts.
+    """A request of /v1/rerank. decisions: for each document, the question whether it is relevant. most: the
+    most results. with_texts: whether results have the documents' texts.
     """
 
     documents: tuple[str, ...]
@@ -184,7 +186,7 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
 
 
 def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
-    """Return the response to a request of /v1/rerank. scores: the probability that each is relevant."""
+    """Return the response to a request of /v1/rerank. scores: relevance of each document, a probability."""
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
     results = [
         {
@@ -216,7 +218,7 @@ class OneOf:
         return self
 
     def allowed(self) -> np.ndarray:
-        """Return a bit for each token, in words of 32, that is set for the choices."""
+        """Return a bit for each token, in words of 32, that is set for the tokens of the choices."""
         words = np.zeros(-(-self.vocab // WORD), np.uint32)
         for token in self.tokens:
             words[token // WORD] |= np.uint32(1) << np.uint32(token % WORD)
@@ -229,14 +231,14 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Read:
-    """A request to the scheduler that reads a decision, and the tokens of its choices."""
+    """A request to the scheduler that reads a decision's probabilities, and the token of each choice."""
 
     request: TokenRequest
     tokens: tuple[int, ...]
 
 
 def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
-    """Return the request that reads a decision. Raises ValueError for a prompt of over `most` tokens."""
+    """Return the request that reads a decision. Raises ValueError for a prompt of more than `most` tokens."""
     prompt, tokens = decision_prompt(model, decision, most)
     grammar = OneOf(tokens, model.vocab)
     settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)
@@ -244,8 +246,8 @@ def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
 
 
 def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], float]:
-    """Return the probabilities of the choices, which sum to 1, and the confidence: the probability that the
-    model gives the most probable choice among all tokens of the vocabulary.
+    """Return (probabilities of the choices, which sum to 1; confidence). The confidence is the model's
+    probability of the likeliest choice, among all tokens of the vocabulary.
     """
     logps = dict(sampled.top)
     own = np.array([logps[token] for token in read.tokens])
@@ -254,7 +256,7 @@ def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], fl
 
 
 def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:
-    """Return an answer of the response. p: probabilities of the choices."""
+    """Return the answer to a question, an entry of the response. p, confidence: see probabilities_of."""
     common: dict[str, Any] = {"type": question.type, "name": question.name}
     choices = question.decision.choices
     if question.type == "predicate":
@@ -276,7 +278,7 @@ def answer(question: Question, p: Sequence[float], confidence: float) -> dict[st
 
 
 def response(model: str, answers: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
-    """Return the response to a request, which reads one token for each question."""
+    """Return the response to a request of /v1/decisions. One token is read for each answer."""
     return {
         "model": model,
         "answers": answers,

@@ -20,8 +20,8 @@ from jaxft.serve.served_models import ServedModel
 class ChoiceText:
     """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
 
-    calls: takes tool calls out of the text; None for plain text. places: whether pieces have their
-    tokens, for log-probs. tokens: number of tokens so far. characters: complete characters so far.
+    calls: takes tool calls out of the text; None for plain text. places: whether pieces list their tokens
+    with positions, for log-probs. tokens, characters: numbers of tokens and complete characters so far.
     """
 
     index: int
@@ -68,7 +68,7 @@ class ChoiceText:
         return Piece(self.index, text, placed, finish, calls)
 
     def _placed(self, sampled: SampledToken) -> PlacedToken:
-        """Return a token with its position in the choice's text, also if the text is not sent yet."""
+        """Return a token with its position in the choice's text, even if its text cannot be sent yet."""
         first = not self.begun
         content = self.stream.decoder.bytes_of(sampled.token, first)
         added = content or b""
@@ -81,9 +81,7 @@ class ChoiceText:
 
 
 class Generation:
-    """The choices of a request that is queued. Iterate over `pieces`, and call `cancel` at the end, also
-    after an error.
-    """
+    """The choices of a queued request. Iterate over `pieces`, and finally call `cancel`, whatever happens."""
 
     def __init__(self, choices: list[ChoiceText], prompt_tokens: int, count: int):
         self.choices, self.prompt_tokens, self.count = choices, prompt_tokens, count
@@ -97,7 +95,7 @@ class Generation:
         return sum(choice.tokens for choice in self.choices)
 
     def deliver(self, index: int, progress: NewTokens) -> None:
-        """Pass tokens from the scheduler's thread to the event loop."""
+        """Pass new tokens of a choice, given by its index, from the scheduler's thread to the event loop."""
         self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, progress))
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -125,7 +123,7 @@ def token_requests(
     prompts: Sequence[tuple[int, ...]],
     grammar: Grammar | None = None,
 ) -> list[TokenRequest]:
-    """Return the request of each choice, in the order of the prompts. grammar: for the text of each.
+    """Return the request of each choice, in the order of the prompts. grammar: what each text must match.
 
     Choice i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
     completions equal generate.py's with the same prompts and seed.

@@ -65,8 +65,9 @@ class ApiError(Exception):
 class ChoiceSettings(NamedTuple):
     """Settings of sampling and of the response's choices in a request.
 
-    seed: None for a random one. stop: strings. top: the number of most likely tokens in logprobs, None
-    without logprobs. schema: the JSON schema that the text fits, None for any text.
+    seed: None for a random one. stop: stop strings. n: choices per prompt. top: how many of the most likely
+    tokens logprobs list, None without logprobs. schema: the JSON schema that the text must fit, None for any
+    text.
     """
 
     sampling: Sampling
@@ -78,8 +79,8 @@ class ChoiceSettings(NamedTuple):
 
 
 class RequiredCall(NamedTuple):
-    """A response that must be calls of tools. tools: that it may call, as {"name", "parameters"}. is_single:
-    whether it is exactly one call.
+    """A response that must consist of tool calls. tools: the tools that it may call, as {"name",
+    "parameters"}. is_single: whether it must be exactly one call.
     """
 
     tools: tuple[Mapping[str, Any], ...]
@@ -87,7 +88,7 @@ class RequiredCall(NamedTuple):
 
 
 class Streaming(NamedTuple):
-    """Options of streaming: whether the response is streamed, and whether the last chunk has the usage."""
+    """Options of streaming. on: whether to stream the response. usage: whether its last chunk has usage."""
 
     on: bool
     usage: bool
@@ -136,7 +137,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _encodable(value: Any) -> None:
-    """Raise ValueError for a string with half a surrogate pair, which no tokenizer takes."""
+    """Raise ValueError for a string with half a surrogate pair, which no tokenizer accepts."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -183,7 +184,7 @@ def parse_completion(body: Mapping[str, Any], most_new: int) -> CompletionBody:
 
 
 def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCall | None:
-    """Return the call that tool_choice requires. Raises ApiError."""
+    """Return which calls tool_choice requires, None if it requires none. Raises ApiError."""
     _boolean(body, "parallel_tool_calls")
     choice, is_single = body.get("tool_choice") or "auto", body.get("parallel_tool_calls") is False
     if choice in ("auto", "none"):
@@ -210,7 +211,7 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
 
 
 def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return tools as {"name", "parameters"}, with any object for missing parameters. Raises ApiError."""
+    """Return tools as {"name", "parameters"}; without parameters, any object is allowed. Raises ApiError."""
     functions = []
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)
@@ -225,7 +226,7 @@ def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _schema(value: Any) -> Mapping[str, Any] | None:
-    """Return the JSON schema of a response_format, None for text. Raises ApiError."""
+    """Return the JSON schema of a response_format, None if it allows any text. Raises ApiError."""
     kind = value.get("type") if isinstance(value, dict) else value
     if kind in (None, "text"):
         return None
@@ -346,8 +347,8 @@ LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
 
 @dataclass(frozen=True)
 class PlacedToken:
-    """A sampled token and its position. first: no earlier token has text. offset: index of the character in
-    which it begins.
+    """A sampled token and its position. first: whether no earlier token has text. offset: index of the
+    character of the text in which the token begins.
     """
 
     sampled: SampledToken
@@ -357,8 +358,8 @@ class PlacedToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of choice `index`. tokens: of the text, if log-probs are returned. finish: the
-    finish_reason, None while the choice goes on. calls: tool calls in it.
+    """The next part of choice `index`. tokens: tokens of the text, () if the request has no logprobs. finish:
+    the finish_reason, None while the choice goes on. calls: tool calls that end in this piece.
     """
 
     index: int
@@ -386,7 +387,7 @@ class Envelope:
 
 
 def usage_of(prompt: int, completion: int) -> dict[str, int]:
-    """Return the field `usage` of a response from the numbers of tokens."""
+    """Return the field `usage` of a response. prompt, completion: numbers of tokens."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -408,7 +409,7 @@ def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
 
 
 def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
-    """Return an entry of `choices` of a response that is not streamed. whole: from `joined`."""
+    """Return an entry of `choices` of a response that is not streamed. whole: all pieces, see `joined`."""
     choice = {"index": whole.index, "logprobs": _logprobs(e, whole), "finish_reason": whole.finish}
     if not e.chat:
         return {**choice, "text": whole.text}
@@ -419,7 +420,7 @@ def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
-    """Return all pieces of a choice as one."""
+    """Return all pieces of a choice as a single one."""
     text = "".join(piece.text for piece in pieces)
     tokens = tuple(chain.from_iterable(piece.tokens for piece in pieces))
     calls = tuple(chain.from_iterable(piece.calls for piece in pieces))
@@ -450,8 +451,8 @@ def _logprobs(e: Envelope, piece: Piece) -> dict[str, Any] | None:
 
 
 def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
-    """Return text -> log-prob of the most likely tokens and the sampled one. If tokens have the same text,
-    the most likely one counts.
+    """Return text -> log-prob of the most likely tokens and the sampled one. Of tokens with the same text,
+    the most likely one is listed.
     """
     logps: dict[str, float] = {}
     for token, logp in (*sampled.top[: e.top], (sampled.token, sampled.logp)):

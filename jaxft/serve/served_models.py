@@ -48,9 +48,10 @@ ONE_INSTRUCTION = (["user"], ["system", "user"])
 class ServedModel:
     """A model that the server offers under a name.
 
-    adapter: its number in the stack. stop: token ids that end a completion. plain: it continues plain text
-    and has no conversations (data.format=plain). vocab: number of its embeddings. tools: the format of its
-    tool calls. decision: the labels and the question of a decision model.
+    adapter: index of its adapter in the stack of adapters, BASE for none. stop: token ids that end a
+    completion. plain: whether it continues plain text and has no conversations (data.format=plain). vocab:
+    number of its embeddings. tools: the format of its tool calls. decision: labels and question of a decision
+    model.
     """
 
     name: str
@@ -108,7 +109,7 @@ def _require_chats(model: ServedModel) -> None:
 
 
 def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
-    """Return the token ids of a conversation without its tools, None if the template rejects that."""
+    """Return the token ids of a conversation without its tools, None if the template rejects it then."""
     try:
         return _prompt(model, replace(chat, tools=None), None)
     except (InvalidRow, ValueError):
@@ -118,8 +119,8 @@ def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
 def decision_prompt(
     model: ServedModel, decision: Decision, most: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the token ids after which the answer to a decision is read, as in training, and the token of
-    each choice. Raises ValueError as chat_prompt does.
+    """Return (token ids of the prompt, as in training; token id of each choice), to read a decision after the
+    prompt. Raises ValueError as chat_prompt does.
     """
     _require_chats(model)
     try:
@@ -135,9 +136,7 @@ def decision_prompt(
 
 
 def text_prompt(model: ServedModel, text: str, most: int | None = None) -> tuple[int, ...]:
-    """Return the token ids of plain text to continue. Raises ValueError for a text without tokens, or with
-    more than `most`.
-    """
+    """Return the token ids of plain text to continue. Raises ValueError for 0 or more than `most` tokens."""
     return _prompt(model, Completion("prompt", text, ""), most)
 
 
@@ -175,7 +174,7 @@ def token_text(model: ServedModel, token: int) -> str:
 
 @dataclass(frozen=True)
 class ServeFlags:
-    """Options of the command line, None for the defaults of the weights.
+    """Options of the command line; None for the default of the model.
 
     prompt, new: most tokens of a prompt and of a completion. tools: format of tool calls.
     """
@@ -208,9 +207,10 @@ def load_served(
 ) -> Served:
     """Load the base and all adapters, and compile the programs for `rows` requests at the same time.
 
-    continues: whether requests may go on where an earlier one ended, see engine/scheduler.py.
+    continues: whether a request may continue the row of an earlier one, see engine/scheduler.py.
 
-    Raises ValueError for adapters that cannot share a program, and for sizes that the model does not have.
+    Raises ValueError for adapters that cannot share a program, and for more tokens than the model has
+    positions.
     """
     first = next(iter(named.values()))
     dtype, quant = common_dtype(named, flags.dtype), common_quant(named, flags.quant)
@@ -230,9 +230,9 @@ def load_served(
 def _with_adapters(
     model: Model, base: Params, named: dict[str, NamedWeights], mesh: Mesh
 ) -> tuple[Model, Params, dict[str, int]]:
-    """Return the model with its adapters, their parameters, and the number of each name's adapter.
+    """Return (the model with its adapters, parameters of the adapters, name -> index of its adapter).
 
-    An adapter that cannot be stacked is attached alone, if it is the only one.
+    An adapter that cannot be stacked is only possible alone.
     """
     if all(n.adapter is None for n in named.values()):
         return adapted(model, None), {}, dict.fromkeys(named, BASE)

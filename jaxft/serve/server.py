@@ -63,8 +63,8 @@ KEY_VARIABLE = "JAXFT_API_KEY"
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """The limits of clients. key: the API key that they need, "" for none. body: bytes of a request. hosts:
-    names in the Host header, () for any.
+    """What clients may send. key: the API key that they must send, "" for none. body: most bytes of a
+    request. hosts: allowed names in the Host header, () for any.
     """
 
     key: str = ""
@@ -74,7 +74,9 @@ class ServerLimits:
 
 @dataclass(frozen=True)
 class Service:
-    """The models of the server: models by name, the first of them by default, over one scheduler."""
+    """The state of the server. models: by name, the default one first; all use one scheduler. created: time
+    of the start. arriving: time-outs of request bodies that are arriving.
+    """
 
     scheduler: Scheduler
     models: Mapping[str, ServedModel]
@@ -132,9 +134,7 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
 
 
 def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitable[None]]:
-    """Return the application behind the checks of the Host header and of the API key, for `most` requests at
-    once.
-    """
+    """Return the application with checks of the Host header, the API key and `most` requests at once."""
     running = 0
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
@@ -158,9 +158,7 @@ def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitab
 
 
 async def _stoppable(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """Run the application. A request that uvicorn cancels at the end of a shutdown's grace period ends with
-    an error for its client.
-    """
+    """Run the application. If uvicorn cancels a request during a shutdown, its client gets an error."""
     started = False
 
     async def sending(message: Any) -> None:
@@ -179,8 +177,8 @@ async def _stoppable(app: Any, scope: Any, receive: Any, send: Any) -> None:
 
 
 def _refusal(path: str, headers: Mapping[bytes, str], limits: ServerLimits) -> ApiError | None:
-    """Return the error of a request that is refused before its body is read, or None. The check of Host keeps
-    out web pages that point a domain at this machine (DNS rebinding).
+    """Return the error if a request must be refused before its body is read, or None. The check of the Host
+    header keeps out web pages that point a domain at this machine (DNS rebinding).
     """
     host = re.sub(r":\d*$", "", headers.get(b"host", "")).strip("[]").lower()
     if limits.hosts and host not in limits.hosts:
@@ -277,7 +275,7 @@ async def _read(service: Service, request: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _arriving(bodies: dict[asyncio.Timeout, None], limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """Count an arriving body; if too many arrive, the oldest times out."""
+    """Count a body while it arrives; of too many, the oldest times out. bodies: time-outs of all."""
     bodies[limit] = None
     if len(bodies) > MOST_WAITING:
         oldest = next(iter(bodies))
@@ -313,7 +311,7 @@ def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
 
 
 def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | None:
-    """Return the constraint that the response must match, None for anything. Raises ApiError."""
+    """Return the grammar that the response must match, None for any text. Raises ApiError."""
     schema, tools, required, text = body.choice.schema, None, None, ""
     if isinstance(body, ChatBody):
         tools, required = body.tools, body.required
@@ -353,7 +351,9 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
 @contextlib.contextmanager
 def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Turn errors of the scheduler and of prompts into ApiError. fields: names of the body's fields."""
+    """Turn errors of the scheduler and of prompts into ApiErrors. fields: the request's fields, one of which
+    a message may begin with.
+    """
     try:
         yield
     except ValueError as error:
@@ -387,8 +387,8 @@ async def _rerank(service: Service, request: Any) -> Any:
 async def _probabilities(
     service: Service, request: Any, model: ServedModel, decisions: Sequence[Decision]
 ) -> tuple[list[tuple[list[float], float]], int]:
-    """Return ((probabilities of the choices, confidence) of each decision, number of tokens of all prompts),
-    with one token sampled for each decision.
+    """Return ([(probabilities of the choices, confidence) for each decision], number of tokens of all
+    prompts). One token is sampled for each decision.
     """
     most = service.scheduler.sizes.prompt
     loop = asyncio.get_running_loop()
@@ -421,7 +421,7 @@ async def _probabilities(
 
 
 async def _unless_left(task: "asyncio.Future[Any]", request: Any) -> Any:
-    """Return the result of a task, which is cancelled if the client leaves."""
+    """Return the result of a task; cancel the task if the client disconnects."""
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=0.5)
@@ -445,7 +445,7 @@ def _cancelling(response: Any, generation: Generation) -> Callable[..., Awaitabl
 
 
 async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str, Any]:
-    """Return the response to a request that is not streamed. If its client leaves, it is cancelled."""
+    """Return the response to a request that is not streamed. It is cancelled if the client disconnects."""
 
     async def pieces() -> list[Any]:
         return [piece async for piece in generation.pieces()]
@@ -484,7 +484,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _late() -> bytes:
-    """Return the response to a request whose header does not arrive."""
+    """Return the response to a request whose header does not arrive in time."""
     error = ApiError(
         408, f"no complete header within {HEADER_SECONDS:g} s (or more than {MOST_WAITING} connections were "
         "waiting); send the request at once"
@@ -509,8 +509,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(app: Any, grace: int) -> Any:
-    """Return the settings of uvicorn. Its own limits are off or out of reach: this file limits connections,
-    requests and idle time, because uvicorn's refusals are not JSON.
+    """Return the settings of uvicorn. grace: seconds for running requests at the end. Uvicorn's limits of
+    connections, requests and idle time are off or out of reach: this file has its own, because uvicorn's
+    refusals are not JSON.
     """
     import uvicorn
 

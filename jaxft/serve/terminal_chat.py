@@ -38,13 +38,13 @@ HELP = """\
 
 @dataclass
 class Turn:
-    """A user's message and the responses to it by the names of the models."""
+    """A user's message and the responses to it, by model name."""
 
     user: str
     responses: dict[str, str] = field(default_factory=dict)
 
     def response(self, name: str) -> str:
-        """Return the response of a model, or the first response if the model has none."""
+        """Return the response of a model, given by its name; the first response if that model has none."""
         return self.responses.get(name) or next(iter(self.responses.values()), "")
 
 
@@ -63,8 +63,8 @@ class Conversation:
     done: bool = False
 
     def messages(self, name: str) -> list[Message]:
-        """Return the conversation as this model sees it: without messages that got no response, except the
-        last one, because many templates reject two messages of the user in a row.
+        """Return the conversation as a model receives it. Messages without a response are left out, except
+        the last one, because many templates reject two user messages in a row.
         """
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
@@ -75,8 +75,8 @@ class Conversation:
         return messages
 
     def prompt(self, name: str) -> tuple[int, ...]:
-        """Return the token ids that this model continues: all messages without the responses to the last one;
-        for a model of plain text, only the last message.
+        """Return the token ids that a model continues: all messages up to the last one of the user; for a
+        model of plain text, only this message.
         """
         model = self.models[name]
         if model.plain:
@@ -87,8 +87,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """The terminal's action after a command. text: to print. again: whether the models respond to the
-    last message.
+    """The terminal's action after a command. text: text to print. again: whether the models must respond to
+    the last message.
     """
 
     text: str = ""
@@ -149,7 +149,7 @@ def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
-    """Return the settings with one of them changed by NAME=VALUE. Raises ValueError for a wrong one."""
+    """Return the settings with one changed by NAME=VALUE. Raises ValueError for a wrong name or value."""
     name, equals, value = (part.strip() for part in text.partition("="))
     old = chat.choice
     values: dict[str, Any] = {**vars(old.sampling), "seed": old.seed}
@@ -170,7 +170,7 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
 
 
 def shown_choice(choice: ChoiceSettings) -> str:
-    """Return the settings in a line."""
+    """Return the settings as a line to print."""
     shown = {**vars(choice.sampling), "seed": choice.seed}
     return ", ".join(f"{name}={'none' if value is None else value}" for name, value in shown.items())
 
@@ -185,8 +185,8 @@ def as_markdown(chat: Conversation) -> str:
 
 
 def save(chat: Conversation, name: str) -> Path:
-    """Write the conversation; return the file. Raises ValueError for a name without .jsonl or .md, and
-    FileExistsError for an .md file that exists.
+    """Write the conversation to the file `name`; return its path. Raises ValueError for a name without .jsonl
+    or .md, and FileExistsError for an .md file that exists.
     """
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".md"):
@@ -205,11 +205,11 @@ def save(chat: Conversation, name: str) -> Path:
 
 
 def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Piece], None, None]:
-    """Yield (model, piece) while the active models respond to the last message together, and store their
-    responses in place of earlier ones.
+    """Yield (model, piece) while the active models respond to the last message at the same time. Their
+    responses are stored in the conversation and replace earlier ones.
 
-    Raises ValueError for a prompt that is too long, and ApiError if the device fails; earlier responses then
-    stay. An iteration that ends early stores the beginning of a response.
+    Raises ValueError for a prompt that is too long, and ApiError if the device fails; earlier responses are
+    then kept. If the iteration is ended early, the beginning of a response is stored.
     """
     turn, texts, names = chat.turns[-1], [], chat.active
     arrived: queue.SimpleQueue[tuple[int, NewTokens]] = queue.SimpleQueue()
@@ -238,7 +238,7 @@ def respond(scheduler: Scheduler, chat: Conversation) -> Generator[tuple[str, Pi
 
 
 def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedModel) -> tuple[int, ...]:
-    """Return the prompt. Raises ValueError if it is too long, with the remedy in a chat."""
+    """Return the prompt. Raises ValueError, which says what to do in a chat, if it is too long."""
     limit = scheduler.sizes.prompt
     if len(prompt) > limit:
         what = "message" if model.plain else "conversation"
@@ -253,8 +253,8 @@ def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedMo
 class TypedTurns:
     """A session whose turns a person types; see TurnSession in rl/play.py.
 
-    read() -> a turn; its EOFError ends the program. show(text) prints the policy's input. A turn
-    "/call NAME {...}" becomes a call of a tool in the template's format.
+    read(): returns a turn; if it raises EOFError, the program ends. show(text): prints the prompts. A turn
+    "/call NAME {...}" becomes a tool call in the template's format.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class TypedTurns:
         self.asked.pop(episode, None)
 
     def wait(self) -> list[Sampled]:
-        """Read a turn of the first episode that waits for one."""
+        """Read a turn for the first episode that waits for one."""
         if not self.asked:
             return []
         episode, most = next(iter(self.asked.items()))
@@ -312,7 +312,7 @@ def written_call(text: str, format: CallFormat | None) -> str:
 
 
 def result_line(episode: Trajectory) -> str:
-    """Return how an episode ended, its score and its faults, in a line."""
+    """Return one line about how an episode ended, its score and its faults."""
     ended = "fault" if episode.fault else "ended" if episode.ended else "limit"
     faults = "".join(f"; {fault.kind}: {fault.text}" for fault in episode.faults)
     return f"[{ended}; score {episode.score:g}{faults}]"

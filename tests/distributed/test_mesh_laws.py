@@ -206,7 +206,8 @@ def test_rows_that_do_not_divide_over_context_are_an_error():
         jax.set_mesh(make_mesh(MeshShape(2, context=4))),
         pytest.raises(
             ValueError,
-            match="rows of 30 tokens do not divide over mesh.context=4; use a data.max_length that does",
+            match="rows of 30 tokens do not divide over mesh.context=4; "
+            "use a data.max_length that is divisible by 4",
         ),
     ):
         model.hidden(params, batch_of([[e] for e in examples(4)], 30, 16, 1.0))[0]

@@ -728,7 +728,7 @@ BAD = {
     "settings_of_a_run takes (base=1, prompts=2, name='a', lr=0.1); use": settings_of_a_run,
     "neither a class nor a function": 3,
     "has no reset": type("Empty", (), {}),
-    "missing a required argument: 'url', and its objects are made without any. Set environment= to a": Game,
+    "missing a required argument: 'url', but jaxft makes its objects without arguments. Set": Game,
     "raised ZeroDivisionError: division by zero; fix that call": lambda: 1 / 0,
     "is an object of Game, and episodes play at the same time": Game("here"),
     "If step is no tool: Define reset(self, row) and step(self, state, text)": Gym,

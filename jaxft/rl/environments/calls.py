@@ -41,10 +41,11 @@ class _Interrupt(BaseException):
 
 @dataclass
 class Task:
-    """Work of an episode's thread that consists of several calls in turn, each with the time-out.
+    """Work of an episode, which its thread does in several calls, one after the other, each with the
+    time-out.
 
-    began: when the current call began, None before the first. awaited: the future of an async function's
-    result. result: the work's result, or its exception.
+    number: the episode's number. began: time at which the current call began, None before the first. awaited:
+    the future of an async function's result. result: the work's result, or its exception.
     """
 
     number: int
@@ -82,8 +83,8 @@ class Task:
             raise
 
     def object(self, make: Callable[[], T], close: Callable[[T], Any] | None = None) -> T:
-        """Return this thread's object of make(), which the first call makes; later episodes in the thread get
-        the same object. close: called with it at the end.
+        """Return the object that make() made in this thread: in the first call, also for later episodes of
+        the thread. close: called with the object when the thread ends.
         """
         objects = self.worker.objects
         if make not in objects:
@@ -107,7 +108,7 @@ class EventLoop:
         self.thread.start()
 
     def begin(self, value: Awaitable[Any]) -> Future:
-        """Start a coroutine; return a future of its result."""
+        """Start a coroutine (or another awaitable); return a future of its result."""
         return asyncio.run_coroutine_threadsafe(_awaited(value), self.loop)
 
     def end(self) -> None:
@@ -139,10 +140,10 @@ def shared_loop() -> EventLoop:
 
 
 class _Worker:
-    """A thread that makes the calls of an episode, and what belongs to it: objects, and an event loop.
+    """A thread that makes the calls of an episode, with its objects and its event loop.
 
-    slots: limits how many workers call at once. closing: functions that close the objects. episode: the
-    number of the episode that started it.
+    slots: limits how many workers call at once. closing: functions that close the objects. episode: number of
+    the episode that started the thread.
     """
 
     def __init__(self, episode: int, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
@@ -162,7 +163,7 @@ class _Worker:
         self.tasks.put(None)
 
     def give_up(self, task: Task) -> bool:
-        """Interrupt a task and end, unless the task is done."""
+        """Interrupt a task and end the thread. Return False if the task is done already."""
         with task.lock:
             if task.done:
                 return False
@@ -176,7 +177,7 @@ class _Worker:
         return True
 
     def _run(self) -> None:
-        """Do tasks until None comes, or until one was given up."""
+        """Do tasks until `end` is called, or until a task was given up."""
         with suppress(_Interrupt):  # that came late
             while (task := self.tasks.get()) is not None and self._done(task):
                 self.results.put(task)
@@ -276,7 +277,7 @@ class Calls:
                 continue
 
     def release(self, number: int, keep: bool) -> None:
-        """End an episode. keep: whether its thread's objects may be used again."""
+        """End an episode, given by its number. keep: whether its thread's objects may be used again."""
         worker = self.workers.pop(number, None)
         if worker is not None and keep and worker.objects:
             self.idle.append(worker)

@@ -120,7 +120,9 @@ class Environment:
 
     @property
     def row_tools(self) -> str:
-        """The tools that prompts have; see row_settings.RowSettings."""
+        """The schemas of the tools that prompts list, as JSON, "" without tools; see
+        row_settings.RowSettings.
+        """
         schemas = self.by_name or ({EVERY_ROW: self.schemas} if self.schemas else {})
         return json.dumps(schemas) if schemas else ""
 
@@ -135,9 +137,8 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
 
     given: an Environment, a function (state, text, row) -> (observation, reward, done, state), a class with
     reset(row) and step(state, text), or a class of TRL's environment_factory; a function without arguments
-    makes the object of an episode; a dict of such by name. None: tools alone, an episode ends with the first
-    turn that calls none.
-    Raises ValueError for anything else.
+    that makes the object of an episode; a dict of these by name. None: only the tools, and an episode ends
+    with the first turn that calls none. Raises ValueError for anything else.
 
     >>> def guess(state, text, row):
     ...     right = text.strip() == row["answer"]
@@ -163,8 +164,8 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     elif "reset" in dir(given):
         name = type(given).__name__
         raise ValueError(
-            f"environment: it is an object of {name}, and episodes play at the same time, each with its own. "
-            f"Set environment= to {name} or to a function without arguments that makes one."
+            f"environment: it is an object of {name}, and episodes play at the same time: each needs its own "
+            f"object. Set environment= to {name} or to a function without arguments that makes one."
         )
     else:
         raise ValueError(
@@ -219,8 +220,8 @@ def _of_function(function: Callable[..., Any]) -> Environment:
 
 
 def _of_several(parts: Mapping[str, Environment]) -> Environment:
-    """Return the environment that plays each episode in the part that the row's column `environment` names,
-    as with a dict of TRL's factories. That column is not passed on.
+    """Return the environment that plays each episode in one of `parts`, named by the row's column
+    `environment`, as with a dict of TRL's factories. That column is not passed on.
     """
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -281,8 +282,8 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
         raise ValueError(f"environment {name} has no reset. {CLASS_SHAPES}")
     if missing := _missing_argument(make):
         raise ValueError(
-            f"environment {name}: {missing}, and its objects are made without any. Set environment= to a "
-            f"function without arguments that returns a {name}."
+            f"environment {name}: {missing}, but jaxft makes its objects without arguments. Set environment= "
+            f"to a function without arguments that returns a {name}."
         )
     native = "step" in members and _takes(members["step"], 3) and _takes(members["reset"], 2)
     of_kind = _of_native if native and "get_reward" not in members else _of_trl
@@ -308,7 +309,8 @@ def _missing_argument(make: Callable[[], Any]) -> str:
 def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
     """Return the environment of a class with reset(row) -> prompt and step(state, text).
 
-    Its other public methods are tools. The first state is None.
+    make: makes the object of an episode. members: its methods; other public ones are tools. The first state
+    is None.
     """
     methods = _tool_methods(members, ("reset", "step"))
 
@@ -364,8 +366,8 @@ def _with_prompts(environment: Environment, reset: Callable[..., Any]) -> Enviro
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Return whether a function takes `count` positional arguments, of which it needs one, and no arguments
-    by arbitrary names.
+    """Return whether a function accepts `count` positional arguments, needs at least one, and lacks
+    **keywords.
     """
     parameters = inspect.signature(function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -400,7 +402,7 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 
 
 def checked_step(value: Any) -> StepResult:
-    """Return the result of a user's step as a StepResult. Raises WrongType."""
+    """Return what a user's step returned as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
         raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value
@@ -420,7 +422,7 @@ def _messages(observation: Any) -> tuple[Message, ...]:
 
 
 def _checked_messages(what: str, value: Any) -> tuple[Message, ...]:
-    """Return messages that a chat template can be given, with valid text. Raises WrongType."""
+    """Return `value` as messages for a chat template, with valid text. Raises WrongType about `what`."""
     try:
         if not isinstance(value, list | tuple):
             raise TypeError("no list")

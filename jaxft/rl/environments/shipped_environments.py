@@ -62,7 +62,7 @@ class Calculator:
             )
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
-        """End the episode with the first turn that calls no tool."""
+        """If a turn calls no tool, its text is the final answer: return its reward and end the episode."""
         return None, float(last_number(text) == self.answer), True, None
 
     def add(self, a: int, b: int) -> int:
@@ -95,7 +95,7 @@ def calculator_rows(count: int, seed: int) -> list[RowColumns]:
 
 
 def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
-    """Return conversations that show the format of calls: rows for SFT, with tools.
+    """Return `count` conversations that show the format of calls: rows for SFT, with tools.
 
     chained: the fraction of them with two calls, to the same tool or to both. Few need both, so that a model
     still has to learn that.
@@ -116,7 +116,7 @@ def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> li
 
 
 def _question(rng: random.Random, names: Sequence[str]) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:
-    """Return a row whose answer takes calls of these tools in turn, and the calls (tool, a, b, result)."""
+    """Return (a row whose answer takes calls of these tools in turn, the calls (tool, a, b, result))."""
     value, calls = rng.randint(11, 99), list[tuple[str, int, int, int]]()
     text = str(value)
     for name in names:
@@ -144,7 +144,7 @@ class GuessNumber:
         self.number = int(row["answer"])
 
     def step(self, state: None, text: str) -> tuple[str | None, float, bool, None]:
-        """Compare the last number of the text."""
+        """Compare the text's last number with the answer; return (reply, reward, done, state)."""
         guess = last_number(text)
         if guess is None:
             return "Say a number.", 0.0, False, None
@@ -162,9 +162,9 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of a run of code. seconds: of wall clock and of processor time. memory: bytes of address space
-    of each process. files: bytes of all files together, or of each file where the run is not isolated.
-    processes: processes and threads at once, where the run is isolated and the user is not root. output:
+    """Limits of a run of code. seconds: wall-clock and processor time. memory: bytes of address space of each
+    process. files: bytes of all files together, or of each file where the run is not isolated. processes:
+    processes and threads at once, where the run is isolated and the user is not root. output: the most
     characters that are returned.
     """
 
@@ -209,7 +209,9 @@ def run_python(code: str, limits: SandboxLimits = SandboxLimits()) -> SandboxRes
 
 
 def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, bool]:
-    """Run the code of a folder. Return its exit code, None if it took too long, and its `isolated`."""
+    """Run the code of a folder, with stdout and stderr in `output`. Return its exit code, None if it took too
+    long, and its `isolated`.
+    """
     seconds, memory, files, processes, _ = astuple(limits)
     numbers = [str(x) for x in (max(1, round(seconds + 0.5)), memory, files, processes)]
     read, write = os.pipe()  # the process writes to it if it is isolated, and closes it before the code runs
@@ -246,7 +248,7 @@ class CodeInterpreter:
         self.answer = str(row["answer"])
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
-        """End the episode with the first turn that runs no code."""
+        """If a turn runs no code, its text is the final answer: return its reward and end the episode."""
         expected, got = last_number(self.answer), last_number(text)
         if expected is None:
             right = text.strip().casefold() == self.answer.strip().casefold()
@@ -288,7 +290,7 @@ class Search:
             )
 
     def step(self, state: None, text: str) -> tuple[None, float, bool, None]:
-        """End the episode with the first turn that searches nothing."""
+        """If a turn searches nothing, its text is the final answer: return its reward and end the episode."""
         said, answer = (f" {' '.join(words)} " for words in (_words(text), self.words))
         return None, float(answer in said), True, None
 
@@ -303,7 +305,7 @@ class Search:
 
 
 def best_passages(corpus: Passages, query: str, count: int) -> list[str]:
-    """Return the passages that match best by BM25, only those that share a word with the query.
+    """Return the `count` passages that match best by BM25, fewer if fewer share a word with the query.
 
     >>> best_passages(("The fox sleeps.", "Snow in May."), "Where is the fox?", 1)
     ['The fox sleeps.']
@@ -346,7 +348,7 @@ def villages() -> Passages:
 
 
 def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowColumns]:
-    """Return questions about the villages. two_searches: the fraction that needs the village first."""
+    """Return questions about the villages. two_searches: the fraction that needs the village's name first."""
     rng, rows = random.Random(seed), list[RowColumns]()
     for _ in range(count):
         village, river, year, painter = rng.choice(_facts())

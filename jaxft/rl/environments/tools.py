@@ -62,8 +62,8 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 
 
 def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
-    """Take the tool calls out of a turn's text. number: of the turn, from which the calls' ids derive: they
-    are the same in each run.
+    """Take the tool calls out of a turn's text. number: number of the turn; calls have ids made from it, the
+    same in each run.
 
     >>> from jaxft.data.chat.tool_calls import call_format
     >>> text = '<tool_call>\\n{"name": "add", "arguments": {"a": 1, "b": 2}}\\n</tool_call>'
@@ -116,10 +116,10 @@ def answer_calls(
     longest: int,
     errors: tuple[type[Exception], ...] = MODELS_ERRORS,
 ) -> tuple[list[Message], list[Fault]]:
-    """Call the tools that a turn names, one after the other. Return a message for each call, and faults.
+    """Call the tools that a turn names, one after the other. Return a message for each call, and the faults.
 
-    longest: characters of a result. errors: exceptions that are returned to the model. Raises an
-    exception that excludes the episode.
+    longest: the most characters of a result. errors: exceptions that are returned to the model; any other is
+    raised, and excludes the episode.
     """
     messages, faults = list[Message](), list[Fault]()
     for call in turn.calls:
@@ -137,7 +137,7 @@ def answer_calls(
 
 
 def error_text(text: str) -> str:
-    """Return the content of a tool message about an error."""
+    """Return the content of a tool message that reports an error to the model."""
     return json.dumps({"error": text}, ensure_ascii=False)
 
 
@@ -150,7 +150,7 @@ def valid_text(text: str) -> str:
 def _result_of(
     call: ToolCall, tools: Mapping[str, Tool], task: Task, longest: int, errors: tuple[type[Exception], ...]
 ) -> tuple[str, Fault | None]:
-    """Return the text of a call's result, or the fault that the model is shown."""
+    """Return (text of a call's result, None), or ("", fault) with a fault that the model is shown."""
     tool = tools.get(call.name)
     if call.index >= MOST_CALLS:
         return "", Fault(TOO_MANY_CALLS, f"only {MOST_CALLS} calls of a turn are answered")
@@ -175,13 +175,13 @@ def _result_of(
 
 @cache
 def _properties(function: Callable[..., Any]) -> Mapping[str, Any]:
-    """Return the schemas of a tool's arguments."""
+    """Return the schemas of a tool's arguments, by argument name."""
     properties: Mapping[str, Any] = tool_schema(function)["function"]["parameters"]["properties"]
     return properties
 
 
 def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
-    """Raise TypeError for an argument that is not of its schema's type."""
+    """Raise TypeError for an argument without its schema's type. properties: name -> schema."""
     for name, value in arguments.items():
         schema = properties.get(name, {})
         if not _is_of(value, schema):
