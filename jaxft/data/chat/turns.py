@@ -59,7 +59,8 @@ def parts_of(message: Message) -> list[Part]:
 
 
 def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[Part | None, int]:
-    """Search text[start:end] for parts. Return the first missing one or None, and where the last one ends.
+    """Search text[start:end] for parts. Return the first missing one or None, and where the last one ends
+    (`start` if one is missing).
 
     Whitespace may differ, since templates strip it, or add it around thinking blocks.
     """
@@ -89,7 +90,7 @@ def _last_end(parts: Sequence[Part], text: str) -> Part | int:
 
 
 def _first(part: Part, text: str, at: int) -> Span | None:
-    """Return the first occurrence of one of the spellings, the longest if several begin there."""
+    """Return the first occurrence, at or after `at`, of a spelling, the longest if several begin there."""
     matches = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
     start, length = min((pair for pair in matches if pair[0] >= 0), default=(-1, 0))
     return None if start < 0 else (start, start - length)
