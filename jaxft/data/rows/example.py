@@ -270,7 +270,7 @@ def _check_other_role(chat: Chat, index: int, loss_on: str) -> None:
         chat.name,
         "weight of another role",
         f"message {index}, a {chat.messages[index]['role']} turn, has weight {weight:g}, but only assistant "
-        f"turns can have one; remove the key, {remedy}",
+        f"turns can have one; remove the weight, {remedy}",
     )
 
 
@@ -285,6 +285,6 @@ def without_weights(chat: Chat) -> Chat:
             chat.name,
             "weighted turns in a pair",
             f"message {weighted[0]} of a response has weight {chat.weights[weighted[0]]:g}; turns of a "
-            "pair have no weights of their own: remove the key, or weight pairs with data.weight_column",
+            "pair have no weights of their own: remove it, or weight pairs with data.weight_column",
         )
     return replace(chat, weights={}) if chat.weights else chat

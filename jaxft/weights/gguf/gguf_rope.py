@@ -30,7 +30,7 @@ def shortest(value: float) -> float:
 
 
 def decimal_field(header: GgufHeader, name: str, default: float) -> float:
-    """Return a number of the architecture's metadata as its shortest decimal."""
+    """Return the architecture's metadata `name`, by default `default`, as its shortest decimal."""
     return shortest(header.optional(header.key(name), default))
 
 
