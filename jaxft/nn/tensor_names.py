@@ -73,7 +73,7 @@ class Module(NamedTuple):
 
     @property
     def names(self) -> ModuleNames:
-        """The module's two names, (name, path_name)."""
+        """(name, path_name): a pattern selects the module if it matches either."""
         return self.name, self.path_name
 
 
