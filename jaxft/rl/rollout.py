@@ -31,7 +31,7 @@ from jaxft.distributed import processes
 from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
-from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
+from jaxft.rl.advantages import GroupLengths, GroupMask, PerToken, check_advantages, has_score, update_moments
 from jaxft.rl.environments.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.play import EpisodeLimits, Play
@@ -519,22 +519,20 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     """Return the number of steps, the counts and the fingerprints of a source of rollouts."""
     longest, rows = prompts.longest_prompt(train, eval_prompts), train.split.rows
     rollouts = max(1, -(-int(1e9 * (data.epochs or 1) * len(train)) // int(1e9 * data.batch)))
+    plural = "s" if data.steps_per_rollout > 1 else ""
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {rows.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
-        f"{data.max_new} tokens is used for {data.steps_per_rollout} "
-        f"step{'s' * (data.steps_per_rollout > 1)}{train.split.left_out}"
+        f"{data.max_new} tokens is used for {data.steps_per_rollout} step{plural}{train.split.left_out}"
     )
     if tokenizer.eos_token_id is None:
         summary += (
-            "; the tokenizer has no end token: unless the model or its template has one, completions end at "
-            "data.max_new"
+            "; the tokenizer has no end token: the model's, the template's or data.max_new ends completions"
         )
     out = [] if data.rules.train_on_truncated else ["completions truncated at data.max_new"]
     out += [] if data.rules.filter is None else ["completions that the filter leaves out"]
     learned = "100.0 % of the tokens of completions are learned"
-    if out:
-        learned = f"all tokens of completions are learned, except in {' and '.join(out)}"
+    learned = f"all tokens of completions are learned, except in {' and '.join(out)}" if out else learned
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),
@@ -587,16 +585,6 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
-
-
-def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
-    """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
-    valid = scores[has_score(scores)]
-    if group == 1 and valid.max() > valid.min() and not advantages.any():
-        raise ValueError(
-            "data.group=1: advantages relative to a group of one are all 0. "
-            "Use data.group of at least 2, or another estimate."
-        )
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
