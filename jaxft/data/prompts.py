@@ -276,7 +276,7 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
 
 
 def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np.ndarray, " batch"]:
-    """Return the indices of the training prompts of a rollout.
+    """Return the training prompts of a rollout, as indices into `train`.
 
     Rollouts take the prompts of one epoch after the other. An epoch is in random order, or sorted by
     data.order_by.

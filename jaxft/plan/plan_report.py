@@ -98,7 +98,7 @@ def programs_report(plans: Sequence[Plan]) -> str:
 
 
 def _program_bytes(p: Plan) -> int:
-    """Return the bytes per device of a program, without the resident arrays."""
+    """Return how many bytes per device a program takes, without the resident arrays."""
     return sum(p.parts.get(name, 0) for name in PROGRAM_PARTS)
 
 

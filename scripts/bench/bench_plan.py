@@ -104,7 +104,7 @@ class Resident:
 
     @staticmethod
     def now() -> int:
-        """Return the current resident memory."""
+        """Return the current resident memory in bytes."""
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _watch(self) -> None:

@@ -109,7 +109,8 @@ def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, s
 
     first: the number of the first word, for words that are unique among several turns.
 
-    A rendering without a word hides that part, even if the part's own text occurs elsewhere by chance.
+    If a rendering lacks a word, the template hides that part, even if the part's text occurs elsewhere by
+    chance.
     """
     words: dict[str, str] = {}
 
@@ -153,7 +154,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _function(call: Any) -> dict[str, Any]:
-    """Return name and arguments of a tool call, {"function": {...}} or without that level."""
+    """Return the object with a tool call's name and arguments, which may be under the key "function"."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise HiddenPart(

@@ -35,9 +35,9 @@ class Chat:
     """A conversation: the prompt is messages[:response], the response is what follows.
 
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
-    further arguments of the chat template. given: with data.loss_on=assistant, assistant turns before this
-    message are learned only if they have a weight; 0 in a conversation, `response` where the row has a
-    separate prompt. weights: the messages' weights in the row, by index; 0 is not learned.
+    further arguments of the chat template. given: number of messages in the row's separate prompt, 0 without
+    one; data.loss_on=assistant trains on their assistant turns only if these have a weight. weights: the
+    messages' weights in the row, by index; 0 is not learned.
     """
 
     name: str

@@ -272,7 +272,8 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
         if template is not None and template.failure:
             reason = " ".join(template.failure.split())
             raise ValueError(
-                f"chat template {extension.template}: it cannot render a question and a response: {reason}"
+                f"chat template {extension.template}: it cannot render a question and a response: {reason}; "
+                "correct it, or use another chat_template="
             )
         if template is None or not template.stop_tokens:
             raise ValueError(

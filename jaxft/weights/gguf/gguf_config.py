@@ -320,7 +320,7 @@ def architecture_for(config: ModelConfig) -> str:
 
 
 def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    """Return the metadata of a model's architecture, and the tables of its rope by tensor name."""
+    """Return (metadata that states a model's architecture, tables of rope divisors by tensor name)."""
     if not isinstance(config, DenseConfig):
         raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
     name, hf = architecture_for(config), model_types.config_to_hf(config)

@@ -279,7 +279,7 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
         info = GgufTensor(path, kind.name, shape, shape[-1] // block * size, start + offset)
         end = info.offset + math.prod(shape[:-1]) * info.row_bytes
         if shape[-1] % block or end > total:
-            raise ValueError(f"tensor {name} {shape} ends at byte {end}, the file has {total}")
+            raise ValueError(f"tensor {name} {shape} of {kind.name} does not fit in {total} bytes")
         if name in tensors:
             raise ValueError(f"tensor {name} is in it twice")
         tensors[name] = info

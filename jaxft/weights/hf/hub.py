@@ -95,7 +95,7 @@ def locate(ref: str, config_only: bool = False) -> Located:
             f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
-        raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
+        raise ValueError(f"model {ref!r}: no such folder or .gguf file; name one, or {REMOTE}")
     return _from_hub(ref, config_only)
 
 

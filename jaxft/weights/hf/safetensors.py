@@ -142,7 +142,7 @@ def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...],
     except OSError as e:
         raise OSError(e.errno, e.strerror or str(e), str(path)) from e
     except ValueError as e:
-        raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read") from e
+        raise ValueError(f"{path}: ends inside a tensor: it changed while it was read; start again") from e
 
 
 @dataclass(frozen=True)

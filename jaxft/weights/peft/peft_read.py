@@ -362,7 +362,7 @@ def _first_pair(
 
 
 def _no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
-    """Return zeros in place of _first_pair, without a base, if only an adapter's settings are needed."""
+    """Return zeros where _first_pair needs a base: for callers that use only an adapter's settings."""
     ins, outs = tensor.values
     return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
 

@@ -250,8 +250,9 @@ def _patterns(
 ) -> Iterator[tuple[str, Number]]:
     """Yield (pattern, value) for the modules whose value, a rank or an alpha, is not the default.
 
-    A pattern matches only modules with the same value. It is a module's name inside its layer, so that it
-    matches all layers, or the same with any number in place of numbers in it; else the full name.
+    A pattern matches only modules with the same value. It is the most general of these that does: the
+    module's name inside its layer (for all layers) with any number in place of numbers in it, that name as it
+    is, the full name. names: names of each module that patterns match.
     """
     patterns = {tensor: tensor.module for tensor, value in values.items() if value != default}
     for number in (r"\g<0>", r".\\d+."):
