@@ -148,8 +148,8 @@ class MatchedKL:
 @dataclass(frozen=True)
 class Duel:
     """A comparison of two losses. difference: the second minus the first. p, equivalence_p: adjusted for all
-    duels of the study (Holm). matched: comparisons from low to high KL. diverged: number of diverged runs by
-    loss; the seeds of these runs are left out.
+    duels of the study (Holm). matched: comparisons from low to high KL. margin: see Study. diverged: number
+    of diverged runs by loss; the seeds of these runs are left out.
     """
 
     one: str
