@@ -119,7 +119,7 @@ class LossOutcome:
 
 @dataclass(frozen=True)
 class MatchedKL:
-    """A comparison where both policies have the same KL. p: adjusted for all comparisons at a KL.
+    """A comparison where both policies have the same KL. p: its p-value, adjusted for all such comparisons.
 
     same_length: the comparison with prompts weighted so that longer and shorter chosen responses count the
     same; None if all chosen responses are longer, or all shorter. length_p: its adjusted p-value.
